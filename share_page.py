@@ -14,7 +14,7 @@ from modules.parser import parse_options
 def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_options(__doc__, argv, ShareOptions)
 
-    from modules.pages.sharing import share_page
+    from modules.pages.page import share_page
 
     share_page(options.page, options.copy)
 

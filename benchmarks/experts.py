@@ -19,9 +19,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch  # noqa: E402  # found from here on
 from torch import Tensor, nn  # noqa: E402
 
-from generation.ahead import Check  # noqa: E402
 from generation.denoise import predictor  # noqa: E402
-from generation.experts import DitTurns, TurnRules  # noqa: E402
+from generation.experts import Check, DitTurns, TurnRules  # noqa: E402
 from modules.contract.loading import Placement  # noqa: E402
 from modules.contract.steps import Step  # noqa: E402
 from modules.offload.transfer import PlainTransfer  # noqa: E402

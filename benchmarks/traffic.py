@@ -165,8 +165,7 @@ def count_denoising(
     from blissful_tuner.guidance import make_guidance
     from generation.denoise import predictor
     from generation.memory import heaviest_step
-    from generation.noise import SeededNoise
-    from generation.sections import on_device, sections_of
+    from generation.sections import SeededNoise, on_device, sections_of
     from modules.contract.loading import Placement
 
     choice = replace(options.speed.attention.choice, mode="sdpa")

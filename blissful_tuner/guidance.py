@@ -10,7 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blissful_tuner.cfg_zero import cfg_zero, init_factor
+from blissful_tuner.guidance_formulas import (
+    Momentum,
+    active_steps,
+    add_skipped_layers,
+    cfg_zero,
+    init_factor,
+    limit_norm,
+    perp_neg,
+    projected,
+    rescale,
+    watched,
+)
 from blissful_tuner.guidance_options import GuidanceOptions
 from blissful_tuner.guidance_passes import (
     NEGATIVE,
@@ -23,11 +34,6 @@ from blissful_tuner.guidance_passes import (
 )
 from blissful_tuner.guidance_steps import guidance_scales
 from blissful_tuner.nag import nag_tweaks
-from blissful_tuner.norm_limit import limit_norm
-from blissful_tuner.perp_neg import perp_neg
-from blissful_tuner.projected import Momentum, projected, watched
-from blissful_tuner.rescaling import rescale
-from blissful_tuner.skipped_layers import active_steps, add_skipped_layers
 from modules.contract.experts import ONE_EXPERT, Expert, expert_at
 from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
 from modules.contract.guidance import GuidanceRules

@@ -3,10 +3,10 @@
 import logging
 
 from blissful_tuner.guidance import plan_steps
+from blissful_tuner.guidance_formulas import active_steps
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.guidance_passes import PassPlan
 from blissful_tuner.guidance_steps import guidance_scales
-from blissful_tuner.skipped_layers import active_steps
 from modules.contract.prepared import Prepared
 from modules.errors import OptionError
 

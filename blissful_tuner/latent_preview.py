@@ -6,18 +6,19 @@ one warning, and the latents are the same bits.
 """
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from blissful_tuner.latent_to_rgb import enlarge, project
 from blissful_tuner.preview_options import PreviewOptions
-from blissful_tuner.preview_writer import LatestWriter
-from blissful_tuner.taehv import TinyVae, check_taehv, decoding_bytes, dtype_on, load_taehv
+from blissful_tuner.taehv import TinyVae, check_taehv, decoding_bytes, dtype_on, enlarge, load_taehv, project
 from modules.contract.family import LatentSpec
 from modules.contract.generation import Section
 from modules.contract.steps import StepDone, Watcher
@@ -26,6 +27,58 @@ from modules.media.reading import Frame
 from modules.media.writing import write_png, write_video
 
 logger = logging.getLogger(__name__)
+
+
+Item = TypeVar("Item")
+
+
+class LatestWriter(Generic[Item]):
+    """Call `write` with the items that are put, one at a time; a newer one replaces one that waits.
+
+    The thread is started by the first item. `write` must not raise. rest: seconds of rest after an item for
+    each second that it took, where the thread takes time from the work that it shows.
+    """
+
+    def __init__(self, write: Callable[[Item], None], rest: float = 0.0) -> None:
+        self._write, self._rest = write, rest
+        self._waiting: Item | None = None
+        self._ending = threading.Event()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def put(self, item: Item) -> None:
+        """Have an item written soon, unless a newer one comes before; returns at once."""
+        with self._changed:
+            self._waiting = item
+            self._changed.notify()
+        if self._thread is None:
+            # daemon: a second Ctrl-C ends the program even if a disk does not answer
+            self._thread = threading.Thread(target=self._run, name="latent preview", daemon=True)
+            self._thread.start()
+
+    def close(self, drop: bool = False) -> None:
+        """Write the item that waits, without rest, or drop it; then end the thread."""
+        with self._changed:
+            self._ending.set()
+            if drop:
+                self._waiting = None
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ending.is_set() or self._waiting is not None)
+                item, self._waiting = self._waiting, None
+            if item is None:
+                return
+            start = time.monotonic()
+            self._write(item)
+            del item  # frees its memory
+            took = time.monotonic() - start
+            self._ending.wait(self._rest * took)
+
 
 NAME = "latent_preview"
 PRESET, CRF = "ultrafast", 20  # of the encoder: a quick look

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_video_to_png_arguments(parser)
     options = read_options(VideoToPngOptions, parser.parse_args(argv))
 
-    from post.frames import write_frames
+    from post.run import write_frames
 
     write_frames(options.input, options.folder, options.num_frames)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from frame_pack.options import FRAMES_PER_SECOND
 from modules.errors import OptionError
-from modules.media.fading import cross_fade
+from modules.media.pixels import cross_fade
 
 LATENT_STRIDE = 4  # frames in a latent frame; the first one holds a single frame
 FRAMES_2X = 2  # latent frames of the past seen at half resolution

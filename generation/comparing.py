@@ -8,7 +8,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import product
@@ -16,24 +16,23 @@ from pathlib import Path
 
 import torch
 
-from blissful_tuner.latent_preview import preview_clip
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
 from generation.compare_options import CompareOptions
-from generation.decoding import decode
+from generation.decoding import decode_all
 from generation.dressing import LorasByExpert, dit_loader
 from generation.expert_loras import expert_loras, key_of, option_of, with_loras
 from generation.grids import ClipGrid, Row, write_grids
-from generation.jobs import GenerationJob, GenerationRun, tell_unused_sources
-from generation.making import encode_all_inputs, make_job
+from generation.growing import preview_path
+from generation.jobs import Denoised, GenerationJob, GenerationRun, tell_unused_sources
+from generation.making import Networks, Ready, denoise_all, encode_all_inputs, make_job
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
-from generation.outputs import LATENT_SUFFIX, own_stem, save_latents, save_pixels, words_of
+from generation.outputs import LATENT_SUFFIX, own_stem, words_of
 from generation.preset import leave_out_missing
-from generation.progress import Bars, Queue, in_short, name_model
+from generation.progress import in_short, name_model
 from generation.prompt_lines import read_generation_lines
 from generation.run import check_models, make_session
-from generation.sections import OnSection, make_latents
-from generation.session import CPU, wanted_texts
+from generation.session import wanted_texts
 from modules.atomic_write import make_folder
 from modules.checkpoints.latents import load_latents
 from modules.command import as_typed
@@ -41,7 +40,6 @@ from modules.compile import check_compilation
 from modules.console import count_of, in_words, show_box
 from modules.contract.experts import Expert
 from modules.contract.family import Family
-from modules.contract.generation import DitAt, Section
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import OptionError, UserError
 from modules.failures import Failures
@@ -72,22 +70,7 @@ class Variant:
         return f"{self.column} {self.strength}".rstrip()
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One clip. Files that exist under its stem are of exactly this clip."""
-
-    variant: Variant
-    job: GenerationJob
-    stem: str
-    metadata: Mapping[str, str]
-
-    def video(self, options: GenerationOptions) -> Path:
-        """Return the path of the finished clip or picture."""
-        name = f"{self.stem}{_suffix(options, self.job)}"
-        return options.output.save_path / name
-
-    def latents(self, options: GenerationOptions) -> Path:
-        return options.output.save_path / f"{self.stem}{LATENT_SUFFIX}"
+Cell = tuple[GenerationJob, GenerationJob]  # a prompt, and its clip in one column
 
 
 def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -> None:
@@ -102,6 +85,8 @@ def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -
 def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) -> None:
     start, device = time.monotonic(), choose_device(options.device)
     options = leave_out_missing(family, options, device)
+    output = replace(options.output, no_progressive_save=True)
+    options = replace(options, output=output)
     if options.request.seed is None:
         options = replace(options, request=replace(options.request, seed=SEED))
     if options.speed.fp16_accumulation:
@@ -116,13 +101,20 @@ def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) 
     check_models(run)
     run = run.with_previews()
     make_folder(options.output.save_path, "--save_path")
-    cells = [make_cell(run, variant, job, line) for variant in variants for line, job in enumerate(jobs, 1)]
-    to_denoise = [one for one in cells if not (one.video(options).exists() or one.latents(options).exists())]
-    _show_start(run, variants, jobs, len(cells) - len(to_denoise))
-    if to_denoise:
-        denoise_cells(run, variants, to_denoise)
-    decode_cells(run, [one for one in cells if not one.video(options).exists()])
-    grids = write_grid(run, variants, jobs, cells)
+    cells = {
+        variant.label: [(job, make_cell(run, variant, job, line)) for line, job in enumerate(jobs, 1)]
+        for variant in variants
+    }
+    to_make = []
+    for variant in variants:
+        pairs = [pair for pair in cells[variant.label] if not any(map(Path.exists, _files(options, pair[1])))]
+        to_make += [(variant, pairs)] if pairs else []
+    missing = sum(len(pairs) for _, pairs in to_make)
+    _show_start(run, variants, jobs, len(variants) * len(jobs) - missing)
+    if to_make:
+        denoise_cells(run, to_make)
+    paths = decode_cells(run, [cell for pairs in cells.values() for _, cell in pairs])
+    grids = write_grid(run, variants, jobs, paths)
     costs = [("time", in_words(time.monotonic() - start)), ("peak memory", peak_in_words(device))]
     show_box("Comparison is finished", [("look at", "\n".join(map(str, grids))), *costs])
 
@@ -193,28 +185,45 @@ def _make_jobs(run: GenerationRun) -> list[GenerationJob]:
     return jobs
 
 
-def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: int) -> Cell:
-    """Name a clip: by its line, seed and column; a name with other content gets a `_` at its end."""
+def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: int) -> GenerationJob:
+    """Return the job of a prompt in a column, with its name: line, seed and column.
+
+    A name with other content gets a `_` at its end: files that exist under the stem are of exactly this clip.
+    """
     options = with_loras(run.options, run.family.experts, variant.uses)
     metadata = dict(replace(run, options=options).metadata(job.prepared) or {})
     metadata |= {f"bt_{name}": sha256 for name, sha256 in variant.sha256.items()}
     column = words_of(variant.label.replace(".", "_")) or "lora"
     mark = hashlib.sha256(f"{variant.label} {' '.join(variant.sha256.values())}".encode()).hexdigest()[:6]
-    cell = Cell(variant, job, f"{line:03d}_{job.prepared.seed}_{column}_{mark}", metadata)
+    stem = f"{line:03d}_{job.prepared.seed}_{column}_{mark}"
+    cell = GenerationJob(_label(job, variant), job.prepared, stem, metadata)
     while not _is_own(run.options, cell):
         cell = replace(cell, stem=f"{cell.stem}_")
     return cell
 
 
-def _is_own(options: GenerationOptions, cell: Cell) -> bool:
+def _label(job: GenerationJob, variant: Variant) -> str:
+    return f"{job.label}, {variant.label}"
+
+
+def _files(options: GenerationOptions, cell: GenerationJob) -> tuple[Path, Path]:
+    """Return the paths of the finished clip or picture, and of its latents."""
+    if cell.prepared.frames > 1:
+        suffix = options.output.format.suffix
+    else:
+        suffix = "_000.png" if options.output.numbers_single else ".png"
+    folder = options.output.save_path
+    return folder / f"{cell.stem}{suffix}", folder / f"{cell.stem}{LATENT_SUFFIX}"
+
+
+def _is_own(options: GenerationOptions, cell: GenerationJob) -> bool:
     """Whether files of this name, if there are any, are of this very clip."""
-    video, latents = cell.video(options), cell.latents(options)
+    video, latents = _files(options, cell)
+    own = _own_tags(as_tags(cell.metadata or {}))
     try:
-        if video.exists() and _own_tags(read_tags(video)) != _own_tags(as_tags(cell.metadata)):
+        if video.exists() and _own_tags(read_tags(video)) != own:
             return False
-        if not latents.exists():
-            return True
-        return _own_tags(load_latents(latents).metadata) == _own_tags(cell.metadata)
+        return not latents.exists() or _own_tags(load_latents(latents).metadata) == own
     except (UserError, OSError):
         return False  # damaged, or another program's
 
@@ -228,59 +237,23 @@ def _own_tags(tags: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _suffix(options: GenerationOptions, job: GenerationJob) -> str:
-    if job.prepared.frames > 1:
-        return options.output.format.suffix
-    return "_000.png" if options.output.numbers_single else ".png"
-
-
-def denoise_cells(run: GenerationRun, variants: Sequence[Variant], cells: Sequence[Cell]) -> None:
+def denoise_cells(run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[Cell]]]) -> None:
     """Make the latents of these clips; each is written when it is done."""
-    jobs = {cell.job.label: cell.job for cell in cells}
-    texts = dict(
-        zip(
-            jobs,
-            run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]),
-            strict=True,
-        )
-    )
+    jobs = {job.label: job for _, cells in columns for job, _ in cells}
+    wanted = [wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]
+    texts = dict(zip(jobs, run.session.texts(wanted), strict=True))
     inputs = encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
-    queue = Queue([cell.job.prepared for cell in cells])
-    shown_from = run.options.guidance.scaled_steps
-    wanted = [variant for variant in variants if any(cell.variant is variant for cell in cells)]
-    for variant, dit_at in networks_with(run, wanted, cells):
-        for cell in [cell for cell in cells if cell.variant is variant]:
-            job = cell.job
-            queue.begin(f"{job.label}, {variant.label}")
-            with (
-                preview_clip(run.previews, job.prepared.fps, shown_from) as (watchers, on_section),
-                Bars(job.prepared.num_steps) as bars,
-            ):
-
-                def begin(section: Section, bars: Bars = bars, show: OnSection = on_section) -> None:
-                    show(section)
-                    bars.begin(section)
-
-                latents = make_latents(
-                    run.family,
-                    dit_at,
-                    job.prepared,
-                    texts[job.label],
-                    inputs[job.label],
-                    run.session.device,
-                    run.options.cpu_noise,
-                    run.options.guidance,
-                    [bars.advance, *watchers],
-                    run.options.splits_guidance,
-                    begin,
-                )
-                save_latents(cell.latents(run.options), latents.to(CPU), cell.metadata)
+    ready = [
+        (variant, [(cell, texts[job.label], inputs[job.label]) for job, cell in cells])
+        for variant, cells in columns
+    ]
+    whole = [one for _, of_variant in ready for one in of_variant]
+    for _ in denoise_all(run, whole, Failures(strict=True), networks_with(run, ready)):
+        pass  # read again when they are decoded
 
 
-def networks_with(
-    run: GenerationRun, variants: Sequence[Variant], cells: Sequence[Cell]
-) -> Iterator[tuple[Variant, DitAt]]:
-    """Yield each column with the networks that have its LoRAs.
+def networks_with(run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[Ready]]]) -> Networks:
+    """Yield the clips of each column with the networks that have its LoRAs.
 
     A network is loaded once and its weights are changed. It is loaded again for each column only if its
     weights are in 8 bits, swapped or compiled, or if it shares the device with others: what it was before the
@@ -289,49 +262,50 @@ def networks_with(
     family, options, session = run.family, run.options, run.session
     speed = options.speed
     is_plain = speed.fp8.quantisation is None and not speed.swap.number and speed.compilation.choice is None
-    requests = [[cell.job.prepared for cell in cells if cell.variant is variant] for variant in variants]
     if not is_plain or len(family.experts) > 1:
-        for variant, of_variant in zip(variants, requests, strict=True):
+        for variant, ready in columns:
             loader = dit_loader(family, variant.uses, session.device, options)
             session.load_with(loader, loader.aside)
-            with session.dit(of_variant) as dit_at:
-                yield variant, dit_at
+            with session.dit([job.prepared for job, _, _ in ready]) as dit_at:
+                yield ready, dit_at
         return
-    originals = OriginalWeights([use for variant in variants for uses in variant.uses for use in uses])
+    originals = OriginalWeights([use for variant, _ in columns for uses in variant.uses for use in uses])
     loader = dit_loader(family, (), session.device, options, [originals])
     session.load_with(loader, loader.aside)
-    with session.dit([one for of_variant in requests for one in of_variant]) as dit_at:
-        for variant in variants:
+    with session.dit([job.prepared for _, ready in columns for job, _, _ in ready]) as dit_at:
+        for variant, ready in columns:
             originals.switch(dit_at(FIRST_TIMESTEP), variant.uses[0])
-            yield variant, dit_at
+            yield ready, dit_at
 
 
-def decode_cells(run: GenerationRun, cells: Sequence[Cell]) -> None:
-    """Turn latents into clips; latent files stay only with --output_type both."""
-    if not cells:
-        return
-    options = run.options
-    with run.session.media(images=False, again=False) as encoders, torch.no_grad():
-        for cell in cells:
-            latents = load_latents(cell.latents(options)).latents
-            chunks = decode(run.family, encoders, latents)
-            save_pixels(options.output, cell.stem, chunks, cell.job.prepared.fps, cell.metadata)
-            if not options.output.keeps_latents:
-                cell.latents(options).unlink(missing_ok=True)
+def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str, Path]:
+    """Turn latents into clips; latent files stay only with --output_type both. Return all by label."""
+    paths = {cell.label: _files(run.options, cell) for cell in cells}
+    missing = [cell for cell in cells if not paths[cell.label][0].exists()]
+    if missing:
+        done = (_read_latents(cell, paths[cell.label][1]) for cell in missing)
+        decode_all(run, done, Failures(strict=True), are_named=False)
+    return {label: video for label, (video, _) in paths.items()}
+
+
+def _read_latents(cell: GenerationJob, path: Path) -> Denoised:
+    stem = str(cell.stem)
+    latents = load_latents(path).latents
+    return Denoised(cell, latents, path, stem, preview_path(path.parent, stem), cell.metadata)
 
 
 def write_grid(
-    run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob], cells: Sequence[Cell]
+    run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob], paths: Mapping[str, Path]
 ) -> list[Path]:
     """Write the page, the sheet and the video of all clips under a new name; return their paths.
 
-    Columns are files, rows are prompts at each strength; the clip without LoRA stands in each of them.
+    Columns are files, rows are prompts at each strength; the clip without LoRA stands in each of them. paths:
+    of the clips, by their labels.
     """
     without, *others = variants
     strengths = tuple(dict.fromkeys(variant.strength for variant in others)) or ("",)
     columns = tuple(dict.fromkeys(variant.column for variant in variants))
     of_place = {(variant.column, variant.strength): variant for variant in others}
-    paths = {(cell.job.label, cell.variant.label): cell.video(run.options) for cell in cells}
     rows = []
     for job, strength in product(jobs, strengths):
         in_row = [of_place.get((column, strength), without) for column in columns]
@@ -339,7 +313,7 @@ def write_grid(
             Row(
                 job.prepared.asked.prompt,
                 job.prepared.fps,
-                tuple(paths[job.label, variant.label] for variant in in_row),
+                tuple(paths[_label(job, variant)] for variant in in_row),
                 f"{job.label}, seed {job.prepared.seed}, {job.prepared.num_steps} steps",
                 strength,
                 tuple(_command(run.family.experts, variant) for variant in in_row),

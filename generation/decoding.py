@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -26,10 +26,12 @@ from modules.failures import Failures
 logger = logging.getLogger(__name__)
 
 
-def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures) -> dict[str, Path]:
+def decode_all(
+    run: GenerationRun, done: Iterable[Denoised], failures: Failures, are_named: bool
+) -> dict[str, Path]:
     """Turn latents into videos or images and return their paths by the labels of their jobs.
 
-    Latent files and previews that are not part of the result are then removed.
+    Latent files and previews that are not part of the result are then removed. are_named: log each path.
     """
     output = run.options.output
     paths: dict[str, Path] = {}
@@ -44,7 +46,7 @@ def decode_all(run: GenerationRun, done: Sequence[Denoised], failures: Failures)
                 chunks = decode(run.family, encoders, one.latents)
                 path = save_pixels(output, one.stem, chunks, prepared.fps, one.metadata, run.post)
                 paths[one.job.label] = path
-                if len(done) > 1 or run.options.interactive:  # else the last box says it
+                if are_named:  # else the last box says it
                     logger.info("%s: %s", one.job.label, path)
                 remove_preview(one.preview)
                 if not output.keeps_latents:

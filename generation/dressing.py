@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from generation.ahead import Check
+from generation.experts import Check
 from generation.options import GenerationOptions
 from modules.contract.family import Family
 from modules.contract.loading import Placement

@@ -1,40 +1,28 @@
 """Preview of a video that is still being generated: `<stem>_progress.mp4`, updated after each section.
 
-The memory this takes does not grow with the video. Each piece is decoded by itself. Frames that show the same
-moments as the piece before are cross-faded with it, as in the finished video. Frames that no later piece can
-change are encoded once, into a segment in a hidden folder; only the newest piece's other frames wait in
-memory. The preview joins these segments and the waiting frames without encoding anything again.
+Each piece is decoded by itself. Frames that show the same moments as the piece before are cross-faded with
+it, as in the finished video. Frames that no later piece can change are encoded once and kept in memory as an
+.mp4, a few per cent of their size; only the newest piece's other frames wait as pixels.
 """
 
 import logging
-import os
-import re
-import shutil
-import socket
-import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from generation.outputs import PREVIEW_SUFFIX, frames_of
+from generation.outputs import PREVIEW_SUFFIX
 from generation.session import CPU, Session
-from modules.atomic_write import give_name
 from modules.contract.generation import Piece
 from modules.devices import is_out_of_memory
 from modules.errors import OutputError
-from modules.media.fading import cross_fade
-from modules.media.writing import Segment, join_videos, measure_segment, write_video
+from modules.media.pixels import cross_fade, frames_of
+from modules.media.writing import encode_segment, join_segments
 
 logger = logging.getLogger(__name__)
-
-PRESET = "veryfast"  # of the encoder: the next section waits for it
-FORGOTTEN_SECONDS = 24 * 3600.0  # a folder of segments this old is unused, on whatever machine it was made
-_PARTS = re.compile(r"\..+_progress\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})\.parts")
 
 
 def fade_in_clip(
@@ -65,19 +53,17 @@ def fade_in_clip(
 
 @dataclass
 class GrowingVideo:
-    """Preview of one video. Use it through `grow_preview`, which cleans up."""
+    """Preview of one video."""
 
     session: Session
     path: Path
     fps: float
     needed: int | None  # bytes that decoding takes on the device, if known
-    parts: Path  # hidden folder of segments; created with the first piece
-    give_name: Callable[[Path, Path], None] = give_name
     tags: Mapping[str, str] = field(default_factory=dict)  # stored in the preview
-    _segments: list[Segment] = field(default_factory=list)  # in playing order
+    join: Callable[..., None] = join_segments
+    _segments: list[bytes] = field(default_factory=list)  # in playing order
     _edge: Tensor | None = None
     _grows_in_front: bool | None = None
-    _count: int = 0
     _has_failed: bool = False
     _is_held: bool = False
 
@@ -156,23 +142,11 @@ class GrowingVideo:
         return final
 
     def _write(self, final: Tensor | None) -> None:
-        """Encode the final frames, then publish them with the waiting ones."""
-        if final is not None and final.shape[2]:
-            self._segments = self._with(self._segment(final))
-        segments, edge = self._segments, None
-        if self._edge is not None and self._edge.shape[2]:
-            edge = self._segment(self._edge)
-            segments = self._with(edge)
-        joined = self.parts / "joined.mp4"
-        join_videos(joined, segments, self.fps, self.tags)
-        if edge is not None:
-            edge.path.unlink()
-        self._publish(joined)
-
-    def _publish(self, joined: Path) -> None:
+        """Encode the final frames, then write them with the waiting ones."""
+        self._segments = self._with(final)
         is_first = not self.path.exists()
         try:
-            self.give_name(joined, self.path)
+            self.join(self.path, self._with(self._edge), self.fps, self.tags)
         except OutputError as error:
             if not self.path.is_file():
                 raise
@@ -182,15 +156,12 @@ class GrowingVideo:
         if is_first:
             logger.info("Preview: %s, updated after each section", self.path)
 
-    def _with(self, segment: Segment) -> list[Segment]:
+    def _with(self, pixels: Tensor | None) -> list[bytes]:
+        """Return all segments with these frames at the end that grows."""
+        if pixels is None or not pixels.shape[2]:
+            return self._segments
+        segment = encode_segment(frames_of(pixels.split(4, dim=2)), self.fps)
         return [segment, *self._segments] if self._grows_in_front else [*self._segments, segment]
-
-    def _segment(self, pixels: Tensor) -> Segment:
-        self.parts.mkdir(exist_ok=True)
-        path = self.parts / f"{self._count:06d}.mp4"
-        self._count += 1
-        write_video(path, frames_of(pixels.split(4, dim=2)), self.fps, preset=PRESET)
-        return measure_segment(path, self.fps)
 
 
 def preview_path(folder: Path, stem: str) -> Path:
@@ -210,16 +181,12 @@ def grow_preview(
     """Yield a preview for a block that generates the sections of one video with the session's DiT.
 
     needed: bytes that decoding takes on the device. If that much is free, the DiT stays on the device, else
-    it leaves during decoding. tags: stored in the preview. Temporary files are removed at the end. The
-    preview stays; its path is logged if the block fails.
+    it leaves during decoding. tags: stored in the preview, which stays; its path is logged if the block
+    fails.
     """
-    parts = folder / f".{stem}_progress.{_machine()}-{os.getpid()}.parts"
-    video = GrowingVideo(session, preview_path(folder, stem), fps, needed, parts, tags=tags or {})
-    try:
-        with name_preview_on_failure(video.path):
-            yield video
-    finally:
-        shutil.rmtree(parts, ignore_errors=True)
+    video = GrowingVideo(session, preview_path(folder, stem), fps, needed, tags or {})
+    with name_preview_on_failure(video.path):
+        yield video
 
 
 @contextmanager
@@ -242,33 +209,3 @@ def remove_preview(preview: Path) -> None:
         logger.warning(
             "%s is no longer needed and cannot be removed (%s). Remove it by hand.", preview, error.strerror
         )
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove segments that killed runs left in an output folder; keep those of live runs."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            found = _PARTS.fullmatch(entry.name)
-            if found is None:
-                continue
-            with suppress(OSError):  # another process was faster
-                is_forgotten = entry.stat(follow_symlinks=False).st_mtime < time.time() - FORGOTTEN_SECONDS
-                if is_forgotten or (found["machine"] == _machine() and not _runs(int(found["process"]))):
-                    shutil.rmtree(entry.path, ignore_errors=True)
-
-
-def _machine() -> str:
-    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
-
-
-def _runs(process: int) -> bool:
-    """Whether a process with this number runs on this machine; True on Windows, where asking would end it."""
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -16,7 +16,7 @@ from blissful_tuner.video_to_video_options import SourceOptions
 from generation.expert_loras import loras_of
 from generation.memory import Peaks
 from generation.options import GenerationOptions
-from generation.post import PostTools
+from generation.outputs import FrameTools
 from generation.prompt_lines import parse_generation_line
 from generation.session import Session
 from modules.contract.family import Family
@@ -31,6 +31,8 @@ class GenerationJob:
 
     label: str
     prepared: Prepared
+    stem: str | None = None  # of its files; None: the time, the seed and what the options add
+    metadata: Mapping[str, str] | None = None  # None: as the run says
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class GenerationRun:
     predicted: Peaks | None = None  # where it is known
     rewriter: PromptRewriter | None = None
     previews: LatentPreviews | None = None
-    post: PostTools | None = None  # what decoded frames go through
+    post: FrameTools | None = None  # what decoded frames go through
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":
@@ -69,6 +71,10 @@ class GenerationRun:
             session.dit_can_stay,
         )
         return replace(self, previews=made)
+
+    def metadata_of(self, job: GenerationJob) -> Mapping[str, str] | None:
+        """Return what the files of a job record; None with --no_metadata."""
+        return job.metadata or self.metadata(job.prepared)
 
     def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
         """Return the metadata of an output; None with --no_metadata."""

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -17,11 +17,7 @@ from blissful_tuner.latent_preview import preview_clip
 from blissful_tuner.metadata import as_tags
 from blissful_tuner.prompt_rewrite import rewrite_prompts
 from generation.decoding import check_made, decode_all
-from generation.growing import (
-    grow_preview,
-    preview_path,
-    remove_parts,
-)
+from generation.growing import grow_preview, preview_path
 from generation.jobs import Denoised, GenerationJob, GenerationRun
 from generation.output_options import OutputOptions
 from generation.outputs import (
@@ -39,8 +35,7 @@ from generation.sections import OnSection, make_latents
 from generation.session import CPU, NO_ENCODERS, encode_inputs, needs_media, wanted_texts
 from modules.atomic_write import make_folder
 from modules.contract.data import Conditions
-from modules.contract.generation import EncodedPrompts, Section
-from modules.contract.prepared import Prepared
+from modules.contract.generation import DitAt, EncodedPrompts, Section
 from modules.contract.steps import Watcher
 from modules.devices import free_memory
 from modules.failures import Failures
@@ -72,7 +67,6 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     start, jobs = time.monotonic(), rewrite_jobs(run, jobs)
     requests = [job.prepared for job in jobs]
     make_folder(run.options.output.save_path, "--save_path")
-    remove_parts(run.options.output.save_path)
     if not run.options.interactive:
         show_start(run.family, requests, run.loras, run.options.output.save_path, run.session.device)
     texts = run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
@@ -80,9 +74,11 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     ready = [
         (job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs
     ]
-    done = denoise_all(run, ready, failures) if ready else []
+    done = list(denoise_all(run, ready, failures)) if ready else []
     paths = [one.latent_path for one in done if run.options.output.keeps_latents]
-    made = decode_all(run, done, failures) if run.options.output.decodes and done else {}
+    made: Mapping[str, Path] = {}
+    if done and run.options.output.decodes:
+        made = decode_all(run, done, failures, are_named=len(done) > 1 or run.options.interactive)
     paths += made.values()
     if paths and not run.options.interactive:
         show_end(paths, time.monotonic() - start, run.session.device, len(failures.reasons))
@@ -126,19 +122,22 @@ def encode_all_inputs(
 
 
 Ready = tuple[GenerationJob, Mapping[int, EncodedPrompts], Mapping[int, Conditions]]
+Networks = Iterator[tuple[Sequence[Ready], DitAt]]  # jobs, and the networks that make them
 
 
-def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) -> list[Denoised]:
-    """Return the latents of each job; each is written when it is done, so a kill loses at most one."""
-    done = []
+def denoise_all(
+    run: GenerationRun, ready: Sequence[Ready], failures: Failures, networks: Networks | None = None
+) -> Iterator[Denoised]:
+    """Yield the latents of each job; each is written when it is done, so a kill loses at most one.
+
+    networks: what makes which jobs, in the order of `ready`; None: one network makes all.
+    """
     queue = Queue([job.prepared for job, _, _ in ready])
-    with run.session.dit([job.prepared for job, _, _ in ready]) as dit_at:
-        for job, texts, inputs in ready:
+    for of_network, dit_at in networks or _one_network(run, ready):
+        for job, texts, inputs in of_network:
             with failures.note_errors(job.label):
                 queue.begin(job.label)
-                output = run.options.output
-                name = _name(output, job.prepared)
-                with own_stem(output.save_path, name) as stem:
+                with _stem_of(run.options.output, job) as stem:
                     with watch(run, job, stem) as (watchers, on_section):
                         latents = make_latents(
                             run.family,
@@ -154,17 +153,24 @@ def denoise_all(run: GenerationRun, ready: Sequence[Ready], failures: Failures) 
                             on_section,
                         ).to(CPU)
                     check_made(latents)
-                    done.append(keep_latents(run, job, latents, stem))
-    return done
+                    done = keep_latents(run, job, latents, stem)
+                yield done
 
 
-def _name(output: OutputOptions, prepared: Prepared) -> str:
-    now, prompt = datetime.now(), prepared.asked.prompt
-    if output.naming == "released":
-        return released_stem(now, prepared.seed, prompt)
-    if output.naming == "time":
-        return time_stem(now)
-    return output_stem(now, prepared.seed, prompt=prompt if output.prompt_in_name else "")
+def _one_network(run: GenerationRun, ready: Sequence[Ready]) -> Networks:
+    with run.session.dit([job.prepared for job, _, _ in ready]) as dit_at:
+        yield ready, dit_at
+
+
+def _stem_of(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
+    """Return a block with the stem of a job's files, reserved unless the job names it."""
+    if job.stem is not None:
+        return nullcontext(job.stem)
+    now, prompt, seed = datetime.now(), job.prepared.asked.prompt, job.prepared.seed
+    stem = output_stem(now, seed, prompt=prompt if output.prompt_in_name else "")
+    if output.naming:
+        stem = released_stem(now, seed, prompt) if output.naming == "released" else time_stem(now)
+    return own_stem(output.save_path, stem)
 
 
 @contextmanager
@@ -175,7 +181,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
     shown_from = run.options.guidance.scaled_steps
-    tags = as_tags(run.metadata(prepared) or {})
+    tags = as_tags(run.metadata_of(job) or {})
     hides = run.post is not None and run.post.hides
     with (
         grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
@@ -203,7 +209,7 @@ def keep_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: 
     preview = preview_path(run.options.output.save_path, stem)
     stem = free_stem(run.options.output.save_path, stem, [LATENT_SUFFIX])
     path = run.options.output.save_path / f"{stem}{LATENT_SUFFIX}"
-    metadata = run.metadata(job.prepared)
+    metadata = run.metadata_of(job)
     save_latents(path, latents, metadata)
     if run.options.output.keeps_latents:
         logger.info("Latents: %s", path)

@@ -13,10 +13,9 @@ from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import predictor
 from generation.expert_memory import ALONE, ExpertTurns, turns_of
-from generation.noise import SeededNoise
 from generation.options import GenerationOptions
 from generation.planned_requests import all_requests, largest_of
-from generation.sections import on_device, sections_of
+from generation.sections import SeededNoise, on_device, sections_of
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.experts import Expert, noisiest

@@ -147,10 +147,10 @@ class GenerationOptions(Options, title="run"):
                 f"{POST} when the latents are decoded (--latent_path)"
             )
         shows = self.preview.preview_latent_every is not None and not self.latent_path
-        if shows and self.post.hiding is not None:
+        if shows and self.post.tools and self.post.tools.hiding:
             raise OptionError(
-                f"--preview_latent_every with {POST} {self.post.hiding}: previews would show what it hides. "
-                "Leave one of them out"
+                f"--preview_latent_every with {POST} {self.post.tools.hiding}: previews would show what "
+                "it hides. Leave one of them out"
             )
         if self.sheet.is_asked:
             self._check_sheet()
@@ -222,7 +222,7 @@ def read_generation(
     elsewhere = {
         name for name, own_facts in facts.items() if own_facts.get("record") in {"request", "nothing"}
     }
-    values["post"] = options.post.in_words  # no folders
+    values["post"] = options.post.tools and options.post.tools.in_words  # no folders
     settings = {name: values[name] for name in values if name in (given | ALWAYS_RECORDED) - elsewhere}
     return replace(options, settings=settings, decoding_options=of_decoding), own
 

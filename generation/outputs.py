@@ -10,20 +10,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
-import torch
-from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor
 
-from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata, with_plain_keys
+from blissful_tuner.metadata import as_png_texts, as_tags, with_plain_keys
 from generation.output_options import OutputOptions
-from generation.post import Frame, PostTools
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
-from modules.contract.family import Family
-from modules.contract.prepared import Prepared
 from modules.media.encoding import settle_codec
+from modules.media.pixels import frames_of
+from modules.media.reading import Frame
 from modules.media.writing import write_png, write_video
 
 logger = logging.getLogger(__name__)
@@ -37,6 +33,33 @@ SUFFIXES = (LATENT_SUFFIX, PREVIEW_SUFFIX, LAST_FRAME_SUFFIX, ".mp4", ".mkv", ".
 
 NAMED_CHARACTERS = 40  # of a prompt in a file's name
 NAMED_BYTES = 100  # in UTF-8: names have 255 at most
+
+
+class FrameTools(Protocol):
+    """Tools that decoded frames go through before they are written: the stages of --post."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Return how messages name the tools."""
+
+    @property
+    def hides(self) -> bool:
+        """Return whether a tool hides something, so that no frame may be shown as it was decoded."""
+
+    def check(self) -> None:
+        """Read the headers of the tools' model files. Raises UserError if they do not fit."""
+
+    def check_length(self, frames: int, label: str) -> None:
+        """Raise OptionError if there is a single frame, and a tool works between frames.
+
+        label: whose frames they are, for the message.
+        """
+
+    def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
+        """Return what the tools make of frames, and its frames a second. Raises UserError.
+
+        is_single: there is only one frame. The networks are loaded now, if they are not yet there.
+        """
 
 
 def output_stem(when: datetime, seed: int, origin: Path | None = None, prompt: str = "") -> str:
@@ -107,7 +130,7 @@ def save_pixels(
     chunks: Iterable[Tensor],
     fps: float,
     metadata: Mapping[str, str] | None,
-    post: PostTools | None = None,
+    post: FrameTools | None = None,
 ) -> Path:
     """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come; return the path.
 
@@ -215,15 +238,6 @@ class LastFrame:
         logger.info("Last frame: %s", path)
 
 
-def sample_tags(family: Family, prepared: Prepared, model: str, device: torch.device) -> dict[str, str]:
-    """Metadata of a sample made while training. model: the file name of the weights it was made with."""
-    settings = {"sampled_from": model}
-    metadata = output_metadata(
-        prepared, family.metadata, settings=settings, device=device.type, experts=family.experts
-    )
-    return as_png_texts(metadata) if prepared.frames == 1 else as_tags(metadata)
-
-
 def write_frames(
     frames: Iterable[Frame], folder: Path, name: str, tags: Mapping[str, str]
 ) -> Iterator[Frame]:
@@ -231,19 +245,6 @@ def write_frames(
     for index, frame in enumerate(frames):
         write_png(folder / name.format(index), frame, tags)
         yield frame
-
-
-def frames_of(chunks: Iterable[Tensor]) -> Iterator[Frame]:
-    """Yield the single frames of chunks of pixels (1 3 F H W in -1..1)."""
-    for chunk in chunks:
-        yield from pixels_to_uint8(chunk)
-
-
-def pixels_to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
-    """Return the first video of B 3 F H W (-1..1) as F H W 3, 0..255, rounded."""
-    values = (pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255
-    array: NDArray[np.uint8] = rearrange(values.round().to(torch.uint8), "c f h w -> f h w c").cpu().numpy()
-    return array
 
 
 def drop_tail(frames: Iterable[Frame], count: int) -> Iterator[Frame]:

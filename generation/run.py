@@ -20,7 +20,7 @@ from generation.jobs import GenerationRun, tell_unused_sources
 from generation.making import make_job, make_outputs
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
-from generation.post import PostTools
+from generation.outputs import FrameTools
 from generation.preset import leave_out_missing
 from generation.prompt_lines import is_blank, read_generation_lines
 from generation.request import seed_of
@@ -34,6 +34,7 @@ from modules.contract.loading import Placement
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.failures import Failures
+from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing
 from modules.planning.memory_plan import room_on, too_little
@@ -79,7 +80,9 @@ def do(family: Family, options: GenerationOptions) -> None:
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
     session.text_loras = TextLoras(uses[0])
-    post = PostTools(options.post.tools, device) if options.post.tools else None
+    post: FrameTools | None = None
+    if options.post.tools:  # by name, as PostOptions explains
+        post = import_own("post.decoded").PostTools(options.post.tools, device)
     if post is not None:
         post.check()
         if post.hides and options.output.keeps_latents:

@@ -11,15 +11,32 @@ from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.video_to_video import noisy_source, part_of
 from generation.denoise import LoopStart, denoise
-from generation.noise import SeededNoise
 from modules.contract.data import Conditions
 from modules.contract.family import Family, NoiseSource
 from modules.contract.generation import DitAt, EncodedPrompts, Section, Tweaks
 from modules.contract.prepared import Prepared
 from modules.contract.steps import Watcher
-from modules.devices import send
+from modules.devices import send, send_ahead
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
+
+
+class SeededNoise:
+    """Random generator of one request, continued by every draw.
+
+    By default it runs on the device, and its stream depends on the kind of device. With `cpu_noise` it runs
+    on the CPU: the stream of `torch.manual_seed(seed)`, the same on every machine and in ComfyUI.
+    """
+
+    def __init__(self, seed: int, device: torch.device, cpu_noise: bool = False) -> None:
+        self._device = device
+        self._generator = torch.Generator(device="cpu" if cpu_noise else device).manual_seed(seed)
+
+    def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw standard normal numbers of this shape; they lie on the device."""
+        drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype)
+        return send_ahead(drawn, self._device)  # solvers draw between steps, and must not wait there
+
 
 OnSection = Callable[[Section], None]
 SOURCE = "source_latents"  # among the inputs of section 0: what the whole video starts from

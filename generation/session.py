@@ -205,12 +205,11 @@ def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:
 
 
 def gather_encoded(prompts: Prompts, known: Mapping[Prompt, Conditions]) -> EncodedPrompts:
-    """What the encoders made of a section's texts."""
-
-    def of(text: Prompt | None) -> Conditions | None:
-        return None if text is None else known[text]
-
-    return EncodedPrompts(known[prompts.positive], of(prompts.negative), of(prompts.blank), of(prompts.away))
+    """Return what the encoders made of a section's texts."""
+    others = (prompts.negative, prompts.blank, prompts.away)
+    return EncodedPrompts(
+        known[prompts.positive], *(None if text is None else known[text] for text in others)
+    )
 
 
 @contextmanager

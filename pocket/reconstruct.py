@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from generation.outputs import pixels_to_uint8
 from modules.atomic_write import write_text
+from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import resize_cover, video_frames
 from modules.media.writing import write_video
 from modules.parser import read_folder

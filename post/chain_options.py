@@ -85,21 +85,45 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     return Chain(run, tuple(tools))
 
 
-def read_tools(text: str, option: str) -> tuple[ToolOptions, ...]:
-    """Read tools from one text: `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
+@dataclass(frozen=True)
+class AskedTools:
+    """Tools that an option names, in the order of work."""
 
-    option: what the text was given to, for messages. Ends the program, as argparse does, if a word cannot be
-    understood. Raises OptionError.
+    option: str  # for messages
+    tools: tuple[ToolOptions, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """Return how messages name the tools."""
+        return [f"{self.option} {tool.name}" for tool, _ in self.tools]
+
+    @property
+    def hiding(self) -> str | None:
+        """Return the name of the first tool that hides something; None if there is none."""
+        return hiding_tool(self.tools)
+
+    @property
+    def in_words(self) -> str:
+        """Return what the tools do, as metadata keep it: without folders."""
+        return f" {THEN} ".join(tool_in_words(tool, options) for tool, options in self.tools)
+
+
+def read_asked(texts: Sequence[str], option: str) -> AskedTools:
+    """Read tools from texts, each of one or more: `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
+
+    option: what the texts were given to, for messages. Ends the program, as argparse does, if a word cannot
+    be understood. Raises OptionError.
     """
     tools = []
-    for words in split_at(split_assigned(split_words(text), THEN), THEN):
-        if not words:
-            raise OptionError(
-                f"{option} {text!r}: the name of a tool is missing. Give {tool_names()}, and its options."
-            )
-        with name_tool(f"{option} {words[0]}"):
-            tools.append(read_tool(words, option))
-    return tuple(tools)
+    for text in texts:
+        for words in split_at(split_assigned(split_words(text), THEN), THEN):
+            if not words:
+                raise OptionError(
+                    f"{option} {text!r}: the name of a tool is missing. Give {tool_names()}, and its options."
+                )
+            with name_tool(f"{option} {words[0]}"):
+                tools.append(read_tool(words, option))
+    return AskedTools(option, tuple(tools))
 
 
 def read_tool(words: Sequence[str], before: str) -> ToolOptions:
@@ -162,7 +186,7 @@ def name_tool(name: str) -> Iterator[None]:
         raise
 
 
-def in_words(tool: Tool, options: Any) -> str:
+def tool_in_words(tool: Tool, options: Any) -> str:
     """Return a tool and its settings as metadata keep them: `upscaler model=x.pth scale=2.0`; files by name
     only, so that no folder is told.
     """

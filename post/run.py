@@ -2,17 +2,26 @@
 
 import gc
 import logging
+import os
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from modules.asking import Answer, ask_at_console
-from modules.atomic_write import make_folder
+from modules.atomic_write import atomic_folder, make_folder
+from modules.bars import FRAMES, Bar
+from modules.console import count_of, in_words
 from modules.devices import choose_device
+from modules.errors import MediaError, OutputError
 from modules.failures import Failures
-from post.chain_options import Chain, in_words
-from post.naming import FileJob, plan_jobs, tell_suffix
-from post.pictures import run_picture
+from modules.media.reading import read_image
+from modules.media.streams import source_info
+from modules.media.writing import write_png
+from post.chain_options import Chain, tool_in_words
+from post.naming import FileJob, is_picture, plan_jobs, tell_suffix
 from post.stages import NamedStage, check_tools, make_stages
-from post.videos import check_video, run_video
+from post.streaming import read_ahead
+from post.videos import check_video, keep_pngs, read_pictures, run_picture, run_video
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +49,7 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
 
     Raises UserError at the end if one failed, with the exit code of the failures if they share one.
     """
-    done = [in_words(tool, options) for tool, options in chain.tools]
+    done = [tool_in_words(tool, options) for tool, options in chain.tools]
     failures = Failures(strict=len(jobs) == 1)
     for job in jobs:
         with failures.note_errors(str(job.source)):
@@ -52,3 +61,40 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
     if len(jobs) > 1 and not failures.reasons:
         logger.info("All %d files are done", len(jobs))
     failures.raise_if_any(len(jobs), f"{chain.run.input}: ")
+
+
+FOLDER = "frames"
+
+
+def write_frames(path: Path, folder: Path, most: int | None) -> None:
+    """Write a video's frames, or the first `most` of them, to `folder`/frames; of a picture a single PNG.
+
+    The folder appears when all are written. Reads no further than necessary, with few frames in memory.
+    Raises OutputError if `folder`/frames is there already; MediaError if the file cannot be read.
+    """
+    if not path.exists():
+        raise MediaError(f"--input {path} does not exist. Give a video.")
+    if path.is_dir():
+        raise MediaError(f"--input {path} is a folder. Give a video in it.")
+    frames = folder / FOLDER
+    if os.path.lexists(frames):
+        raise OutputError(f"{frames} exists already. Move it away, or choose another --output.")
+    is_single = is_picture(path)
+    # of a damaged file the beginning may still be wanted
+    total = most if is_single or most is not None else source_info(path).frames
+    make_folder(folder, "--output")
+    started, written = time.monotonic(), 0
+    with atomic_folder(frames) as temporary:
+        if is_single:
+            write_png(temporary / "000000.png", read_image(path))
+            written = 1
+        else:
+            with (
+                Bar(total, path.name, FRAMES) as bar,
+                read_ahead(read_pictures(path, deep=False, most=most)) as pictures,
+            ):
+                for _ in keep_pngs(pictures, temporary):
+                    written += 1
+                    bar.update()
+    seconds = time.monotonic() - started
+    logger.info("%s: %s in %s", frames, count_of(written, "frame"), in_words(seconds))

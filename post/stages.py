@@ -1,18 +1,36 @@
 """Make the stages of several tools, and lead pictures through them."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from modules.devices import is_out_of_memory
 from modules.errors import MemoryPlanError
+from post.blurring.options import BlurOptions
+from post.blurring.stage import check_blur, make_blur
 from post.chain_options import ToolOptions, name_tool
-from post.compiling import check_compiling
 from post.contract import Clip, Picture, Stage
-from post.making import check_tool, make_stage
+from post.faces.options import FacefixOptions
+from post.faces.stage import check_facefix, make_facefix
+from post.interpolation.options import InterpolationOptions
+from post.interpolation.stage import check_interpolation, make_interpolation
+from post.precision import check_compiling
 from post.tiling import short_reason
+from post.upscaling.options import UpscalerOptions
+from post.upscaling.stage import check_upscaler, make_upscaler
+
+Check = Callable[[Any], None]  # of the options of a tool
+Make = Callable[[Any, torch.device], Stage]
+# what reads the headers of each tool's model files, and what loads its networks, by the type of its options
+TOOLS: dict[type, tuple[Check, Make]] = {
+    UpscalerOptions: (check_upscaler, make_upscaler),
+    InterpolationOptions: (check_interpolation, make_interpolation),
+    FacefixOptions: (check_facefix, make_facefix),
+    BlurOptions: (check_blur, make_blur),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +48,8 @@ def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: tor
     """
     for (_, options), label in zip(tools, labels, strict=True):
         with name_tool(label):
-            check_tool(options)
+            check, _ = TOOLS[type(options)]
+            check(options)
             check_compiling(options.network, device)
 
 
@@ -41,7 +60,8 @@ def make_stages(
     stages = []
     for (_, options), label in zip(tools, labels, strict=True):
         with name_tool(label), _explain_memory("its network"):
-            stages.append(NamedStage(make_stage(options, device), label))
+            _, make = TOOLS[type(options)]
+            stages.append(NamedStage(make(options, device), label))
     return stages
 
 

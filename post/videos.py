@@ -1,28 +1,82 @@
 """Run stages on a video: decode, stages and encode at the same time, with few pictures in memory."""
 
 import logging
+import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
 from pathlib import Path
 
-from modules.atomic_write import atomic_folder
+import numpy as np
+
+from modules.atomic_write import atomic_folder, claim_name, make_storable
 from modules.bars import FRAMES, Bar
 from modules.console import as_size, count_of, in_words
 from modules.errors import MediaError
 from modules.media.encoding import settle_codec
 from modules.media.options import FormatOptions
+from modules.media.reading import read_image
 from modules.media.streams import shown_frames, source_info
-from modules.media.tags import read_tags
-from modules.media.writing import write_shown
+from modules.media.tags import TOOL_TAG, read_tags, without_pictures
+from modules.media.writing import write_png, write_shown
 from post.contract import Clip, Picture
 from post.naming import FileJob
-from post.pictures import keep_pngs, own_folder
-from post.recording import number_done
+from post.pixels import to_bytes
 from post.stages import NamedStage, lead_through, results
 from post.streaming import read_ahead, write_behind
 
 logger = logging.getLogger(__name__)
+
+
+def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
+    """Return what has been done as post_1, post_2, counted on from the names that a file already has."""
+    numbers = [int(found[1]) for name in names if (found := TOOL_TAG.fullmatch(name)) is not None]
+    first = max(numbers, default=0) + 1
+    return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
+
+
+def add_done(said: Mapping[str, str], done: Sequence[str]) -> dict[str, str]:
+    """Return what a file said before, and what has been done since."""
+    return {**said, **number_done(said, done)}
+
+
+SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures reads it
+
+
+def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
+    """Let all stages work on a picture, and write a PNG. done: what they do, for its texts.
+
+    hides: of a chain; texts that may hold a small copy of the picture are left out. Raises UserError.
+    """
+    pixels = read_image(job.source, alpha=True)
+    if pixels.shape[2] == 4:
+        logger.warning("%s: its transparency is dropped", job.source)
+        pixels = np.ascontiguousarray(pixels[..., :3])
+    height, width = pixels.shape[:2]
+    clips = results(stages, Clip(job.source, width, height, None, 1, is_deep=False))
+    made = list(lead_through(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
+    assert len(made) == 1, f"{len(made)} pictures of one"
+    texts = read_tags(job.source)
+    texts = without_pictures(job.source, texts) if hides else texts
+    write_png(job.output, to_bytes(made[0].pixels), add_done(texts, done))
+    logger.info("%s", job.output)
+
+
+@contextmanager
+def own_folder(path: Path) -> Iterator[Path]:
+    """Reserve a name for a folder: append `_` until nothing has it and no other run has reserved it."""
+    with ExitStack() as claims:
+        while not claims.enter_context(claim_name(path)) or os.path.lexists(path):
+            path = path.with_name(f"{path.name}_")
+        yield path
+
+
+def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
+    """Write each picture to `folder` as 000000.png and so on, and pass it on."""
+    for index, picture in enumerate(pictures):
+        write_png(folder / f"{index:06d}.png", to_bytes(picture.pixels))
+        yield picture
 
 
 def check_video(path: Path) -> None:

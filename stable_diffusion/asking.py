@@ -21,11 +21,17 @@ from stable_diffusion.contract import (
     SizeConditions,
     Unsharp,
 )
-from stable_diffusion.dynamic_prompts import enumerates, expand
-from stable_diffusion.inputs import Inputs
-from stable_diffusion.lines import Line
+from stable_diffusion.lines import Inputs, Line
 from stable_diffusion.options import GenImgOptions
-from stable_diffusion.prompt_lines import LINE_OPTIONS, MULTIPLIERS, SEEDS, read_line, split_seeds
+from stable_diffusion.prompt_lines import (
+    LINE_OPTIONS,
+    MULTIPLIERS,
+    SEEDS,
+    enumerates,
+    expand,
+    read_line,
+    split_seeds,
+)
 from stable_diffusion.regions import check_regions, split_parts
 from stable_diffusion.sampling_options import USUAL_STRENGTH
 from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions, read_unsharp

@@ -1,29 +1,88 @@
 """Load what a run of gen_img.py makes pictures with: the checkpoint, and all that acts on it."""
 
+import itertools
 import logging
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from modules.checkpoints.dialects import count
 from stable_diffusion.clip_vision import PictureVectors, check_vision
-from stable_diffusion.contract import Model
+from stable_diffusion.contract import AskedPicture, Idea, Model
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.deep_shrink import DeepShrinks
 from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.highres import Makes
-from stable_diffusion.layer_texts import LayerTexts, list_cross_attentions
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import check_attention, load_release, open_release
 from stable_diffusion.loras import ChosenLoras, check_networks, load_networks, read_networks
 from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
-from stable_diffusion.regions import Regions
+from stable_diffusion.regions import Regions, put_back
 from stable_diffusion.samplers import check_sampling
 from stable_diffusion.starting import check_painting
 from stable_diffusion.text import Texts, check_texts
 
 logger = logging.getLogger(__name__)
+
+
+# Extended textual inversion in the U-Net: each cross-attention is given the states that are meant for it.
+#
+# The context of a text holds the states for all cross-attentions, one after the other, in the order of their
+# names: the released numbers of the U-Net's blocks, IN01 to OUT11. Source: Voynov et al. 2023,
+# arXiv 2303.09522 (P+).
+def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
+    """Return the cross-attentions of a U-Net: their names in files -> diffusers' names of their modules.
+
+    names: of diffusers' tensors.
+    """
+    found: dict[str, str] = {}
+    # the first block on the way down is a convolution, and each halving is one more
+    for side, short, number, halving in (("down", "IN", 1, 1), ("up", "OUT", 0, 0)):
+        for level in itertools.count():
+            blocks = count(names, rf"{side}_blocks\.{level}\.resnets\.\d+")
+            if not blocks:
+                break
+            for place in range(blocks):
+                path = f"{side}_blocks.{level}.attentions.{place}"
+                if f"{path}.transformer_blocks.0.attn2.to_k.weight" in names:
+                    found[f"{short}{number + place:02d}"] = path
+            number += blocks + halving
+        if side == "down":
+            found["MID"] = "mid_block.attentions.0"
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTexts:
+    """Gives each cross-attention its part of the context, as long as a batch is made."""
+
+    unet: Any
+    paths: Sequence[str]  # of the transformers around them, in the order of the context; (): all share it
+
+    @contextmanager
+    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
+        """Set the U-Net up for a batch; it is put back at the end. Enter it before `Regions`."""
+        with ExitStack() as stack:
+            for place, path in enumerate(self.paths):
+                for name, module in self.unet.get_submodule(path).named_modules():
+                    if name.endswith(".attn2"):
+                        stack.callback(put_back, module, module.__dict__.get("forward"))
+                        module.forward = _with_own(module.forward, place, len(self.paths))
+            yield None
+
+
+def _with_own(attend: Callable[..., Tensor], place: int, places: int) -> Callable[..., Tensor]:
+    def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **others: Any) -> Tensor:
+        # encoder_hidden_states: R A*L C
+        own = encoder_hidden_states.chunk(places, dim=1)[place]
+        return attend(hidden_states, encoder_hidden_states=own, **others)
+
+    return forward
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,8 +40,7 @@ from stable_diffusion.model_options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan, read_texts, state_width
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, find_tokenizers
 from stable_diffusion.unet_checkpoints import SIZE_NUMBERS, UnetSizes, build_unet, read_unet
-from stable_diffusion.vae_bands import band_convolutions
-from stable_diffusion.vae_checkpoints import VaeSizes, build_vae, read_vae
+from stable_diffusion.vae_checkpoints import VaeSizes, band_convolutions, build_vae, read_vae
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,11 @@
 """A run of gen_img.py: prompts become pictures, batch by batch; the networks are loaded once."""
 
 import logging
+import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +26,41 @@ from stable_diffusion.assembling import LoadedPipeline, assemble
 from stable_diffusion.contract import AskedPicture
 from stable_diffusion.files import PictureFiles
 from stable_diffusion.highres import Highres, make_pictures, prepare_highres
-from stable_diffusion.inputs import Inputs, find_inputs
-from stable_diffusion.lines import Line, import_prompter, list_lines, make_prompter, prompted_lines
+from stable_diffusion.lines import (
+    Inputs,
+    Line,
+    find_inputs,
+    import_prompter,
+    list_lines,
+    make_prompter,
+    prompted_lines,
+)
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.prompt_lines import LINE_OPTIONS
-from stable_diffusion.viewing import show_picture, viewer_command
 
 logger = logging.getLogger(__name__)
+
+
+def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return the program that opens a file as a click would; None if there is none, or no screen."""
+    if platform == "win32":
+        return "explorer"
+    if platform == "darwin":
+        return shutil.which("open")
+    has_screen = environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY")
+    return shutil.which("xdg-open") if has_screen else None
+
+
+def show_picture(program: str, path: Path) -> None:
+    """Open a picture. Does not wait for the viewer; a viewer that fails is the system's matter."""
+    subprocess.Popen(
+        [program, str(path.resolve())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
 
 Load = Callable[[GenImgOptions, torch.device], LoadedPipeline]
 

@@ -3,24 +3,140 @@
 A picture's generator is drawn from in the order of diffusers' pipelines: the posterior of its input picture,
 the start noise, the posterior of what the mask leaves of the input; then come the steps.
 """
-# Letters: B pictures, h w latent size, H W in pixels
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
+from modules.flow.schedule import Schedule
 from stable_diffusion.contract import AskedPicture, Model, SecondStart
-from stable_diffusion.inpainting import Inpainting, mask_latents, mask_pixels
-from stable_diffusion.pixels import encode_pixels, latent_size, read_picture, to_pixels
+from stable_diffusion.pixels import STRIDE, encode_pixels, fit, latent_size, read_picture, to_pixels
 from stable_diffusion.prompt_options import PictureInputOptions
 from stable_diffusion.samplers import DiffusersSampler, SchedulerSolver
 from stable_diffusion.sampling_options import StartNoiseOptions
-from stable_diffusion.start_noise import vary_noise
+
+# Start noise that is changed for some pictures: pyramid noise and noise offset (--pyramid_noise_prob,
+# --noise_offset_prob).
+#
+# All numbers come from the picture's own generator, and none is drawn by what is not asked for, so that a
+# picture depends neither on its batch nor on these options if they are left out.
+LEVELS = 6  # of pyramid noise at most, as in training with it
+# each level is smaller than the one before by a factor that is drawn between these
+LEAST_STEP, MOST_STEP = 2.0, 4.0
+
+
+def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Generator) -> Tensor:
+    """Return the start noise of a picture, C h w with a standard deviation of 1, changed or not.
+
+    First pyramid noise with its probability, then the offset with its own.
+    """
+    if _hits(options.pyramid_noise_prob, generator):
+        assert options.pyramid_noise_discount_range is not None
+        noise = add_pyramid(noise, _between(options.pyramid_noise_discount_range, generator), generator)
+    if _hits(options.noise_offset_prob, generator):
+        assert options.noise_offset_range is not None
+        noise = add_offset(noise, _between(options.noise_offset_range, generator), generator)
+    return noise
+
+
+def add_offset(noise: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Add one normal number times `amount` to each channel of C h w.
+
+    Source: Guttenberg 2023, "Diffusion with Offset Noise".
+    """
+    return noise + amount * _draw((len(noise), 1, 1), noise, generator)
+
+
+def add_pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> Tensor:
+    """Add coarser noise to C h w, level i times discount^i, and scale the sum to a standard deviation of 1.
+
+    Source: Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training".
+    """
+    channels, height, width = noise.shape
+    total, level_height, level_width = noise, float(height), float(width)
+    for level in range(1, LEVELS + 1):
+        step = _between((LEAST_STEP, MOST_STEP), generator)
+        level_height, level_width = max(level_height / step, 1.0), max(level_width / step, 1.0)
+        coarse = _draw((channels, int(level_height), int(level_width)), noise, generator)
+        fine = interpolate(coarse[None], (height, width), mode="bilinear")[0]
+        total = total + fine * discount**level
+        if min(level_height, level_width) <= 1:
+            break
+    return total / total.std()
+
+
+def _hits(probability: float | None, generator: torch.Generator) -> bool:
+    return bool(probability) and _between((0.0, 1.0), generator) < (probability or 0)
+
+
+def _between(limits: tuple[float, ...], generator: torch.Generator) -> float:
+    share = torch.rand((), generator=generator, device=generator.device).item()
+    return limits[0] + (limits[1] - limits[0]) * share
+
+
+def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+    return drawn.to(like.device, like.dtype)
+
+
+# Inpainting: what the mask leaves black is put back after each step, as noisy as the rest is then.
+def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
+    """Return a mask of that size, 1 1 H W: 1 where it is lighter than half grey, which is painted anew; else
+    0. So it is in diffusers' pipelines, even with soft edges.
+    """
+    grey = fit(mask.convert("RGB"), width, height).convert("L")
+    values = torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)
+    return (values >= 0.5).float()[None, None]
+
+
+def mask_latents(mask: Tensor) -> Tensor:
+    """Return a mask B 1 H W at the size of latents: B 1 h w, each the upper left pixel of its square."""
+    return mask[:, :, ::STRIDE, ::STRIDE]
+
+
+@dataclass(frozen=True, eq=False)
+class Inpainting:
+    """A sampler around another one. After each step latents are
+
+        original with noise * (1 - mask) + latents * mask
+
+    and after the last one without noise.
+    """
+
+    inner: DiffusersSampler
+    original: Tensor  # B 4 h w, scaled as the U-Net sees them
+    noise: Tensor  # B 4 h w, the start noise
+    mask: Tensor  # B 1 h w; 1 is painted anew
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.inner.schedule
+
+    @property
+    def first(self) -> int:
+        return self.inner.first
+
+    def model_input(self, index: int, sample: Tensor) -> Tensor:
+        return self.inner.model_input(index, sample)
+
+    def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        return self.inner.add_noise(index, latents, noise)
+
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        painted = self.inner.step(index, velocity, sample).squeeze(2)
+        kept = self.original
+        if index + 1 < self.schedule.num_steps:
+            kept = self.inner.add_noise(index + 1, kept, self.noise)
+        return ((1 - self.mask) * kept + self.mask * painted).unsqueeze(2)
+
 
 CHANNELS = 4  # of latents
 

@@ -24,11 +24,11 @@ from stable_diffusion.chunks import (
     join_states,
     join_weights,
     make_rows,
+    parse_weights,
 )
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind, TextState, TextTower
 from stable_diffusion.text_options import TextOptions
 from stable_diffusion.textual_inversion import LearnedWord, add_words, check_words, read_words
-from stable_diffusion.weights import parse_weights
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from blissful_tuner.nag import NormalisedGuidance
 from generation.denoise import LoopStart, denoise
-from generation.noise import SeededNoise
 from generation.request_options import SOLVERS
+from generation.sections import SeededNoise
 from modules.contract.data import Conditions
 from modules.contract.generation import Away, Request, Section, Tweaks
 from modules.flow.solvers import solver_for

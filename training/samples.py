@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
+from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.preview_options import NO_PREVIEW, PreviewOptions
-from generation.outputs import frames_of, sample_tags
 from generation.prompt_lines import read_all, read_sample_prompts
-from generation.request import check_values
 from generation.request_options import SOLVERS
 from generation.sections import make_latents
 from generation.session import Session, encode_inputs, wanted_texts
@@ -25,9 +24,11 @@ from modules.contract.experts import expert_at
 from modules.contract.family import Family
 from modules.contract.generation import EncodedPrompts, Prompts, Request
 from modules.contract.prepared import Prepared
+from modules.contract.requests import check_values
 from modules.contract.steps import StepDone
 from modules.control_codes import shorten
 from modules.errors import OptionError
+from modules.media.pixels import frames_of
 from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
 from training.loss import Autocast, DitOf
@@ -115,16 +116,26 @@ class Sampler:
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
         with self.session.media(images=False, again=True) as encoders:
             frames = frames_of(self.session.family.decode(encoders, latents))
-            tags = sample_tags(self.session.family, prepared, model, self.session.device)
-            tags = tags if self.has_metadata else {}
+            metadata = self._metadata(prepared, model) if self.has_metadata else {}
             if prepared.frames == 1:
                 number = "" if self.session.family.latent.is_of_pictures else "_000"
                 path = self.folder / f"{stem}{number}.png"
-                write_png(path, next(frames), tags)
+                write_png(path, next(frames), as_png_texts(metadata))
             else:
                 path = self.folder / f"{stem}.mp4"
-                write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=tags)
+                write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=as_tags(metadata))
         return path
+
+    def _metadata(self, prepared: Prepared, model: str) -> Mapping[str, str]:
+        """Return what is recorded of a sample. model: the file name of the weights it was made with."""
+        family = self.session.family
+        return output_metadata(
+            prepared,
+            family.metadata,
+            settings={"sampled_from": model},
+            device=self.session.device.type,
+            experts=family.experts,
+        )
 
 
 def prepare_samples(

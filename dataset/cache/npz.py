@@ -53,8 +53,7 @@ from modules.contract.npz import NpzFormat
 from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.file_locks import only_one
-from modules.media.buckets import Size
-from modules.media.image_buckets import inner_box
+from modules.media.buckets import Size, inner_box
 
 logger = logging.getLogger(__name__)
 

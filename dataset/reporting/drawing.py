@@ -6,7 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from dataset.reporting.tables import Crops
-from modules.pages.bars import draw_histogram
+from modules.pages.charts import draw_histogram
 
 MOST_OUTLINES = 40  # different sizes that are drawn in a bucket
 MARGIN = 3  # percent of the drawing

@@ -21,9 +21,13 @@ from dataset.subset_records import BucketRule
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
-from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover
-from modules.media.image_buckets import (
+from modules.media.buckets import (
+    Fit,
+    Size,
+    bucket_sizes,
+    choose_bucket,
     choose_image_bucket,
+    fit_cover,
     fit_like,
     fit_without_enlarging,
     how_to_resize,

@@ -11,13 +11,29 @@ from modules.contract.family import LatentSpec, SamplingDefaults
 from modules.contract.generation import Prompt, Prompts, Request
 from modules.contract.prepared import Prepared
 from modules.errors import MediaError, OptionError
+from modules.option_values import check_seed, show_number
 from modules.paths import explain_missing
+from modules.text_files import bad_character
 
 logger = logging.getLogger(__name__)
 
 # for `keep_usable_media`: of a model that makes pictures from texts alone
 NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path"), False)
 MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
+
+# field of a request -> its option, its letter in a prompt line, the most: what is larger is a slip of the
+# finger; the models know 1000 timesteps
+COUNTS = {
+    "width": ("--video_size, width", "w", 16384),
+    "height": ("--video_size, height", "h", 16384),
+    "frames": ("--video_length", "f", 100_000),
+    "steps": ("--infer_steps", "s", 10_000),
+}
+VALUES = {
+    "guidance_scale": ("--guidance_scale", "l", 1000),
+    "embedded_guidance": ("--embedded_cfg_scale", "g", 1000),
+    "flow_shift": ("--flow_shift", "fs", 1000),
+}
 
 
 def size_of(request: Request, usual: SamplingDefaults) -> tuple[int, int, int]:
@@ -165,3 +181,55 @@ def whole_frames(frames: int, latent: LatentSpec) -> int:
             step,
         )
     return whole
+
+
+def check_values(request: Request) -> None:
+    """Raise OptionError for texts that are no text, and for numbers that no model or generator can take."""
+    _check_texts(request)
+    _check_numbers(request)
+
+
+def _check_texts(request: Request) -> None:
+    """Bytes that are no UTF-8 reach Python as halves of characters, which could be encoded but not written
+    into a file.
+    """
+    for name, text in {
+        "the prompt": request.prompt,
+        "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt or "",
+        "the negative prompt": request.negative_prompt or "",
+        "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt or "",
+    }.items():
+        found = bad_character(text)
+        if found is not None:
+            raise OptionError(
+                f"{name} {text!r} is not UTF-8 text, it holds {found}: set the terminal or the file to UTF-8"
+            )
+
+
+def _check_numbers(request: Request) -> None:
+    *_, most_scale = VALUES["guidance_scale"]
+    for name, scale in request.expert_guidance.items():
+        if not abs(scale) <= most_scale:
+            raise OptionError(f"--guidance_scale_{name} {scale:g}: give a number of at most {most_scale}")
+    for name, (option, letter, most) in COUNTS.items():
+        count = getattr(request, name)
+        if count is not None and not 1 <= count <= most:
+            raise OptionError(
+                f"{option} {show_number(count)} (--{letter} in a prompt line): give a number from 1 to {most}"
+            )
+    for name, (option, letter, most) in VALUES.items():
+        value = getattr(request, name)
+        if value is not None and not abs(value) <= most:  # nan too
+            raise OptionError(
+                f"{option} {value:g} (--{letter} in a prompt line): give a number of at most {most}"
+            )
+    if request.flow_shift is not None and request.flow_shift <= 0:
+        raise OptionError(
+            f"--flow_shift {request.flow_shift:g} (--fs in a prompt line): give a number above 0; 3 to 7 are "
+            "usual"
+        )
+    if request.embedded_guidance is not None and request.embedded_guidance < 0:
+        raise OptionError(
+            f"--embedded_cfg_scale {request.embedded_guidance:g} (--g in a prompt line): give 0 or more"
+        )
+    check_seed("--seed (--d in a prompt line)", request.seed)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from modules.media.buckets import Fit, Size
-from modules.media.image_buckets import how_to_resize
+from modules.media.buckets import Fit, Size, how_to_resize
 from modules.media.reading import Frame
 
 COLOUR_RATE = 1 / 3  # of pictures whose colours change, as image trainers do it

@@ -4,6 +4,7 @@ Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Size = tuple[int, int]
@@ -63,3 +64,104 @@ def fit_cover(size: Size, bucket: Size) -> Fit:
     resized = (int(size[0] * scale + 0.5), int(size[1] * scale + 0.5))
     crop = ((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2)
     return Fit(resized, crop, bucket, "lanczos" if scale > 1 else "area")
+
+
+# The buckets of image trainers: sizes by a shortest and a longest side, and how a picture fits one.
+#
+# Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
+def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int) -> tuple[Size, ...]:
+    """Return the buckets of at most the resolution's area, ascending: a square, and every width by `step`
+    from `shortest` to `longest` with the greatest height that fits, each also turned.
+
+    Sides are multiples of `step`, as `shortest` and `longest` are. Raises ValueError if there is none.
+    """
+    area = resolution[0] * resolution[1]
+    side = math.isqrt(area) // step * step
+    sizes = {(side, side)} if side else set()
+    for width in range(shortest, longest + 1, step):
+        height = min(longest, area // width // step * step)
+        if height >= shortest:
+            sizes |= {(width, height), (height, width)}
+    if not sizes:
+        raise ValueError(f"{resolution[0]}x{resolution[1]} is smaller than one {step}x{step} bucket")
+    return tuple(sorted(sizes))
+
+
+def choose_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
+    """Return the bucket of exactly that size, else the first of those whose proportions are nearest."""
+    if size in sizes:
+        return size
+    aspect = size[0] / size[1]
+    return min(sizes, key=lambda bucket: abs(bucket[0] / bucket[1] - aspect))
+
+
+def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
+    """Return how a picture fits a bucket of its own: one above `area` pixels is shrunk to about that, another
+    keeps its size; the bucket is that size rounded down to multiples of `step`.
+
+    Of the two sizes of about that area in which one side is a multiple of `step`, the one is taken whose
+    other side loses less. Raises ValueError if a side is shorter than `step`.
+    """
+    width, height = size
+    resized = size if width * height <= area else _shrink(size, area, step)
+    bucket = (resized[0] // step * step, resized[1] // step * step)
+    if not min(bucket):
+        raise ValueError(
+            f"{width}x{height} has a side under {step} pixels, and bucket_no_upscale forbids enlarging it"
+        )
+    crop = ((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2)
+    return Fit(resized, crop, bucket, "none" if resized == size else "area")
+
+
+def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
+    """Return how a picture that belongs to another, of size `like` and fitted by `fit`, fits the same bucket.
+
+    One of the same proportions lies on the other exactly; another covers the bucket.
+    """
+    if size == like:
+        return fit
+    if abs(size[0] * like[1] - size[1] * like[0]) > max(size[0] * like[1], size[1] * like[0]) // 50:
+        return fit_cover(size, fit.bucket)
+    return Fit(fit.resized, fit.crop, fit.bucket, how_to_resize(size, fit.resized))
+
+
+def how_to_resize(size: Size, resized: Size) -> str:
+    """Return "none" if the size stays, "area" if both sides shrink, else "lanczos"."""
+    if size == resized:
+        return "none"
+    return "area" if resized[0] < size[0] and resized[1] < size[1] else "lanczos"
+
+
+def inner_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
+    """Return left, top, right, bottom of a picture that is scaled into a bucket whole, in its pixels.
+
+    What the npz caches of image trainers call `crop_ltrb`: left and top are rounded down.
+    """
+    is_wider = size[0] * bucket[1] > size[1] * bucket[0]  # than the bucket, whose side it takes whole
+    width = bucket[0] if is_wider else bucket[1] * size[0] / size[1]
+    height = bucket[0] * size[1] / size[0] if is_wider else bucket[1]
+    left, top = (bucket[0] - width) // 2, (bucket[1] - height) // 2
+    return left, top, left + width, top + height
+
+
+def _shrink(size: Size, area: int, step: int) -> Size:
+    aspect = size[0] / size[1]
+    width = math.sqrt(area * aspect)
+    by_width = _round_down(width, step)
+    by_height = _round_down(area / width, step)
+    losses = [
+        (abs(_ratio(by_width, _round_down(by_width / aspect, step)) - aspect), 1),
+        (abs(_ratio(_round_down(by_height * aspect, step), by_height) - aspect), 0),
+    ]
+    if min(losses)[1]:
+        return by_width, int(by_width / aspect + 0.5)
+    return int(by_height * aspect + 0.5), by_height
+
+
+def _round_down(side: float, step: int) -> int:
+    whole = int(side + 0.5)
+    return whole - whole % step
+
+
+def _ratio(width: int, height: int) -> float:
+    return width / height if height else math.inf

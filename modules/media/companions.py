@@ -20,8 +20,7 @@ from modules.media.decoding import time_origin
 from modules.media.encoding import MUXERS
 from modules.media.ffmpeg import av
 from modules.media.opening import is_cover, open_container, reading
-from modules.media.priming import open_delayed
-from modules.media.sound import add_aac
+from modules.media.sound import add_aac, open_delayed
 from modules.media.subtitles import add_text, is_text
 from modules.media.tags import without_pictures
 

@@ -1,15 +1,17 @@
-"""Images and videos on disk as the pixels that a VAE encodes: B 3 F H W float32 in -1..1.
+"""Images and videos on disk as the pixels that a VAE encodes, B 3 F H W float32 in -1..1, and back to frames.
 
 The media libraries are imported with the first file, so that networks also run without them, for example in
 benchmarks.
 """
 
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 
 from modules.errors import MediaError
@@ -29,6 +31,21 @@ def from_bytes(clips: Tensor) -> Tensor:
 def to_pixels(frames: Tensor) -> Tensor:
     """Convert B F H W C uint8 to B 3 F H W float32 in -1..1; alpha is dropped."""
     return from_bytes(byte_clips(frames))
+
+
+def frames_of(chunks: Iterable[Tensor]) -> Iterator[NDArray[numpy.uint8]]:
+    """Yield the single frames of chunks of pixels (1 3 F H W in -1..1)."""
+    for chunk in chunks:
+        yield from pixels_to_uint8(chunk)
+
+
+def pixels_to_uint8(pixels: Tensor) -> NDArray[numpy.uint8]:
+    """Return the first video of B 3 F H W (-1..1) as F H W 3, 0..255, rounded."""
+    values = (pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255
+    array: NDArray[numpy.uint8] = (
+        rearrange(values.round().to(torch.uint8), "c f h w -> f h w c").cpu().numpy()
+    )
+    return array
 
 
 def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
@@ -101,3 +118,14 @@ def video_pixels(
         )
     found += [found[-1]] * (frames + end_frames - len(found))
     return to_pixels(torch.from_numpy(numpy.stack(found)[None]))
+
+
+def cross_fade(earlier: Tensor, later: Tensor) -> Tensor:
+    """Blend linearly from `earlier` at the first frame to `later` at the last; computed in float32.
+
+    earlier, later: B C F H W, the frames that both clips share. Returns the dtype of `later`.
+    """
+    weights = torch.linspace(1, 0, later.shape[2], dtype=torch.float32, device=later.device).view(
+        1, 1, -1, 1, 1
+    )
+    return (weights * earlier.float() + (1 - weights) * later.float()).to(later.dtype)

@@ -1,18 +1,21 @@
 """Write uint8 frames to image and video files, and join videos without encoding them again."""
 
 import contextlib
+import io
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image, PngImagePlugin
 
 from modules.atomic_write import atomic_path
 from modules.errors import MediaError
 from modules.media.companions import Companions, needs_own_tags, open_companions
+from modules.media.depth import Pixels
 from modules.media.encoding import (
     add_video_stream,
     check_picture,
@@ -21,10 +24,118 @@ from modules.media.encoding import (
     encode_pictures,
     name_write_errors,
 )
-from modules.media.opening import open_container, open_video
+from modules.media.ffmpeg import av
 from modules.media.reading import Frame
 from modules.media.sections import SectionSound, VideoSection, open_section
-from modules.media.timing import MOST_TICKS, Shown, Timing, ticks_per_second
+
+USUAL_TICKS = 90_000  # a second, of broadcasts: milliseconds are whole in it, too
+MOST_TICKS = 1_000_000
+LEAST_TICKS = 10_000
+
+
+class Shown(Protocol):
+    """A picture, and when and how long it is shown, in seconds: `ShownFrame`, or anything like it."""
+
+    @property
+    def pixels(self) -> Pixels:
+        """H W 3."""
+
+    @property
+    def start(self) -> Fraction:
+        """Second at which it appears."""
+
+    @property
+    def seconds(self) -> Fraction:
+        """How long it stays."""
+
+
+def ticks_per_second(rate: Fraction) -> int:
+    """Return a unit of time, by how many go into a second, in which all n / rate are whole numbers."""
+    ticks = math.lcm(rate.numerator, USUAL_TICKS)
+    return ticks if ticks <= MOST_TICKS else rate.numerator * math.ceil(LEAST_TICKS / rate.numerator)
+
+
+class Timing:
+    """The times of the pictures that an encoder holds."""
+
+    def __init__(self, rate: Fraction) -> None:
+        """rate: pictures a second, which the encoder counts with."""
+        self.count = 0  # pictures so far
+        self._rate = rate
+        self._ticks = ticks_per_second(rate)
+        self._begin = Fraction(0)
+        self._end = Fraction(0)
+        self._first: int | None = None  # when the first packet is stored, in ticks
+        self._ahead: int | None = None  # ticks between those that are stored before the first is shown
+        self._held: dict[int, tuple[int, int]] = {}  # number of a picture -> its start and length in ticks
+
+    @property
+    def seconds(self) -> Fraction:
+        """From the first picture to the end of the last one."""
+        return self._end - self._begin
+
+    def note(self, frames: Iterable[Shown]) -> Iterator[Pixels]:
+        """Yield the pixels of pictures, and remember their times. Raises ValueError if those do not rise."""
+        last: Fraction | None = None
+        tick = -(2**62)
+        for frame in frames:
+            if last is None:
+                self._begin = frame.start
+            elif frame.start <= last:
+                raise ValueError(
+                    f"picture {self.count + 1} is shown at {frame.start} s, the one before at {last}"
+                )
+            last, self._end = frame.start, frame.start + frame.seconds
+            tick = max(round(frame.start * self._ticks), tick + 1)
+            self._held[self.count] = tick, max(round(frame.seconds * self._ticks), 1)
+            self.count += 1
+            yield frame.pixels
+
+    def timed(self, packets: Iterable[Any]) -> Iterator[Any]:
+        """Yield the packets of an encoder with times in place of the numbers of pictures, in storage order.
+
+        The last one waits until it is known to be the last.
+        """
+        held = None
+        for packet in packets:
+            self._apply(packet)
+            if held is not None:
+                yield held
+            held = packet
+        if held is not None:
+            self._end_with(held)
+            yield held
+
+    def _end_with(self, packet: Any) -> None:
+        """Store the last packet so late that all together last as long as the pictures are shown.
+
+        MP4 counts from one packet to the next one stored: of a picture that is held near the end it would
+        lose what the encoder is ahead.
+        """
+        assert self._first is not None
+        end = self._first + round(self.seconds * self._ticks)
+        packet.dts = max(packet.dts, min(packet.pts, end - packet.duration))
+        # and, if another picture is shown after it, as long as is missing, but not beyond the end of all
+        last = round(self._end * self._ticks)
+        packet.duration = max(packet.duration, min(end - packet.dts, last - packet.pts))
+
+    def _apply(self, packet: Any) -> None:
+        shown, stored = (round(number * packet.time_base * self._rate) for number in (packet.pts, packet.dts))
+        packet.time_base = Fraction(1, self._ticks)
+        packet.pts, packet.duration = self._held[shown]
+        packet.dts = self._stored_at(stored)
+        self._first = packet.dts if self._first is None else self._first
+        for number in [number for number in self._held if number < stored]:
+            del self._held[number]  # no later packet is stored or shown before this one
+
+    def _stored_at(self, number: int) -> int:
+        """Return when a picture is stored; those before the first are counted backwards."""
+        if number >= 0:
+            return self._held[number][0]
+        if self._ahead is None:
+            # the shortest of the first: with a mean, pictures held long would begin the file seconds early
+            self._ahead = min(length for _, length in self._held.values())
+        return round(self._begin * self._ticks) + number * self._ahead
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
@@ -179,72 +290,42 @@ def _create(path: Path, suffix: str, tags: Mapping[str, str] | None) -> Any:
     return create_container(path, suffix, tags, options)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A video written by `write_video`, to be joined with others of the same size, rate and settings."""
-
-    path: Path
-    frames: int
-    # by how many frames decoding order is ahead of display order: frames that refer to later ones are stored
-    # after them
-    lead: int
-
-
-def measure_segment(path: Path, fps: float) -> Segment:
-    """Measure a finished file. Raises MediaError if it cannot be read."""
-    with open_video(path) as (container, _):
-        places = [_place(packet, fps) for packet in _packets(container)]
-    return Segment(path, len(places), max(order - place for order, place in enumerate(places)))
+def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
+    """Encode frames quickly to an .mp4 in memory, stored in playing order, to be joined with others."""
+    remaining = iter(frames)
+    first = next(remaining)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = add_video_stream(
+            container, choose_codec(Path("x.mp4"), "h264"), first, _rate(fps), crf=12, preset="veryfast"
+        )
+        stream.options = {**stream.options, "bf": "0"}
+        for packet in encode_pictures(stream, itertools.chain(iter([first]), remaining)):
+            container.mux(packet)
+    return file.getvalue()
 
 
-def join_videos(
-    path: Path, segments: Sequence[Segment], fps: float, tags: Mapping[str, str] | None = None
+def join_segments(
+    path: Path, segments: Sequence[bytes], fps: float, tags: Mapping[str, str] | None = None
 ) -> None:
-    """Concatenate segments to one video (.mp4), completely or not at all. tags: as of `write_video`.
+    """Join what `encode_segment` has made to one video (.mp4), completely or not at all. tags: as above.
 
     Pictures are copied, not encoded again. A player that has an earlier file of that name open continues with
-    the earlier one. Raises MediaError if the segments' settings differ, OutputError if the file cannot be
-    written.
+    the earlier one. Raises OutputError if the file cannot be written.
     """
-    lead = max(segment.lead for segment in segments)
-    with atomic_path(path) as temporary, name_write_errors():
-        target = _create(temporary, ".mp4", tags)
-        with target:
-            stream: Any = None
-            settings, frames, order = b"", 0, 0
-            for segment in segments:
-                with open_container(segment.path) as source:
-                    original = source.streams.video[0]
-                    if stream is None:
-                        stream = target.add_stream_from_template(original, opaque=True)
-                        stream.time_base = 1 / _rate(fps)
-                        settings = bytes(original.codec_context.extradata or b"")
-                    if bytes(original.codec_context.extradata or b"") != settings:
-                        raise MediaError(
-                            f"{segment.path} and {segments[0].path} were encoded with different settings: "
-                            "they cannot be joined"
-                        )
-                    for packet in _packets(source):
-                        shown = frames + _place(packet, fps)
-                        packet.time_base, packet.duration = 1 / _rate(fps), 1
-                        # in storage order, never later than the display time
-                        packet.pts, packet.dts = shown, order - lead
-                        packet.stream = stream
+    with atomic_path(path) as temporary, name_write_errors(), _create(temporary, ".mp4", tags) as target:
+        stream: Any = None
+        number = itertools.count()
+        for segment in segments:
+            with av.open(io.BytesIO(segment)) as source:
+                if stream is None:
+                    stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
+                    stream.time_base = 1 / _rate(fps)
+                for packet in source.demux(source.streams.video[0]):
+                    if packet.size:  # the last one is empty
+                        packet.time_base, packet.duration, packet.stream = 1 / _rate(fps), 1, stream
+                        packet.pts = packet.dts = next(number)
                         target.mux(packet)
-                        order += 1
-                frames += segment.frames
-
-
-def _packets(container: Any) -> Iterator[Any]:
-    """Yield the stored pictures in storage order."""
-    for packet in container.demux(container.streams.video[0]):
-        if packet.size:  # the last packet is empty
-            yield packet
-
-
-def _place(packet: Any, fps: float) -> int:
-    """Return the index of the frame that a stored picture is."""
-    return round(packet.pts * packet.time_base * _rate(fps))
 
 
 def _rate(fps: float) -> Fraction:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from post.contract import Pixels
-from post.faces.contract import FoundFace
+from post.faces.boxes import FoundFace
 
 Matrix = NDArray[np.float64]  # 2 3: places x, y, 1 in one picture -> x, y in another
 

@@ -11,7 +11,7 @@ from modules.checkpoints.containers import PICKLE
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import half_where_fast
 from modules.errors import CheckpointError
-from post.faces.contract import Detector
+from post.faces.boxes import Detector
 from post.faces.onnx_header import OnnxHeader, may_be_onnx, read_onnx
 from post.faces.retinaface import FILES, load_retinaface, read_retinaface
 from post.faces.yolo import YoloLayout, load_yolo, read_layout

@@ -13,12 +13,11 @@ from modules.checkpoints.dialects import LoadPlan, load_planned
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
-from post.compiling import compile_parts
 from post.faces.codeformer import CHOOSING, CodeFormer, read_codeformer
 from post.faces.gfpgan import Gfpgan, read_gfpgan
 from post.faces.options import GFPGAN, FacefixOptions
 from post.faces.parsenet import ParseNet, ParseNetConfig, read_parsenet
-from post.precision import Guarded, Run, network_dtype
+from post.precision import Guarded, Run, compile_parts, network_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.errors import CheckpointError
-from post.faces.boxes import Numbers, best_of
-from post.faces.contract import FoundFace
+from post.faces.boxes import FoundFace, Numbers, best_of
 from post.faces.onnx_header import OnnxHeader
 from post.faces.yunet import first_line
 

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.errors import CheckpointError
-from post.faces.boxes import shrunk
-from post.faces.contract import FoundFace
+from post.faces.boxes import FoundFace, shrunk
 from post.faces.onnx_header import OnnxHeader
 
 OUTPUTS = {f"{kind}_{step}" for kind in ("cls", "obj", "bbox", "kps") for step in (8, 16, 32)}

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
-from post.interpolation.parts import rows_of_part
+from post.interpolation.layers import rows_of_part
 
 # Letters: C channels, h w height and width of the features, P places (h times w), N places of a chunk
 

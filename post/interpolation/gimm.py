@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from post.interpolation.contract import EncodedPicture, FlowEstimator
+from post.interpolation.layers import EncodedPicture, FlowEstimator
 from post.interpolation.motion import MotionConfig, MotionField
 from post.interpolation.synthesis import Compared, Maps, Synthesis, SynthesisConfig
 from post.interpolation.warping import resize

@@ -1,8 +1,10 @@
 """The stage of this room."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from functools import cached_property
 from itertools import repeat
 
@@ -13,15 +15,37 @@ from torch.nn.functional import pad
 
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, MediaError, OptionError, UserError
-from modules.media.scenes import Thumbnail, scene_distance, thumbnail
-from post.compiling import compile_parts
+from modules.media.scenes import Thumbnail, clock_time, scene_distance, thumbnail
 from post.contract import Clip, Picture, Pixels, Stage
-from post.interpolation.cuts import Cuts
 from post.interpolation.files import check_networks, load_networks
 from post.interpolation.gimm import Frame, Interpolation
 from post.interpolation.options import InterpolationOptions
 from post.pixels import to_pixels, to_tensor
-from post.precision import network_dtype
+from post.precision import compile_parts, network_dtype
+
+logger = logging.getLogger(__name__)
+
+
+SHOWN = 5  # times of cuts in the log
+
+
+class Cuts:
+    """The cuts of a clip, for the log: the first few with their times, and how many there are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, time: Fraction) -> None:
+        """Note one. time: the beginning of the new scene, in seconds."""
+        self.count += 1
+        if self.count <= SHOWN:
+            logger.info("A new scene begins at %s: the picture before it is repeated.", clock_time(time))
+
+    def report(self) -> None:
+        """Log how many there were, if not all have been."""
+        if self.count > SHOWN:
+            logger.info("%d scenes began; at their beginnings the picture before is repeated.", self.count)
+
 
 NAME = "GIMMVFI"
 LEAST_SIDE = 128  # of what the networks see: smaller ones have no fourth scale to compare at

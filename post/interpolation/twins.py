@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
-from post.interpolation.parts import in_parts
+from post.interpolation.layers import in_parts
 
 WINDOW = 7  # places on a side, as trained; not seen in any tensor
 HEAD_WIDTH = 32  # as trained: 4 and 8 heads of the published widths 128 and 256

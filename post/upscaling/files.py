@@ -22,8 +22,7 @@ from modules.checkpoints.dialects import (
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.layers.memory_layouts import lay_out
-from post.upscaling.compact import CompactConfig, CompactNet
-from post.upscaling.rrdb import COLOURS, RrdbConfig, RRDBNet
+from post.upscaling.rrdb import COLOURS, CompactConfig, CompactNet, RrdbConfig, RRDBNet
 from post.upscaling.swinir import SwinIR, SwinirConfig
 
 OPTION = "--model"

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from blissful_tuner.alternatives import choose_alternatives, unescape
+from blissful_tuner.wildcards import choose_alternatives, unescape
 from modules.errors import OptionError
 
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.cfg_zero import cfg_zero
 from blissful_tuner.guidance import has_batches, make_guidance, needs, plan_steps
+from blissful_tuner.guidance_formulas import cfg_zero, perp_neg
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.guidance_passes import BLANK, NEGATIVE, POSITIVE, GuidanceStage
-from blissful_tuner.perp_neg import perp_neg
 from modules.contract.data import Conditions
 from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
 from modules.contract.steps import Needs, Step

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.latent_preview import LatentPreviews, check_preview, make_previews, preview_clip
-from blissful_tuner.latent_to_rgb import enlarge, project
 from blissful_tuner.preview_options import PreviewOptions
-from blissful_tuner.taehv import TinyVae
+from blissful_tuner.taehv import TinyVae, enlarge, project
 from modules.contract.family import LatentSpec
 from modules.contract.generation import Piece, Section
 from modules.contract.steps import Step, StepDone

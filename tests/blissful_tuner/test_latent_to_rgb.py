@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from blissful_tuner.latent_to_rgb import enlarge, project
+from blissful_tuner.taehv import enlarge, project
 from frame_pack.family import LATENT as FRAMEPACK
 from hunyuan_model.spec import LATENT as HUNYUAN
 from modules.contract.family import LatentSpec

@@ -2,7 +2,7 @@
 
 import threading
 
-from blissful_tuner.preview_writer import LatestWriter
+from blissful_tuner.latent_preview import LatestWriter
 
 SOON = 30.0  # seconds that a test would wait for what should happen at once
 

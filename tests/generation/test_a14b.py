@@ -72,29 +72,6 @@ def test_what_changes_pixels_does_so(generate: Generate, words: tuple[object, ..
     assert 0 < difference(made, generate("t2v")) < at_most
 
 
-def test_riflex_changes_the_table_of_both(generate: Generate) -> None:
-    comfy = ("--rope_func", "comfy", "--video_length", 53)
-    assert not torch.equal(generate("t2v", *comfy, "--riflex_index", 4), generate("t2v", *comfy))
-
-
-def test_noise_on_the_image_is_neutral_at_zero(generate: Generate) -> None:
-    plain = generate("i2v-2.2")
-    assert torch.equal(generate("i2v-2.2", "--i2v_extra_noise", 0), plain)
-    assert difference(generate("i2v-2.2", "--i2v_extra_noise", 0.5), plain) > 0.01
-
-
-def test_a_video_that_starts_late_does_not_load_the_transformer_for_much_noise(
-    generate: Generate, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    source = ("--video_path", folder / "clip.mp4")
-    for strength, loads in ((0.25, ["dit.safetensors"]), (1, ["dit_high.safetensors", "dit.safetensors"])):
-        caplog.clear()
-        with caplog.at_level("INFO"):
-            generate("t2v", *source, "--strength", strength)
-        said = [record.getMessage() for record in caplog.records if record.name == "wan.checkpoints"]
-        assert [text.split(": Wan")[0].split("/")[-1] for text in said if "Loading" in text] == loads
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

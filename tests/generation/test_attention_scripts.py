@@ -138,15 +138,6 @@ def test_a_prompt_without_a_scale_is_said_to_be_ignored(
     assert "--nag_prompt 'a dull dog' is ignored because --nag_scale is not given" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["wan", "hv", "fpack"])
-def test_it_works_beside_guidance_with_its_own_prompt(name: str, generate: Generate) -> None:
-    guided = ("--guidance_scale", "4", "--negative_prompt", "blurred")
-
-    assert not torch.allclose(
-        generate(name, *guided, *NAG).latents, generate(name, *guided).latents, atol=1e-3
-    )
-
-
 def test_a_line_of_a_file_may_name_its_prompt(tmp_path: Path, generate: Generate) -> None:
     (tmp_path / "lines.txt").write_text("a cat --d 7 --nag a dull dog\n", encoding="utf-8")
 
@@ -176,14 +167,6 @@ def test_wan_slows_a_frequency_of_the_float32_table(generate: Generate) -> None:
     assert made.says["bt_riflex_index"] == "6"
     with pytest.raises(OptionError, match="Add --rope_func comfy"):
         generate("wan", "--riflex_index", "6")
-
-
-def test_both_work_together_and_with_the_other_passes(generate: Generate) -> None:
-    both = (*NAG, "--rope_func", "comfy", "--riflex_index", "6", "--slg_mode", "uncond", "--slg_layers", "1")
-
-    made = generate("wan", *both, "--slg_end", "1")
-
-    assert not torch.allclose(made.latents, generate("wan", *NAG).latents, atol=1e-4)
 
 
 def test_lower_precision_is_near_the_usual_one(generate: Generate) -> None:

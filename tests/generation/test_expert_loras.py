@@ -13,9 +13,9 @@ from generation.expert_loras import expert_loras
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
+from networks.merge import LoraUse
 from networks.options import LoraOptions, LoraPatternOptions
-from tests.tiny.wan import TinyWan, write_tiny_wan
+from tests.tiny.wan import TinyWan
 
 BOTH = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 875.0))
 
@@ -107,46 +107,3 @@ def test_a_lora_that_was_trained_in_both_is_not_put_into_one_in_silence(
 def merge(files: TinyWan, output: Path, *more: object) -> None:
     models = [*files.models, "--task", "t2v-A14B", "--save_path", output.parent, "--device", "cpu"]
     wan_generate_video.main([str(each) for each in (*models, "--save_merged_model", output, *more)])
-
-
-def test_merging_writes_the_file_of_each_expert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = write_tiny_wan(tmp_path, experts=2)
-    low, high = write_lora(tmp_path / "low.safetensors", 1), write_lora(tmp_path / "high.safetensors", 2)
-
-    merge(files, tmp_path / "m.safetensors", "--lora_weight", high, "--lora_weight_high_noise", low)
-
-    assert sorted(path.name for path in tmp_path.glob("m*")) == [
-        "m_high_noise.safetensors",
-        "m_low_noise.safetensors",
-    ]
-    for model, lora, output in (
-        (files.dit, high, "m_low_noise.safetensors"),
-        (files.dit_high_noise, low, "m_high_noise.safetensors"),
-    ):
-        assert model is not None
-        patch, found = LoraPatch([LoraUse(read_lora(lora))]), load_file(tmp_path / output)
-        assert all(torch.equal(found[name], patch(name, each)) for name, each in load_file(model).items())
-    assert caplog.text.count("as its name says, and is loaded into the") == 2  # they are the wrong way round
-
-
-def test_an_expert_without_loras_is_not_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files, lora = write_tiny_wan(tmp_path, experts=2), write_lora(tmp_path / "high.safetensors", 2)
-
-    merge(files, tmp_path / "m.safetensors", "--lora_weight_high_noise", lora)
-
-    assert [path.name for path in tmp_path.glob("m*")] == ["m_high_noise.safetensors"]
-    assert "There is no LoRA for the low-noise transformer" in caplog.text
-
-
-def test_nothing_is_written_if_one_expert_cannot_be(tmp_path: Path) -> None:
-    files = write_tiny_wan(tmp_path, experts=2)
-    fits, wide = (
-        write_lora(tmp_path / "a.safetensors", 1),
-        write_lora(tmp_path / "w.safetensors", 1, width=64),
-    )
-
-    with pytest.raises(CheckpointError, match="does not fit"):
-        merge(files, tmp_path / "m.safetensors", "--lora_weight", fits, "--lora_weight_high_noise", wide)
-    with pytest.raises(OptionError, match="nothing to merge"):
-        merge(files, tmp_path / "m.safetensors")
-    assert not list(tmp_path.glob("m*"))

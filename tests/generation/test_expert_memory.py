@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import wan_generate_video
-from generation.ahead import Check
 from generation.denoise import predictor
 from generation.expert_memory import ExpertTurns, turns_of
-from generation.experts import DitTurns, TurnRules
+from generation.experts import Check, DitTurns, TurnRules
 from generation.memory import rehearse_denoising
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.planned_requests import all_requests

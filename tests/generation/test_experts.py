@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from generation.ahead import Ahead, Check, ReadingStopped
-from generation.experts import DitTurns, TurnRules, experts_by_step, plan_turns
+from generation.experts import Ahead, Check, DitTurns, ReadingStopped, TurnRules, experts_by_step, plan_turns
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
 from modules.contract.generation import Request
 from modules.contract.loading import Placement

@@ -1,6 +1,5 @@
 """Codecs and containers of outputs, and that metadata read back from all of them with other libraries too."""
 
-import json
 from pathlib import Path
 
 import av
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 from generation.outputs import save_pixels
 from modules.errors import MediaError
@@ -16,12 +14,8 @@ from modules.media.encoding import encoder_for
 from modules.media.reading import video_frames
 from modules.media.tags import read_tags
 from modules.media.writing import write_video
-from tests.commands import run_script
-from tests.faults.messages import succeed_here
 from tests.generation.saving import output_options
-from tests.tiny.families import FAMILIES
 
-BY_NAME = {family.name: family for family in FAMILIES}
 STREAMS = {"h264": ("h264", "yuv420p"), "h265": ("hevc", "yuv420p"), "prores": ("prores", "yuv422p10le")}
 PROMPT = 'käfer 漢字 🐞 "quoted" = a; b # c\\d ' + "long " * 1000
 METADATA = {"bt_prompt": PROMPT + "\nsecond line", "bt_seeds": "7", "bt_cfg_schedule": "1-3, e~2"}
@@ -94,39 +88,3 @@ def test_the_writer_itself_refuses_them() -> None:
     with pytest.raises(MediaError, match="h265 cannot be used for 48 x 32 pixels, 64 x 48 are the least"):
         write_video(Path("x.mp4"), [frame], 16, codec="h265")
     assert not Path("x.mp4").exists()
-
-
-@pytest.mark.parametrize("name", ["wan t2v-1.3B", "hunyuan_video", "framepack"])
-def test_every_family_writes_all_containers_with_the_same_metadata(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    family = BY_NAME[name]
-    family.prepare(tmp_path)
-    size = ["--video_size", "64", "64", "--infer_steps", "1", "--device", "cpu", "--seed", "7"]
-    command = [*family.generate, *size, "--prompt", "käfer\n漢字"]
-    succeed_here(*command, "--save_path", "out", "--output_type", "both", folder=tmp_path)
-    (latent,) = (tmp_path / "out").glob("*_latent.safetensors")
-    with safe_open(latent, "pt") as file:
-        said = file.metadata()
-    expected = {key: text.replace("\n", "\\n") for key, text in said.items() if key.startswith("bt_")}
-    assert expected["bt_prompt"] == "käfer\\n漢字"
-    files = [next((tmp_path / "out").glob("*.mp4"))]
-    decode = [word for word in family.generate if word not in {"--video_sections", "2"}]
-    for codec, container in (("h265", "mkv"), ("prores", "mkv"), ("h264", "mkv")):
-        folder = f"{codec} {container}"
-        words = ["--codec", codec, "--container", container, "--keep_pngs", "--save_path", folder]
-        succeed_here(*decode, "--latent_path", latent, *words, "--device", "cpu", folder=tmp_path)
-        files.append(next((tmp_path / folder).glob("*.mkv")))
-        pngs = sorted((tmp_path / folder / "frames").iterdir())
-        assert pngs[0].name == "000000.png"
-        with Image.open(pngs[-1]) as image:
-            assert image.text["bt_prompt"] == expected["bt_prompt"]  # type: ignore[attr-defined]
-        assert len(pngs) == len(list(video_frames(files[-1])))
-    for file in files:
-        for found in (read_tags(file), tags_by_av(file)):
-            assert {key: text for key, text in found.items() if key in expected and text} == {
-                key: text for key, text in expected.items() if text
-            }
-    shown = run_script("blissful_tuner/metaview.py", *files, latent).stdout
-    assert shown.count("PROMPT: käfer\\n漢字\n") == len(files) + 1
-    assert len(json.loads(run_script("blissful_tuner/metaview.py", tmp_path / "out", "--json").stdout)) == 2

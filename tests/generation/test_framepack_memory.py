@@ -23,10 +23,9 @@ from generation.memory import (
     rehearse_denoising,
     resolve_options,
 )
-from generation.noise import SeededNoise
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.planned_requests import all_requests, largest_of
-from generation.sections import on_device
+from generation.sections import SeededNoise, on_device
 from modules.contract.data import MediaEncoders
 from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement

@@ -266,37 +266,6 @@ def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
         assert torch.equal(made[seed], latents(tmp_path / str(seed), files, "--seed", seed, *say)[seed]), seed
 
 
-def test_interactive_goes_on_behind_a_line_that_fails(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start, _ = pictures
-    lines = iter([f"a cat --d 1 --vs 1 --i {start}", "a dog --d 2", f"a dog --d 3 --of default --i {start}"])
-
-    def answer(_: str) -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", answer)
-    run(tmp_path, files, "--interactive", "--latent_window_size", 2)
-    assert sorted(int(path.name.split("_")[1]) for path in tmp_path.iterdir()) == [1, 3]
-
-
-def test_guidance_and_its_rescaling_change_the_video(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
-) -> None:
-    start, _ = pictures
-    say = ("--prompt", "a cat", "--seed", 1, "--image_path", start, "--one_frame_inference", "default")
-    guide = ("--guidance_scale", 3, "--negative_prompt", "dull")
-    found = [
-        latents(tmp_path / str(index), files, *say, *more)[1]
-        for index, more in enumerate([(), guide, (*guide, "--guidance_rescale", 0.7)])
-    ]
-    assert not torch.allclose(found[0], found[1], atol=1e-3)
-    assert not torch.allclose(found[1], found[2], atol=1e-3)
-
-
 def test_the_metadata_says_how_it_was_made(
     tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
 ) -> None:

@@ -3,11 +3,11 @@ meanwhile.
 """
 
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
-from generation.growing import fade_in_clip, grow_preview, remove_parts
+from generation.growing import fade_in_clip, grow_preview
 from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.outputs import pixels_to_uint8
 from generation.run import generate
 from generation.script_options import ScriptDefaults
 from generation.sections import make_latents
 from generation.session import CPU, Session
-from modules.atomic_write import give_name
 from modules.contract.data import MediaEncoders
 from modules.contract.generation import EncodedPrompts, Piece, Request, Section
 from modules.contract.loading import Placement
 from modules.errors import OutputError
+from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import video_frames
+from modules.media.writing import join_segments
 from modules.options import read_options
 from tests.generation.toy_family import WINDOW, ToyDit, ToyFamily, ToyVae
 from tests.held_memory import held_memory
@@ -277,48 +277,21 @@ def test_a_preview_that_a_player_holds_is_replaced_later(
 ) -> None:
     held = iter([False, True, True, False])
 
-    def rename(file: Path, path: Path) -> None:
+    def join(path: Path, *more: Any) -> None:
         if next(held):
             raise OutputError(f"{path} cannot be written: permission denied.")
-        give_name(file, path)
+        join_segments(path, *more)
 
     family = ToyFamily(sections_made=5)
     pieces, _ = pieces_of(family)
     lengths = []
     with grow_preview(session(family), tmp_path, "film", 16) as video:
-        video.give_name = rename
+        video.join = join
         for piece in pieces:
             video.add(piece)
             lengths.append(sum(1 for _ in video_frames(video.path)))
     assert lengths == [4 * WINDOW * count - 3 for count in (1, 1, 1, 4)]
     assert caplog.text.count("permission denied. Replacing it is tried again after each section") == 1
-
-
-def test_segments_of_killed_runs_are_removed_and_those_of_others_are_not(tmp_path: Path) -> None:
-    with grow_preview(session(ToyFamily()), tmp_path, "film", 16) as video:
-        mine = video.parts
-        machine, _ = mine.name.removesuffix(".parts").split(".film_progress.")[1].split("-")
-        # above the largest number of a process
-        dead = mine.with_name(f".film_progress.{machine}-{2**22 + 1}.parts")
-        elsewhere, forgotten = (
-            mine.with_name(f".film_progress.{other}-1.parts") for other in ("0" * 8, "f" * 8)
-        )
-        for folder in (mine, dead, elsewhere, forgotten):
-            folder.mkdir()
-            (folder / "000000.mp4").touch()
-        os.utime(forgotten, (0, 0))
-        (tmp_path / ".film_progress.parts").mkdir()  # none of ours
-        remove_parts(tmp_path)
-        assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere, tmp_path / ".film_progress.parts"])
-
-
-def test_the_next_run_of_a_folder_removes_them(tmp_path: Path) -> None:
-    with grow_preview(session(ToyFamily()), tmp_path, "film", 16) as video:
-        machine = video.parts.name.removesuffix(".parts").split("_progress.")[1].split("-")[0]
-    (tmp_path / f".film_progress.{machine}-{2**22 + 1}.parts").mkdir()
-    generate(ToyFamily(), options(tmp_path))
-    (made,) = tmp_path.iterdir()
-    assert made.suffix == ".mp4"
 
 
 # Where networks are meanwhile

@@ -1,7 +1,5 @@
 """Guidance in every family, from the command line to latents: what changes them, and what it costs."""
 
-import itertools
-import random
 from pathlib import Path
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 
 from modules.errors import OptionError
 from modules.media.writing import write_video
-from tests.generation.guided import SAY, STEPS, Made, Script, is_finite, per_step, write_scripts
+from tests.generation.guided import SAY, STEPS, Script, is_finite, per_step, write_scripts
 from tests.tiny.project import moving_square
 
 FAMILIES = ("wan", "hunyuan", "framepack")
@@ -176,36 +174,6 @@ def test_each_section_of_a_video_has_all_passes(tmp_path: Path, scripts: dict[st
     assert is_finite(latents)
 
 
-CHOICES = (
-    ("--cfgzerostar_scaling",),
-    ("--cfgzerostar_init_steps", 1),
-    ("--cfgzerostar_init_steps", 2, "--cfgzerostar_multiplier", 0.5),
-    ("--perp_neg", 1.5),
-    (*SLG, "original"),
-    (*SLG, "uncond"),
-    ("--cfg_schedule", "1, e~2:5"),
-    ("--cfg_skip_mode", "early", "--cfg_apply_ratio", 0.5),
-    ("--guidance_rescale", 0.7),
-    ("--guidance_scale", 1),
-)
-PAIRS = list(itertools.combinations(CHOICES, 2))
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_any_two_ideas_work_together_or_are_refused_by_name(
-    tmp_path: Path, scripts: dict[str, Script], kind: str
-) -> None:
-    """A sample of the pairs, another one for each family, the same in every run."""
-    count = 6 if kind == "framepack" else 12  # its image encoder takes long
-    for number, (first, second) in enumerate(random.Random(kind).sample(PAIRS, count)):
-        made, refusal = try_pair(scripts[kind], tmp_path / str(number), *first, *second)
-        assert made is None or (is_finite(made[0]) and max(per_step(made[1])) <= 3)
-        if made is None:
-            assert not (tmp_path / str(number)).exists()
-            for words in (first, second):
-                assert any(str(word) in refusal for word in words if str(word).startswith("--")), refusal
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_blocks_that_a_model_lacks_are_refused_before_anything_is_made(
     scripts: dict[str, Script], tmp_path: Path, kind: str
@@ -213,11 +181,3 @@ def test_blocks_that_a_model_lacks_are_refused_before_anything_is_made(
     with pytest.raises(OptionError, match="there is no block 99, the model has blocks 0 to"):
         scripts[kind].run(tmp_path / "out", "--slg_mode", "uncond", "--slg_layers", "1,99")
     assert not (tmp_path / "out").exists()
-
-
-def try_pair(script: Script, folder: Path, *options: object) -> tuple[Made | None, str]:
-    """What was made, or the message of what refused it."""
-    try:
-        return script.run(folder, *options), ""
-    except OptionError as error:
-        return None, str(error)

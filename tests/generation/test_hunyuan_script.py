@@ -41,19 +41,6 @@ def generate(folder: Path, files: TinyHunyuan, *arguments: object) -> dict[int, 
     }
 
 
-def test_lines_of_a_file_equal_single_runs(tmp_path: Path, t2v: TinyHunyuan) -> None:
-    """In them `g` is the embedded guidance, `l` the classifier-free one."""
-    (tmp_path / "lines.txt").write_text("a cat --d 1 --g 3\na dog --d 2 --l 4 --n dull\n", encoding="utf-8")
-
-    made = generate(tmp_path / "file", t2v, "--from_file", tmp_path / "lines.txt")
-
-    first = generate(tmp_path / "one", t2v, "--prompt", "a cat", "--seed", 1, "--embedded_cfg_scale", 3)
-    more = ("--guidance_scale", 4, "--negative_prompt", "dull")
-    second = generate(tmp_path / "two", t2v, "--prompt", "a dog", "--seed", 2, *more)
-    assert torch.equal(made[1], first[1])
-    assert torch.equal(made[2], second[2])
-
-
 def test_a_line_may_name_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:
     video = tmp_path / "clip.mp4"
     write_video(video, moving_square(5, 48, 32, 1), fps=24)

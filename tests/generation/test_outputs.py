@@ -15,12 +15,12 @@ from generation.outputs import (
     free_stem,
     output_stem,
     own_stem,
-    pixels_to_uint8,
     save_latents,
     save_pixels,
 )
 from modules.checkpoints.latents import load_latents
 from modules.errors import CheckpointError, OptionError
+from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import read_image, video_frames, video_info
 from tests.generation.saving import output_options
 from tests.media_tags import read_tags

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from generation.outputs import save_pixels
-from generation.post import PostTools
 from generation.run import generate
 from modules.errors import CheckpointError, NothingFoundError, OptionError, OutputError, UserError
 from modules.media.reading import read_image, video_info
 from modules.media.tags import read_tags
-from post.chain_options import ToolOptions
+from post.chain_options import AskedTools, ToolOptions
 from post.contract import Stage
+from post.decoded import PostTools
 from post.stages import NamedStage
 from tests.generation.saving import output_options
 from tests.generation.test_run import only, options, prompts
@@ -34,8 +34,8 @@ def post_of(*stages: Stage, needs_video: bool = False) -> tuple[PostTools, list[
         loaded.extend(labels)
         return [NamedStage(stage, label) for stage, label in zip(stages, labels, strict=True)]
 
-    tools = [tool_for(stage, needs_video, hides=isinstance(stage, Black)) for stage in stages]
-    return PostTools(tools, CPU, load), loaded
+    tools = tuple(tool_for(stage, needs_video, hides=isinstance(stage, Black)) for stage in stages)
+    return PostTools(AskedTools("--post", tools), CPU, load), loaded
 
 
 def chunks(frames: int = 5) -> Iterator[Tensor]:
@@ -121,16 +121,6 @@ def test_model_files_are_looked_at_before_anything_loads(words: tuple[str, ...],
 
     assert not family.diary
     assert not (tmp_path / "out").exists()
-
-
-def test_tools_are_recorded_without_folders(tmp_path: Path) -> None:
-    asked = options(
-        tmp_path, "--prompt", "cat", "--post", "upscaler model=/home/me/x.pth", "--post", "facefix model=y"
-    )
-
-    assert asked.post.in_words is not None
-    assert asked.post.in_words.startswith("upscaler model=x.pth ")
-    assert " --then facefix model=y " in asked.post.in_words
 
 
 @pytest.mark.parametrize(

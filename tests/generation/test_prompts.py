@@ -299,13 +299,3 @@ def test_the_language_model_is_read_as_the_options_say(
     changed = with_clip.one("--prompt", "a cat", *real)
     assert not torch.equal(changed.latents, plain)
     assert f"bt_{real[0][2:]}" in changed.said
-
-
-def test_reproduce_asks_for_deterministic_algorithms(with_clip: Tiny) -> None:
-    assert not torch.are_deterministic_algorithms_enabled()
-    plain = with_clip.one("--prompt", "a cat").latents
-    try:
-        assert torch.equal(with_clip.one("--prompt", "a cat", "--reproduce").latents, plain)
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from generation.options import GenerationOptions, generation_parser, read_arguments
@@ -86,17 +86,6 @@ def test_a_file_loads_each_network_once_and_goes_phase_by_phase(tmp_path: Path) 
     )
 
 
-def test_lines_of_a_file_equal_single_runs(tmp_path: Path) -> None:
-    path = prompts(tmp_path, "cat --d 1", "dog --d 2 --n worse", "cat --d 3 --g 2")
-    run(tmp_path / "file", "--from_file", path, "--output_type", "latent")
-    for seed, more in ((1, ["--prompt", "cat"]), (2, ["--prompt", "dog", "--negative_prompt", "worse"])):
-        run(tmp_path / "single", *more, "--seed", seed, "--output_type", "latent")
-        ours, theirs = (
-            load_file(only(tmp_path / name, f"*_{seed}_latent.safetensors")) for name in ("file", "single")
-        )
-        assert torch.equal(ours["latent"], theirs["latent"])
-
-
 def test_failing_lines_are_skipped_and_listed(tmp_path: Path) -> None:
     path = prompts(tmp_path, "impossible", "cat --i missing.png", "p --w x", "dog --d 5", "cat --cs 99")
     with pytest.raises(UserError, match="4 of 5 failed") as caught:
@@ -110,11 +99,6 @@ def test_failing_lines_are_skipped_and_listed(tmp_path: Path) -> None:
         assert words in str(caught.value)
     assert caught.value.exit_code == 1
     assert only(tmp_path / "out", "*").name.endswith("_5.mp4")
-
-
-def test_all_lines_may_fail(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="2 of 2 failed"):
-        run(tmp_path / "out", "--from_file", prompts(tmp_path, "impossible", "impossible"))
 
 
 def test_a_single_prompt_fails_with_its_own_error(tmp_path: Path) -> None:

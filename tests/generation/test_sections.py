@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from generation.denoise import LoopStart, denoise
-from generation.noise import SeededNoise
-from generation.sections import conditions_to, make_latents
+from generation.sections import SeededNoise, conditions_to, make_latents
 from modules.contract.generation import EncodedPrompts, Request, Section
 from modules.contract.steps import Step, StepDone
 from modules.flow.solvers import solver_for

@@ -1,6 +1,5 @@
 """wan_generate_video.py with two experts: equal numbers however they are loaded, and features with both."""
 
-import io
 import logging
 import weakref
 from collections.abc import Callable
@@ -114,20 +113,6 @@ def test_a_prompt_file_loads_no_expert_twice_and_equals_single_runs(
     assert loads(caplog, files) == (1, 1)
     say = ("--prompt", "a dog", "--seed", "2", "--guidance_scale_high_noise", "2")
     assert torch.equal(script.run(tmp_path / "one", say=say)[0][2], made[2])
-
-
-def test_a_conversation_loads_no_expert_twice(
-    tmp_path: Path,
-    files: TinyWan,
-    script: Script,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr("sys.stdin", io.StringIO("a cat --d 1\na dog --d 2\n"))
-    made, _ = script.run(tmp_path, "--interactive", say=())
-    assert len(made) == 2
-    assert loads(caplog, files) == (1, 1)
 
 
 def test_each_expert_has_its_own_loras(

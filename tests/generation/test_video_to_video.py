@@ -116,17 +116,6 @@ def test_all_of_it_made_anew_equals_a_video_from_noise(
         assert torch.equal(plain, script.one(tmp_path / mode, *SAY, *more))
 
 
-@pytest.mark.parametrize("solver", ["dpm++", "dpm++sde", "lcm"])
-def test_so_it_is_with_the_solvers_that_begin_with_pure_noise(
-    tmp_path: Path, scripts: Scripts, clip: Path, solver: str
-) -> None:
-    more = ("--sample_solver", solver)
-    plain = scripts["wan"].one(tmp_path / "a", *SAY, *more)
-    assert torch.equal(
-        plain, scripts["wan"].one(tmp_path / "b", *SAY, *more, "--video_path", clip, "--denoise_strength", 1)
-    )
-
-
 @pytest.mark.parametrize("name", EVERY)
 def test_little_made_anew_is_near_what_the_vae_reconstructs(
     tmp_path: Path, scripts: Scripts, clip: Path, name: str
@@ -141,16 +130,6 @@ def test_little_made_anew_is_near_what_the_vae_reconstructs(
     assert 0 < off < 0.05
     steps = float((expected[:, 0] - expected[:, 1]).norm() / expected[:, 0].norm())
     assert steps > 2 * off, "the frames are too alike to tell one from another"
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_half_of_it_is_between_the_two(tmp_path: Path, scripts: Scripts, clip: Path, name: str) -> None:
-    script = scripts[name]
-    plain = script.one(tmp_path / "plain", *SAY)
-    half = script.one(tmp_path / "half", *SAY, "--video_path", clip, "--strength", 0.5)
-    assert half.shape == plain.shape
-    assert bool(half.isfinite().all())
-    assert not torch.equal(half, plain)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -421,26 +400,6 @@ def test_a_video_of_other_proportions_is_warned_about(
     more = ("--i2i_path", tmp_path / "tall.png", "--video_length", 1)
     scripts["wan"].one(tmp_path / "a", *SAY, *more)
     assert "is stretched to 48 x 32 (width x height): --video_size 48 32 would keep" in caplog.text
-
-
-def test_interactive_lines_may_name_a_video(
-    tmp_path: Path, scripts: Scripts, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With `--v` and nothing behind it a line leaves out the video of the command line."""
-    lines = iter([f"a cat --d 1 --v {clip} --vd 0.25", "a dog --d 2 --v"])
-
-    def answer(_: str) -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", answer)
-    say = ("--infer_steps", 4)
-    made = scripts["wan"].run(tmp_path / "a", *say, "--interactive", "--i2i_path", clip / "0.png")
-    first = ("--prompt", "a cat", "--seed", 1, "--video_path", clip, "--v2v_denoise", 0.25)
-    assert torch.equal(made[1], scripts["wan"].one(tmp_path / "b", *say, *first))
-    assert torch.equal(made[2], scripts["wan"].one(tmp_path / "c", *say, "--prompt", "a dog", "--seed", 2))
 
 
 def test_extra_noise_on_the_image_is_neutral_at_0(tmp_path: Path, clip: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, denoise
-from generation.noise import SeededNoise
+from generation.sections import SeededNoise
 from hunyuan_image.family import GENERATION, SAMPLES, HunyuanImage
 from hunyuan_image.files import HunyuanImageFiles
 from hunyuan_image.options import (

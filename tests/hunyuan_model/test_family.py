@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from generation.noise import SeededNoise
+from generation.sections import SeededNoise
 from hunyuan_model import conditioning
 from hunyuan_model.encoders import HunyuanEncoderPaths
 from hunyuan_model.family import HunyuanVideo

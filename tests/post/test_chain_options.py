@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from modules.errors import OptionError
-from post.chain_options import in_words, read_chain, read_tools
+from post.chain_options import read_asked, read_chain
 from post.faces.options import FacefixOptions
 from post.interpolation.options import InterpolationOptions
 from post.upscaling.options import UpscalerOptions
@@ -102,20 +102,22 @@ def test_the_help_of_a_later_tool_needs_nothing_of_the_first(capsys: pytest.Capt
 
 
 def test_metadata_tell_a_tool_and_its_settings_but_no_folder() -> None:
-    (tool, options), (other, others) = read_tools(
-        "upscaler --model '/home/me/my model.pth' scale=2 --then gimmvfi model=vfi", "--post"
-    )
+    texts = ("upscaler --model '/home/me/my model.pth' scale=2 --then gimmvfi model=vfi", "facefix model=y")
 
-    assert in_words(tool, options).startswith("upscaler 'model=my model.pth' dtype=fp32 ")
-    assert "scale=2.0" in in_words(tool, options)
-    assert in_words(other, others).startswith("GIMMVFI model=vfi ")
-    assert "home" not in in_words(tool, options)
+    said = read_asked(texts, "--post").in_words
+
+    first, second, third = said.split(" --then ")
+    assert first.startswith("upscaler 'model=my model.pth' dtype=fp32 ")
+    assert "scale=2.0" in first
+    assert second.startswith("GIMMVFI model=vfi ")
+    assert third.startswith("facefix model=y ")
+    assert "home" not in said
 
 
 @pytest.mark.parametrize("text", ["", "upscaler model=x --then", "--then upscaler"])
 def test_a_text_without_a_tool_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match=r"^--post .*: the name of a tool is missing\. Give"):
-        read_tools(text, "--post")
+        read_asked([text], "--post")
 
 
 def test_a_missing_input_is_one_message_of_the_script(tmp_path: Path) -> None:

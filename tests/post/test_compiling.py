@@ -12,10 +12,11 @@ import post.stages
 from modules.compile_options import Compilation
 from modules.errors import OptionError
 from post.chain_options import read_chain
-from post.compiling import check_compiling, compile_parts
 from post.network_options import ToolNetworkOptions
+from post.precision import check_compiling, compile_parts
 from post.run import run_chain
 from post.upscaling.files import load_upscaler
+from post.upscaling.options import UpscalerOptions
 from tests.post.stages_here import write_clip
 from tests.tiny.post_upscaling import write_rrdb, write_swinir
 
@@ -73,19 +74,13 @@ def test_it_is_refused_for_a_later_tool_before_any_network_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip, model = write_clip(tmp_path / "a.mp4"), str(write_rrdb(tmp_path / "x.safetensors"))
-    words = [
-        "--input",
-        str(clip),
-        "--model",
-        model,
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path / "new/a.mkv"),
-    ]
+    words = ["--input", str(clip), "--model", model, "--device", "cpu"]
+    words += ["--output", str(tmp_path / "new/a.mkv")]
     chain = read_chain("upscaler", "", [*words, "--then", "upscaler", "--model", model, "--compile"])
-    loaded = []
-    monkeypatch.setattr(post.stages, "make_stage", lambda *given: loaded.append(given))
+    loaded: list[object] = []
+    check, _ = post.stages.TOOLS[UpscalerOptions]
+    make = (check, lambda *given: loaded.append(given))
+    monkeypatch.setitem(post.stages.TOOLS, UpscalerOptions, make)
 
     with pytest.raises(OptionError, match=r"--then upscaler: .*needs a C\+\+ compiler"):
         run_chain(chain)

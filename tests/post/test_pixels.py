@@ -47,7 +47,3 @@ def test_no_device_has_to_know_sixteen_bits_without_a_sign() -> None:
 
     assert np.array_equal(made, values)
     assert made.dtype == np.uint16
-
-
-def test_pixels_are_on_the_device_asked_for() -> None:
-    assert to_tensor(np.zeros((2, 3, 3), np.uint8), torch.device("meta")).device.type == "meta"

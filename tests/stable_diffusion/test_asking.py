@@ -20,8 +20,7 @@ from stable_diffusion.contract import (
     SizeConditions,
     Unsharp,
 )
-from stable_diffusion.inputs import Inputs, find_inputs
-from stable_diffusion.lines import Line
+from stable_diffusion.lines import Inputs, Line, find_inputs
 from stable_diffusion.options import GenImgOptions
 from tests.stable_diffusion.asked import options, write_picture
 

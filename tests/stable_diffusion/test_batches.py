@@ -130,36 +130,6 @@ def test_four_at_once_are_the_four_single_pictures(case: str, project: Path, tmp
     assert_same(batch, single)
 
 
-@pytest.mark.parametrize("which", _cases(["sd1 0", "sd1 1", "xl 0", "xl 1"], ["sd1 0"]))
-def test_a_region_of_all_is_the_picture_of_that_part(which: str, project: Path, tmp_path: Path) -> None:
-    """With its LoRA, in text encoders and U-Net, for the prompt and for the negative text."""
-    model, part = (XL if which.startswith("xl") else SD), int(which[-1])
-    files = ("xl0", "xl1") if model is XL else ("lora", "second")
-    mask = np.zeros((48, 64, 3), np.uint8)
-    mask[..., part] = 255
-    mask[0, 0] = mask[0, 0, [1, 0, 2]]  # else the other part would be everywhere
-    Image.fromarray(mask).save(tmp_path / "all.png")
-    texts = ("a (cat:1.3)", "the sea at night")
-    weights = [f"{name}.safetensors" for name in files]
-    common = (*model, "--sampler", "euler_a")
-    parts = ("--prompt", f"{' AND '.join(texts)} --n ugly --d 5", "--mask_path", tmp_path / "all.png")
-
-    [made] = make(project, tmp_path / "parts", *common, *parts, *NETWORK, *weights)
-    [alone] = make(
-        project,
-        tmp_path / "alone",
-        *common,
-        "--prompt",
-        f"{texts[part]} --n ugly --d 5",
-        *NETWORK,
-        weights[part],
-    )
-    [other] = make(project, tmp_path / "other", *common, "--prompt", f"{texts[part]} --n ugly --d 5")
-
-    assert np.abs(made - alone).max() <= 2
-    assert np.abs(made - other).max() > 20
-
-
 @pytest.mark.slow
 def test_parts_without_a_mask_are_averaged_everywhere(project: Path, tmp_path: Path) -> None:
     """One LoRA acts on all of them."""

@@ -1,8 +1,16 @@
 import pytest
 import torch
 
-from stable_diffusion.chunks import Chunk, cut_into_chunks, cut_text, join_states, join_weights, make_rows
-from stable_diffusion.weights import Part, parse_weights
+from stable_diffusion.chunks import (
+    Chunk,
+    Part,
+    cut_into_chunks,
+    cut_text,
+    join_states,
+    join_weights,
+    make_rows,
+    parse_weights,
+)
 
 
 def tokenize(text: str) -> list[int]:

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from modules.errors import OptionError
-from stable_diffusion.dynamic_prompts import MOST_VARIANTS, enumerates, expand
+from stable_diffusion.prompt_lines import MOST_VARIANTS, enumerates, expand
 
 # prompt -> all texts that it may stand for
 CHOICES = {

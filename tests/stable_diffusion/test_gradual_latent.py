@@ -142,11 +142,6 @@ def test_at_full_size_it_is_euler_a() -> None:
     assert torch.equal(sampled(replace(GRADUAL, ratio=1.0))[-1], sample)
 
 
-def test_a_picture_does_not_depend_on_its_batch() -> None:
-    together = sampled(GRADUAL)[-1]
-    assert torch.equal(sampled(GRADUAL, seeds=SEEDS[1:])[-1], together[1:])
-
-
 def test_growth_begins_below_the_timestep_and_is_counted_from_there() -> None:
     gradual = GradualLatent(700, 0.5, 0.1, 3, 1.0, None)
     timesteps = [float(t) for t in range(950, 0, -50)]

@@ -16,10 +16,10 @@ from torch import Tensor
 from encoders.clip_vision import MEAN, STD, load_clip_vision
 from stable_diffusion.assembling import assemble
 from stable_diffusion.contract import AskedPicture, DeepShrink, GradualLatent, PictureSettings
+from stable_diffusion.guiding import load_vgg16
 from stable_diffusion.highres import make_pictures, prepare_highres
 from stable_diffusion.making import Maker
 from stable_diffusion.options import read_gen_img
-from stable_diffusion.vgg16 import load_vgg16
 from tests.parity.stable_diffusion import (
     CLASSES,
     Files,
@@ -227,15 +227,6 @@ def test_clip_reads_another_text(sd1: Project, maker: Maker) -> None:
     made = latents_of(maker, picture(sd1.guide, clip_prompt="the old house"))
 
     assert_same(made, follow(sd1, maker, *begin("ddim"), text="the old house"))
-
-
-def test_a_picture_does_not_depend_on_its_batch(sd1: Project, maker: Maker) -> None:
-    other = write_picture(sd1.folder / "other.png", (48, 20), 4)
-    pictures = [picture(sd1.guide), picture(other, seed=6), picture(sd1.guide, seed=7)]
-    together = maker.make(pictures, wants_images=False).latents
-
-    for latents, alone in zip(together, pictures, strict=True):
-        assert torch.equal(latents, latents_of(maker, alone)[0])
 
 
 def test_a_guide_draws_the_picture_towards_it(sd1: Project) -> None:

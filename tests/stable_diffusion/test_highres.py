@@ -15,9 +15,8 @@ from PIL import Image
 from modules.atomic_write import save_tensors
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import AskedPicture, Made, PictureSettings, SecondStart
-from stable_diffusion.highres import make_pictures, prepare_highres
+from stable_diffusion.highres import make_pictures, prepare_highres, read_args
 from stable_diffusion.highres_options import HighresOptions
-from stable_diffusion.upscalers import read_args
 from tests.tiny.post_upscaling import rrdb_weights
 
 OPTIONS = HighresOptions(0.5, 7, None, False, False, None, None, False)

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
+from stable_diffusion.assembling import list_cross_attentions
 from stable_diffusion.contract import AskedPicture, PictureSettings
-from stable_diffusion.layer_texts import list_cross_attentions
 from stable_diffusion.making import Maker
 from stable_diffusion.textual_inversion import read_words
 from tests.parity.stable_diffusion import their_scheduler

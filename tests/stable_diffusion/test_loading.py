@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modules.errors import CheckpointError, OptionError
+from modules.errors import OptionError
 from stable_diffusion.contract import SD2, SDXL, Model
-from stable_diffusion.vae_bands import band_convolutions
-from tests.stable_diffusion.loaded import CPU, load
+from stable_diffusion.vae_checkpoints import band_convolutions
+from tests.stable_diffusion.loaded import load
 from tests.tiny.stable_diffusion import (
     KINDS,
     VAE,
@@ -452,14 +452,6 @@ def test_config_of_a_folder_counts_where_tensors_are_silent(folder: Path, tmp_pa
     file.write_text(json.dumps({**config, "attention_head_dim": 4, "_diffusers_version": "0.6"}))
 
     assert load(copy).unet.mid_block.attentions[0].transformer_blocks[0].attn1.heads == 4
-
-
-def test_the_device_is_where_all_parts_are(folder: Path) -> None:
-    model = quick(folder, "sdxl.safetensors")
-
-    assert model.device == CPU
-    with pytest.raises(CheckpointError, match="--ckpt .*no such file"):
-        quick(folder, "nothing.safetensors")
 
 
 def test_a_vae_on_the_hub_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,6 @@ from stable_diffusion.contract import (
 from stable_diffusion.making import Maker, time_ids
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.pixels import decode_latents, encode_pixels, to_image, to_pixels, vae_batch
-from stable_diffusion.starting import generators_of
 from stable_diffusion.text import Texts
 from tests.parity.stable_diffusion import generators, their_scheduler, write_mask, write_picture
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sdxl
@@ -275,9 +274,3 @@ def test_pixels_are_rounded_and_nan_is_black(caplog: pytest.LogCaptureFixture) -
         assert np.asarray(to_image(pixels, "line 7"))[0, 5].tolist() == [0, 255, 255]
     assert "line 7" in caplog.text
     assert "--no_half_vae" in caplog.text
-
-
-def test_generators_are_the_seeds() -> None:
-    first, second = generators_of([picture(4), picture(5)])
-    assert torch.equal(torch.randn(3, generator=first), torch.randn(3, generator=generators(4)[0]))
-    assert not torch.equal(torch.randn(3, generator=second), torch.randn(3, generator=generators(4)[0]))

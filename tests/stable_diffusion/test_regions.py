@@ -16,8 +16,16 @@ from torch import Tensor, nn
 
 from modules.errors import MediaError, OptionError
 from stable_diffusion.contract import AskedPicture, PictureSettings, TextState, UnetCall
-from stable_diffusion.region_masks import part_shares, part_weights, read_regions, resize, stack
-from stable_diffusion.regions import Regions, join_parts, split_parts
+from stable_diffusion.regions import (
+    Regions,
+    join_parts,
+    part_shares,
+    part_weights,
+    read_regions,
+    resize,
+    split_parts,
+    stack,
+)
 from tests.tiny.stable_diffusion import KINDS, unet_state
 
 HEIGHT, WIDTH = 72, 120  # pixels: latents 9 x 15, features 5 x 8, no two alike and none even

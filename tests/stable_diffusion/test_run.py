@@ -10,8 +10,7 @@ import torch
 
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.media.tags import read_tags
-from stable_diffusion.run import generate
-from stable_diffusion.viewing import viewer_command
+from stable_diffusion.run import generate, viewer_command
 from tests.stable_diffusion.asked import PlainMaker, options, write_picture
 
 SIZE = ("--W", 16, "--H", 16)
@@ -124,13 +123,6 @@ def test_too_little_memory_says_what_to_do(tmp_path: Path) -> None:
         MemoryPlanError, match="too little memory for 1 picture of 16 x 16(.|\n)*--vae_slices"
     ):
         run(tmp_path, "--prompt", "a", maker=maker)
-
-
-def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
-    path = write_lines(tmp_path, "a", "stop", "c")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "--from_file", path, maker=PlainMaker(fails_on="stop", error=KeyboardInterrupt))
-    assert prompts_of(tmp_path) == ["a"]
 
 
 # Two stages

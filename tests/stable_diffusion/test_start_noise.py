@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from stable_diffusion.sampling_options import StartNoiseOptions
-from stable_diffusion.start_noise import add_offset, add_pyramid, vary_noise
+from stable_diffusion.starting import add_offset, add_pyramid, vary_noise
 
 OFF = StartNoiseOptions(None, None, None, None)
 

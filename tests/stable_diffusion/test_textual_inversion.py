@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -98,21 +97,6 @@ def test_words_are_found_alone_the_longest_first() -> None:
     assert found("blob, cat BLOB") == [1, *tokenize(", cat"), 1]
     assert found("the<a>one") == [*tokenize("the"), 3, *tokenize("one")]
     assert found("noblob blobby blob_x") == tokenize("noblob blobby blob_x")
-
-
-class Harm:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.folder),)
-
-
-def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
-    path = write(tmp_path / "bad.pt", {"string_to_param": {"*": Harm(tmp_path / "harm")}})
-    with pytest.raises(CheckpointError, match="program code"):
-        read_words([path])
-    assert not (tmp_path / "harm").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from encoders.clip_vision import ClipVision
 from encoders.clip_vision_checkpoints import ClipVisionConfig
-from stable_diffusion.layer_texts import list_cross_attentions
+from stable_diffusion.assembling import list_cross_attentions
 from tests.tiny import flux, guides, hunyuan_image, lumina, stable_diffusion
 from tests.tiny.control_nets import write_control_net, write_lllite
 from tests.tiny.dit_files import draw

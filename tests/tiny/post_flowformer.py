@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import save_tensors
-from post.interpolation.flowformer import FlowFormer, FlowFormerConfig
-from post.interpolation.flowformer_decoder import FlowDecoderConfig
+from post.interpolation.flowformer import FlowDecoderConfig, FlowFormer, FlowFormerConfig
 from post.interpolation.flowformer_memory import MemoryConfig
 from post.interpolation.twins import StageConfig
 from tests.tiny.post_interpolation import draw

@@ -9,8 +9,7 @@ from modules.atomic_write import save_tensors
 from post.interpolation.gimm import GimmConfig, GimmVfi, Interpolation
 from post.interpolation.motion import MotionConfig
 from post.interpolation.raft import Raft, RaftConfig
-from post.interpolation.refinement import RefinementConfig, UpdateConfig
-from post.interpolation.synthesis import SynthesisConfig
+from post.interpolation.synthesis import RefinementConfig, SynthesisConfig, UpdateConfig
 
 RAFT = RaftConfig(
     stages=(8, 8, 8),

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import save_tensors
-from post.upscaling.compact import CompactConfig, CompactNet
-from post.upscaling.rrdb import RrdbConfig, RRDBNet
+from post.upscaling.rrdb import CompactConfig, CompactNet, RrdbConfig, RRDBNet
 from post.upscaling.swinir import SwinIR, SwinirConfig
 
 SWINIR = SwinirConfig(

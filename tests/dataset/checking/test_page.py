@@ -18,7 +18,7 @@ from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from modules.contract.tokens import TokenCount
 from modules.media.buckets import fit_cover
-from modules.pages.sharing import share_page
+from modules.pages.page import share_page
 from tests.browser import open_page
 from tests.dataset.making import make_clip, make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily

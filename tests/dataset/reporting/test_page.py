@@ -13,8 +13,8 @@ from PIL import Image
 from dataset.reporting.drawing import draw_crops
 from dataset.reporting.tables import Crops
 from modules.media.buckets import fit_cover
-from modules.pages.bars import draw_histogram
-from modules.pages.sharing import share_page
+from modules.pages.charts import draw_histogram
+from modules.pages.page import share_page
 from tests.browser import open_page
 from tests.dataset.reporting.making import (
     report,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.media.fading import cross_fade
+from modules.media.pixels import cross_fade
 
 
 def test_a_fade_begins_with_the_earlier_clip_and_ends_with_the_later_one() -> None:

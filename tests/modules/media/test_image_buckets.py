@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dataset.sources.decoding import fit_of
-from modules.media.image_buckets import image_bucket_sizes, inner_box
+from modules.media.buckets import image_bucket_sizes, inner_box
 from tests.dataset.making import subset_table
 from tests.golden_cases import read_case
 

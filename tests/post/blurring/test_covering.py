@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from post.blurring.covering import cover, kernel_of
 from post.blurring.options import BlurOptions
+from post.blurring.stage import cover, kernel_of
 from post.network_options import ToolNetworkOptions
 
 OLD = BlurOptions(
@@ -94,13 +94,6 @@ def test_boxes_may_reach_outside_of_the_picture(box: tuple[float, float, float, 
 
     for options in (OLD, dataclasses.replace(OLD, ellipse=True, feather=0.2, margin=0.1)):
         assert changed(cover(pixels, [box], options), pixels).any()
-
-
-@pytest.mark.parametrize("box", [(-40, 10, -5, 30), (10, 90, 20, 100), (130, 0, 140, 10)])
-def test_boxes_outside_of_the_picture_change_nothing(box: tuple[float, float, float, float]) -> None:
-    pixels = noise(80, 120)
-
-    assert (cover(pixels, [box], OLD) == pixels).all()
 
 
 def test_a_margin_covers_more() -> None:

@@ -23,7 +23,7 @@ from post.blurring.options import BlurOptions
 from post.blurring.stage import BlurStage, make_blur, within
 from post.chain_options import read_tool
 from post.contract import Clip, Picture
-from post.faces.contract import FoundFace
+from post.faces.boxes import FoundFace
 from tests.post.blurring.test_covering import changed
 from tests.tiny.onnx_files import write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector

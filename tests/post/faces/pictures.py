@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from post.faces.contract import FoundFace
+from post.faces.boxes import FoundFace
 
 
 def dotted(height: int, width: int, *centres: tuple[int, int], red: int = 255) -> np.ndarray:

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from post.contract import Pixels
 from post.faces.alignment import TEMPLATE, Matrix, alignment, crop, crops, restorable
-from post.faces.contract import FoundFace
-from post.faces.pasting import Restored, deepen, enlarge, paste, soften
-from post.faces.steadying import SteadyLandmarks
+from post.faces.boxes import FoundFace
+from post.faces.stage import Restored, SteadyLandmarks, deepen, enlarge, paste, soften
 from tests.golden_cases import read_case
 
 SIZE = 64

@@ -11,14 +11,18 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from modules.planning.dry_run import ACCELERATOR, WORKING, dry_run, largest, place
 from post.interpolation.correlation import Correlation
-from post.interpolation.flowformer import TABLE_BYTES, FlowFormer, FlowFormerConfig, read_flowformer
-from post.interpolation.flowformer_decoder import FlowDecoderConfig
+from post.interpolation.files import is_with_raft, read_gimm
+from post.interpolation.flowformer import (
+    TABLE_BYTES,
+    FlowDecoderConfig,
+    FlowFormer,
+    FlowFormerConfig,
+    read_flowformer,
+)
 from post.interpolation.flowformer_memory import CostPerceiver, MemoryConfig
-from post.interpolation.flowformer_tokens import position_code
 from post.interpolation.gimm import GimmVfi
-from post.interpolation.layout import is_with_raft, read_gimm
-from post.interpolation.parts import CPU_BYTES, in_parts
-from post.interpolation.twins import WINDOW, StageConfig, attend, in_windows
+from post.interpolation.layers import CPU_BYTES
+from post.interpolation.twins import StageConfig
 from tests.golden_cases import read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.post.interpolation.recorded import check_recorded, recorded_weights, write_recorded
@@ -182,59 +186,6 @@ def test_memory_without_tables_is_that_of_tokens_and_features() -> None:
     table, tokens = 4 * places**2, 4 * places * 8 * 128
     assert peaks["tables"] > peaks["none"] + table
     assert peaks["none"] < 12 * tokens + 2 * CPU_BYTES
-
-
-@pytest.mark.parametrize(("height", "width"), [(7, 14), (5, 9), (16, 20)])
-def test_windows_are_squares_filled_with_zeros(height: int, width: int) -> None:
-    x = torch.randn(2, height, width, 3)
-    expected = torch.empty_like(x)
-    for top in range(0, height, WINDOW):
-        for left in range(0, width, WINDOW):
-            square = x[:, top : top + WINDOW, left : left + WINDOW]
-            mean = square.sum(dim=(1, 2), keepdim=True) / WINDOW**2
-            expected[:, top : top + WINDOW, left : left + WINDOW] = square - mean
-
-    found = in_windows(lambda windows: windows - windows.mean(dim=1, keepdim=True), x)
-
-    torch.testing.assert_close(found, expected)
-
-
-def test_attention_is_the_softmax_of_scaled_products() -> None:
-    q, k, v = torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 8)
-    halves = [
-        (q[..., part] @ k[..., part].mT / 2).softmax(dim=-1) @ v[..., part]
-        for part in (slice(0, 4), slice(4, 8))
-    ]
-    torch.testing.assert_close(attend(q, k, v, heads=2), torch.cat(halves, dim=-1))
-
-
-def test_a_place_is_told_by_waves_of_x_then_of_y() -> None:
-    code = position_code(torch.tensor([[10.0, 3.0]]), 8)
-    x, y = 3.14 * 10 / 200, 3.14 * 3 / 200
-    angles = torch.tensor([0.0, x]), torch.tensor([0.0, y])
-    expected = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
-    torch.testing.assert_close(code[0], torch.cat(expected))
-
-
-@pytest.mark.parametrize("part_bytes", [1, 20, 64, 1000])
-def test_parts_are_put_together_in_order(part_bytes: int) -> None:
-    x = torch.arange(20.0).view(10, 2)
-    sizes: list[int] = []
-
-    def run(part: Tensor) -> Tensor:
-        sizes.append(len(part))
-        return 2 * part
-
-    assert torch.equal(in_parts(run, x, 8, part_bytes), 2 * x)
-    assert max(sizes) == min(10, max(1, part_bytes // 8))
-
-
-def test_products_of_whole_rows_are_plain_dot_products() -> None:
-    first, second = torch.randn(1, 8, 9, 10), torch.randn(1, 8, 9, 10)
-    expected = torch.einsum("cp,cyx->pyx", first[0].flatten(1), second[0])
-    for keeps in (True, False):
-        costs = Correlation(first, second, keeps, levels=1, scale=1.0)
-        torch.testing.assert_close(costs.rows(20, 50), expected[20:50])
 
 
 def test_another_network_is_named(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from modules.planning.dry_run import ACCELERATOR, KEPT, WORKING, dry_run, largest, place
-from post.interpolation.files import load_networks
+from post.interpolation.files import is_with_raft, load_networks, read_gimm
 from post.interpolation.gimm import GimmVfi, Interpolation
-from post.interpolation.layout import is_with_raft, read_gimm
 from post.interpolation.raft import Raft, read_raft
 from post.interpolation.synthesis import Compared
 from post.interpolation.warping import warp

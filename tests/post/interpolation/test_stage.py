@@ -14,15 +14,15 @@ from torch import Tensor
 
 from modules.compile_options import Compilation
 from modules.errors import CheckpointError, MediaError, OptionError
-from post.compiling import compile_parts
 from post.contract import Clip, Picture, Pixels
-from post.interpolation.contract import EncodedPicture, FlowEstimator
 from post.interpolation.files import find_files, load_networks, read_settings
 from post.interpolation.gimm import Interpolation
+from post.interpolation.layers import EncodedPicture, FlowEstimator
 from post.interpolation.options import InterpolationOptions
 from post.interpolation.stage import Interpolator, check_interpolation, make_interpolation
 from post.network_options import ToolNetworkOptions
 from post.pixels import to_pixels, to_tensor
+from post.precision import compile_parts
 from tests.tiny.post_interpolation import write_gimm_r
 
 CPU = torch.device("cpu")

@@ -15,8 +15,7 @@ from torch import Tensor
 from modules.errors import CheckpointError, OptionError
 from post.contract import Picture
 from post.upscaling.files import check_file
-from post.upscaling.memory import bytes_per_pixel, result_bytes
-from post.upscaling.stage import UpscalerStage, check_upscaler, make_upscaler
+from post.upscaling.stage import UpscalerStage, bytes_per_pixel, check_upscaler, make_upscaler, result_bytes
 from tests.post.upscaling.plain_clips import (
     ALL_WRITERS,
     CPU,

@@ -1,4 +1,4 @@
-"""The tools of --post: decoded frames go through them on their way into the file."""
+"""The tools of --post: decoded frames of a generation go through them on their way into the file."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from generation.post_options import POST
 from modules.errors import OptionError
-from post.chain_options import ToolOptions, hiding_tool
+from post.chain_options import AskedTools, ToolOptions
 from post.contract import Clip, Picture
 from post.pixels import to_bytes
 from post.stages import NamedStage, check_tools, lead_through, make_stages, results
@@ -25,7 +24,7 @@ LoadStages = Callable[[Sequence[ToolOptions], Sequence[str], torch.device], list
 class PostTools:
     """The tools of a run: loaded for the first video that is decoded, and kept to the end."""
 
-    tools: Sequence[ToolOptions]
+    asked: AskedTools
     device: torch.device
     load: LoadStages = make_stages
     _stages: list[NamedStage] | None = field(default=None, init=False)
@@ -33,27 +32,27 @@ class PostTools:
     @property
     def labels(self) -> list[str]:
         """Return how messages name the tools."""
-        return [f"{POST} {tool.name}" for tool, _ in self.tools]
+        return self.asked.labels
 
     @property
     def hides(self) -> bool:
         """Return whether a tool hides something, so that no frame may be shown as it was decoded."""
-        return hiding_tool(self.tools) is not None
+        return self.asked.hiding is not None
 
     def check(self) -> None:
         """Read the headers of the tools' model files. Raises UserError if they do not fit."""
-        check_tools(self.tools, self.labels, self.device)
+        check_tools(self.asked.tools, self.labels, self.device)
 
     def check_length(self, frames: int, label: str) -> None:
         """Raise OptionError if there is a single frame, and a tool works between frames.
 
         label: whose frames they are, for the message.
         """
-        for (tool, _), name in zip(self.tools, self.labels, strict=True):
+        for (tool, _), name in zip(self.asked.tools, self.labels, strict=True):
             if frames == 1 and tool.needs_video:
                 raise OptionError(
                     f"{name} works between the frames of a video, and {label} gives a single one. Leave "
-                    f"{POST} {tool.name} out, or make a video."
+                    f"{name} out, or make a video."
                 )
 
     def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
@@ -66,7 +65,7 @@ class PostTools:
         height, width = first.shape[:2]
         self.check_length(1 if is_single else 2, "the video")
         if self._stages is None:
-            self._stages = self.load(self.tools, self.labels, self.device)
+            self._stages = self.load(self.asked.tools, self.labels, self.device)
         rate = Fraction(fps).limit_denominator(1001)
         clip = Clip(
             Path("the video"), width, height, None if is_single else rate, 1 if is_single else None, False

@@ -1,0 +1,166 @@
+"""The formulas of guidance: each makes a GuidanceStage of the velocities of some passes."""
+
+import torch
+from torch import Tensor
+
+from blissful_tuner.guidance_options import GuidanceOptions
+from blissful_tuner.guidance_passes import BLANK, POSITIVE, GuidanceStage, Pass, Velocities
+from modules.contract.guidance import Projection
+
+
+# CFG-Zero*: guidance that also holds while the network's prediction is still poor, in the first steps.
+#
+# Source: Fan et al. 2025, arXiv 2503.18886.
+def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
+    """`--cfgzerostar_scaling`: guidance with the negative velocity scaled to where it is nearest to the
+    positive one. Each sample by itself.
+    """
+
+    def change(_: Tensor, velocities: Velocities) -> Tensor:
+        positive, without = velocities[POSITIVE], velocities[negative]
+        axes = tuple(range(1, positive.ndim))
+        fit = (positive * without).sum(axes, keepdim=True) / (
+            without.square().sum(axes, keepdim=True) + 1e-8  # as in the released code
+        )
+        without = fit * without
+        return without + scale * (positive - without)
+
+    return GuidanceStage((POSITIVE, negative), change)
+
+
+def init_factor(options: GuidanceOptions, step: int) -> float:
+    """Return what the velocity of a step is multiplied by. step: from 0, of those that are made."""
+    return options.cfgzerostar_multiplier if step < options.cfgzerostar_init_steps else 1.0
+
+
+# Perpendicular negative guidance: avoid only what the negative prompt does not share with the prompt.
+#
+# Source: Armandpour et al. 2023, arXiv 2304.04968.
+def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
+    """`--perp_neg`: guidance away from the empty prompt; of the negative direction only the part across the
+    positive one counts, `weight` times. Each sample by itself. At a weight of 0 there is no negative pass.
+    """
+
+    def change(_: Tensor, velocities: Velocities) -> Tensor:
+        blank = velocities[BLANK]
+        wanted = velocities[POSITIVE] - blank
+        if weight == 0:
+            return blank + scale * wanted
+        unwanted = velocities[negative] - blank
+        axes = tuple(range(1, blank.ndim))
+        # where the prompt changes nothing, the length is 0 and so is the product
+        length = wanted.square().sum(axes, keepdim=True).clamp_min(torch.finfo(wanted.dtype).tiny)
+        along = (unwanted * wanted).sum(axes, keepdim=True) / length * wanted
+        return blank + scale * (wanted - weight * (unwanted - along))
+
+    return GuidanceStage((POSITIVE, *(() if weight == 0 else (negative,)), BLANK), change)
+
+
+# Skip-layer guidance: steer away from what the network makes of the negative text without some blocks.
+#
+# Source: the released code of Stable Diffusion 3.5, which leaves blocks out of a pass with the positive text;
+# the known video tools, whose numbers users know, take the negative one.
+def active_steps(options: GuidanceOptions, num_steps: int) -> range:
+    """Return the steps, of those that are made, at which layers are skipped; none if it is off."""
+    if not options.skipped_layers:
+        return range(0)
+    return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
+
+
+def add_skipped_layers(weakened: Pass, scale: float) -> GuidanceStage:
+    """`--slg_mode original`: add the difference between the positive pass and a weakened negative one.
+
+    weakened: the negative pass without the layers. The other mode, "uncond", is no stage: there the guidance
+    takes the weakened pass for the negative one.
+    """
+
+    def change(velocity: Tensor, velocities: Velocities) -> Tensor:
+        return velocity + scale * (velocities[POSITIVE] - velocities[weakened])
+
+    return GuidanceStage((POSITIVE, weakened), change)
+
+
+def rescale(share: float) -> GuidanceStage:
+    """`--guidance_rescale`, 0 to 1: against overexposed, too contrasty pictures. Each sample by itself.
+
+    Source: Lin et al. 2023, arXiv 2305.08891, section 3.4.
+    """
+
+    def change(velocity: Tensor, velocities: Velocities) -> Tensor:
+        axes = tuple(range(1, velocity.ndim))
+        factor = velocities[POSITIVE].std(axes, keepdim=True) / velocity.std(axes, keepdim=True)
+        return velocity * (share * factor + (1 - share))
+
+    return GuidanceStage((POSITIVE,), change)
+
+
+def limit_norm(limit: float) -> GuidanceStage:
+    """`--renorm_cfg`: a guided velocity is at most so many times as large as the positive one.
+
+    Sizes are Euclidean norms over everything but the batch; each sample by itself. Source: Qin et al. 2025,
+    arXiv 2503.21758, section on inference.
+    """
+
+    def change(velocity: Tensor, velocities: Velocities) -> Tensor:
+        axes = tuple(range(1, velocity.ndim))
+        most = limit * torch.linalg.vector_norm(velocities[POSITIVE], dim=axes, keepdim=True)
+        size = torch.linalg.vector_norm(velocity, dim=axes, keepdim=True)
+        return torch.where(size > most, velocity * (most / size), velocity)
+
+    return GuidanceStage((POSITIVE,), change)
+
+
+# Adaptive projected guidance: what the difference of the passes has along the positive velocity is dropped.
+#
+# Source: Sadat et al. 2024, arXiv 2410.02416; `modules.contract.guidance.Projection` says from which step on.
+class Momentum:
+    """A running sum of the differences of the passes over the steps of one section."""
+
+    def __init__(self, factor: float) -> None:
+        """factor: of the sum so far when a difference is added."""
+        self._factor = factor
+        self._sum: Tensor | None = None
+
+    def add(self, difference: Tensor) -> Tensor:
+        """Add a difference, B C F H W, and return the new sum."""
+        self._sum = difference if self._sum is None else difference + self._factor * self._sum
+        return self._sum
+
+
+def watched(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> GuidanceStage:
+    """Return a stage that also adds the difference of its passes to the momentum."""
+
+    def change(velocity: Tensor, velocities: Velocities) -> Tensor:
+        momentum.add(velocities[POSITIVE] - velocities[negative])
+        return stage.change(velocity, velocities)
+
+    return GuidanceStage(stage.passes, change)
+
+
+def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceStage:
+    """Guide by the momentum, limited in length and without most of its part along the positive velocity.
+
+    Each sample by itself.
+    """
+
+    def change(_: Tensor, velocities: Velocities) -> Tensor:
+        positive, without = velocities[POSITIVE], velocities[negative]
+        axes = tuple(range(1, positive.ndim))
+        total = momentum.add(positive - without)
+        length = total.square().sum(axes, keepdim=True).sqrt()
+        step = total * (rule.norm_limit / length).clamp(max=1.0)
+        along, across = _split(step, positive)
+        return without + rule.scale * (across + rule.eta * along)
+
+    return GuidanceStage((POSITIVE, negative), change)
+
+
+def _split(vector: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Split B ... into its parts along and across a direction, each sample by itself."""
+    # float64, as released: the part across is a small difference of large numbers; MPS has no float64
+    exact = vector.dtype if vector.device.type == "mps" else torch.float64
+    vector_exact, direction_exact = vector.to(exact), direction.to(exact)
+    axes = tuple(range(1, vector.ndim))
+    unit = direction_exact / direction_exact.square().sum(axes, keepdim=True).sqrt().clamp(min=1e-12)
+    along = (vector_exact * unit).sum(axes, keepdim=True) * unit
+    return along.to(vector.dtype), (vector_exact - along).to(vector.dtype)
