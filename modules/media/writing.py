@@ -317,7 +317,7 @@ def join_segments(
         stream: Any = None
         number = itertools.count()
         for segment in segments:
-            with av.open(io.BytesIO(segment)) as source:
+            with av.open(io.BytesIO(segment), "r") as source:
                 if stream is None:
                     stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
                     stream.time_base = 1 / _rate(fps)
