@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import Mlp, heads
+from hunyuan_model.blocks import Mlp, split_heads
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
@@ -101,7 +101,7 @@ class RefinerBlock(nn.Module):
             .unsqueeze(1)
             .chunk(2, dim=-1)
         )
-        q, k, v = heads(in_own_dtype(self.self_attn_qkv, self.norm1(x).to(x.dtype)), self.num_heads)
+        q, k, v = split_heads(self.norm1(x).to(x.dtype), self.self_attn_qkv, self.num_heads)
         seen = attend(q, k, v, attention, lengths).flatten(2)
         x = add_gated(x, gate1, in_own_dtype(self.self_attn_proj, seen))
         return add_gated(x, gate2, self.mlp(self.norm2(x).to(x.dtype)))
