@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 import families
 import hunyuan_model.checkpoints
 import wan.checkpoints
-from frame_pack.checkpoints import DIT, identify, load_dit, read_dit_header
+from frame_pack.checkpoints import identify, load_dit, read_dit_header
+from frame_pack.spec import DIT
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError

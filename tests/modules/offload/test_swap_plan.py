@@ -3,13 +3,13 @@ import argparse
 import pytest
 from torch import nn
 
-from hunyuan_model.checkpoints import DIT as HUNYUAN
+from hunyuan_model.spec import DIT as HUNYUAN
 from modules.errors import OptionError
 from modules.offload.options import SwapOptions, add_swap_arguments
 from modules.offload.swap_plan import SwapPlan, most_blocks, plan_list
 from modules.options import read_options
 from tests.modules.swap_cases import CASES
-from wan.checkpoints import DIT as WAN
+from wan.spec import DIT as WAN
 
 
 def options(*words: str) -> SwapOptions:
