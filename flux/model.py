@@ -11,8 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, row_plan
-from flux.chroma import Approximator
-from flux.configs import PATCH, FluxConfig
+from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
 from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
 from hunyuan_model.model import real_tokens, rotary_widths
@@ -20,11 +19,61 @@ from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm
+from modules.layers.norms import Float32LayerNorm, ScaleNorm
 from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.layers.sinusoid import sinusoid
 from modules.run_blocks import Hidden, run_blocks
+
+
+class ApproximatorLayer(nn.Module):
+    """Two layers with a SiLU between them."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(dim, dim)
+        self.out_layer = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_own_dtype(self.out_layer, functional.silu(in_own_dtype(self.in_layer, x)))
+
+
+class Approximator(nn.Module):
+    """Make the modulations of all blocks. It is never trained here: no gradient goes into it."""
+
+    def __init__(self, config: ApproximatorConfig, rows: int, out_dim: int, eps: float) -> None:
+        """rows: M, how many modulations. out_dim: C."""
+        super().__init__()
+        self.config, self.rows = config, rows
+        self.in_proj = nn.Linear(config.in_dim, config.dim)
+        self.layers = nn.ModuleList(ApproximatorLayer(config.dim) for _ in range(config.layers))
+        self.norms = nn.ModuleList(ScaleNorm(config.dim, eps) for _ in range(config.layers))
+        self.out_proj = nn.Linear(config.dim, out_dim)
+
+    @torch.no_grad()
+    def forward(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
+        """Return B M C float32. timesteps: B, 0..1000. guidance: B, as it is asked for."""
+        number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)
+        numbered = sinusoid(GUIDANCE_UNIT * number, self.config.in_dim // 2, torch.float32)  # M in/2
+        shared = torch.cat(
+            [
+                sinusoid(value, self.config.in_dim // 4, torch.float32)
+                for value in (timesteps, GUIDANCE_UNIT * guidance)
+            ],
+            dim=1,
+        )  # B in/2
+        batch = len(timesteps)
+        x = torch.cat(
+            [
+                shared.unsqueeze(1).expand(batch, self.rows, -1),
+                numbered.unsqueeze(0).expand(batch, -1, -1),
+            ],
+            dim=2,
+        )
+        x = in_own_dtype(self.in_proj, x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + layer(norm(x))
+        return in_own_dtype(self.out_proj, x).float()
 
 
 class FluxVectorEmbedding(nn.Module):

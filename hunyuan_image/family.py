@@ -13,7 +13,6 @@ from encoders.posterior import posterior_generator
 from hunyuan_image.checkpoints import load_dit
 from hunyuan_image.configs import HUNYUAN_IMAGE
 from hunyuan_image.files import HunyuanImageFiles
-from hunyuan_image.glyphs import find_quoted
 from hunyuan_image.options import (
     AS_RELEASED,
     NAME,
@@ -24,7 +23,7 @@ from hunyuan_image.options import (
     ProjectedGuidanceOptions,
 )
 from hunyuan_image.spec import DIT, LATENT, NOISE
-from hunyuan_image.text_encoders import GlyphTextEncoder, QwenTextEncoder
+from hunyuan_image.text_encoders import GlyphTextEncoder, QwenTextEncoder, find_quoted
 from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
@@ -35,6 +34,7 @@ from modules.contract.data import (
     MediaTable,
     MomentsBatch,
     MomentsRules,
+    name_texts,
 )
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -46,7 +46,7 @@ from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import NO_MEDIA, check_size, keep_usable_media, settle, size_of, whole_patches
 from modules.contract.source import IMAGE, LATENTS, SourceRules
-from modules.devices import choose_compute_dtype, send
+from modules.devices import choose_compute_dtype
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
@@ -182,8 +182,8 @@ class HunyuanImage:
         velocity = dit(
             noisy.squeeze(2),
             timesteps.float().trunc(),
-            **network_texts(cond, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: network_texts(text, noisy.device)),
+            **name_texts(cond, TEXT_INPUTS, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
         )
         return velocity.unsqueeze(2)
 
@@ -253,19 +253,6 @@ class HunyuanImage:
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
         yield from encoders.vae.decode(latents / LATENT.scale)
-
-
-def network_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the conditions that texts give, under the names of the network's arguments.
-
-    Texts of different lengths are padded with zeros, in states and masks. Masks are on the host: the network
-    reads them there, and must not wait for the device.
-    """
-    return {argument: send(_padded(conditions[name]), device) for argument, name in TEXT_INPUTS.items()}
-
-
-def _padded(value: Tensor | list[Tensor]) -> Tensor:
-    return value if isinstance(value, Tensor) else nn.utils.rnn.pad_sequence(value, batch_first=True)
 
 
 def family_for_latent_caching(options: HunyuanImageLatentCachingOptions) -> HunyuanImage:

@@ -35,6 +35,7 @@ from modules.contract.data import (
     MediaTable,
     MomentsBatch,
     MomentsRules,
+    name_texts,
 )
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -46,7 +47,7 @@ from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import NO_MEDIA, check_size, keep_usable_media, settle, size_of, whole_patches
 from modules.contract.source import IMAGE, LATENTS, SourceRules
-from modules.devices import choose_compute_dtype, send
+from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
@@ -173,8 +174,8 @@ class Lumina:
         direction = dit(
             noisy.squeeze(2),
             1 - timesteps.float() / UNIT,
-            **network_texts(cond, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: network_texts(text, noisy.device)),
+            **name_texts(cond, TEXT_INPUTS, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
         )
         return -direction.unsqueeze(2)
 
@@ -248,19 +249,6 @@ class Lumina:
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
         yield encoders.vae.decode(latents)
-
-
-def network_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the conditions that a text gives, under the names of the network's arguments.
-
-    The mask stays where it is: the network reads it on the host, and must not wait for the device.
-    """
-    found = {}
-    for argument, name in TEXT_INPUTS.items():
-        value = conditions[name]
-        assert isinstance(value, Tensor)
-        found[argument] = send(value, device) if value.is_floating_point() else value
-    return found
 
 
 def guidance_rules(extra: Mapping[str, str]) -> GuidanceRules:
