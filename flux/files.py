@@ -29,6 +29,8 @@ from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
 from modules.vae_options import VaeOptions
 
+logger = logging.getLogger(__name__)
+
 AE, CLIP, T5 = "ae", "clip_l", "t5xxl"  # names in `check`
 
 
@@ -148,9 +150,6 @@ def _clip_width(checkpoint: Checkpoint) -> int:
 
 def _t5_width(checkpoint: Checkpoint) -> int:
     return read_t5(checkpoint, T5_XXL).config.dim
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

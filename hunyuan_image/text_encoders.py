@@ -32,6 +32,9 @@ from modules.contract.weighting import weigh_rows
 from modules.devices import dtype_name
 from modules.offload.loaded import LoadedNetwork
 
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 SKIP_LAYERS = 2  # after the state that is used, which is not normed
 DROPPED = 34  # tokens of the template before the prompt, whose states are cut off
 BEFORE = (
@@ -84,11 +87,6 @@ def glyph_text(prompt: str) -> str | None:
     """Return what the glyph encoder reads of a prompt; None if nothing is to be written."""
     quoted = find_quoted(prompt)
     return "".join(f'Text "{text}". ' for text in quoted) if quoted else None
-
-
-logger = logging.getLogger(__name__)
-
-CPU = torch.device("cpu")
 
 
 class QwenTextEncoder:

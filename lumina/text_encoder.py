@@ -28,6 +28,8 @@ from modules.contract.weighting import weigh_rows
 from modules.devices import dtype_name
 from modules.offload.loaded import LoadedNetwork
 
+logger = logging.getLogger(__name__)
+
 BEGIN = "<bos>"
 GEMMA_FILES = TokenizerFiles(
     option="--gemma2_tokenizer",
@@ -90,9 +92,6 @@ def _from_sentencepiece(model: bytes, origin: Path) -> GemmaTokenizer:
         return [begin, *ids], [None, *piece_places(processor, text)]
 
     return GemmaTokenizer(read)
-
-
-logger = logging.getLogger(__name__)
 
 
 TOKEN_STEP = 8  # of the padded length

@@ -22,6 +22,8 @@ from wan.vae_checkpoints import read_vae
 from wan.vae_releases import RELEASES
 from wan.vae_shortcuts import fold_patches, unfold_patches
 
+logger = logging.getLogger(__name__)
+
 OVERLAP = 4  # a tile shares 1 / OVERLAP of its length with its neighbour
 
 
@@ -78,9 +80,6 @@ def add_tile(total: Tensor, piece: Tensor, row: Tile, column: Tile, unit: int) -
     total[..., row.pick(unit), column.pick(unit)] += piece.to(total.device, total.dtype) * weights.to(
         total.device
     )
-
-
-logger = logging.getLogger(__name__)
 
 
 class WanVae(nn.Module):
