@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import NO_MOMENTS, check_pictures, encode_pictures
+from encoders.pictures import NO_MOMENTS, PictureFamily, check_pictures
 from encoders.posterior import posterior_generator
 from flux.checkpoints import load_dit
 from flux.configs import (
@@ -38,12 +38,9 @@ from flux.spec import LATENT, NOISE, dit_spec, size_shift, tokens_of
 from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
-    CacheEntry,
     Conditions,
-    MediaBatch,
     MediaEncoders,
     MediaTable,
-    MomentsBatch,
     MomentsRules,
     name_texts,
 )
@@ -72,7 +69,7 @@ LATENTS_OF = frozenset({"flux", "chroma", "lumina"})  # models with the same aut
 
 
 @dataclass(frozen=True)
-class Flux:
+class Flux(PictureFamily):
     """Description of FLUX.1 or Chroma for one run, built by the `family_for_...` functions below.
 
     dev, schnell and Chroma are told apart by the transformer's file.
@@ -183,18 +180,6 @@ class Flux:
         """Raise DatasetError if a table has clips or control images."""
         check_pictures(table, NAME)
 
-    def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: a picture has one file."""
-        return None
-
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every picture in model space, float32."""
-        return encode_pictures(encoders.vae, media)
-
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Not for pictures: `moments` refuses them before."""
-        raise AssertionError(self.moments.refusal)
-
     # the network
 
     @property
@@ -286,10 +271,6 @@ class Flux:
         flow_shift = shift if request.flow_shift is None else request.flow_shift
         return settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
 
-    def needs_media(self, prepared: Prepared) -> bool:
-        """No picture must be encoded before denoising."""
-        return False
-
     @property
     def source(self) -> SourceRules:
         """What denoising may start from; other models have the same autoencoder."""
@@ -298,10 +279,6 @@ class Flux:
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)])
-
-    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return nothing: only the texts condition a picture."""
-        return {0: {}}
 
     def sections(
         self,

@@ -1,9 +1,8 @@
 """Checkpoints of the FramePack transformer: what a file is, and loading one."""
 
 import hunyuan_model.checkpoints as hunyuan
-from frame_pack.configs import FramePackConfig
+from frame_pack.configs import DIT, FramePackConfig
 from frame_pack.model import FramePackModel
-from frame_pack.spec import DIT
 from modules.checkpoints.dialects import DitShapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader, own_names
 from modules.checkpoints.opening import Checkpoint

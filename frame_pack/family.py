@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from frame_pack import caching
 from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, conditions_of
 from frame_pack.checkpoints import load_dit
-from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
+from frame_pack.configs import DIT, FRAMEPACK, FRAMEPACK_F1
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
 from frame_pack.image_encoder import load_siglip
@@ -29,7 +29,6 @@ from frame_pack.options import (
 from frame_pack.positions import position_scale
 from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_frames
-from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.files import HunyuanEncoderPaths, beside

@@ -19,9 +19,8 @@ from frame_pack.blocks import (
     HunyuanVideoSingleTransformerBlock,
     HunyuanVideoTransformerBlock,
 )
-from frame_pack.configs import FramePackConfig
+from frame_pack.configs import DIT, FramePackConfig
 from frame_pack.positions import Stretch, WindowLayout, rotary_table
-from frame_pack.spec import DIT
 from hunyuan_model.blocks import EmbeddedText, HunyuanModulation, HunyuanTokens, join_tokens
 from hunyuan_model.model import (
     PatchEmbedding,

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import hunyuan_model.checkpoints as hunyuan
-from hunyuan_image.configs import HunyuanImageConfig
+from hunyuan_image.configs import DIT, LATENT, HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
-from hunyuan_image.spec import DIT, LATENT
 from modules.checkpoints.dialects import DitShapes, Names, other_kind, translate_name
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.joining import join_parts

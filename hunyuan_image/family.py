@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import NO_MOMENTS, check_pictures, encode_pictures
+from encoders.pictures import NO_MOMENTS, PictureFamily, check_pictures
 from encoders.posterior import posterior_generator
 from hunyuan_image.checkpoints import load_dit
-from hunyuan_image.configs import HUNYUAN_IMAGE
+from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles
 from hunyuan_image.options import (
     AS_RELEASED,
@@ -22,17 +22,13 @@ from hunyuan_image.options import (
     HunyuanImageTrainingOptions,
     ProjectedGuidanceOptions,
 )
-from hunyuan_image.spec import DIT, LATENT, NOISE
 from hunyuan_image.text_encoders import GlyphTextEncoder, QwenTextEncoder, find_quoted
 from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
-    CacheEntry,
     Conditions,
-    MediaBatch,
     MediaEncoders,
     MediaTable,
-    MomentsBatch,
     MomentsRules,
     name_texts,
 )
@@ -77,7 +73,7 @@ APG_SCALE, APG_MOMENTUM, APG_NORM = 10.0, -0.5, 10.0
 
 
 @dataclass(frozen=True)
-class HunyuanImage:
+class HunyuanImage(PictureFamily):
     """Description of HunyuanImage-2.1 for one run, built by the `family_for_...` functions below."""
 
     files: HunyuanImageFiles
@@ -130,18 +126,6 @@ class HunyuanImage:
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError if a table has clips or control images."""
         check_pictures(table, NAME)
-
-    def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: an item has one file."""
-        return None
-
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every picture, not scaled, float32."""
-        return encode_pictures(encoders.vae, media)
-
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Not for pictures: `moments` refuses them before."""
-        raise AssertionError(self.moments.refusal)
 
     # the network
 
@@ -222,10 +206,6 @@ class HunyuanImage:
             rescale=options.guidance_rescale_apg,
         )
 
-    def needs_media(self, prepared: Prepared) -> bool:
-        """Whether an image must be encoded before denoising: never."""
-        return False
-
     @property
     def source(self) -> SourceRules:
         """What denoising may start from."""
@@ -234,10 +214,6 @@ class HunyuanImage:
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)]) * LATENT.scale
-
-    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return no conditions: there are those of texts only."""
-        return {0: {}}
 
     def sections(
         self,

@@ -14,8 +14,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from hunyuan_image.configs import HunyuanImageConfig
-from hunyuan_image.spec import DIT
+from hunyuan_image.configs import DIT, HunyuanImageConfig
 from hunyuan_model.blocks import (
     EmbeddedText,
     HunyuanTokens,

@@ -15,8 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
-from lumina.configs import LuminaConfig
-from lumina.spec import DIT
+from lumina.configs import DIT, LuminaConfig
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.attention.second_text import SecondText

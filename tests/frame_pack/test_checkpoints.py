@@ -11,7 +11,7 @@ import families
 import hunyuan_model.checkpoints
 import wan.checkpoints
 from frame_pack.checkpoints import identify, load_dit, read_dit_header
-from frame_pack.spec import DIT
+from frame_pack.configs import DIT
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frame_pack.configs import DIT as FRAMEPACK
 from frame_pack.model import FramePackModel
-from frame_pack.spec import DIT as FRAMEPACK
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.spec import DIT as HUNYUAN
 from modules.contract.family import DitSpec
