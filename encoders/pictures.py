@@ -21,7 +21,7 @@ from modules.media.pixels import byte_clips
 NO_MOMENTS = MomentsRules(refusal="the model makes pictures, not clips")
 
 
-class PictureFamily(Protocol):
+class ModelOfPictures(Protocol):
     """The part of a family that is the same for all models of pictures, which derive from it."""
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import NO_MOMENTS, PictureFamily, check_pictures
+from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
 from encoders.posterior import posterior_generator
 from flux.checkpoints import load_dit
 from flux.configs import (
@@ -69,7 +69,7 @@ LATENTS_OF = frozenset({"flux", "chroma", "lumina"})  # models with the same aut
 
 
 @dataclass(frozen=True)
-class Flux(PictureFamily):
+class Flux(ModelOfPictures):
     """Description of FLUX.1 or Chroma for one run, built by the `family_for_...` functions below.
 
     dev, schnell and Chroma are told apart by the transformer's file.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import NO_MOMENTS, PictureFamily, check_pictures
+from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
 from encoders.posterior import posterior_generator
 from hunyuan_image.checkpoints import load_dit
 from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
@@ -73,7 +73,7 @@ APG_SCALE, APG_MOMENTUM, APG_NORM = 10.0, -0.5, 10.0
 
 
 @dataclass(frozen=True)
-class HunyuanImage(PictureFamily):
+class HunyuanImage(ModelOfPictures):
     """Description of HunyuanImage-2.1 for one run, built by the `family_for_...` functions below."""
 
     files: HunyuanImageFiles

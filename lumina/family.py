@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import NO_MOMENTS, PictureFamily, check_pictures
+from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
 from encoders.posterior import posterior_generator
 from lumina.checkpoints import load_dit
 from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
@@ -68,7 +68,7 @@ UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / U
 
 
 @dataclass(frozen=True)
-class Lumina(PictureFamily):
+class Lumina(ModelOfPictures):
     """Description of Lumina-Image-2.0 for one run, built by the `family_for_...` functions below."""
 
     files: LuminaFiles
