@@ -1,13 +1,19 @@
-"""Cache entries of single pictures, for every family whose models make pictures."""
+"""What all families share whose models make single pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from encoders.posterior import posterior_generator
-from modules.contract.data import CacheEntry, MediaBatch, MediaTable, MomentsRules
+from modules.contract.data import (
+    CacheEntry,
+    Conditions,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    MomentsBatch,
+    MomentsRules,
+)
+from modules.contract.prepared import Prepared
 from modules.errors import DatasetError
 from modules.media.pixels import byte_clips
 
@@ -15,23 +21,32 @@ from modules.media.pixels import byte_clips
 NO_MOMENTS = MomentsRules(refusal="the model makes pictures, not clips")
 
 
-class PictureEncoder(Protocol):
-    """An autoencoder of pictures."""
+class ModelOfPictures(Protocol):
+    """The part of a family that is the same for all models of pictures, which derive from it."""
 
-    @property
-    def device(self) -> torch.device: ...
+    def sections_of(self, table: MediaTable, frames: int) -> int | None:
+        """Return None: a picture has one file."""
+        return None
 
-    # B 3 1 H W bytes or -1..1, a generator for each -> B Z 1 h w
-    def encode(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor: ...
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return the cache entry of each picture: a posterior sample, seeded by its name, float32."""
+        entries, vae = [], encoders.vae
+        for part in media.split_for(vae.device):
+            latents = vae.encode(byte_clips(part.frames), [posterior_generator(key) for key in part.keys])
+            entries += [[CacheEntry({"latents": latent.clone()})] for latent in latents]
+        return entries
 
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        """Not for pictures: `NO_MOMENTS` refuses them before."""
+        raise AssertionError(NO_MOMENTS.refusal)
 
-def encode_pictures(vae: PictureEncoder, media: MediaBatch) -> list[list[CacheEntry]]:
-    """Return the cache entry of each picture: a posterior sample, seeded by its name, float32."""
-    entries = []
-    for part in media.split_for(vae.device):
-        latents = vae.encode(byte_clips(part.frames), [posterior_generator(key) for key in part.keys])
-        entries += [[CacheEntry({"latents": latent.clone()})] for latent in latents]
-    return entries
+    def needs_media(self, prepared: Prepared) -> bool:
+        """Return False: no image must be encoded before denoising."""
+        return False
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Return no conditions: there are those of texts only."""
+        return {0: {}}
 
 
 def check_pictures(table: MediaTable, who: str) -> None:

@@ -5,9 +5,9 @@ stand: picture tokens first, then text, which is not rotated. The released code 
 does not depend on the order. Chroma's blocks do not compute their modulation, they take rows of it.
 Source: the released code of FLUX.1 and Chroma. Module names follow the published checkpoints.
 """
-# Letters: B batch, L picture tokens, T text tokens, N heads, D head width, C = N * D, M modulations
+# Letters: B batch, L picture tokens, T text tokens, S 1 or 2 texts, N heads, D head width, C = N * D,
+# M modulations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from hunyuan_model.blocks import (
     HunyuanTokens,
     attend_jointly,
     attend_turned,
-    heads,
+    split_heads,
 )
 from hunyuan_model.joining import join_gelu
 from modules.devices import send_ahead
@@ -38,8 +38,8 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(dim, count * dim)
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        # vector: B C float32 -> count tensors B 1 C float32
-        return in_own_dtype(self.lin, functional.silu(vector)).float().unsqueeze(1).chunk(self.count, dim=-1)
+        # vector: B S C float32 -> count tensors B S C float32
+        return in_own_dtype(self.lin, functional.silu(vector)).float().chunk(self.count, dim=-1)
 
 
 class ModulationRows(nn.Module):
@@ -57,8 +57,8 @@ class ModulationRows(nn.Module):
             self.rows = send_ahead(self.rows, device)
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        # vector: B M C float32 -> count tensors B 1 C
-        return vector.index_select(1, self.rows).split(1, dim=1)
+        # vector: B S M C float32 -> count tensors B S C
+        return vector.index_select(2, self.rows).unbind(2)
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,7 @@ class JointAttention(nn.Module):
 
     def heads_of(self, x: Tensor) -> Heads:
         """Return query, key and value of B T C, each B T N D."""
-        q, k, v = heads(in_own_dtype(self.qkv, x), self.num_heads)
-        return self.norm.query_norm(q), self.norm.key_norm(k), v
+        return split_heads(x, self.qkv, self.num_heads, self.norm.query_norm, self.norm.key_norm)
 
 
 def make_mlp(config: FluxConfig) -> nn.Sequential:
@@ -143,60 +142,47 @@ class DoubleBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
-        x, others = tokens.split_away(x)
         picture, text = tokens.split_video(x)
-        texts = [(text, tokens.vector), *others]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(tokens.vector)
-        modulations = [self.txt_mod(vector) for _, vector in texts]
+        shift1, scale1, gate1, *picture_rows = self.img_mod(tokens.vector[:, :1])
+        text_shift1, text_scale1, text_gate1, *text_rows = self.txt_mod(tokens.vector)
 
-        mine = self.img_attn.heads_of(modulate(self.norm(picture), shift1, scale1, tokens.dtype))
-        first, *rest = [
-            self.text_heads(text, modulation, tokens.dtype)
-            for (text, _), modulation in zip(texts, modulations, strict=True)
-        ]
-        joined = tokens.join(mine, first)
-        del mine
-        seen, *others_seen = attend_jointly(*joined, tokens, rest)
+        h = modulate(self.norm(text), text_shift1, text_scale1, tokens.dtype, tokens.split)
+        joined = tokens.join(
+            self.img_attn.heads_of(modulate(self.norm(picture), shift1, scale1, tokens.dtype)),
+            self.txt_attn.heads_of(h),
+        )
+        picture_seen, text_seen = tokens.split_video(attend_jointly(*joined, tokens))
 
-        picture_seen, text_seen = tokens.split_video(seen)
         picture = add_gated(picture, gate1, in_own_dtype(self.img_attn.proj, picture_seen))
-        seen_by_texts = [text_seen, *others_seen]
-        finished = [
-            self.finish_text(text, one_seen, modulation, tokens.dtype)
-            for (text, _), one_seen, modulation in zip(texts, seen_by_texts, modulations, strict=True)
-        ]
+        text = add_gated(text, text_gate1, in_own_dtype(self.txt_attn.proj, text_seen), tokens.split)
+        text = self.feed_forward(text, self.txt_mlp, tokens.dtype, tokens.split, *text_rows)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
-        picture = self.feed_forward(picture, self.img_mlp, shift2, scale2, gate2, tokens.dtype)
-        return torch.cat([picture, *finished], dim=1)
-
-    def text_heads(self, text: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype) -> Heads:
-        """Return query, key and value of a text, B T C. modulation: six tensors B 1 C."""
-        shift, scale, *_ = modulation
-        return self.txt_attn.heads_of(modulate(self.norm(text), shift, scale, dtype))
-
-    def finish_text(
-        self, text: Tensor, seen: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        """Add to a text what it sees, B T C, and its feed-forward."""
-        _, _, gate1, shift2, scale2, gate2 = modulation
-        text = add_gated(text, gate1, in_own_dtype(self.txt_attn.proj, seen))
-        return self.feed_forward(text, self.txt_mlp, shift2, scale2, gate2, dtype)
+        return torch.cat(
+            [self.feed_forward(picture, self.img_mlp, tokens.dtype, 0, *picture_rows), text], dim=1
+        )
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return what attention gets for the picture tokens of x: B L+T C -> B L C."""
-        shift, scale, *_ = self.img_mod(tokens.vector)
+        shift, scale, *_ = self.img_mod(tokens.vector[:, :1])
         return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
 
     def feed_forward(
-        self, x: Tensor, mlp: nn.Sequential, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
+        self,
+        x: Tensor,
+        mlp: nn.Sequential,
+        dtype: torch.dtype,
+        split: int,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
     ) -> Tensor:
         """Add the feed-forward branch of a stream to x; each token is processed independently.
 
-        x: B L C; shift, scale, gate: B 1 C float32.
+        x: B L C; shift, scale, gate: B S C float32.
         """
         first, activation, second = mlp
-        hidden = activation(in_own_dtype(first, modulate(self.norm(x), shift, scale, dtype)))
-        return add_gated(x, gate, in_own_dtype(second, hidden))
+        hidden = activation(in_own_dtype(first, modulate(self.norm(x), shift, scale, dtype, split)))
+        return add_gated(x, gate, in_own_dtype(second, hidden), split)
 
 
 class SingleBlock(nn.Module):
@@ -215,28 +201,9 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
-        x, others = tokens.split_away(x)
-        begun = [
-            (text, *self.begin(text, vector, tokens.dtype)) for text, vector in ((x, tokens.vector), *others)
-        ]
-        (_, q, k, v, _, _), *rest = begun
-        seen = attend_turned(q, k, v, tokens, [(q2, k2, v2) for _, q2, k2, v2, *_ in rest])
-        finished = [
-            self.finish(text, one_seen, hidden, gate)
-            for (text, _, _, _, hidden, gate), one_seen in zip(begun, seen, strict=True)
-        ]
-        return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
-
-    def begin(self, x: Tensor, vector: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return query, key and value of tokens, B L N D, their feed-forward's input, and their gate."""
-        shift, scale, gate = self.modulation(vector)
-        # in one split, so that its gradient is written once
-        *qkv, hidden = in_own_dtype(self.linear1, modulate(self.pre_norm(x), shift, scale, dtype)).split(
-            self.widths, dim=-1
-        )
+        shift, scale, gate = self.modulation(tokens.vector)
+        h = in_own_dtype(self.linear1, modulate(self.pre_norm(x), shift, scale, tokens.dtype, tokens.split))
+        *qkv, hidden = h.split(self.widths, dim=-1)  # in one split, so that its gradient is written once
         q, k, v = (one.unflatten(-1, (self.num_heads, -1)) for one in qkv)
-        return self.norm.query_norm(q), self.norm.key_norm(k), v, hidden, gate
-
-    def finish(self, x: Tensor, seen: Tensor, hidden: Tensor, gate: Tensor) -> Tensor:
-        """Add to tokens what they see and their feed-forward."""
-        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(seen, hidden)))
+        seen = attend_turned(self.norm.query_norm(q), self.norm.key_norm(k), v, tokens)
+        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(seen, hidden)), tokens.split)

@@ -1,25 +1,18 @@
 """Checkpoints of the FLUX.1 and Chroma transformers: as published, and as diffusers writes them."""
 
-import logging
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from flux.configs import CHROMA, DEV, PATCH, SCHNELL, ApproximatorConfig, FluxConfig
 from flux.model import FluxModel
-from flux.spec import dit_spec
 from modules.checkpoints.dialects import DitShapes, Names, count, other_kind
-from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
+from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.joining import join_parts, joined_shapes
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.loading import Placement
-from modules.devices import dtype_name
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
 from networks.names.flux import FLUX
 from networks.names.layouts import tensor_patterns
-
-logger = logging.getLogger(__name__)
 
 WHAT = "a FLUX.1 or Chroma transformer"
 NAMES = {
@@ -46,45 +39,6 @@ OTHERS = (
     "byt5_in.fc1.weight",
 )
 HEAD_MULTIPLE = 16  # a head's width divides into whole pairs for frames, rows and columns
-
-
-def read_dit_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
-    """Read dimensions, dialect and dtype of an open file.
-
-    Raises CheckpointError if the file is not a supported transformer.
-    """
-    return _header(bare_names(checkpoint))
-
-
-def identify(path: Path) -> str | None:
-    """Describe a file that is a transformer of this family; return None if it is not."""
-    try:
-        with open_checkpoint(path) as checkpoint:
-            return f"it is {NAMES[_header(bare_names(checkpoint)).kind]} ({OPTION})"
-    except CheckpointError:
-        return None
-
-
-def load_dit(path: Path, placement: Placement) -> FluxModel:
-    """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
-
-    dtype: see `modules.checkpoints.dits.choose_dtype` and `fill_dit`. The embeddings of timestep, guidance
-    and pooled text are kept in float32. `placement.patch` is called with the published parameter names.
-    Raises CheckpointError if the file is not such a transformer, is incomplete, or has unknown tensors.
-    """
-    with open_checkpoint(path) as opened:
-        checkpoint = bare_names(opened)
-        header = _header(checkpoint)
-        config, what = header.config, NAMES[header.kind]
-        target = choose_dtype(header.block_dtype, placement)
-        blocks = f"{config.double_blocks} + {config.single_blocks} blocks of width {config.dim}"
-        logger.info("Loading %s: %s, %s, as %s", path, what, blocks, dtype_name(target))
-        with torch.device("meta"):
-            dit = FluxModel(config, placement.attention)
-        swapped = SWAPPED if header.dialect == "diffusers" else ()
-        sources = join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
-        fill_dit(dit, checkpoint, sources, placement, target, dit_spec(config.kind), what)
-    return dit
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
@@ -135,3 +89,12 @@ def _approximator(found: DitShapes) -> ApproximatorConfig:
             found.path,
         )
     return ApproximatorConfig(in_dim, dim, layers)
+
+
+def _sources(checkpoint: Checkpoint, header: DitHeader[FluxConfig]) -> Mapping[str, TensorSource]:
+    swapped = SWAPPED if header.dialect == "diffusers" else ()
+    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
+
+
+FORMAT = DitFormat(_header, lambda header: NAMES[header.kind], FluxModel, _sources, OPTION)
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load

@@ -9,17 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import NO_MOMENTS, check_pictures, encode_pictures
+from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
 from encoders.posterior import posterior_generator
 from flux.checkpoints import load_dit
-from flux.conditioning import (
-    GUIDANCE,
-    MASK,
-    POOLED,
-    STATES,
-    text_inputs,
-    text_keys,
-)
 from flux.configs import (
     ARCHITECTURES,
     BASE_VERSIONS,
@@ -31,8 +23,7 @@ from flux.configs import (
     STEPS,
     T5_TOKENS,
 )
-from flux.encoders import AE, FluxEncoderPaths
-from flux.files import FluxFiles
+from flux.files import AE, FluxEncoderPaths, FluxFiles
 from flux.model import unpack
 from flux.options import CHROMA as SAYS_CHROMA
 from flux.options import (
@@ -47,13 +38,11 @@ from flux.spec import LATENT, NOISE, dit_spec, size_shift, tokens_of
 from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
-    CacheEntry,
     Conditions,
-    MediaBatch,
     MediaEncoders,
     MediaTable,
-    MomentsBatch,
     MomentsRules,
+    name_texts,
 )
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -71,6 +60,7 @@ from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
+POOLED, STATES, MASK, GUIDANCE = "l_pooled", "t5_out", "t5_attn_mask", "guidance"  # names in caches
 NAME = "FLUX.1 or Chroma"  # in messages
 CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
 CLIP_L_WIDTH = 768  # numbers of its pooled text
@@ -79,7 +69,7 @@ LATENTS_OF = frozenset({"flux", "chroma", "lumina"})  # models with the same aut
 
 
 @dataclass(frozen=True)
-class Flux:
+class Flux(ModelOfPictures):
     """Description of FLUX.1 or Chroma for one run, built by the `family_for_...` functions below.
 
     dev, schnell and Chroma are told apart by the transformer's file.
@@ -119,7 +109,7 @@ class Flux:
     @property
     def text_keys(self) -> frozenset[str]:
         """Names of what a whole text cache holds."""
-        return text_keys(self._has_pooled)
+        return frozenset({STATES, MASK, POOLED} if self._has_pooled else {STATES, MASK})
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -190,18 +180,6 @@ class Flux:
         """Raise DatasetError if a table has clips or control images."""
         check_pictures(table, NAME)
 
-    def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: a picture has one file."""
-        return None
-
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every picture in model space, float32."""
-        return encode_pictures(encoders.vae, media)
-
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Not for pictures: `moments` refuses them before."""
-        raise AssertionError(self.moments.refusal)
-
     # the network
 
     @property
@@ -244,19 +222,15 @@ class Flux:
 
         cond: t5_out B T D, t5_attn_mask B T, l_pooled B E (not of Chroma), guidance B.
         """
-        uses_mask, has_pooled, device = self._uses_mask, self._has_pooled, noisy.device
-
-        def arguments(text: Conditions) -> Mapping[str, Tensor]:
-            return text_inputs(text, device, has_pooled, uses_mask)
-
+        device = noisy.device
         guidance = cond[GUIDANCE]
         assert isinstance(guidance, Tensor)
         return dit(
             noisy,
             timesteps.float(),
-            **arguments(cond),
+            **name_texts(cond, self._text_inputs, device),
             guidance=send_ahead(guidance, device).float(),
-            tweaks=tweaks.rename_away(arguments),
+            tweaks=tweaks.rename_away(lambda text: name_texts(text, self._text_inputs, device)),
         )
 
     # generation
@@ -297,10 +271,6 @@ class Flux:
         flow_shift = shift if request.flow_shift is None else request.flow_shift
         return settle(request, usual, size, flow_shift, "" if self.negative_is_empty else None)
 
-    def needs_media(self, prepared: Prepared) -> bool:
-        """No picture must be encoded before denoising."""
-        return False
-
     @property
     def source(self) -> SourceRules:
         """What denoising may start from; other models have the same autoencoder."""
@@ -309,10 +279,6 @@ class Flux:
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)])
-
-    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return nothing: only the texts condition a picture."""
-        return {0: {}}
 
     def sections(
         self,
@@ -369,6 +335,12 @@ class Flux:
     def _dit_dtype(self) -> torch.dtype | None:
         """Return the transformer's compute dtype; None if there is no transformer."""
         return self.dit_dtype or (None if self.files.dit is None else self.files.dit_header().compute_dtype)
+
+    @property
+    def _text_inputs(self) -> Mapping[str, str]:
+        """Arguments of the network and their names in caches. Without a mask padding counts as text."""
+        pooled = {"pooled": POOLED} if self._has_pooled else {}
+        return {"t5": STATES, **pooled, **({"t5_mask": MASK} if self._uses_mask else {})}
 
     @property
     def _has_pooled(self) -> bool:

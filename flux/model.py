@@ -5,31 +5,75 @@ float32.
 """
 # Letters: B batch, L picture tokens, T text tokens, N heads, D head width, C = N * D, M modulations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
 from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, row_plan
-from flux.chroma import Approximator
-from flux.configs import PATCH, FluxConfig
+from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
-from hunyuan_model.blocks import AwayTokens, HunyuanTokens
+from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
 from hunyuan_model.model import real_tokens, rotary_widths
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
-from modules.contract.generation import NO_TWEAKS, Away, Tweaks
+from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm
+from modules.layers.norms import Float32LayerNorm, ScaleNorm
 from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.layers.sinusoid import sinusoid
 from modules.run_blocks import Hidden, run_blocks
 
-VectorOf = Callable[[Tensor | None], Tensor]  # pooled text B E -> B C, or B M C of Chroma
+
+class ApproximatorLayer(nn.Module):
+    """Two layers with a SiLU between them."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(dim, dim)
+        self.out_layer = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_own_dtype(self.out_layer, functional.silu(in_own_dtype(self.in_layer, x)))
+
+
+class Approximator(nn.Module):
+    """Make the modulations of all blocks. It is never trained here: no gradient goes into it."""
+
+    def __init__(self, config: ApproximatorConfig, rows: int, out_dim: int, eps: float) -> None:
+        """rows: M, how many modulations. out_dim: C."""
+        super().__init__()
+        self.config, self.rows = config, rows
+        self.in_proj = nn.Linear(config.in_dim, config.dim)
+        self.layers = nn.ModuleList(ApproximatorLayer(config.dim) for _ in range(config.layers))
+        self.norms = nn.ModuleList(ScaleNorm(config.dim, eps) for _ in range(config.layers))
+        self.out_proj = nn.Linear(config.dim, out_dim)
+
+    @torch.no_grad()
+    def forward(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
+        """Return B M C float32. timesteps: B, 0..1000. guidance: B, as it is asked for."""
+        number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)
+        numbered = sinusoid(GUIDANCE_UNIT * number, self.config.in_dim // 2, torch.float32)  # M in/2
+        shared = torch.cat(
+            [
+                sinusoid(value, self.config.in_dim // 4, torch.float32)
+                for value in (timesteps, GUIDANCE_UNIT * guidance)
+            ],
+            dim=1,
+        )  # B in/2
+        batch = len(timesteps)
+        x = torch.cat(
+            [
+                shared.unsqueeze(1).expand(batch, self.rows, -1),
+                numbered.unsqueeze(0).expand(batch, -1, -1),
+            ],
+            dim=2,
+        )
+        x = in_own_dtype(self.in_proj, x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + layer(norm(x))
+        return in_own_dtype(self.out_proj, x).float()
 
 
 class FluxVectorEmbedding(nn.Module):
@@ -57,14 +101,14 @@ class FluxFinalLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        shift, scale = self._modulation(tokens.vector)
+        shift, scale = self._modulation(tokens.vector[:, :1])
         return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
     def _modulation(self, vector: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.adaLN_modulation, ModulationRows):
             return self.adaLN_modulation(vector)
         activation, layer = self.adaLN_modulation
-        return in_own_dtype(layer, activation(vector)).float().unsqueeze(1).chunk(2, dim=-1)
+        return in_own_dtype(layer, activation(vector)).float().chunk(2, dim=-1)
 
 
 class FluxModel(nn.Module):
@@ -145,41 +189,38 @@ class FluxModel(nn.Module):
         picture = in_own_dtype(self.img_in, pack(noisy)).to(dtype)
         grid = (1, noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH)
         rotary = self._rotary.of(Grid(grid), noisy.device)
-        vector_of = self._vectors(timesteps, guidance, tweaks)
-        text, lengths = self._embed_text(t5, t5_mask, len(rotary), dtype)
-        tokens = HunyuanTokens(grid, rotary, lengths, vector_of(pooled), dtype, self.attention)
-        if tweaks.away is None:
-            return torch.cat([picture, text], dim=1), tokens
-        away_text, away = self._embed_away(tweaks.away, len(noisy), len(rotary), dtype, vector_of)
-        return torch.cat([picture, text, away_text], dim=1), replace(tokens, away=away)
+        guidance = torch.zeros_like(timesteps) if guidance is None else guidance
+        rows = None
+        if self.config.approximator is not None:
+            for taken in self._modulation_rows:
+                taken.place(timesteps.device)
+            rows = self.distilled_guidance_layer(timesteps, guidance).unsqueeze(1)
+        elif not self.config.has_guidance or not tweaks.embedded_guidance:
+            guidance = None
+        texts = []
+        for given in tweaks.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
+            text, lengths = self._embed_text(given["t5"], given["t5_mask"], len(rotary), dtype)
+            vector = self._embed_vector(timesteps, given["pooled"], guidance) if rows is None else rows
+            texts.append(EmbeddedText(text, lengths, vector))
+        inputs = {"grid": grid, "rotary": rotary, "dtype": dtype, "attention": self.attention}
+        return join_tokens([picture], texts, tweaks.steer, **inputs)
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
         _, rows, columns = tokens.grid
         return unpack(self.final_layer(x[:, : tokens.video], tokens).float(), rows, columns)
 
-    def _vectors(self, timesteps: Tensor, guidance: Tensor | None, tweaks: Tweaks) -> VectorOf:
-        """Return what makes the vector of the blocks for a pooled text."""
-        config = self.config
-        guidance = torch.zeros_like(timesteps) if guidance is None else guidance
-        if config.approximator is not None:
-            for taken in self._modulation_rows:
-                taken.place(timesteps.device)
-            rows = self.distilled_guidance_layer(timesteps, guidance)
-            return lambda _: rows
-
-        def of(pooled: Tensor | None) -> Tensor:
-            if pooled is None:
-                raise ValueError("the model takes the pooled output of CLIP-L, and none is given")
-            # float32 angles: those of a large guidance are rounded, and so they were in training
-            vector = self.time_in(sinusoid(timesteps, config.freq_dim, torch.float32))
-            vector = vector + self.vector_in(pooled)
-            if config.has_guidance and tweaks.embedded_guidance:
-                scaled = sinusoid(GUIDANCE_UNIT * guidance, config.freq_dim, torch.float32)
-                vector = vector + self.guidance_in(scaled)
-            return vector
-
-        return of
+    def _embed_vector(self, timesteps: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
+        """Return what the blocks compute their modulation from, B 1 C. guidance: None leaves it out."""
+        if pooled is None:
+            raise ValueError("the model takes the pooled output of CLIP-L, and none is given")
+        # float32 angles: those of a large guidance are rounded, and so they were in training
+        vector = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))
+        vector = vector + self.vector_in(pooled)
+        if guidance is not None:
+            scaled = sinusoid(GUIDANCE_UNIT * guidance, self.config.freq_dim, torch.float32)
+            vector = vector + self.guidance_in(scaled)
+        return vector.unsqueeze(1)
 
     def _embed_text(
         self, t5: Tensor, mask: Tensor | None, before: int, dtype: torch.dtype
@@ -194,18 +235,6 @@ class FluxModel(nn.Module):
             longest = min(longest + 1, most)
         lengths = None if counts is None else lengths_on([before + count for count in counts], t5.device)
         return in_own_dtype(self.txt_in, t5[:, :longest]).to(dtype), lengths
-
-    def _embed_away(
-        self, away: Away, batch: int, before: int, dtype: torch.dtype, vector_of: VectorOf
-    ) -> tuple[Tensor, AwayTokens]:
-        """Embed the second text of a call, one for all samples or one for each."""
-        given = {
-            name: value.expand(batch, *value.shape[1:])
-            for name, value in away.text.items()
-            if isinstance(value, Tensor)
-        }
-        text, lengths = self._embed_text(given["t5"], given.get("t5_mask"), before, dtype)
-        return text, AwayTokens(text.shape[1], vector_of(given.get("pooled")), lengths, away.steer)
 
     def _check(self, noisy: Tensor, t5: Tensor, mask: Tensor | None) -> None:
         if noisy.shape[1] != self.config.channels:

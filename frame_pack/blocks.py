@@ -5,19 +5,13 @@ used. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626
 """
 # Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import (
-    Heads,
-    HunyuanModulation,
-    HunyuanTokens,
-    attend_jointly,
-    attend_turned,
-)
+from hunyuan_model.blocks import HunyuanModulation, HunyuanTokens, attend_jointly, attend_turned
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths
@@ -47,30 +41,17 @@ class FramePackAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.to_add_out = nn.Linear(dim, dim)
 
-    def forward(
-        self, video: Tensor, text: Tensor, tokens: HunyuanTokens, others: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, ...]:
-        # video: B L C    text: B T C    others: a second text, if there is one. What each sees is returned
-        text_q, text_k, text_v = self.text_heads(text)
+    def forward(self, video: Tensor, text: Tensor, tokens: HunyuanTokens) -> tuple[Tensor, Tensor]:
+        # video: B L C    text: B T C. What each sees is returned
+        text_q = self.norm_added_q(heads(self.add_q_proj, text, self.num_heads))
+        text_k = self.norm_added_k(heads(self.add_k_proj, text, self.num_heads))
+        text_v = heads(self.add_v_proj, text, self.num_heads)
         # B L+T N D
         q = turn_and_join(self.norm_q(heads(self.to_q, video, self.num_heads)), text_q, tokens.rotary)
         k = turn_and_join(self.norm_k(heads(self.to_k, video, self.num_heads)), text_k, tokens.rotary)
         v = torch.cat([heads(self.to_v, video, self.num_heads), text_v], dim=1)
-        seen, *others_seen = attend_jointly(q, k, v, tokens, [self.text_heads(other) for other in others])
-        video_seen, text_seen = tokens.split_video(seen)
-        return (
-            in_own_dtype(self.to_out[0], video_seen),
-            in_own_dtype(self.to_add_out, text_seen),
-            *(in_own_dtype(self.to_add_out, other_seen) for other_seen in others_seen),
-        )
-
-    def text_heads(self, text: Tensor) -> Heads:
-        """Return the query, key and value of a text, B T C."""
-        q, k, v = (
-            heads(layer, text, self.num_heads)
-            for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        )
-        return self.norm_added_q(q), self.norm_added_k(k), v
+        video_seen, text_seen = tokens.split_video(attend_jointly(q, k, v, tokens))
+        return in_own_dtype(self.to_out[0], video_seen), in_own_dtype(self.to_add_out, text_seen)
 
 
 class SingleAttention(nn.Module):
@@ -85,18 +66,11 @@ class SingleAttention(nn.Module):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, tokens: HunyuanTokens, others: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-        # x: B L+T C    others: a second text, if there is one. What each sees is returned
-        q, k, v = self.project(x)
-        return attend_turned(q, k, v, tokens, [self.project(other) for other in others])
-
-    def project(self, x: Tensor) -> Heads:
-        """Return query, key and value of tokens, B L C."""
-        return (
-            self.norm_q(heads(self.to_q, x, self.num_heads)),
-            self.norm_k(heads(self.to_k, x, self.num_heads)),
-            heads(self.to_v, x, self.num_heads),
-        )
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        # x: B L+T C
+        q = self.norm_q(heads(self.to_q, x, self.num_heads))
+        k = self.norm_k(heads(self.to_k, x, self.num_heads))
+        return attend_turned(q, k, heads(self.to_v, x, self.num_heads), tokens)
 
 
 class RefinerAttention(nn.Module):
@@ -155,61 +129,40 @@ class HunyuanVideoTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
-        x, others = tokens.split_away(x)
         video, text = tokens.split_video(x)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(tokens.vector)
-        text_modulation = self.norm1_context(tokens.vector)
-        modulations = [self.norm1_context(vector) for _, vector in others]
-        seen, text_seen, *others_seen = self.attn(
+        shift1, scale1, gate1, *video_rows = self.norm1(tokens.vector[:, :1])
+        text_shift1, text_scale1, text_gate1, *text_rows = self.norm1_context(tokens.vector)
+        seen, text_seen = self.attn(
             modulate(self.layer_norm(video), shift1, scale1, tokens.dtype),
-            self.modulate_text(text, text_modulation, tokens.dtype),
+            modulate(self.layer_norm(text), text_shift1, text_scale1, tokens.dtype, tokens.split),
             tokens,
-            [
-                self.modulate_text(other, modulation, tokens.dtype)
-                for (other, _), modulation in zip(others, modulations, strict=True)
-            ],
         )
-        text = self.finish_text(text, text_seen, text_modulation, tokens.dtype)
-        finished = [
-            self.finish_text(other, other_seen, modulation, tokens.dtype)
-            for (other, _), other_seen, modulation in zip(others, others_seen, modulations, strict=True)
-        ]
+        text = add_gated(text, text_gate1, text_seen, tokens.split)
+        text = self.feed_forward(text, self.ff_context, tokens.dtype, tokens.split, *text_rows)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
-        video = self.feed_forward(add_gated(video, gate1, seen), self.ff, shift2, scale2, gate2, tokens.dtype)
-        return torch.cat([video, text, *finished], dim=1)
-
-    def modulate_text(self, text: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Return what a text, B T C, gives to the attention. modulation: six tensors B 1 C."""
-        shift, scale, *_ = modulation
-        return modulate(self.layer_norm(text), shift, scale, dtype)
-
-    def finish_text(
-        self, text: Tensor, seen: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        """Add to a text what it sees, B T C, and its feed-forward."""
-        _, _, gate1, shift2, scale2, gate2 = modulation
-        text = add_gated(text, gate1, seen)
-        return self.feed_forward(text, self.ff_context, shift2, scale2, gate2, dtype)
+        video = self.feed_forward(add_gated(video, gate1, seen), self.ff, tokens.dtype, 0, *video_rows)
+        return torch.cat([video, text], dim=1)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return what attention gets for the latent tokens of x: B L+T C -> B L C."""
-        shift, scale, *_ = self.norm1(tokens.vector)
+        shift, scale, *_ = self.norm1(tokens.vector[:, :1])
         return modulate(self.layer_norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
 
     def feed_forward(
         self,
         x: Tensor,
         ff: FramePackFeedForward,
+        dtype: torch.dtype,
+        split: int,
         shift: Tensor,
         scale: Tensor,
         gate: Tensor,
-        dtype: torch.dtype,
     ) -> Tensor:
         """Add the feed-forward branch of a stream to x; each token is processed independently.
 
-        x: B L C; shift, scale, gate: B 1 C float32.
+        x: B L C; shift, scale, gate: B S C float32.
         """
-        return add_gated(x, gate, ff(modulate(self.layer_norm(x), shift, scale, dtype)))
+        return add_gated(x, gate, ff(modulate(self.layer_norm(x), shift, scale, dtype, split)), split)
 
 
 class HunyuanVideoSingleTransformerBlock(nn.Module):
@@ -225,29 +178,10 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
-        x, others = tokens.split_away(x)
-        h, gate = self.begin(x, tokens.vector, tokens.dtype)
-        begun = [self.begin(other, vector, tokens.dtype) for other, vector in others]
-        seen, *others_seen = self.attn(h, tokens, [other_h for other_h, _ in begun])
-        x = self.finish(x, seen, h, gate)
-        if not others:
-            return x
-        finished = [
-            self.finish(other, other_seen, *other_begun)
-            for (other, _), other_seen, other_begun in zip(others, others_seen, begun, strict=True)
-        ]
-        return torch.cat([x, *finished], dim=1)
-
-    def begin(self, x: Tensor, vector: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return what tokens, B L C, give to attention and feed-forward, and their gate."""
-        shift, scale, gate = self.norm(vector)
-        return modulate(self.layer_norm(x), shift, scale, dtype), gate
-
-    def finish(self, x: Tensor, seen: Tensor, h: Tensor, gate: Tensor) -> Tensor:
-        """Add to tokens what they see and their feed-forward."""
-        return add_gated(
-            x, gate, in_own_dtype(self.proj_out, join_gelu(seen, in_own_dtype(self.proj_mlp, h)))
-        )
+        shift, scale, gate = self.norm(tokens.vector)
+        h = modulate(self.layer_norm(x), shift, scale, tokens.dtype, tokens.split)
+        joined = join_gelu(self.attn(h, tokens), in_own_dtype(self.proj_mlp, h))
+        return add_gated(x, gate, in_own_dtype(self.proj_out, joined), tokens.split)
 
 
 class FramePackRefinerBlock(nn.Module):
@@ -268,7 +202,7 @@ class FramePackRefinerBlock(nn.Module):
         self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice
     ) -> Tensor:
         # x: B T C    vector: B C float32
-        gate1, gate2 = self.norm_out(vector)
+        gate1, gate2 = self.norm_out(vector.unsqueeze(1))
         x = add_gated(x, gate1, self.attn(self.norm1(x).to(x.dtype), lengths, attention))
         return add_gated(x, gate2, self.ff(self.norm2(x).to(x.dtype)))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from encoders.posterior import posterior_generator
-from frame_pack.masks import apply_masks
+from frame_pack.inputs import apply_masks
 from frame_pack.one_frame import OneFrame, one_frame_indices
 from frame_pack.sections import LATENT_STRIDE, Indices, Order, sections_in, video_frames
 from hunyuan_model.spec import LATENT as VAE_LATENT

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from frame_pack import caching
 from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, conditions_of
 from frame_pack.checkpoints import load_dit
-from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
+from frame_pack.configs import DIT, FRAMEPACK, FRAMEPACK_F1
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
 from frame_pack.image_encoder import load_siglip
@@ -29,13 +29,11 @@ from frame_pack.options import (
 from frame_pack.positions import position_scale
 from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_frames
-from frame_pack.spec import DIT
 from frame_pack.text_encoders import framepack_clip, framepack_llama
-from hunyuan_model.conditioning import texts_for
 from hunyuan_model.configs import SKIP_LAYERS
-from hunyuan_model.encoders import HunyuanEncoderPaths, beside
+from hunyuan_model.files import HunyuanEncoderPaths, beside
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
-from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
+from hunyuan_model.token_refiner import FRAMEPACK_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import (
@@ -47,6 +45,7 @@ from modules.contract.data import (
     MediaTable,
     MomentsBatch,
     MomentsRules,
+    name_texts,
 )
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -165,8 +164,7 @@ class FramePack:
         """Check every file that an option names, needed or not. Loads nothing."""
         if self.files.dit is not None:
             self._check_dit()
-            self.files.check_encoders()
-        self.files.check_given()
+        self.files.check_encoders()
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
@@ -291,13 +289,13 @@ class FramePack:
         return dit(
             noisy,
             timesteps,
-            *texts_for(cond, TEXT_INPUTS, noisy.device).values(),
+            *name_texts(cond, TEXT_INPUTS, noisy.device).values(),
             guidance.float(),
             given("image_embeddings"),
             given("latent_indices"),
             **history,
             position_scale=scale,
-            tweaks=tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),
+            tweaks=tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation
@@ -320,6 +318,7 @@ class FramePack:
         """
         if self.one_frame is not None:  # samples of a training of pictures
             request = replace(request, extra={"one_frame": "default", **request.extra})
+        self._check_dit()
         self.files.check_encoders("image_encoder")
         usual_negative = "" if self.negative_is_empty else None
         prepared = prepare_request(

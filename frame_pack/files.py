@@ -8,11 +8,12 @@ from pathlib import Path
 from frame_pack.checkpoints import read_dit_header
 from frame_pack.configs import FramePackConfig
 from frame_pack.image_checkpoints import FILES, OPTION, read_siglip
-from hunyuan_model.encoders import HunyuanEncoderPaths
+from hunyuan_model.files import HunyuanEncoderPaths
 from modules.checkpoints.dits import DitHeader
+from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
-from modules.errors import CheckpointError, OptionError
+from modules.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -42,24 +43,15 @@ class FramePackFiles:
         return read_once(self.dit_path, read_dit_header)
 
     def check_encoders(self, *needed: str) -> None:
-        """Check the files of encoders that are given or needed, as `HunyuanEncoderPaths.check`."""
-        config = self.dit_header().config
-        self.encoders.check(self.dit_path, config.text_dim, config.pooled_dim, needed)
+        """Check the files of encoders that are given or needed, against the transformer if there is one."""
+        dims: tuple[int | None, ...] = (None, None, None)
+        if self.dit is not None:
+            config = self.dit_header().config
+            dims = config.text_dim, config.pooled_dim, config.image_dim
+        self.encoders.check(needed, self.dit, *dims[:2])
         if self.image_encoder is not None or "image_encoder" in needed:
             path = self.image_encoder_path
-            width = read_once(path, _siglip_width)
-            if width != config.image_dim:
-                raise CheckpointError(
-                    f"{OPTION} {path} returns states of width {width}, {self.dit_path} takes "
-                    f"{config.image_dim}. Give {FILES}.",
-                    path,
-                )
-
-    def check_given(self) -> None:
-        """Check the files of encoders that are given, without a transformer."""
-        self.encoders.check_given()
-        if self.image_encoder is not None:
-            read_once(self.image_encoder_path, _siglip_width)
+            check_state_width(OPTION, path, read_once(path, _siglip_width), self.dit, dims[2], FILES)
 
 
 def saved_window(paths: Sequence[Path], otherwise: int) -> int:

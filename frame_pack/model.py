@@ -8,7 +8,7 @@ image tokens in front of the text. Source: the released model code; Zhang and Ag
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
@@ -19,15 +19,13 @@ from frame_pack.blocks import (
     HunyuanVideoSingleTransformerBlock,
     HunyuanVideoTransformerBlock,
 )
-from frame_pack.configs import FramePackConfig
+from frame_pack.configs import DIT, FramePackConfig
 from frame_pack.positions import Stretch, WindowLayout, rotary_table
-from frame_pack.spec import DIT
-from hunyuan_model.blocks import HunyuanModulation, HunyuanTokens
+from hunyuan_model.blocks import EmbeddedText, HunyuanModulation, HunyuanTokens, join_tokens
 from hunyuan_model.model import (
     PatchEmbedding,
     check_sizes,
-    embed_away,
-    embed_text,
+    count_real,
     from_patches,
     rotary_widths,
 )
@@ -270,26 +268,35 @@ class FramePackModel(nn.Module):
         latents.append(patches.to(dtype).flatten(2).transpose(1, 2))
         rotary = self._rotary.of(_layout(given, grid, position_scale), noisy.device)
         image = self.image_projection(image_embeddings).to(dtype)
-        before = rotary.shape[-4] + image.shape[1]  # tokens in front of the text
+        guided = guidance if tweaks.embedded_guidance else None
+        texts = [
+            self._embed_text(timesteps, guided, rotary.shape[-4], image, **text)
+            for text in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l)
+        ]
+        inputs = {"grid": grid, "rotary": rotary, "dtype": dtype, "attention": self.attention}
+        return join_tokens(latents, texts, tweaks.steer, **inputs)
 
-        def vector_of(pooled: Tensor) -> Tensor:
-            return self.time_text_embed(timesteps, pooled, guidance if tweaks.embedded_guidance else None)
-
-        def refine(text: Tensor, counts: Sequence[int] | None) -> Tensor:
-            return self.context_embedder(text, timesteps, counts, dtype, self.attention)
-
-        text, lengths = embed_text(llama, llama_mask, before, refine)
-        tokens = HunyuanTokens(grid, rotary, lengths, vector_of(clip_l), dtype, self.attention)
-        if tweaks.away is None:
-            return torch.cat([*latents, image, text], dim=1), tokens
-        away_text, away = embed_away(tweaks.away, len(noisy), before, refine, vector_of)
-        away = replace(away, count=away.count + image.shape[1])
-        return torch.cat([*latents, image, text, image, away_text], dim=1), replace(tokens, away=away)
+    def _embed_text(
+        self,
+        timesteps: Tensor,
+        guidance: Tensor | None,
+        before: int,
+        image: Tensor,
+        *,
+        llama: Tensor,
+        llama_mask: Tensor,
+        clip_l: Tensor,
+    ) -> EmbeddedText:
+        """Embed a text that stands behind so many tokens and the image's, B S C, which become part of it."""
+        longest, counts, lengths = count_real(llama_mask, before + image.shape[1], llama.device)
+        text = self.context_embedder(llama[:, :longest], timesteps, counts, image.dtype, self.attention)
+        vector = self.time_text_embed(timesteps, clip_l, guidance)
+        return EmbeddedText(torch.cat([image, text], dim=1), lengths, vector.unsqueeze(1))
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity of the noisy latents, B out_dim F H W in float32."""
         frames, rows, columns = tokens.grid
-        scale, shift = self.norm_out(tokens.vector)
+        scale, shift = self.norm_out(tokens.vector[:, :1])
         noisy = self.layer_norm(x[:, tokens.video - frames * rows * columns : tokens.video])
         return from_patches(
             run_float32(self.proj_out, modulate(noisy, shift, scale, torch.float32)),

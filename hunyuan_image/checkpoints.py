@@ -1,27 +1,20 @@
 """Checkpoints of the HunyuanImage-2.1 transformer: what a file is, its dialects, and loading one."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 import hunyuan_model.checkpoints as hunyuan
-from hunyuan_image.configs import HunyuanImageConfig
+from hunyuan_image.configs import DIT, LATENT, HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
-from hunyuan_image.spec import DIT, LATENT
 from modules.checkpoints.dialects import DitShapes, Names, other_kind, translate_name
-from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
+from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.joining import join_parts
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.loading import Placement
-from modules.devices import dtype_name
+from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
 from networks.names.hunyuan import COMFYUI_TENSORS
 from networks.names.hunyuan_image import HUNYUAN_IMAGE
 from networks.names.layouts import swapped_tensors, tensor_patterns
-
-logger = logging.getLogger(__name__)
 
 WHAT = "a HunyuanImage-2.1 transformer"
 RELEASE = "dit/hunyuanimage2.1.safetensors of tencent/HunyuanImage-2.1 or hunyuanimage2.1_bf16.safetensors"
@@ -45,14 +38,6 @@ DISTILLED = (
 DIMENSIONS = hunyuan.DIMENSIONS  # of blocks and refiner, whose names are HunyuanVideo's
 
 
-def read_dit_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
-    """Read dimensions, dialect and dtype of an open file.
-
-    Raises CheckpointError if it is no HunyuanImage transformer, or the distilled one.
-    """
-    return _header(bare_names(checkpoint))
-
-
 def identify(path: Path) -> str | None:
     """Describe a file that is a transformer of this family; return None if it is not."""
     try:
@@ -64,27 +49,6 @@ def identify(path: Path) -> str | None:
             return f"it is {kind}" if _is_distilled(checkpoint) else f"it is {WHAT} ({OPTION})"
     except CheckpointError:
         return None
-
-
-def load_dit(path: Path, placement: Placement) -> HunyuanImageModel:
-    """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
-
-    dtype: see `modules.checkpoints.dits.choose_dtype` and `fill_dit`. The embeddings of the timestep and of
-    the text's mean are kept in float32. `placement.patch` is called with the published parameter names.
-    Raises CheckpointError if the file is not such a transformer, is incomplete, or has unknown tensors.
-    """
-    with open_checkpoint(path) as opened:
-        checkpoint = bare_names(opened)
-        header = _header(checkpoint)
-        config, target = header.config, choose_dtype(header.block_dtype, placement)
-        blocks = f"{config.double_blocks} + {config.single_blocks} blocks of width {config.dim}"
-        logger.info("Loading %s: %s, %s, as %s", path, WHAT, blocks, dtype_name(target))
-        with torch.device("meta"):
-            dit = HunyuanImageModel(config, placement.attention)
-        swapped = swapped_tensors(HUNYUAN_IMAGE) if header.dialect == "diffusers" else ()
-        sources = join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
-        fill_dit(dit, checkpoint, sources, placement, target, DIT, WHAT)
-    return dit
 
 
 def _is_distilled(checkpoint: Checkpoint) -> bool:
@@ -135,3 +99,12 @@ def _config(found: DitShapes) -> HunyuanImageConfig:
         glyph_hidden=(first, found.of("byt5_in.fc2.weight")[0]),
         **hunyuan.read_block_dimensions(found, DIT, DIMENSIONS, dim),
     )
+
+
+def _sources(checkpoint: Checkpoint, header: DitHeader[HunyuanImageConfig]) -> Mapping[str, TensorSource]:
+    swapped = swapped_tensors(HUNYUAN_IMAGE) if header.dialect == "diffusers" else ()
+    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
+
+
+FORMAT = DitFormat(_header, lambda _: WHAT, HunyuanImageModel, _sources)
+read_dit_header, load_dit = FORMAT.read_header, FORMAT.load

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import NO_MOMENTS, check_pictures, encode_pictures
+from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
 from encoders.posterior import posterior_generator
 from hunyuan_image.checkpoints import load_dit
-from hunyuan_image.configs import HUNYUAN_IMAGE
+from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles
-from hunyuan_image.glyphs import find_quoted
 from hunyuan_image.options import (
     AS_RELEASED,
     NAME,
@@ -23,18 +22,15 @@ from hunyuan_image.options import (
     HunyuanImageTrainingOptions,
     ProjectedGuidanceOptions,
 )
-from hunyuan_image.spec import DIT, LATENT, NOISE
-from hunyuan_image.text_encoders import GlyphTextEncoder, QwenTextEncoder
+from hunyuan_image.text_encoders import GlyphTextEncoder, QwenTextEncoder, find_quoted
 from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
-    CacheEntry,
     Conditions,
-    MediaBatch,
     MediaEncoders,
     MediaTable,
-    MomentsBatch,
     MomentsRules,
+    name_texts,
 )
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -46,7 +42,7 @@ from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import NO_MEDIA, check_size, keep_usable_media, settle, size_of, whole_patches
 from modules.contract.source import IMAGE, LATENTS, SourceRules
-from modules.devices import choose_compute_dtype, send
+from modules.devices import choose_compute_dtype
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
@@ -77,7 +73,7 @@ APG_SCALE, APG_MOMENTUM, APG_NORM = 10.0, -0.5, 10.0
 
 
 @dataclass(frozen=True)
-class HunyuanImage:
+class HunyuanImage(ModelOfPictures):
     """Description of HunyuanImage-2.1 for one run, built by the `family_for_...` functions below."""
 
     files: HunyuanImageFiles
@@ -131,18 +127,6 @@ class HunyuanImage:
         """Raise DatasetError if a table has clips or control images."""
         check_pictures(table, NAME)
 
-    def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: an item has one file."""
-        return None
-
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every picture, not scaled, float32."""
-        return encode_pictures(encoders.vae, media)
-
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Not for pictures: `moments` refuses them before."""
-        raise AssertionError(self.moments.refusal)
-
     # the network
 
     @property
@@ -182,8 +166,8 @@ class HunyuanImage:
         velocity = dit(
             noisy.squeeze(2),
             timesteps.float().trunc(),
-            **network_texts(cond, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: network_texts(text, noisy.device)),
+            **name_texts(cond, TEXT_INPUTS, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
         )
         return velocity.unsqueeze(2)
 
@@ -222,10 +206,6 @@ class HunyuanImage:
             rescale=options.guidance_rescale_apg,
         )
 
-    def needs_media(self, prepared: Prepared) -> bool:
-        """Whether an image must be encoded before denoising: never."""
-        return False
-
     @property
     def source(self) -> SourceRules:
         """What denoising may start from."""
@@ -234,10 +214,6 @@ class HunyuanImage:
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)]) * LATENT.scale
-
-    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return no conditions: there are those of texts only."""
-        return {0: {}}
 
     def sections(
         self,
@@ -253,19 +229,6 @@ class HunyuanImage:
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
         yield from encoders.vae.decode(latents / LATENT.scale)
-
-
-def network_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the conditions that texts give, under the names of the network's arguments.
-
-    Texts of different lengths are padded with zeros, in states and masks. Masks are on the host: the network
-    reads them there, and must not wait for the device.
-    """
-    return {argument: send(_padded(conditions[name]), device) for argument, name in TEXT_INPUTS.items()}
-
-
-def _padded(value: Tensor | list[Tensor]) -> Tensor:
-    return value if isinstance(value, Tensor) else nn.utils.rnn.pad_sequence(value, batch_first=True)
 
 
 def family_for_latent_caching(options: HunyuanImageLatentCachingOptions) -> HunyuanImage:

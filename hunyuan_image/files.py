@@ -10,8 +10,7 @@ from encoders.byt5 import BYT5, read_byt5_header
 from hunyuan_image.checkpoints import read_dit_header
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.options import HunyuanImageTextOptions, HunyuanImageVaeOptions
-from hunyuan_image.qwen import QWEN, TOKENIZER
-from hunyuan_image.text_encoders import GlyphTextEncoder, QwenTextEncoder, read_qwen
+from hunyuan_image.text_encoders import QWEN, TOKENIZER, GlyphTextEncoder, QwenTextEncoder, read_qwen
 from hunyuan_image.vae import HunyuanImageVae, load_vae
 from hunyuan_image.vae_checkpoints import read_vae
 from modules.checkpoints.dits import DitHeader

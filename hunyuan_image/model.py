@@ -7,7 +7,6 @@ and those of a glyph encoder for what is to be written in the picture. Source: t
 # Letters: B batch, L picture tokens, G glyph tokens, T text tokens, J joined ones, N heads, C width
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -15,14 +14,19 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from hunyuan_image.configs import HunyuanImageConfig
-from hunyuan_image.spec import DIT
-from hunyuan_model.blocks import AwayTokens, HunyuanTokens, MMDoubleStreamBlock, MMSingleStreamBlock
+from hunyuan_image.configs import DIT, HunyuanImageConfig
+from hunyuan_model.blocks import (
+    EmbeddedText,
+    HunyuanTokens,
+    MMDoubleStreamBlock,
+    MMSingleStreamBlock,
+    join_tokens,
+)
 from hunyuan_model.model import HunyuanFinalLayer, real_tokens
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
-from modules.contract.generation import NO_TWEAKS, Away, Tweaks
+from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
@@ -124,15 +128,14 @@ class HunyuanImageModel(nn.Module):
         pixels = self.img_in(noisy).to(dtype)  # B C H W
         rows, columns = pixels.shape[2:]
         rotary = self._rotary.of(Grid((rows, columns)), noisy.device)
-        joined, lengths = self._embed_text(text, text_mask, glyphs, glyph_mask, timesteps, len(rotary), dtype)
-        vector = self.time_in(timesteps)
-        tokens = HunyuanTokens((1, rows, columns), rotary, lengths, vector, dtype, self.attention)
-        picture = rearrange(pixels, "b c h w -> b (h w) c")
-        if tweaks.away is None:
-            return torch.cat([picture, joined], dim=1), tokens
-        away_text, away_lengths = self._embed_away(tweaks.away, timesteps, len(rotary), dtype)
-        away = AwayTokens(away_text.shape[1], vector, away_lengths, tweaks.away.steer)
-        return torch.cat([picture, joined, away_text], dim=1), replace(tokens, away=away)
+        vector = self.time_in(timesteps).unsqueeze(1)
+        given = {"text": text, "text_mask": text_mask, "glyphs": glyphs, "glyph_mask": glyph_mask}
+        texts = [
+            EmbeddedText(*self._embed_text(timesteps, len(rotary), dtype, **one), vector)
+            for one in tweaks.texts(len(noisy), **given)
+        ]
+        inputs = {"grid": (1, rows, columns), "rotary": rotary, "dtype": dtype, "attention": self.attention}
+        return join_tokens([rearrange(pixels, "b c h w -> b (h w) c")], texts, tweaks.steer, **inputs)
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+J C into the velocity, B out_dim H W in float32."""
@@ -141,13 +144,14 @@ class HunyuanImageModel(nn.Module):
 
     def _embed_text(
         self,
+        timesteps: Tensor,
+        before: int,
+        dtype: torch.dtype,
+        *,
         text: Tensor,
         text_mask: Tensor,
         glyphs: Tensor,
         glyph_mask: Tensor,
-        timesteps: Tensor,
-        before: int,
-        dtype: torch.dtype,
     ) -> tuple[Tensor, Lengths | None]:
         """Return the tokens of both texts, B J C, and how many are real with `before` in front of them.
 
@@ -168,16 +172,6 @@ class HunyuanImageModel(nn.Module):
         if min(totals) == refined.shape[1]:
             return refined, None
         return refined, lengths_on([before + total for total in totals], text.device)
-
-    def _embed_away(
-        self, away: Away, timesteps: Tensor, before: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Lengths | None]:
-        """Embed the second text of a call, one for all samples or one for each, as `_embed_text`."""
-        given = [away.text[name] for name in ("text", "text_mask", "glyphs", "glyph_mask")]
-        batch = len(timesteps)
-        texts = [one.expand(batch, *one.shape[1:]) for one in given if isinstance(one, Tensor)]
-        text, text_mask, glyphs, glyph_mask = texts
-        return self._embed_text(text, text_mask, glyphs, glyph_mask, timesteps, before, dtype)
 
 
 def join_texts(

@@ -1,12 +1,14 @@
 """HunyuanImage-2.1's text encoders, as the shared loops use them: a language model, and one for glyphs.
 
-Names and shapes of the outputs are those of the known caches. Source of template and lengths: the released
-HunyuanImage-2.1.
+Names and shapes of the outputs are those of the known caches. For a text alone the rotary positions of
+Qwen2.5-VL are plain ones: those of images equal them. Source: Bai et al. 2025, arXiv 2502.13923; template and
+lengths are those of the released HunyuanImage-2.1.
 """
 # Letters: L tokens, C = width of the model
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,14 +19,12 @@ from encoders.byt5 import byte_rows, load_byt5
 from encoders.t5_network import T5Network
 from encoders.token_rows import check_ids
 from hunyuan_image.configs import GLYPH_TOKENS, TEXT_TOKENS
-from hunyuan_image.glyphs import glyph_text
-from hunyuan_image.qwen import AFTER, BEFORE, DROPPED, QWEN, SKIP_LAYERS, TOKENIZER
 from hunyuan_model.llama import Llama, load_llama
-from hunyuan_model.text_checkpoints import LlamaConfig, read_llama
+from hunyuan_model.text_checkpoints import LanguageModel, LlamaConfig, read_llama
 from hunyuan_model.text_encoders import weights_within
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
-from modules.checkpoints.tokenizers import token_places
+from modules.checkpoints.tokenizers import TokenizerFiles, token_places
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
 from modules.contract.tokens import CountTokens, TokenCount, kept_characters
@@ -35,6 +35,58 @@ from modules.offload.loaded import LoadedNetwork
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+SKIP_LAYERS = 2  # after the state that is used, which is not normed
+DROPPED = 34  # tokens of the template before the prompt, whose states are cut off
+BEFORE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
+AFTER = "<|im_end|>"
+
+QWEN = LanguageModel(
+    what="the language model of Qwen2.5-VL",
+    option="--text_encoder",
+    files="qwen_2.5_vl_7b.safetensors of Comfy-Org, or the folder of Qwen/Qwen2.5-VL-7B-Instruct,",
+    kind="qwen2",
+    beside=(
+        *("lm_head.", "visual.", "tokenizer"),  # tokenizer: its bytes in ComfyUI's files
+        *("model.lm_head.", "model.visual.", "language_model.lm_head."),
+    ),
+    defaults={
+        "hidden_size": 8192,
+        "num_attention_heads": 64,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-5,
+    },
+    theta=1e6,
+    eps=1e-6,
+    has_bias=True,
+    rope_types=("default", "mrope"),
+)
+TOKENIZER = TokenizerFiles(
+    option="--text_encoder_tokenizer",
+    names=("tokenizer.json",),
+    folder="",
+    repository="Qwen/Qwen2.5-VL-7B-Instruct",
+    # inside the encoder's folder; beside a single file; beside text_encoder (diffusers)
+    beside=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
+    token="<|im_start|>",
+)
+
+
+# in this order; an apostrophe is no mark, and a text ends on its line
+_QUOTED = tuple(re.compile(f"{first}(.*?){last}") for first, last in ('""', "\u2018\u2019", "\u201c\u201d"))
+
+
+def find_quoted(prompt: str) -> list[str]:
+    """Return the texts in quotation marks: all straight ones, then single curly ones, then double ones."""
+    return [text for pattern in _QUOTED for text in pattern.findall(prompt)]
+
+
+def glyph_text(prompt: str) -> str | None:
+    """Return what the glyph encoder reads of a prompt; None if nothing is to be written."""
+    quoted = find_quoted(prompt)
+    return "".join(f'Text "{text}". ' for text in quoted) if quoted else None
 
 
 class QwenTextEncoder:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from encoders.posterior import sample_posterior
 from encoders.tiles import Cut, compute_in_tiles
-from hunyuan_image.spec import STRIDE
+from hunyuan_image.configs import STRIDE
 from hunyuan_image.vae_blocks import (
     HunyuanImageVaeConfig,
     HunyuanImageVaeDecoder,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from hunyuan_image.spec import LATENT
+from hunyuan_image.configs import LATENT
 from hunyuan_image.vae_blocks import FOLDED, GROUPS, HunyuanImageVaeConfig
 from modules.checkpoints.dialects import (
     LoadPlan,

@@ -5,10 +5,11 @@ Source: the released model code and Kong et al. 2024, arXiv 2412.03603, after Es
 the residual stream, computes in the dtype of its weights or of autocast. Module names follow the published
 checkpoints.
 """
-# Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
+# Letters: B batch, L video tokens, T text tokens, T' of a second text, N heads, D head width, C = N * D
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -18,7 +19,7 @@ from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths
 from modules.attention.options import AttentionChoice
-from modules.contract.generation import Steer
+from modules.attention.second_text import SecondText, Steer
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import in_own_dtype
@@ -27,40 +28,31 @@ Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 
 
 @dataclass(frozen=True)
-class AwayTokens:
-    """A second text, which stands behind the first one in x and goes its own way through the blocks.
-
-    The video attends to itself and the first text, and once more to itself and the second one; what its
-    tokens see in the two is combined. Each text attends to the video and itself, as if it were the only one.
-    Source: Chen et al. 2025, arXiv 2505.21179, for transformers with joint attention.
-    """
-
-    count: int  # tokens of the second text, T'
-    vector: Tensor  # as `HunyuanTokens.vector`, of the second pooled text; modulates only this text
-    lengths: Lengths | None  # how many of the L + T' tokens are real
-    steer: Steer
-
-
-@dataclass(frozen=True)
 class HunyuanTokens:
     """Inputs of the blocks besides the tokens x (B L+T C, the video first); built once per forward pass.
 
-    With a second text x is B L+T+T' C.
+    With a second text x is B L+T+T' C, and texts are B T+T' C.
     """
 
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
     rotary: Tensor  # rotations of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not rotated
     lengths: Lengths | None  # how many of the L + T tokens are real; None: all
-    # B C float32: timestep, pooled text and guidance, from which every block computes its modulation
+    # B S C float32: timestep, pooled text and guidance, from which every block computes its modulation. A
+    # second row is that of the second text alone
     vector: Tensor
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
-    away: AwayTokens | None = None
+    second: SecondText | None = None
 
     @property
     def video(self) -> int:
         """Number of video tokens, L."""
         return self.rotary.shape[-4]
+
+    @property
+    def split(self) -> int:
+        """Where the second text begins in x or in the texts, counted from the end; 0: there is none."""
+        return 0 if self.second is None else -self.second.count
 
     def split_video(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split x, B L+T ..., into video and text; in one split, so that its gradient is written once."""
@@ -72,11 +64,29 @@ class HunyuanTokens:
         query, key = (turn_and_join(*both, self.rotary) for both in zip(video[:2], text[:2], strict=True))
         return query, key, torch.cat([video[2], text[2]], dim=1)
 
-    def split_away(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Split x into video and text, B L+T C, and a list of the second text with its vector, if any."""
-        if self.away is None:
-            return x, []
-        return x[:, : -self.away.count], [(x[:, -self.away.count :], self.away.vector)]
+
+class EmbeddedText(NamedTuple):
+    """A text as the blocks take it."""
+
+    tokens: Tensor  # B T C
+    lengths: Lengths | None  # how many of the video's tokens and these are real; None: all
+    vector: Tensor  # B 1 C float32, as `HunyuanTokens.vector`
+
+
+def join_tokens(
+    video: Sequence[Tensor], texts: Sequence[EmbeddedText], steer: Steer | None, **inputs: Any
+) -> tuple[Tensor, HunyuanTokens]:
+    """Return the tokens of video and texts, B L+T C, and the other inputs of the blocks.
+
+    texts: the one asked for, and perhaps a second one, with its `steer`. inputs: fields of `HunyuanTokens`.
+    """
+    x = torch.cat([*video, *(text.tokens for text in texts)], dim=1)
+    vectors = {id(text.vector): text.vector for text in texts}  # texts may have one in common
+    tokens = HunyuanTokens(lengths=texts[0].lengths, vector=torch.cat([*vectors.values()], dim=1), **inputs)
+    if steer is None:
+        return x, tokens
+    second = SecondText(tokens.video, texts[1].tokens.shape[1], texts[1].lengths, steer)
+    return x, replace(tokens, second=second)
 
 
 class HunyuanModulation(nn.Module):
@@ -88,10 +98,8 @@ class HunyuanModulation(nn.Module):
         self.linear = nn.Linear(dim, count * dim)
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        # vector: B C float32 -> count tensors B 1 C float32
-        return (
-            in_own_dtype(self.linear, functional.silu(vector)).float().unsqueeze(1).chunk(self.count, dim=-1)
-        )
+        # vector: B S C float32 -> count tensors B S C float32
+        return in_own_dtype(self.linear, functional.silu(vector)).float().chunk(self.count, dim=-1)
 
 
 class Mlp(nn.Module):
@@ -130,63 +138,44 @@ class MMDoubleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
-        x, others = tokens.split_away(x)
         video, text = tokens.split_video(x)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(tokens.vector)
-        text_modulation = self.txt_mod(tokens.vector)
-        modulations = [self.txt_mod(vector) for _, vector in others]
+        shift1, scale1, gate1, *video_rows = self.img_mod(tokens.vector[:, :1])
+        text_shift1, text_scale1, text_gate1, *text_rows = self.txt_mod(tokens.vector)
 
-        h = in_own_dtype(self.img_attn_qkv, modulate(self.norm(video), shift1, scale1, tokens.dtype))
-        q, k, v = heads(h, self.num_heads)
-        q, k = self.img_attn_q_norm(q), self.img_attn_k_norm(k)
-        joined = tokens.join((q, k, v), self.text_heads(text, text_modulation, tokens.dtype))
-        del h, q, k, v  # the video's alone
-        other_heads = [
-            self.text_heads(other, modulation, tokens.dtype)
-            for (other, _), modulation in zip(others, modulations, strict=True)
-        ]
-        seen, *others_seen = attend_jointly(*joined, tokens, other_heads)
+        h = modulate(self.norm(video), shift1, scale1, tokens.dtype)
+        mine = split_heads(h, self.img_attn_qkv, self.num_heads, self.img_attn_q_norm, self.img_attn_k_norm)
+        h = modulate(self.norm(text), text_shift1, text_scale1, tokens.dtype, tokens.split)
+        its = split_heads(h, self.txt_attn_qkv, self.num_heads, self.txt_attn_q_norm, self.txt_attn_k_norm)
+        joined = tokens.join(mine, its)
+        del h, mine, its
+        video_seen, text_seen = tokens.split_video(attend_jointly(*joined, tokens))
 
-        video_seen, text_seen = tokens.split_video(seen)
         video = add_gated(video, gate1, in_own_dtype(self.img_attn_proj, video_seen))
-        text = self.finish_text(text, text_seen, text_modulation, tokens.dtype)
-        finished = [
-            self.finish_text(other, one_seen, modulation, tokens.dtype)
-            for (other, _), one_seen, modulation in zip(others, others_seen, modulations, strict=True)
-        ]
+        text = add_gated(text, text_gate1, in_own_dtype(self.txt_attn_proj, text_seen), tokens.split)
+        text = self.feed_forward(text, self.txt_mlp, tokens.dtype, tokens.split, *text_rows)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
-        video = self.feed_forward(video, self.img_mlp, shift2, scale2, gate2, tokens.dtype)
-        return torch.cat([video, text, *finished], dim=1)
-
-    def text_heads(self, text: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype) -> Heads:
-        """Return the query, key and value of a text, B T C. modulation: six tensors B 1 C."""
-        shift, scale, *_ = modulation
-        q, k, v = heads(
-            in_own_dtype(self.txt_attn_qkv, modulate(self.norm(text), shift, scale, dtype)), self.num_heads
-        )
-        return self.txt_attn_q_norm(q), self.txt_attn_k_norm(k), v
-
-    def finish_text(
-        self, text: Tensor, seen: Tensor, modulation: Sequence[Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        """Add to a text what it sees, B T C, and its feed-forward."""
-        _, _, gate1, shift2, scale2, gate2 = modulation
-        text = add_gated(text, gate1, in_own_dtype(self.txt_attn_proj, seen))
-        return self.feed_forward(text, self.txt_mlp, shift2, scale2, gate2, dtype)
+        return torch.cat([self.feed_forward(video, self.img_mlp, tokens.dtype, 0, *video_rows), text], dim=1)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Return what attention gets for the video tokens of x: B L+T C -> B L C."""
-        shift, scale, *_ = self.img_mod(tokens.vector)
+        shift, scale, *_ = self.img_mod(tokens.vector[:, :1])
         return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
 
     def feed_forward(
-        self, x: Tensor, mlp: Mlp, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
+        self,
+        x: Tensor,
+        mlp: Mlp,
+        dtype: torch.dtype,
+        split: int,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
     ) -> Tensor:
         """Add the feed-forward branch of a stream to x; each token is processed independently.
 
-        x: B L C; shift, scale, gate: B 1 C float32.
+        x: B L C; shift, scale, gate: B S C float32.
         """
-        return add_gated(x, gate, mlp(modulate(self.norm(x), shift, scale, dtype)))
+        return add_gated(x, gate, mlp(modulate(self.norm(x), shift, scale, dtype, split)), split)
 
 
 class MMSingleStreamBlock(nn.Module):
@@ -205,66 +194,42 @@ class MMSingleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         # x: B L+T C
-        x, others = tokens.split_away(x)
-        q, k, v, hidden, gate = self.begin(x, tokens.vector, tokens.dtype)
-        begun = [self.begin(other, vector, tokens.dtype) for other, vector in others]
-        other_heads = [(self.q_norm(q2), self.k_norm(k2), v2) for q2, k2, v2, *_ in begun]
-        seen, *others_seen = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens, other_heads)
-        x = self.finish(x, seen, hidden, gate)
-        if not others:
-            return x
-        finished = [
-            self.finish(other, one_seen, hidden2, gate2)
-            for (other, _), one_seen, (*_, hidden2, gate2) in zip(others, others_seen, begun, strict=True)
-        ]
-        return torch.cat([x, *finished], dim=1)
-
-    def begin(self, x: Tensor, vector: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return query, key and value of tokens, B L N D, their feed-forward's input, and their gate."""
-        shift, scale, gate = self.modulation(vector)
-        # in one split, so that its gradient is written once
-        *qkv, hidden = in_own_dtype(self.linear1, modulate(self.norm(x), shift, scale, dtype)).split(
-            self.widths, dim=-1
-        )
-        return *(one.unflatten(-1, (self.num_heads, -1)) for one in qkv), hidden, gate
-
-    def finish(self, x: Tensor, seen: Tensor, hidden: Tensor, gate: Tensor) -> Tensor:
-        """Add to tokens what they see and their feed-forward."""
-        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(seen, hidden)))
+        shift, scale, gate = self.modulation(tokens.vector)
+        h = in_own_dtype(self.linear1, modulate(self.norm(x), shift, scale, tokens.dtype, tokens.split))
+        *qkv, hidden = h.split(self.widths, dim=-1)  # in one split, so that its gradient is written once
+        q, k, v = (one.unflatten(-1, (self.num_heads, -1)) for one in qkv)
+        seen = attend_turned(self.q_norm(q), self.k_norm(k), v, tokens)
+        return add_gated(x, gate, in_own_dtype(self.linear2, join_gelu(seen, hidden)), tokens.split)
 
 
-def heads(qkv: Tensor, num_heads: int) -> Heads:
-    """Split B L 3C into query, key and value, each B L N D."""
-    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
-    return query, key, value
+def split_heads(
+    x: Tensor,
+    qkv: nn.Module,
+    num_heads: int,
+    q_norm: nn.Module | None = None,
+    k_norm: nn.Module | None = None,
+) -> Heads:
+    """Return query, key and value, each B L N D, of tokens B L C; the first two normalised, if by a norm."""
+    q, k, v = in_own_dtype(qkv, x).unflatten(-1, (3, num_heads, -1)).unbind(2)
+    return q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k), v
 
 
-def attend_jointly(
-    query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens, others: Sequence[Heads] = ()
-) -> tuple[Tensor, ...]:
+def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
     """Compute the attention of the video with its text; return B L+T C.
 
-    query, key, value: B L+T N D, those of the video rotated. others: those of a second text, B T' N D, if
-    there is one. Then the video attends to that one too, what it sees is combined, and what the second text
-    sees, B T' C, is returned as well.
+    query, key, value: B L+T N D, those of the video rotated.
     """
-    seen = attend(query, key, value, tokens.attention, tokens.lengths)
-    away, length = tokens.away, tokens.video
-    if away is None:
-        return (seen.flatten(2),)
-    (second,) = others
-    query, key, value = (
-        torch.cat([one[:, :length], other], dim=1)
-        for one, other in zip((query, key, value), second, strict=True)
+    second = tokens.second
+    if second is None:
+        return attend(query, key, value, tokens.attention, tokens.lengths).flatten(2)
+    seen, other = (
+        attend(of(query), of(key), of(value), tokens.attention, lengths)
+        for of, lengths in ((second.without, tokens.lengths), (second.alone, second.lengths))
     )
-    other_seen = attend(query, key, value, tokens.attention, away.lengths)
-    steered = away.steer(seen[:, :length], other_seen[:, :length])
-    return torch.cat([steered, seen[:, length:]], dim=1).flatten(2), other_seen[:, length:].flatten(2)
+    return second.combine(seen, other).flatten(2)
 
 
-def attend_turned(
-    query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens, others: Sequence[Heads] = ()
-) -> tuple[Tensor, ...]:
+def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
     """Rotate the video tokens, B L+T N D and normalised, and do as `attend_jointly`."""
     query, key = turn_first(query, tokens.rotary), turn_first(key, tokens.rotary)
-    return attend_jointly(query, key, value, tokens, others)
+    return attend_jointly(query, key, value, tokens)

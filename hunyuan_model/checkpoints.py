@@ -1,6 +1,5 @@
 """Checkpoints of the HunyuanVideo and SkyReels V1 transformers: their dialects, their kinds, and loading."""
 
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,19 +13,15 @@ from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.spec import DIT
 from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.dialects import DitShapes, Names, other_kind, translate_name
-from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
+from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.joining import join_parts
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.contract.family import DitSpec
-from modules.contract.loading import Placement
-from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, store_scale
 from networks.names.hunyuan import COMFYUI_TENSORS, HUNYUAN_VIDEO
 from networks.names.layouts import swapped_tensors, tensor_patterns
-
-logger = logging.getLogger(__name__)
 
 TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns
 
@@ -60,14 +55,6 @@ DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only i
 }
 
 
-def read_dit_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
-    """Read dimensions, dialect and dtype of an open file.
-
-    Raises CheckpointError if the file is not a supported transformer.
-    """
-    return _header(bare_names(checkpoint))
-
-
 def identify(path: Path) -> str | None:
     """Describe a file that is a transformer of this family or a related one; return None if it is unknown."""
     try:
@@ -90,27 +77,6 @@ def describe(checkpoint: Checkpoint) -> str | None:
         return _name_of(_header(checkpoint).config)
     except CheckpointError:
         return None
-
-
-def load_dit(path: Path, placement: Placement) -> HunyuanVideoModel:
-    """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
-
-    dtype: see `modules.checkpoints.dits.choose_dtype` and `fill_dit`. The embeddings of timestep, guidance
-    and pooled text are kept in float32. `placement.patch` is called with the published parameter names.
-    Raises CheckpointError if the file is not such a transformer, is incomplete, or has unknown tensors.
-    """
-    with open_checkpoint(path) as opened:
-        checkpoint = bare_names(opened)
-        header = _header(checkpoint)
-        config, what = header.config, _name_of(header.config)
-        target = choose_dtype(header.block_dtype, placement)
-        blocks = f"{config.double_blocks} + {config.single_blocks} blocks of width {config.dim}"
-        logger.info("Loading %s: %s, %s, as %s", path, what, blocks, dtype_name(target))
-        with torch.device("meta"):
-            dit = HunyuanVideoModel(config, placement.attention)
-        sources = _sources(checkpoint, header)
-        fill_dit(dit, checkpoint, sources, placement, target, DIT, what)
-    return dit
 
 
 def _name_of(config: HunyuanVideoConfig) -> str:
@@ -298,3 +264,7 @@ def _times(name: str, scale: float) -> TensorSource:
         lambda weight: dequantise(weight, factor(weight)),
         lambda weight: (weight, store_scale(factor(weight))),
     )
+
+
+FORMAT = DitFormat(_header, lambda header: _name_of(header.config), HunyuanVideoModel, _sources)
+read_dit_header, load_dit = FORMAT.read_header, FORMAT.load

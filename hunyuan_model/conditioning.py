@@ -5,7 +5,6 @@ alone, in latent frame 0, and zeros in the other frames. Source: the released Sk
 """
 
 import logging
-from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -13,25 +12,11 @@ from torch import Tensor
 
 from encoders.posterior import posterior_generator, sample_posterior
 from hunyuan_model.vae import LOG_VARIANCE, HunyuanVae
-from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MomentsBatch
+from modules.contract.data import Batch, CacheEntry, MediaBatch, MomentsBatch
 from modules.contract.family import LatentSpec
-from modules.devices import send
 from modules.media.pixels import byte_clips
 
 logger = logging.getLogger(__name__)
-
-
-def texts_for(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
-    """Return the conditions that a text gives, under the names of the network's arguments, on its device.
-
-    names: argument -> name in caches.
-    """
-    found = {}
-    for argument, name in names.items():
-        value = conditions[name]
-        assert isinstance(value, Tensor)
-        found[argument] = send(value, device)
-    return found
 
 
 def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list[CacheEntry]:

@@ -16,11 +16,9 @@ from hunyuan_model.conditioning import (
     first_frame_condition,
     first_frame_of,
     sample_moments,
-    texts_for,
 )
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKIP_LAYERS, SKYREELS_I2V
-from hunyuan_model.encoders import HunyuanEncoderPaths, beside
-from hunyuan_model.files import HunyuanFiles
+from hunyuan_model.files import HunyuanEncoderPaths, HunyuanFiles, beside
 from hunyuan_model.options import (
     HunyuanGenerationOptions,
     HunyuanLatentCachingOptions,
@@ -29,7 +27,7 @@ from hunyuan_model.options import (
 )
 from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
 from hunyuan_model.text_encoders import CLIP, LlavaTextEncoder, clip_text_encoder, template_of
-from hunyuan_model.text_multipliers import HUNYUAN_REFINER, multiply_text
+from hunyuan_model.token_refiner import HUNYUAN_REFINER, multiply_text
 from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
@@ -40,6 +38,7 @@ from modules.contract.data import (
     MediaTable,
     MomentsBatch,
     MomentsRules,
+    name_texts,
 )
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -132,8 +131,7 @@ class HunyuanVideo:
         """Check every file that an option names, needed or not. Loads nothing."""
         if self.files.dit is not None:
             self._check_dit()
-            self.files.check_encoders()
-        self.files.check_given()
+        self.files.check_encoders()
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
@@ -269,9 +267,9 @@ class HunyuanVideo:
         return dit(
             noisy,
             timesteps.to(guidance.dtype).float(),
-            *texts_for(cond, TEXT_INPUTS, noisy.device).values(),
+            *name_texts(cond, TEXT_INPUTS, noisy.device).values(),
             guidance.float(),
-            tweaks.rename_away(lambda text: texts_for(text, TEXT_INPUTS, noisy.device)),
+            tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
         )
 
     # generation

@@ -6,8 +6,6 @@ float32.
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as functional
@@ -15,17 +13,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hunyuan_model.blocks import (
-    AwayTokens,
+    EmbeddedText,
     HunyuanTokens,
     MMDoubleStreamBlock,
     MMSingleStreamBlock,
+    join_tokens,
 )
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.spec import DIT
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
-from modules.contract.generation import NO_TWEAKS, Away, Tweaks
+from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
@@ -66,12 +65,8 @@ class HunyuanFinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        shift, scale = (
-            in_own_dtype(self.adaLN_modulation[1], functional.silu(tokens.vector))
-            .float()
-            .unsqueeze(1)
-            .chunk(2, dim=-1)
-        )
+        rows = in_own_dtype(self.adaLN_modulation[1], functional.silu(tokens.vector[:, :1]))
+        shift, scale = rows.float().chunk(2, dim=-1)
         return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
 
@@ -149,23 +144,33 @@ class HunyuanVideoModel(nn.Module):
         patches = self.img_in(noisy).to(dtype)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         rotary = self._rotary.of(Grid(grid, tweaks.slow_frames), noisy.device)
-
-        def vector_of(pooled: Tensor) -> Tensor:
-            vector = self.time_in(timesteps) + self.vector_in(pooled)
-            if self.config.has_guidance and tweaks.embedded_guidance:
-                vector = vector + self.guidance_in(guidance)
-            return vector
-
-        def refine(text: Tensor, counts: Sequence[int] | None) -> Tensor:
-            return self.txt_in(text, timesteps, counts, dtype, self.attention)
-
-        text, lengths = embed_text(llama, llama_mask, len(rotary), refine)
-        tokens = HunyuanTokens(grid, rotary, lengths, vector_of(clip_l), dtype, self.attention)
+        guided = guidance if self.config.has_guidance and tweaks.embedded_guidance else None
+        texts = [
+            self._embed_text(timesteps, guided, len(rotary), dtype, **text)
+            for text in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l)
+        ]
         video = rearrange(patches, "b c f h w -> b (f h w) c")
-        if tweaks.away is None:
-            return torch.cat([video, text], dim=1), tokens
-        away_text, away = embed_away(tweaks.away, len(noisy), len(rotary), refine, vector_of)
-        return torch.cat([video, text, away_text], dim=1), replace(tokens, away=away)
+        given = {"grid": grid, "rotary": rotary, "dtype": dtype, "attention": self.attention}
+        return join_tokens([video], texts, tweaks.steer, **given)
+
+    def _embed_text(
+        self,
+        timesteps: Tensor,
+        guidance: Tensor | None,
+        before: int,
+        dtype: torch.dtype,
+        *,
+        llama: Tensor,
+        llama_mask: Tensor,
+        clip_l: Tensor,
+    ) -> EmbeddedText:
+        """Embed a text that stands behind so many tokens."""
+        longest, counts, lengths = count_real(llama_mask, before, llama.device)
+        text = self.txt_in(llama[:, :longest], timesteps, counts, dtype, self.attention)
+        vector = self.time_in(timesteps) + self.vector_in(clip_l)
+        if guidance is not None:
+            vector = vector + self.guidance_in(guidance)
+        return EmbeddedText(text, lengths, vector.unsqueeze(1))
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B out_dim F H W in float32."""
@@ -210,31 +215,12 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
     )
 
 
-# states of a language model B T D, the number of real ones of each sample -> text tokens B T C
-Refine = Callable[[Tensor, Sequence[int] | None], Tensor]
-
-
-def embed_text(llama: Tensor, mask: Tensor, before: int, refine: Refine) -> tuple[Tensor, Lengths | None]:
-    """Return text tokens, B T C, and how many of all tokens are real with `before` in front of the text.
-
-    llama: B T D with its mask, B T.
-    """
+def count_real(
+    mask: Tensor, before: int, device: torch.device
+) -> tuple[int, list[int] | None, Lengths | None]:
+    """Return as `real_tokens`, and how many of all tokens are real with `before` in front of the text."""
     longest, counts = real_tokens(mask)
-    lengths = None if counts is None else lengths_on([before + count for count in counts], llama.device)
-    return refine(llama[:, :longest], counts), lengths
-
-
-def embed_away(
-    away: Away, batch: int, before: int, refine: Refine, vector_of: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, AwayTokens]:
-    """Embed the second text of a call, one for all samples or one for each, as `embed_text`.
-
-    Returns its tokens and what the blocks are told of it.
-    """
-    given = [away.text[name] for name in ("llama", "llama_mask", "clip_l")]
-    llama, mask, pooled = (one.expand(batch, *one.shape[1:]) for one in given if isinstance(one, Tensor))
-    text, lengths = embed_text(llama, mask, before, refine)
-    return text, AwayTokens(text.shape[1], vector_of(pooled), lengths, away.steer)
+    return longest, counts, None if counts is None else lengths_on([before + n for n in counts], device)
 
 
 def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:

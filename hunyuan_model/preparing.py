@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hunyuan_model.encoders import HunyuanEncoderPaths, beside
+from hunyuan_model.files import HunyuanEncoderPaths, beside
 from hunyuan_model.spec import LATENT
 from hunyuan_model.text_encoders import LlavaTextEncoder, clip_text_encoder, template_of
 from hunyuan_model.vae import TILE, load_vae
@@ -34,7 +34,7 @@ def make_maker(folder: Path, settings: MakerSettings) -> MomentsMaker:
         vae_dtype=settings.dtype,
         vae_tile=TILE if settings.tiled else None,
     )
-    files.check_given()
+    files.check()
 
     def load(device: torch.device) -> EncodeMoments:
         vae = load_vae(files.vae_path, device, settings.dtype, tile=files.vae_tile)

@@ -5,14 +5,14 @@ arXiv 2406.11831.
 """
 # Letters: B batch, T text tokens, N heads, D head width, C = N * D
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import Mlp, heads
+from hunyuan_model.blocks import Mlp, split_heads
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
@@ -101,7 +101,7 @@ class RefinerBlock(nn.Module):
             .unsqueeze(1)
             .chunk(2, dim=-1)
         )
-        q, k, v = heads(in_own_dtype(self.self_attn_qkv, self.norm1(x).to(x.dtype)), self.num_heads)
+        q, k, v = split_heads(self.norm1(x).to(x.dtype), self.self_attn_qkv, self.num_heads)
         seen = attend(q, k, v, attention, lengths).flatten(2)
         x = add_gated(x, gate1, in_own_dtype(self.self_attn_proj, seen))
         return add_gated(x, gate2, self.mlp(self.norm2(x).to(x.dtype)))
@@ -167,3 +167,33 @@ def mean_text(text: Tensor, counts: Sequence[int] | None) -> Tensor:
     lengths = numbers_on(text.device, counts)
     real = torch.arange(text.shape[1], device=text.device) < lengths[:, None]  # B T
     return (text.float() * real[:, :, None]).sum(dim=1) / lengths.clamp(min=1)[:, None]
+
+
+# modules of a token refiner: the list of its blocks, and the projection of the text's mean to a vector
+HUNYUAN_REFINER = ("txt_in.individual_token_refiner.blocks", "txt_in.c_embedder")
+FRAMEPACK_REFINER = (
+    "context_embedder.token_refiner.refiner_blocks",
+    "context_embedder.time_text_embed.text_embedder",
+)
+
+
+def multiply_text(dit: nn.Module, refiner: tuple[str, str], llm: float, clip: float) -> None:
+    """Scale the outputs of the token refiner from now on. refiner: one of the constants above.
+
+    llm: factor for the output of each refiner block; as blocks follow one another, the factors multiply.
+    clip: factor for the vector of the text's mean from which the gates are made. Despite the option's name
+    that vector comes from the language model too (CLIP's goes past the refiner).
+    """
+    blocks, mean = map(dit.get_submodule, refiner)
+    if llm != 1:
+        for block in blocks.children():
+            block.register_forward_hook(_times(llm))
+    if clip != 1:
+        mean.register_forward_hook(_times(clip))
+
+
+def _times(factor: float) -> Callable[[nn.Module, tuple[object, ...], Tensor], Tensor]:
+    def multiplied(module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> Tensor:
+        return output * factor
+
+    return multiplied

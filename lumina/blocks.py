@@ -7,20 +7,19 @@ checkpoints.
 """
 # Letters: B batch, L image tokens, T caption tokens, N heads, K heads of keys, D head width, C = N * D
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lumina.configs import LuminaConfig
 from modules.attention.attend import attend
 from modules.attention.lengths import Lengths
 from modules.attention.options import AttentionChoice
-from modules.contract.generation import Steer
-from modules.layers import modulation
+from modules.attention.second_text import SecondText
+from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import in_own_dtype, run_float32
 from modules.layers.rope import rotate
@@ -30,27 +29,12 @@ Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 
 
 @dataclass(frozen=True)
-class AwayCaption:
-    """A second caption, which stands behind the first one in x and goes its own way through the blocks.
-
-    The image attends to itself and the first caption, and once more to itself and the second one; what its
-    tokens see in the two is combined. Each caption attends to the image and itself, as if it were the only
-    one. Source: Chen et al. 2025, arXiv 2505.21179, for transformers with joint attention.
-    """
-
-    count: int  # tokens of the second caption, T'
-    rotary: Tensor  # of image and second caption: as `LuminaTokens.rotary` of L + T' tokens
-    lengths: Lengths | None  # how many of the L + T' tokens are real
-    steer: Steer
-
-
-@dataclass(frozen=True)
 class LuminaTokens:
     """Inputs of the blocks besides the tokens x (B L+T C, the image first); built once per forward pass.
 
     In the published code the caption stands in front. Attention does not depend on the order of its tokens,
     only on their positions, and with the image first it lies at the same place in all samples of a batch.
-    With a second caption x is B L+T+T' C.
+    With a second caption x is B L+T+T' C (`modules.attention.second_text`).
     """
 
     grid: tuple[int, int]  # image tokens along rows, columns
@@ -59,7 +43,8 @@ class LuminaTokens:
     time: Tensor  # B time_dim float32, from which every block computes its modulation
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
-    away: AwayCaption | None = None
+    second: SecondText | None = None
+    second_rotary: Tensor | None = None  # as `rotary`, of image and second caption
 
     @property
     def image(self) -> int:
@@ -103,30 +88,26 @@ class GroupedAttention(nn.Module):
         return self.q_norm(query), self.k_norm(key), value
 
     def look(
-        self, heads: Heads, rotary: Tensor, attention: AttentionChoice, lengths: Lengths | None
+        self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
     ) -> Tensor:
-        """Return what tokens see, B L C, of heads whose queries and keys are not rotated yet."""
+        """Return what tokens see, B L N D, of heads whose queries and keys are not rotated yet."""
         query, key, value = heads
         query, key = rotate(query, rotary), rotate(key, rotary)
         served = self.num_heads // self.num_kv_heads
         key, value = (one.repeat_interleave(served, dim=2) for one in (key, value))
-        return attend(query, key, value, attention, lengths).flatten(2)
+        return attend(query, key, value, tokens.attention, lengths)
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         # x: B L+T C, with a second caption B L+T+T' C
-        away = tokens.away
-        if away is None:
-            return in_own_dtype(
-                self.out, self.look(self.heads(x), tokens.rotary, tokens.attention, tokens.lengths)
-            )
-        heads, first, length = self.heads(x), x.shape[1] - away.count, tokens.image
-        beside = tuple(torch.cat([one[:, :length], one[:, first:]], dim=1) for one in heads)
-        own = tuple(one[:, :first] for one in heads)
-        seen = self.look(own, tokens.rotary, tokens.attention, tokens.lengths)  # type: ignore[arg-type]
-        other = self.look(beside, away.rotary, tokens.attention, away.lengths)  # type: ignore[arg-type]
-        image, other_image = (one[:, :length].unflatten(-1, (self.num_heads, -1)) for one in (seen, other))
-        steered = away.steer(image, other_image).flatten(2)
-        return in_own_dtype(self.out, torch.cat([steered, seen[:, length:], other[:, length:]], dim=1))
+        heads, second = self.heads(x), tokens.second
+        if second is None:
+            seen = self.look(heads, tokens.rotary, tokens, tokens.lengths)
+        else:
+            assert tokens.second_rotary is not None
+            seen = self.look(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
+            other = self.look(map(second.alone, heads), tokens.second_rotary, tokens, second.lengths)
+            seen = second.combine(seen, other)
+        return in_own_dtype(self.out, seen.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -163,7 +144,7 @@ class JointTransformerBlock(nn.Module):
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         # x: B L+T C
         scale1, gate1, scale2, gate2 = self.modulation(tokens.time)
-        branch = self.attention(modulate(self.attention_norm1(x), scale1, tokens.dtype), tokens)
+        branch = self.attention(modulate(self.attention_norm1(x), None, scale1, tokens.dtype), tokens)
         x = add_gated(x, gate1, self.attention_norm2(branch))
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         return self.feed(x, scale2, gate2, tokens.dtype)
@@ -179,11 +160,11 @@ class JointTransformerBlock(nn.Module):
     def modulated_input(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Return what attention gets for the image tokens of x: B L+T C -> B L C."""
         scale, *_ = self.modulation(tokens.time)
-        return modulate(self.attention_norm1(x[:, : tokens.image]), scale, tokens.dtype)
+        return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
 
     def feed(self, x: Tensor, scale: Tensor | None, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
-        branch = self.feed_forward(modulate(self.ffn_norm1(x), scale, dtype))
+        branch = self.feed_forward(modulate(self.ffn_norm1(x), None, scale, dtype))
         return add_gated(x, gate, self.ffn_norm2(branch))
 
 
@@ -198,39 +179,4 @@ class LuminaFinalLayer(nn.Module):
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         scale = in_own_dtype(self.adaLN_modulation[1], functional.silu(tokens.time)).float().unsqueeze(1)
-        return in_own_dtype(self.linear, modulate(self.norm_final(x), scale, tokens.dtype))
-
-
-def modulate(normed: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return normed * (1 + scale), computed in float32."""
-    if scale is None:
-        return normed
-    if torch.compiler.is_compiling():
-        return (normed.float() * (1 + scale)).to(dtype)
-    scaled: Tensor = _Scale.apply(normed, 1 + scale, dtype)
-    return scaled
-
-
-class _Scale(torch.autograd.Function):
-    """Multiplication that casts while it reads and writes, as `modules.layers.modulation` does."""
-
-    @staticmethod
-    def forward(ctx: Any, normed: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(normed if ctx.needs_input_grad[1] else None, factor)
-        ctx.dtype = normed.dtype
-        return torch.mul(normed, factor, out=torch.empty_like(normed, dtype=dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        normed, factor = ctx.saved_tensors
-        of_normed = torch.empty_like(gradient, dtype=ctx.dtype)
-        torch.mul(gradient, factor, out=of_normed)
-        if not ctx.needs_input_grad[1]:
-            return of_normed, None, None
-        return of_normed, (gradient.float() * normed.float()).sum_to_size(factor.shape), None
-
-
-def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor) -> Tensor:
-    """Return x + gate * branch in one pass, in the dtype of x."""
-    return x + branch.to(x.dtype) if gate is None else modulation.add_gated(x, gate, branch)
+        return in_own_dtype(self.linear, modulate(self.norm_final(x), None, scale, tokens.dtype))

@@ -1,24 +1,17 @@
 """Checkpoints of the Lumina-Image-2.0 transformer: as published, in diffusers' layout, all-in-one files."""
 
-import logging
-from pathlib import Path
-
-import torch
+from collections.abc import Mapping
 
 from lumina.configs import LuminaConfig
 from lumina.model import LuminaModel
-from lumina.spec import DIT
 from modules.checkpoints.dialects import DitShapes, Names, other_kind
-from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
+from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.joining import join_parts, joined_shapes
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.loading import Placement
-from modules.devices import dtype_name
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
 from networks.names.lumina import LUMINA
-
-logger = logging.getLogger(__name__)
 
 WHAT = "a Lumina-Image-2.0 transformer"
 FILES = (
@@ -34,45 +27,6 @@ DIALECTS: dict[str, tuple[str, Names]] = {
 }
 MARK = "cap_embedder.1.weight"  # of Lumina-Image-2.0, in published names
 UNUSED = "norm_final.weight"  # in the published files; the model does not use it
-
-
-def read_dit_header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
-    """Read dimensions, dialect and dtype of an open file.
-
-    Raises CheckpointError if the file is not a supported transformer.
-    """
-    return _header(bare_names(checkpoint))
-
-
-def identify(path: Path) -> str | None:
-    """Describe a file that is a transformer of this family; return None if it is not."""
-    try:
-        with open_checkpoint(path) as checkpoint:
-            _header(bare_names(checkpoint))
-    except CheckpointError:
-        return None
-    return f"it is {WHAT} ({OPTION})"
-
-
-def load_dit(path: Path, placement: Placement) -> LuminaModel:
-    """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
-
-    dtype: see `modules.checkpoints.dits.choose_dtype` and `fill_dit`. The embedding of time is kept in
-    float32. `placement.patch` is called with the published parameter names. Raises CheckpointError if the
-    file is not such a transformer, is incomplete, or has unknown tensors.
-    """
-    with open_checkpoint(path) as opened:
-        checkpoint = bare_names(opened)
-        header = _header(checkpoint)
-        config = header.config
-        target = choose_dtype(header.block_dtype, placement)
-        size = f"{config.num_layers} layers of width {config.dim}"
-        logger.info("Loading %s: Lumina-Image-2.0, %s, as %s", path, size, dtype_name(target))
-        with torch.device("meta"):
-            dit = LuminaModel(config, placement.attention)
-        sources = join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1])
-        fill_dit(dit, checkpoint, sources, placement, target, DIT, WHAT, (UNUSED,))
-    return dit
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
@@ -119,3 +73,11 @@ def _config(found: DitShapes) -> LuminaConfig:
         time_dim=time_dim,
         freq_dim=freq_dim,
     )
+
+
+def _sources(checkpoint: Checkpoint, header: DitHeader[LuminaConfig]) -> Mapping[str, TensorSource]:
+    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1])
+
+
+FORMAT = DitFormat(_header, lambda _: WHAT, LuminaModel, _sources, OPTION, (UNUSED,))
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load

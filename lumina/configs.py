@@ -1,7 +1,11 @@
-"""Lumina-Image-2.0 as data: dimensions of a transformer and of its text encoder, and where they come from."""
+"""Lumina-Image-2.0 as data: dimensions of its networks, their source, latents, noise, names of parts."""
 
 from dataclasses import dataclass
 
+from encoders.autoencoder_colours import PREVIEW_BIAS, PREVIEW_FACTORS
+from modules.contract.family import DitSpec, LatentSpec
+from modules.contract.noise import NoiseSpec, count_picture_tokens
+from modules.contract.npz import NpzFormat
 from modules.contract.release import ModelRelease
 
 LUMINA_2 = ModelRelease(
@@ -58,3 +62,24 @@ class GemmaConfig:
     eps: float = 1e-6
     softcap: float = 50.0  # of attention
     window: int = 4096  # tokens that every other layer looks back
+
+
+LATENT = LatentSpec(
+    channels=16,
+    stride=(1, 8, 8),
+    pixel_step=16,
+    frame_step=1,
+    preview_factors=PREVIEW_FACTORS,
+    preview_bias=PREVIEW_BIAS,
+    npz=NpzFormat("_lumina", "_lumina_te"),
+)
+NOISE = NoiseSpec(training_offset=0.0, output_sign=-1.0, table_is_shifted=True, tokens=count_picture_tokens)
+DIT = DitSpec(
+    block_lists=("layers",),
+    fp8_exclude=("norm", "adaLN_modulation"),
+    input_layers=("x_embedder", "cap_embedder"),
+    token_wise=("feed",),
+    modulated_input="modulated_input",
+    # as they compute so; under 1 % of the model
+    keep_float32=("t_embedder.",),
+)

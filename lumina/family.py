@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import NO_MOMENTS, check_pictures, encode_pictures
+from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
 from encoders.posterior import posterior_generator
 from lumina.checkpoints import load_dit
-from lumina.configs import LUMINA_2
+from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
 from lumina.files import LuminaFiles
 from lumina.options import (
     CFG_TRUNC_RATIO,
@@ -23,18 +23,15 @@ from lumina.options import (
     check_renorm,
     check_trunc_ratio,
 )
-from lumina.spec import DIT, LATENT, NOISE
 from lumina.text_encoder import GemmaTextEncoder
 from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
-    CacheEntry,
     Conditions,
-    MediaBatch,
     MediaEncoders,
     MediaTable,
-    MomentsBatch,
     MomentsRules,
+    name_texts,
 )
 from modules.contract.experts import ONE_EXPERT, Expert
 from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
@@ -46,7 +43,7 @@ from modules.contract.prepared import Prepared
 from modules.contract.release import ModelRelease
 from modules.contract.requests import NO_MEDIA, check_size, keep_usable_media, settle, size_of, whole_patches
 from modules.contract.source import IMAGE, LATENTS, SourceRules
-from modules.devices import choose_compute_dtype, send
+from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
@@ -71,7 +68,7 @@ UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / U
 
 
 @dataclass(frozen=True)
-class Lumina:
+class Lumina(ModelOfPictures):
     """Description of Lumina-Image-2.0 for one run, built by the `family_for_...` functions below."""
 
     files: LuminaFiles
@@ -124,18 +121,6 @@ class Lumina:
         """Raise DatasetError if a table has clips or control images."""
         check_pictures(table, NAME)
 
-    def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: an item has one file."""
-        return None
-
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Latents of every picture in model space, float32."""
-        return encode_pictures(encoders.vae, media)
-
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Not for pictures: `moments` refuses them before."""
-        raise AssertionError(self.moments.refusal)
-
     # the network
 
     @property
@@ -173,8 +158,8 @@ class Lumina:
         direction = dit(
             noisy.squeeze(2),
             1 - timesteps.float() / UNIT,
-            **network_texts(cond, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: network_texts(text, noisy.device)),
+            **name_texts(cond, TEXT_INPUTS, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
         )
         return -direction.unsqueeze(2)
 
@@ -216,10 +201,6 @@ class Lumina:
             },
         )
 
-    def needs_media(self, prepared: Prepared) -> bool:
-        """Whether an image must be encoded before denoising: never."""
-        return False
-
     @property
     def source(self) -> SourceRules:
         """What denoising may start from; FLUX and Chroma have the same autoencoder."""
@@ -228,10 +209,6 @@ class Lumina:
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)])
-
-    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return no conditions: there are those of texts only."""
-        return {0: {}}
 
     def sections(
         self,
@@ -248,19 +225,6 @@ class Lumina:
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
         yield encoders.vae.decode(latents)
-
-
-def network_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the conditions that a text gives, under the names of the network's arguments.
-
-    The mask stays where it is: the network reads it on the host, and must not wait for the device.
-    """
-    found = {}
-    for argument, name in TEXT_INPUTS.items():
-        value = conditions[name]
-        assert isinstance(value, Tensor)
-        found[argument] = send(value, device) if value.is_floating_point() else value
-    return found
 
 
 def guidance_rules(extra: Mapping[str, str]) -> GuidanceRules:

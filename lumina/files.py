@@ -16,8 +16,7 @@ from lumina.checkpoints import read_dit_header
 from lumina.configs import LuminaConfig
 from lumina.gemma import FILES, OPTION, read_gemma
 from lumina.options import MAX_TOKENS, LuminaTextOptions
-from lumina.text_encoder import GemmaTextEncoder
-from lumina.tokenizer import GEMMA_FILES
+from lumina.text_encoder import GEMMA_FILES, GemmaTextEncoder
 from modules.checkpoints.dits import DitHeader
 from modules.checkpoints.encoders import check_state_width, dtype_beside
 from modules.checkpoints.model_files import read_once, require_file

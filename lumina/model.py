@@ -14,11 +14,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lumina.blocks import AwayCaption, JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
-from lumina.configs import LuminaConfig
-from lumina.spec import DIT
+from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
+from lumina.configs import DIT, LuminaConfig
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
+from modules.attention.second_text import SecondText
 from modules.contract.generation import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm
@@ -93,19 +93,22 @@ class LuminaModel(nn.Module):
         patches = rearrange(noisy, "b c (h ph) (w pw) -> b (h w) (ph pw c)", ph=patch, pw=patch)
         time = self.t_embedder(times)
         tokens_of = partial(LuminaTokens, grid=grid, time=time, dtype=dtype, attention=self.attention)
-        text, tokens = self._read_caption(caption, caption_mask, grid, tokens_of)
+        (text, tokens), *others = [
+            self._read_caption(**one, grid=grid, tokens_of=tokens_of)
+            for one in tweaks.texts(len(noisy), caption=caption, caption_mask=caption_mask)
+        ]
 
         image = in_own_dtype(self.x_embedder, patches).to(dtype)
         of_image = tokens_of(rotary=tokens.rotary[..., : tokens.image, :, :, :], lengths=None)
         for block in self.noise_refiner:
             image = block(image, of_image)
-        if tweaks.away is None:
+        if not others:
             return torch.cat([image, text], dim=1), tokens
-        given = [tweaks.away.text[name] for name in ("caption", "caption_mask")]
-        second = [one.expand(len(noisy), *one.shape[1:]) for one in given if isinstance(one, Tensor)]
-        away_text, beside = self._read_caption(second[0], second[1], grid, tokens_of)
-        away = AwayCaption(away_text.shape[1], beside.rotary, beside.lengths, tweaks.away.steer)
-        return torch.cat([image, text, away_text], dim=1), replace(tokens, away=away)
+        ((second_text, beside),) = others
+        assert tweaks.steer is not None  # it comes with a second text
+        second = SecondText(tokens.image, second_text.shape[1], beside.lengths, tweaks.steer)
+        tokens = replace(tokens, second=second, second_rotary=beside.rotary)
+        return torch.cat([image, text, second_text], dim=1), tokens
 
     def unembed(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Turn tokens B L+T C into the direction, B in_dim H W in float32."""
@@ -118,7 +121,7 @@ class LuminaModel(nn.Module):
     def _read_caption(
         self,
         caption: Tensor,
-        mask: Tensor,
+        caption_mask: Tensor,
         grid: tuple[int, int],
         tokens_of: Callable[..., LuminaTokens],
     ) -> tuple[Tensor, LuminaTokens]:
@@ -127,7 +130,7 @@ class LuminaModel(nn.Module):
         tokens_of: makes that of rotations and lengths. The image stands at the position behind the caption,
         so its rotations depend on the caption's length.
         """
-        longest, counts = real_tokens(mask)
+        longest, counts = real_tokens(caption_mask)
         equal = len(set(counts)) == 1
         layout = TokenLayout(grid, counts[:1] if equal else counts, longest)
         rotary = self._rotary.of(layout, caption.device)

@@ -6,32 +6,92 @@ arXiv 2503.21758.
 # Letters: B prompts, L tokens, C = width of the model
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from encoders.piece_tokenizers import find_tokenizer, load_tokenizer, no_token, piece_places, read_pieces
 from encoders.token_rows import check_ids, fill_rows
 from lumina.configs import PROMPT_START
 from lumina.gemma import gemma_states, load_gemma, read_gemma, require_transformers
 from lumina.options import MAX_TOKENS
-from lumina.tokenizer import (
-    GEMMA_FILES,
-    GemmaTokenizer,
-    gemma_tokenizer_identity,
-    load_gemma_tokenizer,
-)
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint, open_checkpoint
+from modules.checkpoints.tokenizers import TokenizerFiles, token_places
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
-from modules.contract.tokens import CountTokens, TokenCount, kept_characters, token_weights
+from modules.contract.tokens import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.contract.weighting import weigh_rows
 from modules.devices import dtype_name
 from modules.offload.loaded import LoadedNetwork
 
 logger = logging.getLogger(__name__)
+
+BEGIN = "<bos>"
+GEMMA_FILES = TokenizerFiles(
+    option="--gemma2_tokenizer",
+    names=("tokenizer.json", "tokenizer.model"),
+    folder="tokenizer",
+    repository="Alpha-VLLM/Lumina-Image-2.0",
+    # beside a single file; diffusers pipelines, with text_encoder and tokenizer side by side; google's folder
+    beside=("tokenizer", "../tokenizer", "."),
+    token="<start_of_turn>",
+)
+
+
+@dataclass(frozen=True)
+class GemmaTokenizer:
+    """Turn text into token ids of any length, the begin token first, each with its place in the text."""
+
+    read: Callable[[str], tuple[list[int], list[Place]]]
+
+
+def gemma_tokenizer_identity(path: Path | None, checkpoint_path: Path) -> str:
+    """Return what distinguishes the tokenizer in cache records. path: of --gemma2_tokenizer, or None.
+
+    Raises CheckpointError if `path` is given and is not a tokenizer.
+    """
+    return find_tokenizer(GEMMA_FILES, path, checkpoint_path).identity
+
+
+def load_gemma_tokenizer(
+    path: Path | None, checkpoint_path: Path, may_download: bool = True
+) -> GemmaTokenizer:
+    """Load the tokenizer. path: of --gemma2_tokenizer; None looks for it.
+
+    Raises CheckpointError if there is none, it cannot be read, or the hub cannot be reached.
+    """
+    return load_tokenizer(GEMMA_FILES, path, checkpoint_path, _from_json, _from_sentencepiece, may_download)
+
+
+def _from_json(file: Path) -> GemmaTokenizer:
+    tokenizer = GEMMA_FILES.read(file)
+    begin = tokenizer.token_to_id(BEGIN)
+    if begin is None:
+        raise GEMMA_FILES.unreadable(file, ValueError(f"it has no {BEGIN}"))
+    added = [] if tokenizer.encode("").ids[:1] == [begin] else [begin]
+
+    def read(text: str) -> tuple[list[int], list[Place]]:
+        encoded = tokenizer.encode(text)
+        return [*added, *encoded.ids], [*(None for _ in added), *token_places(encoded)]
+
+    return GemmaTokenizer(read)
+
+
+def _from_sentencepiece(model: bytes, origin: Path) -> GemmaTokenizer:
+    processor = read_pieces(GEMMA_FILES, model, origin)
+    begin = processor.bos_id()
+    if begin < 0:
+        raise no_token(GEMMA_FILES, origin, f"begin token {BEGIN}", "Gemma 2")
+
+    def read(text: str) -> tuple[list[int], list[Place]]:
+        ids: list[int] = processor.encode(text)
+        return [begin, *ids], [None, *piece_places(processor, text)]
+
+    return GemmaTokenizer(read)
 
 
 TOKEN_STEP = 8  # of the padded length

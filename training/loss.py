@@ -1,5 +1,6 @@
 """Flow-matching loss: add noise, predict the velocity, compare it with the true one."""
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -46,6 +47,21 @@ class NoisyBatch:
     def input_noise(self) -> Tensor:
         """Return what is mixed into the latents: B C F H W float32."""
         return self.noise if self.perturbation is None else self.noise + self.perturbation
+
+    def place_weights(self, errors: Tensor) -> Tensor | None:
+        """Return how much each place of errors B C F H W counts, B 1 F H W or B 1 1 H W; None: all alike.
+
+        A picture's mask (`MASK`) is averaged over the area of each latent.
+        """
+        picture, clip = (self.batch.tensors.get(name) for name in (MASK, LOSS_MASK))
+        weights = None
+        if isinstance(picture, Tensor):
+            resized = interpolate(picture.float().unsqueeze(1), size=errors.shape[-2:], mode="area")
+            weights = resized.unsqueeze(2)
+        if isinstance(clip, Tensor):
+            clip = clip.float().unsqueeze(1)
+            weights = clip if weights is None else weights * clip
+        return weights
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
@@ -100,46 +116,50 @@ def measure_errors(
     elements: the mean is over the masked ones too, so the smaller a mask, the smaller the loss. Given frames
     are left out: the mean is over the others.
     """
-    given, batch, sigmas = noisy_batch.given_frames, noisy_batch.batch, noisy_batch.sigmas
-    spec, options = family.noise, rule.options
-    latents = family.latent.to_model(batch.tensor("latents"))
-    conditions = family.batch_conditions(latents, batch)
-    noisy = add_noise(latents, noisy_batch.input_noise, sigmas, spec.data_shares(sigmas))
+    given, sigmas, timesteps = noisy_batch.given_frames, noisy_batch.sigmas, noisy_batch.timesteps
+    latents = family.latent.to_model(noisy_batch.batch.tensor("latents"))
+    conditions = family.batch_conditions(latents, noisy_batch.batch)
+    noisy = add_noise(latents, noisy_batch.input_noise, sigmas, family.noise.data_shares(sigmas))
     if given:
         noisy = torch.cat([latents[:, :, :given], noisy[:, :, given:]], dim=2)
-    tweaks = Tweaks(given_frames=given) if given else NO_TWEAKS
+    network = functools.partial(predict, family, dit, noisy, noisy_batch, conditions, autocast, rule)
 
-    def predict() -> Tensor:
-        with autocast():
-            velocity = family.predict(dit, noisy, noisy_batch.timesteps, conditions, tweaks)
-        return compared(velocity.float(), noisy, sigmas, rule.prediction, spec.output_sign)
-
-    target = spec.velocity(latents, noisy_batch.noise)
-    if any(batch.preserved):
-        target = _preserve(target, batch, predict, rule)
-    differences = predict() - target
-    thresholds = (
-        find_thresholds(options, spec, sigmas, noisy_batch.timesteps) if options.has_threshold else None
-    )
-    errors = element_errors(options, differences, thresholds)
-    mask = noisy_batch.batch.tensors.get(MASK)
-    if isinstance(mask, Tensor):
-        errors = errors * resize_mask(mask, errors)
-    mask = noisy_batch.batch.tensors.get(LOSS_MASK)
-    if isinstance(mask, Tensor):
-        errors = errors * mask.float().unsqueeze(1)  # B 1 F H W
-    if given:
-        errors = errors[:, :, given:]
-    return errors.flatten(1).mean(1)
+    target = find_target(family.noise.velocity(latents, noisy_batch.noise), noisy_batch.batch, network, rule)
+    thresholds = None
+    if rule.options.has_threshold:
+        thresholds = find_thresholds(rule.options, family.noise, sigmas, timesteps)
+    errors = element_errors(rule.options, network() - target, thresholds)
+    weights = noisy_batch.place_weights(errors)
+    if weights is not None:
+        errors = errors * weights
+    return errors[:, :, given:].flatten(1).mean(1)
 
 
-def _preserve(target: Tensor, batch: Batch, predict: Callable[[], Tensor], rule: LossRule) -> Tensor:
-    """Return the target with the base model's prediction for the samples that preserve its output."""
+def predict(
+    family: Trains,
+    dit: nn.Module,
+    noisy: Tensor,
+    noisy_batch: NoisyBatch,
+    conditions: Conditions,
+    autocast: Autocast,
+    rule: LossRule,
+) -> Tensor:
+    """Return what the network predicts, as it is compared with the target: B C F H W float32."""
+    tweaks = Tweaks(given_frames=noisy_batch.given_frames) if noisy_batch.given_frames else NO_TWEAKS
+    with autocast():
+        velocity = family.predict(dit, noisy, noisy_batch.timesteps, conditions, tweaks)
+    return compared(velocity.float(), noisy, noisy_batch.sigmas, rule.prediction, family.noise.output_sign)
+
+
+def find_target(velocity: Tensor, batch: Batch, network: Callable[[], Tensor], rule: LossRule) -> Tensor:
+    """Return the true velocity, or the base model's prediction for the samples that preserve its output."""
+    if not any(batch.preserved):
+        return velocity
     assert rule.as_base is not None  # the loop was told that there are such samples
     with torch.no_grad(), rule.as_base():
-        known = predict()
-    chosen = numbers_on(target.device, batch.preserved, torch.bool)
-    return torch.where(chosen.view(-1, *([1] * (target.ndim - 1))), known, target)
+        known = network()
+    chosen = numbers_on(velocity.device, batch.preserved, torch.bool)
+    return torch.where(chosen.view(-1, *([1] * (velocity.ndim - 1))), known, velocity)
 
 
 def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:
@@ -200,9 +220,3 @@ def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, times
         return (progress * math.log(options.huber_c)).exp() * options.huber_scale
     shares = spec.data_shares(sigmas)
     return (1 - options.huber_c) * (shares / (shares + sigmas.float())).square() + options.huber_c
-
-
-def resize_mask(mask: Tensor, errors: Tensor) -> Tensor:
-    """Return a mask B H W averaged over the area of each latent: B 1 1 H W, a factor of errors B C F H W."""
-    resized = interpolate(mask.float().unsqueeze(1), size=errors.shape[-2:], mode="area")
-    return resized.unsqueeze(2)

@@ -7,18 +7,15 @@ from pathlib import Path
 
 import torch
 
-from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
+from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.kinds import OF_TOOLS, kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
-from modules.contract.loading import Placement
-from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
 from networks.names.wan import WAN
 from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, WanConfig, WanTask
 from wan.model import WanModel
-from wan.spec import DIT
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +58,6 @@ OTHER_VARIANTS = (
 # Names in diffusers' layout -> the published names; norm2 is the published norm3. Source: checkpoints of
 # Wan-AI/*-Diffusers.
 FROM_DIFFUSERS = tensor_patterns(WAN)
-
-
-def read_dit_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
-    """Read variant, dialect and dtype of an open file.
-
-    Raises CheckpointError if the file is not a supported Wan transformer.
-    """
-    return _header(bare_names(checkpoint))
 
 
 def identify(path: Path) -> str | None:
@@ -145,38 +134,6 @@ def note_task(
             task.name,
             task.dim,
         )
-
-
-def load_dit(
-    path: Path, placement: Placement, rope: str = "default", precision: torch.dtype = torch.float32
-) -> WanModel:
-    """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
-
-    rope, precision: see `WanModel`.
-    dtype: see `modules.checkpoints.dits.choose_dtype` and `fill_dit`. Time embedding and final layer are kept
-    in float32. `placement.patch` is called with the published parameter names. Raises CheckpointError if the
-    file is not a Wan transformer, is incomplete, or has unknown tensors.
-    """
-    with open_checkpoint(path) as opened:
-        checkpoint = bare_names(opened)
-        header = _header(checkpoint)
-        target = choose_dtype(header.block_dtype, placement)
-        logger.info(
-            "Loading %s: %s, %d blocks of width %d, as %s",
-            path,
-            KIND_WORDS[header.kind],
-            *_size(header),
-            dtype_name(target),
-        )
-        with torch.device("meta"):
-            dit = WanModel(header.config, placement.attention, rope, precision)
-        sources = _sources(checkpoint, header)
-        fill_dit(dit, checkpoint, sources, placement, target, DIT, KIND_WORDS[header.kind])
-    return dit
-
-
-def _size(header: DitHeader[WanConfig]) -> tuple[int, int]:
-    return header.config.num_layers, header.config.dim
 
 
 def _published_name(name: str) -> str:
@@ -332,3 +289,10 @@ def _difference(config: WanConfig, task: WanTask) -> str:
     if config.image_positions:
         return f"img_emb.emb_pos has places for two images, {task.name} is conditioned on one."
     return f"img_emb.emb_pos is missing, with which {task.name} tells two images apart."
+
+
+FORMAT = DitFormat(_header, lambda header: KIND_WORDS[header.kind], WanModel, _sources)
+read_dit_header, load_dit = (
+    FORMAT.read_header,
+    FORMAT.load,
+)  # loading takes rope and precision of `WanModel` too

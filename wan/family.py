@@ -32,8 +32,14 @@ from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
 from modules.devices import dtype_name
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
-from wan.batches import batch_conditions, no_features
-from wan.caching import check_controls, encode_together, moments_rules, normalise_moments
+from wan.caching import (
+    batch_conditions,
+    check_controls,
+    encode_together,
+    moments_rules,
+    no_features,
+    normalise_moments,
+)
 from wan.checkpoints import load_dit, note_task
 from wan.chosen import (
     boundary_of,
@@ -46,14 +52,20 @@ from wan.chosen import (
 from wan.clip import load_clip
 from wan.configs import TASKS, WanTask
 from wan.files import WanFiles
-from wan.inputs import FIRST_LATENTS, add_image_noise, appends_end, encode_inputs, take_inputs
+from wan.inputs import (
+    FIRST_LATENTS,
+    add_image_noise,
+    appends_end,
+    encode_inputs,
+    prepare_request,
+    take_inputs,
+)
 from wan.options import (
     WanGenerationOptions,
     WanLatentCachingOptions,
     WanTextCachingOptions,
     WanTrainingOptions,
 )
-from wan.requests import prepare_request
 from wan.spec import DIT, LATENT, LATENT_5B
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae

@@ -9,7 +9,7 @@ from modules.contract.family import LatentSpec
 from wan.checkpoints import check_alike, check_task, read_dit_header
 from wan.configs import WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
-from wan.tokenizer import TOKENIZER
+from wan.t5 import TOKENIZER
 from wan.vae_checkpoints import check_latents, read_vae
 from wan.vae_releases import RELEASES, VaeRelease
 

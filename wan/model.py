@@ -6,10 +6,10 @@ norms, the final layer; rotary angles are float64. Time embedding, modulation an
 float32 too, unless `precision` says float16. Everything else computes in the dtype of its weights or of
 autocast.
 """
-# Letters: B batch, L video tokens, T text tokens, I image tokens, N heads, D head width, C = N * D
+# Letters: B batch, L video tokens, S segments of them (2 with given frames), T text tokens, I image tokens,
+# N heads, D head width, C = N * D
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as functional
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from modules.attention.attend import attend
 from modules.attention.options import SDPA, AttentionChoice
-from modules.contract.generation import NO_TWEAKS, Away, Tweaks
-from modules.layers.modulation import add_gated, modulate
+from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import TABLES, Grid, GridTable, rotate, table_maker
@@ -27,7 +27,7 @@ from modules.layers.sinusoid import sinusoid
 from modules.run_blocks import Hidden, run_blocks
 from wan.configs import WanConfig
 from wan.spec import DIT
-from wan.tokens import AwayText, GivenTokens, WanTokens, pad_texts
+from wan.tokens import WanText, WanTokens, pad_texts, see_one
 
 TEXT_ROWS_AS_IMAGE = 257  # how many text rows older tools mistook for image tokens
 REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` takes
@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention to the text plus attention to the image, which has its own keys and values; no mask.
 
-    With a second text, what is seen of the two is combined; what is seen of the image is not.
+    What is seen of several texts is combined; what is seen of the image is added to that.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -78,22 +78,19 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         heads = (self.num_heads, -1)
         q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
-        seen = self.see_text(q, tokens.text, tokens.text_repeats, tokens)
-        away = tokens.away
-        if away is not None:
-            seen = away.steer(seen, self.see_text(q, away.rows, away.repeats, tokens))
+        seen = tokens.combine(*(self.see_text(q, text, tokens) for text in tokens.texts))
         if tokens.image is not None:
             k = self.norm_k_img(in_own_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
             v = in_own_dtype(self.v_img, tokens.image).unflatten(-1, heads)
             seen = seen + _attend(q, k, v, tokens)
         return in_own_dtype(self.o, seen.flatten(2))
 
-    def see_text(self, q: Tensor, text: Tensor, repeats: Tensor | None, tokens: WanTokens) -> Tensor:
-        """Attend to a text, B T C. q: B L N D. Returns B L N D."""
+    def see_text(self, q: Tensor, text: WanText, tokens: WanTokens) -> Tensor:
+        """Attend to a text. q: B L N D. Returns B L N D."""
         heads = (self.num_heads, -1)
-        k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
-        v = in_own_dtype(self.v, text).unflatten(-1, heads)
-        return _attend(q, k, v, tokens, repeats)
+        k = self.norm_k(in_own_dtype(self.k, text.rows)).unflatten(-1, heads)
+        v = in_own_dtype(self.v, text.rows).unflatten(-1, heads)
+        return _attend(q, k, v, tokens, text.repeats)
 
 
 class WanAttentionBlock(nn.Module):
@@ -119,46 +116,27 @@ class WanAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         # x: B L C float32, also between the branches
-        dtype, modulations = tokens.dtype, self._modulations(tokens, tokens.modulation.dtype)
-
-        def enter(x: Tensor, shift: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
-            return modulate(self.norm1(x), shift, scale, dtype)
-
-        def add(x: Tensor, seen: Tensor, _shift: Tensor, _scale: Tensor, gate: Tensor, *_: Tensor) -> Tensor:
-            return add_gated(x, gate, seen)
-
-        def finish(x: Tensor, *modulation: Tensor) -> Tensor:
-            shift, scale, gate = modulation[3:]
-            return self.feed_forward(x, shift, scale, gate, dtype)
-
-        h = tokens.each_part(enter, modulations, x)
-        x = tokens.each_part(add, modulations, x, self.self_attn(h, tokens))
+        dtype, given = tokens.dtype, tokens.given
+        shift1, scale1, gate1, *rows = (
+            self.modulation.to(tokens.modulation.dtype) + tokens.modulation
+        ).unbind(2)
+        h = modulate(self.norm1(x), shift1, scale1, dtype, given)
+        x = add_gated(x, gate1, self.self_attn(h, tokens), given)
         x = x + self.cross_attn(self.norm3(x).to(dtype), tokens)
-        return tokens.each_part(finish, modulations, x)
-
-    def _modulations(self, tokens: WanTokens, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-        """Return shift, scale and gate of self-attention, then of the feed-forward branch, each B 1 C.
-
-        First for the tokens that are not given, then for the given ones; in `dtype` or a wider one.
-        """
-        given = tokens.given
-        times = [tokens.modulation] if given is None else [tokens.modulation, given.modulation]
-        return [(self.modulation.to(dtype) + time).unsqueeze(2).unbind(1) for time in times]
+        parts = [self.feed_forward(part, dtype, *row) for part, *row in split_segments(given, rows, x)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: WanTokens) -> Tensor:
         """Return what self-attention gets for an input x of the block, both B L C."""
-
-        def enter(x: Tensor, shift: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
-            return modulate(self.norm1(x), shift, scale, tokens.dtype)
-
-        return tokens.each_part(enter, self._modulations(tokens, torch.float32), x)
+        shift, scale, *_ = (self.modulation.float() + tokens.modulation).unbind(2)
+        return modulate(self.norm1(x), shift, scale, tokens.dtype, tokens.given)
 
     def feed_forward(
-        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype
+        self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> Tensor:
         """Add the feed-forward branch to x; each token is processed independently.
 
-        x: B L C float32; shift, scale, gate: B 1 C.
+        x: B L C float32, of one segment; shift, scale, gate: B 1 C.
         """
         h = modulate(self.norm2(x), shift, scale, dtype)
         h = in_own_dtype(self.ffn[2], self.ffn[1](in_own_dtype(self.ffn[0], h)))
@@ -176,13 +154,8 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
-        def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            return modulate(self.norm(x), shift, scale, torch.float32)
-
-        times = [tokens.time] if tokens.given is None else [tokens.time, tokens.given.time]
-        # each B 1 C
-        parts = [(self.modulation.float() + time.unsqueeze(1)).unsqueeze(2).unbind(1) for time in times]
-        return run_float32(self.head, tokens.each_part(modulated, parts, x))
+        shift, scale = (self.modulation.float() + tokens.time.unsqueeze(2)).unbind(2)  # each B S C
+        return run_float32(self.head, modulate(self.norm(x), shift, scale, torch.float32, tokens.given))
 
 
 class ImageEmbedding(nn.Module):
@@ -302,22 +275,21 @@ class WanModel(nn.Module):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = in_own_dtype(self.patch_embedding, noisy).float()  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        time, modulation, given = self._embed_times(timesteps, tweaks.given_frames, grid)
+        time, modulation = self._embed_times(timesteps, tweaks.given_frames > 0)
+        given = tweaks.given_frames // self.config.patch_size[0] * grid[1] * grid[2]
         text_is_image = self.config.has_image and image_embeds is None
-        merges = noisy.device.type == "cpu" and self.attention.mode == SDPA.mode and not text_is_image
-        text_tokens, repeats = self._embed_text(text, merges, dtype)
-        away = self._embed_away(tweaks.away, len(noisy), merges, dtype)
+        asked = [text] if tweaks.away is None else [text, tweaks.away.text["text"]]
+        texts = [self._embed_text(one, len(noisy), dtype, text_is_image) for one in asked]
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
         elif text_is_image:
-            image_tokens = text_tokens[:, :TEXT_ROWS_AS_IMAGE]
-            text_tokens = text_tokens[:, TEXT_ROWS_AS_IMAGE:]
-            away = None if away is None else replace(away, rows=away.rows[:, TEXT_ROWS_AS_IMAGE:])
+            image_tokens = texts[0].rows[:, :TEXT_ROWS_AS_IMAGE]
+            texts = [WanText(one.rows[:, TEXT_ROWS_AS_IMAGE:]) for one in texts]
         rotary = self._rotary.of(Grid(grid, tweaks.slow_frames), noisy.device)
         tokens = WanTokens(
-            *(grid, rotary, text_tokens, repeats, image_tokens, time, modulation, dtype, self.attention),
-            *(away, given),
+            *(grid, rotary, tuple(texts), image_tokens, time, modulation, given, dtype, self.attention),
+            tweaks.steer or see_one,
         )
         return rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens
 
@@ -337,38 +309,32 @@ class WanModel(nn.Module):
             pw=pw,
         )
 
-    def _embed_times(
-        self, timesteps: Tensor, given_frames: int, grid: tuple[int, int, int]
-    ) -> tuple[Tensor, Tensor, GivenTokens | None]:
-        """Return the embedded times, B C, their modulation, B 6 C, and both for the tokens of given frames.
+    def _embed_times(self, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
+        """Return the embedded times, B S C, and their modulation, B S 6 C; first those of given frames, 0.
 
         Each distinct time is embedded once, not once for each token as the released code does.
         """
-        if given_frames:
+        if has_given:
             timesteps = torch.cat([timesteps, timesteps.new_zeros(1)])
         time = run_float32(self.time_embedding[0], sinusoid(timesteps, self.config.freq_dim))
         time = run_float32(self.time_embedding[2], functional.silu(time))
         modulation = run_float32(self.time_projection[1], functional.silu(time)).unflatten(1, (6, -1))
         time, modulation = time.to(self._precision), modulation.to(self._precision)
-        if not given_frames:
-            return time, modulation, None
-        count = given_frames // self.config.patch_size[0] * grid[1] * grid[2]
-        return time[:-1], modulation[:-1], GivenTokens(count, time[-1:], modulation[-1:])
+        if not has_given:
+            return time.unsqueeze(1), modulation.unsqueeze(1)
+        return (
+            torch.stack([time[-1:].expand_as(time[:-1]), time[:-1]], dim=1),
+            torch.stack([modulation[-1:].expand_as(modulation[:-1]), modulation[:-1]], dim=1),
+        )
 
     def _embed_text(
-        self, text: Sequence[Tensor] | Tensor, merges: bool, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the tokens of texts, B T C, and their repeats. merges: see `pad_texts`."""
-        rows, repeats = pad_texts(text, self.config.text_len, merges)
+        self, text: Sequence[Tensor] | Tensor, batch: int, dtype: torch.dtype, whole: bool
+    ) -> WanText:
+        """Return the tokens of texts, one for all samples or one for each. whole: every row is needed."""
+        rows, repeats = pad_texts(text, self.config.text_len, None if whole else self.attention)
         hidden = self.text_embedding[1](in_own_dtype(self.text_embedding[0], rows))
-        return in_own_dtype(self.text_embedding[2], hidden).to(dtype), repeats
-
-    def _embed_away(self, away: Away | None, batch: int, merges: bool, dtype: torch.dtype) -> AwayText | None:
-        """Embed the second text of a call, one for all samples or one for each."""
-        if away is None:
-            return None
-        rows, repeats = self._embed_text(away.text["text"], merges, dtype)
-        return AwayText(rows.expand(batch, -1, -1), repeats, away.steer)
+        embedded = in_own_dtype(self.text_embedding[2], hidden).to(dtype)
+        return WanText(embedded.expand(batch, -1, -1), repeats)
 
     def _check(self, noisy: Tensor, image_embeds: Tensor | None) -> None:
         if noisy.shape[1] != self.config.in_dim:

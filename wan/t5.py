@@ -15,9 +15,10 @@ import torch
 
 from encoders.t5_network import T5Network
 from encoders.t5_network import load_t5 as load_any_t5
-from encoders.t5_tokenizer import T5Tokenizer
+from encoders.t5_tokenizer import T5Tokenizer, T5Tokenizers
 from encoders.token_rows import check_ids, in_groups
 from modules.checkpoints.opening import fingerprint
+from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt, Spans
 from modules.contract.tokens import CountTokens, token_weights
@@ -25,7 +26,20 @@ from modules.contract.weighting import weigh_rows
 from modules.errors import InstallationError
 from modules.offload.loaded import LoadedNetwork
 from wan.encoder_checkpoints import UMT5
-from wan.tokenizer import TOKENIZER
+
+MAX_TOKENS = 512  # with the end token, as trained
+TOKENIZER = T5Tokenizers(
+    TokenizerFiles(
+        option="--t5_tokenizer",
+        names=("tokenizer.json", "spiece.model", "tokenizer.model"),
+        folder="google/umt5-xxl",  # in the released repositories of Wan2.1
+        repository="Wan-AI/Wan2.1-T2V-14B",
+        # official repositories; diffusers pipelines, with text_encoder and tokenizer side by side; a
+        # tokenizer saved in the text encoder's folder
+        beside=("google/umt5-xxl", "tokenizer", "../tokenizer", "."),
+    ),
+    MAX_TOKENS,
+)
 
 
 def clean_text(text: str) -> str:

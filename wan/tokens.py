@@ -1,5 +1,5 @@
-"""What the blocks of the Wan transformer get besides the video tokens: text, times, positions."""
-# Letters: B batch, L video tokens, T text tokens, I image tokens, D head width, C width of the model
+"""What the blocks of the Wan transformer get besides the video tokens: texts, times, positions."""
+# Letters: B batch, L video tokens, S segments of them, T text tokens, I image tokens, C width
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,26 +8,15 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from modules.attention.options import AttentionChoice
-from modules.contract.generation import Steer
+from modules.attention.options import SDPA, AttentionChoice
 
 
 @dataclass(frozen=True)
-class AwayText:
-    """A second text, from which the attention to the first one is steered away."""
+class WanText:
+    """A text as cross-attention takes it."""
 
     rows: Tensor  # B T C
-    repeats: Tensor | None  # as `WanTokens.text_repeats`
-    steer: Steer
-
-
-@dataclass(frozen=True)
-class GivenTokens:
-    """Tokens in front of the others that hold clean frames: they have a time of their own, 0."""
-
-    count: int
-    time: Tensor  # 1 C
-    modulation: Tensor  # 1 6 C
+    repeats: Tensor | None = None  # T float32, for how many equal rows each row stands; None: one each
 
 
 @dataclass(frozen=True)
@@ -36,42 +25,35 @@ class WanTokens:
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
     rotary: Tensor  # turns by position, L 1 D/2 2 in the model's `precision`
-    text: Tensor  # B T C
-    text_repeats: Tensor | None  # T float32, for how many equal rows each row of text stands; None: one each
+    texts: tuple[WanText, ...]  # usually one
     image: Tensor | None  # B I C
-    time: Tensor  # B C in the model's `precision`
-    modulation: Tensor  # B 6 C likewise, the same for all tokens that are not given
+    time: Tensor  # B S C in the model's `precision`
+    modulation: Tensor  # B S 6 C likewise
+    given: int  # tokens in front that hold clean frames; S is 2 where there are such
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
-    away: AwayText | None = None
-    given: GivenTokens | None = None
-
-    def each_part(
-        self, compute: Callable[..., Tensor], parts: Sequence[Sequence[Tensor]], *rows: Tensor
-    ) -> Tensor:
-        """Return `compute(*rows, *parts[0])`, B L C', for rows B L C; with given tokens these by themselves.
-
-        parts: what belongs to the time of the tokens, first of those that are not given, then of the given.
-        Joining two results takes no more memory than a result that was not rounded to `dtype` yet.
-        """
-        if self.given is None:
-            return compute(*rows, *parts[0])
-        count = self.given.count
-        front = compute(*(each[:, :count] for each in rows), *parts[1])
-        return torch.cat([front, compute(*(each[:, count:] for each in rows), *parts[0])], dim=1)
+    combine: Callable[..., Tensor]  # of what attention sees of each text, B L N D
 
 
-def pad_texts(text: Sequence[Tensor] | Tensor, length: int, merges: bool) -> tuple[Tensor, Tensor | None]:
+def see_one(seen: Tensor) -> Tensor:
+    """Return what attention sees of the only text."""
+    return seen
+
+
+def pad_texts(
+    text: Sequence[Tensor] | Tensor, length: int, attention: AttentionChoice | None
+) -> tuple[Tensor, Tensor | None]:
     """Stack texts of any length to B T text_dim, padded with zeros, which are unmasked as in training.
 
-    merges: merge the rows that are zero in every sample into one, and return T numbers that say how many rows
-    each row stands for. The layers before attention treat each row separately, so the result is the same. On
-    a CPU this saves most of a small model's work. On a GPU 512 rows cost next to nothing, and kernels want
-    the weights of keys in 16 bits, which cannot tell 505 rows from 508.
+    On a CPU, if `attention` can repeat keys, the rows that are zero in every sample are merged into one, and
+    T numbers say how many rows each row stands for. The layers before attention treat each row separately, so
+    the result is the same, and most of a small model's work is saved. On a GPU 512 rows cost next to nothing,
+    and kernels want the weights of keys in 16 bits, which cannot tell 505 rows from 508.
     """
     longest = max(len(rows) for rows in text)
     if longest > length:
         raise ValueError(f"a text has {longest} tokens, the model takes {length}")
+    merges = attention is not None and attention.mode == SDPA.mode and text[0].device.type == "cpu"
     size = min(longest + 1, length) if merges else length
     rows = torch.stack([functional.pad(rows, (0, 0, 0, size - len(rows))) for rows in text])
     if size == length:

@@ -1,22 +1,26 @@
 """Load transformers of every family: prefixes of names, the dtype of weights, filling a network."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.fp8_layers import Fp8Loading, find_fp8_weights
-from modules.checkpoints.opening import Checkpoint
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
+from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import linear_weights
+
+logger = logging.getLogger(__name__)
 
 PREFIXES = (
     "module.",
@@ -46,12 +50,18 @@ class DitConfig(Protocol):
     """Dimensions of a family's transformer, read from a file's tensors."""
 
     @property
+    def dim(self) -> int:
+        """Return the width of the model."""
+        ...
+
+    @property
     def kind(self) -> str:
         """Return what the model is conditioned on: t2v, i2v, ..."""
         ...
 
 
 Config = TypeVar("Config", bound=DitConfig)
+Dit = TypeVar("Dit", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,62 @@ class DitHeader(Generic[Config]):
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype that the model computes in unless an option says otherwise."""
         return choose_own_dtype(self.block_dtype)
+
+
+@dataclass(frozen=True)
+class DitFormat(Generic[Config, Dit]):
+    """How the transformer files of a family are recognised and read."""
+
+    read_bare: Callable[[Checkpoint], DitHeader[Config]]  # of bare names; CheckpointError for another file
+    describe: Callable[[DitHeader[Config]], str]  # for messages: "a FLUX.1 dev transformer"
+    network: Callable[..., Dit]  # takes the config, the attention, and further arguments of `load`
+    # published name -> how its tensor is made of the file's
+    sources: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, TensorSource]]
+    option: str = "--dit"
+    ignore: tuple[str, ...] = ()  # tensors in files that the network does not have
+
+    def read_header(self, checkpoint: Checkpoint) -> DitHeader[Config]:
+        """Read dimensions, dialect and dtype of an open file.
+
+        Raises CheckpointError if the file is not a supported transformer.
+        """
+        return self.read_bare(bare_names(checkpoint))
+
+    def identify(self, path: Path) -> str | None:
+        """Describe a file that is a transformer of this family; return None if it is not."""
+        try:
+            with open_checkpoint(path) as checkpoint:
+                return f"it is {self.describe(self.read_header(checkpoint))} ({self.option})"
+        except CheckpointError:
+            return None
+
+    def load(self, path: Path, placement: Placement, *settings: Any) -> Dit:
+        """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
+
+        dtype: see `choose_dtype` and `fill_dit`. `placement.patch` is called with the published parameter
+        names. Raises CheckpointError if the file is not such a transformer, is incomplete, or has unknown
+        tensors.
+        """
+        with open_checkpoint(path) as opened:
+            checkpoint = bare_names(opened)
+            header = self.read_bare(checkpoint)
+            what, target = self.describe(header), choose_dtype(header.block_dtype, placement)
+            with torch.device("meta"):
+                dit = self.network(header.config, placement.attention, *settings)
+            spec = dit.spec
+            assert isinstance(spec, DitSpec)
+            counts = " + ".join(str(len(blocks)) for blocks in spec.blocks(dit).values())
+            size = f"{counts} blocks of width {header.config.dim}"
+            logger.info("Loading %s: %s, %s, as %s", path, what, size, dtype_name(target))
+            fill_dit(
+                dit, checkpoint, self.sources(checkpoint, header), placement, target, spec, what, self.ignore
+            )
+        return dit
+
+
+def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
+    """Return the tensors of a file whose names are the published ones."""
+    return plain_sources(checkpoint)
 
 
 def bare_names(checkpoint: Checkpoint) -> Checkpoint:

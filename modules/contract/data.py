@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from modules.devices import send
 from modules.errors import CacheError
 
 # What a network is given beside the noisy latents. A list where lengths differ per sample (as T5's). Keys are
@@ -18,6 +19,21 @@ Conditions = Mapping[str, Tensor | list[Tensor]]
 # key of the mask of the loss in batches and caches: 1 is learned, 0 is not; F H W of the latents
 LOSS_MASK = "reelsmith_loss_mask"
 LATENTS_MADE = "latents"  # `MadeBy.part` of latent caches
+
+
+def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
+    """Return the conditions that texts give, under the names of the network's arguments, on its device.
+
+    names: argument -> name in caches. Texts of different lengths are padded with zeros. Masks are on the
+    host: the network reads them there, and must not wait for the device.
+    """
+    found = {}
+    for argument, name in names.items():
+        value = conditions[name]
+        if not isinstance(value, Tensor):
+            value = nn.utils.rnn.pad_sequence(value, batch_first=True)
+        found[argument] = send(value, device)
+    return found
 
 
 @dataclass(frozen=True)

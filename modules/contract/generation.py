@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from modules.attention.second_text import Steer
 from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
 from modules.contract.source import VIDEO, Source
 from modules.contract.step_cache import StepCaching
@@ -120,10 +121,6 @@ class Piece:
     so_far: Tensor  # B C F H W, on the CPU: latents of all sections made until now, in playing order
 
 
-# outputs of attention to the text asked for and to another one, each B L N D -> what takes their place
-Steer = Callable[[Tensor, Tensor], Tensor]
-
-
 @dataclass(frozen=True)
 class Away:
     """A second text, which the attention of a pass looks at too (normalised attention guidance)."""
@@ -162,6 +159,25 @@ class Tweaks:
         if self.away is None:
             return self
         return replace(self, away=replace(self.away, text=rename(self.away.text)))
+
+    @property
+    def steer(self) -> Steer | None:
+        """What combines what attention sees of two texts; None: there is one."""
+        return None if self.away is None else self.away.steer
+
+    def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
+        """Return a network's text arguments, and then those of the second text, if there is one.
+
+        A second text of one sample serves all samples of the batch.
+        """
+        if self.away is None:
+            return [text]
+        second = {
+            name: value.expand(batch, *value.shape[1:])
+            for name, value in self.away.text.items()
+            if isinstance(value, Tensor)
+        }
+        return [text, {name: second.get(name) for name in text}]
 
     def within(self, all_passes: "Tweaks") -> "Tweaks":
         """Return the tweaks of a pass together with those of all passes of its section."""

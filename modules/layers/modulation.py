@@ -4,9 +4,13 @@ torch's operators cast while they read and write, if they are let: on a GPU one 
 in float32 and rounds the result to 16 bits. Casts as operators of their own, and those that autograd adds for
 them, cost a pass each. So both functions write into a result of the wanted dtype, forward and backward, which
 autograd does not allow by itself. Compiled code has plain operators, which the compiler merges.
-"""
-# Letters: B batch, L tokens, C width
 
+The tokens may stand in two segments with a row of shift, scale and gate each: rows are B S C, S = 1 or 2.
+With two, `split` is where the second segment begins, as in a slice: from the end if negative.
+"""
+# Letters: B batch, L tokens, S segments of them, C width
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,49 +18,97 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def modulate(normed: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return normed * (1 + scale) + shift, computed in the dtype of shift and scale and rounded to `dtype`.
+def modulate(
+    normed: Tensor, shift: Tensor | None, scale: Tensor | None, dtype: torch.dtype, split: int = 0
+) -> Tensor:
+    """Return normed * (1 + scale) + shift, computed in the dtype of scale and rounded to `dtype`.
 
-    normed: B L C. shift, scale: B 1 C.
+    normed: B L C. shift, scale: B S C; None: 0.
     """
-    normed, factor = normed.to(scale.dtype), 1 + scale
+    if scale is None:
+        return normed.to(dtype)
+    factor = 1 + scale
+    if shift is not None:
+        normed = normed.to(scale.dtype)
     if torch.compiler.is_compiling():
-        return torch.addcmul(shift, normed, factor).to(dtype)
-    modulated: Tensor = _Modulate.apply(normed, shift, factor, dtype)
+        factor = _spread(factor, normed, split)
+        if shift is None:
+            return (normed.to(scale.dtype) * factor).to(dtype)
+        return torch.addcmul(_spread(shift, normed, split), normed, factor).to(dtype)
+    modulated: Tensor = _Modulate.apply(normed, shift, factor, dtype, split)
     return modulated
 
 
-def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: int = 0) -> Tensor:
     """Return x + gate * branch, computed in the dtype of x, which must be the widest of the three.
 
-    x, branch: B L C. gate: B 1 C. If the gate is not trained, autograd keeps nothing of the branch, and
-    recomputing a checkpointed block ends before the last branch is added: see `_AddGated`.
+    x, branch: B L C. gate: B S C; None: 1. If the gate is not trained, autograd keeps nothing of the branch,
+    and recomputing a checkpointed block ends before the last branch is added: see `_AddGated`.
     """
+    if gate is None:
+        return x + branch.to(x.dtype)
     gate = gate.to(x.dtype)
     if torch.compiler.is_compiling():
-        return torch.addcmul(x, gate, branch.to(x.dtype))
-    whole: Tensor = _AddGated.apply(x, gate, branch)
+        return torch.addcmul(x, _spread(gate, x, split), branch.to(x.dtype))
+    whole: Tensor = _AddGated.apply(x, gate, branch, split)
     return whole
+
+
+def split_segments(split: int, rows: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
+    """Return the tokens, B L' C, and then the rows, B 1 C, of each segment. rows: at least one, B S C."""
+    if rows[0].shape[1] == 1:
+        return [(*tokens, *rows)]
+    return [
+        (*(one[:, :split] for one in tokens), *(row[:, :1] for row in rows)),
+        (*(one[:, split:] for one in tokens), *(row[:, 1:] for row in rows)),
+    ]
+
+
+def _spread(rows: Tensor, tokens: Tensor, split: int) -> Tensor:
+    """Return a row for each token, B L C, unless one row is for all: B 1 C."""
+    parts = split_segments(split, [rows], tokens)
+    return rows if len(parts) == 1 else torch.cat([row.expand_as(part) for part, row in parts], dim=1)
+
+
+def _sum_rows(gradients: Tensor, rows: Tensor, split: int) -> Tensor:
+    """Sum the gradients of tokens, B L C, to those of their rows, whose shape this returns."""
+    parts = split_segments(split, [rows], gradients)
+    return torch.cat([part.sum_to_size(row.shape) for part, row in parts], dim=1)
 
 
 class _Modulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, normed: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, normed: Tensor, shift: Tensor | None, factor: Tensor, dtype: torch.dtype, split: int
+    ) -> Tensor:
         ctx.save_for_backward(normed if ctx.needs_input_grad[2] else None, factor)
-        ctx.shape = shift.shape
-        return torch.addcmul(shift, normed, factor, out=torch.empty_like(normed, dtype=dtype))
+        ctx.dtype, ctx.split = normed.dtype, split
+        modulated = torch.empty_like(normed, dtype=dtype)
+        if shift is None:
+            for part, made, times in split_segments(split, [factor], normed, modulated):
+                torch.mul(part, times, out=made)
+        else:
+            for part, made, plus, times in split_segments(split, [shift, factor], normed, modulated):
+                torch.addcmul(plus, part, times, out=made)
+        return modulated
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         normed, factor = ctx.saved_tensors
-        for_normed, for_shift, for_factor, _ = ctx.needs_input_grad
+        for_normed, for_shift, for_factor, *_ = ctx.needs_input_grad
         if for_shift or for_factor or factor.dtype != torch.float32:
             gradient = gradient.to(factor.dtype)  # sums over tokens in 16 bits would be too coarse
+        of_normed = None
+        if for_normed:
+            of_normed = torch.empty_like(gradient, dtype=ctx.dtype)
+            for part, made, times in split_segments(ctx.split, [factor], gradient, of_normed):
+                torch.mul(part, times, out=made)
         return (
-            gradient * factor if for_normed else None,
-            gradient.sum_to_size(ctx.shape) if for_shift else None,
-            (gradient * normed).sum_to_size(factor.shape) if for_factor else None,
+            of_normed,
+            _sum_rows(gradient, factor, ctx.split) if for_shift else None,
+            _sum_rows(gradient * normed, factor, ctx.split) if for_factor else None,
+            None,
             None,
         )
 
@@ -69,20 +121,24 @@ class _AddGated(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor, split: int) -> Tensor:
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(branch)
-        ctx.gate, ctx.dtype = gate.detach(), branch.dtype
-        # with `out` also because autocast casts what a plain addcmul gets
-        return torch.addcmul(x, gate, branch, out=torch.empty_like(x))
+        ctx.gate, ctx.dtype, ctx.split = gate.detach(), branch.dtype, split
+        whole = torch.empty_like(x)
+        for part, added, made, times in split_segments(split, [gate], x, branch, whole):
+            # with `out` also because autocast casts what a plain addcmul gets
+            torch.addcmul(part, times, added, out=made)
+        return whole
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        for_x, for_gate, for_branch = ctx.needs_input_grad
-        of_gate = (gradient * ctx.saved_tensors[0]).sum_to_size(ctx.gate.shape) if for_gate else None
+        for_x, for_gate, for_branch, _ = ctx.needs_input_grad
+        of_gate = _sum_rows(gradient * ctx.saved_tensors[0], ctx.gate, ctx.split) if for_gate else None
         of_branch = None
         if for_branch:
             of_branch = torch.empty_like(gradient, dtype=ctx.dtype)
-            torch.mul(gradient, ctx.gate, out=of_branch)
-        return gradient if for_x else None, of_gate, of_branch
+            for part, made, times in split_segments(ctx.split, [ctx.gate], gradient, of_branch):
+                torch.mul(part, times, out=made)
+        return gradient if for_x else None, of_gate, of_branch, None

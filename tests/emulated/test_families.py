@@ -59,7 +59,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     generate = [*family.generate, *made, *size, "--save_path", "made"]
     generate += ["--lora_weight", "output/lora.safetensors"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wan.model.pad_texts", lambda text, length, merges: pad_texts(text, length, False))
+        patch.setattr("wan.model.pad_texts", lambda text, length, attention: pad_texts(text, length, None))
         for command in (train, generate):
             succeed_here(*command, folder=there)
 

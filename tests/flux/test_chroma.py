@@ -2,8 +2,8 @@
 
 import torch
 
-from flux.chroma import Approximator
 from flux.configs import ApproximatorConfig
+from flux.model import Approximator
 from modules.planning.dry_run import dry_run, place
 
 

@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux.encoders import FluxEncoderPaths
 from flux.family import Flux, family_for_text_caching, family_for_training
-from flux.files import FluxFiles
+from flux.files import FluxEncoderPaths, FluxFiles
 from flux.model import pack
 from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOptions
 from flux.spec import LATENT, size_shift, tokens_of

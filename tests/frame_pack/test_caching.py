@@ -13,7 +13,7 @@ from torch import Tensor
 from frame_pack.caching import check_table, clip_entries, clip_sections, count_sections, picture_entries
 from frame_pack.family import family_for_latent_caching
 from frame_pack.image_encoder import load_siglip
-from frame_pack.masks import apply_masks, latent_mask
+from frame_pack.inputs import apply_masks, latent_mask
 from frame_pack.one_frame import OneFrame
 from frame_pack.options import FramePackLatentCachingOptions
 from frame_pack.sections import ANTI_DRIFTING, F1, Order

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 import hunyuan_model.checkpoints
 import wan.checkpoints
-from frame_pack.checkpoints import DIT, identify, load_dit, read_dit_header
+from frame_pack.checkpoints import identify, load_dit, read_dit_header
+from frame_pack.configs import DIT
 from modules import families
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from frame_pack.checkpoints import DIT, load_dit
+from frame_pack.checkpoints import load_dit
+from frame_pack.configs import DIT
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from frame_pack.family import HISTORY, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions
-from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, multiply_text
+from hunyuan_model.token_refiner import FRAMEPACK_REFINER, multiply_text
 from modules.contract.data import Conditions
 from modules.contract.generation import Turn, Tweaks
 from modules.contract.loading import Placement

@@ -16,7 +16,8 @@ from networks.merge import LoraPatch, LoraUse
 from tests.gpu.measuring import equal_bits, poison, relative_error
 from tests.tiny.project import write_lora
 from tests.tiny.wan_dit import tiny_state, write_dit
-from wan.checkpoints import DIT, load_dit
+from wan.checkpoints import load_dit
+from wan.spec import DIT
 
 CPU = torch.device("cpu")
 DIALECTS = ("safetensors", "pth", "diffusers", "fp8_scaled")

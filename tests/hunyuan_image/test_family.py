@@ -14,6 +14,7 @@ from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, denoise
 from generation.sections import SeededNoise
+from hunyuan_image.configs import LATENT, NOISE
 from hunyuan_image.family import GENERATION, SAMPLES, HunyuanImage
 from hunyuan_image.files import HunyuanImageFiles
 from hunyuan_image.options import (
@@ -23,7 +24,6 @@ from hunyuan_image.options import (
     caching_commands,
     translate_training,
 )
-from hunyuan_image.spec import LATENT, NOISE
 from hunyuan_image_train_network import DEFAULTS as TRAINING
 from modules.contract.data import Batch, MediaTable
 from modules.contract.generation import EncodedPrompts, Request, Section

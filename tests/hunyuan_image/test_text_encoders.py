@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hunyuan_image.glyphs import find_quoted, glyph_text
-from hunyuan_image.qwen import BEFORE, DROPPED
-from hunyuan_image.text_encoders import GlyphTextEncoder, QwenTextEncoder, template
+from hunyuan_image.text_encoders import (
+    BEFORE,
+    DROPPED,
+    GlyphTextEncoder,
+    QwenTextEncoder,
+    find_quoted,
+    glyph_text,
+    template,
+)
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
 from modules.errors import CheckpointError

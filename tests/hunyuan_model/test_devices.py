@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from encoders.clip_text import ClipText
 from hunyuan_model import model as transformer
-from hunyuan_model.checkpoints import DIT
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.llama import Llama
 from hunyuan_model.model import HunyuanVideoModel
+from hunyuan_model.spec import DIT
 from hunyuan_model.vae import HunyuanVae, Tiling
 from modules.layers.memory_layouts import lay_out
 from tests.tiny.hunyuan_dit import CONFIGS

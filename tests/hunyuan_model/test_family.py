@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from generation.sections import SeededNoise
 from hunyuan_model import conditioning
-from hunyuan_model.encoders import HunyuanEncoderPaths
 from hunyuan_model.family import HunyuanVideo
-from hunyuan_model.files import HunyuanFiles
+from hunyuan_model.files import HunyuanEncoderPaths, HunyuanFiles
 from hunyuan_model.vae import load_vae
 from modules.contract.data import Batch, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.generation import EncodedPrompts, Request

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from frame_pack.model import FramePackRefiner as FramePackRefiner
 from hunyuan_model.configs import HunyuanVideoConfig
-from hunyuan_model.text_multipliers import FRAMEPACK_REFINER, HUNYUAN_REFINER, multiply_text
-from hunyuan_model.token_refiner import TokenRefiner
+from hunyuan_model.token_refiner import FRAMEPACK_REFINER, HUNYUAN_REFINER, TokenRefiner, multiply_text
 from modules.attention.options import SDPA
 from tests.tiny import framepack_dit
 

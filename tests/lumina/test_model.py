@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lumina.blocks import modulate
 from modules.contract.generation import Away, Tweaks
 from tests.golden_cases import read_case
 from tests.lumina.making import golden_model, in_diffusers, tiny_inputs, tiny_model
@@ -72,19 +71,3 @@ def test_padding_before_real_tokens_is_refused() -> None:
     inputs = tiny_inputs()
     with pytest.raises(ValueError, match="padding before real tokens"):
         tiny_model()(**{**inputs, "caption_mask": inputs["caption_mask"].flip(1)})
-
-
-@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learning"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_modulating_gives_the_bits_of_separate_operators(learns: bool, dtype: torch.dtype) -> None:
-    normed = torch.randn(2, 12, 32).to(dtype).requires_grad_()
-    scale = torch.randn(2, 1, 32).requires_grad_(learns)
-    inputs = [normed, scale] if learns else [normed]
-
-    found, expected = modulate(normed, scale, dtype), (normed.float() * (1 + scale)).to(dtype)
-
-    given = torch.randn(found.shape).to(dtype)
-    of_found, of_expected = (torch.autograd.grad(out, inputs, given) for out in (found, expected))
-    for ours, theirs in zip((found, *of_found), (expected, *of_expected), strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)

@@ -16,7 +16,8 @@ from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
 from tests.gpu.measuring import sent
 from tests.modules.swap_cases import CASES
-from wan.checkpoints import DIT, load_dit
+from wan.checkpoints import load_dit
+from wan.spec import DIT
 
 
 def main(path: Path, lora: Path, device: torch.device) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frame_pack.checkpoints import DIT as FRAMEPACK
+from frame_pack.configs import DIT as FRAMEPACK
 from frame_pack.model import FramePackModel
-from hunyuan_model.checkpoints import DIT as HUNYUAN
 from hunyuan_model.model import HunyuanVideoModel
+from hunyuan_model.spec import DIT as HUNYUAN
 from modules.contract.family import DitSpec
 from modules.offload.activations import offload_to_host
 from modules.offload.block_swap import HostWeights, host_weights, move_network, swap_blocks
@@ -26,8 +26,8 @@ from tests.hunyuan_model import making
 from tests.modules.fake_device import FakeDevice, hide
 from tests.tiny import dits, framepack_dit, hunyuan_dit, wan_dit
 from tests.wan.test_model import tiny_inputs as wan_inputs
-from wan.checkpoints import DIT as WAN
 from wan.model import WanModel
+from wan.spec import DIT as WAN
 
 CPU = torch.device("cpu")
 

@@ -23,8 +23,7 @@ from pocket import drawing
 from pocket.measure import CLIP, POCKET, Accuracy, Asked, judge, model_options
 from pocket.train_vae import as_pixels, psnr
 from tests.pocket.detectors import Verdict, look
-from wan.t5 import WanTextEncoder
-from wan.tokenizer import TOKENIZER
+from wan.t5 import TOKENIZER, WanTextEncoder
 from wan.vae import load_vae
 
 STEPS = (

@@ -30,8 +30,7 @@ from training.options import read_arguments, training_parser
 from wan.family import Wan, family_for_training
 from wan.model import WanModel
 from wan.options import WanTrainingOptions
-from wan.t5 import load_t5
-from wan.tokenizer import TOKENIZER
+from wan.t5 import TOKENIZER, load_t5
 from wan.tokens import WanTokens
 from wan.vae import load_vae
 

@@ -148,7 +148,7 @@ def test_padding_rows_computed_once_give_what_all_of_them_give(
     model, inputs = tiny_model(kind).requires_grad_(True), tiny_inputs(kind)
     merged = gradients(model, inputs)
     monkeypatch.setattr(
-        "wan.model.pad_texts", lambda text, length, merges, padded=pad_texts: padded(text, length, False)
+        "wan.model.pad_texts", lambda text, length, attention, padded=pad_texts: padded(text, length, None)
     )
 
     for name, gradient in gradients(model, inputs).items():
@@ -189,7 +189,7 @@ def test_the_residual_stream_stays_float32_in_bfloat16(how: str) -> None:
         x, tokens = model.embed(inputs["noisy"], inputs["timesteps"], inputs["text"], None)
         out = model.blocks[0](x, tokens)
 
-    assert tokens.dtype == tokens.text.dtype == torch.bfloat16
+    assert tokens.dtype == tokens.texts[0].rows.dtype == torch.bfloat16
     assert {x.dtype, out.dtype, tokens.time.dtype, tokens.modulation.dtype} == {torch.float32}
 
 
@@ -222,7 +222,7 @@ def test_image_attention_without_features_reads_the_first_text_rows() -> None:
 
     assert tokens.image is not None
     assert tokens.image.shape[1] == 257
-    assert tokens.text.shape[1] == 512 - 257
+    assert tokens.texts[0].rows.shape[1] == 512 - 257
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from modules.errors import CheckpointError
 from tests.tiny.wan_encoders import T5_FILE, sentencepiece_model, t5_hf_tensors, t5_tensors, write_tokenizer
-from wan.tokenizer import TOKENIZER
+from wan.t5 import TOKENIZER
 
 TEXT = "a small rabbit runs through tall grass; two dogs & a cat, 7:30!"
 

@@ -22,7 +22,7 @@ from tests.tiny.wan_encoders import (
     vae_diffusers_tensors,
     vae_tensors,
 )
-from wan.vae import WanVae, load_vae
+from wan.vae import WanVae, load_vae, tiles
 from wan.vae_blocks import (
     Downsample,
     DownStage,
@@ -36,7 +36,6 @@ from wan.vae_blocks import (
 )
 from wan.vae_releases import WAN_2_1, WAN_2_2, VaeRelease
 from wan.vae_shortcuts import fold_patches, unfold_patches
-from wan.vae_tiles import tiles
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from modules.contract.generation import Prompt, Spans
 from tests.tiny.wan_encoders import T5_FILE, t5_tensors, write_tokenizer
-from wan.t5 import WanTextEncoder, clean_spans, clean_text
-from wan.tokenizer import TOKENIZER
+from wan.t5 import TOKENIZER, WanTextEncoder, clean_spans, clean_text
 
 CPU = torch.device("cpu")
 TEXT = "the sun rises over the hills while a squirrel laughs"

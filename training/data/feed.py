@@ -266,12 +266,6 @@ class Feed:
         finally:
             ending.set()
 
-    def _num_workers(self, num_keys: int) -> int:
-        """Return how many processes read so many micro-batches; none if they cannot have what is needed."""
-        if self.batches.sources.stays:
-            return 0
-        return min(self.workers, os.cpu_count() or 1, num_keys)
-
 
 @dataclass(frozen=True)
 class _HandedOver:

@@ -61,6 +61,41 @@ def test_a_gated_sum_has_the_bits_of_separate_operators(
     assert_same([found, *gradients(found, inputs)], [expected, *gradients(expected, inputs)])
 
 
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learning"])
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+def test_modulating_without_a_shift_has_the_bits_of_separate_operators(
+    learns: bool, dtype: torch.dtype
+) -> None:
+    normed, scale = draw(B, L, C, dtype=dtype), draw(B, 1, C, learns=learns)
+
+    found, expected = modulate(normed, None, scale, dtype), (normed.float() * (1 + scale)).to(dtype)
+
+    assert_same(
+        [found, *gradients(found, (normed, scale))], [expected, *gradients(expected, (normed, scale))]
+    )
+
+
+@pytest.mark.parametrize("split", [5, -5])
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_segments_have_the_bits_of_each_by_itself(split: int, compiles: bool) -> None:
+    """In one result, whose gradients belong to the rows of both."""
+    x, branch = draw(B, L, C), draw(B, L, C, dtype=torch.bfloat16)
+    shift, scale, gate = (draw(B, 2, C) for _ in range(3))
+    inputs = x, branch, shift, scale, gate
+
+    def whole() -> Tensor:
+        return add_gated(modulate(x, shift, scale, torch.float32, split), gate, branch, split)
+
+    found = torch.compile(whole, backend="eager", fullgraph=True)() if compiles else whole()
+
+    parts = []
+    for row, here in enumerate((slice(None, split), slice(split, None))):
+        plus, times, opened = (one[:, row : row + 1] for one in (shift, scale, gate))
+        parts.append(add_gated(modulate(x[:, here], plus, times, torch.float32), opened, branch[:, here]))
+    expected = torch.cat(parts, dim=1)
+    assert_same([found, *gradients(found, inputs)], [expected, *gradients(expected, inputs)])
+
+
 def test_without_gradients_both_are_the_same() -> None:
     x, branch = draw(B, L, C), draw(B, L, C, dtype=torch.bfloat16)
     shift, scale = draw(1, 1, C), draw(1, 1, C)

@@ -21,7 +21,8 @@ from tests.commands import ROOT, run_python
 from tests.modules.swap_cases import CASES, CPU
 from tests.tiny.project import write_lora
 from tests.tiny.wan_dit import tiny_state, write_dit
-from wan.checkpoints import DIT, load_dit
+from wan.checkpoints import load_dit
+from wan.spec import DIT
 
 SIZES = {"num_layers": 5}
 

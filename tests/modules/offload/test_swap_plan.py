@@ -1,13 +1,13 @@
 import pytest
 from torch import nn
 
-from hunyuan_model.checkpoints import DIT as HUNYUAN
+from hunyuan_model.spec import DIT as HUNYUAN
 from modules.errors import OptionError
 from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan, most_blocks, plan_list
 from modules.parser import parse_options
 from tests.modules.swap_cases import CASES
-from wan.checkpoints import DIT as WAN
+from wan.spec import DIT as WAN
 
 
 def options(*words: str) -> SwapOptions:
