@@ -131,7 +131,7 @@ from safetensors.torch import save_file
 from benchmarks.process_memory import peak, start_of_peak
 from networks.loading import LoraFile
 from networks.merge import LoraUse
-from networks.merge_files import merge_into_file
+from networks.merging import merge_into_file
 
 def merge(rows):
     save_file({"blocks.0.ffn.0.weight": torch.zeros(rows, 8192, dtype=torch.bfloat16)}, "model.safetensors")

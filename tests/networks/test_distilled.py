@@ -21,7 +21,7 @@ from networks.convert import convert_file
 from networks.fitting import check_loras_fit
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
-from networks.merge_files import merge_into_file
+from networks.merging import merge_into_file
 from networks.switching import OriginalWeights
 from tests.networks.making import inputs, tiny_dit
 from tests.networks.test_interoperability import TOLERANCE, load_there, run_there

@@ -15,7 +15,7 @@ from networks import lora_hunyuan
 from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.merge import LoraPatch, LoraUse
-from networks.merge_files import merge_into_file
+from networks.merging import merge_into_file
 from networks.module_names import alias, choose_family, module_path, relatives, replace_dots
 from networks.names.hunyuan import HUNYUAN_VIDEO
 from tests.golden_cases import read_case

@@ -29,7 +29,6 @@ KEYS = [
         r"x?to_q",
         r"\w+",
         r".*",
-        r"(.*)*q",
         r".*?q",
     ),
     *(r"blocks\.\d+\.attn\d.*", r"blocks\.\D.*", r"blocks.[\d].*", r"(|x)to_q", r".*_[a-z]"),
