@@ -14,8 +14,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from modules.devices import choose_device
     from networks.experts import expert_of_model
-    from networks.merge import lora_uses
     from networks.merging import merge_into_file
+    from networks.uses import lora_uses
 
     expert = options.expert or expert_of_model(options.dit)
     merge_into_file(

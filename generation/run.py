@@ -37,7 +37,7 @@ from modules.failures import Failures
 from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing
 from modules.planning.memory_plan import room_on, too_little
-from networks.fitting import check_loras_fit
+from networks.apply import check_loras_fit
 from networks.merging import merge_into_file
 from networks.text_loras import TextLoras
 

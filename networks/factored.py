@@ -13,11 +13,12 @@ from modules.errors import CheckpointError, OptionError
 from networks.deltas import group_by_module, rank_of
 from networks.factored_layer import FactoredLayer, Shapes
 from networks.key_formats import OURS
-from networks.loading import family_of_network, list_some, read_lora, warn_of_other_family
+from networks.loading import list_some, read_lora
 from networks.lora_network import attach_layers, fill_network
 from networks.lora_settings import LoraSettings, read_settings
 from networks.lora_targets import choose_modules
 from networks.module_names import replace_dots
+from networks.uses import family_of_network, warn_of_other_family
 
 logger = getLogger(__name__)
 MakeShapes = Callable[[int, int, int], Shapes]  # out, in, rank -> factors

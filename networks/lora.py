@@ -8,10 +8,12 @@ rules of their own (`LoraRules`).
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from networks.deltas import DORA, LORA, Factors, group_by_module
 from networks.key_formats import add_missing_alphas, to_native
@@ -166,6 +168,16 @@ def build_network_from_weights(
             f"{list_some(missed)}"
         )
     return LoraNetwork(layers, settings, multiplier)
+
+
+def smallest_lora_bytes(model: Path, rank: int) -> int:
+    """Return how large a LoRA of this rank for a model is at least, from the header of its file.
+
+    It counts the matrices of the blocks with one byte a number: a LoRA has two or four, but leaves some out.
+    """
+    with open_checkpoint(model) as checkpoint:
+        shapes = [info.shape for name, info in checkpoint.tensors.items() if "blocks." in name]
+    return sum(rank * sum(shape) for shape in shapes if len(shape) == 2 and min(shape) > rank)
 
 
 def _layer_of_file(module: LoraModule, name: str, factors: Factors, settings: LoraSettings) -> LoraLayer:

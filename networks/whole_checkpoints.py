@@ -9,10 +9,11 @@ from pathlib import Path
 from torch import Tensor
 
 from modules.errors import CheckpointError
+from networks.apply import LoraPatch
 from networks.loading import LoraFile, list_some
 from networks.lora_network import prefix_of
-from networks.merge import LoraPatch, LoraUse
 from networks.text_loras import uses_for_text
+from networks.uses import LoraUse
 
 logger = getLogger(__name__)
 UNET = "model.diffusion_model."

@@ -11,10 +11,11 @@ from torch import Tensor
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from networks import lora_wan
+from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.loading import LoraFile, read_lora
-from networks.merge import LoraPatch, LoraUse, lora_uses
 from networks.options import LoraOptions, LoraPatternOptions
+from networks.uses import LoraUse, lora_uses
 from tests.golden_cases import read_case
 from tests.networks.making import golden_dit, golden_lora, inputs, tiny_dit, wan_network
 from tests.tiny.wan_dit import tiny_state, write_dit
