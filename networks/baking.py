@@ -129,7 +129,7 @@ def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, devic
     else:
         raise CheckpointError(
             f"{lora.path}: the weight that {name} was trained for is not in the files of --dit.\n  Give the "
-            "model that the DoRA was trained for, and after it the files of the text encoders that it changes.",
+            "model that the DoRA was trained for, and after it the files of text encoders that it changes.",
             lora.path,
         )
     if weight.dtype.itemsize == 1 and checkpoint.path.suffix == ".pt":

@@ -72,6 +72,15 @@ def test_several_loras_are_summed_before_rounding() -> None:
     assert torch.equal(patch("a.weight", weight), torch.full((4, 4), 258.0, dtype=torch.bfloat16))
 
 
+def test_a_merged_weight_is_rounded_once() -> None:
+    weight = torch.full((4, 4), 256.0, dtype=torch.bfloat16)  # neighbours are 2 apart
+    change = {"lora_unet_a.diff": torch.full((4, 4), 1.003)}  # 1.0 in bf16: 257 would become 256
+
+    changed = LoraPatch([LoraUse(lora_file(change))])("a.weight", weight)
+
+    assert torch.equal(changed, torch.full((4, 4), 258.0, dtype=torch.bfloat16))
+
+
 ROWS, COLUMNS = 2100, 2048  # more than is changed at once
 LARGE: dict[str, dict[str, tuple[int, ...]]] = {
     "LoRA": {"lora_down.weight": (2, COLUMNS), "lora_up.weight": (ROWS, 2)},
