@@ -25,8 +25,8 @@ from networks.lora_network import prefix_of
 from networks.module_names import alias
 from networks.names.layouts import SWAPPED, FamilyNames, tensor_patterns
 from networks.parts import fuse
+from networks.text_loras import is_whole, pieces_of
 from networks.uses import LoraUse
-from networks.whole_checkpoints import is_whole, pieces_of
 
 logger = getLogger(__name__)
 OTHER_KINDS = {DORA, "hada_w1_a", "lokr_w1", "lokr_w1_a", "lora_mid.weight"}

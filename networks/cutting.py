@@ -7,7 +7,7 @@ from torch import Tensor
 
 from networks.deltas import LORA, Factors, group_by_module, rows_of, strength
 from networks.key_formats import OURS, OtherTensors, in_diffusers, to_comfyui
-from networks.lora_blocks import diagonal_blocks, fused_heights
+from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import module_path, parts_of
 from networks.names.layouts import IN_DIFFUSERS, SWAPPED, FamilyNames, WeightPart
 from networks.names.text_encoders import diffusers_path_of_text

@@ -19,9 +19,8 @@ from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from modules.user_modules import import_user_module
 from networks.deltas import Factors, find_fault, group_by_module, rank_of, weight_delta
-from networks.experts import NETWORKS, expert_of, in_words, metadata_of, split_names
-from networks.hashes import is_damaged
 from networks.key_formats import OURS, dialect_in_words, other_kind, to_native
+from networks.metadata import NETWORKS, expert_of, in_words, is_damaged, metadata_of, split_names
 from networks.module_names import FAMILIES, choose_family, read_family
 from networks.names.layouts import IN_DIFFUSERS, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.text_encoders import diffusers_path_of_text

@@ -9,8 +9,8 @@ from modules.atomic_write import save_tensors
 from modules.checkpoints.opening import open_checkpoint
 from modules.console import as_size, show_box
 from modules.errors import CheckpointError
-from networks.hashes import STALE, add_hashes
 from networks.key_formats import OURS
+from networks.metadata import STALE, add_hashes
 from networks.module_names import alias, to_alias
 from networks.names.layouts import FamilyNames
 

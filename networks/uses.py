@@ -7,9 +7,9 @@ from logging import getLogger
 from pathlib import Path
 
 from modules.errors import OptionError
-from networks.experts import expert_of, in_words
 from networks.key_formats import OURS
 from networks.loading import LoraFile, list_some, read_lora, warn_of_rest
+from networks.metadata import expert_of, in_words
 from networks.module_names import choose_family, is_optional, read_family
 from networks.names.layouts import FOR_BOTH, FamilyNames
 from networks.options import LoraOptions, LoraPatternOptions

@@ -14,8 +14,8 @@ import convert_lora
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, read_lora
+from networks.text_loras import WholePatch
 from networks.uses import LoraUse
-from networks.whole_checkpoints import WholePatch
 from tests.networks.test_read_by_comfyui import MODELS, factors, write_lora
 from tests.tiny import framepack_dit, hunyuan_dit, stable_diffusion
 

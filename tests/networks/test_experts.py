@@ -17,9 +17,8 @@ import merge_lora
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
-from networks.experts import expert_of, expert_of_model, join_metadata, metadata_of
-from networks.hashes import STALE
 from networks.loading import LoraFile, read_lora
+from networks.metadata import STALE, expert_of, expert_of_model, join_metadata, metadata_of
 from networks.module_names import read_family
 from networks.names.layouts import FOR_BOTH
 from networks.names.wan import WAN

@@ -17,7 +17,7 @@ from modules.errors import CheckpointError, OptionError
 from networks import loha, lokr
 from networks.apply import LoraPatch
 from networks.deltas import weight_delta
-from networks.factored_layer import FactoredLayer, loha_shapes, lokr_shapes, split_size
+from networks.factored import FactoredLayer, loha_shapes, lokr_shapes, split_size
 from networks.loading import read_lora
 from networks.uses import LoraUse
 from tests.networks.making import inputs, tiny_dit
