@@ -18,7 +18,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from modules.run_blocks import spec_of
 from networks.deltas import DORA, LORA, Factors, group_by_module
-from networks.key_formats import OURS, add_missing_alphas, to_native
+from networks.key_formats import OURS, to_native
 from networks.loading import list_some
 from networks.lora_layer import LoraLayer
 from networks.lora_network import LoraNetwork
@@ -27,6 +27,7 @@ from networks.lora_settings import LoraRules, LoraSettings, find_by_pattern, log
 from networks.module_names import replace_dots
 from networks.names.text_encoders import published_path
 from networks.parts import for_model
+from networks.writing import add_missing_alphas
 
 logger = getLogger(__name__)
 LoraModule = nn.Linear | nn.Conv2d

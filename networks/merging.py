@@ -31,9 +31,9 @@ from networks.metadata import add_hashes
 from networks.module_names import choose_family, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.parts import fuse
-from networks.renaming import rename_to_aliases
 from networks.text_loras import WholePatch, is_whole, uses_for_text, warn_of_texts
 from networks.uses import LoraUse
+from networks.writing import rename_to_aliases
 
 logger = getLogger(__name__)
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
