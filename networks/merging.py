@@ -48,7 +48,7 @@ def merge_whole(options: WholeMergeOptions) -> None:
 
     Raises CheckpointError if a file cannot be used or fits nothing.
     """
-    cpu, (uses, dtype) = torch.device("cpu"), _read(options)
+    cpu, (uses, dtype) = torch.device("cpu"), _read_uses(options)
     if options.sd_model is None:
         _write_sum(options, options.save_to, uses, dtype, cpu)
     else:
@@ -61,7 +61,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
     Raises CheckpointError if a file cannot be used or fits nothing, OptionError if a model has no part in any
     LoRA.
     """
-    device, (uses, dtype) = torch.device(options.working_device), _read(options)
+    device, (uses, dtype) = torch.device(options.working_device), _read_uses(options)
     if not options.into_models:
         assert options.save_to is not None
         _write_sum(options, options.save_to, uses, dtype, device)
@@ -86,7 +86,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
         merge_into_file(model, parts[option], output, device, dtype=dtype, option=written_by)
 
 
-def _read(options: FluxMergeOptions | WholeMergeOptions) -> tuple[list[LoraUse], torch.dtype | None]:
+def _read_uses(options: FluxMergeOptions | WholeMergeOptions) -> tuple[list[LoraUse], torch.dtype | None]:
     """Return the LoRAs with their strengths, and the dtype to write; None: as what is merged into."""
     rows = zip(options.models or (), options.ratios or (), strict=True)
     uses = [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in rows]
