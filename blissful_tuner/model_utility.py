@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from blissful_tuner.model_work import Knowledge, work
     from networks.describing import describe_lora, lora_hashes
-    from networks.hashes import STALE
+    from networks.metadata import STALE
 
     work(options, Knowledge(identify, describe_lora, lora_hashes, STALE))
 

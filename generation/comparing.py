@@ -46,8 +46,8 @@ from modules.failures import Failures
 from modules.media.tags import read_tags
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import room_on, too_little
-from networks.merge import LoraUse
-from networks.switching import OriginalWeights
+from networks.apply import OriginalWeights
+from networks.uses import LoraUse
 
 logger = logging.getLogger(__name__)
 

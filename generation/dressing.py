@@ -16,8 +16,8 @@ from modules.errors import OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.offload.turns import HostCopy, HostPlaceOf
-from networks.merge import LoraPatch, LoraUse
-from networks.switching import OriginalWeights
+from networks.apply import LoraPatch, OriginalWeights
+from networks.uses import LoraUse
 
 LorasByExpert = Sequence[Sequence[LoraUse]]  # of each of `Family.experts`, in their order
 

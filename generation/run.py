@@ -38,8 +38,8 @@ from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing
 from modules.planning.memory_plan import room_on, too_little
-from networks.fitting import check_loras_fit
-from networks.merge_files import merge_into_file
+from networks.apply import check_loras_fit
+from networks.merging import merge_into_file
 from networks.text_loras import TextLoras
 
 logger = logging.getLogger(__name__)

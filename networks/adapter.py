@@ -19,10 +19,10 @@ from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.seeds import derive_seed
 from networks.factored import FactoredNetwork
-from networks.hashes import add_hashes, saved_dtype
 from networks.loading import OWN_MODULES, import_network_module, read_lora
 from networks.lora_network import LoraNetwork
 from networks.lora_settings import DEFAULT_RANK
+from networks.metadata import add_hashes, saved_dtype
 from networks.options import NetworkOptions
 
 logger = getLogger(__name__)

@@ -1,47 +1,271 @@
-"""LoRAs that a model has only at times: samples while training may use some of their own.
+"""Put LoRAs round the forward of modules: those that a model has only at times, or in parts of a picture.
 
-The model's weights stay as they are, whatever they are stored as. Each module that a LoRA changes gets a
-forward that adds the LoRA's part while it is switched on and otherwise calls the one before it, so that
-training computes what it would compute without.
+The model's weights stay as they are, whatever they are stored as. An `AddedPart` is what one LoRA adds to one
+module, an `AddedLayer` the forward of a module with all of them: it adds what they give while it is switched
+on and otherwise calls the one before it, so that training computes what it would compute without.
 """
+# Letters: R rank
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as functional
+from torch import Tensor, nn
 
 from modules.errors import CheckpointError
-from networks.added_layers import AddedLayer, AddedPart, ChangedPlace
+from networks.apply import changes_of
 from networks.deltas import (
     DORA,
+    LORA,
     Factors,
     bias_delta,
+    decompose,
     group_by_module,
-    has_input_magnitudes,
     other_channels,
+    strength,
     weight_delta,
 )
 from networks.key_formats import OURS
-from networks.loading import LoraFile, list_some, warn_of_absent, warn_of_other_family, warn_of_rest
+from networks.loading import LoraFile, list_some, warn_of_rest
+from networks.lora_products import add_product
 from networks.module_names import choose_family, replace_dots
 from networks.names.layouts import FIRST_LAYERS
 from networks.parts import for_model
+from networks.uses import LoraUse, warn_of_absent, warn_of_other_family
 
 logger = getLogger(__name__)
-_META = torch.device("meta")
-SAMPLE_LORA = "--sample_lora"
+_MID = "lora_mid.weight"
+_LOW_RANK = {*LORA, _MID, "alpha", "lora_up.bias", "diff_b"}  # the weight changes by small factors only
+_OF_BIAS = {"alpha", "diff_b", "lora_up.bias"}
 
 
 @dataclass(frozen=True)
-class AddedFile:
-    """A LoRA file and its strength."""
+class ChangedPlace:
+    """A parameter that LoRAs change: a module's weight, together with its bias, or one of another name."""
 
-    lora: LoraFile
-    multiplier: float
+    path: str  # of the parameter
+    module: nn.Module
+    leaf: str = "weight"
+
+    @property
+    def module_path(self) -> str:
+        """Path of the module, or of a parameter of another name than `weight`."""
+        return self.path.removesuffix(".weight")
+
+    @property
+    def parameter(self) -> Tensor:
+        found = getattr(self.module, self.leaf)
+        assert isinstance(found, Tensor)
+        return found
+
+    @property
+    def is_linear(self) -> bool:
+        return isinstance(self.module, nn.Linear)
+
+    @property
+    def adds_to_output(self) -> bool:
+        """Whether a change of the weight is one of the output: a matrix or a convolution."""
+        module = self.module
+        is_plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+        return (self.is_linear or is_plain) and self.leaf == "weight"
+
+    def has(self, name: str) -> bool:
+        """Whether the module has a parameter of this name."""
+        return isinstance(getattr(self.module, name, None), nn.Parameter)
+
+
+class AddedPart:
+    """What one LoRA adds to one module, `multiplier` times; nothing until it is on a device."""
+
+    def __init__(self, place: ChangedPlace, factors: Factors, multiplier: float = 1.0) -> None:
+        """factors: on the CPU."""
+        self.place = place
+        self.factors = factors
+        self.multiplier = multiplier
+        # what is done with the addition to the module's output before it is added; None: nothing
+        self.region: Callable[[Tensor], Tensor] | None = None
+        self._chain: list[Tensor] = []  # the low-rank factors in the order in which they act
+        self._whole: dict[str, Tensor] = {}  # all other factors
+        self._bias: Tensor | None = None
+
+    def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Copy the factors to the device, the low-rank ones in the dtype to compute in."""
+        self.release()
+        factors = self.factors
+        if self.place.adds_to_output and LORA[0] in factors and not factors.keys() - _LOW_RANK:
+            up = factors[LORA[1]].to(device, torch.float32) * strength(factors)
+            middle = [factors[_MID].to(device, dtype)] if _MID in factors else []
+            self._chain = [factors[LORA[0]].to(device, dtype), *middle, up.to(dtype)]
+        elif factors.keys() - _OF_BIAS:
+            self._whole = {name: one.to(device) for name, one in factors.items()}
+        self._bias = bias_delta(factors, device)
+
+    def release(self) -> None:
+        """Free the device's copies."""
+        self._chain, self._whole, self._bias = [], {}, None
+
+    @property
+    def is_made_whole(self) -> bool:
+        """Whether each pass makes a change as large as the weight: it is not of low rank."""
+        return bool(self._whole)
+
+    @property
+    def is_active(self) -> bool:
+        return self.multiplier != 0
+
+    def addition(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return what is added to the output of a matrix or a convolution for its input, None for nothing.
+
+        dtype: of the output.
+        """
+        added: Tensor | None = None
+        if self._chain:
+            added = self._low_rank(x).to(dtype)
+        elif self._whole:  # made for every pass: kept, it would be as large as the model
+            delta = (self._delta(x.device) * self.multiplier).to(dtype)
+            shaped = delta.flatten(1) if self.place.is_linear else delta.reshape(self.place.parameter.shape)
+            added = self._apply(x.to(dtype), shaped)
+        if self._bias is None:
+            return added
+        bias = (self._bias * self.multiplier).to(dtype)
+        bias = bias if self.place.is_linear else bias[:, None, None]
+        if added is not None:
+            return added + bias
+        zeros = torch.zeros_like(self.place.parameter, dtype=dtype)
+        return bias.expand_as(self._apply(x.to(dtype), zeros))
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """Return the output of a matrix or a convolution for its input x, with what the LoRA adds to it.
+
+        out: nothing else may use it.
+        """
+        if self._joins(out):
+            down, *_, up = self._chain
+            return add_product(out, self._hidden(x, down).view(-1, len(down)), up.flatten(1).t())
+        added = self.addition(x, out.dtype)
+        if added is None:
+            return out
+        return out + (added if self.region is None else self.region(added))
+
+    def _joins(self, out: Tensor) -> bool:
+        """Return whether the last product is added to `out` in place: one pass over it, not three."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._chain:
+            return False
+        is_sum = self.place.is_linear and self.region is None and self._bias is None
+        return is_sum and out.dtype == self._chain[-1].dtype
+
+    def changes(self) -> dict[str, Tensor]:
+        """Return what is added to the module's parameters, by their names, float32."""
+        device = self.place.parameter.device
+        changes = {self.place.leaf: self._delta(device) * self.multiplier} if self._whole else {}
+        return changes if self._bias is None else {**changes, "bias": self._bias * self.multiplier}
+
+    def _delta(self, device: torch.device) -> Tensor:
+        delta = weight_delta(self._whole, device)
+        assert delta is not None
+        return decompose(self.place.parameter, delta, self._whole[DORA]) if DORA in self._whole else delta
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        down, *middle, up = self._chain
+        if self.place.is_linear:
+            return functional.linear(self._hidden(x, down), up.flatten(1))
+        x = x.to(down.dtype)
+        rank, channels = len(down), self.place.parameter.shape[1]
+        if middle:  # Tucker: only the core has the size of the kernel
+            x = functional.conv2d(x, down.reshape(rank, channels, 1, 1))
+            down = middle[0]
+        else:
+            down = down.reshape(rank, channels, *self.place.parameter.shape[2:])
+        hidden = self._apply(x, down) * self.multiplier
+        return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
+
+    def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
+        """Return what is between the factors of a matrix; those of a 1x1 convolution fit too."""
+        return functional.linear(x.to(down.dtype), down.flatten(1)) * self.multiplier
+
+    def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Do what the module does, with another weight and without bias."""
+        module = self.place.module
+        if not isinstance(module, nn.Conv2d):
+            return functional.linear(x, weight)
+        return functional.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
+
+
+class AddedLayer(nn.Module):
+    """The forward of one module, which adds what its parts give while `is_on`."""
+
+    def __init__(self, place: ChangedPlace, parts: Sequence[AddedPart]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.is_on = False
+        self._place = place
+        self._original = (place.module,)  # in a tuple, so that the module is no part of this one
+        self._before: Callable[..., Tensor] = place.module.forward
+
+    def attach(self) -> None:
+        """Replace the module's forward by this one's. Call before compilation."""
+        self._before = self._original[0].forward
+        self._original[0].forward = self.forward
+
+    def switch_on(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Copy the factors to the device, in the dtype to compute in."""
+        for part in self.parts:
+            part.place_on(device, dtype)
+        self.is_on = True
+
+    def switch_off(self) -> None:
+        """Free the device's copies."""
+        self.is_on = False
+        for part in self.parts:
+            part.release()
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        active = [part for part in self.parts if part.is_active] if self.is_on else []
+        if not active:
+            return self._before(*inputs, **named)
+        if not self._place.adds_to_output:
+            return self._run_changed(active, *inputs, **named)
+        out = self._before(*inputs, **named)
+        for part in active:
+            out = part.add_to(out, inputs[0])
+        return out
+
+    def _run_changed(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
+        """Run a module that is no matrix (a norm, a block with a parameter of its own) with changed weights,
+        then put them back.
+        """
+        if any(part.region is not None for part in parts):
+            plain = self._before(*inputs, **named)
+            out = plain
+            for part in parts:
+                added = self._run_with([part], *inputs, **named) - plain
+                out = out + (added if part.region is None else part.region(added))
+            return out
+        return self._run_with(parts, *inputs, **named)
+
+    def _run_with(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
+        module: Any = self._original[0]
+        names = [name for name in (self._place.leaf, "bias") if self._place.has(name)]
+        kept = {name: getattr(module, name).data for name in names}
+        # all from the weights as they are, before any is changed
+        changes = [part.changes() for part in parts]
+        try:
+            for change in changes:
+                for name, delta in change.items():
+                    parameter = getattr(module, name)
+                    parameter.data = _sum(parameter.data, delta)
+            return self._before(*inputs, **named)
+        finally:
+            for name, data in kept.items():
+                getattr(module, name).data = data
+
+
+def _sum(weight: Tensor, delta: Tensor) -> Tensor:
+    return (weight.float() + delta.reshape(weight.shape)).to(weight.dtype)
 
 
 class AddedLoras:
@@ -62,22 +286,22 @@ class AddedLoras:
                 layer.switch_off()
 
 
-def add_loras(dit: nn.Module, files: Sequence[AddedFile], is_compiled: bool = False) -> AddedLoras:
+def add_loras(dit: nn.Module, uses: Sequence[LoraUse], is_compiled: bool = False) -> AddedLoras:
     """Put LoRAs into a model, switched off. Call after a network was attached, before compilation.
 
     is_compiled: blocks will be; compiled code takes no other weights, so changes of norms are left out.
     Raises CheckpointError if a file does not fit the model or is a DoRA.
     """
-    for file in files:
-        refuse_dora(file.lora)
-    known = places(dit)
-    found = [fitting(file.lora, known, SAMPLE_LORA) for file in files]
-    if is_compiled:
-        found = [_without_norms(file.lora, one, known) for file, one in zip(files, found, strict=True)]
-    parts = [
-        {name: AddedPart(known[name], factors, file.multiplier) for name, factors in one.items()}
-        for file, one in zip(files, found, strict=True)
-    ]
+    known, parts = places(dit), []
+    for use in uses:
+        refuse_dora(use.lora)
+        found = fitting(use.lora, known, "--sample_lora")
+        if is_compiled:
+            left_out = [name for name in found if not known[name].adds_to_output]
+            what = "modules are not changed because blocks are compiled"
+            warn_of_rest(use.lora.path, left_out, len(found), what)
+            found = {name: factors for name, factors in found.items() if name not in left_out}
+        parts.append({name: AddedPart(known[name], one, use.multiplier) for name, one in found.items()})
     return AddedLoras(attach_parts(parts, known))
 
 
@@ -151,14 +375,6 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
     return found
 
 
-def _without_norms(
-    lora: LoraFile, found: Mapping[str, Factors], known: Mapping[str, ChangedPlace]
-) -> dict[str, Factors]:
-    left_out = [name for name in found if not known[name].adds_to_output]
-    warn_of_rest(lora.path, left_out, len(found), "modules are not changed because blocks are compiled")
-    return {name: factors for name, factors in found.items() if name not in left_out}
-
-
 def _without_other_channels(lora: LoraFile, factors: Factors, place: ChangedPlace) -> Factors:
     """Return the factors without a change of a first layer's weight that takes another number of channels."""
     other = other_channels(factors, place.parameter) if place.path.endswith(FIRST_LAYERS) else None
@@ -170,19 +386,15 @@ def _without_other_channels(lora: LoraFile, factors: Factors, place: ChangedPlac
 
 
 def _check_sizes(lora: LoraFile, name: str, factors: Factors, place: ChangedPlace, option: str) -> None:
-    wanted = place.parameter
-    delta = weight_delta({part: tensor for part, tensor in factors.items() if part != "alpha"}, _META)
-    bias = bias_delta(factors, torch.device("cpu"))
-    fits = delta is None or (len(delta) == len(wanted) and delta.numel() == math.prod(wanted.shape))
-    if bias is not None and (bias.numel() != len(wanted) or not (place.adds_to_output or place.has("bias"))):
-        fits = False
-    if DORA in factors and fits:
-        axis = 1 if has_input_magnitudes(factors) else 0
-        fits = wanted.ndim > 1 and factors[DORA].numel() == wanted.shape[axis]
-    if not fits:
-        found = "a bias" if delta is None else list(delta.shape)
-        raise CheckpointError(
-            f"{option} {lora.path} does not fit this model: for {name} it has {found}, the model "
-            f"{list(wanted.shape)}.\n  Give a LoRA that was trained for a model of this size.",
-            lora.path,
-        )
+    weight = place.parameter
+    for change in changes_of(LoraUse(lora), factors):
+        if change.leaf == "weight":
+            change.fit(None, weight, name, "this model", f"{option} ")
+        elif place.adds_to_output or place.has("bias"):
+            change.fit(None, weight.new_empty(len(weight)), f"the bias of {name}", "this model", f"{option} ")
+        else:
+            raise CheckpointError(
+                f"{option} {lora.path} does not fit this model: {name} has no bias there.\n"
+                "  Give a LoRA that was trained for this model.",
+                lora.path,
+            )

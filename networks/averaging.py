@@ -18,9 +18,8 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.writing import stream_tensors
 from modules.errors import CheckpointError
 from networks.averaging_options import AveragingOptions
-from networks.experts import expert_of
-from networks.hashes import STALE, add_hashes
 from networks.loading import list_some
+from networks.metadata import STALE, add_hashes, expert_of
 
 logger = getLogger(__name__)
 

@@ -16,7 +16,7 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sourc
 from modules.checkpoints.sources import TensorSource
 from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
-from networks.changes import Change, fit
+from networks.apply import Change
 from networks.deltas import DORA, LORA, Factors, bias_delta, group_by_module, weight_delta
 from networks.extracting import decompose_change
 from networks.key_formats import OURS, module_of_tensor
@@ -25,7 +25,8 @@ from networks.lora_network import prefix_of
 from networks.module_names import alias
 from networks.names.layouts import SWAPPED, FamilyNames, tensor_patterns
 from networks.parts import fuse
-from networks.whole_checkpoints import is_whole, pieces_of
+from networks.text_loras import is_whole, pieces_of
+from networks.uses import LoraUse
 
 logger = getLogger(__name__)
 OTHER_KINDS = {DORA, "hada_w1_a", "lokr_w1", "lokr_w1_a", "lora_mid.weight"}
@@ -77,7 +78,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     losses: dict[str, tuple[float, float]] = {}  # module -> norms of the change, and of what is lost of it
     with _open_weights(baking.models if decomposed else (), family) as weights:
         for name, factors in found.items():
-            change = _change(name, factors, lora.path, weights, baking.device)
+            change = _change(name, factors, lora, weights, baking.device)
             modules[name], losses[name] = _as_lora(name, factors, change, baking.rank)
     plain = {f"{name}.{part}": one for name, factors in modules.items() for part, one in factors.items()}
     texts = {name: one for name, one in plain.items() if not name.startswith(OURS)}
@@ -111,7 +112,7 @@ def _as_lora(
 Weights = Mapping[str, Sequence[tuple[Checkpoint, TensorSource]]]
 
 
-def _change(name: str, factors: Factors, path: Path, weights: Weights, device: torch.device) -> Tensor:
+def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
     """Return what factors add to their weight at multiplier 1, float32."""
     is_dora = DORA in factors
     sizes = {part: one for part, one in factors.items() if part != "alpha"}
@@ -127,16 +128,16 @@ def _change(name: str, factors: Factors, path: Path, weights: Weights, device: t
             break
     else:
         raise CheckpointError(
-            f"{path}: the weight that {name} was trained for is not in the files of --dit.\n  Give the model "
-            "that the DoRA was trained for, and after it the files of the text encoders that it changes.",
-            path,
+            f"{lora.path}: the weight that {name} was trained for is not in the files of --dit.\n  Give the "
+            "model that the DoRA was trained for, and after it the files of text encoders that it changes.",
+            lora.path,
         )
     if weight.dtype.itemsize == 1 and checkpoint.path.suffix == ".pt":
         raise CheckpointError(
             f"{checkpoint.path} stores {source.names[0]} in 8 bits without its scale. Give the bf16 file.",
             checkpoint.path,
         )
-    one = fit(Change(path, 1.0, factors, weight_delta), None, weight, name, str(checkpoint.path))
+    one = Change(LoraUse(lora), factors).fit(None, weight, name, str(checkpoint.path))
     total = torch.zeros(weight.shape, device=device)
     one.on(device).add_to(total, None, weight.to(device))
     return total

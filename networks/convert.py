@@ -15,18 +15,25 @@ from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
 from networks.baking import OTHER_KINDS, Baking, bake
-from networks.cutting import texts_to_diffusers, to_diffusers_parts, to_other_parts
 from networks.deltas import LORA, group_by_module
-from networks.experts import NETWORKS, join_metadata
-from networks.hashes import STALE, add_hashes
-from networks.key_formats import OURS, add_missing_alphas, dialect_in_words, to_diffusers, to_other
-from networks.loading import PEFT_SETTINGS, LoraFile, list_some, read_lora, warn_of_other_expert
+from networks.key_formats import OURS, dialect_in_words
+from networks.loading import PEFT_SETTINGS, LoraFile, list_some, read_lora
+from networks.metadata import NETWORKS, STALE, add_hashes, join_metadata
 from networks.module_names import choose_family, likely_family, read_family
 from networks.names.framepack import FRAMEPACK
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON, UNET_IN_DIFFUSERS, FamilyNames
 from networks.options import ConvertOptions
 from networks.parts import fuse
-from networks.renaming import rename_to_aliases
+from networks.uses import warn_of_other_expert
+from networks.writing import (
+    add_missing_alphas,
+    rename_to_aliases,
+    texts_to_diffusers,
+    to_diffusers,
+    to_diffusers_parts,
+    to_other,
+    to_other_parts,
+)
 
 logger = getLogger(__name__)
 # HunyuanVideo's names in diffusers' layout are FramePack's own; whose a file is that does not say so

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_options(__doc__, argv, ComfyConvertOptions)
 
     from networks.names.hunyuan_image import HUNYUAN_IMAGE
-    from networks.renaming import rename_file
+    from networks.writing import rename_file
 
     rename_file(options.src_path, options.dst_path, HUNYUAN_IMAGE, options.reverse)
 

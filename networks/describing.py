@@ -8,10 +8,9 @@ import torch
 
 from modules.checkpoints.opening import Checkpoint
 from networks.deltas import DORA, Factors, group_by_module, rank_of
-from networks.experts import expert_of, in_words, split_names
-from networks.hashes import model_hashes
 from networks.key_formats import OURS, dialect_in_words, other_kind, to_native
 from networks.loading import family_of
+from networks.metadata import expert_of, in_words, model_hashes, split_names
 from networks.module_names import read_family
 from networks.names.layouts import FOR_BOTH
 

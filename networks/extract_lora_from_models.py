@@ -20,7 +20,7 @@ from networks.image_tools_options import ExtractOptions, WholeExtractWords
 def main(argv: Sequence[str] | None = None) -> None:
     options, _ = parse_options(__doc__, argv, ExtractOptions, WholeExtractWords)
 
-    from networks.extracting_whole import extract_whole
+    from networks.extracting import extract_whole
 
     extract_whole(options)
 

@@ -1,8 +1,11 @@
-"""Take a LoRA out of a fine-tuned model: the low-rank part of what training changed."""
+"""Take a LoRA out of a fine-tuned model or checkpoint: the low-rank part of what training changed."""
 # Letters: R rank
 
+import json
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from logging import getLogger
 
 import torch
@@ -16,48 +19,120 @@ from modules.console import as_size, in_words, show_box
 from modules.devices import choose_device
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
-from networks.hashes import add_hashes
+from networks.deltas import LORA
 from networks.image_tools_options import ExtractOptions
-from networks.key_formats import OURS
-from networks.merging_flux import DTYPES
-from networks.module_names import replace_dots
+from networks.key_formats import OURS, module_of_tensor
+from networks.merging import DTYPES, as_known
+from networks.metadata import add_hashes
+from networks.module_names import alias, choose_family, replace_dots
+from networks.names.layouts import FamilyNames
+from networks.names.stable_diffusion import SD1, SD2, SDXL
+from networks.text_loras import TensorPiece, is_whole, pieces_of
 
 logger = getLogger(__name__)
 OVERSAMPLING, POWERS = 16, 4  # of the randomised decomposition
 EXACT_BELOW = 512  # sides of matrices that are decomposed in full
+# of the U-Net: matrices and 1x1 convolutions of its attention blocks, as sd-scripts trains them
+_ATTENTION = re.compile(
+    r"_attentions_\d+_(proj_in|proj_out|transformer_blocks_.*_(to_[qkv]|to_out_0|proj|2))$"
+)
+# with a rank for convolutions: those of residual blocks and between levels, and the matrix of the time
+_RESIDUAL = re.compile(r"_(resnets_\d+_(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers_0_conv)$")
+_WEIGHTS = ("weight", "bias")
+_IN_TEXT = re.compile(r"_encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])$")
 
 
-def extract(options: ExtractOptions) -> None:
+@dataclass(frozen=True)
+class _Wanted:
+    """A module that gets a LoRA: its weight is a tensor of the models, or a part of one."""
+
+    module: str  # as in LoRA files, ours
+    rank: int
+    seed: str  # what the random numbers of its decomposition depend on
+    piece: TensorPiece
+
+
+Pair = tuple[Checkpoint, Checkpoint]  # the model before fine-tuning, and after it
+
+
+def extract_flux(options: ExtractOptions) -> None:
+    """Write the LoRA of a FLUX.1 or Chroma model, as `_extract`.
+
+    Raises CheckpointError if the models differ in their tensors, or have no blocks of FLUX.
+    """
+    with open_checkpoint(options.model_org) as one, open_checkpoint(options.model_tuned) as other:
+        pair = bare_names(one), bare_names(other)
+        _check_flux(pair)
+        wanted = {
+            f"{name}.weight": [
+                _Wanted(OURS + replace_dots(name), options.dim, f"{name}.weight", TensorPiece("", name))
+            ]
+            for name in (one.removesuffix(".weight") for one in pair[0].tensors if _is_in_block(one))
+        }
+        is_chroma = any(name.startswith("distilled_guidance_layer.") for name in pair[0].tensors)
+        version, kind = ("chroma", "chroma") if is_chroma else ("flux1", "flux-1-dev")
+        metadata = _metadata(options, "networks.lora_flux", version, kind)
+        _extract(options, pair, wanted, metadata, None)
+
+
+def extract_whole(options: ExtractOptions) -> None:
+    """Write the LoRA of a Stable Diffusion checkpoint, as `_extract`.
+
+    Of a text encoder there is nothing if no value of it has changed by more than `min_diff`. Raises
+    CheckpointError if the two are not of the same model.
+    """
+    with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
+        pair = original, tuned
+        family = _family_of_both(pair)
+        same = _unchanged_texts(pair, options.min_diff)
+        wanted = {}
+        for name in original.tensors:
+            pieces = [one for one in pieces_of(name) if one.name.endswith(".weight")]
+            found = [(one, _module(one, family)) for one in pieces if one.network not in same]
+            ranked = [(one, module, _rank(module, options)) for one, module in found]
+            wanted[name] = [_Wanted(module, rank, module, one) for one, module, rank in ranked if rank]
+        rank = options.conv_dim
+        arguments = {} if rank is None else {"conv_dim": str(rank), "conv_alpha": str(float(rank))}
+        version, kind = family.written_version, family.architecture
+        metadata = _metadata(options, "networks.lora", version, kind, family is SD2, arguments)
+        _extract(options, pair, wanted, metadata, family)
+
+
+def _extract(
+    options: ExtractOptions,
+    pair: Pair,
+    wanted: Mapping[str, Sequence[_Wanted]],
+    metadata: Mapping[str, str],
+    family: FamilyNames | None,
+) -> None:
     """Write a LoRA whose product is near the difference of two models, tensor by tensor.
 
     Factors are U * S and V^T, limited to a quantile of their values; alpha is the rank. Memory: one weight of
-    each model. Raises CheckpointError if the models differ in their tensors or have no blocks of FLUX.
+    each model, and the LoRA. wanted: by names of tensors. family: by whose aliases the modules are named.
     """
     start, device = time.monotonic(), choose_device(options.device)
     dtype = DTYPES[options.save_precision or "float"]
+    checks = [FiniteCheck(checkpoint.path) for checkpoint in pair]
     factors: dict[str, Tensor] = {}
-    with open_checkpoint(options.model_org) as one, open_checkpoint(options.model_tuned) as other:
-        original, tuned = bare_names(one), bare_names(other)
-        names = _weights(original, tuned)
-        checks = FiniteCheck(original.path), FiniteCheck(tuned.path)
-        for name in names:
-            before, after = original.read(name), tuned.read(name)
-            checks[0].note(name, before)
-            checks[1].note(name, after)
-            change = after.to(device, torch.float32) - before.to(device, torch.float32)
-            down, up = decompose_change(change, options.dim, options.clamp_quantile, name)
-            module = OURS + replace_dots(name.removesuffix(".weight"))
-            factors[f"{module}.lora_down.weight"] = down.to("cpu", dtype).contiguous()
-            factors[f"{module}.lora_up.weight"] = up.to("cpu", dtype).contiguous()
-            factors[f"{module}.alpha"] = torch.tensor(float(len(down)))
-        is_chroma = any(name.startswith("distilled_guidance_layer.") for name in original.tensors)
-    metadata = _metadata(options, "chroma" if is_chroma else "flux1")
-    save_tensors(options.save_to, factors, add_hashes(factors, metadata))
+    for name in (name for name, modules in wanted.items() if modules):
+        before, after = (checkpoint.read(name) for checkpoint in pair)
+        for check, tensor in zip(checks, (before, after), strict=True):
+            check.note(name, tensor)
+        whole = after.to(device, torch.float32) - before.to(device, torch.float32)
+        for one in wanted[name]:
+            change = one.piece.of(whole)
+            down, up = decompose_change(change.flatten(1), one.rank, options.clamp_quantile, one.seed)
+            down, up = down.unflatten(1, change.shape[1:]), up.reshape(*up.shape, *[1] * (change.ndim - 2))
+            factors[f"{one.module}.{LORA[0]}"] = down.to("cpu", dtype).contiguous()
+            factors[f"{one.module}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
+            factors[f"{one.module}.alpha"] = torch.tensor(float(len(down)))
+    tensors = as_known(factors, family)
+    save_tensors(options.save_to, tensors, add_hashes(tensors, metadata))
     rows = [
         ("original", str(options.model_org)),
         ("fine-tuned", str(options.model_tuned)),
         ("LoRA", f"{options.save_to} ({as_size(options.save_to.stat().st_size)}), rank {options.dim}"),
-        ("modules", str(len(names))),
+        ("modules", f"{len(factors) // 3}{'' if family is None else f' of {family.name}'}"),
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("The LoRA is extracted", rows)
@@ -97,63 +172,116 @@ def _quantile(values: Tensor, share: float) -> Tensor:
     return torch.lerp(ordered[low], ordered[high], place - low)
 
 
-def _weights(original: Checkpoint, tuned: Checkpoint) -> list[str]:
-    """Return the matrices in blocks. Raises CheckpointError if the models do not have the same."""
-    names = _in_blocks(original.tensors)
-    if not names:
+def _check_flux(pair: Pair) -> None:
+    """Raise CheckpointError if two models do not have the same blocks of FLUX, or have them in 8 bits."""
+    if not any(map(_is_in_block, pair[0].tensors)):
         raise CheckpointError(
-            f"{original.path} has no blocks of FLUX.1 or Chroma, as double_blocks.0.img_attn.qkv.weight.\n"
+            f"{pair[0].path} has no blocks of FLUX.1 or Chroma, as double_blocks.0.img_attn.qkv.weight.\n"
             "  Give a model with the published names to --model_org and --model_tuned.",
-            original.path,
+            pair[0].path,
         )
-    absent = sorted(set(names) ^ set(_in_blocks(tuned.tensors)))
-    if absent:
-        raise CheckpointError(
-            f"{original.path} and {tuned.path} are not the same model: only one has {absent[0]}. Give a "
-            "model and its fine-tuned version.",
-            tuned.path,
-        )
-    for name in names:
-        shapes = original.tensors[name].shape, tuned.tensors[name].shape
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(
-                f"{original.path} and {tuned.path} are not the same model: {name} is {list(shapes[0])} and "
-                f"{list(shapes[1])}. Give a model and its fine-tuned version.",
-                tuned.path,
-            )
-        for checkpoint in (original, tuned):
+    _check_same_shapes(pair, [list(filter(_is_in_block, one.tensors)) for one in pair])
+    for checkpoint in pair:
+        for name in filter(_is_in_block, checkpoint.tensors):
             if checkpoint.tensors[name].dtype.itemsize == 1:
                 raise CheckpointError(
                     f"{checkpoint.path} stores {name} in 8 bits, too coarse for a difference of models.\n"
                     "  Give the bf16 or fp16 file.",
                     checkpoint.path,
                 )
-    return names
 
 
-def _in_blocks(names: Iterable[str]) -> list[str]:
-    return [
-        name
-        for name in names
-        if name.startswith(("double_blocks.", "single_blocks."))
-        and name.endswith(".weight")
-        and "norm" not in name
-    ]
+def _check_same_shapes(pair: Pair, names: Sequence[Sequence[str]]) -> None:
+    """Raise CheckpointError if only one model has a tensor, or in another size. names: those of each."""
+    shapes = [{name: one.tensors[name].shape for name in own} for one, own in zip(pair, names, strict=True)]
+    wrong = sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))
+    if wrong:
+        found = " and ".join(str(list(one[wrong[0]])) if wrong[0] in one else "missing" for one in shapes)
+        raise CheckpointError(
+            f"{pair[0].path} and {pair[1].path} are not the same model: {wrong[0]} is {found}. Give a model "
+            "and its fine-tuned version.",
+            pair[1].path,
+        )
 
 
-def _metadata(options: ExtractOptions, version: str) -> dict[str, str]:
+def _is_in_block(name: str) -> bool:
+    """Whether a tensor is a matrix in a block of FLUX."""
+    in_block = name.startswith(("double_blocks.", "single_blocks."))
+    return in_block and name.endswith(".weight") and "norm" not in name
+
+
+def _module(piece: TensorPiece, family: FamilyNames) -> str:
+    """Return the name of a weight's module in LoRA files, ours."""
+    if not piece.network:
+        return OURS + alias(module_of_tensor(piece.name)[0], family)
+    return f"{piece.network}_{replace_dots(piece.name.removesuffix('.weight'))}"
+
+
+def _rank(module: str, options: ExtractOptions) -> int:
+    """Return the rank of a module's LoRA; 0: it gets none."""
+    if module.startswith(OURS):
+        if _ATTENTION.search(module):
+            return options.dim
+        return (options.conv_dim or 0) if _RESIDUAL.search(module) else 0
+    return options.dim if _IN_TEXT.search(module) else 0
+
+
+def _family_of_both(pair: Pair) -> FamilyNames:
+    """Return what both are. Raises CheckpointError if they are not the same kind of checkpoint."""
+    for checkpoint in pair:
+        if not is_whole(checkpoint.tensors):
+            raise CheckpointError(
+                f"{checkpoint.path} is no single-file checkpoint of Stable Diffusion: it has no U-Net "
+                "together with text encoders, as model.diffusion_model... and cond_stage_model... or "
+                "conditioner...\n"
+                "  Give such files to --model_org and --model_tuned.",
+                checkpoint.path,
+            )
+    # weights and biases: numbers of positions, which many files leave out, are no part of a LoRA
+    names = [[name for name in one.tensors if name.endswith(_WEIGHTS) and pieces_of(name)] for one in pair]
+    _check_same_shapes(pair, names)
+    if any(name.startswith("cond_stage_model.model.") for name in names[0]):
+        return SD2
+    pieces = (piece for name in names[0] for piece in pieces_of(name))
+    modules = [module_of_tensor(piece.name)[0] for piece in pieces if not piece.network]
+    return SDXL if choose_family(modules) is SDXL else SD1
+
+
+def _unchanged_texts(pair: Pair, least: float) -> set[str]:
+    """Return the text encoders of which no value has changed by more than `least`."""
+    original, tuned = pair
+    changed: dict[str, bool] = {}
+    for name in (name for name in original.tensors if name.endswith("weight")):
+        network = next((piece.network for piece in pieces_of(name)), "")
+        if network and not changed.get(network):
+            change = (tuned.read(name).float() - original.read(name).float()).abs()
+            changed[network] = bool(change.numel() and float(change.max()) > least)
+    same = {network for network, has_changed in changed.items() if not has_changed}
+    if same:
+        logger.info(
+            f"{tuned.path}: no value of {', '.join(sorted(same))} has changed by more than {least:g}, so the "
+            "LoRA has nothing for it"
+        )
+    return same
+
+
+def _metadata(
+    options: ExtractOptions,
+    module: str,
+    version: str,
+    kind: str,
+    is_v2: bool = False,
+    arguments: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     metadata = {
-        "ss_v2": "False",
-        "ss_network_module": "networks.lora_flux",
+        "ss_v2": str(is_v2),
+        "ss_network_module": module,
         "ss_network_dim": str(options.dim),
         "ss_network_alpha": str(float(options.dim)),
-        "ss_network_args": "{}",
+        "ss_network_args": json.dumps(arguments or {}),
         "ss_base_model_version": version,
     }
     if not options.no_metadata:
-        kind = "chroma" if version == "chroma" else "flux-1-dev"
-        metadata |= {
-            "modelspec.architecture": f"{kind}/lora",
-            "modelspec.title": f"Extracted LoRA from {options.model_tuned.name}",
-        }
+        metadata["modelspec.architecture"] = f"{kind}/lora"
+        metadata["modelspec.title"] = f"Extracted LoRA from {options.model_tuned.name}"
     return metadata

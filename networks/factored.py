@@ -1,52 +1,196 @@
-"""Networks of LoHa or LoKr layers: what `networks.loha` and `networks.lokr` build."""
+"""LoHa and LoKr: networks whose change of a frozen Linear's weight is a product of small factors.
 
-from collections.abc import Callable, Iterator, Mapping
+LoHa's change is (w1_a w1_b) * (w2_a w2_b), element by element; LoKr's is kron(w1, w2). Neither needs the
+frozen weight, whatever it is stored as, nor keeps the whole change for the backward pass. Factors have the
+names and shapes of LyCORIS' files.
+Source: Yeh et al. 2023, arXiv 2309.14859.
+"""
+# Letters: R rank; out = l * k and in = m * n, the sizes that LoKr splits
+
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from logging import getLogger
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import group_by_module, rank_of
-from networks.factored_layer import FactoredLayer, Shapes
 from networks.key_formats import OURS
-from networks.loading import family_of_network, list_some, read_lora, warn_of_other_family
-from networks.lora_network import attach_layers, fill_network
+from networks.loading import list_some
+from networks.lora import choose_modules
+from networks.lora_network import OwnNetwork
 from networks.lora_settings import LoraSettings, read_settings
-from networks.lora_targets import choose_modules
 from networks.module_names import replace_dots
 
 logger = getLogger(__name__)
+Shapes = Mapping[str, tuple[int, ...]]
 MakeShapes = Callable[[int, int, int], Shapes]  # out, in, rank -> factors
+# takes the settings that only this kind has out of the arguments. Raises OptionError
+ReadShapes = Callable[[dict[str, Any]], MakeShapes]
 
 
-class FactoredNetwork(nn.Module):
-    """LoHa or LoKr of a model. The state dict has the tensors of LyCORIS' files, under our prefix."""
+class FactoredLayer(nn.Module):
+    """`y + multiplier * scale * x @ change(factors)` in place of the forward of a frozen Linear.
 
-    def __init__(self, layers: Mapping[str, FactoredLayer], multiplier: float) -> None:
+    The factors are float32 and compute in autocast's dtype, or in float32 without autocast.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, original: nn.Linear, shapes: Shapes, rank: int, alpha: float) -> None:
+        """shapes: of the factors by name, by `loha_shapes` or `lokr_shapes`. alpha: 0 means rank."""
         super().__init__()
-        self.layers = list(layers.values())
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.set_multiplier(multiplier)
+        self.is_scaled = not {"lokr_w1", "lokr_w2"} <= shapes.keys()  # two whole matrices are not
+        self.register_buffer("alpha", torch.tensor(float(alpha or rank) if self.is_scaled else float(rank)))
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            _fill(name, self.get_parameter(name), shapes)
+        self.rank, self.multiplier = rank, 1.0
+        self.factors = tuple(shapes)
+        self._add: Callable[..., Tensor] = add_loha if "hada_w1_a" in shapes else add_lokr
+        self._original = (original,)  # in a tuple, so that the frozen module is no part of this one
+        self._before: Callable[[Tensor], Tensor] = original.forward
+        self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
+        self.read_alpha()
 
-    def apply_to(
-        self,
-        text_encoders: object,
-        unet: nn.Module,
-        apply_text_encoder: bool = False,
-        apply_unet: bool = True,
-    ) -> None:
-        """Put the layers into the model they were built for."""
-        attach_layers(self.layers, apply_text_encoder, apply_unet)
+    def read_alpha(self) -> None:
+        """Update the scale alpha / rank; two whole matrices are not scaled."""
+        self.scale = (float(self.alpha) or self.rank) / self.rank if self.is_scaled else 1.0
 
-    def set_multiplier(self, multiplier: float) -> None:
-        self.multiplier = multiplier
-        for layer in self.layers:
-            layer.multiplier = multiplier
+    def attach(self) -> None:
+        """Replace the original module's forward by this one's."""
+        self._before = self._original[0].forward
+        self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        # x: ... in
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast and x.dtype == torch.float32:
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the original too
+        out = self._before(x)
+        if self.multiplier == 0:
+            return out
+        if not autocast:
+            x = x.to(self.alpha.dtype)
+        factors = {name: self.get_parameter(name) for name in self.factors}
+        return out + self._add(x, factors, self.multiplier * self.scale).to(out.dtype)
+
+    def norm(self) -> Tensor:
+        """Return the Frobenius norm of the change at multiplier 1."""
+        factors = {name: self.get_parameter(name) for name in self.factors}
+        if "hada_w1_a" in factors:
+            pairs = [factors[f"hada_w{index}_a"] @ factors[f"hada_w{index}_b"] for index in (1, 2)]
+            return torch.linalg.vector_norm(pairs[0] * pairs[1]) * self.scale
+        whole = [_whole(factors, name) for name in ("lokr_w1", "lokr_w2")]
+        return torch.linalg.vector_norm(whole[0]) * torch.linalg.vector_norm(whole[1]) * self.scale
+
+    def shrink(self, ratio: Tensor) -> None:
+        """Multiply the change by a number."""
+        self.get_parameter(self.factors[0]).mul_(ratio)
+
+
+def loha_shapes(out_features: int, in_features: int, rank: int) -> Shapes:
+    """Return the factors of a LoHa."""
+    first, second = (out_features, rank), (rank, in_features)
+    return {"hada_w1_a": first, "hada_w1_b": second, "hada_w2_a": first, "hada_w2_b": second}
+
+
+def lokr_shapes(
+    out_features: int, in_features: int, rank: int, factor: int = -1, decompose_both: bool = False
+) -> Shapes:
+    """Return the factors of a LoKr: a matrix whose larger side is at most twice the rank stays whole.
+
+    factor: see `split_size`. decompose_both: the small matrix gets two factors too, if that makes it smaller.
+    """
+    (l, k), (m, n) = split_size(out_features, factor), split_size(in_features, factor)  # noqa: E741
+    first: Shapes = {"lokr_w1": (l, m)}
+    if decompose_both and rank < max(l, m) / 2:
+        first = {"lokr_w1_a": (l, rank), "lokr_w1_b": (rank, m)}
+    if rank < max(k, n) / 2:
+        return {**first, "lokr_w2_a": (k, rank), "lokr_w2_b": (rank, n)}
+    return {**first, "lokr_w2": (k, n)}
+
+
+def split_size(size: int, factor: int) -> tuple[int, int]:
+    """Return two numbers whose product is `size`, the smaller one first.
+
+    factor: one of them, if it divides the size; else the smaller one is the largest divisor up to it. -1: as
+    equal as can be.
+    """
+    if factor > 0 and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    most = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
+    small = next(number for number in range(most, 0, -1) if size % number == 0)
+    return small, size // small
+
+
+def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
+    """Return x @ kron(w1, w2)^T without forming the product. x: ... m*n. Returns ... l*k."""
+    first, second = _parts(factors, "lokr_w1"), _parts(factors, "lokr_w2")
+    width = second[0].shape[1]  # n
+    hidden = x.unflatten(-1, (x.shape[-1] // width, width))
+    for factor in second:
+        hidden = functional.linear(hidden, factor.to(x.dtype))
+    hidden = hidden.transpose(-1, -2)  # ... k m
+    for factor in (first[0] * strength, *first[1:]):
+        hidden = functional.linear(hidden, factor.to(x.dtype))
+    return hidden.transpose(-1, -2).flatten(-2)
+
+
+def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
+    """Return x @ ((w1_a w1_b) * (w2_a w2_b))^T. x: ... in. Returns ... out."""
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    first, *others = (factors[name] for name in names)
+    cast = [factor.to(x.dtype) for factor in (first * strength, *others)]
+    result: Tensor = _HadamardLinear.apply(x, *cast)
+    return result
+
+
+class _HadamardLinear(torch.autograd.Function):
+    """Keeps the factors for the backward pass, not the three matrices of the weight's size made of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w1_a, w1_b, w2_a, w2_b)
+        return functional.linear(x, (w1_a @ w1_b).mul_(w2_a @ w2_b))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
+        first, second = w1_a @ w1_b, w2_a @ w2_b  # out in
+        of_x = gradient @ (first * second) if ctx.needs_input_grad[0] else None
+        of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # out in
+        of_first, of_second = of_weight * second, of_weight * first
+        return of_x, of_first @ w1_b.T, w1_a.T @ of_first, of_second @ w2_b.T, w2_a.T @ of_second
+
+
+def _parts(factors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Return a matrix of a LoKr as what is applied one after the other."""
+    return [factors[name]] if name in factors else [factors[f"{name}_b"], factors[f"{name}_a"]]
+
+
+def _whole(factors: Mapping[str, Tensor], name: str) -> Tensor:
+    return factors[name] if name in factors else factors[f"{name}_a"] @ factors[f"{name}_b"]
+
+
+def _fill(name: str, weight: Tensor, shapes: Shapes) -> None:
+    """Set the first values, as LyCORIS does: one factor is zero, so the change begins with nothing."""
+    zero = "hada_w2_a" if "hada_w1_a" in shapes else "lokr_w2" if "lokr_w2" in shapes else "lokr_w2_b"
+    if name == zero:
+        nn.init.zeros_(weight)
+    elif name.startswith("hada"):
+        nn.init.normal_(weight, std=0.1 if name == "hada_w1_a" else 1.0)
+    else:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+class FactoredNetwork(OwnNetwork):
+    """LoHa or LoKr of a model. The state dict has the tensors of LyCORIS' files, under our prefix."""
 
     def set_dropout_seed(self, seed: int) -> None:
         """Do nothing: there is no dropout."""
@@ -57,82 +201,66 @@ class FactoredNetwork(nn.Module):
         """Return one parameter group for the optimizer, and its name for logs."""
         return [{"params": list(self.parameters()), **({} if unet_lr is None else {"lr": unet_lr})}], ["unet"]
 
-    def prepare_grad_etc(self, unet: nn.Module) -> None:
-        self.requires_grad_(True)
 
-    def on_epoch_start(self, unet: nn.Module) -> None:
-        self.train()
+def module_of_kind(
+    read_shapes: ReadShapes, first: tuple[str, ...]
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Return what a module of such networks offers: `check_settings`, `create_arch_network` and
+    `create_arch_network_from_weights`, called as LoRA tuners call them.
 
-    def get_trainable_params(self) -> Iterator[nn.Parameter]:
-        return self.parameters()
-
-    def load_weights(self, file: str | Path) -> list[str]:
-        """Start from a file of any dialect; returns (and warns of) the modules that only one side has.
-
-        Raises CheckpointError if a module has other factors or sizes here, or none is here.
-        """
-        path = Path(file)
-        lora, own = read_lora(path), group_by_module(self.state_dict())
-        warn_of_other_family(lora, family_of_network(own, lora))
-        stored = lora.modules()
-        fitting = {name: factors for name, factors in stored.items() if name in own}
-        for name, factors in fitting.items():
-            here = {part: list(tensor.shape) for part, tensor in own[name].items() if part != "alpha"}
-            there = {part: list(tensor.shape) for part, tensor in factors.items() if part != "alpha"}
-            if here != there:
-                raise CheckpointError(
-                    f"--network_weights {path} does not fit this network: {name} has {there}, here {here}.\n"
-                    "  Give its --network_module, --network_dim and --network_args, or --dim_from_weights.",
-                    path,
-                )
-        if not fitting:
-            raise CheckpointError(
-                f"--network_weights {path} does not fit this network: there is no {next(iter(stored))}.\n"
-                "  Give a file for this model, or another --network_module.",
-                path,
-            )
-        return fill_network(self, path, stored, own)
-
-    @torch.no_grad()
-    def apply_max_norm_regularization(
-        self, max_norm: float, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale down each change whose norm is above `max_norm`.
-
-        Returns the number of scaled ones, and mean and largest norm afterwards, on the network's device.
-        """
-        norms = torch.stack([layer.norm() for layer in self.layers])
-        ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
-        for layer, ratio in zip(self.layers, ratios, strict=True):
-            layer.shrink(ratio)
-        after = norms * ratios
-        return (ratios < 1).sum(), after.mean(), after.max()
-
-
-def build_factored(
-    unet: nn.Module,
-    multiplier: float,
-    rank: int | None,
-    alpha: float | None,
-    dropout: float | None,
-    arguments: Mapping[str, Any],
-    make_shapes: MakeShapes,
-) -> FactoredNetwork:
-    """Build a network on the Linear layers that the DiT's spec and the patterns choose.
-
-    Raises OptionError if no module is left, or for a setting that only LoRAs have.
+    first: names of factors of which each module in a file has one.
     """
-    settings = check_factored(rank, alpha, dropout, arguments)
-    layers = {}
-    for name, target in choose_modules(unet, replace(settings, conv_rank=None)).items():
-        module, size, scaling = target.module, target.rank, target.alpha
-        if isinstance(module, nn.Linear):
-            shapes = make_shapes(module.out_features, module.in_features, size)
-            layers[name] = FactoredLayer(module, shapes, size, scaling)
-    return FactoredNetwork(layers, multiplier)
+
+    def check(
+        rank: int | None,
+        alpha: float | None,
+        dropout: float | None,
+        arguments: Mapping[str, Any],
+        depths: Mapping[str, int] | None = None,
+    ) -> None:
+        """Raise OptionError if a setting cannot be used. Nothing of the model is needed."""
+        rest = dict(arguments)
+        read_shapes(rest)
+        _check_factored(rank, alpha, dropout, rest)
+
+    def create(
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: object,
+        text_encoders: object,
+        unet: nn.Module,
+        neuron_dropout: float | None = None,
+        **arguments: Any,
+    ) -> FactoredNetwork:
+        """Build a network on the Linear layers that the DiT's spec and the patterns choose.
+
+        `vae` and `text_encoders` are not used. Raises OptionError if no module is left, or for a setting that
+        only LoRAs have.
+        """
+        make_shapes = read_shapes(arguments)
+        settings = _check_factored(network_dim, network_alpha, neuron_dropout, arguments)
+        layers = {}
+        for name, target in choose_modules(unet, replace(settings, conv_rank=None)).items():
+            if isinstance(module := target.module, nn.Linear):
+                shapes = make_shapes(module.out_features, module.in_features, target.rank)
+                layers[name] = FactoredLayer(module, shapes, target.rank, target.alpha)
+        return FactoredNetwork(layers, multiplier)
+
+    def create_from_weights(
+        multiplier: float,
+        weights_sd: Mapping[str, Tensor],
+        text_encoders: object = None,
+        unet: nn.Module | None = None,
+        **_: Any,
+    ) -> FactoredNetwork:
+        """Build a network with the modules, factors and alphas of a file's tensors, but not their values."""
+        return _rebuild_factored(unet, multiplier, weights_sd, first)
+
+    return check, create, create_from_weights
 
 
-def rebuild_factored(
+def _rebuild_factored(
     unet: nn.Module | None, multiplier: float, weights: Mapping[str, Tensor], first: tuple[str, ...]
 ) -> FactoredNetwork:
     """Build a network with the modules, factors and alphas of a file's tensors (under our names).
@@ -172,7 +300,7 @@ def rebuild_factored(
     return FactoredNetwork(layers, multiplier)
 
 
-def check_factored(
+def _check_factored(
     rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
 ) -> LoraSettings:
     """Read the settings. Raises OptionError for one that cannot be used, or that only LoRAs have."""

@@ -20,9 +20,9 @@ from networks.image_tools_options import OF_WHOLE, ExtractOptions, FluxExtractWo
 def main(argv: Sequence[str] | None = None) -> None:
     options, _ = parse_options(__doc__, argv, ExtractOptions, FluxExtractWords, without=OF_WHOLE)
 
-    from networks.extracting import extract
+    from networks.extracting import extract_flux
 
-    extract(options)
+    extract_flux(options)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from networks.image_tools_options import FluxMergeOptions
 def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_options(__doc__, argv, FluxMergeOptions)
 
-    from networks.merging_flux import merge_flux
+    from networks.merging import merge_flux
 
     merge_flux(options)
 

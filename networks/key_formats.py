@@ -1,4 +1,4 @@
-"""Dialects of tensor names in LoRA files: recognise them, bring them into ours, write the other common one.
+"""Dialects of tensor names in LoRA files: recognise them, bring them into ours.
 
 ours        lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight   .alpha other
 diffusion_model.blocks.0.self_attn.q.lora_A.weight   .lora_B.weight        (diffusion-pipe, ComfyUI; alpha is
@@ -12,27 +12,18 @@ U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.w
             down_blocks_0_attentions_0_... (LDM, sd-scripts for SDXL)
 """
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from networks.deltas import (
     DORA,
-    LORA,
     PARTS,
-    Factors,
-    bias_delta,
-    group_by_module,
-    has_input_magnitudes,
-    rank_of,
-    strength,
 )
-from networks.module_names import alias, choose_family, diffusers_path, module_path, replace_dots
-from networks.names.layouts import FIRST_ENCODER, IN_DIFFUSERS, FamilyNames
+from networks.module_names import alias, choose_family, replace_dots
+from networks.names.layouts import FIRST_ENCODER, FamilyNames
 
 OURS = "lora_unet_"
 OTHER = "diffusion_model."
@@ -255,141 +246,3 @@ def _as_ours(key: str, tensor: Tensor) -> Tensor:
     else as it is.
     """
     return tensor.reshape(-1, *[1] * max(tensor.ndim - 1, 1)) if ".lora_magnitude_vector" in key else tensor
-
-
-def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors in our order; a LoRA without alpha gets alpha = rank, an integer."""
-    completed = {}
-    for module, factors in group_by_module(tensors).items():
-        if "alpha" not in factors and LORA[0] in factors:
-            completed[f"{module}.alpha"] = torch.tensor(rank_of(factors), dtype=torch.int64)
-        completed.update({f"{module}.{part}": tensor for part, tensor in factors.items()})
-    return completed
-
-
-@dataclass(frozen=True)
-class OtherTensors:
-    """A LoRA in the other dialect, and the modules that have no form there, each with the reason."""
-
-    tensors: dict[str, Tensor]
-    left_out: dict[str, str]
-
-
-def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> OtherTensors:
-    """Our names -> `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank),
-    alpha left out.
-
-    LoHa and LoKr keep their factors and alphas. FramePack's names begin with `transformer.`: what reads them
-    is diffusers. Module paths come from the lists of the families' real modules; a name that none of them
-    has is left out and reported.
-    """
-    family = _family_of(tensors, family_hint)
-    if family is None or family.is_as_in_diffusers:
-        return to_diffusers(tensors, family_hint)
-    return to_comfyui(tensors, family)
-
-
-def to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames) -> OtherTensors:
-    """Our names -> `diffusion_model.<path>. ...`, whole modules of any kind, as `to_other`."""
-    return _write(tensors, OTHER, lambda name: module_path(name, family), _in_comfyui)
-
-
-def to_diffusers(
-    tensors: Mapping[str, Tensor], family_hint: str | None = None, start: str = IN_DIFFUSERS
-) -> OtherTensors:
-    """Our names -> `transformer.<path in diffusers>.lora_A/lora_B.weight`, as `to_other`.
-
-    A whole difference of a matrix becomes a LoRA of full rank, which is exact; of other parameters there is
-    no form. start: of the names, by the network of the pipeline. Not for families with `parts`.
-    """
-    family = _family_of(tensors, family_hint)
-
-    def path_of(name: str) -> str | None:
-        return None if family is None else diffusers_path(name, family)
-
-    return _write(tensors, start, path_of, in_diffusers)
-
-
-def _family_of(tensors: Mapping[str, Tensor], hint: str | None) -> FamilyNames | None:
-    return choose_family((name.removeprefix(OURS) for name in group_by_module(tensors)), hint)
-
-
-def _write(
-    tensors: Mapping[str, Tensor],
-    start: str,
-    path_of: Callable[[str], str | None],
-    form_of: Callable[[Factors], dict[str, Tensor] | str],
-) -> OtherTensors:
-    written: dict[str, Tensor] = {}
-    left_out: dict[str, str] = {}
-    for name, factors in group_by_module(tensors).items():
-        path = path_of(name.removeprefix(OURS))
-        form = "no known model has a module with this name" if path is None else form_of(factors)
-        if isinstance(form, str):
-            left_out[name] = form
-        else:
-            written.update({f"{start}{path}.{part}": tensor for part, tensor in form.items()})
-    return OtherTensors(written, left_out)
-
-
-def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
-    """Return the tensors of a module as ComfyUI reads them.
-
-    Biases are whole differences there. An alpha of 0 is written as what it means here, the rank.
-    """
-    rest = {part: one for part, one in factors.items() if part not in ("alpha", "diff_b", "lora_up.bias")}
-    if rest.keys() <= {*LORA, "diff", DORA}:
-        form = _fold(factors) | {part: one for part, one in rest.items() if part not in LORA}
-    else:
-        rank = rank_of(factors)
-        form = rest if rank is None else {**rest, "alpha": torch.tensor(strength(factors) * rank)}
-    bias = bias_delta(factors, torch.device("cpu"))
-    if bias is not None:
-        form["diff_b"] = bias.to(factors["diff_b" if "diff_b" in factors else "lora_up.bias"].dtype)
-    return form
-
-
-def in_diffusers(factors: Factors) -> dict[str, Tensor] | str:
-    """The tensors of a module as diffusers and PEFT read them, or why there are none."""
-    if "diff" in factors and factors["diff"].ndim == 2 and LORA[0] not in factors and DORA not in factors:
-        factors = _at_full_rank(factors)
-    if set(factors) - {"alpha", *LORA, "diff_b", "lora_up.bias", DORA} or LORA[0] not in factors:
-        return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
-    if has_input_magnitudes(factors):
-        return "its DoRA magnitudes are by input, diffusers has them by output"
-    form = _fold(factors)
-    bias = bias_delta(factors, torch.device("cpu"))
-    if bias is not None and DORA in factors:
-        return "it has a bias beside DoRA magnitudes, which has no form in that dialect"
-    if bias is not None:
-        form["lora_B.bias"] = bias.to(factors["diff_b" if "diff_b" in factors else "lora_up.bias"].dtype)
-    if DORA in factors:
-        magnitudes, ndim = factors[DORA], factors[DORA].ndim
-        form["lora_magnitude_vector"] = (
-            magnitudes.flatten() if ndim == 2 else magnitudes.reshape(1, -1, *[1] * (ndim - 2))
-        )
-    return form
-
-
-def _at_full_rank(factors: Factors) -> Factors:
-    """Return a LoRA for a whole difference of a matrix, out x in: the difference and a unit matrix."""
-    whole = factors["diff"]
-    out, inner = whole.shape
-    rest = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
-    if out <= inner:
-        return {**rest, LORA[0]: whole, LORA[1]: torch.eye(out, dtype=whole.dtype)}
-    return {**rest, LORA[0]: torch.eye(inner, dtype=whole.dtype), LORA[1]: whole}
-
-
-def _fold(factors: Factors) -> dict[str, Tensor]:
-    """LoRA factors with alpha / rank shared out between the two."""
-    scale = strength(factors)
-    halves = {
-        LORA[0]: ("lora_A.weight", math.sqrt(abs(scale))),
-        LORA[1]: ("lora_B.weight", math.copysign(math.sqrt(abs(scale)), scale)),
-    }
-    return {
-        name: (factors[part].float() * half).to(factors[part].dtype)
-        for part, (name, half) in halves.items()
-        if part in factors
-    }

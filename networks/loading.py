@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
@@ -18,14 +19,12 @@ from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from modules.user_modules import import_user_module
 from networks.deltas import Factors, find_fault, group_by_module, rank_of, weight_delta
-from networks.experts import NETWORKS, expert_of, in_words, metadata_of, split_names
-from networks.hashes import is_damaged
 from networks.key_formats import OURS, dialect_in_words, other_kind, to_native
-from networks.module_names import FAMILIES, choose_family, is_optional, read_family
-from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, UNET_IN_DIFFUSERS, FamilyNames
+from networks.metadata import NETWORKS, expert_of, in_words, is_damaged, metadata_of, split_names
+from networks.module_names import FAMILIES, choose_family, read_family
+from networks.names.layouts import IN_DIFFUSERS, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.text_encoders import diffusers_path_of_text
 from networks.parts import mend_split_alphas
-from networks.peft_patterns import PeftPatterns
 
 logger = getLogger(__name__)
 # made for the layers of one model: nothing else can be trained by them
@@ -38,6 +37,9 @@ OWN_MODULES = (
 SHOWN = 6  # names listed in a message
 # in a name of every kind of network beside a model, read here or not
 _OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
+MAX_EXPRESSIONS = 1_000  # characters of all regular expressions in a file's settings together
+SECONDS = 0.5  # that a search for one path may take: a hostile one keeps Python's `re` busy for years
+_PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 A_FEW = 0.1  # share of a file that may be unused with only a plain warning
 # where diffusers keeps the adapter's settings among a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
@@ -248,62 +250,6 @@ def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None
         )
 
 
-def warn_of_absent(
-    path: Path, absent: Sequence[str], whole: int, what: str, model: FamilyNames | None
-) -> None:
-    """Warn of parts of a LoRA that a model does not have, as `warn_of_rest`.
-
-    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. Those that only some
-    models of the family have are told apart: without them the others still do what they were trained for.
-    """
-    optional = [
-        name
-        for name in absent
-        if model is not None and is_optional(name.removeprefix(OURS).partition(".")[0], model)
-    ]
-    if optional and model is not None:
-        logger.warning(
-            f"{path}: {len(optional)} of {whole} {what}: they are for {model.optional_words}; the rest is "
-            f"used without them: {list_some(optional)}"
-        )
-    warn_of_rest(path, [name for name in absent if name not in set(optional)], whole, what)
-
-
-def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
-    """Warn if a LoRA fits by its names but its metadata say that it was trained for another model."""
-    made = read_family(lora.metadata)
-    if made is None or model is None or made is model or made.name in model.takes:
-        return
-    logger.warning(
-        f"{lora.path} was trained for {made.name}, as its metadata say, and is used on a {model.name} model. "
-        "The names are the same, what it has learned is not: do not expect much of it."
-    )
-
-
-def family_of_network(names: Iterable[str], lora: LoraFile) -> FamilyNames | None:
-    """Return the family that a network was built for, by the names of its modules (ours, with our prefix).
-
-    These are only some of a model's: if they are names of the LoRA's family too, it is taken for that.
-    """
-    made = read_family(lora.metadata)
-    return choose_family((name.removeprefix(OURS) for name in names), None if made is None else made.name)
-
-
-def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
-    """Warn if a LoRA was trained for another expert than the one it is added to.
-
-    expert: name of the latter; empty or None if the model has no experts or it is unknown which one it is.
-    """
-    if not expert or lora.expert in (None, FOR_BOTH, expert):
-        return
-    says = "name says" if expert_of(lora.metadata, Path()) is None else "metadata say"
-    logger.warning(
-        f"{lora.path} was trained for the {in_words(lora.expert)}, as its {says}, and is loaded into the "
-        f"{in_words(expert)}: what it has learned is about other noise levels. Give the file for the "
-        f"{in_words(expert)}, if there is one."
-    )
-
-
 def _peft_config(path: Path, metadata: Mapping[str, str], start: str) -> dict[str, Any]:
     """The adapter's settings that diffusers keeps in the metadata and PEFT in a file beside the weights; {}
     without them.
@@ -372,6 +318,44 @@ def _finite(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"an alpha is {number}")
     return number
+
+
+class PeftPatterns:
+    """The keys of PEFT's `alpha_pattern` with their values; of several that match, PEFT takes the first.
+
+    A key is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for it.
+    """
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        """Raises ValueError if a key is no expression, or if these are too long."""
+        self._values = values
+        self._places = {key: place for place, key in enumerate(values)}
+        expressions = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
+        if sum(map(len, expressions)) > MAX_EXPRESSIONS:
+            raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
+        self._expressions = {key: _compile_key(key) for key in expressions}
+
+    def find(self, path: str) -> float | None:
+        """Return the value for a module path (`blocks.0.attn1.to_q`), or None if no key matches.
+
+        Raises ValueError if an expression takes too long.
+        """
+        ends = [path, *(path[index + 1 :] for index, char in enumerate(path) if char == ".")]
+        found = [end for end in ends if end in self._places]
+        for key, pattern in self._expressions.items():
+            try:
+                if pattern.match(path, timeout=SECONDS):
+                    found.append(key)
+            except TimeoutError:
+                raise ValueError(f"the key {key!r} takes too long to search {path} for") from None
+        return self._values[min(found, key=self._places.__getitem__)] if found else None
+
+
+def _compile_key(key: str) -> "regex.Pattern[str]":
+    try:
+        return regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
+    except regex.error as error:
+        raise ValueError(f"the key {key!r} is no regular expression: {error}") from None
 
 
 def import_network_module(name: str) -> ModuleType:

@@ -6,39 +6,20 @@ side or more keeps that matrix whole.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
 from modules.errors import OptionError
-from networks.factored import FactoredNetwork, MakeShapes, build_factored, check_factored, rebuild_factored
-from networks.factored_layer import lokr_shapes
+from networks.factored import MakeShapes, lokr_shapes, module_of_kind
 
 SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 
 
-def check_settings(
-    rank: int | None,
-    alpha: float | None,
-    dropout: float | None,
-    arguments: Mapping[str, Any],
-    depths: Mapping[str, int] | None = None,
-) -> None:
-    """Raise OptionError if a setting cannot be used. Nothing of the model is needed.
+def take_shapes(arguments: dict[str, Any]) -> MakeShapes:
+    """Take `factor` and `decompose_both` out of the arguments; return what gives the factors of a module.
 
-    `depths` is not used: no setting has numbers of blocks.
+    Raises OptionError if they cannot be used.
     """
-    rest = dict(arguments)
-    choose_shapes(rest.pop("factor", -1), rest.pop("decompose_both", False))
-    check_factored(rank, alpha, dropout, rest)
-
-
-def choose_shapes(factor: Any, decompose_both: Any) -> MakeShapes:
-    """Return what gives the factors of a module.
-
-    Raises OptionError if `factor` or `decompose_both` cannot be used.
-    """
+    factor, decompose_both = arguments.pop("factor", -1), arguments.pop("decompose_both", False)
     try:
         size = int(factor)
     except ValueError:
@@ -52,29 +33,6 @@ def choose_shapes(factor: Any, decompose_both: Any) -> MakeShapes:
     return functools.partial(lokr_shapes, factor=size, decompose_both=SWITCH[str(decompose_both)])
 
 
-def create_arch_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: object,
-    text_encoders: object,
-    unet: nn.Module,
-    neuron_dropout: float | None = None,
-    factor: Any = -1,
-    decompose_both: Any = False,
-    **arguments: Any,
-) -> FactoredNetwork:
-    """Build a network by the call that LoRA tuners share. `vae` and `text_encoders` are not used."""
-    shapes = choose_shapes(factor, decompose_both)
-    return build_factored(unet, multiplier, network_dim, network_alpha, neuron_dropout, arguments, shapes)
-
-
-def create_arch_network_from_weights(
-    multiplier: float,
-    weights_sd: Mapping[str, Tensor],
-    text_encoders: object = None,
-    unet: nn.Module | None = None,
-    **_: Any,
-) -> FactoredNetwork:
-    """Build a network with the modules, factors and alphas of a file's tensors, but not their values."""
-    return rebuild_factored(unet, multiplier, weights_sd, ("lokr_w1", "lokr_w1_a"))
+check_settings, create_arch_network, create_arch_network_from_weights = module_of_kind(
+    take_shapes, ("lokr_w1", "lokr_w1_a")
+)

@@ -1,7 +1,7 @@
 """LoRA for FLUX.1 and Chroma, also for the modulation of blocks: `--network_module networks.lora_flux`."""
 
 from networks.lora import module_of_family
-from networks.lora_rules import LoraRules
+from networks.lora_settings import LoraRules
 
 _BLOCKS = ("double_blocks.", "single_blocks.")
 RULES = LoraRules(

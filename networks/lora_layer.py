@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from modules.devices import numbers_on
 from modules.fp8.weights import dequantise, is_fp8, scale_of
 from modules.seeds import derive_seed
-from networks.lora_blocks import BlockUp
-from networks.lora_ggpo import perturbed
-from networks.lora_products import add_up, branch, hold
+from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
@@ -171,6 +169,22 @@ class LoraLayer(nn.Module):
             ups = self.lora_up.weight.split(self.lora_up.heights)
             return list(zip(self.lora_down.weight.chunk(len(ups)), ups, strict=True))
         return [(self.lora_down.weight.flatten(1), self.lora_up.weight.flatten(1))]
+
+    def norm(self) -> Tensor:
+        """Return the Frobenius norm of alpha / rank * up @ down, computed from R x R products only."""
+        squares = []
+        for down, up in self.factor_pairs():  # R x in, out x R
+            exact = (
+                torch.float32 if down.device.type == "mps" else torch.float64
+            )  # Apple GPUs have no float64
+            down, up = down.to(exact), up.to(exact)
+            squares.append(((up.T @ up) * (down @ down.T)).sum().clamp(min=0))
+        return self.scale * torch.stack(squares).sum().sqrt()
+
+    def shrink(self, ratio: Tensor) -> None:
+        """Multiply the change by a number, a part of it in each factor."""
+        self.lora_down.weight.mul_(ratio.sqrt())
+        self.lora_up.weight.mul_(ratio.sqrt())
 
     def _joins(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the LoRA's products are added to the tensors of the frozen module in place.

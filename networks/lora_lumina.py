@@ -1,7 +1,7 @@
 """LoRA for Lumina-Image-2.0: blocks, refiners and the last layer: `--network_module networks.lora_lumina`."""
 
 from networks.lora import module_of_family
-from networks.lora_rules import LoraRules
+from networks.lora_settings import LoraRules
 
 _REFINERS = ("context_refiner.", "noise_refiner.")
 RULES = LoraRules(

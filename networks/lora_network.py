@@ -1,10 +1,10 @@
 """The network of LoRAs that a training optimises: in a DiT, and in text encoders that learn."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,41 +12,31 @@ from torch import Tensor, nn
 from modules.atomic_write import save_tensors
 from modules.errors import CheckpointError
 from networks.deltas import LORA, Factors, group_by_module, rank_of
-from networks.hashes import add_hashes, saved_dtype
-from networks.key_formats import OURS, add_missing_alphas
-from networks.loading import family_of_network, list_some, read_lora, warn_of_other_family
-from networks.lora_ggpo import RowStrengths, mean_row_norm, row_strengths
+from networks.key_formats import OURS
+from networks.loading import list_some, read_lora
 from networks.lora_layer import DropoutSeed, LoraLayer
+from networks.lora_products import RowStrengths, mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
+from networks.metadata import add_hashes, saved_dtype
 from networks.parts import for_model
+from networks.uses import family_of_network, warn_of_other_family
+from networks.writing import add_missing_alphas
 
 logger = getLogger(__name__)
 UNET = OURS.removesuffix("_")
 
 
-class Attachable(Protocol):
-    """A layer that puts itself into the module it was built for."""
+class OwnNetwork(nn.Module):
+    """Layers of a model by our names. The state dict has the tensors of a LoRA file in our dialect."""
 
-    def attach(self) -> None: ...
-
-
-class LoraNetwork(nn.Module):
-    """LoRAs of a model. The state dict has the tensors of a LoRA file in our dialect."""
-
-    def __init__(
-        self, layers: Mapping[str, LoraLayer], settings: LoraSettings, multiplier: float = 1.0
-    ) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], multiplier: float) -> None:
+        """layers: each has `attach`, `norm`, `shrink` and a `multiplier`."""
         super().__init__()
-        self.settings = settings
-        self._seed = DropoutSeed()
-        self.names, self.layers = list(layers), list(layers.values())
-        for index, (name, layer) in enumerate(layers.items()):
-            layer.set_dropouts(settings.dropouts, self._seed, index)
+        self.names = list(layers)
+        self.layers: list[Any] = list(layers.values())
+        for name, layer in layers.items():
             self.add_module(name, layer)
-        self._noise = None if settings.perturbation is None else _prepare_noise(layers)
         self.set_multiplier(multiplier)
-        ranks = sorted({layer.rank for layer in self.layers})
-        logger.info(f"LoRA on {len(self.layers)} modules, rank {list_some([str(rank) for rank in ranks])}")
 
     def apply_to(
         self,
@@ -55,7 +45,7 @@ class LoraNetwork(nn.Module):
         apply_text_encoder: bool = False,
         apply_unet: bool = True,
     ) -> None:
-        """Put the LoRAs into the models they were built for: the DiT, and text encoders if it has some."""
+        """Put the layers into the models they were built for: the DiT, and text encoders if it has some."""
         for name, layer in zip(self.names, self.layers, strict=True):
             if apply_unet if prefix_of(name) == UNET else apply_text_encoder:
                 layer.attach()
@@ -64,6 +54,103 @@ class LoraNetwork(nn.Module):
         self.multiplier = multiplier
         for layer in self.layers:
             layer.multiplier = multiplier
+
+    def prepare_grad_etc(self, unet: nn.Module) -> None:
+        self.requires_grad_(True)
+
+    def on_epoch_start(self, unet: nn.Module) -> None:
+        self.train()
+
+    def get_trainable_params(self) -> Iterator[nn.Parameter]:
+        return self.parameters()
+
+    def load_weights(self, file: str | Path) -> list[str]:
+        """Start from a file of any dialect; returns (and warns of) the modules that only one side has.
+
+        The file's alphas come along. Raises CheckpointError if a module has other factors or sizes here, or
+        none is here.
+        """
+        path, own = Path(file), group_by_module(self.state_dict())
+        lora = read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
+        warn_of_other_family(lora, family_of_network(own, lora))
+        stored = group_by_module(self._for_modules({**lora.tensors, **lora.text_tensors}, own))
+        fitting = {name: factors for name, factors in stored.items() if name in own}
+        wrong = [name for name, factors in fitting.items() if _shapes(factors) != _shapes(own[name])]
+        if wrong:
+            sizes = [(name, _in_words(stored[name]), _in_words(own[name])) for name in wrong]
+            lines = [f"  {name} has {theirs}, here {ours}\n" for name, theirs, ours in sizes]
+            raise CheckpointError(
+                f"--network_weights {path} does not fit this network in {len(wrong)} of {len(stored)} "
+                f"modules:\n{''.join(lines[:3])}  {self._remedy(stored, own, wrong[0])}",
+                path,
+            )
+        if not fitting:
+            raise CheckpointError(
+                f"--network_weights {path} does not fit this network: there is no {next(iter(stored))}. Give "
+                "a file for this model, or another --network_module.",
+                path,
+            )
+        # some tools store alpha as a list with one element
+        tensors = {
+            f"{name}.{part}": tensor.reshape(own[name][part].shape)
+            for name, factors in fitting.items()
+            for part, tensor in factors.items()
+        }
+        self.load_state_dict(tensors, strict=False)
+        problems = [f"{name} is not in this network" for name in stored if name not in own]
+        problems += [f"{name} is not in the file" for name in own if name not in stored]
+        if problems:
+            logger.warning(
+                f"{path}: {len(fitting)} modules loaded, {len(problems)} not: {list_some(problems)}"
+            )
+        return problems
+
+    def save_weights(
+        self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+    ) -> None:
+        """Write a LoRA file, completely or not at all, with the hashes of its tensors in the metadata."""
+        tensors = saved_dtype(self.state_dict(), dtype)
+        save_tensors(Path(file), tensors, add_hashes(tensors, metadata or {}))
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(
+        self, max_norm: float, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale down each layer whose change of the weight has a norm above `max_norm`.
+
+        Returns the number of scaled layers, and mean and largest norm afterwards, as tensors on the network's
+        device, so that the host need not wait for them. `device` is ignored.
+        """
+        norms = torch.stack([layer.norm() for layer in self.layers])
+        ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
+        for layer, ratio in zip(self.layers, ratios, strict=True):
+            layer.shrink(ratio)
+        after = norms * ratios
+        return (ratios < 1).sum(), after.mean(), after.max()
+
+    def _for_modules(self, tensors: Mapping[str, Tensor], own: Mapping[str, Factors]) -> Mapping[str, Tensor]:
+        """Return the tensors of a file for the modules of this network."""
+        return tensors
+
+    def _remedy(self, stored: Mapping[str, Factors], own: Mapping[str, Factors], wrong: str) -> str:
+        """Say what to do about a module of a file that does not fit."""
+        return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
+
+
+class LoraNetwork(OwnNetwork):
+    """LoRAs of a model."""
+
+    def __init__(
+        self, layers: Mapping[str, LoraLayer], settings: LoraSettings, multiplier: float = 1.0
+    ) -> None:
+        super().__init__(layers, multiplier)
+        self.settings = settings
+        self._seed = DropoutSeed()
+        for index, layer in enumerate(self.layers):
+            layer.set_dropouts(settings.dropouts, self._seed, index)
+        self._noise = None if settings.perturbation is None else _prepare_noise(layers)
+        ranks = sorted({layer.rank for layer in self.layers})
+        logger.info(f"LoRA on {len(self.layers)} modules, rank {list_some([str(rank) for rank in ranks])}")
 
     def set_dropout_seed(self, seed: int) -> None:
         """Seed all dropout masks until the next call; call before each micro-batch."""
@@ -122,12 +209,6 @@ class LoraNetwork(nn.Module):
             rates[prefix] = unet_lr if rate is None else rate
         return rates
 
-    def prepare_grad_etc(self, unet: nn.Module) -> None:
-        self.requires_grad_(True)
-
-    def on_epoch_start(self, unet: nn.Module) -> None:
-        self.train()
-
     def on_step_start(self) -> None:
         """Do nothing; the interface requires this method."""
 
@@ -151,116 +232,22 @@ class LoraNetwork(nn.Module):
             strengths = row_strengths(*weights, gradients, layer.scale, base.to(weights[0].device), rule)
             layer.noise.copy_(strengths)
 
-    def get_trainable_params(self) -> Iterator[nn.Parameter]:
-        return self.parameters()
+    def _for_modules(self, tensors: Mapping[str, Tensor], own: Mapping[str, Factors]) -> Mapping[str, Tensor]:
+        heights = {name: len(factors[LORA[1]]) for name, factors in own.items()}
+        return add_missing_alphas(for_model(tensors, heights.get))
 
-    def load_weights(self, file: str | Path) -> list[str]:
-        """Start from a LoRA file of any dialect; returns (and warns of) the modules that only one side has.
-
-        The file's alphas come along. Raises CheckpointError if a module has other factors or sizes here, or
-        none is here.
-        """
-        path = Path(file)
-        own = group_by_module(self.state_dict())
-        lora = read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
-        warn_of_other_family(lora, family_of_network(own, lora))
-        fitted = for_model(
-            {**lora.tensors, **lora.text_tensors},
-            lambda name: len(own[name][LORA[1]]) if name in own else None,
-        )
-        stored = group_by_module(add_missing_alphas(fitted))
-        wrong = [
-            name for name, factors in stored.items() if name in own and not _same_shapes(factors, own[name])
-        ]
-        unknown = [name for name in stored if name not in own]
-        if wrong:
-            examples = [f"{name} has {_shapes(stored[name])}, here {_shapes(own[name])}" for name in wrong]
-            raise CheckpointError(
-                f"--network_weights {path} does not fit this network in {len(wrong)} of {len(stored)} "
-                "modules:\n"
-                + "".join(f"  {example}\n" for example in examples[:3])
-                + f"  {_remedy(stored, own, wrong[0])}",
-                path,
+    def _remedy(self, stored: Mapping[str, Factors], own: Mapping[str, Factors], wrong: str) -> str:
+        if stored[wrong].keys() != own[wrong].keys():
+            return (
+                "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or "
+                "train on with the --network_module that made it, such as lycoris.kohya."
             )
-        fitting = {name: factors for name, factors in stored.items() if name in own}
-        if not fitting:
-            raise CheckpointError(
-                f"--network_weights {path} does not fit this network: there is no {unknown[0]}. Give a LoRA "
-                "for this model, or "
-                "another --network_module.",
-                path,
-            )
-        return fill_network(self, path, stored, own)
-
-    def save_weights(
-        self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
-    ) -> None:
-        """Write a LoRA file, completely or not at all, with the hashes of its tensors in the metadata."""
-        tensors = saved_dtype(self.state_dict(), dtype)
-        save_tensors(Path(file), tensors, add_hashes(tensors, metadata or {}))
-
-    @torch.no_grad()
-    def apply_max_norm_regularization(
-        self, max_norm: float, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale down both factors of each LoRA whose norm ||alpha / rank * up @ down|| is above `max_norm`.
-
-        Returns the number of scaled LoRAs, and mean and largest norm afterwards, as tensors on the network's
-        device, so that the host need not wait for them. `device` is ignored.
-        """
-        norms = torch.stack([_norm(layer) for layer in self.layers])
-        ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
-        for layer, root in zip(self.layers, ratios.sqrt(), strict=True):
-            layer.lora_down.weight.mul_(root)
-            layer.lora_up.weight.mul_(root)
-        after = norms * ratios
-        return (ratios < 1).sum(), after.mean(), after.max()
-
-
-def attach_layers(layers: Iterable[Attachable], to_text_encoders: bool, to_model: bool) -> None:
-    """Put layers into the model they were built for.
-
-    Raises ValueError if they are requested for text encoders.
-    """
-    if to_text_encoders:
-        raise ValueError("this network has no modules for text encoders")
-    if to_model:
-        for layer in layers:
-            layer.attach()
-
-
-def fill_network(
-    network: nn.Module, path: Path, stored: Mapping[str, Factors], own: Mapping[str, Factors]
-) -> list[str]:
-    """Copy the modules that both sides have; return (and warn of) those that only one side has.
-
-    stored: of the file. own: of the network, with the shapes of the file's.
-    """
-    fitting = [name for name in stored if name in own]
-    network.load_state_dict(
-        {
-            # some tools store alpha as a list with one element
-            f"{name}.{part}": tensor.reshape(own[name][part].shape)
-            for name in fitting
-            for part, tensor in stored[name].items()
-        },
-        strict=False,
-    )
-    problems = [f"{name} is not in this network" for name in stored if name not in own]
-    problems += [f"{name} is not in the file" for name in own if name not in stored]
-    if problems:
-        logger.warning(f"{path}: {len(fitting)} modules loaded, {len(problems)} not: {list_some(problems)}")
-    return problems
-
-
-def _norm(layer: LoraLayer) -> Tensor:
-    """Return the Frobenius norm of alpha / rank * up @ down, computed from R x R products only."""
-    squares = []
-    for down, up in layer.factor_pairs():  # R x in, out x R
-        exact = torch.float32 if down.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-        down, up = down.to(exact), up.to(exact)
-        squares.append(((up.T @ up) * (down @ down.T)).sum().clamp(min=0))
-    return layer.scale * torch.stack(squares).sum().sqrt()
+        sizes = [(one[LORA[0]].shape[1:], len(one[LORA[1]])) for one in (stored[wrong], own[wrong])]
+        if sizes[0] != sizes[1]:
+            return "Give a LoRA that was trained for a model of this size."
+        ranks = {rank_of(factors) for factors in stored.values()}
+        known = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
+        return f"Give {known}--dim_from_weights."
 
 
 def prefix_of(name: str) -> str:
@@ -294,30 +281,9 @@ def _prepare_noise(layers: Mapping[str, LoraLayer]) -> _NoiseState:
     return _NoiseState(bases, strengths)
 
 
-def _same_shapes(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
-    return factors.keys() == own.keys() and all(
-        t.shape == own[part].shape for part, t in factors.items() if part != "alpha"
-    )
+def _shapes(factors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {part: list(tensor.shape) for part, tensor in factors.items() if part != "alpha"}
 
 
-def _remedy(stored: Mapping[str, Factors], own: Mapping[str, Factors], wrong: str) -> str:
-    """What to do about a module of a file that does not fit."""
-    if stored[wrong].keys() != own[wrong].keys():
-        return (
-            "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or train "
-            "on with the "
-            "--network_module that made it, such as lycoris.kohya."
-        )
-    widths = [(factors[LORA[0]].shape[1:], len(factors[LORA[1]])) for factors in (stored[wrong], own[wrong])]
-    if widths[0] != widths[1]:
-        return "Give a LoRA that was trained for a model of this size."
-    ranks = {rank_of(factors) for factors in stored.values()}
-    return (
-        f"Give --network_dim {ranks.pop()}, or --dim_from_weights."
-        if len(ranks) == 1
-        else "Give --dim_from_weights."
-    )
-
-
-def _shapes(factors: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in factors.items() if part != "alpha")
+def _in_words(factors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{part} {shape}" for part, shape in _shapes(factors).items())

@@ -1,18 +1,25 @@
-"""The two thin products of a LoRA, computed into tensors that the frozen layer writes anyway.
+"""What LoRA layers compute: two thin products, added in tensors that the frozen layer writes anyway; the up
+factor of a fused layer whose parts (q, k, v, ...) have LoRAs of their own; noise on weights (LoRA-GGPO).
 
 As separate operations a LoRA costs three passes over the output (its own output written and read, the sum
-written) and in the backward pass as many over the input's gradient. Here both sums are made by the matrix
-product itself, which reads and writes the tensor once. They are rounded once, not twice.
+written) and in the backward pass as many over the gradient of the input. Here both sums are made by the
+matrix product itself, which reads and writes the tensor once. They are rounded once, not twice.
+Source of LoRA-GGPO: Chang et al. 2025, arXiv 2502.14538.
 """
-# Letters: R rank
+# Letters: R rank, of a part where there are P parts
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from torch import Tensor
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
+
+from modules.fp8.weights import dequantise, is_fp8, scale_of
 
 
 def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,3 +148,153 @@ def _flat(x: Tensor) -> Tensor:
 
 def _join(tensors: Sequence[Tensor], axis: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
+
+
+class BlockUp(nn.Module):
+    """Block-diagonal up factor, out x P R in files; only the blocks exist here: `weight`, out x R.
+
+    Its rows of part p multiply the pth group of R values.
+    """
+
+    def __init__(self, rank: int, heights: Sequence[int]) -> None:
+        """rank: of all parts together. heights: rows of each part; uninitialised, float32 on the CPU."""
+        super().__init__()
+        self.heights = tuple(heights)
+        self.weight = nn.Parameter(torch.empty(sum(heights), rank // len(heights)))
+        self.register_state_dict_post_hook(_spread)
+        self.register_load_state_dict_pre_hook(_gather)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        # hidden: ... P R
+        groups = hidden.chunk(len(self.heights), -1)
+        blocks = self.weight.split(self.heights)
+        return torch.cat([functional.linear(x, w) for x, w in zip(groups, blocks, strict=True)], -1)
+
+
+def _spread(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put the whole matrix, as files have it, in place of the blocks."""
+    assert isinstance(module, BlockUp)
+    state[f"{prefix}weight"] = torch.block_diag(*state[f"{prefix}weight"].split(module.heights))
+
+
+def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put the blocks in place of the whole matrix."""
+    assert isinstance(module, BlockUp)
+    whole = state.get(f"{prefix}weight")
+    if whole is None:
+        return
+    blocks = diagonal_blocks(whole, module.heights)
+    if blocks is None:
+        raise ValueError(f"{prefix}weight has values outside the blocks of its parts")
+    state[f"{prefix}weight"] = torch.cat(blocks)
+
+
+def fused_heights(parts: int, rows: int, columns: int) -> tuple[int, ...]:
+    """Return the rows of each part of a fused layer: q, k, v, or q, k, v and the first layer of the MLP.
+
+    rows, columns: of the layer's weight; queries are as many as its columns. Of 3 parts, keys and values
+    share the rest (they may have fewer heads); of 4, they are as high as queries. () if that does not fit.
+    """
+    rest = rows - columns
+    by_parts = {3: (columns, rest // 2, rest - rest // 2), 4: (*(columns,) * 3, rows - 3 * columns)}
+    heights: tuple[int, ...] = by_parts.get(parts, ())
+    return heights if heights and min(heights) > 0 else ()
+
+
+def diagonal_blocks(up: Tensor, heights: Sequence[int]) -> list[Tensor] | None:
+    """Return the blocks of a block-diagonal up factor, None if it is none.
+
+    up: out x P R. heights: rows of each of the P parts.
+    """
+    if up.ndim != 2 or sum(heights) != len(up) or up.shape[1] % len(heights):
+        return None
+    rank = up.shape[1] // len(heights)
+    rows = up.split(list(heights))
+    blocks = [part[:, index * rank : (index + 1) * rank] for index, part in enumerate(rows)]
+    outside = sum(int(part.count_nonzero()) for part in rows) - sum(int(b.count_nonzero()) for b in blocks)
+    return None if outside else blocks
+
+
+MOST_ROWS = 1000  # of a weight whose mean norm is estimated
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """How strong the noise is."""
+
+    sigma: float  # for each row of a weight: times its norm
+    beta: float  # times the square of its gradient's norm
+
+
+def row_strengths(
+    down: Tensor, up: Tensor, gradients: tuple[Tensor, Tensor], scale: float, base: Tensor, rule: Perturbation
+) -> Tensor:
+    """Return the standard deviation of the noise in each row of a weight.
+
+    It is (sigma * w + beta * g^2) / sqrt(out), with w = sqrt(base^2 + |row of up @ down|^2) and g = |row of
+    scale * (up @ d_down + d_up @ down)|. Only products of the rank's width are computed.
+    down: R x in. up: out x R. gradients: of both. base: the mean norm of the frozen weight's rows.
+    """
+    d_down, d_up = gradients
+    weights = (base**2 + _row_squares(up, down)).sqrt()
+    changes = scale**2 * _row_squares(torch.cat([up, d_up], 1), torch.cat([d_down, down]))
+    return (rule.sigma * weights + rule.beta * changes) / math.sqrt(len(up))
+
+
+def _row_squares(left: Tensor, right: Tensor) -> Tensor:
+    """Return the squared norms of the rows of left @ right: out x R, R x in -> out."""
+    return ((left @ (right @ right.T)) * left).sum(1).clamp(min=0)
+
+
+@torch.no_grad()
+def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
+    """Return the mean norm of up to MOST_ROWS rows of a frozen weight, chosen by the seed; float32, CPU."""
+    weight = layer.weight
+    rows = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]
+    chosen = dequantise(weight, scale_of(layer)) if is_fp8(weight.dtype) else weight
+    chosen = chosen[rows.to(weight.device)]
+    return torch.linalg.vector_norm(chosen, dim=1, dtype=torch.float32).mean().cpu()
+
+
+class _Noise(torch.autograd.Function):
+    """x @ P.T for a normal P that is made from a seed, again in the backward pass, rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int) -> Tensor:
+        ctx.save_for_backward(deviations)
+        ctx.seed, ctx.width = seed, x.shape[-1]
+        return x @ draw_noise(deviations, x.shape[-1], seed, x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (deviations,) = ctx.saved_tensors
+        return gradient @ draw_noise(deviations, ctx.width, ctx.seed, gradient.dtype), None, None
+
+
+def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Return normal numbers, out x width, row i with the standard deviation `deviations[i]`."""
+    generator = torch.Generator(deviations.device).manual_seed(seed)
+    numbers = torch.randn(
+        len(deviations), width, generator=generator, device=deviations.device, dtype=torch.float32
+    )
+    return numbers.mul_(deviations[:, None]).to(dtype)
+
+
+# not torch.compiler.disable, which imports the compiler (two seconds) when this file is imported
+@_disable_dynamo
+def perturbed(x: Tensor, deviations: Tensor, seed: int) -> Tensor:
+    """Return what noise on a weight adds to a layer's output. x: ... in. deviations: out, one of each row.
+
+    The noise is constant for gradients; those of x go through it.
+    """
+    added: Tensor = _Noise.apply(x, deviations.to(x.device), seed)
+    return added
+
+
+class RowStrengths(nn.Module):
+    """The noise of every layer, by its name: buffers that are saved with the state of a training."""
+
+    def __init__(self, heights: dict[str, int]) -> None:
+        super().__init__()
+        for name, rows in heights.items():
+            self.register_buffer(name, torch.zeros(rows))

@@ -19,7 +19,7 @@ from networks.deltas import (
     strength,
 )
 from networks.key_formats import OURS
-from networks.lora_blocks import diagonal_blocks, fused_heights
+from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import FAMILIES, Relative, relatives
 from networks.names.layouts import BEFORE_REST, REST, SWAPPED, FamilyNames, WeightPart
 

@@ -20,7 +20,7 @@ from networks.image_tools_options import WholeMergeOptions
 def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_options(__doc__, argv, WholeMergeOptions)
 
-    from networks.merging_whole import merge_whole
+    from networks.merging import merge_whole
 
     merge_whole(options)
 

@@ -17,14 +17,13 @@ from torch import nn
 
 from modules.checkpoints.dialects import LoadPlan
 from modules.errors import CheckpointError, OptionError
-from networks.added import attach_parts, fitting, places
-from networks.added_layers import AddedPart
+from networks.added import AddedPart, attach_parts, fitting, places
+from networks.apply import LoraPatch, OriginalWeights
 from networks.deltas import group_by_module
 from networks.loading import LoraFile, family_by_text_width, list_some, read_lora
-from networks.merge import LoraPatch, LoraUse
 from networks.module_names import read_family
-from networks.switching import OriginalWeights
 from networks.text_loras import text_part
+from networks.uses import LoraUse
 from stable_diffusion.contract import KINDS, Model, ModelKind
 from stable_diffusion.loading import OpenedCheckpoint
 from stable_diffusion.network_options import AddedNetworkOptions

@@ -12,7 +12,7 @@ from torch import Tensor
 import convert_lora
 from modules.errors import CheckpointError
 from networks import lora_framepack
-from networks.hashes import model_hashes
+from networks.metadata import model_hashes
 from tests.commands import assert_user_error, run_script
 from tests.frame_pack.making import tiny_model
 from tests.networks.making import randomize, tiny_dit, wan_network

@@ -14,8 +14,9 @@ from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from modules.families import identify
 from networks import lora_framepack
+from networks.apply import LoraPatch
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
+from networks.uses import LoraUse
 from tests.commands import ROOT, assert_user_error, run_python, run_script
 from tests.frame_pack.making import tiny_model as tiny_framepack
 from tests.networks.making import randomize, tiny_dit, wan_network
@@ -130,8 +131,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from benchmarks.process_memory import peak, start_of_peak
 from networks.loading import LoraFile
-from networks.merge import LoraUse
-from networks.merge_files import merge_into_file
+from networks.uses import LoraUse
+from networks.merging import merge_into_file
 
 def merge(rows):
     save_file({"blocks.0.ffn.0.weight": torch.zeros(rows, 8192, dtype=torch.bfloat16)}, "model.safetensors")

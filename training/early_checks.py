@@ -16,11 +16,12 @@ from modules.offload.swap_plan import check_swap
 from modules.planning.dry_run import quiet
 from networks.adapter import check_network
 from networks.added import refuse_dora
-from networks.fitting import check_loras_fit, smallest_lora_bytes
+from networks.apply import check_loras_fit
 from networks.loading import OWN_MODULES, WITH_RULES, read_lora
+from networks.lora import smallest_lora_bytes
 from networks.lora_settings import DEFAULT_RANK
-from networks.merge import LoraUse
 from networks.options import NetworkOptions
+from networks.uses import LoraUse
 from training.experts import check_experts, network_for, read_lora_for
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer

@@ -20,8 +20,9 @@ from modules.offload.turns import HostCopy, HostPlaceOf
 from modules.planning.device_memory import bytes_on, spare_bytes
 from modules.planning.memory_plan import gib
 from networks.adapter import make_network
-from networks.added import AddedFile, AddedLoras, add_loras
-from networks.merge import LoraPatch, LoraUse
+from networks.added import AddedLoras, add_loras
+from networks.apply import LoraPatch
+from networks.uses import LoraUse
 from training.averages import make_average
 from training.changes import OptionChange, rebuild_schedule
 from training.data.live_text import LiveTexts
@@ -121,7 +122,7 @@ class Loading:
         is_compiled = options.speed.compilation.choice is not None
         if self.has_samples and options.samples.loras():
             extra = [
-                AddedFile(read_lora_for(path, expert), multiplier)
+                LoraUse(read_lora_for(path, expert), multiplier)
                 for path, multiplier in options.samples.loras()
             ]
             self.sample_loras.append(add_loras(dit, extra, is_compiled))

@@ -22,7 +22,7 @@ from frame_pack.checkpoints import load_dit as load_framepack
 from hunyuan_model.checkpoints import load_dit as load_hunyuan
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.loading import Placement
-from networks.hashes import add_hashes
+from networks.metadata import add_hashes
 from post.upscaling.files import load_upscaler
 from tests.commands import run_script
 from tests.manifests import tensor_list, write_hollow

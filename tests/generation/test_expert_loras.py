@@ -13,8 +13,8 @@ from generation.expert_loras import expert_loras
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
 from networks.loading import read_lora
-from networks.merge import LoraUse
 from networks.options import LoraOptions, LoraPatternOptions
+from networks.uses import LoraUse
 from tests.tiny.wan import TinyWan
 
 BOTH = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 875.0))

@@ -10,8 +10,9 @@ from torch import Tensor
 import wan_generate_video
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
+from networks.apply import LoraPatch
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
+from networks.uses import LoraUse
 from tests.tiny.wan import TinyWan, write_tiny_wan
 
 

@@ -11,8 +11,9 @@ from modules.fp8.options import Quantisation
 from modules.offload.block_swap import host_weights
 from modules.offload.swap_plan import SwapPlan
 from modules.offload.turns import HostPlaceOf
+from networks.apply import LoraPatch
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
+from networks.uses import LoraUse
 from tests.gpu.measuring import equal_bits, poison, relative_error
 from tests.tiny.project import write_lora
 from tests.tiny.wan_dit import tiny_state, write_dit

@@ -12,8 +12,9 @@ import torch
 from modules.contract.loading import Placement
 from modules.offload.block_swap import host_weights, swap_blocks
 from modules.offload.swap_plan import SwapPlan
+from networks.apply import LoraPatch
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
+from networks.uses import LoraUse
 from tests.gpu.measuring import sent
 from tests.modules.swap_cases import CASES
 from wan.checkpoints import load_dit

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from modules.errors import CheckpointError, OptionError
 from networks.adapter import NormReport, TrainableNetwork, make_network
-from networks.hashes import model_hashes
 from networks.loading import read_lora
 from networks.lora_network import LoraNetwork
+from networks.metadata import model_hashes
 from networks.options import NetworkOptions
 from tests.networks.making import inputs, tiny_dit, wan_network
 

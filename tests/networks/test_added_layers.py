@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from networks.added_layers import AddedLayer, AddedPart, ChangedPlace
+from networks.added import AddedLayer, AddedPart, ChangedPlace
 
 RANK = 3
 Factors = dict[str, Tensor]

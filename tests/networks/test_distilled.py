@@ -16,13 +16,12 @@ from modules.dressing import dress, swapped_weights
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import dequantise, quantise
 from modules.offload.options import SwapOptions
-from networks.added import AddedFile, add_loras
+from networks.added import add_loras
+from networks.apply import LoraPatch, OriginalWeights, check_loras_fit
 from networks.convert import convert_file
-from networks.fitting import check_loras_fit
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
-from networks.merge_files import merge_into_file
-from networks.switching import OriginalWeights
+from networks.merging import merge_into_file
+from networks.uses import LoraUse
 from tests.networks.making import inputs, tiny_dit
 from tests.networks.test_interoperability import TOLERANCE, load_there, run_there
 from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit
@@ -138,7 +137,7 @@ def test_switching_puts_every_difference_in_and_out_to_the_bit(case: Case) -> No
 def test_a_lora_for_samples_adds_every_difference_and_leaves_nothing(tmp_path: Path, case: Case) -> None:
     dit = tiny_dit(tmp_path / "other")
     plain, given = dit(**inputs(dit)), inputs(dit)
-    added = add_loras(dit, [AddedFile(case.use.lora, STRENGTH)])
+    added = add_loras(dit, [LoraUse(case.use.lora, STRENGTH)])
 
     with added.switched_on(CPU, torch.float32):
         found = dit(**given)
@@ -188,7 +187,7 @@ def test_swapped_blocks_have_every_difference(tmp_path: Path, case: Case, how: s
     )
     patch = LoraPatch([case.use]) if how == "merged while loading" else None
     dit = load_dit(case.model, Placement(CPU, patch=patch, host=host))
-    added = add_loras(dit, [AddedFile(case.use.lora, STRENGTH)] if patch is None else [])
+    added = add_loras(dit, [LoraUse(case.use.lora, STRENGTH)] if patch is None else [])
     dress(dit, DIT, CPU, host=host)
     plain = tiny_dit(tmp_path / "plain")
     given = inputs(plain)
@@ -216,7 +215,7 @@ def test_a_difference_of_the_first_layer_for_other_channels_is_left_out(
     assert "ONLY IN PART" not in caplog.text
     caplog.clear()
     dit = tiny_dit(tmp_path / "i2v", "i2v")
-    with add_loras(dit, [AddedFile(case.use.lora, 1.0)]).switched_on(CPU, torch.float32):
+    with add_loras(dit, [LoraUse(case.use.lora, 1.0)]).switched_on(CPU, torch.float32):
         dit(**inputs(dit))
     assert "its first layer takes 16 channels, the model's 36; the rest is used without it" in caplog.text
 
@@ -231,7 +230,7 @@ def test_image_attention_that_a_model_lacks_is_told_as_such(
         patch(name, weight)
 
     patch.check()
-    add_loras(dit, [AddedFile(case.use.lora, 1.0)])
+    add_loras(dit, [LoraUse(case.use.lora, 1.0)])
 
     assert caplog.text.count("the attention to images of Wan2.1's image-to-video models; the rest") == 2
     assert "lora_unet_blocks_0_cross_attn_k_img" in caplog.text

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modules.errors import CheckpointError
+from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.deltas import decompose, find_fault
 from networks.loading import LoraFile, read_lora
-from networks.merge import LoraPatch, LoraUse
 from networks.parts import for_model
+from networks.uses import LoraUse
 from tests.frame_pack import making as framepack
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import inputs, tiny_dit

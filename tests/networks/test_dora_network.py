@@ -15,10 +15,11 @@ from modules.errors import OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, dequantise, quantise
 from networks import lora
+from networks.apply import LoraPatch
 from networks.deltas import decompose, weight_delta
 from networks.loading import read_lora
 from networks.lora_layer import LoraLayer
-from networks.merge import LoraPatch, LoraUse
+from networks.uses import LoraUse
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from networks import loha, lokr
+from networks.apply import LoraPatch
 from networks.deltas import weight_delta
-from networks.factored_layer import FactoredLayer, loha_shapes, lokr_shapes, split_size
+from networks.factored import FactoredLayer, loha_shapes, lokr_shapes, split_size
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
+from networks.uses import LoraUse
 from tests.networks.making import inputs, tiny_dit
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network

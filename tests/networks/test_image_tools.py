@@ -18,15 +18,15 @@ from networks import (
     flux_extract_lora,
     flux_merge_lora,
 )
+from networks.apply import LoraPatch, check_loras_fit
 from networks.convert import convert_file
 from networks.deltas import group_by_module, weight_delta
 from networks.extracting import decompose_change
-from networks.fitting import check_loras_fit
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
 from networks.names.flux import FLUX
 from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.parts import fuse
+from networks.uses import LoraUse
 from tests.golden_cases import draw, make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
 

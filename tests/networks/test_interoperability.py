@@ -11,10 +11,11 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.lora_network import LoraNetwork
-from networks.merge import LoraPatch, LoraUse
+from networks.uses import LoraUse
 from tests.frame_pack import making as framepack
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import inputs, tiny_dit, wan_network

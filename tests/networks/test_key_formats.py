@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from networks.key_formats import add_missing_alphas, module_of_tensor, to_diffusers, to_native, to_other
+from networks.key_formats import module_of_tensor, to_native
 from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path, replace_dots
 from networks.names.framepack import FRAMEPACK
 from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.names.wan import WAN
 from networks.parts import for_model
+from networks.writing import add_missing_alphas, to_diffusers, to_other
 from tests.golden_cases import read_case
 from tests.manifests import manifest_names, tensor_list
 from tests.networks.making import golden_dit, golden_lora

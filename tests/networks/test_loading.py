@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from modules.errors import CheckpointError, OptionError
+from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.deltas import strength
 from networks.loading import import_network_module, read_lora
-from networks.merge import LoraPatch, LoraUse
+from networks.uses import LoraUse
 from tests.networks.making import tiny_dit, wan_network
 from tests.tiny.wan_dit import tiny_state
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from frame_pack.checkpoints import load_dit
 from modules.contract.loading import Placement
 from networks import lora_framepack
+from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import import_network_module, read_lora
-from networks.merge import LoraPatch, LoraUse
+from networks.uses import LoraUse
 from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS, read_case
 from tests.networks.making import golden_lora, randomize

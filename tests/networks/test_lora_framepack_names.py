@@ -11,14 +11,15 @@ from frame_pack.checkpoints import load_dit
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from networks import lora_framepack
+from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.key_formats import to_native
 from networks.loading import LoraFile, read_lora
-from networks.merge import LoraPatch, LoraUse
 from networks.module_names import choose_family, module_path, relatives, replace_dots
 from networks.names.framepack import FRAMEPACK
 from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.parts import cut, for_model
+from networks.uses import LoraUse
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.manifests import tensor_list
 from tests.networks.making import randomize

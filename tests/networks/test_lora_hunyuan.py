@@ -12,12 +12,13 @@ from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.model import HunyuanVideoModel
 from modules.contract.loading import Placement
 from networks import lora_hunyuan
+from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
-from networks.merge_files import merge_into_file
+from networks.merging import merge_into_file
 from networks.module_names import alias, choose_family, module_path, relatives, replace_dots
 from networks.names.hunyuan import HUNYUAN_VIDEO
+from networks.uses import LoraUse
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, tiny_inputs, tiny_model
 from tests.manifests import tensor_list

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from modules.errors import CheckpointError
 from networks import lora_hunyuan
+from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
 from networks.module_names import module_path, replace_dots
 from networks.names.hunyuan import HUNYUAN_VIDEO
 from networks.parts import fuse
+from networks.uses import LoraUse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved
 from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state, tiny_state
@@ -236,7 +237,7 @@ def test_a_lokr_for_a_part_and_one_for_the_whole_change_the_right_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
 ) -> None:
     if large:
-        monkeypatch.setattr("networks.changes._BLOCK_ELEMENTS", 1000)
+        monkeypatch.setattr("networks.apply._BLOCK_ELEMENTS", 1000)
     generator = torch.Generator().manual_seed(0)
     part, whole = torch.randn(16, 16, generator=generator), torch.randn(16, 16, generator=generator)
     small, tall = torch.randn(8, 8, generator=generator), torch.randn(24, 8, generator=generator)

@@ -13,10 +13,11 @@ import tests.flux.making as flux
 import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
 from networks import lora_flux, lora_hunyuan_image, lora_lumina
+from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.lora_network import LoraNetwork
-from networks.merge import LoraPatch, LoraUse
+from networks.uses import LoraUse
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.lumina import tiny_state
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from networks import lora_wan
+from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.loading import LoraFile, read_lora
-from networks.merge import LoraPatch, LoraUse, lora_uses
 from networks.options import LoraOptions, LoraPatternOptions
+from networks.uses import LoraUse, lora_uses
 from tests.golden_cases import read_case
 from tests.networks.making import golden_dit, golden_lora, inputs, tiny_dit, wan_network
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -69,6 +70,15 @@ def test_several_loras_are_summed_before_rounding() -> None:
 
     # 257.2: one alone would be lost
     assert torch.equal(patch("a.weight", weight), torch.full((4, 4), 258.0, dtype=torch.bfloat16))
+
+
+def test_a_merged_weight_is_rounded_once() -> None:
+    weight = torch.full((4, 4), 256.0, dtype=torch.bfloat16)  # neighbours are 2 apart
+    change = {"lora_unet_a.diff": torch.full((4, 4), 1.003)}  # 1.0 in bf16: 257 would become 256
+
+    changed = LoraPatch([LoraUse(lora_file(change))])("a.weight", weight)
+
+    assert torch.equal(changed, torch.full((4, 4), 258.0, dtype=torch.bfloat16))
 
 
 ROWS, COLUMNS = 2100, 2048  # more than is changed at once

@@ -12,8 +12,8 @@ from diffusers import (
     Lumina2Transformer2DModel,
 )
 
+from networks.apply import LIKELY_MODEL
 from networks.key_formats import module_of_tensor
-from networks.merge import LIKELY_MODEL
 from networks.module_names import choose_family
 from networks.names.flux import FLUX
 from networks.names.framepack import FRAMEPACK

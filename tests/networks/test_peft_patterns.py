@@ -5,7 +5,7 @@ import time
 import pytest
 from peft.utils.other import get_pattern_key
 
-from networks.peft_patterns import MAX_EXPRESSIONS, PeftPatterns
+from networks.loading import MAX_EXPRESSIONS, PeftPatterns
 
 PATHS = [
     *("blocks.0.attn1.to_q", "blocks.10.attn2.to_out.0", "blocks.3.ffn.net.0.proj", "blocks.1.ffn.net.2"),
@@ -29,7 +29,6 @@ KEYS = [
         r"x?to_q",
         r"\w+",
         r".*",
-        r"(.*)*q",
         r".*?q",
     ),
     *(r"blocks\.\d+\.attn\d.*", r"blocks\.\D.*", r"blocks.[\d].*", r"(|x)to_q", r".*_[a-z]"),
@@ -53,18 +52,18 @@ def test_the_first_of_several_keys_counts_as_in_peft() -> None:
         ]
 
 
-@pytest.mark.parametrize(
-    "key", ["(", "a{2}", "(?=x)", r"\1", "(?P<a>x)", "[", "a**", ")", "x(", "*", r"\bto_q", "a$b", "[z]a]"]
-)
-def test_what_is_not_understood_is_named(key: str) -> None:
-    with pytest.raises(ValueError, match="is not supported from"):
+@pytest.mark.parametrize("key", ["(", "[", "a**", ")", "x(", "*"])
+def test_what_is_no_expression_is_named(key: str) -> None:
+    with pytest.raises(ValueError, match="is no regular expression"):
         PeftPatterns({key: 1.0})
 
 
 def test_a_hostile_expression_ends_soon() -> None:
-    patterns, start = PeftPatterns({r"((a+)+)+b": 1.0, r"(.*.*)*(.*)*x": 2.0}), time.perf_counter()
-    assert patterns.find("a" * 900) is None  # Python's `re` would need longer than the universe is old
-    assert time.perf_counter() - start < 5
+    start = time.perf_counter()
+    # Python's `re` would need longer than the universe is old
+    with pytest.raises(ValueError, match="takes too long"):
+        PeftPatterns({r"(a|aa)+[bc]": 1.0}).find("a" * 900)
+    assert time.perf_counter() - start < 10
 
 
 def test_too_many_expressions_are_refused() -> None:

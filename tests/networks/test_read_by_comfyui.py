@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import convert_lora
+from networks.apply import LoraPatch
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
 from networks.module_names import FAMILIES
+from networks.uses import LoraUse
 from tests.networks.making_comfyui import Places, places_of, read, text_places
 from tests.tiny import flux, hunyuan_dit, hunyuan_image, lumina, wan_dit
 

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from modules.errors import CheckpointError
+from networks.apply import LoraPatch, OriginalWeights
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
-from networks.switching import OriginalWeights
+from networks.uses import LoraUse
 
 NAME = "blocks.0.self_attn.q.weight"
 

@@ -13,11 +13,12 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.contract.generation import Prompt
 from modules.errors import CheckpointError
 from networks import lora_flux
+from networks.apply import LoraPatch
 from networks.describing import describe_lora
 from networks.loading import read_lora
 from networks.lora_network import LoraNetwork
-from networks.merge import LoraPatch, LoraUse
 from networks.text_loras import TextLoras
+from networks.uses import LoraUse
 from tests.flux.making import tiny_model
 from tests.tiny.picture_encoders import write_clip_l
 

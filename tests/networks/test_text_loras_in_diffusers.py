@@ -11,8 +11,8 @@ from networks import lora_flux
 from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.lora_network import LoraNetwork
-from networks.merge import LoraUse
 from networks.text_loras import TextLoras
+from networks.uses import LoraUse
 from tests.networks.test_text_loras import encoder
 from tests.tiny.picture_encoders import write_clip_l
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError, OptionError, UserError
-from networks.added_layers import AddedPart
+from networks.added import AddedPart
 from stable_diffusion.contract import SD1, Model
 from stable_diffusion.loras import ChosenLoras, check_kind, load_networks, read_networks
 from stable_diffusion.network_options import AddedNetworkOptions

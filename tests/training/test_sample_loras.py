@@ -10,9 +10,10 @@ from torch import Tensor
 
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from networks.added import AddedFile, add_loras
+from networks.added import add_loras
+from networks.apply import LoraPatch
 from networks.loading import read_lora
-from networks.merge import LoraPatch, LoraUse
+from networks.uses import LoraUse
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
 from training.sample_options import _split_multiplier
@@ -58,7 +59,7 @@ def test_what_is_added_is_what_merging_gives_and_switched_off_nothing(tmp_path: 
     inputs = random(1, 2, 1, 4, 4), torch.tensor([500.0]), [torch.ones(1, 1)]
     with torch.no_grad():
         before = dit(*inputs)
-        added = add_loras(dit, [AddedFile(lora, 0.5)])
+        added = add_loras(dit, [LoraUse(lora, 0.5)])
         with added.switched_on(CPU, torch.float32):
             torch.testing.assert_close(dit(*inputs), merged(*inputs), rtol=1e-5, atol=1e-6)
             assert not torch.equal(dit(*inputs), before)
@@ -69,7 +70,7 @@ def test_norms_change_too_and_their_weights_come_back(tmp_path: Path) -> None:
     norm = torch.nn.LayerNorm(8)
     model = torch.nn.ModuleDict({"norm": norm})
     lora = read_lora(write_file(tmp_path, {"diff": random(8), "diff_b": random(8, seed=2)}, "norm"))
-    added, kept, x = add_loras(model, [AddedFile(lora, 2.0)]), norm.weight.data_ptr(), random(3, 8, seed=5)
+    added, kept, x = add_loras(model, [LoraUse(lora, 2.0)]), norm.weight.data_ptr(), random(3, 8, seed=5)
 
     with added.switched_on(CPU, torch.float32):
         found = norm(x)
@@ -110,7 +111,7 @@ def test_two_files_add_up(tmp_path: Path) -> None:
     results = []
     for multipliers in ((0.25, 0.5), (0.75,)):
         dit = ToyFamily().load_dit(Placement(CPU))
-        added = add_loras(dit, [AddedFile(lora, one) for one in multipliers])
+        added = add_loras(dit, [LoraUse(lora, one) for one in multipliers])
         with torch.no_grad(), added.switched_on(CPU, torch.float32):
             results.append(dit(*inputs))
     torch.testing.assert_close(*results)

@@ -1,11 +1,13 @@
-"""Experts of a model, the networks that share its noise levels: which one a file is for.
+"""What metadata of LoRA files say: the expert a file is for, checksums that model browsers look up."""
 
-Experts go by their names in `modules.contract.experts`. FOR_BOTH stands for a LoRA that was trained in both.
-"""
-
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
 
 from modules.contract.experts import expert_of_file, named_expert
 from modules.text_files import parse_json
@@ -87,3 +89,53 @@ def join_metadata(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     if not any(own.values()):
         return common
     return {**common, PARTS_METADATA: json.dumps(own, ensure_ascii=False, sort_keys=True)}
+
+
+LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
+LAYOUT_KEY = "reelsmith_layout"
+STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)  # metadata of other tensors: how hashes in them begin
+
+
+def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return `sshs_model_hash` and `sshs_legacy_hash` of these tensors.
+
+    The first is SHA-256 over the data part of a safetensors file. The second is the first 8 digits of SHA-256
+    over 64 KiB at 1 MiB of a file that has only the `ss_*` metadata. Other metadata change neither.
+    """
+    own = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = memoryview(safetensors.torch.save(ready, own))
+    header_bytes = int.from_bytes(data[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(data[8 + header_bytes :]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(data[LEGACY_START : LEGACY_START + LEGACY_BYTES]).hexdigest()[:8],
+    }
+
+
+def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata with the hashes of these tensors, replacing older ones; `is_damaged` reads them."""
+    return {**metadata, **model_hashes(tensors, metadata), LAYOUT_KEY: layout_hash(tensors)}
+
+
+def layout_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return a short hash of names, dtypes and shapes."""
+    lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
+    return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
+
+
+def is_damaged(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+    """Whether the data of a safetensors file written here differ from its checksum.
+
+    A tool that renames or casts tensors may copy old hashes, so the hashes are checked only if names, dtypes
+    and shapes are as written here.
+    """
+    if metadata.get(LAYOUT_KEY) != layout_hash(tensors) or "sshs_model_hash" not in metadata:
+        return False
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest() != metadata["sshs_model_hash"]
+
+
+def saved_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Copy tensors to the CPU in the file's dtype; None keeps the dtype of each."""
+    return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}

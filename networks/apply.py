@@ -1,0 +1,396 @@
+"""Put LoRAs into the weights of a model, which are handed over one by one: while it is loaded, copied or
+switched to others.
+
+A `Change` is what one LoRA does to one parameter. `networks.added` puts LoRAs round a forward instead.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from logging import getLogger
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from modules.checkpoints.dits import refuse_fp8_file
+from modules.checkpoints.opening import open_checkpoint
+from modules.errors import CheckpointError
+from modules.fp8.options import Quantisation
+from networks.deltas import (
+    DORA,
+    Factors,
+    bias_delta,
+    decompose,
+    has_input_magnitudes,
+    other_channels,
+    rows_of,
+    weight_delta,
+)
+from networks.key_formats import OURS, module_of_tensor, rename_modules
+from networks.loading import LoraFile, list_some
+from networks.module_names import Relative, choose_family, relatives
+from networks.names.layouts import FIRST_LAYERS, FamilyNames
+from networks.parts import part_rows
+from networks.uses import LoraUse, warn_of_absent, warn_of_other_family
+
+logger = getLogger(__name__)
+# HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
+LIKELY_MODEL = "hunyuan_video"
+_BLOCK_ELEMENTS = 1 << 20  # of a weight that are changed at once: 4 MB in float32
+_OF_BIAS = {"diff_b", "lora_up.bias"}
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one LoRA adds to one parameter of a model, `use.multiplier` times."""
+
+    use: LoraUse
+    factors: Factors
+    leaf: str = "weight"  # or bias
+    rows: slice | None = None  # of the parameter, where the LoRA is for a part of it; None: all
+
+    def delta(self, factors: Factors, device: torch.device) -> Tensor:
+        """Return what factors of this change add at multiplier 1, before DoRA's new norms; float32."""
+        found = (bias_delta if self.leaf == "bias" else weight_delta)(factors, device)
+        assert found is not None
+        return found
+
+    def shape(self) -> list[int]:
+        """Return the shape of the whole change. Raises RuntimeError where the factors do not go together."""
+        return list(self.delta({part: t for part, t in self.factors.items() if part != "alpha"}, _META).shape)
+
+    def on(self, device: torch.device) -> "Change":
+        """Return the change with its factors on `device`."""
+        return replace(
+            self, factors={part: t if part == "alpha" else t.to(device) for part, t in self.factors.items()}
+        )
+
+    def placed(self, relative: Relative | None, weight: Tensor) -> "Change":
+        """The same for a weight that is part of the LoRA's module, or of which that module is a part.
+
+        Where the heights do not go together it stays as it is, to be found out by its shape.
+        """
+        if relative is None:
+            return self
+        own, whole = self.shape()[0], len(weight)
+        rows = (
+            part_rows(relative.part, own, whole) if relative.is_part else part_rows(relative.part, whole, own)
+        )
+        if rows is None:
+            return self
+        if isinstance(rows, slice) and relative.is_part:
+            return replace(self, rows=rows)
+        if rows == slice(0, own):
+            return self
+        if has_input_magnitudes(self.factors):
+            raise RuntimeError(
+                "DoRA magnitudes by input belong to the whole weight, of which this model has parts"
+            )
+        factors = rows_of(self.factors, rows)
+        if factors is None:  # LoKr: made whole, then cut
+            norms = {DORA: self.factors[DORA][rows]} if DORA in self.factors else {}
+            factors = {"diff": self.delta(self.factors, weight.device)[rows], **norms}
+        return replace(self, factors=factors)
+
+    def fit(
+        self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
+    ) -> "Change":
+        """Return the change for this weight. Raises CheckpointError if the shapes differ; computes nothing.
+
+        name, model: of the weight and of the model, for messages. option: that names the LoRA, for these.
+        """
+        path = self.use.lora.path
+        try:
+            change = self.placed(relative, weight)
+            found = change.shape()
+        except (RuntimeError, IndexError) as error:
+            raise CheckpointError(
+                f"{path}: the factors for {name} do not go together ({error}).", path
+            ) from error
+        wanted = list((weight if change.rows is None else weight[change.rows]).shape)
+        what = f"{found}, the model {wanted}.\n  Give a LoRA that was trained for a model of this size."
+        fits = math.prod(found) == math.prod(wanted) and found[:1] == wanted[:1]
+        if fits and change.decomposes:
+            magnitudes = change.factors[DORA].numel()
+            fits = len(wanted) > 1 and magnitudes == wanted[1 if has_input_magnitudes(change.factors) else 0]
+            what = f"{magnitudes} DoRA magnitudes, the model {wanted}."
+        if not fits:
+            raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {what}", path)
+        return change
+
+    def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
+        """Add the change to a sum over some rows of the parameter, float32.
+
+        block: which rows; None: all. weight: these rows of the parameter before any change.
+        """
+        if self.rows is not None:
+            start = 0 if block is None else block.start
+            begin, end = max(start, self.rows.start), min(start + len(total), self.rows.stop)
+            if begin >= end:
+                return
+            block = slice(begin - self.rows.start, end - self.rows.start)
+            total, weight = total[begin - start : end - start], weight[begin - start : end - start]
+        # LoKr comes whole, see `_blocks`
+        factors = (None if block is None else rows_of(self.factors, block)) or self.factors
+        delta = self.delta(factors, total.device)
+        if self.decomposes:
+            delta = decompose(weight, delta, factors[DORA])
+        total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether this is a change by DoRA, which depends on the weight."""
+        return DORA in self.factors and self.leaf == "weight"
+
+
+def changes_of(use: LoraUse, factors: Factors) -> list[Change]:
+    """Return what the factors of a module do: to its bias, its weight or both."""
+    leaves: tuple[str, ...] = ("bias",) if factors.keys() & _OF_BIAS else ()
+    leaves += ("weight",) if factors.keys() - _OF_BIAS - {"alpha"} else ()
+    return [Change(use, factors, leaf) for leaf in leaves]
+
+
+def _blocks(weight: Tensor, changes: Sequence[Change]) -> Iterator[slice | None]:
+    """Yield the rows to change at a time; a single None if the weight is small or a change has no rows."""
+    if not changes or not weight.numel():
+        return
+    step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
+    is_whole = weight.ndim == 0 or step >= len(weight)
+    if is_whole or any(rows_of(change.factors, slice(0, 1)) is None for change in changes):
+        yield None
+        return
+    for start in range(0, len(weight), step):
+        yield slice(start, min(start + step, len(weight)))
+
+
+class LoraPatch:
+    """Adds LoRAs to weights that it is handed by name: `patch(name, weight) -> weight`, a `WeightPatch`.
+
+    W + multiplier * (alpha / rank) * up @ down, summed in float32 on the weight's device, rounded once to the
+    weight's dtype. DoRA gives multiplier * (new weight - W); the changes of several files all start from W.
+    After loading, `check()` tells what found no weight.
+    """
+
+    def __init__(
+        self,
+        uses: Sequence[LoraUse],
+        parameter_names: Iterable[str] | None = None,
+        model: Path | None = None,
+        is_text: bool = False,
+    ) -> None:
+        """parameter_names: of a file in another layout than ours, such as the diffusers one. model: its file,
+        for messages. is_text: it is a text encoder, whose names no family has.
+        """
+        self._uses = tuple(uses)
+        self._is_text = is_text
+        self._path = model
+        self._model = "this model" if model is None else str(model)
+        # "lora_unet_blocks_0_ffn_0.weight" -> what is added to it
+        self._changes: dict[str, list[Change]] = {}
+        for use in uses:
+            for module, factors in use.lora.modules().items():
+                for change in changes_of(use, factors):
+                    self._changes.setdefault(f"{module}.{change.leaf}", []).append(change)
+        self._seen: set[str] = set()  # keys that a weight handed over has in one layout or another
+        # use -> those of its keys that change something
+        self._taken: dict[int, set[str]] = {id(use): set() for use in uses}
+        # use -> how many channels its first layer takes, if that is another number than the model's
+        self._narrower: dict[int, str] = {}
+        self._modules: dict[str, None] = {}  # of the model, as far as weights were handed over
+        self._renamed = rename_modules(module_of_tensor(name)[0] for name in parameter_names or ())
+
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        """Return the changed weight, a new tensor, or `weight` if nothing changes it. Raises as `add_to`."""
+        if self.touches(name):
+            return self.add_to(name, weight.clone())
+        self._note(name)
+        return weight
+
+    def add_to(self, name: str, weight: Tensor) -> Tensor:
+        """Change the weight in place and return it; on the meta device, only compare shapes.
+
+        Works on some rows at a time, so that memory holds no second copy. A change of the first layer for
+        another number of channels is left out, which `check` tells. Raises CheckpointError if a LoRA has
+        another size.
+        """
+        self._note(name)
+        changes = []
+        for key, change, relative in self._changes_of(name):
+            if name.endswith(FIRST_LAYERS) and (other := other_channels(change.factors, weight)) is not None:
+                self._narrower[id(change.use)] = other
+                continue
+            self._taken[id(change.use)].add(key)
+            changes.append(change.fit(relative, weight, name, self._model).on(weight.device))
+        for rows in () if weight.is_meta else _blocks(weight, changes):
+            part = weight if rows is None else weight[rows]
+            total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
+            for change in changes:
+                change.add_to(total, rows, part)
+            part.copy_(total.add_(part))
+        return weight
+
+    def touches(self, name: str) -> bool:
+        """Whether a LoRA changes the parameter with this name."""
+        return any(True for _ in self._changes_of(name))
+
+    def unused(self) -> list[str]:
+        """Return the parts of LoRAs without a weight so far, as `file: module.weight`."""
+        return [f"{use.lora.path.name}: {key}" for use in self._uses for key in self._missed(use)]
+
+    def check(self) -> None:
+        """Warn of parts of LoRAs without a weight, and of LoRAs for another model.
+
+        Raises CheckpointError if no part of a LoRA has a weight.
+        """
+        self.refuse_misfits()
+        family = choose_family(self._modules, LIKELY_MODEL)
+        for use in self._uses:
+            path, keys, taken = use.lora.path, self._keys(use), self._taken[id(use)]
+            if not keys and use.lora.text_tensors:
+                continue  # it changes text encoders alone
+            if id(use) in self._narrower:
+                logger.warning(f"{path}: {self._narrower[id(use)]}; the rest is used without it")
+            if not taken:
+                logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
+            else:
+                logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
+                warn_of_other_family(use.lora, family)
+                missed = self._missed(use)
+                warn_of_absent(path, missed, len(keys), f"weights are not in {self._model}", family)
+
+    def refuse_misfits(self) -> None:
+        """Raise CheckpointError if no part of a LoRA has a weight."""
+        for use in self._uses:
+            keys = self._keys(use)
+            if keys and not self._seen.intersection(keys):
+                raise self._misfit(use.lora, keys, choose_family(self._modules, LIKELY_MODEL))
+
+    def _misfit(self, lora: LoraFile, missed: Sequence[str], family: FamilyNames | None) -> CheckpointError:
+        """Return the error for a model and a LoRA that have nothing in common."""
+        if self._path is not None and family is None and not self._is_text:
+            return CheckpointError(
+                f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
+                f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
+                self._path,
+            )
+        if self._is_text:
+            missed = [key.removeprefix(OURS) for key in missed]
+        made = lora.family()
+        kinds = ""
+        if made is not None and family is not None and made is not family:
+            kinds = f" It is for {made.name}, the model is {family.name}."
+        return CheckpointError(
+            f"{lora.path} does not fit {self._model}, which has none of its {len(missed)} weights, such as "
+            f"{list_some(missed, 2)}."
+            f"{kinds}\n  Give a LoRA that was trained for this model.",
+            self._path or lora.path,
+        )
+
+    def _note(self, name: str) -> None:
+        """Remember a weight of the model."""
+        self._modules.setdefault(self._own(name)[0])
+        self._seen.update(key for key, _ in self._keys_of(name))
+
+    def _own(self, name: str) -> tuple[str, str]:
+        """(module under our name, leaf) of a parameter."""
+        module, leaf = module_of_tensor(name)
+        return self._renamed.get(module, module), leaf
+
+    def _keys_of(self, name: str) -> Iterator[tuple[str, Relative | None]]:
+        """Names under which LoRAs change a parameter: its own, and those of its parts or of what it is part
+        of in other layouts.
+        """
+        module, leaf = self._own(name)
+        yield f"{OURS}{module}.{leaf}", None
+        for relative in relatives(module):
+            yield f"{OURS}{relative.name}.{leaf}", relative
+
+    def _changes_of(self, name: str) -> Iterator[tuple[str, Change, Relative | None]]:
+        """What changes a parameter, by key, as far as the patterns keep it under its name in the file and in
+        the model.
+        """
+        own = OURS + self._own(name)[0]
+        for key, relative in self._keys_of(name):
+            for change in self._changes.get(key, []):
+                if change.use.keeps(change.factors, key.partition(".")[0], own):
+                    yield key, change, relative
+
+    def _keys(self, use: LoraUse) -> list[str]:
+        """Return the keys of a file that the patterns keep."""
+        return [
+            key
+            for key, changes in self._changes.items()
+            for change in changes
+            if change.use is use
+            and (key in self._taken[id(use)] or use.keeps(change.factors, key.partition(".")[0]))
+        ]
+
+    def _missed(self, use: LoraUse) -> list[str]:
+        """Return those of the keys for which no weight was handed over."""
+        return [key for key in self._keys(use) if key not in self._seen]
+
+
+class OriginalWeights:
+    """Weights of a model as its file has them, of all modules that some LoRAs change; a `WeightPatch`.
+
+    Load the model with this as `Placement.patch`; then `switch` adds LoRAs to the originals, in the same
+    dtype, on the same device and in the same order as loading does, so that the weights are equal to the bit.
+    The originals are kept in host memory. Not for weights in 8 bits or swapped ones.
+    """
+
+    def __init__(self, uses: Sequence[LoraUse], published: Callable[[str], str] = str) -> None:
+        """uses: all that may be switched to, for their names and sizes.
+
+        published: name of a parameter of the network -> the one in files.
+        """
+        self._all = LoraPatch(uses)
+        self._published = published
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        """Keep a copy of the weight if a LoRA changes it, and return the weight as it is.
+
+        Raises CheckpointError if a LoRA has another size.
+        """
+        published = self._published(name)
+        self._all.add_to(published, torch.empty(weight.shape, dtype=weight.dtype, device=_META))
+        if self._all.touches(published):
+            self._kept[name] = weight.detach().to(_CPU, copy=True)
+        return weight
+
+    def keep(self, network: nn.Module) -> None:
+        """Do the same for all parameters of a network that is loaded."""
+        for name, parameter in network.named_parameters():
+            self(name, parameter)
+
+    def check(self) -> None:
+        """Warn of parts of LoRAs without a weight; raise CheckpointError if a LoRA has none at all."""
+        self._all.check()
+
+    @torch.no_grad()
+    def switch(self, network: nn.Module, uses: Sequence[LoraUse]) -> None:
+        """Give the loaded network its original weights with these LoRAs added; none: as loaded."""
+        patch = LoraPatch(uses)
+        parameters = dict(network.named_parameters())
+        for name, original in self._kept.items():
+            parameter = parameters[name]
+            parameter.copy_(patch(self._published(name), original.to(parameter.device)))
+
+
+def check_loras_fit(model: Path, uses: Sequence[LoraUse], fp8: Quantisation | None = None) -> None:
+    """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
+
+    fp8: how the model is to be kept. Raises CheckpointError if a LoRA has another size, if no part of it has
+    a weight, or if it changes weights that are stored in fp8 and are to stay in it.
+    """
+    if not uses:
+        return
+    with open_checkpoint(model) as checkpoint:
+        patch = LoraPatch(uses, checkpoint.tensors, model)
+        for name, info in checkpoint.tensors.items():
+            patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
+            if fp8 is not None and info.dtype.itemsize == 1 and patch.touches(name):
+                refuse_fp8_file(model, fp8, has_loras=True)
+    patch.refuse_misfits()

@@ -1,0 +1,323 @@
+"""Add LoRAs to model files, tensor by tensor, or to each other: what merge_lora.py and the tools of image
+families write.
+"""
+# Letters: R rank
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from logging import getLogger
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modules.atomic_write import free_bytes, save_tensors
+from modules.checkpoints.finite import FiniteCheck
+from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
+from modules.checkpoints.writing import stream_tensors
+from modules.console import as_size, in_words, show_box
+from modules.contract.loading import TensorInfo
+from modules.devices import dtype_name
+from modules.errors import CheckpointError
+from modules.output_files import refuse_replacing
+from networks.apply import LoraPatch
+from networks.deltas import LORA, Factors, group_by_module, strength
+from networks.image_tools_options import FluxMergeOptions, WholeMergeOptions
+from networks.key_formats import OURS
+from networks.loading import LoraFile, family_of, read_lora
+from networks.lora_network import prefix_of
+from networks.metadata import add_hashes
+from networks.module_names import choose_family, read_family
+from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
+from networks.parts import fuse
+from networks.text_loras import WholePatch, is_whole, uses_for_text, warn_of_texts
+from networks.uses import LoraUse
+from networks.writing import rename_to_aliases
+
+logger = getLogger(__name__)
+DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ENCODERS = {"--clip_l": "lora_te1", "--t5xxl": "lora_te3"}  # option -> prefix of its part of a LoRA
+_META = torch.device("meta")
+_WIDE = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+_STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
+
+
+def merge_whole(options: WholeMergeOptions) -> None:
+    """Merge LoRAs of Stable Diffusion into a single-file checkpoint, or into one LoRA if none is given.
+
+    Raises CheckpointError if a file cannot be used or fits nothing.
+    """
+    cpu, (uses, dtype) = torch.device("cpu"), _read_uses(options)
+    if options.sd_model is None:
+        _write_sum(options, options.save_to, uses, dtype, cpu)
+    else:
+        merge_into_file(options.sd_model, uses, options.save_to, cpu, dtype=dtype, option="--save_to")
+
+
+def merge_flux(options: FluxMergeOptions) -> None:
+    """Merge LoRAs of FLUX into its transformer and its text encoders, or into one LoRA if none is given.
+
+    Raises CheckpointError if a file cannot be used or fits nothing, OptionError if a model has no part in any
+    LoRA.
+    """
+    device, (uses, dtype) = torch.device(options.working_device), _read_uses(options)
+    if not options.into_models:
+        assert options.save_to is not None
+        _write_sum(options, options.save_to, uses, dtype, device)
+        return
+    outputs = {
+        "--flux_model": ("--save_to", options.save_to),
+        "--clip_l": ("--clip_l_save_to", options.clip_l_save_to),
+        "--t5xxl": ("--t5xxl_save_to", options.t5xxl_save_to),
+    }
+    parts = {option: uses_for_text(uses, prefix) for option, prefix in ENCODERS.items()}
+    parts["--flux_model"] = [
+        replace(use, lora=replace(use.lora, text_tensors={})) for use in uses if use.lora.tensors
+    ]
+    for option, found in parts.items():
+        if found and option not in options.targets:
+            logger.warning(
+                f"{len(found)} of the LoRAs change {option[2:]} too, which is left out: no {option} is given"
+            )
+    for option, model in options.targets.items():
+        written_by, output = outputs[option]
+        assert output is not None
+        merge_into_file(model, parts[option], output, device, dtype=dtype, option=written_by)
+
+
+def _read_uses(options: FluxMergeOptions | WholeMergeOptions) -> tuple[list[LoraUse], torch.dtype | None]:
+    """Return the LoRAs with their strengths, and the dtype to write; None: as what is merged into."""
+    rows = zip(options.models or (), options.ratios or (), strict=True)
+    uses = [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in rows]
+    return uses, None if options.save_precision is None else DTYPES[options.save_precision]
+
+
+def _write_sum(
+    options: FluxMergeOptions | WholeMergeOptions,
+    output: Path,
+    uses: Sequence[LoraUse],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    """Write a merged LoRA with metadata that name what it is made of."""
+    loras = [use.lora for use in uses]
+    tensors = _add_up(uses, options.concat, dtype or DTYPES[options.precision], device)
+    metadata = _made_of(tensors, loras, options.no_metadata)
+    named = as_known(tensors, read_family(metadata))
+    save_tensors(output, named, add_hashes(named, metadata))
+    rows = [
+        ("LoRAs", _in_lines(uses)),
+        ("result", f"{output} ({as_size(output.stat().st_size)})"),
+        ("rank", metadata["ss_network_dim"]),
+    ]
+    show_box("The LoRAs are merged into one", rows)
+
+
+def _in_lines(uses: Sequence[LoraUse]) -> str:
+    return "\n".join(f"{use.lora.path}, strength {use.multiplier:g}" for use in uses)
+
+
+def merge_into_file(
+    model: Path,
+    uses: Sequence[LoraUse],
+    output: Path,
+    device: torch.device,
+    in_channels: int | None = None,
+    dtype: torch.dtype | None = None,
+    option: str = "--save_merged_model",
+) -> None:
+    """Write the model with the LoRAs added as one safetensors file; keep names, dtypes and metadata.
+
+    dtype: of the result's weights; None: as in the model. option: that names `output`, for messages.
+
+    Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in
+    float32). in_channels: what the model's first layer has to take. Raises CheckpointError where a file is
+    unusable or a LoRA fits nothing, OptionError where the result would replace one of them, OutputError where
+    it cannot be written.
+    """
+    start = time.monotonic()
+    refuse_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
+    with open_checkpoint(model) as checkpoint:
+        if in_channels is not None:
+            _check_in_channels(checkpoint, in_channels)
+        whole = is_whole(checkpoint.tensors)
+        if not whole:
+            warn_of_texts(uses, model, held=())
+        patch: LoraPatch | WholePatch = (WholePatch if whole else LoraPatch)(uses, checkpoint.tensors, model)
+        written: dict[str, TensorInfo] = {}
+        # a LoRA of another model is found out before anything is written
+        for name, info in checkpoint.tensors.items():
+            _refuse_rounded(patch, name, info, model)
+            written[name] = _info_in(info, dtype)
+            patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
+        patch.check()
+
+        finite = FiniteCheck(model)
+
+        def read(name: str) -> Tensor:
+            tensor = checkpoint.read(name)  # memory of its own
+            finite.note(name, tensor)
+            if not patch.touches(name):
+                return tensor.to(written[name].dtype)
+            wide = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
+            return patch.add_to(name, wide).to(written[name].dtype)
+
+        needed = sum(info.size_bytes for info in written.values())
+        _show_start(model, uses, output, needed)
+        metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
+        if not uses:
+            logger.warning(f"no --lora_weight is given: {output} becomes a copy of {model}")
+        else:
+            metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
+        stream_tensors(output, written, read, metadata)
+    result = f"{output} ({as_size(output.stat().st_size)})"
+    show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
+
+
+def _info_in(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    """Return what is said of a tensor once it is in a dtype; whole numbers and 8-bit weights stay."""
+    return info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
+
+
+def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int) -> None:
+    """Show what is merged. needed: bytes of the result."""
+    free = as_size(free_bytes(output.resolve().parent))
+    rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
+    show_box("Merging", [*rows, ("disk", f"{as_size(needed)}; {free} free")])
+
+
+def _refuse_rounded(patch: LoraPatch | WholePatch, name: str, info: TensorInfo, model: Path) -> None:
+    if patch.touches(name) and info.dtype not in _WIDE:
+        raise CheckpointError(
+            f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
+            "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
+            model,
+        )
+
+
+def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:
+    first = [name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)]
+    found = checkpoint.tensors[first[0]].shape[1] if first else None  # out x in x kernel
+    if found != in_channels:
+        what = f"{first[0]} takes {found} channels" if first else "it has no first layer that is known"
+        raise CheckpointError(
+            f"{checkpoint.path}: {what}, --dit_in_channels asks for {in_channels}.", checkpoint.path
+        )
+
+
+def _add_up(
+    uses: Sequence[LoraUse], concat: bool, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Return sum(multiplier * alpha / rank * up @ down) of all files as a LoRA, module by module.
+
+    concat: all ranks, exact. Otherwise the best approximation of each module's sum at the rank that it has in
+    the first file with it. Raises CheckpointError for anything but plain LoRAs, for other sizes and for
+    LoRAs of several models.
+    """
+    _refuse_several_models([use.lora for use in uses])
+    modules: dict[str, list[tuple[LoraFile, Factors, float]]] = {}
+    for use in uses:
+        lora = use.lora
+        tensors = {**fuse(lora.tensors, family=lora.family()), **lora.text_tensors}
+        for name, factors in group_by_module(tensors).items():
+            if set(factors) - {"alpha"} != set(LORA):
+                raise CheckpointError(
+                    f"{lora.path} cannot be merged into a LoRA: {name} has {', '.join(sorted(factors))}.\n"
+                    "  Only plain LoRAs can; merge it into the model instead.",
+                    lora.path,
+                )
+            modules.setdefault(name, []).append((lora, factors, use.multiplier))
+    merged: dict[str, Tensor] = {}
+    for name, parts in modules.items():
+        down, up = _sum(name, parts, device)
+        if not concat and len(parts) > 1:
+            down, up = _truncate(down, up, len(parts[0][1][LORA[0]]))
+        merged[f"{name}.{LORA[0]}"] = down.to("cpu", dtype).contiguous()
+        merged[f"{name}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
+        merged[f"{name}.alpha"] = torch.tensor(float(len(down)))
+    return merged
+
+
+def _refuse_several_models(loras: Sequence[LoraFile]) -> None:
+    known = [(lora, made) for lora in loras if (made := read_family(lora.metadata)) is not None]
+    for lora, made in known[1:]:
+        first, wanted = known[0]
+        if made is not wanted:
+            raise CheckpointError(
+                f"{lora.path} is for {made.name}, {first.path} for {wanted.name}: no model could use their "
+                "sum.\n  Give LoRAs for one model.",
+                lora.path,
+            )
+
+
+def _sum(
+    name: str, parts: Sequence[tuple[LoraFile, Factors, float]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return down R x in and up out x R of a sum, whose ranks stand side by side; alpha is the rank."""
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
+    for lora, factors, ratio in parts:
+        down, up = (factors[part].to(device, torch.float32) for part in LORA)
+        if downs and (down[0].numel(), len(up)) == (downs[0][0].numel(), len(ups[0])):
+            # a matrix may have the shape of a 1x1 convolution
+            down, up = down.reshape(-1, *downs[0].shape[1:]), up.reshape(*up.shape[:2], *ups[0].shape[2:])
+        if downs and (down.shape[1:], len(up)) != (downs[0].shape[1:], len(ups[0])):
+            raise CheckpointError(
+                f"{lora.path} does not fit {parts[0][0].path}: {name} changes {len(up)} x {down.shape[1]} "
+                f"there, {len(ups[0])} x {downs[0].shape[1]} here. Give LoRAs for one model.",
+                lora.path,
+            )
+        scale = ratio * strength(factors)
+        root = abs(scale) ** 0.5  # on both, so that neither gets too small for 16 bits
+        downs.append(down * (root if scale >= 0 else -root))
+        ups.append(up * root)
+    return torch.cat(downs), torch.cat(ups, 1)
+
+
+def _truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best approximation of up @ down at this rank, without computing the product.
+
+    down: R x in (x kernel). up: out x R (x 1 x 1). Eckart and Young 1936, by two QR decompositions.
+    """
+    left, small_left = torch.linalg.qr(up.flatten(1))
+    right, small_right = torch.linalg.qr(down.flatten(1).T)
+    u, s, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    rank = min(rank, len(s))
+    root = s[:rank].sqrt()
+    new_up, new_down = left @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ right.T
+    return new_down.unflatten(1, down.shape[1:]), new_up.reshape(*new_up.shape, *up.shape[2:])
+
+
+def as_known(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
+    """Return a LoRA under the names that other tools of its family know."""
+    by_aliases = family is not None and family.always_underscored == "aliases"
+    return rename_to_aliases(tensors, family) if family is not None and by_aliases else tensors
+
+
+def _made_of(tensors: Mapping[str, Tensor], loras: Sequence[LoraFile], no_metadata: bool) -> dict[str, str]:
+    """Return the metadata of a LoRA that is made of others."""
+    ranks = sorted({len(one) for name, one in tensors.items() if name.endswith(LORA[0])})
+    text = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
+    names = {name.partition(".")[0] for name in tensors}
+    in_dit = [name.removeprefix(OURS) for name in names if f"{prefix_of(name)}_" == OURS]
+    version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
+    made = next((found for one in loras if (found := read_family(one.metadata)) is not None), None)
+    hint = "flux" if made is None else made.name
+    family = choose_family(in_dit, hint) or made
+    if made is None and family is not None and family.text_width:
+        family = family_of(group_by_module(tensors))
+    module = "networks.lora_flux" if family is None else f"networks.lora_{family.name}"
+    own = "flux1" if family is None or family.name == "flux" else family.written_version or family.name
+    metadata = {
+        "ss_network_module": "networks.lora" if family is not None and family.written_version else module,
+        "ss_network_dim": text,
+        "ss_network_alpha": text,
+        "ss_network_args": "{}",
+        TRAINED_ON: version or own,
+    }
+    if not no_metadata:
+        metadata["modelspec.merged_from"] = ", ".join(one.path.name for one in loras)
+        title = next((t for one in loras if (t := one.metadata.get("modelspec.architecture"))), None)
+        metadata |= {} if title is None else {"modelspec.architecture": title}
+    return metadata
