@@ -30,7 +30,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         "it names code to run; describe the data in --dataset_config", "Python class of a data set", type=str
     )
     resolution: str | None = option("size in pixels: 512, or WIDTH,HEIGHT", often=True)
-    train_batch_size: int = option("pictures of a batch", default=1, least=1, often=True)
+    train_batch_size: int = option("pictures of a batch", default=1, least=1)
     enable_bucket: bool = option("sort pictures into sizes by their shape")
     min_bucket_reso: int = option("shortest side of a bucket, pixels", default=256, least=1, most=MOST_SIDE)
     max_bucket_reso: int = option("longest side of a bucket, pixels", default=1024, least=1, most=MOST_SIDE)

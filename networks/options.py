@@ -51,7 +51,7 @@ class NetworkOptions(Options, title="network"):
         facts=IDENTITY,
     )
     network_weights: Path | None = option(
-        "LoRA file to start from; parts that do not fit are logged", often=True, facts=FREE
+        "LoRA file to start from; parts that do not fit are logged", facts=FREE
     )
     dim_from_weights: bool = option(
         "take the rank and alpha of each module from --network_weights", needs="network_weights", facts=FREE

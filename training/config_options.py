@@ -24,7 +24,7 @@ class ConfigOptions(Options):
     """Options in a file."""
 
     config_file: str | None = option(
-        "TOML file with options by name; tables only group them; the command line overrides it", often=True
+        "TOML file with options by name; tables only group them; the command line overrides it"
     )
 
 

@@ -32,7 +32,6 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     full_bf16: bool = option(
         "keep the weights in bf16, half of float32's memory; steps are computed in float32 and rounded "
         "stochastically; needs --mixed_precision bf16",
-        often=True,
         facts=IDENTITY,
     )
     full_fp16 = unsupported(
@@ -53,7 +52,6 @@ class ExpertTrainingOptions(Options, title="two transformers"):
     lora_per_expert: bool = option(
         "with --dit and --dit_high_noise: train a network for each and save two files, "
         "..._low_noise.safetensors and ..._high_noise.safetensors; default: one network for both",
-        often=True,
         facts=IDENTITY,
     )
     offload_inactive_dit: bool = option(
