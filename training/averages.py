@@ -19,13 +19,12 @@ from modules.errors import CheckpointError, OptionError
 from modules.offload.block_swap import settle_all
 from training.average_options import AverageOptions
 from training.optimizers.optimizer import is_schedule_free
-from training.saving.state_record import is_count, refuse
-from training.saving.states import RECORD, SavedState, info_of, require_finite
+from training.saving.states import SavedState
 from training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
-PART = "ema"  # its file in a state folder, and its entry in `described`
+PART = "ema"  # among the parts of a state
 
 
 class WeightAverage:
@@ -96,33 +95,24 @@ class WeightAverage:
     def restore(self, saved: SavedState) -> None:
         """Take the average of a saved state; without one it goes on from the weights of now.
 
-        Raises CheckpointError if it belongs to other weights or is damaged.
+        Raises CheckpointError if it belongs to other weights.
         """
         if PART not in saved.parts:
             logger.info("The state holds no average (EMA): it begins at step %d.", saved.progress.step)
             self.begin()
             return
-        tensors, described = saved.parts[PART], saved.described.get(PART)
-        steps = described.get("steps") if isinstance(described, dict) else None
-        if not is_count(steps) or steps > saved.progress.step:  # type: ignore[operator]
-            raise refuse(saved.folder / RECORD, f"described.{PART}.steps", f"it is {steps!r:.60}")
+        tensors = saved.parts[PART]
         own = self.tensors()
-        misshaped = [
-            name
-            for name in own.keys() & tensors.keys()
-            if info_of(tensors, name).shape != tuple(own[name].shape)
-            or info_of(tensors, name).dtype != torch.float32
-        ]
+        misshaped = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
         if own.keys() != tensors.keys() or misshaped:
             some = sorted(own.keys() ^ tensors.keys()) + sorted(misshaped)
             raise CheckpointError(
-                f"{saved.folder}: the average (EMA) in it belongs to other weights, such as {some[0]}.\n"
-                "  Resume without --ema_decay, or from another state folder.",
-                saved.folder,
+                f"the average (EMA) in it belongs to other weights, such as {some[0]}.\n"
+                "  Resume without --ema_decay, or from another state folder."
             )
         for name, value in own.items():
-            value.copy_(require_finite(tensors[name], name, saved.folder))
-        self.steps = int(steps)  # type: ignore[arg-type]
+            value.copy_(tensors[name])
+        self.steps = int((saved.average or {})["steps"])
 
 
 def decay_at(step: int, decay: float) -> float:

@@ -249,12 +249,8 @@ def _make_learning(
     optimizer, name = make_optimizer(options.optimizer, trainable.groups)
     schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
     set_training(optimizer, True)
-    whole = options.whole_dit
-    in_float32 = (
-        whole is not None and (whole.full_bf16 or whole.fused_backward_pass) and steps_alone(type(optimizer))
-    )
     average = make_average(options.average, dits, trainable, optimizer, job.accelerator.is_main_process)
-    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, in_float32, average), name
+    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, average), name
 
 
 def _make_steps(job: TrainingJob, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:

@@ -19,7 +19,6 @@ from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_ca
 from training.optimizers.parameter_steps import ALONE, ParameterSteps, require_alone, stochastic_bfloat16
 from training.progress import Progress
 from training.run import prepare_run, train_network
-from training.saving.states import SavedState, StoredPart, read_state
 
 FUSED = "--fused_backward_pass"
 BF16 = ("--full_bf16", "--mixed_precision", "bf16")
@@ -447,22 +446,6 @@ def test_a_state_may_go_on_in_the_other_order_of_steps(
 
     assert same(expected, load_file(tmp_path / "half" / "x.safetensors"))
     assert "--fused_backward_pass was False when the state was saved; it is True" in caplog.text
-
-
-def test_a_state_is_read_tensor_by_tensor(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_dit(tmp_path, "--save_state", "--max_train_steps", 1)
-
-    state = read_state(tmp_path / "output" / "x-state")
-
-    assert isinstance(state, SavedState)
-    part = state.parts["dit"]
-    assert isinstance(part, StoredPart)
-    assert part.info("head.weight").shape == (2, 8)
-    first, second = part["head.weight"], part["head.weight"]
-    assert first.data_ptr() != second.data_ptr()  # nothing is kept
-    assert set(part) == initial_weights().keys()
-    part.close()
 
 
 def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) -> None:
