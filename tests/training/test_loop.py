@@ -18,7 +18,16 @@ from modules.contract.loading import Placement
 from modules.errors import CacheError, MemoryPlanError, UserError
 from modules.flow.schedule import add_noise
 from networks.adapter import make_network
-from tests.training.toy import LATENT, ToyDit, ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import (
+    LATENT,
+    ToyDit,
+    ToyFamily,
+    same,
+    state_tensors,
+    toy_options,
+    train_toy,
+    write_caches,
+)
 from training.data.feed import Randomness
 from training.loop import take_step
 from training.run import prepare_run, train_network
@@ -182,7 +191,7 @@ def test_mixed_precision_trains_float32_factors_of_a_half_precision_model(tmp_pa
         tmp_path, "--mixed_precision", "bf16", "--save_state", family=ToyFamily(dtype=torch.bfloat16)
     )
 
-    state = load_file(tmp_path / "output" / "x-state" / "network.safetensors")
+    state = state_tensors(tmp_path / "output" / "x-state")["network"]
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
