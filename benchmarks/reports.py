@@ -90,7 +90,6 @@ def measure(folder: Path, steps: int) -> tuple[float, float]:
 
             return call
 
-        assert run.reporter is not None
         run.logs.step = timed(run.logs.step)  # type: ignore[method-assign]
         run.reporter.note_step = timed(run.reporter.note_step)  # type: ignore[method-assign]
         groups = run.plan.groups(0)

@@ -9,7 +9,7 @@ validation, saving, or on where it was stopped and resumed.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -243,8 +243,7 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         reading.notes.sizes,
     )
     run.logs.step(report)
-    if run.reporter is not None:
-        run.reporter.note_step(report)
+    run.reporter.note_step(report)
 
 
 def _settle(run: TrainingRun) -> None:
@@ -372,8 +371,7 @@ def _sample(run: TrainingRun) -> None:
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.stop.agreed = True
             return
-        if run.reporter is not None:
-            run.reporter.note_samples(progress.step, progress.sample_pending)
+        run.reporter.note_samples(progress.step, progress.sample_pending)
     progress.sample_pending, progress.sampled_step = "", progress.step
 
 
@@ -395,8 +393,5 @@ def _validate(run: TrainingRun, occasion: str) -> None:
     past = run.progress.losses
     running = sum(past) / len(past) if past else None
     run.logs.values(run.validation.rule.logged(losses, occasion, running), run.progress.step)
-    earlier: Mapping[int, float] = {}
-    if run.reporter is not None:
-        earlier = dict(run.reporter.history.validations)
-        run.reporter.note_validation(run.progress.step, losses)
-    logger.info(describe_validation(run.progress.step, losses, earlier))
+    logger.info(describe_validation(run.progress.step, losses, run.reporter.validations))
+    run.reporter.note_validation(run.progress.step, losses)

@@ -12,9 +12,10 @@ from networks.module_names import read_family
 from networks.names.layouts import TRAINED_ON
 from training.following import FamilyScripts, NextSteps, given_options
 from training.job import TrainingJob
-from training.reports.history import history_path, open_history
+from training.reports.history import History, history_path
+from training.reports.logs import Logs
 from training.reports.page import PageFacts, page_path
-from training.reports.reporter import RunReporter
+from training.reports.reporter import NoReports, RunReporter
 from training.samples import Sampler
 
 
@@ -39,13 +40,12 @@ def plan_next_steps(
 
 
 def make_reporter(
-    job: TrainingJob, following: NextSteps, sampler: Sampler | None, memory: MemoryWatch | None
-) -> RunReporter | None:
+    job: TrainingJob, following: NextSteps, sampler: Sampler | None, memory: MemoryWatch | None, logs: Logs
+) -> RunReporter | NoReports:
     """Return what reports the run, in the main process. With --no_page it keeps what the last box says."""
     if not job.accelerator.is_main_process:
-        return None
+        return NoReports()
     folder, name, progress = job.output_dir, job.output_name, job.progress
-    device = job.accelerator.device
     facts = PageFacts(
         name,
         job.family.name,
@@ -54,12 +54,13 @@ def make_reporter(
         following.given.rows(is_changed=True),
         following.given.rows(is_changed=False),
         following.commands,
-        lambda: list_memory(device, memory),
+        lambda: list_memory(job.accelerator.device, memory),
     )
-    history = open_history(history_path(folder, name), progress.session_id, progress.step)
-    page = None if job.options.logs.no_page else page_path(folder, name)
+    is_written = not job.options.logs.no_page
+    history = History(history_path(folder, name), progress.session_id, progress.step, is_written)
     prompts = dict(enumerate(() if sampler is None else sampler.prompts))
-    return RunReporter(page, facts, history, prompts, progress.step)
+    trackers = logs.accelerator.trackers
+    return RunReporter(page_path(folder, name), facts, history, prompts, progress.step, trackers)
 
 
 def list_memory(device: torch.device, watch: MemoryWatch | None) -> Sequence[tuple[str, str]]:

@@ -38,7 +38,7 @@ from training.processes.gradients import largest
 from training.processes.lost import LostProcessError, describe_loss, find_lost, is_of_processes
 from training.reporting import make_reporter, plan_next_steps
 from training.reports.logs import TRACKER_NAME, Logs, public_config, start_logs
-from training.reports.reporter import RunReporter
+from training.reports.reporter import NoReports, RunReporter
 from training.resuming import capture, check_resumable, habits_of, identity_of, resume_progress
 from training.samples import Sampler, prepare_samples
 from training.saver import facts_of_run, file_dtype, make_saver
@@ -134,36 +134,33 @@ def _prepare(
     job = replace(job, saved=None)  # gives its tensors free
     uploads, learning = make_uploads(job.options.hub), loaded.learning
     facts = facts_of_run(job, data, loaded.optimizer_name, learning.schedule.name)
-    reporter = make_reporter(job, following, sampler, memory)
 
     def take_state() -> SavedState:
         settle_all(loaded.dits.networks)
         settings = listed_settings(job.options)
         return capture(progress, learning, comparison.identity, comparison.habits, settings)
 
-    def publish(path: Path, card: str | None) -> None:
-        uploads.publish(path, card)
-        if reporter is not None:
-            reporter.note_saved(path, progress.step)
-
-    prompts = () if sampler is None else sampler.prompts
-    outlets = publish, uploads.publish_state
-    saver = make_saver(job, loaded.dits.networks, learning, facts, *outlets, take_state, prompts)
     with (
         encoding(texts),
         uploads.finish_uploads(),
         _start_logs(job, data) as logs,
-        contextlib.nullcontext() if reporter is None else reporter,
+        make_reporter(job, following, sampler, memory, logs) as reporter,
     ):
-        if reporter is not None:
-            reporter.logs = logs
-        show_start(job, data, learning.trainable.parameters, file_dtype(job.options, loaded.dits.networks[0]))
+
+        def publish(path: Path, card: str | None) -> None:
+            uploads.publish(path, card)
+            reporter.note_saved(path, progress.step)
+
+        networks, prompts = loaded.dits.networks, () if sampler is None else sampler.prompts
+        outlets = publish, uploads.publish_state
+        saver = make_saver(job, networks, learning, facts, *outlets, take_state, prompts)
+        show_start(job, data, learning.trainable.parameters, file_dtype(job.options, networks[0]))
         run = _make_run(job, data, loaded, logs, saver, sampler, reporter, memory)
         with _watch_others(job, following):
             yield run
         job.accelerator.wait_for_everyone()
-    if saver is not None and reporter is not None and progress.step >= plan.total_steps:
-        show_end(run, reporter.history, saver.names, following)
+    if saver is not None and isinstance(reporter, RunReporter) and progress.step >= plan.total_steps:
+        show_end(run, reporter.history.events_told, saver.names, following)
 
 
 @contextlib.contextmanager
@@ -259,7 +256,7 @@ def _make_run(
     logs: Logs,
     saver: Saver | None,
     sampler: Sampler | None,
-    reporter: RunReporter | None,
+    reporter: RunReporter | NoReports,
     memory: MemoryWatch | None,
 ) -> TrainingRun:
     options, learning = job.options, loaded.learning

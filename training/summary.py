@@ -19,8 +19,7 @@ from training.following import DORA_ELSEWHERE, NextSteps
 from training.job import Data, TrainingJob
 from training.optimizers.options import FIND_RATE
 from training.options import RANKED_NETWORKS, TrainingOptions
-from training.reports.best import best_file, lowest_validation
-from training.reports.history import History
+from training.reports.history import Story
 from training.reports.options import LogOptions
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
@@ -110,7 +109,7 @@ def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype
     show_box(f"Training {job.output_name}", rows)
 
 
-def show_end(run: TrainingRun, history: History, names: Names, following: NextSteps) -> None:
+def show_end(run: TrainingRun, story: Story, names: Names, following: NextSteps) -> None:
     """Show what came of a run that took its last step, and what can follow."""
     results, pace = names.files(names.name).values(), run.logs.pace
     seconds = pace.seconds_per_step
@@ -122,7 +121,7 @@ def show_end(run: TrainingRun, history: History, names: Names, following: NextSt
             ("result", f"{path} ({as_size(path.stat().st_size)})" if path.exists() else None)
             for path in results
         ),
-        ("best by validation", describe_best(history, names.folder)),
+        ("best by validation", describe_best(story, names.folder)),
         ("steps", f"{pace.steps} in {in_words(pace.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if run.sampler is not None and samples.is_dir() else None),
@@ -133,7 +132,7 @@ def show_end(run: TrainingRun, history: History, names: Names, following: NextSt
         ),
         ("other tools", DORA_ELSEWHERE if following.is_dora else None),
     ]
-    best = best_file(history, names.folder)
+    best = story.best_file(names.folder)
     commands: list[Row] = [
         (command.title, command.powershell if sys.platform == "win32" else command.bash)
         for command in following.commands(None if best is None else names.folder / best, is_finished=True)
@@ -144,15 +143,15 @@ def show_end(run: TrainingRun, history: History, names: Names, following: NextSt
     show_box(f"{names.name} is trained", rows, commands)
 
 
-def describe_best(history: History, folder: Path) -> str | None:
+def describe_best(story: Story, folder: Path) -> str | None:
     """Return the step with the lowest validation loss and the best file that is there."""
-    lowest, best = lowest_validation(history), best_file(history, folder)
+    lowest, best = story.lowest, story.best_file(folder)
     if lowest is None:
         return None
     text = f"step {lowest[0]}, loss {lowest[1]:.5f}"
     if best is None:
         return f"{text}, not saved"
-    if history.saved[best] == lowest[0]:
+    if story.saved[best] == lowest[0]:
         return f"{text}: {folder / best}"
     return f"{text}, not saved; best file: {folder / best}"
 

@@ -25,7 +25,7 @@ from training.options import TrainingOptions
 from training.progress import Progress
 from training.reports.logs import Logs
 from training.reports.readings import Readings
-from training.reports.reporter import RunReporter
+from training.reports.reporter import NoReports, RunReporter
 from training.samples import Sampler
 from training.saving.files import MinuteClock, Saver
 from training.steps import StepPlan
@@ -63,7 +63,7 @@ class TrainingRun:
     saver: Saver | None = None  # in the main process only
     sampler: Sampler | None = None
     validation: Validation | None = None
-    reporter: RunReporter | None = None  # to the page; in the main process
+    reporter: RunReporter | NoReports = NoReports()  # to the page
     memory: MemoryWatch | None = None  # on a CUDA device, in the main process
     stop: StopRequest = field(default_factory=StopRequest)
     clock: MinuteClock = field(default_factory=lambda: MinuteClock(None))  # ticks in the main process only

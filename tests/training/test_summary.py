@@ -151,16 +151,20 @@ def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:
 
 def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl", 1)
-    assert describe_best(history, tmp_path) is None
+    assert describe_best(history.events_told, tmp_path) is None
     for step, loss in ((2, 0.5), (4, 0.25), (7, 0.3)):
-        history.note_validation(step, {"validation/loss": loss})
-    assert describe_best(history, tmp_path) == "step 4, loss 0.25000, not saved"
+        history.add({"step": step, "validation": {"validation/loss": loss}})
+    assert describe_best(history.events_told, tmp_path) == "step 4, loss 0.25000, not saved"
     for step, name in ((8, "x.safetensors"), (4, "b.safetensors")):
         (tmp_path / name).touch()
-        history.note_saved(step, name)
-    assert describe_best(history, tmp_path) == f"step 4, loss 0.25000: {tmp_path / 'b.safetensors'}"
+        history.add({"step": step, "saved": name})
+    assert (
+        describe_best(history.events_told, tmp_path) == f"step 4, loss 0.25000: {tmp_path / 'b.safetensors'}"
+    )
     (tmp_path / "b.safetensors").unlink()
-    assert f"not saved; best file: {tmp_path / 'x.safetensors'}" in str(describe_best(history, tmp_path))
+    assert f"not saved; best file: {tmp_path / 'x.safetensors'}" in str(
+        describe_best(history.events_told, tmp_path)
+    )
 
 
 def test_a_run_without_a_page_names_its_best_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

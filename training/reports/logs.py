@@ -29,8 +29,7 @@ from modules.planning.dry_run import quiet
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
 from training.reports.options import LogOptions
-from training.reports.pace import Pace
-from training.reports.step_clock import StepClock
+from training.reports.pace import Pace, StepClock
 
 logger = logging.getLogger(__name__)
 
