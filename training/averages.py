@@ -8,7 +8,7 @@ Source of the rise: tf.train.ExponentialMovingAverage, `num_updates`.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,11 @@ class WeightAverage:
         """Return what a state has to know besides the tensors."""
         return {"steps": self.steps}
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Return what a file of the average says besides what the run's files say."""
+        return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
+
     def restore(self, saved: SavedState) -> None:
         """Take the average of a saved state; without one it goes on from the weights of now.
 
@@ -115,6 +120,29 @@ class WeightAverage:
         self.steps = int((saved.average or {})["steps"])
 
 
+class NoAverage:
+    """Keep no average."""
+
+    def begin(self) -> None: ...
+
+    def after_step(self) -> None: ...
+
+    def in_place(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which the weights stay as they are."""
+        return contextlib.nullcontext()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def described(self) -> None: ...
+
+    def restore(self, saved: SavedState) -> None: ...
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {}
+
+
 def decay_at(step: int, decay: float) -> float:
     """Return the decay of a step, counted from 1."""
     return min(decay, (1 + step) / (10 + step))
@@ -126,14 +154,14 @@ def make_average(
     trainable: Trainable,
     optimizer: Optimizer,
     keeps: bool,
-) -> WeightAverage | None:
+) -> WeightAverage | NoAverage:
     """Begin the average that the options ask for. A whole model's lies in host memory.
 
     keeps: whether this process writes files or samples with it; a whole model's is kept by those alone.
     Raises OptionError if the optimizer averages by itself.
     """
     if options.ema_decay is None:
-        return None
+        return NoAverage()
     if is_schedule_free(optimizer):
         raise OptionError(
             f"--ema_decay {options.ema_decay}: {type(optimizer).__name__} saves an average already. "
@@ -141,11 +169,6 @@ def make_average(
         )
     is_whole = any(module in dits for module in trainable.modules.values())
     if is_whole and not keeps:
-        return None
+        return NoAverage()
     # a LoRA is never swapped: to settle the weights below it would empty the swap's slots after each step
     return WeightAverage(options, dits if is_whole else (), trainable, on_host=is_whole)
-
-
-def metadata_of(average: WeightAverage) -> Mapping[str, str]:
-    """Return what a file of the average says besides what the run's files say."""
-    return {"ss_ema_decay": str(average.decay), "ss_ema_steps": str(average.steps)}

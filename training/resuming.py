@@ -6,14 +6,10 @@ import logging
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
-from torch.optim import Optimizer
 
 from dataset.batches.order import BatchOrder
 from modules.contract.experts import ONE_EXPERT, Expert
@@ -21,8 +17,6 @@ from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import NO_OPTIONS, options_with
 from networks.lora_settings import DEFAULT_RANK
-from training.averages import PART as AVERAGE
-from training.averages import WeightAverage
 from training.changes import (
     BATCHES,
     GROUP_SIZE,
@@ -31,13 +25,9 @@ from training.changes import (
     list_changes,
     listed_settings,
     plan_of,
-    rebuild_schedule,
     take_over,
-    with_rates,
 )
-from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.optimizer import class_path
-from training.optimizers.state import optimizer_state, restore_foreign_optimizer, restore_optimizer
 from training.options import TrainingOptions
 from training.progress import Progress
 from training.reports.logs import public_config
@@ -49,31 +39,17 @@ from training.saving.states import (
     SavedState,
     check_identity,
     find_latest,
-    load_module,
     one_error,
     read_state,
     warn_of_changes,
 )
 from training.saving.upload import download_state
 from training.steps import StepPlan
-from training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
 # names in `SavedState.identity`
 TRANSFORMERS, PER_EXPERT = "trained transformers and their lowest timesteps", "--lora_per_expert"
-
-
-@dataclass(frozen=True)
-class Learning:
-    """Hold everything that changes from step to step, besides the progress."""
-
-    trainable: Trainable
-    optimizer: Optimizer
-    schedule: LrSchedule
-    device: torch.device  # where steps are computed; swapped weights may be elsewhere
-    scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
-    average: WeightAverage | None = None
 
 
 def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
@@ -205,36 +181,6 @@ def habits_of(
     }
 
 
-def capture(
-    progress: Progress,
-    learning: Learning,
-    identity: Mapping[str, Any],
-    habits: Mapping[str, Any],
-    settings: Mapping[str, Any],
-) -> SavedState:
-    """Return everything that resuming needs, not copied. settings: see `listed_settings`.
-
-    Call between steps, while the training weights are loaded.
-    """
-    parts: dict[str, Mapping[str, Tensor]] = {
-        name: module.state_dict() for name, module in learning.trainable.modules.items()
-    }
-    if learning.average is not None:
-        parts[AVERAGE] = learning.average.tensors()
-    return SavedState(
-        Path(),
-        progress,
-        dict(identity),
-        dict(habits),
-        parts,
-        optimizer_state(learning.optimizer, learning.trainable.names),
-        learning.schedule.state_dict(),
-        None if learning.scaler is None else learning.scaler.state_dict(),
-        None if learning.average is None else learning.average.described(),
-        dict(settings),
-    )
-
-
 def check_resumable(
     saved: SavedState | ForeignState | None,
     identity: Mapping[str, Any],
@@ -316,47 +262,3 @@ def _warn_of_unknown(saved: SavedState, names: Collection[str]) -> None:
             saved.folder,
             ", ".join(sorted(names)),
         )
-
-
-def restore(saved: SavedState | ForeignState, learning: Learning, is_changed: bool = False) -> None:
-    """Restore everything from a saved state. Raises CheckpointError if something does not fit.
-
-    is_changed: learning rates follow from this run's settings, not from the state.
-    """
-    with one_error(saved.folder):
-        if isinstance(saved, SavedState):
-            _restore_own(saved, learning, is_changed)
-        else:
-            _restore_foreign(saved, learning)
-
-
-def _restore_own(saved: SavedState, learning: Learning, is_changed: bool) -> None:
-    trainable, optimizer, schedule = learning.trainable, learning.optimizer, learning.schedule
-    for name, module in trainable.modules.items():
-        load_module(module, saved.parts[name])
-    kept = with_rates(saved.optimizer, optimizer) if is_changed else saved.optimizer
-    restore_optimizer(optimizer, trainable.names, kept, learning.device)
-    if is_changed:
-        rebuild_schedule(schedule, saved.progress.step)
-    else:
-        schedule.load_state_dict(saved.schedule)
-    if learning.scaler is not None and saved.scaler is not None:
-        learning.scaler.load_state_dict(saved.scaler)
-    if learning.average is not None:
-        learning.average.restore(saved)
-    saved.release()
-    logger.info("Continuing at step %d, epoch %d.", saved.progress.step, saved.progress.epoch + 1)
-
-
-def _restore_foreign(saved: ForeignState, learning: Learning) -> None:
-    module = next(iter(learning.trainable.modules.values()))  # beside it may be what no file holds
-    load_module(module, saved.network)
-    if learning.average is not None:
-        learning.average.begin()
-    if saved.optimizer is not None:
-        restore_foreign_optimizer(learning.optimizer, saved.optimizer, learning.device)
-    logger.warning(
-        "%s was made by another program and does not record its progress: weights and optimizer are "
-        "restored, while steps, epochs and the learning-rate schedule start from 0.",
-        saved.folder,
-    )

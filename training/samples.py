@@ -30,6 +30,7 @@ from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
+from training.data.live_text import LiveTexts
 from training.loss import Autocast, DitOf
 from training.sample_options import SampleOptions
 
@@ -73,6 +74,10 @@ class Sampler:
     previews: LatentPreviews | None = None
     # encodes texts again, with encoders that have learned; None: none does
     renew: Renew | None = None
+
+    def renewed_by(self, texts: LiveTexts | None) -> "Sampler":
+        """Return a sampler that encodes texts with the encoders that learn, if there are some."""
+        return replace(self, renew=texts.renew) if texts is not None and texts.learning else self
 
     def make(self, dit_of: DitOf, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt and return the paths.
@@ -125,6 +130,19 @@ class Sampler:
                 path = self.folder / f"{stem}.mp4"
                 write_video(path, frames, prepared.fps, bit_rate=BIT_RATE, tags=tags)
         return path
+
+
+class NoSampler:
+    """Make no samples."""
+
+    samples: Sequence[Sample] = ()
+    prompts: Sequence[str] = ()
+
+    def make(self, *_: object) -> list[Path]:
+        return []
+
+    def renewed_by(self, texts: object) -> "NoSampler":
+        return self
 
 
 def prepare_samples(

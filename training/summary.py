@@ -11,14 +11,14 @@ from torch import Tensor
 from modules.atomic_write import free_bytes
 from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
-from modules.planning.device_memory import peak_in_words
+from modules.planning.device_memory import MemoryWatch, peak_in_words
 from modules.planning.memory_plan import gib
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
 from training.following import DORA_ELSEWHERE, NextSteps
-from training.job import Data, TrainingJob
 from training.optimizers.options import FIND_RATE
 from training.options import RANKED_NETWORKS, TrainingOptions
+from training.plan import TrainingPlan
 from training.reports.history import Story
 from training.reports.options import LogOptions
 from training.reports.page import page_path
@@ -84,33 +84,34 @@ class SavedBytes:
         return SavedBytes(model * (1 + has_average), count * (FLOAT_BYTES + MOMENTS_BYTES + average))
 
 
-def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> None:
-    """Show what the run will do."""
-    options, plan = job.options, data.plan
+def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
+    """Show what the run will do. dtype: of saved models; None: as they are."""
+    plan, options, steps, parameters = run.plan, run.options, run.steps, run.parameters
     written = SavedBytes.of(parameters, dtype, options.average.ema_decay is not None)
-    saves = count_saves(options.saving, plan, job.progress.step, job.progress.epoch)
+    saves = count_saves(options.saving, steps, plan.progress.step, plan.progress.epoch)
     learns = count_of(sum(one.numel() for one in parameters), "weight")
-    held_back = f", {count_of(len(data.validation), 'item')} for validation" if data.validation else ""
-    begun = f", from step {job.progress.step + 1} on" if job.progress.step else ""
+    held_back = f", {count_of(len(plan.validation), 'item')} for validation" if plan.validation else ""
+    begun = f", from step {plan.progress.step + 1} on" if plan.progress.step else ""
     rows: list[Row] = [
-        ("model", _model(job.family.metadata)),
-        ("learns", f"{_learner(job)}, {learns}"),
+        ("model", _model(plan.family.metadata)),
+        ("learns", f"{_learner(plan)}, {learns}"),
         ("alpha", None if options.network is None else judge_alpha(options.network)),
-        ("data", f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches"),
-        ("steps", f"{_steps(plan)}{begun}"),
+        ("data", f"{plan.order.num_items} items with repeats{held_back}, {steps.num_batches} batches"),
+        ("steps", f"{_steps(steps)}{begun}"),
         ("learning rate", judge_rate(options)),
-        ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {job.progress.seed}"),
+        ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
         ("saves", _saves(options.saving)),
-        ("samples", _samples(job)),
-        ("disk", disk_needed(job.output_dir, saves, written)),
-        ("folder", str(job.output_dir)),
-        ("page", _page(options.logs, job.names)),
+        ("samples", _samples(plan)),
+        ("disk", disk_needed(plan.output_dir, saves, written)),
+        ("folder", str(plan.output_dir)),
+        ("page", _page(options.logs, plan.names)),
     ]
-    show_box(f"Training {job.output_name}", rows)
+    show_box(f"Training {plan.output_name}", rows)
 
 
-def show_end(run: TrainingRun, story: Story, names: Names, following: NextSteps) -> None:
+def show_end(run: TrainingRun, story: Story, following: NextSteps) -> None:
     """Show what came of a run that took its last step, and what can follow."""
+    names = run.plan.names
     results, pace = names.files(names.name).values(), run.logs.pace
     seconds = pace.seconds_per_step
     speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
@@ -124,11 +125,13 @@ def show_end(run: TrainingRun, story: Story, names: Names, following: NextSteps)
         ("best by validation", describe_best(story, names.folder)),
         ("steps", f"{pace.steps} in {in_words(pace.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
-        ("samples", str(samples) if run.sampler is not None and samples.is_dir() else None),
+        ("samples", str(samples) if run.sampler.prompts and samples.is_dir() else None),
         ("page", _page(run.options.logs, names)),
         (
             "peak memory",
-            peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB",
+            f"{gib(run.memory.highest)} GiB"
+            if isinstance(run.memory, MemoryWatch)
+            else peak_in_words(run.device),
         ),
         ("other tools", DORA_ELSEWHERE if following.is_dora else None),
     ]
@@ -165,13 +168,13 @@ def disk_needed(folder: Path, saves: Saves, written: SavedBytes) -> str:
     return text if free > SPARE * needed else f"{text}: TOO LITTLE, save less often or free some"
 
 
-def watch_run(job: TrainingJob, plan: StepPlan) -> Callable[[int], Mapping[str, str]]:
+def watch_run(plan: TrainingPlan) -> Callable[[int], Mapping[str, str]]:
     """Return what the bar shows beside losses at a step: the peak of memory, the step of the next samples."""
-    options, device = job.options.samples, job.accelerator.device
+    options, device = plan.options.samples, plan.accelerator.device
 
     def watch(step: int) -> Mapping[str, str]:
         shown = {"mem": peak_in_words(device).replace(" GiB", "G")}
-        following = next_samples(options, plan, step, job.progress.epoch)
+        following = next_samples(options, plan.steps, step, plan.progress.epoch)
         return shown if following is None else {**shown, "sample": str(following)}
 
     return watch
@@ -220,11 +223,11 @@ def _page(options: LogOptions, names: Names) -> str | None:
     return None if options.no_page else str(page_path(names.folder, names.name))
 
 
-def _learner(job: TrainingJob) -> str:
-    whole, network = job.options.whole_dit, job.options.network
+def _learner(plan: TrainingPlan) -> str:
+    whole, network = plan.options.whole_dit, plan.options.network
     if network is not None:
         rank = f"rank {network.network_dim or DEFAULT_RANK}"
-        return f"{job.network_module}, {'ranks of the file' if network.dim_from_weights else rank}"
+        return f"{plan.network_module}, {'ranks of the file' if network.dim_from_weights else rank}"
     assert whole is not None  # one of the two is there
     return f"of the model: {' '.join(whole.name_parts)}" if whole.name_parts else "the whole model"
 
@@ -244,8 +247,8 @@ def _saves(options: SavingOptions) -> str:
     return " and ".join([*found, "at the end"])
 
 
-def _samples(job: TrainingJob) -> str | None:
-    options = job.options.samples
+def _samples(plan: TrainingPlan) -> str | None:
+    options = plan.options.samples
     if options.sample_prompts is None or not options.is_timed:
         return None
     times = {"steps": options.sample_every_n_steps, "epochs": options.sample_every_n_epochs}

@@ -57,20 +57,37 @@ class StepReport:
 
 @dataclass
 class Logs:
-    """Report one run. Use it as a context manager: leaving it closes bar and trackers."""
+    """Report one run. Use it as a context manager: entering starts trackers and bar, leaving closes them.
 
-    accelerator: Accelerator
-    bar: "tqdm[Any]"
-    now: Callable[[], float] = time.monotonic
-    clock: StepClock = field(default_factory=StepClock)
-    pace: Pace = field(default_factory=Pace)
+    Entering raises OptionError if wandb is missing, UserError if --log_tracker_config cannot be read.
+    """
+
+    accelerator: Accelerator  # made with the trackers
+    options: LogOptions
+    total_steps: int
+    first_step: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)  # stored with the run, from `public_config`
+    tracker_name: str = TRACKER_NAME  # used if the options give none
+    now: Callable[[], float] = time.monotonic  # seconds
     # what else the bar shows at a step, by name: memory, the next sample
     extras: Callable[[int], Mapping[str, str]] = lambda _: {}
+    bar: "tqdm[Any]" = field(init=False)
+    clock: StepClock = field(default_factory=StepClock, init=False)
+    pace: Pace = field(default_factory=Pace, init=False)
     _flushed: float = field(default=0.0, init=False)
     _redirect: Any = field(default=None, init=False)
     _shown: float = field(default=-math.inf, init=False)
 
     def __enter__(self) -> "Logs":
+        self._start_trackers()
+        self.bar = tqdm(
+            total=self.total_steps,
+            initial=self.first_step,
+            desc="steps",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            dynamic_ncols=True,
+            disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
+        )
         self._redirect = logging_redirect_tqdm()  # log lines go above the bar, not through it
         self._redirect.__enter__()
         return self
@@ -79,6 +96,20 @@ class Logs:
         self.bar.close()
         self._redirect.__exit__(*error)
         self.accelerator.end_training()
+
+    def _start_trackers(self) -> None:
+        options = self.options
+        if not options.trackers:
+            return
+        arguments = tracker_arguments(options)
+        is_main = self.accelerator.is_main_process
+        if is_main and "wandb" in options.trackers and options.wandb_api_key is not None:
+            _log_in(options.wandb_api_key)
+        self.accelerator.init_trackers(
+            options.log_tracker_name or self.tracker_name,
+            config=dict(self.config) or None,
+            init_kwargs=arguments,
+        )
 
     def skip_next_time(self) -> None:
         """Leave the next step out of the search for slow steps: it follows a pause."""
@@ -111,7 +142,7 @@ class Logs:
             if self.accelerator.is_main_process and now - self._shown >= LINE_EVERY:
                 if self._shown > -math.inf:
                     numbers = ", ".join(f"{name} {value}" for name, value in self._numbers(report).items())
-                    logger.info("Step %d of %d: %s", report.step, self.bar.total, numbers)
+                    logger.info("Step %d of %d: %s", report.step, self.total_steps, numbers)
                 self._shown = now
             return
         if now - self._shown >= SHOW_EVERY:
@@ -124,7 +155,7 @@ class Logs:
         shown = {}
         seconds = self.pace.seconds_per_step
         if seconds is not None:
-            left = seconds * (self.bar.total - report.step)
+            left = seconds * (self.total_steps - report.step)
             shown = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
         shown["avr_loss"] = f"{report.average:.4g}"
         rate = next(iter(report.rates.values()), None)
@@ -158,43 +189,6 @@ class Logs:
             self._flushed = now
 
 
-def start_logs(
-    accelerator: Accelerator,
-    options: LogOptions,
-    total_steps: int,
-    first_step: int = 0,
-    config: Mapping[str, Any] | None = None,
-    tracker_name: str = TRACKER_NAME,
-    now: Callable[[], float] = time.monotonic,
-    extras: Callable[[int], Mapping[str, str]] = lambda _: {},
-) -> Logs:
-    """Start the trackers that `make_accelerator` was given, and the bar at `first_step` of `total_steps`.
-
-    config: what to store with the run, from `public_config`; None stores nothing. tracker_name: used if the
-    options give none. now: returns seconds. extras: see `Logs`. Raises OptionError if wandb is missing,
-    UserError if --log_tracker_config cannot be read.
-    """
-    if options.trackers:
-        arguments = tracker_arguments(options)
-        if accelerator.is_main_process and "wandb" in options.trackers and options.wandb_api_key is not None:
-            _log_in(options.wandb_api_key)
-        accelerator.init_trackers(
-            options.log_tracker_name or tracker_name,
-            config=dict(config) if config else None,
-            init_kwargs=arguments,
-        )
-    bar = tqdm(
-        total=total_steps,
-        initial=first_step,
-        desc="steps",
-        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-        dynamic_ncols=True,
-        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
-    )
-    bar.total = total_steps  # a bar that is not shown does not keep it
-    return Logs(accelerator, bar, now, extras=extras)
-
-
 def run_folder(options: LogOptions, started: datetime) -> Path | None:
     """Return the folder of this run's TensorBoard files: `{logging_dir}/{log_prefix}{YYYYmmddHHMMSS}`."""
     if options.logging_dir is None:
@@ -218,7 +212,7 @@ def check_trackers(options: LogOptions) -> None:
                 f"--log_with {tracker}: the package is not installed. Run: pip install {tracker}"
             ) from None
     if options.trackers:
-        with quiet():  # `start_logs` reads it again
+        with quiet():  # it is read again when they start
             tracker_arguments(options)
 
 

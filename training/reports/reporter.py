@@ -59,7 +59,7 @@ class RunReporter:
     history: History
     prompts: Mapping[int, str]  # of the samples
     step: int  # the last one that is done
-    trackers: Sequence[Any] = ()  # of accelerate, which get the samples
+    trackers: Callable[[], Sequence[Any]] = tuple  # of accelerate, which get the samples
     now: Callable[[], float] = time.monotonic
     clips: ClipStore = field(init=False)
     _written: float = field(init=False)  # when the last page was
@@ -110,7 +110,7 @@ class RunReporter:
 
     def note_samples(self, step: int, mark: str) -> None:
         """Pass on the samples that all processes have made, and write a sheet of them and the page."""
-        if not (self.history.is_written or self.trackers):
+        if not (self.history.is_written or self.trackers()):
             return
         files: dict[int, Path] = {}
         strips: dict[int, Frame] = {}
@@ -124,7 +124,7 @@ class RunReporter:
                     self.clips.add(path.name, describe_clip(prompts[index], step), clip)
                 strips[index] = join_strip(clip)
         with self._guarded():
-            log_samples(self.trackers, step, files, strips, prompts)
+            log_samples(self.trackers(), step, files, strips, prompts)
         if not self.history.is_written:
             return
         texts = {str(index): text for index, text in prompts.items()}
