@@ -88,7 +88,7 @@ FLOORS = {
             "sample_options",
             "start_options",
         }
-        | {"step_numbers", "steps", "stopping", "trainable", "triggers", "whole_dit_options"},
+        | {"steps", "trainable", "triggers", "whole_dit_options"},
         {"loss", "saving"},
         {"data", "optimizers"},
         {"averages", "caching_inside", "changes", "options", "samples", "validation"},

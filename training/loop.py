@@ -25,9 +25,8 @@ from training.loss import NoisyBatch, training_loss
 from training.optimizers.finished_weights import evaluation
 from training.processes.gradients import is_any, sum_over_processes
 from training.reports.logs import StepReport, name_rates
-from training.reports.readings import Notes, Reading
+from training.reports.readings import Notes, Reading, StepSums, losses_by_expert, places_of_wishes
 from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
-from training.step_numbers import StepSums, losses_by_expert, places_of_wishes
 from training.training_run import TrainingRun
 from training.triggers import SAMPLE, SAVE
 from training.validation import EPOCH, STEP, describe_validation

@@ -1,8 +1,14 @@
 """What the training loop works with: one record, which `training.run` fills and `training.loop` is given."""
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import FrameType
 
 import torch
 from torch import nn
@@ -30,10 +36,45 @@ from training.reports.reporter import NoReports, RunReporter
 from training.samples import NoSampler, Sampler
 from training.saving.files import MinuteClock, NoSaver, Saver
 from training.steps import StepPlan
-from training.stopping import StopRequest
 from training.trainable import Trainable
 from training.triggers import TriggerFiles
 from training.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class StopRequest:
+    """Hold whether the run was asked to end after its step, by Ctrl-C or SIGTERM. A second signal ends it."""
+
+    asked: bool = False
+    agreed: bool = False  # all processes know of it
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Treat SIGINT and SIGTERM as requests to end. Does nothing outside the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.asked = True
+        logger.warning(
+            "Ending after this step; everything will be saved. Press Ctrl-C again to end at once and go back "
+            "to the last saved state."
+        )
 
 
 class NoMemoryWatch:
