@@ -98,7 +98,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
         wishes = numbers_on(run.device, [run.stop.asked, here.saves, here.samples], torch.float32)
         numbers = sum_over_processes(reached, torch.cat([numbers, wishes]))
     norm = _update(run)
-    norms = [] if run.trainable.limit_norms is None else [run.trainable.limit_norms()]
+    norms = run.trainable.limit_norms(run.device)
     run.average.after_step()
     notes = Notes(keys, rates, run.feed.batches.sizes_of(run.progress.epoch, group))
     reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, *norms, norm.view(1)]), notes)
@@ -202,7 +202,7 @@ def _note(run: TrainingRun, reading: Reading) -> None:
     if run.steps.processes > 1:
         run.stop.agreed = run.stop.agreed or reading.values[places_of_wishes(run.experts)[0]] > 0
     average = sum(losses) / max(len(losses), 1)
-    norms = None if run.trainable.limit_norms is None else NormReport.of(reading.values[-4:-1])
+    norms = None if run.trainable.max_norm is None else NormReport.of(reading.values[-4:-1])
     report = StepReport(
         reading.step,
         loss,
