@@ -83,7 +83,6 @@ FLOORS = {
             "loop_options",
             "loss_options",
             "processes",
-            "progress",
             "reports",
             "sample_options",
             "start_options",

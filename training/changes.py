@@ -10,10 +10,9 @@ from torch.optim import Optimizer
 
 from modules.options import options_with
 from training.optimizers.lr_schedule import Imported, LrSchedule, Named
-from training.progress import Progress
 from training.reports.logs import public_config
 from training.saving.states import SavedState, shorten_value
-from training.steps import StepPlan
+from training.steps import Progress, StepPlan
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,6 @@ from training.live_choice import find_live_texts, text_use
 from training.optimizers.fused_backward import check_fused_backward
 from training.options import TrainingOptions
 from training.processes.accelerator import make_accelerator
-from training.progress import Progress
 from training.reports.logs import check_trackers, run_folder
 from training.resuming import (
     check_resumable,
@@ -51,7 +50,7 @@ from training.saving.files import Names
 from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
 from training.start_options import StartOptions
-from training.steps import StepPlan
+from training.steps import Progress, StepPlan
 from training.unused_options import list_unused_options
 
 logger = logging.getLogger(__name__)

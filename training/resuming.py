@@ -29,7 +29,6 @@ from training.changes import (
 )
 from training.optimizers.optimizer import class_path
 from training.options import TrainingOptions
-from training.progress import Progress
 from training.reports.logs import public_config
 from training.saving.earlier import find_set_aside
 from training.saving.options import LATEST, LATEST_ONLY
@@ -44,7 +43,7 @@ from training.saving.states import (
     warn_of_changes,
 )
 from training.saving.upload import download_state
-from training.steps import StepPlan
+from training.steps import Progress, StepPlan
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,18 +36,12 @@ USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
 SPARE = 1.05  # a disk with less room than this times what the run will write is warned of
 
 
-@dataclass(frozen=True)
-class Saves:
-    """How many models and states are on disk when a run is over, as far as that is known before."""
+def count_saves(
+    options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0
+) -> tuple[int, int]:
+    """Return how many models and states are on disk when a run is over. Saves by the clock are left out.
 
-    models: int
-    states: int
-
-
-def count_saves(options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0) -> Saves:
-    """Count what the steps after `first_step` save. Saves by the clock are left out.
-
-    first_epoch: the first one that is not finished then.
+    first_step: after which they count. first_epoch: the first one that is not finished then.
     """
     models = 0
     if options.save_every_n_steps is not None:
@@ -64,30 +57,25 @@ def count_saves(options: SavingOptions, plan: StepPlan, first_step: int, first_e
             kept = min(kept, options.save_last_n_epochs)
         models += max(0, kept)
     is_last = options.save_state or options.save_state_on_train_end
-    return Saves(models + 1, (models if options.save_state else 0) + is_last)
+    return models + 1, (models if options.save_state else 0) + is_last
 
 
-@dataclass(frozen=True)
-class SavedBytes:
-    """Bytes of one model, with its average (EMA), and of one state."""
+def saved_bytes(
+    parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False
+) -> tuple[int, int]:
+    """Return the bytes of one model, with its average (EMA), and of one state.
 
-    model: int
-    state: int
-
-    @staticmethod
-    def of(
-        parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False
-    ) -> "SavedBytes":
-        """Estimate both from the trained weights. dtype: of saved models; None: as they are."""
-        model = sum(one.numel() * (dtype or one.dtype).itemsize for one in parameters)
-        count, average = sum(one.numel() for one in parameters), FLOAT_BYTES if has_average else 0
-        return SavedBytes(model * (1 + has_average), count * (FLOAT_BYTES + MOMENTS_BYTES + average))
+    parameters: that are trained. dtype: of saved models; None: as they are.
+    """
+    model = sum(one.numel() * (dtype or one.dtype).itemsize for one in parameters)
+    count, average = sum(one.numel() for one in parameters), FLOAT_BYTES if has_average else 0
+    return model * (1 + has_average), count * (FLOAT_BYTES + MOMENTS_BYTES + average)
 
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     """Show what the run will do. dtype: of saved models; None: as they are."""
     plan, options, steps, parameters = run.plan, run.options, run.steps, run.parameters
-    written = SavedBytes.of(parameters, dtype, options.average.ema_decay is not None)
+    written = saved_bytes(parameters, dtype, options.average.ema_decay is not None)
     saves = count_saves(options.saving, steps, plan.progress.step, plan.progress.epoch)
     learns = count_of(sum(one.numel() for one in parameters), "weight")
     held_back = f", {count_of(len(plan.validation), 'item')} for validation" if plan.validation else ""
@@ -159,12 +147,14 @@ def describe_best(story: Story, folder: Path) -> str | None:
     return f"{text}, not saved; best file: {folder / best}"
 
 
-def disk_needed(folder: Path, saves: Saves, written: SavedBytes) -> str:
-    """Return how much a run writes, and what is free; says so if that is too little."""
-    needed = saves.models * written.model + saves.states * written.state
-    free = free_bytes(folder)
-    states = f" and {count_of(saves.states, 'state')}" if saves.states else ""
-    text = f"about {as_size(needed)} for {count_of(saves.models, 'model')}{states}; {as_size(free)} free"
+def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) -> str:
+    """Return how much a run writes, and what is free; says so if that is too little.
+
+    saves: models and states. written: bytes of one of each.
+    """
+    needed, free = saves[0] * written[0] + saves[1] * written[1], free_bytes(folder)
+    states = f" and {count_of(saves[1], 'state')}" if saves[1] else ""
+    text = f"about {as_size(needed)} for {count_of(saves[0], 'model')}{states}; {as_size(free)} free"
     return text if free > SPARE * needed else f"{text}: TOO LITTLE, save less often or free some"
 
 

@@ -29,13 +29,12 @@ from training.optimizers.fused_backward import FusedBackward, StepAfterBackward
 from training.optimizers.lr_schedule import LrSchedule
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
-from training.progress import Progress
 from training.reports.logs import Logs
 from training.reports.readings import Readings
 from training.reports.reporter import NoReports, RunReporter
 from training.samples import NoSampler, Sampler
 from training.saving.files import MinuteClock, NoSaver, Saver
-from training.steps import StepPlan
+from training.steps import Progress, StepPlan
 from training.trainable import Trainable
 from training.triggers import TriggerFiles
 from training.validation import Validation

@@ -17,8 +17,8 @@ from modules.errors import OptionError
 from tests.training.test_resume import Killed, killed_at, train_in_two_processes
 from tests.training.toy import ToyFamily, same, state_tensors, toy_options, train_toy, write_caches
 from training.optimizers.parameter_steps import ALONE, ParameterSteps, require_alone, stochastic_bfloat16
-from training.progress import Progress
 from training.run import prepare_run, train_network
+from training.steps import Progress
 
 FUSED = "--fused_backward_pass"
 BF16 = ("--full_bf16", "--mixed_precision", "bf16")

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from modules.atomic_write import atomic_folder, recover_folder
 from modules.checkpoints.containers import load_pickled
 from modules.errors import CheckpointError, OptionError, UserError
-from training.progress import Progress
 from training.saving.old_states import RECORD, file_checksum, read_old_state
+from training.steps import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from modules.errors import CheckpointError, OptionError
 from tests.faults.damage import flip_bit, truncated
 from tests.training.toy import train_toy, write_caches
 from training.optimizers.state import optimizer_state, restore_optimizer
-from training.progress import Progress
 from training.saving.states import (
     FILE,
     SavedState,
@@ -26,6 +25,7 @@ from training.saving.states import (
     read_state,
     write_state,
 )
+from training.steps import Progress
 
 STATES = Path(__file__).parents[2] / "data" / "states"  # written by version 1
 
