@@ -1,4 +1,4 @@
-"""What a run stores in its state folders, what must agree when resuming, and what is restored."""
+"""Find the state that a run goes on from, and compare the settings of both runs."""
 
 import ast
 import hashlib
