@@ -17,7 +17,7 @@ from modules.options import option_values
 from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import too_little
 from training.data.live_text import encoding
-from training.following import NO_SCRIPTS, FamilyScripts, NextSteps
+from training.following import NO_SCRIPTS, FamilyScripts, NextSteps, make_reporter, plan_next_steps
 from training.learning import load_model
 from training.loop import train
 from training.options import TrainingOptions
@@ -26,7 +26,6 @@ from training.planning.memory import prepare_memory
 from training.previews import show_preview
 from training.processes.gradients import largest
 from training.processes.lost import LostProcessError, describe_loss, find_lost, is_of_processes
-from training.reporting import make_reporter, plan_next_steps
 from training.reports.logs import TRACKER_NAME, Logs, public_config
 from training.reports.reporter import RunReporter
 from training.samples import NoSampler, Sampler, prepare_samples

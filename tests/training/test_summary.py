@@ -10,7 +10,7 @@ import torch
 from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches
 from training.loop import train
 from training.reports.history import History
-from training.reports.pace import Pace
+from training.reports.logs import Pace
 from training.run import prepare_run
 from training.steps import StepPlan
 from training.summary import (
