@@ -59,7 +59,7 @@ def _measure_step(folder: Path, steps: int) -> float:
         prepare_run(family, read_options(TrainingOptions, given)) as run,
         contextlib.closing(run.feed.start(0, 0)) as micro_batches,
     ):
-        groups = run.plan.groups(0)
+        groups = run.steps.groups(0)
 
         def step() -> None:
             advance(run, next(groups), micro_batches)
@@ -73,14 +73,14 @@ def _measure_pages(folder: Path, prompts: int) -> tuple[float, list[float]]:
     import numpy as np
 
     from modules.media.writing import write_video
-    from training.reports.history import open_history
+    from training.reports.history import History
     from training.reports.logs import StepReport
     from training.reports.page import PageFacts
     from training.reports.reporter import RunReporter
 
     folder.mkdir()
     facts = PageFacts("x", "wan", folder, OLD_STEPS, [], [], lambda best, done: [], lambda: [])
-    history = open_history(folder / "x-history.jsonl", 1, 0)
+    history = History(folder / "x-history.jsonl", 1)
     generator = np.random.default_rng(1)
     names = {index: f"a prompt {index}" for index in range(prompts)}
     reporter = RunReporter(folder / "x.html", facts, history, names, 0)

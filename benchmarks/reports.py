@@ -90,10 +90,9 @@ def measure(folder: Path, steps: int) -> tuple[float, float]:
 
             return call
 
-        assert run.reporter is not None
         run.logs.step = timed(run.logs.step)  # type: ignore[method-assign]
         run.reporter.note_step = timed(run.reporter.note_step)  # type: ignore[method-assign]
-        groups = run.plan.groups(0)
+        groups = run.steps.groups(0)
         for _ in range(4):  # warm up
             advance(run, next(groups), micro_batches)
         inside, start = 0.0, time.perf_counter()

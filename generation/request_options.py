@@ -37,7 +37,9 @@ class RequestOptions(Options, title="what to make"):
     video_length: int | None = option("number of frames, 4n + 1; {default}", often=True)
     fps: float = option("frames per second of the video file", type=int, above=0, most=MOST_FPS)
     infer_steps: int | None = option("number of denoising steps; {default}", often=True)
-    seed: str | None = option("a number or any text; default: a random seed for each video", often=True)
+    seed: str | None = option(
+        "a number or any text; default: a random seed for each video", type=str, often=True
+    )
     guidance_scale: float | None = option("weight of the prompt; 1 turns guidance off; {default}", often=True)
     # of the expert for much noise
     guidance_scale_high_noise: float | None = option("the same for --dit_high_noise; default: the task's")

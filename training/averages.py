@@ -8,7 +8,7 @@ Source of the rise: tf.train.ExponentialMovingAverage, `num_updates`.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,12 @@ from modules.errors import CheckpointError, OptionError
 from modules.offload.block_swap import settle_all
 from training.optimizers.optimizer import is_schedule_free
 from training.optimizers.options import AverageOptions
-from training.saving.state_record import is_count, refuse
-from training.saving.states import RECORD, SavedState, info_of, require_finite
+from training.saving.states import SavedState
 from training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
-PART = "ema"  # its file in a state folder, and its entry in `described`
+PART = "ema"  # among the parts of a state
 
 
 class WeightAverage:
@@ -93,36 +92,55 @@ class WeightAverage:
         """Return what a state has to know besides the tensors."""
         return {"steps": self.steps}
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Return what a file of the average says besides what the run's files say."""
+        return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
+
     def restore(self, saved: SavedState) -> None:
         """Take the average of a saved state; without one it goes on from the weights of now.
 
-        Raises CheckpointError if it belongs to other weights or is damaged.
+        Raises CheckpointError if it belongs to other weights.
         """
         if PART not in saved.parts:
             logger.info("The state holds no average (EMA): it begins at step %d.", saved.progress.step)
             self.begin()
             return
-        tensors, described = saved.parts[PART], saved.described.get(PART)
-        steps = described.get("steps") if isinstance(described, dict) else None
-        if not is_count(steps) or steps > saved.progress.step:  # type: ignore[operator]
-            raise refuse(saved.folder / RECORD, f"described.{PART}.steps", f"it is {steps!r:.60}")
+        tensors = saved.parts[PART]
         own = self.tensors()
-        misshaped = [
-            name
-            for name in own.keys() & tensors.keys()
-            if info_of(tensors, name).shape != tuple(own[name].shape)
-            or info_of(tensors, name).dtype != torch.float32
-        ]
+        misshaped = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
         if own.keys() != tensors.keys() or misshaped:
             some = sorted(own.keys() ^ tensors.keys()) + sorted(misshaped)
             raise CheckpointError(
-                f"{saved.folder}: the average (EMA) in it belongs to other weights, such as {some[0]}.\n"
-                "  Resume without --ema_decay, or from another state folder.",
-                saved.folder,
+                f"the average (EMA) in it belongs to other weights, such as {some[0]}.\n"
+                "  Resume without --ema_decay, or from another state folder."
             )
         for name, value in own.items():
-            value.copy_(require_finite(tensors[name], name, saved.folder))
-        self.steps = int(steps)  # type: ignore[arg-type]
+            value.copy_(tensors[name])
+        self.steps = int((saved.average or {})["steps"])
+
+
+class NoAverage:
+    """Keep no average."""
+
+    def begin(self) -> None: ...
+
+    def after_step(self) -> None: ...
+
+    def in_place(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which the weights stay as they are."""
+        return contextlib.nullcontext()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def described(self) -> None: ...
+
+    def restore(self, saved: SavedState) -> None: ...
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {}
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -136,14 +154,14 @@ def make_average(
     trainable: Trainable,
     optimizer: Optimizer,
     keeps: bool,
-) -> WeightAverage | None:
+) -> WeightAverage | NoAverage:
     """Begin the average that the options ask for. A whole model's lies in host memory.
 
     keeps: whether this process writes files or samples with it; a whole model's is kept by those alone.
     Raises OptionError if the optimizer averages by itself.
     """
     if options.ema_decay is None:
-        return None
+        return NoAverage()
     if is_schedule_free(optimizer):
         raise OptionError(
             f"--ema_decay {options.ema_decay}: {type(optimizer).__name__} saves an average already. "
@@ -151,11 +169,6 @@ def make_average(
         )
     is_whole = any(module in dits for module in trainable.modules.values())
     if is_whole and not keeps:
-        return None
+        return NoAverage()
     # a LoRA is never swapped: to settle the weights below it would empty the swap's slots after each step
     return WeightAverage(options, dits if is_whole else (), trainable, on_host=is_whole)
-
-
-def metadata_of(average: WeightAverage) -> Mapping[str, str]:
-    """Return what a file of the average says besides what the run's files say."""
-    return {"ss_ema_decay": str(average.decay), "ss_ema_steps": str(average.steps)}

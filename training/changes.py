@@ -10,11 +10,9 @@ from torch.optim import Optimizer
 
 from modules.options import options_with
 from training.optimizers.lr_schedule import Imported, LrSchedule, Named
-from training.progress import Progress
 from training.reports.logs import public_config
-from training.saving.state_record import is_count
-from training.saving.states import SavedState, short_text
-from training.steps import StepPlan
+from training.saving.states import SavedState, shorten_value
+from training.steps import Progress, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +37,7 @@ class OptionChange:
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.name}: {short_text(self.before)} -> {short_text(self.after)}"
+        return f"{self.name}: {shorten_value(self.before)} -> {shorten_value(self.after)}"
 
 
 def changeable(record: type) -> frozenset[str]:
@@ -68,16 +66,10 @@ def list_changes(*pairs: tuple[Any, Mapping[str, Any]]) -> list[OptionChange]:
     ]
 
 
-def plan_of(saved: SavedState, plan: StepPlan) -> StepPlan | None:
-    """Return the plan of steps of the saved run; None if its record does not say it.
-
-    plan: of this run, which begins where the saved one's did.
-    """
-    group_size: Any = saved.identity.get(GROUP_SIZE)
-    batches = str(saved.identity.get(BATCHES)).partition(",")[0]
-    if not is_count(group_size, lowest=1) or not batches.isdecimal() or not 0 < int(batches) < 1 << 53:
-        return None
-    return replace(plan, num_batches=int(batches), processes=1, accumulation=group_size)
+def plan_of(saved: SavedState, plan: StepPlan) -> StepPlan:
+    """Return the plan of steps of the saved run. plan: of this run, which begins where that one's did."""
+    batches = int(str(saved.identity[BATCHES]).partition(",")[0])
+    return replace(plan, num_batches=batches, processes=1, accumulation=int(saved.identity[GROUP_SIZE]))
 
 
 def take_over(changes: Sequence[OptionChange], progress: Progress, before: StepPlan) -> None:
@@ -102,32 +94,13 @@ def take_over(changes: Sequence[OptionChange], progress: Progress, before: StepP
     progress.plan_step = progress.step
 
 
-def with_rates(described: Any, optimizer: Optimizer) -> Any:
-    """Return an optimizer's saved description with the learning rates that the optimizer has now."""
-    groups = described.get("groups") if isinstance(described, dict) else None
-    if not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
-        return described  # refused later, by name
-    return {
-        **described,
-        "groups": [
-            {**saved, "rest": _with_rates(saved.get("rest"), group)} if isinstance(saved, dict) else saved
-            for saved, group in zip(groups, optimizer.param_groups, strict=True)
-        ],
-    }
-
-
-def _with_rates(rest: Any, group: Mapping[str, Any]) -> Any:
-    pairs = rest.get("mapping") if isinstance(rest, dict) else None
-    if not isinstance(pairs, list):
-        return rest
-    return {
-        "mapping": [
-            [pair[0], group[pair[0]]]
-            if isinstance(pair, list) and pair and pair[0] in RATES and pair[0] in group
-            else pair
-            for pair in pairs
-        ]
-    }
+def with_rates(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimizer's saved state with the learning rates that the optimizer has now."""
+    groups = [
+        {**group, **{name: own[name] for name in RATES if name in own and name in group}}
+        for group, own in zip(saved["groups"], optimizer.param_groups, strict=False)
+    ]
+    return {**saved, "groups": groups}
 
 
 def rebuild_schedule(schedule: LrSchedule, step: int) -> None:

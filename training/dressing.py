@@ -4,9 +4,12 @@ import torch
 from torch import nn
 
 from modules import dressing
+from modules.attention.attend import check_backend
 from modules.compile_options import Compilation
-from modules.contract.family import DitSpec
+from modules.contract.family import DitSpec, Family
 from modules.contract.loading import Placement
+from modules.devices import dtype_name
+from modules.errors import OptionError
 from modules.fp8.options import Quantisation
 from modules.offload.block_swap import HostWeights
 from training.loop_options import LoopOptions
@@ -53,3 +56,32 @@ def dtype_of(dit: nn.Module) -> torch.dtype:
     """Return the dtype in which the DiT computes without autocast."""
     own = getattr(dit, "compute_dtype", None)
     return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
+
+
+def check_computing(
+    family: Family, options: TrainingOptions, device: torch.device, fp8: Quantisation | None
+) -> None:
+    """Raise OptionError if the requested attention or precision is not available; nothing is loaded yet."""
+    autocast = AUTOCAST.get(options.accelerator.mixed_precision)
+    placement = placement_of(options, device, fp8)
+    check_backend(
+        placement.attention,
+        placement.device,
+        lambda: autocast or family.compute_dtype(placement),
+        training=True,
+    )
+    if autocast is not None:
+        check_dtype(family, options, family.compute_dtype(placement))
+
+
+def check_dtype(family: Family, options: TrainingOptions, dtype: torch.dtype) -> None:
+    """Raise OptionError if --mixed_precision does not go with the dtype that the model computes in."""
+    precision = options.accelerator.mixed_precision
+    autocast = AUTOCAST.get(precision)
+    if autocast is None or dtype in {autocast, torch.float32}:
+        return
+    casts = f", or --dit_dtype {precision}" if hasattr(family.options, "dit_dtype") else ""
+    raise OptionError(
+        f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no, or the "
+        f"model's dtype{casts}."
+    )

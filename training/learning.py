@@ -1,4 +1,4 @@
-"""Load the DiT and make what learns: a network in it or the DiT itself, with optimizer and schedule."""
+"""Load the networks of a plan, make what learns in them with its optimizer, and put the run together."""
 
 import logging
 import os
@@ -7,92 +7,112 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from modules.attention.attend import check_backend
 from modules.contract.experts import Expert
 from modules.contract.family import Family
 from modules.contract.loading import HostPlace
-from modules.devices import dtype_name
 from modules.dressing import swapped_weights
-from modules.errors import MemoryPlanError, OptionError
+from modules.errors import MemoryPlanError
 from modules.offload.host_memory import machine_of
+from modules.offload.options import SwapOptions
 from modules.offload.turns import HostCopy, HostPlaceOf
-from modules.planning.device_memory import bytes_on, spare_bytes
+from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from modules.planning.memory_plan import gib
 from networks.adapter import make_network
 from networks.added import AddedLoras, add_loras
 from networks.apply import LoraPatch
 from networks.uses import LoraUse
 from training.averages import make_average
-from training.changes import OptionChange, rebuild_schedule
-from training.data.live_text import LiveTexts
-from training.dressing import AUTOCAST, dress, dtype_of, placement_of
+from training.data.feed import Feed, MicroBatches, Randomness
+from training.data.live_text import NO_TEXTS, LiveTexts
+from training.dressing import check_dtype, dress, dtype_of, placement_of
 from training.experts import ExpertNetworks, Turns, network_for, read_lora_for
-from training.job import TrainingJob
-from training.optimizers.fused_backward import FusedBackward
+from training.loss import LossRule
+from training.optimizers.fused_backward import FusedBackward, StepAfterBackward
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.parameter_steps import ParameterSteps, steps_alone
 from training.options import TrainingOptions
-from training.resuming import Learning, restore
+from training.plan import TrainingPlan
+from training.reports.logs import Logs
+from training.reports.reporter import NoReports, RunReporter
+from training.restoring import restore
+from training.samples import NoSampler, Sampler
+from training.saving.files import MinuteClock
 from training.trainable import Rates, Trainable, share_network, train_apart, train_dit, train_network
+from training.training_run import NoMemoryWatch, TrainingRun
+from training.triggers import TriggerFiles, trigger_paths
+from training.validation import Validation, ValidationRule, image_rule
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """Hold the networks with all that changes them."""
-
-    dits: ExpertNetworks
-    learning: Learning
-    optimizer_name: str  # for metadata
-    steps: ParameterSteps | None  # if weights are stepped one by one
-    fused: FusedBackward | None  # if that happens inside the backward pass
-    sample_loras: Sequence[AddedLoras]  # switched on for samples
-    sample_dits: ExpertNetworks | None  # if samples are made with more than what is trained
-
-
 def load_model(
-    job: TrainingJob,
-    total_steps: int,
-    changes: Sequence[OptionChange],
-    has_samples: bool,
-    texts: LiveTexts | None = None,
-) -> LoadedModel:
+    plan: TrainingPlan,
+    swap: SwapOptions,
+    sampler: Sampler | NoSampler,
+    memory: MemoryWatch | NoMemoryWatch,
+    logs: Logs,
+    reporter: RunReporter | NoReports,
+) -> TrainingRun:
     """Load the networks, put into them what learns, dress them, and restore what --resume names.
 
-    changes: what --resume_changed changes. has_samples: whether --sample_lora and other networks are of use.
-    texts: loaded text encoders; those that learn get a part of the network.
+    swap: the plan's, with auto resolved. The text encoders that stay are loaded already; those that learn get
+    a part of the network.
     """
-    loading = Loading(job, has_samples)
+    options, family, accelerator = plan.options, plan.family, plan.accelerator
+    loading = Loading(plan, swap, bool(sampler.prompts))
     learners: list[Trainable] = []
-
-    def attach(dit: nn.Module, expert: Expert) -> None:
-        _add_learner(job, dit, expert, learners, texts)
-
-    networks = [loading.load(job.family, index, attach) for index in range(len(job.family.experts))]
+    networks = [
+        loading.load(family, index, lambda dit, expert: _add_learner(plan, dit, expert, learners))
+        for index in range(len(family.experts))
+    ]
     if len(learners) == 1:
         trainable = learners[0]
     else:
-        names = [expert.name for expert in job.family.experts]
+        names = [expert.name for expert in family.experts]
         trainable = train_apart(dict(zip(names, learners, strict=True)))
     sampled = loading.load_sampled(networks)
+    optimizer, optimizer_name = make_optimizer(options.optimizer, trainable.groups)
+    schedule = make_lr_schedule(options.lr_schedule, optimizer, plan.steps.total_steps)
+    set_training(optimizer, True)
+    scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
+    rule = LossRule(options.loss, options.predicted, trainable.as_base)
     dits = ExpertNetworks(networks, loading.turns)
-    learning, optimizer_name = _make_learning(job, networks, trainable, total_steps)
-    if job.saved is not None:
-        restore(job.saved, learning, bool(changes))
-    elif job.progress.step:  # begun later
-        rebuild_schedule(learning.schedule, job.progress.step)
-    steps = _make_steps(job, learning)
-    return LoadedModel(dits, learning, optimizer_name, *steps, loading.sample_loras, sampled)
+    run = TrainingRun(
+        plan=plan,
+        dits=dits,
+        sample_dits=sampled or dits,
+        sample_loras=loading.sample_loras,
+        trainable=trainable,
+        optimizer=optimizer,
+        optimizer_name=optimizer_name,
+        schedule=schedule,
+        scaler=scaler,
+        stepping=_make_stepping(plan, trainable, optimizer, scaler),
+        average=make_average(options.average, networks, trainable, optimizer, accelerator.is_main_process),
+        texts=plan.texts or NO_TEXTS,
+        feed=_make_feed(plan),
+        rule=rule,
+        validation=_make_validation(plan, rule),
+        sampler=sampler.renewed_by(plan.texts),
+        memory=memory,
+        logs=logs,
+        reporter=reporter,
+        triggers=_watch_files(plan, bool(sampler.prompts)),
+        clock=MinuteClock(options.saving.save_every_n_minutes if accelerator.is_main_process else None),
+    )
+    restore(run)
+    return run
 
 
 @dataclass
 class Loading:
     """Loads networks one after the other. Those that take turns wait in host memory from the beginning."""
 
-    job: TrainingJob
+    plan: TrainingPlan
+    swap: SwapOptions  # auto is resolved
     has_samples: bool
     sample_loras: list[AddedLoras] = field(default_factory=list)
     _copies: dict[nn.Module, HostCopy] = field(default_factory=dict)
@@ -100,12 +120,12 @@ class Loading:
     @property
     def samples_with_others(self) -> bool:
         """Return whether samples are made with networks that are not trained."""
-        return self.has_samples and self.job.sampling is not None
+        return self.has_samples and self.plan.sampled is not self.plan.family
 
     @property
     def takes_turns(self) -> bool:
         """Return whether only one network is on the device at a time."""
-        is_asked = len(self.job.family.experts) > 1 and self.job.options.by_expert.offload_inactive_dit
+        is_asked = len(self.plan.family.experts) > 1 and self.plan.options.by_expert.offload_inactive_dit
         return is_asked or self.samples_with_others
 
     @property
@@ -114,10 +134,10 @@ class Loading:
 
     def load(self, family: Family, index: int, attach: Callable[[nn.Module, Expert], None]) -> nn.Module:
         """Load and dress the network of an expert. attach: puts what learns into it."""
-        options, device, expert = self.job.options, self.job.accelerator.device, family.experts[index]
-        host = swapped_weights(family.dit, options.speed.swap, device)
+        options, device, expert = self.plan.options, self.plan.accelerator.device, family.experts[index]
+        host = swapped_weights(family.dit, self.swap, device)
         place = HostPlaceOf(device, host, machine_of(os.environ)) if self.takes_turns else None
-        dit = _load_dit(self.job, family, index, place or host)
+        dit = _load_dit(self.plan, family, index, place or host)
         attach(dit, expert)
         is_compiled = options.speed.compilation.choice is not None
         if self.has_samples and options.samples.loras():
@@ -135,10 +155,10 @@ class Loading:
 
     def load_sampled(self, trained: Sequence[nn.Module]) -> ExpertNetworks | None:
         """Load the networks that only samples need, beside those that are trained; None if there are none."""
-        if not self.samples_with_others or self.job.sampling is None:
+        if not self.samples_with_others:
             return None
-        sampling = self.job.sampling
-        known = dict(zip(self.job.family.dit_files, trained, strict=True))
+        sampling = self.plan.sampled
+        known = dict(zip(self.plan.family.dit_files, trained, strict=True))
         networks = [
             known[file] if file in known else self.load(sampling, index, lambda *_: None).eval()
             for index, file in enumerate(sampling.dit_files)
@@ -158,74 +178,42 @@ def _require_room(dit: nn.Module, device: torch.device) -> None:
         )
 
 
-def check_computing(job: TrainingJob) -> None:
-    """Raise OptionError if the requested attention or precision is not available; nothing is loaded yet."""
-    autocast = AUTOCAST.get(job.options.accelerator.mixed_precision)
-    placement = placement_of(job.options, job.accelerator.device, job.fp8)
-    check_backend(
-        placement.attention,
-        placement.device,
-        lambda: autocast or job.family.compute_dtype(placement),
-        training=True,
-    )
-    if autocast is not None:
-        _check_dtype(job, job.family.compute_dtype(placement))
-
-
-def _load_dit(job: TrainingJob, family: Family, index: int, host: HostPlace | None) -> nn.Module:
+def _load_dit(plan: TrainingPlan, family: Family, index: int, host: HostPlace | None) -> nn.Module:
     """Load the network of an expert, frozen, merging --base_weights while loading.
 
     One that is to be trained gets the training dtype. host: keeps weights in host memory.
     """
     expert = family.experts[index]
-    network = network_for(job.options, expert)
+    network = network_for(plan.options, expert)
     files = (
         [] if network is None else zip(network.base_weights or (), network.base_multipliers(), strict=True)
     )
     uses = [LoraUse(read_lora_for(path, expert), multiplier) for path, multiplier in files]
     patch = LoraPatch(uses) if uses else None
-    placement = placement_of(job.options, job.accelerator.device, job.fp8)
+    placement = placement_of(plan.options, plan.accelerator.device, plan.fp8)
     dit = family.load_dit(replace(placement, patch=patch, host=host), index)
     if patch is not None:
         patch.check()
-    _check_dtype(job, dtype_of(dit))
+    check_dtype(family, plan.options, dtype_of(dit))
     return dit.requires_grad_(False)
 
 
-def _check_dtype(job: TrainingJob, dtype: torch.dtype) -> None:
-    """Raise OptionError if --mixed_precision does not go with the dtype that the model computes in."""
-    precision = job.options.accelerator.mixed_precision
-    autocast = AUTOCAST.get(precision)
-    if autocast is None or dtype in {autocast, torch.float32}:
-        return
-    casts = f", or --dit_dtype {precision}" if hasattr(job.family.options, "dit_dtype") else ""
-    raise OptionError(
-        f"--mixed_precision {precision}: the model is {dtype_name(dtype)}. Use --mixed_precision no, or the "
-        f"model's dtype{casts}."
-    )
-
-
-def _add_learner(
-    job: TrainingJob,
-    dit: nn.Module,
-    expert: Expert,
-    learners: list[Trainable],
-    texts: LiveTexts | None,
-) -> None:
+def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: list[Trainable]) -> None:
     """Put the network into a DiT, or choose what of the DiT itself learns.
 
     learners: of the DiTs before this one; a network that is there already is shared, unless each expert has
     its own (--lora_per_expert).
     """
-    options, device = job.options, job.accelerator.device
+    options, device = plan.options, plan.accelerator.device
     if options.network is None:
         assert options.whole_dit is not None  # one of the two is there
         learners.append(train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts))
         return
     given = network_for(options, expert) or options.network
+    texts = plan.texts
     encoders = {} if texts is None else texts.networks
     in_dit = options.parts is None or options.parts.trains_dit
-    network = make_network(given, job.family.lora_module, dit, job.progress.seed, encoders, in_dit)
+    network = make_network(given, plan.family.lora_module, dit, plan.progress.seed, encoders, in_dit)
     if learners and not options.by_expert.lora_per_expert:
         learners[0] = share_network(learners[0], network, device)
         return
@@ -242,40 +230,73 @@ def _rates(options: TrainingOptions, texts: LiveTexts | None) -> Rates:
     return Rates(rate, parts.unet_lr, [given[encoder.lora_prefix] for encoder in texts.learning] or None)
 
 
-def _make_learning(
-    job: TrainingJob, dits: Sequence[nn.Module], trainable: Trainable, steps: int
-) -> tuple[Learning, str]:
-    """Make optimizer and schedule. Also returns the optimizer's name for metadata."""
-    options, device = job.options, job.accelerator.device
-    optimizer, name = make_optimizer(options.optimizer, trainable.groups)
-    schedule = make_lr_schedule(options.lr_schedule, optimizer, steps)
-    set_training(optimizer, True)
-    whole = options.whole_dit
-    in_float32 = (
-        whole is not None and (whole.full_bf16 or whole.fused_backward_pass) and steps_alone(type(optimizer))
-    )
-    average = make_average(options.average, dits, trainable, optimizer, job.accelerator.is_main_process)
-    return Learning(trainable, optimizer, schedule, device, job.accelerator.scaler, in_float32, average), name
-
-
-def _make_steps(job: TrainingJob, learning: Learning) -> tuple[ParameterSteps | None, FusedBackward | None]:
-    """Return what steps single weights and what does so in the backward pass, if the options ask for it."""
-    options, trainable, optimizer = job.options, learning.trainable, learning.optimizer
-    in_bf16 = options.whole_dit is not None and options.whole_dit.full_bf16
-    if not (in_bf16 or options.is_fused):
-        return None, None
-    if not steps_alone(type(optimizer)):
-        logger.warning(
-            "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
-        )
-        return None, None
-    steps = ParameterSteps(optimizer, trainable.names, job.progress)
-    if not options.is_fused:
-        return steps, None
-    max_norm = job.options.optimizer.max_grad_norm
+def _make_stepping(
+    plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
+) -> StepAfterBackward | FusedBackward:
+    """Return how weights are stepped: all at once, one by one, or inside the backward pass."""
+    options, max_norm, parameters = plan.options, plan.options.optimizer.max_grad_norm, trainable.parameters
+    alone = None
+    if options.is_fused or (options.whole_dit is not None and options.whole_dit.full_bf16):
+        if steps_alone(type(optimizer)):
+            alone = ParameterSteps(optimizer, trainable.names, plan.progress)
+        else:
+            logger.warning(
+                "--full_bf16: this optimizer's steps are rounded to the nearest bf16, which loses small ones."
+            )
+    if alone is None or not options.is_fused:
+        return StepAfterBackward(optimizer, parameters, max_norm, scaler, trainable.before_step, alone)
     if max_norm > 0:
         logger.warning(
             "--fused_backward_pass clips the gradient of each weight by itself to --max_grad_norm "
             f"{max_norm}."
         )
-    return steps, FusedBackward(steps, trainable.parameters, max_norm)
+    return FusedBackward(alone, parameters, max_norm)
+
+
+def _make_feed(plan: TrainingPlan) -> Feed:
+    loop, accelerator = plan.options.loop, plan.accelerator
+    randomness = Randomness(
+        plan.options.timesteps,
+        plan.progress.seed,
+        plan.family.noise,
+        tuple(plan.family.experts),
+        plan.options.noise,
+        plan.options.weighted_by,
+    )
+    return Feed(
+        MicroBatches(plan.order, plan.family.latent, randomness, plan.commands, plan.steps, plan.sources),
+        plan.steps,
+        accelerator.process_index,
+        loop.max_data_loader_n_workers,
+        loop.persistent_data_loader_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        encoders=plan.encoders,
+    )
+
+
+def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
+    accelerator, options = plan.accelerator, plan.options
+    asked = options.validation
+    return Validation(
+        plan.family,
+        plan.validation,
+        options.timesteps,
+        plan.commands,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+        loss,
+        image_rule(asked, options.timesteps)
+        if options.is_for_images
+        else ValidationRule(most=asked.max_validation_steps, seed=asked.validation_seed),
+        sources=plan.sources,
+        encoders=plan.encoders,
+        texts=plan.texts or NO_TEXTS,
+    )
+
+
+def _watch_files(plan: TrainingPlan, can_sample: bool) -> TriggerFiles:
+    """Watch for files that ask for samples or a save (--sample_now), in the main process."""
+    if not (plan.options.samples.sample_now and plan.accelerator.is_main_process):
+        return TriggerFiles()
+    return TriggerFiles(trigger_paths(plan.output_dir, plan.output_name), can_sample)

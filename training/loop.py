@@ -9,7 +9,7 @@ validation, saving, or on where it was stopped and resumed.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,11 +23,10 @@ from networks.adapter import NormReport
 from training.data.feed import MicroBatch
 from training.loss import NoisyBatch, training_loss
 from training.optimizers.finished_weights import evaluation
-from training.processes.gradients import fill_missing_gradients, is_any, norm_of_gradients, sum_over_processes
+from training.processes.gradients import is_any, sum_over_processes
 from training.reports.logs import StepReport, name_rates
-from training.reports.readings import Notes, Reading
+from training.reports.readings import Notes, Reading, StepSums, losses_by_expert, places_of_wishes
 from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
-from training.step_numbers import StepSums, losses_by_expert, places_of_wishes
 from training.training_run import TrainingRun
 from training.triggers import SAMPLE, SAVE
 from training.validation import EPOCH, STEP, describe_validation
@@ -48,7 +47,7 @@ def train(run: TrainingRun) -> bool:
 
     Returns False if the run was asked to end before.
     """
-    progress, plan = run.progress, run.plan
+    progress, plan = run.progress, run.steps
     with run.stop.listen():
         _begin(run)
         if is_ending(run):
@@ -65,8 +64,7 @@ def train(run: TrainingRun) -> bool:
                 if is_ending(run):
                     return False
         _settle(run)
-        if run.saver is not None:
-            run.saver.save_final()
+        run.saver.save_final()
     return True
 
 
@@ -74,8 +72,7 @@ def advance(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch])
     """Take a step and do what is due after it. Returns whether the run has to end here."""
     asked = take_step(run, group, micro_batches)
     progress = run.progress
-    if run.memory is not None:
-        run.memory.after_step()
+    run.memory.after_step()
     progress.step, progress.position = progress.step + 1, group.stop
     _after_step(run, asked)
     return is_ending(run)
@@ -83,7 +80,7 @@ def advance(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch])
 
 def is_ending(run: TrainingRun) -> bool:
     """Return whether the run was asked to end before its last step and all processes know it."""
-    return run.stop.agreed and run.progress.step < run.plan.total_steps
+    return run.stop.agreed and run.progress.step < run.steps.total_steps
 
 
 def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> Asked:
@@ -93,18 +90,16 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     rates = name_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
     reached = _reached(run, group)
     loss, keys = _accumulate(run, group, micro_batches)
-    if run.fused is None:
-        fill_missing_gradients(reached)
+    run.stepping.begin(reached)
     numbers = loss
-    is_alone = run.plan.processes == 1
+    is_alone = run.steps.processes == 1
     here = Asked(run.clock.is_due() or run.triggers.asks_for(SAVE), run.triggers.asks_for(SAMPLE))
     if not is_alone:
         wishes = numbers_on(run.device, [run.stop.asked, here.saves, here.samples], torch.float32)
         numbers = sum_over_processes(reached, torch.cat([numbers, wishes]))
     norm = _update(run)
-    norms = [] if run.trainable.limit_norms is None else [run.trainable.limit_norms()]
-    if run.average is not None:
-        run.average.after_step()
+    norms = run.trainable.limit_norms(run.device)
+    run.average.after_step()
     notes = Notes(keys, rates, run.feed.batches.sizes_of(run.progress.epoch, group))
     reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, *norms, norm.view(1)]), notes)
     if reading is not None:
@@ -138,18 +133,16 @@ def _accumulate(
     """
     sums = StepSums(run.experts, run.device)
     keys: tuple[str, ...] = ()
-    if run.scaler is not None:
-        # the first use sets it up; a process without a micro-batch in this step needs that too
-        run.scaler.scale(sums.loss)
-    for _ in run.plan.share(group, run.feed.process):
+    # the first use sets it up; a process without a micro-batch in this step needs that too
+    run.scaler.scale(sums.loss)
+    for _ in run.steps.share(group, run.feed.process):
         micro_batch = next(micro_batches)
         _seed(run, micro_batch.number)
-        if run.memory is not None:
-            run.memory.see_batch(micro_batch.data.noise.numel())
+        run.memory.see_batch(micro_batch.data.noise.numel())
         expert = micro_batch.data.expert
         dit, noisy_batch = run.dits.at(expert), _with_texts(run, micro_batch.data).to(run.device)
         loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / len(group)
-        (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+        run.scaler.scale(loss).backward()
         sums.add(loss.detach(), expert, len(group))
         keys += micro_batch.data.batch.keys
     return sums.row(), keys
@@ -157,8 +150,6 @@ def _accumulate(
 
 def _with_texts(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
     """Return a batch with what the loaded text encoders make of its captions."""
-    if run.texts is None:
-        return noisy_batch
     with run.autocast():
         return replace(noisy_batch, batch=run.texts.add_to(noisy_batch.batch))
 
@@ -183,29 +174,10 @@ def _update(run: TrainingRun) -> Tensor:
 
     Returns the gradients' norm before clipping, on the device.
     """
-    norm = run.fused.finish() if run.fused is not None else _clip_and_step(run)
+    norm = run.stepping.finish()
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm.detach().float()
-
-
-def _clip_and_step(run: TrainingRun) -> Tensor:
-    """Clip the gradients and step the optimizer. Returns the gradients' norm before clipping."""
-    max_norm = run.options.optimizer.max_grad_norm
-    if run.scaler is not None:
-        run.scaler.unscale_(run.optimizer)
-    norm = norm_of_gradients(run.parameters)
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(run.parameters, max_norm, norm)
-    run.trainable.before_step()
-    if run.scaler is not None:
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-    elif run.steps is not None:
-        run.steps.step_all(run.parameters)
-    else:
-        run.optimizer.step()
-    return norm
 
 
 def _note(run: TrainingRun, reading: Reading) -> None:
@@ -214,7 +186,7 @@ def _note(run: TrainingRun, reading: Reading) -> None:
     Raises UserError if its loss or gradient norm is NaN or infinite, before anything made from it is saved.
     """
     loss, norm = reading.values[0], reading.values[-1]
-    if not (math.isfinite(loss) and math.isfinite(norm)) and run.scaler is None:
+    if not (math.isfinite(loss) and math.isfinite(norm)) and not run.scaler.is_enabled():
         keys = reading.notes.keys
         items = f" The items of this process in that step: {', '.join(keys)}." if keys else ""
         raise UserError(
@@ -226,11 +198,11 @@ def _note(run: TrainingRun, reading: Reading) -> None:
     losses = run.progress.losses
     if math.isfinite(loss):  # a gradient scaler skips other steps until it has found its scale
         losses.append(loss)
-    del losses[: -run.plan.steps_per_epoch]
-    if run.plan.processes > 1:
+    del losses[: -run.steps.steps_per_epoch]
+    if run.steps.processes > 1:
         run.stop.agreed = run.stop.agreed or reading.values[places_of_wishes(run.experts)[0]] > 0
     average = sum(losses) / max(len(losses), 1)
-    norms = None if run.trainable.limit_norms is None else NormReport.of(reading.values[-4:-1])
+    norms = None if run.trainable.max_norm is None else NormReport.of(reading.values[-4:-1])
     report = StepReport(
         reading.step,
         loss,
@@ -243,8 +215,7 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         reading.notes.sizes,
     )
     run.logs.step(report)
-    if run.reporter is not None:
-        run.reporter.note_step(report)
+    run.reporter.note_step(report)
 
 
 def _settle(run: TrainingRun) -> None:
@@ -256,8 +227,7 @@ def _settle(run: TrainingRun) -> None:
 
 def _restart_clock(run: TrainingRun) -> None:
     """Exclude a pause (samples, validation, saving) from the time and the memory of the next step."""
-    if run.memory is not None:
-        run.memory.after_pause()
+    run.memory.after_pause()
     run.readings.restart_clock(run.device)
     run.logs.skip_next_time()
 
@@ -271,7 +241,7 @@ def _begin(run: TrainingRun) -> None:
         _sample(run)
     if is_ending(run):  # nothing has changed since the resumed state, so there is nothing to save
         logger.info("Ended before step %d; run the same command to start again.", progress.step + 1)
-    elif progress.step == 0 and run.validation is not None:
+    elif progress.step == 0 and run.validation.items:
         _validate(run, STEP)
     _restart_clock(run)
 
@@ -284,9 +254,7 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     progress, options = run.progress, run.options
     every, validate_every = options.saving.save_every_n_steps, options.validation.validate_every_n_steps
     saves = asked.saves or is_ending(run) or (every is not None and progress.step % every == 0)
-    validates = (
-        run.validation is not None and validate_every is not None and progress.step % validate_every == 0
-    )
+    validates = validate_every is not None and progress.step % validate_every == 0
     samples = asked.samples or is_due_at_step(options.samples, progress.step)
     if not (saves or validates or samples):
         return
@@ -301,8 +269,7 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
         _save_to_go_on(run)
     elif saves:
         run.clock.restart()
-        if run.saver is not None:
-            run.saver.save_step(progress.step)
+        run.saver.save_step(progress.step)
     for kind, is_done in ((SAVE, asked.saves), (SAMPLE, asked.samples)):
         if is_done:
             run.triggers.finish(kind)
@@ -316,23 +283,23 @@ def _after_epoch(run: TrainingRun) -> None:
     """
     progress, options = run.progress, run.options
     epoch = progress.epoch + 1
-    is_whole = progress.position >= run.plan.num_batches
+    is_whole = progress.position >= run.steps.num_batches
     _settle(run)
     run.logs.values({"loss/epoch": sum(progress.losses) / max(len(progress.losses), 1)}, progress.step)
     if is_due_after_epoch(options.samples, epoch) and progress.sampled_step != progress.step:
         progress.sample_pending = f"e{epoch:06d}"
     if is_whole:
         progress.epoch, progress.position = epoch, 0
-    every, is_last = options.saving.save_every_n_epochs, progress.step >= run.plan.total_steps
-    saves = is_whole and every is not None and epoch % every == 0 and epoch < run.plan.num_epochs
-    if saves and run.saver is not None:
+    every, is_last = options.saving.save_every_n_epochs, progress.step >= run.steps.total_steps
+    saves = is_whole and every is not None and epoch % every == 0 and epoch < run.steps.num_epochs
+    if saves:
         run.saver.save_epoch(epoch)
     if progress.sample_pending:
         _sample(run)
     if is_ending(run):
         _save_to_go_on(run)
-    elif run.validation is not None and options.validation.is_due_after_epoch(
-        epoch, progress.step, run.plan.steps_per_epoch, saves or is_last
+    elif run.validation.items and options.validation.is_due_after_epoch(
+        epoch, progress.step, run.steps.steps_per_epoch, saves or is_last
     ):
         _validate(run, EPOCH)
     _restart_clock(run)
@@ -340,12 +307,11 @@ def _after_epoch(run: TrainingRun) -> None:
 
 def _save_to_go_on(run: TrainingRun) -> None:
     """Save the model and the state of a run that ends here."""
-    if run.saver is not None:
-        run.saver.save_step(run.progress.step, with_state=True)
+    run.saver.save_step(run.progress.step, with_state=True)
     logger.info(
         "Ended after step %d of %d; continue with --resume latest-or-fail.",
         run.progress.step,
-        run.plan.total_steps,
+        run.steps.total_steps,
     )
 
 
@@ -356,24 +322,23 @@ def _sample(run: TrainingRun) -> None:
     makes them with the weights of the same step.
     """
     progress = run.progress
-    if run.sampler is not None:
+    if run.sampler.prompts:
         was_stopped = False
         try:
             with evaluation(run.modules, run.optimizer, run.parameters), _as_sampled(run):
                 run.sampler.make(
-                    (run.sample_dits or run.dits).at,
+                    run.sample_dits.at,
                     run.autocast,
                     progress.sample_pending,
                     lambda: run.stop.asked,
                 )
         except SamplingStopped:
             was_stopped = True
-        if is_any(was_stopped, run.plan.processes, run.device):
+        if is_any(was_stopped, run.steps.processes, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.stop.agreed = True
             return
-        if run.reporter is not None:
-            run.reporter.note_samples(progress.step, progress.sample_pending)
+        run.reporter.note_samples(progress.step, progress.sample_pending)
     progress.sample_pending, progress.sampled_step = "", progress.step
 
 
@@ -383,20 +348,16 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for loras in run.sample_loras:
             stack.enter_context(loras.switched_on(run.device, run.compute_dtype))
-        if run.average is not None and run.options.average.sample_ema:
+        if run.options.average.sample_ema:
             stack.enter_context(run.average.in_place())
         yield
 
 
 def _validate(run: TrainingRun, occasion: str) -> None:
-    assert run.validation is not None
     with evaluation(run.modules, run.optimizer, run.parameters):
         losses = run.validation.measure(run.dits.at, run.autocast)
     past = run.progress.losses
     running = sum(past) / len(past) if past else None
     run.logs.values(run.validation.rule.logged(losses, occasion, running), run.progress.step)
-    earlier: Mapping[int, float] = {}
-    if run.reporter is not None:
-        earlier = dict(run.reporter.history.validations)
-        run.reporter.note_validation(run.progress.step, losses)
-    logger.info(describe_validation(run.progress.step, losses, earlier))
+    logger.info(describe_validation(run.progress.step, losses, run.reporter.validations))
+    run.reporter.note_validation(run.progress.step, losses)

@@ -25,10 +25,10 @@ from training.caching_inside import TablePlan, TextUse, list_live_tables, open_s
 from training.data.live_media import BatchSources
 from training.data.options import WEIGHTS_OF_LOSS
 from training.data.shown_timesteps import show_timesteps
-from training.job import read_config
 from training.live_choice import find_live_texts, text_use
 from training.loss_options import NOTHING
 from training.options import TrainingOptions
+from training.plan import read_config
 from training.planning.memory import plan_training
 
 # of --debug_dataset: windows, or files where there are none

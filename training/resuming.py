@@ -1,4 +1,4 @@
-"""What a run stores in its state folders, what must agree when resuming, and what is restored."""
+"""Find the state that a run goes on from, and compare the settings of both runs."""
 
 import ast
 import hashlib
@@ -6,22 +6,17 @@ import logging
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
-from torch.optim import Optimizer
 
 from dataset.batches.order import BatchOrder
 from modules.contract.experts import ONE_EXPERT, Expert
-from modules.errors import CheckpointError, OptionError
+from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import NO_OPTIONS, options_with
 from networks.lora_settings import DEFAULT_RANK
-from training.averages import PART as AVERAGE
-from training.averages import WeightAverage
 from training.changes import (
     BATCHES,
     GROUP_SIZE,
@@ -30,59 +25,30 @@ from training.changes import (
     list_changes,
     listed_settings,
     plan_of,
-    rebuild_schedule,
     take_over,
-    with_rates,
 )
-from training.optimizers.checks import RecordedState, check_like
-from training.optimizers.lr_schedule import Imported, LrSchedule, OwnRates
 from training.optimizers.optimizer import class_path
-from training.optimizers.state import (
-    decode,
-    encode_optimizer,
-    move_states,
-    restore_foreign_optimizer,
-    restore_optimizer,
-)
 from training.options import TrainingOptions
-from training.progress import Progress
 from training.reports.logs import public_config
 from training.saving.earlier import find_set_aside
 from training.saving.options import LATEST, LATEST_ONLY
-from training.saving.state_record import is_count, is_finite_number, refuse
 from training.saving.states import (
     FRESH_START,
-    RECORD,
     ForeignState,
     SavedState,
-    StoredPart,
     check_identity,
     find_latest,
-    load_module,
+    one_error,
     read_state,
     warn_of_changes,
 )
 from training.saving.upload import download_state
-from training.steps import StepPlan
-from training.trainable import Trainable
+from training.steps import Progress, StepPlan
 
 logger = logging.getLogger(__name__)
 
 # names in `SavedState.identity`
 TRANSFORMERS, PER_EXPERT = "trained transformers and their lowest timesteps", "--lora_per_expert"
-
-
-@dataclass(frozen=True)
-class Learning:
-    """Hold everything that changes from step to step, besides the progress."""
-
-    trainable: Trainable
-    optimizer: Optimizer
-    schedule: LrSchedule
-    device: torch.device  # where steps are computed; swapped weights may be elsewhere
-    scaler: Any = None  # of fp16 gradients: torch.amp.GradScaler
-    steps_in_float32: bool = False  # weights in bf16 too: `ParameterSteps`
-    average: WeightAverage | None = None
 
 
 def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
@@ -214,33 +180,6 @@ def habits_of(
     }
 
 
-def capture(
-    progress: Progress,
-    learning: Learning,
-    identity: Mapping[str, Any],
-    habits: Mapping[str, Any],
-    settings: Mapping[str, Any],
-) -> SavedState:
-    """Return everything that resuming needs, not copied. settings: see `listed_settings`.
-
-    Call between steps, while the training weights are loaded.
-    """
-    description, optimizer_tensors = encode_optimizer(learning.optimizer, learning.trainable.names)
-    parts = {name: module.state_dict() for name, module in learning.trainable.modules.items()}
-    described = {
-        "optimizer": description,
-        "schedule": learning.schedule.state_dict(),
-        "scaler": None if learning.scaler is None else learning.scaler.state_dict(),
-        "settings": dict(settings),
-    }
-    if learning.average is not None:
-        parts[AVERAGE] = learning.average.tensors()
-        described[AVERAGE] = learning.average.described()
-    return SavedState(
-        Path(), progress, identity, habits, described, {**parts, "optimizer": optimizer_tensors}
-    )
-
-
 def check_resumable(
     saved: SavedState | ForeignState | None,
     identity: Mapping[str, Any],
@@ -268,7 +207,7 @@ def check_resumable(
     if not may_change:
         warn_of_changes(saved.habits, habits)
         return []
-    settings = saved.described.get("settings"), listed_settings(options)
+    settings = saved.settings, listed_settings(options)
     return list_changes((before, identity), (saved.habits, habits), settings)
 
 
@@ -302,18 +241,16 @@ def resume_progress(
     progress: Progress,
     plan: StepPlan,
 ) -> None:
-    """Check the saved progress and begin a new plan of steps in it if changes ask for that.
+    """Begin a new plan of steps in the saved progress if changes ask for that.
 
-    Raises CheckpointError as `check_progress`. plan: of this run, made from the saved progress.
+    plan: of this run, made from the saved progress.
     """
     if not isinstance(saved, SavedState):
         return
-    before = plan_of(saved, plan) if any(change.name in {GROUP_SIZE, BATCHES} for change in changes) else plan
-    if before is None:
-        raise refuse(saved.folder / RECORD, "identity", "it does not say how many batches an epoch had")
-    check_progress(saved, before)
     if changes:
-        take_over(changes, progress, before)
+        is_new = any(change.name in {GROUP_SIZE, BATCHES} for change in changes)
+        with one_error(saved.folder):
+            take_over(changes, progress, plan_of(saved, plan) if is_new else plan)
 
 
 def _warn_of_unknown(saved: SavedState, names: Collection[str]) -> None:
@@ -324,143 +261,3 @@ def _warn_of_unknown(saved: SavedState, names: Collection[str]) -> None:
             saved.folder,
             ", ".join(sorted(names)),
         )
-
-
-def check_progress(saved: SavedState, plan: StepPlan) -> None:
-    """Raise CheckpointError if the counts of a state contradict each other, or its own settings.
-
-    For after `check_resumable`.
-    """
-    progress, record = saved.progress, saved.folder / RECORD
-    if saved.identity.get("--seed") != progress.seed:
-        raise refuse(
-            record,
-            "progress.seed",
-            f"it is {progress.seed}, and identity says {saved.identity.get('--seed')!r:.60}",
-        )
-    begin = progress.plan_epoch, progress.plan_position
-    if begin > (progress.epoch, progress.position) or progress.plan_position > plan.num_batches:
-        raise refuse(record, "progress.plan_epoch", f"the present plan began later: {begin}")
-    is_between_steps = plan.is_between_steps(progress.epoch, progress.position)
-    if progress.position > plan.num_batches or not is_between_steps:
-        reason = (
-            f"it is {progress.position}; an epoch has {plan.num_batches} micro-batches, a step "
-            f"{plan.group_size} of them"
-        )
-        raise refuse(record, "progress.position", reason)
-    step = plan.steps_until(progress.epoch, progress.position)
-    if progress.step != step:
-        reason = (
-            f"it is {progress.step}; epoch {progress.epoch} and position {progress.position} are step {step}"
-        )
-        raise refuse(record, "progress.step", reason)
-    if progress.sampled_step > progress.step:
-        reason = f"it is {progress.sampled_step}, and progress.step is {progress.step}"
-        raise refuse(record, "progress.sampled_step", reason)
-
-
-def restore(saved: SavedState | ForeignState, learning: Learning, is_changed: bool = False) -> None:
-    """Restore everything from a saved state. Raises CheckpointError if something does not fit.
-
-    is_changed: learning rates follow from this run's settings, not from the state.
-    """
-    if isinstance(saved, ForeignState):
-        _restore_foreign(saved, learning)
-        return
-    trainable, record = learning.trainable, saved.folder / RECORD
-    for name, module in trainable.modules.items():
-        if name not in saved.parts:
-            raise refuse(record, f"parts.{name}", "it is missing: this is the state of another kind of run")
-        load_module(module, saved.parts[name], saved.folder)
-    for field in ("optimizer", "schedule"):
-        if not isinstance(saved.described.get(field), dict):
-            raise refuse(record, f"described.{field}", "it is missing, or not an object {...}")
-    recorded = RecordedState(
-        record,
-        # the weights of an expert have no state before its first micro-batch
-        saved.progress.step > 0 and not trainable.by_expert,
-        learning.steps_in_float32,
-        isinstance(learning.schedule, OwnRates),
-    )
-    described, tensors = saved.described["optimizer"], saved.parts.get("optimizer", {})
-    if is_changed:
-        described = with_rates(described, learning.optimizer)
-    restore_optimizer(learning.optimizer, trainable.names, described, tensors, learning.device, recorded)
-    if is_changed:
-        rebuild_schedule(learning.schedule, saved.progress.step)
-    else:
-        _restore_schedule(
-            learning.schedule, learning.optimizer, saved.described["schedule"], saved.progress.step, record
-        )
-    if learning.scaler is not None:
-        restore_scaler(learning.scaler, saved.described.get("scaler"), record)
-    if learning.average is not None:
-        learning.average.restore(saved)
-    for part in saved.parts.values():
-        if isinstance(part, StoredPart):
-            part.close()
-    logger.info("Continuing at step %d, epoch %d.", saved.progress.step, saved.progress.epoch + 1)
-
-
-def _restore_schedule(
-    schedule: LrSchedule, optimizer: Optimizer, state: Mapping[str, Any], step: int, record: Path
-) -> None:
-    if "step" in state and not (is_count(state["step"]) and state["step"] == step):
-        raise refuse(
-            record, "described.schedule.step", f"it is {state['step']!r:.60}, and progress.step is {step}"
-        )
-    if "scheduler" in state:
-        own = schedule.state_dict().get("scheduler")
-        if own is not None:
-            check_like(decode(own, {}), state["scheduler"], "described.schedule.scheduler", record)
-    try:
-        schedule.load_state_dict(state)
-    except CheckpointError as error:
-        raise refuse(record, "described.schedule", str(error)) from None
-    if isinstance(schedule, Imported):  # others set the rates themselves
-        counted = schedule.state_dict()["scheduler"]
-        if dict(counted["mapping"]).get("last_epoch", step) != step:
-            raise refuse(
-                record, "described.schedule.scheduler.last_epoch", f"it is not {step}, as progress.step is"
-            )
-        for index, (group, rate) in enumerate(
-            zip(optimizer.param_groups, schedule.get_last_lr(), strict=False)
-        ):
-            if float(group["lr"]) != rate:
-                reason = f"it is {group['lr']!r:.60}, and the schedule's last one is {rate}"
-                raise refuse(record, f"described.optimizer.groups[{index}].rest.lr", reason)
-
-
-def restore_scaler(scaler: Any, state: Any, record: Path) -> None:
-    """Put a gradient scaler's state back; a run that had none (None) leaves it as it is.
-
-    Raises CheckpointError naming a field.
-    """
-    if state is None:
-        return
-    field = "described.scaler"
-    if not isinstance(state, dict):
-        raise refuse(record, field, "it has to be null or an object {...}")
-    for name in scaler.state_dict():
-        if not (is_finite_number(state.get(name)) and state[name] >= 0):
-            raise refuse(
-                record,
-                f"{field}.{name}",
-                f"it is {state.get(name)!r:.60}, and has to be a finite number from 0",
-            )
-    scaler.load_state_dict(state)
-
-
-def _restore_foreign(saved: ForeignState, learning: Learning) -> None:
-    module = next(iter(learning.trainable.modules.values()))  # beside it may be what no file holds
-    load_module(module, saved.network, saved.folder)
-    if learning.average is not None:
-        learning.average.begin()
-    if saved.optimizer is not None:
-        restore_foreign_optimizer(learning.optimizer, saved.optimizer)
-        move_states(learning.optimizer, learning.device)
-    logger.warning(
-        "%s was made by another program and does not record its progress: weights and optimizer are "
-        "restored, while steps, epochs and the learning-rate schedule start from 0.",
-        saved.folder,
-    )

@@ -1,67 +1,42 @@
-"""Build a run from its options, in order; check what can be checked before gigabytes are loaded."""
+"""Train: build a run from its options, in order, and give it to the loop."""
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands
 from modules.contract.family import Family
 from modules.control_codes import shorten
-from modules.offload.block_swap import settle_all
+from modules.offload.options import SwapOptions
 from modules.options import option_values
 from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import too_little
-from modules.speed_options import set_blocks_to_swap
-from training.caching_inside import prepare_sources
-from training.changes import OptionChange, listed_settings
-from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.live_text import encoding
-from training.dressing import AUTOCAST, dtype_of
-from training.early_checks import check_before_loading
-from training.experts import note_experts
-from training.following import NO_SCRIPTS, FamilyScripts, NextSteps
-from training.job import Data, TrainingJob, find_data, plan_steps, read_config, start_job
-from training.learning import LoadedModel, check_computing, load_model
-from training.live_choice import find_live_texts, text_use
+from training.following import NO_SCRIPTS, FamilyScripts, NextSteps, make_reporter, plan_next_steps
+from training.learning import load_model
 from training.loop import train
-from training.loss import LossRule
 from training.options import TrainingOptions
+from training.plan import TrainingPlan, make_plan
 from training.planning.memory import prepare_memory
 from training.previews import show_preview
 from training.processes.gradients import largest
 from training.processes.lost import LostProcessError, describe_loss, find_lost, is_of_processes
-from training.reporting import make_reporter, plan_next_steps
-from training.reports.logs import TRACKER_NAME, Logs, public_config, start_logs
+from training.reports.logs import TRACKER_NAME, Logs, public_config
 from training.reports.reporter import RunReporter
-from training.resuming import capture, check_resumable, habits_of, identity_of, resume_progress
-from training.samples import Sampler, prepare_samples
-from training.saver import facts_of_run, file_dtype, make_saver
+from training.samples import NoSampler, Sampler, prepare_samples
+from training.saver import file_dtype, make_saver
 from training.saving.earlier import is_of_another_run, paths_in, set_aside
-from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.saving.upload import make_uploads
-from training.starting import begin_later
 from training.summary import show_end, show_start, watch_run
-from training.training_run import TrainingRun
-from training.triggers import TriggerFiles, trigger_paths
-from training.validation import Validation, ValidationRule, image_rule
+from training.training_run import NoMemoryWatch, TrainingRun
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Hold what a state says of its run's settings, and what --resume_changed changes."""
-
-    identity: dict[str, Any]
-    habits: dict[str, Any]
-    changes: Sequence[OptionChange]
 
 
 def train_network(
@@ -118,58 +93,36 @@ def _prepare(
     sampling: Family | None,
 ) -> Iterator[TrainingRun]:
     """Yield the run of `prepare_run`. held: ends with it."""
-    job, data, comparison = _begin(family, options, commands, held, sampling)
-    plan, progress = data.plan, job.progress
-    sampler = _make_sampler(job)  # texts and images are encoded while there is no DiT
-    following = plan_next_steps(job, scripts, plan.total_steps, sampler)  # before auto is resolved
-    job, memory = _resolve_memory(job, data)
-    texts = data.texts
+    plan = make_plan(family, options, commands, held, sampling)
+    accelerator, texts, progress = plan.accelerator, plan.texts, plan.progress
+    sampler = _make_sampler(plan)  # texts and images are encoded while there is no DiT
+    following = plan_next_steps(plan, scripts, sampler)
+    swap, memory = _resolve_memory(plan)
     if texts is not None:
-        texts.load(job.accelerator.device)
-    has_samples = sampler is not None
-    loaded = load_model(job, plan.total_steps, comparison.changes, has_samples, texts)
-    if sampler is not None and texts is not None and texts.learning:
-        sampler = replace(sampler, renew=texts.renew)
-    _set_earlier_aside(job)  # when nothing can be missing any more
-    job = replace(job, saved=None)  # gives its tensors free
-    uploads, learning = make_uploads(job.options.hub), loaded.learning
-    facts = facts_of_run(job, data, loaded.optimizer_name, learning.schedule.name)
-    reporter = make_reporter(job, following, sampler, memory)
-
-    def take_state() -> SavedState:
-        settle_all(loaded.dits.networks)
-        settings = listed_settings(job.options)
-        return capture(progress, learning, comparison.identity, comparison.habits, settings)
+        texts.load(accelerator.device)
+    logs, reporter = _make_logs(plan, swap), make_reporter(plan, following, sampler, memory)
+    run = load_model(plan, swap, sampler, memory, logs, reporter)
+    _set_earlier_aside(plan)  # when nothing can be missing any more
+    uploads = make_uploads(plan.options.hub)
 
     def publish(path: Path, card: str | None) -> None:
         uploads.publish(path, card)
-        if reporter is not None:
-            reporter.note_saved(path, progress.step)
+        reporter.note_saved(path, progress.step)
 
-    prompts = () if sampler is None else sampler.prompts
-    outlets = publish, uploads.publish_state
-    saver = make_saver(job, loaded.dits.networks, learning, facts, *outlets, take_state, prompts)
-    with (
-        encoding(texts),
-        uploads.finish_uploads(),
-        _start_logs(job, data) as logs,
-        contextlib.nullcontext() if reporter is None else reporter,
-    ):
-        if reporter is not None:
-            reporter.logs = logs
-        show_start(job, data, learning.trainable.parameters, file_dtype(job.options, loaded.dits.networks[0]))
-        run = _make_run(job, data, loaded, logs, saver, sampler, reporter, memory)
-        with _watch_others(job, following):
+    run.saver = make_saver(run, publish, uploads.publish_state)
+    with encoding(texts), uploads.finish_uploads(), logs, reporter:
+        show_start(run, file_dtype(plan.options, run.dits.networks[0]))
+        with _watch_others(plan, following):
             yield run
-        job.accelerator.wait_for_everyone()
-    if saver is not None and reporter is not None and progress.step >= plan.total_steps:
-        show_end(run, reporter.history, saver.names, following)
+        accelerator.wait_for_everyone()
+    if isinstance(reporter, RunReporter) and progress.step >= plan.steps.total_steps:
+        show_end(run, reporter.history.events_told, following)
 
 
 @contextlib.contextmanager
-def _watch_others(job: TrainingJob, following: NextSteps) -> Iterator[None]:
+def _watch_others(plan: TrainingPlan, following: NextSteps) -> Iterator[None]:
     """Raise LostProcessError in place of what torch says when another process of the run was lost."""
-    rank, count = job.accelerator.process_index, job.accelerator.num_processes
+    rank, count = plan.accelerator.process_index, plan.accelerator.num_processes
     try:
         yield
     except Exception as error:
@@ -182,198 +135,71 @@ def _watch_others(job: TrainingJob, following: NextSteps) -> Iterator[None]:
         raise LostProcessError(text, lost is None or rank == first) from None
 
 
-def _set_earlier_aside(job: TrainingJob) -> None:
+def _set_earlier_aside(plan: TrainingPlan) -> None:
     """Set aside what another run of this name left, unless --overwrite replaces it."""
-    if job.accelerator.is_main_process and not job.options.saving.overwrite:
-        is_new = not isinstance(job.saved, SavedState)
-        if is_new or is_of_another_run(job.names, job.progress.session_id):
-            inputs = paths_in(option_values(job.options) | option_values(job.family.options))
-            inputs += [job.saved.folder] if job.saved else []
-            set_aside(job.names, inputs, datetime.now(), job.options.saving.resume is not None)
-    job.accelerator.wait_for_everyone()  # before any writes samples there
+    if plan.accelerator.is_main_process and not plan.options.saving.overwrite:
+        is_new = not isinstance(plan.saved, SavedState)
+        if is_new or is_of_another_run(plan.names, plan.progress.session_id):
+            inputs = paths_in(option_values(plan.options) | option_values(plan.family.options))
+            inputs += [plan.saved.folder] if plan.saved else []
+            set_aside(plan.names, inputs, datetime.now(), plan.options.saving.resume is not None)
+    plan.accelerator.wait_for_everyone()  # before any writes samples there
 
 
-def _begin(
-    family: Family,
-    options: TrainingOptions,
-    commands: CachingCommands,
-    held: contextlib.ExitStack,
-    sampling: Family | None,
-) -> tuple[TrainingJob, Data, Comparison]:
-    """Find state, items and steps, and check all that can be known before anything large is loaded."""
-    config = read_config(options)  # a fault in it is told before anything is started
-    job = start_job(family, options, commands, held, sampling)
-    check_computing(job)
-    if options.caching is not None:  # before minutes of encoding
-        check_before_loading(family, options, options.loop.max_train_steps, sampling)
-    texts = find_live_texts(family, options, config)
-    use = text_use(family, texts)
-    sources = prepare_sources(family, config, options.caching, job.accelerator.device, use)
-    data = find_data(job, config, sources, texts)
-    check_before_loading(family, options, data.plan.total_steps, sampling)
-    options = replace(options, saving=options.saving.spread(data.plan.num_epochs))
-    job = replace(job, options=options)
-    if job.accelerator.is_main_process:
-        note_experts(family, options, sampling is not None)
-    identity = identity_of(
-        options, job.progress.seed, data.order, data.plan, job.network_module, family.options, family.experts
-    )
-    habits = habits_of(options, family.metadata, family.options)
-    changes = check_resumable(job.saved, identity, habits, options)
-    resume_progress(job.saved, changes, job.progress, data.plan)
-    if options.start is not None:
-        begin_later(options.start, job.progress, data.plan, job.saved is not None)
-    return job, replace(data, plan=plan_steps(job, data.order)), Comparison(identity, habits, changes)
-
-
-def _resolve_memory(job: TrainingJob, data: Data) -> tuple[TrainingJob, MemoryWatch | None]:
+def _resolve_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | NoMemoryWatch]:
     """Resolve --blocks_to_swap auto, to the same number in all processes; also return what watches memory."""
-    device, processes = job.accelerator.device, job.accelerator.num_processes
+    device, asked = plan.accelerator.device, plan.options.speed.swap
     options, memory = prepare_memory(
-        job.family, job.options, data.training, job.commands, device, data.sources, data.texts
+        plan.family, plan.options, plan.training, plan.commands, device, plan.sources, plan.texts
     )
+    swap = options.speed.swap
     # each process looked at its own device, but all share the weights on the host
-    if job.options.speed.swap.is_auto:
-        number = largest(options.speed.swap.number, processes, device)
-        options = replace(options, speed=set_blocks_to_swap(options.speed, number))
-    return replace(job, options=options), memory
+    if asked.is_auto:
+        swap = replace(swap, blocks_to_swap=largest(swap.number, plan.accelerator.num_processes, device))
+    is_watched = memory is not None and plan.accelerator.is_main_process
+    return swap, memory if memory is not None and is_watched else NoMemoryWatch()
 
 
-def _start_logs(job: TrainingJob, data: Data) -> Logs:
-    options = job.options
-    return start_logs(
-        job.accelerator,
+def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
+    options = plan.options
+    return Logs(
+        plan.accelerator,
         options.logs,
-        data.plan.total_steps,
-        job.progress.step,
-        public_config(options) if options.logs.log_config else None,
-        TRACKER_NAME if options.whole_dit is None else f"{job.family.name}_ft",
-        extras=watch_run(job, data.plan),
+        plan.steps.total_steps,
+        plan.progress.step,
+        public_config(options, swap) if options.logs.log_config else {},
+        TRACKER_NAME if options.whole_dit is None else f"{plan.family.name}_ft",
+        extras=watch_run(plan),
     )
 
 
-def _make_run(
-    job: TrainingJob,
-    data: Data,
-    loaded: LoadedModel,
-    logs: Logs,
-    saver: Saver | None,
-    sampler: Sampler | None,
-    reporter: RunReporter | None,
-    memory: MemoryWatch | None,
-) -> TrainingRun:
-    options, learning = job.options, loaded.learning
-    rule = LossRule(options.loss, options.predicted, learning.trainable.as_base)
-    return TrainingRun(
-        options=options,
-        family=job.family,
-        dits=loaded.dits,
-        trainable=learning.trainable,
-        optimizer=learning.optimizer,
-        schedule=learning.schedule,
-        plan=data.plan,
-        feed=_make_feed(job, data),
-        progress=job.progress,
-        device=job.accelerator.device,
-        autocast=job.accelerator.autocast,
-        logs=logs,
-        scaler=learning.scaler,
-        steps=loaded.steps,
-        fused=loaded.fused,
-        saver=saver,
-        sampler=sampler,
-        average=learning.average,
-        sample_loras=loaded.sample_loras,
-        sample_dits=loaded.sample_dits,
-        compute_dtype=AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(loaded.dits.networks[0])),
-        rule=rule,
-        texts=data.texts,
-        validation=_make_validation(job, data, rule),
-        reporter=reporter,
-        memory=memory if job.accelerator.is_main_process else None,
-        triggers=_watch_files(job, can_sample=sampler is not None),
-        clock=MinuteClock(options.saving.save_every_n_minutes if saver is not None else None),
-    )
-
-
-def _watch_files(job: TrainingJob, can_sample: bool) -> TriggerFiles:
-    """Watch for files that ask for samples or a save (--sample_now), in the main process."""
-    if not (job.options.samples.sample_now and job.accelerator.is_main_process):
-        return TriggerFiles()
-    return TriggerFiles(trigger_paths(job.output_dir, job.output_name), can_sample)
-
-
-def _make_sampler(job: TrainingJob) -> Sampler | None:
+def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
     """Encode the texts and images of the samples.
 
     Raises OptionError if an encoder is missing, before the DiT is loaded.
     """
-    options, accelerator = job.options.samples, job.accelerator
+    options, accelerator = plan.options.samples, plan.accelerator
     if options.sample_prompts is None:
-        return None
+        return NoSampler()
     if not (options.is_timed or options.sample_now):
         logger.warning(
             "--sample_prompts is ignored because none of --sample_every_n_steps, --sample_every_n_epochs, "
             "--sample_at_first and --sample_now is given."
         )
-        return None
+        return NoSampler()
     share = accelerator.process_index, accelerator.num_processes
-    folder, has_metadata = job.output_dir / "sample", not job.options.metadata.no_metadata
+    folder, has_metadata = plan.output_dir / "sample", not plan.options.metadata.no_metadata
     weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.loras())
-    if job.options.average.sample_ema:
+    if plan.options.average.sample_ema:
         weights = " (EMA)" + weights
     return prepare_samples(
-        job.sampled,
+        plan.sampled,
         options.sample_prompts,
         folder,
-        job.output_name,
+        plan.output_name,
         accelerator.device,
         *share,
         has_metadata,
         weights,
         options.preview,
-    )
-
-
-def _make_feed(job: TrainingJob, data: Data) -> Feed:
-    loop, accelerator = job.options.loop, job.accelerator
-    randomness = Randomness(
-        job.options.timesteps,
-        job.progress.seed,
-        job.family.noise,
-        tuple(job.family.experts),
-        job.options.noise,
-        job.options.weighted_by,
-    )
-    return Feed(
-        MicroBatches(data.order, job.family.latent, randomness, job.commands, data.plan, data.sources),
-        data.plan,
-        accelerator.process_index,
-        loop.max_data_loader_n_workers,
-        loop.persistent_data_loader_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        encoders=data.encoders,
-    )
-
-
-def _make_validation(job: TrainingJob, data: Data, loss: LossRule) -> Validation | None:
-    if not data.validation:
-        return None
-    accelerator, options = job.accelerator, job.options
-    asked = options.validation
-    return Validation(
-        job.family,
-        data.validation,
-        options.timesteps,
-        job.commands,
-        accelerator.device,
-        accelerator.process_index,
-        accelerator.num_processes,
-        loss,
-        image_rule(asked, options.timesteps)
-        if options.is_for_images
-        else ValidationRule(most=asked.max_validation_steps, seed=asked.validation_seed),
-        sources=data.sources,
-        encoders=data.encoders,
-        texts=data.texts,
     )

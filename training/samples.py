@@ -31,6 +31,7 @@ from modules.errors import OptionError
 from modules.media.pixels import frames_of
 from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
+from training.data.live_text import LiveTexts
 from training.loss import Autocast, DitOf
 from training.sample_options import SampleOptions
 
@@ -74,6 +75,10 @@ class Sampler:
     previews: LatentPreviews | None = None
     # encodes texts again, with encoders that have learned; None: none does
     renew: Renew | None = None
+
+    def renewed_by(self, texts: LiveTexts | None) -> "Sampler":
+        """Return a sampler that encodes texts with the encoders that learn, if there are some."""
+        return replace(self, renew=texts.renew) if texts is not None and texts.learning else self
 
     def make(self, dit_of: DitOf, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt and return the paths.
@@ -136,6 +141,19 @@ class Sampler:
             device=self.session.device.type,
             experts=family.experts,
         )
+
+
+class NoSampler:
+    """Make no samples."""
+
+    samples: Sequence[Sample] = ()
+    prompts: Sequence[str] = ()
+
+    def make(self, *_: object) -> list[Path]:
+        return []
+
+    def renewed_by(self, texts: object) -> "NoSampler":
+        return self
 
 
 def prepare_samples(

@@ -1,6 +1,6 @@
 """Make what saves a run: files with their metadata, averages, states, and the model card."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -12,72 +12,60 @@ from torch import nn
 from dataset.batches.items import Items, TrainingItem
 from modules.devices import DTYPES
 from modules.offload.block_swap import settle_all
-from training.averages import metadata_of
 from training.dressing import dtype_of
 from training.experts import expert_metadata
-from training.job import Data, TrainingJob
 from training.metadata import PictureCount, RunFacts, file_metadata, model_card, run_metadata
 from training.optimizers.finished_weights import finished_weights
 from training.optimizers.lr_schedule import warmup_steps
 from training.options import TrainingOptions
-from training.resuming import Learning, own_values
-from training.saving.files import Publish, Saver
-from training.saving.states import SavedState, write_state
+from training.restoring import take_state
+from training.resuming import own_values
+from training.saving.files import NoSaver, Publish, Saver
+from training.saving.states import write_state
+from training.training_run import TrainingRun
 
 
 def make_saver(
-    job: TrainingJob,
-    dits: Sequence[nn.Module],
-    learning: Learning,
-    facts: RunFacts,
-    publish: Callable[[Path, str | None], None],
-    publish_state: Publish,
-    take_state: Callable[[], SavedState],
-    prompts: Sequence[str],
-) -> Saver | None:
+    run: TrainingRun, publish: Callable[[Path, str | None], None], publish_state: Publish
+) -> Saver | NoSaver:
     """Make the saver in the main process; the others save nothing.
 
-    publish: is given the file and the model card. prompts: of the samples, for the card.
+    publish: is given the file and the model card.
     """
-    if not job.accelerator.is_main_process:
-        return None
-    options, progress, trainable = job.options, job.progress, learning.trainable
-    run_values = run_metadata(
-        options,
-        job.family.name,
-        job.family.metadata,
-        facts,
-        own_values(job.family.options, "identity", "habit"),
-    )
-    dtype = file_dtype(options, dits[0])
+    plan, options, progress, trainable = run.plan, run.options, run.progress, run.trainable
+    if not plan.accelerator.is_main_process:
+        return NoSaver()
+    family = plan.family
+    own_options = own_values(family.options, "identity", "habit")
+    run_values = run_metadata(options, family.name, family.metadata, facts_of_run(run), own_options)
+    dtype = file_dtype(options, run.dits.networks[0])
     parts = list(trainable.writes)
 
     def metadata_now(part: str) -> dict[str, str]:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-        licence = job.family.release.licence
-        own = run_values | expert_metadata(job.family, options, part)
-        return file_metadata(own, options, job.family.metadata, progress.step, epoch, datetime.now(), licence)
+        own = run_values | expert_metadata(family, options, part)
+        licence = family.release.licence
+        return file_metadata(own, options, family.metadata, progress.step, epoch, datetime.now(), licence)
 
     def write_file(part: str, path: Path) -> None:
-        settle_all(dits)
-        with finished_weights(learning.optimizer, trainable.parameters):
+        settle_all(run.dits.networks)
+        with finished_weights(run.optimizer, trainable.parameters):
             trainable.writes[part](path, dtype, metadata_now(part))
 
     def write_average(part: str, path: Path) -> None:
-        assert learning.average is not None
-        with learning.average.in_place():
-            own = {} if options.metadata.no_metadata else metadata_of(learning.average)
+        with run.average.in_place():
+            own = {} if options.metadata.no_metadata else run.average.metadata
             trainable.writes[part](path, dtype, {**metadata_now(part), **own})
 
-    card = model_card(options, job.family.release, metadata_now(parts[0]), prompts)
+    card = model_card(options, family.release, metadata_now(parts[0]), run.sampler.prompts)
     saver = Saver(
         options.saving,
-        job.names,
+        plan.names,
         {part: partial(write_file, part) for part in parts},
-        lambda folder: write_state(folder, take_state()),
+        lambda folder: write_state(folder, take_state(run)),
         lambda path: publish(path, card),
         publish_state,
-        {} if learning.average is None else {part: partial(write_average, part) for part in parts},
+        {part: partial(write_average, part) for part in parts} if run.average.tensors() else {},
     )
     saver.remove_leftovers()
     saver.tidy_steps(progress.step)  # what a run that was killed had no time for
@@ -85,23 +73,23 @@ def make_saver(
     return saver
 
 
-def facts_of_run(job: TrainingJob, data: Data, optimizer: str, schedule: str) -> RunFacts:
-    progress, plan = job.progress, data.plan
+def facts_of_run(run: TrainingRun) -> RunFacts:
+    plan, progress, steps = run.plan, run.progress, run.steps
     return RunFacts(
         session_id=progress.session_id,
         started_at=progress.started_at,
         seed=progress.seed,
-        num_items=data.order.num_items,
-        batches_per_epoch=plan.num_batches,
-        num_epochs=plan.num_epochs,
-        total_steps=plan.total_steps,
-        warmup_steps=warmup_steps(job.options.lr_schedule, plan.total_steps),
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        network_module=job.network_module,
-        num_validation=len(data.validation),
-        pictures=count_pictures(data.training) if job.options.is_for_images else (),
-        datasets=[table.describe() for table in data.config.datasets],
+        num_items=plan.order.num_items,
+        batches_per_epoch=steps.num_batches,
+        num_epochs=steps.num_epochs,
+        total_steps=steps.total_steps,
+        warmup_steps=warmup_steps(plan.options.lr_schedule, steps.total_steps),
+        optimizer=run.optimizer_name,
+        lr_scheduler=run.schedule.name,
+        network_module=plan.network_module,
+        num_validation=len(plan.validation),
+        pictures=count_pictures(plan.training) if plan.options.is_for_images else (),
+        datasets=[table.describe() for table in plan.config.datasets],
         changes=tuple(progress.changes),
     )
 

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,16 +10,15 @@ from torch import Tensor
 from modules.atomic_write import free_bytes
 from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
-from modules.planning.device_memory import peak_in_words
+from modules.planning.device_memory import MemoryWatch, peak_in_words
 from modules.planning.memory_plan import gib
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
 from training.following import DORA_ELSEWHERE, NextSteps
-from training.job import Data, TrainingJob
 from training.optimizers.options import FIND_RATE
 from training.options import RANKED_NETWORKS, TrainingOptions
-from training.reports.best import best_file, lowest_validation
-from training.reports.history import History
+from training.plan import TrainingPlan
+from training.reports.history import Story
 from training.reports.options import LogOptions
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
@@ -38,18 +36,12 @@ USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
 SPARE = 1.05  # a disk with less room than this times what the run will write is warned of
 
 
-@dataclass(frozen=True)
-class Saves:
-    """How many models and states are on disk when a run is over, as far as that is known before."""
+def count_saves(
+    options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0
+) -> tuple[int, int]:
+    """Return how many models and states are on disk when a run is over. Saves by the clock are left out.
 
-    models: int
-    states: int
-
-
-def count_saves(options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0) -> Saves:
-    """Count what the steps after `first_step` save. Saves by the clock are left out.
-
-    first_epoch: the first one that is not finished then.
+    first_step: after which they count. first_epoch: the first one that is not finished then.
     """
     models = 0
     if options.save_every_n_steps is not None:
@@ -65,53 +57,49 @@ def count_saves(options: SavingOptions, plan: StepPlan, first_step: int, first_e
             kept = min(kept, options.save_last_n_epochs)
         models += max(0, kept)
     is_last = options.save_state or options.save_state_on_train_end
-    return Saves(models + 1, (models if options.save_state else 0) + is_last)
+    return models + 1, (models if options.save_state else 0) + is_last
 
 
-@dataclass(frozen=True)
-class SavedBytes:
-    """Bytes of one model, with its average (EMA), and of one state."""
+def saved_bytes(
+    parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False
+) -> tuple[int, int]:
+    """Return the bytes of one model, with its average (EMA), and of one state.
 
-    model: int
-    state: int
-
-    @staticmethod
-    def of(
-        parameters: Sequence[Tensor], dtype: torch.dtype | None, has_average: bool = False
-    ) -> "SavedBytes":
-        """Estimate both from the trained weights. dtype: of saved models; None: as they are."""
-        model = sum(one.numel() * (dtype or one.dtype).itemsize for one in parameters)
-        count, average = sum(one.numel() for one in parameters), FLOAT_BYTES if has_average else 0
-        return SavedBytes(model * (1 + has_average), count * (FLOAT_BYTES + MOMENTS_BYTES + average))
+    parameters: that are trained. dtype: of saved models; None: as they are.
+    """
+    model = sum(one.numel() * (dtype or one.dtype).itemsize for one in parameters)
+    count, average = sum(one.numel() for one in parameters), FLOAT_BYTES if has_average else 0
+    return model * (1 + has_average), count * (FLOAT_BYTES + MOMENTS_BYTES + average)
 
 
-def show_start(job: TrainingJob, data: Data, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> None:
-    """Show what the run will do."""
-    options, plan = job.options, data.plan
-    written = SavedBytes.of(parameters, dtype, options.average.ema_decay is not None)
-    saves = count_saves(options.saving, plan, job.progress.step, job.progress.epoch)
+def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
+    """Show what the run will do. dtype: of saved models; None: as they are."""
+    plan, options, steps, parameters = run.plan, run.options, run.steps, run.parameters
+    written = saved_bytes(parameters, dtype, options.average.ema_decay is not None)
+    saves = count_saves(options.saving, steps, plan.progress.step, plan.progress.epoch)
     learns = count_of(sum(one.numel() for one in parameters), "weight")
-    held_back = f", {count_of(len(data.validation), 'item')} for validation" if data.validation else ""
-    begun = f", from step {job.progress.step + 1} on" if job.progress.step else ""
+    held_back = f", {count_of(len(plan.validation), 'item')} for validation" if plan.validation else ""
+    begun = f", from step {plan.progress.step + 1} on" if plan.progress.step else ""
     rows: list[Row] = [
-        ("model", _model(job.family.metadata)),
-        ("learns", f"{_learner(job)}, {learns}"),
+        ("model", _model(plan.family.metadata)),
+        ("learns", f"{_learner(plan)}, {learns}"),
         ("alpha", None if options.network is None else judge_alpha(options.network)),
-        ("data", f"{data.order.num_items} items with repeats{held_back}, {plan.num_batches} batches"),
-        ("steps", f"{_steps(plan)}{begun}"),
+        ("data", f"{plan.order.num_items} items with repeats{held_back}, {steps.num_batches} batches"),
+        ("steps", f"{_steps(steps)}{begun}"),
         ("learning rate", judge_rate(options)),
-        ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {job.progress.seed}"),
+        ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
         ("saves", _saves(options.saving)),
-        ("samples", _samples(job)),
-        ("disk", disk_needed(job.output_dir, saves, written)),
-        ("folder", str(job.output_dir)),
-        ("page", _page(options.logs, job.names)),
+        ("samples", _samples(plan)),
+        ("disk", disk_needed(plan.output_dir, saves, written)),
+        ("folder", str(plan.output_dir)),
+        ("page", _page(options.logs, plan.names)),
     ]
-    show_box(f"Training {job.output_name}", rows)
+    show_box(f"Training {plan.output_name}", rows)
 
 
-def show_end(run: TrainingRun, history: History, names: Names, following: NextSteps) -> None:
+def show_end(run: TrainingRun, story: Story, following: NextSteps) -> None:
     """Show what came of a run that took its last step, and what can follow."""
+    names = run.plan.names
     results, pace = names.files(names.name).values(), run.logs.pace
     seconds = pace.seconds_per_step
     speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
@@ -122,18 +110,20 @@ def show_end(run: TrainingRun, history: History, names: Names, following: NextSt
             ("result", f"{path} ({as_size(path.stat().st_size)})" if path.exists() else None)
             for path in results
         ),
-        ("best by validation", describe_best(history, names.folder)),
+        ("best by validation", describe_best(story, names.folder)),
         ("steps", f"{pace.steps} in {in_words(pace.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
-        ("samples", str(samples) if run.sampler is not None and samples.is_dir() else None),
+        ("samples", str(samples) if run.sampler.prompts and samples.is_dir() else None),
         ("page", _page(run.options.logs, names)),
         (
             "peak memory",
-            peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB",
+            f"{gib(run.memory.highest)} GiB"
+            if isinstance(run.memory, MemoryWatch)
+            else peak_in_words(run.device),
         ),
         ("other tools", DORA_ELSEWHERE if following.is_dora else None),
     ]
-    best = best_file(history, names.folder)
+    best = story.best_file(names.folder)
     commands: list[Row] = [
         (command.title, command.powershell if sys.platform == "win32" else command.bash)
         for command in following.commands(None if best is None else names.folder / best, is_finished=True)
@@ -144,35 +134,37 @@ def show_end(run: TrainingRun, history: History, names: Names, following: NextSt
     show_box(f"{names.name} is trained", rows, commands)
 
 
-def describe_best(history: History, folder: Path) -> str | None:
+def describe_best(story: Story, folder: Path) -> str | None:
     """Return the step with the lowest validation loss and the best file that is there."""
-    lowest, best = lowest_validation(history), best_file(history, folder)
+    lowest, best = story.lowest, story.best_file(folder)
     if lowest is None:
         return None
     text = f"step {lowest[0]}, loss {lowest[1]:.5f}"
     if best is None:
         return f"{text}, not saved"
-    if history.saved[best] == lowest[0]:
+    if story.saved[best] == lowest[0]:
         return f"{text}: {folder / best}"
     return f"{text}, not saved; best file: {folder / best}"
 
 
-def disk_needed(folder: Path, saves: Saves, written: SavedBytes) -> str:
-    """Return how much a run writes, and what is free; says so if that is too little."""
-    needed = saves.models * written.model + saves.states * written.state
-    free = free_bytes(folder)
-    states = f" and {count_of(saves.states, 'state')}" if saves.states else ""
-    text = f"about {as_size(needed)} for {count_of(saves.models, 'model')}{states}; {as_size(free)} free"
+def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) -> str:
+    """Return how much a run writes, and what is free; says so if that is too little.
+
+    saves: models and states. written: bytes of one of each.
+    """
+    needed, free = saves[0] * written[0] + saves[1] * written[1], free_bytes(folder)
+    states = f" and {count_of(saves[1], 'state')}" if saves[1] else ""
+    text = f"about {as_size(needed)} for {count_of(saves[0], 'model')}{states}; {as_size(free)} free"
     return text if free > SPARE * needed else f"{text}: TOO LITTLE, save less often or free some"
 
 
-def watch_run(job: TrainingJob, plan: StepPlan) -> Callable[[int], Mapping[str, str]]:
+def watch_run(plan: TrainingPlan) -> Callable[[int], Mapping[str, str]]:
     """Return what the bar shows beside losses at a step: the peak of memory, the step of the next samples."""
-    options, device = job.options.samples, job.accelerator.device
+    options, device = plan.options.samples, plan.accelerator.device
 
     def watch(step: int) -> Mapping[str, str]:
         shown = {"mem": peak_in_words(device).replace(" GiB", "G")}
-        following = next_samples(options, plan, step, job.progress.epoch)
+        following = next_samples(options, plan.steps, step, plan.progress.epoch)
         return shown if following is None else {**shown, "sample": str(following)}
 
     return watch
@@ -221,11 +213,11 @@ def _page(options: LogOptions, names: Names) -> str | None:
     return None if options.no_page else str(page_path(names.folder, names.name))
 
 
-def _learner(job: TrainingJob) -> str:
-    whole, network = job.options.whole_dit, job.options.network
+def _learner(plan: TrainingPlan) -> str:
+    whole, network = plan.options.whole_dit, plan.options.network
     if network is not None:
         rank = f"rank {network.network_dim or DEFAULT_RANK}"
-        return f"{job.network_module}, {'ranks of the file' if network.dim_from_weights else rank}"
+        return f"{plan.network_module}, {'ranks of the file' if network.dim_from_weights else rank}"
     assert whole is not None  # one of the two is there
     return f"of the model: {' '.join(whole.name_parts)}" if whole.name_parts else "the whole model"
 
@@ -245,8 +237,8 @@ def _saves(options: SavingOptions) -> str:
     return " and ".join([*found, "at the end"])
 
 
-def _samples(job: TrainingJob) -> str | None:
-    options = job.options.samples
+def _samples(plan: TrainingPlan) -> str | None:
+    options = plan.options.samples
     if options.sample_prompts is None or not options.is_timed:
         return None
     times = {"steps": options.sample_every_n_steps, "epochs": options.sample_every_n_epochs}

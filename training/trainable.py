@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +22,22 @@ Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, d
 
 @dataclass(frozen=True)
 class Trainable:
-    """Hold the parameters for the optimizer, and what the loop does with their modules."""
+    """Hold the parameters for the optimizer, and do what the loop asks of their modules."""
 
     modules: Mapping[str, nn.Module]  # by the name of their part in a saved state
     groups: Sequence[Mapping[str, Any]]  # for the optimizer: {"params": [...], "lr": ...}
     group_names: tuple[str, ...]  # "unet", "unet plus": for logs
     # what a save writes, by the last part of the file's name: "", or the name of an expert
     writes: Mapping[str, Write]
-    set_dropout_seed: Callable[[int], None]  # before each micro-batch
-    start_epoch: Callable[[], None]
-    start_step: Callable[[], None]
-    # after each optimizer step; the numbers of a `NormReport`
-    limit_norms: Callable[[], Tensor] | None = None
-    tied: Sequence[nn.Module] = ()  # further modules that compute with the same parameters
+    networks: Sequence[TrainableNetwork] = ()  # that learn; none if the DiT itself does
+    tied: Sequence[TrainableNetwork] = ()  # in further DiTs; they compute with the same parameters
+    max_norm: float | None = None  # of --scale_weight_norms
     by_expert: Sequence[Sequence[Parameter]] = ()  # the parameters of each expert, if each has its own
-    before_step: Callable[[], None] = lambda: None  # once gradients are clipped
-    # inside it the DiTs are as they were loaded; None: what is trained is the DiT itself
-    as_base: AsBase | None = None
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
         """Return every module whose mode follows that of the training."""
-        return (*self.modules.values(), *self.tied)
+        return (*self.modules.values(), *(network.module for network in self.tied))
 
     def reached(self, experts: Collection[int]) -> list[Parameter]:
         """Return the parameters that micro-batches of these experts give gradients."""
@@ -65,6 +58,50 @@ class Trainable:
             for part, module in self.modules.items()
             for name, parameter in module.named_parameters()
         }
+
+    def set_dropout_seed(self, seed: int) -> None:
+        """Call before each micro-batch."""
+        for network in (*self.networks, *self.tied):
+            network.set_dropout_seed(seed)
+
+    def start_epoch(self) -> None:
+        for network in (*self.networks, *self.tied):
+            network.on_epoch_start()
+
+    def start_step(self) -> None:
+        for network in (*self.networks, *self.tied):
+            network.on_step_start()
+
+    def before_step(self) -> None:
+        """Call once gradients are clipped."""
+        for network in (*self.networks, *self.tied):
+            network.before_optimizer_step()
+
+    def limit_norms(self, device: torch.device) -> list[Tensor]:
+        """Limit norms after an optimizer step; return the numbers of a `NormReport`, or nothing if none is
+        limited.
+        """
+        if self.max_norm is None or not self.networks:
+            return []
+        found = [network.scale_norms(self.max_norm, device) for network in self.networks]
+        keys_scaled, means, largest = torch.stack(found).unbind(1)  # of networks of as many modules each
+        return [torch.stack([keys_scaled.sum(), means.mean(), largest.max()])]
+
+    @property
+    def as_base(self) -> AsBase | None:
+        """Return what makes a block in which the DiTs are as they were loaded; None if one learns itself."""
+        return self._without_networks if self.networks else None
+
+    @contextlib.contextmanager
+    def _without_networks(self) -> Iterator[None]:
+        networks = (*self.networks, *self.tied)
+        for network in networks:
+            network.set_multiplier(0.0)
+        try:
+            yield
+        finally:
+            for network in networks:
+                network.set_multiplier(1.0)
 
 
 @dataclass(frozen=True)
@@ -90,18 +127,8 @@ def train_network(
             "the network has no parameters to train: check include_patterns and exclude_patterns in "
             "--network_args"
         )
-    return Trainable(
-        modules={"network": network.module, **network.state_beside_file},
-        groups=groups,
-        group_names=tuple(names),
-        writes={"": network.save},
-        set_dropout_seed=network.set_dropout_seed,
-        start_epoch=network.on_epoch_start,
-        start_step=network.on_step_start,
-        limit_norms=None if max_norm is None else lambda: network.scale_norms(max_norm, device),
-        as_base=partial(_without, [network]),
-        before_step=network.before_optimizer_step,
-    )
+    modules = {"network": network.module, **network.state_beside_file}
+    return Trainable(modules, groups, tuple(names), {"": network.save}, [network], max_norm=max_norm)
 
 
 def share_network(trainable: Trainable, network: TrainableNetwork, device: torch.device) -> Trainable:
@@ -111,20 +138,11 @@ def share_network(trainable: Trainable, network: TrainableNetwork, device: torch
     """
     network.module.to(device=device, dtype=torch.float32)
     tie_network(trainable.modules["network"], network.module)
-    return replace(
-        trainable,
-        set_dropout_seed=_both(trainable.set_dropout_seed, network.set_dropout_seed),
-        start_epoch=_both(trainable.start_epoch, network.on_epoch_start),
-        start_step=_both(trainable.start_step, network.on_step_start),
-        tied=(*trainable.tied, network.module),
-        as_base=_inside_both(trainable.as_base, partial(_without, [network])),
-        before_step=_both(trainable.before_step, network.before_optimizer_step),
-    )
+    return replace(trainable, tied=(*trainable.tied, network))
 
 
 def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
     """Join what is trained for each expert, by the names of the experts. Each writes a file of its own."""
-    limits = [part.limit_norms for part in parts.values() if part.limit_norms is not None]
     return Trainable(
         modules={
             f"{own}_{name}": module for name, part in parts.items() for own, module in part.modules.items()
@@ -132,56 +150,10 @@ def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
         groups=[group for part in parts.values() for group in part.groups],
         group_names=tuple(f"{own} {name}" for name, part in parts.items() for own in part.group_names),
         writes={name: part.writes[""] for name, part in parts.items()},
-        set_dropout_seed=_both(*(part.set_dropout_seed for part in parts.values())),
-        start_epoch=_both(*(part.start_epoch for part in parts.values())),
-        start_step=_both(*(part.start_step for part in parts.values())),
-        limit_norms=(lambda: _join_norms([limit() for limit in limits])) if limits else None,
+        networks=[network for part in parts.values() for network in part.networks],
+        max_norm=next(iter(parts.values())).max_norm,
         by_expert=[part.parameters for part in parts.values()],
-        as_base=_inside_both(*(part.as_base for part in parts.values())),
-        before_step=_both(*(part.before_step for part in parts.values())),
     )
-
-
-def _join_norms(numbers: Sequence[Tensor]) -> Tensor:
-    """Return the numbers of a `NormReport` for networks of as many modules each."""
-    keys_scaled, means, largest = torch.stack([*numbers]).unbind(1)
-    return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])
-
-
-@contextlib.contextmanager
-def _without(networks: Sequence[TrainableNetwork]) -> Iterator[None]:
-    """Switch networks off inside the block."""
-    for network in networks:
-        network.set_multiplier(0.0)
-    try:
-        yield
-    finally:
-        for network in networks:
-            network.set_multiplier(1.0)
-
-
-def _inside_both(*parts: AsBase | None) -> AsBase | None:
-    """Return what enters all of these; None if one cannot be switched off."""
-
-    @contextlib.contextmanager
-    def enter() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for part in parts:
-                assert part is not None
-                stack.enter_context(part())
-            yield
-
-    return None if None in parts else enter
-
-
-def _both(*calls: Callable[..., None]) -> Callable[..., None]:
-    """Return a function that makes all these calls."""
-
-    def call(*values: object) -> None:
-        for each in calls:
-            each(*values)
-
-    return call
 
 
 def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = ()) -> Trainable:
@@ -219,11 +191,4 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
         groups=[{"params": learning, "lr": learning_rate}],
         group_names=("dit",),
         writes={"": write},
-        set_dropout_seed=_nothing,
-        start_epoch=_nothing,
-        start_step=_nothing,
     )
-
-
-def _nothing(*_: object) -> None:
-    """Do nothing: a DiT needs no call at this point."""

@@ -18,7 +18,7 @@ from dataset.cache.checks import CacheChecks
 from modules.contract.experts import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.live_media import BatchSources
-from training.data.live_text import LiveTexts
+from training.data.live_text import NO_TEXTS, LiveTexts, NoTexts
 from training.data.options import NUM_TIMESTEPS, TimestepOptions
 from training.data.timesteps import times_at
 from training.loop_options import ValidationOptions
@@ -83,7 +83,7 @@ class Validation:
     checks: CacheChecks = field(default_factory=CacheChecks)
     sources: BatchSources = field(default_factory=BatchSources)
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
-    texts: LiveTexts | None = None  # encoded in each validation
+    texts: LiveTexts | NoTexts = NO_TEXTS  # encoded in each validation
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -133,9 +133,8 @@ class Validation:
         if self.sources.tables:
             place = RunPlace(0, 0, 1, 1)  # wildcards are drawn alike each time, all parts are there
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
-        if self.texts is not None:
-            with autocast():
-                batch = self.texts.add_to(batch)
+        with autocast():
+            batch = self.texts.add_to(batch)
         shape = batch.tensor("latents").shape
         # in all bands, and in all runs of one probability
         given_frames = draw_given_frames(self.family.noise, shape[2], "validation", item.key, "given frames")

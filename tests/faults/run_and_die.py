@@ -72,6 +72,9 @@ class DyingFile:
             die()
         return int(self._file.write(data))
 
+    def flush(self) -> None:
+        self._file.flush()
+
     def __enter__(self) -> "DyingFile":
         return self
 

@@ -1,8 +1,8 @@
 """Files that are damaged, of another kind, or hold code: one clear message, and nothing is lost."""
 
-import json
 import random
 import shutil
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,10 +40,11 @@ from tests.faults.runs import (
     Undisturbed,
     as_bytes,
     assert_same_tensors,
+    told,
 )
 from tests.tiny.hunyuan_encoders import write_comfy_text_encoders
 from tests.tiny.wan_dit import tiny_state
-from training.saving.states import ForeignState, SavedState, read_state
+from training.saving.states import CHECKSUM, FILE, SavedState, read_state
 
 # of tests that do not choose themselves: what is wrong there is found by code that all share
 FAMILIES = (WAN,)
@@ -290,14 +291,19 @@ def test_a_flipped_bit_in_the_header_never_changes_latents_silently(good: Path, 
 
 
 def edited(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
-    """Change what state.json says."""
+    """Change what a state says, with a checksum that is right."""
 
     def edit(folder: Path) -> None:
-        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        change(record)
-        (folder / "state.json").write_text(json.dumps(record), encoding="utf-8")
+        content = torch.load(folder / FILE, weights_only=True)
+        change(content)
+        save_content(folder, content)
 
     return edit
+
+
+def save_content(folder: Path, content: object) -> None:
+    torch.save(content, folder / FILE)
+    (folder / CHECKSUM).write_text(f"{zlib.crc32((folder / FILE).read_bytes()):08x}\n", encoding="utf-8")
 
 
 def in_place(damage: Damage, name: str) -> Callable[[Path], None]:
@@ -309,7 +315,9 @@ def foreign(model: Callable[[Path], None], optimizer: Callable[[Path], None]) ->
     """Turn the folder into one as accelerate writes it."""
 
     def change(folder: Path) -> None:
-        shutil.copy(folder / "network.safetensors", folder.parent / "whole.safetensors")
+        state = read_state(folder)
+        assert isinstance(state, SavedState)
+        save_file(dict(state.parts["network"]), folder.parent / "whole.safetensors")
         shutil.rmtree(folder)
         folder.mkdir()
         model(folder)
@@ -338,19 +346,28 @@ def nonsense_optimizer(folder: Path) -> None:
     (folder / "optimizer.bin").write_bytes(b"\x80\x02nonsense")
 
 
+def looped() -> dict[str, object]:
+    content: dict[str, object] = {"version": 2, "parts": {}}
+    content["optimizer"] = content
+    return content
+
+
 BAD_STATES: dict[str, Callable[[Path], None]] = {
-    "record truncated": in_place(truncated, "state.json"),
-    "record empty": in_place(empty, "state.json"),
-    "record of another step": edited(lambda record: record["progress"].update(step=1)),  # type: ignore[attr-defined]
-    "record without a key": edited(lambda record: record.pop("identity")),
-    "record with another type": edited(lambda record: record.update(parts=[1])),
-    "record of a newer version": edited(lambda record: record.update(version=99)),
-    "record gone": lambda folder: (folder / "state.json").unlink(),
-    "network truncated": in_place(truncated, "network.safetensors"),
-    "network with a flipped bit": in_place(flipped_data, "network.safetensors"),
-    "network gone": lambda folder: (folder / "network.safetensors").unlink(),
-    "optimizer with a flipped bit": in_place(flipped_data, "optimizer.safetensors"),
-    "optimizer with code": in_place(pickled_code, "optimizer.safetensors"),
+    "truncated": in_place(truncated, FILE),
+    "empty": in_place(empty, FILE),
+    "of another kind": in_place(web_page, FILE),
+    "with a flipped bit": in_place(flipped_data, FILE),
+    "with code": in_place(pickled_code, FILE),
+    "with code and its checksum": lambda folder: save_content(folder, {"version": Harmful(proof_of(folder))}),
+    "in itself": lambda folder: save_content(folder, looped()),
+    "without a checksum": lambda folder: (folder / CHECKSUM).unlink(),
+    "with an empty checksum": in_place(empty, CHECKSUM),
+    "without a key": edited(lambda content: content.pop("identity")),
+    "without the optimizer's groups": edited(lambda content: content["optimizer"].pop("groups")),  # type: ignore[attr-defined]
+    "without weights": edited(lambda content: content["parts"].clear()),  # type: ignore[attr-defined]
+    "of another type": edited(lambda content: content.update(parts=[1])),
+    "of a newer version": edited(lambda content: content.update(version=99)),
+    "gone": lambda folder: (folder / FILE).unlink(),
     "foreign, the model with code": foreign(pickled_model, lambda folder: None),
     "foreign, the model cut": foreign(cut_model, lambda folder: None),
     "foreign, the optimizer with code": foreign(whole_model, pickled_optimizer),
@@ -387,35 +404,25 @@ def test_latest_goes_past_a_state_that_was_cut(
 ) -> None:
     shutil.copytree(undisturbed.output, tmp_path / "out")
     truncated(
-        undisturbed.output / "x-state" / "network.safetensors",
-        tmp_path / "out" / "x-state" / "network.safetensors",
+        undisturbed.output / "x-state" / FILE,
+        tmp_path / "out" / "x-state" / FILE,
     )
 
     code, said = run_here(*WAN.train, "--output_dir", tmp_path / "out", folder=project)
 
     assert code == 0, said
     assert "x-state is ignored in the search for the latest state" in said
-    for name in ("x.safetensors", "x-state/network.safetensors"):
-        assert_same_tensors(tmp_path / "out" / name, undisturbed.output / name)
-
-
-def told(state: SavedState | ForeignState) -> tuple[object, ...]:
-    """All that a state says."""
-    assert isinstance(state, SavedState)
-    parts = {part: bytes_of(tensors) for part, tensors in state.parts.items()}
-    return state.progress, state.identity, state.habits, state.described, parts
+    assert_same_tensors(tmp_path / "out" / "x.safetensors", undisturbed.output / "x.safetensors")
 
 
 def test_a_flipped_bit_never_changes_a_state_silently(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    whole, dice = read_state(undisturbed.output / "x-state"), random.Random(3)
+    whole, dice = told(undisturbed.output / "x-state"), random.Random(3)
     for number in range(100):
         folder = tmp_path / str(number)
         shutil.copytree(undisturbed.output / "x-state", folder)
-        flip_any_bit(
-            folder / dice.choice(["state.json", "network.safetensors", "optimizer.safetensors"]), dice
-        )
-        read = read_or_refuse(read_state, folder)
-        assert read is None or told(read) == told(whole)
+        flip_any_bit(folder / dice.choice([FILE, CHECKSUM]), dice)
+        read = read_or_refuse(told, folder)
+        assert read is None or read == whole
 
 
 # --- numbers beyond all sense -------------------------------------------------------------------------------

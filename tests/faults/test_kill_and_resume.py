@@ -135,7 +135,7 @@ def test_a_signal_ends_training_after_its_step_with_everything_saved(
     assert code == 0, said
     assert ended is not None, said
     assert "Traceback" not in said
-    assert (output / f"x-step{int(ended[1]):08d}-state" / "state.json").exists()
+    assert (output / f"x-step{int(ended[1]):08d}-state" / "state.pt").exists()
     assert_whole(output)
     run_script(*command, folder=project)
     assert_whole(output)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from training.optimizers.parameter_steps import stochastic_bfloat16
-from training.optimizers.state import encode_optimizer, restore_optimizer
+from training.optimizers.state import optimizer_state, restore_optimizer
 
 
 def test_rounding_is_right_on_average_and_keeps_what_is_no_number(device: torch.device) -> None:
@@ -37,10 +37,10 @@ def test_8_bit_states_are_where_they_were_after_a_resume(cuda: torch.device, nam
 
     (weight, saved), (other, fresh) = made(), made()
     saved.step()
-    description, tensors = encode_optimizer(saved, {weight: "a"})
+    state = optimizer_state(saved, {weight: "a"})
     with torch.no_grad():
         other.copy_(weight)
-    restore_optimizer(fresh, {other: "a"}, description, tensors, cuda)
+    restore_optimizer(fresh, {other: "a"}, state, cuda)
 
     for ours, theirs in ((fresh.state[other], saved.state[weight]),):
         assert getattr(ours["state1"], "is_paged", False) == (name == "PagedAdamW8bit")

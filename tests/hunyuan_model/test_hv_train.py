@@ -20,6 +20,7 @@ from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_dit import tiny_state, write_dit
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 from tests.tiny.project import write_clips, write_dataset, write_image
+from tests.training.toy import same, state_tensors
 
 SCRIPT = "hv_train.py"
 DYING = ROOT / "tests" / "faults" / "run_and_die.py"
@@ -253,10 +254,9 @@ def test_a_run_that_is_killed_inside_a_backward_pass_ends_with_equal_bytes(
     assert (tmp_path / "killed" / f"x-step{step:08d}-state").is_dir()
     run_script(SCRIPT, *command, "--output_dir", tmp_path / "killed", folder=project)
 
-    for name in ("x.safetensors", "x-state/dit.safetensors", "x-state/optimizer.safetensors"):
-        one, two = load_file(tmp_path / "whole" / name), load_file(tmp_path / "killed" / name)
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert same(*(load_file(tmp_path / folder / "x.safetensors") for folder in ("whole", "killed")))
+    ours, theirs = (state_tensors(tmp_path / folder / "x-state") for folder in ("whole", "killed"))
+    assert all(same(ours[part], theirs[part]) for part in ("dit", "optimizer"))
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {
         path.name for path in (tmp_path / "whole").iterdir()
     }

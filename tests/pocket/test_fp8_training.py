@@ -115,7 +115,6 @@ def losses(folder: Path, product: Product | None, *options: object) -> tuple[flo
     if product is not None:
         family = Emulating(family, product)
     with prepare_run(family, read_options(TrainingOptions, args)) as run:
-        assert run.validation is not None
         found = []
         for step in (lambda: None, lambda: train(run)):
             step()

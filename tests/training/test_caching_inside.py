@@ -26,8 +26,8 @@ from tests.training.toy_images import LATENT, PictureFamily
 from training.caching_inside import TextUse, Where, plan_tables, prepare_sources
 from training.data.live_media import BatchSources
 from training.image_options import ImageTrainerDefaults, read_image_training
-from training.job import read_config
 from training.options import TrainingOptions
+from training.plan import read_config
 from training.run import train_network
 
 CPU = torch.device("cpu")

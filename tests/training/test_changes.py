@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from modules.errors import OptionError
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
+from training.saving.states import SavedState, read_state
 
 CHANGED = ["--resume", "latest", "--resume_changed"]
 
@@ -70,7 +71,9 @@ def test_the_schedule_of_now_begins_at_the_step_that_was_reached(tmp_path: Path,
     still = train_toy(tmp_path, *schedule, *CHANGED, "--learning_rate", "1e-9", "--max_train_steps", 6)
     moved = train_toy(tmp_path, *schedule, *CHANGED, "--learning_rate", "1e-1", "--max_train_steps", 6)
 
-    before = load_file(tmp_path / "output" / "x-state" / "network.safetensors")
+    state = read_state(tmp_path / "output" / "x-state")
+    assert isinstance(state, SavedState)
+    before = state.parts["network"]
     changes = [
         max(float((after[name] - before[name]).abs().max()) for name in before) for after in (still, moved)
     ]

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from modules.contract.loading import Placement
 from modules.errors import OptionError
 from tests.training.test_resume import Killed, killed_at, train_in_two_processes
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import ToyFamily, same, state_tensors, toy_options, train_toy, write_caches
 from training.optimizers.parameter_steps import ALONE, ParameterSteps, require_alone, stochastic_bfloat16
-from training.progress import Progress
 from training.run import prepare_run, train_network
-from training.saving.states import SavedState, StoredPart, read_state
+from training.steps import Progress
 
 FUSED = "--fused_backward_pass"
 BF16 = ("--full_bf16", "--mixed_precision", "bf16")
@@ -94,9 +93,7 @@ def test_steps_inside_the_backward_pass_give_the_same_bits(
     found = load_file(tmp_path / "fused" / "x.safetensors")
 
     assert same(expected, found)
-    states = [
-        load_file(tmp_path / folder / "x-state" / "optimizer.safetensors") for folder in ("output", "fused")
-    ]
+    states = [state_tensors(tmp_path / folder / "x-state")["optimizer"] for folder in ("output", "fused")]
     assert same(*states)
     assert not torch.equal(found["embed.weight"].float(), initial_weights()["embed.weight"])
 
@@ -254,7 +251,7 @@ def test_training_keeps_the_weights_in_bf16(tmp_path: Path) -> None:
 
     assert {tensor.dtype for tensor in trained.values()} == {torch.bfloat16}
     assert not any(torch.equal(trained[name], tensor) for name, tensor in start.items())
-    moments = load_file(tmp_path / "output" / "x-state" / "optimizer.safetensors")
+    moments = state_tensors(tmp_path / "output" / "x-state")["optimizer"]
     assert {tensor.dtype for tensor in moments.values()} == {torch.float32}
 
 
@@ -402,12 +399,8 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...]
     assert train_network(ToyFamily(), toy_options(tmp_path, *other, whole_dit=True)) == 0
 
     assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
-    for part in ("dit", "optimizer"):
-        states = [
-            load_file(tmp_path / folder / "x-state" / f"{part}.safetensors")
-            for folder in ("output", "killed")
-        ]
-        assert same(*states)
+    ours, theirs = (state_tensors(tmp_path / folder / "x-state") for folder in ("output", "killed"))
+    assert all(same(ours[part], theirs[part]) for part in ("dit", "optimizer"))
 
 
 @pytest.mark.parametrize(
@@ -447,22 +440,6 @@ def test_a_state_may_go_on_in_the_other_order_of_steps(
 
     assert same(expected, load_file(tmp_path / "half" / "x.safetensors"))
     assert "--fused_backward_pass was False when the state was saved; it is True" in caplog.text
-
-
-def test_a_state_is_read_tensor_by_tensor(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_dit(tmp_path, "--save_state", "--max_train_steps", 1)
-
-    state = read_state(tmp_path / "output" / "x-state")
-
-    assert isinstance(state, SavedState)
-    part = state.parts["dit"]
-    assert isinstance(part, StoredPart)
-    assert part.info("head.weight").shape == (2, 8)
-    first, second = part["head.weight"], part["head.weight"]
-    assert first.data_ptr() != second.data_ptr()  # nothing is kept
-    assert set(part) == initial_weights().keys()
-    part.close()
 
 
 def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from tests.training.toy_texts import (
     write_subset,
 )
 from training.data.live_text import LiveTexts
-from training.job import read_config
 from training.live_choice import choose_live_texts
+from training.plan import read_config
 from training.planning.prediction import predict
 from training.run import prepare_run, train_network
 
@@ -211,7 +211,7 @@ def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
     family, options = TextFamily(), image_toy_options(tmp_path)
     with prepare_run(family, options) as run:
         batch = run.feed.batches[(0, 0)].data
-        known = replace(batch, batch=run.texts.add_to(batch.batch)) if run.texts is not None else batch
+        known = replace(batch, batch=run.texts.add_to(batch.batch))
     encoders = family.text_encoders()
 
     cached = largest(predict(family, options, known.moved(torch.detach), CPU).moments)[1]

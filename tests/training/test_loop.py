@@ -18,10 +18,21 @@ from modules.contract.loading import Placement
 from modules.errors import CacheError, MemoryPlanError, UserError
 from modules.flow.schedule import add_noise
 from networks.adapter import make_network
-from tests.training.toy import LATENT, ToyDit, ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import (
+    LATENT,
+    ToyDit,
+    ToyFamily,
+    same,
+    state_tensors,
+    toy_options,
+    train_toy,
+    write_caches,
+)
 from training.data.feed import Randomness
 from training.loop import take_step
+from training.optimizers.fused_backward import StepAfterBackward
 from training.run import prepare_run, train_network
+from training.training_run import TrainingRun
 
 
 def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
@@ -182,9 +193,14 @@ def test_mixed_precision_trains_float32_factors_of_a_half_precision_model(tmp_pa
         tmp_path, "--mixed_precision", "bf16", "--save_state", family=ToyFamily(dtype=torch.bfloat16)
     )
 
-    state = load_file(tmp_path / "output" / "x-state" / "network.safetensors")
+    state = state_tensors(tmp_path / "output" / "x-state")["network"]
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def scaled(run: TrainingRun, scaler: torch.amp.GradScaler) -> TrainingRun:
+    assert isinstance(run.stepping, StepAfterBackward)
+    return replace(run, scaler=scaler, stepping=replace(run.stepping, scaler=scaler))
 
 
 def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path: Path) -> None:
@@ -194,7 +210,7 @@ def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path
     for scale in (None, 2.0**10, float("inf")):
         scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
         with prepare_run(ToyFamily(), toy_options(tmp_path, "--gradient_accumulation_steps", 2)) as prepared:
-            run = replace(prepared, scaler=scaler)
+            run = prepared if scaler is None else scaled(prepared, scaler)
             with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
                 take_step(run, range(2), micro_batches)
             weights[scale] = {
@@ -214,4 +230,4 @@ def test_a_process_without_a_micro_batch_in_the_first_step_can_scale_gradients_t
     write_caches(tmp_path)
 
     with prepare_run(ToyFamily(), toy_options(tmp_path)) as prepared:
-        take_step(replace(prepared, scaler=torch.amp.GradScaler("cpu")), range(0), iter(()))
+        take_step(scaled(prepared, torch.amp.GradScaler("cpu")), range(0), iter(()))

@@ -24,7 +24,7 @@ from tests.dataset.making import make_table
 from tests.training.toy import TWO_EXPERTS, ToyFamily, same, toy_options, train_toy, write_caches
 from training.resuming import epoch_digest, habits_of
 from training.run import train_network
-from training.saving.states import warn_of_changes
+from training.saving.states import SavedState, read_state, warn_of_changes
 
 
 class Killed(BaseException):
@@ -357,7 +357,9 @@ def test_a_state_of_a_known_tuner_gives_weights_and_optimizer_and_counts_from_ze
 
     write_caches(tmp_path)
     train_toy(tmp_path, "--save_state", "--max_train_steps", 3)
-    network = load_file(tmp_path / "output" / "x-state" / "network.safetensors")
+    state = read_state(tmp_path / "output" / "x-state")
+    assert isinstance(state, SavedState)
+    network = dict(state.parts["network"])
     modules = dict.fromkeys(name.rpartition(".lora_")[0] for name in network if "alpha" not in name)
     blocks = [
         name

@@ -5,7 +5,7 @@ from pathlib import Path, PureWindowsPath
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from modules.contract.loading import Placement
@@ -14,7 +14,7 @@ from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import read_lora
 from networks.uses import LoraUse
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import ToyFamily, same, state_tensors, toy_options, train_toy, write_caches
 from training.run import train_network
 from training.sample_options import _split_multiplier
 
@@ -181,5 +181,5 @@ def test_the_file_of_the_run_holds_nothing_of_it(tmp_path: Path) -> None:
 
     train_toy(tmp_path, *sampling, "--max_train_steps", 1, "--save_state", whole_dit=True)
 
-    state = load_file(tmp_path / "output" / "x-state" / "dit.safetensors")
+    state = state_tensors(tmp_path / "output" / "x-state")["dit"]
     assert state.keys() == ToyFamily().load_dit(Placement(CPU)).state_dict().keys()

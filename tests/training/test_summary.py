@@ -10,18 +10,17 @@ import torch
 from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches
 from training.loop import train
 from training.reports.history import History
-from training.reports.pace import Pace
+from training.reports.logs import Pace
 from training.run import prepare_run
 from training.steps import StepPlan
 from training.summary import (
-    SavedBytes,
-    Saves,
     count_saves,
     describe_best,
     disk_needed,
     judge_alpha,
     judge_rate,
     next_samples,
+    saved_bytes,
 )
 
 
@@ -108,14 +107,14 @@ def test_a_resumed_run_counts_its_own_steps(tmp_path: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), Saves(1, 0)),
-        (("--save_every_n_steps", 3, "--save_state"), Saves(3, 3)),
-        (("--save_every_n_steps", 2, "--save_last_n_steps", 2), Saves(3, 0)),
-        (("--save_every_n_epochs", 1, "--save_state_on_train_end"), Saves(2, 1)),
+        ((), (1, 0)),
+        (("--save_every_n_steps", 3, "--save_state"), (3, 3)),
+        (("--save_every_n_steps", 2, "--save_last_n_steps", 2), (3, 0)),
+        (("--save_every_n_epochs", 1, "--save_state_on_train_end"), (2, 1)),
     ],
 )
 def test_the_files_of_a_run_are_counted_before(
-    tmp_path: Path, arguments: tuple[object, ...], expected: Saves
+    tmp_path: Path, arguments: tuple[object, ...], expected: tuple[int, int]
 ) -> None:
     plan = StepPlan(num_batches=5, processes=1, accumulation=1, total_steps=8)
     write_caches(tmp_path)
@@ -124,8 +123,8 @@ def test_the_files_of_a_run_are_counted_before(
 
     train_toy(tmp_path, *arguments)
     found = [path.name for path in (tmp_path / "output").iterdir()]
-    assert len([name for name in found if name.endswith(".safetensors")]) == expected.models
-    assert len([name for name in found if name.endswith("-state")]) == expected.states
+    assert len([name for name in found if name.endswith(".safetensors")]) == expected[0]
+    assert len([name for name in found if name.endswith("-state")]) == expected[1]
 
 
 def test_the_next_samples_are_by_step_or_epoch_whichever_comes_first(tmp_path: Path) -> None:
@@ -142,25 +141,29 @@ def test_the_next_samples_are_by_step_or_epoch_whichever_comes_first(tmp_path: P
 
 
 def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:
-    written = SavedBytes.of([torch.zeros(10, 10)], torch.bfloat16)
-    assert written.model == 200
-    assert SavedBytes.of([torch.zeros(10, 10)], torch.bfloat16, has_average=True) == SavedBytes(400, 1600)
-    assert "TOO LITTLE" not in disk_needed(tmp_path / "new", Saves(2, 1), written)
-    assert "TOO LITTLE" in disk_needed(tmp_path, Saves(2, 1), SavedBytes(1 << 60, 1))
+    written = saved_bytes([torch.zeros(10, 10)], torch.bfloat16)
+    assert written[0] == 200
+    assert saved_bytes([torch.zeros(10, 10)], torch.bfloat16, has_average=True) == (400, 1600)
+    assert "TOO LITTLE" not in disk_needed(tmp_path / "new", (2, 1), written)
+    assert "TOO LITTLE" in disk_needed(tmp_path, (2, 1), (1 << 60, 1))
 
 
 def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl", 1)
-    assert describe_best(history, tmp_path) is None
+    assert describe_best(history.events_told, tmp_path) is None
     for step, loss in ((2, 0.5), (4, 0.25), (7, 0.3)):
-        history.note_validation(step, {"validation/loss": loss})
-    assert describe_best(history, tmp_path) == "step 4, loss 0.25000, not saved"
+        history.add({"step": step, "validation": {"validation/loss": loss}})
+    assert describe_best(history.events_told, tmp_path) == "step 4, loss 0.25000, not saved"
     for step, name in ((8, "x.safetensors"), (4, "b.safetensors")):
         (tmp_path / name).touch()
-        history.note_saved(step, name)
-    assert describe_best(history, tmp_path) == f"step 4, loss 0.25000: {tmp_path / 'b.safetensors'}"
+        history.add({"step": step, "saved": name})
+    assert (
+        describe_best(history.events_told, tmp_path) == f"step 4, loss 0.25000: {tmp_path / 'b.safetensors'}"
+    )
     (tmp_path / "b.safetensors").unlink()
-    assert f"not saved; best file: {tmp_path / 'x.safetensors'}" in str(describe_best(history, tmp_path))
+    assert f"not saved; best file: {tmp_path / 'x.safetensors'}" in str(
+        describe_best(history.events_told, tmp_path)
+    )
 
 
 def test_a_run_without_a_page_names_its_best_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

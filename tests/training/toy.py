@@ -29,6 +29,7 @@ from training.learner_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import Trains
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
+from training.saving.states import SavedState, read_state
 
 TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")
 TWO_EXPERTS = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 600.0))
@@ -266,6 +267,20 @@ def train_toy(
     options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
     assert train_network(family or ToyFamily(), options) == 0
     return load_file(folder / "output" / "x.safetensors")
+
+
+def state_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a state by its parts, and those of its optimizer."""
+    state = read_state(folder)
+    assert isinstance(state, SavedState)
+    kept = state.optimizer["states"].items()
+    moments = {
+        f"{name}/{key}": value
+        for name, values in kept
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    return {**{part: dict(tensors) for part, tensors in state.parts.items()}, "optimizer": moments}
 
 
 def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:

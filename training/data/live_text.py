@@ -93,6 +93,16 @@ class LiveTexts:
             return encoder.encode(prompts)
 
 
+class NoTexts:
+    """Encode nothing: all texts come from caches."""
+
+    def add_to(self, batch: Batch) -> Batch:
+        return batch
+
+
+NO_TEXTS = NoTexts()
+
+
 @contextlib.contextmanager
 def encoding(texts: LiveTexts | None) -> Iterator[None]:
     """Free the encoders at the end of the block."""

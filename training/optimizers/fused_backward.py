@@ -1,21 +1,54 @@
-"""Step weights inside the backward pass (--fused_backward_pass), so that gradients never exist all at once.
+"""Step weights after the backward passes of a step, or inside the only one (--fused_backward_pass).
 
-As soon as a weight's gradient is complete (all its uses are differentiated by then, so nothing needs the old
-value any more) the gradient is clipped by itself, the weight stepped, the gradient freed. Besides weights and
-optimizer state only the largest gradient needs memory. Without clipping the result equals that of the usual
-order, to the bit.
+Inside it, gradients never exist all at once. As soon as a weight's gradient is complete (all its uses are
+differentiated by then, so nothing needs the old value any more) the gradient is clipped by itself, the weight
+stepped, the gradient freed. Besides weights and optimizer state only the largest gradient needs memory.
+Without clipping the result equals that of the usual order, to the bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from modules.errors import OptionError
 from training.optimizers.parameter_steps import ParameterSteps, require_alone
+from training.processes.gradients import fill_missing_gradients, norm_of_gradients
 
 OPTION = "--fused_backward_pass"
+
+
+@dataclass(frozen=True)
+class StepAfterBackward:
+    """Clip all gradients together and step all weights, once a step's gradients are summed."""
+
+    optimizer: Optimizer
+    parameters: Sequence[Parameter]
+    max_norm: float  # 0 turns clipping off
+    scaler: torch.amp.GradScaler
+    before: Callable[[], None]  # called once gradients are clipped
+    alone: ParameterSteps | None = None  # steps the weights one after the other
+
+    def begin(self, reached: Sequence[Parameter]) -> None:
+        """Set missing gradients of the weights that a step changes to zero."""
+        fill_missing_gradients(reached)
+
+    def finish(self) -> Tensor:
+        """Clip and step. Returns the norm of all gradients before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        norm = norm_of_gradients(self.parameters)
+        if self.max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
+        self.before()
+        if self.alone is not None:
+            self.alone.step_all(self.parameters)
+        else:  # as the optimizer itself does, if the scaler is off
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return norm
 
 
 class FusedBackward:
@@ -27,6 +60,9 @@ class FusedBackward:
         self._norms: dict[Parameter, Tensor] = {}  # of the gradients of this pass, before clipping
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._complete)
+
+    def begin(self, reached: Sequence[Parameter]) -> None:
+        """Do nothing: most weights are stepped already."""
 
     @torch.no_grad()
     def finish(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from modules.errors import CheckpointError, OptionError
 from training.optimizers.lr_schedule_options import ADAFACTOR, LrScheduleOptions
 from training.optimizers.optimizer import check_arguments, finds_own_rate, import_object, is_schedule_free
-from training.optimizers.state import decode, encode
+from training.optimizers.state import plain_state
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
 class LrSchedule(Protocol):
     """What the loop needs of a schedule.
 
-    `state` is JSON; call `restore` after the optimizer's own state was restored.
+    The state is plain values; call `load_state_dict` after the optimizer's own state was restored.
     """
 
     @property
@@ -313,12 +313,12 @@ class Imported:
 
     def state_dict(self) -> dict[str, Any]:
         plain = {key: value for key, value in self.inner.state_dict().items() if not callable(value)}
-        return {"scheduler": encode(plain, "scheduler", {})}
+        return {"scheduler": plain_state(plain, "scheduler")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if "scheduler" not in state:
             raise CheckpointError(_other_schedule(self.name))
-        saved = decode(state["scheduler"], {})
+        saved = dict(state["scheduler"])
         # the rest are settings, which this run's options say
         if type(self.inner).__module__ == LRScheduler.__module__:
             saved = {name: value for name, value in saved.items() if name in COUNTS}

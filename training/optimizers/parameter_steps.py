@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from training.optimizers.optimizer import find_optimizer
-from training.progress import Progress
+from training.steps import Progress
 
 # package -> classes whose step of a parameter depends on that parameter, its gradient and its own state alone
 ALONE: Mapping[str, frozenset[str]] = {

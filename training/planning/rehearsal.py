@@ -40,7 +40,7 @@ from training.optimizers.parameter_steps import ParameterSteps, steps_alone
 from training.options import TrainingOptions
 from training.planning.optimizer_bytes import is_rehearsable, state_bytes
 from training.processes.gradients import fill_missing_gradients, norm_of_gradients
-from training.progress import Progress
+from training.steps import Progress
 from training.trainable import train_dit
 
 STEP = "optimizer step"

@@ -1,4 +1,4 @@
-"""Keep what a run has reported in a list of lines beside its files, so that a resumed run shows all of it.
+"""Keep what a run reports in a list of lines beside its files; its page is made of them alone.
 
 `OUTPUT_NAME-history.jsonl` has one JSON object a line: first the run it belongs to, then steps, validations,
 samples and saved files as they happen. Lines are appended. A resumed run drops those of steps beyond its
@@ -8,23 +8,23 @@ state, which are trained again, and those that cannot be read, such as the last 
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from modules.atomic_write import append_text, atomic_path
 from modules.text_files import require_regular_file
-from training.reports.curves import BinnedCurve
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-LONGEST_LINE = 1 << 20  # bytes; lines of ours have some hundred
 MOST_WAITING = 2000  # lines in memory
 LOSS = "validation/loss"
+AVERAGE_MARK = re.compile("-ema")
 Row = dict[str, Any]
+Points = list[tuple[int, float | None]]  # of a curve: step and value; None: it was NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -38,57 +38,109 @@ class SampleRow:
 
 
 @dataclass
-class History:
-    """Hold the history of one run, in memory and on disk. `session` tells it from others of the same name."""
+class Story:
+    """Hold what the lines of a history tell."""
 
-    path: Path
-    session: int
-    loss: BinnedCurve = field(default_factory=BinnedCurve)
-    rates: dict[str, BinnedCurve] = field(default_factory=dict)
-    experts: dict[str, BinnedCurve] = field(default_factory=dict)  # losses of the experts by name
-    seconds: BinnedCurve = field(default_factory=BinnedCurve)  # of steps
-    bands: dict[str, BinnedCurve] = field(default_factory=dict)  # validation losses by noise level
+    loss: Points = field(default_factory=list)
+    seconds: Points = field(default_factory=list)  # of steps
+    rates: dict[str, Points] = field(default_factory=dict)
+    experts: dict[str, Points] = field(default_factory=dict)  # losses of the experts by name
+    bands: dict[str, Points] = field(default_factory=dict)  # validation losses by noise level
     validations: dict[int, float] = field(default_factory=dict)  # step -> loss
     samples: dict[tuple[int, str], SampleRow] = field(default_factory=dict)
     saved: dict[str, int] = field(default_factory=dict)  # name in the output folder -> step
     starts: list[int] = field(default_factory=list)  # steps from which the run was started or resumed
-    _waiting: list[str] = field(default_factory=list)
-    _keeps_up_to: int | None = None  # the last step of the lines on disk that are kept; None: all are
 
-    def note_step(
-        self,
-        step: int,
-        loss: float,
-        rates: Mapping[str, float],
-        seconds: float | None = None,
-        by_expert: Mapping[str, float] = MappingProxyType({}),
-    ) -> None:
-        """Add a step. by_expert: see `StepReport`."""
-        row: Row = {"step": step, "loss": loss, "rates": dict(rates), "seconds": seconds}
-        self._add({**row, "experts": dict(by_expert)} if by_expert else row)
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Story":
+        story = cls()
+        for row in rows:
+            story._add(row)
+        return story
 
-    def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Add the losses of a validation."""
-        self._add({"step": step, "validation": dict(losses)})
+    def _add(self, row: Row) -> None:
+        step = row["step"]
+        if "loss" in row:
+            self.loss.append((step, row["loss"]))
+            self.seconds.append((step, row.get("seconds")))
+            for curves, values in ((self.rates, row.get("rates")), (self.experts, row.get("experts"))):
+                for name, value in (values or {}).items():
+                    curves.setdefault(name, []).append((step, value))
+        elif "validation" in row:
+            for name, loss in row["validation"].items():
+                if name != LOSS:
+                    self.bands.setdefault(name, []).append((step, loss))
+                elif loss is not None:
+                    self.validations[step] = loss
+        elif "samples" in row:
+            texts = ({int(index): text for index, text in row[name].items()} for name in ("files", "prompts"))
+            self.samples[step, row["samples"]] = SampleRow(step, row["samples"], *texts)
+        elif "saved" in row:
+            self.saved[row["saved"]] = step
+        else:
+            self.starts.append(step)
 
-    def note_samples(self, row: SampleRow) -> None:
-        """Add samples; they replace those of the same step and mark."""
-        files = {str(index): name for index, name in row.files.items()}
-        prompts = {str(index): text for index, text in row.prompts.items()}
-        self._add({"step": row.step, "samples": row.mark, "files": files, "prompts": prompts})
+    @property
+    def lowest(self) -> tuple[int, float] | None:
+        """Return step and loss of the validation with the lowest loss, the first one of equals."""
+        return min(self.validations.items(), key=lambda found: (found[1], found[0]), default=None)
 
-    def note_saved(self, step: int, name: str) -> None:
-        """Add a file that was saved."""
-        self._add({"step": step, "saved": name})
+    def nearest(self, step: int) -> tuple[int, float] | None:
+        """Return step and loss of the validation nearest to a step, the earlier one of two."""
+        return min(self.validations.items(), key=lambda found: (abs(found[0] - step), found[0]), default=None)
 
-    def note_start(self, step: int) -> None:
-        """Add that the run was started or resumed at a step."""
-        self._add({"step": step, "started": True})
+    def best_file(self, folder: Path) -> str | None:
+        """Return the saved file with the lowest validation loss of those that are still there."""
+        found = [
+            (validated[1], -step, name)
+            for name, step in self.saved.items()
+            if not self.is_average(name)
+            and (validated := self.nearest(step)) is not None
+            and (folder / name).is_file()
+        ]
+        return min(found)[2] if found else None
+
+    def is_average(self, name: str) -> bool:
+        """Return whether a saved file is the average (EMA) beside another one; no loss of it was measured."""
+        # behind the mark may stand which transformer a file is for
+        marks = AVERAGE_MARK.finditer(name)
+        return any(f"{name[: mark.start()]}{name[mark.end() :]}" in self.saved for mark in marks)
+
+
+class History:
+    """Keep the lines of one run: on disk, and in memory those that are not of steps."""
+
+    def __init__(self, path: Path, session: int, step: int = 0, is_written: bool = True) -> None:
+        """Go on with the lines of a run that stands at `step`: none at 0, or if the file is of another run.
+
+        session: tells the run from others of the same name. is_written: else the file is only read. A file
+        that cannot be read is reported and counts as none.
+        """
+        self.path, self.session, self.is_written = path, session, is_written
+        self._waiting: list[str] = []
+        self._keeps_up_to: int | None = step  # the last step of the lines on disk that are kept; None: all
+        self.events: list[Row] = []
+        try:
+            self.events += [row for row in _rows(path, session, step) if "loss" not in row]
+        except OSError as error:
+            logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
+
+    def add(self, row: Row) -> None:
+        """Add a line. `step` is in all; what else is there says what it is about, see `Story`."""
+        row = _finite(row)
+        self._waiting += [json.dumps(row, ensure_ascii=False) + "\n"] if self.is_written else []
+        if "loss" not in row:
+            self.events.append(row)
 
     def flush(self) -> None:
         """Write what is waiting. Raises OutputError if that fails; it then keeps waiting."""
+        if not self.is_written:
+            return
         if self._keeps_up_to is not None:
-            self._begin_file(self._keeps_up_to)
+            with atomic_path(self.path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps({"session": self.session, "version": VERSION}) + "\n")
+                for row in _rows(self.path, self.session, self._keeps_up_to):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._keeps_up_to = None
         append_text(self.path, "".join(self._waiting))
         self._waiting.clear()
@@ -99,19 +151,17 @@ class History:
         return len(self._waiting) >= MOST_WAITING
 
     def drop_waiting(self) -> None:
-        """Forget lines that cannot be written; the curves in memory keep them."""
+        """Forget lines that cannot be written."""
         self._waiting.clear()
 
-    def _add(self, row: Row) -> None:
-        self._waiting.append(json.dumps(_finite(row), ensure_ascii=False) + "\n")
-        _take(self, row)
+    @property
+    def events_told(self) -> Story:
+        """Return what the lines in memory tell: all but curves of steps."""
+        return Story.of(self.events)
 
-    def _begin_file(self, step: int) -> None:
-        """Write the file anew with its first line and what is kept of the earlier one."""
-        with atomic_path(self.path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps({"session": self.session, "version": VERSION}) + "\n")
-            for row in _rows(self.path, self.session, step):
-                file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+    def read(self) -> Story:
+        """Return what all lines on disk tell. Raises OSError if they cannot be read."""
+        return Story.of(_rows(self.path, self.session))
 
 
 def history_path(folder: Path, name: str) -> Path:
@@ -124,133 +174,51 @@ def read_session(path: Path) -> int | None:
     try:
         require_regular_file(path)
         with path.open("rb") as file:
-            row = _parse(file.readline(LONGEST_LINE))
+            row = _parse(file.readline())
     except OSError:
         return None
     session = None if row is None else row.get("session")
     return session if isinstance(session, int) else None
 
 
-def open_history(path: Path, session: int, step: int) -> History:
-    """Return the history of a run that stands at `step`: empty at 0, and if the file is of another run.
+def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
+    """Yield the lines of a run, up to a step if it is given: none if the run stands at its beginning.
 
-    The file is only read. A file that cannot be read is reported and counts as none.
-    """
-    history = History(path, session, _keeps_up_to=step)
-    try:
-        broken = [0]
-        for row in _rows(path, session, step, broken):
-            _take(history, row)
-        if broken[0] > 1:  # one is what a kill leaves
-            logger.warning("%s: %d lines cannot be read and are left out.", path, broken[0])
-    except OSError as error:
-        logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
-    return history
-
-
-def _rows(path: Path, session: int, step: int, broken: list[int] | None = None) -> Iterator[Row]:
-    """Yield the lines of a run up to a step; none if it stands at its beginning.
-
-    broken: counts lines that cannot be read. Raises OSError if the file cannot be read.
+    Lines that cannot be read are left out, and told if there are more than a kill leaves. Raises OSError if
+    the file cannot be read.
     """
     if step == 0 or not path.exists():
         return
     require_regular_file(path)
+    is_ours, broken = False, 0
     with path.open("rb") as file:
-        is_ours = False
-        while line := file.readline(LONGEST_LINE):
+        for line in file:
             row = _parse(line)
-            if row is not None and "session" in row:
+            if row is None:
+                broken += 1
+            elif "session" in row:
                 is_ours = row["session"] == session
-            elif row is None or not _is_sound(row):
-                if broken is not None:
-                    broken[0] += 1
-            elif is_ours and row["step"] <= step:
+            elif is_ours and (step is None or row["step"] <= step):
                 yield row
+    if broken > 1:
+        logger.warning("%s: %d lines cannot be read and are left out.", path, broken)
 
 
 def _parse(line: bytes) -> Row | None:
+    """Return a line as `History` writes it; None for another one."""
     try:
         row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        if "session" not in row:
+            Story.of([row])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    return row if isinstance(row, dict) and line.endswith(b"\n") else None
-
-
-def _is_sound(row: Row) -> bool:
-    """Return whether a line is one that `History` writes, whatever else is in it."""
-    step = row.get("step")
-    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1 << 53:
-        return False
-    if "loss" in row:
-        tables = [row.get("rates", {}), row.get("experts", {})]
-        are_numbers = _is_number(row["loss"]) and _is_number(row.get("seconds"))
-        return are_numbers and all(_is_table(table, _is_number) for table in tables)
-    if "validation" in row:
-        return _is_table(row["validation"], _is_number)
-    if "samples" in row:
-        is_sound = _is_table(row.get("files"), _is_file, True) and _is_table(
-            row.get("prompts"), _is_text, True
-        )
-        return isinstance(row["samples"], str) and is_sound
-    return _is_file(row.get("saved")) or row.get("started") is True
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-    )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_file(value: Any) -> bool:
-    """Return whether it is the name of a file in a folder, not a path to somewhere else."""
-    return isinstance(value, str) and "\0" not in value and Path(value).name == value
-
-
-def _is_table(table: Any, is_value: Any, is_numbered: bool = False) -> bool:
-    return isinstance(table, dict) and all(
-        is_value(value) and (not is_numbered or (name.isascii() and name.isdigit() and len(name) < 10))
-        for name, value in table.items()
-    )
-
-
-def _take(history: History, row: Row) -> None:
-    """Add a line to the curves and tables in memory."""
-    step = row["step"]
-    if "loss" in row:
-        history.loss.add(step, row["loss"])
-        history.seconds.add(step, row.get("seconds"))
-        for name, rate in row.get("rates", {}).items():
-            history.rates.setdefault(name, BinnedCurve()).add(step, rate)
-        for name, loss in row.get("experts", {}).items():
-            history.experts.setdefault(name, BinnedCurve()).add(step, loss)
-    elif "validation" in row:
-        for name, loss in row["validation"].items():
-            if name != LOSS:
-                history.bands.setdefault(name, BinnedCurve()).add(step, loss)
-            elif loss is not None and math.isfinite(loss):
-                history.validations[step] = loss
-    elif "samples" in row:
-        files, prompts = (
-            {int(index): text for index, text in row[name].items()} for name in ("files", "prompts")
-        )
-        history.samples[step, row["samples"]] = SampleRow(step, row["samples"], files, prompts)
-    elif "saved" in row:
-        history.saved[row["saved"]] = step
-    else:
-        history.starts.append(step)
+    return row if line.endswith(b"\n") else None
 
 
 def _finite(value: Any) -> Any:
     """Return the value with NaN and infinite numbers as None, which JSON can hold, and others shortened."""
     if isinstance(value, Mapping):
         return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(each) for each in value]
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value

@@ -6,9 +6,11 @@ Only the main process reports.
 import dataclasses
 import logging
 import math
+import statistics
 import sys
 import time
 import typing
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -29,14 +31,25 @@ from modules.planning.dry_run import quiet
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
 from training.reports.options import LogOptions
-from training.reports.pace import Pace
-from training.reports.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 
 TRACKER_NAME = "network_train"  # of LoRA training; as in other tuners
 FLUSH_SECONDS = 10  # how old the data in TensorBoard may be
 SHOW_EVERY = 0.2  # seconds between two changes of the numbers beside the bar
+# slow steps are told
+SEEN = 10  # steps before a median means something
+KEPT = 200  # steps that the median is taken over: a run changes
+SHOWN = 50  # steps whose mean seconds are shown
+LEAST = 1.0  # seconds of a step that is worth a line
+FACTOR = 2.0  # report steps slower than the median by this factor
+PAUSE = 50  # steps between two such lines
+
+CAUSES = (
+    "Usual causes: reading caches (a slow disk, few "
+    "--max_data_loader_n_workers); another program on the GPU; a GPU that is too hot; memory that spills "
+    "over."
+)
 PRIVATE = "resume"  # may be a path; so may every option of that type
 
 
@@ -57,21 +70,95 @@ class StepReport:
 
 
 @dataclass
-class Logs:
-    """Report one run. Use it as a context manager: leaving it closes bar and trackers."""
+class StepClock:
+    """Judge the times of steps, each beside those with items of the same sizes.
 
-    accelerator: Accelerator
-    bar: "tqdm[Any]"
-    now: Callable[[], float] = time.monotonic
-    clock: StepClock = field(default_factory=StepClock)
-    pace: Pace = field(default_factory=Pace)
+    Steps with saving, sampling or validation between them do not count: call `skip` after those.
+    """
+
+    _times: dict[Hashable, deque[float]] = field(default_factory=dict)
+    _last_told: int | None = None
+    _skips: bool = True  # the first step compiles, chooses kernels, fills caches
+
+    def skip(self) -> None:
+        """Ignore the next time to be noted."""
+        self._skips = True
+
+    def note(self, step: int, seconds: float, sizes: Hashable = None) -> str | None:
+        """Note the time of a step. Returns a warning if it was more than twice the median of its like.
+
+        sizes: of the items; two steps that share them take as long.
+        """
+        if self._skips:
+            self._skips = False
+            return None
+        times = self._times.setdefault(sizes, deque(maxlen=KEPT))
+        usual = statistics.median(times) if len(times) >= SEEN else None
+        times.append(seconds)
+        if usual is None or seconds < LEAST or seconds <= FACTOR * usual:
+            return None
+        if self._last_told is not None and step - self._last_told < PAUSE:
+            return None
+        self._last_told = step
+        return (
+            f"Step {step} took {seconds:.2f} s; {usual:.2f} s are usual for steps with items of this size. "
+            f"{CAUSES}"
+        )
+
+
+@dataclass
+class Pace:
+    """Sum the seconds of the steps, without pauses, and average those of the last ones."""
+
+    active: float = field(default=0.0, init=False)  # seconds of all steps so far
+    steps: int = field(default=0, init=False)
+    _last: deque[float] = field(default_factory=lambda: deque(maxlen=SHOWN), init=False)
+
+    def note(self, seconds: float) -> None:
+        """Note that a step is done."""
+        self.active += seconds
+        self.steps += 1
+        self._last.append(seconds)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Return the mean seconds of the last steps; None before the first."""
+        return sum(self._last) / len(self._last) if self._last else None
+
+
+@dataclass
+class Logs:
+    """Report one run. Use it as a context manager: entering starts trackers and bar, leaving closes them.
+
+    Entering raises OptionError if wandb is missing, UserError if --log_tracker_config cannot be read.
+    """
+
+    accelerator: Accelerator  # made with the trackers
+    options: LogOptions
+    total_steps: int
+    first_step: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)  # stored with the run, from `public_config`
+    tracker_name: str = TRACKER_NAME  # used if the options give none
+    now: Callable[[], float] = time.monotonic  # seconds
     # what else the bar shows at a step, by name: memory, the next sample
     extras: Callable[[int], Mapping[str, str]] = lambda _: {}
+    bar: "tqdm[Any]" = field(init=False)
+    clock: StepClock = field(default_factory=StepClock, init=False)
+    pace: Pace = field(default_factory=Pace, init=False)
     _flushed: float = field(default=0.0, init=False)
     _redirect: Any = field(default=None, init=False)
     _shown: float = field(default=-math.inf, init=False)
 
     def __enter__(self) -> "Logs":
+        self._start_trackers()
+        self.bar = tqdm(
+            total=self.total_steps,
+            initial=self.first_step,
+            desc="steps",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            dynamic_ncols=True,
+            disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
+        )
         self._redirect = logging_redirect_tqdm()  # log lines go above the bar, not through it
         self._redirect.__enter__()
         return self
@@ -80,6 +167,20 @@ class Logs:
         self.bar.close()
         self._redirect.__exit__(*error)
         self.accelerator.end_training()
+
+    def _start_trackers(self) -> None:
+        options = self.options
+        if not options.trackers:
+            return
+        arguments = tracker_arguments(options)
+        is_main = self.accelerator.is_main_process
+        if is_main and "wandb" in options.trackers and options.wandb_api_key is not None:
+            _log_in(options.wandb_api_key)
+        self.accelerator.init_trackers(
+            options.log_tracker_name or self.tracker_name,
+            config=dict(self.config) or None,
+            init_kwargs=arguments,
+        )
 
     def skip_next_time(self) -> None:
         """Leave the next step out of the search for slow steps: it follows a pause."""
@@ -112,7 +213,7 @@ class Logs:
             if self.accelerator.is_main_process and now - self._shown >= LINE_EVERY:
                 if self._shown > -math.inf:
                     numbers = ", ".join(f"{name} {value}" for name, value in self._numbers(report).items())
-                    logger.info("Step %d of %d: %s", report.step, self.bar.total, numbers)
+                    logger.info("Step %d of %d: %s", report.step, self.total_steps, numbers)
                 self._shown = now
             return
         if now - self._shown >= SHOW_EVERY:
@@ -125,7 +226,7 @@ class Logs:
         shown = {}
         seconds = self.pace.seconds_per_step
         if seconds is not None:
-            left = seconds * (self.bar.total - report.step)
+            left = seconds * (self.total_steps - report.step)
             shown = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
         shown["avr_loss"] = f"{report.average:.4g}"
         rate = next(iter(report.rates.values()), None)
@@ -159,43 +260,6 @@ class Logs:
             self._flushed = now
 
 
-def start_logs(
-    accelerator: Accelerator,
-    options: LogOptions,
-    total_steps: int,
-    first_step: int = 0,
-    config: Mapping[str, Any] | None = None,
-    tracker_name: str = TRACKER_NAME,
-    now: Callable[[], float] = time.monotonic,
-    extras: Callable[[int], Mapping[str, str]] = lambda _: {},
-) -> Logs:
-    """Start the trackers that `make_accelerator` was given, and the bar at `first_step` of `total_steps`.
-
-    config: what to store with the run, from `public_config`; None stores nothing. tracker_name: used if the
-    options give none. now: returns seconds. extras: see `Logs`. Raises OptionError if wandb is missing,
-    UserError if --log_tracker_config cannot be read.
-    """
-    if options.trackers:
-        arguments = tracker_arguments(options)
-        if accelerator.is_main_process and "wandb" in options.trackers and options.wandb_api_key is not None:
-            _log_in(options.wandb_api_key)
-        accelerator.init_trackers(
-            options.log_tracker_name or tracker_name,
-            config=dict(config) if config else None,
-            init_kwargs=arguments,
-        )
-    bar = tqdm(
-        total=total_steps,
-        initial=first_step,
-        desc="steps",
-        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-        dynamic_ncols=True,
-        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
-    )
-    bar.total = total_steps  # a bar that is not shown does not keep it
-    return Logs(accelerator, bar, now, extras=extras)
-
-
 def run_folder(options: LogOptions, started: datetime) -> Path | None:
     """Return the folder of this run's TensorBoard files: `{logging_dir}/{log_prefix}{YYYYmmddHHMMSS}`."""
     if options.logging_dir is None:
@@ -219,7 +283,7 @@ def check_trackers(options: LogOptions) -> None:
                 f"--log_with {tracker}: the package is not installed. Run: pip install {tracker}"
             ) from None
     if options.trackers:
-        with quiet():  # `start_logs` reads it again
+        with quiet():  # it is read again when they start
             tracker_arguments(options)
 
 

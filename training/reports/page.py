@@ -3,11 +3,12 @@
 import math
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -17,9 +18,7 @@ from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.embedding import embed_clip
 from modules.pages.page import write_page
-from training.reports.best import best_file, is_average, lowest_validation, nearest_validation
-from training.reports.curves import BinnedCurve
-from training.reports.history import History, SampleRow
+from training.reports.history import Points, SampleRow, Story
 from training.reports.sample_files import SIDE, ReducedClip, read_reduced
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
@@ -29,6 +28,7 @@ MOST_CLIP_BYTES = 300_000  # as base64; a clip beyond that is noise, and is made
 SMALL_SIDE = 128
 OLD_CLIPS_SECONDS = 5.0  # what a page spends on clips of before a resume; the rest follows on the next one
 SMOOTHING = 0.9
+MOST_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,19 @@ def page_path(folder: Path, name: str) -> Path:
 
 
 def write_training_page(
-    path: Path, facts: PageFacts, history: History, standing: Standing, clips: ClipStore, written: datetime
+    path: Path, facts: PageFacts, story: Story, standing: Standing, clips: ClipStore, written: datetime
 ) -> None:
     """Write the page. Raises OutputError if that fails."""
-    best = best_file(history, facts.folder)
+    best = story.best_file(facts.folder)
     values = {
         "facts": facts,
         "standing": standing,
         "written": f"{written:%Y-%m-%d %H:%M:%S}",
-        "tiles": _tiles(facts, history, standing),
-        "grid": _grid(history, clips),
-        "charts": _charts(history),
-        "files": _files(history, facts.folder, best),
-        "advice": _advice(history, facts.folder, best),
+        "tiles": _tiles(facts, story, standing),
+        "grid": _grid(story, clips),
+        "charts": _charts(story),
+        "files": _files(story, facts.folder, best),
+        "advice": _advice(story, best),
         "memory": facts.memory(),
         "commands": facts.commands(None if best is None else facts.folder / best, standing.is_finished),
     }
@@ -143,9 +143,9 @@ def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
     return [rows[index] for index in sorted(chosen)]
 
 
-def _grid(history: History, clips: ClipStore) -> dict[str, Any]:
-    rows = [history.samples[key] for key in sorted(history.samples)]
-    lowest = lowest_validation(history)
+def _grid(story: Story, clips: ClipStore) -> dict[str, Any]:
+    rows = [story.samples[key] for key in sorted(story.samples)]
+    lowest = story.lowest
     best = None if lowest is None else lowest[0]
     columns = choose_columns(rows, best, MOST_COLUMNS)
     prompts = dict.fromkeys((index, row.prompts.get(index, "")) for row in rows for index in row.files)
@@ -203,82 +203,109 @@ def link(*parts: str) -> str:
     return "./" + "/".join(quote(part.encode("utf-8", "surrogateescape"), safe="") for part in parts)
 
 
-def _charts(history: History) -> list[Markup]:
-    curves = []
-    if len(history.loss):
-        curves.append(_curve("loss", history.loss, SMOOTHING if len(history.loss) > 20 else 0.0))
-    if history.validations:
-        steps = sorted(history.validations)
-        losses = [history.validations[step] for step in steps]
+def _charts(story: Story) -> list[Markup]:
+    curves = _curves({"loss": story.loss}, SMOOTHING)
+    if story.validations:
+        steps = sorted(story.validations)
+        losses = [story.validations[step] for step in steps]
         curves.append(
             Curve("validation", steps, losses, has_dots=len(steps) < 60, best=losses.index(min(losses)))
         )
-    charts = [Chart(curves, "step", "loss", "Loss")] if curves else []
-    if history.experts:
-        losses_apart = [
-            _curve(name.replace("_", " "), losses, SMOOTHING if len(losses) > 20 else 0.0)
-            for name, losses in sorted(history.experts.items())
-        ]
-        charts.append(Chart(losses_apart, "step", "loss", "Loss of each transformer"))
-    if history.rates:
-        rates = [_curve(name.removeprefix("lr/"), rate) for name, rate in history.rates.items()]
-        charts.append(Chart(rates, "step", "learning rate", "Learning rate"))
-    if len(history.seconds):
-        charts.append(Chart([_curve("seconds", history.seconds)], "step", "seconds", "Seconds per step"))
-    if history.bands:
-        bands = [
-            _curve(f"timestep {name.rpartition('_')[2]}", band, has_dots=len(band) < 60)
-            for name, band in history.bands.items()
-        ]
-        charts.append(Chart(bands, "step", "loss", "Validation loss by noise"))
-    return list(map(draw_chart, charts))
-
-
-def _curve(name: str, curve: BinnedCurve, smoothing: float = 0.0, has_dots: bool = False) -> Curve:
-    bins = list(curve)
-    is_binned = any(each.count > 1 for each in bins)
-    low, high = (
-        ([each.lowest for each in bins], [each.highest for each in bins]) if is_binned else (None, None)
+    experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
+    rates = {name.removeprefix("lr/"): rates for name, rates in story.rates.items()}
+    bands = {f"timestep {name.rpartition('_')[2]}": band for name, band in story.bands.items()}
+    charts = (
+        Chart(curves, "step", "loss", "Loss"),
+        Chart(_curves(experts, SMOOTHING), "step", "loss", "Loss of each transformer"),
+        Chart(_curves(rates), "step", "learning rate", "Learning rate"),
+        Chart(_curves({"seconds": story.seconds}), "step", "seconds", "Seconds per step"),
+        Chart(_curves(bands, has_dots=True), "step", "loss", "Validation loss by noise"),
     )
-    return Curve(
-        name, [each.step for each in bins], [each.mean for each in bins], smoothing, low, high, has_dots
-    )
+    return [draw_chart(chart) for chart in charts if chart.curves]
 
 
-def _tiles(facts: PageFacts, history: History, standing: Standing) -> list[tuple[str, str, str]]:
-    tiles = [("Step", f"{standing.step:,} of {facts.total_steps:,}", _since(history))]
-    bins = list(history.loss)
+def _curves(named: Mapping[str, Points], smoothing: float = 0.0, has_dots: bool = False) -> list[Curve]:
+    """Return the curves that have points; of short ones each point counts, and may get a dot."""
+    curves = []
+    for name, points in named.items():
+        bins = join_bins(points)
+        is_binned = any(each.values > 1 for each in bins)
+        curves.append(
+            Curve(
+                name,
+                [each.step for each in bins],
+                [each.mean for each in bins],
+                smoothing if len(bins) > 20 else 0.0,
+                [each.lowest for each in bins] if is_binned else None,
+                [each.highest for each in bins] if is_binned else None,
+                has_dots and len(bins) < 60,
+            )
+        )
+    return [curve for curve in curves if curve.x]
+
+
+class StepBin(NamedTuple):
+    """Hold the values of a range of steps."""
+
+    step: float  # the middle of the range
+    values: int  # so many
+    mean: float
+    lowest: float
+    highest: float
+
+
+def join_bins(points: Points) -> list[StepBin]:
+    """Return means and extremes over at most MOST_BINS equal ranges of steps, by step."""
+    width = 1
+    while points and max(step for step, _ in points) // width >= MOST_BINS:
+        width *= 2
+    ranges = defaultdict[int, list[tuple[int, float]]](list)
+    for step, value in points:
+        if value is not None:
+            ranges[step // width].append((step, value))
+    bins = []
+    for index in sorted(ranges):
+        steps, values = zip(*ranges[index], strict=True)
+        middle = (min(steps) + max(steps)) / 2
+        bins.append(StepBin(middle, len(values), sum(values) / len(values), min(values), max(values)))
+    return bins
+
+
+def _tiles(facts: PageFacts, story: Story, standing: Standing) -> list[tuple[str, str, str]]:
+    tiles = [("Step", f"{standing.step:,} of {facts.total_steps:,}", _since(story))]
+    bins = join_bins(story.loss)
     if bins:
         latest = bins[-max(1, len(bins) // 10) :]
-        count = sum(each.count for each in latest)
-        mean = sum(each.total for each in latest) / count
+        count = sum(each.values for each in latest)
+        mean = sum(each.mean * each.values for each in latest) / count
         note = f"mean of the last {count_of(count, 'step')}"
-        if history.loss.left_out:
-            note += f"; {history.loss.left_out:,} steps without a finite loss"
+        if left_out := sum(loss is None for _, loss in story.loss):
+            note += f"; {left_out:,} steps without a finite loss"
         tiles.append(("Loss", f"{mean:.4g}", note))
-    lowest = lowest_validation(history)
+    lowest = story.lowest
     if lowest is not None:
         step, loss = lowest
         tiles.append(("Best validation loss", f"{loss:.4g}", f"at step {step:,}"))
-    mean_seconds = history.seconds.mean
-    if mean_seconds is not None:
-        total = sum(each.total for each in history.seconds)
-        tiles.append(("Seconds per step", f"{mean_seconds:.3g}", f"without pauses; {in_words(total)} in all"))
+    seconds = [each for _, each in story.seconds if each is not None]
+    if seconds:
+        total = sum(seconds)
+        note = f"without pauses; {in_words(total)} in all"
+        tiles.append(("Seconds per step", f"{total / len(seconds):.3g}", note))
     return tiles
 
 
-def _since(history: History) -> str:
-    resumed = [f"{step:,}" for step in history.starts if step > 0]
+def _since(story: Story) -> str:
+    resumed = [f"{step:,}" for step in story.starts if step > 0]
     return f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
 
 
-def _files(history: History, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
+def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
     rows: list[Mapping[str, Any]] = []
-    for name, step in sorted(history.saved.items(), key=lambda saved: (saved[1], saved[0])):
+    for name, step in sorted(story.saved.items(), key=lambda saved: (saved[1], saved[0])):
         path = folder / name
         if not path.is_file():
             continue
-        validated = nearest_validation(history, step)
+        validated = story.nearest(step)
         loss = "" if validated is None else f"{validated[1]:.4g}"
         if validated is not None and validated[0] != step:
             loss += f" (at step {validated[0]:,})"
@@ -287,7 +314,7 @@ def _files(history: History, folder: Path, best: str | None) -> list[Mapping[str
                 "name": name,
                 "href": link(name),
                 "step": f"{step:,}",
-                "loss": "not measured (average)" if is_average(history, name) else loss,
+                "loss": "not measured (average)" if story.is_average(name) else loss,
                 "size": as_size(path.stat().st_size),
                 "is_best": name == best,
             }
@@ -295,9 +322,9 @@ def _files(history: History, folder: Path, best: str | None) -> list[Mapping[str
     return rows
 
 
-def _advice(history: History, folder: Path, best: str | None) -> str:
+def _advice(story: Story, best: str | None) -> str:
     """Return what to say of the best file, or how to find out which one it is."""
-    lowest = lowest_validation(history)
+    lowest = story.lowest
     if lowest is None:
         return (
             "No validation loss was measured, so the page cannot say which file is best. Add "
@@ -306,7 +333,7 @@ def _advice(history: History, folder: Path, best: str | None) -> str:
     step, loss = lowest
     if best is None:
         return f"The lowest validation loss is {loss:.4g} at step {step:,}; no file has been saved yet."
-    if history.saved[best] == step:
+    if story.saved[best] == step:
         return f"Best file by validation loss: {best}."
     return (
         f"Best file by validation loss: {best}. The lowest loss of all is {loss:.4g} at step {step:,}, where "

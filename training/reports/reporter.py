@@ -1,20 +1,29 @@
-"""Pass what a run does to its history and its page. Nothing that goes wrong here ends a training."""
+"""Pass what a run does to its history, and make its page of that. Nothing that goes wrong here ends a
+training.
+"""
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from modules.media.reading import Frame
-from training.reports.history import History, SampleRow
-from training.reports.logs import Logs, StepReport
+from training.reports.history import History
+from training.reports.logs import StepReport
 from training.reports.page import ClipStore, PageFacts, Standing, describe_clip, write_training_page
-from training.reports.sample_files import find_samples, join_strip, read_reduced
-from training.reports.sample_logs import log_samples
-from training.reports.sheets import sheet_path, write_sheet
+from training.reports.sample_files import (
+    find_samples,
+    join_strip,
+    log_samples,
+    read_reduced,
+    sheet_path,
+    write_sheet,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -22,18 +31,37 @@ SHARE = 0.003  # of the time, that pages without new samples may take
 PAUSE = 120.0  # seconds between two of these at least
 
 
+class NoReports:
+    """Report nothing, in processes that are not the main one."""
+
+    validations: Mapping[int, float] = MappingProxyType({})
+
+    def __enter__(self) -> "NoReports":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def note_step(self, report: StepReport) -> None: ...
+
+    def note_validation(self, step: int, losses: Mapping[str, float]) -> None: ...
+
+    def note_samples(self, step: int, mark: str) -> None: ...
+
+    def note_saved(self, path: Path, step: int) -> None: ...
+
+
 @dataclass
 class RunReporter:
     """Report one run, in its main process. Use it as a context manager: leaving it writes the last page."""
 
-    path: Path | None  # of the page; None: nothing is written, and only the trackers get the samples
+    path: Path  # of the page; nothing is written if the history is not either
     facts: PageFacts
     history: History
     prompts: Mapping[int, str]  # of the samples
     step: int  # the last one that is done
+    trackers: Callable[[], Sequence[Any]] = tuple  # of accelerate, which get the samples
     now: Callable[[], float] = time.monotonic
     clips: ClipStore = field(init=False)
-    logs: Logs | None = None  # whose trackers get the samples
     _written: float = field(init=False)  # when the last page was
     _cost: float = 0.0  # seconds that it took
     _has_warned: bool = False
@@ -42,14 +70,13 @@ class RunReporter:
         self.clips, self._written = ClipStore(self.facts.folder / "sample"), self.now()
 
     def __enter__(self) -> "RunReporter":
-        self.history.note_start(self.step)
-        if self.path is not None:
-            self._write(self._running)  # the first box names it
+        self._note(self.step, started=True)
+        self._write(self._running)  # the first box names it
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if self.path is None or (error is not None and not isinstance(error, Exception)):
-            return  # the latter: asked to end at once
+        if error is not None and not isinstance(error, Exception):
+            return  # asked to end at once
         is_finished = self.step >= self.facts.total_steps
         if error is not None:
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -64,20 +91,26 @@ class RunReporter:
     def note_step(self, report: StepReport) -> None:
         """Add a step."""
         self.step = report.step
-        if self.path is None:
+        if not self.history.is_written:
             return
-        self.history.note_step(report.step, report.loss, report.rates, report.seconds, report.by_expert)
+        experts = {"experts": dict(report.by_expert)} if report.by_expert else {}
+        self._note(report.step, loss=report.loss, rates=dict(report.rates), seconds=report.seconds, **experts)
         if self.history.is_long:
             with self._guarded():
                 self.history.flush()
 
+    @property
+    def validations(self) -> Mapping[int, float]:
+        """Return the losses of validations so far by their steps."""
+        return self.history.events_told.validations
+
     def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
         """Add the losses of a validation."""
-        self.history.note_validation(step, losses)
+        self._note(step, validation=dict(losses))
 
     def note_samples(self, step: int, mark: str) -> None:
         """Pass on the samples that all processes have made, and write a sheet of them and the page."""
-        if self.path is None and (self.logs is None or not self.logs.accelerator.trackers):
+        if not (self.history.is_written or self.trackers()):
             return
         files: dict[int, Path] = {}
         strips: dict[int, Frame] = {}
@@ -86,46 +119,47 @@ class RunReporter:
         prompts = {index: self.prompts.get(index, "") for index in files}
         for index, path in files.items():
             with self._guarded():
-                strips[index] = self._take_sample(path, describe_clip(prompts[index], step))
-        if self.logs is not None:
-            with self._guarded():
-                log_samples(self.logs, step, files, strips, prompts)
-        if self.path is None:
+                clip = read_reduced(path)  # once for all
+                if self.history.is_written:
+                    self.clips.add(path.name, describe_clip(prompts[index], step), clip)
+                strips[index] = join_strip(clip)
+        with self._guarded():
+            log_samples(self.trackers(), step, files, strips, prompts)
+        if not self.history.is_written:
             return
-        names = {index: path.name for index, path in files.items()}
-        self.history.note_samples(SampleRow(step, mark, names, prompts))
+        texts = {str(index): text for index, text in prompts.items()}
+        self._note(
+            step, samples=mark, files={str(index): path.name for index, path in files.items()}, prompts=texts
+        )
         with self._guarded():
             title = f"{self.facts.name}, step {step:,}"
             write_sheet(sheet_path(self.clips.folder, self.facts.name, mark), title, strips, prompts)
         self._write(self._running)
 
-    def _take_sample(self, path: Path, text: str) -> Frame:
-        """Read a sample once for all: encode its clip for the page, return its strip."""
-        clip = read_reduced(path)
-        if self.path is not None:
-            self.clips.add(path.name, text, clip)
-        return join_strip(clip)
-
     def note_saved(self, path: Path, step: int) -> None:
         """Add a saved file, and write the page unless that would take too much of the time."""
-        self.history.note_saved(step, path.name)
-        if self.path is None:
-            return
+        self._note(step, saved=path.name)
         with self._guarded():
             self.history.flush()
         if self.now() - self._written >= max(PAUSE, self._cost / SHARE):
             self._write(self._running)
+
+    def _note(self, step: int, **what: Any) -> None:
+        self.history.add({"step": step, **what})
 
     @property
     def _running(self) -> Standing:
         return Standing(self.step, "running")
 
     def _write(self, standing: Standing) -> None:
-        assert self.path is not None
+        """Write the page from the lines of the history."""
+        if not self.history.is_written:
+            return
         started = self.now()
         with self._guarded():
             self.history.flush()
-            write_training_page(self.path, self.facts, self.history, standing, self.clips, datetime.now())
+            story = self.history.read()
+            write_training_page(self.path, self.facts, story, standing, self.clips, datetime.now())
         self._written = self.now()
         self._cost = self._written - started
 
@@ -141,6 +175,6 @@ class RunReporter:
                 self._has_warned = True
                 logger.warning(
                     "%s is not complete, the training goes on: %s",
-                    self.path or "What the trackers get of samples",
+                    self.path if self.history.is_written else "What the trackers get of samples",
                     error or type(error).__name__,
                 )

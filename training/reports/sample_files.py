@@ -1,18 +1,29 @@
-"""Find the samples of a run by their names, and read them reduced: for the page, sheets and trackers."""
+"""Find the samples of a run by their names and read them reduced; draw sheets, tell trackers."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont
 
+from modules.control_codes import escape_control_codes
 from modules.media.reading import Frame, read_image, video_frames, video_info
+from modules.media.writing import write_png
 from modules.pages.embedding import reduce_frame
 
 FOLDER = "sample"  # of samples, in the output folder
 SIDE = 256  # pixels of the longer side
 MOST_FRAMES = 96  # of a clip; longer ones keep every second frame, or fewer, at the same speed
-GAP = 4  # pixels between the frames of a strip
+STRIP_GAP = 4  # pixels between the frames of a strip
+GAP = 8  # pixels of a sheet
+TITLE_SIZE, TEXT_SIZE = 18, 14
+MOST_ROWS = 40  # a picture of more would be too tall to look at
+LEAST_WIDTH = 480  # so that a prompt can be read
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,86 @@ def read_reduced(path: Path, side: int = SIDE) -> ReducedClip:
 def join_strip(clip: ReducedClip) -> Frame:
     """Return the first, the middle and the last frame side by side (H W 3), or the only one."""
     frames = clip.strip
-    gap = np.full((frames[0].shape[0], GAP, 3), 24, np.uint8)
+    gap = np.full((frames[0].shape[0], STRIP_GAP, 3), 24, np.uint8)
     joined = [frames[0]]
     for frame in frames[1:]:
         joined += [gap, frame]
     return np.concatenate(joined, axis=1)
+
+
+def sheet_path(folder: Path, name: str, mark: str) -> Path:
+    """Return the name of the sheet, which sorts behind the samples on it."""
+    return folder / f"{name}_{mark}_sheet.png"
+
+
+def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Mapping[int, str]) -> None:
+    """Write the sheet of these samples as PNG: strips from `join_strip`, each below its prompt.
+
+    Raises OutputError if that fails.
+    """
+    rows = [(prompts.get(index, ""), strips[index]) for index in sorted(strips)[:MOST_ROWS]]
+    if not rows:
+        return
+    width = max(LEAST_WIDTH, *(strip.shape[1] for _, strip in rows)) + 2 * GAP
+    text_height = TEXT_SIZE + GAP
+    height = TITLE_SIZE + 3 * GAP + sum(text_height + strip.shape[0] + 2 * GAP for _, strip in rows)
+    sheet = Image.new("RGB", (width, height), (24, 24, 27))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, GAP), _fit(title, width, TITLE_SIZE), font=_font(TITLE_SIZE), fill=(250, 250, 250))
+    y = TITLE_SIZE + 3 * GAP
+    for prompt, strip in rows:
+        draw.text((GAP, y), _fit(prompt, width, TEXT_SIZE), font=_font(TEXT_SIZE), fill=(210, 210, 215))
+        sheet.paste(Image.fromarray(strip), (GAP, y + text_height))
+        y += text_height + strip.shape[0] + 2 * GAP
+    write_png(path, np.asarray(sheet))
+
+
+def _fit(text: str, width: int, size: int) -> str:
+    """Return as much of a text, on one line, as the sheet is wide."""
+    text = escape_control_codes(" ".join(text[:1000].split()))
+    font = _font(size)
+    if font.getlength(text) <= width - 2 * GAP:
+        return text
+    while text and font.getlength(text + "\u2026") > width - 2 * GAP:
+        text = text[: -max(1, len(text) // 20)]
+    return text + "\u2026"
+
+
+@lru_cache(maxsize=4)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+def log_samples(
+    trackers: Sequence[Any],
+    step: int,
+    files: Mapping[int, Path],
+    strips: Mapping[int, Frame],
+    prompts: Mapping[int, str],
+) -> None:
+    """Send the samples of a step to TensorBoard and wandb.
+
+    strips: from `join_strip`. TensorBoard gets these: clips that play would need another package, and a
+    megabyte each. wandb gets the files themselves, with their prompts.
+    """
+
+    def name(index: int) -> str:
+        return f"samples/{index:02d}"
+
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            for index, strip in strips.items():
+                tracker.writer.add_image(name(index), strip, step, dataformats="HWC")
+            tracker.writer.flush()
+        elif tracker.name == "wandb":
+            media = {name(index): _wandb_media(path, prompts[index]) for index, path in files.items()}
+            if media:
+                tracker.log(media, step=step)
+
+
+def _wandb_media(path: Path, prompt: str) -> Any:
+    import wandb  # optional; `check_trackers` has found it
+
+    if path.suffix == ".png":
+        return wandb.Image(str(path), caption=prompt)
+    return wandb.Video(str(path), caption=prompt, format="mp4")

@@ -152,6 +152,16 @@ class Saver:
             self.publish_state(state)
 
 
+class NoSaver:
+    """Save nothing, in processes that are not the main one."""
+
+    def save_step(self, step: int, with_state: bool | None = None) -> None: ...
+
+    def save_epoch(self, epoch: int) -> None: ...
+
+    def save_final(self) -> None: ...
+
+
 def last_expired_step(step: int, every: int, last_n_steps: int | None) -> int | None:
     """Return the newest multiple of `every` that a save at `step` no longer keeps.
 

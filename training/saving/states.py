@@ -1,16 +1,15 @@
 """Write to a folder all that a run needs to continue as if it had never stopped; find, check and read it.
 
-A state folder holds `state.json` and one safetensors file per named part (`network`, `optimizer`, ...). It is
-built beside its final place and renamed, so an existing one is complete. Nothing random is stored: all of it
-follows from the seed and the micro-batch.
+A state folder holds one file of tensors and plain values, and its checksum. It is built beside its final
+place and renamed, so an existing one is complete. Nothing random is stored: all of it follows from the seed
+and the micro-batch.
 """
 
-import json
+import contextlib
 import logging
 import re
-import zlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +19,41 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modules.atomic_write import atomic_folder, recover_folder
-from modules.checkpoints.containers import SafetensorsFile, load_pickled
-from modules.checkpoints.writing import stream_tensors
-from modules.contract.loading import TensorInfo
-from modules.errors import CheckpointError, OptionError
-from modules.text_files import parse_json, read_text
-from training.progress import Progress
-from training.saving.state_record import REMEDY, check_record
+from modules.checkpoints.containers import load_pickled
+from modules.errors import CheckpointError, OptionError, UserError
+from training.saving.old_states import RECORD, file_checksum, read_old_state
+from training.steps import Progress
 
 logger = logging.getLogger(__name__)
 
-RECORD = "state.json"
-
-FORMAT = "reelsmith training state"
-
-VERSION = 1
-
+FILE, CHECKSUM = "state.pt", "state.crc32"
+VERSION = 2  # 1: a record and safetensors files, which `read_old_state` reads
 FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
+REMEDY = (
+    "Resume from another state folder, or start a new run from what was trained: --network_weights FILE or "
+    "--dit FILE"
+)
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """Hold a state folder as read.
-
-    `identity`: settings that a resumed run must share. `habits`: those it may change.
-    """
+    """Hold a state; the tensors of one that was read are mapped from its file until `release`."""
 
     folder: Path
     progress: Progress
-    identity: Mapping[str, Any]
-    habits: Mapping[str, Any]
-    described: Mapping[str, Any]  # schedule, optimizer, scaler: as JSON
-    parts: Mapping[str, Mapping[str, Tensor]]  # a part that was read is a `StoredPart`
+    identity: dict[str, Any]  # settings that a resumed run must share
+    habits: dict[str, Any]  # settings that it may change
+    parts: dict[str, Mapping[str, Tensor]]  # state dicts of the modules that learn, and the average
+    optimizer: dict[str, Any]  # see `optimizer_state`
+    schedule: dict[str, Any]
+    scaler: dict[str, Any] | None = None
+    average: dict[str, Any] | None = None  # what goes with the tensors of the weights' average
+    settings: dict[str, Any] = field(default_factory=dict)  # any resumed run may change these
 
-
-class StoredPart(Mapping[str, Tensor]):
-    """Map names to tensors on disk, read when accessed: a whole model is not held a second time."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the file. Raises CheckpointError if it is damaged."""
-        # not mapped: the folder may be replaced or removed later in the run
-        self._file = SafetensorsFile(path)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file.tensors)
-
-    def __len__(self) -> int:
-        return len(self._file.tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        """Return dtype and shape of a tensor without reading it."""
-        return self._file.tensors[name]
-
-    def close(self) -> None:
-        """Close the file: Windows cannot replace or remove a folder while a file in it is open."""
-        self._file.close()
+    def release(self) -> None:
+        """Free the tensors. Windows cannot replace or remove a folder while a file in it is mapped."""
+        self.parts.clear()
+        self.optimizer.clear()
 
 
 @dataclass(frozen=True)
@@ -85,54 +61,61 @@ class ForeignState:
     """Hold a state folder of another tuner: it records no progress, so counting starts at 0."""
 
     folder: Path
-    network: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any] | None
+    network: dict[str, Tensor]
+    optimizer: dict[str, Any]  # empty if there is none
+
+    def release(self) -> None:
+        """Free the tensors."""
+        self.network.clear()
+        self.optimizer.clear()
 
 
 def write_state(folder: Path, state: SavedState) -> None:
     """Write `state` as `folder`, completely or not at all. Raises OutputError if writing fails."""
+    content = {name: value for name, value in vars(state).items() if name != "folder"}
+    content |= {"version": VERSION, "progress": asdict(state.progress)}
+    content["parts"] = {
+        part: {name: _as_bytes(tensor) for name, tensor in tensors.items()}
+        for part, tensors in state.parts.items()
+    }
     with atomic_folder(folder) as temporary:
-        files = {}
-        for part, tensors in state.parts.items():
-            path = temporary / f"{part}.safetensors"
-            infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-            stream_tensors(path, infos, tensors.__getitem__, {"format": "pt"})
-            files[part] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
-        record = {
-            "format": FORMAT,
-            "version": VERSION,
-            "progress": asdict(state.progress),
-            "identity": dict(state.identity),
-            "habits": dict(state.habits),
-            "described": dict(state.described),
-            "parts": files,
-        }
-        record = _sort_as_json(record)
-        record["crc32"] = _record_checksum(record)
-        (temporary / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        with (temporary / FILE).open("wb") as file:
+            torch.save(content, file)  # one tensor after the other, from any device
+        (temporary / CHECKSUM).write_text(f"{file_checksum(temporary / FILE):08x}\n", encoding="utf-8")
 
 
 def read_state(folder: Path) -> SavedState | ForeignState:
     """Read a state folder of ours or of another tuner.
 
-    Raises CheckpointError if it is missing, damaged, or holds no state; OptionError if it is not a folder.
+    Raises CheckpointError if it is damaged or holds no state; OptionError if it is not a folder.
     """
     if not folder.is_dir():
         problem = "a file, and a state is a folder" if folder.is_file() else "no such folder"
         anew = f" To begin with what was trained, give {FRESH_START}." if folder.is_file() else ""
         raise OptionError(f"--resume {folder}: {problem}. Give a ...-state folder, or the word latest.{anew}")
-    if not (folder / RECORD).exists():
+    if not _is_own(folder):
         return _read_foreign(folder)
-    record = _read_record(folder)
-    parts = {part: _read_part(folder, part, size) for part, size in record["parts"].items()}
-    return SavedState(
-        folder,
-        Progress(**record["progress"]),
-        record["identity"],
-        record["habits"],
-        record["described"],
-        parts,
-    )
+    with one_error(folder):
+        content = _content(folder, is_checked=True)
+        return SavedState(folder, Progress(**content.pop("progress")), **content)
+
+
+@contextlib.contextmanager
+def one_error(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError with the folder in place of whatever a state causes that is damaged or of
+    another network.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if str(folder) in str(error):
+            raise
+        raise CheckpointError(f"{folder}: {error}", folder) from None
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a harmful file may lead to any
+        reason = shorten_value(error) or type(error).__name__
+        raise CheckpointError(f"{folder} is damaged: {reason}.\n  {REMEDY}", folder) from error
 
 
 def state_pattern(name: str) -> re.Pattern[str]:
@@ -158,13 +141,12 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
     recover_states(output_dir, name)
     pattern, found = state_pattern(name), []
     for folder in output_dir.iterdir():
-        if folder.is_dir() and pattern.fullmatch(folder.name) and (folder / RECORD).exists():
+        if folder.is_dir() and pattern.fullmatch(folder.name) and _is_own(folder):
             try:
-                record = _read_record(folder)
+                with one_error(folder):
+                    found.append((int(_content(folder)["progress"]["step"]), folder.name, folder))
             except CheckpointError as error:
                 logger.warning("%s is ignored in the search for the latest state: %s", folder, error)
-                continue
-            found.append((record["progress"]["step"], folder.name, folder))
     return max(found)[2] if found else None
 
 
@@ -185,7 +167,7 @@ def check_identity(
     if may_change:
         changed = {name: value for name, value in changed.items() if name not in changeable}
     lines = [
-        f"  {name}: {short_text(saved.get(name))} in the state, {short_text(value)} now"
+        f"  {name}: {shorten_value(saved.get(name))} in the state, {shorten_value(value)} now"
         for name, value in changed.items()
     ]
     if not lines:
@@ -209,52 +191,37 @@ def warn_of_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
             logger.warning(
                 "%s was %s when the state was saved; it is %s from here on.",
                 name,
-                short_text(saved[name]),
-                short_text(value),
+                shorten_value(saved[name]),
+                shorten_value(value),
             )
 
 
-def load_module(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy saved weights into a learning module, all of them.
 
-    Raises CheckpointError if names, shapes or dtypes differ, or if a value is NaN or infinite.
+    Raises CheckpointError if names or shapes differ, or if a value is NaN or infinite.
     """
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    misshaped = [
-        name for name in own.keys() & tensors.keys() if tuple(own[name].shape) != info_of(tensors, name).shape
-    ]
+    misshaped = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if missing or unexpected or misshaped:
         raise CheckpointError(
-            f"{folder} holds another network: {len(missing)} tensors missing {missing[:2]}, "
+            f"it holds another network: {len(missing)} tensors missing {missing[:2]}, "
             f"{len(unexpected)} unexpected "
             f"{unexpected[:2]}, {len(misshaped)} of another shape {sorted(misshaped)[:2]}.\n"
             "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved "
-            "it.",
-            path=folder,
+            "it."
         )
-    for name, tensor in own.items():
-        kind = info_of(tensors, name).dtype
-        are_floats = kind.is_floating_point and tensor.dtype.is_floating_point and kind.itemsize > 1
-        if kind != tensor.dtype and not are_floats:
-            raise CheckpointError(
-                f"{folder}: {name} is {kind}, the run has {tensor.dtype}.\n  {REMEDY}", path=folder
-            )
+    for name, tensor in tensors.items():
+        is_wide = tensor.is_floating_point() and tensor.element_size() > 1
+        if is_wide and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name} holds values that are NaN or infinite.\n  {REMEDY}")
     if not _is_plain(module, own):
-        module.load_state_dict({name: require_finite(tensors[name], name, folder) for name in own})
+        module.load_state_dict(tensors)
         return
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(require_finite(tensors[name], name, folder))  # one at a time
-
-
-def require_finite(tensor: Tensor, name: str, folder: Path) -> Tensor:
-    """Return `tensor`, or raise CheckpointError if a value of it is NaN or infinite."""
-    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(
-            f"{folder}: {name} holds values that are NaN or infinite.\n  {REMEDY}", path=folder
-        )
-    return tensor
+            tensor.copy_(tensors[name])  # one at a time
 
 
 def _is_plain(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
@@ -271,43 +238,45 @@ def _is_plain(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
     )
 
 
-def info_of(tensors: Mapping[str, Tensor], name: str) -> TensorInfo:
-    """Return dtype and shape of a tensor of a state; one on disk is not read."""
-    if isinstance(tensors, StoredPart):
-        return tensors.info(name)
-    return TensorInfo(tensors[name].dtype, tuple(tensors[name].shape))
+def shorten_value(value: Any) -> str:
+    """Return a value as text of at most 60 characters."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
-    try:
-        record = parse_json(read_text(folder / RECORD))
-        if record["format"] != FORMAT:
-            raise _damage_error(folder / RECORD, f"its format is not {FORMAT!r}")
-        if record["version"] != VERSION:
-            raise CheckpointError(
-                f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder
-            )
-        if record.pop("crc32", None) != _record_checksum(record):
-            raise _damage_error(folder / RECORD, "its checksum is not the recorded one")
-        check_record(record, folder / RECORD)
-        for part, file in record["parts"].items():
-            path = folder / f"{part}.safetensors"
-            size_bytes = path.stat().st_size if path.exists() else 0
-            if size_bytes != file["bytes"]:
-                raise _damage_error(path, f"{size_bytes} bytes, {file['bytes']} were written")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damage_error(folder / RECORD, str(error)) from error
-    return record
+def _is_own(folder: Path) -> bool:
+    return (folder / FILE).exists() or (folder / RECORD).exists()
 
 
-def _read_part(folder: Path, part: str, file: Mapping[str, int]) -> StoredPart:
-    path = folder / f"{part}.safetensors"
-    try:
-        if _checksum(path) != file["crc32"]:
-            raise _damage_error(path, "its checksum is not the recorded one")
-        return StoredPart(path)
-    except OSError as error:
-        raise _damage_error(path, str(error)) from error
+def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
+    """Return the fields of `SavedState` but its folder; tensors are mapped.
+
+    is_checked: compare the checksum too; without, a state of before comes without tensors.
+    """
+    if not (folder / FILE).exists():
+        return read_old_state(folder, is_checked)
+    if is_checked and file_checksum(folder / FILE) != int(
+        (folder / CHECKSUM).read_text(encoding="utf-8"), 16
+    ):
+        raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
+    content: dict[str, Any] = load_pickled(folder / FILE)
+    if content.pop("version") != VERSION:
+        raise CheckpointError(
+            f"{folder} was saved by a newer version. Update, or resume from another state.", path=folder
+        )
+    content["parts"] = {
+        part: {name: data.view(dtype).view(shape) for name, (data, dtype, shape) in tensors.items()}
+        for part, tensors in content["parts"].items()
+    }
+    return content
+
+
+def _as_bytes(tensor: Tensor) -> tuple[Tensor, torch.dtype, tuple[int, ...]]:
+    """Return a weight as bytes, not copied, with its dtype and shape.
+
+    Swapped weights lie side by side in one memory, of which `torch.save` takes one dtype only.
+    """
+    return tensor.detach().contiguous().view(-1).view(torch.uint8), tensor.dtype, tuple(tensor.shape)
 
 
 def _read_foreign(folder: Path) -> ForeignState:
@@ -320,40 +289,15 @@ def _read_foreign(folder: Path) -> ForeignState:
         try:
             network = load_file(weights)
         except (SafetensorError, OSError) as error:
-            raise _damage_error(weights, str(error)) from error
+            raise CheckpointError(
+                f"{weights} is damaged: {error}.\n  Resume from another state folder.", path=weights
+            ) from error
     elif (folder / "pytorch_model.bin").exists():
         network = load_pickled(folder / "pytorch_model.bin")
     else:
         raise CheckpointError(
-            f"{folder} is not a state folder: it has neither {RECORD} nor model.safetensors. Give a "
+            f"{folder} is not a state folder: it has neither {FILE} nor model.safetensors. Give a "
             "...-state folder.",
             path=folder,
         )
-    return ForeignState(folder, network, load_pickled(optimizer) if optimizer.exists() else None)
-
-
-def _sort_as_json(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record as JSON would: keys become text, tuples become lists."""
-    return dict(json.loads(json.dumps(record)))
-
-
-def _record_checksum(record: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def _damage_error(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {reason}.\n  Resume from another state folder.", path=path)
-
-
-def short_text(value: Any) -> str:
-    """Return a value as text of at most 60 characters."""
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return ForeignState(folder, network, load_pickled(optimizer) if optimizer.exists() else {})

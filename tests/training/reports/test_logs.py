@@ -27,7 +27,6 @@ from training.reports.logs import (
     name_rates,
     public_config,
     run_folder,
-    start_logs,
     tracker_arguments,
 )
 
@@ -54,7 +53,7 @@ def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
     clock = itertools.count(0, 5)
     accelerator = make_accelerator(PLAIN, given.trackers, folder)
 
-    with start_logs(accelerator, given, 4, 1, {"max_train_steps": 4}, now=lambda: next(clock)) as logs:
+    with Logs(accelerator, given, 4, 1, {"max_train_steps": 4}, now=lambda: next(clock)) as logs:
         for step in (2, 3, 4):
             logs.step(StepReport(step, 1 / step, 0.5, {"lr/unet": 1e-4}, 2.0, NormReport(3, 0.5, 0.9), 0.5))
         logs.values({"loss/epoch": 0.4, "validation/loss": 0.3}, 4)
@@ -81,7 +80,8 @@ def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_fresh_processes")
 def test_without_trackers_only_the_bar_moves() -> None:
     out = io.StringIO()
-    with Logs(make_accelerator(PLAIN), tqdm(total=10, initial=4, file=out, mininterval=0)) as logs:
+    with Logs(make_accelerator(PLAIN), options().logs, 10, 4) as logs:
+        logs.bar = tqdm(total=10, initial=4, file=out, mininterval=0)
         logs.step(StepReport(5, 1.0, 0.123456, {}))
         assert logs.bar.n == 5
 

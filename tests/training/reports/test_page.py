@@ -15,9 +15,7 @@ from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tqdm import tqdm
 
 import share_page
 from modules.errors import UserError
@@ -27,11 +25,16 @@ from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.loop import train
 from training.reports.history import History, SampleRow
-from training.reports.logs import Logs
 from training.reports.page import ClipStore, PageFacts, Standing, choose_columns, write_training_page
 from training.reports.reporter import PAUSE, RunReporter
-from training.reports.sample_logs import log_samples
-from training.reports.sheets import GAP, LEAST_WIDTH, TEXT_SIZE, TITLE_SIZE, write_sheet
+from training.reports.sample_files import (
+    GAP,
+    LEAST_WIDTH,
+    TEXT_SIZE,
+    TITLE_SIZE,
+    log_samples,
+    write_sheet,
+)
 from training.run import prepare_run, train_network
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"
@@ -247,15 +250,13 @@ def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, 
     """The text of a page of a run that saved these files (of which b.safetensors is gone)."""
     history = History(folder / "h.jsonl", 1)
     for step, loss in validations.items():
-        history.note_validation(step, {"validation/loss": loss})
+        history.add({"step": step, "validation": {"validation/loss": loss}})
     for name, step in saved.items():
-        history.note_saved(step, name)
+        history.add({"step": step, "saved": name})
         if name != "b.safetensors":
             (folder / name).write_bytes(b"x" * 2000)
-    clips = ClipStore(folder)
-    write_training_page(
-        folder / "x.html", facts(folder), history, Standing(9, "running"), clips, datetime.now()
-    )
+    story, standing = history.events_told, Standing(9, "running")
+    write_training_page(folder / "x.html", facts(folder), story, standing, ClipStore(folder), datetime.now())
     return text_of((folder / "x.html").read_text(encoding="utf-8"))
 
 
@@ -358,21 +359,14 @@ def test_wandb_gets_files_with_their_prompts(tmp_path: Path, monkeypatch: pytest
         def log(self, values: dict[str, Any], step: int) -> None:
             sent.append((values, step))
 
-    class Accelerator:
-        """One process with that tracker."""
-
-        trackers = (Tracker(),)
-        is_main_process = True
-
     def media(kind: str) -> Any:
         return lambda path, **settings: (kind, path, settings)
 
     stand_in = SimpleNamespace(Video=media("video"), Image=media("image"))
     monkeypatch.setitem(sys.modules, "wandb", stand_in)  # type: ignore[arg-type]
-    logs = Logs(Accelerator(), tqdm(disable=True))  # type: ignore[arg-type]
     files = {0: tmp_path / "a.mp4", 1: tmp_path / "b.png"}
 
-    log_samples(logs, 5, files, {}, {0: "a cat", 1: "a dog"})
+    log_samples([Tracker()], 5, files, {}, {0: "a cat", 1: "a dog"})
 
     assert sent == [
         (
@@ -411,10 +405,10 @@ def test_the_loop_reports_through_it(tmp_path: Path) -> None:
     """A run of which the page is replaced by one of its own: as benchmarks do."""
     write_caches(tmp_path)
     with prepare_run(ToyFamily(), toy_options(tmp_path)) as run:
-        assert run.reporter is not None
-        assert run.reporter.path is None
         reporter = RunReporter(tmp_path / "x.html", facts(tmp_path), History(tmp_path / "h.jsonl", 1), {}, 0)
         train(replace(run, reporter=reporter))
 
-    assert [each.step for each in reporter.history.loss] == list(range(1, 9))
-    assert torch.tensor([each.mean for each in reporter.history.seconds]).gt(0).all()
+    reporter.history.flush()
+    story = reporter.history.read()
+    assert [step for step, _ in story.loss] == list(range(1, 9))
+    assert all(seconds is not None and seconds > 0 for _, seconds in story.seconds)

@@ -1,4 +1,4 @@
-from training.reports.step_clock import PAUSE, SEEN, StepClock
+from training.reports.logs import PAUSE, SEEN, StepClock
 
 
 def clock_after(count: int = SEEN + 1, seconds: float = 1.0) -> StepClock:

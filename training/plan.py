@@ -1,0 +1,303 @@
+"""Find all that a run is made of before anything large is loaded: options, processes, state, items, steps."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from dataset.batches.finding import CachingCommands, find_items, require_items
+from dataset.batches.items import TrainingItem
+from dataset.batches.latent_space import check_channels
+from dataset.batches.order import BatchOrder
+from dataset.batches.same_encoders import SameEncoders
+from dataset.batches.validation_split import split_validation
+from dataset.config import DatasetConfig, load_dataset_config
+from dataset.subsets.folders import folders_config
+from modules.compile import check_compilation
+from modules.contract.family import Family
+from modules.errors import DatasetError, OptionError, OutputError
+from modules.fp8.options import Quantisation
+from modules.fp8.products import add_product
+from modules.option_values import require
+from training.caching_inside import prepare_sources
+from training.changes import OptionChange
+from training.data.live_media import BatchSources
+from training.data.live_text import LiveTexts
+from training.dressing import check_computing
+from training.early_checks import check_before_loading
+from training.experts import note_experts
+from training.live_choice import find_live_texts, text_use
+from training.optimizers.fused_backward import check_fused_backward
+from training.options import TrainingOptions
+from training.processes.accelerator import make_accelerator
+from training.reports.logs import check_trackers, run_folder
+from training.resuming import (
+    check_resumable,
+    find_state,
+    first_progress,
+    habits_of,
+    identity_of,
+    resume_progress,
+)
+from training.saving.earlier import hold_name
+from training.saving.files import Names
+from training.saving.options import SavingOptions
+from training.saving.states import ForeignState, SavedState
+from training.start_options import StartOptions
+from training.steps import Progress, StepPlan
+from training.unused_options import list_unused_options
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Hold what is known of a run before it loads a network. Only `progress` changes while it trains."""
+
+    family: Family
+    options: TrainingOptions  # as given; --blocks_to_swap may be auto
+    sampled: Family  # the model that samples are made with: may have transformers that are not trained
+    commands: CachingCommands
+    accelerator: Accelerator
+    fp8: Quantisation | None  # with what multiplies on the device
+    saved: SavedState | ForeignState | None
+    progress: Progress
+    config: DatasetConfig
+    training: Sequence[TrainingItem]
+    validation: Sequence[TrainingItem]
+    order: BatchOrder
+    steps: StepPlan
+    sources: BatchSources  # where batches are read from
+    encoders: SameEncoders  # that made the caches
+    texts: LiveTexts | None  # encoded while training
+    # what a state says of its run's settings, and what --resume_changed changes
+    identity: dict[str, Any]
+    habits: dict[str, Any]
+    changes: Sequence[OptionChange]
+
+    @property
+    def output_dir(self) -> Path:
+        return self.options.saving.place[0]
+
+    @property
+    def output_name(self) -> str:
+        return self.options.saving.place[1]
+
+    @property
+    def names(self) -> Names:
+        """Return the names of what the run saves."""
+        apart = self.options.by_expert.lora_per_expert
+        parts = tuple(expert.name for expert in self.family.experts) if apart else ()
+        return Names(self.output_dir, self.output_name, parts)
+
+    @property
+    def network_module(self) -> str:
+        return name_network(self.family, self.options)
+
+
+def make_plan(
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands,
+    held: ExitStack,
+    sampling: Family | None = None,
+) -> TrainingPlan:
+    """Join the processes, find state, items and steps, and check all that can be known before loading.
+
+    held: until it is closed, no other run has the name of this one. sampling: the model of samples, if it has
+    transformers that are not trained.
+    """
+    config = read_config(options)  # a fault in it is told before anything is started
+    accelerator, fp8 = _join_processes(family, options)
+    is_main, device = accelerator.is_main_process, accelerator.device
+    _hold_name(options.saving, is_main, held)
+    saved = find_state(options, is_main)
+    progress = first_progress(options, saved)
+    check_computing(family, options, device, fp8)
+    if options.caching is not None:  # before minutes of encoding
+        check_before_loading(family, options, options.loop.max_train_steps, sampling)
+    texts = find_live_texts(family, options, config)
+    sources = prepare_sources(family, config, options.caching, device, text_use(family, texts))
+    training, validation = _find_items(family, options, config, sources, commands, progress.seed)
+    if is_main:
+        _warn_of_no_masks(options, config)
+    order, processes = BatchOrder(training, progress.seed), accelerator.num_processes
+    steps = _plan_steps(options, order, processes, progress)
+    check_before_loading(family, options, steps.total_steps, sampling)
+    options = replace(options, saving=options.saving.spread(steps.num_epochs))
+    if is_main:
+        note_experts(family, options, sampling is not None)
+    module = name_network(family, options)
+    identity = identity_of(options, progress.seed, order, steps, module, family.options, family.experts)
+    habits = habits_of(options, family.metadata, family.options)
+    changes = check_resumable(saved, identity, habits, options)
+    resume_progress(saved, changes, progress, steps)
+    if options.start is not None:
+        begin_later(options.start, progress, steps, saved is not None)
+    return TrainingPlan(
+        family=family,
+        options=options,
+        sampled=sampling or family,
+        commands=commands,
+        accelerator=accelerator,
+        fp8=fp8,
+        saved=saved,
+        progress=progress,
+        config=config,
+        training=training,
+        validation=validation,
+        order=order,
+        steps=_plan_steps(options, order, processes, progress),  # changes may have begun them anew
+        sources=sources,
+        encoders=SameEncoders(commands),
+        texts=texts,
+        identity=identity,
+        habits=habits,
+        changes=changes,
+    )
+
+
+def name_network(family: Family, options: TrainingOptions) -> str:
+    """Return the module of the network that is trained; empty if the model itself is."""
+    return "" if options.network is None else options.network.network_module or family.lora_module
+
+
+def _join_processes(family: Family, options: TrainingOptions) -> tuple[Accelerator, Quantisation | None]:
+    """Start trackers and processes, and check what the options ask of the device."""
+    check_trackers(options.logs)
+    accelerator = make_accelerator(
+        options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now())
+    )
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
+    else:
+        takes_guidance = family.defaults.embedded_guidance is not None
+        for line in list_unused_options(options, takes_guidance, family.noise.table_is_shifted):
+            logger.warning(line)
+    if options.is_fused:
+        check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
+    fp8 = add_product(options.speed.fp8.quantisation, accelerator.device)
+    check_compilation(options.speed.compilation.choice, accelerator.device)
+    return accelerator, fp8
+
+
+def _hold_name(saving: SavingOptions, is_main_process: bool, held: ExitStack) -> None:
+    """Hold the name of the run in the main process. If it cannot be had, that one tells, and all end."""
+    error: OutputError | None = None
+    if is_main_process:
+        try:
+            held.enter_context(hold_name(*saving.place))
+        except OutputError as refusal:
+            error = refusal
+    (code,) = broadcast_object_list([None if error is None else error.exit_code])
+    if error is not None:
+        raise error
+    if code is not None:
+        raise SystemExit(code)
+
+
+def read_config(options: TrainingOptions) -> DatasetConfig:
+    """Read the data of a training: --dataset_config, or what --train_data_dir and its companions say."""
+    path, given = options.loop.dataset_config, options.subset
+    if given is not None and given.replaces_toml:
+        if path is None:
+            return folders_config(given)
+        logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
+    return load_dataset_config(require(path, "--dataset_config", "the clips to train on"), given)
+
+
+def _find_items(
+    family: Family,
+    options: TrainingOptions,
+    config: DatasetConfig,
+    sources: BatchSources,
+    commands: CachingCommands,
+    seed: int,
+) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
+    """Find the caches by their names; return the items to train on and those to validate on.
+
+    Raises CacheError with the caching commands if there are none.
+    """
+    family.check_given_files()  # first: caches are made with them
+    parts = family.cache_tag, family.latent, family.text_keys
+    found = require_items(find_items(config, *parts, sources.stores, sources.tables), commands)
+    check_channels(found, family.latent, commands, sources.stores)
+    preserving = next((table for table in config.datasets if table.preserves_output), None)
+    if preserving is not None and options.network is None:
+        raise OptionError(
+            f"{preserving.name}: diff_output_preservation compares a LoRA with the model without it, and "
+            "here the model itself is trained. Leave it out"
+        )
+    asked = options.validation
+    seed = seed if asked.validation_seed is None else asked.validation_seed
+    training, validation = split_validation(found, asked.validation_split, seed)
+    if not training:
+        raise DatasetError(
+            f"{config.path}: all {len(found)} items are for validation. Leave at least one table without "
+            "`validation = true`."
+        )
+    if not validation and asked.validate_every_n_steps is not None:
+        raise OptionError(
+            "--validate_every_n_steps has nothing to validate on: give --validation_split, or `validation = "
+            "true` in a table"
+        )
+    return training, validation
+
+
+def _warn_of_no_masks(options: TrainingOptions, config: DatasetConfig) -> None:
+    """Say that --masked_loss has no effect if no table has masks."""
+    is_asked = options.subset is not None and options.subset.masked_loss
+    if is_asked and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
+        logger.warning(
+            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
+        )
+
+
+def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, progress: Progress) -> StepPlan:
+    """Plan the steps of the run; epochs, if given, replace steps."""
+    loop = options.loop
+    steps = StepPlan(
+        num_batches=order.num_batches,
+        processes=processes,
+        accumulation=loop.gradient_accumulation_steps,
+        total_steps=loop.max_train_steps,
+        first_epoch=progress.plan_epoch,
+        first_position=progress.plan_position,
+        first_step=progress.plan_step,
+    )
+    if loop.max_train_epochs is None:
+        return steps
+    return replace(steps, total_steps=steps.steps_until(loop.max_train_epochs))
+
+
+def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_resumed: bool) -> bool:
+    """Put a new run's progress to the step where it begins. Returns whether it begins later.
+
+    is_resumed: a saved state says where to go on instead. Raises OptionError if there is no such step.
+    """
+    if not options.is_given:
+        return False
+    given = "--initial_step" if options.initial_epoch is None else "--initial_epoch"
+    if is_resumed:
+        logger.info("%s is ignored because --resume goes on where the state was saved.", given)
+        return False
+    if options.initial_epoch is not None:
+        step = plan.steps_until(options.initial_epoch - 1)
+    else:
+        step = options.initial_step or 0
+    if step >= plan.total_steps:
+        raise OptionError(
+            f"{given} {options.initial_epoch or step} is step {step}, but the run ends at step "
+            f"{plan.total_steps}: begin earlier, or give a larger --max_train_steps or --max_train_epochs"
+        )
+    epoch = step // plan.steps_per_epoch
+    progress.step, progress.epoch = step, epoch
+    progress.position = (step - plan.steps_until(epoch)) * plan.group_size
+    logger.info("Beginning at step %d, epoch %d.", step, epoch + 1)
+    return step > 0
