@@ -10,8 +10,8 @@ from downloads.catalogue import known_components, model_sets
 from downloads.options import DownloadOptions
 from modules.errors import OptionError
 from modules.parser import add_options
+from post.chain_options import TOOLS
 from post.model_places import MODELS, PLACES, ModelPlace, default_model
-from post.tools_options import TOOLS
 
 SETS = {one.task: one for one in model_sets() if one.family == "tools"}
 NAMES = [place.task for place in PLACES]
