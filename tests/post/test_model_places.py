@@ -10,8 +10,8 @@ import pytest
 from downloads.catalogue import known_components, model_sets
 from downloads.options import DownloadOptions
 from modules.errors import OptionError
-from modules.parser import add_options
 from modules.options import default_of
+from modules.parser import add_options
 from post.chain_options import TOOLS, Tool
 from post.model_places import MODELS, PLACES, ModelPlace, default_model
 
