@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from generation.run import generate
         from modules.devices import choose_compute_dtype
 
-        dtype = choose_compute_dtype(official.precision, "--precision", None)
+        dtype = choose_compute_dtype(official.model.precision, "--precision", None)
         output = replace(options.output, naming="released")
-        settings = {**options.settings, "precision": official.precision}
+        settings = {**options.settings, "precision": official.model.precision}
         options = replace(options, output=output, settings=settings)
         generate(replace(family, dit_dtype=dtype), options)
 

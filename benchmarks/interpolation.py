@@ -67,8 +67,8 @@ def _load(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, Any]:
     from post.interpolation.gimm import Interpolation
     from post.interpolation.options import InterpolationOptions
     from post.interpolation.stage import Interpolator
-    from post.network_options import ToolNetworkOptions
     from post.precision import network_dtype
+    from post.run_options import ToolNetworkOptions
     from tests.manifests import tensor_list, write_hollow
     from tests.tiny.post_interpolation import draw
 
@@ -80,8 +80,8 @@ def _load(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, Any]:
             (flow, flow.replace("_", "-")),
         ):
             write_hollow(folder / f"{name}.safetensors", tensor_list(manifest))
-    chosen = ToolNetworkOptions(args.model or folder, args.dtype, seed=None, compile=False)
-    options = InterpolationOptions(chosen, args.mode, factor=2, ds_factor=1.0, scene_threshold=0.25)
+    chosen = ToolNetworkOptions(model=args.model or folder, dtype=args.dtype)
+    options = InterpolationOptions(network=chosen, mode=args.mode)
     dtype = network_dtype(chosen, device, "GIMM-VFI")
     networks = load_networks(chosen.model, options.kind, device, dtype)
     if args.model is None:

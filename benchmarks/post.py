@@ -26,8 +26,8 @@ from modules.media.options import FormatOptions  # noqa: E402
 from modules.media.reading import video_frames  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
 from post.naming import FileJob  # noqa: E402
-from post.network_options import ToolNetworkOptions  # noqa: E402
 from post.pixels import to_tensor  # noqa: E402
+from post.run_options import ToolNetworkOptions  # noqa: E402
 from post.stages import NamedStage  # noqa: E402
 from post.upscaling.files import load_upscaler  # noqa: E402
 from post.upscaling.options import UpscalerOptions  # noqa: E402
@@ -81,10 +81,7 @@ def _measures(folder: Path, args: argparse.Namespace) -> tuple[Measure, Measure]
     torch.manual_seed(0)
     save_tensors(model, SwinIR(config).state_dict())
     device = choose_device(args.device)
-    options = UpscalerOptions(
-        ToolNetworkOptions(model, "fp32", None, False),
-        mode="swinir", scale=2.0, tile=0, tile_overlap=32, batch_size=1,
-    )  # fmt: skip
+    options = UpscalerOptions(network=ToolNetworkOptions(model=model), scale=2.0, tile=0, batch_size=1)
     stage = NamedStage(make_upscaler(options, device))
     network = load_upscaler(model, device, torch.float32).network
     frames = list(video_frames(clip))

@@ -56,12 +56,12 @@ def _random_models(folder: Path) -> Iterator[Path]:
 
 def _stage(model: Path, args: argparse.Namespace, scale: float, tile: int | None) -> Any:
     from modules.devices import choose_device
-    from post.network_options import ToolNetworkOptions
+    from post.run_options import ToolNetworkOptions
     from post.upscaling.options import UpscalerOptions
     from post.upscaling.stage import make_upscaler
 
-    network = ToolNetworkOptions(model, args.dtype, None, False)
-    options = UpscalerOptions(network, "swinir", scale, tile, 32, 1)
+    network = ToolNetworkOptions(model=model, dtype=args.dtype)
+    options = UpscalerOptions(network=network, scale=scale, tile=tile, batch_size=1)
     return make_upscaler(options, choose_device(args.device))
 
 

@@ -14,12 +14,11 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from blissful_tuner.metaview_options import MetaviewOptions, add_metaview_arguments
 from modules.command import command_line
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import MediaError, UserError
-from modules.options import read_options
-from modules.parser import Parser
+from modules.options import Options, option
+from modules.parser import parse_options
 
 TENSORS = ".safetensors"
 VIDEOS = frozenset({".mkv", ".mp4", ".mov", ".webm", ".m4v"})
@@ -43,6 +42,20 @@ OF_CONTAINERS = frozenset({"major_brand", "minor_version", "compatible_brands", 
 MOST_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can take megabytes
 
 
+class MetaviewOptions(Options):
+    """Files to read, and how to show what they say."""
+
+    input_file: tuple[Path, ...] = option(
+        "videos (mkv, mp4, mov), pictures (png), latents and LoRAs (safetensors), or folders of them",
+        positional=True,
+        nargs="+",
+        metavar="FILE",
+    )
+    json: bool = option(
+        "print JSON: an object for one file, a list for several or a folder; values as they are stored"
+    )
+
+
 @dataclass(frozen=True)
 class FileFacts:
     """What one file says, or why it could not be read."""
@@ -54,9 +67,7 @@ class FileFacts:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the metadata of all files. Raises UserError at the end if one could not be read."""
-    parser = Parser(description=__doc__)
-    add_metaview_arguments(parser)
-    options = read_options(MetaviewOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, MetaviewOptions)
     found = [read_file_facts(path) for path in list_files(options.input_file)]
     is_one = len(options.input_file) == 1 and not options.input_file[0].is_dir()
     lines = list(as_json(found, is_one)) if options.json else list(as_lines(found, is_one))

@@ -12,18 +12,15 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from blissful_tuner.model_utility_options import ModelUtilityOptions, add_model_utility_arguments
+from blissful_tuner.model_utility_options import ModelUtilityOptions
 from modules.command import command_line
 from modules.families import identify
-from modules.options import read_options
-from modules.parser import Parser
+from modules.parser import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Show what a file is, and write it anew if that is asked for. Raises UserError."""
-    parser = Parser(description=__doc__)
-    add_model_utility_arguments(parser)
-    options = read_options(ModelUtilityOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, ModelUtilityOptions)
 
     from blissful_tuner.model_work import Knowledge, work
     from networks.describing import describe_lora, lora_hashes

@@ -12,21 +12,34 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from blissful_tuner.video_to_png_options import VideoToPngOptions, add_video_to_png_arguments
 from modules.command import command_line
-from modules.options import read_options
-from modules.parser import Parser
+from modules.options import Options, option
+from modules.parser import parse_options
+
+
+class VideoToPngOptions(Options):
+    """Which frames are written, and where."""
+
+    input: Path = option("a video, or a picture for a single PNG", required=True)
+    output: Path | None = option(
+        "folder in which a folder `frames` is made for 000000.png, 000001.png and so on (default: the "
+        "input's folder)"
+    )
+    num_frames: int | None = option(
+        "write only so many from the beginning, and read no more",
+        least=1,
+        hint="leave it out for all frames",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the frames of the file that the command line names. Raises UserError."""
-    parser = Parser(description=__doc__)
-    add_video_to_png_arguments(parser)
-    options = read_options(VideoToPngOptions, parser.parse_args(argv))
+    (options,) = parse_options(__doc__, argv, VideoToPngOptions)
 
     from post.run import write_frames
 
-    write_frames(options.input, options.folder, options.num_frames)
+    folder = options.input.parent if options.output is None else options.output
+    write_frames(options.input, folder, options.num_frames)
 
 
 if __name__ == "__main__":

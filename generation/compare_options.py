@@ -1,33 +1,33 @@
 """Options of tools/compare.py besides those of the family's generation script. Standard library only."""
 
-import argparse
 import glob
-import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.options import Options, option
 from modules.text_files import read_safetensors_texts
 
 MOST_COLUMNS = 64
 
 
-@dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(Options, title="comparison"):
     """What is compared: every LoRA file at every strength."""
 
-    family: str | None  # None: as the first LoRA says
-    lora: tuple[Path, ...]
-    lora_high_noise: tuple[Path, ...] | None  # of the expert for much noise: the first beside the first
-    lora_multiplier: tuple[float, ...]
+    family: str | None = option("family of the model; default: as the first LoRA says")
+    lora: tuple[Path, ...] = option(
+        "LoRA files to compare; patterns such as my_lora-*.safetensors", nargs="+", required=True
+    )
+    lora_high_noise: tuple[Path, ...] | None = option(
+        "of models with two experts the LoRA files for --dit_high_noise, as many as for --lora, which then "
+        "are for --dit: the first two make the first column, both at the strength of the column",
+        nargs="+",
+    )
+    lora_multiplier: tuple[float, ...] = option(
+        "strengths to compare each file at", nargs="+", default=(1.0,)
+    )
 
     def __post_init__(self) -> None:
-        for strength in self.lora_multiplier:
-            if not math.isfinite(strength):
-                raise OptionError(
-                    f"--lora_multiplier {strength}: give a number, 1 is the strength as trained"
-                )
         if self.lora_high_noise and len(self.lora_high_noise) != len(self.lora):
             raise OptionError(
                 f"--lora has {len(self.lora)} files, --lora_high_noise {len(self.lora_high_noise)}: give as "
@@ -41,34 +41,7 @@ class CompareOptions:
             )
 
 
-def add_compare_arguments(parser: argparse.ArgumentParser, families: list[str]) -> None:
-    """Declare the options of `CompareOptions`."""
-    group = parser.add_argument_group("comparison")
-    group.add_argument(
-        "--family",
-        choices=families,
-        default=None,
-        help="family of the model; default: as the first LoRA says",
-    )
-    group.add_argument(
-        "--lora",
-        nargs="+",
-        required=True,
-        help="LoRA files to compare; patterns such as my_lora-*.safetensors",
-    )
-    group.add_argument(
-        "--lora_high_noise",
-        nargs="+",
-        default=None,
-        help="of models with two experts the LoRA files for --dit_high_noise, as many as for --lora, which "
-        "then are for --dit: the first two make the first column, both at the strength of the column",
-    )
-    group.add_argument(
-        "--lora_multiplier", nargs="+", type=float, default=[1.0], help="strengths to compare each file at"
-    )
-
-
-def expand_patterns(given: tuple[Path, ...], option: str = "--lora") -> tuple[Path, ...]:
+def expand_patterns(given: tuple[Path, ...], flag: str = "--lora") -> tuple[Path, ...]:
     """Return the files of all patterns, each once, numbers in their names in order.
 
     Shells of Windows do not expand patterns. Raises OptionError for a pattern or a name without a file.
@@ -81,7 +54,7 @@ def expand_patterns(given: tuple[Path, ...], option: str = "--lora") -> tuple[Pa
         matches = [Path(name) for name in glob.glob(str(path))]  # noqa: PTH207 (of any folder)
         files = sorted((match for match in matches if match.is_file()), key=_natural)
         if not files:
-            raise OptionError(f"{option} {path}: no such file. Give LoRA files or a pattern that fits some.")
+            raise OptionError(f"{flag} {path}: no such file. Give LoRA files or a pattern that fits some.")
         found |= dict.fromkeys(files)
     return tuple(found)
 

@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         for group in sorted(self._action_groups, key=_rank):
             number = sum(action in actions and action not in often for action in group._group_actions)
             if number and group.title not in _PLAIN_GROUPS:
-                lines.append(f"  {group.title:{COLUMN - 2}}{number} more option{'s' * (number > 1)}")
+                lines.append(f"  {group.title:{COLUMN - 3}} {number} more option{'s' * (number > 1)}")
         return "\n".join(lines) + "\n"
 
     def _usage(self) -> str:
@@ -388,6 +388,7 @@ def _add_option(
 ) -> argparse.Action:
     kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
     usual = "default: the task's" if default is None else f"default {default}"
+    settings = {**declared.settings, **more}
     words: dict[str, Any] = {"help": declared.help.replace("{default}", usual), "default": default}
     if isinstance(default, Path):
         words["default"] = str(default)
@@ -400,8 +401,8 @@ def _add_option(
         words["action"] = "store_true"
     else:
         words |= {"type": kind} if kind in NUMBERS else {}
-        words |= {} if "choices" in declared.settings else {"metavar": METAVARS.get(kind, "TEXT")}
-    words |= {**declared.settings, **more}
+        words |= {} if "choices" in settings else {"metavar": METAVARS.get(kind, "TEXT")}
+    words |= settings
     if declared.positional:
         action = group.add_argument(name, **words)
     else:

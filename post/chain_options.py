@@ -1,25 +1,50 @@
-"""Read the options of one tool, or of several that work one after the other. Standard library only."""
+"""The tools by name, and the options of one, or of several that work one after the other.
+
+Scripts, `--then` and `--post` know the tools by these names. Standard library only.
+"""
 
 import argparse
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
-from modules.options import facts_of, option_values, read_options
-from modules.parser import Parser
+from modules.options import Options, option_values, read_options
+from modules.parser import Parser, add_options
+from post.blurring.options import BlurOptions
+from post.faces.options import FacefixOptions
+from post.interpolation.options import InterpolationOptions
 from post.model_places import default_model
-from post.run_options import ToolRunOptions, add_run_arguments
-from post.tools_options import TOOLS, Tool
+from post.run_options import ToolRunOptions
+from post.upscaling.options import UpscalerOptions
 
 THEN = "--then"
 HELP = {"-h", "--help"}
 
+
+@dataclass(frozen=True)
+class Tool:
+    """One tool: its names, its options, and what it adds to a file's name."""
+
+    name: str
+    aliases: tuple[str, ...]  # other names, in lower case
+    record: type[Options]
+    added: Callable[[Any], str]  # options -> SWINIR, VFI
+    needs_video: bool = False  # it can do nothing with a single picture
+    hides: bool = False  # what was to be seen before must not be in its result, in a cover picture either
+
+
+TOOLS = (
+    Tool("upscaler", ("upscale",), UpscalerOptions, lambda options: options.mode.upper()),
+    Tool("GIMMVFI", ("gimmvfi", "interpolate"), InterpolationOptions, lambda _: "VFI", needs_video=True),
+    Tool("facefix", (), FacefixOptions, lambda options: options.mode.upper()),
+    Tool("yolo_blur", ("blur",), BlurOptions, lambda _: "blur", hides=True),
+)
 ToolOptions = tuple[Tool, Any]  # a tool and the record of its options
 
 
@@ -60,8 +85,7 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     first, *others = split_at(words, THEN)
     parser = Parser(description=description)
     chosen = find_tool(tool)
-    add_run_arguments(parser)
-    chosen.add_arguments(parser)
+    add_options(parser, ToolRunOptions, chosen.record)
     group = parser.add_argument_group("several tools in one run")
     group.add_argument(
         THEN,
@@ -136,7 +160,7 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
         raise OptionError(f"the name of a tool is missing. Give {tool_names()}.")
     tool = find_tool(words[0])
     parser = Parser(prog=f"{before} {tool.name}", description=f"Options of {tool.name}.")
-    tool.add_arguments(parser)
+    add_options(parser, tool.record)
     given = as_options(words[1:], parser)
     _refuse_run_options(given, parser)
     return tool, read_options(tool.record, _parse(parser, tool, given))
@@ -190,10 +214,9 @@ def tool_in_words(tool: Tool, options: Any) -> str:
     """Return a tool and its settings as metadata keep them: `upscaler model=x.pth scale=2.0`; files by name
     only, so that no folder is told.
     """
-    silent = {name for name, facts in facts_of(tool.record).items() if facts.get("record") == "nothing"}
     words = [tool.name]
     for name, value in option_values(options).items():
-        if name not in silent and value not in (None, False, ""):
+        if value not in (None, False, ""):
             shown = value.name if isinstance(value, Path) else value
             words.append(shlex.quote(f"{name}={shown}") if value is not True else name)
     return " ".join(words)
@@ -229,7 +252,7 @@ def split_assigned(words: Sequence[str], flag: str) -> list[str]:
 
 def as_options(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """Write `factor=2` as `--factor=2` and `only_center` as `--only_center`; other words stay."""
-    flags = {**_flags(_run_parser()), **_flags(parser)}
+    flags = {**_run_flags(), **_flags(parser)}
     made = []
     for word in words:
         name, has_value, _ = word.partition("=")
@@ -240,17 +263,17 @@ def as_options(words: Sequence[str], parser: argparse.ArgumentParser) -> list[st
 
 def _refuse_run_options(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Raise OptionError for what holds for the whole run."""
-    own, of_run = _flags(parser), _flags(_run_parser())
+    own, of_run = _flags(parser), _run_flags()
     for word in words:
         flag = word.partition("=")[0]
         if flag in of_run and flag not in own:
             raise OptionError(f"{flag} holds for the whole run. Write it before the first {THEN}.")
 
 
-def _run_parser() -> argparse.ArgumentParser:
+def _run_flags() -> dict[str, argparse.Action]:
     parser = Parser(add_help=False)
-    add_run_arguments(parser)
-    return parser
+    add_options(parser, ToolRunOptions)
+    return _flags(parser)
 
 
 def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

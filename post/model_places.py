@@ -65,7 +65,7 @@ def default_model(
 ) -> Path | None:
     """Return the downloaded model for a tool of a chain, and log which; None if the words name one.
 
-    tool: its name in `post.tools_options.TOOLS`. words: its options, as `--mode esrgan`, `--mode=esrgan` or
+    tool: its name in `post.chain_options.TOOLS`. words: its options, as `--mode esrgan`, `--mode=esrgan` or
     `mode=esrgan`. folders: where models are downloaded to; the first that has the files counts. Raises
     OptionError with the command that downloads it if it is in none.
     """

@@ -10,7 +10,7 @@ from modules.compile import RECOMPILE_LIMIT, check_compilation
 from modules.compile_options import Compilation
 from modules.devices import choose_compute_dtype, half_where_fast
 from modules.errors import CheckpointError
-from post.network_options import ToolNetworkOptions
+from post.run_options import ToolNetworkOptions
 
 logger = logging.getLogger(__name__)
 

@@ -1,25 +1,29 @@
-"""Options of a run of a tool: what is read, and where the result goes. Standard library only."""
+"""Options that all tools have: of the run, and of the network. Standard library only."""
 
-import argparse
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
 from modules.media.options import FormatOptions
 from modules.option_values import to_path
-from modules.parser import add_options
+from modules.options import Options, option
 
 
-@dataclass(frozen=True)
-class ToolRunOptions:
+class ToolRunOptions(Options, title="input and output"):
     """What is read, and where the result goes."""
 
-    input: Path
-    output: str | None  # a text, because a path does not keep the / at its end
-    yes: bool
-    device: str | None
-    format: FormatOptions
+    input: Path = option(
+        "a video, a picture, or a folder: then each video and each picture in it is worked on by itself",
+        required=True,
+    )
+    output: str | None = option(  # a text, because a path does not keep the / at its end
+        "file of the result, whose ending is that of --container or .png, or folder for results (default: "
+        "beside the input, with the name of the network added)",
+        metavar="PATH",
+    )
+    yes: bool = option("overwrite results that exist, and ask nothing", flags=("-y",))
+    device: str | None = option("cuda, cuda:1, mps or cpu (default: the best there is)")
+    format: FormatOptions = option(defaults={"codec": "prores", "container": "mkv"})
 
     def __post_init__(self) -> None:
         if not self.input.exists():
@@ -39,26 +43,12 @@ class ToolRunOptions:
         return self.output is not None and self.output.endswith(ends)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `ToolRunOptions`."""
-    group = parser.add_argument_group("input and output")
-    group.add_argument(
-        "--input",
-        type=str,
-        required=True,
-        help="a video, a picture, or a folder: then each video and each picture in it is worked on by itself",
+class ToolNetworkOptions(Options, title="network"):
+    """Which network works, and how."""
+
+    model: Path = option("the network's file", required=True)
+    dtype: str = option(
+        "fp32 (float32), bf16 (bfloat16) or fp16 (float16): the halves take half the memory", default="fp32"
     )
-    group.add_argument(
-        "--output",
-        type=str,
-        default=None,
-        help="file of the result, whose ending is that of --container or .png, or folder for results "
-        "(default: beside the input, with the name of the network added)",
-    )
-    group.add_argument(
-        "-y", "--yes", action="store_true", help="overwrite results that exist, and ask nothing"
-    )
-    group.add_argument(
-        "--device", type=str, default=None, help="cuda, cuda:1, mps or cpu (default: the best there is)"
-    )
-    add_options(parser, FormatOptions, defaults={"codec": "prores", "container": "mkv"})
+    seed: str | None = option("of what is drawn at random; most of these networks draw nothing")
+    compile: bool = option("compile the network with torch: slow to start, then faster")

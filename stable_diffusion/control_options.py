@@ -1,13 +1,14 @@
-"""Options of ControlNets and ControlNet-LLLite. Standard library only."""
+"""Options of ControlNets, ControlNet-LLLites, and of CLIP and VGG16 that steer. Standard library only."""
 
-import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.options import Options, option
 
 LOW, HIGH = 63, 191  # thresholds of "canny" alone
+VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling
 
 
 @dataclass(frozen=True)
@@ -28,39 +29,53 @@ class ControlUse:
     ratio: float  # it acts in steps i of n (from 0) with i / n <= ratio
 
 
-@dataclass(frozen=True)
-class ControlOptions:
+_MODELS = ("control_net_models", "control_net_lllite_models")
+
+
+class ControlOptions(Options, title="ControlNet"):
     """ControlNets or ControlNet-LLLites, in the order of their guide pictures."""
 
-    control_net_models: tuple[Path, ...] | None
-    control_net_lllite_models: tuple[Path, ...] | None
-    control_net_preps: tuple[str, ...] | None  # None: none
-    control_net_multipliers: tuple[float, ...] | None  # None: 1 each
-    control_net_ratios: tuple[float, ...] | None  # None: 1 each
+    control_net_models: tuple[Path, ...] | None = option(
+        "ControlNets: files, or folders in the layout of diffusers. Of several, one acts in each step, in "
+        "turn, with Stable Diffusion 1.x and 2.x; with XL the mean of all acts",
+        excludes="control_net_lllite_models",
+        often=True,
+    )
+    control_net_lllite_models: tuple[Path, ...] | None = option(
+        "files of ControlNet-LLLite, for Stable Diffusion XL"
+    )
+    control_net_preps: tuple[str, ...] | None = option(
+        "how the guide picture of each model is prepared: none, or canny_63_191 (its edges, found with these "
+        "two thresholds)",
+        needs=_MODELS,
+    )
+    control_net_multipliers: tuple[float, ...] | None = option(
+        "strength of each model; 1 if not given",
+        flags=("--control_net_multipliers", "--control_net_weights"),
+        needs=_MODELS,
+    )
+    control_net_ratios: tuple[float, ...] | None = option(
+        "share of the steps, from the first, in which each model acts: 0.5 is the first half; 1 if not given",
+        least=0,
+        most=1,
+        needs=_MODELS,
+    )
 
     def __post_init__(self) -> None:
-        if self.control_net_models and self.control_net_lllite_models:
-            raise OptionError(
-                "--control_net_models and --control_net_lllite_models do not work together: give one of them"
-            )
         models = len(self.control_net_models or self.control_net_lllite_models or ())
         for name in ("control_net_preps", "control_net_multipliers", "control_net_ratios"):
             count = len(getattr(self, name) or ())
-            if count and not models:
-                raise OptionError(f"--{name} needs --control_net_models or --control_net_lllite_models")
             if count and count != models:
                 raise OptionError(
-                    f"--{name} has {_count(count, 'value')} for {_count(models, 'model')} of {self.option}: "
-                    "give one for each model, in the same order, or leave the option out"
+                    f"--{name} has {_count(count, 'value')} for {_count(models, 'model')} of "
+                    f"{self.flag}: give one for each model, in the same order, or leave the option "
+                    "out"
                 )
         for text in self.control_net_preps or ():
             read_preparation(text)
-        for ratio in self.control_net_ratios or ():
-            if not 0 <= ratio <= 1:
-                raise OptionError(f"--control_net_ratios {ratio}: give a share of the steps from 0 to 1")
 
     @property
-    def option(self) -> str:
+    def flag(self) -> str:
         """The option that names the models."""
         return "--control_net_lllite_models" if self.control_net_lllite_models else "--control_net_models"
 
@@ -107,7 +122,7 @@ def check_control(
     """
     if compared_by is not None and options.uses:
         raise OptionError(
-            f"{compared_by} and {options.option} both take the pictures of --guide_image_path: leave one of "
+            f"{compared_by} and {options.flag} both take the pictures of --guide_image_path: leave one of "
             "them out"
         )
     if compared_by is not None and not guides:
@@ -122,47 +137,70 @@ def check_control(
         return
     if not guides:
         raise OptionError(
-            f"{options.option} needs --guide_image_path: a picture for each model, or a folder of them"
+            f"{options.flag} needs --guide_image_path: a picture for each model, or a folder of them"
         )
     if shrinks and options.control_net_lllite_models:
         raise OptionError(
-            f"--ds_depth_1 (Deep Shrink) and {options.option} do not work together, as the sizes of features "
+            f"--ds_depth_1 (Deep Shrink) and {options.flag} do not work together, as the sizes of features "
             "differ: leave one of them out, or take ControlNets"
         )
 
 
-def add_control_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `ControlOptions`."""
-    group = parser.add_argument_group("ControlNet")
-    group.add_argument(
-        "--control_net_models",
-        nargs="*",
-        help="ControlNets: files, or folders in the layout of diffusers. Of several, one acts in each step, "
-        "in turn, with Stable Diffusion 1.x and 2.x; with XL the mean of all acts",
+_SCALE_HINT = "0 is none, about 100 is usual; the network is not downloaded"
+_CLIP_SCALES = ("clip_guidance_scale", "clip_image_guidance_scale")
+
+
+class GuideOptions(Options, title="guidance by other networks"):
+    """How strongly CLIP and VGG16 steer pictures, and where these networks are. A scale of 0 is none."""
+
+    clip_guidance_scale: float = option(
+        "how strongly CLIP steers the picture towards the prompt, or towards the text of --c; about 100",
+        default=0.0,
+        least=0,
+        needs="clip_guidance_model",
+        hint=_SCALE_HINT,
     )
-    group.add_argument(
-        "--control_net_lllite_models", nargs="*", help="files of ControlNet-LLLite, for Stable Diffusion XL"
+    clip_image_guidance_scale: float = option(
+        "how strongly CLIP steers the picture towards that of --guide_image_path; about 100",
+        default=0.0,
+        least=0,
+        needs="clip_guidance_model",
+        hint=_SCALE_HINT,
     )
-    group.add_argument(
-        "--control_net_preps",
-        nargs="*",
-        help="how the guide picture of each model is prepared: none, or canny_63_191 (its edges, found with "
-        "these two thresholds)",
+    clip_guidance_model: Path | None = option(
+        "CLIP for them, with both towers: the folder or file of a release in Hugging Face's layout, such as "
+        "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+        needs=_CLIP_SCALES,
     )
-    group.add_argument(
-        *("--control_net_multipliers", "--control_net_weights"),
-        dest="control_net_multipliers",
-        nargs="*",
-        type=float,
-        help="strength of each model; 1 if not given",
+    vgg16_guidance_scale: float = option(
+        "how strongly VGG16 steers the picture towards that of --guide_image_path; about 100",
+        default=0.0,
+        least=0,
+        needs="vgg16_guidance_model",
+        hint=_SCALE_HINT,
     )
-    group.add_argument(
-        "--control_net_ratios",
-        nargs="*",
-        type=float,
-        help="share of the steps, from the first, in which each model acts: 0.5 is the first half; 1 if not "
-        "given",
+    vgg16_guidance_layer: int = option(
+        f"layer of VGG16 whose features are compared, 1 to {VGG_LAYERS}: 20 is that of conv4_2",
+        default=VGG_LAYER,
+        least=1,
+        most=VGG_LAYERS,
+        needs="vgg16_guidance_scale",
     )
+    vgg16_guidance_model: Path | None = option(
+        "VGG16 for it: torchvision's vgg16-397923af.pth, or a safetensors of it",
+        needs="vgg16_guidance_scale",
+    )
+
+    @property
+    def uses_clip(self) -> bool:
+        """Whether CLIP steers."""
+        return self.clip_guidance_scale > 0 or self.clip_image_guidance_scale > 0
+
+    @property
+    def picture_option(self) -> str | None:
+        """The first option that needs a guide picture; None: none does."""
+        scales = ("clip_image_guidance_scale", "vgg16_guidance_scale")
+        return next((f"--{name}" for name in scales if getattr(self, name) > 0), None)
 
 
 def _count(number: int, word: str) -> str:

@@ -14,8 +14,8 @@ from modules.atomic_write import claim_name, make_storable
 from modules.control_codes import replace_control_codes
 from modules.media.writing import write_png
 from stable_diffusion.contract import SDXL, AskedPicture, ModelKind
-from stable_diffusion.output_options import PictureOutputOptions
 from stable_diffusion.prompt_lines import LONGEST_NAME
+from stable_diffusion.prompt_options import PictureOutputOptions
 
 FIRST_STAGE = "0"  # the digit in names of pictures of the first of two stages
 

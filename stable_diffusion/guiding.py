@@ -30,7 +30,7 @@ from modules.contract.steps import Guidance, Step
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.chunks import SIZE, cut_into_chunks, parse_weights
 from stable_diffusion.contract import AskedPicture, Model
-from stable_diffusion.guide_options import GuideOptions
+from stable_diffusion.control_options import GuideOptions
 from stable_diffusion.passes import UnetPasses
 from stable_diffusion.pixels import read_picture, to_pixels
 from stable_diffusion.regions import split_parts

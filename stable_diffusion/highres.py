@@ -12,8 +12,8 @@ from torch.nn.functional import interpolate
 from modules.errors import OptionError, UserError
 from modules.user_modules import import_user_module
 from stable_diffusion.contract import AskedPicture, Made, Model, PictureSettings, SecondStart
-from stable_diffusion.highres_options import HighresOptions
 from stable_diffusion.pixels import STRIDE, fit, latent_size, vae_batch
+from stable_diffusion.shrink_options import HighresOptions
 
 # Modules that enlarge the first stage's pictures (--highres_fix_upscaler): ours or the user's own.
 #

@@ -16,9 +16,10 @@ from PIL import Image
 
 from modules.errors import OptionError
 from modules.options import read_options
+from modules.parser import add_options
 from post.contract import Clip, Picture, Stage
 from post.upscaling.files import check_file
-from post.upscaling.options import UpscalerOptions, add_upscaler_arguments
+from post.upscaling.options import UpscalerOptions
 from post.upscaling.stage import check_upscaler, make_upscaler
 
 KNOWN = ("model", "dtype", "tile", "tile_overlap", "batch_size", "compile")
@@ -56,7 +57,7 @@ class ModelUpscaler:
 def create_upscaler(**args: str) -> ModelUpscaler:
     """Check the file and the settings. Raises OptionError, or CheckpointError for another file."""
     parser = _Parser(prog=ARGS)
-    add_upscaler_arguments(parser)
+    add_options(parser, UpscalerOptions)
     unknown = sorted(args.keys() - set(KNOWN))
     if unknown or "model" not in args:
         raise OptionError(

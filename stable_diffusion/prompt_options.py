@@ -1,63 +1,84 @@
-"""Options of where prompts, pictures and seeds come from. Standard library only."""
+"""Options of prompts, input pictures, seeds, texts and output files. Standard library only."""
 
-import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.option_values import check_at_least, check_seed
+from modules.option_values import check_seed
+from modules.options import Options, option
+
+_PICTURES = "input pictures"
 
 
-@dataclass(frozen=True)
-class PictureInputOptions:
+class PictureInputOptions(Options, title="prompts"):
     """Where prompts, input pictures and seeds come from."""
 
-    prompt: str | None
-    from_file: Path | None
-    from_module: str | None  # an import path or a file
-    prompter_module_args: str | None  # what that module makes of it is its own matter
-    interactive: bool
-    no_preview: bool
-    image_path: Path | None  # a picture or a folder of pictures: image to image
-    mask_path: Path | None  # likewise: inpainting, or regions of the parts of prompts with AND
-    guide_image_path: tuple[Path, ...] | None  # likewise, for ControlNets, CLIP or VGG16
-    images_per_prompt: int
-    n_iter: int  # how often all prompts are gone through
-    shuffle_prompts: bool
-    batch_size: int
-    seed: int | None
-    iter_same_seed: bool
+    prompt: str | None = option(
+        "what to show; may end in options, such as 'a cat --n ugly --w 512 --h 768 --d 7'", often=True
+    )
+    from_file: Path | None = option(
+        "text file with such a prompt on each line; # begins a comment",
+        excludes=("prompt", "from_module", "interactive"),
+        often=True,
+    )
+    from_module: str | None = option(
+        "Python module, or a .py file, whose get_prompter makes prompts; its code runs, so use it only if "
+        "you trust it"
+    )
+    prompter_module_args: str | None = option(
+        "a text that the module of --from_module finds in its options", needs="from_module"
+    )
+    interactive: bool = option(
+        "ask for prompts; Ctrl-C drops the current one, quit ends",
+        excludes=("prompt", "from_module", "n_iter", "shuffle_prompts", "iter_same_seed"),
+        often=True,
+    )
+    no_preview: bool = option(
+        "with --interactive: do not open pictures in a viewer",
+        needs="interactive",
+        hint="no other mode shows pictures",
+    )
+    images_per_prompt: int = option(
+        "pictures of each prompt, with different seeds", default=1, least=1, often=True
+    )
+    n_iter: int = option("how often all prompts are gone through", default=1, least=1)
+    shuffle_prompts: bool = option(
+        "go through the prompts in another order in each round",
+        excludes="from_module",
+        hint="the module decides which prompt is next",
+    )
+    batch_size: int = option("pictures that are made at once", default=1, least=1, often=True)
+    seed: int | None = option(
+        "seed of a single picture; the seeds of several pictures are drawn from it; random if not given",
+        often=True,
+    )
+    iter_same_seed: bool = option("all prompts of a round have the same seeds: only the prompt differs")
+    image_path: Path | None = option(
+        "image to image: a picture, or a folder whose pictures are used in turn. Without a prompt, those in "
+        "the metadata of the pictures are used",
+        title=_PICTURES,
+        often=True,
+    )
+    mask_path: Path | None = option(
+        "a picture, or a folder of them. With --image_path, inpainting: white is painted anew. For prompts "
+        "with AND: red, green and blue are the regions of the first three parts and of their LoRAs",
+        flags=("--mask_path", "--mask_image"),
+        title=_PICTURES,
+        often=True,
+    )
+    guide_image_path: tuple[Path, ...] | None = option(
+        "pictures, or folders of them, for ControlNets or ControlNet-LLLites: one for each of them, then one "
+        "for each for the next picture, and so on. For guidance by CLIP or VGG16: one for each picture",
+        title=_PICTURES,
+        often=True,
+    )
 
     def __post_init__(self) -> None:
-        sources = {
-            "--prompt": self.prompt is not None and self.from_module is None,
-            "--from_file": self.from_file is not None,
-            "--from_module": self.from_module is not None,
-            "--interactive": self.interactive,
-        }
-        given = [option for option, is_given in sources.items() if is_given]
-        if len(given) > 1:
-            raise OptionError(f"{' and '.join(given)}: give one of them")
-        if not given and self.image_path is None:
+        sources = (self.prompt, self.from_file, self.from_module, self.image_path)
+        if not self.interactive and all(source is None for source in sources):
             raise OptionError(
                 "There is no prompt: give --prompt, --from_file, --from_module or --interactive, or "
                 "--image_path with pictures whose metadata holds their prompts"
             )
-        if self.prompter_module_args is not None and self.from_module is None:
-            raise OptionError("--prompter_module_args needs --from_module")
-        if self.no_preview and not self.interactive:
-            raise OptionError("--no_preview is for --interactive, the only mode that shows pictures")
-        rounds = {
-            "--n_iter": self.n_iter != 1,
-            "--shuffle_prompts": self.shuffle_prompts,
-            "--iter_same_seed": self.iter_same_seed,
-        }
-        for option in (option for option, is_given in rounds.items() if is_given and self.interactive):
-            raise OptionError(f"{option} with --interactive: there are no prompts to go through")
-        if self.shuffle_prompts and self.from_module is not None:
-            raise OptionError("--shuffle_prompts with --from_module: the module decides which prompt is next")
-        for option in ("images_per_prompt", "n_iter", "batch_size"):
-            check_at_least(f"--{option}", getattr(self, option), 1, "a number of pictures or rounds")
         check_seed("--seed", self.seed)
         self._check_files()
 
@@ -65,77 +86,61 @@ class PictureInputOptions:
         texts = [("--from_file", self.from_file, "a text file")]
         if self.from_module is not None and self.from_module.endswith(".py"):
             texts.append(("--from_module", Path(self.from_module), "a Python file, or a module's name"))
-        for option, path, what in texts:
+        for flag, path, what in texts:
             if path is not None and not path.is_file():
                 reason = "it is a folder" if path.is_dir() else "there is no such file"
-                raise OptionError(f"{option} {path}: {reason}. Give {what}")
+                raise OptionError(f"{flag} {path}: {reason}. Give {what}")
         pictures = [("--image_path", self.image_path), ("--mask_path", self.mask_path)]
         pictures += [("--guide_image_path", path) for path in self.guide_image_path or ()]
-        for option, path in pictures:
+        for flag, path in pictures:
             if path is not None and not path.exists():
                 raise OptionError(
-                    f"{option} {path}: there is no such file. Give a picture or a folder of pictures"
+                    f"{flag} {path}: there is no such file. Give a picture or a folder of pictures"
                 )
 
 
-def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `PictureInputOptions`."""
-    group = parser.add_argument_group("prompts")
-    group.add_argument(
-        "--prompt",
-        help="what to show; may end in options, such as 'a cat --n ugly --w 512 --h 768 --d 7'",
+class PictureOutputOptions(Options, title="output"):
+    """Where pictures are written, and under which names."""
+
+    outdir: Path = option("output folder; created if missing", default=Path("outputs"), often=True)
+    sequential_file_name: bool = option(
+        "number the files: im_000001.png and so on, after those that are there",
+        excludes="use_original_file_name",
     )
-    group.add_argument("--from_file", help="text file with such a prompt on each line; # begins a comment")
-    group.add_argument(
-        "--from_module",
-        help="Python module, or a .py file, whose get_prompter makes prompts; its code runs, so use it only "
-        "if you trust it",
+    use_original_file_name: bool = option("image to image: name files as the input pictures are named")
+
+    def __post_init__(self) -> None:
+        if self.outdir.exists() and not self.outdir.is_dir():
+            raise OptionError(f"--outdir {self.outdir}: it is a file; give a folder, it will be created")
+
+
+class TextOptions(Options, title="text"):
+    """How texts become conditions."""
+
+    clip_skip: int | None = option(
+        "which layer of the text encoder counts, from the end: 1 is the last one; usually 1 for Stable "
+        "Diffusion 1.x, 1 for 2.x, which is loaded without OpenCLIP's last layer, as it was trained, 2 for "
+        "XL",
+        least=1,
+        often=True,
     )
-    group.add_argument(
-        "--prompter_module_args", help="a text that the module of --from_module finds in its options"
+    max_embeddings_multiples: int | None = option(
+        "how long a prompt may be, in chunks of 75 tokens; usually 1, the rest is cut off", least=1
     )
-    group.add_argument(
-        "--interactive",
-        action="store_true",
-        help="ask for prompts; Ctrl-C drops the current one, quit ends",
+    emb_normalize_mode: str = option(
+        "what weights such as (cat:1.3) leave unchanged: original: the mean of the embeddings, abs: the mean "
+        "of their absolute values, none: nothing",
+        default="original",
+        choices=("original", "none", "abs"),
     )
-    group.add_argument(
-        "--no_preview", action="store_true", help="with --interactive: do not open pictures in a viewer"
+    textual_inversion_embeddings: tuple[Path, ...] | None = option(
+        "files of textual inversion; the name of a file, without its ending, is the word for it"
     )
-    group.add_argument(
-        "--images_per_prompt", type=int, default=1, help="pictures of each prompt, with different seeds"
+    clip_vision_strength: float | None = option(
+        "Stable Diffusion XL with --image_path: the picture, seen by CLIP, stands in place of the prompt's "
+        "pooled state, times this"
     )
-    group.add_argument("--n_iter", type=int, default=1, help="how often all prompts are gone through")
-    group.add_argument(
-        "--shuffle_prompts", action="store_true", help="go through the prompts in another order in each round"
-    )
-    group.add_argument("--batch_size", type=int, default=1, help="pictures that are made at once")
-    group.add_argument(
-        "--seed",
-        type=int,
-        help="seed of a single picture; the seeds of several pictures are drawn from it; random if not given",
-    )
-    group.add_argument(
-        "--iter_same_seed",
-        action="store_true",
-        help="all prompts of a round have the same seeds: only the prompt differs",
-    )
-    group = parser.add_argument_group("input pictures")
-    group.add_argument(
-        "--image_path",
-        help="image to image: a picture, or a folder whose pictures are used in turn. Without a prompt, "
-        "those in the metadata of the pictures are used",
-    )
-    group.add_argument(
-        *("--mask_path", "--mask_image"),
-        dest="mask_path",
-        help="a picture, or a folder of them. With --image_path, inpainting: white is painted anew. For "
-        "prompts with AND: red, green and blue are the regions of the first three parts and of their LoRAs",
-    )
-    group.add_argument(
-        "--guide_image_path",
-        nargs="*",
-        help="pictures, or folders of them, for ControlNets or ControlNet-LLLites: one for each of them, "
-        "then one for each for the next picture, and so on. For guidance by CLIP or VGG16: one for each "
-        "picture",
+    XTI_embeddings: tuple[Path, ...] | None = option(
+        "files of extended textual inversion (P+), for Stable Diffusion 1.x and 2.x: a word has another "
+        "vector for each cross-attention layer of the U-Net"
     )

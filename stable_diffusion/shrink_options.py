@@ -1,58 +1,102 @@
-"""Options of Deep Shrink and Gradual Latent, which begin small. Standard library only."""
+"""Options of pictures that begin small: two stages, Deep Shrink and Gradual Latent. Standard library only."""
 
-import argparse
 import math
-from dataclasses import dataclass
 
 from modules.errors import OptionError
-from modules.option_values import check_at_least, check_at_most
+from modules.options import Options, option
+from stable_diffusion.sampling_options import MOST_STEPS, STEPS_HINT, STRENGTH_HINT
 
 DEEPEST = 8
 
 
-@dataclass(frozen=True)
-class DeepShrinkOptions:
+class HighresOptions(Options, title="highres fix: two stages"):
+    """The first stage makes a small picture, the second makes a large one from it."""
+
+    highres_fix_scale: float | None = option(
+        "make pictures in two stages: first at this share of width and height, such as 0.5",
+        above=0,
+        most=1,
+        hint="the first stage's share of the whole, such as 0.5 where other programs say 2",
+        often=True,
+    )
+    highres_fix_steps: int = option(
+        "steps of the first stage", default=28, least=1, most=MOST_STEPS, hint=STEPS_HINT
+    )
+    highres_fix_strength: float | None = option(
+        "share of the steps in the second stage, 0 to 1; usually --strength",
+        least=0,
+        most=1,
+        needs="highres_fix_scale",
+        hint=STRENGTH_HINT,
+    )
+    highres_fix_save_1st: bool = option(
+        "also write the pictures of the first stage", needs="highres_fix_scale"
+    )
+    highres_fix_latents_upscaling: bool = option(
+        "enlarge the latents instead of the picture", needs="highres_fix_scale"
+    )
+    highres_fix_upscaler: str | None = option(
+        "enlarge by a module with create_upscaler: one of your own, or stable_diffusion.model_upscaler, "
+        "which takes SwinIR and ESRGAN files",
+        needs="highres_fix_scale",
+        excludes="highres_fix_latents_upscaling",
+    )
+    highres_fix_upscaler_args: str | None = option(
+        "arguments of that module: key=value, several joined by ; as in model=4x.safetensors",
+        needs="highres_fix_upscaler",
+    )
+    highres_fix_disable_control_net: bool = option(
+        "no ControlNet in the second stage", needs="highres_fix_scale"
+    )
+
+
+_BLOCK = "an input block of the U-Net"
+_TIMESTEP = "a timestep, 0 to 999"
+
+
+class DeepShrinkOptions(Options, title="Deep Shrink: large pictures without repeated motifs"):
     """Features of the U-Net are scaled down early in denoising (Kohya's Deep Shrink)."""
 
-    ds_depth_1: int | None  # None: no Deep Shrink
-    ds_timesteps_1: int
-    ds_depth_2: int | None
-    ds_timesteps_2: int
-    ds_ratio: float
+    ds_depth_1: int | None = option(
+        "input block of the U-Net where it begins, 0 to 8", least=0, most=DEEPEST, hint=_BLOCK
+    )
+    ds_timesteps_1: int = option("it acts there down to this timestep", default=650, least=0, hint=_TIMESTEP)
+    ds_depth_2: int | None = option(
+        "input block where it acts afterwards, 0 to 8",
+        least=0,
+        most=DEEPEST,
+        needs="ds_depth_1",
+        hint=_BLOCK,
+    )
+    ds_timesteps_2: int = option("it acts there down to this timestep", default=650, least=0, hint=_TIMESTEP)
+    ds_ratio: float = option(
+        "size of the features, as a share", default=0.5, above=0, most=1, hint="such as 0.5"
+    )
 
-    def __post_init__(self) -> None:
-        for name in ("ds_depth_1", "ds_depth_2"):
-            check_at_least(f"--{name}", getattr(self, name), 0, "an input block of the U-Net, 0 to 8")
-            check_at_most(f"--{name}", getattr(self, name), DEEPEST, "an input block of the U-Net, 0 to 8")
-        for name in ("ds_timesteps_1", "ds_timesteps_2"):
-            check_at_least(f"--{name}", getattr(self, name), 0, "a timestep, 0 to 999")
-        if not self.ds_ratio > 0:
-            raise OptionError(f"--ds_ratio {self.ds_ratio}: give a share above 0, such as 0.5")
-        check_at_most("--ds_ratio", self.ds_ratio, 1, "a share of the features' size, such as 0.5")
 
-
-@dataclass(frozen=True)
-class GradualLatentOptions:
+class GradualLatentOptions(Options, title="Gradual Latent: begin small and grow (sampler euler_a)"):
     """Denoising begins with small latents, which grow."""
 
-    gradual_latent_timesteps: int | None  # they grow below it; None: no Gradual Latent
-    gradual_latent_ratio: float
-    gradual_latent_ratio_step: float
-    gradual_latent_every_n_steps: int
-    gradual_latent_s_noise: float
-    gradual_latent_unsharp_params: str | None  # ksize,sigma,strength,target-x
+    gradual_latent_timesteps: int | None = option(
+        "latents grow below this timestep, such as 750", least=0, hint="a timestep, 0 to 1000"
+    )
+    gradual_latent_ratio: float = option("size at the beginning", default=0.5, above=0, most=1)
+    gradual_latent_ratio_step: float = option("how much they grow", default=0.125, above=0)
+    gradual_latent_every_n_steps: int = option(
+        "they grow every so many steps",
+        default=3,
+        least=1,
+        flags=("--gradual_latent_every_n_steps", "--gradual_latent_ratio_every_n_steps"),
+    )
+    gradual_latent_s_noise: float = option(
+        "strength of the noise when they grow", default=1.0, least=0, hint="1 is the usual noise"
+    )
+    gradual_latent_unsharp_params: str | None = option(
+        "sharpen when they grow: ksize,sigma,strength,target-x, such as 3,0.5,0.5,1 (target-x 1: the step's "
+        "result is sharpened, 0: only what it begins with)"
+    )
 
     def __post_init__(self) -> None:
-        check_at_least(
-            "--gradual_latent_timesteps", self.gradual_latent_timesteps, 0, "a timestep, 0 to 1000"
-        )
-        for name in ("ratio", "ratio_step"):
-            share = getattr(self, f"gradual_latent_{name}")
-            if not share > 0:
-                raise OptionError(f"--gradual_latent_{name} {share}: give a share above 0, such as 0.5")
-        check_at_most("--gradual_latent_ratio", self.gradual_latent_ratio, 1, "a share of the size")
-        check_at_least("--gradual_latent_every_n_steps", self.gradual_latent_every_n_steps, 1, "steps")
-        check_at_least("--gradual_latent_s_noise", self.gradual_latent_s_noise, 0, "1 is the usual noise")
         if self.gradual_latent_unsharp_params is not None:
             read_unsharp("--gradual_latent_unsharp_params", self.gradual_latent_unsharp_params)
 
@@ -71,34 +115,3 @@ def read_unsharp(option: str, text: str) -> tuple[int, float, float, bool]:
             "sharpened: the result of a step or what it begins with), such as 3,0.5,0.5,1"
         )
     return values
-
-
-def add_shrink_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `DeepShrinkOptions` and `GradualLatentOptions`."""
-    group = parser.add_argument_group("Deep Shrink: large pictures without repeated motifs")
-    group.add_argument("--ds_depth_1", type=int, help="input block of the U-Net where it begins, 0 to 8")
-    group.add_argument("--ds_timesteps_1", type=int, default=650, help="it acts there down to this timestep")
-    group.add_argument("--ds_depth_2", type=int, help="input block where it acts afterwards, 0 to 8")
-    group.add_argument("--ds_timesteps_2", type=int, default=650, help="it acts there down to this timestep")
-    group.add_argument("--ds_ratio", type=float, default=0.5, help="size of the features, as a share")
-    group = parser.add_argument_group("Gradual Latent: begin small and grow (sampler euler_a)")
-    group.add_argument(
-        "--gradual_latent_timesteps", type=int, help="latents grow below this timestep, such as 750"
-    )
-    group.add_argument("--gradual_latent_ratio", type=float, default=0.5, help="size at the beginning")
-    group.add_argument("--gradual_latent_ratio_step", type=float, default=0.125, help="how much they grow")
-    group.add_argument(
-        *("--gradual_latent_every_n_steps", "--gradual_latent_ratio_every_n_steps"),
-        dest="gradual_latent_every_n_steps",
-        type=int,
-        default=3,
-        help="they grow every so many steps",
-    )
-    group.add_argument(
-        "--gradual_latent_s_noise", type=float, default=1.0, help="strength of the noise when they grow"
-    )
-    group.add_argument(
-        "--gradual_latent_unsharp_params",
-        help="sharpen when they grow: ksize,sigma,strength,target-x, such as 3,0.5,0.5,1 (target-x 1: the "
-        "step's result is sharpened, 0: only what it begins with)",
-    )

@@ -27,7 +27,7 @@ from stable_diffusion.chunks import (
     parse_weights,
 )
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind, TextState, TextTower
-from stable_diffusion.text_options import TextOptions
+from stable_diffusion.prompt_options import TextOptions
 from stable_diffusion.textual_inversion import LearnedWord, add_words, check_words, read_words
 
 logger = logging.getLogger(__name__)

@@ -62,11 +62,10 @@ FLOORS = {
         {"scripts"},
     ),
     "post": (
-        {"contract", "model_places", "network_options", "run_options", "streaming", "tiling"},
+        {"contract", "model_places", "run_options", "streaming", "tiling"},
         {"pixels", "precision"},
         {"faces", "interpolation", "upscaling"},
         {"blurring"},
-        {"tools_options"},
         {"chain_options"},
         {"naming", "stages"},
         {"decoded", "videos"},

@@ -16,18 +16,18 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from generation.compare_options import CompareOptions, add_compare_arguments, expand_patterns, family_of
+from generation.compare_options import CompareOptions, expand_patterns, family_of
 from modules.command import command_line
 from modules.families import WITH_SCRIPTS, identify
 from modules.installation import import_own
 from modules.options import read_options
-from modules.parser import Parser
+from modules.parser import Parser, add_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
     families = list(WITH_SCRIPTS)
-    add_compare_arguments(parser, families)
+    add_options(parser, CompareOptions, settings={"family": {"choices": families}})
     args, others = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     loras = expand_patterns(tuple(map(Path, args.lora)))
     high = expand_patterns(tuple(map(Path, args.lora_high_noise or ())), "--lora_high_noise") or None

@@ -59,7 +59,7 @@ def test_a_picture_gives_one_png(tmp_path: Path) -> None:
         (("--input", "a.mp4"), "frames exists already. Move it away"),
         (("--input", "no.mp4"), "no.mp4 does not exist"),
         (("--input", "frames"), "is a folder. Give a video"),
-        (("--input", "a.mp4", "--num_frames", "0"), "--num_frames 0: must be at least 1"),
+        (("--input", "a.mp4", "--num_frames", "0"), "--num_frames 0: give a number of at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused_and_touches_nothing(

@@ -45,8 +45,8 @@ from lumina.configs import LUMINA_2
 from modules.command import as_typed
 from modules.errors import UserError
 from modules.parser import parse_options
+from post.chain_options import TOOLS as TOOLS_ON_VIDEOS
 from post.chain_options import read_chain
-from post.tools_options import TOOLS as TOOLS_ON_VIDEOS
 from stable_diffusion.options import read_gen_img
 from tests.commands import ROOT
 from tests.manifests import WIDTHS, tensor_list

@@ -227,7 +227,7 @@ def test_pictures_are_compared_too(tmp_path: Path, t2v: TinyWan) -> None:
         (("--prompt", "a", "--output_type", "latent"), "--output_type latent has no meaning"),
         (("--prompt", "a", "--no_metadata"), "--no_metadata has no meaning"),
         (("--prompt", "a", "--post", "upscaler model=x"), "--post has no meaning"),
-        (("--prompt", "a", "--lora_multiplier", "nan"), "--lora_multiplier nan: give a number"),
+        (("--prompt", "a", "--lora_multiplier", "nan"), "--lora_multiplier nan: give a finite number"),
         (("--prompt", "a", "--lora_multiplier", *("1" * 70)), "64 are the most"),
         (("--prompt", "a", "--lora", "no-*.safetensors"), "--lora no-.*: no such file"),
     ],

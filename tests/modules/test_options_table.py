@@ -117,7 +117,9 @@ def test_an_option_without_what_it_needs_is_refused(record: type[Options], field
 def test_an_option_beside_what_it_excludes_is_refused(record: type[Options], field: "Field[Any]") -> None:
     names = {option_name(one): one.name for one in fields(record)}
     for other in field.metadata["excludes"]:
-        values = {name: _given(record, name) for name in (field.name, names[other])}
+        both = [one for one in fields(record) if one.name in (field.name, names[other])]
+        needed = [names[need] for one in both for need in one.metadata.get("needs", ())]
+        values = {name: _given(record, name) for name in (*needed, field.name, names[other])}
         with pytest.raises(OptionError, match=f"--{option_name(field)} and --{other} exclude each other"):
             _make(record, **values)
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from modules.command import command_line
@@ -11,7 +12,7 @@ from tests.post.stages_here import H264, Same, run_stages
 
 def main() -> None:
     source, output = map(Path, sys.argv[1:3])
-    form = type(H264)("h264", "mp4", True)
+    form = replace(H264, keep_pngs=True)
     count = [0]
 
     def wait(picture: Picture) -> None:

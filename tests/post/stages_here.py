@@ -1,6 +1,5 @@
 """Stages without networks, and runs with them."""
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -14,13 +13,13 @@ from modules.asking import Answer
 from modules.media.options import FormatOptions
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_video
-from post.chain_options import Chain
+from modules.options import NO_OPTIONS, NoOptions
+from post.chain_options import Chain, Tool
 from post.contract import Clip, Picture, Stage
 from post.naming import plan_jobs
 from post.run import run_jobs
 from post.run_options import ToolRunOptions
 from post.stages import NamedStage
-from post.tools_options import Tool
 from tests.tiny.project import moving_square
 
 H264 = FormatOptions(codec="h264", container="mp4", keep_pngs=False)
@@ -118,18 +117,8 @@ class Black:
 
 def tool_for(stage: Stage, needs_video: bool = False, hides: bool = False) -> tuple[Tool, Any]:
     """A tool that the stage stands for, with options of no names."""
-
-    def no_arguments(parser: argparse.ArgumentParser) -> None:
-        return None
-
-    return Tool(
-        stage.name, (), NoOptions, no_arguments, lambda _: stage.name.upper(), needs_video, hides
-    ), NoOptions()
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """Nothing can be told to it."""
+    tool = Tool(stage.name, (), NoOptions, lambda _: stage.name.upper(), needs_video, hides)
+    return tool, NO_OPTIONS
 
 
 @dataclass
@@ -153,7 +142,9 @@ def chain_of(
     needs_video: bool = False,
 ) -> Chain:
     """The command line that would have named these stages."""
-    run = ToolRunOptions(source, None if output is None else str(output), yes, "cpu", form)
+    run = ToolRunOptions(
+        input=source, output=None if output is None else str(output), yes=yes, device="cpu", format=form
+    )
     return Chain(run, tuple(tool_for(stage, needs_video) for stage in stages))
 
 

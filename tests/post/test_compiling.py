@@ -12,9 +12,9 @@ import post.stages
 from modules.compile_options import Compilation
 from modules.errors import OptionError
 from post.chain_options import read_chain
-from post.network_options import ToolNetworkOptions
 from post.precision import check_compiling, compile_parts
 from post.run import run_chain
+from post.run_options import ToolNetworkOptions
 from post.upscaling.files import load_upscaler
 from post.upscaling.options import UpscalerOptions
 from tests.post.stages_here import write_clip
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def options(compile: bool) -> ToolNetworkOptions:
-    return ToolNetworkOptions(Path("x.pth"), "fp32", None, compile)
+    return ToolNetworkOptions(model=Path("x.pth"), compile=compile)
 
 
 @pytest.mark.parametrize(

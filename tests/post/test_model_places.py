@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from downloads.catalogue import known_components, model_sets
 from downloads.options import DownloadOptions
 from modules.errors import OptionError
+from modules.options import default_of
 from modules.parser import add_options
+from post.chain_options import TOOLS, Tool
 from post.model_places import MODELS, PLACES, ModelPlace, default_model
-from post.tools_options import TOOLS
 
 SETS = {one.task: one for one in model_sets() if one.family == "tools"}
 NAMES = [place.task for place in PLACES]
@@ -45,12 +47,11 @@ def test_the_folder_is_that_of_a_download_without_to() -> None:
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
-def test_the_first_mode_of_a_tool_is_the_one_it_has_without_the_option(tool: object) -> None:
-    parser = argparse.ArgumentParser()
-    tool.add_arguments(parser)  # type: ignore[attr-defined]
-    first = next(place for place in PLACES if place.tool == tool.name)  # type: ignore[attr-defined]
+def test_the_first_mode_of_a_tool_is_the_one_it_has_without_the_option(tool: Tool) -> None:
+    mode = next((field for field in fields(tool.record) if field.name == "mode"), None)
+    first = next(place for place in PLACES if place.tool == tool.name)
 
-    assert (parser.get_default("mode") or "") == first.mode
+    assert ("" if mode is None else default_of(tool.record, mode)) == first.mode
 
 
 @pytest.mark.parametrize(

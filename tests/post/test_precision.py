@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
-from post.network_options import ToolNetworkOptions
 from post.precision import Guarded, network_dtype
+from post.run_options import ToolNetworkOptions
 
 CPU = torch.device("cpu")
 
 
 def options(dtype: str = "fp32", compile: bool = False) -> ToolNetworkOptions:
-    return ToolNetworkOptions(Path("x.pth"), dtype, None, compile)
+    return ToolNetworkOptions(model=Path("x.pth"), dtype=dtype, compile=compile)
 
 
 def squared(images: Tensor) -> Tensor:

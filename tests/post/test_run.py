@@ -3,6 +3,7 @@
 import logging
 import tracemalloc
 import weakref
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from tests.tiny.project import moving_square
 
 def test_the_stream_gives_what_the_whole_clip_at_once_gives(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "a.mp4", frames=7)
-    (streamed,) = run_stages([Larger(), Smoother()], clip, form=type(H264)("h264", "mp4", True))
+    (streamed,) = run_stages([Larger(), Smoother()], clip, form=replace(H264, keep_pngs=True))
 
     frames = frames_of(clip).repeat(2, 1).repeat(2, 2)
     whole = [frames[0]]
@@ -129,7 +130,7 @@ def test_transparency_of_a_picture_is_dropped_and_said(
 def test_pngs_are_kept_beside_the_input_under_a_free_name(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "in" / "a.mp4", frames=3)
     (tmp_path / "in" / "frames").mkdir()
-    form = type(H264)("h264", "mp4", True)
+    form = replace(H264, keep_pngs=True)
 
     run_stages([Larger()], clip, f"{tmp_path / 'out'}/", form)
 
@@ -143,7 +144,7 @@ def test_pngs_are_kept_beside_the_input_under_a_free_name(tmp_path: Path) -> Non
 def test_tiny_pictures_are_written_as_h264_in_place_of_h265(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    form = type(H264)("h265", "mkv", False)
+    form = replace(H264, codec="h265", container="mkv")
 
     (made,) = run_stages([Same()], write_clip(tmp_path / "a.mp4", width=32, height=32), form=form)
 

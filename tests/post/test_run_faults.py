@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -97,7 +98,7 @@ def test_one_frame_stays_one_frame(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [0, 5, None])
 def test_a_stage_that_refuses_leaves_no_file(at: int | None, tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "a.mp4", frames=12)
-    form = type(H264)("h264", "mp4", True)
+    form = replace(H264, keep_pngs=True)
 
     with pytest.raises(NothingSeenError, match=r"^no face$"):
         run_stages([Refusing(NothingSeenError("no face"), at), Same()], clip, form=form)

@@ -1,23 +1,22 @@
 """Load tiny checkpoints in tests."""
 
-import argparse
 from pathlib import Path
 
 import torch
 
-from modules.options import read_options
+from modules.parser import parse_options
 from stable_diffusion.contract import Model
 from stable_diffusion.loading import load_model
-from stable_diffusion.model_options import ModelOptions, add_model_arguments
+from stable_diffusion.model_options import ModelOptions
 
 CPU = torch.device("cpu")
 
 
 def model_options(ckpt: Path | str, *others: object) -> ModelOptions:
     """What a command line with these options says of the model."""
-    parser = argparse.ArgumentParser()
-    add_model_arguments(parser)
-    return read_options(ModelOptions, parser.parse_args(["--ckpt", str(ckpt), *map(str, others)]))
+    options: ModelOptions
+    (options,) = parse_options(None, ["--ckpt", str(ckpt), *map(str, others)], ModelOptions)
+    return options
 
 
 def load(ckpt: Path | str, *others: object, device: torch.device = CPU) -> Model:

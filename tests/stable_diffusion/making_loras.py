@@ -1,6 +1,5 @@
 """Tiny LoRA files for tiny Stable Diffusion checkpoints, in the dialects that are found in the wild."""
 
-import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -8,12 +7,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modules.options import read_options
+from modules.parser import parse_options
 from networks.module_names import to_alias
 from networks.names.stable_diffusion import SDXL
 from stable_diffusion.contract import Model
 from stable_diffusion.loras import ChosenLoras, load_networks
-from stable_diffusion.network_options import AddedNetworkOptions, add_network_arguments
+from stable_diffusion.network_options import AddedNetworkOptions
 
 RANK = 3
 Factors = dict[str, Tensor]
@@ -99,9 +98,9 @@ def in_places(path: str) -> bool:
 
 
 def network_options(*words: object) -> AddedNetworkOptions:
-    parser = argparse.ArgumentParser()
-    add_network_arguments(parser)
-    return read_options(AddedNetworkOptions, parser.parse_args([str(word) for word in words]))
+    options: AddedNetworkOptions
+    (options,) = parse_options(None, [str(word) for word in words], AddedNetworkOptions)
+    return options
 
 
 def put_in(model: Model, *words: object) -> ChosenLoras | None:

@@ -41,10 +41,7 @@ CPU = torch.device("cpu")
 
 
 def options_of(*paths: Path, **values: tuple[object, ...]) -> ControlOptions:
-    others = dict.fromkeys(
-        ("control_net_lllite_models", "control_net_preps", "control_net_multipliers", "control_net_ratios")
-    )
-    return ControlOptions(**{"control_net_models": paths, **others, **values})  # type: ignore[arg-type]
+    return ControlOptions.usual(control_net_models=paths, **values)
 
 
 def save(path: Path, name: str) -> Path:

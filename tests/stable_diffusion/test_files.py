@@ -12,8 +12,8 @@ from modules.errors import OptionError
 from modules.media.tags import read_tags
 from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings, SizeConditions
 from stable_diffusion.files import PictureFiles
-from stable_diffusion.output_options import PictureOutputOptions
 from stable_diffusion.prompt_lines import LONGEST_NAME, read_line
+from stable_diffusion.prompt_options import PictureOutputOptions
 from tests.stable_diffusion.asked import options
 
 NOW = datetime(2024, 3, 5, 16, 7, 8)
@@ -24,7 +24,12 @@ IMAGE = Image.new("RGB", (16, 8), (9, 8, 7))
 def files(
     folder: Path, sequential: bool = False, original: bool = False, kind: ModelKind = SD1
 ) -> PictureFiles:
-    return PictureFiles(PictureOutputOptions(folder, sequential, original), kind, "k_euler", lambda: NOW)
+    return PictureFiles(
+        PictureOutputOptions(outdir=folder, sequential_file_name=sequential, use_original_file_name=original),
+        kind,
+        "k_euler",
+        lambda: NOW,
+    )
 
 
 def changed(**changes: object) -> AskedPicture:
@@ -117,9 +122,7 @@ def test_they_say_all_of_a_picture_of_xl(tmp_path: Path) -> None:
     assert {"prompt: a cat", "negative-prompt: schlecht, ü 字", "seed: 7", "scale: 7.5"} <= set(shown)
 
 
-def test_names_are_one_of_two(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="give one of them"):
-        options("--sequential_file_name", "--use_original_file_name", "--image_path", tmp_path)
+def test_names_of_pictures_need_pictures_and_a_folder_is_none(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--use_original_file_name needs --image_path"):
         options("--use_original_file_name")
     (tmp_path / "out").touch()

@@ -16,10 +16,10 @@ from modules.atomic_write import save_tensors
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import AskedPicture, Made, PictureSettings, SecondStart
 from stable_diffusion.highres import make_pictures, prepare_highres, read_args
-from stable_diffusion.highres_options import HighresOptions
+from stable_diffusion.shrink_options import HighresOptions
 from tests.tiny.post_upscaling import rrdb_weights
 
-OPTIONS = HighresOptions(0.5, 7, None, False, False, None, None, False)
+OPTIONS = HighresOptions(highres_fix_scale=0.5, highres_fix_steps=7)
 OURS = "stable_diffusion.model_upscaler"
 
 

@@ -8,7 +8,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
 
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from stable_diffusion.contract import SD1, SDXL, UnetCall
 from stable_diffusion.control_options import ControlOptions
 from stable_diffusion.lllites import check_lllites, load_lllites
@@ -26,10 +26,7 @@ CONVOLUTION = {"lllite_unet_input_blocks_4_0_out_layers_3": 128}
 
 
 def options_of(*paths: Path, **values: tuple[float, ...]) -> ControlOptions:
-    others = dict.fromkeys(
-        ("control_net_models", "control_net_preps", "control_net_multipliers", "control_net_ratios")
-    )
-    return ControlOptions(**{"control_net_lllite_models": paths, **others, **values})  # type: ignore[arg-type]
+    return ControlOptions.usual(control_net_lllite_models=paths, **values)
 
 
 def run(unet: UNet2DConditionModel, call: UnetCall) -> Tensor:
@@ -197,8 +194,3 @@ def test_other_widths_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="640 channels, and the model has 128 x 128 there"):
         load_lllites(options_of(write_lllite(tmp_path / "net.safetensors", layers=layers)), model_of("sdxl"))
-
-
-def test_they_do_not_work_beside_control_nets() -> None:
-    with pytest.raises(OptionError, match="do not work together"):
-        ControlOptions((Path("a"),), (Path("b"),), None, None, None)

@@ -15,18 +15,8 @@ def read(*words: object) -> GenImgOptions:
     ("words", "message"),
     [
         (["--highres_fix_scale", 2], "0.5 where other programs say 2"),
-        (["--highres_fix_scale", 0], "--highres_fix_scale 0"),
         (["--highres_fix_scale", 0.5, "--image_path", "."], "--highres_fix_scale .*--image_path"),
-        (["--highres_fix_save_1st"], "--highres_fix_save_1st needs --highres_fix_scale"),
-        (["--highres_fix_scale", 0.5, "--highres_fix_upscaler_args", "a=1"], "needs --highres_fix_upscaler"),
-        (["--ds_depth_1", 9], "--ds_depth_1 9.*0 to 8"),
-        (["--ds_depth_2", 3], "--ds_depth_2 .*--ds_depth_1"),
-        (["--ds_depth_1", 3, "--ds_ratio", 1.5], "--ds_ratio 1.5"),
-        (["--ds_depth_1", 3, "--ds_timesteps_1", -1], "--ds_timesteps_1 -1"),
         (["--gradual_latent_timesteps", 750], "--sampler euler_a only"),
-        (["--gradual_latent_ratio", 0], "--gradual_latent_ratio 0"),
-        (["--gradual_latent_ratio_step", 0], "--gradual_latent_ratio_step 0"),
-        (["--gradual_latent_s_noise", -1], "--gradual_latent_s_noise -1"),
         (["--gradual_latent_unsharp_params", "4,1,1"], "--gradual_latent_unsharp_params 4,1,1: give an odd"),
     ],
 )

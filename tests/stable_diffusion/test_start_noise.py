@@ -7,8 +7,6 @@ from torch import Tensor
 from stable_diffusion.sampling_options import StartNoiseOptions
 from stable_diffusion.starting import add_offset, add_pyramid, vary_noise
 
-OFF = StartNoiseOptions(None, None, None, None)
-
 
 def draw(seed: int) -> tuple[Tensor, torch.Generator]:
     generator = torch.Generator().manual_seed(seed)
@@ -16,7 +14,9 @@ def draw(seed: int) -> tuple[Tensor, torch.Generator]:
 
 
 def test_nothing_is_drawn_by_what_is_not_asked_for() -> None:
-    for options in (OFF, StartNoiseOptions(0.0, (0.1, 0.2), 0.0, (0.1, 0.2))):
+    pyramid = StartNoiseOptions(pyramid_noise_prob=0.0, pyramid_noise_discount_range=(0.1, 0.2))
+    offset = StartNoiseOptions(noise_offset_prob=0.0, noise_offset_range=(0.1, 0.2))
+    for options in (StartNoiseOptions(), pyramid, offset):
         noise, generator = draw(1)
         state = generator.get_state()
         assert vary_noise(noise, options, generator) is noise
@@ -25,7 +25,8 @@ def test_nothing_is_drawn_by_what_is_not_asked_for() -> None:
 
 def test_an_offset_is_one_number_for_each_channel() -> None:
     noise, generator = draw(1)
-    shift = vary_noise(noise, StartNoiseOptions(None, None, 1.0, (0.5, 0.5)), generator) - noise
+    options = StartNoiseOptions(noise_offset_prob=1.0, noise_offset_range=(0.5, 0.5))
+    shift = vary_noise(noise, options, generator) - noise
     torch.testing.assert_close(shift, shift[:, :1, :1].expand_as(shift))
     assert len(set(shift[:, 0, 0].tolist())) == 4
     _, generator = draw(1)
@@ -42,9 +43,10 @@ def test_pyramid_noise_is_coarser_and_as_strong() -> None:
     def roughness(noise: Tensor) -> float:
         return float((noise[:, 1:] - noise[:, :-1]).square().mean() / noise.var())
 
+    options = StartNoiseOptions(pyramid_noise_prob=1.0, pyramid_noise_discount_range=(0.8, 0.9))
     for seed in range(5):
         noise, generator = draw(seed)
-        pyramid = vary_noise(noise, StartNoiseOptions(1.0, (0.8, 0.9), None, None), generator)
+        pyramid = vary_noise(noise, options, generator)
         assert pyramid.shape == noise.shape
         assert pyramid.std().item() == pytest.approx(1, abs=1e-4)
         assert roughness(pyramid) < 0.8 * roughness(noise)
@@ -52,7 +54,7 @@ def test_pyramid_noise_is_coarser_and_as_strong() -> None:
 
 
 def test_a_probability_is_the_share_of_pictures() -> None:
-    options = StartNoiseOptions(None, None, 0.25, (1.0, 2.0))
+    options = StartNoiseOptions(noise_offset_prob=0.25, noise_offset_range=(1.0, 2.0))
     changed = [
         vary_noise(noise, options, generator) is not noise for noise, generator in map(draw, range(400))
     ]

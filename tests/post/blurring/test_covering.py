@@ -9,22 +9,9 @@ import pytest
 
 from post.blurring.options import BlurOptions
 from post.blurring.stage import cover, kernel_of
-from post.network_options import ToolNetworkOptions
+from post.run_options import ToolNetworkOptions
 
-OLD = BlurOptions(
-    network=ToolNetworkOptions(Path("detector.onnx"), "fp32", None, False),
-    strength=51,
-    sigmax=40,
-    conf=0.5,
-    method="blur",
-    margin=0.0,
-    ellipse=False,
-    feather=0.0,
-    hold=0,
-    lookback=0,
-    detection_size=640,
-    allow_none=False,
-)
+OLD = BlurOptions(network=ToolNetworkOptions(model=Path("detector.onnx")), margin=0.0, hold=0, lookback=0)
 
 
 def noise(height: int, width: int, dtype: type = np.uint8) -> np.ndarray:

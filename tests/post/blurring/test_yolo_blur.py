@@ -308,12 +308,7 @@ def test_half_precision_blurs_the_same_dot(detector: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--conf", "1.5"), "--conf"),
-        (("--strength", "0"), "--strength"),
-        (("--hold", "-1"), "--hold"),
-        (("--margin", "-0.1"), "--margin"),
         (("--detection_size", "10"), "--detection_size"),
-        (("--feather", "2"), "--feather"),
         (("--dtype", "fp8"), "--dtype"),
     ],
 )

@@ -304,22 +304,9 @@ def test_half_precision_is_close(folder: Path, mode: str, dtype: str) -> None:
         assert np.abs(exact.astype(int) - half).mean() < 1
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("--weight", "1.5"), "--weight 1.5: give a number from 0 to 1"),
-        (("--weight", "0.7"), "--weight 0.7 is for --mode codeformer"),
-        (("--strength", "-1"), "--strength -1"),
-        (("--smooth", "1"), "--smooth 1"),
-        (("--upscale", "0"), "--upscale 0"),
-        (("--upscale", "nan"), "--upscale nan"),
-        (("--detection_threshold", "1"), "--detection_threshold 1"),
-    ],
-)
-def test_values_that_cannot_be_are_refused(words: tuple[str, str], said: str) -> None:
-    with pytest.raises(OptionError) as error:
-        _options(Path("x"), *words)
-    assert said in str(error.value)
+def test_the_weight_of_another_network_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"--weight 0\.7 is for --mode codeformer"):
+        _options(Path("x"), "--weight", "0.7")
 
 
 @pytest.mark.parametrize(("upscale", "size"), [("0.01", "0 x 0"), ("16", "80000 x 1024")])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from post.contract import Clip, Picture
-from post.network_options import ToolNetworkOptions
+from post.run_options import ToolNetworkOptions
 from post.tiling import pad_to_multiple
 from post.upscaling.files import load_upscaler
 from post.upscaling.options import UpscalerOptions
@@ -24,9 +24,9 @@ ALL_WRITERS = {**WRITERS, "compact": write_compact}
 
 
 def options(model: Path, **changes: Any) -> UpscalerOptions:
-    network = ToolNetworkOptions(model, changes.pop("dtype", "fp32"), None, changes.pop("compile", False))
-    usual = {"mode": "swinir", "scale": 4.0, "tile": None, "tile_overlap": 8, "batch_size": None}
-    return UpscalerOptions(network, **{**usual, **changes})
+    own = {name: changes.pop(name) for name in ("dtype", "compile") if name in changes}
+    network = ToolNetworkOptions.usual(model=model, **own)
+    return UpscalerOptions.usual(**{"network": network, "scale": 4.0, "tile_overlap": 8, **changes})
 
 
 def clip(**changes: Any) -> Clip:

@@ -76,7 +76,6 @@ def test_a_picture_becomes_a_png(tmp_path: Path) -> None:
         (("--scale", 0), "--scale 0.0: give a number above 0"),
         (("--dtype", "fp8"), "--dtype fp8: nothing is computed in fp8"),
         (("--tile", "some"), "'some' is neither a whole number nor auto"),
-        (("--batch_size", 0), "--batch_size 0"),
         (("--model", "gone.pth"), "gone.pth: there is no such file"),
         (("--model", "face.safetensors"), "it looks like a GFPGAN face restorer"),
     ],
