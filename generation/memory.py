@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from blissful_tuner.guidance import make_guidance, plan_steps
 from blissful_tuner.step_cache import StepCaches
@@ -56,6 +55,7 @@ from modules.planning.memory_plan import (
     swaps_of,
     workspace,
 )
+from modules.private_torch import FakeTensor
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from modules.compile import RECOMPILE_LIMIT, check_compilation
 from modules.compile_options import Compilation
 from modules.devices import choose_compute_dtype, half_where_fast
 from modules.errors import CheckpointError
+from modules.private_torch import dynamo
 from post.network_options import ToolNetworkOptions
 
 logger = logging.getLogger(__name__)
@@ -87,10 +88,9 @@ def compile_parts(
     """
     if not options.compile:
         return
-    import torch._dynamo  # slow to import, so only if needed
-
+    config = dynamo().config
     # a clip of another size, and tiles, are further variants
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     for part in parts:
         part.forward = torch.compile(
             part.forward, backend=choice.backend, mode=choice.mode, dynamic=choice.dynamic

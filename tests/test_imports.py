@@ -31,6 +31,7 @@ MAY_IMPORT = {
 FLOORS = {
     "modules": (
         {"addresses", "collection", "control_codes", "errors", "flow", "interpreter", "seeds"}
+        | {"private_torch"}
         | {"hidden_packages", "temporary_names", "text_encodings", "text_files", "varints", "version"},
         {"paths"},
         {"answers", "atomic_write", "devices", "failures", "file_locks", "installation", "option_values"},

@@ -15,13 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from modules.planning.kernels import ATTENTION_WORKSPACE, PlannedKernels
 from modules.planning.pieces import compute_piece
+from modules.private_torch import (
+    READ_NUMBER,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    tree_leaves,
+    tree_map_only,
+    unset_fake_temporarily,
+)
 
 # torch treats it as another device than plain `cpu`, and every build can compute on it
 ACCELERATOR = torch.device("cpu:0")
@@ -73,11 +79,7 @@ class Ledger(TorchDispatchMode):
         self.inputs: dict[str, int] = {}  # bytes of the tokens that a block of each list gets
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            self._guesses
-            and func is torch.ops.aten._local_scalar_dense.default
-            and isinstance(args[0], FakeTensor)
-        ):
+        if self._guesses and func is READ_NUMBER and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         result = _compute(func, args, kwargs or {}, self.device)
         kind = ATTENTION if func.name() == ATTENTION_WORKSPACE else None

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from modules.private_torch import disable_modes
+
 logger = logging.getLogger(__name__)
 
 REHEARSABLE = {
@@ -57,9 +59,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 def measure_states(optimizer: Optimizer) -> float:
     """Return the bytes of states per element, from one step of a second optimizer on small copies."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():  # a real step, also during a rehearsal
+    with disable_modes():  # a real step, also during a rehearsal
         copies = [_cut_down(parameter) for parameter in optimizer.param_groups[0]["params"][:2]]
         settings: dict[str, Any] = {
             key: value for key, value in optimizer.defaults.items() if value is not None

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _disable_current_modes
 
 from modules.planning.dry_run import (
     BATCH,
@@ -30,6 +29,7 @@ from modules.planning.dry_run import (
     place,
     watch_blocks,
 )
+from modules.private_torch import disable_modes
 from networks.adapter import make_network
 from training.data.live_text import LiveTexts
 from training.dressing import AUTOCAST, dress
@@ -219,7 +219,7 @@ def dress_trainable(
     watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
     # bitsandbytes reads a table of numbers that it makes; the weights stay without content
-    with _disable_current_modes():
+    with disable_modes():
         optimizer, _ = make_optimizer(options.optimizer, groups)
     use_foreach(optimizer)
     set_training(optimizer, True)
