@@ -199,14 +199,7 @@ def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
     if isinstance(thing, nn.Module):
         yield thing
     elif depth:
-        held = (
-            thing
-            if isinstance(thing, tuple | list)
-            else vars(thing).values()
-            if hasattr(thing, "__dict__")
-            else ()
-        )
-        for each in held:
+        for each in thing if isinstance(thing, tuple | list) else getattr(thing, "__dict__", {}).values():
             yield from modules_in(each, depth - 1)
 
 
@@ -256,17 +249,14 @@ def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
         for part in module.modules():
             for tensors in (part._parameters, part._buffers):
                 for name, tensor in tensors.items():
-                    if tensor is not None:
-                        if id(tensor) not in stand_ins:
-                            stand_ins[id(tensor)] = _stand_in(tensor, ledger.device)
-                        tensors[name] = stand_ins[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
-
-
-def _stand_in(tensor: Tensor, device: torch.device) -> Tensor:
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    return (
-        nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    )
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in stand_ins:
+                        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=ledger.device)
+                        if isinstance(tensor, nn.Parameter):
+                            empty = nn.Parameter(empty, tensor.requires_grad)
+                        stand_ins[id(tensor)] = empty
+                    tensors[name] = stand_ins[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
 
 
 def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:

@@ -26,7 +26,6 @@ from modules.layers.rope import exact_table, rotate
 from modules.offload.block_swap import host_weights
 from modules.offload.swap_plan import SwapPlan
 from modules.planning.dry_run import ACCELERATOR, dry_run
-from modules.planning.kernels import attention_workspace
 from modules.planning.memory_plan import TOLERANCE, workspace
 from networks.adapter import make_network
 from tests.gpu.measuring import peak_of, release_cuda
@@ -138,7 +137,7 @@ FORMULAS = {
     "modulation": [3 * SIZE, 3 * SIZE],
     # the float32 stream twice, before and after; no float32 copy of the branch, nor of its gradient
     "gated sum": [4 * SIZE, SIZE],
-    "attention": [SIZE + HEADS * ROWS, 3 * SIZE + attention_workspace(1, LENGTH, HEADS, WIDTH)],
+    "attention": [SIZE + HEADS * ROWS, 3 * SIZE + ROWS * HEADS * (WIDTH + 1)],
 }
 
 

@@ -144,8 +144,6 @@ def counted(
     with PlannedKernels(), Ledger(HOST) as ledger:
         real = rehearsal.dress_trainable(family, options, dit, ledger)
         found = real.measure_step()
-        if real.is_fused:
-            rehearsal.step_in_backward(real)
         with ledger.allocating(BATCH):
             moved = batch.moved(lambda tensor: tensor.clone() if tensor.is_floating_point() else tensor)
         return found | real.measure(moved, real.counts)
