@@ -9,9 +9,8 @@ import torch
 from flux.configs import CHROMA, DEV, PATCH, SCHNELL, ApproximatorConfig, FluxConfig
 from flux.model import FluxModel
 from flux.spec import dit_spec
-from modules.checkpoints.dialects import DitShapes, Names, count, other_kind
+from modules.checkpoints.dialects import DitShapes, Names, count, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
-from modules.checkpoints.joining import join_parts, joined_shapes
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import Placement
 from modules.devices import dtype_name

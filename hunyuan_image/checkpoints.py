@@ -10,9 +10,8 @@ import hunyuan_model.checkpoints as hunyuan
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_image.spec import DIT, LATENT
-from modules.checkpoints.dialects import DitShapes, Names, other_kind, translate_name
+from modules.checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
 from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
-from modules.checkpoints.joining import join_parts
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import Placement
 from modules.devices import dtype_name

@@ -8,9 +8,8 @@ import torch
 from lumina.configs import LuminaConfig
 from lumina.model import LuminaModel
 from lumina.spec import DIT
-from modules.checkpoints.dialects import DitShapes, Names, other_kind
+from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitHeader, bare_names, choose_dtype, fill_dit
-from modules.checkpoints.joining import join_parts, joined_shapes
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import Placement
 from modules.devices import dtype_name

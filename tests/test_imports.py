@@ -36,7 +36,7 @@ FLOORS = {
         {"paths"},
         {"answers", "atomic_write", "devices", "failures", "file_locks", "installation", "option_values"},
         {"options"},
-        {"asking", "command", "console", "environment", "families", "fp8", "output_files"} | {"user_modules"},
+        {"command", "console", "environment", "families", "fp8", "output_files", "user_modules"},
         {"parser", "scripts"},
         {"console_options"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}
@@ -111,7 +111,6 @@ LIGHT_FILES = {
     "modules/installation.py",
     "modules/interpreter.py",
     "modules/version.py",
-    "modules/asking.py",
     "modules/output_files.py",
     "modules/paths.py",
     "modules/text_files.py",

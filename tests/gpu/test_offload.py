@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from modules.contract.family import DitSpec
 from modules.contract.generation import Tweaks
 from modules.offload import host_memory
-from modules.offload.activations import offload_to_host
 from modules.offload.block_swap import host_weights, move_network, settle, swap_blocks, swap_of
-from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from modules.offload.swap_plan import SwapPlan
 from modules.offload.transfer import CudaTransfer, Pairs, Transfer
 from modules.offload.turns import HostCopy

@@ -16,8 +16,7 @@ from modules.contract.family import DitSpec
 from modules.errors import OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
-from modules.offload.activations import offload_to_host
-from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 
 # torch's own kernels, called by what Dynamo has captured: an error where it cannot

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.offload.activations import ALIGNMENT, HostMemory, Offload, offload_to_host
-from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.checkpointing import ALIGNMENT, HostMemory, Offload, checkpoint_blocks, offload_to_host
 from modules.offload.transfer import Pairs
 from tests.tiny.dits import DITS, TinyDit, gradients
 

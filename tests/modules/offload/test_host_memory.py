@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from modules.contract.loading import HostPlace, Placement, TensorInfo
-from modules.offload.activations import offload_to_host
 from modules.offload.block_swap import host_weights, swap_blocks
+from modules.offload.checkpointing import offload_to_host
 from modules.offload.host_memory import ALIGNMENT, allocate
 from modules.offload.swap_plan import SwapPlan
 from modules.offload.turns import allocate_for

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from modules.contract.generation import Turn, Tweaks
 from modules.offload.block_swap import swap_of
 from modules.run_blocks import Hidden, run_in_order, runner_of, set_runner
-from modules.step_cache.magcache import MagCacheRule
+from modules.step_cache.rules import MagCacheRule, TeaCacheRule
 from modules.step_cache.runner import Signal, StepCache, first_input, run_around
-from modules.step_cache.teacache import TeaCacheRule
 from tests.modules.fake_device import FakeDevice
 from tests.modules.step_cache.turns import turn
 from tests.modules.swap_cases import CASES, Case, swapped
