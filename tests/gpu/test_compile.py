@@ -125,7 +125,7 @@ def test_dropout_is_that_of_uncompiled_blocks_for_every_seed(device: torch.devic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES[:1], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_swapped_blocks_are_compiled_once_and_give_the_same_bits(
     device: torch.device, deterministic: None, case: Any, checkpointing: bool
