@@ -294,7 +294,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from modules.fp8.options import Quantisation
-from modules.contract.generation import Placement
+from modules.contract.loading import Placement
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
 
