@@ -30,9 +30,9 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"addresses", "collection", "control_codes", "errors", "flow", "interpreter", "seeds"}
+        {"addresses", "control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"private_torch"}
-        | {"hidden_packages", "temporary_names", "text_encodings", "text_files", "varints", "version"},
+        | {"text_encodings", "text_files", "varints", "version"},
         {"paths"},
         {"answers", "atomic_write", "devices", "failures", "file_locks", "installation", "option_values"},
         {"options"},
