@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from modules.private_torch import dynamo, has_cpp_compiler, has_triton, has_trit
 
 logger = logging.getLogger(__name__)
 
-# variants of one block list before torch runs the rest uncompiled; torch's own 8 are too few for buckets
+# variants of one part before torch runs the rest uncompiled; torch's own 8 are too few for buckets, tiles
 RECOMPILE_LIMIT = 32
 # CUDA graphs need weights at fixed addresses, but all blocks share their code
 NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
@@ -36,18 +37,23 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
 
     Compilation runs at the first call of a block. Call `check_compilation` before.
     """
+    compile_each(chain.from_iterable(spec.blocks(dit).values()), choice)
+    logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)
+
+
+def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
+    """Compile the `forward` of parts of a network in place."""
     config = dynamo().config
     config.recompile_limit = choice.variants or max(config.recompile_limit, RECOMPILE_LIMIT)
     mode = NO_GRAPHS.get(choice.mode, choice.mode)
-    for block in chain.from_iterable(spec.blocks(dit).values()):
-        block.forward = torch.compile(
-            block.forward,
+    for part in parts:
+        part.forward = torch.compile(
+            part.forward,
             backend=choice.backend,
             mode=mode,
             dynamic=choice.dynamic,
             fullgraph=choice.fullgraph,
         )
-    logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)
 
 
 def check_compilation(choice: Compilation | None, device: torch.device) -> None:

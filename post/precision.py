@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from modules.compile import RECOMPILE_LIMIT, check_compilation
+from modules.compile import check_compilation, compile_each
 from modules.compile_options import Compilation
 from modules.devices import choose_compute_dtype, half_where_fast
 from modules.errors import CheckpointError
-from modules.private_torch import dynamo
 from post.network_options import ToolNetworkOptions
 
 logger = logging.getLogger(__name__)
@@ -88,11 +87,5 @@ def compile_parts(
     """
     if not options.compile:
         return
-    config = dynamo().config
-    # a clip of another size, and tiles, are further variants
-    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
-    for part in parts:
-        part.forward = torch.compile(
-            part.forward, backend=choice.backend, mode=choice.mode, dynamic=choice.dynamic
-        )
+    compile_each(parts, choice)
     logger.info("The network is compiled with %s at its first use, which takes some time.", choice.backend)
