@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from blissful_tuner.model_utility_options import ModelUtilityOptions
-from modules.asking import Answer, ask_to_replace, ask_yes_or_no
 from modules.bars import BYTES, Bar
 from modules.checkpoints.changing import CheckpointChange, NewFile, Selection, plan_change
-from modules.checkpoints.gathering import INDEX, gather
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import SUFFIXES, Checkpoint
-from modules.checkpoints.sharding import existing_shards, split, write_shards
+from modules.checkpoints.sharding import INDEX, existing_shards, gather, split, write_shards
 from modules.checkpoints.writing import stream_tensors
 from modules.console import as_size, count_of
 from modules.contract.loading import TensorInfo
 from modules.control_codes import escape_control_codes, shorten
 from modules.devices import dtype_name, dtype_named
 from modules.errors import CheckpointError, OptionError
-from modules.output_files import check_output_file, refuse_replacing
+from modules.output_files import Answer, ask_to_replace, ask_yes_or_no, check_output_file, refuse_replacing
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,8 @@ from modules.contract.step_cache import MagCache, MagCalibration, StepCaching, T
 from modules.errors import OptionError
 from modules.option_values import MOST, check_at_least, check_at_most
 from modules.step_cache.calibration import FEWEST_STEPS, Changes, Ratios, measure_pass
-from modules.step_cache.magcache import MagCacheRule, resample
+from modules.step_cache.rules import MagCacheRule, TeaCacheRule, resample
 from modules.step_cache.runner import Rule, StepCache, run_around
-from modules.step_cache.teacache import TeaCacheRule
 
 logger = logging.getLogger(__name__)
 

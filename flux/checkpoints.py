@@ -5,9 +5,8 @@ from typing import Any
 
 from flux.configs import CHROMA, DEV, PATCH, SCHNELL, ApproximatorConfig, FluxConfig
 from flux.model import FluxModel
-from modules.checkpoints.dialects import DitShapes, Names, count, other_kind
+from modules.checkpoints.dialects import DitShapes, Names, count, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader
-from modules.checkpoints.joining import join_parts, joined_shapes
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError

@@ -1,20 +1,18 @@
 """Memory plan of a generation: rehearse its phases one by one, each with its own networks on the device."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from blissful_tuner.guidance import make_guidance, plan_steps
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from generation.denoise import predictor
-from generation.expert_memory import ALONE, ExpertTurns, turns_of
+from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_of, turns_of
 from generation.options import GenerationOptions
-from generation.planned_requests import all_requests, largest_of
 from generation.sections import SeededNoise, on_device, sections_of
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.contract.data import Conditions
@@ -56,8 +54,7 @@ from modules.planning.memory_plan import (
     swaps_of,
     workspace,
 )
-
-logger = logging.getLogger(__name__)
+from modules.private_torch import FakeTensor
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
@@ -85,7 +82,7 @@ class PhasePrediction:
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> MemoryPlan:
         """Return the plan of all phases with this number of blocks swapped."""
-        return MemoryPlan("Memory plan", (*self.before, self.denoising(blocks), *self.after), tuple(remarks))
+        return MemoryPlan((*self.before, self.denoising(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
         """Return the device memory of denoising with this number of blocks swapped, in bytes."""
@@ -110,9 +107,18 @@ def predict(
     inputs_phase, inputs = rehearse_inputs(family, prepared, extra)
     turns = turns or turns_of(family, options, [prepared])
     denoising, most = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns)
-    before = [*texts, *([] if inputs_phase is None else [inputs_phase])]
-    after = [rehearse_decoding(family, prepared, extra)] if options.output.decodes else []
-    return PhasePrediction(tuple(before), tuple(after), denoising, most, turns)
+    before = texts if inputs_phase is None else [*texts, inputs_phase]
+    after = (rehearse_decoding(family, prepared, extra),) if options.output.decodes else ()
+    return PhasePrediction(tuple(before), after, denoising, most, turns)
+
+
+@contextmanager
+def rehearsing(networks: object) -> Iterator[Ledger]:
+    """Dry-run everything inside without gradients, with the networks that an object holds on the device."""
+    with dry_run() as ledger, torch.no_grad():
+        for network in modules_in(networks):
+            place(network, ledger)
+        yield ledger
 
 
 def rehearse_texts(
@@ -124,9 +130,7 @@ def rehearse_texts(
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([wanted])}
     for encoder in family.text_encoders():
         encoder.load(META)
-        with dry_run() as ledger, torch.no_grad():
-            for module in modules_in(encoder):
-                place(module, ledger)
+        with rehearsing(encoder) as ledger:
             found = [encoder.encode([text])[0] for text in outputs]
             phases.append(phase_of(f"text encoder {encoder.name}", ledger, extra))
         for text, conditions in zip(outputs, found, strict=True):
@@ -142,9 +146,7 @@ def rehearse_inputs(
     if not needs_media(family, prepared):
         return None, encode_inputs(family, NO_ENCODERS, [prepared])[0]
     encoders = family.media_encoders(META)
-    with dry_run() as ledger:
-        for module in modules_in(encoders):
-            place(module, ledger)
+    with rehearsing(encoders) as ledger:
         (inputs,) = encode_inputs(family, encoders, [prepared])
         phase = phase_of("images and videos", ledger, extra)
     return phase, {section: make_solid(conditions) for section, conditions in inputs.items()}
@@ -164,11 +166,9 @@ def rehearse_denoising(
     choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
     dit = family.load_dit(Placement(META, attention=choice, fp8=speed.fp8.quantisation))
     dit.eval().requires_grad_(False)
-    weights, swap = dtypes_of(dit), speed.swap
-    swaps = swaps_of(dit, family.dit, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
+    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, speed.swap)
     blocks = family.dit.blocks(dit)
-    with dry_run() as ledger, torch.no_grad():
-        place(dit, ledger)
+    with rehearsing(dit) as ledger:
         watch_blocks(blocks, ledger)
         section = on_device(
             next(sections_of(family, prepared, encoded, inputs, SeededNoise(0, ACCELERATOR))), ACCELERATOR
@@ -230,9 +230,7 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: MemoryPart) -> 
     """Return the phase that decodes latents to pixels."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
-    with dry_run() as ledger, torch.no_grad():
-        for module in modules_in(encoders):
-            place(module, ledger)
+    with rehearsing(encoders) as ledger:
         decoded = 0
         for chunk in family.decode(encoders, torch.empty(shape)):
             decoded += chunk.shape[2]
@@ -290,9 +288,8 @@ def predict_largest(
     family: Family, options: GenerationOptions, requests: Sequence[Prepared], device: torch.device
 ) -> tuple[Prepared, PhasePrediction]:
     """Return the request of a run that needs most memory while denoising, and its prediction."""
-    turns = turns_of(family, options, requests)
-    largest = largest_of(family, requests)
-    predictions = [(prepared, predict(family, options, prepared, device, turns)) for prepared in largest]
+    turns, candidates = turns_of(family, options, requests), largest_of(family, requests)
+    predictions = [(each, predict(family, options, each, device, turns)) for each in candidates]
     return max(predictions, key=lambda each: each[1].device(0))
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import hunyuan_model.checkpoints as hunyuan
 from hunyuan_image.configs import DIT, LATENT, HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
-from modules.checkpoints.dialects import DitShapes, Names, other_kind, translate_name
+from modules.checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
-from modules.checkpoints.joining import join_parts
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError

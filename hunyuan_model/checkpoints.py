@@ -12,9 +12,8 @@ from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.spec import DIT
 from modules.checkpoints.containers import load_pickled
-from modules.checkpoints.dialects import DitShapes, Names, other_kind, translate_name
+from modules.checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
-from modules.checkpoints.joining import join_parts
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.contract.family import DitSpec

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 from lumina.configs import LuminaConfig
 from lumina.model import LuminaModel
-from modules.checkpoints.dialects import DitShapes, Names, other_kind
+from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader
-from modules.checkpoints.joining import join_parts, joined_shapes
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError

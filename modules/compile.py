@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from torch import nn
 from modules.compile_options import INDUCTOR, Compilation
 from modules.contract.family import DitSpec
 from modules.errors import OptionError
+from modules.private_torch import dynamo, has_cpp_compiler, has_triton, has_triton_package
 
 logger = logging.getLogger(__name__)
 
-# variants of one block list before torch runs the rest uncompiled; torch's own 8 are too few for buckets
+# variants of one part before torch runs the rest uncompiled; torch's own 8 are too few for buckets, tiles
 RECOMPILE_LIMIT = 32
 # CUDA graphs need weights at fixed addresses, but all blocks share their code
 NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
@@ -35,37 +37,36 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
 
     Compilation runs at the first call of a block. Call `check_compilation` before.
     """
-    import torch._dynamo  # slow to import, so only if needed
+    compile_each(chain.from_iterable(spec.blocks(dit).values()), choice)
+    logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)
 
-    limit = choice.variants or max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    torch._dynamo.config.recompile_limit = limit
+
+def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
+    """Compile the `forward` of parts of a network in place."""
+    config = dynamo().config
+    config.recompile_limit = choice.variants or max(config.recompile_limit, RECOMPILE_LIMIT)
     mode = NO_GRAPHS.get(choice.mode, choice.mode)
-    for block in chain.from_iterable(spec.blocks(dit).values()):
-        block.forward = torch.compile(
-            block.forward,
+    for part in parts:
+        part.forward = torch.compile(
+            part.forward,
             backend=choice.backend,
             mode=mode,
             dynamic=choice.dynamic,
             fullgraph=choice.fullgraph,
         )
-    logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)
 
 
 def check_compilation(choice: Compilation | None, device: torch.device) -> None:
     """Raise OptionError if blocks cannot be compiled for this device, before anything large is loaded."""
     if choice is None:
         return
-    import torch._dynamo
-    from torch._dynamo.eval_frame import is_dynamo_supported
-
-    if not is_dynamo_supported():
+    if not dynamo().is_dynamo_supported():
         raise OptionError(
             f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: leave "
             "--compile and --dynamo_backend out"
         )
-    known = torch._dynamo.list_backends(exclude_tags=())
-    if choice.backend not in known:
-        public = ", ".join(sorted({*torch._dynamo.list_backends(), "eager", "aot_eager"}))
+    if choice.backend not in torch.compiler.list_backends(exclude_tags=()):
+        public = ", ".join(sorted({*torch.compiler.list_backends(), "eager", "aot_eager"}))
         raise OptionError(
             f"torch.compile has no backend {choice.backend} here: install the package that provides it, or "
             f"use one of {public}"
@@ -84,21 +85,14 @@ def _missing_for_inductor(device: torch.device) -> str:
     if device.type == "mps":
         return ""  # Metal's compiler is part of the system
     if device.type == "cpu":
-        from torch._inductor import exc
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        try:
-            get_cpp_compiler()
-        except (exc.InvalidCxxCompiler, RuntimeError):
-            if sys.platform == "win32":
-                return (
-                    "Microsoft's C++ compiler: install the Build Tools for Visual Studio and start from "
-                    "their command prompt"
-                )
-            return "a C++ compiler: install g++ or clang++"
-        return _missing_headers()
-    from torch.utils._triton import has_triton, has_triton_package
-
+        if has_cpp_compiler():
+            return _missing_headers()
+        if sys.platform == "win32":
+            return (
+                "Microsoft's C++ compiler: install the Build Tools for Visual Studio and start from "
+                "their command prompt"
+            )
+        return "a C++ compiler: install g++ or clang++"
     if not has_triton_package():
         package = "triton-windows" if sys.platform == "win32" else "triton"
         return f"Triton: pip install {package}, in the version that fits torch {torch.__version__}"

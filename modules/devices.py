@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.errors import OptionError
+from modules.private_torch import release_host_cache
 
 logger = logging.getLogger(__name__)
 
@@ -224,10 +225,7 @@ def release_pinned_memory() -> None:
     torch keeps it for the rest of the process, rounded up to a power of two: 2 GiB after a text encoder whose
     embedding takes 1.1 GB.
     """
-    # public only from torch 2.10 on, as torch.accelerator.empty_host_cache; missing in builds without CUDA
-    release = getattr(torch._C, "_host_emptyCache", None)
-    if release is not None:
-        release()
+    release_host_cache()
 
 
 @contextmanager

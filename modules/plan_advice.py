@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from modules.planning.memory_plan import Room, Swappable, gib, predict_before_run, smallest_swap, swap_for
+from modules.errors import MemoryPlanError, UserError
+from modules.planning.memory_plan import Room, Swappable, gib, smallest_swap, swap_for
 from modules.speed_options import Speed, set_blocks_to_swap
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,16 @@ def resolve_swap(
     """
     if room is None:
         return (set_blocks_to_swap(speed, 0) if speed.swap.is_auto else speed), None
-    prediction = predict_before_run(predict, speed.swap)
-    if prediction is None:
+    try:
+        prediction = predict()
+    except UserError:
+        raise
+    except Exception as error:
+        if speed.swap.is_auto:
+            raise MemoryPlanError(
+                f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks."
+            ) from error
+        logger.warning("The memory of this run cannot be predicted (%s: %s).", type(error).__name__, error)
         return speed, None
     blocks, reason = swap_for(prediction, speed.swap, room)
     if reason is not None:
@@ -51,24 +60,17 @@ def advise(
     phase: what the bytes are said to be of, " while denoising".
     Returns the lines, and the last prediction if even that does not fit.
     """
-
-    def by_swapping() -> str | None:
-        count = smallest_swap(prediction.device, prediction.most, usable) if can_swap else None
-        return (
-            None
-            if count is None
-            else f"--blocks_to_swap {count}: {gib(prediction.device(count))} GiB{phase} fits"
-        )
-
     lines: list[str] = []
-    for name, predict in cheaper:
+    unchanged = [("", lambda: prediction)]
+    for name, predict in cheaper or unchanged:
         prediction = predict()
-        needed = prediction.device(swapped)
-        lines.append(f"{name}: {gib(needed)} GiB{phase}" + (" fits" if needed <= usable else ""))
-        if needed <= usable:
-            return lines, None
-        swap = by_swapping()
-        if swap is not None:
-            return [*lines, swap], None
-    swap = None if cheaper else by_swapping()
-    return (lines, prediction) if swap is None else ([swap], None)
+        if name:
+            needed = prediction.device(swapped)
+            lines.append(f"{name}: {gib(needed)} GiB{phase}" + (" fits" if needed <= usable else ""))
+            if needed <= usable:
+                return lines, None
+        count = smallest_swap(prediction, usable) if can_swap else None
+        if count is not None:
+            needed = prediction.device(count)
+            return [*lines, f"--blocks_to_swap {count}: {gib(needed)} GiB{phase} fits"], None
+    return lines, prediction

@@ -1,7 +1,9 @@
-"""Import a module that a user names in an option: one of ours, an installed one, or a file of theirs."""
+"""Import modules that a user names in an option, and keep packages out of a process without use for them."""
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -26,3 +28,19 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
         raise OptionError(f"{option} {name} cannot be imported: {error}.{remedy}") from error
     except Exception as error:  # the module may run any code of its own
         raise OptionError(f"{option} {name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def hide_packages(*names: str) -> Iterator[None]:
+    """Let packages look as if they were not installed inside the block; those loaded before stay loaded.
+
+    A package that asks once, when it is imported, does without them from then on. Afterwards they can be
+    imported as before. None in place of a module is Python's own way to refuse an import.
+    """
+    hidden: dict[str, ModuleType | None] = {name: None for name in names if name not in sys.modules}
+    sys.modules.update(hidden)  # type: ignore[arg-type]  # it takes None
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]

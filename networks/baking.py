@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modules.checkpoints.dialects import join_parts
 from modules.checkpoints.dits import bare_names
-from modules.checkpoints.joining import join_parts
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.console import count_of

@@ -166,10 +166,6 @@ class WholeMergeOptions(Options):
         multipliers_for(self.models, self.ratios, "--ratios")
         if self.sd_model is not None:
             require_files("--sd_model", [self.sd_model])
-            if self.concat or self.shuffle:
-                raise OptionError(
-                    "--concat and --shuffle are for merging LoRAs into one: leave out --sd_model"
-                )
         check_output_file("--save_to", self.save_to)
         refuse_replacing(
             "--save_to", self.save_to, [*self.models, *([] if self.sd_model is None else [self.sd_model])]

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from modules.fp8.weights import dequantise, is_fp8, scale_of
+from modules.private_torch import disable_dynamo
 
 
 def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,7 +281,7 @@ def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) ->
 
 
 # not torch.compiler.disable, which imports the compiler (two seconds) when this file is imported
-@_disable_dynamo
+@disable_dynamo
 def perturbed(x: Tensor, deviations: Tensor, seed: int) -> Tensor:
     """Return what noise on a weight adds to a layer's output. x: ... in. deviations: out, one of each row.
 

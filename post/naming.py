@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modules.asking import Answer
 from modules.console import count_of
 from modules.errors import MediaError, OptionError, OutputError
 from modules.media.animations import is_animation
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.output_files import Answer
 from post.chain_options import Chain
 
 logger = logging.getLogger(__name__)

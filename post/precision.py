@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from modules.compile import RECOMPILE_LIMIT, check_compilation
+from modules.compile import check_compilation, compile_each
 from modules.compile_options import Compilation
 from modules.devices import choose_compute_dtype, half_where_fast
 from modules.errors import CheckpointError
@@ -87,12 +87,5 @@ def compile_parts(
     """
     if not options.compile:
         return
-    import torch._dynamo  # slow to import, so only if needed
-
-    # a clip of another size, and tiles, are further variants
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    for part in parts:
-        part.forward = torch.compile(
-            part.forward, backend=choice.backend, mode=choice.mode, dynamic=choice.dynamic
-        )
+    compile_each(parts, choice)
     logger.info("The network is compiled with %s at its first use, which takes some time.", choice.backend)

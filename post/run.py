@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from modules.asking import Answer, ask_at_console
 from modules.atomic_write import atomic_folder, make_folder
 from modules.bars import FRAMES, Bar
 from modules.console import count_of, in_words
@@ -17,6 +16,7 @@ from modules.failures import Failures
 from modules.media.reading import read_image
 from modules.media.streams import source_info
 from modules.media.writing import write_png
+from modules.output_files import Answer, ask_at_console
 from post.chain_options import Chain, tool_in_words
 from post.naming import FileJob, is_picture, plan_jobs, tell_suffix
 from post.stages import NamedStage, check_tools, make_stages

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from downloads.catalogue import ModelSet, model_sets
-from modules.asking import ask_on_terminal, has_terminal
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import Options, option
+from modules.output_files import ask_on_terminal, has_terminal
 
 RUN_FILE = "run.toml"
 

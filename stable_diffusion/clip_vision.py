@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from encoders.clip_vision import ClipVision, load_clip_vision
-from modules.checkpoints.hub_folders import find_model_folder
+from modules.checkpoints.model_files import find_model_folder
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.media.reading import first_frame
 from stable_diffusion.contract import SDXL, Model, ModelKind, TextState

@@ -21,7 +21,7 @@ from encoders.clip_tokenizer import ClipWords
 from modules.attention.attend import check_backend
 from modules.attention.options import AttentionChoice
 from modules.checkpoints.dialects import LoadPlan, load_planned
-from modules.checkpoints.hub_folders import find_model_folder
+from modules.checkpoints.model_files import find_model_folder
 from modules.checkpoints.opening import SUFFIXES, open_checkpoint
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError

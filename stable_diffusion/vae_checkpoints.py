@@ -18,7 +18,7 @@ from modules.checkpoints.dialects import (
     rename_sources,
     translate_name,
 )
-from modules.checkpoints.norm_groups import check_groups, stated_groups
+from modules.checkpoints.encoders import check_groups, stated_groups
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.sources import TensorSource
 from modules.errors import CheckpointError

@@ -30,12 +30,13 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"addresses", "collection", "control_codes", "errors", "flow", "interpreter", "seeds"}
-        | {"hidden_packages", "temporary_names", "text_encodings", "text_files", "varints", "version"},
+        {"addresses", "control_codes", "errors", "flow", "interpreter", "seeds"}
+        | {"private_torch"}
+        | {"text_encodings", "text_files", "varints", "version"},
         {"paths"},
         {"answers", "atomic_write", "devices", "failures", "file_locks", "installation", "option_values"},
         {"options"},
-        {"asking", "command", "console", "environment", "families", "fp8", "output_files"} | {"user_modules"},
+        {"command", "console", "environment", "families", "fp8", "output_files", "user_modules"},
         {"parser", "scripts"},
         {"console_options"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}
@@ -108,7 +109,6 @@ LIGHT_FILES = {
     "modules/installation.py",
     "modules/interpreter.py",
     "modules/version.py",
-    "modules/asking.py",
     "modules/output_files.py",
     "modules/paths.py",
     "modules/text_files.py",

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from modules.errors import CheckpointError, OptionError
 from modules.offload.block_swap import settle_all
+from modules.private_torch import lerp_each
 from training.optimizers.optimizer import is_schedule_free
 from training.optimizers.options import AverageOptions
 from training.saving.states import SavedState
@@ -66,7 +67,7 @@ class WeightAverage:
         settle_all(self._dits)
         share = 1 - decay_at(self.steps, self.decay) ** self.every
         if not self.on_host:
-            torch._foreach_lerp_(self.values, list[Tensor](self._parameters), share)
+            lerp_each(self.values, self._parameters, share)
             return
         for value, weight in zip(self.values, self._parameters, strict=True):  # one copy at a time
             value.lerp_(weight.detach().to(value.device, torch.float32), share)

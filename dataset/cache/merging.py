@@ -35,9 +35,14 @@ from dataset.cache.tar_records import (
     writer_of,
 )
 from dataset.shard_names import INDEX, is_of_shards
-from modules.atomic_write import atomic_path, explain_errors, remove_leftovers
+from modules.atomic_write import (
+    LEFTOVER_SECONDS,
+    atomic_path,
+    explain_errors,
+    parse_temporary,
+    remove_leftovers,
+)
 from modules.file_locks import is_file_of, only_one, try_lock
-from modules.temporary_names import LEFTOVER_SECONDS, parse_temporary
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,10 @@ from dataset.cache.files import Entry, Header
 from dataset.cache.merging import SHARD_BYTES, merge_shards
 from dataset.cache.packing import unpack, unpack_header
 from dataset.cache.tar_records import END, RecordKind, padded, record_header, writer_header
-from modules.atomic_write import check_space, explain_errors, flush_folder
+from modules.atomic_write import check_space, explain_errors, flush_folder, temporary_name
 from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError
 from modules.file_locks import try_lock
-from modules.temporary_names import temporary_name
 
 FLUSH_BYTES = 1 << 26  # a power cut costs no more than this; a kill costs nothing
 _MOST = (1 << 63) - 1  # of a signed number

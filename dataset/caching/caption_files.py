@@ -7,8 +7,7 @@ from typing import Any
 
 from dataset.cache.files import empty_text_name, text_file_name
 from dataset.config import DatasetTable
-from dataset.sources.media_source import MediaSource
-from modules.collection import pause_collection
+from dataset.sources.media_source import MediaSource, pause_collection
 
 
 @dataclass(frozen=True, slots=True)

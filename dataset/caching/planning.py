@@ -31,10 +31,9 @@ from dataset.caching.reports import Failure
 from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import MediaSource, pause_collection
 from dataset.sources.moments import GivenClip, measure_source
 from modules.bars import Bar
-from modules.collection import pause_collection
 from modules.contract.data import LOSS_MASK, MediaTable
 from modules.contract.family import Described, Encodes, LatentSpec
 from modules.errors import CacheError, MediaError

@@ -21,7 +21,7 @@ from dataset.captioning.drawing import draw_words
 from dataset.captioning.options import AskOptions, CaptionModelOptions
 from dataset.captioning.planning import CaptionJob
 from dataset.captioning.processors import image_token, load_processor
-from modules.checkpoints.hub_folders import find_model_folder
+from modules.checkpoints.model_files import find_model_folder
 from modules.control_codes import shorten
 from modules.devices import choose_compute_dtype, choose_device
 from modules.errors import (

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from modules.checkpoints.hub_folders import find_model_folder
+from modules.checkpoints.model_files import find_model_folder
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 

@@ -20,12 +20,11 @@ from dataset.sources.control import ControlFolder, list_entries
 from dataset.sources.faults import LISTED, Fault, list_faults, raise_faults
 from dataset.sources.left_out import explain_entries, find_folders_of_media, leave_out_results
 from dataset.sources.masks import find_masks
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import MediaSource, pause_collection
 from dataset.sources.metadata_files import list_metadata
 from dataset.sources.rows import RowReader, first_and_more
 from dataset.sources.tables import list_table
 from dataset.sources.tars import list_tars
-from modules.collection import pause_collection
 from modules.errors import DatasetError
 from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes

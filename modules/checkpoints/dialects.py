@@ -1,4 +1,7 @@
-"""Translate names of model files to ours, read dimensions off the tensors, and tell what another file is."""
+"""Translate names of model files to ours, join tensors that are stored in parts, read dimensions off them.
+
+Also tell what a file of another kind is.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,7 +10,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.fp8_layers import encoder_loading
@@ -172,3 +175,67 @@ def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> C
         f"{checkpoint.path} is not {wanted}; it looks like {kind}.\n  Give {give} to {option}.",
         checkpoint.path,
     )
+
+
+def join_parts(
+    stored: Mapping[str, TensorSource], table: Names, swapped: Iterable[str] = ()
+) -> dict[str, TensorSource]:
+    """Map each of our names to how its tensor is made from those of a file.
+
+    stored: by the file's names. table: of the file's dialect; a name that ends in #n is the nth of the parts
+    that are stacked by rows in our tensor. swapped: our names of tensors whose halves the file has in the
+    other order.
+    """
+    parts: dict[str, dict[int, TensorSource]] = {}
+    for theirs, source in stored.items():
+        name, _, part = translate_name(theirs, table).partition("#")
+        parts.setdefault(name, {})[int(part or 0)] = source
+    sources = {name: _join([found[part] for part in sorted(found)]) for name, found in parts.items()}
+    return sources | {name: sources[name].then(_swap_halves) for name in swapped if name in sources}
+
+
+def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of our tensors from those of a file's, as `join_parts` makes them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for theirs, shape in shapes.items():
+        name = translate_name(theirs, table).partition("#")[0]
+        above = found.get(name)
+        found[name] = shape if above is None else (above[0] + shape[0], *shape[1:])
+    return found
+
+
+def _join(parts: list[TensorSource]) -> TensorSource:
+    """Stack the rows of the parts to one tensor."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def build(*tensors: Tensor) -> Tensor:
+        rows, rest = [], list(tensors)
+        for part in parts:
+            rows.append(part.make(rest[: len(part.names)]))
+            rest = rest[len(part.names) :]
+        dtype = torch.float32 if any(row.dtype.itemsize == 1 for row in rows) else rows[0].dtype
+        return torch.cat([row.to(dtype) for row in rows])
+
+    def as_fp8(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Stack the rows as fp8, with a scale for each row."""
+        weights, scales, rest = [], [], list(tensors)
+        for part in parts:
+            weight, scale = part.make_fp8(rest[: len(part.names)])
+            rest = rest[len(part.names) :]
+            weights.append(weight)
+            scales.append(torch.ones(1, device=weight.device) if scale is None else scale)
+        whole = torch.cat([weight.view(torch.uint8) for weight in weights]).view(weights[0].dtype)
+        if any(scale.ndim == 3 for scale in scales):
+            return whole, torch.cat(scales)
+        return whole, torch.cat(
+            [scale.expand(len(weight), 1) for weight, scale in zip(weights, scales, strict=True)]
+        )
+
+    names = tuple(name for part in parts for name in part.names)
+    kept = all(part.as_fp8 is not None for part in parts)
+    return TensorSource(names, build, as_fp8 if kept else None)
+
+
+def _swap_halves(tensor: Tensor) -> Tensor:
+    return torch.cat(tensor.chunk(2)[::-1])

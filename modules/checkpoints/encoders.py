@@ -4,7 +4,7 @@ Also how an encoder fits the transformer beside it: its dtype and the width of i
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,4 +116,42 @@ def check_state_width(
     if taken not in (None, width):
         raise CheckpointError(
             f"{option} {path} gives states of {width} numbers, {dit_path} takes {taken}. Give {give}.", path
+        )
+
+
+def stated_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:
+    """Return the number in the config.json beside the file; None if it has none or is of another model.
+
+    classes: names that `_class_name` has for this model. Raises CheckpointError if the file cannot be read or
+    its number is below 1.
+    """
+    path = (checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        settings = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}. Copy it again, or remove it.", path
+        ) from error
+    if (
+        not isinstance(settings, dict)
+        or settings.get("_class_name") not in classes
+        or "norm_num_groups" not in settings
+    ):
+        return None
+    groups = settings["norm_num_groups"]
+    if type(groups) is not int or groups < 1:
+        raise CheckpointError(f'{path}: "norm_num_groups" is {groups!r}, it must be 1 or more.', path)
+    return groups
+
+
+def check_groups(checkpoint: Checkpoint, widths: Iterable[int], groups: int) -> None:
+    """Raise CheckpointError if one of the widths, in channels, cannot be divided into the groups."""
+    uneven = next((width for width in widths if width % groups), None)
+    if uneven is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: {uneven} channels cannot be divided into {groups} norm groups. "
+            'Write the number of groups as "norm_num_groups" into the config.json beside the file.',
+            checkpoint.path,
         )

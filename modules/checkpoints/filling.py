@@ -60,211 +60,176 @@ def load_module(
     """
     wanted = module.state_dict()
     _check_fit(wanted, checkpoint, sources, ignore, what)
-    plan = {name: dtype(name, checkpoint.tensors[sources[name].names[0]].dtype) for name in wanted}
+    dtypes = {name: dtype(name, checkpoint.tensors[sources[name].names[0]].dtype) for name in wanted}
     devices = {name: device if isinstance(device, torch.device) else device(name) for name in wanted}
-    held = _hold(module, checkpoint, sources, plan, fp8, host, devices)
-    ends = {name: _CPU if name in held else devices[name] for name in wanted}
-    plain = (
-        wanted
-        if patch is None and fp8 is None
-        else [name for name in wanted if patch is None and name not in (fp8 or ())]
-    )
-    as_stored = {name for name in plain if _is_as_stored(sources[name], checkpoint, plan[name], ends[name])}
-    # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
-    made = [name for name in wanted if name not in as_stored and devices[name].type != "meta"]
-    room = max((_room(sources[name], checkpoint) for name in made), default=0)
-    pinned = any(
-        (fp8.device if fp8 is not None and name in fp8 else devices[name]).type == "cuda" for name in made
-    )
-    scratch = empty_pinned([room], torch.uint8) if pinned else torch.empty(room, dtype=torch.uint8)
-    is_filled_here = host is None or host.is_filled_here
-    finite = FiniteCheck(checkpoint.path)
-    sizes = {name: _stored_bytes(sources[name], checkpoint) for name in wanted}
-    for name, target in track(
-        plan.items(),
+    filling = _Filling(module, checkpoint, sources, dtypes, devices, patch, fp8, host)
+    sizes = {
+        name: sum(checkpoint.tensors[part].size_bytes for part in sources[name].names) for name in wanted
+    }
+    for name in track(
+        wanted,
         f"Loading {checkpoint.path.name}",
         sum(sizes.values()),
-        lambda item: sizes[item[0]],
+        sizes.__getitem__,
         BYTES,
         shown=check is None and any(place.type != "meta" for place in devices.values()),
     ):
         if check is not None:
             check()
-        place = held.get(name)
-        if fp8 is not None and name in fp8:
-            _place_fp8(
-                module,
-                name,
-                sources[name],
-                checkpoint,
-                scratch,
-                devices[name],
-                patch,
-                fp8,
-                place,
-                is_filled_here,
-                finite,
-            )
-            continue
-        if place is not None and not is_filled_here:
-            tensor = place
-            if patch is not None:
-                # the patch notes which deltas find their weight
-                patch(name, torch.empty(place.shape, dtype=target, device="meta"))
-        elif name in as_stored:
-            tensor = (
-                checkpoint.read(sources[name].names[0])
-                if place is None
-                else _read_into(place, checkpoint, sources[name].names[0])
-            )
-            finite.note(sources[name].names[0], tensor)
-        else:
-            tensor = (
-                torch.empty(wanted[name].shape, dtype=target, device=devices[name])
-                if place is None
-                else place
-            )
-            if devices[name].type != "meta":
-                tensor.copy_(
-                    _make_tensor(
-                        name, sources[name], checkpoint, scratch, devices[name], target, patch, finite
-                    )
-                )
-        _place_weight(module, name, tensor)
-    finite.finish()
-    if pinned:
-        del scratch
-        release_pinned_memory()
+        filling.fill(name)
+    filling.finish()
     if fp8 is not None:
         fp8.report(what)
-    if held and host is not None:
+    if filling.held and host is not None:
         host.finish()
 
 
-_CPU = torch.device("cpu")
+_ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading
 
 
-def _hold(
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    sources: Mapping[str, TensorSource],
-    plan: Mapping[str, torch.dtype],
-    fp8: Fp8Loading | None,
-    host: HostPlace | None,
-    devices: Mapping[str, torch.device],
-) -> Mapping[str, Tensor]:
-    """Return memory for the tensors that stay on the host; none if nothing is read.
+class _Filling:
+    """What the tensors of one network are made of, and where they go."""
 
-    plan: name -> dtype to keep if not in 8 bits.
-    """
-    if host is None or all(device.type == "meta" for device in devices.values()):
-        return {}
+    def __init__(
+        self,
+        module: nn.Module,
+        checkpoint: Checkpoint,
+        sources: Mapping[str, TensorSource],
+        dtypes: Mapping[str, torch.dtype],
+        devices: Mapping[str, torch.device],
+        patch: WeightPatch | None,
+        fp8: Fp8Loading | None,
+        host: HostPlace | None,
+    ) -> None:
+        """dtypes: to keep if not in 8 bits. The rest: see `load_module`."""
+        self._module, self._checkpoint, self._sources = module, checkpoint, sources
+        self._dtypes, self._devices, self._patch, self._fp8 = dtypes, devices, patch, fp8
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        self.held = self._hold(host)  # memory for the tensors that stay on the host
+        self._is_filled_here = host is None or host.is_filled_here
+        self._finite = FiniteCheck(checkpoint.path)
+        # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
+        made = [name for name in dtypes if devices[name].type != "meta" and not self._is_as_stored(name)]
+        room = max((self._room(name) for name in made), default=0)
+        self._is_pinned = any(
+            (fp8.device if fp8 is not None and name in fp8 else devices[name]).type == "cuda" for name in made
+        )
+        self._scratch = (
+            empty_pinned([room], torch.uint8) if self._is_pinned else torch.empty(room, dtype=torch.uint8)
+        )
 
-    def dtype(name: str) -> torch.dtype:
-        if fp8 is None or name not in fp8:
-            return plan[name]
-        return checkpoint.tensors[sources[name].names[0]].dtype if name in fp8.kept else E4M3
+    def fill(self, name: str) -> None:
+        """Read, make and place one tensor of the network."""
+        source, device, place = self._sources[name], self._devices[name], self.held.get(name)
+        if self._fp8 is not None and name in self._fp8:
+            self._fill_fp8(name, self._fp8, place)
+            return
+        if place is not None and not self._is_filled_here:
+            tensor = place
+            if self._patch is not None:
+                # the patch notes which deltas find their weight
+                self._patch(name, torch.empty(place.shape, dtype=self._dtypes[name], device="meta"))
+        elif self._is_as_stored(name):
+            tensor = self._read_as_stored(source.names[0], place)
+            self._finite.note(source.names[0], tensor)
+        else:
+            tensor = (
+                torch.empty(self._shapes[name], dtype=self._dtypes[name], device=device)
+                if place is None
+                else place
+            )
+            if device.type != "meta":
+                tensor.copy_(self._make(name, device, self._dtypes[name]))
+        _place_weight(self._module, name, tensor)
 
-    return host.hold(
-        module,
-        {name: TensorInfo(dtype(name), tuple(each.shape)) for name, each in module.state_dict().items()},
-    )
+    def finish(self) -> None:
+        """Check that all values are finite, and free the buffer."""
+        self._finite.finish()
+        del self._scratch
+        if self._is_pinned:
+            release_pinned_memory()
 
+    def _hold(self, host: HostPlace | None) -> Mapping[str, Tensor]:
+        """Return memory for the tensors that stay on the host; none if nothing is read."""
+        if host is None or all(device.type == "meta" for device in self._devices.values()):
+            return {}
 
-def _read_into(room: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
-    """Read a tensor to where it is to stay; only mapped files need a copy."""
-    tensor = checkpoint.borrow(name, room.view(-1).view(torch.uint8))
-    if tensor.data_ptr() != room.data_ptr():
-        room.copy_(tensor)
-    return room
+        def dtype(name: str) -> torch.dtype:
+            if self._fp8 is None or name not in self._fp8:
+                return self._dtypes[name]
+            return self._stored_dtype(name) if name in self._fp8.kept else E4M3
 
+        return host.hold(
+            self._module, {name: TensorInfo(dtype(name), shape) for name, shape in self._shapes.items()}
+        )
 
-_ALIGNMENT = 64  # bytes; where tensors begin in `scratch`
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        return self._checkpoint.tensors[self._sources[name].names[0]].dtype
 
+    def _is_as_stored(self, name: str) -> bool:
+        """Return whether the file has a tensor just as it stays in host memory."""
+        return (
+            self._patch is None
+            and not (self._fp8 is not None and name in self._fp8)
+            and (name in self.held or self._devices[name].type == "cpu")
+            and self._sources[name].build is None
+            and self._stored_dtype(name) == self._dtypes[name]
+        )
 
-def _is_as_stored(
-    source: TensorSource, checkpoint: Checkpoint, target: torch.dtype, device: torch.device
-) -> bool:
-    return (
-        device.type == "cpu" and source.build is None and checkpoint.tensors[source.names[0]].dtype == target
-    )
+    def _room(self, name: str) -> int:
+        """Return the bytes needed to read all parts of a tensor."""
+        parts = self._sources[name].names
+        return sum(self._checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in parts)
 
+    def _read_as_stored(self, part: str, place: Tensor | None) -> Tensor:
+        if place is None:
+            return self._checkpoint.read(part)
+        tensor = self._checkpoint.borrow(part, place.view(-1).view(torch.uint8))
+        if tensor.data_ptr() != place.data_ptr():  # of a mapped file
+            place.copy_(tensor)
+        return place
 
-def _stored_bytes(source: TensorSource, checkpoint: Checkpoint) -> int:
-    """Return the bytes that a tensor's parts take in the file."""
-    return sum(checkpoint.tensors[part].size_bytes for part in source.names)
+    def _make(self, name: str, device: torch.device, target: torch.dtype) -> Tensor:
+        """Make a tensor on a device, not yet rounded to its dtype; it may be a view of the buffer."""
+        source = self._sources[name]
+        tensor = source.make(self._parts(source, device))
+        if self._patch is None:
+            return tensor
+        if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+            # fp8 cannot take a small delta
+            tensor = tensor.to(target if target.itemsize > 1 else torch.float32)
+        return self._patch(name, tensor)
 
+    def _parts(self, source: TensorSource, device: torch.device) -> list[Tensor]:
+        """Read what a tensor is made of, on that device; may be views of the buffer."""
+        parts, start = [], 0
+        for part in source.names:
+            parts.append(self._checkpoint.borrow(part, self._scratch[start:]).to(device))
+            self._finite.note(part, parts[-1])
+            start += -(-self._checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
+        return parts
 
-def _room(source: TensorSource, checkpoint: Checkpoint) -> int:
-    """Return the bytes needed to read all parts of a tensor."""
-    return sum(checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in source.names)
+    def _fill_fp8(self, name: str, fp8: Fp8Loading, place: Tensor | None) -> None:
+        """Give a linear layer its weight in 8 bits: the file's own, or the file's rounded after the patch.
 
-
-def _make_tensor(
-    name: str,
-    source: TensorSource,
-    checkpoint: Checkpoint,
-    scratch: Tensor,
-    device: torch.device,
-    target: torch.dtype,
-    patch: WeightPatch | None,
-    finite: FiniteCheck,
-) -> Tensor:
-    """Make one of our tensors on its device, not yet rounded to its dtype; it may be a view of `scratch`."""
-    tensor = source.make(_parts(source, checkpoint, scratch, device, finite))
-    if patch is None:
-        return tensor
-    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
-        tensor = tensor.to(target if target.itemsize > 1 else torch.float32)  # fp8 cannot take a small delta
-    return patch(name, tensor)
-
-
-def _parts(
-    source: TensorSource, checkpoint: Checkpoint, scratch: Tensor, device: torch.device, finite: FiniteCheck
-) -> list[Tensor]:
-    """Read what a tensor is made of, on that device; may be views of `scratch`."""
-    parts, start = [], 0
-    for part in source.names:
-        parts.append(checkpoint.borrow(part, scratch[start:]).to(device))
-        finite.note(part, parts[-1])
-        start += -(-checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
-    return parts
-
-
-def _place_fp8(
-    module: nn.Module,
-    name: str,
-    source: TensorSource,
-    checkpoint: Checkpoint,
-    scratch: Tensor,
-    device: torch.device,
-    patch: WeightPatch | None,
-    fp8: Fp8Loading,
-    room: Tensor | None,
-    is_filled_here: bool,
-    finite: FiniteCheck,
-) -> None:
-    """Give a linear layer its weight in 8 bits: the file's own, or the file's rounded after the patch.
-
-    room: where the weight is to stay; None: on `device`. is_filled_here: if False, another process writes it;
-    all processes make the scales.
-    """
-    layer = module.get_submodule(name.removesuffix(".weight"))
-    assert isinstance(layer, nn.Linear)
-    scale: Tensor | None
-    if device.type == "meta":
-        weight, scale = torch.empty(layer.weight.shape, dtype=E4M3, device=device), None
-    elif name in fp8.kept:
-        weight, scale = source.make_fp8(_parts(source, checkpoint, scratch, fp8.device, finite))
-        weight = weight.to(device, copy=True) if room is None else weight
-    else:
-        stored = checkpoint.tensors[source.names[0]].dtype
-        made = _make_tensor(name, source, checkpoint, scratch, fp8.device, stored, patch, finite)
-        weight, scale = fp8.round(name, made)
-        weight = weight.to(device) if room is None else weight
-    if room is not None:
-        weight = room.copy_(weight) if is_filled_here else room
-    attach(layer, weight, None if scale is None else scale.to(fp8.device, copy=True), fp8.quantisation)
+        place: where the weight is to stay; None: on its device. All processes that share places make the
+        scales, one of them writes the weights.
+        """
+        source, device = self._sources[name], self._devices[name]
+        layer = self._module.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(layer, nn.Linear)
+        scale: Tensor | None
+        if device.type == "meta":
+            weight, scale = torch.empty(layer.weight.shape, dtype=E4M3, device=device), None
+        elif name in fp8.kept:
+            weight, scale = source.make_fp8(self._parts(source, fp8.device))
+            weight = weight.to(device, copy=True) if place is None else weight
+        else:
+            weight, scale = fp8.round(name, self._make(name, fp8.device, self._stored_dtype(name)))
+            weight = weight.to(device) if place is None else weight
+        if place is not None:
+            weight = place.copy_(weight) if self._is_filled_here else place
+        attach(layer, weight, None if scale is None else scale.to(fp8.device, copy=True), fp8.quantisation)
 
 
 def _place_weight(module: nn.Module, name: str, tensor: Tensor) -> None:

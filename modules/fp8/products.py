@@ -27,6 +27,7 @@ from torch import Tensor
 
 from modules.errors import OptionError
 from modules.fp8.options import Quantisation
+from modules.private_torch import scaled_product
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,7 @@ def row_scaled_product(
     if len(a) <= FEW_TOKENS:
         return tensor_scaled_product(a, b, scale_a, scale_b, bias, dtype, fast_sums)
     added = None if bias is None else bias.to(torch.bfloat16)
-    # not functional.scaled_mm, which torch 2.10 and 2.11 do not compile (pytorch/pytorch#180604)
-    return torch._scaled_mm(
+    return scaled_product(
         a, b, scale_a, scale_b, bias=added, out_dtype=torch.bfloat16, use_fast_accum=fast_sums
     ).to(dtype)
 
@@ -102,7 +102,7 @@ def tensor_scaled_product(
     and a second rounding of 2^-9, which is small compared with that to e4m3. piece: as for `quantise_rows`.
     """
     one = torch.ones(1, device=a.device)
-    sums = torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=fast_sums)
+    sums = scaled_product(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=fast_sums)
     parts = _parts(sums, piece)
     if len(parts) == 1:
         return _scale_sums(sums, scale_a, scale_b, bias).to(dtype)

@@ -31,9 +31,8 @@ from torch.nn import Parameter
 from modules.contract.generation import Tweaks
 from modules.contract.loading import TensorInfo
 from modules.offload.host_memory import HostTensors, Machine, allocate, machine_of, wait_for_all
-from modules.offload.input_layers import offload_layer
 from modules.offload.swap_plan import ListPlan, SwapPlan, big_layers
-from modules.offload.transfer import Transfer, transfer_to
+from modules.offload.transfer import Transfer, offload_layer, transfer_to
 from modules.run_blocks import Hidden, Runner, runner_of, set_runner
 
 logger = logging.getLogger(__name__)

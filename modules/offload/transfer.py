@@ -3,11 +3,12 @@
 Swapping uses a device through nothing else.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source), of one size
 
@@ -84,3 +85,31 @@ class CudaTransfer:
 def transfer_to(device: torch.device) -> Transfer:
     """Return the transfer for the device."""
     return CudaTransfer(device) if device.type == "cuda" else PlainTransfer(device)
+
+
+def offload_layer(layer: nn.Module, host: Tensor, device: torch.device) -> None:
+    """Keep the layer's weight in host memory, except while its forward runs.
+
+    host: that memory, already holding the weight. For frozen layers at the start of a network: if their
+    backward pass needs the weight, autograd keeps it on the device.
+    """
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    weight.data = host
+    layer.forward = functools.partial(_run_moved, layer.forward, weight, host, device)
+
+
+def _run_moved(
+    forward: Callable[..., Any],
+    weight: nn.Parameter,
+    host: Tensor,
+    device: torch.device,
+    *inputs: Any,
+    **named: Any,
+) -> Any:
+    # copied in the computing stream: no waiting is needed
+    weight.data = host.to(device, non_blocking=True, copy=True)
+    try:
+        return forward(*inputs, **named)
+    finally:
+        weight.data = host

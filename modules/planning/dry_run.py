@@ -15,13 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from modules.planning.kernels import ATTENTION_WORKSPACE, PlannedKernels
 from modules.planning.pieces import compute_piece
+from modules.private_torch import (
+    READ_NUMBER,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    tree_leaves,
+    tree_map_only,
+    unset_fake_temporarily,
+)
 
 # torch treats it as another device than plain `cpu`, and every build can compute on it
 ACCELERATOR = torch.device("cpu:0")
@@ -73,11 +79,7 @@ class Ledger(TorchDispatchMode):
         self.inputs: dict[str, int] = {}  # bytes of the tokens that a block of each list gets
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            self._guesses
-            and func is torch.ops.aten._local_scalar_dense.default
-            and isinstance(args[0], FakeTensor)
-        ):
+        if self._guesses and func is READ_NUMBER and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         result = _compute(func, args, kwargs or {}, self.device)
         kind = ATTENTION if func.name() == ATTENTION_WORKSPACE else None
@@ -197,14 +199,7 @@ def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
     if isinstance(thing, nn.Module):
         yield thing
     elif depth:
-        held = (
-            thing
-            if isinstance(thing, tuple | list)
-            else vars(thing).values()
-            if hasattr(thing, "__dict__")
-            else ()
-        )
-        for each in held:
+        for each in thing if isinstance(thing, tuple | list) else getattr(thing, "__dict__", {}).values():
             yield from modules_in(each, depth - 1)
 
 
@@ -254,17 +249,14 @@ def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
         for part in module.modules():
             for tensors in (part._parameters, part._buffers):
                 for name, tensor in tensors.items():
-                    if tensor is not None:
-                        if id(tensor) not in stand_ins:
-                            stand_ins[id(tensor)] = _stand_in(tensor, ledger.device)
-                        tensors[name] = stand_ins[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
-
-
-def _stand_in(tensor: Tensor, device: torch.device) -> Tensor:
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    return (
-        nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    )
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in stand_ins:
+                        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=ledger.device)
+                        if isinstance(tensor, nn.Parameter):
+                            empty = nn.Parameter(empty, tensor.requires_grad)
+                        stand_ins[id(tensor)] = empty
+                    tensors[name] = stand_ins[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
 
 
 def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:

@@ -13,10 +13,18 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+Operator = Callable[..., Any]
 
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Stand in for attention: B L N D and B S N D to B L N D, under autocast in its dtype."""
-    return _Attention.apply(*(_autocast(tensor) for tensor in (query, key, value)))
+
+def planned(function: Operator) -> Operator:
+    """Register a function of torch's allocations alone as the operator `planned::<name>`.
+
+    It is one operator, as the kernel is: selective checkpointing may keep its results, and a ledger knows its
+    name.
+    """
+    operator = torch.library.custom_op(f"planned::{function.__name__}", function, mutates_args=())
+    operator.register_fake(function)
+    return operator
 
 
 class _Attention(torch.autograd.Function):
@@ -29,75 +37,48 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result, sums = _attention(query, key, value)
+        result, sums = attention(query, key, value)
         ctx.save_for_backward(query, key, value, result, sums)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, result, sums = ctx.saved_tensors
-        held = _workspace(query)
-        gradients = _attention_backward(gradient, query, key, value, result, sums)
+        query, *others = ctx.saved_tensors
+        held = attention_workspace(query)
+        gradients = attention_backward(gradient, query, *others)
         del held
         return gradients
 
 
-@torch.library.custom_op("planned::attention", mutates_args=())
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """A single operator, as the kernels are, whose results selective checkpointing may keep."""
-    return _empty(query), _row_numbers(query)
+@planned
+def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), _row_numbers(query)
 
 
-@_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty(query), _row_numbers(query)
-
-
-@torch.library.custom_op("planned::attention_backward", mutates_args=())
-def _attention_backward(
+@planned
+def attention_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three gradients; an operator of all that the kernel reads, so that its work can be counted."""
-    return _empty(query), _empty(key), _empty(value)
+    """Return the three gradients. It takes all that the kernel reads, so that its work can be counted."""
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-@_attention_backward.register_fake
-def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(query), _empty(key), _empty(value)
-
-
-@torch.library.custom_op("planned::attention_workspace", mutates_args=())
-def _workspace(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Workspace of the backward pass, without gradients; an operator, so that a dry run knows it by name."""
-    return torch.empty(query.shape, dtype=torch.float32, device=query.device), _row_numbers(query)
-
-
-@_workspace.register_fake
-def _(query: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(query.shape, dtype=torch.float32, device=query.device), _row_numbers(query)
+@planned
+def attention_workspace(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the backward pass needs beside the gradients."""
+    return query.new_empty(query.shape, dtype=torch.float32), _row_numbers(query)
 
 
 ATTENTION_WORKSPACE = "planned::attention_workspace"
 
 
-def _empty(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
 def _row_numbers(query: Tensor) -> Tensor:
     """Return a float32 number for every query of every head."""
     batch, length, heads, _ = query.shape
-    return torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+    return query.new_empty((batch, heads, length), dtype=torch.float32)
 
 
-def attention_workspace(batch: int, length: int, heads: int, width: int) -> int:
-    """Return the workspace bytes of one attention's backward pass: for messages and checks by hand."""
-    return 4 * batch * length * heads * (width + 1)
-
-
-def rms_norm(
+def _rms_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """Stand in for `torch.nn.functional.rms_norm` on CUDA: one kernel, under autocast in float32."""
@@ -111,7 +92,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, axes: int) -> Tensor:
-        result, factors = _rms_norm(x, weight, axes)
+        result, factors = rms_norm(x, weight, axes)
         ctx.save_for_backward(x, weight, factors)
         return result
 
@@ -119,50 +100,31 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, factors = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        for_x, for_weight = _rms_norm_backward(gradient, x, weight, factors, needs_x, needs_weight)
+        for_x, for_weight = rms_norm_backward(gradient, x, weight, factors, needs_x, needs_weight)
         return for_x if needs_x else None, for_weight if needs_weight else None, None
 
 
-@torch.library.custom_op("planned::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, weight: Tensor | None, axes: int) -> tuple[Tensor, Tensor]:
-    """An operator, like those of attention."""
-    return torch.empty_like(x), _row_factors(x, axes)
+@planned
+def rms_norm(x: Tensor, weight: Tensor | None, axes: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[: x.ndim - axes], dtype=torch.float32)
 
 
-@_rms_norm.register_fake
-def _(x: Tensor, weight: Tensor | None, axes: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), _row_factors(x, axes)
-
-
-@torch.library.custom_op("planned::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(
+@planned
+def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor | None, factors: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients; one that is not needed has no elements."""
-    return _if_needed(x, x, needs_x), _if_needed(weight, x, needs_weight)
-
-
-@_rms_norm_backward.register_fake
-def _(
-    gradient: Tensor, x: Tensor, weight: Tensor | None, factors: Tensor, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    return _if_needed(x, x, needs_x), _if_needed(weight, x, needs_weight)
-
-
-def _row_factors(x: Tensor, axes: int) -> Tensor:
-    return torch.empty(x.shape[: x.ndim - axes], dtype=torch.float32, device=x.device)
-
-
-def _if_needed(tensor: Tensor | None, x: Tensor, is_needed: bool) -> Tensor:
-    return torch.empty_like(tensor) if is_needed and tensor is not None else x.new_empty(0)
+    """Return both gradients; one that is not needed has no elements."""
+    needed = torch.empty_like(weight) if needs_weight and weight is not None else x.new_empty(0)
+    return torch.empty_like(x) if needs_x else x.new_empty(0), needed
 
 
 def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     """Stand in for torch's function, which takes B N L D; the kernels lay out their result as B L N D."""
-    return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
+    result: Tensor = _Attention.apply(*(_autocast(each).transpose(1, 2) for each in (query, key, value)))
+    return result.transpose(1, 2)
 
 
-def addcmul(
+def _addcmul(
     x: Tensor, first: Tensor, second: Tensor, *, value: float = 1, out: Tensor | None = None
 ) -> Tensor:
     """Stand in for `torch.addcmul`. Without `out`, CUDA's autocast casts the operands to the widest dtype."""
@@ -187,9 +149,9 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 KERNELS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
-    functional.rms_norm: rms_norm,
+    functional.rms_norm: _rms_norm,
     functional.scaled_dot_product_attention: _scaled_dot_product,
-    torch.addcmul: addcmul,
+    torch.addcmul: _addcmul,
     torch.mkldnn_convolution: _convolution,
 }
 

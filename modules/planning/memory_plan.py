@@ -1,18 +1,17 @@
 """Predict the peak of device and host memory by part, show it as a table, and decide whether it fits."""
 
-import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from modules.contract.family import DitSpec
 from modules.control_codes import escape_control_codes
-from modules.errors import MemoryPlanError, OptionError, UserError
-from modules.offload.options import SLOTS, SwapOptions
+from modules.errors import MemoryPlanError, OptionError
+from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan, big_weights, most_blocks
 from modules.planning.dry_run import (
     ATTENTION,
@@ -28,9 +27,6 @@ from modules.planning.dry_run import (
     round_up_bytes,
 )
 
-logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 GIB = 1 << 30
 # Device memory outside torch's tensors: the CUDA context with its kernels, a few hundred MB on every driver.
 CONTEXT = 600 << 20
@@ -74,7 +70,6 @@ class Phase:
 class MemoryPlan:
     """The phases of a run, one after the other; each frees its memory before the next one starts."""
 
-    title: str
     phases: tuple[Phase, ...]
     remarks: tuple[str, ...] = ()
 
@@ -128,13 +123,12 @@ def workspace(device: torch.device, is_training: bool) -> MemoryPart:
 class Swapped:
     """Effect of --blocks_to_swap on the weights, in bytes."""
 
-    away: int  # of weights that leave the device
+    host: int  # of weights that leave the device
     ring: int  # of slots on the device through which they are streamed
-    host: int
 
     @property
     def saved(self) -> int:
-        return self.away - self.ring
+        return self.host - self.ring
 
 
 def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
@@ -142,59 +136,25 @@ def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
 
     Raises OptionError if it has too few blocks.
     """
-    if not plan:
-        return Swapped(0, 0, 0)
-    away = _weight_bytes(dit, plan.names(dit))
-    ring = 0
+
+    def size(names: Iterable[str]) -> int:
+        return sum(round_up_bytes(dit.get_parameter(name).nbytes) for name in names)
+
+    ring = max((size(big_weights(dit, name)) for name in plan.input_layer_names(dit)), default=0)
     for each in plan.lists(dit):
-        blocks = [_weight_bytes(dit, big_weights(dit, f"{each.name}.{index}")) for index in each.streamed]
+        blocks = [size(big_weights(dit, f"{each.name}.{index}")) for index in each.streamed]
         ring += each.slots * max(blocks, default=0)
-    ring += max(
-        (_weight_bytes(dit, big_weights(dit, name)) for name in plan.input_layer_names(dit)), default=0
-    )
-    return Swapped(away, ring, away)
+    return Swapped(size(plan.names(dit)), ring)
 
 
-def _weight_bytes(dit: nn.Module, names: Iterable[str]) -> int:
-    return sum(round_up_bytes(dit.get_parameter(name).nbytes) for name in names)
-
-
-def smallest_swap(device_bytes: Callable[[int], int], most: int, usable: int) -> int | None:
-    """Return the smallest number of swapped blocks that fits `usable` bytes; None if none does."""
-    return next((count for count in range(most + 1) if device_bytes(count) <= usable), None)
-
-
-def swaps_of(dit: nn.Module, spec: DitSpec, input_layers: bool, slots: int = SLOTS) -> list[Swapped]:
-    """Return the effect of every possible --blocks_to_swap, from 0 on."""
+def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions) -> list[Swapped]:
+    """Return the effect of every possible --blocks_to_swap, from 0 on, with the other options of `swap`."""
     totals = [len(blocks) for blocks in spec.blocks(dit).values()]
+    others = swap.img_in_txt_in_offloading, swap.block_swap_ring_size
     return [
-        plan_swapped_bytes(dit, SwapPlan(spec, count, input_layers, slots))
+        plan_swapped_bytes(dit, SwapPlan(spec, count, *others))
         for count in range(most_blocks(totals, spec.swap_counts) + 1)
     ]
-
-
-def choose_swap(device_bytes: Callable[[int], int], most: int, room: Room | None) -> tuple[int, str]:
-    """Return the smallest --blocks_to_swap that fits the room, and the reason.
-
-    Without a room it is 0; if none fits, the largest. device_bytes: bytes on the device for a number of
-    swapped blocks.
-    """
-    if room is None:
-        return 0, "--blocks_to_swap auto: 0, because there is no CUDA device to fit."
-    count, usable = (
-        smallest_swap(device_bytes, most, room.usable),
-        f"{gib(room.usable)} of {room.name} can be used",
-    )
-    if count is None:
-        return (
-            most,
-            f"--blocks_to_swap auto: {most}, the largest possible number; even so "
-            f"{gib(device_bytes(most))} GiB are predicted; {usable}.",
-        )
-    reason = f"--blocks_to_swap auto: {count}. {gib(device_bytes(count))} GiB are predicted, {usable}"
-    return count, reason + (
-        f"; with {count - 1} it would be {gib(device_bytes(count - 1))}." if count else "."
-    )
 
 
 NAMES = {
@@ -259,45 +219,42 @@ def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> 
     )
 
 
+TITLE = "Memory plan"
+HEADINGS = ("GiB", "device", "host", "")
+
+
 def rows_of(plan: MemoryPlan) -> list[tuple[str, str, str, str]]:
     """Return the plan as rows of a table: part, device, host, note."""
     rows = []
     for phase in plan.phases:
         marked = f"{phase.name} (largest)" if phase is plan.worst and len(plan.phases) > 1 else phase.name
-        rows.append((marked, gib(phase.device), gib(phase.host) if phase.host else "", ""))
+        parts = [MemoryPart(f"  {part.name}", part.device, part.host, part.note) for part in phase.parts]
         rows += [
-            (f"  {part.name}", gib(part.device), gib(part.host) if part.host else "", part.note)
-            for part in phase.parts
+            (part.name, gib(part.device), gib(part.host) if part.host else "", part.note)
+            for part in (MemoryPart(marked, phase.device, phase.host), *parts)
         ]
     return rows
 
 
-HEADINGS = ("GiB", "device", "host", "")
-
-
-def as_text(plan: MemoryPlan) -> str:
-    """Return the table as plain text."""
-    rows = [HEADINGS, *rows_of(plan)]
-    widths = [max(len(row[index]) for row in rows) for index in range(3)]
-    lines = [
-        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
-        for row in rows
-    ]
-    return "\n".join([plan.title, *lines, *plan.remarks])
-
-
 def show(plan: MemoryPlan, last_line: str) -> None:
     """Print the table and its last line; with colour on a terminal."""
+    rows = rows_of(plan)
     if not sys.stdout.isatty():
-        sys.stdout.write(escape_control_codes(f"{as_text(plan)}\n{last_line}\n"))
+        widths = [max(len(row[index]) for row in (HEADINGS, *rows)) for index in range(3)]
+        lines = [
+            f"{name:<{widths[0]}}  {device:>{widths[1]}}  {host:>{widths[2]}}  {note}".rstrip()
+            for name, device, host, note in (HEADINGS, *rows)
+        ]
+        text = "\n".join([TITLE, *lines, *plan.remarks, last_line])
+        sys.stdout.write(f"{escape_control_codes(text)}\n")
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=escape_control_codes(plan.title), title_justify="left")
+    table = Table(title=TITLE, title_justify="left")
     for index, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if index in {1, 2} else "left")
-    for row in rows_of(plan):
+    for row in rows:
         table.add_row(*row, style=None if row[0].startswith("  ") else "bold")
     console = Console(highlight=False)
     console.print(table)
@@ -313,20 +270,38 @@ class Swappable(Protocol):
     def device(self, blocks: int, /) -> int: ...
 
 
+def smallest_swap(prediction: Swappable, usable: int) -> int | None:
+    """Return the smallest number of swapped blocks that fits `usable` bytes; None if none does."""
+    return next((count for count in range(prediction.most + 1) if prediction.device(count) <= usable), None)
+
+
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
     """Return how many blocks to swap, and the reason if --blocks_to_swap is `auto`.
 
-    Raises OptionError if there are too few blocks.
+    That is the smallest number that fits the room; if none fits the largest, without a room 0. Raises
+    OptionError if there are too few blocks.
     """
-    if swap.is_auto:
-        return choose_swap(prediction.device, prediction.most, room)
-    if swap.number > prediction.most:
-        most = prediction.most
-        raise OptionError(
-            f"--blocks_to_swap {swap.number}: at most {most} of this transformer's blocks can be swapped. "
-            f"Use {most} or less"
+    most = prediction.most
+    if not swap.is_auto:
+        if swap.number > most:
+            raise OptionError(
+                f"--blocks_to_swap {swap.number}: at most {most} of this transformer's blocks can be "
+                f"swapped. Use {most} or less"
+            )
+        return swap.number, None
+    if room is None:
+        return 0, "--blocks_to_swap auto: 0, because there is no CUDA device to fit."
+    count = smallest_swap(prediction, room.usable)
+    usable = f"{gib(room.usable)} of {room.name} can be used"
+    if count is None:
+        return most, (
+            f"--blocks_to_swap auto: {most}, the largest possible number; even so "
+            f"{gib(prediction.device(most))} GiB are predicted; {usable}."
         )
-    return swap.number, None
+    fewer = f"; with {count - 1} it would be {gib(prediction.device(count - 1))}" if count else ""
+    return count, (
+        f"--blocks_to_swap auto: {count}. {gib(prediction.device(count))} GiB are predicted, {usable}{fewer}."
+    )
 
 
 def print_plan(
@@ -344,24 +319,6 @@ def print_plan(
     plan = plan_of(blocks, [] if reason is None else [reason])
     fits = room is None or plan.device <= room.usable
     show(plan, verdict(plan, room, () if fits or room is None else advice(room)))
-
-
-def predict_before_run(predict: Callable[[], Result], swap: SwapOptions) -> Result | None:
-    """Return the prediction of a dry run, None with a warning if it fails: the run itself needs no plan.
-
-    Passes on UserErrors. Raises MemoryPlanError if it fails and --blocks_to_swap auto needs the plan.
-    """
-    try:
-        return predict()
-    except UserError:
-        raise
-    except Exception as error:
-        if swap.is_auto:
-            raise MemoryPlanError(
-                f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks."
-            ) from error
-        logger.warning("The memory of this run cannot be predicted (%s: %s).", type(error).__name__, error)
-        return None
 
 
 def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanError:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from modules.contract.generation import Turn, Tweaks
 from modules.run_blocks import Hidden, Runner
+from modules.step_cache.rules import relative_change
 from modules.step_cache.runner import Signal, first_input, residual_of
-from modules.step_cache.teacache import relative_change
 
 MOST_POWER = 4  # of a fitted polynomial, as the published ones
 POINTS_EACH = 3  # measured for each coefficient

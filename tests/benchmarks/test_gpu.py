@@ -1,8 +1,7 @@
 """The rows of the GPU benchmark do their work on tiny models on a CPU; what they take there says nothing."""
 
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,14 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_files import forget
-from benchmarks.gpu_measuring import measure_row, time_call
-from benchmarks.gpu_results import Results, missing, read_results
-from benchmarks.gpu_rows import BY_NAME, ROWS, TRAINING, Row, Size, choose
+from benchmarks.gpu_measuring import measure_row
+from benchmarks.gpu_rows import BY_NAME, Row, Size
 from tests.commands import ROOT, run_program
 from tests.tiny import flux, framepack_dit, hunyuan_dit, hunyuan_image, lumina, wan_dit
 from tests.tiny.hunyuan_encoders import llama_tensors, prefixed, save
 from tests.tiny.hunyuan_vae import write_vae
 from tests.tiny.wan_encoders import t5_tensors, vae_tensors
 
-SPEED = ROOT / "docs" / "speed.md"
 CPU = torch.device("cpu")
 CLIP, SECTION, PICTURE = Size(32, 32, 5), Size(32, 32, 37), Size(64, 64)
 SWAPPED = (
@@ -175,43 +172,7 @@ def test_loading_is_measured_from_memory_and_from_the_disk(tmp_path: Path, name:
 # Losses
 
 
-@pytest.mark.slow
-def test_rows_with_other_options_start_from_equal_weights(tmp_path: Path) -> None:
-    path = _wan("t2v")(tmp_path)
-
-    def losses(*options: str) -> list[float]:
-        return measure_row(_tiny("wan14b-bf16", CLIP, *options), path, None, CPU, enough=0)["losses"]
-
-    plain, swapped = (
-        losses("--gradient_checkpointing"),
-        losses("--gradient_checkpointing", "--blocks_to_swap", "1"),
-    )
-    rounded = losses("--gradient_checkpointing", "--fp8_base", "--fp8_scaled")
-
-    assert plain == swapped
-    assert plain != rounded == pytest.approx(plain, rel=0.02)
-    assert len(set(plain)) == 3  # it learns
-
-
 # The command
-
-
-def test_rows_are_chosen_by_name_number_and_group() -> None:
-    assert choose([], []) == list(ROWS)
-    assert choose(["gen-flux", "0"], []) == [BY_NAME["gen-flux"], ROWS[0]]
-    assert [row.name for row in choose([], ["goals"])] == [
-        "wan14b-bf16-compiled",
-        "wan14b-fp8-products-compiled",
-        "wan14b-bf16-swap30-compiled",
-        "wan14b-bf16",
-    ]
-    assert {row.group for row in choose([], ["caching", "loading"])} == {"caching", "loading"}
-    with pytest.raises(SystemExit, match="there is no such row. The rows: wan14b-bf16-compiled, "):
-        choose(["wan"], [])
-
-
-def test_names_are_different() -> None:
-    assert len(BY_NAME) == len(ROWS)
 
 
 def test_the_plan_of_all_rows_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,60 +185,6 @@ def test_the_plan_of_all_rows_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -
     )
     assert lines[3].startswith("| load-bf16 | loading | Wan2.1 1.3B T2V | - |")
     assert lines[-1].startswith("3 rows, about ")
-
-
-def test_a_call_is_timed_at_least_so_often_and_no_longer_than_asked() -> None:
-    calls: list[int] = []
-
-    assert len(time_call(lambda: calls.append(1), CPU, 2, 5, 0)) == 2
-    assert len(time_call(lambda: calls.append(1), CPU, 2, 5, 100)) == 5
-    assert len(calls) == 7
-
-
-HEAD = {"device": "a card", "torch": "2", "date": "2026-01-01", "matmul": 8e14, "upload": 5e10, "copy": 4e12}
-ONE = {
-    **{"seconds": 10.0, "spread": 0.01, "calls": 3, "per": 1.0, "whole": 1.0, "warm_up": 60.0},
-    **{
-        "operations": 5e15,
-        "model_operations": 4e15,
-        "device": 50 << 30,
-        "planned": 51 << 30,
-        "host": 1 << 30,
-    },
-    **{"loading": 17.0, "loaded": 28e9, "losses": [2.0, 1.9]},
-}
-
-
-def test_rows_are_printed_and_kept_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = Results(HEAD, path=tmp_path / "gpu.json")
-    ran: list[str] = []
-
-    def run(row: Row, limit: float) -> dict[str, object]:
-        assert limit > 60
-        ran.append(row.name)
-        assert row.name == "wan14b-bf16-compiled" or (tmp_path / "gpu.json").exists()
-        return dict(ONE) if row.kind == TRAINING else {"failed": "ImportError: | no such thing"}
-
-    rows: Sequence[Row] = [BY_NAME[name] for name in ("wan14b-bf16-compiled", "gen-flux")]
-    gpu.measure_all(rows, results, 1000, run, lambda row: 1e-9)
-
-    assert ran == ["wan14b-bf16-compiled", "gen-flux"]
-    kept = read_results(tmp_path / "gpu.json")
-    assert kept.rows == results.rows
-    assert [row.name for row in missing(rows, kept, again=False)] == []
-    assert [row.name for row in missing(rows, kept, again=True)] == ["gen-flux"]
-    text = capsys.readouterr().out
-    assert (
-        "| 10.00 | 500 (62%) | 400 (50%) | 50.0 | 51.0 (+2.0%) | 1.0 | 17 (0.61 a GB) | 1.0% of 3 | 60 |"
-        in text
-    )
-    assert "| failed: ImportError: / no such thing |" in text
-
-
-def test_a_row_that_would_end_too_late_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    gpu.measure_all([BY_NAME["gen-flux"]], Results(HEAD), 10, lambda row, limit: {}, lambda row: 11)
-
-    assert capsys.readouterr().out == "left out: gen-flux, which takes about 11 s\n"
 
 
 @pytest.mark.slow
@@ -299,25 +206,6 @@ def test_without_a_gpu_nothing_is_measured() -> None:
         gpu.main(["--rows", "gen-flux"])
     with pytest.raises(SystemExit, match="loading has no steps"):
         gpu.main(["--profile", "load-bf16"])
-
-
-def test_checks_are_run_with_the_other_words(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        gpu.main(["--check", "--help"])
-    assert ended.value.code == 0
-    assert "--group_seconds" in capsys.readouterr().out
-
-
-def test_the_commands_of_the_page_are_known() -> None:
-    commands = re.findall(
-        r"^python benchmarks/gpu\.py (.+)$", SPEED.read_text(encoding="utf-8"), re.MULTILINE
-    )
-
-    asked = [gpu.make_parser().parse_args(command.split()) for command in commands]
-
-    assert len(asked) == 6
-    for args in asked:
-        assert choose([*args.rows, *([args.profile] if args.profile else [])], args.group)
 
 
 # Without packages that a bare machine lacks

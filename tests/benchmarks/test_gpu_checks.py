@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_checks import MARK, ROOT, files_of, find_files, main, missing_package, name_of
+from benchmarks.gpu_checks import main
 
 GOOD = "def test_good(): pass\n"
 FAILING = GOOD + "def test_bad():\n    assert 1 + 1 == 3, 'a wrong sum'\n"
@@ -53,18 +53,6 @@ def test_a_bad_file_does_not_lose_the_others(tmp_path: Path, capsys: pytest.Capt
     assert "Not good: " in printed
 
 
-def test_good_files_are_good_and_nothing_checked_is_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, printed, _ = checked(tmp_path, {"good": GOOD}, capsys)
-    assert code == 0
-    assert "1 passed, 0 failed, 0 skipped" in printed
-
-    code, printed, _ = checked(tmp_path, {"skipping": SKIPPING}, capsys)
-    assert code == 1
-    assert "Nothing was checked." in printed
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_it_says_at_once_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -72,37 +60,3 @@ def test_without_a_gpu_it_says_at_once_what_is_missing(
     monkeypatch.delenv("REELSMITH_TEST_DEVICE", raising=False)
     assert main([]) == 1
     assert capsys.readouterr().out.startswith("Nothing was checked: torch sees no CUDA device here.")
-
-
-def test_when_the_time_is_over_the_rest_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, printed, groups = checked(tmp_path, {"good": GOOD}, capsys, "--seconds", "0")
-    assert code == 1
-    assert "not begun: the time is over" in printed
-
-
-def test_files_are_found_by_their_marks() -> None:
-    found = find_files(ROOT / "tests")
-    names = [name_of(path) for path in found]
-    assert "tests/gpu/test_offload.py" in names
-    assert "tests/generation/test_growing.py" in names
-    assert "tests/modules/offload/test_turns.py" not in names
-    places = [name.startswith("tests/gpu/") for name in names]
-    assert places == sorted(places, reverse=True)
-    assert Path(__file__).resolve().parents[2] == ROOT
-
-
-def test_parts_come_before_whole_runs_and_what_takes_long_is_late(tmp_path: Path) -> None:
-    for name in ("gpu/runs/test_a.py", "gpu/test_compile.py", "gpu/test_z.py", "other/test_b.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"pytest.{MARK}" if "gpu" not in name else "", encoding="utf-8")
-    names = [path.name for path in find_files(tmp_path)]
-    assert names == ["test_z.py", "test_compile.py", "test_a.py", "test_b.py"]
-    assert [path.name for path in files_of(tmp_path / "gpu" / "runs")] == ["test_a.py"]
-
-
-def test_only_packages_of_others_may_be_missing() -> None:
-    error = "E   ModuleNotFoundError: No module named '{}'"
-    assert missing_package(error.format("torch.video")) is None  # it is there: another fault
-    assert missing_package(error.format("nobody_has_this.part")) == "nobody_has_this"
-    assert missing_package(error.format("modules.offload.gone")) is None
-    assert missing_package("AssertionError") is None

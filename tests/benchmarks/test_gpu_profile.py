@@ -1,6 +1,5 @@
 """A profile's kernels come into groups: made-up lists of kernels, and a real profile of a CPU."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,27 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu
 from benchmarks.gpu_profile import (
     ATTENTION,
     COPIES,
     ELEMENTWISE,
-    IDLE,
     OTHER,
     PRODUCTS,
     THIN,
     Kernel,
-    Profile,
-    busy_time,
     group_of,
     profile_calls,
-    read_cpu,
     read_device,
     report,
 )
-from benchmarks.gpu_rows import BY_NAME
-from tests.tiny.hunyuan_encoders import save
-from tests.tiny.wan_encoders import t5_tensors
 
 
 @pytest.mark.parametrize(
@@ -62,51 +53,6 @@ def test_a_kernel_is_grouped_by_its_name(name: str, group: str) -> None:
     assert group_of(Kernel(name, 0, 1)) == group
 
 
-@pytest.mark.parametrize(
-    ("operator", "shapes", "group"),
-    [
-        ("aten::mm", ((32760, 5120), (5120, 5120)), PRODUCTS),
-        ("aten::mm", ((32760, 5120), (5120, 32)), THIN),
-        ("aten::mm", ((32, 32760), (32760, 5120)), THIN),
-        ("aten::addmm", ((5120,), (32760, 32), (32, 5120)), THIN),
-        ("aten::addmm", ((5120,), (1, 5120), (5120, 5120)), PRODUCTS),  # a vector, not a LoRA
-        ("aten::_scaled_mm", ((32760, 5120), (5120, 13824), (32760, 1), (1, 13824)), PRODUCTS),
-    ],
-)
-def test_a_product_is_thin_if_a_matrix_has_a_short_side(
-    operator: str, shapes: tuple[tuple[int, ...], ...], group: str
-) -> None:
-    assert group_of(Kernel("nvjet_hsh_128x64", 0, 1, operator, shapes)) == group
-
-
-def test_an_unknown_kernel_is_grouped_by_the_operator_that_asked_for_it() -> None:
-    assert group_of(Kernel("unknown", 0, 1, "aten::_scaled_dot_product_cudnn_attention")) == ATTENTION
-
-
-def test_kernels_on_two_streams_are_busy_together() -> None:
-    kernels = [Kernel("a", 0, 10), Kernel("b", 5, 15), Kernel("c", 6, 7), Kernel("d", 20, 30)]
-    assert busy_time(kernels) == 25
-
-
-def test_the_report_has_shares_of_the_step_the_gaps_and_the_largest_kernels() -> None:
-    kernels = (
-        Kernel("flash_fwd", 0, 4000),
-        Kernel("flash_bwd", 4000, 10_000),
-        Kernel("nvjet", 11_000, 15_000, "aten::mm", ((4096, 4096), (4096, 4096))),
-        Kernel("nvjet", 15_000, 16_000, "aten::mm", ((4096, 4096), (4096, 32))),
-        Kernel("elementwise_kernel", 16_000, 18_000, "aten::add", ((4096, 4096),), 8_000_000),
-    )
-
-    text = report(Profile(kernels, wall=20_000, busy=busy_time(kernels)), calls=2).splitlines()
-
-    assert f"| {ATTENTION} | 5.00 | 50.0% | 1 | - | flash_bwd |" in text
-    assert f"| {PRODUCTS} | 2.00 | 20.0% | 0 | - | nvjet |" in text
-    assert f"| {THIN} | 0.50 | 5.0% | 0 | - | nvjet |" in text
-    assert f"| {ELEMENTWISE} | 1.00 | 10.0% | 0 | 4 | elementwise_kernel |" in text
-    assert f"| {IDLE} | 1.50 | 15.0% | - | - | - |" in text
-    assert f"| flash_bwd | 3.00 | 30.0% | 0 | - | {ATTENTION} |" in text
-
-
 def event(name: str, device: str, start: int, end: int, **more: Any) -> SimpleNamespace:
     """An event as torch.profiler notes it; everything is asked for by a call. Times: microseconds."""
     usual = {"correlation_id": 0, "linked_correlation_id": 0, "shapes": [], "dtypes": []}
@@ -136,24 +82,6 @@ def test_a_devices_kernels_are_joined_with_their_operators() -> None:
     assert (found.wall, found.busy) == (80, 60)
 
 
-def test_a_profile_without_kernels_is_empty() -> None:
-    assert read_device([event("aten::mm", "CPU", 0, 5)]) == read_cpu([]) == Profile((), 0.0, 0.0)
-
-
-def test_torch_notes_events_with_what_is_asked_of_them() -> None:
-    """A CPU's events are of the same class as a GPU's."""
-    with torch.profiler.profile(record_shapes=True) as found:
-        torch.ones(4, 8) @ torch.ones(8, 3)
-    assert found.profiler is not None
-    assert found.profiler.kineto_results is not None
-    events = found.profiler.kineto_results.events()
-    (product,) = [event for event in events if event.name() == "aten::mm"]
-
-    kernel = event("nvjet", "CUDA", 1, 2, linked_correlation_id=product.correlation_id())
-
-    assert read_device([*events, kernel]).kernels == [Kernel("nvjet", 1.0, 2.0, "aten::mm", ((4, 8), (8, 3)))]
-
-
 def test_a_real_profile_of_a_cpu_has_all_groups() -> None:
     """A frozen layer with a LoRA beside it, attention, a norm."""
     wide, down, up = nn.Linear(256, 768), nn.Linear(256, 16), nn.Linear(16, 768)
@@ -173,16 +101,3 @@ def test_a_real_profile_of_a_cpu_has_all_groups() -> None:
     thin = [kernel for kernel in found.kernels if group_of(kernel) == THIN]
     assert all(16 in {side for shape in kernel.shapes for side in shape} for kernel in thin)
     assert "| attention | " in report(found, 2)
-
-
-def test_a_row_is_profiled_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file that is there is not written again, so that a tiny one may stand in."""
-    name = BY_NAME["cache-umt5"].model.manifest
-    save(tmp_path / f"{name}.safetensors", t5_tensors())
-
-    gpu.main(["--profile", "cache-umt5", "--folder", str(tmp_path), "--device", "cpu"])
-
-    text = capsys.readouterr().out
-    assert text.startswith("cache-umt5: umT5, texts of 256 tokens\n")
-    for group in (ATTENTION, PRODUCTS, ELEMENTWISE, IDLE):
-        assert f"| {group} | " in text

@@ -11,15 +11,11 @@ from benchmarks import gpu
 from benchmarks.gpu_results import (
     Results,
     continue_results,
-    correction,
     difference,
-    expect,
     goals_of,
-    plan_error,
-    read_results,
 )
-from benchmarks.gpu_rows import BY_NAME, GENERATION, LATENTS, LOADING, TRAINING
-from benchmarks.gpu_tables import BEGIN, END, columns_of, line_of, tables, write_tables
+from benchmarks.gpu_rows import TRAINING
+from benchmarks.gpu_tables import BEGIN, END
 from tests.commands import ROOT
 
 HEAD = {
@@ -58,10 +54,6 @@ def verdicts(**rows: dict[str, Any]) -> list[str]:
     ]
 
 
-def test_without_rows_no_goal_is_met_or_missed() -> None:
-    assert [text.partition(":")[0] for text in verdicts()] == ["not measured", "not measured"]
-
-
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
@@ -98,18 +90,6 @@ def test_fp8_must_be_faster_at_equal_loss(changes: dict[str, Any], verdict: str,
     assert goal.endswith(f"({found})")
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(10.4, "met"), (10.6, "missed")])
-def test_swap_may_cost_a_twentieth(seconds: float, expected: str) -> None:
-    goal = verdicts(wan14b_bf16_compiled=row(), wan14b_bf16_swap30_compiled=row(seconds=seconds))[1]
-    assert goal.startswith(f"{expected}: wan14b-bf16-swap30-compiled at most 5% slower")
-
-
-def test_the_worst_plan_counts_and_rows_that_failed_do_not() -> None:
-    goal = verdicts(wan14b_bf16=row(), gen_flux=row(GENERATION, planned=46 * GIB), gen_x={"failed": "no"})[-1]
-    assert goal == "missed: the plan within 7% of the peak in all rows (worst gen-flux: -8.0%)"
-    assert plan_error(row(planned=0)) is None
-
-
 def test_losses_are_compared_step_by_step() -> None:
     assert difference(row(losses=[2.0, 1.0, 9.0]), row(losses=[2.0, 0.8])) == pytest.approx(0.25)
     assert difference(row(losses=[]), row()) is None
@@ -121,38 +101,6 @@ def test_losses_are_compared_step_by_step() -> None:
 
 
 # The tables
-
-
-def test_each_kind_of_row_has_a_table_with_its_own_columns() -> None:
-    rows = {
-        "gen-flux": row(GENERATION, per=5.0, whole=40.0, seconds=25.0),
-        "cache-wan-vae": row(LATENTS, per=2.0, seconds=4.0),
-        "load-bf16": row(LOADING, per=2.5, seconds=5.0, forgotten=10.0),
-        "load-fp8": row(LOADING, per=2.5, seconds=5.0, forgotten=None),
-        "wan14b-bf16": row(),
-        "wan14b-fp8-weights": {**row(), "failed": "MemoryPlanError: | too large"},
-    }
-
-    text = tables(Results(HEAD, rows))
-
-    assert text.splitlines()[0] == (
-        "2026-01-01, a card, torch 2.9. Measured in the same run: bf16 matrix product 800 TFLOP/s, "
-        "copy on the device 4.0 TB/s read and written, pinned upload 50 GB/s."
-    )
-    assert (
-        "| Wan | 8x8 | bf16 | 10.00 | 500 (62%) | 400 (50%) | 50.0 | 51.0 (+2.0%) | 1.0 | 14 (0.50 a GB) "
-        "| 1.0% of 3 | 60 |"
-    ) in text
-    assert "| Wan | 8x8 | bf16 | 200 for 40 steps (5 measured) | 5.00 | 200 (25%) |" in text
-    assert "| Wan | 8x8 | bf16 | 0.50 | clips | 50.0 |" in text
-    assert "| Wan | 8x8 | bf16 | 2.00 | 4.00 | 28.0 |" in text
-    assert "| Wan | 8x8 | bf16 | 2.00 | - | 28.0 |" in text
-    assert "| failed: MemoryPlanError: / too large |" in text
-    assert "- not measured: 65%" not in text
-    for kind in (TRAINING, GENERATION, LATENTS, LOADING):
-        whole = line_of(row(kind, forgotten=None), columns_of(kind), 8e14)
-        failed = line_of(row(kind, failed="x"), columns_of(kind), 8e14)
-        assert whole.count("|") == failed.count("|") == len(columns_of(kind)) + 4
 
 
 def test_tables_are_written_between_the_marks_of_the_documents_and_nowhere_else(tmp_path: Path) -> None:
@@ -175,17 +123,6 @@ def test_tables_are_written_between_the_marks_of_the_documents_and_nowhere_else(
         assert new.partition(END)[2] == old.partition(END)[2]
 
 
-def test_a_document_without_marks_is_refused_and_no_other_is_changed(tmp_path: Path) -> None:
-    good, bad = tmp_path / "good.md", tmp_path / "bad.md"
-    good.write_text(f"a\n{BEGIN}\n{END}\nb\n", encoding="utf-8")
-    bad.write_text(f"a\n{END}\n{BEGIN}\n", encoding="utf-8")
-
-    with pytest.raises(SystemExit, match=r"bad\.md must have the lines"):
-        write_tables([Results(HEAD)], [good, bad])
-
-    assert good.read_text(encoding="utf-8") == f"a\n{BEGIN}\n{END}\nb\n"
-
-
 # The result file
 
 
@@ -201,33 +138,4 @@ def test_results_go_on_where_they_ended_but_not_on_another_device(tmp_path: Path
         continue_results(path, {**HEAD, "device": "another"})
 
 
-def test_a_row_is_compared_with_the_peak_of_its_own_run() -> None:
-    kept = row(matmul=1e15)
-
-    assert "| 500 (50%) |" in line_of(kept, columns_of(TRAINING), 8e14)
-    assert verdicts(wan14b_bf16=kept)[0].endswith("(wan14b-bf16 50.0%)")
-
-
-def test_a_file_that_holds_no_results_is_named(tmp_path: Path) -> None:
-    (tmp_path / "gpu.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"gpu\.json is no result file"):
-        read_results(tmp_path / "gpu.json")
-
-
 # How long
-
-
-def test_a_row_is_expected_to_start_to_load_to_compile_and_to_make_its_calls() -> None:
-    plain, compiled = BY_NAME["wan14b-bf16"], BY_NAME["wan14b-bf16-compiled"]
-
-    eager = expect(plain, 4.5e15, 20e9).seconds
-
-    assert eager == 25 + 10 + 10 * (1 + 3)
-    assert expect(compiled, 4.5e15, 20e9).seconds == eager + 50
-    assert expect(BY_NAME["load-bf16"], 0, 0).seconds == BY_NAME["load-bf16"].seconds
-
-
-def test_what_rows_took_corrects_what_others_are_expected_to_take() -> None:
-    assert correction(Results(HEAD)) == 1
-    rows = {"a": row(took=90.0, expected=60.0), "b": row(took=900.0, expected=1.0, failed="x")}
-    assert correction(Results(HEAD, rows)) == 1.5

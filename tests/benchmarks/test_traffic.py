@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as functional
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks.flops import wan_work
 from benchmarks.gpu_families import generation_family, training_family
@@ -88,37 +86,6 @@ def test_products_and_attention_have_their_operations() -> None:
     assert operations[FORWARD, PRODUCT] == 2 * L * C * WIDE
     assert operations[FORWARD, ATTENTION] == 4 * L * 9 * 2 * 64
     assert operations[BACKWARD, ATTENTION] == 2.5 * operations[FORWARD, ATTENTION]
-
-
-def activation(x: Tensor) -> Tensor:
-    return functional.gelu(functional.gelu(x))  # the second one need not be computed again
-
-
-def test_recomputation_and_gradients_have_the_line_of_their_forward_pass() -> None:
-    def work(device: torch.device) -> None:
-        x = torch.empty(1, L, C, device=device, requires_grad=True)
-        checkpoint(activation, x, use_reentrant=False).sum().backward()
-
-    found = [one for one in counted(work) if "gelu" in one.name]
-
-    assert [one.phase for one in found] == [FORWARD, FORWARD, AGAIN, BACKWARD, BACKWARD]
-    lines = {one.line.split(" < ")[0] for one in found}
-    assert len(lines) == 1
-    assert lines.pop().endswith("activation")
-
-
-def test_autocast_casts_what_addcmul_gets_as_on_cuda() -> None:
-    def work(device: torch.device) -> None:
-        x, seen = (
-            torch.empty(1, L, C, device=device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
-        )
-        with torch.autocast("cpu", torch.bfloat16):
-            torch.addcmul(x, torch.empty(C, device=device), seen)
-
-    assert sizes(counted(work)) == [
-        (FORWARD, CAST, 6 * L * C),
-        (FORWARD, ELEMENTWISE, 12 * L * C + 4 * C),
-    ]
 
 
 def test_neighbours_are_merged_and_what_only_they_see_stays_out_of_memory() -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modules.asking import Answer, ask_at_console, ask_to_replace
 from modules.checkpoints.containers import MAX_HEADER_BYTES
 from modules.errors import CheckpointError, OptionError, OutputError
+from modules.output_files import Answer, ask_at_console, ask_to_replace
 from tests.blissful_tuner.test_model_utility import STATE, run, write
 from tests.manifests import write_hollow
 

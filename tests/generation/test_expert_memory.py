@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 import wan_generate_video
 from generation.denoise import predictor
-from generation.expert_memory import ExpertTurns, turns_of
+from generation.expert_memory import ExpertTurns, all_requests, turns_of
 from generation.experts import Check, DitTurns, TurnRules
 from generation.memory import rehearse_denoising
 from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.planned_requests import all_requests
 from generation.script_options import ScriptDefaults
 from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
 from modules.contract.generation import EncodedPrompts
@@ -123,7 +122,7 @@ def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
 
     def remarks(turns: ExpertTurns, room: int, host: int) -> str:
         phase, free = phase_of(turns), Room("a card", room, room)
-        return "\n".join(turns.remarks(MemoryPlan("", (phase,)), phase, free, host))
+        return "\n".join(turns.remarks(MemoryPlan((phase,)), phase, free, host))
 
     one, two = ExpertTurns((1, 1)), ExpertTurns((2, 0))
     assert phase_of(one).host == SWAPPED

@@ -17,6 +17,7 @@ from frame_pack.family import LATENT, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions
 from frame_pack.requests import FramePackRequest
 from generation.denoise import predictor
+from generation.expert_memory import all_requests, largest_of
 from generation.memory import (
     predict_largest,
     rehearse_decoding,
@@ -24,7 +25,6 @@ from generation.memory import (
     resolve_options,
 )
 from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.planned_requests import all_requests, largest_of
 from generation.sections import SeededNoise, on_device
 from modules.contract.data import MediaEncoders
 from modules.contract.generation import EncodedPrompts, Request

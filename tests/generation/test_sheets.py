@@ -9,9 +9,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from generation.expert_memory import all_requests, largest_of
 from generation.grids import EMPTY, HEAD, LINE
 from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.planned_requests import all_requests, largest_of
 from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS
 from generation.run import generate
 from generation.script_options import ScriptDefaults

@@ -18,7 +18,7 @@ from modules.attention.attend import BACKENDS, attend, check_backend
 from modules.attention.lengths import lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.attention.sdpa import kernels
-from tests.gpu.measuring import no_waits, relative_error
+from tests.gpu.measuring import relative_error
 
 FORWARD = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 BACKWARD = {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -234,16 +234,6 @@ def test_deterministic_attention_gives_equal_bits(cuda: torch.device, determinis
     first, *others = [attend_on(inputs, SDPA, cuda) for _ in range(4)]
     for other in others:
         assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("counts", [None, (200, 77)])
-def test_attention_does_not_wait_for_the_gpu(cuda: torch.device, counts: tuple[int, ...] | None) -> None:
-    inputs = [tensor.to(cuda).requires_grad_() for tensor in draw((2, 200, 200, 2, 128), torch.bfloat16)[:3]]
-    lengths = None if counts is None else lengths_on(counts, cuda)
-    attend(*inputs, SDPA, lengths).sum().backward()
-    with no_waits(cuda):
-        attend(*inputs, SDPA, lengths).sum().backward()
 
 
 @pytest.mark.gpu

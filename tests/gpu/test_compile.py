@@ -18,9 +18,8 @@ from modules.compile_options import Compilation
 from modules.fp8.options import Quantisation
 from modules.fp8.products import choose_product, supports_fp8
 from modules.fp8.weights import attach, quantise
-from modules.offload.activations import offload_to_host
 from modules.offload.block_swap import move_network
-from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from tests.gpu.measuring import no_waits, relative_error, sent
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, same, swapped
@@ -126,7 +125,7 @@ def test_dropout_is_that_of_uncompiled_blocks_for_every_seed(device: torch.devic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES[:1], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_swapped_blocks_are_compiled_once_and_give_the_same_bits(
     device: torch.device, deterministic: None, case: Any, checkpointing: bool

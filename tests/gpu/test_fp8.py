@@ -25,7 +25,7 @@ from modules.fp8.products import (
     tensor_scaled_product,
 )
 from modules.fp8.weights import attach, dequantise, quantise
-from tests.gpu.measuring import equal_bits, no_waits, relative_error
+from tests.gpu.measuring import equal_bits, relative_error
 
 E4M3 = torch.float8_e4m3fn
 PRODUCTS = (row_scaled_product, tensor_scaled_product)
@@ -199,20 +199,3 @@ def test_whether_the_device_has_fp8_units_is_found(device: torch.device) -> None
     asked = add_product(Quantisation("rows", fp8_matmul=True), device)
     assert asked is not None
     assert asked.product in PRODUCTS
-
-
-@pytest.mark.gpu
-def test_a_build_for_linux_scales_rows_inside_the_product(cuda: torch.device) -> None:
-    require_fp8(cuda)
-    assert choose_product(cuda) is row_scaled_product
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("product", PRODUCTS)
-def test_a_product_does_not_wait_for_the_gpu(cuda: torch.device, product: Product) -> None:
-    require_fp8(cuda)
-    x, (weight, scale) = drawn(cuda, 64, 256).requires_grad_(), weight_of(cuda, 128, 256)
-    for _ in range(2):
-        fp8_linear(x, weight, scale, None, product).sum().backward()
-    with no_waits(cuda):
-        fp8_linear(x, weight, scale, None, product).sum().backward()

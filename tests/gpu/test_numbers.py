@@ -1,7 +1,5 @@
 """Norms, rotary turns, embeddings and whole tiny transformers on a device against float64 on the CPU."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as functional
@@ -10,7 +8,7 @@ from torch import Tensor
 from modules.layers.norms import Float32LayerNorm, rms_norm
 from modules.layers.rope import CPU, TABLES, exact_table, rotate
 from modules.layers.sinusoid import sinusoid
-from tests.gpu.measuring import equal_bits, no_waits, relative_error, sent
+from tests.gpu.measuring import equal_bits, relative_error, sent
 from tests.tiny.dits import DITS, TinyDit, gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -115,14 +113,3 @@ def test_transformers_and_their_gradients_are_those_of_the_cpu(
     (velocity, grown), (found, found_grown) = results
     assert relative_error(found, velocity) < (0.03 if autocast else 1e-4)
     assert relative_error(found_grown, grown) < (0.06 if autocast else 1e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tiny", DITS, ids=lambda tiny: tiny.name)
-def test_a_pass_does_not_wait_for_the_gpu(cuda: torch.device, tiny: TinyDit) -> None:
-    dit, network = tiny.with_lora(blocks=2)
-    dit, network = dit.to(cuda).train(), network.to(cuda)
-    inputs: dict[str, Any] = sent(tiny.inputs((2, 6, 8, 11), 2), cuda)
-    gradients(dit, network, inputs, autocast=True)
-    with no_waits(cuda):
-        gradients(dit, network, inputs, autocast=True)

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from modules.contract.family import DitSpec
 from modules.contract.generation import Tweaks
 from modules.offload import host_memory
-from modules.offload.activations import offload_to_host
 from modules.offload.block_swap import host_weights, move_network, settle, swap_blocks, swap_of
-from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from modules.offload.swap_plan import SwapPlan
 from modules.offload.transfer import CudaTransfer, Pairs, Transfer
 from modules.offload.turns import HostCopy
@@ -393,14 +392,3 @@ def test_processes_share_one_copy_that_is_pinned_in_each(cuda: torch.device, tmp
     assert {one["mark"] for one in seen} == {1234}
     assert sorted(one["fills"] for one in seen) == [False, True]
     assert seen[0]["output"] == seen[1]["output"]
-
-
-def test_the_stack_sees_a_wait_that_is_left_out(deterministic: None) -> None:
-    """What these tests compare does depend on the waits."""
-    cpu = torch.device("cpu")
-    expected = passes(stack_on(cpu), cpu, 2, spoil=False)
-    stack = stack_on(cpu, 4)
-    swap = swap_of(stack)
-    assert swap is not None
-    swap._transfer.wait = lambda moment: None  # type: ignore[method-assign]
-    assert not same(passes(stack, cpu, 2, spoil=False), expected)

@@ -5,7 +5,7 @@ import torch
 
 from generation.sections import SeededNoise
 from networks.lora_layer import keep_mask
-from tests.gpu.measuring import equal_bits, no_waits, relative_error, sent
+from tests.gpu.measuring import equal_bits, relative_error, sent
 from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
 
 CPU = torch.device("cpu")
@@ -60,13 +60,3 @@ def test_noise_made_on_the_cpu_has_the_same_bits_on_every_device(device: torch.d
     noise = SeededNoise(77, device, cpu_noise=True)
     assert equal_bits(noise.draw((2, 3, 5)), expected)
     assert not equal_bits(noise.draw((2, 3, 5)), expected)  # it goes on
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("cpu_noise", [False, True])
-def test_drawing_does_not_wait_for_the_gpu(cuda: torch.device, cpu_noise: bool) -> None:
-    noise = SeededNoise(1, cuda, cpu_noise)
-    keep_mask((5, 7), 0.3, SEED, cuda)
-    with no_waits(cuda):
-        noise.draw((16, 21, 60, 104))
-        keep_mask((5, 7), 0.3, SEED, cuda)

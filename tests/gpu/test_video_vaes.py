@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hunyuan_model.vae_blocks import ClipNorm, HunyuanCausalConv
+from hunyuan_model.vae_blocks import HunyuanCausalConv
 from modules.layers.memory_layouts import lay_out, layouts
-from tests.gpu.measuring import equal_bits, no_waits, peak_of, relative_error
+from tests.gpu.measuring import equal_bits, peak_of, relative_error
 from wan.vae_blocks import TimeMemory, WanCausalConv, WanFrameAttention, WanResidualBlock
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -64,18 +64,6 @@ def test_a_convolution_needs_no_column_for_each_pixel(cuda: torch.device, dtype:
     _, peak, _ = peak_of(cuda, lambda: layer(x, None))
 
     assert peak < 4 * x.nbytes  # padded clip, result, workspace
-
-
-@pytest.mark.gpu
-def test_a_causal_convolution_does_not_wait_for_the_device(cuda: torch.device) -> None:
-    layer = HunyuanCausalConv(32, 32).to(cuda).requires_grad_(False)
-    norm = ClipNorm(8, 32).to(cuda).requires_grad_(False)
-    lay_out(layer, cuda)
-    x = clip(cuda, torch.float32, 1, 32, 5, 24, 16)
-    layer(x, 2, norm)
-
-    with no_waits(cuda):
-        layer(x, 2, norm)
 
 
 @pytest.mark.gpu

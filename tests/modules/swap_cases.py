@@ -14,9 +14,8 @@ from frame_pack.model import FramePackModel
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.spec import DIT as HUNYUAN
 from modules.contract.family import DitSpec
-from modules.offload.activations import offload_to_host
 from modules.offload.block_swap import HostWeights, host_weights, move_network, swap_blocks
-from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from modules.offload.options import SLOTS
 from modules.offload.swap_plan import SwapPlan
 from modules.offload.transfer import Transfer

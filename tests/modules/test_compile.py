@@ -16,8 +16,7 @@ from modules.contract.family import DitSpec
 from modules.errors import OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
-from modules.offload.activations import offload_to_host
-from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 
 # torch's own kernels, called by what Dynamo has captured: an error where it cannot
@@ -153,22 +152,6 @@ def test_numbers_are_those_of_uncompiled_blocks(tiny: TinyDit, autocast: bool) -
     assert_equal_gradients(found, expected, BF16 if autocast else ROUNDING)
 
 
-def test_without_rotary_turns_the_numbers_are_equal_to_the_bit() -> None:
-    """The turns are the only part that has another form."""
-    tiny = DITS[0]
-    results = []
-    for compiled in (False, True):
-        dit, network = tiny.with_lora(blocks=2)
-        if compiled:
-            compile_and_train(tiny, dit)
-        inputs = tiny.inputs((1, 2, 2, 7), 2)  # one token: it stands at position 0, where nothing is turned
-        results.append(gradients(dit.train(), network, inputs))
-
-    (velocity, expected), (compiled_velocity, found) = results
-    assert torch.equal(velocity, compiled_velocity)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
 @pytest.mark.parametrize("arguments", DROPOUTS, ids=lambda arguments: next(iter(arguments)))
 def test_dropout_masks_are_those_of_uncompiled_blocks_and_change_with_the_seed(
     arguments: dict[str, float],
@@ -225,11 +208,6 @@ def test_torch_may_compile_more_forms_than_it_would_by_itself() -> None:
 def test_a_backend_that_is_not_installed_is_refused_with_those_that_are(name: str) -> None:
     with pytest.raises(OptionError, match=rf"no backend {name} here.*eager.*inductor"):
         check_compilation(Compilation(name), CPU)
-
-
-def test_no_compilation_needs_nothing() -> None:
-    check_compilation(None, CPU)
-    check_compilation(Compilation("eager"), CPU)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton may be there")

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.generation import NO_TWEAKS, Tweaks
-from modules.offload.block_swap import swap_of
 from modules.offload.checkpointing import checkpoint_blocks
 from modules.run_blocks import Hidden, Runner, run_blocks, runner_of, set_runner, spec_of
-from tests.modules.fake_device import FakeDevice
-from tests.modules.swap_cases import CASES, Case, gradients, learner, swapped
+from tests.modules.swap_cases import CASES, Case, swapped
 
 FAMILIES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -112,20 +110,6 @@ def test_a_step_cache_needs_no_change_to_a_model(case: Case) -> None:
 
 @FAMILIES
 @torch.no_grad()
-def test_a_step_cache_beside_the_seam_would_be_noticed(case: Case) -> None:
-    """The numbers of the test above, of a model that calls its blocks itself: they are others."""
-    plain, dit = case.make().eval(), case.make().eval()
-    before, after, _ = states(plain, case.inputs(1))
-    second, _, tokens = states(plain, case.inputs(2))
-    cache_steps(dit)
-    set_runner(dit, run_beside_the_seam)
-    dit(**case.inputs(1))
-
-    assert not torch.equal(dit(**case.inputs(2)), unembedded(plain, second + (after - before), tokens))
-
-
-@FAMILIES
-@torch.no_grad()
 def test_blocks_are_skipped_by_a_runner_or_by_the_call_alike(case: Case) -> None:
     both, one = frozenset({0, 3}), frozenset({3})
     by_call, by_runner = case.make().eval(), case.make().eval()
@@ -139,66 +123,6 @@ def test_blocks_are_skipped_by_a_runner_or_by_the_call_alike(case: Case) -> None
         assert not torch.equal(dit(**case.inputs(1)), expected)
     set_runner(by_runner, run_beside_the_seam)
     assert not torch.equal(by_runner(**case.inputs(1), tweaks=Tweaks(skip_blocks=one)), expected)
-
-
-@FAMILIES
-@torch.no_grad()
-def test_a_cached_step_of_swapped_blocks_sends_no_weight(case: Case) -> None:
-    plain, dit = case.make().eval(), case.make().eval()
-    swapped(dit, case.spec, 3, FakeDevice())
-    sent = sent_units(dit)
-    for each in (plain, dit):
-        cache_steps(each)
-    expected = [plain(**case.inputs(seed)) for seed in range(4)]
-
-    found, counts = [], []
-    for seed in range(4):
-        found.append(dit(**case.inputs(seed)))
-        counts.append(len(sent))
-
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-    assert 0 < counts[0] == counts[1] < counts[2] == counts[3]
-
-
-@FAMILIES
-@torch.no_grad()
-def test_swapped_blocks_that_a_runner_skips_are_not_sent(case: Case) -> None:
-    """The runner changes the call's tweaks, and the swap within it goes by these."""
-    plain, dit = case.make().eval(), case.make().eval()
-    swapped(dit, case.spec, case.most, FakeDevice())
-    sent = sent_units(dit)
-    dit(**case.inputs(1))
-    skipped = frozenset({sum(case.blocks) - 3, sum(case.blocks) - 2})  # not those that every pass begins with
-    leave_out(dit, skipped)
-    leave_out(plain, skipped)
-    sent.clear()
-
-    assert torch.equal(dit(**case.inputs(1)), plain(**case.inputs(1)))
-    assert sent
-    assert not skipped & set(sent)
-
-
-def sent_units(dit: nn.Module) -> list[int]:
-    """The positions of blocks whose weights are sent for, in a list that grows."""
-    swap = swap_of(dit)
-    assert swap is not None
-    sent: list[int] = []
-    send = swap._send
-    swap._send = lambda ring, unit, slot: (sent.append(unit.position), send(ring, unit, slot))  # type: ignore[method-assign]
-    return sent
-
-
-@FAMILIES
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-def test_gradients_go_through_a_runner(case: Case, checkpointing: bool) -> None:
-    expected = gradients(case, *learner(case, 2, checkpointing))
-    dit, network = learner(case, 2, checkpointing)
-    leave_out(dit, frozenset())
-
-    assert all(
-        torch.equal(ours, theirs)
-        for ours, theirs in zip(gradients(case, dit, network), expected, strict=True)
-    )
 
 
 def _as_it_is(dit: nn.Module, case: Case) -> None: ...
@@ -236,31 +160,6 @@ def test_what_a_block_was_given_is_freed_when_it_is_done(
     dit(**case.inputs(1))
 
     assert alive == [1] * sum(case.blocks)
-
-
-@torch.no_grad()
-def test_that_a_state_handed_on_by_name_would_be_kept() -> None:
-    """The test above with a runner that keeps a name of what it is given: it has to say so."""
-    case = CASES[0]
-    dit = case.make().eval()
-    inner = runner_of(dit)
-
-    def keep(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-        kept = hidden.x
-        inner(dit, hidden, tweaks)
-        del kept
-
-    set_runner(dit, keep)
-    given: list[weakref.ref[Any]] = []
-    dit.blocks[0].register_forward_pre_hook(
-        lambda _, inputs: given.append(weakref.ref(inputs[0].untyped_storage()))
-    )
-    alive: list[bool] = []
-    dit.blocks[4].register_forward_pre_hook(lambda _, __: alive.append(given[0]() is not None))
-
-    dit(**case.inputs(1))
-
-    assert alive == [True]
 
 
 def test_runners_stack_up_the_last_one_outermost() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modules.asking import Answer
 from modules.media.options import FormatOptions
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_video
 from modules.options import NO_OPTIONS, NoOptions
+from modules.output_files import Answer
 from post.chain_options import Chain, Tool
 from post.contract import Clip, Picture, Stage
 from post.naming import plan_jobs

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from modules.asking import Answer, ask_at_console
 from modules.errors import MediaError, OptionError, OutputError
 from modules.media.options import FormatOptions
 from modules.media.writing import write_png
+from modules.output_files import Answer, ask_at_console
 from post.naming import FileJob, plan_jobs, tell_suffix
 from post.run import run_chain
 from tests.post.stages_here import H264, PRORES, Asked, Larger, Same, chain_of, files_in, write_clip

@@ -1,10 +1,10 @@
 """Plan the memory of a training run: rehearse a step of its largest batch to count device and host memory."""
 
-import functools
 import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import torch
@@ -27,6 +27,8 @@ from training.planning.prediction import StepPrediction, predict
 
 logger = logging.getLogger(__name__)
 
+COMPILED = "Compiled blocks usually need less than planned here."
+
 
 def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
     """Return the items of the batch with the most pixels that the data set can give."""
@@ -41,9 +43,8 @@ def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
     def pixels(items: list[TrainingItem]) -> int:
         return prod(items[0].bucket) * len(items)
 
-    batches: list[list[TrainingItem]] = [batch(places) for places in columns.groups().values()]
-    batches = [one for one in batches if one]
-    largest: list[TrainingItem] = max(batches, key=pixels)
+    batches = [batch(places) for places in columns.groups().values()]
+    largest = max([one for one in batches if one], key=pixels)
     return tuple(largest)
 
 
@@ -78,16 +79,11 @@ def plan_training(
     """
     noisy_batch = read_largest(family, options, items, commands, sources)
     prediction = predict(family, options, noisy_batch, device, sampled, texts)
-    compiled = (
-        []
-        if options.speed.compilation.choice is None
-        else ["Compiled blocks usually need less than planned here."]
-    )
+    compiled = [] if options.speed.compilation.choice is None else [COMPILED]
 
     def plan(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
         phase = prediction.phase(blocks)
-        short = remarks_on_host(prediction, phase, host_room())
-        return MemoryPlan("Memory plan", (phase,), (*remarks, *compiled, *short))
+        return MemoryPlan((phase,), (*remarks, *compiled, *remarks_on_host(prediction, phase, host_room())))
 
     print_plan(
         prediction,
@@ -158,13 +154,9 @@ def advice(
 
     Each line adds to those before it; the last one fits if any does.
     """
+    kept = (noisy_batch, device, prediction.sampled, prediction.texts)
     predicted = [
-        (
-            line,
-            functools.partial(
-                predict, family, changed, noisy_batch, device, prediction.sampled, prediction.texts
-            ),
-        )
+        (line, partial(predict, family, changed, *kept))
         for line, changed in cheaper(prediction.options, prediction.others)
     ]
     can_swap = prediction.options.whole_dit is None
@@ -202,15 +194,13 @@ def smaller(
 
     Stops at the first that fits. before: with these savings.
     """
-    options = before.options
+    can_swap = before.options.whole_dit is None
+    blocks = before.most if can_swap else before.blocks
+    swap = f" with --blocks_to_swap {blocks}" if can_swap else ""
     for name, sizes in shrunk(family.latent, noisy_batch):
         for size, batch in sizes:
-            prediction = predict(family, options, batch, device, texts=before.texts)
-            if (
-                prediction.device(prediction.most if options.whole_dit is None else prediction.blocks)
-                <= room.usable
-            ):
-                swap = f" with --blocks_to_swap {prediction.most}" if options.whole_dit is None else ""
+            prediction = predict(family, before.options, batch, device, texts=before.texts)
+            if prediction.device(blocks) <= room.usable:
                 return [f"{name} {size} in --dataset_config{swap} fits ({prediction.batch})"]
     return ["no smaller batch, clip or picture was found that fits"]
 
@@ -223,29 +213,25 @@ def shrunk(latent: LatentSpec, noisy_batch: NoisyBatch) -> list[tuple[str, list[
     count, _, frames, height, width = noisy_batch.noise.shape
     step, vertical, horizontal = latent.stride
     token = latent.pixel_step // horizontal  # sides are multiples of it
-    by_count = [
-        (str(number), cut(noisy_batch, number, frames, height, width)) for number in list_halves(count)
-    ]
     lengths, least = ([], frames) if latent.in_sections else (list_halves(frames), 1)
-    by_frames = [
-        (str(step * (number - 1) + 1), cut(noisy_batch, 1, number, height, width)) for number in lengths
-    ]
-    factors = (0.75, 0.5, 0.375, 0.25)
-    sides = [
-        tuple(token * max(1, round(side * each / token)) for side in (height, width)) for each in factors
-    ]
-    by_side = [
-        (f"[{horizontal * columns}, {vertical * rows}]", cut(noisy_batch, 1, least, rows, columns))
-        for rows, columns in sides
-    ]
-    return [("batch_size", by_count), ("target_frames", by_frames), ("resolution", by_side)]
+    found: dict[str, list[tuple[str, NoisyBatch]]] = {"batch_size": [], "target_frames": [], "resolution": []}
+    for number in list_halves(count):
+        found["batch_size"].append((str(number), cut(noisy_batch, number, frames, height, width)))
+    for number in lengths:
+        name = str(step * (number - 1) + 1)
+        found["target_frames"].append((name, cut(noisy_batch, 1, number, height, width)))
+    for factor in (0.75, 0.5, 0.375, 0.25):
+        rows, columns = (token * max(1, round(side * factor / token)) for side in (height, width))
+        name = f"[{horizontal * columns}, {vertical * rows}]"
+        found["resolution"].append((name, cut(noisy_batch, 1, least, rows, columns)))
+    return list(found.items())
 
 
 def list_halves(number: int) -> list[int]:
     """Return half of it, half of that, and so on down to 1."""
     found = []
     while number > 1:
-        number = (number + 1) // 2 if number > 2 else 1
+        number = (number + 1) // 2
         found.append(number)
     return found
 

@@ -1,7 +1,6 @@
 """Predict what a training step will hold on the device: rehearse it without data or loaded weights."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,21 +56,16 @@ class StepPrediction:
 
     def phase(self, blocks: int) -> Phase:
         """Return the largest moment of a step with this many blocks swapped."""
-        place, moment = largest(self.moments)
+        (place, moment), swap = largest(self.moments), self.swaps[blocks]
         notes = {WEIGHTS: self.weights, WORKING: place}
-        if self.swaps[blocks].host:
-            notes[WEIGHTS] += f"; {blocks} blocks swapped, {gib(self.swaps[blocks].ring)} to pass through"
+        if swap.host:
+            notes[WEIGHTS] += f"; {blocks} blocks swapped, {gib(swap.ring)} to pass through"
         if self.waiting:
             notes[KEPT] = "the rest waits in host memory"
-        return Phase(
-            f"training step, {self.batch}",
-            (
-                *parts_of(moment, self.swaps[blocks], notes, self.waiting),
-                *self._others(moment, self.swaps[blocks]),
-                *self._average(),
-                self.workspace,
-            ),
-        )
+        parts = [*parts_of(moment, swap, notes, self.waiting), *self._others(moment, swap)]
+        if self.average:
+            parts.append(MemoryPart("average of the weights (EMA)", 0, self.average))
+        return Phase(f"training step, {self.batch}", (*parts, self.workspace))
 
     @property
     def takes_turns(self) -> bool:
@@ -97,9 +91,6 @@ class StepPrediction:
             learning = sum(moment.get(kind, 0) for kind in kinds)
             parts.append(MemoryPart("what learns in them", self.others * learning))
         return tuple(parts)
-
-    def _average(self) -> tuple[MemoryPart, ...]:
-        return (MemoryPart("average of the weights (EMA)", 0, self.average),) if self.average else ()
 
     def device(self, blocks: int) -> int:
         """Return the bytes of the device with this many blocks swapped."""
@@ -133,11 +124,17 @@ def predict(
     placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
-    weights, swap = dtypes_of(dit), options.speed.swap
-    swaps = swaps_of(dit, family.dit, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
+    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, options.speed.swap)
     average = _average_bytes(options, dit)
-    with quiet(), without_content(texts):
-        moments, waiting = rehearse(family, options, dit, noisy_batch, texts)
+    encoders = () if texts is None else texts.encoders
+    try:
+        with quiet():
+            for encoder in encoders:
+                encoder.load(META)
+            moments, waiting = rehearse(family, options, dit, noisy_batch, texts)
+    finally:
+        for encoder in encoders:
+            encoder.free()
     return StepPrediction(
         options,
         describe(family, noisy_batch),
@@ -152,19 +149,6 @@ def predict(
         sampled,
         texts,
     )
-
-
-@contextlib.contextmanager
-def without_content(texts: LiveTexts | None) -> Iterator[None]:
-    """Have the text encoders loaded on the meta device in the block."""
-    encoders = () if texts is None else texts.encoders
-    try:
-        for encoder in encoders:
-            encoder.load(META)
-        yield
-    finally:
-        for encoder in encoders:
-            encoder.free()
 
 
 def _average_bytes(options: TrainingOptions, dit: nn.Module) -> int:

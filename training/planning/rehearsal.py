@@ -4,14 +4,15 @@ It runs the code of the real step and counts the device's bytes at every place.
 """
 
 import contextlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _disable_current_modes
 
 from modules.planning.dry_run import (
     BATCH,
@@ -30,6 +31,7 @@ from modules.planning.dry_run import (
     place,
     watch_blocks,
 )
+from modules.private_torch import disable_modes
 from networks.adapter import make_network
 from training.data.live_text import LiveTexts
 from training.dressing import AUTOCAST, dress
@@ -38,12 +40,21 @@ from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.parameter_steps import ParameterSteps, steps_alone
 from training.options import TrainingOptions
-from training.planning.optimizer_bytes import is_rehearsable, state_bytes
 from training.processes.gradients import fill_missing_gradients, norm_of_gradients
 from training.steps import Progress
 from training.trainable import train_dit
 
+logger = logging.getLogger(__name__)
+
 STEP = "optimizer step"
+# Packages written in torch's operations alone. Custom kernels would write to memory that does not exist.
+REHEARSABLE = {"torch", "transformers", "prodigyopt", "lion_pytorch", "schedulefree"}
+EDGE = 512  # most rows and columns of a copy of a weight; 8-bit states begin at 4096 elements
+# Bytes of states for each element of a weight, for classes that do not run on a CPU. 8-bit states: one
+# byte a moment, and a float32 scale for every 256 elements of it. Source: bitsandbytes' documentation of
+# block-wise quantisation. paged states lie in host memory
+STATE_BYTES = {"AdamW8bit": 2 * (1 + 4 / 256), "PagedAdamW8bit": 0.0, "Lion8bit": 1 + 4 / 256}
+GUESS = 8.0  # two float32 moments
 
 
 @dataclass
@@ -56,12 +67,12 @@ class Rehearsal:
     dit: nn.Module
     parameters: list[Parameter]
     optimizer: Optimizer
-    steps: ParameterSteps | None
-    is_fused: bool  # weights are stepped inside the backward pass
-    fused: FusedBackward | None  # steps the weights, once the optimizer has its states
+    steps: ParameterSteps | None  # of single weights
     states: list[Tensor]  # stand-ins for the average (EMA), and for states that a rehearsal cannot make
     blocks: Mapping[str, list[nn.Module]]  # all, by the name of their list
     texts: LiveTexts | None = None  # encoded in each step, without content
+    # with --fused_backward_pass, once the optimizer has its states
+    fused: FusedBackward | None = None
 
     @property
     def counts(self) -> Counts:
@@ -102,7 +113,7 @@ class Rehearsal:
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
         # optimizers may read numbers
-        with self.ledger.guessing() if self.is_fused else contextlib.nullcontext():
+        with self.ledger.guessing() if self.fused else contextlib.nullcontext():
             loss.backward()
             found = dict(self.ledger.peaks)
             if self.fused is not None:
@@ -117,41 +128,38 @@ class Rehearsal:
 
         Returns the largest moment of that, as in every later step.
         """
-        if not is_rehearsable(self.optimizer):
+        whole, max_norm = self.options.whole_dit, self.options.optimizer.max_grad_norm
+        found: dict[str, Moment] = {}
+        if type(self.optimizer).__module__.partition(".")[0] in REHEARSABLE:
+            self.fill_gradients()
+            self.ledger.enter(STEP)
+            self.ledger.forget_peaks()
+            with self.ledger.guessing():
+                norm = norm_of_gradients(self.parameters)
+                if max_norm > 0:
+                    torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+                if self.steps is not None:
+                    self.steps.step_all(self.parameters)
+                else:
+                    self.optimizer.step()
+            self.know_states()
+            self.clear_gradients()
+            states, peak = self.ledger.moment.get(OPTIMIZER, 0), self.ledger.peaks[STEP]
+            found = {STEP: {**peak, OPTIMIZER: states, WORKING: peak[WORKING] - states}}
+        else:
             with self.ledger.allocating(OPTIMIZER):
-                self.states.append(
-                    torch.empty(state_bytes(self.optimizer), dtype=torch.uint8, device=self.ledger.device)
-                )
-            return {}
-        self.fill_gradients()
-        self.ledger.enter(STEP)
-        self.ledger.forget_peaks()
-        with self.ledger.guessing():
-            norm = norm_of_gradients(self.parameters)
-            max_norm = self.options.optimizer.max_grad_norm
-            if max_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
-            self.step_weights()
-        self.know_states()
-        self.clear_gradients()
-        if self.is_fused:
-            return {}
-        states, peak = self.ledger.moment.get(OPTIMIZER, 0), self.ledger.peaks[STEP]
-        return {STEP: {**peak, OPTIMIZER: states, WORKING: peak[WORKING] - states}}
+                size = state_bytes(self.optimizer, self.parameters)
+                self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
+        if whole is None or not whole.fused_backward_pass:
+            return found
+        assert self.steps is not None
+        self.fused = self.fused or FusedBackward(self.steps, self.parameters, max_norm)
+        return {}
 
     def know_states(self) -> None:
         """Count what the optimizer keeps as its own; a step may have made it anew."""
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    self.ledger.see(value, OPTIMIZER)
-
-    def step_weights(self) -> None:
-        """Step all weights with the optimizer. They need gradients."""
-        if self.steps is not None:
-            self.steps.step_all(self.parameters)
-        else:
-            self.optimizer.step()
+        for value in held_by(self.optimizer):
+            self.ledger.see(value, OPTIMIZER)
 
     def fill_gradients(self) -> None:
         """Give every weight a gradient, as it has after the backward pass."""
@@ -178,8 +186,6 @@ def rehearse(
     with dry_run() as ledger:
         rehearsal = dress_trainable(family, options, dit, ledger, texts)
         found = rehearsal.measure_step()
-        if rehearsal.is_fused:
-            step_in_backward(rehearsal)
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
         found |= extrapolate(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
         return found, rehearsal.waiting
@@ -199,11 +205,9 @@ def dress_trainable(
             place(module.requires_grad_(False), ledger, TEXTS)
     dit.requires_grad_(False)
     if options.network is not None:
-        unread = (
-            options.network
-            if options.network.dim_from_weights
-            else replace(options.network, network_weights=None)
-        )
+        unread = options.network
+        if not unread.dim_from_weights:
+            unread = replace(unread, network_weights=None)
         encoders = {} if texts is None else texts.networks
         in_dit = options.parts is None or options.parts.trains_dit
         network = make_network(unread, family.lora_module, dit, 0, encoders, in_dit)
@@ -219,46 +223,65 @@ def dress_trainable(
     watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
     # bitsandbytes reads a table of numbers that it makes; the weights stay without content
-    with _disable_current_modes():
+    with disable_modes():
         optimizer, _ = make_optimizer(options.optimizer, groups)
-    use_foreach(optimizer)
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True  # as on a GPU by default; it needs more memory
     set_training(optimizer, True)
     parameters = [parameter for group in groups for parameter in group["params"]]
     whole = options.whole_dit
-    is_fused = whole is not None and whole.fused_backward_pass
-    by_itself = whole is not None and (whole.full_bf16 or is_fused) and steps_alone(type(optimizer))
-    names = {parameter: str(index) for index, parameter in enumerate(parameters)}
-    steps = ParameterSteps(optimizer, names, Progress(0, 0, 0.0)) if by_itself else None
+    steps = None
+    if whole is not None and (whole.full_bf16 or whole.fused_backward_pass) and steps_alone(type(optimizer)):
+        names = {parameter: str(index) for index, parameter in enumerate(parameters)}
+        steps = ParameterSteps(optimizer, names, Progress(0, 0, 0.0))
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda each: ledger.see(each.grad, GRADIENTS))
     average: list[Tensor] = []
     if options.average.ema_decay is not None and whole is None:
         with ledger.allocating(NETWORK):
-            average = [
-                torch.empty(parameter.shape, dtype=torch.float32, device=ledger.device)
-                for parameter in parameters
-            ]
-    return Rehearsal(
-        family, options, ledger, dit, parameters, optimizer, steps, is_fused, None, average, blocks, texts
-    )
+            average = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
+    return Rehearsal(family, options, ledger, dit, parameters, optimizer, steps, average, blocks, texts)
 
 
-def step_in_backward(rehearsal: Rehearsal) -> None:
-    """Step the weights in the backward pass from now on, as with --fused_backward_pass."""
-    assert rehearsal.steps is not None
-    rehearsal.fused = FusedBackward(
-        rehearsal.steps, rehearsal.parameters, rehearsal.options.optimizer.max_grad_norm
-    )
+def held_by(optimizer: Optimizer) -> list[Tensor]:
+    """Return the tensors of an optimizer's states."""
+    kept = (value for state in optimizer.state.values() for value in state.values())
+    return [value for value in kept if isinstance(value, Tensor)]
 
 
-def use_foreach(optimizer: Optimizer) -> None:
-    """Let torch's optimizers step many weights at once, as they do on a GPU by default.
+def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
+    """Return the bytes of the states on the device of an optimizer that cannot be rehearsed.
 
-    It needs more memory.
+    They are measured on small copies of two weights on the CPU.
     """
-    for group in optimizer.param_groups:
-        if group.get("foreach", False) is None and not group.get("fused"):
-            group["foreach"] = True
+    kind = type(optimizer)
+    per_element = STATE_BYTES.get(kind.__name__)
+    if per_element is None:
+        settings: dict[str, Any] = {
+            key: value for key, value in optimizer.defaults.items() if value is not None
+        }
+        try:
+            with disable_modes():  # a real step, also during a rehearsal
+                copies = [
+                    Parameter(torch.ones([min(size, EDGE) for size in each.shape], dtype=each.dtype))
+                    for each in optimizer.param_groups[0]["params"][:2]
+                ]
+                second = kind(copies, **settings)
+                for copy in copies:
+                    copy.grad = torch.ones_like(copy)
+                second.step()
+                held = sum(tensor.nbytes for tensor in held_by(second))
+                per_element = held / sum(copy.numel() for copy in copies)
+        except Exception as error:  # a plan is made, whatever a foreign class raises
+            logger.warning(
+                "The states of %s cannot be measured (%s); assuming %g bytes per element.",
+                kind.__name__,
+                error,
+                GUESS,
+            )
+            per_element = GUESS
+    return round(per_element * sum(parameter.numel() for parameter in parameters))
 
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:

@@ -18,11 +18,10 @@ import pytest
 from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.options import ShardOptions
-from modules.atomic_write import remove_leftovers
+from modules.atomic_write import parse_temporary, remove_leftovers, temporary_name
 from modules.contract.data import CacheEntry, Conditions, MediaBatch, MediaEncoders
 from modules.contract.generation import Prompt
 from modules.errors import CacheError, OutputError
-from modules.temporary_names import parse_temporary, temporary_name
 from tests.dataset.caching.test_loop import change, make_config, names
 from tests.dataset.caching.test_shards import contents, entries, into, shard
 from tests.dataset.test_two_passes import KEYS, PARTS, ToyClip, ToyLlm, assert_whole, two

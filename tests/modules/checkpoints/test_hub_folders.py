@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from modules.checkpoints.hub_folders import find_model_folder
+from modules.checkpoints.model_files import find_model_folder
 from modules.errors import CheckpointError, DownloadError, UserError
 
 

@@ -5,12 +5,10 @@ may read any more.
 import math
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.offload.activations import ALIGNMENT, HostMemory, Offload, offload_to_host
-from modules.offload.checkpointing import checkpoint_blocks
+from modules.offload.checkpointing import Offload, checkpoint_blocks
 from modules.offload.transfer import Pairs
 from tests.tiny.dits import DITS, TinyDit, gradients
 
@@ -72,30 +70,6 @@ def dressed(
     return dit, network
 
 
-def assert_equal(ours: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]]) -> None:
-    assert torch.equal(ours[0], theirs[0])
-    assert all(torch.equal(one, other) for one, other in zip(ours[1], theirs[1], strict=True))
-    assert any(one.any() for one in ours[1])
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize(
-    "dropout", [{"neuron_dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.4"}], ids=str
-)
-@pytest.mark.parametrize("tiny", DITS, ids=lambda dit: dit.name)
-def test_gradients_are_equal_to_the_bit(tiny: TinyDit, dropout: dict[str, Any], autocast: bool) -> None:
-    offload, transfer = away()
-    plain, ours = dressed(tiny, None, **dropout), dressed(tiny, offload, **dropout)
-
-    for step, size in enumerate((SIZE, LARGER, SIZE)):
-        results = []
-        for dit, network in (plain, ours):
-            network.set_dropout_seed(step)
-            results.append(gradients(dit, network, tiny.inputs(size, 2), autocast))
-        assert_equal(results[1], results[0])
-    assert transfer.actions
-
-
 def test_inputs_leave_while_their_block_computes_and_come_back_one_block_ahead() -> None:
     tiny, (offload, transfer) = DITS[0], away()
     dit, network = dressed(tiny, offload, blocks=4)
@@ -109,20 +83,6 @@ def test_inputs_leave_while_their_block_computes_and_come_back_one_block_ahead()
         *("fetched 1", "fetch 0"),
         "fetched 0",
     ]
-
-
-def test_host_memory_is_used_again_and_grows_with_the_largest_size_only() -> None:
-    tiny, (offload, _) = DITS[0], away()
-    dit, network = dressed(tiny, offload, blocks=4)
-
-    sizes = []
-    for size in (SIZE, SIZE, LARGER, SIZE, LARGER):
-        gradients(dit, network, tiny.inputs(size, 1))
-        sizes.append(offload.memory.size_bytes)
-
-    assert sizes[0] == sizes[1] < sizes[2] == sizes[3] == sizes[4]
-    tokens, width, needed = 3 * 3 * 4, 128 * 4, 3  # of the larger size; bytes of a token; blocks but the last
-    assert sizes[4] == tokens * width * needed
 
 
 def test_two_forward_passes_may_stand_before_their_backward_passes() -> None:
@@ -176,23 +136,3 @@ def test_what_was_sent_for_and_is_not_used_is_waited_for() -> None:
     del first, second
 
     assert transfer.actions[-1] == "fetched 0"
-
-
-def test_on_a_cpu_inputs_are_copied_at_once() -> None:
-    tiny, results = DITS[2], []
-    for offload in (None, offload_to_host(torch.device("cpu"))):
-        dit, network = dressed(tiny, offload)
-        results.append(gradients(dit, network, tiny.inputs(SIZE, 2)))
-
-    assert_equal(results[1], results[0])
-
-
-def test_pieces_are_aligned_and_the_smallest_that_fits_is_taken() -> None:
-    memory = HostMemory(lambda size: torch.empty(size, dtype=torch.uint8))
-    large, small = memory.take(10_000), memory.take(100)
-
-    assert large.numel() % ALIGNMENT == small.numel() % ALIGNMENT == 0
-    memory.put(large)
-    memory.put(small)
-    assert memory.take(90) is small
-    assert memory.take(90) is large

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from modules.contract.loading import HostPlace, Placement, TensorInfo
-from modules.offload.activations import offload_to_host
 from modules.offload.block_swap import host_weights, swap_blocks
 from modules.offload.host_memory import ALIGNMENT, allocate
 from modules.offload.swap_plan import SwapPlan
@@ -141,15 +140,6 @@ def test_a_network_that_was_loaded_to_the_device_is_moved(tmp_path: Path) -> Non
     )
 
 
-def test_on_the_meta_device_nothing_is_kept(tmp_path: Path) -> None:
-    path = write_dit(tmp_path, tiny_state("t2v", **SIZES))
-    host = host_weights(SwapPlan(DIT, 4), torch.device("meta"))
-
-    dit = load_dit(path, Placement(torch.device("meta"), host=host))
-
-    assert all(weight.is_meta for weight in dit.parameters())
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="each process has its own elsewhere")
 def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
@@ -253,14 +243,3 @@ def test_what_the_driver_does_not_lock_serves_too_and_its_error_is_taken_back(
     del held
     gc.collect()
     assert not driver.locked
-
-
-def test_activations_wait_in_memory_that_is_not_locked_with_one_word(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    Driver(monkeypatch, room=0)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
-    memory = offload_to_host(torch.device("cuda")).memory
-
-    assert [memory.take(size).numel() for size in (256, 512, 1024)] == [256, 512, 1024]
-    assert caplog.text.count("refused to lock") == 1

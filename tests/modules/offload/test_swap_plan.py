@@ -24,14 +24,6 @@ def test_the_device_holds_all_but_the_swapped_blocks(num_blocks: int) -> None:
         assert set(plan.streamed) <= set(range(num_blocks))
 
 
-@pytest.mark.parametrize("slots", [2, 3, 4])
-def test_more_slots_take_the_place_of_blocks_that_stay(slots: int) -> None:
-    for swapped in range(1, 39):
-        plan = plan_list("blocks", 40, swapped, slots)
-        assert plan.slots == slots
-        assert plan.device_blocks == max(40 - swapped, slots)
-
-
 def test_a_ring_of_one_block_is_refused() -> None:
     with pytest.raises(OptionError, match="--block_swap_ring_size 1: give a number of at least 2"):
         options("--block_swap_ring_size", "1")

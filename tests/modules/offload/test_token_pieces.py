@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from modules.compile import compile_blocks
@@ -18,9 +17,7 @@ from modules.contract.family import DitSpec
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks
-from modules.offload.token_pieces import TOKENS, compute_in_pieces
-from tests.modules.fake_device import FakeDevice
-from tests.modules.swap_cases import swapped
+from modules.offload.token_pieces import compute_in_pieces
 from tests.networks.making import randomize
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 
@@ -71,12 +68,6 @@ def test_outputs_and_gradients_are_those_of_whole_inputs(tiny: TinyDit, autocast
     assert_alike(results(tiny, True, autocast), results(tiny, False, autocast), BF16 if autocast else FLOAT32)
 
 
-def test_they_are_the_same_where_torch_does_not_stop_early() -> None:
-    with set_checkpoint_early_stop(False):
-        found = results(DITS[0], True)
-    assert_alike(found, results(DITS[0], False), FLOAT32)
-
-
 @pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
 def test_fp8_weights_give_the_same_too(tiny: TinyDit) -> None:
     found = []
@@ -100,19 +91,6 @@ def test_all_weights_may_learn(tiny: TinyDit) -> None:
         velocity, grads = gradients(dit.train(), dit, tiny.inputs(SIZE, 2))
         found.append([velocity, *grads])
     assert_alike(found[1], found[0], FLOAT32)
-
-
-def test_swapped_blocks_give_the_same_bits() -> None:
-    tiny, found = DITS[0], []
-    for swaps in (False, True):
-        dit, network = tiny.with_lora(blocks=5)
-        compute_in_pieces(dit, tiny.spec, PIECE)
-        checkpoint_blocks(dit, tiny.spec)
-        if swaps:
-            swapped(dit, tiny.spec, 3, FakeDevice())
-        velocity, grads = gradients(dit.train(), network, tiny.inputs(SIZE, 1))
-        found.append([velocity, *grads])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["nothing kept", "attention kept"])
@@ -150,27 +128,6 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Block()])
-
-
-def sizes(tokens: int, piece: int, training: bool = True) -> list[int]:
-    net = Net()
-    compute_in_pieces(net, DitSpec(("blocks",), token_wise=("branch",)), piece)
-    block = net.train(training).blocks[0]
-    block(torch.ones(1, tokens, 4))
-    return block.sizes
-
-
-def test_pieces_are_equally_large_and_short_inputs_stay_whole() -> None:
-    assert sizes(10, 4) == [4, 4, 2]
-    assert sizes(32, 10) == [8, 8, 8, 8]
-    assert sizes(4, 4) == [4]
-    assert sizes(32760, TOKENS) == [4095] * 8
-
-
-def test_nothing_is_cut_without_a_backward_pass() -> None:
-    assert sizes(10, 4, training=False) == [10]
-    with torch.no_grad():
-        assert sizes(10, 4) == [10]
 
 
 def test_a_second_backward_pass_through_the_same_graph_is_right() -> None:

@@ -16,7 +16,7 @@ from modules.offload.block_swap import host_weights, swap_blocks, swap_of
 from modules.offload.swap_plan import SwapPlan
 from modules.offload.turns import HostCopy, HostPlaceOf
 from tests.modules.fake_device import CountedMemory, FakeDevice, hide
-from tests.modules.swap_cases import CASES, CPU, Case, learner, same, swapped
+from tests.modules.swap_cases import CASES, CPU, Case, same, swapped
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
 
@@ -171,28 +171,6 @@ def test_an_interruption_in_the_middle_of_leaving_is_made_good_by_leaving_again(
     assert device.used == 0
     copy.bring()
     assert same(output_of(WAN, dit), output_of(WAN, WAN.make().eval()))
-
-
-def test_parameters_that_learn_stay_where_they_are() -> None:
-    device = FakeDevice()
-    dit, network = learner(WAN, 0, False)
-    head = dit.get_parameter("head.head.weight").requires_grad_(True)
-    before = {id(each): each.data_ptr() for each in [head, *network.parameters()]}
-    copy = taking_turns(dit, device)
-    copy.bring()
-    copy.leave()
-    assert {id(each): each.data_ptr() for each in [head, *network.parameters()]} == before
-
-
-def test_on_a_cpu_nothing_is_copied() -> None:
-    dit = WAN.make()
-    before = {name: each.data_ptr() for name, each in dit.named_parameters()}
-    copy = HostCopy(dit, CPU)
-    for move in (copy.bring, copy.leave):
-        move()
-        assert copy.is_here
-        assert {name: each.data_ptr() for name, each in dit.named_parameters()} == before
-    assert copy.size_bytes == 0
 
 
 def test_compiled_blocks_are_not_compiled_again_when_a_network_comes_back() -> None:

@@ -8,18 +8,17 @@ from modules.planning.device_memory import MemoryWatch, Usage, bytes_on, host_ro
 from modules.planning.memory_plan import GIB
 
 
-def test_more_reserved_than_the_card_has_lies_in_host_memory() -> None:
-    assert Usage(total=24 * GIB, free=0, reserved=26 * GIB).spills
-
-
-def test_nearly_all_of_a_card_of_which_nothing_is_free_is_told_too() -> None:
-    assert Usage(total=24 * GIB, free=GIB // 10, reserved=24 * GIB - GIB // 2).spills
-
-
-def test_a_card_with_room_does_not_spill() -> None:
-    assert not Usage(total=24 * GIB, free=2 * GIB, reserved=21 * GIB).spills
-    # cached, the driver has room
-    assert not Usage(total=24 * GIB, free=2 * GIB, reserved=24 * GIB - GIB // 2).spills
+@pytest.mark.parametrize(
+    ("free", "reserved", "spills"),
+    [
+        (0, 26 * GIB, True),  # more than the card has
+        (GIB // 10, 24 * GIB - GIB // 2, True),  # nearly all of it, and nothing is free
+        (2 * GIB, 21 * GIB, False),
+        (2 * GIB, 24 * GIB - GIB // 2, False),  # cached, the driver has room
+    ],
+)
+def test_what_a_card_cannot_hold_lies_in_host_memory(free: int, reserved: int, spills: bool) -> None:
+    assert Usage(24 * GIB, free, reserved).spills == spills
 
 
 def test_the_warning_names_numbers_and_remedies() -> None:

@@ -1,6 +1,6 @@
 """Arithmetic of the plan on numbers, and on the headers of released files."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from torch import nn
 from hunyuan_model.checkpoints import load_dit as load_hunyuan
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
-from modules.errors import MemoryPlanError, OptionError
 from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan
 from modules.planning.dry_run import KEPT, WEIGHTS, WORKING
@@ -23,15 +22,13 @@ from modules.planning.memory_plan import (
     Phase,
     Room,
     Swapped,
-    as_text,
-    choose_swap,
     comparison,
     dtypes_of,
     parts_of,
     plan_swapped_bytes,
-    predict_before_run,
     print_plan,
-    smallest_swap,
+    show,
+    swap_for,
     swaps_of,
     verdict,
 )
@@ -52,28 +49,14 @@ def model(blocks: int = 6) -> nn.Module:
 def test_swapped_blocks_leave_the_device_but_for_the_places_they_pass_through() -> None:
     found = plan_swapped_bytes(model(), SwapPlan(SPEC, 3))
     # as much device memory as three blocks take
-    assert found == Swapped(away=5 << 20, ring=2 << 20, host=5 << 20)
+    assert found == Swapped(host=5 << 20, ring=2 << 20)
     assert found.saved == 3 << 20
     assert plan_swapped_bytes(model(), SwapPlan(SPEC, 0)).saved == 0
 
 
 def test_each_further_block_saves_one_block() -> None:
-    saved = [each.saved for each in swaps_of(model(), SPEC, input_layers=False)]
+    saved = [each.saved for each in swaps_of(model(), SPEC, SwapOptions(blocks_to_swap=0))]
     assert saved == [0, 1 << 20, 2 << 20, 3 << 20, 4 << 20, 4 << 20]  # two places are always needed
-
-
-def test_the_smallest_number_that_fits_is_chosen_and_explained() -> None:
-    def needed(count: int) -> int:
-        return (20 - count) * GIB
-
-    assert smallest_swap(needed, 10, 15 * GIB) == 5
-    room = Room("a card", 18 * GIB, 16 * GIB)
-    count, reason = choose_swap(needed, 10, room)
-    assert count == 6
-    assert needed(count) <= room.usable < needed(count - 1)
-    assert reason.startswith("--blocks_to_swap auto: 6. 14.00 GiB are predicted")
-    assert choose_swap(needed, 3, room)[0] == 3  # none fits: the most
-    assert choose_swap(needed, 10, None)[0] == 0  # a CPU
 
 
 def test_what_can_be_used_is_what_is_free_less_margin_and_context() -> None:
@@ -83,14 +66,13 @@ def test_what_can_be_used_is_what_is_free_less_margin_and_context() -> None:
 
 def plan(size: int) -> MemoryPlan:
     moment = {WEIGHTS: 8 * GIB, KEPT: GIB, WORKING: size - 6 * GIB}
-    parts = parts_of(moment, Swapped(4 * GIB, GIB, 4 * GIB), {WEIGHTS: "8.00 bfloat16"}, waiting=2 * GIB)
-    return MemoryPlan(
-        "Memory plan", (Phase("text", (MemoryPart("weights", GIB),)), Phase("training step", parts))
-    )
+    parts = parts_of(moment, Swapped(4 * GIB, GIB), {WEIGHTS: "8.00 bfloat16"}, waiting=2 * GIB)
+    return MemoryPlan((Phase("text", (MemoryPart("weights", GIB),)), Phase("training step", parts)))
 
 
-def test_the_table_holds_all_parts_of_device_and_host() -> None:
-    text = as_text(plan(10 * GIB))
+def test_the_table_holds_all_parts_of_device_and_host(capsys: pytest.CaptureFixture[str]) -> None:
+    show(plan(10 * GIB), "Fits")
+    text = capsys.readouterr().out
     assert "training step (largest)" in text
     lines = {line.split("  ")[1].strip(): line.split() for line in text.splitlines() if line.startswith("  ")}
     # device, host, note
@@ -163,13 +145,24 @@ class Even:
 def presented(swap: SwapOptions, room: Room | None, capsys: pytest.CaptureFixture[str]) -> str:
     def plan_of(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
         return MemoryPlan(
-            "Memory plan",
             (Phase("training step", (MemoryPart("weights", Even().device(blocks)),)),),
             tuple(remarks),
         )
 
     print_plan(Even(), swap, room, plan_of, lambda room: [f"a card of more than {room.total // GIB}"])
     return capsys.readouterr().out
+
+
+def test_auto_is_the_smallest_number_that_fits_else_the_largest() -> None:
+    auto = SwapOptions(blocks_to_swap="auto")
+    room = Room("a card", 18 * GIB, 16 * GIB)
+    count, reason = swap_for(Even(), auto, room)
+    assert count == 6
+    assert Even().device(count) <= room.usable < Even().device(count - 1)
+    assert reason is not None
+    assert reason.startswith("--blocks_to_swap auto: 6. 14.00 GiB are predicted")
+    assert swap_for(Even(most=3), auto, room)[0] == 3
+    assert swap_for(Even(), auto, None)[0] == 0  # a CPU
 
 
 def test_a_plan_is_presented_with_the_blocks_that_auto_stands_for_and_advice_where_it_does_not_fit(
@@ -187,31 +180,3 @@ def test_a_plan_is_presented_with_the_blocks_that_auto_stands_for_and_advice_whe
     assert "a card of more than 16" in given
     assert "auto" not in given
     assert "Needs 20.00 GiB" in without
-
-
-@pytest.mark.parametrize(
-    "swap",
-    [
-        SwapOptions(blocks_to_swap="auto"),
-        SwapOptions(blocks_to_swap=4),
-    ],
-    ids=["auto", "4"],
-)
-def test_a_rehearsal_that_fails_ends_a_run_only_where_auto_waits_for_it(
-    swap: SwapOptions, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fails(error: Exception) -> Callable[[], int]:
-        def predict() -> int:
-            raise error
-
-        return predict
-
-    assert predict_before_run(lambda: 7, swap) == 7
-    with pytest.raises(OptionError, match="the user's"):
-        predict_before_run(fails(OptionError("the user's")), swap)
-    if swap.is_auto:
-        with pytest.raises(MemoryPlanError, match=r"no plan can be made \(ours\). Give a number of blocks"):
-            predict_before_run(fails(ValueError("ours")), swap)
-    else:
-        assert predict_before_run(fails(ValueError("ours")), swap) is None
-        assert "The memory of this run cannot be predicted (ValueError: ours)" in caplog.text

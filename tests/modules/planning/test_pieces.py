@@ -21,13 +21,6 @@ class Compute:
         return work[..., ::2, ::2].clone()
 
 
-def test_outside_of_a_rehearsal_every_piece_is_computed() -> None:
-    compute, piece = Compute(), torch.arange(6.0).view(1, 2, 3)
-    for _ in range(2):
-        assert torch.equal(compute_piece(compute, piece), Compute()(piece))
-    assert len(compute.shapes) == 2
-
-
 def test_in_a_rehearsal_the_largest_of_a_kind_is_computed() -> None:
     compute = Compute()
     with dry_run():

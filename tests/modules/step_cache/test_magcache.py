@@ -2,7 +2,7 @@
 
 import pytest
 
-from modules.step_cache.magcache import MagCacheRule, resample
+from modules.step_cache.rules import MagCacheRule, resample
 from tests.modules.step_cache.turns import answers, nothing, turn
 
 RATIOS = [1.0, 1.02, 0.99, 0.98, 0.97, 0.96, 0.95, 0.9, 0.8, 0.7]

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from modules.contract.generation import Turn, Tweaks
 from modules.offload.block_swap import swap_of
 from modules.run_blocks import Hidden, run_in_order, runner_of, set_runner
-from modules.step_cache.magcache import MagCacheRule
+from modules.step_cache.rules import MagCacheRule, TeaCacheRule
 from modules.step_cache.runner import Signal, StepCache, first_input, run_around
-from modules.step_cache.teacache import TeaCacheRule
 from tests.modules.fake_device import FakeDevice
 from tests.modules.step_cache.turns import turn
 from tests.modules.swap_cases import CASES, Case, swapped
@@ -140,17 +139,6 @@ def test_an_interruption_leaves_no_runner_behind(error: type[BaseException]) -> 
     assert runner_of(dit) is run_in_order
 
 
-def test_a_call_outside_of_the_loop_is_computed() -> None:
-    tiny = ONE_OF_EACH[0]
-    dit = tiny.make(1).eval()
-    inputs = steps_of(tiny)[0]
-    with torch.no_grad():
-        expected = dit(**inputs)
-    with cached(dit, *range(STEPS)) as cache:
-        assert torch.equal(dit(**inputs), expected)
-    assert cache.passes == 0
-
-
 def test_a_residual_takes_16_bits_where_the_network_computes_in_them() -> None:
     tiny = ONE_OF_EACH[0]  # its residual stream is float32
     for dtype in (torch.float32, torch.bfloat16):
@@ -250,15 +238,3 @@ def test_blocks_that_the_next_pass_skips_are_not_fetched_ahead() -> None:
                 dit(**case.inputs(step), tweaks=at(step, which, skip_blocks=skipped))
                 if step > 1:  # known by then; in front, what has arrived ahead: 0 and 2
                     assert positions == ([1, 2, 3, 4, 2] if which == "positive" else [3, 4, 0])
-
-
-@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda each: each.name)
-def test_magcache_has_the_host_wait_for_nothing(tiny: TinyDit) -> None:
-    dit = tiny.make(2).to(META).eval()
-    inputs = {name: sent(value) for name, value in tiny.inputs(SIZE, 1).items()}
-    cache = StepCache(MAGCACHE)
-    with torch.no_grad(), run_around(lambda _: dit, cache.run) as dit_at:
-        dit_at(0.0)
-        for step in range(3):
-            assert waits(dit, {**inputs, "tweaks": at(step)}) == []
-    assert cache.skipped == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.step_cache.teacache import TeaCacheRule, polynomial, relative_change
+from modules.step_cache.rules import TeaCacheRule, polynomial, relative_change
 from tests.modules.step_cache.turns import nothing, turn
 
 # inputs of ones times a number: the change is that of the number, against the number before

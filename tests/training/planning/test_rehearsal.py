@@ -1,10 +1,8 @@
 """What a rehearsal predicts is what the same step counts when it really runs."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +24,7 @@ from modules.planning.memory_plan import GIB
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 from training.learner_options import WholeDitOptions
-from training.loss import NoisyBatch, measure_errors
+from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
 from training.planning.prediction import predict
@@ -144,8 +142,6 @@ def counted(
     with PlannedKernels(), Ledger(HOST) as ledger:
         real = rehearsal.dress_trainable(family, options, dit, ledger)
         found = real.measure_step()
-        if real.is_fused:
-            rehearsal.step_in_backward(real)
         with ledger.allocating(BATCH):
             moved = batch.moved(lambda tensor: tensor.clone() if tensor.is_floating_point() else tensor)
         return found | real.measure(moved, real.counts)
@@ -208,36 +204,6 @@ def test_a_framepack_step_takes_what_was_predicted(
         with monkeypatch.context() as patch:
             real = counted(family, options, batch, patch)
         assert_alike(predicted(family, options, batch), real)
-
-
-class Given(nn.Module):
-    """In place of a network: the devices of what it is called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.contents: set[str] = set()
-        self.whole_numbers: set[str] = set()
-
-    def forward(self, noisy: Tensor, *others: Tensor, **named: Tensor) -> Tensor:
-        for value in [noisy, *others, *named.values()]:
-            if isinstance(value, Tensor):
-                (self.contents if value.is_floating_point() else self.whole_numbers).add(value.device.type)
-        return noisy
-
-
-@pytest.mark.parametrize(
-    "case", [(hunyuan, hunyuan_batch()), (framepack, framepack_batch())], ids=["hunyuan", "framepack"]
-)
-def test_networks_are_given_whole_numbers_on_the_host(tmp_path: Path, case: tuple[Any, NoisyBatch]) -> None:
-    """They are read there; on the device they would have the host wait for it in every pass."""
-    make, batch = case
-    family, _ = make(tmp_path)
-    given = Given()
-
-    measure_errors(family, given, batch.to(torch.device("meta")), nullcontext)
-
-    assert given.contents == {"meta"}
-    assert given.whole_numbers == {"cpu"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,88 @@
+"""Name everything private of torch that this project uses, to check it in one place with a new release.
+
+What is slow to import is imported by functions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo  # torch.compiler.disable imports Dynamo at once
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as disable_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = [
+    "READ_NUMBER",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "disable_dynamo",
+    "disable_modes",
+    "dynamo",
+    "has_cpp_compiler",
+    "has_triton",
+    "has_triton_package",
+    "lerp_each",
+    "release_host_cache",
+    "scaled_product",
+    "tree_leaves",
+    "tree_map_only",
+    "unset_fake_temporarily",
+]
+
+READ_NUMBER = torch.ops.aten._local_scalar_dense.default  # what `Tensor.item` calls
+
+
+def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **settings: Any) -> Tensor:
+    """Multiply matrices in 8 bits on fp8 units: a, b, and the scales of both."""
+    # not functional.scaled_mm, which torch 2.10 and 2.11 do not compile (pytorch/pytorch#180604)
+    return torch._scaled_mm(a, b, scale_a, scale_b, **settings)
+
+
+def lerp_each(values: list[Tensor], ends: Sequence[Tensor], share: float) -> None:
+    """Move each value that share of the way to its end, all by few kernels."""
+    torch._foreach_lerp_(values, list(ends), share)
+
+
+def release_host_cache() -> None:
+    """Release the pinned host memory that torch's allocator keeps; without CUDA there is none."""
+    # public only from torch 2.10 on, as torch.accelerator.empty_host_cache; missing in builds without CUDA
+    release = getattr(torch._C, "_host_emptyCache", None)
+    if release is not None:
+        release()
+
+
+def dynamo() -> Any:
+    """Return torch's module of `torch.compile`, for its settings."""
+    import torch._dynamo
+
+    return torch._dynamo
+
+
+def has_cpp_compiler() -> bool:
+    """Return whether inductor finds a C++ compiler."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError):
+        return False
+    return True
+
+
+def has_triton_package() -> bool:
+    """Return whether Triton is installed."""
+    from torch.utils import _triton
+
+    return _triton.has_triton_package()
+
+
+def has_triton() -> bool:
+    """Return whether Triton is installed and supports this machine's GPU."""
+    from torch.utils import _triton
+
+    return _triton.has_triton()
