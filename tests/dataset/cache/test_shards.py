@@ -144,6 +144,23 @@ def test_later_entries_hold_and_removed_ones_are_gone(tmp_path: Path) -> None:
     assert len(contents(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("removes_first", [False, True])
+def test_of_two_that_did_not_see_each_other_the_one_that_writes_wins(
+    tmp_path: Path, removes_first: bool
+) -> None:
+    fill(ShardStore(tmp_path), NAMES[:1])
+    writing, removing = ShardStore(tmp_path), ShardStore(tmp_path)
+    assert writing.names() == removing.names() == set(NAMES[:1])
+    if removes_first:
+        removing.remove(NAMES[0])
+    writing.write(NAMES[0], tensors(7), meta(7))
+    removing.remove(NAMES[0])
+    for _ in range(2):
+        assert ShardStore(tmp_path).read(NAMES[0]).header.metadata["number"] == "7"
+        removing.finish()
+        writing.settle()
+
+
 def test_what_others_are_writing_is_not_merged(tmp_path: Path) -> None:
     writing, other = ShardStore(tmp_path), ShardStore(tmp_path)
     fill(writing, NAMES[:2])
