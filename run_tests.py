@@ -27,7 +27,7 @@ NETWORKS = ("wan", "hunyuan_model", "frame_pack", "flux", "lumina", "hunyuan_ima
 RECORDED = ["-m", "recorded and not slow and not gpu", *(f"tests/{room}" for room in NETWORKS)]
 TIERS = {"--fast": ["-m", "fast"], "--all": ["-m", ""]}
 MOST_SECONDS = 480  # of the processor, for --fast
-TOO_LONG = "`python -m pytest -n 0 --write-long-tests` finds those that are long now"
+TOO_LONG = "`python -m pytest --write-long-tests` finds those that are long now"
 
 
 def main() -> None:

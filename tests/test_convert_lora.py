@@ -71,15 +71,6 @@ def test_there_and_back_and_there_again_is_the_same_file_content(tmp_path: Path,
         assert all(torch.equal(tensor, two[0][name]) for name, tensor in one[0].items())
 
 
-def test_a_file_in_the_target_dialect_stays_as_it_is(tmp_path: Path, saved: Path) -> None:
-    convert(saved, tmp_path / "same.safetensors", "default")
-
-    tensors, metadata = read(tmp_path / "same.safetensors")
-    expected, before = read(saved)
-    assert metadata == before
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
-
-
 def test_a_lokr_cannot_become_diffusers_but_by_baking(tmp_path: Path) -> None:
     save_file(
         {

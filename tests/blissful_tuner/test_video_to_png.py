@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from modules.media.reading import read_image, video_frames
-from modules.media.writing import write_png
 from tests.faults.messages import assert_one_message, run_here
 from tests.post.stages_here import files_in, write_clip
-from tests.tiny.project import moving_square
 
 SCRIPT = "blissful_tuner/video_to_png.py"
 
@@ -42,15 +40,6 @@ def test_only_the_beginning_of_a_damaged_file_is_read_if_that_is_asked_for(tmp_p
     assert files_in(output / "frames") == {"000000.png", "000001.png"}
     assert_one_message(*whole, "a.mkv", "cut short", remedy=False)
     assert not (tmp_path / "all").exists()
-
-
-def test_a_picture_gives_one_png(tmp_path: Path) -> None:
-    frame = moving_square(1, 16, 16, 2)[0]
-    write_png(tmp_path / "a.png", frame)
-
-    assert run_here(SCRIPT, "--input", "a.png", folder=tmp_path)[0] == 0
-
-    np.testing.assert_array_equal(read_image(tmp_path / "frames" / "000000.png"), frame)
 
 
 @pytest.mark.parametrize(

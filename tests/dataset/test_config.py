@@ -137,17 +137,6 @@ def test_a_uniform_sample_of_one_is_head(tmp_path: Path, caplog) -> None:
     assert 'the same as "head"' in caplog.text
 
 
-@pytest.mark.parametrize("value", ["30", "30.0"])
-def test_source_fps_may_be_whole(tmp_path: Path, value: str) -> None:
-    (table,) = tables(
-        tmp_path, f'[[datasets]]\nvideo_directory = "v"\nsource_fps = {value}\nfp_latent_window_size = 5'
-    )
-
-    assert table.source_fps == 30.0
-    assert isinstance(table.source_fps, float)
-    assert table.fp_latent_window_size == 5
-
-
 def test_no_upscale_needs_buckets(tmp_path: Path) -> None:
     (table,) = tables(tmp_path, '[[datasets]]\nimage_directory = "a"\nbucket_no_upscale = true')
 
@@ -254,34 +243,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     assert all(part in text for part in ("batch_size", "repeats", "frame_stride"))
 
 
-def test_a_key_twice_in_json_is_refused(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, '{"datasets": [{"image_directory": "a", "batch_size": 1, "batch_size": 2}]}', "data.json"
-    )
-
-    with pytest.raises(DatasetError, match="'batch_size' occurs twice"):
-        load_dataset_config(path)
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="ends in .toml or .json"):
-        load_dataset_config(tmp_path / "data.yaml")
-    with pytest.raises(DatasetError, match="is a folder. Give the .toml"):
-        load_dataset_config(tmp_path)
-    with pytest.raises(DatasetError, match="cannot be read: No such file"):
-        load_dataset_config(tmp_path / "data.toml")
-    (tmp_path / "latin.toml").write_bytes('[[datasets]]\nimage_directory = "é"'.encode("latin-1"))
-    with pytest.raises(DatasetError, match="not UTF-8"):
-        load_dataset_config(tmp_path / "latin.toml")
-
-
-def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "data.toml"
-    path.write_text('[[datasets]]\nimage_directory = "a"', encoding="utf-8-sig")
-
-    assert len(load_dataset_config(path).datasets) == 1
-
-
 def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
     images, videos = tables(
         tmp_path,
@@ -347,20 +308,6 @@ def test_what_sections_are_made_from_is_in_the_metadata_where_it_is_not_the_usua
 @pytest.fixture(autouse=True)
 def _warnings_are_seen(caplog) -> None:
     caplog.set_level(logging.WARNING)
-
-
-@pytest.mark.parametrize(
-    ("source", "key", "needed"),
-    [
-        ('image_directory = "a"', 'path_column = "b"', "image_table_file"),
-        ('video_jsonl_file = "a"', 'id_token = "b"', "cogvideox_root"),
-        ('video_tars = "a-*.tar"', 'control_directory = "b"', "video_directory or video_jsonl_file"),
-    ],
-)
-def test_keys_of_other_sources_are_refused(tmp_path: Path, source: str, key: str, needed: str) -> None:
-    message = problem(tmp_path, f'[[datasets]]\n{source}\ncache_directory = "c"\n{key}')
-
-    assert f"is for tables with {needed}, not {source.split()[0]}" in message
 
 
 @pytest.mark.parametrize(

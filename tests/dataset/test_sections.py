@@ -1,6 +1,5 @@
 """Families that cut a clip into sections, one file each: all of them are there, or all are made again."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from dataset.batches.finding import CachingCommands, find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.reports import conclude
-from dataset.check import check_media, check_training
+from dataset.check import check_media
 from dataset.config import DatasetConfig
 from modules.contract.data import MediaTable
 from modules.errors import CacheError, DatasetError
@@ -66,15 +64,6 @@ def test_another_number_of_sections_replaces_all_files_of_an_item(
     assert [name for name in names(tmp_path) if "_te" not in name] == expected
 
 
-def test_files_of_another_program_in_the_place_of_surplus_sections_stay(tmp_path: Path) -> None:
-    """Only what is a cache by its tensors is removed."""
-    config = cached(tmp_path, 2)
-    stranger = tmp_path / "cache" / section_names(4)[3]
-    write_tensors(stranger, {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, {})
-    assert cache_media(ToyFamily(sections=2), config, options()).written == 2
-    assert stranger.exists()
-
-
 def test_the_keys_of_sections_make_files_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = cached(tmp_path)
     with caplog.at_level("INFO"):
@@ -113,16 +102,6 @@ def test_skip_existing_keeps_sections_of_other_programs_where_all_are_there(
     assert names(tmp_path) == section_names(3)
 
 
-def test_a_clip_too_short_for_a_section_stops_no_other(tmp_path: Path) -> None:
-    config = make_config(tmp_path, clips=(5, 3, 9), frame_extraction="full")
-    report = cache_media(ToyFamily(sections=2, least_frames=5), config, options())
-    assert names(tmp_path) == [*section_names(2), *section_names(2, "clip_2", 9)]
-    with pytest.raises(DatasetError, match=r"(?s)1 of the sources.*clip_1\.mp4: 1 frames, 5 are needed"):
-        conclude(report)
-    again = ToyFamily(sections=2, least_frames=5)
-    assert (cache_media(again, config, options()).kept, again.loaded) == (4, 0)
-
-
 def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     family = ToyFamily(refuses="it is no good")
@@ -132,32 +111,6 @@ def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_
     result = check_media(family, config, workers=1, skip_existing=False)
     assert not result.ok
     assert "it is no good" in "\n".join(result.lines)
-
-
-def test_check_counts_sections_as_training_does(tmp_path: Path) -> None:
-    config = make_config(
-        tmp_path, clips=(5, 9), frame_extraction="full", batch_size=4, fp_latent_window_size=2
-    )
-    before = "\n".join(check_media(ToyFamily(sections=3), config, workers=1, skip_existing=False).lines)
-    cache_media(ToyFamily(sections=3), config, options())
-    cache_texts(ToyFamily(), config, options())
-    after = "\n".join(check_training(config, "toy", LATENT).lines)
-    assert "2 items need encoding" in before
-    for text in (before, after):
-        assert "32x32, 5 frames: 6 items x 1, 2 batches of 4" in text
-
-
-def test_keys_of_sections_mean_nothing_to_a_family_without_sections(tmp_path: Path) -> None:
-    """A dataset may serve several models: what changes for one of them makes no caches of another anew."""
-    family, whole = ToyFamily(), replace(LATENT, in_sections=False)
-    family.latent = whole
-    config = make_config(tmp_path, clips=(5,), fp_latent_window_size=2)
-    cache_media(family, config, options())
-    cache_texts(family, config, options())
-    changed = change(config, fp_latent_window_size=9)
-    assert (cache_media(family, changed, options()).kept, len(family.seen)) == (1, 1)
-    (item,) = find_items(changed, "toy", whole).items
-    assert read_batch([item], whole).tensor("latents").shape == (1, 2, 2, 4, 4)
 
 
 # What families are told
@@ -215,13 +168,6 @@ def test_items_of_a_batch_keep_their_own_alpha(tmp_path: Path) -> None:
 
 
 # Training
-
-
-def test_sections_of_clips_of_different_lengths_form_batches(tmp_path: Path) -> None:
-    config = cached(tmp_path, clips=(5, 9), frame_extraction="full")
-    items = find_items(config, "toy", LATENT).items
-    assert {item.bucket for item in items} == {(32, 32, 5)}  # what a section of two latent frames decodes to
-    assert read_batch(items, LATENT).tensor("latents").shape == (6, 2, 2, 4, 4)
 
 
 def test_a_missing_section_is_named_with_the_command(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Several captions of a clip, words that a table adds, and the empty prompt: files, validity, choice."""
 
-import logging
 from collections import Counter
 from pathlib import Path
 
@@ -83,23 +82,6 @@ def test_a_list_may_give_several_captions_in_a_line(tmp_path: Path) -> None:
         (None, ()),
     ]
     assert [one.caption for one in single] == ["one", None, None]  # as other keys, it is ignored
-
-
-def test_a_text_of_many_lines_is_no_list_of_captions(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n".join(map(str, range(101))), encoding="utf-8")
-    make_image(tmp_path / "a.png")
-    table = make_table(tmp_path, "image_directory", multi_caption=True, caption_extension=".txt")
-
-    with pytest.raises(DatasetError, match=r"a\.txt: 101 captions, at most 100 .* multi_caption"):
-        find_sources(table)
-
-
-@pytest.mark.parametrize("value", ['"two"', "[1]", '["\\u0000"]'])
-def test_captions_of_a_list_have_to_be_texts(tmp_path: Path, value: str) -> None:
-    (tmp_path / "list.jsonl").write_text(f'{{"image_path": "a.png", "captions": {value}}}', encoding="utf-8")
-
-    with pytest.raises(DatasetError, match="line 1: caption"):
-        find_sources(make_table(tmp_path, "image_jsonl_file", multi_caption=True))
 
 
 def test_further_captions_and_the_empty_prompt_have_files_that_others_ignore(tmp_path: Path) -> None:
@@ -222,16 +204,6 @@ def test_dropout_without_the_empty_prompt_names_the_command(tmp_path: Path) -> N
     assert not check_training(config, "toy", LATENT).ok
 
 
-def test_unfinished_further_captions_are_refused(tmp_path: Path) -> None:
-    config = make_dataset(tmp_path, "multi_caption = true", {"a": "one\ntwo"})
-    cache(config)
-    part = tmp_path / "cache" / "a_toy_te.caption2.safetensors"
-    part.rename(part.with_name(part.name + ".part"))
-
-    with pytest.raises(CacheError, match=r"unfinished, such as .*caption2"):
-        require_items(find_items(config, "toy", LATENT), COMMANDS)
-
-
 def test_the_choice_follows_the_rate_and_depends_on_seed_number_and_place_alone(tmp_path: Path) -> None:
     keys = "multi_caption = true\ncaption_dropout_rate = 0.25"
     config = make_dataset(tmp_path, keys, {"a": "one\ntwo", "b": "x"})
@@ -270,15 +242,3 @@ def test_wrong_values_are_refused(tmp_path: Path, line: str, allowed: str) -> No
         allowed = "for video tables"
     with pytest.raises(DatasetError, match=allowed):
         make_dataset(tmp_path, line, {})
-
-
-def test_a_table_overrides_general_with_an_empty_text(tmp_path: Path, caplog) -> None:
-    caplog.set_level(logging.WARNING)
-    path = tmp_path / "data.toml"
-    path.write_text(
-        '[general]\ntrigger_word = "T"\n[[datasets]]\nimage_directory = "a"\n'
-        '[[datasets]]\nimage_directory = "b"\ntrigger_word = ""\n',
-        encoding="utf-8",
-    )
-
-    assert [table.trigger_word for table in load_dataset_config(path).datasets] == ["T", ""]

@@ -90,16 +90,6 @@ def test_training_refuses_a_bad_cache_with_the_command_that_mends_it(
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_a_bad_cache_is_one_message_from_a_worker_process_too(project: Path, tmp_path: Path) -> None:
-    config = copy_data(project, tmp_path, cached=True)
-    truncated(project / "cache" / LATENTS, tmp_path / "cache" / LATENTS)
-    more = ["--dataset_config", config, "--output_dir", tmp_path / "out", "--max_data_loader_n_workers", 2]
-
-    code, said = run_here(*SHORT_TRAINING, *more, folder=project)
-
-    assert_one_message(code, said, LATENTS, "python wan_cache_latents.py")
-
-
 @pytest.mark.parametrize("name", [LATENTS, TEXT], ids=["latents", "text"])
 @pytest.mark.parametrize(
     "damage", ["truncated", "empty", "with a flipped bit", "code in a pickle", "the other kind"]
@@ -189,16 +179,6 @@ def test_a_clip_that_cannot_be_read_is_reported_and_all_others_are_cached(
     ]
     for path in (tmp_path / "cache").iterdir():
         load_file(path)
-
-
-def test_caches_of_a_clip_that_became_unreadable_are_kept(project: Path, tmp_path: Path) -> None:
-    config = copy_data(project, tmp_path, cached=True)
-    empty(project, tmp_path / "clips" / "clip 1.mp4")
-
-    code, said = run_here(*CACHE_LATENTS, "--dataset_config", config, folder=project)
-
-    assert_one_message(code, said, "clip 1.mp4", "0 bytes")
-    assert_same_tensors(tmp_path / "cache" / LATENTS, project / "cache" / LATENTS)
 
 
 def no_caption(folder: Path) -> None:
@@ -332,40 +312,6 @@ def test_a_contradictory_configuration_is_one_message(
 
     assert_one_message(code, said, "dataset.toml", *words, remedy=False)
     assert len(list((tmp_path / "cache").iterdir())) == 12
-
-
-def test_two_tables_cannot_share_a_cache_folder(project: Path, tmp_path: Path) -> None:
-    config = copy_data(project, tmp_path, cached=True)
-    text = config.read_text(encoding="utf-8")
-    config.write_text(text + "[[datasets]]" + text.split("[[datasets]]")[1], encoding="utf-8")
-
-    code, said = run_here(*CACHE_LATENTS, "--dataset_config", config, folder=project)
-
-    assert_one_message(code, said, "dataset.toml", "1 and 2 share the cache directory", tmp_path / "cache")
-
-
-def test_two_clips_cannot_have_one_cache_name(project: Path, tmp_path: Path) -> None:
-    config = copy_data(project, tmp_path, cached=True)
-    shutil.copy(tmp_path / "clips" / "clip 1.mp4", tmp_path / "clips" / "clip 1.mkv")
-
-    code, said = run_here(*CACHE_LATENTS, "--dataset_config", config, folder=project)
-
-    assert_one_message(code, said, "clip 1.mp4", "clip 1.mkv", "rename")
-    assert len(list((tmp_path / "cache").iterdir())) == 12
-
-
-@pytest.mark.parametrize("content", [None, b"# \xe9\n"], ids=["a folder", "Latin-1"])
-def test_a_configuration_that_is_no_text_says_so(
-    content: bytes | None, project: Path, tmp_path: Path
-) -> None:
-    if content is None:
-        (tmp_path / "dataset.toml").mkdir()
-    else:
-        (tmp_path / "dataset.toml").write_bytes(content)
-
-    code, said = run_here(*CACHE_LATENTS, "--dataset_config", tmp_path / "dataset.toml", folder=project)
-
-    assert_one_message(code, said, "dataset.toml")
 
 
 @pytest.mark.parametrize("more", [(), ("--check",)])

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from frame_pack.batches import HISTORY, _note_clips, _note_other_order
+from frame_pack.batches import HISTORY, _note_other_order
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
-from frame_pack.one_frame import OneFrame
 from modules.contract.data import Batch
 from modules.errors import CacheError
 from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
@@ -182,13 +181,6 @@ def a_picture(tensors: dict[str, Tensor]) -> None:
     del tensors["latents_clean_2x"], tensors["latents_clean_4x"]
 
 
-def a_picture_alone(tensors: dict[str, Tensor]) -> None:
-    """With a single frame as target."""
-    a_picture(tensors)
-    for name in ("latents", "latent_indices"):
-        tensors[name] = tensors[name][:, :, :1] if name == "latents" else tensors[name][:, :1]
-
-
 @pytest.mark.parametrize(
     ("is_f1", "change", "words"),
     [
@@ -210,36 +202,3 @@ def test_sections_of_the_other_order_are_told_once(
     found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(found) == bool(words)
     assert all(re.search(words, text) for text in found)
-
-
-@pytest.mark.parametrize(("change", "warnings"), [(None, 1), (a_picture_alone, 0)])
-def test_clips_in_a_training_of_pictures_are_told_once(
-    family: FramePack, change: Change | None, warnings: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    _note_clips.cache_clear()
-    one = batch() if change is None else changed(change)
-    for _ in range(2):
-        replace(family, one_frame=OneFrame()).batch_conditions(one.tensor("latents"), one)
-    assert caplog.text.count("--one_frame is given, but the caches hold sections of clips") == warnings
-
-
-def test_one_section_of_the_other_order_in_a_batch_is_noticed(
-    family: FramePack, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As caching that was stopped while it made all anew leaves them."""
-
-    def half(tensors: dict[str, Tensor]) -> None:
-        tensors["clean_latent_indices"] = torch.tensor([[0, 5], [0, 19]])
-        tensors["latent_indices"] = torch.tensor([[3, 4], [20, 21]])
-
-    _note_other_order.cache_clear()
-    one = changed(half)
-    family.batch_conditions(one.tensor("latents"), one)
-    assert "--f1 is not given" in caplog.text
-
-
-def test_what_else_a_cache_holds_is_left_alone(family: FramePack) -> None:
-    def more(tensors: dict[str, Tensor]) -> None:
-        tensors["latents_control"] = torch.zeros(2, 1)
-
-    assert "latents_control" not in family.batch_conditions(torch.zeros(2, 16, WINDOW, *AREA), changed(more))

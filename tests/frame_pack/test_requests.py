@@ -14,7 +14,7 @@ from frame_pack.family import LATENT, FramePack, family_for_generation, family_f
 from frame_pack.files import FramePackFiles
 from frame_pack.one_frame import OneFrame
 from frame_pack.options import FramePackGenerationOptions, FramePackTrainingOptions
-from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
+from frame_pack.requests import FramePackRequest, prepare_request
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
 from modules.errors import OptionError
@@ -78,13 +78,6 @@ def test_a_video_has_the_recorded_length(video: dict[str, Any], picture: Path) -
     )
 
 
-def test_a_request_says_what_the_metadata_of_outputs_tell(picture: Path) -> None:
-    video = settle(picture, {"video_sections": "2"}, window=3, f1=True, fps=24.0).own_metadata
-    said = {"latent_window_size": "3", "video_sections": "2", "f1": "True", "video_seconds": "0.833333"}
-    assert video == {"image_path": str(picture), **said}
-    assert "video_seconds" not in settle(picture, {"one_frame": "default"}).own_metadata
-
-
 def test_samples_say_frames_which_are_made_whole_sections(
     picture: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,10 +120,6 @@ def test_another_solver_follows_the_same_levels(picture: Path, solver: str) -> N
     released = settle(picture, solver="unipc")
     assert (request.solver, released.solver) == (solver, "unipc-bh1")
     assert request.flow_shift == released.flow_shift
-
-
-def test_a_flow_shift_that_is_given_counts(picture: Path) -> None:
-    assert settle(picture, flow_shift=3.0).flow_shift == 3.0
 
 
 @pytest.mark.parametrize("image", [(30, 90), (480, 270), (77, 78), (10, 400), (48, 32)], ids=str)
@@ -200,49 +189,6 @@ def test_what_cannot_be_made_is_said(picture: Path, said: dict[str, Any], messag
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"f1": True, "end_image_path": Path("end.png")}, "--end_image_path end.png is ignored because --f1"),
-        (
-            {"extra": {"one_frame": "default"}, "end_image_path": Path("end.png")},
-            "ignored because a single picture has no end",
-        ),
-        (
-            {"extra": {"control_image_path": "a.png"}},
-            "--control_image_path is ignored because it is for --one_frame_inference",
-        ),
-        (
-            {"control_path": Path("clip.mp4")},
-            "--control_path clip.mp4 is ignored because FramePack does not take it",
-        ),
-        (
-            {"prompt": "a;;;4:b", "extra": {"video_sections": "4"}},
-            "--prompt: 'b' for section 4 is ignored: no section takes it, of the 4",
-        ),
-        ({"prompt": "a;;;-5:b", "extra": {"video_sections": "4"}}, "'b' for section -5 is ignored"),
-        ({"prompt": "a;;;1:b;;;-1:c", "extra": {"video_sections": "2"}}, "'b' for section 1 is ignored"),
-        ({"prompt": "a;;;-1:b", "extra": {"one_frame": "default"}}, "'b' for section -1 is ignored"),
-    ],
-)
-def test_what_is_left_out_is_warned_about(
-    picture: Path, said: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    request = settle(picture, **said)
-    assert message in caplog.text
-    assert request.asked.end_image_path is None
-    assert request.asked.control_path is None
-    assert own(request).controls == ()
-    assert "control_image_path" not in request.own_metadata
-
-
-def test_a_text_for_sections_that_there_are_not_is_warned_about_once(
-    picture: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settle(picture, prompt="0:sits;;;5-9000:walks")
-    assert caplog.text.count("'walks' for section 5 is ignored") == caplog.text.count("is ignored") == 1
-
-
-@pytest.mark.parametrize(
     "option", ["image_path", "end_image_path", "control_image_path", "control_image_mask_path"]
 )
 def test_a_file_that_is_no_image_is_refused_by_its_option_before_anything_is_loaded(
@@ -261,63 +207,12 @@ def test_a_file_that_is_no_image_is_refused_by_its_option_before_anything_is_loa
         settle(picture, **said)
 
 
-@pytest.mark.parametrize(
-    ("paddings", "extra", "message"),
-    [
-        ((3, 2, 1, 0), {}, ""),
-        ((0,), {}, ""),
-        (
-            (3, 2, 1, 0, 5),
-            {},
-            "--latent_paddings 3,2,1,0,5: only the first 4 count, as there are no more sections",
-        ),
-        ((3, 2, 1, 0), {"video_sections": "2"}, "that played first has distance 2"),
-        ((1,), {"one_frame": "default"}, "--latent_paddings 1 is ignored because a single picture is made"),
-    ],
-)
-def test_distances_without_a_section_are_warned_about(
-    picture: Path,
-    paddings: tuple[int, ...],
-    extra: dict[str, str],
-    message: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    tell_unused_paddings(paddings, own(settle(picture, extra)))
-    assert (message in caplog.text) if message else not caplog.text
-
-
-@pytest.mark.parametrize(("sections", "warnings"), [("1", 0), ("3", 1)])
-def test_a_picture_says_that_it_has_no_sections(
-    picture: Path, sections: str, warnings: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    settle(picture, {"one_frame": "default", "video_sections": sections})
-    assert caplog.text.count(f"--video_sections {sections} is ignored") == warnings
-
-
-def test_more_masks_than_controls_are_warned_about(picture: Path, caplog: pytest.LogCaptureFixture) -> None:
-    both = f"{picture}\n{picture}"
-    settle(
-        picture, {"one_frame": "default", "control_image_path": str(picture), "control_image_mask_path": both}
-    )
-    assert "of 2 masks the last 1 are ignored because there are 1 control images" in caplog.text
-
-
 def test_texts_and_images_reach_their_sections(picture: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         request = settle(picture, {"video_sections": "4"}, prompt="0:sits;;;1-2:walks;;;-1:sleeps")
     assert caplog.text == ""
     assert texts(request) == ["sits", "walks", "walks", "sleeps"]
     assert own(request).images == (picture,) * 4
-
-
-def test_of_one_picture_only_the_first_text_counts(picture: Path) -> None:
-    request = settle(picture, {"one_frame": "default"}, prompt="sits;;;-1:sleeps")
-    assert texts(request) == ["sits"]
-
-
-def test_a_start_image_may_come_as_a_path(picture: Path) -> None:
-    asked = Request("a cat", 1, width=48, height=32, image_path=picture)
-    assert own(prepare_request(asked, USUAL, LATENT, 9, False, "")).images == (picture,) * 4
 
 
 def test_without_a_negative_prompt_a_sample_has_no_guidance_and_a_generation_an_empty_one(

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from modules.contract.loading import Placement
 from modules.errors import OptionError
 from networks import lora_framepack
-from tests.faults.messages import assert_one_message, run_here
-from tests.frame_pack.projects import CPU, OUTPUT, ProjectOf, generated_latents, sample_latents, train
+from tests.frame_pack.projects import CPU, ProjectOf, generated_latents, sample_latents
 from tests.parity.reference import relative_error
 
 NEAR = 1e-4  # of the largest value, float32: the LoRA is beside the weights in one, in them in the other
@@ -117,30 +116,3 @@ def test_a_line_without_of_is_a_picture_by_default(
     # a control without anything that is seen is the black frame that stands behind the controls by default,
     # at window + 1
     assert torch.equal(transparent, black)
-
-
-@pytest.mark.parametrize("left_out", ["--image_encoder", "--vae", "--text_encoder1", "--text_encoder2"])
-def test_an_encoder_that_samples_need_is_asked_for_before_anything_is_loaded(
-    left_out: str, project_of: ProjectOf, tmp_path: Path
-) -> None:
-    family, folder = project_of("framepack")
-    place = family.train.index(left_out)
-    command = family.train[:place] + family.train[place + 2 :]
-    (tmp_path / "prompts.txt").write_text(family.sample_line, encoding="utf-8")
-    samples = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 1)
-
-    words = (*command, *OUTPUT, "--output_dir", tmp_path, "--max_train_steps", 1, *samples)
-    code, said = run_here(*words, folder=folder)
-
-    assert_one_message(code, said, f"{left_out} is missing", remedy=False)
-    assert "Loading" not in said
-    assert "VAE:" not in said
-
-
-def test_both_kinds_of_order_at_once_are_said_not_to_go_together(
-    project_of: ProjectOf, tmp_path: Path
-) -> None:
-    family, folder = project_of("framepack one frame")
-    _, said = train(folder, family, tmp_path, "--f1")
-    assert "--f1 is ignored because --one_frame is given" in said
-    assert load_file(tmp_path / "lora.safetensors")

@@ -3,25 +3,16 @@ what is refused.
 """
 
 import json
-import shutil
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from frame_pack.family import family_for_training
-from frame_pack.options import FramePackTrainingOptions
-from modules.options import read_options
-from modules.parser import add_options
-from tests.faults.damage import flipped_data
 from tests.faults.messages import assert_one_message, run_here
-from tests.frame_pack.projects import FAST, OUTPUT, ProjectOf, train, write_project
-from tests.tiny.families import FAMILIES, TinyFamily
-from tests.tiny.framepack import write_tiny_framepack
-from training.options import read_arguments, training_parser
+from tests.frame_pack.projects import FAST, OUTPUT, ProjectOf, train
+from tests.tiny.families import TinyFamily
 
 TRAIN = "fpack_train_network.py"
 
@@ -79,57 +70,6 @@ def test_a_lora_says_what_it_was_trained_on(project_of: ProjectOf, tmp_path: Pat
     assert len(found["sshs_model_hash"]) == 64
 
 
-@pytest.mark.parametrize(
-    ("switches", "use"),
-    [
-        ([], "videos of FramePack"),
-        (["--f1"], "videos of FramePack-F1"),
-        (["--one_frame"], "single pictures"),
-        (["--f1", "--one_frame"], "single pictures"),  # with a warning, see frame_pack/options.py
-    ],
-)
-def test_what_a_lora_is_trained_for_is_told_apart(switches: list[str], use: str) -> None:
-    parser = training_parser("")
-    add_options(parser, FramePackTrainingOptions)
-    options = read_options(FramePackTrainingOptions, read_arguments(parser, switches))
-    assert family_for_training(options).metadata["trained_for"] == use
-
-
-def test_no_metadata_keeps_what_other_tools_need(project_of: ProjectOf, tmp_path: Path) -> None:
-    family, folder = project_of("framepack")
-    train(folder, family, tmp_path, "--no_metadata")
-
-    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
-        found = file.metadata()
-    kept = {name for name in found if name.startswith("ss_")}
-    assert "reelsmith_trained_for" not in found
-    assert kept == {
-        f"ss_{name}"
-        for name in ("base_model_version", "network_module", "network_dim", "network_alpha", "network_args")
-    }
-
-
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [((), torch.bfloat16), (("--save_precision", "float"), torch.float32)],
-    ids=["as the model", "asked for"],
-)
-def test_a_lora_has_the_dtype_of_the_transformer(
-    project_of: ProjectOf, tmp_path: Path, more: tuple[str, ...], expected: torch.dtype
-) -> None:
-    family, folder = project_of("framepack")
-    half = write_tiny_framepack(tmp_path / "model", torch.bfloat16).dit
-    tensors, _ = train(folder, family, tmp_path, "--dit", half, "--mixed_precision", "bf16", *more)
-
-    assert {tensor.dtype for tensor in tensors.values()} == {expected}
-    assert {name.split(".")[0] for name in tensors} >= {
-        "lora_unet_transformer_blocks_0_attn_add_q_proj",
-        "lora_unet_transformer_blocks_1_ff_context_net_0_proj",
-        "lora_unet_single_transformer_blocks_2_proj_mlp",
-    }
-    assert not any("norm" in name or "embedder" in name for name in tensors)
-
-
 def test_a_run_goes_on_from_a_lora_and_beside_another(project_of: ProjectOf, tmp_path: Path) -> None:
     """--network_weights with --dim_from_weights takes its ranks from the file; --base_weights are part of the
     frozen weights.
@@ -159,98 +99,8 @@ def test_a_run_goes_on_from_a_lora_and_beside_another(project_of: ProjectOf, tmp
     assert not same(beside, alone)
 
 
-@pytest.mark.slow  # four trainings; tests/modules has the parts
-def test_swapped_blocks_in_fp8_and_checkpointed_give_the_same_bits(
-    project_of: ProjectOf, tmp_path: Path
-) -> None:
-    family, folder = project_of("framepack f1")
-    blocks = write_tiny_framepack(tmp_path / "model", double_blocks=3, single_blocks=6).dit
-    usual = ("--dit", blocks, "--fp8_base", "--fp8_scaled", "--gradient_checkpointing")
-    expected, _ = train(folder, family, tmp_path / "plain", *usual, steps=2)
-
-    found, _ = train(
-        folder,
-        family,
-        tmp_path / "swapped",
-        *usual,
-        "--blocks_to_swap",
-        "4",
-        "--img_in_txt_in_offloading",
-        steps=2,
-    )
-
-    assert same(expected, found)
-    assert any(tensor.any() for name, tensor in found.items() if "lora_up" in name)
-    assert "at most 4" in refused(family, folder, "--dit", blocks, "--blocks_to_swap", 5)
-
-
 # --- caches
 # ------------------------------------------------------------------------------------------------------------
-
-
-def test_caches_of_hunyuan_video_are_named_where_those_of_framepack_are_missing(tmp_path: Path) -> None:
-    hunyuan, framepack = (
-        next(each for each in FAMILIES if each.name == name) for name in ("hunyuan_video", "framepack")
-    )
-    folder = write_project(tmp_path, hunyuan)
-    write_tiny_framepack(folder / "model")
-
-    said = refused(framepack, folder)
-
-    assert "no latent cache" in said
-    assert "clip 0_00000-001_0032x0032_hv.safetensors is for another model" in said
-    for word in (
-        "python fpack_cache_latents.py",
-        "python fpack_cache_text_encoder_outputs.py",
-        "--image_encoder",
-    ):
-        assert word in said
-
-
-@pytest.mark.parametrize(
-    ("name", "switch"), [("framepack f1", "--f1"), ("framepack one frame", "--one_frame")]
-)
-def test_the_command_for_missing_caches_makes_those_that_are_trained(
-    project_of: ProjectOf, tmp_path: Path, name: str, switch: str
-) -> None:
-    family, folder = project_of(name)
-    config = tmp_path / "dataset.toml"
-    text = (folder / "dataset.toml").read_text(encoding="utf-8")
-    config.write_text(text.replace("/cache", "/nowhere"), encoding="utf-8")
-
-    said = refused(family, folder, "--dataset_config", config)
-
-    (line,) = (line for line in said.splitlines() if "fpack_cache_latents.py" in line)
-    assert line.split()[-1] == switch
-
-
-def test_a_damaged_section_is_named_with_the_command_that_mends_it(
-    project_of: ProjectOf, tmp_path: Path
-) -> None:
-    family, folder = project_of("framepack")
-    shutil.copytree(folder / "cache", tmp_path / "cache")
-    text = (folder / "dataset.toml").read_text(encoding="utf-8")
-    config = tmp_path / "dataset.toml"
-    config.write_text(
-        text.replace(f"{folder.as_posix()}/cache", f"{tmp_path.as_posix()}/cache"), encoding="utf-8"
-    )
-    name = "clip 2_00000-009-0001_0032x0032_fp.safetensors"
-    flipped_data(folder / "cache" / name, tmp_path / "cache" / name)
-
-    words = (
-        *family.train,
-        *OUTPUT,
-        "--output_dir",
-        tmp_path / "out",
-        "--max_train_epochs",
-        1,
-        "--dataset_config",
-        config,
-    )
-    code, said = run_here(*words, folder=folder)
-
-    assert_one_message(code, said, name, "python fpack_cache_latents.py")
-    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_one_frame_learns_from_the_target_alone(project_of: ProjectOf, tmp_path: Path) -> None:

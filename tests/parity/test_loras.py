@@ -187,19 +187,6 @@ def test_a_merged_model_is_that_which_diffusers_fuses(
     assert_equal(latents, there(project, loaded(lora_of(project), 0.7)), "merged")
 
 
-def test_converting_there_and_back_changes_nothing(
-    tmp_path: Path, projects: Callable[[str], Project]
-) -> None:
-    project = projects("t2v")
-    back = convert(convert(lora_of(project), "other"), "default")
-
-    again, first = (
-        here(tmp_path / path.stem, project, "--lora_weight", path) for path in (back, lora_of(project))
-    )
-
-    assert_equal(again, first, "converted twice")
-
-
 def in_dialect(project: Project, dialect: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The trained LoRA as other tools write it, alpha / rank multiplied into the up factor."""
     stored, paths = load_file(lora_of(project)), linear_modules(project.dit)

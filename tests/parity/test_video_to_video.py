@@ -3,20 +3,13 @@
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
-import torch
-from diffusers import WanVideoToVideoPipeline
 from PIL import Image
 from torch import Tensor
 
-from blissful_tuner.video_to_video import first_step
-from modules.contract.source import Source
-from modules.flow.schedule import make_schedule
 from modules.media.writing import write_png
-from modules.seeds import derive_seed
 from tests.parity.reference import (
     Inputs,
     Sampling,
@@ -190,32 +183,3 @@ def test_an_image_is_made_from_an_image(tmp_path: Path, folder: Path, theirs: Th
             tmp_path / task, folder, task, *size, *say, "--i2i_path", picture, in_process=True
         )
         assert_equal(latents, expected, task)
-
-
-@pytest.mark.parametrize("steps", [1, 7, 20, 50])
-def test_the_steps_are_those_of_diffusers_pipeline(steps: int) -> None:
-    schedule = make_schedule("unipc", steps, 5.0)
-    pipe = SimpleNamespace(scheduler=SimpleNamespace(order=1, set_begin_index=lambda _: None))
-    for share in (0.1, 0.29, 0.3, 0.5, 0.58, 0.7, 0.8, 0.99, 1.0):
-        if int(steps * share) == 0:  # where theirs makes none, one is made here
-            continue
-        kept, _ = WanVideoToVideoPipeline.get_timesteps(pipe, steps, schedule.timesteps, share, "cpu")
-        ours = first_step(Source("video_path", Path("x.mp4"), share), schedule)
-        assert torch.equal(schedule.timesteps[ours:], kept), share
-
-
-def test_extra_noise_is_added_to_the_mixture(tmp_path: Path, folder: Path, theirs: Theirs) -> None:
-    """Its numbers are a stream of the seed's own, so the other noise stays the same."""
-    frames = write_frames(tmp_path / "clip", FRAMES, HEIGHT, WIDTH)
-    options = ("--video_path", tmp_path / "clip", "--sample_solver", "vanilla", "--v2v_denoise", 0.4)
-
-    def at(name: str, *more: object) -> Tensor:
-        return generate_one(tmp_path / name, folder, "t2v-1.3B", *SAY, *options, *more, in_process=True)
-
-    plain, none, some = at("a"), at("b", "--v2v_extra_noise", 0), at("c", "--v2_extra_noise", 0.1)
-    assert torch.equal(plain, none)
-    generator = torch.Generator().manual_seed(derive_seed("extra noise", SEED))
-    extra = 0.1 * torch.randn(16, 3, HEIGHT // 8, WIDTH // 8, generator=generator)
-    sampling = Sampling("vanilla", scales=(None,) * 2)
-    expected = from_video(theirs, encoded(theirs, frames), inputs_of(theirs), sampling, 4, extra)
-    assert_equal(some, expected, "extra noise")

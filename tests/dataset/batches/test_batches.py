@@ -1,7 +1,6 @@
 import dataclasses
 import os
 import random
-import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from dataset.batches.items import ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.validation_split import split_validation
-from dataset.cache.checks import MOST_KNOWN, CacheChecks
-from dataset.cache.files import parse_latent_name, write_tensors
+from dataset.cache.checks import CacheChecks
+from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable
 from modules.errors import CacheError
@@ -219,67 +218,6 @@ def test_an_edit_during_a_run_does_not_end_it(tmp_path: Path) -> None:
     assert len(read_batch(items, LATENT, COMMANDS, checks)) == 2
     with pytest.raises(CacheError, match=r"clip_0\.mp4 has changed"):
         read_batch(items, LATENT, COMMANDS, CacheChecks(started_ns=later))  # the next run
-
-
-def test_a_run_remembers_a_bounded_number_of_items() -> None:
-    checks = CacheChecks()
-    for index in range(MOST_KNOWN + 10):
-        checks.add(0, str(index))
-    assert checks.knows(0, str(MOST_KNOWN + 9))
-    assert not checks.knows(0, "3")
-    assert not checks.knows(1, str(MOST_KNOWN + 9))
-
-
-def test_an_item_takes_less_than_800_bytes(tmp_path: Path) -> None:
-    count = 5000
-    (tmp_path / "cache").mkdir()
-    for index in range(count):
-        for name in (f"clip_{index:08d}_00000-005_0032x0032_toy", f"clip_{index:08d}_toy_te"):
-            (tmp_path / "cache" / f"{name}.safetensors").touch()
-    table = make_table(tmp_path)
-    config = DatasetConfig(table.config_path, (table,))
-    find_items(config, "toy", LATENT)  # what is made once
-    tracemalloc.start()
-    try:
-        order = BatchOrder(find_items(config, "toy", LATENT).items, 0)
-        batches = order.epoch(0)
-        size, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(batches) == count
-    assert size < 800 * count
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("video", "a_b_00000-005_0032x0032_toy"),
-        ("video", "_00000-005_0032x0032_toy"),
-        ("video", "00000-005_0032x0032_toy"),
-        ("video", "a_0032x0032_toy"),
-        ("video", "0032x0032_toy"),
-        ("video", "a_00000-005-0001_0032x0032_toy"),
-        ("video", "a_00000-005_0032x0032_other_toy"),
-        ("video", "_toy"),
-        ("image", "a_0032x0032_toy"),
-        ("image", "_0032x0032_toy"),
-        ("image", "0032x0032_toy"),
-        ("image", "a_00000-005_0032x0032_toy"),
-        ("image", "a_0032x0032_toy_te"),
-        ("image", ".a_0032x0032_toy"),
-        ("image", "toy"),
-    ],
-)
-def test_an_item_is_what_its_file_name_says(tmp_path: Path, kind: str, name: str) -> None:
-    """Names are read by their ends here, by `parse_latent_name` elsewhere."""
-    table = dataclasses.replace(make_table(tmp_path), kind=kind)
-    table.cache_directory.mkdir()
-    said = parse_latent_name(f"{name}.safetensors", "toy", kind)
-    stem = "none" if said is None else said.stem
-    for file in (name, f"{stem}_toy_te"):
-        (table.cache_directory / f"{file}.safetensors").touch()
-    items = find_items(DatasetConfig(table.config_path, (table,)), "toy", LATENT).items
-    assert [(item.key, item.source_stem) for item in items] == ([] if said is None else [(name, stem)])
 
 
 def test_training_needs_no_sources(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from tests.dataset.captioning.making import (
     read_lines,
 )
 from tests.dataset.making import make_image
-from tests.faults.messages import assert_one_message, run_here
 
 HAND = "written by a person\n"
 
@@ -136,18 +135,6 @@ def test_overwriting_makes_own_captions_anew_but_not_edited_ones(tmp_path: Path,
     assert captions.pop("a") == "caption of mine"
     assert all(text.startswith("New: ") and text != f"New: {first[name]}" for name, text in captions.items())
     assert not list((tmp_path / "im ages").glob("*.bak"))
-
-
-def test_overwriting_all_keeps_each_hand_written_file_once(tmp_path: Path, server: FakeServer) -> None:
-    config = make_folder(tmp_path, {"a": HAND})
-    (tmp_path / "im ages" / "a.txt.bak").write_text("older", encoding="utf-8")
-    for _ in range(2):
-        run(config, server, "--overwrite_all")
-
-    folder = tmp_path / "im ages"
-    assert read_captions(tmp_path)["a"].startswith("caption")
-    backups = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.bak")}
-    assert backups == {"a.txt.bak": "older", "a.txt.2.bak": HAND}
 
 
 def test_an_interrupted_overwriting_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -361,40 +348,6 @@ def _written(folder: Path, is_list: bool) -> list[str]:
         waiting = (folder / ".list.jsonl.captions").read_text(encoding="utf-8").splitlines()
         texts += [json.loads(line)["caption"] for line in waiting if line.endswith("}")]
     return sorted({str(text) for text in texts if text is not None})
-
-
-def test_the_script_ends_with_2_and_0_as_it_says(tmp_path: Path) -> None:
-    config = make_folder(tmp_path)
-    code, said = run_here("tools/caption_dataset.py", "--dataset_config", config, folder=tmp_path)
-    assert_one_message(code, said, "--model or --api_base is missing")
-    assert code == 2
-
-    code, said = run_here(
-        "tools/caption_dataset.py", "--dataset_config", config, "--dry_run", folder=tmp_path
-    )
-    assert code == 0
-
-    missing = tmp_path / "no model"
-    words = ("--dataset_config", config, "--model", missing)
-    code, said = run_here("tools/caption_dataset.py", *words, folder=tmp_path)
-    assert_one_message(code, said, missing, "no such folder")
-    assert code == 1
-
-
-@pytest.mark.parametrize(
-    "words", [("--dry_run",), ("--edit_only", "--trigger_word", "zxc"), ("--model", "m")]
-)
-def test_tables_with_no_place_for_captions_are_refused_by_name(
-    words: tuple[str, ...], tmp_path: Path
-) -> None:
-    config = make_folder(tmp_path)
-    table = f"video_table_file = {str(tmp_path / 'clips.csv')!r}\ncache_directory = 'cache'"
-    config.write_text(f"{config.read_text(encoding='utf-8')}[[datasets]]\n{table}\n", encoding="utf-8")
-
-    with pytest.raises(
-        DatasetError, match=r"\[\[datasets\]\] 2 \(.*clips\.csv\): .*Use a configuration with"
-    ):
-        run(config, None, *words)
 
 
 class _Files(SimpleHTTPRequestHandler):

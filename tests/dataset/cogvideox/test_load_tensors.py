@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import cache_latents
-import fpack_cache_latents
 import wan_cache_latents
 from dataset.cache.files import read_header
 from dataset.cache.records import latent_record
@@ -19,7 +18,6 @@ from modules.errors import DatasetError, UserError
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
 from tests.dataset.cogvideox.making import NAMES, save, write_config, write_data
-from tests.tiny.framepack_encoders import siglip_tensors
 from tests.tiny.hunyuan_vae import write_vae
 from tests.tiny.wan_encoders import vae22_tensors, vae_tensors
 from wan.vae import load_vae as load_wan_vae
@@ -187,37 +185,3 @@ def test_another_vae_is_refused_by_name_before_anything_is_read(project: Path, t
     config = write_config(tmp_path, project / "wan", "load_tensors = true")
     with pytest.raises(DatasetError, match="has 32 channels, but this model's VAE has 96"):
         wan_cache_latents.main(["--dataset_config", str(config), "--vae", str(tmp_path / "wan22.pth")])
-
-
-def test_what_needs_frames_is_refused_by_name(project: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, project / "wan", "load_tensors = true")
-    with pytest.raises(DatasetError, match="load_tensors cannot be used: Wan's image-to-video caches hold"):
-        cache(project, "wan", config, "--i2v")
-    save_file(siglip_tensors(), tmp_path / "siglip.safetensors")
-    with pytest.raises(DatasetError, match="load_tensors cannot be used: FramePack learns sections"):
-        fpack_cache_latents.main(
-            [
-                *("--dataset_config", str(config), "--vae", str(project / "hv.safetensors")),
-                *("--image_encoder", str(tmp_path / "siglip.safetensors")),
-            ]
-        )
-    config = write_config(tmp_path, project / "wan", "load_tensors = true", "alpha_mask = true")
-    with pytest.raises(DatasetError, match="alpha_mask cannot be used with load_tensors"):
-        cache(project, "wan", config)
-
-
-def test_moments_of_first_frames_are_asked_for_only_if_they_are_needed(project: Path, tmp_path: Path) -> None:
-    root = write_data(tmp_path / "data", count=1)
-    save(torch.zeros(32, 2, 4, 4), root / "video_latents" / f"{NAMES[0]}.pt")
-    config = write_config(tmp_path, root, "load_tensors = true")
-    cache(project, "hv", config)
-    with pytest.raises(DatasetError, match=r"1 moments of first frames are missing.*\n.*image_latents.00000"):
-        cache(project, "hv", config, "--i2v")
-
-
-def test_moments_that_say_nothing_of_their_vae_are_used_with_a_warning(
-    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        cache(project, "wan", write_config(tmp_path, project / "wan", "load_tensors = true"))
-    assert "says which VAE made video_latents" in caplog.text

@@ -19,14 +19,12 @@ import prepare_dataset
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 import wan_train_network
-from dataset.sources.listing import find_sources
 from hunyuan_model.vae import load_vae as load_hunyuan_vae
 from modules.errors import DatasetError, OptionError, UserError
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
 from tests.dataset.cogvideox.making import (
     NAMES,
-    read_table,
     write_config,
     write_data,
     write_hunyuan_pipeline,
@@ -118,26 +116,6 @@ def test_the_moments_are_those_of_the_vae(family: str, models: Models, tmp_path:
             half = torch.load(tmp_path / "half" / record["video_latent"])
             assert half.dtype == torch.bfloat16
             assert (half.float() - moments).abs().mean() < 0.05 * moments.abs().mean()
-
-
-def test_what_is_written_is_read_back_in_three_forms(models: Models, tmp_path: Path) -> None:
-    output = tmp_path / "prepared"
-    encode(write_data(tmp_path / "data"), output, models["wan"])
-    records = [json.loads(line) for line in (output / "data.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [f'"{record["prompt"]}",{record["video"]}\n' for record in records]
-    (output / "data.csv").write_text("caption,video\n" + "".join(rows), encoding="utf-8")
-
-    for more in ((), ("load_tensors = true",)):
-        found = [
-            [
-                (one.path, one.caption, one.tensors)
-                for one in find_sources(read_table(tmp_path, output, *form, *more))
-            ]
-            for form in ((), ('dataset_file = "data.csv"',), ('dataset_file = "data.jsonl"',))
-        ]
-        assert found[0] == found[1] == found[2]
-        assert {caption for _, caption, _ in found[0]} == set(CAPTIONS[:3])
-        assert all((tensors is not None) == bool(more) for _, _, tensors in found[0])
 
 
 @pytest.mark.parametrize("family", ["wan", "hv"])
@@ -307,18 +285,6 @@ def test_a_changed_caption_or_clip_is_prepared_again_and_other_settings_are_refu
         run(output, output)
 
 
-def test_a_clip_that_cannot_be_read_is_reported_and_the_others_are_listed(tmp_path: Path) -> None:
-    data, output = write_data(tmp_path / "data"), tmp_path / "prepared"
-    (data / "videos" / f"{NAMES[1]}.mp4").write_bytes(b"no video")
-    with pytest.raises(DatasetError, match=r"1 of the clips could not be used.*\n.*00001\.mp4"):
-        run(data, output)
-    assert (output / "prompts.txt").read_text(encoding="utf-8") == f"{CAPTIONS[0]}\n{CAPTIONS[2]}\n"
-
-    (data / "videos" / f"{NAMES[1]}.mp4").unlink()
-    with pytest.raises(DatasetError, match=r"1 clips of --data_root .* do not exist"):
-        run(data, output)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -353,22 +319,3 @@ def test_what_does_not_work_is_refused_by_name_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         run(tmp_path / "data", tmp_path / "prepared", *given)
     assert not (tmp_path / "prepared").exists()
-
-
-def test_a_rerun_without_latents_keeps_them_until_their_clip_or_caption_changes(
-    models: Models, tmp_path: Path
-) -> None:
-    data, output = write_data(tmp_path / "data", count=1), tmp_path / "prepared"
-    encode(data, output, models["wan"])
-    whole = contents(output)
-
-    run(data, output)
-    assert contents(output) == whole
-
-    write_lists(data, ("another text",), [f"videos/{NAMES[0]}.mp4"])
-    run(data, output)
-    (record,) = map(json.loads, (output / "data.jsonl").read_text(encoding="utf-8").splitlines())
-    assert record["prompt_embed"] is None
-    assert record["video_latent"] is not None
-    encode(data, output, models["wan"])
-    assert contents(output).keys() == whole.keys()

@@ -149,23 +149,6 @@ source_fps = "auto"
     assert line["source"] == str(film)
 
 
-def test_what_is_static_black_or_short_is_kept_on_demand(film: Path, tmp_path: Path) -> None:
-    kept = ("--keep_static", "--keep_black", "--min_seconds", 0)
-
-    clips = run(film, tmp_path / "out", *kept, "--max_frames", 20)
-
-    lines = lines_of(tmp_path / "out")
-    assert [line["frames"] for line in lines] == [15, 15, 13, 13, 13, 12, 13, 12, 9]
-    assert len(clips) == len(lines)
-
-
-def test_a_film_without_clips_has_an_empty_list(tmp_path: Path) -> None:
-    film = write_film(tmp_path / "black.mp4", plain(0, 26), NTSC)
-
-    assert run(film, tmp_path / "out") == []
-    assert lines_of(tmp_path / "out") == []
-
-
 def test_equal_names_in_folders_give_different_names_of_clips(tmp_path: Path) -> None:
     lights = scene(1, 24)
     for name in ("film.mp4", "film.mkv", "day/film.mp4", "day_film.mp4"):
@@ -202,34 +185,6 @@ def test_a_second_run_does_nothing_and_keeps_what_users_changed(film: Path, tmp_
     run(film, output)
 
     assert state_of(output) == before
-
-
-def test_a_video_that_is_damaged_for_a_while_gets_its_lines_back(film: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    run(film, output)
-    first, whole, state = lines_of(output), film.read_bytes(), film.stat()
-    film.write_bytes(whole[:-100])
-    with pytest.raises(MediaError):
-        run(film, output)
-    assert lines_of(output) == []
-
-    film.write_bytes(whole)
-    os.utime(film, ns=(state.st_atime_ns, state.st_mtime_ns))
-    run(film, output)
-
-    assert lines_of(output) == first
-
-
-def test_a_list_of_another_name_gets_the_lines_of_clips_that_are_there(film: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    run(film, output)
-    first = (output / "clips.jsonl").read_bytes()
-
-    run(film, output, "--jsonl", tmp_path / "lists" / "all.jsonl")
-    assert (tmp_path / "lists" / "all.jsonl").read_bytes() == first
-    (output / "clips.jsonl").unlink()
-    run(film, output)
-    assert (output / "clips.jsonl").read_bytes() == first
 
 
 def test_changed_options_cut_anew_what_is_ours(

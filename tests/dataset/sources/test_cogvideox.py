@@ -61,14 +61,6 @@ def test_a_table_may_have_the_other_usual_columns(name: str, line: str, data: Pa
     assert (found.caption, found.path) == ("a red fox", data / "videos" / "00000.mp4")
 
 
-def test_the_token_stands_one_space_before_every_caption_and_behind_a_prefix(
-    data: Path, tmp_path: Path
-) -> None:
-    table = read_table(tmp_path, data, 'id_token = "BW_STYLE"', 'caption_prefix = "film."')
-
-    assert [one.caption for one in find_sources(table)] == [f"film. BW_STYLE {text}" for text in CAPTIONS[:3]]
-
-
 def test_lists_have_other_names_if_columns_say_so_and_blank_lines_are_dropped(
     data: Path, tmp_path: Path
 ) -> None:
@@ -80,18 +72,6 @@ def test_lists_have_other_names_if_columns_say_so_and_blank_lines_are_dropped(
     table = read_table(tmp_path, data, 'caption_column = "captions.list"', 'video_column = "clips.list"')
 
     assert [one.caption for one in find_sources(table)] == list(CAPTIONS[:3])
-
-
-def test_prompts_may_have_the_name_that_the_writer_gives_them(tmp_path: Path) -> None:
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "videos" / "a.mp4").touch()
-    write_lists(tmp_path, ("one",), ["videos/a.mp4"])
-    (tmp_path / "prompt.txt").rename(tmp_path / "prompts.txt")
-    assert [one.caption for one in find_sources(read_table(tmp_path, tmp_path))] == ["one"]
-
-    (tmp_path / "prompt.txt").write_text("two\n", encoding="utf-8")
-    with pytest.raises(DatasetError, match=r"has prompt\.txt and prompts\.txt; say with caption_column"):
-        find_sources(read_table(tmp_path, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -121,14 +101,6 @@ def test_what_is_wrong_is_named(
 
     with pytest.raises(DatasetError, match=words):
         find_sources(read_table(tmp_path, tmp_path, *lines))
-
-
-def test_all_missing_clips_are_listed_at_once(tmp_path: Path) -> None:
-    write_lists(tmp_path, ("one", "two", "three"), ["videos/a.mp4", "videos/b.mp4", "c.mp4"])
-    with pytest.raises(DatasetError) as error:
-        find_sources(read_table(tmp_path, tmp_path))
-
-    assert all(name in str(error.value) for name in ("3 clips", "a.mp4", "b.mp4", "c.mp4"))
 
 
 def test_tensors_are_beside_the_folder_of_clips_which_may_be_absent(tmp_path: Path) -> None:

@@ -70,19 +70,6 @@ def test_a_clip_too_short_says_so(tmp_path: Path) -> None:
     )
 
 
-def test_head_reads_no_more_than_it_needs(tmp_path: Path) -> None:
-    make_frames(tmp_path / "clip", 6)
-    (tmp_path / "clip" / "0005.png").write_bytes(b"broken")
-    (tmp_path / "list.jsonl").write_text(
-        f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}'
-    )
-    (source,) = find_sources(
-        make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), target_frames=(1, 5))
-    )
-
-    assert len(decode_source(source, 16.0).frames) == 5
-
-
 @pytest.mark.parametrize(
     ("keys", "bucket"),
     [
@@ -220,43 +207,6 @@ def test_pictures_too_small_are_named(tmp_path: Path) -> None:
         decode_source(source, 16.0)
 
 
-def test_crops_are_no_copies(tmp_path: Path) -> None:
-    """A minute of video is there once; what needs a copy makes one."""
-    make_frames(tmp_path / "clip", 3)
-    (tmp_path / "list.jsonl").write_text(
-        f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}'
-    )
-    (source,) = find_sources(
-        make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), frame_extraction="full")
-    )
-    decoded = decode_source(source, 16.0)
-
-    crop = decoded.crop((0, 1))
-
-    assert crop.dtype == np.uint8
-    assert np.shares_memory(crop, decoded.frames)
-    assert np.array_equal(crop[0], decoded.frames[0])
-
-
-@pytest.mark.parametrize("num_frames", [63, 64, 65, 150])
-def test_a_clip_of_any_length_is_gathered_whole(tmp_path: Path, num_frames: int) -> None:
-    """Memory is asked for in steps of 64 frames, and what was too much is given back."""
-    (tmp_path / "clip").mkdir()
-    for index in range(num_frames):
-        make_image(tmp_path / "clip" / f"{index:04d}.png", (16, 16), (index, 0, 0))
-    (tmp_path / "list.jsonl").write_text(
-        f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}'
-    )
-    table = make_table(
-        tmp_path, "video_jsonl_file", resolution=(16, 16), frame_extraction="full", max_frames=1000
-    )
-
-    decoded = decode_source(find_sources(table)[0], 16.0)
-
-    assert decoded.frames.shape == (num_frames, 16, 16, 3)
-    assert [int(frame[0, 0, 0]) for frame in decoded.frames] == list(range(num_frames))
-
-
 @pytest.mark.parametrize(
     ("size", "resolution"), [((32, 32), (32, 32)), ((64, 64), (32, 32)), ((16, 16), (32, 32))]
 )
@@ -279,9 +229,3 @@ def test_transparency_of_an_image_is_kept_beside_its_colours(
     assert with_alpha.alpha is not None
     assert np.array_equal(with_alpha.frames, without.frames)
     assert np.array_equal(with_alpha.alpha, resize_cover(np.ascontiguousarray(picture[..., 3]), resolution))
-
-
-def test_an_image_whose_alpha_hides_nothing_has_none(tmp_path: Path) -> None:
-    make_image(tmp_path / "pic.png", (32, 32), (1, 2, 3, 255))
-    table = make_table(tmp_path, "image_directory", resolution=(32, 32))
-    assert decode_source(find_sources(table)[0], 16.0).alpha is None

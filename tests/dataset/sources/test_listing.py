@@ -1,12 +1,10 @@
 """Which files a table means, their captions and their control media."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 
-from dataset.sources.control import ControlFolder
 from dataset.sources.listing import find_sources, missing_captions, require_captions
 from modules.errors import DatasetError
 from tests.dataset.making import make_table
@@ -62,23 +60,6 @@ def test_captions_lie_beside_their_files(tmp_path: Path) -> None:
     assert missing_captions(sources) == [f"{tmp_path / 'c.png'}: no c.txt beside it"]
     with pytest.raises(DatasetError, match="1 of 3 captions are missing"):
         require_captions(sources)
-
-
-def test_without_a_caption_extension_every_caption_is_missing(tmp_path: Path) -> None:
-    touch(tmp_path, "a.png")
-
-    assert (
-        "no caption_extension" in missing_captions(find_sources(make_table(tmp_path, "image_directory")))[0]
-    )
-
-
-def test_a_long_list_of_missing_captions_is_shortened(tmp_path: Path) -> None:
-    touch(tmp_path, *(f"{index:02d}.png" for index in range(30)))
-
-    with pytest.raises(DatasetError, match="30 of 30 captions") as caught:
-        require_captions(find_sources(make_table(tmp_path, "image_directory", caption_extension=".txt")))
-
-    assert "... and 10 more" in str(caught.value)
 
 
 def test_a_caption_in_another_encoding_is_refused(tmp_path: Path) -> None:
@@ -160,19 +141,6 @@ def test_control_images_that_do_not_fit_are_named(tmp_path: Path, names: list[st
 
     with pytest.raises(DatasetError, match=reason):
         find_sources(make_table(tmp_path, "image_directory", control_directory=control))
-
-
-def test_many_control_images_are_matched_in_a_moment(tmp_path: Path) -> None:
-    names = [f"pic_{index}.png" for index in range(6_000)]
-    control = tmp_path / "control"
-    touch(control, *names)
-    folder = ControlFolder(control, {Path(name).stem for name in names})
-
-    start = time.perf_counter()
-    found = [folder.for_image(Path(name).stem, 1)[0].name for name in names]
-
-    assert found == names
-    assert time.perf_counter() - start < 2  # looking at all files for each takes ten times as long
 
 
 def test_a_control_clip_is_the_same_name_or_a_folder_or_another_type(tmp_path: Path) -> None:

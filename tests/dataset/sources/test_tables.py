@@ -104,13 +104,6 @@ def test_several_captions_are_lines_or_a_list(tmp_path: Path) -> None:
     assert missing_captions([one]) == ['a.png: no "caption" in its row']
 
 
-def test_an_unknown_kind_of_table_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "t.xlsx"
-    path.touch()
-    with pytest.raises(DatasetError, match="tables are read from .parquet, .pq, .csv"):
-        find_sources(make_table(tmp_path, "image_directory", directory=None, table_file=path))
-
-
 def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:
     images = [make_image(tmp_path / f"{index}.png", colour=(index, 0, 0)) for index in range(5)]
     contents = [path.read_bytes() for path in images]

@@ -35,13 +35,6 @@ def test_folders_say_repeats_and_class(tmp_path: Path, caplog: pytest.LogCapture
     assert sorted(record.args[1].name for record in caplog.records) == ["0_off", "notes"]
 
 
-def test_a_folder_without_such_folders_is_refused(tmp_path: Path) -> None:
-    make_pictures(tmp_path, "a.png")
-
-    with pytest.raises(DatasetError, match="has no folder whose name begins with a number of repeats"):
-        folders_config(given("--train_data_dir", tmp_path, "--resolution", "64"))
-
-
 def test_a_json_names_pictures_and_their_captions(tmp_path: Path) -> None:
     pictures = make_pictures(tmp_path / "pics", "a.png", "b.jpg", "sub/a.png", "c.webp")
     elsewhere = make_pictures(tmp_path / "other", "d.png") / "d.png"

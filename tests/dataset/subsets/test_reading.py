@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from dataset.config import load_dataset_config
-from dataset.subset_keys import OTHER_NAMES, SUBSET_KEYS
 from dataset.subset_records import Augmentation, BucketRule, CaptionChanges
 from modules.errors import DatasetError
 from tests.dataset.subsets.making import load
@@ -136,19 +134,6 @@ def test_what_does_not_go_together_is_refused(
     assert said in faults(tmp_path, text, *words)
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("[[datasets]]\n[datasets.subsets]\nimage_dir = 'a'", "write [[datasets.subsets]]"),
-        ("[datasets]\n[[datasets.subsets]]\nimage_dir = 'a'", "write [[datasets]], once"),
-        ("[[datasets]]\n[[datasets.subset]]\nimage_dir = 'a'", "Did you mean subsets?"),
-        ("[[datasets]]\nsubsets = [3]", "[[datasets]] 1, subset 1 = 3 is not a table of keys"),
-    ],
-)
-def test_brackets_and_names_that_are_nearly_right_are_told(tmp_path: Path, text: str, said: str) -> None:
-    assert said in faults(tmp_path, text)
-
-
 def test_a_subset_needs_pictures(tmp_path: Path) -> None:
     assert "subset 1: image_dir, the folder of its pictures, is missing" in faults(
         tmp_path, "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nnum_repeats = 2"
@@ -173,17 +158,3 @@ def test_conditioning_pictures_are_masks_or_control_images(tmp_path: Path, is_ma
     assert (table.mask_directory, table.control_directory) == (
         (Path("c"), None) if is_masked else (None, Path("c"))
     )
-
-
-def test_the_options_defaults_are_the_keys_defaults(tmp_path: Path) -> None:
-    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'"
-
-    with_options = load(tmp_path, text).datasets
-
-    assert with_options == load_dataset_config(tmp_path / "data.toml").datasets
-    assert with_options[0].caption_extension == ".caption"
-
-
-def test_other_names_are_names_of_keys() -> None:
-    assert set(OTHER_NAMES.values()) <= SUBSET_KEYS.keys()
-    assert not OTHER_NAMES.keys() & SUBSET_KEYS.keys()
