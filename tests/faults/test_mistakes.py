@@ -251,7 +251,7 @@ TOGETHER = (
     wrong(GENERATIONS, "", "--save_path", "is missing", without=["--save_path"]),
     wrong(TRAININGS, "--log_with tensorboard", "--log_with tensorboard needs --logging_dir"),
     wrong(TRAININGS, "--gradient_checkpointing_cpu_offload", "add --gradient_checkpointing"),
-    wrong(TRAININGS, "--save_state_to_huggingface", "need --huggingface_repo_id"),
+    wrong(TRAININGS, "--save_state_to_huggingface", "needs --huggingface_repo_id"),
     wrong(TRAININGS, "--compile --dynamo_backend inductor", "Give either --compile"),
     wrong(TRAININGS, "--lr_scheduler piecewise_constant", "step_rules"),
     wrong(TRAININGS, "--lr_scheduler constant --lr_warmup_steps 10", "constant_with_warmup"),
