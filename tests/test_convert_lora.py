@@ -111,29 +111,6 @@ def test_a_framepack_lora_has_the_models_own_names_and_comes_back_the_same(tmp_p
         )
 
 
-def test_framepack_names_need_no_metadata(tmp_path: Path) -> None:
-    name = "transformer_blocks_0_ff_context_net_0_proj"
-    factors = {
-        "lora_down.weight": torch.ones(2, 3),
-        "lora_up.weight": torch.ones(3, 2),
-        "alpha": torch.tensor(2.0),
-    }
-    save_file(
-        {f"lora_unet_{name}.{part}": tensor for part, tensor in factors.items()},
-        tmp_path / "lora.safetensors",
-    )
-
-    convert(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
-    convert(tmp_path / "other.safetensors", tmp_path / "back.safetensors", "default")
-
-    paths = [
-        f"transformer.transformer_blocks.0.ff_context.net.0.proj.lora_{factor}.weight" for factor in "AB"
-    ]
-    assert sorted(load_file(tmp_path / "other.safetensors")) == paths
-    back = load_file(tmp_path / "back.safetensors")
-    assert all(torch.equal(back[f"lora_unet_{name}.{part}"], tensor) for part, tensor in factors.items())
-
-
 @pytest.mark.slow
 def test_the_script_runs_from_any_folder_and_explains_a_wrong_file(tmp_path: Path, saved: Path) -> None:
     run_script(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -136,34 +135,3 @@ def test_a_video_that_starts_from_another_skips_too(tmp_path: Path) -> None:
     more = (*start, "--save_path", "out", "--magcache_calibration")
     code, said = run_here(*family.generate, *SIZE, *more, folder=tmp_path)
     assert_one_message(code, said, "--magcache_calibration measures all steps", "leave out --video_path")
-
-
-def test_prompt_lines_change_it_and_the_next_prompt_is_plain_again(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = {
-        seed: project.one(tmp_path / f"plain {seed}", "--guidance_scale", 1, "--seed", seed)[0]
-        for seed in (6, 7)
-    }
-    lines = iter(["a cat --d 6 --mct 100 --mck 2 --mcrr 0.5", "a cat --d 7 --mct 0", "a cat --d 8 --tct 1"])
-
-    def answer(_: str) -> str:
-        for line in lines:
-            return line
-        raise EOFError
-
-    monkeypatch.setattr("builtins.input", answer)
-    _, said = project.generate(tmp_path / "typed", "--guidance_scale", 1, *RATIOS, "--interactive")
-    paths = {seed: next((tmp_path / "typed").glob(f"*_{seed}_latent.safetensors")) for seed in (6, 7, 8)}
-    assert torch.equal(load_file(paths[7])["latent"], plain[7])
-    assert not torch.equal(load_file(paths[6])["latent"], plain[6])
-    sections = 2 if "framepack" in project.family.name else 1
-    assert SKIPPED.search(said) is not None
-    assert skipped_in(said) == (2 * sections, STEPS * sections)  # c c c c s s c c
-    assert "--tct 1 is ignored because --teacache_threshold is not given" in said
-    with safe_open(paths[6], "pt") as file:
-        metadata = file.metadata()
-    assert metadata["bt_magcache_threshold"] == "100.0"
-    assert metadata["bt_magcache_k"] == "2"
-    assert metadata["bt_magcache_retention_ratio"] == "0.5"
-    assert metadata["bt_magcache_mag_ratios"].startswith("1.0 0.99 0.99")

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -50,25 +49,6 @@ def test_what_only_the_family_reads_is_said_too() -> None:
     extra = {"video_sections": "4", "one_frame": "default"}
     found = output_metadata(replace(REQUEST, own_metadata=extra), {})
     assert (found["bt_video_sections"], found["bt_one_frame"]) == ("4", "default")
-
-
-def test_settings_are_said_as_they_are_typed() -> None:
-    settings = {"te_multiplier": ("1.2", "a b"), "bulk_decode": True, "latent_paddings": None}
-    found = output_metadata(REQUEST, {}, settings=settings)
-    assert (found["bt_te_multiplier"], found["bt_bulk_decode"], found["bt_fps"]) == (
-        "1.2 'a b'",
-        "True",
-        "16",
-    )
-    assert "bt_latent_paddings" not in found
-
-
-def test_decoding_passes_on_what_is_known_and_says_anew_what_it_is_decoded_with() -> None:
-    saved = {"bt_prompt": "a cat", "seeds": "7", "bt_bulk_decode": "True", "bt_vae": "old.pt", "bt_fps": "16"}
-    found = read_decoded_metadata(
-        saved, {"vae": Path("m/new.pt"), "dit": Path("other")}, {"vae", "bulk_decode"}, 24.0
-    )
-    assert found == {"bt_prompt": "a cat", "seeds": "7", "bt_vae": "new.pt", "bt_fps": "24"}
 
 
 def test_a_latent_file_says_it_in_both_spellings_and_pixels_in_one() -> None:

@@ -40,26 +40,3 @@ def test_only_the_beginning_of_a_damaged_file_is_read_if_that_is_asked_for(tmp_p
     assert files_in(output / "frames") == {"000000.png", "000001.png"}
     assert_one_message(*whole, "a.mkv", "cut short", remedy=False)
     assert not (tmp_path / "all").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--input", "a.mp4"), "frames exists already. Move it away"),
-        (("--input", "no.mp4"), "no.mp4 does not exist"),
-        (("--input", "frames"), "is a folder. Give a video"),
-        (("--input", "a.mp4", "--num_frames", "0"), "--num_frames 0: must be at least 1"),
-    ],
-)
-def test_what_cannot_be_is_refused_and_touches_nothing(
-    words: tuple[str, ...], message: str, tmp_path: Path
-) -> None:
-    write_clip(tmp_path / "a.mp4", frames=2)
-    (tmp_path / "frames").mkdir()
-    (tmp_path / "frames" / "mine.txt").write_text("mine", encoding="utf-8")
-
-    code, said = run_here(SCRIPT, *words, folder=tmp_path)
-
-    assert_one_message(code, said, message)
-    assert files_in(tmp_path) == {"a.mp4", "frames"}
-    assert files_in(tmp_path / "frames") == {"mine.txt"}

@@ -136,11 +136,6 @@ def test_texts_draw_in_their_order_with_one_generator(folder: Path) -> None:
     assert f"{found['prompt']}{found['prompt_2']}" == expand(folder, "__color__ " * 10, 3)
 
 
-def test_a_wildcard_that_draws_itself_is_refused(folder: Path) -> None:
-    with pytest.raises(OptionError, match=r"loop.txt, line 1 .* more than 50 times"):
-        expand(folder, "__loop__")
-
-
 @pytest.mark.parametrize(
     "key",
     [

@@ -2,13 +2,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
-import pytest
-
 from dataset.batches.finding import CachingCommands
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.reports import conclude
 from dataset.check import check_media, check_texts, check_training
-from modules.errors import DatasetError, OptionError
+from modules.errors import OptionError
 from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
@@ -122,49 +119,3 @@ def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> Non
         assert part in text
     assert result.lines[-1] == "Something is wrong: see above. Faults: 4. Remarks above: 4."
     assert result.exit_code == 1
-
-
-def test_a_table_without_an_item_is_a_fault_of_checking_and_caching(tmp_path: Path) -> None:
-    config = make_config(tmp_path, clips=(9, 7), target_frames=(97,))
-
-    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
-
-    assert result.exit_code == 1
-    assert "not one of its 2 videos gives an item" in "\n".join(result.lines)
-    for _ in range(2):  # from the frames, then from nothing
-        report = cache_media(ToyFamily(), config, options())
-        with pytest.raises(DatasetError, match="not one of the 2 sources gives an item"):
-            conclude(report)
-
-
-def test_captions_that_are_not_utf8_are_told_before_clips_are_encoded(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = make_config(tmp_path, clips=(9, 9, 9))
-    for number in (0, 2):
-        (tmp_path / f"clip_{number}.txt").write_bytes("Käse auf der Straße".encode("cp1252"))
-
-    cache_media(ToyFamily(), config, options())
-
-    (said,) = [line for line in caplog.messages if "captions cannot be used" in line]
-    assert said.startswith("2 captions")
-    assert "clip_0.txt" in said
-    assert "clip_2.txt" in said
-
-
-def test_a_wrong_rate_is_a_fault_of_checking_and_a_warning_of_caching(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = make_config(tmp_path, clips=(9, 9), source_fps=60.0)
-
-    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
-
-    assert result.exit_code == 1
-    said = "24 frames a second; source_fps says 60: the model sees it at 2.5 times its speed"
-    assert said in "\n".join(result.lines)
-    cache_media(ToyFamily(), config, options())
-    assert said in caplog.text
-    for rate in (24.0, 24.02, "auto", None):
-        table = dataclasses.replace(config.datasets[0], source_fps=rate)
-        right = dataclasses.replace(config, datasets=(table,))
-        assert check_media(ToyFamily(), right, workers=1, skip_existing=False).ok

@@ -117,48 +117,11 @@ def test_json_has_the_same_structure_and_null_counts_as_absent(tmp_path: Path) -
     assert (table.cache_directory, table.target_frames) == (Path("c"), (1, 9))
 
 
-@pytest.mark.parametrize(
-    ("given", "rounded", "warns"),
-    [([10, 25], (9, 25), True), ([9, 10], (9,), True), ([25, 1, 1], (1, 25), False)],
-)
-def test_target_frames_become_4n_plus_1(
-    tmp_path: Path, caplog, given: list[int], rounded: tuple[int, ...], warns: bool
-) -> None:
-    (table,) = tables(tmp_path, f'[[datasets]]\nvideo_directory = "v"\ntarget_frames = {given}')
-
-    assert table.target_frames == rounded
-    assert ("4n + 1" in caplog.text) == warns
-
-
 def test_a_uniform_sample_of_one_is_head(tmp_path: Path, caplog) -> None:
     (table,) = tables(tmp_path, '[[datasets]]\nvideo_directory = "v"\nframe_extraction = "uniform"')
 
     assert table.frame_extraction == "head"
     assert 'the same as "head"' in caplog.text
-
-
-def test_no_upscale_needs_buckets(tmp_path: Path) -> None:
-    (table,) = tables(tmp_path, '[[datasets]]\nimage_directory = "a"\nbucket_no_upscale = true')
-
-    assert not table.bucket_no_upscale
-
-
-def test_a_table_can_be_held_back_for_validation(tmp_path: Path) -> None:
-    first, second = tables(
-        tmp_path,
-        '[[datasets]]\nimage_directory = "a"\n[[datasets]]\nimage_directory = "b"\nvalidation = true',
-    )
-
-    assert (first.validation, second.validation) == (False, True)
-
-
-def test_control_directory_beside_a_list_is_ignored_with_a_warning(tmp_path: Path, caplog) -> None:
-    (table,) = tables(
-        tmp_path, '[[datasets]]\nimage_jsonl_file = "a.jsonl"\ncache_directory = "c"\ncontrol_directory = "d"'
-    )
-
-    assert table.control_directory is None
-    assert "control_directory is ignored" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -198,39 +161,6 @@ def test_a_mistake_is_named_with_its_place_value_and_remedy(
 
     for part in [str(tmp_path / "data.toml"), "[[datasets]] 2", *parts]:
         assert part in text
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("", "there is no [[datasets]] table"),
-        (
-            'dataset = 1\n[[datasets]]\nimage_directory = "a"',
-            "unknown key dataset = 1. Did you mean datasets?",
-        ),
-        (
-            '[general]\ntarget_frames = [1]\n[[datasets]]\nvideo_directory = "a"',
-            "is allowed only in a [[datasets]] table",
-        ),
-        (
-            '[general]\nresolutoin = 1\n[[datasets]]\nvideo_directory = "a"',
-            "[general]: unknown key resolutoin = 1. Did you mean resolution?",
-        ),
-        ('[general]\nbatch_size = "1"\n[[datasets]]\nvideo_directory = "a"', '[general]: batch_size = "1"'),
-        ("[[datasets]]\nbatch_size = 1", "the source of its items is missing"),
-        ('[[datasets]]\nvideo_dir = "v"', "Did you mean video_directory?"),
-        ('[[datasets]]\nvideo_jsonl_file = "a.jsonl"', "cache_directory is required with video_jsonl_file"),
-        ('[[datasets]]\nimage_directory = "a"\nbatch_size = 1\nbatch_size = 2', "is not valid TOML"),
-        ('[[datasets]]\nimage_directory = "C:\\data"', "forward slashes or single quotes"),
-        (
-            '[[datasets]]\nimage_directory = "a"\n[[datasets]]\nvideo_directory = "b"\ncache_directory = '
-            '"./a"',
-            "1 and 2 share the cache directory",
-        ),
-    ],
-)
-def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, text: str, part: str) -> None:
-    assert part in problem(tmp_path, text)
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:

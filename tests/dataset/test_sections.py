@@ -14,10 +14,9 @@ from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.check import check_media
 from dataset.config import DatasetConfig
-from modules.contract.data import MediaTable
 from modules.errors import CacheError, DatasetError
 from tests.dataset.caching.test_loop import change, make_config, names
-from tests.dataset.making import make_clip, make_image, make_table
+from tests.dataset.making import make_clip, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
 COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
@@ -74,34 +73,6 @@ def test_the_keys_of_sections_make_files_again(tmp_path: Path, caplog: pytest.Lo
     assert "fp_latent_window_size was 2, is now 9" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("present", "grid", "kept"),
-    [
-        ((0, 1, 2), (2, 4, 4), 3),
-        ((0, 2), (2, 4, 4), 0),  # one is missing
-        ((0, 1), (2, 4, 4), 0),  # the last one is
-        ((0, 1, 2, 3), (2, 4, 4), 0),  # one too many
-        ((0, 1, 2), (9, 4, 4), 0),  # of another window
-        ((0, 1, 2), (2, 4, 6), 0),  # of another size
-        ((None,), (2, 4, 4), 0),  # not cut into sections
-    ],
-)
-def test_skip_existing_keeps_sections_of_other_programs_where_all_are_there(
-    tmp_path: Path, present: tuple[int | None, ...], grid: tuple[int, int, int], kept: int
-) -> None:
-    config = make_config(tmp_path, clips=(5,), fp_latent_window_size=2)
-    (tmp_path / "cache").mkdir()
-    for section in present:
-        name = "clip_0_00000-005_0032x0032_toy.safetensors" if section is None else section_names(4)[section]
-        tensor = {f"latents_{'x'.join(map(str, grid))}_bfloat16": torch.zeros(2, *grid)}
-        write_tensors(tmp_path / "cache" / name, tensor, {"architecture": "toy"})
-
-    report = cache_media(ToyFamily(sections=3), config, options(skip_existing=True))
-
-    assert (report.kept, report.foreign, report.written) == (kept, kept, 3 - kept)
-    assert names(tmp_path) == section_names(3)
-
-
 def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     family = ToyFamily(refuses="it is no good")
@@ -114,42 +85,6 @@ def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_
 
 
 # What families are told
-
-
-def test_families_are_told_what_the_table_says(tmp_path: Path) -> None:
-    for name, colour in {"pic": (1, 2, 3, 128), "other": (1, 2, 3)}.items():
-        make_image(tmp_path / f"{name}.png", colour=colour)
-    (tmp_path / "control").mkdir()
-    for name in ("pic_0", "pic_1", "other_0", "other_1"):
-        make_image(tmp_path / "control" / f"{name}.png", colour=(1, 2, 3, 4))
-    keys = {
-        "fp_latent_window_size": 3,
-        "fp_1f_clean_indices": (0, 10),
-        "fp_1f_target_index": 5,
-        "fp_1f_no_post": True,
-    }
-    table = make_table(
-        tmp_path,
-        "image_directory",
-        resolution=(32, 32),
-        control_directory=tmp_path / "control",
-        batch_size=2,
-        **keys,
-    )
-    family = ToyFamily()
-
-    cache_media(family, DatasetConfig(table.config_path, (table,)), options())
-
-    told = MediaTable(
-        table.name, "image", has_control=True, window=3, clean_indices=(0, 10), target_index=5, has_post=False
-    )
-    assert [media.table for media in family.media] == [told, told]
-    # an image with alpha is in no batch with one that has none
-    by_key = {media.keys: media for media in family.media}
-    assert by_key[("other_0032x0032_toy",)].alpha is None
-    alpha = by_key[("pic_0032x0032_toy",)].alpha
-    assert alpha is not None
-    assert (alpha.shape, alpha.dtype, alpha.unique().tolist()) == ((1, 32, 32), torch.uint8, [128])
 
 
 def test_items_of_a_batch_keep_their_own_alpha(tmp_path: Path) -> None:
@@ -168,27 +103,6 @@ def test_items_of_a_batch_keep_their_own_alpha(tmp_path: Path) -> None:
 
 
 # Training
-
-
-def test_a_missing_section_is_named_with_the_command(tmp_path: Path) -> None:
-    config = cached(tmp_path)
-    (tmp_path / "cache" / section_names(3)[1]).unlink()
-    item = find_items(config, "toy", LATENT).items[0]
-    reason = (
-        r"-0000_0032x0032_toy.safetensors: 3 files of its clip belong together, 2 are there.*python "
-        r"cache_latents"
-    )
-    with pytest.raises(CacheError, match=rf"(?s){reason}"):
-        read_batch([item], LATENT, COMMANDS)
-
-
-def test_sections_of_another_window_are_named_with_the_command(tmp_path: Path) -> None:
-    config = change(cached(tmp_path), fp_latent_window_size=9)
-    item = find_items(config, "toy", LATENT).items[0]
-    with pytest.raises(
-        CacheError, match=r"(?s)fp_latent_window_size was 2, is now 9 in .*data\.toml.*python cache_latents"
-    ):
-        read_batch([item], LATENT, COMMANDS)
 
 
 def test_sections_of_other_programs_are_as_long_as_the_window(tmp_path: Path) -> None:

@@ -19,11 +19,9 @@ from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry
 from dataset.cache.records import latent_record, text_records
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.reports import conclude
 from dataset.check import check_media
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.contract.data import LOSS_MASK
-from modules.errors import DatasetError
 from tests.dataset.making import make_clip, make_image
 from tests.dataset.serving import Site, site
 from tests.dataset.toy_family import LATENT, ToyFamily, options
@@ -184,32 +182,6 @@ def test_a_rerun_needs_no_download_and_a_changed_caption_makes_its_text_only(
 
     assert len(site.asked) == asked
     assert family.text[0].calls == ["new"]
-
-
-def test_a_cut_tar_and_a_missing_address_cost_only_what_they_hold(tmp_path: Path, site: Site) -> None:
-    rows = make_media(site.folder, "image")
-    tar = make_tar(tmp_path / "t.tar", site.folder)
-    config = config_of(tmp_path, "cache", {"image_tars": str(tar)})
-    assert cache_media(ToyFamily(), config, options()).written == 3
-    cache_texts(ToyFamily(), config, options())
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[: whole.index("ü.png".encode()) + 600])
-
-    for cache in (cache_media, cache_texts):
-        report = cache(ToyFamily(), config, options())
-        assert (report.kept, report.removed) == (2, 0)  # what was made from the rest is not lost
-        with pytest.raises(DatasetError, match=r"1 of the sources .*\n.*it is cut .* 2 samples before"):
-            conclude(report)
-    assert not check_media(ToyFamily(), config, 1, False).ok
-
-    addresses = [{"url": f"{site.url}/{row['file_name']}", "caption": "c"} for row in rows]
-    addresses.append({"url": f"{site.url}/gone.png?key=secret", "caption": "c"})
-    pq.write_table(pa.Table.from_pylist(addresses), tmp_path / "urls.parquet")
-    keys = {"image_table_file": str(tmp_path / "urls.parquet"), "allow_urls": True}
-    report = cache_media(ToyFamily(), config_of(tmp_path, "urls", keys), options())
-    assert report.written == 3
-    with pytest.raises(DatasetError, match=r"gone.png\?... cannot be downloaded: the site answers 404"):
-        conclude(report)
 
 
 def test_masks_and_control_images_come_from_columns_and_from_tars(tmp_path: Path, site: Site) -> None:

@@ -19,7 +19,7 @@ from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import text_records
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.check import check_texts, check_training
+from dataset.check import check_training
 from dataset.config import DatasetConfig
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
@@ -151,15 +151,6 @@ def test_the_first_pass_leaves_an_unfinished_file_that_the_next_run_finishes(tmp
     assert_whole(config, tmp_path)
 
 
-def test_an_unfinished_file_of_another_caption_is_made_again(tmp_path: Path) -> None:
-    config = stopped(tmp_path)
-    (tmp_path / "clip_1.txt").write_text("another text", encoding="utf-8")
-    family = two()
-    cache_texts(family, config, options())
-    assert calls(family) == [["another text"]] * 2
-    assert_whole(config, tmp_path)
-
-
 def test_a_changed_caption_leaves_the_old_file_whole_until_the_new_one_is(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     cache_texts(two(), config, options())
@@ -188,48 +179,6 @@ def half(path: Path, caption: str = "clip number 0") -> None:
     path.parent.mkdir(exist_ok=True)
     tensors = {"llm_float32": torch.full((3, 2), 7.0), "llm_mask": torch.ones(3, dtype=torch.int64)}
     write_tensors(path, tensors, {"architecture": "toy", "caption1": caption, "format_version": "1.0.1"})
-
-
-@pytest.mark.parametrize("skip_existing", [True, False])
-def test_a_half_file_of_another_program_is_completed(tmp_path: Path, skip_existing: bool) -> None:
-    config = make_config(tmp_path, clips=(9,))
-    half(cache(tmp_path) / FILES[0])
-    family = two()
-    report = cache_texts(family, config, options(skip_existing=skip_existing))
-    assert (report.kept, report.foreign, report.written) == ((0, 1, 1) if skip_existing else (0, 0, 1))
-    assert calls(family) == [[] if skip_existing else ["clip number 0"], ["clip number 0"]]
-    entry = read_entry(cache(tmp_path) / FILES[0])
-    assert set(entry.tensors) == KEYS
-    assert float(entry.tensors["llm"][0, 0]) == (7.0 if skip_existing else 13.0)
-    assert names(tmp_path) == [FILES[0]]
-    again = two()
-    report = cache_texts(again, config, options(skip_existing=skip_existing))
-    assert (report.kept, report.foreign) == (1, int(skip_existing))
-    assert calls(again) == [[], []]
-
-
-@pytest.mark.parametrize("keep_cache", [False, True])
-def test_unfinished_files_of_sources_that_are_gone_are_removed(tmp_path: Path, keep_cache: bool) -> None:
-    config = stopped(tmp_path)
-    (tmp_path / "clip_1.mp4").unlink()
-    stray = cache(tmp_path) / f".{PARTS[0]}.0123abcd.tmp"
-    stray.write_bytes(b"left by a kill")
-    os.utime(stray, (0, 0))
-    mine = cache(tmp_path) / "notes_toy_te.safetensors.part"
-    write_tensors(mine, {"lora_down.weight": torch.ones(2)}, {})
-    assert cache_texts(two(), config, options(keep_cache=keep_cache)).removed == (0 if keep_cache else 1)
-    kept = [stray.name, FILES[0], PARTS[1]] if keep_cache else [FILES[0]]
-    assert names(tmp_path) == [*kept, mine.name]
-
-
-def test_checking_counts_what_stands_in_unfinished_files_and_writes_nothing(tmp_path: Path) -> None:
-    config = stopped(tmp_path)
-    before = {path.name: path.read_bytes() for path in cache(tmp_path).iterdir()}
-    lines = check_texts(two(), config, skip_existing=False).lines
-    assert "  caches of llm: 2 are valid, 0 captions need encoding" in lines
-    assert "  caches of clipL: 1 are valid, 1 captions need encoding" in lines
-    check_texts(two(llm="second"), config, skip_existing=False)
-    assert {path.name: path.read_bytes() for path in cache(tmp_path).iterdir()} == before
 
 
 # --- training

@@ -86,16 +86,6 @@ def test_a_site_that_cannot_continue_sends_the_whole_file_again(hub: FakeHub, tm
     assert (tmp_path / "weights.bin").read_bytes() == DATA
 
 
-def test_a_busy_site_is_asked_again(hub: FakeHub, tmp_path: Path) -> None:
-    hub.busy = 3
-    waited: list[float] = []
-
-    _fetch(hub, tmp_path / "weights.bin", waited)
-
-    assert (tmp_path / "weights.bin").read_bytes() == DATA
-    assert waited == [2.0, 4.0, 8.0]
-
-
 class TooManyWaitsError(Exception):
     pass
 
@@ -174,16 +164,6 @@ def test_damaged_data_are_loaded_once_more_and_never_get_the_name(
     assert not [name for name in _left(tmp_path) if not name.endswith(".lock")]
 
 
-def test_a_partial_file_with_other_bytes_is_found_out_by_its_checksum(hub: FakeHub, tmp_path: Path) -> None:
-    remote = find_on_hub(FILE, hub.address)
-    partial_path(remote, tmp_path / "weights.bin").write_bytes(b"\0" * 1000)
-
-    download_file(remote, tmp_path / "weights.bin")
-
-    assert (tmp_path / "weights.bin").read_bytes() == DATA
-    assert hub.sent_ranges() == ["bytes=1000-", None]
-
-
 def test_two_runs_at_once_load_the_file_once(hub: FakeHub, tmp_path: Path) -> None:
     remote = find_on_hub(FILE, hub.address)
     hub.requests.clear()
@@ -196,34 +176,6 @@ def test_two_runs_at_once_load_the_file_once(hub: FakeHub, tmp_path: Path) -> No
     assert (tmp_path / "weights.bin").read_bytes() == DATA
     assert hub.sent_ranges() == [None]
     assert _left(tmp_path) == ["weights.bin"]
-
-
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
-        (401, r"refused \(401\).*Accept the licence.*\n.*token"),
-        (403, r"refused \(403\).*Accept the licence.*\n.*token"),
-        (404, "has no file folder/weights.bin"),
-        (500, "answers 500"),
-    ],
-)
-def test_an_answer_that_is_no_file_says_what_to_do(hub: FakeHub, status: int, words: str) -> None:
-    hub.status["owner/name"] = status
-
-    with pytest.raises(DownloadError, match=f"(?s){hub.address}/owner/name.*{words}"):
-        find_on_hub(FILE, hub.address)
-
-
-def test_without_a_token_the_message_says_how_to_log_in(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.status["owner/name"] = 401
-    monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-
-    with pytest.raises(DownloadError, match="huggingface-cli login"):
-        find_on_hub(FILE, hub.address)
-    assert "authorization" not in hub.requests[-1][2]
 
 
 def test_modelscope_gives_size_checksum_and_data(hub: FakeHub, tmp_path: Path) -> None:

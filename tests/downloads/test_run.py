@@ -151,15 +151,6 @@ def test_a_users_file_of_the_same_name_is_not_overwritten(hub: FakeHub, tmp_path
     assert _names(tmp_path) == ["Wan2.1_VAE.pth"]  # found before anything was downloaded
 
 
-def test_a_refused_file_is_found_before_anything_is_downloaded(hub: FakeHub, tmp_path: Path) -> None:
-    hub.status["Wan-AI/Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json"] = 401  # the last one
-
-    with pytest.raises(DownloadError, match="Accept the licence"):
-        run_download(_options(tmp_path / "models"))
-
-    assert not (tmp_path / "models").exists()
-
-
 def test_a_full_disk_is_found_before_anything_is_downloaded(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

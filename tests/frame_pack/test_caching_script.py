@@ -89,18 +89,5 @@ def test_what_cannot_be_cached_is_named_before_anything_is_loaded(
     assert not (folder / "cache").exists()
 
 
-def test_another_window_order_or_place_makes_files_again(tmp_path: Path) -> None:
-    folder = make_project(tmp_path / "data", one=17)
-    by_run = []
-    for switches, window in (((), 2), ((), 2), (("--f1",), 2), ((), 4), ((), 1)):
-        more = f"target_frames = [17]\nfp_latent_window_size = {window}"
-        fpack_cache_latents.main(arguments(folder, CLIPS, *switches, "--keep_cache", more=more))
-        by_run.append({name: (folder / "cache" / name).stat().st_mtime_ns for name in files(folder)})
-    assert by_run[0] == by_run[1]
-    assert [len(run) for run in by_run] == [2, 2, 2, 1, 4]
-    for before, after in zip(by_run[1:], by_run[2:], strict=False):
-        assert not {*before.items()} & {*after.items()}
-
-
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "cache").iterdir())

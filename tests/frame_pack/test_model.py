@@ -91,15 +91,6 @@ def test_gradients_equal_those_of_diffusers() -> None:
         assert (ours.grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-9, name
 
 
-def test_only_the_embedder_of_a_kind_that_is_not_there_gets_no_gradient() -> None:
-    model = tiny_model().requires_grad_(True)
-
-    model(**without(tiny_inputs(), "clean_latents_2x")).square().mean().backward()
-
-    missing = {name for name, weight in model.named_parameters() if weight.grad is None}
-    assert missing == {"clean_x_embedder.proj_2x.weight", "clean_x_embedder.proj_2x.bias"}
-
-
 def test_samples_of_a_batch_may_stand_at_different_places() -> None:
     model, inputs = tiny_model(), tiny_inputs((5, 11))
     for name, value in inputs.items():
@@ -179,27 +170,3 @@ def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> 
 
     assert {x.dtype, double.dtype, single.dtype, tokens.dtype} == {torch.bfloat16}
     assert tokens.vector.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"noisy": torch.zeros(2, 32, 3, 6, 10)}, "noisy with 32 channels, the model takes 16"),
-        ({"noisy": torch.zeros(2, 16, 3, 5, 10)}, "cannot be cut into patches"),
-        ({"noisy": torch.zeros(2, 16, 4, 6, 10)}, r"indices of \(2, 3\) for noisy of \(2, 16, 4, 6, 10\)"),
-        ({"llama_mask": torch.ones(2, 3)}, r"a text mask of \(2, 3\) for text of \(2, 12\)"),
-        ({"llama_mask": torch.ones(2, 12).cumsum(1) > 3}, "padding before real tokens"),
-        (
-            {"clean_latents_2x": torch.zeros(2, 16, 3, 8, 10)},
-            r"clean_latents_2x of \(2, 16, 3, 8, 10\) beside noisy latents",
-        ),
-        (
-            {"clean_latents": torch.zeros(1, 16, 2, 6, 10)},
-            r"clean_latents of \(1, 16, 2, 6, 10\) beside noisy latents",
-        ),
-        ({"clean_latents_4x": None}, "clean_latents_4x and their indices must be given together"),
-    ],
-)
-def test_sizes_that_do_not_fit_the_model_are_an_error(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tiny_model()(**tiny_inputs() | change)

@@ -4,10 +4,8 @@ import pytest
 
 from frame_pack.one_frame import OneFrame, one_frame_indices, parse_one_frame
 from frame_pack.sections import Indices, section_indices
-from modules.errors import OptionError
 
 FOUR = tuple(range(13, 29))
-BEYOND = f"control_index=0;{10**20}"  # of what a tensor of places holds
 
 
 @pytest.mark.parametrize(
@@ -34,22 +32,3 @@ def test_without_settings_it_is_a_section_with_its_last_frame_as_target() -> Non
         whole, one = section_indices(0, window), one_frame_indices(OneFrame(), 1, window)
         assert (one.clean, one.clean_2x, one.clean_4x) == (whole.clean, whole.clean_2x, whole.clean_4x)
         assert one.target == whole.target[-1:]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "no_8x",
-        "default,",
-        "target_index",
-        "target_index=",
-        "target_index=--1",
-        "control_index=0;;1",
-        "control_index=a",
-        BEYOND,
-    ],
-)
-def test_other_lists_are_refused(text: str) -> None:
-    with pytest.raises(OptionError, match="--one_frame_inference"):
-        parse_one_frame(text)

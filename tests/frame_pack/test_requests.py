@@ -12,7 +12,6 @@ import pytest
 from dataset.sources.decoding import bucket_of
 from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
 from frame_pack.files import FramePackFiles
-from frame_pack.one_frame import OneFrame
 from frame_pack.options import FramePackGenerationOptions, FramePackTrainingOptions
 from frame_pack.requests import FramePackRequest, prepare_request
 from modules.contract.generation import Request
@@ -150,61 +149,6 @@ def test_a_video_does_not_take_the_shape_of_its_image(
     prepared = settle(picture, width=64, height=64, takes_shape=True)
     assert (prepared.width, prepared.height) == (64, 64)
     assert "--one_frame_auto_resize is ignored because a video is made" in caplog.text
-
-
-def test_one_picture_has_one_frame_whatever_the_length(picture: Path) -> None:
-    request = settle(picture, {"one_frame": "no_2x", "video_seconds": "9", "video_sections": "4"})
-    assert (request.frames, len(own(request).images), own(request).one_frame) == (
-        1,
-        1,
-        OneFrame(has_2x=False),
-    )
-
-
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"extra": {"video_sections": "0"}}, "--video_sections 0"),
-        ({"extra": {"video_seconds": "-1"}}, r"--video_seconds -1"),
-        ({"extra": {"video_seconds": "nan"}}, r"--video_seconds nan"),
-        ({"extra": {"video_seconds": "1e12"}}, "sections: a video has 10000 at most"),
-        ({"extra": {"one_frame": "no_3x"}}, "--one_frame_inference 'no_3x': 'no_3x' is unknown"),
-        ({"extra": {"one_frame": "default"}, "f1": True}, "--one_frame_inference needs the FramePack model"),
-        ({"width": 40}, "--video_size 32 40 .*multiples of 16"),
-        (
-            {"extra": {"one_frame": "default", "control_image_path": "no.png"}},
-            "--control_image_path no.png: no such file",
-        ),
-        ({"extra": {"image_path": "0:no.png;;;1:no.png"}}, "--image_path no.png: no such file"),
-        (
-            {"extra": {"image_path": ""}},
-            r"--image_path is missing: FramePack starts from an image.*\(--i in a line of prompts\)",
-        ),
-        ({"end_image_path": Path("no.png")}, "--end_image_path no.png: no such file"),
-    ],
-)
-def test_what_cannot_be_made_is_said(picture: Path, said: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        settle(picture, **said)
-
-
-@pytest.mark.parametrize(
-    "option", ["image_path", "end_image_path", "control_image_path", "control_image_mask_path"]
-)
-def test_a_file_that_is_no_image_is_refused_by_its_option_before_anything_is_loaded(
-    picture: Path, tmp_path: Path, option: str
-) -> None:
-    clip = tmp_path / "clip.mp4"
-    clip.write_bytes(b"no image")
-    said: dict[str, Any] = (
-        {"end_image_path": clip} if option == "end_image_path" else {"extra": {option: str(clip)}}
-    )
-    if option.startswith("control"):
-        said["extra"] = {"one_frame": "default", "control_image_path": str(picture), **said["extra"]}
-    with pytest.raises(
-        OptionError, match=rf"--{option} .*clip\.mp4 is no image that can be read.*Give an image file"
-    ):
-        settle(picture, **said)
 
 
 def test_texts_and_images_reach_their_sections(picture: Path, caplog: pytest.LogCaptureFixture) -> None:

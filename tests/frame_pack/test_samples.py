@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from modules.contract.loading import Placement
-from modules.errors import OptionError
 from networks import lora_framepack
 from tests.frame_pack.projects import CPU, ProjectOf, generated_latents, sample_latents
 from tests.parity.reference import relative_error
@@ -60,29 +59,6 @@ def test_latents_of_a_sample_equal_those_of_the_generation_script(
             )
             > 0.01
         )
-
-
-@pytest.mark.parametrize("name", ["framepack"])
-def test_frames_decide_about_sections_and_the_flow_shift_of_a_line_does_not_count(
-    name: str,
-    project_of: ProjectOf,
-    lora: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    family, folder = project_of(name)
-    monkeypatch.chdir(folder)
-    line = "a cat --w 32 --h 32 --d 7 --s 1 --i start.png"
-
-    made = sample_latents(family, lora, f"{line} --f 12\n{line} --f 9 --fs 3", tmp_path)
-
-    # 12 frames are rounded down to two sections of 4 behind the first
-    assert [latents.shape[2] for latents in made] == [3, 3]
-    assert torch.equal(*made)
-    assert caplog.text.count("the flow shift (--fs) is ignored") == 1
-    with pytest.raises(OptionError, match="1 frames are less than a section"):
-        sample_latents(family, lora, f"{line} --f 4 --fs 3\n{line}", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["framepack one frame"])

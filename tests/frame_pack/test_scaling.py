@@ -12,7 +12,6 @@ from frame_pack.family import HISTORY, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions
 from hunyuan_model.token_refiner import FRAMEPACK_REFINER, multiply_text
 from modules.contract.data import Conditions
-from modules.contract.generation import Turn, Tweaks
 from modules.contract.loading import Placement
 from modules.options import read_options
 from modules.parser import add_options
@@ -70,22 +69,6 @@ def test_a_factor_of_1_leaves_every_bit() -> None:
         velocity(family_for_generation(options(*words)), dit, 900.0),
         velocity(family_for_generation(options()), dit, 900.0),
     )
-
-
-def test_in_generation_the_host_knows_the_timestep() -> None:
-    """Reading it from the device would make the host wait."""
-    family, dit = family_for_generation(options("--rope_scaling_timestep_threshold", "800")), tiny_model()
-    turn, fed = Tweaks(turn=Turn(0, 1, 900.0, "")), torch.tensor([100.0])
-
-    scaled_by_turn = family.predict(dit, INPUTS["noisy"], fed, CONDITIONS, turn)
-
-    assert torch.equal(scaled_by_turn, scaled(dit, 100.0, 0.5))
-
-
-def test_the_timestep_that_the_model_is_fed_decides() -> None:
-    family, dit = family_for_generation(options("--rope_scaling_timestep_threshold", "800")), tiny_model()
-    # bfloat16 has steps of 4 there: 799 becomes 800
-    assert torch.equal(velocity(family, dit, 799.0, torch.bfloat16), scaled(dit, 800.0, 0.5, torch.bfloat16))
 
 
 def test_the_text_is_multiplied_in_the_transformer_that_is_loaded(tmp_path: Path) -> None:

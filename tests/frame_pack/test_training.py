@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.faults.messages import assert_one_message, run_here
-from tests.frame_pack.projects import FAST, OUTPUT, ProjectOf, train
+from tests.frame_pack.projects import OUTPUT, ProjectOf, train
 from tests.tiny.families import TinyFamily
 
 TRAIN = "fpack_train_network.py"
@@ -70,53 +69,5 @@ def test_a_lora_says_what_it_was_trained_on(project_of: ProjectOf, tmp_path: Pat
     assert len(found["sshs_model_hash"]) == 64
 
 
-def test_a_run_goes_on_from_a_lora_and_beside_another(project_of: ProjectOf, tmp_path: Path) -> None:
-    """--network_weights with --dim_from_weights takes its ranks from the file; --base_weights are part of the
-    frozen weights.
-    """
-    family, folder = project_of("framepack")
-    ranks = ("--network_dim", "6", "--network_alpha", "3")
-    first, _ = train(folder, family, tmp_path / "first", *ranks, *FAST)
-    lora = tmp_path / "first" / "lora.safetensors"
-
-    further, _ = train(
-        folder,
-        family,
-        tmp_path / "second",
-        "--network_weights",
-        lora,
-        "--dim_from_weights",
-        "--learning_rate",
-        "0",
-    )
-    assert same(first, further)
-
-    beside, said = train(
-        folder, family, tmp_path / "third", "--base_weights", lora, "--base_weights_multiplier", "0.5"
-    )
-    alone, _ = train(folder, family, tmp_path / "fourth")
-    assert "39 weights changed, multiplier 0.5" in said
-    assert not same(beside, alone)
-
-
 # --- caches
 # ------------------------------------------------------------------------------------------------------------
-
-
-def test_one_frame_learns_from_the_target_alone(project_of: ProjectOf, tmp_path: Path) -> None:
-    """What the cache holds: the picture as the only target, its controls and the black frame behind them, and
-    no coarse latents.
-    """
-    _, folder = project_of("framepack one frame")
-    (cache,) = (folder / "cache").glob("picture 1_*_fp.safetensors")
-    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(cache).items()}
-
-    assert shapes["latents_1x4x4_float16"] == (16, 1, 4, 4)
-    assert shapes["latents_clean_1x4x4_float16"] == (16, 3, 4, 4)
-    assert not any("_2x_1x" in name or "_4x_1x" in name for name in shapes)
-    tensors = load_file(cache)
-    # as the table says, and one after the window
-    assert tensors["clean_latent_indices_int64"].tolist() == [0, 3, 2]
-    assert tensors["latent_indices_int64"].tolist() == [1]
-    # the second control is transparent at its left
-    assert not tensors["latents_clean_1x4x4_float16"][:, 1, :, 0].any()

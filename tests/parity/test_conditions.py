@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.errors import MediaError
-from modules.media.pixels import video_pixels
 from modules.media.writing import write_png, write_video
 from tests.golden_cases import read_case
 from tests.parity import reference
@@ -120,22 +118,6 @@ def test_image_to_video_with_an_end_image(tmp_path: Path, media: Path, models: C
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), "i2v with end image")
 
 
-def test_extra_noise_is_drawn_after_the_noise_and_added_to_the_image_channels(
-    tmp_path: Path, media: Path, models: Callable[[str], Path]
-) -> None:
-    path = media / "exact.png"
-    more = ("--image_path", path, "--i2v_extra_noise", 0.25)
-
-    latents = generate_one(tmp_path, models("i2v"), "i2v-14B", *OPTIONS, *more, in_process=True)
-
-    theirs, generator = Theirs(models("i2v")), torch.Generator().manual_seed(SEED)
-    noise = draw_noise(SEED, FRAMES, HEIGHT, WIDTH, generator)
-    condition = reference.image_condition(theirs, to_pixels([open_image(path)]), FRAMES)
-    condition[4:] += 0.25 * torch.randn(condition.shape, generator=generator)[4:]
-    inputs = Inputs(noise, *texts(theirs), reference.features_of(theirs, open_image(path)), condition)
-    assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), "i2v extra noise")
-
-
 @pytest.mark.parametrize("solver", ["unipc", pytest.param("dpm++", marks=pytest.mark.slow)])
 def test_first_and_last_image(
     tmp_path: Path, media: Path, models: Callable[[str], Path], solver: str
@@ -224,12 +206,6 @@ def test_control_with_an_image(
     clip = reference.features_of(theirs, open_image(start))
     inputs = Inputs(draw_noise(SEED, length, height, width), *texts(theirs), clip, extra)
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"i2v-FC end {with_end}")
-
-
-@pytest.mark.parametrize("with_end", [False, True])
-def test_a_control_video_that_is_too_short_is_refused(media: Path, with_end: bool) -> None:
-    with pytest.raises(MediaError, match=f"has 15 frames, {17 + with_end} are needed"):
-        video_pixels(media / "control.mp4", "--control_path", WIDTH, HEIGHT, 17, 4 * with_end)
 
 
 def test_the_pipelines_of_diffusers_make_the_same_conditions(

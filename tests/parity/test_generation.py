@@ -14,9 +14,8 @@ from tests.parity.reference import (
     SkippedLayers,
     denoise,
     draw_noise,
-    text_seed,
 )
-from tests.parity.running import assert_equal, generate, generate_one
+from tests.parity.running import assert_equal, generate_one
 from tests.parity.theirs import Theirs
 from tests.tiny.wan import write_tiny_wan
 
@@ -191,34 +190,6 @@ def test_the_tasks_own_number_of_steps_equals_that_of_diffusers(
     assert_equal(
         latents, denoise(theirs.dit, inputs_of(theirs), Sampling(solver, scales=(FIVE,) * 50)), f"{solver} 50"
     )
-
-
-def test_lines_of_a_prompt_file_equal_diffusers_each_with_its_own_options(
-    tmp_path: Path, folder: Path, theirs: Theirs
-) -> None:
-    lines = [
-        "# a comment",
-        "two dogs & a cat --d hello --s 3 --fs 2 --g 3.5 --n subtitles, low quality",
-        "an old man --d 7 --f 5 --l 1",
-        "a squirrel --d 日本語の種 --cs 1-2:4 --w 32 --h 64",
-    ]
-    (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
-
-    made = generate(tmp_path, folder, "t2v-14B", *SIZE, "--from_file", "lines.txt", "--cpu_noise")
-
-    first = inputs_of(theirs, "two dogs & a cat", "subtitles, low quality", text_seed("hello"))
-    second = inputs_of(theirs, "an old man", seed=7, frames=5)
-    third = Inputs(
-        draw_noise(text_seed("日本語の種"), FRAMES, 64, 32), theirs.text("a squirrel"), theirs.text(NEGATIVE)
-    )
-    expected = {
-        text_seed("hello"): denoise(theirs.dit, first, Sampling(flow_shift=2.0, scales=(3.5,) * 3)),
-        7: denoise(theirs.dit, second, Sampling(scales=(N,) * STEPS)),
-        text_seed("日本語の種"): denoise(theirs.dit, third, Sampling(scales=(4.0, 4.0) + (N,) * (STEPS - 2))),
-    }
-    assert made.keys() == expected.keys()
-    for seed, latents in made.items():
-        assert_equal(latents, expected[seed], f"line with seed {seed}")
 
 
 def test_cpu_noise_is_the_stream_of_the_global_generator(

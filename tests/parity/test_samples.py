@@ -9,14 +9,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from diffusers.loaders import WanLoraLoaderMixin
 from torch import Tensor
 
 from modules.contract.loading import Placement
-from modules.media.writing import write_png
 from modules.options import read_options
 from modules.parser import add_options
 from networks.adapter import make_network
@@ -183,22 +181,3 @@ def test_what_a_line_leaves_out_is_that_of_the_known_trainers(
         denoise(theirs.dit, inputs, Sampling(flow_shift=14.5, scales=(5.0,) * 20)),
         "sample with defaults",
     )
-
-
-def test_the_image_of_a_sample_is_cropped_to_its_size(
-    tmp_path: Path, projects: Callable[[str], Project]
-) -> None:
-    """As training sees images; the image tower sees the whole image."""
-    project, path = projects("i2v"), tmp_path / "wide.png"
-    write_png(path, numpy.random.default_rng(0).integers(0, 256, (40, 100, 3), dtype=numpy.uint8))
-    theirs, image = with_lora(project), open_image(path)
-    pixels = to_pixels([reference.covering(image, HEIGHT, WIDTH)])
-    clip, extra = reference.features_of(theirs, image), reference.image_condition(theirs, pixels, FRAMES)
-    inputs = Inputs(
-        draw_noise(SEED, FRAMES, HEIGHT, WIDTH), theirs.text(PROMPT), theirs.text(NEGATIVE), clip, extra
-    )
-
-    sample = sample_latents(project, f"{LINE} --f {FRAMES} --i {path}", tmp_path)
-
-    expected = denoise(theirs.dit, inputs, Sampling(flow_shift=SHIFT, scales=(SCALE,) * STEPS))
-    assert_equal(sample, expected, "sample with a cropped image")

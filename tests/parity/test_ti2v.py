@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import wan_generate_video
 from modules.media.writing import write_png
 from tests.golden_cases import read_case
 from tests.parity.projects import Project, train, write_project
@@ -20,8 +19,8 @@ from tests.parity.reference import KINDS, Sampling, open_image, relative_error, 
 from tests.parity.running import assert_equal, generate, generate_one
 from tests.parity.theirs import Theirs, pad_text
 from tests.tiny.wan import write_tiny_wan
-from tests.tiny.wan_dit import CONFIGS, write_dit
-from tests.tiny.wan_encoders import T5_FILE, VAE22_FILE, vae_diffusers_tensors
+from tests.tiny.wan_dit import CONFIGS
+from tests.tiny.wan_encoders import vae_diffusers_tensors
 from tests.wan.making import in_diffusers
 from wan.vae_releases import WAN_2_2
 
@@ -166,37 +165,6 @@ def test_the_frames_are_theirs(tmp_path: Path, models: Path, with_image: bool) -
     expected: Tensor = torch.as_tensor(their_video(models, image, output="np")) * 255
     assert ours.shape == (FRAMES, HEIGHT, WIDTH, 3)
     assert (ours - expected).abs().max() < 0.51 + 255 * TOLERANCE  # rounded to whole levels
-
-
-def test_files_of_the_release_and_folders_of_diffusers_give_the_same(tmp_path: Path, models: Path) -> None:
-    """--ckpt_dir finds the pickled VAE and text encoder; the transformer comes in two shards."""
-    path = write_picture(tmp_path / "start.png", HEIGHT, WIDTH)
-    ask = (*OPTIONS, "--infer_steps", 1, "--guidance_scale", 1, "--image_path", path)
-    expected = generate_one(tmp_path / "ours", models, "ti2v-5B", *ask, in_process=True)
-
-    release, theirs = tmp_path / "Wan2.2-TI2V-5B", tmp_path / "Wan2.2-TI2V-5B-Diffusers"
-    release.mkdir()
-    for part, name in {"vae": VAE22_FILE, "t5": T5_FILE}.items():
-        torch.save(load_file(models / f"{part}.safetensors"), release / name)
-    (release / "google").symlink_to(models / "google")
-    write_dit(release, load_file(models / "dit.safetensors"), "sharded", name="diffusion_pytorch_model")
-    dit = in_diffusers(CONFIGS["ti2v"], load_file(models / "dit.safetensors"))
-    dit.save_pretrained(theirs / "transformer", max_shard_size="500KB")
-    their_vae(models).save_pretrained(theirs / "vae")
-
-    given = {
-        "release": ("--ckpt_dir", release, "--dit", release),
-        "diffusers": (
-            *("--dit", theirs / "transformer", "--vae", theirs / "vae"),
-            *("--t5", models / "t5.safetensors"),
-        ),
-    }
-    for name, files in given.items():
-        made = tmp_path / name
-        words = ("--task", "ti2v-5B", "--output_type", "latent", "--device", "cpu", "--save_path", made)
-        wan_generate_video.main([str(word) for word in (*files, *words, *ask)])
-        (latents,) = made.glob("*_latent.safetensors")
-        assert torch.equal(load_file(latents)["latent"], expected), name
 
 
 @pytest.fixture(scope="module")

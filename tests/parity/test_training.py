@@ -306,22 +306,6 @@ def single_items(project: Project, epoch: int) -> list[Item]:
     return order
 
 
-def test_a_ratio_of_lora_plus_is_that_of_the_rates(tmp_path: Path) -> None:
-    project = write_project(tmp_path / "a project", "t2v")
-    files = train(project, *DESCENT, "--network_args", "loraplus_lr_ratio=4", in_process=True)
-    how = Descent(rates=(RATE, 4 * RATE))
-    assert_steps(files, project, load_dit(project.dit), one_batch_an_epoch(project, by_sigma), "LoRA+", how)
-
-
-def test_gradients_are_clipped_to_their_common_norm(tmp_path: Path) -> None:
-    project = write_project(tmp_path / "a project", "t2v")
-    files = train(project, *DESCENT, "--max_grad_norm", 0.01, "--learning_rate", 20, in_process=True)
-    how = Descent(rates=(20.0, 20.0), max_norm=0.01)
-    assert_steps(
-        files, project, load_dit(project.dit), one_batch_an_epoch(project, by_sigma), "clipping", how
-    )
-
-
 def test_training_goes_on_from_a_file_and_on_top_of_another(tmp_path: Path) -> None:
     """--network_weights and --base_weights, the latter merged by diffusers here."""
     project = write_project(tmp_path / "a project", "t2v")

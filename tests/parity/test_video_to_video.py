@@ -112,34 +112,6 @@ def test_latents_equal_those_of_diffusers(
     assert_equal(latents, expected, f"{solver} {denoise} {mode}")
 
 
-@pytest.mark.parametrize(("mode", "order"), [("front", [0, 0, 1]), ("end", [0, 1, 1])])
-def test_a_short_video_is_filled_up_in_latent_frames(
-    tmp_path: Path, folder: Path, theirs: Theirs, mode: str, order: list[int]
-) -> None:
-    """Of 7 frames 5 are encoded, as 4n + 1 are; they are two latent frames, three are needed."""
-    frames = write_frames(tmp_path / "clip", 7, HEIGHT, WIDTH)
-    options = ("--sample_solver", "vanilla", "--v2v_pad_mode", mode, "--video_path", tmp_path / "clip")
-
-    latents = generate_one(tmp_path, folder, "t2v-1.3B", *SAY, *options, in_process=True)
-
-    clean = encoded(theirs, frames[:5])[:, order]
-    expected = from_video(theirs, clean, inputs_of(theirs), Sampling("vanilla", scales=(None,) * 3), 3)
-    assert_equal(latents, expected, mode)
-
-
-def test_a_schedule_and_its_guidance_count_the_steps_that_are_left(
-    tmp_path: Path, folder: Path, theirs: Theirs
-) -> None:
-    frames = write_frames(tmp_path / "clip", FRAMES, HEIGHT, WIDTH)
-    options = ("--cfg_schedule", "1:4, 3:2", "--negative_prompt", "dull", "--video_path", tmp_path / "clip")
-
-    latents = generate_one(tmp_path, folder, "t2v-1.3B", *SAY, *options, in_process=True)
-
-    inputs = Inputs(draw_noise(SEED, FRAMES, HEIGHT, WIDTH), theirs.text(PROMPT), theirs.text("dull"))
-    sampling = Sampling("unipc", scales=(4.0, None, 2.0))
-    assert_equal(latents, from_video(theirs, encoded(theirs, frames), inputs, sampling, 3), "schedule")
-
-
 @pytest.mark.parametrize("with_image", [True, False])
 def test_an_image_is_the_anchor_or_else_the_first_frame(tmp_path: Path, with_image: bool) -> None:
     """Image-to-video from a video: the anchor's proportions are the video's, which is stretched to them."""

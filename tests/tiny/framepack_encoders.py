@@ -51,5 +51,3 @@ def siglip_layouts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
             "logit_bias": torch.tensor(-2.0),
         },
     }
-
-

@@ -17,7 +17,6 @@ from dataset.batches.items import ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.validation_split import split_validation
-from dataset.cache.checks import CacheChecks
 from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable
@@ -79,23 +78,6 @@ def test_items_without_text_are_left_out_with_a_warning(
     assert [item.source_stem for item in items] == ["clip_1"]
     assert "clip_0_toy_te.safetensors" in caplog.text
     assert "python cache_text.py --y" in caplog.text
-
-
-def test_caches_for_another_model_or_of_another_kind_are_named_where_none_is_found(tmp_path: Path) -> None:
-    config = cached(tmp_path)
-    with pytest.raises(
-        CacheError,
-        match=r"no latent cache in .* of videos for this model: clip_0_.*_toy\.safetensors is for another",
-    ):
-        require_items(find_items(config, "other", LATENT), COMMANDS)
-    images = DatasetConfig(config.path, (dataclasses.replace(config.datasets[0], kind="image"),))
-    for path in (tmp_path / "cache").glob("*_te.safetensors"):
-        path.unlink()  # a user's own `style_toy.safetensors` is no cache
-        path.with_name("style_toy.safetensors").touch()
-    for path in (tmp_path / "cache").glob("clip_*"):
-        path.unlink()
-    with pytest.raises(CacheError, match=r"no latent cache in [^:]*\n"):
-        require_items(find_items(images, "toy", LATENT), COMMANDS)
 
 
 @pytest.mark.parametrize("remove", ["*_toy.safetensors", "*_te.safetensors"])
@@ -204,22 +186,6 @@ def test_a_changed_caption_is_named_with_the_command(tmp_path: Path) -> None:
         read_batch([item], LATENT, COMMANDS)
 
 
-def test_an_edit_during_a_run_does_not_end_it(tmp_path: Path) -> None:
-    """Also if there are more items than a run remembers: what is newer than the run is let pass."""
-    config = cached(tmp_path)
-    items, checks = find_items(config, "toy", LATENT).items, CacheChecks(most_known=1)
-    read_batch(items, LATENT, COMMANDS, checks)
-    later = checks.started_ns + 10**9
-    make_clip(tmp_path / "clip_0.mp4", 12)
-    (tmp_path / "clip_0.txt").write_text("something else", encoding="utf-8")
-    for name in ("clip_0.mp4", "clip_0.txt"):
-        os.utime(tmp_path / name, ns=(later, later))
-
-    assert len(read_batch(items, LATENT, COMMANDS, checks)) == 2
-    with pytest.raises(CacheError, match=r"clip_0\.mp4 has changed"):
-        read_batch(items, LATENT, COMMANDS, CacheChecks(started_ns=later))  # the next run
-
-
 def test_training_needs_no_sources(tmp_path: Path) -> None:
     config = cached(tmp_path)
     for path in [*tmp_path.glob("*.mp4"), *tmp_path.glob("*.txt")]:
@@ -231,15 +197,6 @@ def test_a_copied_dataset_with_new_times_is_still_the_same(tmp_path: Path) -> No
     config = cached(tmp_path)
     os.utime(tmp_path / "clip_0.mp4", ns=(0, 0))
     assert len(read_batch(find_items(config, "toy", LATENT).items, LATENT)) == 2
-
-
-def test_items_of_a_batch_must_hold_the_same_tensors(tmp_path: Path) -> None:
-    config = cached(tmp_path)
-    path = tmp_path / "cache" / "clip_1_00000-005_0032x0032_toy.safetensors"
-    tensors = {"latents_2x4x4_bfloat16": torch.zeros(2, 2, 4, 4), "clip_float16": torch.zeros(3)}
-    write_tensors(path, tensors, {"architecture": "toy"})
-    with pytest.raises(CacheError, match="do not have the same tensors: clip"):
-        read_batch(find_items(config, "toy", LATENT).items, LATENT)
 
 
 def test_an_epoch_holds_every_item_as_often_as_it_repeats(tmp_path: Path) -> None:

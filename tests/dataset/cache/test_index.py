@@ -4,9 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from dataset.cache.index import INDEX_NAME, VerifiedEntries, fingerprint
 from dataset.cache.store import SingleFiles
@@ -72,31 +70,6 @@ def test_rows_of_both_kinds_and_of_earlier_runs_stay_and_those_of_removed_entrie
     assert opened(tmp_path).get("text", 7) is None
     names = pq.read_table(tmp_path / INDEX_NAME).column("name").to_pylist()
     assert sorted(names) == ["four", "text", "three", "two"]
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty", "folder", "null"])
-def test_an_index_that_cannot_be_used_is_passed_over_and_written_anew(tmp_path: Path, damage: str) -> None:
-    make(tmp_path, "one")
-    path = tmp_path / INDEX_NAME
-    data = bytearray(path.read_bytes())
-    if damage == "cut":
-        path.write_bytes(data[:-20])
-    elif damage == "flipped":
-        data[60] ^= 255
-        path.write_bytes(data)
-    elif damage == "foreign":
-        pq.write_table(pa.table({"name": ["one"]}), path)
-    elif damage == "null":
-        table = pq.read_table(path)
-        nulls = pa.nulls(len(table), pa.int64())
-        pq.write_table(table.set_column(table.schema.get_field_index("size"), "size", nulls), path)
-    else:
-        path.unlink()
-        path.touch() if damage == "empty" else path.mkdir()
-    assert opened(tmp_path).get("one", 7) is None
-    if damage != "folder":
-        make(tmp_path, "one")
-        assert opened(tmp_path).get("one", 7) == FACTS
 
 
 def test_a_folder_that_cannot_be_written_goes_without(tmp_path: Path) -> None:

@@ -361,30 +361,6 @@ def test_pictures_of_a_list_have_their_files_beside_them(folder: Path, tmp_path:
     assert len(read_all(DatasetConfig(config.path, (beside,)))) == 1
 
 
-@pytest.mark.parametrize("form", ["a picture that is gone", "a picture of another list"])
-def test_npz_files_of_other_pictures_are_left_out_and_told(
-    folder: Path, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    tables = [{"cache_format": "npz"}]
-    if form == "a picture of another list":
-        for number in range(2):
-            path = tmp_path / f"{number}.json"
-            path.write_text(json.dumps({f"pic {number}": {"caption": "x"}}), encoding="utf-8")
-            tables += [
-                {"cache_format": "npz", "directory": None, "metadata_file": path, "image_folder": folder}
-            ]
-        tables = tables[1:]
-    cache(make_config(folder))
-    if form == "a picture that is gone":
-        (folder / "pic 2.png").unlink()
-
-    with caplog.at_level("WARNING"):
-        assert len(read_all(of_tables(folder, tables))) == 2
-
-    assert caplog.text.count("1 sources have caches but are no longer there") == 1
-    assert f"the first: {folder / 'pic 2'})" in caplog.text
-
-
 def test_npz_files_are_not_converted(folder: Path) -> None:
     wanted = ConvertCacheOptions.usual(dataset_config=folder / "data.toml", to="files")
 

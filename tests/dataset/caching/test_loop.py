@@ -87,13 +87,6 @@ def test_a_kept_clip_is_not_decoded_again(tmp_path: Path) -> None:
     assert cache_media(ToyFamily(), config, options()).kept == 2
 
 
-def test_a_touched_source_is_kept_by_its_content(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
-    os.utime(tmp_path / "clip_0.mp4", ns=(0, 0))
-    assert cache_media(ToyFamily(), config, options()).kept == 2
-
-
 def test_how_the_work_is_done_makes_nothing_again(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     cache_media(ToyFamily(), config, options())
@@ -147,13 +140,6 @@ def test_another_encoder_or_rate_makes_everything_again(
     assert (report.written, report.kept) == (1, 0)
 
 
-def test_a_further_target_encodes_only_the_new_items(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
-    report = cache_media(ToyFamily(), change(config, target_frames=(5, 9)), options())
-    assert (report.written, report.kept, report.removed) == (2, 2, 0)
-
-
 def test_files_of_items_that_are_gone_are_removed_unless_kept(tmp_path: Path) -> None:
     config = make_config(tmp_path, target_frames=(5, 9))
     cache_media(ToyFamily(), config, options())
@@ -179,21 +165,6 @@ def test_files_of_items_that_are_gone_are_removed_unless_kept(tmp_path: Path) ->
         "my_00000-009_0032x0032_toy.safetensors",
         "style_wan.safetensors",
     ]
-
-
-def test_an_unreadable_clip_is_reported_at_the_end_and_keeps_its_old_file(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
-    (tmp_path / "clip_0.mp4").write_bytes(b"")
-    make_clip(tmp_path / "clip_2.mp4", 9)
-
-    report = cache_media(ToyFamily(), config, options())
-
-    assert (report.written, report.kept, report.removed) == (1, 1, 0)
-    assert "clip_0_00000-005_0032x0032_toy.safetensors" in names(tmp_path)
-    with pytest.raises(DatasetError, match=r"(?s)1 of the sources.*clip_0\.mp4 is empty") as caught:
-        conclude(report)
-    assert caught.value.exit_code == 1
 
 
 def test_a_clip_that_is_too_short_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -231,17 +202,6 @@ def test_skip_existing_keeps_files_of_other_programs_where_the_size_is_right(
     assert (report.kept, report.foreign, report.written) == (kept, kept, 1 - kept)
     # without the option it has no record
     assert cache_media(ToyFamily(), change(config), options()).written == kept
-
-
-def test_batches_have_one_size_and_the_size_asked_for(tmp_path: Path) -> None:
-    config = make_config(tmp_path, clips=(9, 9, 5, 9), target_frames=(5, 9), batch_size=2)
-    family = ToyFamily()
-    cache_media(family, config, options())
-    assert sorted(map(len, family.seen)) == [1, 2, 2, 2]
-    assert all(len({key.split("_")[2] for key in batch}) == 1 for batch in family.seen)
-    everything = ToyFamily()
-    cache_media(everything, change(config, cache_directory=tmp_path / "cache2"), options(batch_size=16))
-    assert sorted(map(len, everything.seen)) == [3, 4]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

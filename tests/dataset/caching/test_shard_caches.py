@@ -22,7 +22,7 @@ from modules.errors import CacheError, DatasetError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.making import make_image, make_table
 from tests.dataset.test_two_passes import COMMANDS, KEYS, two
-from tests.dataset.toy_family import LATENT, ToyFamily, options
+from tests.dataset.toy_family import LATENT, options
 
 COUNT = 12
 FORMS = ("files", "shards")
@@ -140,16 +140,6 @@ def test_shards_beside_the_pictures_are_no_sources(tmp_path: Path) -> None:
         find_sources(tars)
 
 
-def test_caches_of_other_families_stay_in_their_shard(copy: Callable[[str], Path]) -> None:
-    config = make(copy("shards"), "shards")
-    before = entries(config)
-    other = ToyFamily(name="other", cache_tag="oth")
-    assert cache_media(other, config, options()).written == COUNT
-    assert before.items() <= entries(config).items()
-    assert len(entries(config)) == 3 * COUNT
-    assert len(files(config)) == 2
-
-
 # --- damage
 # ------------------------------------------------------------------------------------------------------------
 
@@ -202,28 +192,6 @@ def test_training_tells_that_a_shard_is_gone(copy: Callable[[str], Path]) -> Non
 
 # --- the other form
 # ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_folder_in_the_other_form_is_refused_with_the_command(
-    copy: Callable[[str], Path], form: str
-) -> None:
-    other = next(one for one in FORMS if one != form)
-    config = make(copy(other), form)
-    says = rf'(?s)cache_format = "{form}", but in .*convert_cache\.py --dataset_config .* --to {form}'
-    for work in (cache_media, cache_texts):
-        with pytest.raises(DatasetError, match=says):
-            work(two(), config, options())
-    for result in (check_media(two(), config, 1, False), check_texts(two(), config, False)):
-        assert "cache folders are in the other form" in "\n".join(result.lines)
-        assert not result.ok
-    with pytest.raises(CacheError, match=says):
-        require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
-    assert "caches may be incomplete" in "\n".join(
-        check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).lines
-    )
-    # nothing is in the way of another family, nor of files that are no caches
-    assert cache_media(ToyFamily(name="other", cache_tag="oth"), config, options()).written == COUNT
 
 
 # --- kills, and several at once

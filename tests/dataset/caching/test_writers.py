@@ -18,9 +18,8 @@ import pytest
 from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.options import ShardOptions
-from modules.contract.data import CacheEntry, Conditions, MediaBatch, MediaEncoders
+from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
-from modules.errors import OutputError
 from modules.temporary_names import parse_temporary
 from tests.dataset.caching.test_loop import make_config, names
 from tests.dataset.caching.test_shards import contents, entries, into, shard
@@ -80,18 +79,6 @@ class StoppingFamily(ToyFamily):
         self.stop.here()
 
 
-@dataclasses.dataclass
-class MiddleFamily(ToyFamily):
-    """Stops when it has encoded a clip, before the second one."""
-
-    stop: Any = None
-
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        if self.seen:
-            self.stop.here()
-        return super().encode_media(encoders, media)
-
-
 def texts_stopping_in(encoder: str, folder: Path, form: str, stop: Stop) -> None:
     llm = StoppingLlm(stop=stop) if encoder == "llm" else ToyLlm()
     clip = StoppingClip(stop=stop) if encoder == "clipL" else ToyClip()
@@ -118,12 +105,6 @@ def latents_stopping_when_listed(folder: Path, form: str, stop: Stop) -> None:
 def texts_stopping_when_listed(folder: Path, form: str, stop: Stop) -> None:
     config = make_config(folder, clips=(), cache_format=form)
     cache_texts(StoppingFamily(stop=stop, text=two().text), config, options())
-
-
-def latents_stopping_in_the_middle(folder: Path, form: str, stop: Stop) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test that runs in the background ignores it
-    family = MiddleFamily(stop=stop)
-    cache_media(family, make_config(folder, cache_format=form), options())
 
 
 class Other:
@@ -214,20 +195,6 @@ def test_what_others_make_of_new_sources_is_not_stale(
     assert entries(config) == made
 
 
-@FORMS
-def test_a_killed_shard_goes_on_with_the_same_command(tmp_path: Path, form: str) -> None:
-    config = make_config(tmp_path, cache_format=form)
-    undisturbed = into(config, tmp_path / "undisturbed")
-    cache_media(ToyFamily(), undisturbed, options())
-    with Other(latents_stopping_in_the_middle, tmp_path, form) as other:
-        os.kill(other.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-        other.process.join(PATIENCE)
-    written = [cache_media(ToyFamily(), config, options(shard=shard(index, 2))).written for index in range(2)]
-    assert written in ([0, 1], [1, 1])  # the first clip may have been on its way to the disk
-    cache_media(ToyFamily(), config, options())
-    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
-
-
 # --- temporary names
 # ------------------------------------------------------------------------------------------------------------
 
@@ -288,25 +255,4 @@ def test_one_of_several_writers_is_killed_at_any_moment(tmp_path: Path, form: st
     cache_all(tmp_path, form, started, everything, number)
 
     assert entries(config) == entries(undisturbed)
-    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
-
-
-def test_a_disk_that_is_full_ends_one_shard_and_costs_the_others_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_config(tmp_path)
-    undisturbed = into(config, tmp_path / "undisturbed")
-    cache_media(ToyFamily(), undisturbed, options())
-    rename = os.replace
-
-    def full(source: Any, target: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OutputError, match="the disk is full"):
-        cache_media(ToyFamily(), config, options(shard=shard(0, 2)))
-    assert names(tmp_path) == []
-    monkeypatch.setattr(os, "replace", rename)
-    for index in (1, 0):
-        assert cache_media(ToyFamily(), config, options(shard=shard(index, 2))).written == 1
     assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from dataset.captioning.lists import CaptionList, rewrite_lines, set_value
-from dataset.captioning.made import MadeCaptions
 
 
 @pytest.mark.parametrize(
@@ -94,20 +93,6 @@ def test_each_replaced_hand_written_caption_is_in_a_backup(tmp_path: Path) -> No
     assert "third" in path.read_text()
     assert "first" in (tmp_path / "list.jsonl.bak").read_text()
     assert "second" in (tmp_path / "list.jsonl.2.bak").read_text()
-
-
-def test_an_interrupted_pass_goes_on_and_a_finished_one_begins_anew(tmp_path: Path) -> None:
-    made = MadeCaptions(tmp_path)
-    made.add("old.txt", "one")
-    assert made.begin_pass("p") == frozenset()
-    made.add("a.txt", "two")
-
-    again = MadeCaptions(tmp_path)
-    assert again.done_before("p") == {"a.txt"}
-    assert again.done_before("q") == frozenset()
-    assert again.begin_pass("p") == {"a.txt"}
-    again.end_pass()
-    assert MadeCaptions(tmp_path).begin_pass("p") == frozenset()
 
 
 def test_what_is_written_into_a_list_meanwhile_stays(tmp_path: Path) -> None:

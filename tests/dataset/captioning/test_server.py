@@ -79,35 +79,6 @@ def test_a_busy_server_is_asked_again(status: int, tmp_path: Path) -> None:
     assert len(read_captions(tmp_path)) == 3
 
 
-def test_waits_grow_and_an_answer_that_does_not_come_is_asked_for_again(tmp_path: Path) -> None:
-    class Waits(threading.Event):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seconds: list[float] = []
-
-        def wait(self, timeout: float | None = None) -> bool:
-            self.seconds.append(timeout or 0.0)
-            return False
-
-    release = threading.Event()
-    config = make_folder(tmp_path)
-
-    def reply(number: int, body: dict[str, Any]) -> tuple[int, str] | str:
-        if number == 0:
-            release.wait(20)
-        return "a cat" if number > 3 else (500, "{}")
-
-    with run_server(reply) as fake:
-        options = options_of(config, "--api_base", fake.address, "--api_model", "m")
-        server = make_server(options.api, options.ask, {})
-        server.timeout, server._stop = 0.2, Waits()
-        answer = server.describe(job_of(config), ())
-        release.set()
-
-    assert answer == "a cat"
-    assert server._stop.seconds == [1.0, 2.0, 4.0, 8.0]
-
-
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
 
 
@@ -151,32 +122,6 @@ def _ask(address: str, config: Path, timeout: float = 20.0) -> str:
 
 def job_of(config: Path) -> Any:
     return CaptionJob(find_places(load_dataset_config(config), False).all[0], "missing")
-
-
-def test_parameters_that_a_model_refuses_are_left_out(tmp_path: Path) -> None:
-    together = threading.Barrier(3, timeout=20)
-
-    def reply(number: int, body: dict[str, Any]) -> tuple[int, str] | str:
-        if number < 3:
-            together.wait()
-        wrong = next((name for name in ("max_tokens", "temperature") if name in body), None)
-        return "a cat" if wrong is None else (400, f'{{"error": "Unsupported parameter: \'{wrong}\'"}}')
-
-    config = make_folder(tmp_path)
-    with run_server(reply) as server:
-        run(config, server.address, "--api_workers", "3", "--max_new_tokens", "9")
-
-    assert server.bodies[-1]["max_completion_tokens"] == 9
-    assert len(read_captions(tmp_path)) == 3
-
-
-@pytest.mark.parametrize("status", [401, 403, 404, 302])
-def test_a_refusal_ends_the_run_at_once(status: int, tmp_path: Path) -> None:
-    config = make_folder(tmp_path)
-    with run_server(lambda *_: (status, "no")) as server, pytest.raises(UserError, match=str(status)):
-        run(config, server.address, "--api_workers", "1")
-
-    assert len(server.bodies) == 1
 
 
 def test_where_no_server_is_the_message_says_so_at_once(tmp_path: Path) -> None:

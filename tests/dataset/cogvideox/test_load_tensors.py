@@ -1,6 +1,5 @@
 """load_tensors: latents come from moments that were computed before, and equal those of our own encoding."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,32 +84,6 @@ def test_latents_of_moments_equal_those_of_the_clip(
     if tag == "hv":  # a sample, not the mean
         mean = torch.load(project / tag / "video_latents" / f"{NAMES[0]}.pt")[:16]
         assert not torch.equal(next(iter(found.values()))[next(iter(next(iter(found.values()))))], mean)
-
-
-def test_clips_may_be_absent_and_other_keys_do_not_cut_what_is_given(
-    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    root = tmp_path / "data"
-    (root / "video_latents").mkdir(parents=True)
-    for name in ("prompt.txt", "videos.txt"):
-        (root / name).write_bytes((project / "wan" / name).read_bytes())
-    for path in (project / "wan" / "video_latents").iterdir():
-        (root / "video_latents" / path.name).write_bytes(path.read_bytes())
-    config = write_config(
-        tmp_path, root, "load_tensors = true", "target_frames = [5]", "resolution = [64, 64]"
-    )
-
-    with caplog.at_level(logging.WARNING):
-        cache(project, "wan", config)
-
-    assert "target_frames is ignored because with load_tensors" in caplog.text
-    found = sorted(path for path in (tmp_path / "cache").iterdir() if path.suffix == ".safetensors")
-    assert [path.name for path in found] == [f"{name}_00000-013_0032x0032_wan.safetensors" for name in NAMES]
-    record = latent_record(read_header(found[0]))
-    assert record is not None
-    assert record.clip is not None
-    assert (record.clip.kept_frames, record.clip.size) == (16, (32, 32))  # by the form: four latents, times 4
-    assert [file.name for file in record.files] == [f"{NAMES[0]}.pt"]
 
 
 def test_another_run_keeps_what_is_right_and_makes_anew_what_has_changed(

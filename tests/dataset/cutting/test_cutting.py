@@ -149,29 +149,6 @@ source_fps = "auto"
     assert line["source"] == str(film)
 
 
-def test_equal_names_in_folders_give_different_names_of_clips(tmp_path: Path) -> None:
-    lights = scene(1, 24)
-    for name in ("film.mp4", "film.mkv", "day/film.mp4", "day_film.mp4"):
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        write_film(tmp_path / "in" / name, lights, Fraction(24))
-    output = tmp_path / "in" / "clips"  # inside the input: clips are no sources
-
-    names = [clip.name for clip in run(tmp_path / "in", output, "--num_workers", 2)]
-
-    expected = {"day_film_00001.mp4", "day_film-2_00001.mp4", "film_00001.mp4", "film-2_00001.mp4"}
-    assert set(names) == expected
-    before = state_of(output)
-    write_film(tmp_path / "in" / "a.mp4", lights, Fraction(24))  # comes first, and changes no name
-    run(tmp_path / "in", output)
-    after = state_of(output)
-    assert {name: after[name] for name in expected} == {name: before[name] for name in expected}
-    # clips that were cut before into another folder are no sources either
-    assert len(run(tmp_path / "in", tmp_path / "in" / "other")) == 5
-    paths = [Path(line["video_path"]).name for line in lines_of(output)]
-    assert len(paths) == len(set(paths)) == 5
-    assert paths[-1] == "a_00001.mp4"
-
-
 def test_a_second_run_does_nothing_and_keeps_what_users_changed(film: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     clips = run(film, output)
@@ -237,24 +214,6 @@ def test_a_file_of_the_user_is_never_replaced(film: Path, tmp_path: Path) -> Non
 
     assert own.read_bytes() == b"mine"
     assert clips_in(output) == [own]
-
-
-def test_a_dry_run_prints_scenes_and_writes_nothing(
-    film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(["--input", str(film), "--output", str(tmp_path / "out"), "--dry_run"])
-
-    assert not (tmp_path / "out").exists()
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"{film}: 5 scenes, 2 clips; left out: 1 static, 1 black, 1 too short"
-    assert printed[2] == "  scene 2, 0:01.251 to 0:02.336, 1.084 s, frames 30 to 55 (26): clip"
-    assert [line.rpartition(": ")[2] for line in printed[1:]] == [
-        "clip",
-        "clip",
-        "static",
-        "black",
-        "too short",
-    ]
 
 
 def test_a_damaged_video_is_reported_and_the_others_are_cut(

@@ -121,30 +121,6 @@ def test_a_site_cannot_pass_on_to_a_file_of_this_machine(tmp_path: Path, site: S
         download(f"{site.url}/a.png", tmp_path / "a.png", nothing)
 
 
-@pytest.mark.parametrize(
-    ("answer", "why"),
-    [
-        (b"302 x\r\nLocation: http://[::::\r\n\r\n", "the answer is malformed"),
-        (b"302 x\r\nLocation: http://\xff\xfe/\r\n\r\n", "the answer is malformed"),
-        (b"302 x\r\nLocation: http://" + b"a" * 70 + b".org/\r\n\r\n", "the answer is malformed"),
-        (b"200 x\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n", "malformed|broke"),
-        (b"200 x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nhello", "the connection broke"),
-        (b"200 x\r\nContent-Length: 900000000000000\r\n\r\nhello", "the disk has no room"),
-        (b"200 x\r\nContent-Length: 5\r\nContent-Length: 7\r\n\r\nhello", "the connection broke"),
-        (b"200 x\r\nContent-Encoding: gzip\r\nContent-Encoding: gzip\r\n\r\nhello", "packs it in a way"),
-        (b"200 x\r\nContent-Encoding: gzip\r\n\r\nhello", "the connection broke"),
-        (b"99999 x\r\n\r\n", "the connection broke"),
-    ],
-)
-def test_what_a_site_answers_costs_its_own_file_only(
-    answer: bytes, why: str, tmp_path: Path, site: Site
-) -> None:
-    site.says["a.png"] = answer
-    with pytest.raises(MediaError, match=why):
-        download(f"{site.url}/a.png", tmp_path / "a.png", nothing)
-    assert not (tmp_path / "a.png").exists()
-
-
 def test_fsspec_reads_all_other_addresses(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe("/bucket/a.png", CONTENT)
     download("memory://bucket/a.png", tmp_path / "a.png")

@@ -61,48 +61,6 @@ def test_a_table_may_have_the_other_usual_columns(name: str, line: str, data: Pa
     assert (found.caption, found.path) == ("a red fox", data / "videos" / "00000.mp4")
 
 
-def test_lists_have_other_names_if_columns_say_so_and_blank_lines_are_dropped(
-    data: Path, tmp_path: Path
-) -> None:
-    (data / "captions.list").write_text("\ufeff\n" + "\n\n".join(CAPTIONS[:3]) + "\n \n", encoding="utf-8")
-    (data / "clips.list").write_text(
-        "\r\n".join(f"videos/{name}.mp4" for name in NAMES) + "\r\n", encoding="utf-8", newline=""
-    )
-
-    table = read_table(tmp_path, data, 'caption_column = "captions.list"', 'video_column = "clips.list"')
-
-    assert [one.caption for one in find_sources(table)] == list(CAPTIONS[:3])
-
-
-@pytest.mark.parametrize(
-    ("captions", "videos", "lines", "words"),
-    [
-        (("one", "two"), ["videos/a.mp4"], (), r"prompt\.txt has 2 lines, .*videos\.txt has 1"),
-        (("one",), ["videos/b.mp4"], (), r"1 clips of .* do not exist:\n .*b\.mp4 \(.*videos\.txt, line 1\)"),
-        (("one",), ["videos/a.mp4"], ('dataset_file = "no.csv"',), r"no\.csv is neither there nor in"),
-        (("one",), ["videos/a.mp4"], ('video_column = "no.txt"',), r"no\.txt: No such file.*video_column"),
-        ((), [], (), "has no lines"),
-        (
-            ("one",),
-            ["videos/a.mp4"],
-            ('dataset_file = "t.csv"', 'caption_column = "text"'),
-            r"has no column 'text'; it has caption, video",
-        ),
-        (("one",), ["videos/a.mp4"], ('dataset_file = "t.csv"',), r"t\.csv, line 3: it has no caption"),
-    ],
-)
-def test_what_is_wrong_is_named(
-    captions: tuple[str, ...], videos: list[str], lines: tuple[str, ...], words: str, tmp_path: Path
-) -> None:
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "videos" / "a.mp4").touch()
-    (tmp_path / "t.csv").write_text("caption,video\none,videos/a.mp4\n,videos/a.mp4\n", encoding="utf-8")
-    write_lists(tmp_path, captions, videos)
-
-    with pytest.raises(DatasetError, match=words):
-        find_sources(read_table(tmp_path, tmp_path, *lines))
-
-
 def test_tensors_are_beside_the_folder_of_clips_which_may_be_absent(tmp_path: Path) -> None:
     write_lists(tmp_path, ("one", "two"), ["part/videos/a.mp4", "part/videos/b.mp4"])
     table = read_table(tmp_path, tmp_path, "load_tensors = true")

@@ -11,7 +11,6 @@ from PIL import Image
 from dataset.config import load_dataset_config
 from dataset.sources.decoding import DecodedSource, decode_source, plan_source
 from dataset.sources.listing import find_sources
-from modules.errors import DatasetError, MediaError
 from modules.media.reading import resize_cover
 from tests.dataset.making import frame_numbers, make_clip, make_frames, make_image, make_table
 from tests.golden_cases import read_case
@@ -183,28 +182,6 @@ def test_a_plan_from_headers_equals_the_decoded_one(tmp_path: Path, suffix: str)
     plan, decoded = plan_source(source, 16.0), decode_source(source, 16.0)
 
     assert (plan.items, plan.size, len(plan.frames)) == (decoded.items, decoded.size, 0)
-
-
-def test_a_fixed_resolution_has_to_suit_the_model(tmp_path: Path) -> None:
-    make_image(tmp_path / "pic.png")
-    (source,) = find_sources(make_table(tmp_path, "image_directory", resolution=(100, 48)))
-
-    with pytest.raises(
-        DatasetError, match=r"resolution = \[100, 48\] is not a multiple of 16.*\[96, 48\] or \[112, 48\]"
-    ):
-        decode_source(source, 16.0)
-
-
-def test_pictures_too_small_are_named(tmp_path: Path) -> None:
-    make_image(tmp_path / "pic.png", (10, 50))
-    (source,) = find_sources(
-        make_table(
-            tmp_path, "image_directory", resolution=(64, 48), enable_bucket=True, bucket_no_upscale=True
-        )
-    )
-
-    with pytest.raises(MediaError, match="pic.png is too small: 10x50"):
-        decode_source(source, 16.0)
 
 
 @pytest.mark.parametrize(

@@ -109,40 +109,6 @@ def test_control_images_go_by_stem_and_number(tmp_path: Path) -> None:
     }
 
 
-def test_control_images_that_no_place_is_named_for_are_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    control = tmp_path / "control"
-    touch(tmp_path, "a.png", "a_1.png")
-    touch(control, "a.png", "a_1.png")
-    find_sources(make_table(tmp_path, "image_directory", control_directory=control))
-    assert not caplog.text  # control/a_1.png is that of a_1.png
-    touch(control, "a_1_0.png", "a_0.png")
-
-    find_sources(make_table(tmp_path, "image_directory", control_directory=control))
-
-    assert "2 control images are ignored, such as" in caplog.text
-    assert "each image takes 1" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("names", "reason"),
-    [
-        (["a_left.png"], "a control image of a must be named"),
-        ([], "0 control images for a"),
-        (["b.png"], "0 control images for a"),
-    ],
-)
-def test_control_images_that_do_not_fit_are_named(tmp_path: Path, names: list[str], reason: str) -> None:
-    control = tmp_path / "control"
-    control.mkdir()
-    touch(tmp_path, "a.png")
-    touch(control, *names)
-
-    with pytest.raises(DatasetError, match=reason):
-        find_sources(make_table(tmp_path, "image_directory", control_directory=control))
-
-
 def test_a_control_clip_is_the_same_name_or_a_folder_or_another_type(tmp_path: Path) -> None:
     control = tmp_path / "control"
     touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")

@@ -107,48 +107,6 @@ def test_samples_are_the_files_of_one_name_up_to_the_first_dot(tmp_path: Path) -
     assert (one.caption, one.more_captions) == ("ohwx, a", ("ohwx, b",))
 
 
-def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    write_tar(
-        tmp_path / "t.tar",
-        {
-            **{"1.png": b"", "1.jpg": b""},
-            **{"2.png": b"", "2.txt": b"\xff"},
-            **{"3.png": b"", "3.json": "[1]"},
-            **{"4.png": b"", "4.json": '{"caption": 5}'},
-            **{"5.png": b"", "5.txt": "fine"},
-        },
-    )
-    sources, faults = listed(tmp_path, tmp_path / "t.tar")
-    assert [source.stem for source in sources] == ["5"]
-    texts = " ".join(fault.text for fault in faults)
-    for part in (
-        "1: it has several files to learn: jpg, png",
-        "2: its .txt is not UTF-8",
-        "3: its .json is not",
-    ):
-        assert part in texts
-    assert "4: caption in its .json is not a text" in texts
-    assert all(fault.ends_run for fault in faults)
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"\x1f\x8b\x08" + bytes(600), r"compressed with gzip.*gunzip -k t.tar"),
-        (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed with zstd"),
-        (b"no tar" * 200, "is no tar"),
-        (None, "no such file"),
-    ],
-)
-def test_what_is_no_tar_is_refused_with_what_to_do(
-    tmp_path: Path, content: bytes | None, expected: str
-) -> None:
-    if content is not None:
-        (tmp_path / "t.tar").write_bytes(content)
-    with pytest.raises(DatasetError, match=expected):
-        find_sources(table_of(tmp_path, tmp_path / "t.tar"))
-
-
 def test_a_cut_tar_gives_what_is_before_the_cut_wherever_it_is(tmp_path: Path) -> None:
     files = {f"{index}.{end}": bytes([index]) * 700 for index in range(4) for end in ("png", "jpgx")}
     whole = write_tar(tmp_path / "w.tar", files).read_bytes()

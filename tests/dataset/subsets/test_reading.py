@@ -113,40 +113,10 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         assert line in said
 
 
-@pytest.mark.parametrize(
-    ("dataset", "subset", "words", "said"),
-    [
-        ("", "", (), "subset 1: resolution is missing"),
-        ("resolution = 64", "", ("--keep_tokens", "200000"), "the command line: keep_tokens"),
-        ("resolution = 1536\nenable_bucket = true", "", (), "max_bucket_reso = 1024 is below"),
-        ("resolution = 128\nenable_bucket = true", "", (), "min_bucket_reso = 256 is above"),
-        ("resolution = 64\nnetwork_multiplier = 0.5", "", (), "network_multiplier = 0.5"),
-        ("resolution = 64", 'alpha_mask = true\nmask_directory = "m"', (), "leave out one"),
-        ("resolution = 64", 'metadata_file = "m.json"\nconditioning_data_dir = "c"', (), "use image_dir"),
-        ("resolution = 64", 'face_crop_aug_range = "4.0,2.0"', (), "two ascending numbers"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(
-    tmp_path: Path, dataset: str, subset: str, words: tuple[str, ...], said: str
-) -> None:
-    text = f'[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = "pics"\n{subset}'
-
-    assert said in faults(tmp_path, text, *words)
-
-
 def test_a_subset_needs_pictures(tmp_path: Path) -> None:
     assert "subset 1: image_dir, the folder of its pictures, is missing" in faults(
         tmp_path, "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nnum_repeats = 2"
     )
-
-
-@pytest.mark.parametrize("words", [(), ("--masked_loss",)])
-def test_a_mask_directory_counts_with_every_command(tmp_path: Path, words: tuple[str, ...]) -> None:
-    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'\nmask_directory = 'm'"
-
-    (table,) = load(tmp_path, text, *words).datasets
-
-    assert table.mask_directory == Path("m")
 
 
 @pytest.mark.parametrize("is_masked", [True, False])
