@@ -1,7 +1,9 @@
-.PHONY: check slow format
+.PHONY: check fast all format
 check:  ## format, lint, types, import arrows, tests
 	python run_tests.py
-slow:   ## the tests that take longer
-	python run_tests.py -m slow
+fast:   ## quick tests
+	python run_tests.py --fast
+all:    ## slow tests too
+	python run_tests.py --all
 format:
 	.venv/bin/python -m ruff format . && .venv/bin/python -m ruff check --fix .

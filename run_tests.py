@@ -1,7 +1,8 @@
 """Set up the test environment, then run the linter, the type checker and the tests.
 
-    python run_tests.py             everything that runs in minutes (what CI runs)
-    python run_tests.py -m slow     the slow tests
+    python run_tests.py             what CI runs: at most 15 minutes on two cores
+    python run_tests.py --fast      quick tests alone, and the whole way of Wan: at most 4 minutes
+    python run_tests.py --all       slow tests too
     python run_tests.py tests/wan   one folder
 
 Further arguments go to pytest.
@@ -24,28 +25,36 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 OTHER_PROCESSORS = ({"MKL_CBWR": "COMPATIBLE"}, {"ATEN_CPU_CAPABILITY": "default"})
 NETWORKS = ("wan", "hunyuan_model", "frame_pack", "flux", "lumina", "hunyuan_image", "encoders", "networks")
 RECORDED = ["-m", "recorded and not slow and not gpu", *(f"tests/{room}" for room in NETWORKS)]
+TIERS = {"--fast": ["-m", "fast"], "--all": ["-m", ""]}
+MOST_SECONDS = 480  # of the processor, for --fast
+TOO_LONG = "`python -m pytest --write-long-tests` finds those that are long now"
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("arguments", nargs="*", help="of pytest: folders, files and options such as -m slow")
-    parser.parse_known_args()  # --help does nothing else
+    parser.add_argument("--fast", action="store_true", help="run tests of less than 0.15 seconds each")
+    parser.add_argument("--all", action="store_true", help="run slow tests too")
+    parser.add_argument("arguments", nargs="*", help="of pytest: folders, files and options such as -k vae")
+    args, _ = parser.parse_known_args()
     python = prepare_environment("test")
-    chosen = sys.argv[1:]
-    checks = [] if chosen else [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
-    workers = (
-        []
-        if any(argument.startswith("-n") for argument in chosen)
-        else ["-n", str(min(os.cpu_count() or 1, 8))]
-    )
-    runs = [(command, {}) for command in [*checks, ["pytest", *workers, *chosen]]]
-    if not chosen:
+    chosen = [argument for argument in sys.argv[1:] if argument not in TIERS]
+    tier = [word for name, words in TIERS.items() if getattr(args, name[2:]) for word in words]
+    types = [] if args.fast else [["mypy"]]  # minutes the first time
+    checks = [] if chosen else [["ruff", "check", "."], ["ruff", "format", "--check", "."], *types]
+    is_spread = any(argument.startswith("-n") for argument in chosen)
+    # neighbours mostly share what their file sets up
+    workers = [] if is_spread else ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+    runs = [(command, {}) for command in [*checks, ["pytest", *workers, *tier, *chosen]]]
+    if not chosen and not args.fast:
         runs += [(["pytest", *workers, *RECORDED], setting) for setting in OTHER_PROCESSORS]
     failed = [
         " ".join([*map("=".join, setting.items()), *command])
         for command, setting in runs
         if _run(python, command, setting)
     ]
+    seconds = sum(os.times()[2:4])  # of the commands; 0 on Windows, which does not count them
+    if args.fast and not chosen and seconds > MOST_SECONDS:
+        failed.append(f"{seconds:.0f} processor seconds of at most {MOST_SECONDS}: {TOO_LONG}")
     if failed:
         print(f"Failed: {'; '.join(failed)}")
         raise SystemExit(1)

@@ -7,11 +7,22 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import recorded, their_frequencies
+from tests import long_tests, marks, their_frequencies
 
 their_frequencies.make_exact()
 
 FILES_BETWEEN = 10  # of tests, after which garbage older than a test is collected too
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what writes the list of long tests."""
+    parser.addoption("--write-long-tests", action="store_true", help="write tests/data/long_tests.txt")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure if that is asked for."""
+    if config.getoption("write_long_tests"):
+        config.pluginmanager.register(long_tests.Measuring())
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -28,9 +39,10 @@ def pytest_runtest_protocol() -> Iterator[None]:
         gc.unfreeze()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what compares with recorded numbers."""
-    recorded.mark_recorded(items)
+    """Set the marks that follow from what a test calls, before a choice is made by them."""
+    marks.set_marks(items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

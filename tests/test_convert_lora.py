@@ -71,15 +71,6 @@ def test_there_and_back_and_there_again_is_the_same_file_content(tmp_path: Path,
         assert all(torch.equal(tensor, two[0][name]) for name, tensor in one[0].items())
 
 
-def test_a_file_in_the_target_dialect_stays_as_it_is(tmp_path: Path, saved: Path) -> None:
-    convert(saved, tmp_path / "same.safetensors", "default")
-
-    tensors, metadata = read(tmp_path / "same.safetensors")
-    expected, before = read(saved)
-    assert metadata == before
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
-
-
 def test_a_lokr_cannot_become_diffusers_but_by_baking(tmp_path: Path) -> None:
     save_file(
         {
@@ -118,29 +109,6 @@ def test_a_framepack_lora_has_the_models_own_names_and_comes_back_the_same(tmp_p
         torch.testing.assert_close(
             product, 3 / 4 * layer.lora_up.weight @ layer.lora_down.weight, rtol=1e-5, atol=1e-6
         )
-
-
-def test_framepack_names_need_no_metadata(tmp_path: Path) -> None:
-    name = "transformer_blocks_0_ff_context_net_0_proj"
-    factors = {
-        "lora_down.weight": torch.ones(2, 3),
-        "lora_up.weight": torch.ones(3, 2),
-        "alpha": torch.tensor(2.0),
-    }
-    save_file(
-        {f"lora_unet_{name}.{part}": tensor for part, tensor in factors.items()},
-        tmp_path / "lora.safetensors",
-    )
-
-    convert(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
-    convert(tmp_path / "other.safetensors", tmp_path / "back.safetensors", "default")
-
-    paths = [
-        f"transformer.transformer_blocks.0.ff_context.net.0.proj.lora_{factor}.weight" for factor in "AB"
-    ]
-    assert sorted(load_file(tmp_path / "other.safetensors")) == paths
-    back = load_file(tmp_path / "back.safetensors")
-    assert all(torch.equal(back[f"lora_unet_{name}.{part}"], tensor) for part, tensor in factors.items())
 
 
 @pytest.mark.slow

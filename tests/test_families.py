@@ -26,9 +26,9 @@ SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3
 
 # FramePack but for the order of sections, which tests/frame_pack has; FLUX but for its modulation
 SLOW = {"framepack f1", "chroma"}
-CASES = [
-    pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name in SLOW else ()) for each in FAMILIES
-]
+FAST = "wan t2v-1.3B"
+MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
+CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in FAMILIES]
 
 
 @pytest.fixture(scope="module", params=CASES)

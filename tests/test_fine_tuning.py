@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.commands import run_script, typed_there
-from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.commands import typed_there
+from tests.faults.messages import succeed_here
 from tests.test_families import SIZE, shown
 from tests.tiny.families import FAMILIES, TinyFamily
 
@@ -82,45 +82,3 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[T
     # mean levels of 255, as in test_families; the sample's video differs by its encoder's settings
     assert (ours - theirs).abs().mean() < 6
     assert (ours - untrained).abs().mean() > 12
-
-
-def test_the_plan_counts_the_weights_that_learn(project: tuple[TinyFamily, Path]) -> None:
-    family, folder = project
-
-    plan = run_script(*whole(family), "--learning_rate", "1e-5", "--plan", "24", folder=folder)
-
-    rows = [line.strip() for line in plan.stdout.splitlines()]
-    assert any(row.startswith("weights of the transformer") and row.endswith("float32") for row in rows)
-    assert {"gradients", "optimizer"} <= {row.split("  ")[0] for row in rows}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--blocks_to_swap", "1"], ["--blocks_to_swap 1", "Add --fused_backward_pass"]),
-        (["--fp8_base"], ["--fp8_base", "--full_bf16"]),
-        (["--trainable_modules", "nonsense"], ["--trainable_modules nonsense"]),
-        (["--network_module", "networks.lora"], ["--network_module"]),
-    ],
-    ids=lambda case: case[0],
-)
-def test_what_makes_no_sense_for_trained_weights_is_refused(
-    project: tuple[TinyFamily, Path], arguments: list[str], words: list[str]
-) -> None:
-    family, folder = project
-
-    code, said = run_here(*whole(family), *OUTPUT, "--output_name", "refused", *arguments, folder=folder)
-
-    assert_one_message(code, said, *words)
-
-
-def test_wan_weights_are_not_kept_in_the_dtypes_of_the_file(project: tuple[TinyFamily, Path]) -> None:
-    family, folder = project
-    if family.train_whole != "wan_train.py":
-        pytest.skip("an option of Wan")
-
-    code, said = run_here(
-        *whole(family), *OUTPUT, "--output_name", "x", "--mixed_precision_transformer", folder=folder
-    )
-
-    assert_one_message(code, said, "--mixed_precision_transformer", "--full_bf16")

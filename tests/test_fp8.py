@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from tests.tiny.dit_files import as_fp8
 from tests.tiny.families import FAMILIES, Command, TinyFamily
 from tests.tiny.project import write_lora
@@ -133,14 +133,6 @@ def test_a_resumed_run_with_fp8_weights_ends_with_equal_bytes(family: TinyFamily
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
-def test_a_resumed_run_tells_that_weights_were_kept_otherwise(
-    family: TinyFamily, caplog: pytest.LogCaptureFixture
-) -> None:
-    trained(family, "first", "--fp8_base", "--max_train_steps", "1", "--save_state")
-    trained(family, "then", "--max_train_steps", "1", "--resume", "output/first-state")
-    assert "--fp8_base" in caplog.text
-
-
 @pytest.mark.parametrize("how", GENERATED, ids=" ".join)
 def test_generation_with_fp8_weights_makes_nearly_the_same(
     family: TinyFamily, tmp_path: Path, how: list[str]
@@ -238,31 +230,3 @@ def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
         for name, found in caches().items()
         for part, tensor in found.items()
     )
-
-
-def test_generation_and_samples_use_a_text_encoder_in_fp8(family: TinyFamily, tmp_path: Path) -> None:
-    _skip_without_fp8_texts(family)
-    option, _ = TEXTS_IN_FP8[family.name]
-    expected, found = generated(family, tmp_path / "plain"), generated(family, tmp_path / "fp8", option)
-    assert 1e-5 < difference({"latent": found}, {"latent": expected}) < 0.05
-    (tmp_path / "prompts.txt").write_text(f"{family.sample_line}\n", encoding="utf-8")
-    samples = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "1"]
-    trained(family, "sampled", option, "--fp8_base", "--fp8_scaled", "--max_train_steps", "1", *samples)
-    assert list(Path("output/sample").glob("sampled*"))
-
-
-def test_what_does_not_go_together_is_said(family: TinyFamily, tmp_path: Path) -> None:
-    if family.train_whole:  # image trainers take --fp8_scaled as both
-        with pytest.raises(OptionError, match="--fp8_scaled needs --fp8_base"):
-            trained(family, "x", "--fp8_scaled")
-    with pytest.raises(OptionError, match="--upcast_linear needs --fp8_scaled"):
-        generated(family, tmp_path, "--upcast_linear", "--fp8")
-
-
-def test_whole_transformers_do_not_learn_in_fp8(family: TinyFamily) -> None:
-    if family.name != "hunyuan_video":
-        return
-    words = family.train[1:]
-    begin = words.index("--network_module")
-    with pytest.raises(OptionError, match="--fp8_base: trained weights are kept in float32"):
-        run("hv_train.py", *words[:begin], *OUTPUT, "--output_name", "x", "--fp8_base")

@@ -1,22 +1,18 @@
 """What runs without packages that it does not need: a machine for training may lack FFmpeg and diffusers."""
 
-import html
 import json
 import sys
 from pathlib import Path
 
-import ftfy
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from modules.errors import InstallationError, MediaError
-from modules.media.reading import read_image
+from modules.errors import InstallationError
 from modules.media.writing import write_video
 from tests.commands import ROOT, run_program
 from tests.tiny.families import FAMILIES
 from tests.tiny.project import moving_square, write_animations
-from wan.t5 import clean_text
 
 MISSING = ("av", "diffusers", "bitsandbytes", "ftfy", "imageio", "flash_attn", "xformers", "sageattention")
 PROGRAM = f"""
@@ -68,24 +64,3 @@ def test_a_video_without_ffmpeg_names_the_package(tmp_path: Path, monkeypatch: p
     with pytest.raises(InstallationError, match="pip install av"):
         write_video(tmp_path / "clip.mp4", moving_square(2, 32, 32, 1), 8)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_damaged_picture_is_told_without_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "av", None)
-    (tmp_path / "picture.png").write_bytes(b"no picture")
-    with pytest.raises(MediaError, match="picture.png"):
-        read_image(tmp_path / "picture.png")
-
-
-def test_a_prompt_that_needs_cleaning_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ftfy", None)
-    assert clean_text("  a cat,  two dogs ") == "a cat, two dogs"
-    with pytest.raises(InstallationError, match="pip install ftfy"):
-        clean_text("sch\u00c3\u00b6n")
-
-
-def test_plain_text_is_what_ftfy_leaves_as_it_is() -> None:
-    every = "".join(map(chr, range(32, 127))).replace("&", "")
-    for text in (every, every[::-1], " ".join(every), "\"it's\" <b>--x</b> ``y'' %20 \\u00e9 \\n"):
-        assert ftfy.fix_text(text) == text
-        assert html.unescape(text) == text

@@ -29,7 +29,7 @@ BUDGET = {
     "package": (400, 7),
     "post": (8450, 74),
     "project": (520, 4),
-    "scripts": (1150, 43),
+    "scripts": (1160, 43),
     "stable_diffusion": (8500, 59),
     "tools": (250, 7),
     "training": (14100, 94),

@@ -13,7 +13,6 @@ from packaging.requirements import Requirement
 from modules.environment import TORCH
 from modules.installation import IMPORTED_AS, command_words, own_name, read_requirements, requirement_name
 from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
-from package.staging import find_rooms
 from tests.commands import ROOT, assert_user_error, run_python
 
 SCRIPTS = sorted(command.path.relative_to(ROOT).as_posix() for command in find_commands(ROOT))
@@ -80,28 +79,6 @@ def test_without_torch_a_script_says_how_to_get_to_it(script: str) -> None:
     assert_user_error(done, f"torch is not installed in this Python ({sys.executable})", "Activate")
     assert len(done.stderr.splitlines()) <= 3
     assert "usage:" in run_python("-S", ROOT / script, "--help").stdout
-
-
-def test_an_environment_that_is_there_is_named_with_its_command(tmp_path: Path) -> None:
-    copy = tmp_path / "a checkout"
-    for name in find_rooms(ROOT):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("convert_lora.py", "requirements.txt"):
-        shutil.copy(ROOT / name, copy / name)
-    (copy / ".venv").mkdir()
-
-    done = run_python("-S", copy / "convert_lora.py", check=False)
-
-    commands = copy / ".venv" / ("Scripts" if sys.platform == "win32" else "bin")
-    assert_user_error(done, f'. "{commands / "activate"}"', f'PowerShell: & "{commands / "Activate.ps1"}"')
-    assert len(done.stderr.splitlines()) == 3
-
-
-def test_another_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
-    lacking = "import sys; sys.modules.update(einops=None, av=None); sys.argv = ['convert_lora.py']; "
-    run = "import runpy; runpy.run_path('convert_lora.py', run_name='__main__')"
-    done = run_python("-c", lacking + run, folder=ROOT, check=False)
-    assert_user_error(done, "av, einops are not installed", "-m pip install -r", "requirements.txt")
 
 
 def test_every_requirement_is_known_by_the_name_it_is_imported_by() -> None:

@@ -1,13 +1,11 @@
 """MagCache and TeaCache through the command lines of all families, on tiny models."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -124,33 +122,6 @@ def test_what_calibration_prints_can_be_given(project: Project, tmp_path: Path) 
     assert skipped_in(said)[0] > 0
 
 
-@pytest.mark.parametrize("cache", [BOLD, TEA], ids=["magcache", "teacache"])
-def test_it_goes_with_everything_else(deep: Project, tmp_path: Path, cache: Sequence[str]) -> None:
-    slg = (*GUIDED, "--slg_mode", "original", "--slg_layers", "1", "--slg_start", "0", "--slg_end", "1")
-    if deep.family.name == "lumina":  # whose guidance ends before the last steps
-        slg = (*slg, "--cfg_trunc_ratio", "1")
-    expected, said = deep.one(tmp_path / "plain", *slg, *cache)
-    skipped, passes = skipped_in(said)
-    joined = deep.family.name in {"hunyuan_video", "hunyuan_image", "flux"}
-    sections = 2 if deep.family.name == "framepack" else 1
-    assert passes == STEPS * sections * (2 if joined else 3)
-    assert 0 < skipped < passes
-
-    swap = ("--blocks_to_swap", "3")
-    found, said = deep.one(tmp_path / "swapped", *slg, *cache, *swap, "--img_in_txt_in_offloading")
-    assert torch.equal(found, expected)
-    assert skipped_in(said) == (skipped, passes)
-    compiled = ("--compile", "--compile_args", "eager", "default", "auto", "False")
-    found, said = deep.one(tmp_path / "compiled", *slg, *cache, *compiled)
-    assert skipped_in(said) == (skipped, passes)
-    # rotary turns are multiplied out in another order; over eight steps this grows
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    fp8 = ("--fp8", "--fp8_scaled")
-    expected, _ = deep.one(tmp_path / "fp8", *GUIDED, *cache, *fp8)
-    found, _ = deep.one(tmp_path / "fp8 swapped", *GUIDED, *cache, *fp8, *swap)
-    assert torch.equal(found, expected)
-
-
 def test_a_video_that_starts_from_another_skips_too(tmp_path: Path) -> None:
     family = next(each for each in FAMILIES if each.name == "hunyuan_video")
     family.prepare(tmp_path)
@@ -164,81 +135,3 @@ def test_a_video_that_starts_from_another_skips_too(tmp_path: Path) -> None:
     more = (*start, "--save_path", "out", "--magcache_calibration")
     code, said = run_here(*family.generate, *SIZE, *more, folder=tmp_path)
     assert_one_message(code, said, "--magcache_calibration measures all steps", "leave out --video_path")
-
-
-def test_prompt_lines_change_it_and_the_next_prompt_is_plain_again(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = {
-        seed: project.one(tmp_path / f"plain {seed}", "--guidance_scale", 1, "--seed", seed)[0]
-        for seed in (6, 7)
-    }
-    lines = iter(["a cat --d 6 --mct 100 --mck 2 --mcrr 0.5", "a cat --d 7 --mct 0", "a cat --d 8 --tct 1"])
-
-    def answer(_: str) -> str:
-        for line in lines:
-            return line
-        raise EOFError
-
-    monkeypatch.setattr("builtins.input", answer)
-    _, said = project.generate(tmp_path / "typed", "--guidance_scale", 1, *RATIOS, "--interactive")
-    paths = {seed: next((tmp_path / "typed").glob(f"*_{seed}_latent.safetensors")) for seed in (6, 7, 8)}
-    assert torch.equal(load_file(paths[7])["latent"], plain[7])
-    assert not torch.equal(load_file(paths[6])["latent"], plain[6])
-    sections = 2 if "framepack" in project.family.name else 1
-    assert SKIPPED.search(said) is not None
-    assert skipped_in(said) == (2 * sections, STEPS * sections)  # c c c c s s c c
-    assert "--tct 1 is ignored because --teacache_threshold is not given" in said
-    with safe_open(paths[6], "pt") as file:
-        metadata = file.metadata()
-    assert metadata["bt_magcache_threshold"] == "100.0"
-    assert metadata["bt_magcache_k"] == "2"
-    assert metadata["bt_magcache_retention_ratio"] == "0.5"
-    assert metadata["bt_magcache_mag_ratios"].startswith("1.0 0.99 0.99")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((*RATIOS, *TEA), ["--magcache_mag_ratios and --teacache_threshold"]),
-        ((*TEA, "--magcache_calibration"), ["--magcache_calibration and --teacache_threshold"]),
-        (("--magcache_mag_ratios", "0"), ["calibrate first", "--magcache_calibration"]),
-        (("--magcache_mag_ratios", "1", "-0.5"), ["--magcache_mag_ratios -0.5"]),
-        (("--magcache_mag_ratios", "1", "nan"), ["--magcache_mag_ratios nan"]),
-        ((*RATIOS, "--magcache_threshold", "-1"), ["--magcache_threshold -1"]),
-        ((*RATIOS, "--magcache_retention_ratio", "2"), ["--magcache_retention_ratio 2"]),
-        ((*RATIOS, "--magcache_k", "-1"), ["--magcache_k -1"]),
-        (("--teacache_threshold", "-1"), ["--teacache_threshold -1"]),
-        (
-            ("--teacache_calibration", "--infer_steps", "5"),
-            ["--teacache_calibration with 5 steps", "at least 7"],
-        ),
-    ],
-)
-def test_what_cannot_be_is_refused(
-    project: Project, tmp_path: Path, arguments: Sequence[str], words: Sequence[str]
-) -> None:
-    code, said = run_here(
-        *project.family.generate, *SIZE, "--save_path", tmp_path, *arguments, folder=project.folder
-    )
-    assert_one_message(code, said, *words)
-    assert [*tmp_path.glob("*")] == []
-
-
-def test_published_coefficients_are_used_if_there_are_any(project: Project, tmp_path: Path) -> None:
-    arguments = (
-        *SIZE,
-        *GUIDED,
-        "--output_type",
-        "latent",
-        "--save_path",
-        tmp_path,
-        "--teacache_threshold",
-        0.3,
-    )
-    code, said = run_here(*project.family.generate, *arguments, folder=project.folder)
-    if "wan" in project.family.name:
-        assert_one_message(code, said, "Calibrate first", "--teacache_calibration")
-    else:
-        assert code == 0
-        skipped_in(said)

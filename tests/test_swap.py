@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily, write_deep
 
 OUTPUT = ("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0")
@@ -123,35 +123,6 @@ def test_the_same_latents_are_generated(project: Project, tmp_path: Path, usual:
 
     assert len(found) == 2
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-
-
-def test_in_a_conversation_the_network_waits_between_prompts(
-    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results = []
-    for name, swap in (("plain", ()), ("swapped", ("--blocks_to_swap", project.most))):
-        lines = iter(["a cat --d 5", "a dog --d 6 --s 2"])
-
-        def answer(_: str, lines: Iterator[str] = lines) -> str:
-            for line in lines:
-                return line
-            raise EOFError
-
-        monkeypatch.setattr("builtins.input", answer)
-        results.append(project.generate(tmp_path / name, "--interactive", *swap))
-
-    assert len(results[0]) == 2
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("more", [(), ("--plan", "24")], ids=["training", "plan"])
-def test_too_many_blocks_are_refused(project: Project, tmp_path: Path, more: Sequence[str]) -> None:
-    """By the plan too, which on a CUDA device comes before every run."""
-    arguments = (*OUTPUT, "--output_dir", tmp_path, "--max_train_steps", 1, "--blocks_to_swap", 9, *more)
-
-    code, said = run_here(*project.family.train, *arguments, folder=project.folder)
-
-    assert_one_message(code, said, "--blocks_to_swap 9", f"at most {project.most}")
 
 
 @pytest.mark.parametrize(

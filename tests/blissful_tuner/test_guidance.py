@@ -149,20 +149,6 @@ def test_skip_layer_original_adds_a_third_pass_while_active() -> None:
     assert len(network.made) == 5
 
 
-@pytest.mark.parametrize("mode", ["original", "uncond"])
-def test_no_layers_mean_no_skip_layer_guidance(mode: str) -> None:
-    network = passes()
-    assert (
-        float(
-            make_guidance(replace(REQUEST, steps=4), skipping(mode, ""))(
-                step(0), network, network.section
-            ).mean()
-        )
-        == 6.0
-    )
-    assert len(network.made) == 2
-
-
 def drawn() -> Passes:
     """Two samples of different deviation."""
     generator = torch.Generator().manual_seed(3)
@@ -187,30 +173,8 @@ def test_a_rescaled_velocity_has_the_deviation_of_the_positive_one_in_each_sampl
     assert not torch.isclose(ratio[0, 0], ratio[1, 0])
 
 
-def test_a_share_of_rescaling_lies_between_none_and_all_of_it() -> None:
-    network = drawn()
-    none, some, all_of_it = (
-        make_guidance(replace(REQUEST, steps=1), replace(PLAIN_GUIDANCE, guidance_rescale=share))(
-            step(0), network, network.section
-        )
-        for share in (0.0, 0.7, 1.0)
-    )
-    torch.testing.assert_close(some, 0.7 * all_of_it + 0.3 * none)
-
-
 def test_rescaling_acts_on_what_skip_layer_guidance_makes() -> None:
     network = drawn()
     options = replace(skipping("original", "1"), guidance_rescale=1.0)
     velocity = make_guidance(replace(REQUEST, steps=4), options)(step(0), network, network.section)
     torch.testing.assert_close(velocity.flatten(1).std(1), network.section.noise.flatten(1).std(1))
-
-
-@pytest.mark.parametrize("layers", ["a", "-1", "1;2"])
-def test_layers_that_are_no_numbers_are_refused(layers: str) -> None:
-    with pytest.raises(OptionError, match="--slg_layers"):
-        skipping("uncond", layers)
-
-
-def test_a_skip_mode_needs_its_ratio() -> None:
-    with pytest.raises(OptionError, match="--cfg_apply_ratio"):
-        replace(PLAIN_GUIDANCE, cfg_skip_mode="early")

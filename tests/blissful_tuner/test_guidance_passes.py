@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import has_batches, make_guidance, needs, plan_steps
+from blissful_tuner.guidance import make_guidance, needs
 from blissful_tuner.guidance_formulas import cfg_zero, perp_neg
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.guidance_passes import BLANK, NEGATIVE, POSITIVE, GuidanceStage
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
+from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
 from modules.contract.steps import Needs, Step
 from tests.golden_cases import read_case
 from tests.preparing import prepare
@@ -130,31 +130,6 @@ def test_the_first_steps_are_multiplied_with_and_without_guidance() -> None:
     assert not torch.equal(first, second)
 
 
-def test_the_tweaks_of_a_pass_are_the_same_object_at_all_steps() -> None:
-    options = replace(PLAIN_GUIDANCE, disable_embedded_for_cfg=True, **{**SLG, "slg_end": 1.0})
-    guidance, network = make_guidance(REQUEST, options), Network()
-    for index in range(2):
-        guidance(step(index), network, network.section)
-    (first, second), (third, fourth) = network.tweaks[:2], network.tweaks[2:]
-    assert (first, second) == (third, fourth)  # equal only to themselves
-    assert not first.embedded_guidance
-    assert not second.embedded_guidance
-
-
-def test_texts_that_are_the_same_are_the_same_conditions_and_share_a_pass() -> None:
-    text: Conditions = {"v": numbers(1, 0, 1, 0)[0]}
-    prompts = EncodedPrompts({"v": numbers(1, 2, 3, 4)[0]}, text, text)
-    network = Network()
-    network.section = prompts.section(network.section.noise, {"image": numbers(0, 0, 0, 0)})
-    assert network.section.blank is network.section.negative
-    options = replace(PLAIN_GUIDANCE, perp_neg=2.0)
-    perpendicular = make_guidance(REQUEST, options)(step(0), network, network.section)
-    assert len(network.calls[0]) == 2
-    assert torch.equal(
-        perpendicular, make_guidance(REQUEST, PLAIN_GUIDANCE)(step(0), network, network.section)
-    )
-
-
 @pytest.mark.parametrize(
     ("options", "schedule", "expected"),
     [
@@ -170,12 +145,3 @@ def test_only_texts_that_have_a_pass_are_needed(
 ) -> None:
     request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule=schedule))
     assert needs(request, replace(PLAIN_GUIDANCE, **options)) == expected
-
-
-def test_passes_with_own_tweaks_are_no_batch() -> None:
-    always = {**SLG, "slg_end": 1.0}
-    assert has_batches(REQUEST, PLAIN_GUIDANCE)
-    assert not has_batches(REQUEST, replace(PLAIN_GUIDANCE, **always))
-    assert has_batches(REQUEST, replace(PLAIN_GUIDANCE, perp_neg=1.5, **always))
-    ((first, *_),) = plan_steps(REQUEST, replace(PLAIN_GUIDANCE, perp_neg=1.5))
-    assert first.most_together == 3

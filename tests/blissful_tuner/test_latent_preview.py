@@ -1,12 +1,11 @@
 """Latent previews: what is shown, when, and that nothing depends on them."""
 
-import contextlib
 import logging
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.latent_preview import LatentPreviews, check_preview, make_previews, preview_clip
+from blissful_tuner.latent_preview import LatentPreviews, make_previews
 from blissful_tuner.preview_options import PreviewOptions
-from blissful_tuner.taehv import TinyVae, enlarge, project
-from modules.contract.family import LatentSpec
+from blissful_tuner.taehv import enlarge, project
 from modules.contract.generation import Piece, Section
 from modules.contract.steps import Step, StepDone
-from modules.errors import OptionError
 from modules.media.reading import read_image, video_frames, video_info
 from tests.commands import ROOT
-from tests.tiny.taehv import CONFIG
 from wan.family import LATENT
 
 CPU = torch.device("cpu")
@@ -145,59 +141,6 @@ def test_an_error_is_one_warning_and_a_file_that_cannot_be_written_is_tried_agai
     assert in_the_way.is_file()
 
 
-def test_any_other_error_ends_the_previews_of_the_run_with_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    wrong = replace(LATENT, channels=2, preview_factors=LATENT.preview_factors[:2])
-    previews = LatentPreviews(1, tmp_path, wrong, CPU, lambda _: True)
-    for _ in range(2):
-        with previews.of(16.0) as clip:
-            clip.watch(step(0, 4))
-    assert previews.has_ended
-    assert len(caplog.records) == 1
-    assert "There are no more of this run" in caplog.text
-    assert not list(tmp_path.iterdir())
-
-
-class NoRoom(TinyVae):
-    """Runs out of memory."""
-
-    def frames(self, latents: Tensor, device: torch.device) -> None:  # type: ignore[override]
-        raise torch.OutOfMemoryError("no room")
-
-
-def test_without_memory_for_the_tiny_vae_colours_are_shown(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    previews = previews_in(tmp_path, vae=NoRoom(CONFIG, {}))
-    for _ in range(2):
-        with previews.of(16.0) as clip:
-            clip.watch(step(0, 4))
-    assert np.array_equal(read_image(tmp_path / "latent_preview.png"), colours_of(step(0, 4).clean)[0])
-    assert [record.message for record in caplog.records] == [
-        "Previews are made without --preview_vae because the device ran out of memory."
-    ]
-
-
-def test_the_tiny_vae_stays_out_of_a_device_without_room_beside_the_network(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int | None] = []
-
-    def has_room(needed: int | None) -> bool:
-        asked.append(needed)
-        return False
-
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
-    previews = LatentPreviews(1, tmp_path, LATENT, torch.device("meta"), has_room, NoRoom(CONFIG, {}))
-    for _ in range(2):
-        previews.take(draw(1), 16.0)
-    assert len(asked) == 1
-    assert asked[0] is not None
-    assert asked[0] > 0
-    assert "MiB free beside the transformer" in caplog.text
-
-
 def test_an_interrupted_clip_leaves_no_thread_and_no_part_of_a_file(tmp_path: Path) -> None:
     def interrupted() -> None:
         with previews_in(tmp_path).of(16.0) as clip:
@@ -238,57 +181,3 @@ def test_a_kill_in_the_middle_leaves_the_preview_before(tmp_path: Path) -> None:
     left = [path.name for path in tmp_path.iterdir() if path.name != "latent_preview.mp4"]
     assert len(left) == 1  # removed by a later run
     assert left[0].startswith(".latent_preview.mp4.")
-
-
-def test_several_runs_may_write_into_one_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with previews_in(tmp_path).of(16.0) as one, previews_in(tmp_path).of(16.0) as other:
-        for index in range(6):
-            for clip in (one, other):
-                clip.watch(step(index, 8, frames=2))
-    assert len(list(video_frames(tmp_path / "latent_preview.mp4"))) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["latent_preview.mp4"]
-    assert not caplog.records
-
-
-def test_without_previews_nothing_watches() -> None:
-    with preview_clip(None, 16.0) as (watchers, on_section):
-        assert watchers == []
-        on_section(Section(draw(1), {}))
-    assert (
-        make_previews(
-            PreviewOptions(preview_latent_every=None, preview_vae=None), LATENT, Path(), CPU, lambda _: True
-        )
-        is None
-    )
-
-
-def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--preview_latent_every 0: give a number"):
-        PreviewOptions(preview_latent_every=0, preview_vae=None)
-    with pytest.raises(OptionError, match=r"--preview_vae .*no.pth: no such file"):
-        PreviewOptions(preview_latent_every=1, preview_vae=tmp_path / "no.pth")
-    with pytest.raises(OptionError, match=r"add --preview_latent_every"):
-        PreviewOptions(preview_latent_every=None, preview_vae=tmp_path)
-    bare = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)
-    with pytest.raises(OptionError, match="no map from this model's latents to colours"):
-        check_preview(PreviewOptions(preview_latent_every=1, preview_vae=None), bare)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("has_vae", [False, True])
-def test_taking_a_preview_does_not_wait_for_the_gpu(tmp_path: Path, has_vae: bool) -> None:
-    from tests.tiny.taehv import write_taehv
-
-    cuda, path = torch.device("cuda"), write_taehv(tmp_path / "taehv.pth")
-    options = PreviewOptions(preview_latent_every=1, preview_vae=path if has_vae else None)
-    previews = make_previews(options, LATENT, tmp_path, cuda, lambda _: True)
-    assert previews is not None
-    latents = draw(3).to(cuda)
-    previews.take(latents, 16.0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        shot = previews.take(latents, 16.0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    previews.write(lambda: shot)
-    assert len(list(video_frames(tmp_path / "latent_preview.mp4"))) == (9 if has_vae else 3)

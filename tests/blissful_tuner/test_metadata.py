@@ -1,9 +1,7 @@
 """What outputs say about themselves."""
 
 import re
-import tomllib
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +11,6 @@ from blissful_tuner.metadata import (
     as_tags,
     frame_rate_in,
     output_metadata,
-    parameters_of,
     read_decoded_metadata,
     seed_in,
     with_plain_keys,
@@ -54,42 +51,6 @@ def test_what_only_the_family_reads_is_said_too() -> None:
     assert (found["bt_video_sections"], found["bt_one_frame"]) == ("4", "default")
 
 
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("a b/c d/first.png", "first.png"),
-        ("0:/a/first.png;;;1-2:b/then.png;;;-1:last.png", "0:first.png;;;1-2:then.png;;;-1:last.png"),
-        ("/a/b.png\nc.png", "b.png\nc.png"),
-        (r"0:C:\d\x.png;;;1:C:\d\y.png", "0:x.png;;;1:y.png"),
-    ],
-)
-def test_of_images_names_are_said_and_not_where_they_lie(text: str, names: str) -> None:
-    asked = replace(ASKED, end_image_path=Path("/home/me/end.png"))
-    request = replace(REQUEST, asked=asked, own_metadata={"image_path": text})
-    found = output_metadata(request, {}, settings={"dit": Path("/home/me/dit.safetensors")})
-    assert found["bt_image_path"] == names
-    assert (found["bt_end_image_path"], found["bt_dit"]) == ("end.png", "dit.safetensors")
-
-
-def test_settings_are_said_as_they_are_typed() -> None:
-    settings = {"te_multiplier": ("1.2", "a b"), "bulk_decode": True, "latent_paddings": None}
-    found = output_metadata(REQUEST, {}, settings=settings)
-    assert (found["bt_te_multiplier"], found["bt_bulk_decode"], found["bt_fps"]) == (
-        "1.2 'a b'",
-        "True",
-        "16",
-    )
-    assert "bt_latent_paddings" not in found
-
-
-def test_decoding_passes_on_what_is_known_and_says_anew_what_it_is_decoded_with() -> None:
-    saved = {"bt_prompt": "a cat", "seeds": "7", "bt_bulk_decode": "True", "bt_vae": "old.pt", "bt_fps": "16"}
-    found = read_decoded_metadata(
-        saved, {"vae": Path("m/new.pt"), "dit": Path("other")}, {"vae", "bulk_decode"}, 24.0
-    )
-    assert found == {"bt_prompt": "a cat", "seeds": "7", "bt_vae": "new.pt", "bt_fps": "24"}
-
-
 def test_a_latent_file_says_it_in_both_spellings_and_pixels_in_one() -> None:
     settings = {"guidance_rescale": 0.0, "sample_solver": "unipc"}
     made = output_metadata(
@@ -121,16 +82,6 @@ def test_a_latent_file_says_it_in_both_spellings_and_pixels_in_one() -> None:
     assert with_plain_keys({"bt_seeds": "N/A"}) == {"bt_seeds": "N/A"}
 
 
-def test_names_of_files_that_are_no_utf_8_can_be_stored() -> None:
-    """A video would be lost with an error at its very end."""
-    name = "caf\udce9 é.png"  # as the system gives a byte of Latin-1
-    request = replace(REQUEST, asked=replace(ASKED, image_path=Path("m") / name))
-    made = output_metadata(request, {}, settings={"dit": Path(name)})
-    decoded = read_decoded_metadata({}, {"vae": Path(name)}, {"vae"}, 24.0)
-    for text in (made["bt_image_path"], made["bt_dit"], decoded["bt_vae"]):
-        assert ascii(text) == ascii("caf\\udce9 é.png")  # `ascii`, as pytest could not print what is wrong
-
-
 def test_the_known_names_without_prefix_are_read() -> None:
     assert seed_in({"seeds": "12"}) == 12
     assert frame_rate_in({"fps": "24"}) == 24.0
@@ -142,27 +93,11 @@ def test_tags_are_one_line_and_keep_their_letters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "rate"),
-    [("24", 24.0), ("23.976", 23.976), ("N/A", None), ("nan", None), ("inf", None), ("-1", None)],
-)
-def test_a_frame_rate_that_is_none_is_not_used(text: str, rate: float | None) -> None:
-    assert frame_rate_in({"bt_fps": text}) == rate
-    assert frame_rate_in({}) is None
-
-
-@pytest.mark.parametrize(
     ("text", "seed"), [("9007199254740993", 9007199254740993), ("-5", -5), ("N/A", 0), ("nan", 0), ("1.5", 0)]
 )
 def test_a_seed_is_read_to_the_last_digit(text: str, seed: int) -> None:
     assert seed_in({"bt_seeds": text}) == seed
     assert seed_in({}) == 0
-
-
-def test_the_version_is_that_of_the_project() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))[
-        "project"
-    ]
-    assert f"reelsmith {project['version']}" == TUNER_VERSION
 
 
 def read_parameters(text: str) -> tuple[str, str, dict[str, str]]:
@@ -206,11 +141,3 @@ def test_pictures_say_what_made_them_in_the_words_of_other_viewers(prompt: str, 
         "Version": TUNER_VERSION,
     }
     assert as_tags(metadata).items() <= as_png_texts(metadata).items()
-
-
-def test_a_prompt_that_looks_like_the_settings_does_not_replace_them() -> None:
-    text = parameters_of({"bt_prompt": "a cat\nNegative prompt: a dog\nSteps: 1", "bt_seeds": "7"})
-
-    assert text == "a cat Negative prompt: a dog Steps: 1\nSeed: 7"
-    assert parameters_of({"bt_seeds": "7"}) is None
-    assert parameters_of({"bt_prompt": "p", "bt_guidance_scale": "3.0, 4.0"}) == 'p\nCFG scale: "3.0, 4.0"'

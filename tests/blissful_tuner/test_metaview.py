@@ -81,20 +81,6 @@ def test_json_gives_names_and_values_as_they_are_stored(name: str, tmp_path: Pat
     assert {key: text for key, text in found["metadata"].items() if key in METADATA} == stored
 
 
-def test_latents_of_other_framepack_tools_have_no_prefix(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    plain = {name.removeprefix("bt_"): text for name, text in METADATA.items()}
-    save_file({"latent": torch.zeros(16, 1, 2, 2)}, path, plain)
-    assert run_script(SCRIPT, path).stdout.splitlines() == LINES
-
-
-def test_names_in_capital_letters_are_the_same_in_a_picture(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    write_png(path, FRAME, {name.upper(): text for name, text in as_tags(METADATA).items()})
-
-    assert run_script(SCRIPT, path).stdout.splitlines() == LINES
-
-
 def test_a_lora_gives_its_training_notes(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1)}, path, {"ss_network_dim": "4", "modelspec.title": "käfer", "prompt": "x"})
@@ -142,38 +128,7 @@ def test_a_file_that_is_cut_short_is_one_message_and_the_others_are_shown(
     assert done.returncode == 1 or (name, keep) == ("a.mkv", 100)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\xff" * 64,
-        (2).to_bytes(8, "little") + b"[]",
-        (30).to_bytes(8, "little") + b'{"__metadata__":["a"]}        ',
-        (1 << 20).to_bytes(8, "little") + b"[" * (1 << 20),
-        (4).to_bytes(8, "little") + b"\xff\xfe\xff\xfe",
-    ],
-)
-def test_damaged_headers_are_refused(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(content)
-    assert_user_error(run_script(SCRIPT, path, check=False), "x.safetensors cannot be read")
-
-
 def test_a_file_without_metadata_is_no_error(tmp_path: Path) -> None:
     path = write(tmp_path, "a.png", {})
     done = run_script(SCRIPT, path)
     assert (done.stdout, done.stderr) == ("", f"{path} holds no metadata\n")
-
-
-@pytest.mark.parametrize("name", ["missing.mp4", "note.txt", "empty"])
-def test_what_holds_no_metadata_is_refused(name: str, tmp_path: Path) -> None:
-    (tmp_path / "note.txt").write_text("hello")
-    (tmp_path / "empty").mkdir()
-    done = run_script(SCRIPT, tmp_path / name, check=False)
-    assert_user_error(done, name)
-    assert done.returncode == 1
-
-
-def test_it_needs_no_torch(tmp_path: Path) -> None:
-    import_time = run_script(SCRIPT, write(tmp_path, "a.png"), environment={"PYTHONPROFILEIMPORTTIME": "1"})
-    assert " PIL" in import_time.stderr
-    assert " torch" not in import_time.stderr

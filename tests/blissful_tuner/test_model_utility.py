@@ -15,22 +15,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from blissful_tuner.model_utility import main
-from blissful_tuner.model_utility_options import ModelUtilityOptions
-from blissful_tuner.taehv import load_taehv
 from frame_pack.checkpoints import load_dit as load_framepack
 from hunyuan_model.checkpoints import load_dit as load_hunyuan
-from modules.checkpoints.opening import open_checkpoint
 from modules.contract.loading import Placement
 from networks.metadata import add_hashes
-from post.upscaling.files import load_upscaler
 from tests.commands import run_script
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import dits, post_faces, post_restorers, post_upscaling
 from tests.tiny.post_flowformer import write_flowformer
 from tests.tiny.post_restorers import write_model
-from tests.tiny.taehv import write_taehv
 from wan.checkpoints import load_dit as load_wan
-from wan.spec import LATENT
 
 SCRIPT = "blissful_tuner/model_utility.py"
 CPU = torch.device("cpu")
@@ -76,19 +70,6 @@ def test_a_file_is_described_with_its_dtypes_sizes_and_metadata(
     assert "float32: 3 tensors, 76 bytes" in out
     assert "int64: 1 tensor, 8 bytes" in out
     assert max(len(line) for line in out.splitlines()) < 300
-
-
-def test_names_and_metadata_cannot_steer_the_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path / "a.safetensors", {"\x1b[2J" * 1000: torch.ones(1)}, {"\x1b[1m": "a\nb\x1b[31m"})
-
-    run(path)
-
-    out = capsys.readouterr().out
-    assert "\x1b" not in out
-    assert r"  \x1b[1m: a\nb\x1b[31m" in out
-    assert len(out) < 5000
 
 
 @pytest.mark.parametrize(
@@ -151,17 +132,6 @@ def test_checksums_are_those_of_the_file_of_its_data_and_of_its_lora(
     assert f"sshs_model_hash: {metadata['sshs_model_hash']} (as the metadata say)" in capsys.readouterr().out
 
 
-def test_the_oldest_checksum_is_over_64_kib_at_1_mib(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path / "a.safetensors", {"a": torch.randn(300_000)})
-
-    run(path, "--hash", "--json")
-
-    piece = path.read_bytes()[0x100000:0x110000]
-    assert said(capsys)["hashes"][0]["old"] == hashlib.sha256(piece).hexdigest()[:8]
-
-
 # --- writing ---
 
 
@@ -179,26 +149,6 @@ def test_floats_are_cast_integers_and_excluded_names_stay(
     assert made["count"].dtype == torch.int64
     assert torch.equal(made["model.b.weight"], STATE["model.b.weight"].to(dtype))
     assert metadata_of(tmp_path / "b.safetensors") == {"format": "pt", "note": "kept"}
-
-
-def test_both_spellings_of_options_do_the_same(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors")
-
-    run(path, "--convert", tmp_path / "b.safetensors", "--dtype", "bf16", "--target_keys", "model.a")
-    run(
-        path, "--output_path", tmp_path / "c.safetensors", "--dtype", "bf16", "--dtype_target_keys", "model.a"
-    )
-
-    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
-    assert load_file(tmp_path / "b.safetensors")["model.b.weight"].dtype == torch.float32
-
-
-def test_prefixes_are_cut_off_and_put_before(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors")
-
-    run(path, "--convert", tmp_path / "b.safetensors", "--strip_prefix", "model.", "a.", "--add_prefix", "x.")
-
-    assert set(load_file(tmp_path / "b.safetensors")) == {"x.weight", "x.bias", "x.b.weight", "x.count"}
 
 
 def test_tensors_can_be_left_out(tmp_path: Path) -> None:
@@ -243,58 +193,6 @@ def test_shards_are_laid_out_as_on_the_hub_and_joined_again(tmp_path: Path) -> N
     for joined in ("c", "d"):
         made = load_file(tmp_path / f"{joined}.safetensors")
         assert all(torch.equal(made[name], tensor) for name, tensor in load_file(path).items())
-
-
-def test_shards_can_be_written_into_a_folder_that_takes_the_place_of_older_ones(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors", {f"w{i}": torch.randn(100, 100) for i in range(5)})
-    (tmp_path / "out").mkdir()
-    run(path, "--convert", tmp_path / "out", "--shard_size", "45kB")
-
-    run(path, "--convert", tmp_path / "out", "--shard_size", "0.12MB", "--yes")
-
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json",
-    ]
-
-
-def test_a_model_of_one_file_takes_the_place_of_shards_and_shards_that_of_one_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors", {f"w{i}": torch.randn(100, 100) for i in range(3)})
-    out = tmp_path / "out"
-    for size, names in (
-        ("1GB", ["model.safetensors"]),
-        ("100kB", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
-        ("1GB", ["model.safetensors"]),
-    ):
-        run(path, "--convert", out, "--shard_size", size, "--yes")
-
-        assert sorted(file.name for file in out.glob("*.safetensors")) == names
-
-
-def test_a_folder_of_files_becomes_one(tmp_path: Path) -> None:
-    folder = tmp_path / "parts"
-    folder.mkdir()
-    torch.save({"a": torch.ones(2)}, folder / "1.pth")
-    write(folder / "2.safetensors", {"b": torch.ones(3), "same": torch.zeros(2)})
-    write(folder / "3.sft", {"c": torch.ones(4), "same": torch.zeros(2)})
-
-    run(folder, "--convert", tmp_path / "all.safetensors")
-
-    assert {name: len(tensor) for name, tensor in load_file(tmp_path / "all.safetensors").items()} == {
-        **{"a": 2, "b": 3, "c": 4},
-        "same": 2,
-    }
-
-
-def test_hashes_of_the_old_tensors_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write(tmp_path / "a.safetensors", lora(), add_hashes(lora(), {"ss_network_dim": "4"}))
-
-    with caplog.at_level("INFO"):
-        run(path, "--convert", tmp_path / "b.safetensors", "--dtype", "bf16")
-
-    assert metadata_of(tmp_path / "b.safetensors") == {"format": "pt", "ss_network_dim": "4"}
-    assert "sshs_model_hash is left out" in caplog.text
 
 
 def test_weights_in_8_bits_are_multiplied_by_their_scales_or_kept_with_them(tmp_path: Path) -> None:
@@ -344,15 +242,6 @@ def test_a_converted_transformer_computes_the_same(family: dits.TinyDit, tmp_pat
         assert torch.equal(dit.eval()(**inputs), loaded(**inputs))
 
 
-def test_a_converted_taehv_decodes_the_same(tmp_path: Path) -> None:
-    path = write_taehv(tmp_path / "taehv.pth")
-
-    run(path, "--convert", tmp_path / "a.safetensors", "--dtype", "fp32")
-
-    expected, found = (load_taehv(one, LATENT, CPU).weights for one in (path, tmp_path / "a.safetensors"))
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-
-
 # a part of what it is called -> how it is written to a .pth file
 TOOLS: dict[str, Callable[[Path], Path]] = {
     "SwinIR": post_upscaling.write_swinir,
@@ -371,55 +260,7 @@ TOOLS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("what", TOOLS)
-def test_networks_of_tools_are_named_and_converted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
-) -> None:
-    path = TOOLS[what](tmp_path / "a.pth")
-
-    run(path, "--convert", tmp_path / "b.safetensors", "--json")
-
-    assert what in said(capsys)["what"]
-    with open_checkpoint(path) as old, open_checkpoint(tmp_path / "b.safetensors") as new:
-        assert old.tensors == new.tensors
-        assert all(torch.equal(old.read(name), new.read(name)) for name in old.tensors)
-
-
-@pytest.mark.parametrize("what", ["SwinIR", "an ESRGAN upscaler with old names"])
-def test_a_converted_upscaler_computes_the_same(tmp_path: Path, what: str) -> None:
-    path = TOOLS[what](tmp_path / "a.pth")
-    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-    run(path, "--convert", tmp_path / "b", "--shard_size", "20kB")
-
-    with torch.no_grad():
-        before, after = (
-            load_upscaler(one, CPU, torch.float32).network(pixels) for one in (path, tmp_path / "b")
-        )
-    assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize("dtype", [None, "bf16"])
-def test_memory_is_that_of_the_largest_tensor(tmp_path: Path, dtype: str | None) -> None:
-    largest, count = 1_000_000, 12
-    path = write(tmp_path / "a.safetensors", {f"w{i}": torch.zeros(largest // 4) for i in range(count)})
-    words = ["--convert", tmp_path / "b.safetensors", "--shard_size", "5MB"]
-
-    peak = peak_bytes(lambda: run(path, *words, *(["--dtype", dtype] if dtype else [])))
-
-    assert largest <= peak <= 1.6 * largest  # a cast has both in memory
-
-
 # --- the command line ---
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("2GiB", 2 << 30), ("1.5m", 1_500_000), ("4096", 4096)]
-)
-def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    options = ModelUtilityOptions(input=Path("a"), convert=Path("b"), shard_size=text)
-
-    assert options.shard_bytes == size
 
 
 def test_the_script_runs_as_a_file_from_any_folder(tmp_path: Path) -> None:

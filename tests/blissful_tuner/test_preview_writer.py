@@ -43,28 +43,3 @@ def test_the_thread_rests_and_still_writes_the_last_item_at_the_end() -> None:
     assert written == [1]  # it rests
     writer.close()
     assert written == [1, 3]
-
-
-def test_what_waits_may_be_dropped() -> None:
-    written: list[int] = []
-    began, may_go_on = threading.Event(), threading.Event()
-
-    def write(item: int) -> None:
-        began.set()
-        assert may_go_on.wait(SOON)
-        written.append(item)
-
-    writer = LatestWriter(write)
-    writer.put(1)
-    assert began.wait(SOON)
-    writer.put(2)
-    threading.Timer(0.05, may_go_on.set).start()
-    writer.close(drop=True)
-    assert written == [1]
-
-
-def test_without_an_item_there_is_no_thread() -> None:
-    before = threading.active_count()
-    writer = LatestWriter(lambda item: None)
-    assert threading.active_count() == before
-    writer.close()

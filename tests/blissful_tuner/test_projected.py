@@ -12,7 +12,6 @@ from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from modules.contract.generation import Request, Section, Tweaks
 from modules.contract.guidance import GuidanceRules, Projection
 from modules.contract.steps import Step
-from modules.errors import OptionError
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 
@@ -98,13 +97,3 @@ def test_steps_are_counted_in_the_whole_schedule() -> None:
 
     assert torch.equal(velocity(0), uncond[0] + 3.0 * (cond[0] - uncond[0]))
     assert not torch.equal(velocity(3), velocity(0))
-
-
-@pytest.mark.parametrize("changes", [{"perp_neg": 1.0}, {"cfgzerostar_scaling": True}])
-def test_another_formula_is_refused(changes: dict[str, Any]) -> None:
-    prepared = replace(
-        prepare(Request("p", 0, steps=4, guidance_scale=3.0)), rules=GuidanceRules(projection=RULE)
-    )
-
-    with pytest.raises(OptionError, match="replaces the formula"):
-        make_guidance(prepared, replace(PLAIN_GUIDANCE, **changes))

@@ -74,12 +74,6 @@ def test_equal_prompts_have_equal_answers(chat_model: Path) -> None:
     assert again.rewrite("  ") == "  "  # nothing to describe
 
 
-def test_an_empty_answer_leaves_the_prompt(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rewriter = PromptRewriter(chat_model, "normal")
-    monkeypatch.setattr(rewriter, "_ask", lambda message: "<think>hm</think>")
-    assert rewriter.rewrite("a cat") == "a cat"
-
-
 def test_each_section_is_rewritten_and_recorded(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewriter = PromptRewriter(chat_model, "normal")
     monkeypatch.setattr(PromptRewriter, "rewrite", lambda self, text: f"{text}!")
@@ -132,24 +126,6 @@ def test_what_is_no_chat_model_is_an_error(chat_model: Path, tmp_path: Path) -> 
         PromptRewriter(tmp_path, "normal").load(CPU)
 
 
-def test_a_thought_that_the_template_begins_is_no_answer(
-    chat_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    rewriter = PromptRewriter(chat_model, "normal")
-    rewriter.load(CPU)
-    _, tokenizer = rewriter._loaded.get()
-    answer = rewriter._ask("a cat")
-    decode = tokenizer.decode
-    monkeypatch.setattr(
-        type(tokenizer),
-        "decode",
-        lambda self, ids, **how: decode(ids, **how) if how else f"{decode(ids)} <think>\n",
-    )
-    assert rewriter._ask("a cat") == f"<think>{answer}"
-    assert rewriter.rewrite("a cat") == "a cat"
-    assert "gave no answer" in caplog.text
-
-
 @pytest.fixture
 def own_copy(chat_model: Path, tmp_path: Path) -> Path:
     """A copy of the chat model to damage."""
@@ -165,34 +141,6 @@ def test_a_folder_cannot_name_code_to_fetch(key: str, own_copy: Path) -> None:
     rewriter.load(CPU)
     model, _ = rewriter._loaded.get()
     assert model.config._attn_implementation == "eager"
-
-
-@pytest.mark.parametrize("damage", ["weights", "sizes", "kind", "template"])
-def test_a_damaged_folder_is_an_error_that_names_it(damage: str, own_copy: Path) -> None:
-    config = json.loads((own_copy / "config.json").read_text(encoding="utf-8"))
-    if damage == "weights":
-        weights = own_copy / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage == "template":
-        (own_copy / "chat_template.jinja").write_text("{{ raise_exception('no') }}", encoding="utf-8")
-    else:
-        wrong = {"hidden_size": 64} if damage == "sizes" else {"hidden_size": "x"}
-        (own_copy / "config.json").write_text(json.dumps({**config, **wrong}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="copy: transformers cannot load it"):
-        PromptRewriter(own_copy, "normal").load(CPU)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--prompt_rewrite", "normal"], "--prompt_rewrite_model"),
-        (["--prompt_rewrite_model", "x"], "needs --prompt_rewrite"),
-        (["--prompt_rewrite", "normal", "--prompt_rewrite_model", "nowhere"], "no folder with a config.json"),
-    ],
-)
-def test_half_of_it_is_refused(words: list[str], said: str, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=said):
-        wan_generate_video.main(["--prompt", "a", "--save_path", str(tmp_path), *words])
 
 
 def test_a_missing_package_is_named_only_if_it_is_needed(

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from modules.media.reading import read_image, video_frames
-from modules.media.writing import write_png
 from tests.faults.messages import assert_one_message, run_here
 from tests.post.stages_here import files_in, write_clip
-from tests.tiny.project import moving_square
 
 SCRIPT = "blissful_tuner/video_to_png.py"
 
@@ -42,35 +40,3 @@ def test_only_the_beginning_of_a_damaged_file_is_read_if_that_is_asked_for(tmp_p
     assert files_in(output / "frames") == {"000000.png", "000001.png"}
     assert_one_message(*whole, "a.mkv", "cut short", remedy=False)
     assert not (tmp_path / "all").exists()
-
-
-def test_a_picture_gives_one_png(tmp_path: Path) -> None:
-    frame = moving_square(1, 16, 16, 2)[0]
-    write_png(tmp_path / "a.png", frame)
-
-    assert run_here(SCRIPT, "--input", "a.png", folder=tmp_path)[0] == 0
-
-    np.testing.assert_array_equal(read_image(tmp_path / "frames" / "000000.png"), frame)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--input", "a.mp4"), "frames exists already. Move it away"),
-        (("--input", "no.mp4"), "no.mp4 does not exist"),
-        (("--input", "frames"), "is a folder. Give a video"),
-        (("--input", "a.mp4", "--num_frames", "0"), "--num_frames 0: give a number of at least 1"),
-    ],
-)
-def test_what_cannot_be_is_refused_and_touches_nothing(
-    words: tuple[str, ...], message: str, tmp_path: Path
-) -> None:
-    write_clip(tmp_path / "a.mp4", frames=2)
-    (tmp_path / "frames").mkdir()
-    (tmp_path / "frames" / "mine.txt").write_text("mine", encoding="utf-8")
-
-    code, said = run_here(SCRIPT, *words, folder=tmp_path)
-
-    assert_one_message(code, said, message)
-    assert files_in(tmp_path) == {"a.mp4", "frames"}
-    assert files_in(tmp_path / "frames") == {"mine.txt"}

@@ -11,12 +11,10 @@ from blissful_tuner.video_to_video import (
     noisy_source,
     part_of,
     resize_latents,
-    size_like,
 )
-from modules.contract.generation import Request, Section
+from modules.contract.generation import Section
 from modules.contract.source import Source
 from modules.flow.schedule import make_schedule
-from tests.preparing import prepare
 
 
 def source(denoise: float, mode: str = "traditional") -> Source:
@@ -39,22 +37,11 @@ def test_direct_begins_at_the_nearest_noise_level(denoise: float, step: int) -> 
     assert first_step(source(denoise, "direct"), make_schedule("euler", 5, 14.5)) == step
 
 
-def test_direct_takes_the_first_of_two_that_are_equally_near() -> None:
-    """Levels 1, 0.8, 0.6, 0.4, 0.2: a half lies between the third and the fourth."""
-    schedule = make_schedule("euler", 5, 1.0)
-    for denoise, step in ((0.9, 0), (0.7, 1), (0.5, 2), (0.3, 3)):
-        assert first_step(source(denoise, "direct"), schedule) == step
-
-
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "unipc-bh1"])
 def test_direct_looks_at_the_timesteps_of_the_solver(solver: str) -> None:
     schedule = make_schedule(solver, 20, 5.0)
     gaps = (schedule.timesteps / 1000 - 0.5).abs()
     assert first_step(source(0.5, "direct"), schedule) == int(gaps.argmin())
-
-
-def test_from_noise_all_steps_are_made() -> None:
-    assert prepare(Request("p", 1, steps=10)).num_steps == 10
 
 
 @pytest.mark.parametrize(
@@ -90,14 +77,6 @@ def test_latents_are_scaled_frame_by_frame() -> None:
     torch.testing.assert_close(scaled[:, :, 1:2], alone)
     flat = resize_latents(torch.full((1, 1, 1, 4, 4), 0.7), 8, 8)
     torch.testing.assert_close(flat, torch.full((1, 1, 1, 8, 8), 0.7))
-
-
-def test_a_size_that_is_suggested_is_one_that_the_model_makes() -> None:
-    asked = prepare(Request("", 0, width=832, height=480))
-    assert size_like(1000, 1000, asked, 16) == (624, 624)
-    assert size_like(1280, 704, asked, 16) == (464, 848)
-    assert size_like(1280, 704, asked, 32) == (480, 864)
-    assert size_like(10_000, 10, asked, 32)[0] == 32
 
 
 def test_it_begins_with_the_mixture_of_the_first_step() -> None:

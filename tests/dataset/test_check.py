@@ -2,18 +2,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
-import pytest
-import torch
-
 from dataset.batches.finding import CachingCommands
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.reports import conclude
 from dataset.check import check_media, check_texts, check_training
-from dataset.commands import run_text_caching
-from dataset.config import DatasetConfig
-from modules.errors import DatasetError, OptionError
+from modules.errors import OptionError
 from tests.dataset.caching.test_loop import change, make_config
-from tests.dataset.making import make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
 COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
@@ -126,107 +119,3 @@ def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> Non
         assert part in text
     assert result.lines[-1] == "Something is wrong: see above. Faults: 4. Remarks above: 4."
     assert result.exit_code == 1
-
-
-def test_files_that_another_table_uses_are_no_remark(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    make_image(tmp_path / "picture.png")
-    (tmp_path / "picture.txt").write_text("a picture", encoding="utf-8")
-    images = make_table(tmp_path, "image_directory", caption_extension=".txt", index=1)
-    config = dataclasses.replace(config, datasets=(*config.datasets, images))
-
-    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
-
-    assert result.num_remarks == 0
-
-
-def test_a_table_without_an_item_is_a_fault_of_checking_and_caching(tmp_path: Path) -> None:
-    config = make_config(tmp_path, clips=(9, 7), target_frames=(97,))
-
-    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
-
-    assert result.exit_code == 1
-    assert "not one of its 2 videos gives an item" in "\n".join(result.lines)
-    for _ in range(2):  # from the frames, then from nothing
-        report = cache_media(ToyFamily(), config, options())
-        with pytest.raises(DatasetError, match="not one of the 2 sources gives an item"):
-            conclude(report)
-
-
-def test_captions_that_are_not_utf8_are_told_before_clips_are_encoded(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = make_config(tmp_path, clips=(9, 9, 9))
-    for number in (0, 2):
-        (tmp_path / f"clip_{number}.txt").write_bytes("Käse auf der Straße".encode("cp1252"))
-
-    cache_media(ToyFamily(), config, options())
-
-    (said,) = [line for line in caplog.messages if "captions cannot be used" in line]
-    assert said.startswith("2 captions")
-    assert "clip_0.txt" in said
-    assert "clip_2.txt" in said
-
-
-def test_a_wrong_rate_is_a_fault_of_checking_and_a_warning_of_caching(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = make_config(tmp_path, clips=(9, 9), source_fps=60.0)
-
-    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
-
-    assert result.exit_code == 1
-    said = "24 frames a second; source_fps says 60: the model sees it at 2.5 times its speed"
-    assert said in "\n".join(result.lines)
-    cache_media(ToyFamily(), config, options())
-    assert said in caplog.text
-    for rate in (24.0, 24.02, "auto", None):
-        table = dataclasses.replace(config.datasets[0], source_fps=rate)
-        right = dataclasses.replace(config, datasets=(table,))
-        assert check_media(ToyFamily(), right, workers=1, skip_existing=False).ok
-
-
-def test_captions_longer_than_an_encoder_reads_are_remarks(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    (tmp_path / "clip_0.txt").write_text("one two three four five six", encoding="utf-8")
-
-    result = check_texts(ToyFamily(), config, skip_existing=False)
-
-    assert result.ok
-    assert f"    {tmp_path / 'clip_0.txt'}: 6 tokens, t5 reads 4; lost: five six" in result.lines
-
-
-def test_caching_names_clips_that_are_too_short_for_some_lengths(tmp_path: Path, caplog) -> None:
-    config = make_config(tmp_path, clips=(9, 7), target_frames=(5, 9))
-
-    for _ in range(2):  # from the frames, then from the records
-        conclude(cache_media(ToyFamily(), config, options()))
-
-        assert "1 clips give no item of some lengths. The first: " in caplog.text
-        assert "clip_1.mp4: 7 frames, too few for 9 of target_frames" in caplog.text
-        caplog.clear()
-
-
-def test_captions_are_checked_without_an_encoder(tmp_path: Path) -> None:
-    class NoEncoder(ToyFamily):
-        def text_encoders(self) -> Any:
-            raise OptionError("--t5 is missing")
-
-    config = make_config(tmp_path)
-    (tmp_path / "clip_0.txt").unlink()
-
-    result = check_texts(NoEncoder(), config, skip_existing=False)
-
-    assert "  tokens are not counted: --t5 is missing" in result.lines
-    assert result.num_faults == 1
-
-
-def test_caching_leaves_cudnn_out_if_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
-
-    run_text_caching(ToyFamily(), DatasetConfig(tmp_path / "data.toml", ()), options())
-    assert torch.backends.cudnn.enabled
-    run_text_caching(
-        ToyFamily(), DatasetConfig(tmp_path / "data.toml", ()), options(disable_cudnn_backend=True)
-    )
-    assert not torch.backends.cudnn.enabled

@@ -117,59 +117,11 @@ def test_json_has_the_same_structure_and_null_counts_as_absent(tmp_path: Path) -
     assert (table.cache_directory, table.target_frames) == (Path("c"), (1, 9))
 
 
-@pytest.mark.parametrize(
-    ("given", "rounded", "warns"),
-    [([10, 25], (9, 25), True), ([9, 10], (9,), True), ([25, 1, 1], (1, 25), False)],
-)
-def test_target_frames_become_4n_plus_1(
-    tmp_path: Path, caplog, given: list[int], rounded: tuple[int, ...], warns: bool
-) -> None:
-    (table,) = tables(tmp_path, f'[[datasets]]\nvideo_directory = "v"\ntarget_frames = {given}')
-
-    assert table.target_frames == rounded
-    assert ("4n + 1" in caplog.text) == warns
-
-
 def test_a_uniform_sample_of_one_is_head(tmp_path: Path, caplog) -> None:
     (table,) = tables(tmp_path, '[[datasets]]\nvideo_directory = "v"\nframe_extraction = "uniform"')
 
     assert table.frame_extraction == "head"
     assert 'the same as "head"' in caplog.text
-
-
-@pytest.mark.parametrize("value", ["30", "30.0"])
-def test_source_fps_may_be_whole(tmp_path: Path, value: str) -> None:
-    (table,) = tables(
-        tmp_path, f'[[datasets]]\nvideo_directory = "v"\nsource_fps = {value}\nfp_latent_window_size = 5'
-    )
-
-    assert table.source_fps == 30.0
-    assert isinstance(table.source_fps, float)
-    assert table.fp_latent_window_size == 5
-
-
-def test_no_upscale_needs_buckets(tmp_path: Path) -> None:
-    (table,) = tables(tmp_path, '[[datasets]]\nimage_directory = "a"\nbucket_no_upscale = true')
-
-    assert not table.bucket_no_upscale
-
-
-def test_a_table_can_be_held_back_for_validation(tmp_path: Path) -> None:
-    first, second = tables(
-        tmp_path,
-        '[[datasets]]\nimage_directory = "a"\n[[datasets]]\nimage_directory = "b"\nvalidation = true',
-    )
-
-    assert (first.validation, second.validation) == (False, True)
-
-
-def test_control_directory_beside_a_list_is_ignored_with_a_warning(tmp_path: Path, caplog) -> None:
-    (table,) = tables(
-        tmp_path, '[[datasets]]\nimage_jsonl_file = "a.jsonl"\ncache_directory = "c"\ncontrol_directory = "d"'
-    )
-
-    assert table.control_directory is None
-    assert "control_directory is ignored" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -211,39 +163,6 @@ def test_a_mistake_is_named_with_its_place_value_and_remedy(
         assert part in text
 
 
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("", "there is no [[datasets]] table"),
-        (
-            'dataset = 1\n[[datasets]]\nimage_directory = "a"',
-            "unknown key dataset = 1. Did you mean datasets?",
-        ),
-        (
-            '[general]\ntarget_frames = [1]\n[[datasets]]\nvideo_directory = "a"',
-            "is allowed only in a [[datasets]] table",
-        ),
-        (
-            '[general]\nresolutoin = 1\n[[datasets]]\nvideo_directory = "a"',
-            "[general]: unknown key resolutoin = 1. Did you mean resolution?",
-        ),
-        ('[general]\nbatch_size = "1"\n[[datasets]]\nvideo_directory = "a"', '[general]: batch_size = "1"'),
-        ("[[datasets]]\nbatch_size = 1", "the source of its items is missing"),
-        ('[[datasets]]\nvideo_dir = "v"', "Did you mean video_directory?"),
-        ('[[datasets]]\nvideo_jsonl_file = "a.jsonl"', "cache_directory is required with video_jsonl_file"),
-        ('[[datasets]]\nimage_directory = "a"\nbatch_size = 1\nbatch_size = 2', "is not valid TOML"),
-        ('[[datasets]]\nimage_directory = "C:\\data"', "forward slashes or single quotes"),
-        (
-            '[[datasets]]\nimage_directory = "a"\n[[datasets]]\nvideo_directory = "b"\ncache_directory = '
-            '"./a"',
-            "1 and 2 share the cache directory",
-        ),
-    ],
-)
-def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, text: str, part: str) -> None:
-    assert part in problem(tmp_path, text)
-
-
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     text = problem(
         tmp_path,
@@ -252,34 +171,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     )
 
     assert all(part in text for part in ("batch_size", "repeats", "frame_stride"))
-
-
-def test_a_key_twice_in_json_is_refused(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, '{"datasets": [{"image_directory": "a", "batch_size": 1, "batch_size": 2}]}', "data.json"
-    )
-
-    with pytest.raises(DatasetError, match="'batch_size' occurs twice"):
-        load_dataset_config(path)
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="ends in .toml or .json"):
-        load_dataset_config(tmp_path / "data.yaml")
-    with pytest.raises(DatasetError, match="is a folder. Give the .toml"):
-        load_dataset_config(tmp_path)
-    with pytest.raises(DatasetError, match="cannot be read: No such file"):
-        load_dataset_config(tmp_path / "data.toml")
-    (tmp_path / "latin.toml").write_bytes('[[datasets]]\nimage_directory = "é"'.encode("latin-1"))
-    with pytest.raises(DatasetError, match="not UTF-8"):
-        load_dataset_config(tmp_path / "latin.toml")
-
-
-def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "data.toml"
-    path.write_text('[[datasets]]\nimage_directory = "a"', encoding="utf-8-sig")
-
-    assert len(load_dataset_config(path).datasets) == 1
 
 
 def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
@@ -347,20 +238,6 @@ def test_what_sections_are_made_from_is_in_the_metadata_where_it_is_not_the_usua
 @pytest.fixture(autouse=True)
 def _warnings_are_seen(caplog) -> None:
     caplog.set_level(logging.WARNING)
-
-
-@pytest.mark.parametrize(
-    ("source", "key", "needed"),
-    [
-        ('image_directory = "a"', 'path_column = "b"', "image_table_file"),
-        ('video_jsonl_file = "a"', 'id_token = "b"', "cogvideox_root"),
-        ('video_tars = "a-*.tar"', 'control_directory = "b"', "video_directory or video_jsonl_file"),
-    ],
-)
-def test_keys_of_other_sources_are_refused(tmp_path: Path, source: str, key: str, needed: str) -> None:
-    message = problem(tmp_path, f'[[datasets]]\n{source}\ncache_directory = "c"\n{key}')
-
-    assert f"is for tables with {needed}, not {source.split()[0]}" in message
 
 
 @pytest.mark.parametrize(

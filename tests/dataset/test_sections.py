@@ -1,6 +1,5 @@
 """Families that cut a clip into sections, one file each: all of them are there, or all are made again."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,11 @@ from dataset.batches.finding import CachingCommands, find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.reports import conclude
-from dataset.check import check_media, check_training
+from dataset.check import check_media
 from dataset.config import DatasetConfig
-from modules.contract.data import MediaTable
 from modules.errors import CacheError, DatasetError
 from tests.dataset.caching.test_loop import change, make_config, names
-from tests.dataset.making import make_clip, make_image, make_table
+from tests.dataset.making import make_clip, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
 COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
@@ -66,15 +63,6 @@ def test_another_number_of_sections_replaces_all_files_of_an_item(
     assert [name for name in names(tmp_path) if "_te" not in name] == expected
 
 
-def test_files_of_another_program_in_the_place_of_surplus_sections_stay(tmp_path: Path) -> None:
-    """Only what is a cache by its tensors is removed."""
-    config = cached(tmp_path, 2)
-    stranger = tmp_path / "cache" / section_names(4)[3]
-    write_tensors(stranger, {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, {})
-    assert cache_media(ToyFamily(sections=2), config, options()).written == 2
-    assert stranger.exists()
-
-
 def test_the_keys_of_sections_make_files_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = cached(tmp_path)
     with caplog.at_level("INFO"):
@@ -83,44 +71,6 @@ def test_the_keys_of_sections_make_files_again(tmp_path: Path, caplog: pytest.Lo
             == 3
         )
     assert "fp_latent_window_size was 2, is now 9" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("present", "grid", "kept"),
-    [
-        ((0, 1, 2), (2, 4, 4), 3),
-        ((0, 2), (2, 4, 4), 0),  # one is missing
-        ((0, 1), (2, 4, 4), 0),  # the last one is
-        ((0, 1, 2, 3), (2, 4, 4), 0),  # one too many
-        ((0, 1, 2), (9, 4, 4), 0),  # of another window
-        ((0, 1, 2), (2, 4, 6), 0),  # of another size
-        ((None,), (2, 4, 4), 0),  # not cut into sections
-    ],
-)
-def test_skip_existing_keeps_sections_of_other_programs_where_all_are_there(
-    tmp_path: Path, present: tuple[int | None, ...], grid: tuple[int, int, int], kept: int
-) -> None:
-    config = make_config(tmp_path, clips=(5,), fp_latent_window_size=2)
-    (tmp_path / "cache").mkdir()
-    for section in present:
-        name = "clip_0_00000-005_0032x0032_toy.safetensors" if section is None else section_names(4)[section]
-        tensor = {f"latents_{'x'.join(map(str, grid))}_bfloat16": torch.zeros(2, *grid)}
-        write_tensors(tmp_path / "cache" / name, tensor, {"architecture": "toy"})
-
-    report = cache_media(ToyFamily(sections=3), config, options(skip_existing=True))
-
-    assert (report.kept, report.foreign, report.written) == (kept, kept, 3 - kept)
-    assert names(tmp_path) == section_names(3)
-
-
-def test_a_clip_too_short_for_a_section_stops_no_other(tmp_path: Path) -> None:
-    config = make_config(tmp_path, clips=(5, 3, 9), frame_extraction="full")
-    report = cache_media(ToyFamily(sections=2, least_frames=5), config, options())
-    assert names(tmp_path) == [*section_names(2), *section_names(2, "clip_2", 9)]
-    with pytest.raises(DatasetError, match=r"(?s)1 of the sources.*clip_1\.mp4: 1 frames, 5 are needed"):
-        conclude(report)
-    again = ToyFamily(sections=2, least_frames=5)
-    assert (cache_media(again, config, options()).kept, again.loaded) == (4, 0)
 
 
 def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -134,69 +84,7 @@ def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_
     assert "it is no good" in "\n".join(result.lines)
 
 
-def test_check_counts_sections_as_training_does(tmp_path: Path) -> None:
-    config = make_config(
-        tmp_path, clips=(5, 9), frame_extraction="full", batch_size=4, fp_latent_window_size=2
-    )
-    before = "\n".join(check_media(ToyFamily(sections=3), config, workers=1, skip_existing=False).lines)
-    cache_media(ToyFamily(sections=3), config, options())
-    cache_texts(ToyFamily(), config, options())
-    after = "\n".join(check_training(config, "toy", LATENT).lines)
-    assert "2 items need encoding" in before
-    for text in (before, after):
-        assert "32x32, 5 frames: 6 items x 1, 2 batches of 4" in text
-
-
-def test_keys_of_sections_mean_nothing_to_a_family_without_sections(tmp_path: Path) -> None:
-    """A dataset may serve several models: what changes for one of them makes no caches of another anew."""
-    family, whole = ToyFamily(), replace(LATENT, in_sections=False)
-    family.latent = whole
-    config = make_config(tmp_path, clips=(5,), fp_latent_window_size=2)
-    cache_media(family, config, options())
-    cache_texts(family, config, options())
-    changed = change(config, fp_latent_window_size=9)
-    assert (cache_media(family, changed, options()).kept, len(family.seen)) == (1, 1)
-    (item,) = find_items(changed, "toy", whole).items
-    assert read_batch([item], whole).tensor("latents").shape == (1, 2, 2, 4, 4)
-
-
 # What families are told
-
-
-def test_families_are_told_what_the_table_says(tmp_path: Path) -> None:
-    for name, colour in {"pic": (1, 2, 3, 128), "other": (1, 2, 3)}.items():
-        make_image(tmp_path / f"{name}.png", colour=colour)
-    (tmp_path / "control").mkdir()
-    for name in ("pic_0", "pic_1", "other_0", "other_1"):
-        make_image(tmp_path / "control" / f"{name}.png", colour=(1, 2, 3, 4))
-    keys = {
-        "fp_latent_window_size": 3,
-        "fp_1f_clean_indices": (0, 10),
-        "fp_1f_target_index": 5,
-        "fp_1f_no_post": True,
-    }
-    table = make_table(
-        tmp_path,
-        "image_directory",
-        resolution=(32, 32),
-        control_directory=tmp_path / "control",
-        batch_size=2,
-        **keys,
-    )
-    family = ToyFamily()
-
-    cache_media(family, DatasetConfig(table.config_path, (table,)), options())
-
-    told = MediaTable(
-        table.name, "image", has_control=True, window=3, clean_indices=(0, 10), target_index=5, has_post=False
-    )
-    assert [media.table for media in family.media] == [told, told]
-    # an image with alpha is in no batch with one that has none
-    by_key = {media.keys: media for media in family.media}
-    assert by_key[("other_0032x0032_toy",)].alpha is None
-    alpha = by_key[("pic_0032x0032_toy",)].alpha
-    assert alpha is not None
-    assert (alpha.shape, alpha.dtype, alpha.unique().tolist()) == ((1, 32, 32), torch.uint8, [128])
 
 
 def test_items_of_a_batch_keep_their_own_alpha(tmp_path: Path) -> None:
@@ -215,34 +103,6 @@ def test_items_of_a_batch_keep_their_own_alpha(tmp_path: Path) -> None:
 
 
 # Training
-
-
-def test_sections_of_clips_of_different_lengths_form_batches(tmp_path: Path) -> None:
-    config = cached(tmp_path, clips=(5, 9), frame_extraction="full")
-    items = find_items(config, "toy", LATENT).items
-    assert {item.bucket for item in items} == {(32, 32, 5)}  # what a section of two latent frames decodes to
-    assert read_batch(items, LATENT).tensor("latents").shape == (6, 2, 2, 4, 4)
-
-
-def test_a_missing_section_is_named_with_the_command(tmp_path: Path) -> None:
-    config = cached(tmp_path)
-    (tmp_path / "cache" / section_names(3)[1]).unlink()
-    item = find_items(config, "toy", LATENT).items[0]
-    reason = (
-        r"-0000_0032x0032_toy.safetensors: 3 files of its clip belong together, 2 are there.*python "
-        r"cache_latents"
-    )
-    with pytest.raises(CacheError, match=rf"(?s){reason}"):
-        read_batch([item], LATENT, COMMANDS)
-
-
-def test_sections_of_another_window_are_named_with_the_command(tmp_path: Path) -> None:
-    config = change(cached(tmp_path), fp_latent_window_size=9)
-    item = find_items(config, "toy", LATENT).items[0]
-    with pytest.raises(
-        CacheError, match=r"(?s)fp_latent_window_size was 2, is now 9 in .*data\.toml.*python cache_latents"
-    ):
-        read_batch([item], LATENT, COMMANDS)
 
 
 def test_sections_of_other_programs_are_as_long_as_the_window(tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """Several captions of a clip, words that a table adds, and the empty prompt: files, validity, choice."""
 
-import logging
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from dataset.batches.captions import choose_captions
-from dataset.batches.finding import CachingCommands, find_items, require_items
+from dataset.batches.finding import CachingCommands, find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
@@ -15,7 +14,7 @@ from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.sources.captions import captions_in
 from dataset.sources.listing import find_sources
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError
 from tests.dataset.making import make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
@@ -83,23 +82,6 @@ def test_a_list_may_give_several_captions_in_a_line(tmp_path: Path) -> None:
         (None, ()),
     ]
     assert [one.caption for one in single] == ["one", None, None]  # as other keys, it is ignored
-
-
-def test_a_text_of_many_lines_is_no_list_of_captions(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n".join(map(str, range(101))), encoding="utf-8")
-    make_image(tmp_path / "a.png")
-    table = make_table(tmp_path, "image_directory", multi_caption=True, caption_extension=".txt")
-
-    with pytest.raises(DatasetError, match=r"a\.txt: 101 captions, at most 100 .* multi_caption"):
-        find_sources(table)
-
-
-@pytest.mark.parametrize("value", ['"two"', "[1]", '["\\u0000"]'])
-def test_captions_of_a_list_have_to_be_texts(tmp_path: Path, value: str) -> None:
-    (tmp_path / "list.jsonl").write_text(f'{{"image_path": "a.png", "captions": {value}}}', encoding="utf-8")
-
-    with pytest.raises(DatasetError, match="line 1: caption"):
-        find_sources(make_table(tmp_path, "image_jsonl_file", multi_caption=True))
 
 
 def test_further_captions_and_the_empty_prompt_have_files_that_others_ignore(tmp_path: Path) -> None:
@@ -193,45 +175,6 @@ def test_training_refuses_texts_made_with_other_keys(tmp_path: Path, keys: str, 
         read_batch([item], LATENT, COMMANDS)
 
 
-def test_training_notices_a_changed_line_and_a_missing_file(tmp_path: Path) -> None:
-    config = make_dataset(tmp_path, "multi_caption = true", {"a": "one\ntwo"})
-    cache(config)
-    (item,) = find_items(config, "toy", LATENT).items
-    (tmp_path / "a.txt").write_text("one\nzwei", encoding="utf-8")
-
-    assert len(read_batch([item], LATENT, captions=[0])) == 1
-    with pytest.raises(CacheError, match="made from the caption 'two'"):
-        read_batch([item], LATENT, captions=[1])
-
-    (tmp_path / "cache" / "a_toy_te.caption2.safetensors").unlink()
-    (item,) = find_items(config, "toy", LATENT).items
-    with pytest.raises(CacheError, match="captions was 2, is now 1"):
-        read_batch([item], LATENT)
-
-
-def test_dropout_without_the_empty_prompt_names_the_command(tmp_path: Path) -> None:
-    captions = {"a": "one"}
-    cache(make_dataset(tmp_path, "", captions))
-    config = make_dataset(tmp_path, "caption_dropout_rate = 0.1", captions)
-    found = find_items(config, "toy", LATENT)
-
-    with pytest.raises(
-        CacheError, match=r"needs the empty prompt's cache.*\n.*\n.*latents again\n.*texts again"
-    ):
-        require_items(found, COMMANDS)
-    assert not check_training(config, "toy", LATENT).ok
-
-
-def test_unfinished_further_captions_are_refused(tmp_path: Path) -> None:
-    config = make_dataset(tmp_path, "multi_caption = true", {"a": "one\ntwo"})
-    cache(config)
-    part = tmp_path / "cache" / "a_toy_te.caption2.safetensors"
-    part.rename(part.with_name(part.name + ".part"))
-
-    with pytest.raises(CacheError, match=r"unfinished, such as .*caption2"):
-        require_items(find_items(config, "toy", LATENT), COMMANDS)
-
-
 def test_the_choice_follows_the_rate_and_depends_on_seed_number_and_place_alone(tmp_path: Path) -> None:
     keys = "multi_caption = true\ncaption_dropout_rate = 0.25"
     config = make_dataset(tmp_path, keys, {"a": "one\ntwo", "b": "x"})
@@ -248,37 +191,3 @@ def test_the_choice_follows_the_rate_and_depends_on_seed_number_and_place_alone(
         chosen[700] == choose_captions(items, 3, 700) == choose_captions(items[:1], 3, 700) + chosen[700][1:]
     )
     assert chosen != [choose_captions(items, 4, number) for number in range(2000)]
-
-
-@pytest.mark.parametrize(
-    ("line", "allowed"),
-    [
-        ("caption_dropout_rate = 1.5", "a number from 0 to 1"),
-        ("caption_dropout_rate = nan", "a number from 0 to 1"),
-        ("caption_dropout_rate = true", "a number from 0 to 1"),
-        ("prior_loss_weight = 0", "a number above 0"),
-        ("prior_loss_weight = inf", "a number above 0"),
-        ('prior_loss_weight = "1"', "a number above 0"),
-        ('multi_caption = "yes"', "true or false"),
-        ("trigger_word = 3", "text in quotes"),
-        ('trigger_word = "a\\nb"', "text in quotes"),
-        ('source_fps = "Auto"', "unknown"),
-    ],
-)
-def test_wrong_values_are_refused(tmp_path: Path, line: str, allowed: str) -> None:
-    if line.startswith("source_fps"):
-        allowed = "for video tables"
-    with pytest.raises(DatasetError, match=allowed):
-        make_dataset(tmp_path, line, {})
-
-
-def test_a_table_overrides_general_with_an_empty_text(tmp_path: Path, caplog) -> None:
-    caplog.set_level(logging.WARNING)
-    path = tmp_path / "data.toml"
-    path.write_text(
-        '[general]\ntrigger_word = "T"\n[[datasets]]\nimage_directory = "a"\n'
-        '[[datasets]]\nimage_directory = "b"\ntrigger_word = ""\n',
-        encoding="utf-8",
-    )
-
-    assert [table.trigger_word for table in load_dataset_config(path).datasets] == ["T", ""]

@@ -3,10 +3,8 @@
 import csv
 import io
 import json
-import os
 import shutil
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,9 @@ from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry
 from dataset.cache.records import latent_record, text_records
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.reports import conclude
 from dataset.check import check_media
-from dataset.checking.captions import Counters
-from dataset.checking.page import write_check_page
 from dataset.config import DatasetConfig, load_dataset_config
-from dataset.debug_views import show_datasets
-from dataset.options import DebugOptions
 from modules.contract.data import LOSS_MASK
-from modules.errors import DatasetError
 from tests.dataset.making import make_clip, make_image
 from tests.dataset.serving import Site, site
 from tests.dataset.toy_family import LATENT, ToyFamily, options
@@ -192,75 +184,6 @@ def test_a_rerun_needs_no_download_and_a_changed_caption_makes_its_text_only(
     assert family.text[0].calls == ["new"]
 
 
-def test_a_tar_written_again_with_the_same_content_keeps_its_caches(tmp_path: Path) -> None:
-    make_media(tmp_path / "media", "image")
-    tar = make_tar(tmp_path / "t.tar", tmp_path / "media")
-    config = config_of(tmp_path, "cache", {"image_tars": str(tar)})
-    cache_media(ToyFamily(), config, options())
-
-    make_tar(tar, tmp_path / "media", prefix="./")
-    assert cache_media(ToyFamily(), config, options()).kept == 3
-    make_image(tmp_path / "media" / "third.png", (42, 36), (1, 2, 3))
-    make_tar(tar, tmp_path / "media")
-    family = ToyFamily()
-    cache_media(family, config, options())
-
-    assert family.seen == [("third_0042x0036_toy",)]
-
-
-def test_what_is_decoded_from_tars_is_on_disk_for_that_long_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_media(tmp_path / "media", "video")
-    tar = make_tar(tmp_path / "t.tar", tmp_path / "media")
-    tars = [str(tar)]
-    for number in range(3):
-        tars.append(str(tar.with_name(f"t{number}.tar")))
-        Path(tars[-1]).write_bytes(tar.read_bytes())
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    most: list[int] = []
-
-    class Watching(ToyFamily):
-        def encode_media(self, encoders: Any, media: Any) -> Any:
-            most.append(len(os.listdir(tmp_path / "temporary")))
-            return super().encode_media(encoders, media)
-
-    config = config_of(tmp_path, "cache", {"video_tars": tars})
-    report = cache_media(Watching(), config, options(num_workers=2))
-
-    assert report.written == 12  # equal names in four tars: each has a hash
-    assert len(most) == 12
-    assert max(most) <= 2
-    assert list((tmp_path / "temporary").iterdir()) == []
-
-
-def test_a_cut_tar_and_a_missing_address_cost_only_what_they_hold(tmp_path: Path, site: Site) -> None:
-    rows = make_media(site.folder, "image")
-    tar = make_tar(tmp_path / "t.tar", site.folder)
-    config = config_of(tmp_path, "cache", {"image_tars": str(tar)})
-    assert cache_media(ToyFamily(), config, options()).written == 3
-    cache_texts(ToyFamily(), config, options())
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[: whole.index("ü.png".encode()) + 600])
-
-    for cache in (cache_media, cache_texts):
-        report = cache(ToyFamily(), config, options())
-        assert (report.kept, report.removed) == (2, 0)  # what was made from the rest is not lost
-        with pytest.raises(DatasetError, match=r"1 of the sources .*\n.*it is cut .* 2 samples before"):
-            conclude(report)
-    assert not check_media(ToyFamily(), config, 1, False).ok
-
-    addresses = [{"url": f"{site.url}/{row['file_name']}", "caption": "c"} for row in rows]
-    addresses.append({"url": f"{site.url}/gone.png?key=secret", "caption": "c"})
-    pq.write_table(pa.Table.from_pylist(addresses), tmp_path / "urls.parquet")
-    keys = {"image_table_file": str(tmp_path / "urls.parquet"), "allow_urls": True}
-    report = cache_media(ToyFamily(), config_of(tmp_path, "urls", keys), options())
-    assert report.written == 3
-    with pytest.raises(DatasetError, match=r"gone.png\?... cannot be downloaded: the site answers 404"):
-        conclude(report)
-
-
 def test_masks_and_control_images_come_from_columns_and_from_tars(tmp_path: Path, site: Site) -> None:
     for name, grey in (("a", 9), ("m", 255), ("c", 5)):
         make_image(site.folder / f"{name}.png", colour=(grey, grey, grey))
@@ -286,27 +209,6 @@ def test_masks_and_control_images_come_from_columns_and_from_tars(tmp_path: Path
         found.append(caches_of(tmp_path / name))
 
     assert found[0] == found[1]
-
-
-def test_the_check_its_page_and_the_debug_views_show_what_lies_elsewhere(
-    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    rows = make_media(site.folder, "video")
-    forms = write_forms(tmp_path, site.folder, rows, "video", site.url)
-    for name in ("tars", "urls"):
-        config = config_of(tmp_path, name, forms[name] | {"target_frames": [5]})
-        result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
-        assert (result.num_faults, result.tables[0].num_items) == (0, 3)
-        page = tmp_path / f"{name}.html"
-        write_check_page(page, config, result, Counters(()), LATENT, 16.0, 10, workers=1)
-        assert page.read_text(encoding="utf-8").count("data:image/") == 3
-        debug = DebugOptions(debug_mode="image", console_width=16, console_back=None, console_num_images=None)
-        assert not show_datasets(ToyFamily(), config, debug, workers=1).failures
-        shown = sorted(path.name for path in (tmp_path / "debug_views").iterdir())
-        assert shown == sorted(f"0_{name}_00000-005.png" for name in NAMES)
-        shutil.rmtree(tmp_path / "debug_views")
 
 
 @pytest.mark.slow

@@ -19,11 +19,11 @@ from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import text_records
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.check import check_texts, check_training
+from dataset.check import check_training
 from dataset.config import DatasetConfig
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
-from modules.errors import CacheError, OutputError
+from modules.errors import CacheError
 from tests.dataset.caching.test_loop import make_config, names
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
 
@@ -151,23 +151,6 @@ def test_the_first_pass_leaves_an_unfinished_file_that_the_next_run_finishes(tmp
     assert_whole(config, tmp_path)
 
 
-def test_an_unfinished_file_of_another_checkpoint_is_made_again(tmp_path: Path) -> None:
-    config = stopped(tmp_path, "clip number 0")
-    assert names(tmp_path) == PARTS
-    family = two(llm="second")
-    assert cache_texts(family, config, options()).written == 2
-    assert calls(family) == [["clip number 0", "clip number 1"]] * 2
-
-
-def test_an_unfinished_file_of_another_caption_is_made_again(tmp_path: Path) -> None:
-    config = stopped(tmp_path)
-    (tmp_path / "clip_1.txt").write_text("another text", encoding="utf-8")
-    family = two()
-    cache_texts(family, config, options())
-    assert calls(family) == [["another text"]] * 2
-    assert_whole(config, tmp_path)
-
-
 def test_a_changed_caption_leaves_the_old_file_whole_until_the_new_one_is(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     cache_texts(two(), config, options())
@@ -191,157 +174,11 @@ def test_one_changed_encoder_is_alone_in_encoding(tmp_path: Path) -> None:
         assert names(tmp_path) == FILES
 
 
-def test_an_unfinished_file_that_is_not_needed_any_more_goes(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_texts(two(), config, options())
-    with pytest.raises(Interrupted):
-        cache_texts(two(llm="second", clip="second", stop_at="clip number 0"), config, options())
-    assert names(tmp_path) == [FILES[0], PARTS[0], FILES[1], PARTS[1]]
-    assert cache_texts(two(), config, options(keep_cache=True)).kept == 2  # back to the first checkpoints
-    assert_whole(config, tmp_path)
-
-
-def test_an_unfinished_file_spoils_nothing_that_is_right_in_the_file(tmp_path: Path) -> None:
-    """Killed between joining and renaming, and run again with one of the checkpoints from before."""
-    config = make_config(tmp_path, clips=(9,))
-    cache_texts(two(), config, options())
-    path, part = cache(tmp_path) / FILES[0], cache(tmp_path) / PARTS[0]
-    before = path.read_bytes()
-    cache_texts(two("second", "second"), config, options())
-    part.write_bytes(path.read_bytes())
-    path.write_bytes(before)
-    cache_texts(two("second", "first"), config, options())
-    assert {name: dict(record.encoder) for name, record in text_records(read_entry(path).header).items()} == {
-        "llm": {"llm": "second"},
-        "clipL": {"clipL": "first"},
-    }
-    assert names(tmp_path) == [FILES[0]]
-
-
-def test_a_joined_file_that_cannot_be_written_leaves_the_unfinished_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_config(tmp_path, clips=(9, 9))
-    rename = os.replace
-
-    def full(source: Any, target: Any) -> None:
-        if str(target).endswith(FILES[1]):
-            raise OSError(28, "No space left on device")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OutputError, match="the disk is full"):
-        cache_texts(two(), config, options())
-    monkeypatch.setattr(os, "replace", rename)
-    assert names(tmp_path) == [FILES[0], PARTS[1]]
-    family = two()
-    report = cache_texts(family, config, options())
-    assert (report.written, report.kept) == (1, 1)
-    assert calls(family) == [[], ["clip number 1"]]
-    assert_whole(config, tmp_path)
-
-
-@pytest.mark.parametrize("has_file", [True, False])
-def test_a_complete_unfinished_file_becomes_the_file_without_encoding(tmp_path: Path, has_file: bool) -> None:
-    """As earlier versions left it when they were killed between joining and renaming."""
-    config = make_config(tmp_path)
-    cache_texts(two(), config, options())
-    path, part = cache(tmp_path) / FILES[1], cache(tmp_path) / PARTS[1]
-    before = path.read_bytes()
-    path.rename(part)
-    if has_file:
-        half(path, "clip number 1")
-    family = two()
-    assert cache_texts(family, config, options()).written == 1
-    assert calls(family) == [[], []]
-    assert path.read_bytes() == before
-    assert_whole(config, tmp_path)
-
-
 def half(path: Path, caption: str = "clip number 0") -> None:
     """A file as another program leaves it when only its first pass was run."""
     path.parent.mkdir(exist_ok=True)
     tensors = {"llm_float32": torch.full((3, 2), 7.0), "llm_mask": torch.ones(3, dtype=torch.int64)}
     write_tensors(path, tensors, {"architecture": "toy", "caption1": caption, "format_version": "1.0.1"})
-
-
-@pytest.mark.parametrize("skip_existing", [True, False])
-def test_a_half_file_of_another_program_is_completed(tmp_path: Path, skip_existing: bool) -> None:
-    config = make_config(tmp_path, clips=(9,))
-    half(cache(tmp_path) / FILES[0])
-    family = two()
-    report = cache_texts(family, config, options(skip_existing=skip_existing))
-    assert (report.kept, report.foreign, report.written) == ((0, 1, 1) if skip_existing else (0, 0, 1))
-    assert calls(family) == [[] if skip_existing else ["clip number 0"], ["clip number 0"]]
-    entry = read_entry(cache(tmp_path) / FILES[0])
-    assert set(entry.tensors) == KEYS
-    assert float(entry.tensors["llm"][0, 0]) == (7.0 if skip_existing else 13.0)
-    assert names(tmp_path) == [FILES[0]]
-    again = two()
-    report = cache_texts(again, config, options(skip_existing=skip_existing))
-    assert (report.kept, report.foreign) == (1, int(skip_existing))
-    assert calls(again) == [[], []]
-
-
-def test_a_half_file_whose_mask_is_missing_is_no_half(tmp_path: Path) -> None:
-    config = make_config(tmp_path, clips=(9,))
-    path = cache(tmp_path) / FILES[0]
-    path.parent.mkdir()
-    write_tensors(
-        path, {"llm_float32": torch.ones(3, 2)}, {"architecture": "toy", "caption1": "clip number 0"}
-    )
-    family = two()
-    cache_texts(family, config, options(skip_existing=True))
-    assert calls(family) == [["clip number 0"]] * 2
-
-
-@pytest.mark.parametrize("damaged", ["llm", "clipL"])
-def test_damage_to_one_half_is_mended_alone(tmp_path: Path, damaged: str) -> None:
-    config = make_config(tmp_path, clips=(9,))
-    cache_texts(two(), config, options())
-    path = cache(tmp_path) / FILES[0]
-    entry = read_entry(path)
-    tensors = {name: tensor + (name == f"{damaged}_float32") for name, tensor in entry.named.items()}
-    write_tensors(path, tensors, entry.header.metadata)
-    family = two()
-    cache_texts(family, config, options())
-    assert calls(family) == [["clip number 0"] if encoder.name == damaged else [] for encoder in family.text]
-    family = two()
-    assert cache_texts(family, config, options()).kept == 1
-
-
-def test_a_damaged_unfinished_file_is_made_again(tmp_path: Path) -> None:
-    config = stopped(tmp_path)
-    part = cache(tmp_path) / PARTS[1]
-    part.write_bytes(part.read_bytes()[:-2])
-    family = two()
-    cache_texts(family, config, options())
-    assert calls(family) == [["clip number 1"]] * 2
-    assert_whole(config, tmp_path)
-
-
-@pytest.mark.parametrize("keep_cache", [False, True])
-def test_unfinished_files_of_sources_that_are_gone_are_removed(tmp_path: Path, keep_cache: bool) -> None:
-    config = stopped(tmp_path)
-    (tmp_path / "clip_1.mp4").unlink()
-    stray = cache(tmp_path) / f".{PARTS[0]}.0123abcd.tmp"
-    stray.write_bytes(b"left by a kill")
-    os.utime(stray, (0, 0))
-    mine = cache(tmp_path) / "notes_toy_te.safetensors.part"
-    write_tensors(mine, {"lora_down.weight": torch.ones(2)}, {})
-    assert cache_texts(two(), config, options(keep_cache=keep_cache)).removed == (0 if keep_cache else 1)
-    kept = [stray.name, FILES[0], PARTS[1]] if keep_cache else [FILES[0]]
-    assert names(tmp_path) == [*kept, mine.name]
-
-
-def test_checking_counts_what_stands_in_unfinished_files_and_writes_nothing(tmp_path: Path) -> None:
-    config = stopped(tmp_path)
-    before = {path.name: path.read_bytes() for path in cache(tmp_path).iterdir()}
-    lines = check_texts(two(), config, skip_existing=False).lines
-    assert "  caches of llm: 2 are valid, 0 captions need encoding" in lines
-    assert "  caches of clipL: 1 are valid, 1 captions need encoding" in lines
-    check_texts(two(llm="second"), config, skip_existing=False)
-    assert {path.name: path.read_bytes() for path in cache(tmp_path).iterdir()} == before
 
 
 # --- training

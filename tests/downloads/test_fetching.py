@@ -86,16 +86,6 @@ def test_a_site_that_cannot_continue_sends_the_whole_file_again(hub: FakeHub, tm
     assert (tmp_path / "weights.bin").read_bytes() == DATA
 
 
-def test_a_busy_site_is_asked_again(hub: FakeHub, tmp_path: Path) -> None:
-    hub.busy = 3
-    waited: list[float] = []
-
-    _fetch(hub, tmp_path / "weights.bin", waited)
-
-    assert (tmp_path / "weights.bin").read_bytes() == DATA
-    assert waited == [2.0, 4.0, 8.0]
-
-
 class TooManyWaitsError(Exception):
     pass
 
@@ -125,23 +115,6 @@ def test_a_site_that_misstates_the_part_that_it_sends_is_refused_at_once(
 
     assert "\x1b" not in str(error.value)
     assert partial_path(remote, tmp_path / "weights.bin").read_bytes() == DATA[:131_072]
-
-
-@pytest.mark.parametrize("cuts", [[65_536, 0, 70_000, 65_536], [10]], ids=["again and again", "ten bytes"])
-@pytest.mark.parametrize("ignores_ranges", [True, False])
-def test_a_site_that_brings_nothing_new_is_given_up(
-    hub: FakeHub, tmp_path: Path, cuts: list[int], ignores_ranges: bool
-) -> None:
-    hub.ignores_ranges, hub.cuts = ignores_ranges, cuts * 200
-    if not ignores_ranges and cuts != [10]:
-        hub.sends_instead["owner/name/folder/weights.bin"] = DATA[:70_000]  # 416: it begins anew
-
-    with pytest.raises(DownloadError, match="broke 6 times with little new data"):
-        _fetch_with(hub, tmp_path / "weights.bin", _wait_at_most(20))
-
-
-def _fetch_with(hub: FakeHub, target: Path, wait: Callable[[float], None]) -> None:
-    download_file(find_on_hub(FILE, hub.address), target, wait)
 
 
 @pytest.mark.parametrize(
@@ -191,36 +164,6 @@ def test_damaged_data_are_loaded_once_more_and_never_get_the_name(
     assert not [name for name in _left(tmp_path) if not name.endswith(".lock")]
 
 
-def test_a_partial_file_with_other_bytes_is_found_out_by_its_checksum(hub: FakeHub, tmp_path: Path) -> None:
-    remote = find_on_hub(FILE, hub.address)
-    partial_path(remote, tmp_path / "weights.bin").write_bytes(b"\0" * 1000)
-
-    download_file(remote, tmp_path / "weights.bin")
-
-    assert (tmp_path / "weights.bin").read_bytes() == DATA
-    assert hub.sent_ranges() == ["bytes=1000-", None]
-
-
-def test_a_small_file_is_compared_by_the_checksum_of_git(hub: FakeHub, tmp_path: Path) -> None:
-    hub.small.add("owner/name/folder/weights.bin")
-    _fetch(hub, tmp_path / "right.bin")
-    hub.sends_instead["owner/name/folder/weights.bin"] = DATA[::-1]
-
-    with pytest.raises(DownloadError, match="its SHA-1"):
-        _fetch(hub, tmp_path / "wrong.bin")
-
-    assert (tmp_path / "right.bin").read_bytes() == DATA
-    assert not (tmp_path / "wrong.bin").exists()
-
-
-def test_an_empty_file_is_a_file(hub: FakeHub, tmp_path: Path) -> None:
-    hub.add("owner/name", "folder/weights.bin", b"")
-
-    _fetch(hub, tmp_path / "weights.bin")
-
-    assert (tmp_path / "weights.bin").read_bytes() == b""
-
-
 def test_two_runs_at_once_load_the_file_once(hub: FakeHub, tmp_path: Path) -> None:
     remote = find_on_hub(FILE, hub.address)
     hub.requests.clear()
@@ -233,44 +176,6 @@ def test_two_runs_at_once_load_the_file_once(hub: FakeHub, tmp_path: Path) -> No
     assert (tmp_path / "weights.bin").read_bytes() == DATA
     assert hub.sent_ranges() == [None]
     assert _left(tmp_path) == ["weights.bin"]
-
-
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
-        (401, r"refused \(401\).*Accept the licence.*\n.*token"),
-        (403, r"refused \(403\).*Accept the licence.*\n.*token"),
-        (404, "has no file folder/weights.bin"),
-        (500, "answers 500"),
-    ],
-)
-def test_an_answer_that_is_no_file_says_what_to_do(hub: FakeHub, status: int, words: str) -> None:
-    hub.status["owner/name"] = status
-
-    with pytest.raises(DownloadError, match=f"(?s){hub.address}/owner/name.*{words}"):
-        find_on_hub(FILE, hub.address)
-
-
-def test_without_a_token_the_message_says_how_to_log_in(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.status["owner/name"] = 401
-    monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-
-    with pytest.raises(DownloadError, match="huggingface-cli login"):
-        find_on_hub(FILE, hub.address)
-    assert "authorization" not in hub.requests[-1][2]
-
-
-@pytest.mark.parametrize("find", [find_on_hub, find_on_modelscope])
-def test_a_host_that_is_not_there_is_named(find: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-    with pytest.raises(DownloadError, match=r"http://127.0.0.1:9.* cannot be reached") as raised:
-        find(FILE, "http://127.0.0.1:9")  # type: ignore[operator]
-
-    assert len(str(raised.value).splitlines()) <= 2
 
 
 def test_modelscope_gives_size_checksum_and_data(hub: FakeHub, tmp_path: Path) -> None:
@@ -286,14 +191,6 @@ def test_modelscope_gives_size_checksum_and_data(hub: FakeHub, tmp_path: Path) -
     assert "authorization" not in hub.requests[-1][2]
 
 
-def test_what_modelscope_does_not_have_is_not_found_there(hub: FakeHub) -> None:
-    other = ReleasedFile("owner/other", "a", "a", LICENCE, None, None)
-    missing = ReleasedFile("owner/name", "a", "a", LICENCE, None, None)
-
-    assert find_on_modelscope(other, hub.address) is None
-    assert find_on_modelscope(missing, hub.address) is None
-
-
 def test_the_token_goes_to_the_hub_and_not_to_the_host_that_sends_the_data(
     hub: FakeHub, tmp_path: Path
 ) -> None:
@@ -307,17 +204,6 @@ def test_the_token_goes_to_the_hub_and_not_to_the_host_that_sends_the_data(
     for _, _, headers in hub.requests:
         (of_other if headers["host"].startswith("localhost") else of_hub).append("authorization" in headers)
     assert (of_hub, of_other) == ([True] * 3, [False] * 2)
-
-
-def test_data_of_an_earlier_version_are_removed_when_the_file_is_complete(
-    hub: FakeHub, tmp_path: Path
-) -> None:
-    (tmp_path / ".weights.bin.0123456789ab.part").write_bytes(b"earlier")
-    (tmp_path / ".weights.bin2.0123456789ab.part").write_bytes(b"another file")
-
-    _fetch(hub, tmp_path / "weights.bin")
-
-    assert _left(tmp_path) == [".weights.bin2.0123456789ab.part", "weights.bin"]
 
 
 OF_RELEASE = replace(FILE, file="weights.bin", release="v0.1")
@@ -337,29 +223,3 @@ def test_a_file_of_a_release_on_github_is_continued_and_compared_by_size(
     assert remote.url.endswith("/owner/name/releases/download/v0.1/weights.bin")
     assert hub.sent_ranges() == [None, None, "bytes=131072-"]
     assert all("authorization" not in headers for _, _, headers in hub.requests)
-
-
-@pytest.mark.parametrize(
-    ("status", "words"), [(404, r"has no file weights\.bin"), (403, "the site answers 403")]
-)
-def test_a_release_that_does_not_give_a_file_says_so(hub: FakeHub, status: int, words: str) -> None:
-    hub.status["owner/name"] = status
-
-    with pytest.raises(DownloadError, match=words):
-        find_on_github(OF_RELEASE, hub.address)
-
-
-def test_github_is_not_asked_if_nothing_is_to_be_downloaded(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
-        find_on_github(OF_RELEASE, hub.address)
-
-    assert hub.requests == []
-
-
-def test_a_host_of_releases_that_is_not_there_is_named(hub: FakeHub) -> None:
-    with pytest.raises(DownloadError, match=r"fetch weights\.bin from that page in a browser"):
-        find_on_github(OF_RELEASE, "http://127.0.0.1:9")

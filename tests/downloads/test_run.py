@@ -19,7 +19,6 @@ from downloads.run import run_download
 from modules.errors import DownloadError, OutputError
 from tests.commands import run_script
 from tests.downloads.fake_hub import FakeHub, serve
-from tools.download import main
 
 SMALL = next(one for one in model_sets() if one.task == "t2v-1.3B")
 
@@ -152,15 +151,6 @@ def test_a_users_file_of_the_same_name_is_not_overwritten(hub: FakeHub, tmp_path
     assert _names(tmp_path) == ["Wan2.1_VAE.pth"]  # found before anything was downloaded
 
 
-def test_a_refused_file_is_found_before_anything_is_downloaded(hub: FakeHub, tmp_path: Path) -> None:
-    hub.status["Wan-AI/Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json"] = 401  # the last one
-
-    with pytest.raises(DownloadError, match="Accept the licence"):
-        run_download(_options(tmp_path / "models"))
-
-    assert not (tmp_path / "models").exists()
-
-
 def test_a_full_disk_is_found_before_anything_is_downloaded(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,57 +163,6 @@ def test_a_full_disk_is_found_before_anything_is_downloaded(
     assert _names(tmp_path) == []
 
 
-def test_a_folder_that_is_a_link_to_elsewhere_is_refused(hub: FakeHub, tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    try:
-        (tmp_path / "models" / "google").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    except OSError:
-        pytest.skip("this system makes no links")
-
-    with pytest.raises(OutputError, match="is a link to another place"):
-        run_download(_options(tmp_path / "models"))
-
-    assert _names(tmp_path / "elsewhere") == []
-
-
-def test_text_encoders_in_8_bits_are_smaller_files(hub: FakeHub, tmp_path: Path) -> None:
-    run_download(_options(tmp_path, fp8_encoders=True))
-
-    assert "umt5_xxl_fp8_e4m3fn_scaled.safetensors" in _names(tmp_path)
-    assert "models_t5_umt5-xxl-enc-bf16.pth" not in _names(tmp_path)
-
-
-def test_modelscope_has_the_same_files(hub: FakeHub, tmp_path: Path) -> None:
-    run_download(_options(tmp_path, source="modelscope", family="hunyuan_video", task=None))
-
-    assert "hunyuan-video-t2v-720p/vae/pytorch_model.pt" in _names(tmp_path)
-    assert any("/models/AI-ModelScope/HunyuanVideo/" in path for _, path, _ in hub.requests)
-
-
-def test_what_modelscope_does_not_have_comes_from_the_hub(
-    hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    hub.absent_on_modelscope.add("openai/clip-vit-large-patch14")
-    hub.absent_on_modelscope.add("AI-ModelScope/clip-vit-large-patch14")
-
-    with caplog.at_level(logging.INFO):
-        run_download(_options(tmp_path, source="modelscope", family="hunyuan_video", task=None))
-
-    assert "clip_l/tokenizer.json: not on ModelScope, so it comes from the Hugging Face hub" in caplog.text
-    assert "clip_l/tokenizer.json" in _names(tmp_path)
-
-
-def test_the_list_needs_no_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--list"])
-    main(["--list", "--family", "framepack", "--task", "f1", "--to", str(tmp_path)])
-
-    shown = capsys.readouterr().out
-    for word in ("i2v-14B-480p", "sigclip_vision_patch14_384.safetensors", "Meta Llama 3 Community"):
-        assert word in shown
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_run_that_may_not_use_the_network_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,23 +170,3 @@ def test_a_run_that_may_not_use_the_network_is_told_so(
 
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
         run_download(_options(tmp_path))
-
-
-def test_without_a_network_the_message_is_short(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-    with pytest.raises(DownloadError, match=r"127\.0\.0\.1:9/Comfy-Org/.* cannot be reached") as raised:
-        run_download(_options(tmp_path / "models"))
-
-    assert len(str(raised.value).splitlines()) == 2
-    assert not (tmp_path / "models").exists()
-
-
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
-def test_a_folder_that_nothing_can_be_written_to_is_named(hub: FakeHub) -> None:
-    with pytest.raises(OutputError, match="--to /proc/self: nothing can be written there"):
-        run_download(_options(Path("/proc/self")))

@@ -90,16 +90,6 @@ def test_training_refuses_a_bad_cache_with_the_command_that_mends_it(
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_a_bad_cache_is_one_message_from_a_worker_process_too(project: Path, tmp_path: Path) -> None:
-    config = copy_data(project, tmp_path, cached=True)
-    truncated(project / "cache" / LATENTS, tmp_path / "cache" / LATENTS)
-    more = ["--dataset_config", config, "--output_dir", tmp_path / "out", "--max_data_loader_n_workers", 2]
-
-    code, said = run_here(*SHORT_TRAINING, *more, folder=project)
-
-    assert_one_message(code, said, LATENTS, "python wan_cache_latents.py")
-
-
 @pytest.mark.parametrize("name", [LATENTS, TEXT], ids=["latents", "text"])
 @pytest.mark.parametrize(
     "damage", ["truncated", "empty", "with a flipped bit", "code in a pickle", "the other kind"]
@@ -191,16 +181,6 @@ def test_a_clip_that_cannot_be_read_is_reported_and_all_others_are_cached(
         load_file(path)
 
 
-def test_caches_of_a_clip_that_became_unreadable_are_kept(project: Path, tmp_path: Path) -> None:
-    config = copy_data(project, tmp_path, cached=True)
-    empty(project, tmp_path / "clips" / "clip 1.mp4")
-
-    code, said = run_here(*CACHE_LATENTS, "--dataset_config", config, folder=project)
-
-    assert_one_message(code, said, "clip 1.mp4", "0 bytes")
-    assert_same_tensors(tmp_path / "cache" / LATENTS, project / "cache" / LATENTS)
-
-
 def no_caption(folder: Path) -> None:
     (folder / "clips" / "clip 1.txt").unlink()
 
@@ -262,110 +242,6 @@ def test_missing_caches_are_answered_with_both_commands(gone: str, project: Path
 
 # --- configurations
 # ------------------------------------------------------------------------------------------------------------
-
-# what is replaced in dataset.toml, by what, and what the message has to hold
-CONTRADICTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "unknown key": ("enable_bucket", "enable_buckets", ("enable_buckets", "Did you mean enable_bucket?")),
-    "unknown table": ("[general]", "[generall]", ("generall", "Did you mean general?")),
-    "wrong type": ("batch_size = 2", 'batch_size = "two"', ("batch_size", "two", "a whole number")),
-    "impossible value": ("batch_size = 2", "batch_size = 0", ("batch_size", "1 or more")),
-    "impossible size": ("[32, 32]", "[-32, 32]", ("resolution", "[-32, 32]", "[width, height]")),
-    "images and videos": (
-        "video_directory",
-        'image_directory = "x"\nvideo_directory',
-        ("image_directory", "video_directory"),
-    ),
-    "unknown extraction": ('"head"', '"middle"', ("frame_extraction", "middle", "uniform")),
-    "spans to fill a memory": (
-        "frame_extraction",
-        "frame_sample = 1000000000\nframe_extraction",
-        ("frame_sample = 1000000000", "at most 10000"),
-    ),
-    "repeats to fill a memory": (
-        "batch_size = 2",
-        "num_repeats = 1000000000",
-        ("num_repeats = 1000000000", "at most 100000"),
-    ),
-    "pixels to fill a memory": (
-        "[32, 32]",
-        "[1000000, 1000000]",
-        ("resolution = [1000000, 1000000]", "at most 16384"),
-    ),
-    "a rate of no time": (
-        "frame_extraction",
-        "source_fps = 1e-300\nframe_extraction",
-        ("source_fps = 1e-300", "0.001"),
-    ),
-    "a rate of many digits": (
-        "frame_extraction",
-        f"source_fps = 1{'0' * 400}\nframe_extraction",
-        ("source_fps = 1000", "a number above 0"),
-    ),
-    "no frames": ("target_frames = [5]", "target_frames = [0]", ("target_frames", "1 or more")),
-    "a key of images in a table of videos": (
-        "frame_extraction",
-        "no_resize_control = true\nframe_extraction",
-        ("no_resize_control",),
-    ),
-    "no source": ("video_directory", "# video_directory", ("video_directory", "image_directory")),
-    "no table": ("[[datasets]]", "[other]", ("other", "[[datasets]]")),
-    "no TOML": ("[general]", "[general", ("not valid TOML", "line 1")),
-    "clips that are not there": ('/clips"', '/nowhere"', ("nowhere", "No such file")),
-}
-
-
-@pytest.mark.parametrize("command", [CACHE_LATENTS, SHORT_TRAINING], ids=["caching", "training"])
-@pytest.mark.parametrize("fault", CONTRADICTIONS)
-def test_a_contradictory_configuration_is_one_message(
-    fault: str, command: tuple[str, ...], project: Path, tmp_path: Path
-) -> None:
-    if fault == "clips that are not there" and command is SHORT_TRAINING:
-        pytest.skip("training needs only the caches")
-    old, new, words = CONTRADICTIONS[fault]
-    config = copy_data(project, tmp_path, cached=True)
-    text = config.read_text(encoding="utf-8")
-    assert old in text
-    config.write_text(text.replace(old, new), encoding="utf-8")
-
-    output = [] if command is CACHE_LATENTS else ["--output_dir", tmp_path / "out"]
-    code, said = run_here(*command, "--dataset_config", config, *output, folder=project)
-
-    assert_one_message(code, said, "dataset.toml", *words, remedy=False)
-    assert len(list((tmp_path / "cache").iterdir())) == 12
-
-
-def test_two_tables_cannot_share_a_cache_folder(project: Path, tmp_path: Path) -> None:
-    config = copy_data(project, tmp_path, cached=True)
-    text = config.read_text(encoding="utf-8")
-    config.write_text(text + "[[datasets]]" + text.split("[[datasets]]")[1], encoding="utf-8")
-
-    code, said = run_here(*CACHE_LATENTS, "--dataset_config", config, folder=project)
-
-    assert_one_message(code, said, "dataset.toml", "1 and 2 share the cache directory", tmp_path / "cache")
-
-
-def test_two_clips_cannot_have_one_cache_name(project: Path, tmp_path: Path) -> None:
-    config = copy_data(project, tmp_path, cached=True)
-    shutil.copy(tmp_path / "clips" / "clip 1.mp4", tmp_path / "clips" / "clip 1.mkv")
-
-    code, said = run_here(*CACHE_LATENTS, "--dataset_config", config, folder=project)
-
-    assert_one_message(code, said, "clip 1.mp4", "clip 1.mkv", "rename")
-    assert len(list((tmp_path / "cache").iterdir())) == 12
-
-
-@pytest.mark.parametrize("content", [None, b"# \xe9\n"], ids=["a folder", "Latin-1"])
-def test_a_configuration_that_is_no_text_says_so(
-    content: bytes | None, project: Path, tmp_path: Path
-) -> None:
-    if content is None:
-        (tmp_path / "dataset.toml").mkdir()
-    else:
-        (tmp_path / "dataset.toml").write_bytes(content)
-
-    code, said = run_here(*CACHE_LATENTS, "--dataset_config", tmp_path / "dataset.toml", folder=project)
-
-    assert_one_message(code, said, "dataset.toml")
 
 
 @pytest.mark.parametrize("more", [(), ("--check",)])

@@ -209,19 +209,3 @@ def test_a_dataset_that_holds_what_no_text_can_is_one_message(
         code, said = run_here(*WAN.cache_texts, "--dataset_config", config, folder=project)
 
     assert_one_message(code, said, *words, remedy=False)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [("output_dir", '"a\\u0000b"'), ("optimizer_args", '["a=\\u0000"]')]
-)
-def test_an_option_with_the_character_nul_is_named(
-    key: str, value: str, project: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "options.toml").write_text(f"{key} = {value}\n", encoding="utf-8")
-
-    output = () if key == "output_dir" else ("--output_dir", "made")
-    code, said = run_here(
-        *WAN.train_only, *output, "--config_file", tmp_path / "options.toml", folder=project
-    )
-
-    assert_one_message(code, said, f"--{key}", "NUL", remedy=False)

@@ -65,6 +65,12 @@ IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "extension without a dot": ('".txt"', '"txt"', ("with its dot",)),
     "no batch": ("batch_size = 1", "batch_size = 0", ("batch_size = 0", "1 or more")),
     "batch with a fraction": ("batch_size = 1", "batch_size = 1.5", ("1.5 (a number)",)),
+    "spans to fill a memory": ("[5]", "[5]\nframe_sample = 1000000000", ("1000000000", "at most 10000")),
+    "repeats to fill a memory": (
+        "batch_size = 1",
+        "num_repeats = 1000000000",
+        ("1000000000", "at most 100000"),
+    ),
     "negative repeats": ("batch_size = 1", "num_repeats = -5", ("num_repeats = -5",)),
     "a number for a list": ("[5]", "5", ("target_frames = 5", "[1, 25, 45]")),
     "texts for numbers": ("[5]", '["5"]', ('target_frames = ["5"]',)),

@@ -103,41 +103,6 @@ def test_hostile_text_in_a_file_of_options_is_shown_harmlessly(
 # --- prompts
 
 
-def test_wrong_numbers_in_a_prompt_file_name_the_file_and_the_line(
-    made_projects: dict[str, Path], tmp_path: Path
-) -> None:
-    lines = ["# sizes", "a cat --w many", "a dog --s 0", " --w 32", "a cow --g nan", "a pig --f 99999999"]
-    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
-
-    code, said = try_mistake(WAN, "--from_file", tmp_path / "prompts.txt", folder=made_projects["wan"])
-
-    assert code == 1
-    assert "Traceback" not in said
-    assert "prompts.txt: 5 of 5 failed:" in said
-    for words in (
-        "line 2: OptionError: --w: 'many' is not a whole number",
-        "line 3: OptionError: --infer_steps 0 (--s in a prompt line): give a number from 1",
-        "line 4: OptionError: the line has no prompt",
-        "line 5: OptionError: --guidance_scale nan",
-        "line 6: OptionError: --video_length 99999999",
-    ):
-        assert words in said
-
-
-@pytest.mark.parametrize("script", GENERATIONS)
-def test_an_unknown_option_in_a_prompt_file_names_the_file_the_line_and_the_known_ones(
-    script: str, made_projects: dict[str, Path], tmp_path: Path
-) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat --width 32 --s 0\n", encoding="utf-8")
-
-    folder = made_projects[COMMANDS[script].family]
-    code, said = try_mistake(script, "--from_file", tmp_path / "prompts.txt", folder=folder)
-
-    assert code == 1
-    assert f"{tmp_path / 'prompts.txt'}, line 1 'a cat --width 32 --s 0': the unknown option --width" in said
-    assert "Use --w --h" in said
-
-
 def test_mistakes_at_the_prompt_do_not_end_the_session(made_projects: dict[str, Path]) -> None:
     lines = ["a cat --w many", "a cat --s 0", " --w 32", "", "# a", "a cat --w 33", f"a cat --i {'x' * 5000}"]
     typed: Iterator[str] = iter(lines)
@@ -222,14 +187,3 @@ def test_a_disk_without_room_for_one_file_is_told_before_a_model_is_loaded(
     assert code != LOADED
     assert isinstance(code, int)
     assert_one_message(code, said, "x.safetensors", "MB free", "Free some space")
-
-
-def test_a_high_learning_rate_is_warned_about_but_not_for_prodigy(made_projects: dict[str, Path]) -> None:
-    for words, is_told in (
-        (("--learning_rate", "0.5"), True),
-        (("--learning_rate", "1", "--optimizer_type", "Prodigy"), False),
-        (("--learning_rate", "1", "--optimizer_type", "prodigyopt.Prodigy"), False),
-        (("--learning_rate", "0.05"), False),
-    ):
-        _, said = try_mistake(WAN_TRAIN, *words, "--lr_scheduler", "none", folder=made_projects["wan"])
-        assert ("is very high" in said) == is_told, said

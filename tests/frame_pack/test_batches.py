@@ -2,7 +2,6 @@
 together.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from frame_pack.batches import HISTORY, _note_clips, _note_other_order
+from frame_pack.batches import HISTORY
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
-from frame_pack.one_frame import OneFrame
 from modules.contract.data import Batch
 from modules.errors import CacheError
 from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
@@ -117,41 +115,6 @@ def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_no
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t: t.pop("llama_vec"), "no llama_vec,.*fpack_cache_text_encoder_outputs.py"),
-        (
-            lambda t: t.pop("llama_attention_mask"),
-            "no llama_attention_mask,.*fpack_cache_text_encoder_outputs.py",
-        ),
-        (lambda t: t.pop("image_embeddings"), "no image_embeddings,.*fpack_cache_latents.py"),
-        (lambda t: t.pop("latent_indices"), "no latent_indices,.*fpack_cache_latents.py"),
-        (
-            lambda t: t.pop("clean_latent_4x_indices"),
-            "latents_clean_4x without clean_latent_4x_indices.*fpack_cache_latents.py",
-        ),
-        (
-            lambda t: t.update(clean_latent_indices=t["clean_latent_indices"][:, :1]),
-            r"clean_latent_indices of shape 1 .* latents_clean of 16x2x4x6 .*fpack_cache_latents.py",
-        ),
-        (
-            lambda t: t.update(latents_clean=t["latents_clean"][..., :2]),
-            r"latents_clean of 16x2x4x2 .* latents of 16x2x4x6",
-        ),
-        (
-            lambda t: t.update(latent_indices=t["latent_indices"].float()),
-            r"latent_indices of shape 2 \(torch.float32\)",
-        ),
-    ],
-)
-def test_caches_that_do_not_go_together_are_named_with_the_command_that_mends_them(
-    family: FramePack, change: Change, words: str
-) -> None:
-    with pytest.raises(CacheError, match=rf"^clip 0_00000-017-0001: .*{words}"):
-        predicted(family, changed(change))
-
-
-@pytest.mark.parametrize(
     ("name", "command"),
     [
         ("llama_vec", "fpack_cache_text_encoder_outputs.py and the text encoders of HunyuanVideo"),
@@ -180,66 +143,3 @@ def a_picture(tensors: dict[str, Tensor]) -> None:
     """One control image and no black frame behind it: before the target, as F1's neighbour."""
     f1_places(tensors)
     del tensors["latents_clean_2x"], tensors["latents_clean_4x"]
-
-
-def a_picture_alone(tensors: dict[str, Tensor]) -> None:
-    """With a single frame as target."""
-    a_picture(tensors)
-    for name in ("latents", "latent_indices"):
-        tensors[name] = tensors[name][:, :, :1] if name == "latents" else tensors[name][:, :1]
-
-
-@pytest.mark.parametrize(
-    ("is_f1", "change", "words"),
-    [
-        (False, None, ""),
-        (True, f1_places, ""),
-        (True, a_picture, ""),
-        (False, a_picture, ""),
-        (True, None, "--f1 is given, but the sections in the caches are not for FramePack-F1"),
-        (False, f1_places, "sections in the caches are for FramePack-F1 .*, but --f1 is not given"),
-    ],
-)
-def test_sections_of_the_other_order_are_told_once(
-    family: FramePack, is_f1: bool, change: Change | None, words: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    _note_other_order.cache_clear()  # of what other tests of this process have seen
-    one = batch() if change is None else changed(change)
-    for _ in range(2):
-        replace(family, is_f1=is_f1).batch_conditions(one.tensor("latents"), one)
-    found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(found) == bool(words)
-    assert all(re.search(words, text) for text in found)
-
-
-@pytest.mark.parametrize(("change", "warnings"), [(None, 1), (a_picture_alone, 0)])
-def test_clips_in_a_training_of_pictures_are_told_once(
-    family: FramePack, change: Change | None, warnings: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    _note_clips.cache_clear()
-    one = batch() if change is None else changed(change)
-    for _ in range(2):
-        replace(family, one_frame=OneFrame()).batch_conditions(one.tensor("latents"), one)
-    assert caplog.text.count("--one_frame is given, but the caches hold sections of clips") == warnings
-
-
-def test_one_section_of_the_other_order_in_a_batch_is_noticed(
-    family: FramePack, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As caching that was stopped while it made all anew leaves them."""
-
-    def half(tensors: dict[str, Tensor]) -> None:
-        tensors["clean_latent_indices"] = torch.tensor([[0, 5], [0, 19]])
-        tensors["latent_indices"] = torch.tensor([[3, 4], [20, 21]])
-
-    _note_other_order.cache_clear()
-    one = changed(half)
-    family.batch_conditions(one.tensor("latents"), one)
-    assert "--f1 is not given" in caplog.text
-
-
-def test_what_else_a_cache_holds_is_left_alone(family: FramePack) -> None:
-    def more(tensors: dict[str, Tensor]) -> None:
-        tensors["latents_control"] = torch.zeros(2, 1)
-
-    assert "latents_control" not in family.batch_conditions(torch.zeros(2, 16, WINDOW, *AREA), changed(more))

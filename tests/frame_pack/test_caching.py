@@ -10,17 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from frame_pack.caching import check_table, clip_entries, clip_sections, count_sections, picture_entries
+from frame_pack.caching import clip_entries, clip_sections, count_sections
 from frame_pack.family import family_for_latent_caching
 from frame_pack.image_encoder import load_siglip
-from frame_pack.inputs import apply_masks, latent_mask
-from frame_pack.one_frame import OneFrame
+from frame_pack.inputs import apply_masks
 from frame_pack.options import FramePackLatentCachingOptions
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from hunyuan_model.options import HunyuanVaeOptions
 from hunyuan_model.vae import load_vae
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
-from modules.errors import DatasetError, MediaError
 from modules.vae_options import VaeOptions
 from tests.tiny.framepack import write_siglip
 from tests.tiny.hunyuan_vae import write_vae
@@ -45,73 +43,11 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("table", "one_frame", "message"),
-    [
-        (MediaTable("data.toml", "image"), False, "these are images.*video_directory.*or --one_frame"),
-        (MediaTable("data.toml", "image", has_control=True), False, "these are images.*--one_frame"),
-        (MediaTable("data.toml", has_control=True), False, "takes no control video"),
-        (CLIPS, True, "these are videos.*Leave --one_frame out"),
-        (MediaTable("data.toml", "image"), True, "needs control images.*control_directory"),
-        (
-            MediaTable("data.toml", target_frames=(1,)),
-            False,
-            r"1 frames are too short: a section takes 37, 4 x 9",
-        ),
-        (MediaTable("data.toml", target_frames=(25, 33, 37)), False, "25, 33 frames are too short"),
-        (
-            MediaTable("data.toml", max_frames=20),
-            False,
-            r"max_frames = 20 is less than a section takes: 37, .*max_frames = 145",
-        ),
-        (
-            MediaTable("data.toml", target_frames=(37,), window=10),
-            False,
-            r"takes 41, 4 x 10 .* such as \[161\]",
-        ),
-    ],
-)
-def test_tables_of_another_kind_are_refused_by_name(table: MediaTable, one_frame: bool, message: str) -> None:
-    with pytest.raises(DatasetError, match=rf"^data\.toml: .*{message}"):
-        check_table(table, one_frame)
-
-
-@pytest.mark.parametrize(
-    "table",
-    [
-        CLIPS,
-        MediaTable("data.toml"),
-        MediaTable("data.toml", max_frames=37),
-        MediaTable("data.toml", target_frames=(5, 9), window=1),
-    ],
-)
-def test_clips_of_whole_sections_are_taken_without_a_word(
-    table: MediaTable, caplog: pytest.LogCaptureFixture
-) -> None:
-    check_table(table, one_frame=False)
-    check_table(PICTURES, one_frame=True)
-    assert not caplog.text
-
-
-def test_frames_behind_the_last_section_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    check_table(MediaTable("data.toml", target_frames=(37, 81)), one_frame=False)
-    assert caplog.text.count("data.toml") == 1
-    assert "of clips of 81 frames the last 8 are left out, because 73 make whole sections" in caplog.text
-
-
-@pytest.mark.parametrize(
     ("window", "frames", "sections"),
     [(9, 37, 1), (9, 72, 1), (9, 73, 2), (9, 1801, 50), (5, 41, 2), (1, 5, 1), (20, 81, 1)],
 )
 def test_sections_are_counted_by_the_window(window: int, frames: int, sections: int) -> None:
     assert count_sections(MediaTable(window=window), frames) == sections
-
-
-def test_a_clip_too_short_for_a_section_is_told_what_is_needed() -> None:
-    with pytest.raises(
-        MediaError,
-        match=r"^33 usable frames \(4 n \+ 1 of the clip's\) are too few: a section takes 37, 4 x 9",
-    ):
-        count_sections(MediaTable(), 33)
 
 
 # The family
@@ -159,24 +95,7 @@ def test_the_vae_is_tiled_unasked_and_in_time_from_six_seconds_on() -> None:
     assert (encoders.vae_tile, encoders.vae_tile_frames) == (256, 192)
 
 
-def test_switches_without_effect_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    caching_options(one_frame=True, f1=True, one_frame_no_2x=True)
-    assert "--f1 is ignored because --one_frame is given" in caplog.text
-    caching_options(one_frame_no_4x=True)
-    assert "--one_frame_no_4x is ignored because --one_frame is not given" in caplog.text
-    assert "--one_frame_no_2x" not in caplog.text
-
-
 # What lies in memory
-
-
-@pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])
-def test_a_section_holds_no_more_than_its_own_tensors(order: Order) -> None:
-    """A view would keep a whole history alive, and there is one for each of 50 sections."""
-    latents = torch.randn(1, 16, 1 + 6 * 9, 2, 2)
-    for entry in clip_sections(latents, torch.zeros(3, 4), order, 9):
-        for name, tensor in entry.tensors.items():
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
 @pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])
@@ -187,20 +106,6 @@ def test_items_encoded_together_equal_those_encoded_alone(encoders: MediaEncoder
         clip_entries(encoders, media, order),
         [clip_entries(encoders, one, order)[0] for one in media.singly()],
     )
-
-
-def test_pictures_encoded_together_equal_those_encoded_alone(encoders: MediaEncoders) -> None:
-    media = MediaBatch(
-        noise(2, 1, 16, 32, 3),
-        ("one", "two"),
-        ((0, 1),) * 2,
-        (noise(2, 1, 16, 32, 4, seed=1), noise(2, 1, 16, 32, 3, seed=2)),
-        noise(2, 16, 32, seed=3),
-        MediaTable("data.toml", "image", has_control=True, clean_indices=(0, 10)),
-    )
-    together = picture_entries(encoders, media, OneFrame())
-    assert together[0][0].tensors["latents_clean"].shape == (16, 3, 2, 4)
-    assert_same(together, [picture_entries(encoders, one, OneFrame())[0] for one in media.singly()])
 
 
 def assert_same(items: list[list[CacheEntry]], others: list[list[CacheEntry]]) -> None:
@@ -229,12 +134,6 @@ def test_what_is_hidden_has_no_latents() -> None:
     assert latents[1, ..., :2].abs().max() <= 2 / 255
     assert (1 - latents[1, ..., -2:]).abs().max() <= 2 / 255
     assert torch.equal(latents, latents[:, :1].expand_as(latents))
-
-
-def test_a_mask_of_another_shape_is_cropped_to_what_covers_the_latents() -> None:
-    mask = torch.full((80, 20), 51, dtype=torch.uint8)
-    mask[:10] = mask[70:] = 255  # further from the square in the middle than Lanczos reaches
-    assert torch.equal(latent_mask(mask, 4, 4), torch.full((4, 4), 0.2))
 
 
 @pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])

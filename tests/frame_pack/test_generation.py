@@ -110,26 +110,12 @@ def test_paddings_of_the_first_sections_may_be_given() -> None:
     assert [call.indices[0, 0].item() for call in made.calls] == [1, 1 + 5 * WINDOW, 1]
 
 
-def test_another_window_moves_everything_with_it() -> None:
-    made = make(family(window=4), request(video_frames(2, 4)), images(2))
-    first, last = made.calls
-    assert first.indices.tolist() == [[5, 6, 7, 8]]
-    assert first.places("clean_latent_indices") == [0, 9]
-    assert last.places("clean_latent_indices") == [0, 5]
-    assert made.latents.shape[2] == 9
-
-
 def test_noise_continues_one_generator_of_the_cpu_from_section_to_section() -> None:
     made = make(family(), request(video_frames(2, WINDOW), seed=31), images(2))
     generator = torch.Generator().manual_seed(31)
     for call in made.calls:
         assert torch.equal(call.noisy, torch.randn(call.noisy.shape, generator=generator))
         assert call.noisy.shape[2] == WINDOW
-
-
-def test_the_embedded_guidance_is_fed_a_thousandfold() -> None:
-    made = make(family(), request(video_frames(1, WINDOW), embedded_guidance=3.5), images(1))
-    assert made.calls[0].guidance.tolist() == [3500.0]
 
 
 def test_guidance_and_timesteps_are_rounded_to_what_the_transformer_computes_in(tmp_path: Path) -> None:
@@ -208,10 +194,3 @@ def test_the_documented_command_lines_of_one_picture(
         assert (name in call.history) == bool(places)
         if places:
             assert call.values(name) == [0.0] * len(places)
-
-
-def test_black_frames_of_one_picture_move_with_the_window() -> None:
-    call = one_frame("default", 1, window=4)
-    assert call.indices.tolist() == [[4]]
-    assert call.places("clean_latent_indices") == [0, 5]
-    assert call.places("clean_latent_2x_indices") == [6, 7]

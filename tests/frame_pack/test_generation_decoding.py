@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
@@ -64,21 +63,6 @@ def test_seams_go_over_linearly_from_the_earlier_clip_to_the_later() -> None:
     seams = [weights * 0.5 * number + (1 - weights) * 0.5 * (number + 1) for number in (1, 2)]
     expected = torch.cat([torch.full((73 - overlap,), 0.5), seams[0], torch.ones(69 - 2 * overlap), seams[1]])
     torch.testing.assert_close(blended, expected.clamp(max=1))
-
-
-@pytest.mark.parametrize("count", [1, 9, 18, 20, 27])
-def test_latents_that_are_no_whole_sections_are_decoded_at_once(count: int) -> None:
-    """And are limited to the colours there are, as those of every finished video."""
-    values, lengths = frames(32 * rising(count))
-    assert lengths == [count]
-    assert len(values) == 4 * (count - 1) + 1
-    assert values.max() == min((count - 1) / 2, 1)
-
-
-def test_latents_are_given_to_the_vae_as_it_makes_them() -> None:
-    values, _ = frames(rising(2))
-    torch.testing.assert_close(values, torch.tensor([0.0, 1, 1, 1, 1]) / 64)
-    assert cast(float, family().latent.scale) == 1.0
 
 
 def test_what_is_decoded_together_is_cut_in_space_and_not_in_time(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fpack_generate_video import main
 from frame_pack.family import FramePack
-from frame_pack.sections import section_frames, video_frames, video_latents
+from frame_pack.sections import video_frames
 from generation.growing import fade_in_clip
 from generation.sections import make_latents
 from modules.contract.data import MediaEncoders
@@ -17,7 +17,6 @@ from modules.contract.generation import DecodePart, Piece, Section
 from modules.media.reading import video_frames as frames_in
 from modules.media.writing import write_png
 from tests.frame_pack.stubs import CPU, RepeatingVae, family, images, request, texts
-from tests.held_memory import held_memory
 from tests.tiny.framepack import write_tiny_framepack
 
 SECTIONS = 4
@@ -90,26 +89,6 @@ def test_what_is_shown_is_what_the_finished_video_shows(is_f1: bool, window: int
         assert torch.equal(shown.clamp(-1, 1), finished[:, :, -shown.shape[2] :])
         # all but the start image's latent frame
         assert shown.shape[2] + edge.shape[2] == video_frames(SECTIONS - 1, window) - 4
-
-
-@pytest.mark.parametrize("is_f1", [False, True], ids=["anti-drifting", "f1"])
-def test_no_piece_is_limited_to_the_colours_there_are_before_its_transitions(is_f1: bool) -> None:
-    """However long: one of F1's first section is as long as a video of one section."""
-    pieces, _ = made(family(is_f1=is_f1))
-    assert all(pixels(piece.decode, piece.latents).max() > 1 for piece in pieces)
-
-
-def test_pixels_that_are_held_at_once_do_not_grow_with_the_length_of_a_video() -> None:
-    def most(sections: int) -> int:
-        latents = torch.rand(1, 16, video_latents(sections, 4), 4, 4)
-        with held_memory() as held:
-            return max(held() for _ in family(window=4).decode(MediaEncoders(RepeatingVae()), latents))
-
-    most(2)  # what a first decoding loads
-    frame_bytes = 3 * 32 * 32 * 4
-    few, many = most(3), most(12)
-    assert few > section_frames(8) * frame_bytes  # a clip at least is seen
-    assert many - few < 3 * frame_bytes  # of 144 frames that are more
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from encoders.posterior import posterior_generator
-from frame_pack.inputs import one_frame_inputs, read_alpha, read_mask, video_inputs
+from frame_pack.inputs import one_frame_inputs, video_inputs
 from frame_pack.requests import FramePackRequest
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.contract.data import MediaEncoders
@@ -127,11 +127,6 @@ def test_controls_stand_one_after_the_other(tmp_path: Path) -> None:
     assert float(inputs[0]["image_embeddings"].mean()) == pytest.approx(50 / 127.5 - 1, abs=1e-5)
 
 
-def test_without_controls_there_are_none(tmp_path: Path) -> None:
-    start = grey(tmp_path / "start.png", 50)
-    assert one_frame_inputs(encoders(), request(start))[0].keys() == {"image_embeddings"}
-
-
 @pytest.mark.parametrize(("mask", "left"), [(0, 0.0), (255, 1.0), (51, 0.2)])
 def test_a_mask_multiplies_its_control(tmp_path: Path, mask: int, left: float) -> None:
     """Black removes it."""
@@ -164,27 +159,3 @@ def test_without_a_mask_the_alpha_channel_is_one(tmp_path: Path) -> None:
     left, right = controls[..., :2], controls[..., -2:]  # the two columns between are touched by the filter
     torch.testing.assert_close(left, torch.full_like(left, expected(200)), atol=2e-2, rtol=0)
     torch.testing.assert_close(right, torch.zeros_like(right), atol=2e-2, rtol=0)
-
-
-def test_a_mask_is_made_smaller_as_pillow_does_in_steps_of_8_bits(tmp_path: Path) -> None:
-    from PIL import Image
-
-    noise = numpy.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH), dtype=numpy.uint8)
-    write_png(tmp_path / "mask.png", numpy.repeat(noise[..., None], 3, axis=2))
-    small = Image.fromarray(noise).resize((6, 4), Image.Resampling.LANCZOS)
-    assert torch.equal(
-        read_mask(tmp_path / "mask.png", (6, 4)), torch.from_numpy(numpy.array(small)).float() / 255
-    )
-
-
-def test_a_mask_of_another_aspect_is_cropped_as_its_image_is(tmp_path: Path) -> None:
-    tall = numpy.zeros((4 * HEIGHT, WIDTH, 4), dtype=numpy.uint8)
-    tall[3 * HEIGHT // 2 : 5 * HEIGHT // 2, :, 3] = 255
-    write_png(tmp_path / "tall.png", tall)
-    alpha = read_alpha(tmp_path / "tall.png", (6, 4))
-    assert alpha is not None
-    assert alpha.min() > 0.9
-
-
-def test_an_image_without_transparency_has_no_mask(tmp_path: Path) -> None:
-    assert read_alpha(grey(tmp_path / "a.png", 3), (6, 4)) is None

@@ -16,7 +16,6 @@ from dataset.config import DatasetConfig, load_dataset_config
 from frame_pack.family import LATENT, TEXT_KEYS, FramePack
 from frame_pack.files import FramePackFiles
 from modules.contract.data import Batch, Conditions
-from modules.errors import CacheError
 from tests.frame_pack.making import tiny_model
 from tests.tiny.framepack_dit import CONFIG
 
@@ -133,13 +132,3 @@ def test_pictures_load_and_are_learned_from(tmp_path: Path, coarse: tuple[str, .
         f"clean_latent{kind}_indices" for kind in coarse
     }
     assert velocity_of(batch).shape == (2, 16, 1, 4, 6)
-
-
-def test_pictures_with_other_numbers_of_control_images_are_named(tmp_path: Path) -> None:
-    for controls, stem in enumerate(("pic", "other"), 1):
-        write_text(tmp_path, stem)
-        write_picture(tmp_path / f"{stem}_0060x0040_fp.safetensors", controls)
-    with pytest.raises(
-        CacheError, match=r"pic_0060x0040_fp\.safetensors.*(clean_latent_indices|latents_clean) has the shape"
-    ):
-        batches_of(config_of(tmp_path, "image_directory"))

@@ -8,11 +8,9 @@ from torch import Tensor
 
 from frame_pack.model import FramePackModel
 from hunyuan_model.blocks import HunyuanTokens
-from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.generation import Tweaks
 from tests.frame_pack.making import CLEAN, golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS
-from tests.modules.attention_packages import PACKAGES, put_in
 
 NEAR = 2e-6  # of the largest value: the same formulas in float32, summed in another order
 
@@ -93,26 +91,6 @@ def test_gradients_equal_those_of_diffusers() -> None:
         assert (ours.grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-9, name
 
 
-def test_only_the_embedder_of_a_kind_that_is_not_there_gets_no_gradient() -> None:
-    model = tiny_model().requires_grad_(True)
-
-    model(**without(tiny_inputs(), "clean_latents_2x")).square().mean().backward()
-
-    missing = {name for name, weight in model.named_parameters() if weight.grad is None}
-    assert missing == {"clean_x_embedder.proj_2x.weight", "clean_x_embedder.proj_2x.bias"}
-
-
-def test_a_sample_of_a_batch_equals_that_sample_alone_without_its_padding() -> None:
-    model, inputs = tiny_model(), tiny_inputs((5, 11, 0))
-
-    together = model(**inputs)
-
-    for sample, length in enumerate((5, 11, 1)):  # an empty text is a row that nobody sees
-        alone = {name: value[sample : sample + 1] for name, value in inputs.items()}
-        alone |= {name: alone[name][:, :length] for name in ("llama", "llama_mask")}
-        assert (model(**alone) - together[sample]).abs().max() <= NEAR * together.abs().max()
-
-
 def test_samples_of_a_batch_may_stand_at_different_places() -> None:
     model, inputs = tiny_model(), tiny_inputs((5, 11))
     for name, value in inputs.items():
@@ -129,28 +107,6 @@ def test_samples_of_a_batch_may_stand_at_different_places() -> None:
     assert not torch.allclose(model(**tiny_inputs((5, 11)))[1], together[1])
 
 
-@pytest.mark.parametrize("lengths", [(5, 11), (5, 5)])
-def test_what_stands_in_the_padding_does_not_matter(lengths: tuple[int, int]) -> None:
-    model, inputs = tiny_model(), tiny_inputs(lengths)
-    changed = inputs["llama"].clone()
-    for sample, length in enumerate(lengths):
-        changed[sample, length:] = -5
-
-    assert torch.equal(model(**inputs), model(**inputs | {"llama": changed}))
-
-
-def test_attention_has_no_mask_where_all_texts_are_of_one_length() -> None:
-    model = tiny_model()
-
-    _, equal = embedded(model, tiny_inputs((5, 5)))
-    x, different = embedded(model, tiny_inputs((5, 9)))
-
-    assert equal.lengths is None
-    assert x.shape[1] == different.video + 7 + 9
-    assert different.lengths is not None
-    assert different.lengths.counts == (different.video + 7 + 5, different.video + 7 + 9)
-
-
 def test_tokens_are_the_oldest_and_coarsest_first_then_the_noisy_ones() -> None:
     model, inputs = tiny_model(), tiny_inputs((5,))
     names = ("clean_latents_4x", "clean_latents_2x", "clean_latents", "noisy")
@@ -164,24 +120,6 @@ def test_tokens_are_the_oldest_and_coarsest_first_then_the_noisy_ones() -> None:
         changed = (after != before).any(dim=-1)[0].nonzero().flatten().tolist()
         assert changed == list(range(start, start + count)), name
         start += count
-
-
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("mode", ["sdpa", *PACKAGES])
-def test_every_attention_back_end_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool
-) -> None:
-    """With stand-ins for the packages."""
-    if mode in PACKAGES:
-        put_in(monkeypatch, mode)
-    model, inputs = tiny_model(), tiny_inputs((5, 11, 0))
-    expected = model(**inputs)
-    model.attention = AttentionChoice(mode.partition(" ")[0], split)
-
-    velocity = model(**inputs)
-
-    assert model.attention != SDPA or mode == "sdpa"
-    assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
 
 
 def test_the_image_and_each_kind_of_finished_latents_count() -> None:
@@ -221,20 +159,6 @@ def test_skipped_blocks_pass_their_input_through_double_blocks_counted_first() -
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])
-def test_bfloat16_weights_and_bfloat16_autocast_stay_near_float32(how: str) -> None:
-    model, inputs, expected = golden_model()
-    if how == "weights":
-        model = model.to(torch.bfloat16)
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        velocity = model(**inputs)
-
-    assert velocity.dtype == torch.float32
-    # eight bits in every layer
-    assert (velocity - expected["out"]).abs().max() <= 0.05 * expected["out"].abs().max()
-
-
-@pytest.mark.parametrize("how", ["weights", "autocast"])
 def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> None:
     model, inputs = tiny_model(), tiny_inputs()
     if how == "weights":
@@ -246,27 +170,3 @@ def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> 
 
     assert {x.dtype, double.dtype, single.dtype, tokens.dtype} == {torch.bfloat16}
     assert tokens.vector.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"noisy": torch.zeros(2, 32, 3, 6, 10)}, "noisy with 32 channels, the model takes 16"),
-        ({"noisy": torch.zeros(2, 16, 3, 5, 10)}, "cannot be cut into patches"),
-        ({"noisy": torch.zeros(2, 16, 4, 6, 10)}, r"indices of \(2, 3\) for noisy of \(2, 16, 4, 6, 10\)"),
-        ({"llama_mask": torch.ones(2, 3)}, r"a text mask of \(2, 3\) for text of \(2, 12\)"),
-        ({"llama_mask": torch.ones(2, 12).cumsum(1) > 3}, "padding before real tokens"),
-        (
-            {"clean_latents_2x": torch.zeros(2, 16, 3, 8, 10)},
-            r"clean_latents_2x of \(2, 16, 3, 8, 10\) beside noisy latents",
-        ),
-        (
-            {"clean_latents": torch.zeros(1, 16, 2, 6, 10)},
-            r"clean_latents of \(1, 16, 2, 6, 10\) beside noisy latents",
-        ),
-        ({"clean_latents_4x": None}, "clean_latents_4x and their indices must be given together"),
-    ],
-)
-def test_sizes_that_do_not_fit_the_model_are_an_error(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tiny_model()(**tiny_inputs() | change)

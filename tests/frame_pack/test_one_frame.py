@@ -1,15 +1,11 @@
 """One-frame generation: where its frames stand for the documented command lines."""
 
-import logging
-
 import pytest
 
 from frame_pack.one_frame import OneFrame, one_frame_indices, parse_one_frame
 from frame_pack.sections import Indices, section_indices
-from modules.errors import OptionError
 
 FOUR = tuple(range(13, 29))
-BEYOND = f"control_index=0;{10**20}"  # of what a tensor of places holds
 
 
 @pytest.mark.parametrize(
@@ -36,40 +32,3 @@ def test_without_settings_it_is_a_section_with_its_last_frame_as_target() -> Non
         whole, one = section_indices(0, window), one_frame_indices(OneFrame(), 1, window)
         assert (one.clean, one.clean_2x, one.clean_4x) == (whole.clean, whole.clean_2x, whole.clean_4x)
         assert one.target == whole.target[-1:]
-
-
-def test_places_without_a_control_image_are_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert one_frame_indices(parse_one_frame("control_index=1;2;3,no_post"), 2, 9).clean == (1, 2)
-    assert "control_index has 3 indices" in caplog.text
-    caplog.clear()
-    one_frame_indices(parse_one_frame("control_index=1;2"), 2, 9)
-    assert not caplog.text
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "no_8x",
-        "default,",
-        "target_index",
-        "target_index=",
-        "target_index=--1",
-        "control_index=0;;1",
-        "control_index=a",
-        BEYOND,
-    ],
-)
-def test_other_lists_are_refused(text: str) -> None:
-    with pytest.raises(OptionError, match="--one_frame_inference"):
-        parse_one_frame(text)
-
-
-def test_places_with_a_comma_between_them_are_told_of_the_semicolon() -> None:
-    for place in ("10", "-10"):
-        with pytest.raises(
-            OptionError,
-            match=f"'{place}' stands alone: separate indices by semicolons, as in control_index=0;10",
-        ):
-            parse_one_frame(f"target_index=1,control_index=0,{place},no_post")

@@ -26,14 +26,6 @@ def test_given_indices_pick_their_frames_from_that_table() -> None:
     assert torch.equal(table((7, 0, 3), 1), whole[[7, 0, 3]].flatten(0, 1))
 
 
-def test_before_the_start_the_frame_axis_turns_the_other_way() -> None:
-    before, after = table((-3,), 1), table((3,), 1)
-
-    turns = WIDTHS[0] // 2
-    assert torch.equal(before[:, :, :turns] * torch.tensor([1, -1]), after[:, :, :turns])
-    assert torch.equal(before[:, :, turns:], after[:, :, turns:])
-
-
 @pytest.mark.parametrize("coarseness", [2, 4])
 def test_coarse_tokens_have_the_mean_of_the_turns_they_cover_the_border_repeated(coarseness: int) -> None:
     frames, rows, columns = 6, 5, 7

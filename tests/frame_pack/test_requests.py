@@ -12,9 +12,8 @@ import pytest
 from dataset.sources.decoding import bucket_of
 from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
 from frame_pack.files import FramePackFiles
-from frame_pack.one_frame import OneFrame
 from frame_pack.options import FramePackGenerationOptions, FramePackTrainingOptions
-from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
+from frame_pack.requests import FramePackRequest, prepare_request
 from modules.contract.generation import Request
 from modules.contract.prepared import Prepared
 from modules.errors import OptionError
@@ -78,13 +77,6 @@ def test_a_video_has_the_recorded_length(video: dict[str, Any], picture: Path) -
     )
 
 
-def test_a_request_says_what_the_metadata_of_outputs_tell(picture: Path) -> None:
-    video = settle(picture, {"video_sections": "2"}, window=3, f1=True, fps=24.0).own_metadata
-    said = {"latent_window_size": "3", "video_sections": "2", "f1": "True", "video_seconds": "0.833333"}
-    assert video == {"image_path": str(picture), **said}
-    assert "video_seconds" not in settle(picture, {"one_frame": "default"}).own_metadata
-
-
 def test_samples_say_frames_which_are_made_whole_sections(
     picture: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,10 +121,6 @@ def test_another_solver_follows_the_same_levels(picture: Path, solver: str) -> N
     assert request.flow_shift == released.flow_shift
 
 
-def test_a_flow_shift_that_is_given_counts(picture: Path) -> None:
-    assert settle(picture, flow_shift=3.0).flow_shift == 3.0
-
-
 @pytest.mark.parametrize("image", [(30, 90), (480, 270), (77, 78), (10, 400), (48, 32)], ids=str)
 @pytest.mark.parametrize("area", [(64, 64), (640, 640), (832, 480)], ids=str)
 def test_one_picture_has_the_size_that_a_data_set_would_give_its_control_image(
@@ -163,161 +151,12 @@ def test_a_video_does_not_take_the_shape_of_its_image(
     assert "--one_frame_auto_resize is ignored because a video is made" in caplog.text
 
 
-def test_one_picture_has_one_frame_whatever_the_length(picture: Path) -> None:
-    request = settle(picture, {"one_frame": "no_2x", "video_seconds": "9", "video_sections": "4"})
-    assert (request.frames, len(own(request).images), own(request).one_frame) == (
-        1,
-        1,
-        OneFrame(has_2x=False),
-    )
-
-
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"extra": {"video_sections": "0"}}, "--video_sections 0"),
-        ({"extra": {"video_seconds": "-1"}}, r"--video_seconds -1"),
-        ({"extra": {"video_seconds": "nan"}}, r"--video_seconds nan"),
-        ({"extra": {"video_seconds": "1e12"}}, "sections: a video has 10000 at most"),
-        ({"extra": {"one_frame": "no_3x"}}, "--one_frame_inference 'no_3x': 'no_3x' is unknown"),
-        ({"extra": {"one_frame": "default"}, "f1": True}, "--one_frame_inference needs the FramePack model"),
-        ({"width": 40}, "--video_size 32 40 .*multiples of 16"),
-        (
-            {"extra": {"one_frame": "default", "control_image_path": "no.png"}},
-            "--control_image_path no.png: no such file",
-        ),
-        ({"extra": {"image_path": "0:no.png;;;1:no.png"}}, "--image_path no.png: no such file"),
-        (
-            {"extra": {"image_path": ""}},
-            r"--image_path is missing: FramePack starts from an image.*\(--i in a line of prompts\)",
-        ),
-        ({"end_image_path": Path("no.png")}, "--end_image_path no.png: no such file"),
-    ],
-)
-def test_what_cannot_be_made_is_said(picture: Path, said: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        settle(picture, **said)
-
-
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"f1": True, "end_image_path": Path("end.png")}, "--end_image_path end.png is ignored because --f1"),
-        (
-            {"extra": {"one_frame": "default"}, "end_image_path": Path("end.png")},
-            "ignored because a single picture has no end",
-        ),
-        (
-            {"extra": {"control_image_path": "a.png"}},
-            "--control_image_path is ignored because it is for --one_frame_inference",
-        ),
-        (
-            {"control_path": Path("clip.mp4")},
-            "--control_path clip.mp4 is ignored because FramePack does not take it",
-        ),
-        (
-            {"prompt": "a;;;4:b", "extra": {"video_sections": "4"}},
-            "--prompt: 'b' for section 4 is ignored: no section takes it, of the 4",
-        ),
-        ({"prompt": "a;;;-5:b", "extra": {"video_sections": "4"}}, "'b' for section -5 is ignored"),
-        ({"prompt": "a;;;1:b;;;-1:c", "extra": {"video_sections": "2"}}, "'b' for section 1 is ignored"),
-        ({"prompt": "a;;;-1:b", "extra": {"one_frame": "default"}}, "'b' for section -1 is ignored"),
-    ],
-)
-def test_what_is_left_out_is_warned_about(
-    picture: Path, said: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    request = settle(picture, **said)
-    assert message in caplog.text
-    assert request.asked.end_image_path is None
-    assert request.asked.control_path is None
-    assert own(request).controls == ()
-    assert "control_image_path" not in request.own_metadata
-
-
-def test_a_text_for_sections_that_there_are_not_is_warned_about_once(
-    picture: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settle(picture, prompt="0:sits;;;5-9000:walks")
-    assert caplog.text.count("'walks' for section 5 is ignored") == caplog.text.count("is ignored") == 1
-
-
-@pytest.mark.parametrize(
-    "option", ["image_path", "end_image_path", "control_image_path", "control_image_mask_path"]
-)
-def test_a_file_that_is_no_image_is_refused_by_its_option_before_anything_is_loaded(
-    picture: Path, tmp_path: Path, option: str
-) -> None:
-    clip = tmp_path / "clip.mp4"
-    clip.write_bytes(b"no image")
-    said: dict[str, Any] = (
-        {"end_image_path": clip} if option == "end_image_path" else {"extra": {option: str(clip)}}
-    )
-    if option.startswith("control"):
-        said["extra"] = {"one_frame": "default", "control_image_path": str(picture), **said["extra"]}
-    with pytest.raises(
-        OptionError, match=rf"--{option} .*clip\.mp4 is no image that can be read.*Give an image file"
-    ):
-        settle(picture, **said)
-
-
-@pytest.mark.parametrize(
-    ("paddings", "extra", "message"),
-    [
-        ((3, 2, 1, 0), {}, ""),
-        ((0,), {}, ""),
-        (
-            (3, 2, 1, 0, 5),
-            {},
-            "--latent_paddings 3,2,1,0,5: only the first 4 count, as there are no more sections",
-        ),
-        ((3, 2, 1, 0), {"video_sections": "2"}, "that played first has distance 2"),
-        ((1,), {"one_frame": "default"}, "--latent_paddings 1 is ignored because a single picture is made"),
-    ],
-)
-def test_distances_without_a_section_are_warned_about(
-    picture: Path,
-    paddings: tuple[int, ...],
-    extra: dict[str, str],
-    message: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    tell_unused_paddings(paddings, own(settle(picture, extra)))
-    assert (message in caplog.text) if message else not caplog.text
-
-
-@pytest.mark.parametrize(("sections", "warnings"), [("1", 0), ("3", 1)])
-def test_a_picture_says_that_it_has_no_sections(
-    picture: Path, sections: str, warnings: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    settle(picture, {"one_frame": "default", "video_sections": sections})
-    assert caplog.text.count(f"--video_sections {sections} is ignored") == warnings
-
-
-def test_more_masks_than_controls_are_warned_about(picture: Path, caplog: pytest.LogCaptureFixture) -> None:
-    both = f"{picture}\n{picture}"
-    settle(
-        picture, {"one_frame": "default", "control_image_path": str(picture), "control_image_mask_path": both}
-    )
-    assert "of 2 masks the last 1 are ignored because there are 1 control images" in caplog.text
-
-
 def test_texts_and_images_reach_their_sections(picture: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         request = settle(picture, {"video_sections": "4"}, prompt="0:sits;;;1-2:walks;;;-1:sleeps")
     assert caplog.text == ""
     assert texts(request) == ["sits", "walks", "walks", "sleeps"]
     assert own(request).images == (picture,) * 4
-
-
-def test_of_one_picture_only_the_first_text_counts(picture: Path) -> None:
-    request = settle(picture, {"one_frame": "default"}, prompt="sits;;;-1:sleeps")
-    assert texts(request) == ["sits"]
-
-
-def test_a_start_image_may_come_as_a_path(picture: Path) -> None:
-    asked = Request("a cat", 1, width=48, height=32, image_path=picture)
-    assert own(prepare_request(asked, USUAL, LATENT, 9, False, "")).images == (picture,) * 4
 
 
 def test_without_a_negative_prompt_a_sample_has_no_guidance_and_a_generation_an_empty_one(

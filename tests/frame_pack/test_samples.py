@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from modules.contract.loading import Placement
-from modules.errors import OptionError
 from networks import lora_framepack
-from tests.faults.messages import assert_one_message, run_here
-from tests.frame_pack.projects import CPU, OUTPUT, ProjectOf, generated_latents, sample_latents, train
+from tests.frame_pack.projects import CPU, ProjectOf, generated_latents, sample_latents
 from tests.parity.reference import relative_error
 
 NEAR = 1e-4  # of the largest value, float32: the LoRA is beside the weights in one, in them in the other
@@ -63,29 +61,6 @@ def test_latents_of_a_sample_equal_those_of_the_generation_script(
         )
 
 
-@pytest.mark.parametrize("name", ["framepack"])
-def test_frames_decide_about_sections_and_the_flow_shift_of_a_line_does_not_count(
-    name: str,
-    project_of: ProjectOf,
-    lora: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    family, folder = project_of(name)
-    monkeypatch.chdir(folder)
-    line = "a cat --w 32 --h 32 --d 7 --s 1 --i start.png"
-
-    made = sample_latents(family, lora, f"{line} --f 12\n{line} --f 9 --fs 3", tmp_path)
-
-    # 12 frames are rounded down to two sections of 4 behind the first
-    assert [latents.shape[2] for latents in made] == [3, 3]
-    assert torch.equal(*made)
-    assert caplog.text.count("the flow shift (--fs) is ignored") == 1
-    with pytest.raises(OptionError, match="1 frames are less than a section"):
-        sample_latents(family, lora, f"{line} --f 4 --fs 3\n{line}", tmp_path)
-
-
 @pytest.mark.parametrize("name", ["framepack one frame"])
 def test_a_line_without_of_is_a_picture_by_default(
     name: str, project_of: ProjectOf, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -117,30 +92,3 @@ def test_a_line_without_of_is_a_picture_by_default(
     # a control without anything that is seen is the black frame that stands behind the controls by default,
     # at window + 1
     assert torch.equal(transparent, black)
-
-
-@pytest.mark.parametrize("left_out", ["--image_encoder", "--vae", "--text_encoder1", "--text_encoder2"])
-def test_an_encoder_that_samples_need_is_asked_for_before_anything_is_loaded(
-    left_out: str, project_of: ProjectOf, tmp_path: Path
-) -> None:
-    family, folder = project_of("framepack")
-    place = family.train.index(left_out)
-    command = family.train[:place] + family.train[place + 2 :]
-    (tmp_path / "prompts.txt").write_text(family.sample_line, encoding="utf-8")
-    samples = ("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 1)
-
-    words = (*command, *OUTPUT, "--output_dir", tmp_path, "--max_train_steps", 1, *samples)
-    code, said = run_here(*words, folder=folder)
-
-    assert_one_message(code, said, f"{left_out} is missing", remedy=False)
-    assert "Loading" not in said
-    assert "VAE:" not in said
-
-
-def test_both_kinds_of_order_at_once_are_said_not_to_go_together(
-    project_of: ProjectOf, tmp_path: Path
-) -> None:
-    family, folder = project_of("framepack one frame")
-    _, said = train(folder, family, tmp_path, "--f1")
-    assert "--f1 is ignored because --one_frame is given" in said
-    assert load_file(tmp_path / "lora.safetensors")

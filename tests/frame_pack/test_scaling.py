@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +12,7 @@ from frame_pack.family import HISTORY, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions
 from hunyuan_model.token_refiner import FRAMEPACK_REFINER, multiply_text
 from modules.contract.data import Conditions
-from modules.contract.generation import Turn, Tweaks
 from modules.contract.loading import Placement
-from modules.errors import OptionError
 from modules.options import read_options
 from modules.parser import add_options
 from tests.frame_pack.making import tiny_inputs, tiny_model
@@ -74,34 +71,6 @@ def test_a_factor_of_1_leaves_every_bit() -> None:
     )
 
 
-def test_in_generation_the_host_knows_the_timestep() -> None:
-    """Reading it from the device would make the host wait."""
-    family, dit = family_for_generation(options("--rope_scaling_timestep_threshold", "800")), tiny_model()
-    turn, fed = Tweaks(turn=Turn(0, 1, 900.0, "")), torch.tensor([100.0])
-
-    scaled_by_turn = family.predict(dit, INPUTS["noisy"], fed, CONDITIONS, turn)
-
-    assert torch.equal(scaled_by_turn, scaled(dit, 100.0, 0.5))
-
-
-def test_the_timestep_that_the_model_is_fed_decides() -> None:
-    family, dit = family_for_generation(options("--rope_scaling_timestep_threshold", "800")), tiny_model()
-    # bfloat16 has steps of 4 there: 799 becomes 800
-    assert torch.equal(velocity(family, dit, 799.0, torch.bfloat16), scaled(dit, 800.0, 0.5, torch.bfloat16))
-
-
-def test_without_a_threshold_nothing_is_scaled() -> None:
-    dit = tiny_model()
-    assert torch.equal(velocity(family_for_generation(options()), dit, 1000.0), scaled(dit, 1000.0, 1.0))
-
-
-def test_a_factor_without_a_threshold_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    options("--rope_scaling_factor", "0.7", "--rope_scaling_timestep_threshold", "800")
-    assert not caplog.text
-    options("--rope_scaling_factor", "0.7")
-    assert "--rope_scaling_factor 0.7 is ignored" in caplog.text
-
-
 def test_the_text_is_multiplied_in_the_transformer_that_is_loaded(tmp_path: Path) -> None:
     path = write_dit(tmp_path, tiny_state())
     family = family_for_generation(options("--dit", str(path), "--te_multiplier", "1.3", "0.7"))
@@ -115,32 +84,3 @@ def test_the_text_is_multiplied_in_the_transformer_that_is_loaded(tmp_path: Path
     assert not torch.equal(found, plain)
     unchanged = replace(family, text_multipliers=None).load_dit(Placement(torch.device("cpu")))
     assert torch.equal(unchanged(**INPUTS), plain)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--te_multiplier", "much", "1"), "--te_multiplier much 1: give two numbers"),
-        (("--latent_window_size", "0"), "--latent_window_size 0: must be at least 1"),
-        (("--latent_window_size", "100000000"), "--latent_window_size 100000000: give at most 1000"),
-        (("--te_multiplier", "1", "nan"), "--te_multiplier 1 nan: give two numbers"),
-        (("--rope_scaling_factor", "0"), "--rope_scaling_factor 0.0: give a number above 0"),
-        (("--rope_scaling_factor", "nan"), "--rope_scaling_factor nan"),
-        (
-            ("--rope_scaling_timestep_threshold", "-5"),
-            "--rope_scaling_timestep_threshold -5: give a timestep from 0 to 1000",
-        ),
-        (
-            ("--rope_scaling_timestep_threshold", "1001"),
-            "--rope_scaling_timestep_threshold 1001: give a timestep",
-        ),
-    ],
-)
-def test_what_is_no_factor_is_refused(words: tuple[str, ...], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        options(*words)
-
-
-def test_empty_settings_of_a_picture_are_refused_rather_than_made_a_video() -> None:
-    with pytest.raises(OptionError, match="--one_frame_inference is empty: give default for an image"):
-        options("--one_frame_inference", " ")

@@ -18,7 +18,6 @@ from frame_pack.sections import (
     count_sections,
     count_tokens,
     decoding_slices,
-    default_paddings,
     entry_for,
     flow_shift_for,
     parse_paddings,
@@ -28,7 +27,6 @@ from frame_pack.sections import (
     video_frames,
     video_latents,
 )
-from modules.errors import OptionError
 from modules.flow.schedule import make_schedule
 from tests.golden_cases import read_case
 
@@ -93,33 +91,6 @@ def test_f1_sections_are_those_recorded(table: dict[str, Any]) -> None:
     assert all(as_recorded(section.indices).items() <= table["f1"].items() for section in plan)
 
 
-@pytest.mark.parametrize("sections", [1, 2, 5, 50])
-def test_every_section_has_its_documented_places(sections: int) -> None:
-    for section in ANTI_DRIFTING.plan(sections, 9, ()):
-        target = 1 + 9 * section.padding
-        assert section.indices.target == tuple(range(target, target + 9))
-        assert section.indices.clean == (0, target + 9)
-        assert section.indices.clean_2x == (target + 10, target + 11)
-        assert section.indices.clean_4x == tuple(range(target + 12, target + 28))
-    for section in F1.plan(sections, 9, ()):
-        assert section.indices == Indices((0, 19), (17, 18), tuple(range(1, 17)), tuple(range(20, 29)))
-
-
-@pytest.mark.parametrize(
-    ("sections", "paddings"),
-    [
-        (1, [0]),
-        (2, [1, 0]),
-        (4, [3, 2, 1, 0]),
-        (5, [3, 2, 2, 1, 0]),
-        (8, [3, 2, 2, 2, 2, 2, 1, 0]),
-        (50, [3, *[2] * 47, 1, 0]),
-    ],
-)
-def test_paddings_count_down_and_those_of_long_videos_stay_at_two(sections: int, paddings: list[int]) -> None:
-    assert list(default_paddings(sections)) == paddings
-
-
 @pytest.mark.parametrize(
     ("sections", "given", "paddings"),
     [(4, "0,0", [0, 0, 1, 0]), (5, "1", [1, 2, 2, 1, 0]), (2, " 3, 2 ,1,0", [3, 2]), (3, "0,0,0", [0, 0, 0])],
@@ -128,36 +99,11 @@ def test_given_paddings_replace_the_first(sections: int, given: str, paddings: l
     assert [section.padding for section in ANTI_DRIFTING.plan(sections, 9, parse_paddings(given))] == paddings
 
 
-@pytest.mark.parametrize("text", ["", "3,,1", "3,a", "2,-1", "1.5", "0,1000"])
-def test_other_paddings_are_refused(text: str) -> None:
-    with pytest.raises(OptionError, match="--latent_paddings"):
-        parse_paddings(text)
-
-
 @pytest.mark.parametrize(
     ("seconds", "sections"), [(5.0, 4), (1.0, 1), (0.01, 1), (10.0, 8), (60.0, 50), (3.0, 2)]
 )
 def test_seconds_become_the_nearest_number_of_sections(seconds: float, sections: int) -> None:
     assert count_sections(seconds, 9) == sections
-
-
-@pytest.mark.parametrize(
-    ("seconds", "window", "sections", "option"),
-    [
-        (0.0, 9, None, "--video_seconds"),
-        (-1.0, 9, None, "--video_seconds"),
-        (float("inf"), 9, None, "--video_seconds"),
-        (1e308, 9, None, "--video_seconds"),
-        (float("nan"), 9, None, "--video_seconds"),
-        (5.0, 9, 0, "--video_sections"),
-        (5.0, 0, None, "--latent_window_size"),
-    ],
-)
-def test_lengths_that_no_video_has_are_refused(
-    seconds: float, window: int, sections: int | None, option: str
-) -> None:
-    with pytest.raises(OptionError, match=option):
-        count_sections(seconds, window, sections)
 
 
 def test_a_training_video_shorter_than_a_section_has_none() -> None:
@@ -231,19 +177,6 @@ def test_f1_sections_see_the_start_and_what_came_before(sections: int) -> None:
     assert video == list(range(100, 101 + sections * 9))
 
 
-@pytest.mark.parametrize("order", [ANTI_DRIFTING, F1])
-def test_the_history_keeps_dtype_and_leaves_what_it_is_given_alone(order: Order) -> None:
-    start, end = (
-        torch.ones(2, 4, 1, 3, 5, dtype=torch.bfloat16),
-        torch.full((2, 4, 1, 3, 5), 2.0, dtype=torch.bfloat16),
-    )
-    history = order.begin(start, end)
-    assert history.dtype == torch.bfloat16
-    assert order.seen(start, history).clean.shape == (2, 4, 2, 3, 5)
-    assert bool((start == 1).all())
-    assert bool((end == 2).all())
-
-
 # The flow shift
 
 
@@ -283,12 +216,6 @@ def decoded(latents: Tensor) -> Tensor:
     return torch.cat([latents[:, :, :1], latents[:, :, 1:].repeat_interleave(4, dim=2)], dim=2)
 
 
-def test_slices_are_those_documented() -> None:
-    assert decoding_slices(1, 9) == (slice(0, 10),)
-    assert decoding_slices(2, 9) == (slice(0, 19), slice(10, 19))
-    assert decoding_slices(4, 9) == (slice(0, 19), slice(10, 28), slice(19, 37), slice(28, 37))
-
-
 @pytest.mark.parametrize("window", [1, 4, 9])
 @pytest.mark.parametrize("sections", [1, 2, 5, 50])
 def test_decoding_by_sections_is_as_long_as_at_once(sections: int, window: int) -> None:
@@ -320,12 +247,6 @@ def test_clips_are_joined_as_the_released_code_does_from_the_end() -> None:
     assert torch.equal(joined, whole)  # each frame is the same sum
 
 
-def test_a_seam_goes_from_one_clip_to_the_next_and_keeps_their_dtype() -> None:
-    pieces = list(blend_overlaps([torch.ones(1, 1, 5, 1, 1).half(), torch.zeros(1, 1, 5, 1, 1).half()], 3))
-    assert torch.cat(pieces, dim=2).flatten().tolist() == [1, 1, 1, 0.5, 0, 0, 0]
-    assert all(piece.dtype == torch.float16 for piece in pieces)
-
-
 def test_clips_are_taken_one_by_one_and_given_on_before_the_next() -> None:
     taken: list[int] = []
 
@@ -339,8 +260,3 @@ def test_clips_are_taken_one_by_one_and_given_on_before_the_next() -> None:
     assert taken == [0]
     next(pieces)
     assert taken == [0, 1]
-
-
-def test_a_clip_too_short_for_its_seam_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 frames cannot overlap by 3"):
-        list(blend_overlaps([torch.zeros(1, 1, 2, 1, 1)], 3))

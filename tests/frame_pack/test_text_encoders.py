@@ -1,10 +1,9 @@
 """FramePack's text encoders against transformers, in every layout of their files."""
 
 import argparse
-import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,11 @@ from frame_pack.options import FramePackGenerationOptions
 from frame_pack.text_encoders import TEXT_ROWS, FramePackTextEncoder, framepack_clip, framepack_llama
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE
 from modules.contract.generation import Prompt
-from modules.errors import CheckpointError
 from modules.options import read_options
 from modules.parser import add_options
-from modules.planning.dry_run import dry_run, largest, modules_in, place
 from tests.frame_pack.texts_there import KEPT_TOKENS, TextsThere, template_there
 from tests.tiny.hunyuan_encoders import (
     CLIP_DIM,
-    CLIP_VOCABULARY,
-    LLAMA_VOCABULARY,
     LLM_DIM,
     clip_text_layouts,
     clip_text_tensors,
@@ -146,86 +141,6 @@ def test_the_option_of_the_generation_script_reaches_the_language_model(
     assert clip.identity == framepack_clip(folder).identity
 
 
-def test_identity_follows_all_that_an_output_depends_on(folder: Path) -> None:
-    identities = [
-        dict(encoder.identity)
-        for encoder in (
-            framepack_llama(folder),
-            framepack_llama(folder, torch.bfloat16),
-            framepack_llama(folder, system_prompt="Describe."),
-            framepack_llama(folder, system_prompt=""),
-            framepack_llama(folder, in_fp8=True),
-            framepack_clip(folder),
-            framepack_clip(folder, torch.bfloat16),
-        )
-    ]
-    assert all(one != other for index, one in enumerate(identities) for other in identities[:index])
-    assert dict(framepack_llama(folder / "text_encoder").identity) == identities[0]
-    assert dict(framepack_clip(folder / "text_encoder_2").identity) == identities[5]
-
-
-def test_a_prompts_conditions_do_not_depend_on_its_neighbours(folder: Path) -> None:
-    for kind in (framepack_llama, framepack_clip):
-        encoder = kind(folder, torch.float16)
-        together = encoded(encoder, PROMPTS)
-        for prompt, found in zip(PROMPTS, together, strict=True):
-            (alone,) = encoded(encoder, [prompt])
-            assert all(torch.equal(alone[key], found[key]) for key in encoder.keys)
-        assert encoder.encode([]) == []
-
-
-def test_in_fp8_the_states_differ_and_stay_near(folder: Path, there: TextsThere) -> None:
-    for prompt, found in zip(
-        PROMPTS, encoded(framepack_llama(folder, torch.float32, in_fp8=True), PROMPTS), strict=True
-    ):
-        expected = there.llama_vec(prompt)
-        rows = found["llama_vec"][: len(expected)]
-        assert not found["llama_vec"][len(expected) :].any()
-        assert 1e-4 < (rows - expected).norm() / expected.norm() < 0.1  # weights that are off by 2.25 %
-
-
-def test_a_rehearsal_finds_the_networks_and_knows_how_long_a_text_is(folder: Path) -> None:
-    for kind, heaviest in (
-        (framepack_llama, LLAMA_VOCABULARY * LLM_DIM),
-        (framepack_clip, CLIP_VOCABULARY * CLIP_DIM),
-    ):
-        encoder = kind(folder)
-        encoder.load(torch.device("meta"))
-        with dry_run() as ledger, torch.no_grad():
-            (network,) = modules_in(encoder)
-            place(network, ledger)
-            (found,) = encoder.encode([Prompt(PROMPTS[0])])
-        assert sum(largest(ledger.peaks)[1].values()) > 2 * heaviest  # float16: the table of tokens, and more
-        assert (
-            {key: (value.shape, value.dtype) for key, value in found.items()}
-            == {  # type: ignore[union-attr]
-                key: (value.shape, value.dtype)
-                for key, value in encoded(kind(folder), PROMPTS[:1])[0].items()
-            }
-        )
-        if "llama_attention_mask" in found:
-            assert int(found["llama_attention_mask"].sum()) > 5  # type: ignore[union-attr]
-
-
-def test_outputs_have_the_keys_they_are_announced_with_and_memory_of_their_own(folder: Path) -> None:
-    for encoder in (framepack_llama(folder), framepack_clip(folder)):
-        for found in encoded(encoder, PROMPTS[:2]):
-            assert set(found) == encoder.keys
-            assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in found.values())
-        assert not encoder.variable_length
-
-
-def test_free_gives_the_encoder_up_and_load_brings_it_back(folder: Path) -> None:
-    for encoder in (framepack_llama(folder, torch.float32), framepack_clip(folder, torch.float32)):
-        (first,) = encoded(encoder, PROMPTS[:1])
-        encoder.free()
-        encoder.free()
-        with pytest.raises(AssertionError, match=r"call load\(\) first"):
-            encoder.encode([Prompt("a")])
-        (again,) = encoded(encoder, PROMPTS[:1])
-        assert all(torch.equal(again[key], first[key]) for key in first)
-
-
 # file layouts: each gives the two paths
 
 
@@ -285,52 +200,3 @@ LAYOUTS = (
     first_file_of_a_snapshot,
     of_hunyuan,
 )
-
-
-@pytest.mark.parametrize("write", LAYOUTS)
-def test_every_layout_gives_the_same(
-    write: Callable[[Path], tuple[Path, Path]], tmp_path: Path, there: TextsThere
-) -> None:
-    """None of them is told where its tokenizers are, nor may it ask the hub."""
-    first, second = write(tmp_path)
-    (llama,) = encoded(framepack_llama(first, torch.float32), PROMPTS[:1])
-    (clip,) = encoded(framepack_clip(second, torch.float32), PROMPTS[:1])
-    assert_text(llama, there.llama_vec(PROMPTS[0]))
-    assert torch.equal(clip["clip_l_pooler"], there.clip_l_pooler(PROMPTS[0]))
-
-
-def test_tokenizers_that_are_named_come_first(tmp_path: Path, there: TextsThere) -> None:
-    files = write_comfy_text_encoders(tmp_path)
-    for name in ("tokenizer", "tokenizer_2"):
-        shutil.move(tmp_path / name, tmp_path / "elsewhere" / name)
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_text("{}", encoding="utf-8")  # not to be looked at
-    elsewhere = tmp_path / "elsewhere"
-    (llama,) = encoded(
-        framepack_llama(files["text_encoder1"], torch.float32, elsewhere / "tokenizer"), PROMPTS[:1]
-    )
-    (clip,) = encoded(
-        framepack_clip(files["text_encoder2"], torch.float32, elsewhere / "tokenizer_2"), PROMPTS[:1]
-    )
-    assert_text(llama, there.llama_vec(PROMPTS[0]))
-    assert torch.equal(clip["clip_l_pooler"], there.clip_l_pooler(PROMPTS[0]))
-
-
-def test_the_other_ones_file_is_refused_by_name(folder: Path) -> None:
-    for encoder, message in (
-        (framepack_llama(folder / "text_encoder_2"), r"a Llama language model.*--text_encoder1"),
-        (framepack_clip(folder / "text_encoder"), r"a CLIP text encoder.*--text_encoder2"),
-    ):
-        with pytest.raises(CheckpointError, match=rf"(?s){message}"):
-            _ = encoder.identity  # which caching asks for before it loads anything
-
-
-def test_rotary_frequencies_of_a_later_llama_are_refused(tmp_path: Path) -> None:
-    write_text_encoders(tmp_path)
-    file = tmp_path / "text_encoder" / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(
-        json.dumps({**config, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}), encoding="utf-8"
-    )
-    with pytest.raises(CheckpointError, match="rotary frequencies of type llama3"):
-        _ = framepack_llama(tmp_path).identity

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from modules.attention.options import AttentionChoice
 from modules.contract.generation import Away, Tweaks
 from tests.golden_cases import read_case
 from tests.hunyuan_image.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
@@ -57,20 +56,6 @@ def test_forward_equals_diffusers_with_the_same_weights(
 
     expected = run_there(in_diffusers(), inputs)
     assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
-
-
-@pytest.mark.parametrize("split", [False, True])
-def test_a_sample_of_a_batch_equals_that_sample_alone_without_its_padding(split: bool) -> None:
-    inputs, lengths, glyphs = tiny_inputs(), (5, 9), (4, 0)
-    model = tiny_model(AttentionChoice("sdpa", split))
-
-    together = model(**inputs)
-
-    for sample in range(2):
-        alone = {name: value[sample : sample + 1] for name, value in inputs.items()}
-        alone |= {name: alone[name][:, : lengths[sample]] for name in ("text", "text_mask")}
-        alone |= {name: alone[name][:, : max(glyphs[sample], 1)] for name in ("glyphs", "glyph_mask")}
-        assert (model(**alone) - together[sample]).abs().max() <= NEAR * together.abs().max()
 
 
 def test_attention_has_no_lengths_if_all_texts_are_of_one_length() -> None:

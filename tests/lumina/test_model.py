@@ -31,17 +31,6 @@ def test_forward_equals_diffusers_with_the_same_weights(lengths: tuple[int, ...]
     assert (direction - expected).abs().max() <= NEAR * expected.abs().max()
 
 
-def test_a_sample_of_a_batch_equals_that_sample_alone_without_its_padding() -> None:
-    model, inputs = tiny_model(), tiny_inputs()
-
-    together = model(**inputs)
-
-    for sample, length in enumerate((5, 11)):
-        alone = {name: value[sample : sample + 1] for name, value in inputs.items()}
-        alone |= {name: alone[name][:, :length] for name in ("caption", "caption_mask")}
-        assert (model(**alone) - together[sample]).abs().max() <= NEAR * together.abs().max()
-
-
 def test_a_second_caption_steers_what_the_image_sees_and_nothing_where_it_is_let_be() -> None:
     model, inputs, other = tiny_model(), tiny_inputs(), tiny_inputs((3,))
     text = {name: other[name][:, :3] + 1 for name in ("caption", "caption_mask")}

@@ -1,16 +1,13 @@
 """The words of the command `reelsmith`."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from modules.version import VERSION
 from package.reelsmith import commands
-from package.reelsmith.commands import OF_A_CHECKOUT, ScriptCommand, find_commands, name_words, read_summary
-from package.staging import find_rooms
-from tests.commands import ROOT, assert_user_error, run_program, run_script
+from package.reelsmith.commands import OF_A_CHECKOUT, ScriptCommand, find_commands, name_words
+from tests.commands import ROOT, assert_user_error, run_script
 from tests.test_imports import SCRIPTS, TOOLS
 
 FOUND = [
@@ -29,33 +26,6 @@ def test_each_command_has_its_own_words_and_none_hides_another() -> None:
     words = [command.words for command in find_commands(ROOT)]
     for one in words:
         assert [other for other in words if other[: len(one)] == one] == [one]
-
-
-def test_every_command_says_what_it_is_for() -> None:
-    for command in find_commands(ROOT):
-        assert read_summary(command).endswith("."), command
-        assert "python" not in read_summary(command), command
-
-
-@pytest.mark.parametrize(
-    ("script", "words"),
-    [
-        ("wan_train_network", "train wan"),
-        ("hv_train", "finetune hv"),
-        ("fpack_generate_video", "generate fpack"),
-        ("cache_latents", "cache latents hv"),
-        ("wan_cache_text_encoder_outputs", "cache text wan"),
-        ("merge_lora", "merge"),
-        ("new_project", "new"),
-        ("convert_lora", "convert"),
-        ("flux_merge_lora", "flux-merge"),
-        ("hunyuan_image_generate_image", "generate hunyuan-image"),
-        ("some_new_tool", "some-new-tool"),
-        ("metaview", "metaview"),
-    ],
-)
-def test_words_follow_from_the_name(script: str, words: str) -> None:
-    assert name_words(script) == words
 
 
 @pytest.mark.parametrize(
@@ -94,12 +64,6 @@ def test_help_lists_the_commands_that_begin_so(
     assert len([line for line in lines if line.startswith("  ")]) == count
 
 
-def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", [str(Path("bin/reelsmith")), "--version"])
-    commands.main()
-    assert capsys.readouterr().out == f"python reelsmith.py {VERSION}\n"
-
-
 def test_the_door_of_a_checkout_runs_a_script_as_it_is(tmp_path: Path) -> None:
     """The installed command is tested with the wheel."""
     listing = run_script("reelsmith.py", folder=tmp_path).stdout
@@ -115,11 +79,6 @@ def test_the_door_of_a_checkout_runs_a_script_as_it_is(tmp_path: Path) -> None:
     assert_user_error(done, "merge_lora.py: error: ")
 
 
-def test_the_door_is_a_package_to_a_launcher_that_is_given_modules() -> None:
-    done = run_program(sys.executable, "-m", "reelsmith.wan_train_network", "--help", folder=ROOT)
-    assert "--dataset_config" in done.stdout
-
-
 def test_the_pages_name_commands_that_exist() -> None:
     known = {command.words: command.module for command in find_commands(ROOT)}
     named = []
@@ -133,11 +92,3 @@ def test_the_pages_name_commands_that_exist() -> None:
             for module in (word for word in words if re.match(r"reelsmith\.(?!py\b)", word)):
                 assert module.removeprefix("reelsmith.") in known.values(), line
     assert len(named) >= 5
-
-
-def test_nobody_is_told_to_install_the_other_project_of_this_name_from_pypi() -> None:
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-    sources = [path for room in find_rooms(ROOT) for path in (ROOT / room).rglob("*.py")]
-    for path in [*pages, *sources, *ROOT.glob("*.py")]:
-        text = path.read_text(encoding="utf-8")
-        assert not re.search(r"""pip install(?: [^`\n]*)?["' ]reelsmith(?![\w-])""", text), path

@@ -1,7 +1,6 @@
 """The wheel: what is in it, and that it does what the checkout does."""
 
 import json
-import re
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -78,21 +77,6 @@ def test_nothing_in_the_wheel_imports_a_name_of_the_checkout(wheel: Path) -> Non
     assert {name: imports for name, imports in found.items() if imports} == {}
     assert len(found) > 200
     assert find_own_imports((ROOT / "wan" / "family.py").read_text(encoding="utf-8"), ours)  # they are seen
-
-
-def test_texts_that_name_our_modules_are_those_that_are_resolved() -> None:
-    """Plain importlib finds none in a wheel: `import_own` imports families, `own_name` names networks."""
-    named = re.compile(rf"""["'](?:{"|".join(find_rooms(ROOT))})(?:\.\w+)+["']""")
-    found = set()
-    for room in [*find_rooms(ROOT), "."]:
-        for path in (ROOT / room).glob("*.py" if room == "." else "**/*.py"):
-            for match in named.findall(path.read_text(encoding="utf-8")):
-                if (ROOT / match[1:-1].replace(".", "/")).with_suffix(".py").is_file():
-                    found.add(match[1:-1])
-    assert "networks.lora_wan" in found
-    by_users = {"stable_diffusion.model_upscaler"}  # --highres_fix_upscaler; `import_user_module` resolves it
-    others = {name for name in found if not name.startswith("networks.")}
-    assert others == by_users | {"downloads.catalogue"}  # `identify` imports it
 
 
 def test_every_script_is_a_console_command(wheel: Path) -> None:

@@ -3,28 +3,22 @@ networks.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.errors import MediaError
-from modules.media.pixels import video_pixels
 from modules.media.writing import write_png, write_video
 from tests.golden_cases import read_case
 from tests.parity import reference
 from tests.parity.datasets import decoded
 from tests.parity.reference import Inputs, Sampling, denoise, draw_noise, open_image, to_pixels
-from tests.parity.running import assert_equal, generate, generate_one
+from tests.parity.running import assert_equal, generate_one
 from tests.parity.theirs import Theirs
 from tests.tiny.project import moving_square
 from tests.tiny.wan import write_tiny_wan
-from tests.tiny.wan_dit import tiny_state, write_dit
-from tests.tiny.wan_encoders import CLIP_DIM, clip_official_tensors, clip_tensors
 
 PROMPT, SEED, FRAMES, STEPS = "close up of a butterfly", 31, 9, 4
 HEIGHT, WIDTH = 32, 64  # asked for; images set the aspect
@@ -107,33 +101,6 @@ def test_image_to_video(
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"i2v {image} {height}x{width}")
 
 
-def test_lines_of_a_prompt_file_have_images_of_their_own(
-    tmp_path: Path, media: Path, models: Callable[[str], Path]
-) -> None:
-    images = {1: "high", 2: "wide"}
-    lines = [f"{PROMPT} --d {seed} --i {media / name}.png" for seed, name in images.items()]
-    (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
-
-    made = generate(
-        tmp_path,
-        models("i2v"),
-        "i2v-14B",
-        *OPTIONS[4:],
-        "--from_file",
-        tmp_path / "lines.txt",
-        in_process=True,
-    )
-
-    theirs = Theirs(models("i2v"))
-    for seed, name in images.items():
-        image = open_image(media / f"{name}.png")
-        height, width = reference.video_size_for(image, HEIGHT, WIDTH)
-        condition = reference.image_condition(theirs, resized(media / f"{name}.png", height, width), FRAMES)
-        noise, clip = draw_noise(seed, FRAMES, height, width), reference.features_of(theirs, image)
-        expected = denoise(theirs.dit, Inputs(noise, *texts(theirs), clip, condition), SAMPLING)
-        assert_equal(made[seed], expected, f"line with {name}")
-
-
 def test_image_to_video_with_an_end_image(tmp_path: Path, media: Path, models: Callable[[str], Path]) -> None:
     """One more latent frame, of noise too; the image tower sees the start image only."""
     start, end = media / "high.png", media / "wide.png"
@@ -149,22 +116,6 @@ def test_image_to_video_with_an_end_image(tmp_path: Path, media: Path, models: C
     noise = draw_noise(SEED, FRAMES + 4, height, width)
     inputs = Inputs(noise, *texts(theirs), reference.features_of(theirs, open_image(start)), condition)
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), "i2v with end image")
-
-
-def test_extra_noise_is_drawn_after_the_noise_and_added_to_the_image_channels(
-    tmp_path: Path, media: Path, models: Callable[[str], Path]
-) -> None:
-    path = media / "exact.png"
-    more = ("--image_path", path, "--i2v_extra_noise", 0.25)
-
-    latents = generate_one(tmp_path, models("i2v"), "i2v-14B", *OPTIONS, *more, in_process=True)
-
-    theirs, generator = Theirs(models("i2v")), torch.Generator().manual_seed(SEED)
-    noise = draw_noise(SEED, FRAMES, HEIGHT, WIDTH, generator)
-    condition = reference.image_condition(theirs, to_pixels([open_image(path)]), FRAMES)
-    condition[4:] += 0.25 * torch.randn(condition.shape, generator=generator)[4:]
-    inputs = Inputs(noise, *texts(theirs), reference.features_of(theirs, open_image(path)), condition)
-    assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), "i2v extra noise")
 
 
 @pytest.mark.parametrize("solver", ["unipc", pytest.param("dpm++", marks=pytest.mark.slow)])
@@ -190,42 +141,6 @@ def test_first_and_last_image(
     assert_equal(
         latents, denoise(theirs.dit, inputs, Sampling(solver, FIRST_LAST_SHIFT, SAMPLING.scales)), "flf2v"
     )
-
-
-@pytest.mark.parametrize("kind", ["i2v", "flf2v"])
-def test_an_image_tower_of_another_size(tmp_path: Path, media: Path, kind: str) -> None:
-    """Five rows an image instead of 257: the number comes from the files."""
-    write_tiny_wan(tmp_path / "models", kind)
-    save_file(
-        contiguous(clip_official_tensors(clip_tensors(image_size=28))),
-        tmp_path / "models" / "clip.safetensors",
-    )
-    positions = {"image_positions": 10} if kind == "flf2v" else {}
-    write_dit(tmp_path / "models", tiny_state(kind, image_dim=CLIP_DIM, **positions), name="dit")
-    more = [
-        "--image_path",
-        media / "exact.png",
-        *(["--end_image_path", media / "exact.png"] if positions else []),
-    ]
-
-    latents = generate_one(tmp_path, tmp_path / "models", f"{kind}-14B", *OPTIONS, *more, in_process=True)
-
-    theirs, image = Theirs(tmp_path / "models"), open_image(media / "exact.png")
-    pixels, noise = to_pixels([image]), draw_noise(SEED, FRAMES, HEIGHT, WIDTH)
-    if positions:
-        clip, condition = (
-            reference.features_of(theirs, image, image),
-            reference.first_last_condition(theirs, pixels, pixels, FRAMES),
-        )
-    else:
-        clip, condition = (
-            reference.features_of(theirs, image),
-            reference.image_condition(theirs, pixels, FRAMES),
-        )
-    assert clip.shape[1:] == (5, CLIP_DIM)
-    inputs = Inputs(noise, *texts(theirs, ("镜头切换，" if positions else "") + NEGATIVE), clip, condition)
-    sampling = replace(SAMPLING, flow_shift=FIRST_LAST_SHIFT) if positions else SAMPLING
-    assert_equal(latents, denoise(theirs.dit, inputs, sampling), f"{kind}, small tower")
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -291,12 +206,6 @@ def test_control_with_an_image(
     clip = reference.features_of(theirs, open_image(start))
     inputs = Inputs(draw_noise(SEED, length, height, width), *texts(theirs), clip, extra)
     assert_equal(latents, denoise(theirs.dit, inputs, SAMPLING), f"i2v-FC end {with_end}")
-
-
-@pytest.mark.parametrize("with_end", [False, True])
-def test_a_control_video_that_is_too_short_is_refused(media: Path, with_end: bool) -> None:
-    with pytest.raises(MediaError, match=f"has 15 frames, {17 + with_end} are needed"):
-        video_pixels(media / "control.mp4", "--control_path", WIDTH, HEIGHT, 17, 4 * with_end)
 
 
 def test_the_pipelines_of_diffusers_make_the_same_conditions(

@@ -22,8 +22,10 @@ from tests.parity.training import (
     Factors,
     Item,
     assert_steps_of_descent,
-    attach,
+    descent,
+    learning,
     noise_of,
+    parts_of,
     shuffled,
     uniform_of,
 )
@@ -31,7 +33,7 @@ from tests.tiny.families import FAMILIES
 from tests.tiny.flux import diffusers_parts
 from tests.tiny.project import write_plain_pictures
 
-SEED, RANK, ALPHA, RATE, GUIDANCE, STEPS = 5, 4, 3.0, 0.5, 2.5, 2
+SEED, RANK, ALPHA, RATE, GUIDANCE = 5, 4, 3.0, 0.5, 2.5
 FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens and shift of the released model
 
 
@@ -56,19 +58,6 @@ def read_items(folder: Path) -> list[FluxItem]:
     return items
 
 
-def parts_of(dit_file: Path) -> dict[str, list[str]]:
-    """Every Linear of the blocks: its name in LoRA files -> its parts in diffusers' transformer."""
-    return {
-        name.removesuffix(".weight").replace(".", "_"): [
-            part.removesuffix(".weight") for part in diffusers_parts(name)
-        ]
-        for name, tensor in load_file(dit_file).items()
-        if name.startswith(("double_blocks.", "single_blocks."))
-        and name.endswith(".weight")
-        and tensor.ndim == 2
-    }
-
-
 def by_size(u: Tensor, latents: Tensor) -> Tensor:
     """Noise levels of --timestep_sampling flux_shift."""
     tokens = (latents.shape[-2] // 2) * (latents.shape[-1] // 2)
@@ -86,10 +75,6 @@ def gradients_of(
     kind: str,
 ) -> Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every part."""
-    learning = {
-        name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()
-    }
-    hooks = attach(dit, parts, learning, ALPHA / RANK)
     latents = torch.stack([item.latents for item in batch])
     sigmas = by_size(uniform_of(batch, SEED, number), latents).float()
     noise, mix = noise_of(batch, SEED, number), sigmas.view(-1, 1, 1, 1, 1)
@@ -102,11 +87,10 @@ def gradients_of(
         "pooled": None if kind == "chroma" else torch.stack([item.pooled for item in batch]),  # type: ignore[misc]
         "guidance": torch.full((len(batch),), GUIDANCE),
     }
-    velocity = torch.cat([run_there(dit, inputs, sample) for sample in range(len(batch))])
-    (velocity - (noise - latents)).square().mean().backward()
-    for hook in hooks:
-        hook.remove()
-    return {name: (down.grad, up.grad) for name, (down, up) in learning.items()}
+    with learning(dit, parts, factors, ALPHA / RANK) as found:
+        velocity = torch.cat([run_there(dit, inputs, sample) for sample in range(len(batch))])
+        (velocity - (noise - latents)).square().mean().backward()
+    return found()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("flux", "dev"), ("chroma", "chroma")])
@@ -116,17 +100,12 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path, name: str, kind: s
     write_plain_pictures(tmp_path, batch_size=4)
     succeed_here(*family.cache_latents, folder=tmp_path)
     succeed_here(*family.cache_texts, folder=tmp_path)
-    network = ("--network_alpha", ALPHA, "--output_dir", "out", "--output_name", "lora")
-    descent = ("--optimizer_type", "torch.optim.SGD", "--learning_rate", RATE, "--max_grad_norm", 0)
-    run = ("--max_train_steps", STEPS, "--save_every_n_steps", 1, "--seed", SEED)
     times = ("--timestep_sampling", "flux_shift", "--guidance_scale", GUIDANCE)
-    workers = ("--max_data_loader_n_workers", 0)
-    words = map(str, (*network, *descent, *run, *times, *workers))
 
-    succeed_here(*family.train, *words, folder=tmp_path)
+    succeed_here(*family.train, *descent(RATE, ALPHA, SEED), *times, folder=tmp_path)
 
     dit_file = tmp_path / "model" / "dit.safetensors"
-    dit, parts = in_diffusers(kind, load_file(dit_file)), parts_of(dit_file)
+    dit, parts = in_diffusers(kind, load_file(dit_file)), parts_of(dit_file, diffusers_parts)
     items = read_items(tmp_path / "cache")
 
     def gradients_at(factors: Factors, step: int) -> Factors:

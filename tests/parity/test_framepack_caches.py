@@ -271,19 +271,6 @@ def in_bucket(path: Path) -> framepack.Picture:
 File = tuple[dict[str, Tensor], framepack.Section, framepack.Section]
 
 
-def test_without_a_dtype_everything_is_float16(project: Project) -> None:
-    cache = project.cache("float16", PICTURES, "--one_frame", dtype=None)
-    coarse = {"clean_latent_2x_indices": range(11, 13), "clean_latent_4x_indices": range(13, 29)}
-    files: list[File] = []
-    for name in ("cut", "plain"):
-        theirs, exact = (
-            expected_picture(project, encoders, name, [0], 9, 10, coarse)
-            for encoders in (project.in_float16, project.encoders)
-        )
-        files.append((read(cache / f"{name}_0096x0064_fp.safetensors")[0], theirs, exact))
-    assert_float16(files, "latents_1x4x6_float16", "pictures")
-
-
 @pytest.mark.parametrize(("switches", "rules"), ORDERS)
 def test_without_a_dtype_sections_are_float16(
     project: Project, switches: tuple[str, ...], rules: Rules

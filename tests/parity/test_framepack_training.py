@@ -13,19 +13,28 @@ import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.commands import run_script
 from tests.faults.messages import succeed_here
 from tests.parity.framepack_dit import load_dit, velocity
 from tests.parity.test_training import by_shift
-from tests.parity.training import Factors, Item, assert_steps_of_descent, noise_of, shuffled, uniform_of
+from tests.parity.training import (
+    Factors,
+    Item,
+    assert_steps_of_descent,
+    descent,
+    learning,
+    noise_of,
+    shuffled,
+    uniform_of,
+)
 from tests.tiny.framepack_caches import random_text, write_latents, write_text
 from tests.tiny.framepack_dit import tiny_state, write_dit
 from tests.tiny.framepack_encoders import SIGLIP_DIM
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 
-SEED, RANK, ALPHA, RATE, GUIDANCE, STEPS, WINDOW = 5, 4, 3.0, 2.0, 7.5, 2, 2
+SEED, RANK, ALPHA, RATE, GUIDANCE, WINDOW = 5, 4, 3.0, 2.0, 7.5, 2
 AREA = (4, 6)
 TOLERANCE = 2e-5  # of the largest weight, float32; measured: 2.2e-6
 DATASET = """
@@ -122,7 +131,7 @@ def write_caches(folder: Path, make: Kind) -> list[FramePackItem]:
     return items
 
 
-def modules_of(dit_file: Path) -> dict[str, str]:
+def modules_of(dit_file: Path) -> dict[str, list[str]]:
     """Every Linear of the blocks but those of the norms: its name in LoRA files -> its path in diffusers'
     transformer.
     """
@@ -133,43 +142,32 @@ def modules_of(dit_file: Path) -> dict[str, str]:
             ".weight"
         )
         if in_blocks and tensor.ndim == 2 and "norm" not in path:
-            found[path.replace(".", "_")] = path
+            found[path.replace(".", "_")] = [path]
     return found
 
 
 def gradients_of(
     dit: HunyuanVideoFramepackTransformer3DModel,
-    modules: Mapping[str, str],
+    modules: Mapping[str, list[str]],
     factors: Factors,
     batch: list[FramePackItem],
     number: int,
 ) -> Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every module."""
-    learning = {
-        name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()
-    }
-    hooks = []
-    for name, (down, up) in learning.items():
-
-        def add(
-            _: nn.Module, given: tuple[Tensor], out: Tensor, down: Tensor = down, up: Tensor = up
-        ) -> Tensor:
-            return out + ALPHA / RANK * (given[0] @ down.T) @ up.T
-
-        hooks.append(dit.get_submodule(modules[name]).register_forward_hook(add))
     sigmas, timesteps = by_shift(uniform_of(batch, SEED, number))
     noise = noise_of(batch, SEED, number)
     errors = []
-    for sample, item in enumerate(batch):  # one by one: it takes the same places for all samples of a batch
-        drawn, mix = noise[sample : sample + 1], sigmas[sample].float()
-        noisy = (1 - mix) * item.latents + mix * drawn
-        guidance = torch.tensor([1000 * GUIDANCE])
-        predicted = velocity(dit, noisy, timesteps[sample : sample + 1].float(), guidance, item.given)
-        errors.append((predicted - (drawn - item.latents)).square().mean())
-    torch.stack(errors).mean().backward()
-    for hook in hooks:
-        hook.remove()
-    return {name: (down.grad, up.grad) for name, (down, up) in learning.items()}
+    with learning(dit, modules, factors, ALPHA / RANK) as found:
+        for sample, item in enumerate(
+            batch
+        ):  # one by one: it takes the same places for all samples of a batch
+            drawn, mix = noise[sample : sample + 1], sigmas[sample].float()
+            noisy = (1 - mix) * item.latents + mix * drawn
+            guidance = torch.tensor([1000 * GUIDANCE])
+            predicted = velocity(dit, noisy, timesteps[sample : sample + 1].float(), guidance, item.given)
+            errors.append((predicted - (drawn - item.latents)).square().mean())
+        torch.stack(errors).mean().backward()
+    return found()
 
 
 @pytest.mark.parametrize(
@@ -179,32 +177,11 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path, make: Kind) -> Non
     items = write_caches(tmp_path, make)
     widths = {"text_dim": LLM_DIM, "pooled_dim": CLIP_DIM, "image_dim": SIGLIP_DIM}
     dit_file = write_dit(tmp_path / "models", tiny_state(**widths), name="dit")
-    network = ("--network_module", "networks.lora_framepack", "--network_dim", RANK, "--network_alpha", ALPHA)
-    descent = ("--optimizer_type", "torch.optim.SGD", "--learning_rate", RATE, "--max_grad_norm", 0)
-    run = (
-        "--max_train_steps",
-        STEPS,
-        "--save_every_n_steps",
-        1,
-        "--seed",
-        SEED,
-        "--max_data_loader_n_workers",
-        0,
-        "--sdpa",
-    )
+    network = ("--network_module", "networks.lora_framepack", "--network_dim", RANK)
     times = ("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--guidance_scale", GUIDANCE)
-    files = (
-        "--dit",
-        dit_file,
-        "--dataset_config",
-        tmp_path / "dataset.toml",
-        "--output_dir",
-        "out",
-        "--output_name",
-        "lora",
-    )
+    files = ("--dit", dit_file, "--dataset_config", tmp_path / "dataset.toml", "--sdpa")
 
-    arguments = ("fpack_train_network.py", *files, *network, *descent, *run, *times)
+    arguments = ("fpack_train_network.py", *files, *network, *descent(RATE, ALPHA, SEED), *times)
     if make is section:
         run_script(*arguments, folder=tmp_path)
     else:  # a program of its own takes longer to start than to train

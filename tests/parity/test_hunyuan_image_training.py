@@ -20,8 +20,10 @@ from tests.parity.training import (
     Factors,
     Item,
     assert_steps_of_descent,
-    attach,
+    descent,
+    learning,
     noise_of,
+    parts_of,
     shuffled,
     uniform_of,
 )
@@ -29,7 +31,7 @@ from tests.tiny.families import FAMILIES
 from tests.tiny.hunyuan_image import diffusers_parts
 from tests.tiny.project import write_plain_pictures
 
-SEED, RANK, ALPHA, RATE, STEPS, SHIFT = 5, 4, 3.0, 8.0, 2, 5.0
+SEED, RANK, ALPHA, RATE, SHIFT = 5, 4, 3.0, 8.0, 5.0
 SCALE = 0.75289  # of latents, after caching
 
 
@@ -54,49 +56,31 @@ def read_items(folder: Path) -> list[Item]:
     return items
 
 
-def parts_of(dit_file: Path) -> dict[str, list[str]]:
-    """Every Linear of the blocks: its name in LoRA files -> its parts in diffusers' transformer."""
-    return {
-        name.removesuffix(".weight").replace(".", "_"): [
-            part.removesuffix(".weight") for part in diffusers_parts(name)
-        ]
-        for name, tensor in load_file(dit_file).items()
-        if name.startswith(("double_blocks.", "single_blocks."))
-        and name.endswith(".weight")
-        and tensor.ndim == 2
-    }
-
-
 def gradients_of(
     dit: nn.Module, parts: dict[str, list[str]], factors: Factors, batch: list[Item], number: int
 ) -> Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every part."""
-    learning = {
-        name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()
-    }
-    hooks = attach(dit, parts, learning, ALPHA / RANK)
     latents, noise = torch.stack([item.latents for item in batch]), noise_of(batch, SEED, number)
     # an entry of the released table of 1000 noise levels, which is shifted
     clean = 1 - (1000 * uniform_of(batch, SEED, number)).floor() / 1000
     sigmas = (SHIFT * clean / (1 + (SHIFT - 1) * clean)).float()
     mix = sigmas.view(-1, 1, 1, 1, 1)
     noisy = ((1 - mix) * latents + mix * noise).squeeze(2)
-    velocities = []
-    for index, item in enumerate(batch):
-        assert isinstance(item, TwoTexts)
-        inputs = {
-            "noisy": noisy[index : index + 1],
-            "timesteps": (1000 * sigmas[index : index + 1]).trunc(),
-            "text": item.text[None],
-            "text_mask": torch.ones(1, len(item.text), dtype=torch.int64),
-            "glyphs": item.glyphs[None],
-            "glyph_mask": item.glyph_mask[None],
-        }
-        velocities.append(run_there(dit, inputs, learns=True))
-    (torch.cat(velocities) - (noise - latents).squeeze(2)).square().mean().backward()
-    for hook in hooks:
-        hook.remove()
-    return {name: (down.grad, up.grad) for name, (down, up) in learning.items()}
+    with learning(dit, parts, factors, ALPHA / RANK) as found:
+        velocities = []
+        for index, item in enumerate(batch):
+            assert isinstance(item, TwoTexts)
+            inputs = {
+                "noisy": noisy[index : index + 1],
+                "timesteps": (1000 * sigmas[index : index + 1]).trunc(),
+                "text": item.text[None],
+                "text_mask": torch.ones(1, len(item.text), dtype=torch.int64),
+                "glyphs": item.glyphs[None],
+                "glyph_mask": item.glyph_mask[None],
+            }
+            velocities.append(run_there(dit, inputs, learns=True))
+        (torch.cat(velocities) - (noise - latents).squeeze(2)).square().mean().backward()
+    return found()
 
 
 def test_each_step_follows_diffusers_gradient(tmp_path: Path) -> None:
@@ -106,14 +90,10 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path) -> None:
     (tmp_path / "clips" / "picture 2.txt").write_text('a door that says "push"', encoding="utf-8")
     succeed_here(*family.cache_latents, folder=tmp_path)
     succeed_here(*family.cache_texts, folder=tmp_path)
-    network = ("--network_alpha", ALPHA, "--output_dir", "out", "--output_name", "lora")
-    descent = ("--optimizer_type", "torch.optim.SGD", "--learning_rate", RATE, "--max_grad_norm", 0)
-    run = ("--max_train_steps", STEPS, "--save_every_n_steps", 1, "--seed", SEED)
-    words = map(str, (*network, *descent, *run, "--max_data_loader_n_workers", 0))
 
-    succeed_here(*family.train, *words, folder=tmp_path)
+    succeed_here(*family.train, *descent(RATE, ALPHA, SEED), folder=tmp_path)
 
-    parts = parts_of(tmp_path / "model" / "dit.safetensors")
+    parts = parts_of(tmp_path / "model" / "dit.safetensors", diffusers_parts)
     items = read_items(tmp_path / "cache")
     assert sum(bool(item.glyph_mask.any()) for item in items if isinstance(item, TwoTexts)) == 1
 

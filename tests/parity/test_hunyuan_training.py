@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.commands import run_script
@@ -22,15 +22,17 @@ from tests.parity.training import (
     Factors,
     Item,
     assert_steps_of_descent,
-    attach,
+    descent,
+    learning,
     noise_of,
+    parts_of,
     shuffled,
     uniform_of,
 )
 from tests.tiny.hunyuan_dit import diffusers_parts, tiny_state, write_dit
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 
-SEED, RANK, ALPHA, RATE, GUIDANCE, STEPS, SCALE = 5, 4, 3.0, 2.0, 2.5, 2, 0.476986
+SEED, RANK, ALPHA, RATE, GUIDANCE, SCALE = 5, 4, 3.0, 2.0, 2.5, 0.476986
 METADATA = {
     "architecture": "hunyuan_video",
     "width": "48",
@@ -82,31 +84,10 @@ def write_caches(folder: Path, with_image: bool) -> list[HunyuanItem]:
     return items
 
 
-def parts_of(dit_file: Path) -> dict[str, list[str]]:
-    """Every Linear of the blocks but the modulations: its name in LoRA files -> its parts in diffusers'
-    transformer, in order.
-    """
-    found = {}
-    for name, tensor in load_file(dit_file).items():
-        path = name.removesuffix(".weight")
-        in_blocks = (
-            path.startswith(("double_blocks.", "single_blocks."))
-            and name.endswith(".weight")
-            and tensor.ndim == 2
-        )
-        if in_blocks and "mod" not in path:
-            found[path.replace(".", "_")] = [part.removesuffix(".weight") for part in diffusers_parts(name)]
-    return found
-
-
 def gradients_of(
     dit: nn.Module, parts: dict[str, list[str]], factors: Factors, batch: list[HunyuanItem], number: int
 ) -> Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every part."""
-    learning = {
-        name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()
-    }
-    hooks = attach(dit, parts, learning, ALPHA / RANK)
     latents = torch.stack([item.latents for item in batch]) * SCALE
     sigmas, timesteps = by_shift(uniform_of(batch, SEED, number))
     noise, mix = noise_of(batch, SEED, number), sigmas.float().view(-1, 1, 1, 1, 1)
@@ -121,11 +102,10 @@ def gradients_of(
         noisy = torch.cat([noisy, condition], dim=1)
     texts = (torch.stack([item.text for item in batch]), torch.stack([item.mask for item in batch]))
     pooled, guidance = torch.stack([item.pooled for item in batch]), torch.full((len(batch),), GUIDANCE)
-    velocity = dit(noisy, timesteps.float(), *texts, pooled, guidance, return_dict=False)[0]
-    (velocity - (noise - latents)).square().mean().backward()
-    for hook in hooks:
-        hook.remove()
-    return {name: (down.grad, up.grad) for name, (down, up) in learning.items()}
+    with learning(dit, parts, factors, ALPHA / RANK) as found:
+        velocity = dit(noisy, timesteps.float(), *texts, pooled, guidance, return_dict=False)[0]
+        (velocity - (noise - latents)).square().mean().backward()
+    return found()
 
 
 @pytest.mark.parametrize(("kind", "cached_image"), [("t2v", False), ("i2v", True), ("i2v", False)])
@@ -134,34 +114,14 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path, kind: str, cached_
     dit_file = write_dit(
         tmp_path / "models", tiny_state(kind, text_dim=LLM_DIM, pooled_dim=CLIP_DIM), name="dit"
     )
-    network = ("--network_module", "networks.lora", "--network_dim", RANK, "--network_alpha", ALPHA)
-    descent = ("--optimizer_type", "torch.optim.SGD", "--learning_rate", RATE, "--max_grad_norm", 0)
-    run = (
-        "--max_train_steps",
-        STEPS,
-        "--save_every_n_steps",
-        1,
-        "--seed",
-        SEED,
-        "--max_data_loader_n_workers",
-        0,
-        "--sdpa",
-    )
+    network = ("--network_module", "networks.lora", "--network_dim", RANK, *descent(RATE, ALPHA, SEED))
     times = ("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--guidance_scale", GUIDANCE)
-    files = (
-        "--dit",
-        dit_file,
-        "--dataset_config",
-        tmp_path / "dataset.toml",
-        "--output_dir",
-        "out",
-        "--output_name",
-        "lora",
-    )
+    files = ("--dit", dit_file, "--dataset_config", tmp_path / "dataset.toml", "--sdpa")
 
-    run_script("hv_train_network.py", *files, *network, *descent, *run, *times, folder=tmp_path)
+    run_script("hv_train_network.py", *files, *network, *times, folder=tmp_path)
 
-    dit, parts = load_dit(dit_file), parts_of(dit_file)
+    dit, linears = load_dit(dit_file), parts_of(dit_file, diffusers_parts)
+    parts = {name: paths for name, paths in linears.items() if "mod" not in name}  # of no modulation
 
     def gradients_at(factors: Factors, step: int) -> Factors:
         batch = [item for item in shuffled(items, SEED, step) if isinstance(item, HunyuanItem)]

@@ -1,6 +1,5 @@
 """Folders that diffusers itself writes are taken as they are, and give the latents of the official files."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,13 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import wan_generate_video
 from tests.commands import run_script
 from tests.parity.running import assert_equal, generate_one
-from tests.parity.theirs import Theirs, load_dit
+from tests.parity.theirs import Theirs
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
-from tests.tiny.wan_dit import write_dit
 
 ASK = (
     "--prompt",
@@ -110,42 +107,3 @@ def test_a_release_folder_needs_no_other_option(tmp_path: Path, folders: Callabl
 
 
 EXPERTS = ("--task", "t2v-A14B", "--guidance_scale", 2, "--guidance_scale_high_noise", 6)
-
-
-@pytest.mark.parametrize("layout", ["official", "pipeline"])
-def test_a_folder_with_two_transformers_needs_no_other_option(tmp_path: Path, layout: str) -> None:
-    """--ckpt_dir finds both, also in shards; `transformer` of a pipeline is for much noise."""
-    models, release = tmp_path / "models", tmp_path / "release"
-    write_tiny_wan(models, "t2v", experts=2)
-    theirs, both = Theirs(models), {"low": "dit", "high": "dit_high"}
-    dits = {name: load_dit(models / f"{file}.safetensors") for name, file in both.items()}
-    if layout == "pipeline":
-        for name, folder in {"low": "transformer_2", "high": "transformer"}.items():
-            dits[name].save_pretrained(release / folder, max_shard_size="500KB")
-        theirs.vae.save_pretrained(release / "vae")
-        theirs.t5.save_pretrained(release / "text_encoder")
-        theirs.tokenizer.save_pretrained(release / "tokenizer")
-        index = {"_class_name": "WanPipeline", "boundary_ratio": 0.93}
-        (release / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    else:
-        for name, file in both.items():
-            state = load_file(models / f"{file}.safetensors")
-            write_dit(release / f"{name}_noise_model", state, "sharded", "diffusion_pytorch_model")
-        for part, file in {"vae": "Wan2.1_VAE.pth", "t5": "models_t5_umt5-xxl-enc-bf16.pth"}.items():
-            torch.save(load_file(models / f"{part}.safetensors"), release / file)
-        (release / "google").symlink_to(models / "google")
-    boundary = 930 if layout == "pipeline" else 875
-    options = ["--output_type", "latent", "--device", "cpu", "--save_path", tmp_path / "made"]
-
-    wan_generate_video.main([str(word) for word in ["--ckpt_dir", release, *options, *EXPERTS, *ASK]])
-
-    (path,) = (tmp_path / "made").glob("*_latent.safetensors")
-    given = [
-        *EXPERTS[2:],
-        "--dit_high_noise",
-        models / "dit_high.safetensors",
-        "--timestep_boundary",
-        boundary,
-    ]
-    expected = generate_one(tmp_path / "given", models, "t2v-A14B", *ASK, *given, in_process=True)
-    assert_equal(load_file(path)["latent"], expected, layout)

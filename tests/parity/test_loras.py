@@ -48,11 +48,6 @@ ASK = (
 )
 NEGATIVE = read_case("text_constants")[0]["wan_default_negative_prompt"]
 LEARN_FAST = ("--optimizer_type", "AdamW", "--learning_rate", 0.05)
-FILTERS = {
-    "no ffn": "exclude_patterns=[r'.*ffn.*']",
-    "first block": r"exclude_patterns=[r'blocks\.1\..*']",
-    "only q and v": r"exclude_patterns=[r'.*\.(k|o|0|2)$']",
-}
 
 
 @pytest.fixture(scope="module")
@@ -139,31 +134,6 @@ def test_a_trained_lora_acts_in_diffusers_as_here(
     assert relative_error(latents, there(project)) > 0.01
 
 
-@pytest.mark.parametrize("name", FILTERS)
-def test_a_filtered_lora_acts_in_diffusers_once_converted(
-    tmp_path: Path, projects: Callable[[str], Project], name: str
-) -> None:
-    project = projects("i2v")
-    train(project, *LEARN_FAST, "--network_args", FILTERS[name], steps=2, name=name, in_process=True)
-    path = lora_of(project, name)
-    assert len(load_file(path)) < len(load_file(lora_of(project)))
-
-    latents = here(tmp_path, project, "--lora_weight", path)
-
-    assert_equal(latents, there(project, loaded(convert(path, "other"))), f"filtered {name}")
-
-
-@pytest.mark.parametrize("strength", [0.4, -1.0])
-def test_a_multiplier_is_the_strength_of_an_adapter(
-    tmp_path: Path, projects: Callable[[str], Project], strength: float
-) -> None:
-    project = projects("t2v")
-
-    latents = here(tmp_path, project, "--lora_weight", lora_of(project), "--lora_multiplier", strength)
-
-    assert_equal(latents, there(project, loaded(lora_of(project), strength)), f"multiplier {strength}")
-
-
 def test_a_merged_model_is_that_which_diffusers_fuses(
     tmp_path: Path, projects: Callable[[str], Project]
 ) -> None:
@@ -185,19 +155,6 @@ def test_a_merged_model_is_that_which_diffusers_fuses(
 
     latents = here(tmp_path / "merged", project, "--dit", merged)
     assert_equal(latents, there(project, loaded(lora_of(project), 0.7)), "merged")
-
-
-def test_converting_there_and_back_changes_nothing(
-    tmp_path: Path, projects: Callable[[str], Project]
-) -> None:
-    project = projects("t2v")
-    back = convert(convert(lora_of(project), "other"), "default")
-
-    again, first = (
-        here(tmp_path / path.stem, project, "--lora_weight", path) for path in (back, lora_of(project))
-    )
-
-    assert_equal(again, first, "converted twice")
 
 
 def in_dialect(project: Project, dialect: str) -> tuple[dict[str, Tensor], dict[str, str]]:

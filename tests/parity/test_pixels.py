@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.commands import run_script
 from tests.golden_cases import read_case
-from tests.parity.reference import Inputs, Sampling, denoise, draw_noise, open_image
-from tests.parity.running import assert_equal, generate, models_in
+from tests.parity.reference import open_image
+from tests.parity.running import models_in
 from tests.parity.theirs import Theirs
 from tests.tiny.wan import write_tiny_wan
 
@@ -72,40 +72,3 @@ def test_latent_files_are_decoded_to_images(tmp_path: Path, folder: Path) -> Non
             f"{made.name}_{frame:03d}.png" for frame in range(len(paths))
         ]
         assert_rounded(paths, levels(theirs.decode(latents[name][None])))
-
-
-def test_latents_and_images_of_one_run_belong_together(tmp_path: Path, folder: Path) -> None:
-    """`--output_type images` of a prompt decodes what `--output_type latent` would have left."""
-    ask = ("--prompt", "a cat", "--seed", 4, "--video_size", 32, 32, "--video_length", 5, "--infer_steps", 2)
-    (latents,) = generate(tmp_path, folder, "t2v-14B", *ask, in_process=True).values()
-
-    generate(tmp_path / "images", folder, "t2v-14B", *ask, output="images", in_process=True)
-
-    (made,) = (tmp_path / "images" / "made").iterdir()
-    assert_rounded(sorted(made.iterdir()), levels(Theirs(folder).decode(latents[None])))
-
-
-def test_text_to_image_writes_one_png(tmp_path: Path, folder: Path) -> None:
-    """t2i-14B: one frame without being told, the same seed as a latent file and as a picture."""
-    ask = ("--prompt", "a red apple", "--seed", "apple", "--video_size", 32, 48, "--infer_steps", 4)
-
-    made = generate(tmp_path / "latent", folder, "t2i-14B", *ask, in_process=True)
-    generate(tmp_path, folder, "t2i-14B", *ask, output="video")
-
-    theirs = Theirs(folder)
-    ((seed, latents),) = made.items()
-    inputs = Inputs(draw_noise(seed, 1, 32, 48), theirs.text("a red apple"), theirs.text(NEGATIVE))
-    expected = denoise(theirs.dit, inputs, Sampling(scales=(5.0,) * 4))
-    assert_equal(latents, expected, "t2i")
-    (picture,) = (tmp_path / "made").iterdir()
-    assert picture.suffix == ".png"
-    assert_rounded([picture], levels(theirs.decode(expected[None])))
-
-
-def test_both_writes_the_latents_that_latent_writes(tmp_path: Path, folder: Path) -> None:
-    ask = ("--prompt", "a cat", "--seed", 4, "--video_size", 32, 32, "--video_length", 5, "--infer_steps", 2)
-    (alone,) = generate(tmp_path / "latent", folder, "t2v-1.3B", *ask, in_process=True).values()
-    (both,) = generate(tmp_path / "both", folder, "t2v-1.3B", *ask, output="both", in_process=True).values()
-    assert torch.equal(alone, both)
-    assert sorted(path.suffix for path in (tmp_path / "both" / "made").iterdir()) == [".mp4", ".safetensors"]
-    assert list(load_file(next((tmp_path / "both" / "made").glob("*.safetensors")))) == ["latent"]

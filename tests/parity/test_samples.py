@@ -9,14 +9,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from diffusers.loaders import WanLoraLoaderMixin
 from torch import Tensor
 
 from modules.contract.loading import Placement
-from modules.media.writing import write_png
 from modules.options import read_options
 from modules.parser import add_options
 from networks.adapter import make_network
@@ -25,7 +23,7 @@ from tests.parity import reference
 from tests.parity.datasets import decoded
 from tests.parity.projects import Project, train, write_project
 from tests.parity.reference import Inputs, Sampling, denoise, draw_noise, open_image, to_pixels
-from tests.parity.running import assert_equal, generate, generate_one, models_in
+from tests.parity.running import assert_equal, generate_one, models_in
 from tests.parity.theirs import Theirs
 from tests.tiny.project import write_clips, write_image
 from tests.training.watched import Watched
@@ -183,69 +181,3 @@ def test_what_a_line_leaves_out_is_that_of_the_known_trainers(
         denoise(theirs.dit, inputs, Sampling(flow_shift=14.5, scales=(5.0,) * 20)),
         "sample with defaults",
     )
-
-
-def test_the_image_of_a_sample_is_cropped_to_its_size(
-    tmp_path: Path, projects: Callable[[str], Project]
-) -> None:
-    """As training sees images; the image tower sees the whole image."""
-    project, path = projects("i2v"), tmp_path / "wide.png"
-    write_png(path, numpy.random.default_rng(0).integers(0, 256, (40, 100, 3), dtype=numpy.uint8))
-    theirs, image = with_lora(project), open_image(path)
-    pixels = to_pixels([reference.covering(image, HEIGHT, WIDTH)])
-    clip, extra = reference.features_of(theirs, image), reference.image_condition(theirs, pixels, FRAMES)
-    inputs = Inputs(
-        draw_noise(SEED, FRAMES, HEIGHT, WIDTH), theirs.text(PROMPT), theirs.text(NEGATIVE), clip, extra
-    )
-
-    sample = sample_latents(project, f"{LINE} --f {FRAMES} --i {path}", tmp_path)
-
-    expected = denoise(theirs.dit, inputs, Sampling(flow_shift=SHIFT, scales=(SCALE,) * STEPS))
-    assert_equal(sample, expected, "sample with a cropped image")
-
-
-@pytest.mark.parametrize("precision", [[], ["--save_precision", "float"]])
-def test_the_picture_of_a_training_is_that_of_the_generation_script(
-    tmp_path: Path, precision: list[str]
-) -> None:
-    """From the command line to the files, in processes of their own; a first sample at step 3, where the LoRA
-    is saved too.
-    """
-    project = write_project(tmp_path / "project", "t2v")
-    (project.folder / "prompts.txt").write_text(
-        f"# first\n{LINE} --f 3\n{LINE} --f {FRAMES}\n", encoding="utf-8"
-    )
-    sampling = (
-        "--sample_prompts",
-        project.folder / "prompts.txt",
-        "--sample_every_n_steps",
-        3,
-        *models_in(project.models),
-    )
-
-    train(project, *LEARN_FAST, *sampling, *precision, steps=3, in_process=bool(precision))
-
-    lora = ["--lora_weight", project.folder / "out" / "lora.safetensors"]
-    generate(
-        tmp_path,
-        project.models,
-        project.task,
-        *ASK,
-        *lora,
-        "--video_length",
-        1,
-        output="video",
-        in_process=bool(precision),
-    )
-    folder = project.folder / "out" / "sample"
-    names = sorted(path.name for path in folder.iterdir() if not path.stem.endswith("_sheet"))
-    assert [name[:14] for name in names] == ["lora_000003_00", "lora_000003_01"]
-    assert names[0].endswith(f"_{SEED}_000.png")
-    assert names[1].endswith(f"_{SEED}.mp4")
-    (generated,) = (tmp_path / "made").glob("*.png")
-    ours, theirs = (open_image(path).astype(int) for path in (folder / names[0], generated))
-    assert numpy.abs(ours - theirs).max() <= 1
-    pixels = Theirs(project.models).decode(with_diffusers(project, frames=1)[None])
-    expected = (pixels[0, :, 0].permute(1, 2, 0) / 2 + 0.5) * 255
-    assert float((torch.from_numpy(ours) - expected).abs().max()) <= 0.5 + 255e-4
-    assert len(decoded(folder / names[1])) == FRAMES

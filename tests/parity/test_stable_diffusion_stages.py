@@ -66,15 +66,6 @@ def test_two_stages_with_pictures_between(
     assert_close(ours, second(files, sampler, large))
 
 
-def test_two_stages_with_latents_between(sd1: Files, tmp_path: Path) -> None:
-    small = first(sd1, "euler", output_type="latent")
-    large = interpolate(small, (SIZE // 8, SIZE // 8), mode="bicubic")
-    ours = run_script(
-        sd1, tmp_path, "--prompt", LINE, "--sampler", "euler", *STAGES, "--highres_fix_latents_upscaling"
-    )
-    assert_close(ours, second(sd1, "euler", large))
-
-
 def test_two_stages_with_a_module_between(
     sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,23 +9,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-import wan_generate_video
-from modules.errors import CheckpointError, OptionError
 from modules.media.writing import write_png
 from tests.golden_cases import read_case
 from tests.parity.projects import Project, train, write_project
 from tests.parity.reference import KINDS, Sampling, open_image, relative_error, schedule
 from tests.parity.running import assert_equal, generate, generate_one
-from tests.parity.test_samples import sample_latents
 from tests.parity.theirs import Theirs, pad_text
 from tests.tiny.wan import write_tiny_wan
-from tests.tiny.wan_dit import CONFIGS, write_dit
-from tests.tiny.wan_encoders import T5_FILE, VAE22_FILE, vae_diffusers_tensors
+from tests.tiny.wan_dit import CONFIGS
+from tests.tiny.wan_encoders import vae_diffusers_tensors
 from tests.wan.making import in_diffusers
-from wan.conditioning import nearest_size
 from wan.vae_releases import WAN_2_2
 
 PROMPT, SEED, FRAMES, STEPS = "close up of a butterfly", 31, 9, 4
@@ -171,121 +167,8 @@ def test_the_frames_are_theirs(tmp_path: Path, models: Path, with_image: bool) -
     assert (ours - expected).abs().max() < 0.51 + 255 * TOLERANCE  # rounded to whole levels
 
 
-def test_files_of_the_release_and_folders_of_diffusers_give_the_same(tmp_path: Path, models: Path) -> None:
-    """--ckpt_dir finds the pickled VAE and text encoder; the transformer comes in two shards."""
-    path = write_picture(tmp_path / "start.png", HEIGHT, WIDTH)
-    ask = (*OPTIONS, "--infer_steps", 1, "--guidance_scale", 1, "--image_path", path)
-    expected = generate_one(tmp_path / "ours", models, "ti2v-5B", *ask, in_process=True)
-
-    release, theirs = tmp_path / "Wan2.2-TI2V-5B", tmp_path / "Wan2.2-TI2V-5B-Diffusers"
-    release.mkdir()
-    for part, name in {"vae": VAE22_FILE, "t5": T5_FILE}.items():
-        torch.save(load_file(models / f"{part}.safetensors"), release / name)
-    (release / "google").symlink_to(models / "google")
-    write_dit(release, load_file(models / "dit.safetensors"), "sharded", name="diffusion_pytorch_model")
-    dit = in_diffusers(CONFIGS["ti2v"], load_file(models / "dit.safetensors"))
-    dit.save_pretrained(theirs / "transformer", max_shard_size="500KB")
-    their_vae(models).save_pretrained(theirs / "vae")
-
-    given = {
-        "release": ("--ckpt_dir", release, "--dit", release),
-        "diffusers": (
-            *("--dit", theirs / "transformer", "--vae", theirs / "vae"),
-            *("--t5", models / "t5.safetensors"),
-        ),
-    }
-    for name, files in given.items():
-        made = tmp_path / name
-        words = ("--task", "ti2v-5B", "--output_type", "latent", "--device", "cpu", "--save_path", made)
-        wan_generate_video.main([str(word) for word in (*files, *words, *ask)])
-        (latents,) = made.glob("*_latent.safetensors")
-        assert torch.equal(load_file(latents)["latent"], expected), name
-
-
-def test_latents_of_the_other_vae_are_refused_by_name(tmp_path: Path, models: Path) -> None:
-    latents = tmp_path / "of_wan21.safetensors"
-    save_file({"latent": torch.zeros(16, 3, 8, 12)}, latents, {"bt_model_type": "wan"})
-
-    with pytest.raises(CheckpointError, match="the latents have 16 channels, --task ti2v-5B has 48"):
-        generate(
-            tmp_path,
-            models,
-            "ti2v-5B",
-            *OPTIONS,
-            "--from_latent",
-            latents,
-            "--v2v_denoise",
-            0.5,
-            in_process=True,
-        )
-    with pytest.raises(CheckpointError, match="has 16 channels, --task ti2v-5B has 48"):
-        generate(tmp_path, models, "ti2v-5B", "--latent_path", latents, output="video", in_process=True)
-
-
-def test_an_image_cannot_be_the_only_frame_and_ends_no_video(
-    tmp_path: Path, models: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = write_picture(tmp_path / "start.png", HEIGHT, WIDTH)
-
-    with pytest.raises(OptionError, match="it becomes the first frame, and the video has only one"):
-        generate(
-            tmp_path, models, "ti2v-5B", *OPTIONS, "--image_path", path, "--video_length", 1, in_process=True
-        )
-    quick = ("--end_image_path", path, "--infer_steps", 1, "--guidance_scale", 1)
-    generate(tmp_path, models, "ti2v-5B", *OPTIONS, *quick, in_process=True)
-    assert f"--end_image_path {path} is ignored because --task ti2v-5B does not take it" in caplog.text
-
-
-@pytest.mark.parametrize("with_image", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_sample_of_a_training_is_what_the_generation_script_makes(
-    tmp_path: Path, trained: Project, with_image: bool
-) -> None:
-    """With a LoRA that changes nothing to the bit; a trained one is merged there, which rounds otherwise."""
-    image = write_picture(tmp_path / "start.png", 32, 64)
-    line = f"{PROMPT} --w 64 --h 32 --f 5 --d {SEED} --s 2 --fs 5 --l 3"
-    ask: tuple[object, ...] = ("--video_size", 32, 64, "--video_length", 5, "--infer_steps", 2)
-    ask += ("--seed", SEED, "--guidance_scale", 3, "--prompt", PROMPT)
-    if with_image:
-        line, ask = f"{line} --i {image}", (*ask, "--image_path", image)
-    weights = trained.folder / "out" / "lora.safetensors"
-
-    sample = sample_latents(trained, line, tmp_path)
-    more = (*ask, "--lora_weight", weights)
-    made = generate_one(tmp_path / "with", trained.models, "ti2v-5B", *more, in_process=True)
-    assert_equal(sample, made, f"sample, image {with_image}", TOLERANCE)
-
-    plain = generate_one(tmp_path / "without", trained.models, "ti2v-5B", *ask, in_process=True)
-    assert relative_error(plain, made) > 0.01
-    (tmp_path / "untrained" / "out").mkdir(parents=True)
-    silent = {
-        name: torch.zeros_like(tensor) if "lora_up" in name else tensor
-        for name, tensor in load_file(weights).items()
-    }
-    save_file(silent, tmp_path / "untrained" / "out" / "lora.safetensors")
-    for name in ("models", "dataset.toml"):
-        (tmp_path / "untrained" / name).symlink_to(trained.folder / name)
-    untrained = Project(tmp_path / "untrained", "ti2v", [])
-    assert torch.equal(sample_latents(untrained, line, tmp_path), plain)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = write_project(tmp_path_factory.mktemp("trained") / "project", "ti2v")
     train(project, "--learning_rate", 0.05, steps=2, in_process=True)
     return project
-
-
-@pytest.mark.parametrize(
-    ("image", "area", "size"),
-    [
-        ((1280, 704), 1280 * 704, (1280, 704)),
-        ((704, 1280), 1280 * 704, (704, 1280)),
-        ((1920, 1080), 1280 * 704, (1248, 704)),
-        ((1000, 1000), 1280 * 704, (960, 928)),  # of equally near ones that whose height was rounded first
-        ((4000, 100), 64 * 96, (192, 32)),  # never under one step
-        ((100, 9000), 64 * 64, (32, 128)),  # not 32 x 576, which is too large
-    ],
-)
-def test_the_size_follows_the_image(image: tuple[int, int], area: int, size: tuple[int, int]) -> None:
-    """By hand, after the released rule."""
-    assert nearest_size(image, area, 32) == size

@@ -6,7 +6,6 @@ rate. The caches are written here, by hand, in the known tuners' form and withou
 """
 
 import hashlib
-import json
 import math
 import random
 from collections.abc import Callable
@@ -25,8 +24,6 @@ from torch import Tensor
 from modules.contract.generation import Tweaks
 from tests.parity.projects import (
     ALPHA,
-    FRAMES,
-    HEIGHT,
     RANK,
     SEED,
     WIDTH,
@@ -309,22 +306,6 @@ def single_items(project: Project, epoch: int) -> list[Item]:
     return order
 
 
-def test_a_ratio_of_lora_plus_is_that_of_the_rates(tmp_path: Path) -> None:
-    project = write_project(tmp_path / "a project", "t2v")
-    files = train(project, *DESCENT, "--network_args", "loraplus_lr_ratio=4", in_process=True)
-    how = Descent(rates=(RATE, 4 * RATE))
-    assert_steps(files, project, load_dit(project.dit), one_batch_an_epoch(project, by_sigma), "LoRA+", how)
-
-
-def test_gradients_are_clipped_to_their_common_norm(tmp_path: Path) -> None:
-    project = write_project(tmp_path / "a project", "t2v")
-    files = train(project, *DESCENT, "--max_grad_norm", 0.01, "--learning_rate", 20, in_process=True)
-    how = Descent(rates=(20.0, 20.0), max_norm=0.01)
-    assert_steps(
-        files, project, load_dit(project.dit), one_batch_an_epoch(project, by_sigma), "clipping", how
-    )
-
-
 def test_training_goes_on_from_a_file_and_on_top_of_another(tmp_path: Path) -> None:
     """--network_weights and --base_weights, the latter merged by diffusers here."""
     project = write_project(tmp_path / "a project", "t2v")
@@ -405,17 +386,3 @@ def test_the_validation_loss_is_that_of_diffusers(tmp_path: Path, kind: str) -> 
         expected.append(sum(losses) / len(losses))
     assert_equal(torch.tensor(logged), torch.tensor(expected), "validation losses")
     assert kind == "t2v" or are_given == {False, True}
-
-
-def test_the_metadata_of_the_file_say_how_it_was_made(tmp_path: Path) -> None:
-    project = write_project(tmp_path / "a project", "t2v")
-    path = train(project, *DESCENT, steps=1, in_process=True)[-1]
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert metadata["ss_base_model_version"] == "wan"
-    assert metadata["ss_network_module"] == "networks.lora_wan"
-    assert (metadata["ss_network_dim"], float(metadata["ss_network_alpha"])) == (str(RANK), ALPHA)
-    assert metadata["modelspec.architecture"] == "wan2.1/lora"
-    assert metadata["ss_optimizer"].startswith("torch.optim.sgd.SGD")
-    (table,) = json.loads(metadata["ss_datasets"])
-    assert (table["resolution"], table["target_frames"]) == ([WIDTH, HEIGHT], [FRAMES])

@@ -3,20 +3,13 @@
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
-import torch
-from diffusers import WanVideoToVideoPipeline
 from PIL import Image
 from torch import Tensor
 
-from blissful_tuner.video_to_video import first_step
-from modules.contract.source import Source
-from modules.flow.schedule import make_schedule
 from modules.media.writing import write_png
-from modules.seeds import derive_seed
 from tests.parity.reference import (
     Inputs,
     Sampling,
@@ -119,34 +112,6 @@ def test_latents_equal_those_of_diffusers(
     assert_equal(latents, expected, f"{solver} {denoise} {mode}")
 
 
-@pytest.mark.parametrize(("mode", "order"), [("front", [0, 0, 1]), ("end", [0, 1, 1])])
-def test_a_short_video_is_filled_up_in_latent_frames(
-    tmp_path: Path, folder: Path, theirs: Theirs, mode: str, order: list[int]
-) -> None:
-    """Of 7 frames 5 are encoded, as 4n + 1 are; they are two latent frames, three are needed."""
-    frames = write_frames(tmp_path / "clip", 7, HEIGHT, WIDTH)
-    options = ("--sample_solver", "vanilla", "--v2v_pad_mode", mode, "--video_path", tmp_path / "clip")
-
-    latents = generate_one(tmp_path, folder, "t2v-1.3B", *SAY, *options, in_process=True)
-
-    clean = encoded(theirs, frames[:5])[:, order]
-    expected = from_video(theirs, clean, inputs_of(theirs), Sampling("vanilla", scales=(None,) * 3), 3)
-    assert_equal(latents, expected, mode)
-
-
-def test_a_schedule_and_its_guidance_count_the_steps_that_are_left(
-    tmp_path: Path, folder: Path, theirs: Theirs
-) -> None:
-    frames = write_frames(tmp_path / "clip", FRAMES, HEIGHT, WIDTH)
-    options = ("--cfg_schedule", "1:4, 3:2", "--negative_prompt", "dull", "--video_path", tmp_path / "clip")
-
-    latents = generate_one(tmp_path, folder, "t2v-1.3B", *SAY, *options, in_process=True)
-
-    inputs = Inputs(draw_noise(SEED, FRAMES, HEIGHT, WIDTH), theirs.text(PROMPT), theirs.text("dull"))
-    sampling = Sampling("unipc", scales=(4.0, None, 2.0))
-    assert_equal(latents, from_video(theirs, encoded(theirs, frames), inputs, sampling, 3), "schedule")
-
-
 @pytest.mark.parametrize("with_image", [True, False])
 def test_an_image_is_the_anchor_or_else_the_first_frame(tmp_path: Path, with_image: bool) -> None:
     """Image-to-video from a video: the anchor's proportions are the video's, which is stretched to them."""
@@ -190,32 +155,3 @@ def test_an_image_is_made_from_an_image(tmp_path: Path, folder: Path, theirs: Th
             tmp_path / task, folder, task, *size, *say, "--i2i_path", picture, in_process=True
         )
         assert_equal(latents, expected, task)
-
-
-@pytest.mark.parametrize("steps", [1, 7, 20, 50])
-def test_the_steps_are_those_of_diffusers_pipeline(steps: int) -> None:
-    schedule = make_schedule("unipc", steps, 5.0)
-    pipe = SimpleNamespace(scheduler=SimpleNamespace(order=1, set_begin_index=lambda _: None))
-    for share in (0.1, 0.29, 0.3, 0.5, 0.58, 0.7, 0.8, 0.99, 1.0):
-        if int(steps * share) == 0:  # where theirs makes none, one is made here
-            continue
-        kept, _ = WanVideoToVideoPipeline.get_timesteps(pipe, steps, schedule.timesteps, share, "cpu")
-        ours = first_step(Source("video_path", Path("x.mp4"), share), schedule)
-        assert torch.equal(schedule.timesteps[ours:], kept), share
-
-
-def test_extra_noise_is_added_to_the_mixture(tmp_path: Path, folder: Path, theirs: Theirs) -> None:
-    """Its numbers are a stream of the seed's own, so the other noise stays the same."""
-    frames = write_frames(tmp_path / "clip", FRAMES, HEIGHT, WIDTH)
-    options = ("--video_path", tmp_path / "clip", "--sample_solver", "vanilla", "--v2v_denoise", 0.4)
-
-    def at(name: str, *more: object) -> Tensor:
-        return generate_one(tmp_path / name, folder, "t2v-1.3B", *SAY, *options, *more, in_process=True)
-
-    plain, none, some = at("a"), at("b", "--v2v_extra_noise", 0), at("c", "--v2_extra_noise", 0.1)
-    assert torch.equal(plain, none)
-    generator = torch.Generator().manual_seed(derive_seed("extra noise", SEED))
-    extra = 0.1 * torch.randn(16, 3, HEIGHT // 8, WIDTH // 8, generator=generator)
-    sampling = Sampling("vanilla", scales=(None,) * 2)
-    expected = from_video(theirs, encoded(theirs, frames), inputs_of(theirs), sampling, 4, extra)
-    assert_equal(some, expected, "extra noise")

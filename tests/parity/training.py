@@ -5,7 +5,8 @@ Nothing of ours is imported.
 
 import hashlib
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from tests.parity.theirs import dit_names, pad_text
 
@@ -121,18 +121,19 @@ def assert_steps_of_descent(
         before = after
 
 
-def attach(
-    dit: nn.Module,
-    parts: Mapping[str, Sequence[str]],
-    learning: Mapping[str, tuple[Tensor, ...]],
-    scale: float,
-) -> list[RemovableHandle]:
-    """Add a LoRA to each module, whose rows may be several modules there; return what removes it.
+@contextmanager
+def learning(
+    dit: nn.Module, parts: Mapping[str, Sequence[str]], factors: Factors, scale: float
+) -> Iterator[Callable[[], Factors]]:
+    """Add a LoRA to each module, whose rows may be several modules there; yield what returns the gradients by
+    down and up.
 
-    parts: our name -> paths there, in the order of the rows. learning: our name -> down, up.
+    parts: our name -> paths there, in the order of the rows.
     """
+    learned = {name: (down.clone(), up.clone()) for name, (down, up) in factors.items()}
     hooks = []
-    for name, (down, up) in learning.items():
+    for name, (down, up) in learned.items():
+        down.requires_grad_(), up.requires_grad_()
         heights = [len(dit.get_submodule(part).weight) for part in parts[name]]  # type: ignore[arg-type]
         for part, rows in zip(parts[name], up.split(heights), strict=True):
 
@@ -142,7 +143,35 @@ def attach(
                 return out + scale * (given[0] @ down.T) @ rows.T
 
             hooks.append(dit.get_submodule(part).register_forward_hook(add))
-    return hooks
+    try:
+        yield lambda: {name: (down.grad, up.grad) for name, (down, up) in learned.items()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def parts_of(dit_file: Path, parts_there: Callable[[str], Sequence[str]]) -> dict[str, list[str]]:
+    """Every Linear of the blocks: its name in LoRA files -> its parts in diffusers' transformer.
+
+    parts_there: our name of a tensor -> theirs, in order.
+    """
+    return {
+        name.removesuffix(".weight").replace(".", "_"): [
+            part.removesuffix(".weight") for part in parts_there(name)
+        ]
+        for name, tensor in load_file(dit_file).items()
+        if name.startswith(("double_blocks.", "single_blocks."))
+        and name.endswith(".weight")
+        and tensor.ndim == 2
+    }
+
+
+def descent(rate: float, alpha: float, seed: int, steps: int = 2) -> tuple[str, ...]:
+    """The options of plain gradient descent that saves `lora` after each step."""
+    network = ("--network_alpha", alpha, "--output_dir", "out", "--output_name", "lora")
+    optimizer = ("--optimizer_type", "torch.optim.SGD", "--learning_rate", rate, "--max_grad_norm", 0)
+    run = ("--max_train_steps", steps, "--save_every_n_steps", 1, "--seed", seed)
+    return tuple(map(str, (*network, *optimizer, *run, "--max_data_loader_n_workers", 0)))
 
 
 def linear_modules(dit_file: Path) -> dict[str, str]:
@@ -165,19 +194,7 @@ def loss_and_gradients(
     drawn: Drawn,
 ) -> tuple[float, Factors]:
     """The loss of one batch and its gradients by the factors."""
-    learning = {
-        name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in factors.items()
-    }
-    hooks = []
-    for name, (down, up) in learning.items():
-
-        def add(
-            _: nn.Module, given: tuple[Tensor], out: Tensor, down: Tensor = down, up: Tensor = up
-        ) -> Tensor:
-            return out + scale * (given[0] @ down.T) @ up.T
-
-        hooks.append(dit.get_submodule(modules[name]).register_forward_hook(add))
-    try:
+    with learning(dit, {name: [path] for name, path in modules.items()}, factors, scale) as found:
         latents = torch.stack([item.latents.float() for item in batch])
         mix = drawn.sigmas.float().view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * latents + mix * drawn.noise
@@ -201,7 +218,4 @@ def loss_and_gradients(
         errors = (predicted - (drawn.noise - latents)).square()[:, :, drawn.given :].flatten(1).mean(1)
         loss = (errors * drawn.weights.float()).mean()
         loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return float(loss.detach()), {name: (down.grad, up.grad) for name, (down, up) in learning.items()}
+    return float(loss.detach()), found()

@@ -51,17 +51,3 @@ def siglip_layouts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
             "logit_bias": torch.tensor(-2.0),
         },
     }
-
-
-def siglip_config_json(config: SiglipConfig | None = None) -> dict[str, object]:
-    """The config.json of a SiglipVisionModel."""
-    config = config or siglip_config()
-    return {
-        "architectures": ["SiglipVisionModel"],
-        "model_type": "siglip_vision_model",
-        "hidden_size": config.dim,
-        "num_attention_heads": config.num_heads,
-        "image_size": config.image_size,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.eps,
-    }

@@ -1,7 +1,6 @@
 import dataclasses
 import os
 import random
-import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from dataset.batches.items import ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.batches.validation_split import split_validation
-from dataset.cache.checks import MOST_KNOWN, CacheChecks
-from dataset.cache.files import parse_latent_name, write_tensors
+from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable
 from modules.errors import CacheError
@@ -80,23 +78,6 @@ def test_items_without_text_are_left_out_with_a_warning(
     assert [item.source_stem for item in items] == ["clip_1"]
     assert "clip_0_toy_te.safetensors" in caplog.text
     assert "python cache_text.py --y" in caplog.text
-
-
-def test_caches_for_another_model_or_of_another_kind_are_named_where_none_is_found(tmp_path: Path) -> None:
-    config = cached(tmp_path)
-    with pytest.raises(
-        CacheError,
-        match=r"no latent cache in .* of videos for this model: clip_0_.*_toy\.safetensors is for another",
-    ):
-        require_items(find_items(config, "other", LATENT), COMMANDS)
-    images = DatasetConfig(config.path, (dataclasses.replace(config.datasets[0], kind="image"),))
-    for path in (tmp_path / "cache").glob("*_te.safetensors"):
-        path.unlink()  # a user's own `style_toy.safetensors` is no cache
-        path.with_name("style_toy.safetensors").touch()
-    for path in (tmp_path / "cache").glob("clip_*"):
-        path.unlink()
-    with pytest.raises(CacheError, match=r"no latent cache in [^:]*\n"):
-        require_items(find_items(images, "toy", LATENT), COMMANDS)
 
 
 @pytest.mark.parametrize("remove", ["*_toy.safetensors", "*_te.safetensors"])
@@ -205,83 +186,6 @@ def test_a_changed_caption_is_named_with_the_command(tmp_path: Path) -> None:
         read_batch([item], LATENT, COMMANDS)
 
 
-def test_an_edit_during_a_run_does_not_end_it(tmp_path: Path) -> None:
-    """Also if there are more items than a run remembers: what is newer than the run is let pass."""
-    config = cached(tmp_path)
-    items, checks = find_items(config, "toy", LATENT).items, CacheChecks(most_known=1)
-    read_batch(items, LATENT, COMMANDS, checks)
-    later = checks.started_ns + 10**9
-    make_clip(tmp_path / "clip_0.mp4", 12)
-    (tmp_path / "clip_0.txt").write_text("something else", encoding="utf-8")
-    for name in ("clip_0.mp4", "clip_0.txt"):
-        os.utime(tmp_path / name, ns=(later, later))
-
-    assert len(read_batch(items, LATENT, COMMANDS, checks)) == 2
-    with pytest.raises(CacheError, match=r"clip_0\.mp4 has changed"):
-        read_batch(items, LATENT, COMMANDS, CacheChecks(started_ns=later))  # the next run
-
-
-def test_a_run_remembers_a_bounded_number_of_items() -> None:
-    checks = CacheChecks()
-    for index in range(MOST_KNOWN + 10):
-        checks.add(0, str(index))
-    assert checks.knows(0, str(MOST_KNOWN + 9))
-    assert not checks.knows(0, "3")
-    assert not checks.knows(1, str(MOST_KNOWN + 9))
-
-
-def test_an_item_takes_less_than_800_bytes(tmp_path: Path) -> None:
-    count = 5000
-    (tmp_path / "cache").mkdir()
-    for index in range(count):
-        for name in (f"clip_{index:08d}_00000-005_0032x0032_toy", f"clip_{index:08d}_toy_te"):
-            (tmp_path / "cache" / f"{name}.safetensors").touch()
-    table = make_table(tmp_path)
-    config = DatasetConfig(table.config_path, (table,))
-    find_items(config, "toy", LATENT)  # what is made once
-    tracemalloc.start()
-    try:
-        order = BatchOrder(find_items(config, "toy", LATENT).items, 0)
-        batches = order.epoch(0)
-        size, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(batches) == count
-    assert size < 800 * count
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("video", "a_b_00000-005_0032x0032_toy"),
-        ("video", "_00000-005_0032x0032_toy"),
-        ("video", "00000-005_0032x0032_toy"),
-        ("video", "a_0032x0032_toy"),
-        ("video", "0032x0032_toy"),
-        ("video", "a_00000-005-0001_0032x0032_toy"),
-        ("video", "a_00000-005_0032x0032_other_toy"),
-        ("video", "_toy"),
-        ("image", "a_0032x0032_toy"),
-        ("image", "_0032x0032_toy"),
-        ("image", "0032x0032_toy"),
-        ("image", "a_00000-005_0032x0032_toy"),
-        ("image", "a_0032x0032_toy_te"),
-        ("image", ".a_0032x0032_toy"),
-        ("image", "toy"),
-    ],
-)
-def test_an_item_is_what_its_file_name_says(tmp_path: Path, kind: str, name: str) -> None:
-    """Names are read by their ends here, by `parse_latent_name` elsewhere."""
-    table = dataclasses.replace(make_table(tmp_path), kind=kind)
-    table.cache_directory.mkdir()
-    said = parse_latent_name(f"{name}.safetensors", "toy", kind)
-    stem = "none" if said is None else said.stem
-    for file in (name, f"{stem}_toy_te"):
-        (table.cache_directory / f"{file}.safetensors").touch()
-    items = find_items(DatasetConfig(table.config_path, (table,)), "toy", LATENT).items
-    assert [(item.key, item.source_stem) for item in items] == ([] if said is None else [(name, stem)])
-
-
 def test_training_needs_no_sources(tmp_path: Path) -> None:
     config = cached(tmp_path)
     for path in [*tmp_path.glob("*.mp4"), *tmp_path.glob("*.txt")]:
@@ -293,15 +197,6 @@ def test_a_copied_dataset_with_new_times_is_still_the_same(tmp_path: Path) -> No
     config = cached(tmp_path)
     os.utime(tmp_path / "clip_0.mp4", ns=(0, 0))
     assert len(read_batch(find_items(config, "toy", LATENT).items, LATENT)) == 2
-
-
-def test_items_of_a_batch_must_hold_the_same_tensors(tmp_path: Path) -> None:
-    config = cached(tmp_path)
-    path = tmp_path / "cache" / "clip_1_00000-005_0032x0032_toy.safetensors"
-    tensors = {"latents_2x4x4_bfloat16": torch.zeros(2, 2, 4, 4), "clip_float16": torch.zeros(3)}
-    write_tensors(path, tensors, {"architecture": "toy"})
-    with pytest.raises(CacheError, match="do not have the same tensors: clip"):
-        read_batch(find_items(config, "toy", LATENT).items, LATENT)
 
 
 def test_an_epoch_holds_every_item_as_often_as_it_repeats(tmp_path: Path) -> None:

@@ -1,57 +1,20 @@
 """Items in columns are what items in lists were: names, orders, splits."""
 
 import dataclasses
-import hashlib
 import math
 import pickle
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dataset.batches.items import ItemKind, Items, TrainingItem
-from dataset.batches.order import BatchOrder
-from dataset.batches.validation_split import split_validation
-from modules.seeds import derive_seed
 from tests.dataset.making import make_table
 from training.planning.memory import largest_batch
 
 KIND = ItemKind("toy")
 Batches = list[tuple[TrainingItem, ...]]
-
-
-def order_of_lists(items: Sequence[TrainingItem], seed: int, number: int) -> Batches:
-    """The order as it was computed before items were columns; runs of that time are resumed."""
-    buckets: dict[tuple[int, ...], list[TrainingItem]] = {}
-    for item in sorted(items, key=lambda item: (item.table.index, item.key)):
-        buckets.setdefault((item.table.index, *item.bucket), []).append(item)
-    shuffle = random.Random(derive_seed(seed, "items", number)).shuffle
-    batches: Batches = []
-    for key in sorted(buckets):
-        table = buckets[key][0].table
-        repeated = buckets[key] * table.num_repeats
-        shuffle(repeated)
-        batches += [
-            tuple(repeated[start : start + table.batch_size])
-            for start in range(0, len(repeated), table.batch_size)
-        ]
-    shuffle(batches)
-    return batches
-
-
-def split_of_lists(items: Sequence[TrainingItem], fraction: float) -> tuple[list[str], list[str]]:
-    """The split as it was computed before."""
-    stems = sorted(
-        {item.source_stem for item in items if not item.table.validation},
-        key=lambda stem: hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest(),
-    )
-    held = set(stems[: min(max(round(fraction * len(stems)), 1), len(stems) - 1)])
-    sides: tuple[list[str], list[str]] = ([], [])
-    for item in items:
-        sides[item.table.validation or item.source_stem in held].append(item.key)
-    return sides
 
 
 @pytest.fixture
@@ -104,24 +67,6 @@ def test_groups_are_the_buckets_in_the_order_of_their_first_items(made_up: list[
     assert Items.of([]).groups() == {}
 
 
-@pytest.mark.parametrize("seed", [0, 42])
-def test_an_order_is_the_one_of_before(made_up: list[TrainingItem], seed: int) -> None:
-    order = BatchOrder(made_up, seed)
-    for number in (0, 1, 7):
-        batches, expected = order.epoch(number), order_of_lists(made_up, seed, number)
-        assert batches == expected
-        assert [len(batch) for batch in batches] == np.diff(batches.starts).tolist()
-        assert batches.keys(2, 9) == [[item.key for item in batch] for batch in expected[2:9]]
-    assert (order.num_batches, order.num_items) == (len(expected), sum(map(len, expected)))
-    assert BatchOrder([], seed).num_batches == len(BatchOrder([], seed).epoch(0)) == 0
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.3, 1.0])
-def test_a_split_is_the_one_of_before(made_up: list[TrainingItem], fraction: float) -> None:
-    sides = split_validation(made_up, fraction)
-    assert tuple(side.keys() for side in sides) == split_of_lists(made_up, fraction)
-
-
 def test_the_largest_batch_is_of_the_first_items_of_its_bucket(made_up: list[TrainingItem]) -> None:
     buckets: dict[tuple[int, ...], list[TrainingItem]] = {}
     for item in made_up:
@@ -131,12 +76,3 @@ def test_the_largest_batch_is_of_the_first_items_of_its_bucket(made_up: list[Tra
     ]
     expected = max(batches, key=lambda batch: math.prod(batch[0].bucket) * len(batch))
     assert largest_batch(made_up) == tuple(expected)
-
-
-def test_an_epoch_of_many_items_takes_few_bytes(tmp_path: Path) -> None:
-    table = make_table(tmp_path)
-    count = 2000
-    items = [TrainingItem(f"clip_{number:08d}_toy", 13, table, (32, 32), KIND) for number in range(count)]
-    order = BatchOrder(items, 0)
-    order.epoch(0)
-    assert len(pickle.dumps(order)) < 60 * count  # what a worker that is spawned is sent

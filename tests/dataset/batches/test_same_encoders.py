@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-import pytest
-
 from dataset.batches.finding import CachingCommands, find_items
 from dataset.batches.reading import read_batch
-from dataset.batches.same_encoders import SameEncoders, describe_identity
+from dataset.batches.same_encoders import SameEncoders
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.check import check_training
 from dataset.config import DatasetConfig
-from modules.contract.data import MadeBy
 from tests.dataset.caching.test_loop import make_config
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
 
@@ -65,14 +62,6 @@ def test_another_dtype_is_no_other_network(tmp_path: Path) -> None:
     assert "Their values differ slightly." in said
 
 
-def test_text_encoders_are_compared_too(tmp_path: Path) -> None:
-    config = cached(tmp_path, {"vae": ONE}, {"vae": OTHER}, other_text="second")
-    (said,) = said_of(config)
-    assert "clip_0_toy_te.safetensors: t5 first" in said
-    assert "clip_1_toy_te.safetensors: t5 second" in said
-    assert said.endswith("python cache_latents.py --x\n  python cache_text.py --y")
-
-
 def test_caches_of_one_run_are_alike(tmp_path: Path) -> None:
     assert said_of(cached(tmp_path, {"vae": ONE}, {"vae": ONE})) == []
 
@@ -89,49 +78,7 @@ def test_tables_may_differ_in_what_lies_beside_their_latents(tmp_path: Path) -> 
         )
 
 
-def test_another_encoder_of_the_images_is_told(tmp_path: Path) -> None:
-    (said,) = said_of(cached(tmp_path, {"vae": ONE, "clip": ONE}, {"vae": ONE, "clip": OTHER}))
-    assert "clip 1a2b3c4d..." in said
-
-
-def test_weights_of_a_text_encoder_in_8_bits_are_told() -> None:
-    encoders = SameEncoders(COMMANDS)
-    assert encoders.difference([MadeBy(Path("a"), "t5", {"t5": ONE})]) is None
-    said = encoders.difference([MadeBy(Path("b"), "t5", {"t5": ONE, "t5_weights": "fp8"})])
-    assert said is not None
-    assert said.splitlines()[1:4] == [
-        "  a: t5_weights none",
-        "  b: t5_weights fp8",
-        "  Their values differ slightly. To make all caches alike, cache again with:",
-    ]
-
-
-@pytest.mark.parametrize("tokenizers", [("google/umt5-xxl", OTHER), (OTHER, "google/umt5-xxl")])
-def test_a_tokenizer_of_a_file_may_be_that_of_the_hub(tokenizers: tuple[str, str]) -> None:
-    """In whichever order they are read."""
-    encoders = SameEncoders(COMMANDS)
-    made = [MadeBy(Path("a"), "t5", {"t5": ONE, "t5_tokenizer": name}) for name in tokenizers]
-    assert "Unless the encoders' files hold the same" in (encoders.difference(made) or "")
-
-
 def test_check_says_it_and_finds_nothing_wrong(tmp_path: Path) -> None:
     result = check_training(cached(tmp_path, {"vae": ONE}, {"vae": OTHER}), "toy", LATENT, COMMANDS)
     assert "  Not all caches were made by the same encoders:" in result.lines
     assert result.ok
-
-
-def test_a_part_that_was_told_of_is_not_told_of_again_and_another_one_is() -> None:
-    encoders = SameEncoders(COMMANDS)
-    made = [
-        MadeBy(Path(f"{part}{number}"), part, {part: str(number)})
-        for number in range(3)
-        for part in ("latents", "t5")
-    ]
-    found = [encoders.difference([one]) for one in made]
-    assert [said is None for said in found] == [True, True, False, False, True, True]
-
-
-def test_a_check_names_each_encoder_once_with_a_short_fingerprint() -> None:
-    said = describe_identity({"t5": ONE, "t5_dtype": "bfloat16"})
-
-    assert said == ["t5: fingerprint 1a2b3c4d...", "t5 dtype: bfloat16"]

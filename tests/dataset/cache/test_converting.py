@@ -59,20 +59,6 @@ def test_there_and_back_keeps_every_byte_and_leaves_other_files_alone(folder: Pa
     assert contents(folder) == before
 
 
-def test_a_dry_run_counts_and_changes_nothing(folder: Path) -> None:
-    before = contents(folder)
-    code, said = run_here(
-        "tools/convert_cache.py", "--cache_directory", folder, "--to", "shards", "--dry_run", folder=folder
-    )
-    assert code == 0
-    assert "9 entries would become shards" in said
-    assert contents(folder) == before
-    files_to_shards(folder)
-    before = contents(folder)
-    assert shards_to_files(folder, dry_run=True).entries == 9
-    assert contents(folder) == before
-
-
 def test_what_was_converted_is_kept_if_asked(folder: Path) -> None:
     before = contents(folder)
     assert files_to_shards(folder, keep=True).entries == 9
@@ -92,12 +78,6 @@ def test_the_tables_of_a_dataset_file_are_converted(folder: Path) -> None:
     assert code == 0
     assert 'Set cache_format = "shards" in' in said
     assert set(ShardStore(folder).names()) == set(CACHES)
-
-
-def test_one_way_to_name_the_folders_is_needed(folder: Path) -> None:
-    code, said = run_here("tools/convert_cache.py", "--to", "shards", folder=folder.parent)
-    assert code == 2
-    assert "give either --dataset_config" in said
 
 
 def test_damaged_entries_keep_the_shards(folder: Path) -> None:

@@ -4,9 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from dataset.cache.index import INDEX_NAME, VerifiedEntries, fingerprint
 from dataset.cache.store import SingleFiles
@@ -43,11 +41,6 @@ def test_a_row_says_what_was_noted_until_entry_or_sources_change(tmp_path: Path)
     assert index.get("two", 7) is None
 
 
-def test_who_wants_to_verify_is_told_nothing(tmp_path: Path) -> None:
-    make(tmp_path, "one")
-    assert opened(tmp_path, is_trusted=False).get("one", 7) is None
-
-
 def test_what_changed_a_moment_ago_is_not_remembered(tmp_path: Path) -> None:
     """The next change may bear the same time, as git says of its index."""
     store, index = SingleFiles(tmp_path), opened(tmp_path)
@@ -60,15 +53,6 @@ def test_what_changed_a_moment_ago_is_not_remembered(tmp_path: Path) -> None:
     assert index.rows() == []
     index.note("one", store.stamp("one"), 7, FACTS)
     assert [row[0] for row in index.rows()] == ["one"]
-
-
-def test_small_folders_get_no_index(tmp_path: Path) -> None:
-    index = opened(tmp_path)
-    (tmp_path / "one").touch()
-    os.utime(tmp_path / "one", ns=(OLD_NS, OLD_NS))
-    index.note("one", SingleFiles(tmp_path).stamp("one"), 7, FACTS)
-    index.write(index.rows())
-    assert os.listdir(tmp_path) == ["one"]
 
 
 def test_rows_of_both_kinds_and_of_earlier_runs_stay_and_those_of_removed_entries_go(tmp_path: Path) -> None:
@@ -88,49 +72,12 @@ def test_rows_of_both_kinds_and_of_earlier_runs_stay_and_those_of_removed_entrie
     assert sorted(names) == ["four", "text", "three", "two"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty", "folder", "null"])
-def test_an_index_that_cannot_be_used_is_passed_over_and_written_anew(tmp_path: Path, damage: str) -> None:
-    make(tmp_path, "one")
-    path = tmp_path / INDEX_NAME
-    data = bytearray(path.read_bytes())
-    if damage == "cut":
-        path.write_bytes(data[:-20])
-    elif damage == "flipped":
-        data[60] ^= 255
-        path.write_bytes(data)
-    elif damage == "foreign":
-        pq.write_table(pa.table({"name": ["one"]}), path)
-    elif damage == "null":
-        table = pq.read_table(path)
-        nulls = pa.nulls(len(table), pa.int64())
-        pq.write_table(table.set_column(table.schema.get_field_index("size"), "size", nulls), path)
-    else:
-        path.unlink()
-        path.touch() if damage == "empty" else path.mkdir()
-    assert opened(tmp_path).get("one", 7) is None
-    if damage != "folder":
-        make(tmp_path, "one")
-        assert opened(tmp_path).get("one", 7) == FACTS
-
-
 def test_a_folder_that_cannot_be_written_goes_without(tmp_path: Path) -> None:
     make(tmp_path, "one")
     (tmp_path / INDEX_NAME).unlink()
     (tmp_path / INDEX_NAME).mkdir()  # no file can take its place
     make(tmp_path, "two")
     assert (tmp_path / INDEX_NAME).is_dir()
-
-
-def test_a_million_rows_would_take_a_hundred_megabytes(tmp_path: Path) -> None:
-    names = [f"clip_{number:08d}_00000-081_0832x0480_wan.safetensors" for number in range(1000)]
-    store, index = SingleFiles(tmp_path), opened(tmp_path)
-    for number, name in enumerate(names):
-        (tmp_path / name).touch()
-        index.note(name, (100_000 + number, OLD_NS + 12_345_678 * number), number << 40, FACTS)
-    index.write(index.rows(), least=0)
-    assert len(store.names()) == 1001
-    assert (tmp_path / INDEX_NAME).stat().st_size < 100 * len(names)
-    assert pq.read_table(tmp_path / INDEX_NAME).nbytes < 110 * len(names)
 
 
 def test_a_fingerprint_tells_sizes_times_order_and_texts_apart() -> None:

@@ -13,8 +13,7 @@ from PIL import Image
 
 from dataset.cache.converting import convert_caches
 from dataset.cache.files import EMPTY
-from dataset.cache.npz import LOCK
-from dataset.cache.npz_files import format_array, parse_array, read_arrays, read_outlines, write_members
+from dataset.cache.npz_files import format_array, parse_array, read_arrays, write_members
 from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.work import EntryPlaces, npz_names
@@ -23,7 +22,7 @@ from dataset.options import ConvertCacheOptions
 from dataset.subset_records import Augmentation
 from dataset.table import DatasetConfig
 from modules.contract.data import LOSS_MASK
-from modules.errors import CacheError, DatasetError, OptionError, OutputError
+from modules.errors import CacheError, DatasetError, OptionError
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.cache.npz_family import (
     NpzFamily,
@@ -140,18 +139,6 @@ def test_resolutions_share_a_file_and_keep_each_other(folder: Path) -> None:
     assert [one.tensor("latents").shape[-1] for one in read_all(both)] == [4, 4, 4, 2, 2, 2]
 
 
-def test_the_order_of_resolutions_changes_no_byte(folder: Path) -> None:
-    first, second = (make_config(folder, resolution=size) for size in ((32, 32), (16, 16)))
-    cache_media(NpzFamily(), first, options())
-    cache_media(NpzFamily(), second, options())
-    made = (folder / LATENTS).read_bytes()
-    (folder / LATENTS).unlink()
-    cache_media(NpzFamily(), second, options())
-    cache_media(NpzFamily(), first, options())
-
-    assert (folder / LATENTS).read_bytes() == made
-
-
 @needs_fork
 def test_a_kill_while_a_resolution_is_added_loses_nothing(folder: Path, tmp_path: Path) -> None:
     small, large = (make_config(folder, resolution=size) for size in ((16, 16), (32, 32)))
@@ -204,13 +191,6 @@ def test_changed_sources_are_encoded_again(folder: Path) -> None:
     with pytest.raises(CacheError, match=r"pic 0\.png has changed"):
         read_all(make_config(folder))
     assert cache(make_config(folder)) == (1, 1)
-
-
-def test_a_folder_that_cannot_be_written_is_named(folder: Path) -> None:
-    (folder / LOCK).mkdir()
-
-    with pytest.raises(OutputError, match=r"pic 0_0040x0040_toy\.npz cannot be written"):
-        cache(make_config(folder))
 
 
 def test_nothing_is_removed_as_stale(folder: Path) -> None:
@@ -356,27 +336,6 @@ def test_crop_is_where_the_whole_picture_would_lie_in_the_bucket(tmp_path: Path)
         assert crop.tolist() == [0, 8, 32, 24]
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 1000000000, 1000)}",
-        b"{'descr': '<f4', 'fortran_order': False, 'shape': (0, 99999999999999999999)}",
-        b"{'descr': '<f4', 'fortran_order': False, 'shape': (True,)}",
-        b"{'descr': '<f4', 'fortran_order': False, 'shape': (9,)}",
-        b"(" * 9000,
-    ],
-)
-def test_a_hostile_header_is_an_error_wherever_it_is_read(header: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "x.npz"
-    whole = b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header + b"\n"
-    write_members(path, {"latents": whole + bytes(4)})
-
-    with pytest.raises(CacheError, match="damaged, cannot be read as npz"):
-        read_outlines(path, {"latents"})
-    with pytest.raises(CacheError, match="damaged, cannot be read as npz"):
-        read_arrays(path, {"latents"})
-
-
 def test_pictures_of_a_list_have_their_files_beside_them(folder: Path, tmp_path: Path) -> None:
     other = make_pictures(tmp_path / "other", 1)
     content = {str(place / "pic 0.png"): {"caption": "a picture"} for place in (folder, other)}
@@ -400,30 +359,6 @@ def test_pictures_of_a_list_have_their_files_beside_them(folder: Path, tmp_path:
     (tmp_path / "list.json").write_text(json.dumps(content), encoding="utf-8")
     beside = dataclasses.replace(config.datasets[0], cache_directory=folder)
     assert len(read_all(DatasetConfig(config.path, (beside,)))) == 1
-
-
-@pytest.mark.parametrize("form", ["a picture that is gone", "a picture of another list"])
-def test_npz_files_of_other_pictures_are_left_out_and_told(
-    folder: Path, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    tables = [{"cache_format": "npz"}]
-    if form == "a picture of another list":
-        for number in range(2):
-            path = tmp_path / f"{number}.json"
-            path.write_text(json.dumps({f"pic {number}": {"caption": "x"}}), encoding="utf-8")
-            tables += [
-                {"cache_format": "npz", "directory": None, "metadata_file": path, "image_folder": folder}
-            ]
-        tables = tables[1:]
-    cache(make_config(folder))
-    if form == "a picture that is gone":
-        (folder / "pic 2.png").unlink()
-
-    with caplog.at_level("WARNING"):
-        assert len(read_all(of_tables(folder, tables))) == 2
-
-    assert caplog.text.count("1 sources have caches but are no longer there") == 1
-    assert f"the first: {folder / 'pic 2'})" in caplog.text
 
 
 def test_npz_files_are_not_converted(folder: Path) -> None:

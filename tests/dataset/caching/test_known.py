@@ -1,10 +1,7 @@
 """Caches that have not changed since they were verified are not read again."""
 
 import os
-import shutil
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +10,10 @@ import pytest
 from dataset.batches.finding import find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.index import INDEX_NAME
-from dataset.cache.store import SingleFiles, Stores
-from dataset.caching.caption_files import list_caption_files
-from dataset.caching.existing import LatentNames
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.planning import plan_all
 from dataset.caching.reports import CacheReport
-from dataset.caching.text_plans import KnownTexts, plan_text, text_index
-from dataset.caching.work import recipe_of
 from dataset.check import check_media, check_texts
 from dataset.config import DatasetConfig
-from dataset.sources.listing import find_all_sources
 from modules.errors import CacheError
 from tests.dataset.making import make_clip, make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
@@ -121,58 +111,3 @@ def test_a_changed_source_caption_encoder_or_option_is_found(tmp_path: Path) -> 
     other = ToyFamily(media_identity={"vae": "second"}, text=[ToyText(identity={"t5": "second"})])
     assert cache_media(other, config, options()).written == 3
     assert cache_texts(other, config, options()).written == 3
-
-
-def test_messages_are_the_same_with_an_index(tmp_path: Path) -> None:
-    config = indexed(tmp_path)
-    other = ToyFamily(media_identity={"vae": "second"})
-    found = []
-    for verify in (False, True):
-        recipe = recipe_of(other, options(verify=verify), Stores())
-        names = {0: LatentNames(SingleFiles(tmp_path / "cache"), "toy", "video")}
-        found.append(plan_all(find_all_sources(config, captions=False), names, recipe, 2, False))
-    assert found[0] == found[1]
-    assert "vae was first, is now second" in str(found[0][0][0].outdated)
-
-
-@dataclass
-class CountingStore:
-    """Single files, with a count of what is asked for."""
-
-    files: SingleFiles
-    asked: Counter[str] = field(default_factory=Counter)
-
-    def __getattr__(self, name: str) -> Any:
-        if name != "folder":
-            self.asked[name] += 1
-        return getattr(self.files, name)
-
-
-def test_three_hundred_valid_items_cost_a_look_at_each_file_and_nothing_else(tmp_path: Path) -> None:
-    config = indexed(tmp_path, count=1)
-    folder = config.datasets[0].cache_directory
-    for number in range(1, 300):
-        for place in (tmp_path, folder):
-            for path in place.glob("clip_0[._]*"):
-                copy = place / path.name.replace("clip_0", f"clip_{number}")
-                shutil.copy2(path, copy)
-    for cache in (cache_media, cache_texts):
-        assert cache(ToyFamily(), config, options()).kept == 300
-    store = CountingStore(SingleFiles(folder))
-    stores: Any = Stores(given={0: store})  # type: ignore[dict-item]  # it is asked for methods only
-    sources = find_all_sources(config)
-    plans, _ = plan_all(
-        sources,
-        {0: LatentNames(store, "toy", "video")},  # type: ignore[arg-type]
-        recipe_of(ToyFamily(), options(), stores),
-        2,
-        False,
-    )
-    assert all(plan.missing == () for plan in plans)
-    assert store.asked == {"names": 1, "stamp": 300}
-    store.asked.clear()
-    encoders: Any = [(ToyText(), {"t5": "first"})]
-    known = KnownTexts(stores, text_index())
-    files = list_caption_files(sources, "toy")
-    assert all(plan_text(store, file, encoders, False, known).is_known for file in files)  # type: ignore[arg-type]
-    assert store.asked == {"names": 1, "stamp": 300}

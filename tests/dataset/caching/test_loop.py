@@ -1,5 +1,4 @@
 import dataclasses
-import logging
 import os
 import subprocess
 import sys
@@ -10,12 +9,11 @@ import pytest
 import torch
 
 from dataset.cache.files import read_entry, read_header, write_tensors
-from dataset.cache.records import latent_record
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.reports import conclude
 from dataset.config import DatasetConfig
 from modules.errors import CacheError, DatasetError
-from tests.dataset.making import make_clip, make_frames, make_image, make_table
+from tests.dataset.making import make_clip, make_image, make_table
 from tests.dataset.toy_family import ToyFamily, ToyText, options
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -89,34 +87,12 @@ def test_a_kept_clip_is_not_decoded_again(tmp_path: Path) -> None:
     assert cache_media(ToyFamily(), config, options()).kept == 2
 
 
-def test_a_touched_source_is_kept_by_its_content(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
-    os.utime(tmp_path / "clip_0.mp4", ns=(0, 0))
-    assert cache_media(ToyFamily(), config, options()).kept == 2
-
-
 def test_how_the_work_is_done_makes_nothing_again(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     cache_media(ToyFamily(), config, options())
     others = change(config, batch_size=7, num_repeats=3, caption_extension=".cap")
     report = cache_media(ToyFamily(), others, options(batch_size=5, num_workers=3, skip_existing=True))
     assert (report.kept, report.written, report.foreign) == (2, 0, 0)
-
-
-def test_a_note_beside_the_images_of_a_clip_changes_nothing(tmp_path: Path) -> None:
-    make_frames(tmp_path / "clip", 5)
-    (tmp_path / "list.jsonl").write_text(
-        f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}'
-    )
-    table = make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), target_frames=(5,))
-    config = DatasetConfig(table.config_path, (table,))
-    cache_media(ToyFamily(), config, options())
-
-    (tmp_path / "clip" / "notes.txt").write_text("bright")
-    assert cache_media(ToyFamily(), config, options()).kept == 1
-    make_image(tmp_path / "clip" / "0002.png", colour=(9, 9, 9))
-    assert cache_media(ToyFamily(), config, options()).written == 1
 
 
 def test_caches_beside_the_clips_and_names_of_any_script_do_no_harm(tmp_path: Path) -> None:
@@ -164,13 +140,6 @@ def test_another_encoder_or_rate_makes_everything_again(
     assert (report.written, report.kept) == (1, 0)
 
 
-def test_a_further_target_encodes_only_the_new_items(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
-    report = cache_media(ToyFamily(), change(config, target_frames=(5, 9)), options())
-    assert (report.written, report.kept, report.removed) == (2, 2, 0)
-
-
 def test_files_of_items_that_are_gone_are_removed_unless_kept(tmp_path: Path) -> None:
     config = make_config(tmp_path, target_frames=(5, 9))
     cache_media(ToyFamily(), config, options())
@@ -196,21 +165,6 @@ def test_files_of_items_that_are_gone_are_removed_unless_kept(tmp_path: Path) ->
         "my_00000-009_0032x0032_toy.safetensors",
         "style_wan.safetensors",
     ]
-
-
-def test_an_unreadable_clip_is_reported_at_the_end_and_keeps_its_old_file(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
-    (tmp_path / "clip_0.mp4").write_bytes(b"")
-    make_clip(tmp_path / "clip_2.mp4", 9)
-
-    report = cache_media(ToyFamily(), config, options())
-
-    assert (report.written, report.kept, report.removed) == (1, 1, 0)
-    assert "clip_0_00000-005_0032x0032_toy.safetensors" in names(tmp_path)
-    with pytest.raises(DatasetError, match=r"(?s)1 of the sources.*clip_0\.mp4 is empty") as caught:
-        conclude(report)
-    assert caught.value.exit_code == 1
 
 
 def test_a_clip_that_is_too_short_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -250,17 +204,6 @@ def test_skip_existing_keeps_files_of_other_programs_where_the_size_is_right(
     assert cache_media(ToyFamily(), change(config), options()).written == kept
 
 
-def test_batches_have_one_size_and_the_size_asked_for(tmp_path: Path) -> None:
-    config = make_config(tmp_path, clips=(9, 9, 5, 9), target_frames=(5, 9), batch_size=2)
-    family = ToyFamily()
-    cache_media(family, config, options())
-    assert sorted(map(len, family.seen)) == [1, 2, 2, 2]
-    assert all(len({key.split("_")[2] for key in batch}) == 1 for batch in family.seen)
-    everything = ToyFamily()
-    cache_media(everything, change(config, cache_directory=tmp_path / "cache2"), options(batch_size=16))
-    assert sorted(map(len, everything.seen)) == [3, 4]
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_latents_that_are_nan_or_infinite_are_refused_by_name(tmp_path: Path, value: float) -> None:
     with pytest.raises(CacheError, match=r"clip_0\w+.*: \d+ of \d+ values of latents are NaN or infinite"):
@@ -278,29 +221,6 @@ def test_every_section_of_a_clip_is_a_file_and_all_must_be_there(tmp_path: Path)
     assert cache_media(family, config, options()).kept == 3
     (tmp_path / "cache" / names(tmp_path)[1]).unlink()
     assert cache_media(family, config, options()).written == 3
-
-
-def test_the_record_says_what_a_file_was_made_from(tmp_path: Path) -> None:
-    cache_media(ToyFamily(), make_config(tmp_path, clips=(7,), frame_extraction="chunk"), options())
-    record = latent_record(read_header(tmp_path / "cache" / names(tmp_path)[0]))
-    assert record is not None
-    assert record.encoder == {"vae": "first"}
-    assert record.options["span"] == [0, 5]
-    assert record.files[0].name == "clip_0.mp4"
-    assert record.files[0].size_bytes == (tmp_path / "clip_0.mp4").stat().st_size
-    assert record.clip is not None
-    assert (record.clip.kept_frames, record.clip.complete) == (7, True)
-
-
-def test_control_clips_are_part_of_the_record(tmp_path: Path) -> None:
-    (tmp_path / "control").mkdir()
-    make_clip(tmp_path / "control" / "clip_0.mp4", 3)
-    config = make_config(tmp_path, clips=(5,), control_directory=tmp_path / "control")
-    cache_media(ToyFamily(), config, options())
-    entry = read_entry(tmp_path / "cache" / names(tmp_path)[0])
-    assert set(entry.tensors) == {"latents", "latents_control"}
-    make_clip(tmp_path / "control" / "clip_0.mp4", 4)
-    assert cache_media(ToyFamily(), config, options()).written == 1
 
 
 def test_captions_become_one_file_for_each_source(tmp_path: Path) -> None:
@@ -421,10 +341,3 @@ def test_processes_share_the_work_and_one_cleans_up_when_all_are_done(tmp_path: 
     assert [output[:2] for output in outputs] == [["3", "3"], ["2", "2"]]  # of 5 each
     assert all(output[2:] == ["5", "1", "5"] for output in outputs)
     assert len(names(tmp_path)) == 10
-
-
-def test_progress_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        conclude(cache_media(ToyFamily(), make_config(tmp_path, clips=(5,)), options()))
-    assert "1 sources, 1 of them to encode" in caplog.text
-    assert "cache files: 1 written, 0 kept, 0 removed" in caplog.text

@@ -1,7 +1,6 @@
 """Caching on a Ray cluster: the actor by itself, and a cluster of two workers with a real script."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ import pytest
 
 import cache_on_ray
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.on_ray import CachingActor, require_done, run_on_ray
+from dataset.caching.on_ray import CachingActor, require_done
 from dataset.ray_options import LATENT_SCRIPTS, TEXT_SCRIPTS, read_ray_options
-from modules.errors import DatasetError, InstallationError, OptionError
+from modules.errors import DatasetError
 from tests.commands import ROOT
-from tests.dataset.caching.test_shards import contents, family, into, make_dataset, shard
+from tests.dataset.caching.test_shards import contents, family, into, make_dataset
 from tests.dataset.toy_family import ToyFamily, options
 from tests.faults.runs import FAMILIES, write_project
 
@@ -73,33 +72,6 @@ def test_all_caching_scripts_run_on_a_cluster_and_no_others() -> None:
     assert scripts == {*LATENT_SCRIPTS, *TEXT_SCRIPTS}
     read = read_ray_options(None, ["--num_actors", "2", "some/wan_cache_latents.py", "--vae", "V"])
     assert (read.script, read.is_latents, read.command[1:]) == ("wan_cache_latents", True, ("--vae", "V"))
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ([], "which command is to run on the cluster"),
-        (["wan_cache_latent.py"], "Did you mean wan_cache_latents"),
-        (["tools/download.py"], "none of the scripts that cache"),
-    ],
-)
-def test_wrong_words_are_refused(words: list[str], said: str) -> None:
-    with pytest.raises(OptionError, match=said):
-        read_ray_options(None, words)
-
-
-def test_a_look_at_the_dataset_is_refused_and_a_missing_ray_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_dataset(tmp_path)
-    read = read_ray_options(None, ["wan_cache_latents.py", "--words"])
-    with pytest.raises(OptionError, match="run them without cache_on_ray"):
-        run_on_ray(main_of(family(), config, check=True), read)
-    with pytest.raises(OptionError, match=r"cache_on_ray\.py looks at the whole dataset"):
-        run_on_ray(main_of(family(), config, shard=shard(0, 2)), read)
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InstallationError, match=r"pip install 'ray\[data\]'"):
-        run_on_ray(main_of(family(), config), read)
 
 
 @pytest.mark.slow

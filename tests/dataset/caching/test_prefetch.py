@@ -1,4 +1,3 @@
-import threading
 import time
 
 import pytest
@@ -41,18 +40,6 @@ def test_no_more_is_started_than_the_limit_allows() -> None:
     next(ahead)
     time.sleep(0.05)
     assert len(started) == 3
-    ahead.close()
-
-
-def test_one_result_may_be_larger_than_the_limit() -> None:
-    assert len(list(run_ahead(range(3), lambda number: number, 2, lambda _: 100, limit_bytes=1))) == 3
-
-
-def test_work_goes_on_while_the_consumer_is_busy() -> None:
-    done = threading.Event()
-    ahead = run_ahead(range(2), lambda number: done.set() if number else None, 1, lambda _: 0, 1)
-    next(ahead)
-    assert done.wait(timeout=5)
     ahead.close()
 
 

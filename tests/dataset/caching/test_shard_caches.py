@@ -1,6 +1,5 @@
 """Caching and training with `cache_format = "shards"`: the same as with single files, in few files."""
 
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -11,9 +10,7 @@ import torch
 
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
-from dataset.cache import index
 from dataset.cache.catalog import list_shards
-from dataset.cache.files import write_tensors
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import open_store
 from dataset.caching.loop import cache_media, cache_texts
@@ -25,7 +22,7 @@ from modules.errors import CacheError, DatasetError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.making import make_image, make_table
 from tests.dataset.test_two_passes import COMMANDS, KEYS, two
-from tests.dataset.toy_family import LATENT, ToyFamily, options
+from tests.dataset.toy_family import LATENT, options
 
 COUNT = 12
 FORMS = ("files", "shards")
@@ -143,16 +140,6 @@ def test_shards_beside_the_pictures_are_no_sources(tmp_path: Path) -> None:
         find_sources(tars)
 
 
-def test_caches_of_other_families_stay_in_their_shard(copy: Callable[[str], Path]) -> None:
-    config = make(copy("shards"), "shards")
-    before = entries(config)
-    other = ToyFamily(name="other", cache_tag="oth")
-    assert cache_media(other, config, options()).written == COUNT
-    assert before.items() <= entries(config).items()
-    assert len(entries(config)) == 3 * COUNT
-    assert len(files(config)) == 2
-
-
 # --- damage
 # ------------------------------------------------------------------------------------------------------------
 
@@ -203,61 +190,8 @@ def test_training_tells_that_a_shard_is_gone(copy: Callable[[str], Path]) -> Non
     assert cache(config) == (COUNT, COUNT)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_bit_that_the_disk_forgot_is_mended_by_the_command_of_the_message(
-    copy: Callable[[str], Path], form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(index, "RACY_NS", 0)
-    config = make(copy(form), form)
-    right = entries(config)
-    folder = config.datasets[0].cache_directory
-    (folder / index.INDEX_NAME).touch()  # it is kept up to date where there is one
-    assert cache(config) == (0, 0)
-    name = next(name for name in right if "_te." not in name)
-    path = shard_of(config) if form == "shards" else folder / name
-    data, times = bytearray(path.read_bytes()), path.stat()
-    data[data.index(right[name]) + len(right[name]) - 1] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert cache(config) == (0, 0)
-    with pytest.raises(CacheError, match=r"cache_latents\.py --x --verify"):
-        read_batch(require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS), LATENT, COMMANDS)
-    assert cache_media(two(), config, options(verify=True)).written == 1
-    assert {name: data for name, data in entries(config).items() if name in right} == right
-
-
 # --- the other form
 # ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_folder_in_the_other_form_is_refused_with_the_command(
-    copy: Callable[[str], Path], form: str
-) -> None:
-    other = next(one for one in FORMS if one != form)
-    config = make(copy(other), form)
-    says = rf'(?s)cache_format = "{form}", but in .*convert_cache\.py --dataset_config .* --to {form}'
-    for work in (cache_media, cache_texts):
-        with pytest.raises(DatasetError, match=says):
-            work(two(), config, options())
-    for result in (check_media(two(), config, 1, False), check_texts(two(), config, False)):
-        assert "cache folders are in the other form" in "\n".join(result.lines)
-        assert not result.ok
-    with pytest.raises(CacheError, match=says):
-        require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
-    assert "caches may be incomplete" in "\n".join(
-        check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).lines
-    )
-    # nothing is in the way of another family, nor of files that are no caches
-    assert cache_media(ToyFamily(name="other", cache_tag="oth"), config, options()).written == COUNT
-
-
-def test_a_file_that_only_has_the_name_of_a_cache_is_no_other_form(copy: Callable[[str], Path]) -> None:
-    config = make(copy("shards"), "shards")
-    write_tensors(
-        shard_of(config).parent / "a_0032x0032_toy.safetensors", {"lora_up.weight": torch.ones(1)}, {}
-    )
-    assert cache(config) == (0, 0)
 
 
 # --- kills, and several at once
@@ -286,25 +220,3 @@ def test_a_run_that_is_killed_goes_on_and_equals_an_undisturbed_one(
         cache_texts(two(), config, options())
         assert files(config) == expected
     assert interrupted
-
-
-@needs_fork
-def test_two_processes_cache_into_one_folder(undisturbed: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    shutil.copytree(undisturbed["files"], folder, ignore=shutil.ignore_patterns("cache"))
-    config = make(folder, "shards")
-    children = []
-    for _ in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                cache(config)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    for child in children:
-        assert os.waitpid(child, 0)[1] == 0
-    assert cache(config) == (0, 0)
-    assert files(config) == files(make(undisturbed["shards"], "shards"))

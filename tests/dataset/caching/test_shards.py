@@ -1,9 +1,6 @@
 """Shards: several runs that each cache a share of one dataset, and the last one that checks it all."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from dataset.options import ShardOptions
 from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
 from modules.errors import OptionError
-from tests.dataset.caching.test_loop import ROOT, change, make_config
+from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.toy_family import ToyFamily, ToyText, options
 
 CLIPS = (9, 5, 9, 13, 9)
@@ -133,11 +130,6 @@ def test_a_shard_that_is_not_there_is_refused() -> None:
         ShardOptions(num_shards=4, shard_index=4)
 
 
-def test_a_look_at_the_whole_dataset_takes_no_shard() -> None:
-    with pytest.raises(OptionError, match="--check looks at the whole dataset: leave out --num_shards"):
-        options(check=True, shard=shard(0, 2))
-
-
 PROCESS = """
 import sys
 from pathlib import Path
@@ -150,29 +142,3 @@ for cache in (cache_media, cache_texts):
     report = cache(family(), config, options(shard=shard({index}, 2)))
     print(report.share, report.whole, report.removed)
 """
-
-
-@pytest.mark.slow
-def test_several_processes_divide_a_shard(tmp_path: Path) -> None:
-    config = make_dataset(tmp_path)
-    whole = into(config, tmp_path / "whole")
-    cache_media(family(), whole, options())
-    cache_texts(family(), whole, options())
-    port = 20000 + os.getpid() % 20000
-    for index in range(2):
-        code = PROCESS.format(root=str(ROOT), folder=str(tmp_path), index=index)
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + index)}
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-c", code],
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        said = [process.communicate(timeout=120)[0].splitlines() for process in running]
-        # both report for all processes: 3 or 2 sources; two batches of captions, one of a single caption
-        assert said == [[f"{3 - index} 5 0", "3 6 0"]] * 2
-
-    assert contents(tmp_path / "shared") == contents(tmp_path / "whole")

@@ -18,13 +18,12 @@ import pytest
 from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.options import ShardOptions
-from modules.atomic_write import parse_temporary, remove_leftovers, temporary_name
-from modules.contract.data import CacheEntry, Conditions, MediaBatch, MediaEncoders
+from modules.atomic_write import parse_temporary
+from modules.contract.data import Conditions
 from modules.contract.generation import Prompt
-from modules.errors import CacheError, OutputError
-from tests.dataset.caching.test_loop import change, make_config, names
+from tests.dataset.caching.test_loop import make_config, names
 from tests.dataset.caching.test_shards import contents, entries, into, shard
-from tests.dataset.test_two_passes import KEYS, PARTS, ToyClip, ToyLlm, assert_whole, two
+from tests.dataset.test_two_passes import KEYS, PARTS, ToyClip, ToyLlm, two
 from tests.dataset.toy_family import ToyFamily, options
 
 PATIENCE = 60.0  # seconds until a process that does not come to its place counts as hanging
@@ -80,18 +79,6 @@ class StoppingFamily(ToyFamily):
         self.stop.here()
 
 
-@dataclasses.dataclass
-class MiddleFamily(ToyFamily):
-    """Stops when it has encoded a clip, before the second one."""
-
-    stop: Any = None
-
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        if self.seen:
-            self.stop.here()
-        return super().encode_media(encoders, media)
-
-
 def texts_stopping_in(encoder: str, folder: Path, form: str, stop: Stop) -> None:
     llm = StoppingLlm(stop=stop) if encoder == "llm" else ToyLlm()
     clip = StoppingClip(stop=stop) if encoder == "clipL" else ToyClip()
@@ -118,12 +105,6 @@ def latents_stopping_when_listed(folder: Path, form: str, stop: Stop) -> None:
 def texts_stopping_when_listed(folder: Path, form: str, stop: Stop) -> None:
     config = make_config(folder, clips=(), cache_format=form)
     cache_texts(StoppingFamily(stop=stop, text=two().text), config, options())
-
-
-def latents_stopping_in_the_middle(folder: Path, form: str, stop: Stop) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test that runs in the background ignores it
-    family = MiddleFamily(stop=stop)
-    cache_media(family, make_config(folder, cache_format=form), options())
 
 
 class Other:
@@ -171,41 +152,6 @@ def test_texts_of_two_runs_at_once_are_whole(tmp_path: Path, encoder: str, form:
     assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
 
 
-@FORMS
-def test_both_runs_are_in_their_last_pass_at_once(tmp_path: Path, form: str) -> None:
-    config = make_config(tmp_path, cache_format=form)
-    undisturbed = into(config, tmp_path / "undisturbed")
-    cache_texts(two(), undisturbed, options())
-    first, second = (Other(texts_stopping_in, "clipL", tmp_path, form) for _ in range(2))
-    with first, second:
-        assert sorted(entries(config)) == PARTS
-        first.stop.go.set()
-        assert (second.end(), first.end()) == (0, 0)
-    assert entries(config) == entries(undisturbed)
-
-
-@dataclasses.dataclass
-class RemovingClip(ToyClip):
-    """Meanwhile another run removes what the first encoder wrote, as one with other captions does."""
-
-    folder: Path = Path()
-
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        for part in PARTS:
-            (self.folder / part).unlink(missing_ok=True)
-        return super().encode(prompts)
-
-
-def test_what_another_run_removed_is_said_and_no_file_is_left_incomplete(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    robbed = ToyFamily(text=[ToyLlm(), RemovingClip(folder=tmp_path / "cache")], text_keys=KEYS)
-    with pytest.raises(CacheError, match="removed or replaced what llm had written.\n  Let one"):
-        cache_texts(robbed, config, options())
-    assert names(tmp_path) == []
-    cache_texts(two(), config, options())
-    assert_whole(config, tmp_path)
-
-
 def test_a_file_that_another_process_is_writing_is_not_swept(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     with Other(latents_stopping_before_a_rename, tmp_path) as other:
@@ -249,82 +195,8 @@ def test_what_others_make_of_new_sources_is_not_stale(
     assert entries(config) == made
 
 
-def test_two_that_remove_the_same_stale_files_both_end_well(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = make_config(tmp_path, clips=(9, 9))
-    cache_media(ToyFamily(), change(config, target_frames=(5, 9)), options())
-    with Other(latents_stopping_when_listed, tmp_path, "files") as other:
-        assert cache_media(ToyFamily(), config, options()).removed == 2
-        assert other.end() == 0
-    assert names(tmp_path) == [LATENT.format(0), LATENT.format(1)]
-    assert "may not be a cache file" not in caplog.text
-
-
-@FORMS
-def test_overlapping_shards_and_a_whole_run_end_with_the_same_entries(tmp_path: Path, form: str) -> None:
-    config = make_config(tmp_path, cache_format=form)
-    undisturbed = into(config, tmp_path / "undisturbed")
-    cache_media(ToyFamily(), undisturbed, options())
-    with Other(latents_stopping_in_the_middle, tmp_path, form) as other:
-        for index in range(2):
-            cache_media(ToyFamily(), config, options(shard=shard(index, 2)))
-        cache_media(ToyFamily(), config, options())  # it leaves alone what is being written
-        assert entries(config) == entries(undisturbed)
-        assert other.end() == 0
-    assert entries(config) == entries(undisturbed)
-    cache_media(ToyFamily(), config, options())
-    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
-
-
-@FORMS
-def test_a_killed_shard_goes_on_with_the_same_command(tmp_path: Path, form: str) -> None:
-    config = make_config(tmp_path, cache_format=form)
-    undisturbed = into(config, tmp_path / "undisturbed")
-    cache_media(ToyFamily(), undisturbed, options())
-    with Other(latents_stopping_in_the_middle, tmp_path, form) as other:
-        os.kill(other.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-        other.process.join(PATIENCE)
-    written = [cache_media(ToyFamily(), config, options(shard=shard(index, 2))).written for index in range(2)]
-    assert written in ([0, 1], [1, 1])  # the first clip may have been on its way to the disk
-    cache_media(ToyFamily(), config, options())
-    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
-
-
 # --- temporary names
 # ------------------------------------------------------------------------------------------------------------
-
-
-def test_temporary_names_tell_whose_they_are(tmp_path: Path) -> None:
-    ours = temporary_name(tmp_path / "a.bin")
-    found = parse_temporary(ours.name)
-    assert found is not None
-    assert (found.name, found.is_written) == ("a.bin", None if os.name == "nt" else True)
-    machine = "0" * 8 if ours.name[7:15] != "0" * 8 else "1" * 8
-    elsewhere = f".a.bin.{machine}{ours.name[15:]}"
-    for name, written in ((elsewhere, None), (".a.bin.1234abcd.tmp", None)):
-        found = parse_temporary(name)
-        assert found is not None
-        assert (found.name, found.is_written) == ("a.bin", written)
-    for name in ("a.bin", ".a.bin.tmp", ".a.bin.xyz.tmp", ".a.bin.0123456789.tmp", "a.bin.1234abcd.tmp"):
-        assert parse_temporary(name) is None
-
-
-@pytest.mark.skipif(os.name == "nt", reason="there nobody asks whether a process lives")
-def test_only_age_tells_of_the_files_of_other_machines(tmp_path: Path) -> None:
-    ours = temporary_name(tmp_path / "a.bin")
-    machine = ours.name[7:15]
-    dead = tmp_path / ours.name.replace(f"{os.getpid():06x}", f"{0xFFFFFF:06x}")  # beyond what Linux gives
-    elsewhere = tmp_path / ours.name.replace(machine, f"{int(machine, 16) ^ 1:08x}")
-    for path in (ours, dead, elsewhere):
-        path.touch()
-    os.utime(dead, (2**32, 2**32))  # by a clock that is ahead
-    remove_leftovers(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([ours, elsewhere])
-    for path in (ours, elsewhere):
-        os.utime(path, (0, 0))
-    remove_leftovers(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 # --- faults
@@ -383,43 +255,4 @@ def test_one_of_several_writers_is_killed_at_any_moment(tmp_path: Path, form: st
     cache_all(tmp_path, form, started, everything, number)
 
     assert entries(config) == entries(undisturbed)
-    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
-@MOSTLY_FILES
-def test_a_shard_that_is_interrupted_goes_on_with_the_same_command(tmp_path: Path, form: str) -> None:
-    config = make_config(tmp_path, cache_format=form)
-    undisturbed = into(config, tmp_path / "undisturbed")
-    cache_media(ToyFamily(), undisturbed, options())
-    with Other(latents_stopping_in_the_middle, tmp_path, form) as other:
-        os.kill(other.process.pid, signal.SIGINT)
-        other.process.join(PATIENCE)
-        assert other.process.exitcode == 1
-    assert sorted(entries(config)) == [LATENT.format(0)]  # what was encoded is written
-    assert [
-        cache_media(ToyFamily(), config, options(shard=shard(index, 2))).written for index in range(2)
-    ] == [0, 1]
-    cache_media(ToyFamily(), config, options())
-    assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")
-
-
-def test_a_disk_that_is_full_ends_one_shard_and_costs_the_others_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = make_config(tmp_path)
-    undisturbed = into(config, tmp_path / "undisturbed")
-    cache_media(ToyFamily(), undisturbed, options())
-    rename = os.replace
-
-    def full(source: Any, target: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OutputError, match="the disk is full"):
-        cache_media(ToyFamily(), config, options(shard=shard(0, 2)))
-    assert names(tmp_path) == []
-    monkeypatch.setattr(os, "replace", rename)
-    for index in (1, 0):
-        assert cache_media(ToyFamily(), config, options(shard=shard(index, 2))).written == 1
     assert contents(tmp_path / "cache") == contents(tmp_path / "undisturbed")

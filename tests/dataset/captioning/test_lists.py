@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 
 from dataset.captioning.lists import CaptionList, rewrite_lines, set_value
-from dataset.captioning.made import NAME, MadeCaptions
-from modules.errors import OutputError
 
 
 @pytest.mark.parametrize(
@@ -97,34 +95,6 @@ def test_each_replaced_hand_written_caption_is_in_a_backup(tmp_path: Path) -> No
     assert "second" in (tmp_path / "list.jsonl.2.bak").read_text()
 
 
-def test_the_record_knows_its_texts_after_a_torn_line(tmp_path: Path) -> None:
-    made = MadeCaptions(tmp_path)
-    made.add("a.txt", "one")
-    (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes() + b'{"name": "b.t')
-    again = MadeCaptions(tmp_path)
-    again.add("a.txt", "two")
-    again = MadeCaptions(tmp_path)
-
-    assert again.has("a.txt", "one\n")
-    assert again.has("a.txt", "two")
-    assert not again.has("a.txt", "three")
-    assert not again.has("b.txt", "one")
-
-
-def test_an_interrupted_pass_goes_on_and_a_finished_one_begins_anew(tmp_path: Path) -> None:
-    made = MadeCaptions(tmp_path)
-    made.add("old.txt", "one")
-    assert made.begin_pass("p") == frozenset()
-    made.add("a.txt", "two")
-
-    again = MadeCaptions(tmp_path)
-    assert again.done_before("p") == {"a.txt"}
-    assert again.done_before("q") == frozenset()
-    assert again.begin_pass("p") == {"a.txt"}
-    again.end_pass()
-    assert MadeCaptions(tmp_path).begin_pass("p") == frozenset()
-
-
 def test_what_is_written_into_a_list_meanwhile_stays(tmp_path: Path) -> None:
     path = tmp_path / "list.jsonl"
     path.write_text('{"image_path": "a"}\n', encoding="utf-8")
@@ -139,16 +109,3 @@ def test_what_is_written_into_a_list_meanwhile_stays(tmp_path: Path) -> None:
 
     lines = ['{"image_path": "a", "n": 1, "caption": "x"}\n', '{"image_path": "b", "caption": "x"}\n']
     assert path.read_text(encoding="utf-8") == "".join(lines)
-
-
-def test_a_list_that_is_written_all_the_time_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "list.jsonl"
-    path.write_text('{"image_path": "a"}\n', encoding="utf-8")
-
-    def change(_: Any) -> dict[str, Any]:
-        path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-        return {"caption": "x"}
-
-    with pytest.raises(OutputError, match="keeps writing this list"):
-        rewrite_lines(path, change)
-    assert "caption" not in path.read_text(encoding="utf-8")

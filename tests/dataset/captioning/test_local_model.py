@@ -1,7 +1,6 @@
 """Captions from a model that runs here: tiny ones with random weights."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dataset.captioning.answers import Frames
-from dataset.captioning.drawing import draw_words
 from dataset.captioning.local_model import LocalModel, load_model
 from dataset.captioning.options import AskOptions, CaptionModelOptions
 from dataset.captioning.places import find_places
@@ -23,7 +20,7 @@ from dataset.config import load_dataset_config
 from modules.errors import CheckpointError, DownloadError, MemoryPlanError
 from tests.dataset.captioning.making import make_folder, options_of, read_captions
 from tests.dataset.making import make_clip
-from tests.tiny.vision_model import TEMPLATE, VOCABULARY, WORDS, write_llava, write_qwen
+from tests.tiny.vision_model import TEMPLATE, WORDS, write_llava, write_qwen
 
 pytest.importorskip("transformers")
 ASK = AskOptions.usual(prompt="a cat", max_pixels=4096, max_new_tokens=8)
@@ -74,17 +71,6 @@ def test_a_batch_gives_what_each_gives_alone(
         )
 
 
-def test_drawn_words_have_the_probabilities_of_the_scores() -> None:
-    names = [str(number) for number in range(4000)]
-    (noise,) = draw_words(dataclasses.replace(ASK, temperature=0.5), names) or ()
-    scores = torch.log(torch.tensor([0.2, 0.3, 0.5])).expand(len(names), 3)
-    drawn = noise(torch.zeros(len(names), 1), scores).argmax(1)
-
-    wanted = torch.tensor([0.04, 0.09, 0.25]) / 0.38  # squares: the temperature is a half
-    counted = torch.bincount(drawn, minlength=3) / len(names)
-    torch.testing.assert_close(counted, wanted, atol=0.03, rtol=0)
-
-
 def test_captions_of_clips_are_written_through_the_loop(llava: Path, tmp_path: Path) -> None:
     config = make_folder(tmp_path)
     clips = tmp_path / "clips"
@@ -113,18 +99,6 @@ def test_messages_are_made_by_the_template_that_is_there(llava: Path, tmp_path: 
 
     plain.processor.tokenizer.chat_template = "{% for turn in messages %}[{{ turn.content }}]{% endfor %}"
     assert plain.message("what", 1) == "[be short][<image>\nwhat]"
-
-
-@pytest.mark.parametrize("template", [TEMPLATE, f"<s>{TEMPLATE}"])
-def test_a_text_begins_once(template: str, llava: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(llava, tmp_path / "model")
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    model = load(folder)
-    image = Image.new("RGB", (16, 16))
-
-    tokens = model.inputs([model.message("a cat", 1)], [[image]])["input_ids"][0].tolist()
-    assert tokens.count(VOCABULARY.index("<s>")) == 1
-    assert tokens.count(VOCABULARY.index("<image>")) == 4
 
 
 def test_one_that_fails_in_a_batch_costs_only_itself(llava: Path, tmp_path: Path) -> None:
@@ -159,47 +133,9 @@ def test_a_thought_that_the_template_begins_is_no_caption(llava: Path, tmp_path:
     assert "--max_new_tokens ended it" in str(answer)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("torchvision") is not None, reason="torchvision makes the part for videos"
-)
-def test_a_processor_for_videos_needs_no_torchvision(qwen: Path) -> None:
-    processor = load(qwen).processor
-    assert type(processor).__name__ == "Qwen2VLProcessor"
-    assert processor.video_processor is None
-
-
 def _change(folder: Path, name: str, **values: Any) -> None:
     path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda folder: _change(folder, "config.json", quantization_config={"bits": 4}), "quantised"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 50), "cannot load it"),
-        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (
-            lambda folder: (folder / "processor_config.json").unlink(),
-            "takes no images|cannot load it|no processor",
-        ),
-        (
-            lambda folder: (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}"),
-            "its chat template fails",
-        ),
-    ],
-)
-def test_a_folder_that_cannot_be_used_is_refused(
-    change: Any, message: str, llava: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(llava, tmp_path / "model")
-    change(folder)
-
-    with pytest.raises(Exception, match=message) as error:
-        load(folder)
-    assert str(folder) in str(error.value) or "template" in message
-    assert "Traceback" not in str(error.value)
 
 
 def test_code_in_a_model_is_never_run(llava: Path, tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,6 @@ from tests.dataset.captioning.making import (
     read_captions,
     read_lines,
 )
-from tests.dataset.making import make_image
-from tests.faults.messages import assert_one_message, run_here
 
 HAND = "written by a person\n"
 
@@ -60,17 +56,6 @@ def test_only_what_is_missing_is_made_and_a_second_run_makes_nothing(
     run(config, server)
     assert everything_in(tmp_path) == state
     assert len(server.bodies) == before + 2
-
-
-def test_a_table_without_extension_gets_txt_files_and_the_line_to_add(
-    tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = make_folder(tmp_path, {"a": HAND}, extension=None)
-    run(config, server)
-
-    assert len(read_captions(tmp_path)) == 3
-    assert read_captions(tmp_path)["a"] == HAND
-    assert 'caption_extension = ".txt"' in caplog.text
 
 
 def test_a_dry_run_names_what_is_missing_and_writes_nothing(
@@ -136,18 +121,6 @@ def test_overwriting_makes_own_captions_anew_but_not_edited_ones(tmp_path: Path,
     assert captions.pop("a") == "caption of mine"
     assert all(text.startswith("New: ") and text != f"New: {first[name]}" for name, text in captions.items())
     assert not list((tmp_path / "im ages").glob("*.bak"))
-
-
-def test_overwriting_all_keeps_each_hand_written_file_once(tmp_path: Path, server: FakeServer) -> None:
-    config = make_folder(tmp_path, {"a": HAND})
-    (tmp_path / "im ages" / "a.txt.bak").write_text("older", encoding="utf-8")
-    for _ in range(2):
-        run(config, server, "--overwrite_all")
-
-    folder = tmp_path / "im ages"
-    assert read_captions(tmp_path)["a"].startswith("caption")
-    backups = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.bak")}
-    assert backups == {"a.txt.bak": "older", "a.txt.2.bak": HAND}
 
 
 def test_an_interrupted_overwriting_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -299,23 +272,6 @@ def test_captions_are_edited_without_a_model(
     assert read_captions(tmp_path)["b b"] == "A photo: a cat"
 
 
-def test_captions_of_a_list_are_edited_and_none_becomes_empty(tmp_path: Path) -> None:
-    lines = [
-        '{"image_path": {}, "caption": "a dog", "captions": ["b dog", "c"]}',
-        '{"image_path": {}, "caption": "dog"}',
-        '{"image_path": {}}',
-    ]
-    config = make_list(tmp_path, lines, keys="multi_caption = true")
-    old = (tmp_path / "list.jsonl").read_text(encoding="utf-8")
-
-    with pytest.raises(DatasetError, match="1 caption would be empty"):
-        run(config, None, "--edit_only", "--replace", "dog", "")
-    new = read_lines(tmp_path)
-    assert (new[0]["caption"], new[0]["captions"], new[1]["caption"]) == ("a", ["b", "c"], "dog")
-    assert "caption" not in new[2]
-    assert (tmp_path / "list.jsonl.bak").read_text(encoding="utf-8") == old
-
-
 @pytest.mark.parametrize("is_list", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_between_two_captions(is_list: bool, tmp_path: Path) -> None:
     config = (make_list if is_list else make_folder)(tmp_path)
@@ -361,69 +317,3 @@ def _written(folder: Path, is_list: bool) -> list[str]:
         waiting = (folder / ".list.jsonl.captions").read_text(encoding="utf-8").splitlines()
         texts += [json.loads(line)["caption"] for line in waiting if line.endswith("}")]
     return sorted({str(text) for text in texts if text is not None})
-
-
-def test_the_script_ends_with_2_and_0_as_it_says(tmp_path: Path) -> None:
-    config = make_folder(tmp_path)
-    code, said = run_here("tools/caption_dataset.py", "--dataset_config", config, folder=tmp_path)
-    assert_one_message(code, said, "--model or --api_base is missing")
-    assert code == 2
-
-    code, said = run_here(
-        "tools/caption_dataset.py", "--dataset_config", config, "--dry_run", folder=tmp_path
-    )
-    assert code == 0
-
-    missing = tmp_path / "no model"
-    words = ("--dataset_config", config, "--model", missing)
-    code, said = run_here("tools/caption_dataset.py", *words, folder=tmp_path)
-    assert_one_message(code, said, missing, "no such folder")
-    assert code == 1
-
-
-@pytest.mark.parametrize(
-    "words", [("--dry_run",), ("--edit_only", "--trigger_word", "zxc"), ("--model", "m")]
-)
-def test_tables_with_no_place_for_captions_are_refused_by_name(
-    words: tuple[str, ...], tmp_path: Path
-) -> None:
-    config = make_folder(tmp_path)
-    table = f"video_table_file = {str(tmp_path / 'clips.csv')!r}\ncache_directory = 'cache'"
-    config.write_text(f"{config.read_text(encoding='utf-8')}[[datasets]]\n{table}\n", encoding="utf-8")
-
-    with pytest.raises(
-        DatasetError, match=r"\[\[datasets\]\] 2 \(.*clips\.csv\): .*Use a configuration with"
-    ):
-        run(config, None, *words)
-
-
-class _Files(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def test_lines_with_addresses_get_captions_and_their_secrets_stay_in_the_list(
-    tmp_path: Path, server: FakeServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    site = tmp_path / "site"
-    site.mkdir()
-    make_image(site / "a.png")
-    files = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(site)))
-    threading.Thread(target=files.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    address = f"http://127.0.0.1:{files.server_port}/a.png?key=SECRET"
-    bare = '{"image_path": {}}'
-    config = make_list(tmp_path, [json.dumps({"image_path": address}), bare, bare], keys="allow_urls = true")
-    try:
-        run(config, None, "--dry_run")
-        run(config, server)
-        run(config, server, "--overwrite")
-        run(config, None, "--edit_only", "--trigger_word", "zxc")
-    finally:
-        files.shutdown()
-        files.server_close()
-
-    lines = read_lines(tmp_path)
-    assert all(str(line["caption"]).startswith("zxc, caption ") for line in lines)
-    assert lines[0]["image_path"] == address
-    assert b"SECRET" not in (tmp_path / NAME).read_bytes()
-    assert "SECRET" not in caplog.text

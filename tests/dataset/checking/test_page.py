@@ -5,18 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dataset.check import check_media, check_texts
 from dataset.checking.captions import load_counters
-from dataset.checking.findings import CheckResult, TableFindings, join_findings
+from dataset.checking.findings import TableFindings, join_findings
 from dataset.checking.looks import draw_crop, look_at
-from dataset.checking.page import caption_segments, choose_sources, write_check_page
+from dataset.checking.page import choose_sources, write_check_page
 from dataset.config import DatasetConfig
 from dataset.sources.faults import Fault
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
-from modules.contract.tokens import TokenCount
 from modules.media.buckets import fit_cover
 from modules.pages.page import share_page
 from tests.browser import open_page
@@ -82,19 +80,6 @@ def test_the_page_says_what_is_cut_off_and_left_out_and_why(tmp_path: Path) -> N
     assert "a.mp4: 7 frames, too few" in given
 
 
-def test_words_that_only_one_encoder_reads_are_marked() -> None:
-    text = "one two three"
-    counts = [("llm", TokenCount(text, 9, 8, 7)), ("clip", TokenCount(text, 9, 4, 3))]
-
-    (segments,) = caption_segments(text, counts)
-
-    assert [(one.text, one.unread_by, one.is_lost) for one in segments] == [
-        ("one", (), False),
-        (" two", ("clip",), False),
-        (" three", ("llm", "clip"), True),
-    ]
-
-
 @pytest.mark.parametrize(
     ("most", "shown"), [(2, ["3", "7"]), (3, ["3", "7", "5"]), (5, ["3", "7", "5", "0", "9"])]
 )
@@ -110,19 +95,6 @@ def test_files_with_faults_are_shown_first_then_an_even_choice(
     assert [one.stem for one in choose_sources([found], most)[0]] == list(shown)
 
 
-def test_a_bounded_page_says_how_many_files_it_shows(tmp_path: Path) -> None:
-    for index in range(4):
-        make_clip(tmp_path / f"{index}.mp4", 5)
-        (tmp_path / f"{index}.txt").write_text("a cat", encoding="utf-8")
-
-    text = write_page(tmp_path, make_config(tmp_path, resolution=(32, 32)), most=2).read_text(
-        encoding="utf-8"
-    )
-
-    assert "Shown are 2 of 4 files" in text
-    assert text.count("<article") == 2
-
-
 def test_the_crop_is_drawn_where_the_model_cuts() -> None:
     frame = np.full((60, 100, 3), 200, np.uint8)
 
@@ -132,17 +104,6 @@ def test_the_crop_is_drawn_where_the_model_cuts() -> None:
     assert (drawn[:, 80:] == 60).all()
     assert (drawn[2:58, 22:78] == 200).all()
     assert (drawn[:, 20] == (255, 140, 0)).all()
-
-
-def test_a_long_clip_is_sampled_over_its_whole_length(tmp_path: Path) -> None:
-    make_clip(tmp_path / "a.mp4", 60)
-    table = make_table(tmp_path, resolution=(32, 32), target_frames=(5,), frame_extraction="chunk")
-    (source,) = find_sources(table)
-
-    look = look_at(source, 16.0, LATENT)
-
-    assert (look.used, look.frames, len(look.spans)) == (60, 60, 12)
-    assert look.strip is not None
 
 
 def test_a_damaged_clip_shows_what_could_be_read(tmp_path: Path) -> None:
@@ -155,19 +116,3 @@ def test_a_damaged_clip_shows_what_could_be_read(tmp_path: Path) -> None:
 
     assert look.problem is not None
     assert "a.mp4" in look.problem
-
-
-def test_an_animation_has_its_own_times_and_no_remark_about_its_rate(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (32, 32), (8 * index, 0, 0)) for index in range(9)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
-    (source,) = find_sources(make_table(tmp_path, resolution=(32, 32), target_frames=(5,)))
-
-    look = look_at(source, 16.0, LATENT)
-
-    assert look.problem is None
-    assert look.fps == pytest.approx(10)
-    assert look.rate_remark is None
-
-
-def test_an_empty_result_is_ok() -> None:
-    assert CheckResult(()).ok

@@ -1,16 +1,14 @@
 """load_tensors: latents come from moments that were computed before, and equal those of our own encoding."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import cache_latents
-import fpack_cache_latents
 import wan_cache_latents
 from dataset.cache.files import read_header
 from dataset.cache.records import latent_record
@@ -19,7 +17,6 @@ from modules.errors import DatasetError, UserError
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
 from tests.dataset.cogvideox.making import NAMES, save, write_config, write_data
-from tests.tiny.framepack_encoders import siglip_tensors
 from tests.tiny.hunyuan_vae import write_vae
 from tests.tiny.wan_encoders import vae22_tensors, vae_tensors
 from wan.vae import load_vae as load_wan_vae
@@ -87,32 +84,6 @@ def test_latents_of_moments_equal_those_of_the_clip(
     if tag == "hv":  # a sample, not the mean
         mean = torch.load(project / tag / "video_latents" / f"{NAMES[0]}.pt")[:16]
         assert not torch.equal(next(iter(found.values()))[next(iter(next(iter(found.values()))))], mean)
-
-
-def test_clips_may_be_absent_and_other_keys_do_not_cut_what_is_given(
-    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    root = tmp_path / "data"
-    (root / "video_latents").mkdir(parents=True)
-    for name in ("prompt.txt", "videos.txt"):
-        (root / name).write_bytes((project / "wan" / name).read_bytes())
-    for path in (project / "wan" / "video_latents").iterdir():
-        (root / "video_latents" / path.name).write_bytes(path.read_bytes())
-    config = write_config(
-        tmp_path, root, "load_tensors = true", "target_frames = [5]", "resolution = [64, 64]"
-    )
-
-    with caplog.at_level(logging.WARNING):
-        cache(project, "wan", config)
-
-    assert "target_frames is ignored because with load_tensors" in caplog.text
-    found = sorted(path for path in (tmp_path / "cache").iterdir() if path.suffix == ".safetensors")
-    assert [path.name for path in found] == [f"{name}_00000-013_0032x0032_wan.safetensors" for name in NAMES]
-    record = latent_record(read_header(found[0]))
-    assert record is not None
-    assert record.clip is not None
-    assert (record.clip.kept_frames, record.clip.size) == (16, (32, 32))  # by the form: four latents, times 4
-    assert [file.name for file in record.files] == [f"{NAMES[0]}.pt"]
 
 
 def test_another_run_keeps_what_is_right_and_makes_anew_what_has_changed(
@@ -187,37 +158,3 @@ def test_another_vae_is_refused_by_name_before_anything_is_read(project: Path, t
     config = write_config(tmp_path, project / "wan", "load_tensors = true")
     with pytest.raises(DatasetError, match="has 32 channels, but this model's VAE has 96"):
         wan_cache_latents.main(["--dataset_config", str(config), "--vae", str(tmp_path / "wan22.pth")])
-
-
-def test_what_needs_frames_is_refused_by_name(project: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, project / "wan", "load_tensors = true")
-    with pytest.raises(DatasetError, match="load_tensors cannot be used: Wan's image-to-video caches hold"):
-        cache(project, "wan", config, "--i2v")
-    save_file(siglip_tensors(), tmp_path / "siglip.safetensors")
-    with pytest.raises(DatasetError, match="load_tensors cannot be used: FramePack learns sections"):
-        fpack_cache_latents.main(
-            [
-                *("--dataset_config", str(config), "--vae", str(project / "hv.safetensors")),
-                *("--image_encoder", str(tmp_path / "siglip.safetensors")),
-            ]
-        )
-    config = write_config(tmp_path, project / "wan", "load_tensors = true", "alpha_mask = true")
-    with pytest.raises(DatasetError, match="alpha_mask cannot be used with load_tensors"):
-        cache(project, "wan", config)
-
-
-def test_moments_of_first_frames_are_asked_for_only_if_they_are_needed(project: Path, tmp_path: Path) -> None:
-    root = write_data(tmp_path / "data", count=1)
-    save(torch.zeros(32, 2, 4, 4), root / "video_latents" / f"{NAMES[0]}.pt")
-    config = write_config(tmp_path, root, "load_tensors = true")
-    cache(project, "hv", config)
-    with pytest.raises(DatasetError, match=r"1 moments of first frames are missing.*\n.*image_latents.00000"):
-        cache(project, "hv", config, "--i2v")
-
-
-def test_moments_that_say_nothing_of_their_vae_are_used_with_a_warning(
-    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        cache(project, "wan", write_config(tmp_path, project / "wan", "load_tensors = true"))
-    assert "says which VAE made video_latents" in caplog.text

@@ -19,14 +19,12 @@ import prepare_dataset
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 import wan_train_network
-from dataset.sources.listing import find_sources
 from hunyuan_model.vae import load_vae as load_hunyuan_vae
-from modules.errors import DatasetError, OptionError, UserError
+from modules.errors import DatasetError, OptionError
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
 from tests.dataset.cogvideox.making import (
     NAMES,
-    read_table,
     write_config,
     write_data,
     write_hunyuan_pipeline,
@@ -120,26 +118,6 @@ def test_the_moments_are_those_of_the_vae(family: str, models: Models, tmp_path:
             assert (half.float() - moments).abs().mean() < 0.05 * moments.abs().mean()
 
 
-def test_what_is_written_is_read_back_in_three_forms(models: Models, tmp_path: Path) -> None:
-    output = tmp_path / "prepared"
-    encode(write_data(tmp_path / "data"), output, models["wan"])
-    records = [json.loads(line) for line in (output / "data.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [f'"{record["prompt"]}",{record["video"]}\n' for record in records]
-    (output / "data.csv").write_text("caption,video\n" + "".join(rows), encoding="utf-8")
-
-    for more in ((), ("load_tensors = true",)):
-        found = [
-            [
-                (one.path, one.caption, one.tensors)
-                for one in find_sources(read_table(tmp_path, output, *form, *more))
-            ]
-            for form in ((), ('dataset_file = "data.csv"',), ('dataset_file = "data.jsonl"',))
-        ]
-        assert found[0] == found[1] == found[2]
-        assert {caption for _, caption, _ in found[0]} == set(CAPTIONS[:3])
-        assert all((tensors is not None) == bool(more) for _, _, tensors in found[0])
-
-
 @pytest.mark.parametrize("family", ["wan", "hv"])
 def test_caches_of_prepared_tensors_equal_those_of_the_clips_and_load_no_encoder(
     family: str, models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -195,37 +173,6 @@ def test_caches_of_prepared_tensors_equal_those_of_the_clips_and_load_no_encoder
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             assert torch.equal(tensor, theirs[key]), key
-
-
-def test_embeddings_of_another_encoder_or_caption_are_not_used(
-    models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data, output = write_data(tmp_path / "data", count=2), tmp_path / "prepared"
-    encode(data, output, models["wan"])
-    first, second = sorted((output / "prompt_embeds").glob("*.pt"))
-    note = first.with_suffix(".json").read_bytes()
-    torch.save(torch.zeros(3, 7), second)
-    words = ["--t5", str(models["wan"] / "text_encoder")]
-    for number, (lines, why) in enumerate(
-        [
-            ((), "nothing beside it says which encoder made it"),
-            (('caption_prefix = "film:"',), "it is of the caption"),
-        ]
-    ):
-        caplog.clear()
-        if number:
-            first.with_suffix(".json").write_bytes(note)
-        else:
-            first.with_suffix(".json").unlink()
-        config = write_config(tmp_path, output, "load_tensors = true", *lines, cache=f"cache{number}")
-        with caplog.at_level(logging.INFO):
-            wan_cache_text_encoder_outputs.main(["--dataset_config", str(config), *words])
-
-        assert "2 captions are encoded here" in caplog.text
-        assert why in caplog.text
-        assert "computing in" in caplog.text
-        for path in (tmp_path / f"cache{number}").iterdir():
-            assert next(iter(load_file(path).values())).abs().sum() > 0
 
 
 def test_tensors_of_another_model_are_refused_by_its_name(models: Models, tmp_path: Path) -> None:
@@ -305,70 +252,3 @@ def test_a_changed_caption_or_clip_is_prepared_again_and_other_settings_are_refu
         run(data, output, "--target_fps", 9)
     with pytest.raises(OptionError, match="is --data_root: its lists would be written over"):
         run(output, output)
-
-
-def test_a_clip_that_cannot_be_read_is_reported_and_the_others_are_listed(tmp_path: Path) -> None:
-    data, output = write_data(tmp_path / "data"), tmp_path / "prepared"
-    (data / "videos" / f"{NAMES[1]}.mp4").write_bytes(b"no video")
-    with pytest.raises(DatasetError, match=r"1 of the clips could not be used.*\n.*00001\.mp4"):
-        run(data, output)
-    assert (output / "prompts.txt").read_text(encoding="utf-8") == f"{CAPTIONS[0]}\n{CAPTIONS[2]}\n"
-
-    (data / "videos" / f"{NAMES[1]}.mp4").unlink()
-    with pytest.raises(DatasetError, match=r"1 clips of --data_root .* do not exist"):
-        run(data, output)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--height_buckets", "33"), "--height_buckets 33: give even numbers"),
-        (("--model_id", "nowhere", "--save_latents_and_embeddings"), "nowhere: there is no such folder"),
-        (("--model_id", ".", "--save_latents_and_embeddings"), "--model_id . has no folder text_encoder"),
-        (("--model_id", "half", "--save_latents_and_embeddings"), r"config\.json does not say what the VAE"),
-        (
-            ("--model_id", "{wan}", "--save_latents_and_embeddings", "--max_sequence_length", "100"),
-            "--max_sequence_length 100: the text encoder of Wan reads 512",
-        ),
-        (
-            ("--model_id", "{hv}", "--save_latents_and_embeddings", "--max_sequence_length", "100"),
-            "--max_sequence_length 100: the text encoders of HunyuanVideo",
-        ),
-        (
-            ("--model_id", "{wan}", "--save_latents_and_embeddings", "--height_buckets", "40"),
-            "--height_buckets 40: the model takes multiples of 16",
-        ),
-    ],
-)
-def test_what_does_not_work_is_refused_by_name_before_anything_is_written(
-    words: tuple[str, ...], message: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "half" / "text_encoder").mkdir(parents=True)
-    (tmp_path / "data" / "a.mp4").touch()
-    write_lists(tmp_path / "data", ("one",), ["a.mp4"])
-    given = [word.format(**models) for word in words]
-
-    with pytest.raises(UserError, match=message):
-        run(tmp_path / "data", tmp_path / "prepared", *given)
-    assert not (tmp_path / "prepared").exists()
-
-
-def test_a_rerun_without_latents_keeps_them_until_their_clip_or_caption_changes(
-    models: Models, tmp_path: Path
-) -> None:
-    data, output = write_data(tmp_path / "data", count=1), tmp_path / "prepared"
-    encode(data, output, models["wan"])
-    whole = contents(output)
-
-    run(data, output)
-    assert contents(output) == whole
-
-    write_lists(data, ("another text",), [f"videos/{NAMES[0]}.mp4"])
-    run(data, output)
-    (record,) = map(json.loads, (output / "data.jsonl").read_text(encoding="utf-8").splitlines())
-    assert record["prompt_embed"] is None
-    assert record["video_latent"] is not None
-    encode(data, output, models["wan"])
-    assert contents(output).keys() == whole.keys()

@@ -14,7 +14,6 @@ from dataset.cogvideox.shapes import (
     batches_by_shape,
     choose_frames,
     choose_size,
-    draw,
     frame_indices,
     read_clip,
     shape_frame,
@@ -94,16 +93,6 @@ def test_with_a_mode_it_is_resized_to_cover_and_cut(mode: str, place: tuple[floa
 
     assert np.array_equal(shaped, plain)
     assert np.array_equal(flipped, plain[:, ::-1])
-
-
-def test_chance_is_a_function_of_seed_and_name_and_flips_as_often_as_asked() -> None:
-    assert draw(42, "a", 0.5) == draw(42, "a", 0.5)
-    assert draw(42, "a", 0.5).place != draw(43, "a", 0.5).place
-    assert draw(42, "a", 0.5).place != draw(42, "b", 0.5).place
-    flips = [draw(42, str(name), 0.25).is_flipped for name in range(2000)]
-    assert 430 < sum(flips) < 570
-    assert not any(draw(42, str(name), None).is_flipped for name in range(100))
-    assert all(draw(42, str(name), 1.0).is_flipped for name in range(100))
 
 
 def test_a_clip_is_read_as_its_chosen_frames_at_its_chosen_size(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, run_python, run_script
+from tests.commands import ROOT, run_script
 from tests.dataset.cogvideox.making import write_data, write_wan_pipeline
 
 SETTINGS = [
@@ -36,13 +36,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_wan_pipeline(folder / "wan")
     run_script("prepare_dataset.py", *words(folder, "whole"))
     return folder
-
-
-@pytest.mark.slow
-def test_two_processes_write_what_one_writes(project: Path) -> None:
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29783"]
-    run_python(*launch, ROOT / "prepare_dataset.py", *words(project, "together"))
-    assert contents(project / "together") == contents(project / "whole")
 
 
 @pytest.mark.slow

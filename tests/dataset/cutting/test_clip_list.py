@@ -32,19 +32,6 @@ def test_captions_written_during_a_run_stay(tmp_path: Path) -> None:
     assert read(path) == [A | {"caption": "by hand"}, B | {"caption": "this too"}, C]
 
 
-def test_a_line_that_is_taken_out_during_a_run_stays_out(tmp_path: Path) -> None:
-    path = tmp_path / "clips.jsonl"
-    clips = ClipList(path)
-    clips.add(0, [A, B])
-    clips.write()
-
-    write(path, A)
-    clips.add(1, [C])
-    clips.write()
-
-    assert read(path) == [A, C]
-
-
 def test_lines_of_clips_that_are_cut_anew_are_not_read_again(tmp_path: Path) -> None:
     path = tmp_path / "clips.jsonl"
     write(path, A, B)
@@ -58,14 +45,3 @@ def test_lines_of_clips_that_are_cut_anew_are_not_read_again(tmp_path: Path) -> 
     clips.add(0, [A | {"scene": 2}])
     clips.write()
     assert read(path) == [B | {"caption": "by hand"}, A | {"scene": 2}]
-
-
-def test_lines_come_in_the_order_of_the_sources(tmp_path: Path) -> None:
-    path = tmp_path / "clips.jsonl"
-    clips = ClipList(path)
-    clips.add(2, [C])
-    clips.write()
-    clips.add(0, [A, B])
-    clips.write()
-
-    assert read(path) == [A, B, C]

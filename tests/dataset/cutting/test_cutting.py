@@ -149,46 +149,6 @@ source_fps = "auto"
     assert line["source"] == str(film)
 
 
-def test_what_is_static_black_or_short_is_kept_on_demand(film: Path, tmp_path: Path) -> None:
-    kept = ("--keep_static", "--keep_black", "--min_seconds", 0)
-
-    clips = run(film, tmp_path / "out", *kept, "--max_frames", 20)
-
-    lines = lines_of(tmp_path / "out")
-    assert [line["frames"] for line in lines] == [15, 15, 13, 13, 13, 12, 13, 12, 9]
-    assert len(clips) == len(lines)
-
-
-def test_a_film_without_clips_has_an_empty_list(tmp_path: Path) -> None:
-    film = write_film(tmp_path / "black.mp4", plain(0, 26), NTSC)
-
-    assert run(film, tmp_path / "out") == []
-    assert lines_of(tmp_path / "out") == []
-
-
-def test_equal_names_in_folders_give_different_names_of_clips(tmp_path: Path) -> None:
-    lights = scene(1, 24)
-    for name in ("film.mp4", "film.mkv", "day/film.mp4", "day_film.mp4"):
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        write_film(tmp_path / "in" / name, lights, Fraction(24))
-    output = tmp_path / "in" / "clips"  # inside the input: clips are no sources
-
-    names = [clip.name for clip in run(tmp_path / "in", output, "--num_workers", 2)]
-
-    expected = {"day_film_00001.mp4", "day_film-2_00001.mp4", "film_00001.mp4", "film-2_00001.mp4"}
-    assert set(names) == expected
-    before = state_of(output)
-    write_film(tmp_path / "in" / "a.mp4", lights, Fraction(24))  # comes first, and changes no name
-    run(tmp_path / "in", output)
-    after = state_of(output)
-    assert {name: after[name] for name in expected} == {name: before[name] for name in expected}
-    # clips that were cut before into another folder are no sources either
-    assert len(run(tmp_path / "in", tmp_path / "in" / "other")) == 5
-    paths = [Path(line["video_path"]).name for line in lines_of(output)]
-    assert len(paths) == len(set(paths)) == 5
-    assert paths[-1] == "a_00001.mp4"
-
-
 def test_a_second_run_does_nothing_and_keeps_what_users_changed(film: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     clips = run(film, output)
@@ -202,34 +162,6 @@ def test_a_second_run_does_nothing_and_keeps_what_users_changed(film: Path, tmp_
     run(film, output)
 
     assert state_of(output) == before
-
-
-def test_a_video_that_is_damaged_for_a_while_gets_its_lines_back(film: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    run(film, output)
-    first, whole, state = lines_of(output), film.read_bytes(), film.stat()
-    film.write_bytes(whole[:-100])
-    with pytest.raises(MediaError):
-        run(film, output)
-    assert lines_of(output) == []
-
-    film.write_bytes(whole)
-    os.utime(film, ns=(state.st_atime_ns, state.st_mtime_ns))
-    run(film, output)
-
-    assert lines_of(output) == first
-
-
-def test_a_list_of_another_name_gets_the_lines_of_clips_that_are_there(film: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    run(film, output)
-    first = (output / "clips.jsonl").read_bytes()
-
-    run(film, output, "--jsonl", tmp_path / "lists" / "all.jsonl")
-    assert (tmp_path / "lists" / "all.jsonl").read_bytes() == first
-    (output / "clips.jsonl").unlink()
-    run(film, output)
-    assert (output / "clips.jsonl").read_bytes() == first
 
 
 def test_changed_options_cut_anew_what_is_ours(
@@ -282,24 +214,6 @@ def test_a_file_of_the_user_is_never_replaced(film: Path, tmp_path: Path) -> Non
 
     assert own.read_bytes() == b"mine"
     assert clips_in(output) == [own]
-
-
-def test_a_dry_run_prints_scenes_and_writes_nothing(
-    film: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(["--input", str(film), "--output", str(tmp_path / "out"), "--dry_run"])
-
-    assert not (tmp_path / "out").exists()
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"{film}: 5 scenes, 2 clips; left out: 1 static, 1 black, 1 too short"
-    assert printed[2] == "  scene 2, 0:01.251 to 0:02.336, 1.084 s, frames 30 to 55 (26): clip"
-    assert [line.rpartition(": ")[2] for line in printed[1:]] == [
-        "clip",
-        "clip",
-        "static",
-        "black",
-        "too short",
-    ]
 
 
 def test_a_damaged_video_is_reported_and_the_others_are_cut(

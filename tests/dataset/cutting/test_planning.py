@@ -81,23 +81,6 @@ def test_long_scenes_are_cut_into_equal_pieces(limit: dict[str, Any]) -> None:
     assert spans(clips) == [(0, 15), (15, 30), (30, 50), (50, 70), (70, 90)]
 
 
-def test_pieces_of_a_film_rate_are_never_longer_than_allowed() -> None:
-    rate = 24000 / 1001  # 24 frames last 1.001 seconds
-
-    clips = plan_clips(look_of(at_rate(rate, 47)), lengths(max_seconds=1.0), CHOICE)
-
-    assert max(clip.seconds for clip in clips) <= 1.0
-    assert [clip.frames for clip in clips] == [16, 16, 15]
-    # exactly the length that is allowed stays whole
-    assert len(plan_clips(look_of(at_rate(rate, 24)), lengths(max_seconds=1.001), CHOICE)) == 1
-
-
-def test_if_equal_pieces_would_be_too_short_the_rest_is_left_out() -> None:
-    clips = plan_clips(look_of(at_rate(10, 60)), lengths(min_seconds=4.0, max_seconds=5.0), CHOICE)
-
-    assert [(clip.first, clip.end, clip.dropped) for clip in clips] == [(0, 50, ""), (50, 60, SHORT)]
-
-
 def test_pieces_of_a_variable_rate_are_equal_in_time() -> None:
     times = [*at_rate(20, 40)[:-1], *(2 + number / 5 for number in range(11))]  # 2 s at 20, 2 s at 5 a second
 
@@ -105,12 +88,6 @@ def test_pieces_of_a_variable_rate_are_equal_in_time() -> None:
 
     assert spans(clips) == [(0, 20), (20, 40), (40, 45), (45, 50)]
     assert [clip.seconds for clip in clips] == pytest.approx([1, 1, 1, 1])
-
-
-def test_a_frame_that_is_shown_longer_than_allowed_is_not_cut() -> None:
-    clips = plan_clips(look_of([0.0, 0.1, 0.2, 9.0]), lengths(max_seconds=1.0), CHOICE)
-
-    assert spans(clips) == [(0, 2), (2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -135,10 +112,6 @@ def test_blurred_clips_are_left_out_on_demand() -> None:
     assert [clip.dropped for clip in plan_clips(look, lengths(), CHOICE)] == [""]
     choice = replace(CHOICE, drop_blurred=True)
     assert [clip.dropped for clip in plan_clips(look, lengths(), choice)] == [BLURRED]
-
-
-def test_a_clip_with_one_measured_picture_is_not_called_static() -> None:
-    assert spans(plan_clips(look_of(at_rate(25, 5)), lengths(), CHOICE)) == [(0, 5)]
 
 
 @pytest.mark.parametrize(

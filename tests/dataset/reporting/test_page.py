@@ -1,19 +1,11 @@
 """The page of the report: it shows the numbers of the JSON and runs nothing of what it shows."""
 
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from dataset.reporting.drawing import draw_crops
-from dataset.reporting.tables import Crops
-from modules.media.buckets import fit_cover
-from modules.pages.charts import draw_histogram
 from modules.pages.page import share_page
 from tests.browser import open_page
 from tests.dataset.reporting.making import (
@@ -148,19 +140,6 @@ def test_the_page_shows_the_numbers_of_the_json(made: tuple[Path, dict[str, Any]
             assert one["reason"] in shown
 
 
-def test_the_cards_are_filtered_without_a_script_and_fit_a_phone(made: tuple[Path, dict[str, Any]]) -> None:
-    with open_page(made[0], width=360, height=700) as page:
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        assert page.evaluate("[...document.images].filter(image => !image.alt).length") == 0
-        shown = "[...document.querySelectorAll('.card')].filter(card => card.offsetParent).length"
-        assert page.evaluate(shown) == 10
-        page.locator("#only-all").focus()
-        page.keyboard.press("ArrowRight")
-        assert page.locator(".card:visible h4").all_inner_texts() == ["bad.png", "night.mp4"]
-        page.locator("label", has_text="near-duplicates").click()
-        assert page.locator(".card:visible h4").all_inner_texts() == ["0.png", "copy.jpg"]
-
-
 @pytest.mark.parametrize(("most", "cards"), [(0, 0), (3, 3), (200, 10)])
 def test_thumbnails_are_bounded_and_faults_come_first(tmp_path: Path, most: int, cards: int) -> None:
     path = tmp_path / "page.html"
@@ -173,69 +152,3 @@ def test_thumbnails_are_bounded_and_faults_come_first(tmp_path: Path, most: int,
     assert [name in re.findall(r"<h4>(\S+)</h4>", text) for name in ("bad.png", "night.mp4")] == [
         most > 0
     ] * 2
-
-
-def test_a_page_replaces_an_older_one_whole(tmp_path: Path) -> None:
-    config = make_set(tmp_path)
-    path = tmp_path / "page.html"
-    path.write_text("old" * 100_000, encoding="utf-8")
-
-    report(config, "--output", str(path))
-
-    text = path.read_text(encoding="utf-8")
-    assert text.startswith("<!doctype html>")
-    assert text.endswith("</html>")
-    assert not [one for one in tmp_path.iterdir() if one.suffix == ".tmp"]
-
-
-def test_what_a_bucket_cuts_off_is_drawn_to_scale() -> None:
-    crops = Crops()
-    crops.fits.update({fit_cover((200, 100), (50, 50)): 3, fit_cover((50, 100), (50, 50)): 1})
-
-    text = str(draw_crops((50, 50), crops))
-
-    rects = re.findall(r'class="(\w+)"(?: x="(-?\d+)" y="(-?\d+)")? width="(\d+)" height="(\d+)"', text)
-    assert rects == [
-        ("whole", "-25", "0", "100", "50"),
-        ("whole", "0", "-25", "50", "100"),
-        ("ground", "", "", "50", "50"),
-        ("kept", "", "", "50", "50"),
-    ]
-    assert 'viewBox="-28 -28 106 106"' in text
-
-
-def test_a_histogram_is_as_high_as_its_counts_and_escapes_texts() -> None:
-    text = str(draw_histogram([("<0>", "a & b", 4), ("1", "c", 0), ("2", "d", 2)], '"', "3"))
-    heights = [float(height) for height in re.findall(r'height="([\d.]+)" rx', text)]
-    assert heights == [76.0, 0.0, 38.0]
-    assert "&lt;0&gt;" in text
-    assert 'aria-label="&#34;"' in text
-    assert draw_histogram([], "none") == ""
-
-
-@pytest.mark.slow
-def test_two_thousand_pictures_take_a_bounded_memory(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource", reason="not on Windows")
-    (tmp_path / "p").mkdir()
-    generator = np.random.default_rng(0)
-    for number in range(2000):
-        coarse = generator.integers(0, 255, (8, 8, 3)).astype(np.uint8)
-        Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC).save(
-            tmp_path / f"p/{number:04d}.png"
-        )
-    for number in range(5):
-        os.link(tmp_path / f"p/{number:04d}.png", tmp_path / f"p/copy {number}.png")
-    config = write_config(tmp_path, "image_directory = '{folder}/p'")
-    path = tmp_path / "page.html"
-    report(config, "--output", str(path), "--items", "20")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    found = report(config, "--output", str(path))
-
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    assert found["items"] == 2005
-    assert [len(group) for group in found["near_duplicates"]] == [2] * 5
-    assert path.read_text(encoding="utf-8").count("<article") == 200
-    assert grown < 60e6  # 200 cards; not 2000

@@ -1,21 +1,17 @@
 """The numbers of the report against sets that were counted by hand, and against --check."""
 
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from dataset.caching.loop import cache_media
 from dataset.check import check_media
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError
-from tests.dataset.cogvideox.making import save, write_lists
-from tests.dataset.cogvideox.making import write_config as write_cogvideox
 from tests.dataset.making import make_clip, make_frames, make_image
 from tests.dataset.reporting.making import (
     names,
@@ -176,46 +172,6 @@ def test_items_are_those_that_caching_makes(tmp_path: Path) -> None:
         assert sizes == expected.buckets
 
 
-def test_workers_and_reruns_change_nothing(tmp_path: Path) -> None:
-    config = make_mixed_set(tmp_path)
-    pages = []
-    for number, workers in enumerate(("1", "4", "4")):
-        page = tmp_path / f"{number}.html"
-        first = report(config, "--num_workers", workers, "--output", str(page))
-        pages.append((json.dumps(first), page.read_bytes()))
-
-    assert pages[0] == pages[1] == pages[2]
-
-
-def test_headers_are_enough_to_count(tmp_path: Path) -> None:
-    (tmp_path / "clips").mkdir()
-    save_clip(tmp_path / "clips/a.mp4", 1, 11)
-    save_clip(tmp_path / "clips/b.mp4", 1, 11)
-    (tmp_path / "clips/c.mp4").write_bytes(b"damaged")
-    config = write_config(tmp_path, "video_directory = '{folder}/clips'\ntarget_frames = [5, 9]")
-
-    decoded, quick = report(config), report(config, "--no_decode")
-
-    assert quick["tables"][0]["buckets"] == decoded["tables"][0]["buckets"]
-    assert (quick["decoded"], quick["near_duplicates"], quick["brightness"]["values"]) == (False, [], None)
-    assert names([one["path"] for one in quick["broken"]]) == ["c.mp4"]
-    assert len(decoded["near_duplicates"]) == 1
-
-
-def test_a_file_in_two_tables_is_no_copy_of_itself(tmp_path: Path) -> None:
-    (tmp_path / "p").mkdir()
-    save_picture(tmp_path / "p/a.png", 1)
-    save_picture(tmp_path / "p/b.png", 2)
-    table = "image_directory = '{folder}/p'\nresolution = "
-    config = write_config(tmp_path, f"{table}[64, 64]", f"{table}[96, 96]")
-
-    result = report(config)
-
-    assert result["near_duplicates"] == []
-    assert result["captions"]["duplicates"] == 1  # of a and b, not of the two tables
-    assert [table["items"] for table in result["tables"]] == [2, 2]
-
-
 def test_blurred_pictures_are_told_from_sharp_ones(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     save_picture(tmp_path / "p/sharp.png", 1, (512, 384))
@@ -260,25 +216,6 @@ def test_a_table_that_cannot_be_used_does_not_end_the_run(
         report(write_config(tmp_path, tables[1]))
 
 
-def test_json_goes_to_standard_output_without_a_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "p").mkdir()
-    save_picture(tmp_path / "p/\u202eevil.png", 1, caption="\x1b[31m \u202e")
-    config = write_config(tmp_path, "image_directory = '{folder}/p'")
-
-    for words in (
-        ["--json", "--dataset_config", str(config)],
-        ["--dataset_config", str(config), "--json", "-"],
-    ):
-        dataset_report.main(words)
-        printed = capsys.readouterr().out
-        assert json.loads(printed) == report(config)
-        assert printed.isascii()
-        assert "\x1b" not in printed
-        capsys.readouterr()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -295,54 +232,3 @@ def test_json_goes_to_standard_output_without_a_name(
 def test_wrong_options_are_refused_before_anything_is_read(options: list[str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         dataset_report.main(["--dataset_config", "none.toml", *options])
-
-
-@pytest.mark.parametrize("options", [(), ("--no_decode",)])
-def test_given_latents_are_counted_without_their_clips(tmp_path: Path, options: tuple[str, ...]) -> None:
-    write_lists(tmp_path, ("one", "two"), ["videos/a.mp4", "videos/b.mp4"])
-    save(torch.zeros(32, 3, 4, 8), tmp_path / "video_latents/a.pt")
-    save(torch.zeros(16, 3, 4, 8), tmp_path / "video_latents/b.pt")  # latents, not moments
-    config = write_cogvideox(tmp_path, tmp_path, "load_tensors = true")
-    page = tmp_path / "page.html"
-
-    result = report(config, "--output", str(page), *options)
-
-    assert result["buckets"] == [{"width": 64, "height": 32, "frames": 9, "items": 1}]
-    assert "16 channels" in result["broken"][0]["reason"]
-    assert result["near_duplicates"] == result["black"] == []
-    assert "its latents are given" in page.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("options", [(), ("--no_decode",)])
-def test_tables_and_tars_are_reported_on_like_folders(tmp_path: Path, options: tuple[str, ...]) -> None:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    save_clip(folder / "a.mp4", 1, 9, caption="a dog")
-    save_clip(folder / "b.mp4", 2, 6, caption="a dog")
-    (folder / "c.mp4").write_bytes(b"damaged")
-    (folder / "c.txt").write_text("", encoding="utf-8")
-    with tarfile.open(tmp_path / "clips.tar", "w") as tar:
-        for path in sorted(folder.iterdir()):
-            tar.add(path, path.name)
-    rows = [f"{folder / name}.mp4,{caption}" for name, caption in (("a", "a dog"), ("b", "a dog"), ("c", ""))]
-    (tmp_path / "list.csv").write_text("\n".join(["path,caption", *rows]) + "\n", encoding="utf-8")
-    sources = ("video_directory = '{folder}/data'", "video_table_file = '{folder}/list.csv'")
-    tables = (*sources, "video_tars = ['{folder}/clips.tar']")
-    results = []
-    for number, table in enumerate(tables):
-        place = tmp_path / str(number)
-        place.mkdir()
-        config = write_config(place, f"{table.replace('{folder}', str(tmp_path))}\ntarget_frames = [5, 9]")
-        results.append(report(config, "--output", str(place / "page.html"), *options))
-
-    first = results[0]
-    assert [(one["width"], one["height"], one["frames"], one["items"]) for one in first["buckets"]] == [
-        (64, 48, 5, 2),
-        (64, 48, 9, 1),
-    ]
-    for other in results[1:]:
-        for key in ("buckets", "sources", "items", "batches_per_epoch", "durations", "black", "motion"):
-            assert other[key] == first[key], key
-        assert names([one["path"] for one in other["broken"]]) == ["c.mp4"]
-        counts = ("total", "empty", "missing", "duplicates", "words")
-        assert [other["captions"][key] for key in counts] == [first["captions"][key] for key in counts]

@@ -3,9 +3,7 @@
 import logging
 import subprocess
 import sys
-import tarfile
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,11 @@ import fsspec
 import pytest
 import requests
 
-from dataset.config import load_dataset_config
 from dataset.sources.downloading import download, local_name, protocol_problem
-from dataset.sources.faults import Fault
-from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources
-from dataset.sources.stems import readable_stem, unique_stems
 from modules.addresses import address_identity, hide_secrets, is_address
 from modules.errors import DatasetError, MediaError
-from modules.media.reading import image_size
-from tests.dataset.making import make_image, make_table
+from tests.dataset.making import make_table
 from tests.dataset.serving import Site, site
 
 __all__ = ["site"]
@@ -54,16 +47,6 @@ def test_a_downloaded_file_is_named_by_its_address_without_what_signs_it() -> No
     assert local_name("https://host.org") == local_name("https://HOST.org")
     long = local_name(f"https://host.org/{'ü' * 300}.mp4")
     assert len(long.encode()) < 200
-
-
-def test_stems_are_readable_and_have_a_hash_only_where_two_would_clash() -> None:
-    assert readable_stem("shard/a:b\n../\u202e.") == "shard_a_b_..__"
-    assert [readable_stem(name) for name in (".hidden", "..", "/", "")] == ["_hidden", "_", "_", "_"]
-    stems = unique_stems(["a", "b", "B", "a"], ["x/a", "x/b", "y/B", "x/a"])
-    assert stems[0] == stems[3]  # the same source twice, which the listing reports
-    assert stems[1].startswith("b-")
-    assert stems[1][2:] != stems[2][2:]
-    assert unique_stems(["b"], ["x/b"]) == ["b"]
 
 
 def test_a_site_that_fails_twice_and_one_that_breaks_in_the_middle(tmp_path: Path, site: Site) -> None:
@@ -136,50 +119,6 @@ def test_a_site_cannot_pass_on_to_a_file_of_this_machine(tmp_path: Path, site: S
     site.passes["a.png"] = (tmp_path / "secret.txt").as_uri()
     with pytest.raises(MediaError, match="no address that can be asked for"):
         download(f"{site.url}/a.png", tmp_path / "a.png", nothing)
-
-
-@pytest.mark.parametrize(
-    ("answer", "why"),
-    [
-        (b"302 x\r\nLocation: http://[::::\r\n\r\n", "the answer is malformed"),
-        (b"302 x\r\nLocation: http://\xff\xfe/\r\n\r\n", "the answer is malformed"),
-        (b"302 x\r\nLocation: http://" + b"a" * 70 + b".org/\r\n\r\n", "the answer is malformed"),
-        (b"200 x\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n", "malformed|broke"),
-        (b"200 x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nhello", "the connection broke"),
-        (b"200 x\r\nContent-Length: 900000000000000\r\n\r\nhello", "the disk has no room"),
-        (b"200 x\r\nContent-Length: 5\r\nContent-Length: 7\r\n\r\nhello", "the connection broke"),
-        (b"200 x\r\nContent-Encoding: gzip\r\nContent-Encoding: gzip\r\n\r\nhello", "packs it in a way"),
-        (b"200 x\r\nContent-Encoding: gzip\r\n\r\nhello", "the connection broke"),
-        (b"99999 x\r\n\r\n", "the connection broke"),
-    ],
-)
-def test_what_a_site_answers_costs_its_own_file_only(
-    answer: bytes, why: str, tmp_path: Path, site: Site
-) -> None:
-    site.says["a.png"] = answer
-    with pytest.raises(MediaError, match=why):
-        download(f"{site.url}/a.png", tmp_path / "a.png", nothing)
-    assert not (tmp_path / "a.png").exists()
-
-
-def test_a_row_whose_address_is_none_costs_its_own_item_only(tmp_path: Path, site: Site) -> None:
-    make_image(site.folder / "a.png")
-    bad = ("http://[::1", "http://[::1/b.png", "http://host:x/", "http://", "file://[::1", "memory://[::1")
-    lines = [f'{{"image_path": "{one}", "caption": "x"}}' for one in (f"{site.url}/a.png", *bad)]
-    (tmp_path / "list.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    table = make_table(
-        *(tmp_path, "image_directory"), directory=None, jsonl_file=tmp_path / "list.jsonl", allow_urls=True
-    )
-
-    sources = find_sources(table)
-
-    good, *others = sorted(sources, key=lambda source: not source.stem.startswith("a"))
-    with fetch(good) as here:
-        assert here.path.is_file()
-    assert len(others) == len(bad)
-    for source in others:
-        with pytest.raises(MediaError), fetch(source) as here:
-            image_size(here.path)
 
 
 def test_fsspec_reads_all_other_addresses(tmp_path: Path) -> None:
@@ -277,51 +216,3 @@ def test_sources_at_addresses_show_no_secret_anywhere(tmp_path: Path) -> None:
     )
     (one,) = find_sources(make_table(tmp_path, "image_jsonl_file", allow_urls=True))
     assert (one.path, one.origins) == (tmp_path / "a b.png", ())
-
-
-def test_a_configuration_shows_no_password_of_its_tars(tmp_path: Path) -> None:
-    path = tmp_path / "data.toml"
-    text = f'[[datasets]]\nvideo_tars = "{SECRET}"\ncache_directory = "cache"\n'
-    path.write_text(text, encoding="utf-8")
-    (table,) = load_dataset_config(path).datasets
-    path.write_text(f"{text}imagetars = '{SECRET}'", encoding="utf-8")
-    with pytest.raises(DatasetError, match=r"unknown key imagetars.*cat%201.png\?\.\.\.") as caught:
-        load_dataset_config(path)
-    path.write_text(text.replace("tars", "table_file"), encoding="utf-8")
-    with pytest.raises(DatasetError, match="not an address: download the list or table itself") as refused:
-        load_dataset_config(path)
-    for shown in (
-        str(refused.value),
-        table.name,
-        str(table.describe()),
-        str(table.source),
-        str(caught.value),
-    ):
-        assert "cat%201.png" in shown
-        assert "pa55word" not in shown
-        assert "s1gnature" not in shown
-    with pytest.raises(DatasetError, match="1 tars are at addresses, read only with allow_urls = true"):
-        find_sources(table)
-
-
-def test_tars_at_addresses_are_downloaded_once(tmp_path: Path, site: Site) -> None:
-    make_image(tmp_path / "a.png")
-    for name in ("t-0.tar", "t-1.tar"):
-        with tarfile.open(site.folder / name, "w") as tar:
-            tar.add(tmp_path / "a.png", f"{name}.png")
-    table = make_table(
-        *(tmp_path, "image_directory"),
-        directory=None,
-        tars=(f"{site.url}/t-{{0..2}}.tar",),
-        allow_urls=True,
-        download_directory=tmp_path / "kept",
-    )
-    faults: list[Fault] = []
-    for _ in range(2):
-        assert len(find_sources(table, faults=faults)) == 2
-    assert site.asked == ["t-0.tar", "t-1.tar", "t-2.tar", "t-2.tar"]
-    assert [(fault.ends_run, "404" in fault.text) for fault in faults] == [(False, True)] * 2
-    fsspec.filesystem("memory").pipe("/shards/a-1.tar", (site.folder / "t-0.tar").read_bytes())
-    (one,) = find_sources(replace(table, tars=("memory://shards/a-*.tar",)))
-    with fetch(one) as here:
-        assert image_size(here.path) == (32, 32)

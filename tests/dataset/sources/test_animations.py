@@ -1,6 +1,5 @@
 """GIF and WebP in folders, and clips that are read by their times."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ from PIL import Image
 
 from dataset.sources.decoding import decode_source, plan_source
 from dataset.sources.listing import find_sources
-from modules.errors import DatasetError, MediaError
 from tests.dataset.making import frame_numbers, make_clip, make_frames, make_image, make_table
 
 
@@ -27,45 +25,6 @@ def test_animations_are_clips_and_still_ones_are_not(tmp_path: Path) -> None:
     make_clip(tmp_path / "c.mkv", 2)
 
     assert [source.path.name for source in find_sources(make_table(tmp_path))] == ["a.gif", "b.webp", "c.mkv"]
-
-
-def test_a_preview_beside_a_clip_is_ignored_and_said_so(tmp_path: Path, caplog) -> None:
-    make_clip(tmp_path / "cat.mp4", 2)
-    make_animation(tmp_path / "cat.gif", [100, 100])
-
-    assert [source.path.name for source in find_sources(make_table(tmp_path))] == ["cat.mp4"]
-    assert "cat.gif, are ignored, because another file" in caplog.text
-
-
-def test_images_take_the_first_frame_and_say_so(tmp_path: Path, caplog) -> None:
-    make_animation(tmp_path / "a.gif", [100, 100])
-    make_animation(tmp_path / "b.webp", [100, 100])
-    make_image(tmp_path / "c.gif")
-    table = make_table(tmp_path, "image_directory", resolution=(32, 32))
-
-    sources = find_sources(table)
-
-    assert [source.path.name for source in sources] == ["a.gif", "b.webp", "c.gif"]
-    assert "2 files, such as" in caplog.text
-    assert "only the first frame" in caplog.text
-    assert frame_numbers(decode_source(sources[0], 16.0).frames) == [0]
-
-
-def test_a_damaged_one_is_named_when_it_is_decoded(tmp_path: Path, caplog) -> None:
-    path = make_animation(tmp_path / "a.gif", [100] * 5)
-    path.write_bytes(path.read_bytes()[:-30])
-    caplog.set_level(logging.WARNING)
-    (source,) = find_sources(make_table(tmp_path, resolution=(32, 32)))
-
-    with pytest.raises(MediaError, match=r"a\.gif"):
-        decode_source(source, 16.0)
-
-
-def test_a_folder_of_still_ones_has_no_clips(tmp_path: Path) -> None:
-    make_image(tmp_path / "still.gif")
-
-    with pytest.raises(DatasetError, match="has no videos"):
-        find_sources(make_table(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -103,17 +62,6 @@ def test_auto_reads_the_rate_of_each_clip(tmp_path: Path) -> None:
     assert at_12 == list(range(0, 24, 2))
     assert at_24 == list(range(24))
     assert len(frame_numbers(decode_source(source, 30.0).frames)) == 30  # some twice: a second is a second
-
-
-def test_a_folder_of_images_has_no_times(tmp_path: Path) -> None:
-    make_frames(tmp_path / "frames", 6)
-    (tmp_path / "list.jsonl").write_text(f'{{"video_path": "{(tmp_path / "frames").as_posix()}"}}\n')
-    table = make_table(
-        tmp_path, "video_jsonl_file", source_fps="auto", target_frames=(5,), resolution=(32, 32)
-    )
-    (source,) = find_sources(table)
-
-    assert frame_numbers(decode_source(source, 16.0).frames) == [0, 1, 2, 3, 4]
 
 
 def test_a_gif_may_be_the_control_of_a_clip(tmp_path: Path) -> None:

@@ -5,10 +5,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from dataset.sources.columns import column_names, read_columns
-from modules.errors import DatasetError
 
 ROWS = [{"path": "a.png", "caption": "one,\ntwo"}, {"path": "b c.png", "caption": 'say "ü"'}]
 
@@ -50,20 +48,6 @@ def test_a_spreadsheet_may_separate_by_semicolons(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "t.csv") == [("line", 2, {"path": "a.png", "caption": "one, two"}, None)]
 
 
-def test_rows_that_cannot_be_read_are_named_and_the_next_ones_follow(tmp_path: Path) -> None:
-    csv, jsonl = tmp_path / "t.csv", tmp_path / "t.jsonl"
-    csv.write_text('path,caption\na.png\n"b"c,d\nc.png,fine\nd.png,"open', encoding="utf-8")
-    jsonl.write_text('{"path": "a.png"\n[1]\n{"path": "c.png"}\n', encoding="utf-8")
-
-    found = rows_of(csv)
-    assert [number for _, number, _, _ in found] == [2, 3, 4, 5]
-    assert found[0][3] == "it has 1 cells, the header has 2"
-    assert found[2][2] == {"path": "c.png", "caption": "fine"}
-    assert "not valid CSV" in str(found[1][3])
-    assert "not valid CSV" in str(found[3][3])
-    assert [bool(fault) for _, _, _, fault in rows_of(jsonl)] == [True, True, False]
-
-
 def test_a_folder_of_parts_is_one_table_of_which_only_wanted_columns_are_read(tmp_path: Path) -> None:
     for number in range(2):
         row = {"path": f"{number}.png", "caption": "x", "score": 0.5}
@@ -74,25 +58,3 @@ def test_a_folder_of_parts_is_one_table_of_which_only_wanted_columns_are_read(tm
 
     assert [dict(row.values) for row in found] == [{"path": "0.png"}, {"path": "1.png"}]
     assert found[1].where == f"{tmp_path / 'part-1.parquet'}, row 1"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("t.csv", b"", "is empty"),
-        ("t.csv", b"path,path\na,b\n", "'path' is there twice"),
-        ("t.csv", "path\ncafé.png\n".encode("latin-1"), "is not UTF-8"),
-        ("t.csv", b'path,caption\na,"' + b"x\n" * 70_000, "not closed"),
-        ("t.parquet", b"PAR1 no", "cannot be read as Parquet"),
-        ("t.xlsx", b"PK", "ends in .xlsx"),
-        ("gone.csv", None, "cannot be read: No such file"),
-        ("gone.parquet", None, "cannot be read as Parquet"),
-    ],
-)
-def test_a_file_that_is_no_table_is_an_error_with_a_reason(
-    tmp_path: Path, name: str, content: bytes | None, expected: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DatasetError, match=expected):
-        list(read_columns(tmp_path / name))

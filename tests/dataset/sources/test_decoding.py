@@ -11,7 +11,6 @@ from PIL import Image
 from dataset.config import load_dataset_config
 from dataset.sources.decoding import DecodedSource, decode_source, plan_source
 from dataset.sources.listing import find_sources
-from modules.errors import DatasetError, MediaError
 from modules.media.reading import resize_cover
 from tests.dataset.making import frame_numbers, make_clip, make_frames, make_image, make_table
 from tests.golden_cases import read_case
@@ -68,19 +67,6 @@ def test_a_clip_too_short_says_so(tmp_path: Path) -> None:
     assert (
         decoded.reason == "6 frames after dropping from source_fps = 30, the shortest of target_frames is 17"
     )
-
-
-def test_head_reads_no_more_than_it_needs(tmp_path: Path) -> None:
-    make_frames(tmp_path / "clip", 6)
-    (tmp_path / "clip" / "0005.png").write_bytes(b"broken")
-    (tmp_path / "list.jsonl").write_text(
-        f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}'
-    )
-    (source,) = find_sources(
-        make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), target_frames=(1, 5))
-    )
-
-    assert len(decode_source(source, 16.0).frames) == 5
 
 
 @pytest.mark.parametrize(
@@ -198,65 +184,6 @@ def test_a_plan_from_headers_equals_the_decoded_one(tmp_path: Path, suffix: str)
     assert (plan.items, plan.size, len(plan.frames)) == (decoded.items, decoded.size, 0)
 
 
-def test_a_fixed_resolution_has_to_suit_the_model(tmp_path: Path) -> None:
-    make_image(tmp_path / "pic.png")
-    (source,) = find_sources(make_table(tmp_path, "image_directory", resolution=(100, 48)))
-
-    with pytest.raises(
-        DatasetError, match=r"resolution = \[100, 48\] is not a multiple of 16.*\[96, 48\] or \[112, 48\]"
-    ):
-        decode_source(source, 16.0)
-
-
-def test_pictures_too_small_are_named(tmp_path: Path) -> None:
-    make_image(tmp_path / "pic.png", (10, 50))
-    (source,) = find_sources(
-        make_table(
-            tmp_path, "image_directory", resolution=(64, 48), enable_bucket=True, bucket_no_upscale=True
-        )
-    )
-
-    with pytest.raises(MediaError, match="pic.png is too small: 10x50"):
-        decode_source(source, 16.0)
-
-
-def test_crops_are_no_copies(tmp_path: Path) -> None:
-    """A minute of video is there once; what needs a copy makes one."""
-    make_frames(tmp_path / "clip", 3)
-    (tmp_path / "list.jsonl").write_text(
-        f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}'
-    )
-    (source,) = find_sources(
-        make_table(tmp_path, "video_jsonl_file", resolution=(32, 32), frame_extraction="full")
-    )
-    decoded = decode_source(source, 16.0)
-
-    crop = decoded.crop((0, 1))
-
-    assert crop.dtype == np.uint8
-    assert np.shares_memory(crop, decoded.frames)
-    assert np.array_equal(crop[0], decoded.frames[0])
-
-
-@pytest.mark.parametrize("num_frames", [63, 64, 65, 150])
-def test_a_clip_of_any_length_is_gathered_whole(tmp_path: Path, num_frames: int) -> None:
-    """Memory is asked for in steps of 64 frames, and what was too much is given back."""
-    (tmp_path / "clip").mkdir()
-    for index in range(num_frames):
-        make_image(tmp_path / "clip" / f"{index:04d}.png", (16, 16), (index, 0, 0))
-    (tmp_path / "list.jsonl").write_text(
-        f'{{"video_path": "{(tmp_path / "clip").as_posix()}", "caption": ""}}'
-    )
-    table = make_table(
-        tmp_path, "video_jsonl_file", resolution=(16, 16), frame_extraction="full", max_frames=1000
-    )
-
-    decoded = decode_source(find_sources(table)[0], 16.0)
-
-    assert decoded.frames.shape == (num_frames, 16, 16, 3)
-    assert [int(frame[0, 0, 0]) for frame in decoded.frames] == list(range(num_frames))
-
-
 @pytest.mark.parametrize(
     ("size", "resolution"), [((32, 32), (32, 32)), ((64, 64), (32, 32)), ((16, 16), (32, 32))]
 )
@@ -279,9 +206,3 @@ def test_transparency_of_an_image_is_kept_beside_its_colours(
     assert with_alpha.alpha is not None
     assert np.array_equal(with_alpha.frames, without.frames)
     assert np.array_equal(with_alpha.alpha, resize_cover(np.ascontiguousarray(picture[..., 3]), resolution))
-
-
-def test_an_image_whose_alpha_hides_nothing_has_none(tmp_path: Path) -> None:
-    make_image(tmp_path / "pic.png", (32, 32), (1, 2, 3, 255))
-    table = make_table(tmp_path, "image_directory", resolution=(32, 32))
-    assert decode_source(find_sources(table)[0], 16.0).alpha is None

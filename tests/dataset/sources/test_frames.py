@@ -63,9 +63,3 @@ def test_frames_are_dropped_as_the_format_says(
 @pytest.mark.parametrize("source", [None, 8.0, 16.0])
 def test_nothing_is_dropped_or_doubled_without_need(source: float | None) -> None:
     assert resample_indices(20, source, 16.0) == tuple(range(20))
-
-
-def test_more_starts_than_a_clip_has_frames_take_no_more_memory_than_all_of_them(tmp_path: Path) -> None:
-    table = make_table(tmp_path, frame_extraction="uniform", target_frames=(9,), frame_sample=10**12)
-
-    assert spans(table, 40) == tuple((start, 9) for start in range(32))

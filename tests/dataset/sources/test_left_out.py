@@ -10,7 +10,6 @@ import pytest
 from dataset.config import load_dataset_config
 from dataset.sources.faults import Fault
 from dataset.sources.listing import find_all_sources, find_sources
-from modules.errors import DatasetError
 from modules.media.writing import write_png
 from tests.dataset.making import make_table
 from tests.tiny.project import moving_square
@@ -68,9 +67,3 @@ def test_what_a_tool_made_of_another_file_is_left_out(
 
     assert [source.stem for source in sources] == ["a", "a_2", "b_SWIN"]  # that has no source here
     assert "2 files, such as" in caplog.text
-
-
-def test_a_name_that_leaves_no_room_for_a_cache_is_a_fault(tmp_path: Path) -> None:
-    (tmp_path / f"{'n' * 230}.png").touch()
-    with pytest.raises(DatasetError, match="230 bytes, at most 190 leave room"):
-        find_sources(make_table(tmp_path, "image_directory"))

@@ -1,12 +1,10 @@
 """Which files a table means, their captions and their control media."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 
-from dataset.sources.control import ControlFolder
 from dataset.sources.listing import find_sources, missing_captions, require_captions
 from modules.errors import DatasetError
 from tests.dataset.making import make_table
@@ -64,23 +62,6 @@ def test_captions_lie_beside_their_files(tmp_path: Path) -> None:
         require_captions(sources)
 
 
-def test_without_a_caption_extension_every_caption_is_missing(tmp_path: Path) -> None:
-    touch(tmp_path, "a.png")
-
-    assert (
-        "no caption_extension" in missing_captions(find_sources(make_table(tmp_path, "image_directory")))[0]
-    )
-
-
-def test_a_long_list_of_missing_captions_is_shortened(tmp_path: Path) -> None:
-    touch(tmp_path, *(f"{index:02d}.png" for index in range(30)))
-
-    with pytest.raises(DatasetError, match="30 of 30 captions") as caught:
-        require_captions(find_sources(make_table(tmp_path, "image_directory", caption_extension=".txt")))
-
-    assert "... and 10 more" in str(caught.value)
-
-
 def test_a_caption_in_another_encoding_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
     (tmp_path / "a.txt").write_bytes("Käse".encode("latin-1"))
@@ -126,53 +107,6 @@ def test_control_images_go_by_stem_and_number(tmp_path: Path) -> None:
         "a_1": ["a_1_01.png", "a_1_0002.png"],
         "a_10": ["a_10_0.png", "a_10_1.png"],
     }
-
-
-def test_control_images_that_no_place_is_named_for_are_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    control = tmp_path / "control"
-    touch(tmp_path, "a.png", "a_1.png")
-    touch(control, "a.png", "a_1.png")
-    find_sources(make_table(tmp_path, "image_directory", control_directory=control))
-    assert not caplog.text  # control/a_1.png is that of a_1.png
-    touch(control, "a_1_0.png", "a_0.png")
-
-    find_sources(make_table(tmp_path, "image_directory", control_directory=control))
-
-    assert "2 control images are ignored, such as" in caplog.text
-    assert "each image takes 1" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("names", "reason"),
-    [
-        (["a_left.png"], "a control image of a must be named"),
-        ([], "0 control images for a"),
-        (["b.png"], "0 control images for a"),
-    ],
-)
-def test_control_images_that_do_not_fit_are_named(tmp_path: Path, names: list[str], reason: str) -> None:
-    control = tmp_path / "control"
-    control.mkdir()
-    touch(tmp_path, "a.png")
-    touch(control, *names)
-
-    with pytest.raises(DatasetError, match=reason):
-        find_sources(make_table(tmp_path, "image_directory", control_directory=control))
-
-
-def test_many_control_images_are_matched_in_a_moment(tmp_path: Path) -> None:
-    names = [f"pic_{index}.png" for index in range(6_000)]
-    control = tmp_path / "control"
-    touch(control, *names)
-    folder = ControlFolder(control, {Path(name).stem for name in names})
-
-    start = time.perf_counter()
-    found = [folder.for_image(Path(name).stem, 1)[0].name for name in names]
-
-    assert found == names
-    assert time.perf_counter() - start < 2  # looking at all files for each takes ten times as long
 
 
 def test_a_control_clip_is_the_same_name_or_a_folder_or_another_type(tmp_path: Path) -> None:

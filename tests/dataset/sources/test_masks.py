@@ -155,14 +155,6 @@ def test_a_list_names_masks_in_its_lines(tmp_path: Path) -> None:
     assert mask[0, 0].tolist() == [255] * 16 + [0] * 16
 
 
-@pytest.mark.parametrize(("keys", "value"), [({"alpha_mask": True}, '"m.png"'), ({}, "3"), ({}, '"\\u0000"')])
-def test_a_wrong_mask_path_is_named_with_its_line(tmp_path: Path, keys: dict, value: str) -> None:
-    (tmp_path / "list.jsonl").write_text(f'{{"image_path": "a.png", "mask_path": {value}}}', encoding="utf-8")
-
-    with pytest.raises(DatasetError, match=r"line 1: mask_path"):
-        find_sources(make_table(tmp_path, "image_jsonl_file", **keys))
-
-
 def test_only_items_whose_mask_changed_are_encoded_again(tmp_path: Path) -> None:
     assert cache(make_dataset(tmp_path, "")) == 2
     config = make_dataset(tmp_path, masks(tmp_path))
@@ -208,15 +200,6 @@ def test_training_notices_a_changed_mask(tmp_path: Path) -> None:
         read_batch([item], LATENT, COMMANDS)
 
 
-def test_other_files_in_the_folder_are_no_masks(tmp_path: Path) -> None:
-    config = make_dataset(tmp_path, masks(tmp_path))
-    half(tmp_path / "masks" / "clip0.png")
-    (tmp_path / "masks" / "clip1.txt").write_text("a note", encoding="utf-8")
-    cache(config)
-
-    assert len(read_batch(find_items(config, "toy", LATENT).items, LATENT)) == 2
-
-
 def test_a_folder_without_any_mask_and_two_masks_of_a_clip_are_errors(tmp_path: Path) -> None:
     make_clip(tmp_path / "clip.mkv", 2)
     (tmp_path / "masks").mkdir()
@@ -239,18 +222,3 @@ def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MediaError, match=r"clip\.png has 64x32 pixels, what it masks has 32x32"):
         decode_source(source, 16.0)
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        'video_directory = "a"\nmask_directory = "m"\nalpha_mask = true',
-        'video_jsonl_file = "a"\ncache_directory = "c"\nmask_directory = "m"',
-    ],
-)
-def test_a_table_has_one_place_for_masks(tmp_path: Path, keys: str) -> None:
-    path = tmp_path / "data.toml"
-    path.write_text(f"[[datasets]]\n{keys}", encoding="utf-8")
-
-    with pytest.raises(DatasetError, match="mask_directory cannot be used here"):
-        load_dataset_config(path)

@@ -73,41 +73,6 @@ def test_a_small_file_of_much_is_refused_before_it_fills_the_memory(
     assert pool.max_memory() - before < 200 * MIB
 
 
-def test_many_rows_of_no_column_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.parquet", {"x": repeated("", 1_000_000)})
-    with pytest.raises(DatasetError, match="unpacks to more than"):
-        list(read_columns(path, ["caption"]))
-
-
-def test_an_image_that_all_rows_share_is_held_once(tmp_path: Path, pool: pa.MemoryPool) -> None:
-    image = repeated(bytes(MIB), 100_000)
-    held = pa.StructArray.from_arrays([image, repeated("a.png", 100_000)], ["bytes", "path"])
-    path = write(tmp_path / "t.parquet", {"image": held})
-    before = pool.max_memory()
-
-    assert read_cell(cells_of(path, "image.bytes")(99_999)) == bytes(MIB)
-
-    assert pool.max_memory() - before < 20 * MIB
-
-
-@pytest.mark.parametrize("uses_dictionary", [False, True])
-def test_pages_count_by_what_they_are_not_by_what_metadata_say(
-    tmp_path: Path, pool: pa.MemoryPool, uses_dictionary: bool
-) -> None:
-    one = bytes(100 * MIB)
-    path = write(tmp_path / "t.parquet", {"image": pa.array([one])}, use_dictionary=uses_dictionary)
-    said = pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size
-    content = path.read_bytes()
-    path.write_bytes(content.replace(_varint(said), _varint(1000)))
-    assert pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size == 1000
-    before = pool.max_memory()
-
-    with pytest.raises(MediaError, match="unpacks to more than"):
-        read_cell(cells_of(path, "image")(1))
-
-    assert pool.max_memory() - before < MIB
-
-
 def _varint(number: int) -> bytes:
     """A number in four bytes, as the metadata of a file have it."""
     parts = [(2 * number >> 7 * place) & 127 | (128 if place < 3 else 0) for place in range(4)]
@@ -159,20 +124,3 @@ def page(of_data: bytes) -> bytes:
 def test_a_page_of_no_number_of_values_is_damaged(count: str) -> None:
     with pytest.raises(ValueError, match="without a size"):
         walk(io.BytesIO(page(bytes.fromhex(count))), 1)
-
-
-def test_pages_with_long_statistics_are_not_read_many_times() -> None:
-    class Counting(io.BytesIO):
-        found = 0
-
-        def read(self, size: int | None = -1) -> bytes:
-            data = super().read(size)
-            self.found += len(data)
-            return data
-
-    statistics = bytes.fromhex("4c 18 f02e") + bytes(6000) + b"\0"  # a smallest value of 6,000 bytes
-    content = Counting(page(bytes.fromhex("1502") + statistics) * 200)
-
-    walk(content, 200)
-
-    assert content.found < 20 * len(content.getvalue())

@@ -12,9 +12,8 @@ import pytest
 
 from dataset.cache.records import identify, is_unchanged
 from dataset.config import DatasetTable
-from dataset.sources.faults import Fault
 from dataset.sources.fetching import fetch
-from dataset.sources.listing import find_sources, missing_captions
+from dataset.sources.listing import find_sources
 from modules.errors import DatasetError, MediaError
 from tests.dataset.making import make_image, make_table
 
@@ -75,40 +74,6 @@ def test_equal_names_in_two_folders_get_a_hash_and_the_same_row_twice_is_a_fault
     assert len(set(first.values())) == 3
     with pytest.raises(DatasetError, match="would share a cache file"):
         find_sources(table_of(tmp_path, [*rows, rows[0]]))
-
-
-def test_bad_rows_are_faults_with_their_numbers(tmp_path: Path) -> None:
-    rows: Rows = [{"path": "a.png", "caption": "x"}, {"caption": "x"}, {"path": 5}]
-    rows += [{"path": "b\0.png"}, {"path": "c.png", "caption": ["x"]}, {"path": "d.png", "mask_path": 1}]
-    table = table_of(tmp_path, rows, "t.jsonl")
-    with table.table_file.open("a", encoding="utf-8") as file:  # type: ignore[union-attr]
-        file.write("\n{\n")
-    faults: list[Fault] = []
-    assert [one.stem for one in find_sources(table, faults=faults)] == ["a"]
-    texts = [fault.text.split("t.jsonl, ")[1] for fault in faults]
-    assert [text.split(":")[0] for text in texts] == [f"line {number}" for number in (2, 3, 4, 5, 6, 7)]
-    assert [text.split(": ", 1)[1] for text in texts[:3]] == [
-        "path is missing.",
-        "path is not a path.",
-        "path holds the character NUL (\\u0000). Correct the line.",
-    ]
-
-
-def test_several_captions_are_lines_or_a_list(tmp_path: Path) -> None:
-    rows = [{"path": "a.png", "caption": "one\n\n two", "captions": ["three"]}]
-    (one,) = find_sources(table_of(tmp_path, rows, multi_caption=True, trigger_word="ohwx"))
-    assert (one.caption, *one.more_captions) == ("ohwx, one", "ohwx, two", "ohwx, three")
-    (one,) = find_sources(table_of(tmp_path, rows))
-    assert (one.caption, one.more_captions) == ("one\n\n two", ())
-    (one,) = find_sources(table_of(tmp_path, [{"path": "a.png"}]))
-    assert missing_captions([one]) == ['a.png: no "caption" in its row']
-
-
-def test_an_unknown_kind_of_table_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "t.xlsx"
-    path.touch()
-    with pytest.raises(DatasetError, match="tables are read from .parquet, .pq, .csv"):
-        find_sources(make_table(tmp_path, "image_directory", directory=None, table_file=path))
 
 
 def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:

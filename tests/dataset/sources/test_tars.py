@@ -107,48 +107,6 @@ def test_samples_are_the_files_of_one_name_up_to_the_first_dot(tmp_path: Path) -
     assert (one.caption, one.more_captions) == ("ohwx, a", ("ohwx, b",))
 
 
-def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    write_tar(
-        tmp_path / "t.tar",
-        {
-            **{"1.png": b"", "1.jpg": b""},
-            **{"2.png": b"", "2.txt": b"\xff"},
-            **{"3.png": b"", "3.json": "[1]"},
-            **{"4.png": b"", "4.json": '{"caption": 5}'},
-            **{"5.png": b"", "5.txt": "fine"},
-        },
-    )
-    sources, faults = listed(tmp_path, tmp_path / "t.tar")
-    assert [source.stem for source in sources] == ["5"]
-    texts = " ".join(fault.text for fault in faults)
-    for part in (
-        "1: it has several files to learn: jpg, png",
-        "2: its .txt is not UTF-8",
-        "3: its .json is not",
-    ):
-        assert part in texts
-    assert "4: caption in its .json is not a text" in texts
-    assert all(fault.ends_run for fault in faults)
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"\x1f\x8b\x08" + bytes(600), r"compressed with gzip.*gunzip -k t.tar"),
-        (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed with zstd"),
-        (b"no tar" * 200, "is no tar"),
-        (None, "no such file"),
-    ],
-)
-def test_what_is_no_tar_is_refused_with_what_to_do(
-    tmp_path: Path, content: bytes | None, expected: str
-) -> None:
-    if content is not None:
-        (tmp_path / "t.tar").write_bytes(content)
-    with pytest.raises(DatasetError, match=expected):
-        find_sources(table_of(tmp_path, tmp_path / "t.tar"))
-
-
 def test_a_cut_tar_gives_what_is_before_the_cut_wherever_it_is(tmp_path: Path) -> None:
     files = {f"{index}.{end}": bytes([index]) * 700 for index in range(4) for end in ("png", "jpgx")}
     whole = write_tar(tmp_path / "w.tar", files).read_bytes()
@@ -161,14 +119,6 @@ def test_a_cut_tar_gives_what_is_before_the_cut_wherever_it_is(tmp_path: Path) -
         expected = 0 if size < SAMPLE + 512 + 700 else (size + PADDING) // SAMPLE
         assert len(sources) == expected, size
     assert len(listed(tmp_path, tmp_path / "w.tar")[0]) == 4
-
-
-def test_a_tar_that_shrinks_later_is_an_error_of_its_sample(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "t.tar", {"1.png": b"x" * 5000})
-    (one,), _ = listed(tmp_path, path)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(MediaError, match=r"t.tar.1.png cannot be read: the tar is shorter"):
-        content_of(one)
 
 
 def test_a_damaged_picture_is_called_by_its_place_in_the_tar(tmp_path: Path) -> None:
@@ -220,34 +170,6 @@ def changed(header: bytes, place: int, value: bytes) -> bytes:
     return header[:148] + f"{sum(header):06o}\0 ".encode() + header[156:]
 
 
-def test_files_with_holes_are_left_out_and_the_next_ones_found(tmp_path: Path) -> None:
-    holes = changed(hostile("holes.png", b"S", size=600)[:512], 482, b"\1")
-    more = bytes(504) + b"\1" + bytes(7)
-    (tmp_path / "t.tar").write_bytes(
-        holes + more + bytes(512) + b"x" * 600 + bytes(424) + hostile("1.png") + bytes(1024)
-    )
-    sources, faults = listed(tmp_path, tmp_path / "t.tar")
-    assert ([one.stem for one in sources], faults) == (["1"], [])
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_a_pipe_is_no_tar(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "t.tar")
-    _, faults = listed(tmp_path, tmp_path / "t.tar")
-    assert [fault.text.split(": ")[1] for fault in faults] == ["it is a named pipe, not a regular file"]
-
-
-def test_hostile_headers_end_a_tar_and_nothing_else(tmp_path: Path) -> None:
-    giant = hostile("x", b"L", size=1 << 40)
-    pax = hostile("x", b"x", size=1 << 30)
-    below_zero = changed(hostile("n.png")[:512], 124, b"\xff" * 12)
-    for bad in (giant, pax, below_zero, os.urandom(512)):
-        (tmp_path / "t.tar").write_bytes(hostile("1.png") + hostile("2.png") + bad + bytes(2048))
-        sources, faults = listed(tmp_path, tmp_path / "t.tar")
-        assert [one.stem for one in sources] == ["1", "2"]
-        assert [fault.ends_run for fault in faults] == [False]
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_a_damaged_tar_never_gives_another_error(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
@@ -289,10 +211,3 @@ def test_the_index_of_a_large_tar_is_kept_until_the_tar_changes(tmp_path: Path) 
     # what is a caption depends on the table
     assert listed(tmp_path, path, cache_directory=cache, caption_extension=".cap")[0][0].caption is None
     assert listed(tmp_path, path, cache_directory=cache, caption_extension=".txt")[0][0].caption == "txt 0"
-
-
-def test_tars_without_what_the_table_is_for_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_tar(tmp_path / "t.tar", {"1.mp4": b"", "1.txt": "x"})
-    with pytest.raises(DatasetError, match="t.tar holds no images. Add some"):
-        find_sources(table_of(tmp_path, tmp_path / "t.tar"))
-    assert "1 samples, such as" in caplog.text

@@ -9,10 +9,8 @@ from PIL import Image
 
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import Items
-from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.check import check_media
 from dataset.config import DatasetConfig
 from modules.contract.data import LOSS_MASK
 from modules.errors import DatasetError
@@ -167,31 +165,3 @@ def test_control_pictures_are_control_media(tmp_path: Path) -> None:
     batch = read_batch(list(items_of(config)), LATENT)
 
     assert batch.tensor("latents_control").unique().tolist() == [9.0]
-
-
-def test_a_check_counts_what_an_epoch_shows(tmp_path: Path) -> None:
-    make_pictures(tmp_path)
-    (tmp_path / "cat" / "b.txt").write_text("other", encoding="utf-8")
-    config = load(tmp_path, TWO_SIZES)
-
-    lines = check_media(ToyFamily(), config, 1, skip_existing=False).lines
-    cache(config)
-    order = BatchOrder(items_of(config), 0)
-
-    assert f"Training on all of it: {order.num_batches} batches an epoch" in "\n".join(lines)
-    assert any("32x32: 1 items x 4, 2 batches of 2" in line for line in lines)  # the regularisation image
-    assert order.num_items == 4 + 4 + 2
-
-
-def test_a_model_without_control_pictures_says_that_they_may_be_masks(tmp_path: Path) -> None:
-    make_pictures(tmp_path)
-    (tmp_path / "control").mkdir()
-    for name in "ab":
-        make_image(tmp_path / "control" / f"{name}.png")
-    text = (
-        "[[datasets]]\nresolution = 32\n[[datasets.subsets]]\nimage_dir = 'FOLDER/cat'\nclass_tokens = 'x'\n"
-        "conditioning_data_dir = 'FOLDER/control'"
-    )
-
-    with pytest.raises(DatasetError, match="takes no control pictures.* train with --masked_loss"):
-        cache_media(ToyFamily(refuses="takes no control pictures."), load(tmp_path, text), options())

@@ -7,7 +7,6 @@ import pytest
 
 from dataset.sources.listing import find_sources
 from dataset.subsets.folders import folders_config
-from modules.errors import DatasetError
 from tests.dataset.making import make_image
 from tests.dataset.subsets.making import given, load
 
@@ -33,13 +32,6 @@ def test_folders_say_repeats_and_class(tmp_path: Path, caplog: pytest.LogCapture
     assert {(table.resolution, table.batch_size) for table in config.datasets} == {((512, 768), 3)}
     assert [find_sources(table)[0].caption for table in config.datasets] == ["shs cat", "a dog", "cat"]
     assert sorted(record.args[1].name for record in caplog.records) == ["0_off", "notes"]
-
-
-def test_a_folder_without_such_folders_is_refused(tmp_path: Path) -> None:
-    make_pictures(tmp_path, "a.png")
-
-    with pytest.raises(DatasetError, match="has no folder whose name begins with a number of repeats"):
-        folders_config(given("--train_data_dir", tmp_path, "--resolution", "64"))
 
 
 def test_a_json_names_pictures_and_their_captions(tmp_path: Path) -> None:
@@ -80,23 +72,3 @@ def test_tags_end_every_line_of_a_caption_with_wildcards(tmp_path: Path) -> None
     (source,) = find_sources(load(tmp_path, text).datasets[0])
 
     assert source.caption == "one, x,y\ntwo, x,y"
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("{", "is not valid JSON"),
-        ("[]", "the top level must be an object"),
-        ('{"gone": {"caption": "x"}}', "'gone': there is no such picture in"),
-        ('{"a": {"caption": 3}}', "'a': caption is not a text"),
-        ('{"a": "x"}', "'a': its value is not an object"),
-        ('{"' + "long" * 90 + '.png": {"caption": "x"}}', "(?i)so long a name|no such picture"),
-    ],
-)
-def test_a_json_that_cannot_be_used_is_refused(tmp_path: Path, content: str, said: str) -> None:
-    make_pictures(tmp_path / "pics", "a.png")
-    (tmp_path / "m.json").write_text(content, encoding="utf-8")
-    words = ("--train_data_dir", tmp_path / "pics", "--in_json", tmp_path / "m.json", "--resolution", "64")
-
-    with pytest.raises(DatasetError, match=said):
-        find_sources(folders_config(given(*words)).datasets[0])

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from dataset.config import load_dataset_config
-from dataset.subset_keys import OTHER_NAMES, SUBSET_KEYS
 from dataset.subset_records import Augmentation, BucketRule, CaptionChanges
 from modules.errors import DatasetError
 from tests.dataset.subsets.making import load
@@ -115,53 +113,10 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         assert line in said
 
 
-@pytest.mark.parametrize(
-    ("dataset", "subset", "words", "said"),
-    [
-        ("", "", (), "subset 1: resolution is missing"),
-        ("resolution = 64", "", ("--keep_tokens", "200000"), "the command line: keep_tokens"),
-        ("resolution = 1536\nenable_bucket = true", "", (), "max_bucket_reso = 1024 is below"),
-        ("resolution = 128\nenable_bucket = true", "", (), "min_bucket_reso = 256 is above"),
-        ("resolution = 64\nnetwork_multiplier = 0.5", "", (), "network_multiplier = 0.5"),
-        ("resolution = 64", 'alpha_mask = true\nmask_directory = "m"', (), "leave out one"),
-        ("resolution = 64", 'metadata_file = "m.json"\nconditioning_data_dir = "c"', (), "use image_dir"),
-        ("resolution = 64", 'face_crop_aug_range = "4.0,2.0"', (), "two ascending numbers"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(
-    tmp_path: Path, dataset: str, subset: str, words: tuple[str, ...], said: str
-) -> None:
-    text = f'[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = "pics"\n{subset}'
-
-    assert said in faults(tmp_path, text, *words)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("[[datasets]]\n[datasets.subsets]\nimage_dir = 'a'", "write [[datasets.subsets]]"),
-        ("[datasets]\n[[datasets.subsets]]\nimage_dir = 'a'", "write [[datasets]], once"),
-        ("[[datasets]]\n[[datasets.subset]]\nimage_dir = 'a'", "Did you mean subsets?"),
-        ("[[datasets]]\nsubsets = [3]", "[[datasets]] 1, subset 1 = 3 is not a table of keys"),
-    ],
-)
-def test_brackets_and_names_that_are_nearly_right_are_told(tmp_path: Path, text: str, said: str) -> None:
-    assert said in faults(tmp_path, text)
-
-
 def test_a_subset_needs_pictures(tmp_path: Path) -> None:
     assert "subset 1: image_dir, the folder of its pictures, is missing" in faults(
         tmp_path, "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nnum_repeats = 2"
     )
-
-
-@pytest.mark.parametrize("words", [(), ("--masked_loss",)])
-def test_a_mask_directory_counts_with_every_command(tmp_path: Path, words: tuple[str, ...]) -> None:
-    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'\nmask_directory = 'm'"
-
-    (table,) = load(tmp_path, text, *words).datasets
-
-    assert table.mask_directory == Path("m")
 
 
 @pytest.mark.parametrize("is_masked", [True, False])
@@ -173,17 +128,3 @@ def test_conditioning_pictures_are_masks_or_control_images(tmp_path: Path, is_ma
     assert (table.mask_directory, table.control_directory) == (
         (Path("c"), None) if is_masked else (None, Path("c"))
     )
-
-
-def test_the_options_defaults_are_the_keys_defaults(tmp_path: Path) -> None:
-    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'"
-
-    with_options = load(tmp_path, text).datasets
-
-    assert with_options == load_dataset_config(tmp_path / "data.toml").datasets
-    assert with_options[0].caption_extension == ".caption"
-
-
-def test_other_names_are_names_of_keys() -> None:
-    assert set(OTHER_NAMES.values()) <= SUBSET_KEYS.keys()
-    assert not OTHER_NAMES.keys() & SUBSET_KEYS.keys()

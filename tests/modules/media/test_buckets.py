@@ -65,3 +65,14 @@ def test_a_single_step_is_the_smallest_area() -> None:
 def test_a_picture_thinner_than_a_step_cannot_keep_its_size() -> None:
     with pytest.raises(ValueError, match="side under 16"):
         choose_bucket((10, 200), bucket_sizes(256, 256, 16), 256 * 256, 16, no_upscale=True)
+
+
+def test_the_short_side_just_above_the_root_has_its_bucket() -> None:
+    """Of most areas it is a long side too; not of this one, whose root is no multiple of the step."""
+    wide = ((80, 48), (96, 48), (144, 32))
+    assert bucket_sizes(70, 70, 16) == ((32, 144), (48, 80), (48, 96), (64, 64), *wide)
+
+
+@pytest.mark.parametrize(("size", "bucket"), [((1024, 64), (1024, 64)), ((1040, 64), (512, 128))])
+def test_without_enlarging_a_picture_of_exactly_the_area_keeps_its_size(size, bucket) -> None:
+    assert choose_bucket(size, bucket_sizes(256, 256, 16), 256 * 256, 16, no_upscale=True) == bucket

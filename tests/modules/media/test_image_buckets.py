@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dataset.sources.decoding import fit_of
-from modules.media.buckets import image_bucket_sizes, inner_box
+from modules.media.buckets import how_to_resize, image_bucket_sizes, inner_box
 from tests.dataset.making import subset_table
 from tests.golden_cases import read_case
 
@@ -29,3 +29,10 @@ def test_buckets_and_fits_are_those_of_the_known_trainer(tmp_path, case: dict[st
         assert [list(part) for part in (fit.bucket, fit.resized, fit.crop)] == [bucket, resized, crop], size
         assert fit.interpolation == interpolation, size
         assert list(inner_box(tuple(size), tuple(bucket))) == pytest.approx(box), size
+
+
+@pytest.mark.parametrize(
+    ("resized", "how"), [((64, 48), "none"), ((32, 24), "area"), ((80, 24), "lanczos"), ((32, 60), "lanczos")]
+)
+def test_a_picture_is_averaged_only_if_both_sides_shrink(resized: tuple[int, int], how: str) -> None:
+    assert how_to_resize((64, 48), resized) == how

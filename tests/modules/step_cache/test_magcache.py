@@ -38,6 +38,11 @@ def test_the_error_at_the_threshold_still_skips() -> None:
     assert answers(rule, 4) == "cscc"  # 0.25, then 0.25 + 0.4375
 
 
+def test_growth_and_shrinking_are_both_errors() -> None:
+    rule = MagCacheRule([1.0, 1.25, 0.8, 1.25, 1.0], 0.0, 0.375, 6)
+    assert answers(rule, 5) == "csscc"  # 0.25, then 0 more, then 0.25 more
+
+
 def test_steps_that_lack_the_pass_age_it_too() -> None:
     rule = MagCacheRule([1.0, 0.9, 0.9, 0.9, 0.9, 1.0], 0.0, 0.25, 6)
     assert not rule.skips(turn(0, 6), nothing)

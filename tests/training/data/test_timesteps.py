@@ -21,6 +21,7 @@ from training.data.timesteps import (
     check_reaches,
     draw,
     find_shift,
+    is_in_range,
     loss_weights,
     shares_of,
     shares_of_uniform,
@@ -398,3 +399,10 @@ def test_bounds_of_the_sampler_sigma_are_told_to_count_from_the_noisy_end() -> N
     made = options("--min_timestep", "875", "--preserve_distribution_shape")  # 0 to 125
     with pytest.raises(OptionError, match="counts the first two from the noisy end"):
         check_reaches(made, FLOW, TWO[1:])
+
+
+def test_the_table_is_counted_from_the_noisy_end_and_a_range_ends_before_its_last_number() -> None:
+    made = options("--timestep_sampling", "sigma", "--min_timestep", "100", "--max_timestep", "200")
+    shares = torch.tensor([0.901, 0.9, 0.801, 0.8])  # numbers 99, 100, 199 and 200
+
+    assert is_in_range(made, shares).tolist() == [False, True, True, False]

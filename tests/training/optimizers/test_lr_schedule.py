@@ -69,6 +69,7 @@ COSINE = math.cos(math.pi / 4)
             {0: 0.2, 10: 0.6, 20: 1, 59: 1, 80: 0.6, 100: 0.2},
         ),
         ("warmup_stable_decay --lr_warmup_steps 20 --lr_decay_steps 0.4", {0: 0, 59: 1, 80: 0.5, 100: 0}),
+        ("warmup_stable_decay --lr_decay_steps 2", {98: 1, 99: 0.5, 100: 0}),
         ("warmup_stable_decay", {0: 1, 100: 1}),
         (
             "piecewise_constant --lr_scheduler_args step_rules='1:10,0.1:20,0.01'",

@@ -1,0 +1,105 @@
+"""Set the marks that follow from what a test calls: `recorded`, `script`, and the tier `fast`.
+
+Three tiers. `fast`: cases below LONG seconds of processor time that start no script and compile nothing, and
+the cases marked `whole_way`. The default: all that is not marked `slow`. Everything: the rest too.
+"""
+
+import functools
+import inspect
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import pytest
+
+Name = tuple[str, str]  # of a module, of a function in it
+READER: Name = ("tests.golden_cases", "read_case")
+PROJECTS = "tests.tiny."  # they read a tokenizer or a template there, and compare nothing
+STARTERS: frozenset[Name] = frozenset(
+    {
+        *(("tests.commands", name) for name in ("run_script", "run_python", "run_program")),
+        ("tests.faults.messages", "run_here"),
+        ("tests.warm_processes", "__init__"),
+    }
+)
+COMPILES = "nothing_compiled"  # the fixture of tests that compile
+LONG = 0.15  # seconds of processor time that a case of the fast tier may take
+LONG_TESTS = Path(__file__).parent / "data" / "long_tests.txt"  # written by `pytest --write-long-tests`
+
+
+def set_marks(items: Iterable[pytest.Item]) -> None:
+    """Mark the tests that read `tests/golden` or start a script, themselves or in their fixtures, and those
+    of the fast tier.
+    """
+    long = frozenset(LONG_TESTS.read_text(encoding="utf-8").split())
+    for item in items:
+        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
+        given = [getattr(item, "function", None), *(each.func for some in fixtures.values() for each in some)]
+        if reads_recorded(*given):
+            item.add_marker("recorded")
+        if starts_script(*given):
+            item.add_marker("script")
+        marks = {mark.name for mark in item.iter_markers()}
+        is_long = "script" in marks or COMPILES in fixtures or test_name(item) in long
+        if not {"slow", "gpu"} & marks and ("whole_way" in marks or not is_long):
+            item.add_marker("fast")
+
+
+def test_name(item: pytest.Item) -> str:
+    """Return the name of a test without that of its case."""
+    return item.nodeid.partition("[")[0]
+
+
+def reads_recorded(*functions: Any) -> bool:
+    """Return whether functions of the tests read `tests/golden`: in what they call, or at the top of their
+    file.
+    """
+    found = reached(functions, without=PROJECTS)
+    return any((each.__module__, each.__name__) == READER for each in found if inspect.isfunction(each))
+
+
+def starts_script(*functions: Any) -> bool:
+    """Return whether functions of the tests start a script, in a process of its own or in this one."""
+    found = reached(functions)
+    return subprocess in found or any(
+        (each.__module__, each.__name__) in STARTERS for each in found if inspect.isfunction(each)
+    )
+
+
+def reached(functions: Iterable[Any], without: str = "-") -> set[Any]:
+    """Return functions of the tests with all that they call. without: how modules begin that are left out."""
+    waiting, seen = set(functions), set[Any]()
+    while waiting:
+        seen |= waiting
+        waiting = {called for each in waiting for called in _called(each, without)} - seen
+    return seen
+
+
+@functools.cache
+def _called(function: Any, without: str) -> frozenset[Any]:
+    """Return which functions of the tests a function of the tests names; and `subprocess`."""
+    function = inspect.unwrap(function) if callable(function) else None
+    if not inspect.isfunction(function) or not function.__module__.startswith("tests."):
+        return frozenset()
+    if function.__module__.startswith(without):
+        return frozenset()
+    names = frozenset(_names(function.__code__))
+    named = [function.__globals__.get(name) for name in names]
+    modules = [each for each in named if isinstance(each, ModuleType) and each.__name__.startswith("tests.")]
+    named += [getattr(module, name, None) for module in modules for name in names]
+    for kind in [each for each in named if isinstance(each, type) and each.__module__.startswith("tests.")]:
+        named += vars(kind).values()
+    is_test = function.__module__.rpartition(".")[2].startswith("test_")
+    if is_test and any(isinstance(each, dict) for each in named):  # CASE, TENSORS = read_case(...)
+        named.append(function.__globals__.get(READER[1]))
+    return frozenset(each for each in named if inspect.isfunction(each) or each is subprocess)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the names that code uses, that of functions inside it too."""
+    yield from code.co_names
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _names(each)
