@@ -33,6 +33,7 @@ from training.dressing import check_computing
 from training.early_checks import check_before_loading
 from training.experts import note_experts
 from training.live_choice import find_live_texts, text_use
+from training.loop_options import StartOptions
 from training.optimizers.fused_backward import check_fused_backward
 from training.options import TrainingOptions
 from training.processes.accelerator import make_accelerator
@@ -49,7 +50,6 @@ from training.saving.earlier import hold_name
 from training.saving.files import Names
 from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
-from training.start_options import StartOptions
 from training.steps import Progress, StepPlan
 from training.unused_options import list_unused_options
 
