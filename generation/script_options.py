@@ -101,6 +101,7 @@ class ScriptDefaults:
             "blocks_to_swap": self.blocks_to_swap,
             "cpu_noise": self.noise_on_cpu,
             "split_uncond": not self.joins_guidance,
+            "lora_multiplier_high_noise": 1.0,
             **source["defaults"],
         }
         spelled = {"video_size": "--image_size", "num_videos": "--num_images"} if pictures else {}

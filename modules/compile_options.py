@@ -100,7 +100,9 @@ class CompileWords(Options):
         return tuple(self.given.get(name, word) for name, word in zip(COMPILE_ARGS, args, strict=True))
 
     def check(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> None:
-        """Raise OptionError if the words do nothing, or if --compile_args says what they say."""
+        """Raise OptionError if the words, here or of --compile_args, do nothing or say the same."""
+        if not is_on and args != usual:
+            raise OptionError(f"--compile_args {' '.join(args)} does nothing without --compile: give both")
         names = [f"--compile_{name.lower()}" for name in self.given]
         if self.compile_cache_size_limit is not None:
             names.append("--compile_cache_size_limit")
@@ -170,7 +172,6 @@ class TrainingCompileOptions(Options):
                 "--dynamo_mode, --dynamo_fullgraph and --dynamo_dynamic do nothing without --dynamo_backend: "
                 "add --dynamo_backend inductor"
             )
-        _check_compile_args(self.compile, self.compile_args, TRAINING_ARGS)
         self.words.check(self.compile, self.compile_args, TRAINING_ARGS)
         _ = self.choice
 
@@ -205,7 +206,6 @@ class GenerationCompileOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        _check_compile_args(self.compile, self.compile_args, GENERATION_ARGS)
         self.words.check(self.compile, self.compile_args, GENERATION_ARGS)
         _ = self.choice
 
@@ -237,8 +237,3 @@ def _switch(name: str, text: str, choices: str) -> bool:
     if value is None:
         raise OptionError(f"--compile_args: {name} is {text!r}, use {choices}")
     return value
-
-
-def _check_compile_args(is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> None:
-    if not is_on and args != usual:
-        raise OptionError(f"--compile_args {' '.join(args)} does nothing without --compile: give both")

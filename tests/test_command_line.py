@@ -78,8 +78,9 @@ def _compare(flag: str, option: dict[str, Any], action: argparse.Action) -> None
     if option["action"] == "store_true":
         assert isinstance(action, argparse._StoreTrueAction), flag
     elif flag in WIDER_TYPES:
-        assert callable(action.type)
-        assert str(action.type("7")) == str(TYPES[option["type"]][0](7))  # a seed may be any text
+        read = action.type or str  # argparse leaves a text as it is
+        assert callable(read)
+        assert str(read("7")) == str(TYPES[option["type"]][0](7))  # a seed may be any text
     elif option["type"] in TYPES:
         assert action.type in TYPES[option["type"]], flag
 

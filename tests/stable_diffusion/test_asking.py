@@ -165,7 +165,7 @@ def test_the_usual_size_is_that_of_the_model(kind: ModelKind, side: int) -> None
     ("line", "words"),
     [
         ("a --w 100", "--W 100: sizes are multiples of 8 pixels. Give 96"),
-        ("a --w 0", "--W 0: give a number of at least 8"),
+        ("a --w 0", "--W 0: give a number from 8 to 16,384 (a multiple of 8 pixels)"),
         ("a --l nan", "--scale nan: give a finite number"),
         ("a --glt 700", "--sampler euler_a only"),
         ("a --d x", "--d: 'x' is not a whole number"),

@@ -73,7 +73,7 @@ def test_a_picture_becomes_a_png(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--scale", 0), "--scale 0.0: give a number above 0"),
+        (("--scale", 0), "--scale 0: give a number above 0"),
         (("--dtype", "fp8"), "--dtype fp8: nothing is computed in fp8"),
         (("--tile", "some"), "'some' is neither a whole number nor auto"),
         (("--model", "gone.pth"), "gone.pth: there is no such file"),
