@@ -111,7 +111,7 @@ def _operations_of_blocks(
     vectors: list[int] = []
 
     def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if isinstance(layer, nn.Linear) and output.ndim == 2:
+        if isinstance(layer, nn.Linear) and output.numel() == layer.out_features:
             vectors.append(2 * layer.weight.numel())
 
     inside = [
