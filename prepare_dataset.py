@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dataset.cogvideox.model_folder import find_model, read_vae_class
     from dataset.cogvideox.preparing import conclude, prepare
     from hunyuan_model import preparing as hunyuan
-    from modules.contract.moments_maker import MakerSettings
+    from modules.contract.family import MakerSettings
     from wan import preparing as wan
 
     # by the class of a pipeline's VAE

@@ -24,8 +24,7 @@ import torch  # noqa: E402
 from dataset.caching.loop import cache_media  # noqa: E402
 from dataset.config import load_dataset_config  # noqa: E402
 from dataset.options import CachingOptions, CheckPageOptions, ShardOptions  # noqa: E402
-from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders  # noqa: E402
-from modules.contract.family import LatentSpec, SamplingDefaults  # noqa: E402
+from modules.contract.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders, SamplingDefaults  # noqa: E402  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
 
 CONFIG = """[[datasets]]

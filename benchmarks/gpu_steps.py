@@ -24,9 +24,8 @@ from generation.memory import rehearse_denoising
 from generation.sections import make_latents
 from generation.session import Session
 from modules.contract.data import Batch
-from modules.contract.generation import EncodedPrompts, Request
-from modules.contract.prepared import Prepared
-from modules.contract.requests import settle
+from modules.contract.requests import Prepared, Request, settle
+from modules.contract.steps import EncodedPrompts
 from modules.dressing import swapped_weights
 from modules.fp8.products import add_product
 from modules.planning.memory_plan import workspace

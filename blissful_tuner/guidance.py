@@ -34,11 +34,9 @@ from blissful_tuner.guidance_passes import (
 )
 from blissful_tuner.guidance_steps import guidance_scales
 from blissful_tuner.nag import nag_tweaks
-from modules.contract.experts import ONE_EXPERT, Expert, expert_at
-from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
-from modules.contract.guidance import GuidanceRules
-from modules.contract.prepared import Prepared
-from modules.contract.steps import Guidance, Needs, Step
+from modules.contract.requests import Prepared
+from modules.contract.rules import ONE_EXPERT, Expert, GuidanceRules, expert_at
+from modules.contract.steps import NO_TWEAKS, Guidance, Needs, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 
 

@@ -7,7 +7,7 @@ from blissful_tuner.guidance_formulas import active_steps
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.guidance_passes import PassPlan
 from blissful_tuner.guidance_steps import guidance_scales
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)

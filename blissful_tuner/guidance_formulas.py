@@ -5,7 +5,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance_options import GuidanceOptions
 from blissful_tuner.guidance_passes import BLANK, POSITIVE, GuidanceStage, Pass, Velocities
-from modules.contract.guidance import Projection
+from modules.contract.rules import Projection
 
 
 # CFG-Zero*: guidance that also holds while the network's prediction is still poor, in the first steps.
@@ -112,7 +112,7 @@ def limit_norm(limit: float) -> GuidanceStage:
 
 # Adaptive projected guidance: what the difference of the passes has along the positive velocity is dropped.
 #
-# Source: Sadat et al. 2024, arXiv 2410.02416; `modules.contract.guidance.Projection` says from which step on.
+# Source: Sadat et al. 2024, arXiv 2410.02416; `modules.contract.rules.Projection` says from which step on.
 class Momentum:
     """A running sum of the differences of the passes over the steps of one section."""
 

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
+from modules.contract.steps import NO_TWEAKS, Predict, Section, Tweaks
 
 JoinTweaks = Callable[[Tweaks, Tweaks], Tweaks]  # those of a pass, those of all passes -> both together
 

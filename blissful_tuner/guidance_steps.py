@@ -1,7 +1,7 @@
 """At which steps classifier-free guidance runs, and how strongly: schedules and skip modes."""
 
 from blissful_tuner.guidance_options import MOST_SCALE, GuidanceOptions
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared
 from modules.errors import OptionError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from modules.atomic_write import make_storable
-from modules.contract.experts import ONE_EXPERT, Expert
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared
+from modules.contract.rules import ONE_EXPERT, Expert
 from modules.version import VERSION
 
 TUNER_VERSION = f"reelsmith {VERSION}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.nag_options import NagOptions
-from modules.contract.generation import NO_TWEAKS, Away, Section, Tweaks
+from modules.contract.steps import NO_TWEAKS, Away, Section, Tweaks
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ import torch
 
 from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions
 from modules.answers import take_answer
-from modules.contract.generation import Prompt, Prompts
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared, Prompt, Prompts
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, OptionError
 from modules.offload.loaded import LoadedNetwork

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from blissful_tuner.wildcards import NUMBER
-from modules.contract.generation import Prompt, Prompts, Spans
+from modules.contract.requests import Prompt, Prompts, Spans
 from modules.control_codes import shorten
 from modules.errors import OptionError
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from blissful_tuner.step_cache_options import StepCacheOptions
 from modules.contract.family import DitSpec
-from modules.contract.generation import DitAt
-from modules.contract.prepared import Prepared
-from modules.contract.step_cache import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration
+from modules.contract.requests import Prepared
+from modules.contract.rules import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration
+from modules.contract.steps import DitAt
 from modules.errors import OptionError
 from modules.option_values import MOST, check_at_least, check_at_most
 from modules.step_cache.calibration import FEWEST_STEPS, Changes, Ratios, measure_pass

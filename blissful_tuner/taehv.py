@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate, pixel_shuffle, relu
 
 from modules.checkpoints.dialects import LoadPlan, load_planned, other_kind, shapes_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.family import LatentSpec
+from modules.contract.data import LatentSpec
 from modules.devices import numbers_on, pin, send_ahead
 from modules.errors import CheckpointError
 from modules.media.reading import Frame

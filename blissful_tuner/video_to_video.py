@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.checkpoints.latents import load_latents
-from modules.contract.data import MediaEncoders
-from modules.contract.family import Family, LatentSpec
-from modules.contract.generation import Request, Section
-from modules.contract.prepared import Prepared
-from modules.contract.requests import check_opens
-from modules.contract.source import IMAGE, LATENTS, VIDEO, Source, SourceRules
+from modules.contract.data import LatentSpec, MediaEncoders
+from modules.contract.family import Family
+from modules.contract.requests import Prepared, Request, check_opens
+from modules.contract.rules import IMAGE, LATENTS, VIDEO, Source, SourceRules
+from modules.contract.steps import Section
 from modules.errors import CheckpointError, MediaError, OptionError
 from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, add_noise, make_schedule
 

@@ -40,8 +40,7 @@ from dataset.sources.media_source import MediaSource
 from dataset.sources.rates import find_wrong_rates
 from modules.addresses import is_address
 from modules.bars import Bar
-from modules.contract.data import MediaTable
-from modules.contract.family import LatentSpec
+from modules.contract.data import LatentSpec, MediaTable
 from modules.errors import CacheError, DatasetError, OptionError
 
 NO_COUNTERS = Counters(())

@@ -24,8 +24,8 @@ from encoders.token_rows import check_ids, fill_rows
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.contract.data import Conditions
-from modules.contract.generation import Prompt
-from modules.contract.tokens import CountTokens, TokenCount, kept_characters
+from modules.contract.requests import Prompt
+from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
 from modules.offload.loaded import LoadedNetwork
 

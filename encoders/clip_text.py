@@ -15,7 +15,7 @@ from encoders.clip_layers import ClipLayers, check_activation
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import DitSpec
-from modules.contract.generation import Tweaks
+from modules.contract.steps import Tweaks
 from modules.run_blocks import Hidden, run_blocks
 
 

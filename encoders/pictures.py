@@ -13,7 +13,7 @@ from modules.contract.data import (
     MomentsBatch,
     MomentsRules,
 )
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared
 from modules.errors import DatasetError
 from modules.media.pixels import byte_clips
 

@@ -24,10 +24,9 @@ from encoders.token_rows import check_ids, fill_rows, in_groups
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint
 from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import Conditions
-from modules.contract.generation import Prompt
-from modules.contract.tokens import CountTokens, token_weights
-from modules.contract.weighting import weigh_rows
+from modules.contract.data import Conditions, weigh_rows
+from modules.contract.requests import Prompt
+from modules.contract.rules import CountTokens, token_weights
 from modules.devices import dtype_name
 from modules.offload.loaded import LoadedNetwork
 

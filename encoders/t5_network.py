@@ -19,7 +19,7 @@ from modules.attention.sdpa import attend_with_bias
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import DitSpec
-from modules.contract.generation import NO_TWEAKS
+from modules.contract.steps import NO_TWEAKS
 from modules.devices import dtype_name, send_ahead
 from modules.run_blocks import Hidden, run_blocks
 

@@ -17,7 +17,7 @@ from encoders.piece_tokenizers import (
     read_pieces,
 )
 from modules.checkpoints.tokenizers import TokenizerFiles, token_places
-from modules.contract.tokens import CountTokens, Place, TokenCount, kept_characters
+from modules.contract.rules import CountTokens, Place, TokenCount, kept_characters
 
 logger = logging.getLogger(__name__)
 

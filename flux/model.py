@@ -17,7 +17,7 @@ from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
 from hunyuan_model.model import real_tokens, rotary_widths
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, ScaleNorm
 from modules.layers.precision import activation_dtype, in_own_dtype, run_float32

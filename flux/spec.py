@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from encoders.autoencoder_colours import PREVIEW_BIAS, PREVIEW_FACTORS
 from flux.configs import CHROMA
-from modules.contract.family import DitSpec, LatentSpec
-from modules.contract.noise import NoiseSpec, count_picture_tokens
-from modules.contract.npz import NpzFormat
+from modules.contract.data import LatentSpec
+from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from modules.contract.rules import NpzFormat
 
 # cached latents are in model space already: (z - 0.1159) * 0.3611
 LATENT = LatentSpec(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hunyuan_model.spec import DIT as HUNYUAN
 from modules.contract.family import DitSpec
-from modules.contract.release import ModelRelease
+from modules.contract.rules import ModelRelease
 
 DERIVED = (
     "Tencent Hunyuan Community, by derivation",  # from HunyuanVideo

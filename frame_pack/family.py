@@ -40,21 +40,20 @@ from modules.contract.data import (
     Batch,
     CacheEntry,
     Conditions,
+    LatentSpec,
     MediaBatch,
     MediaEncoders,
     MediaTable,
     MomentsBatch,
     MomentsRules,
+    SamplingDefaults,
     name_texts,
 )
-from modules.contract.experts import ONE_EXPERT, Expert
-from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
+from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
-from modules.contract.noise import FLOW, NoiseSpec
-from modules.contract.prepared import Prepared
-from modules.contract.release import ModelRelease
-from modules.contract.source import LATENTS, VIDEO, SourceRules
+from modules.contract.requests import Prepared, Request
+from modules.contract.rules import LATENTS, ONE_EXPERT, VIDEO, Expert, ModelRelease, SourceRules
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import send
 from modules.errors import DatasetError
 from modules.options import NO_OPTIONS

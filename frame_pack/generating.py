@@ -24,7 +24,7 @@ from hunyuan_model.spec import LATENT as VAE_LATENT
 from hunyuan_model.vae import HunyuanVae
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import NoiseSource
-from modules.contract.generation import EncodedPrompts, Piece, Section
+from modules.contract.steps import EncodedPrompts, Piece, Section
 
 CPU = torch.device("cpu")
 Sections = Generator[Section, Tensor, Tensor]

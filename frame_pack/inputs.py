@@ -18,7 +18,7 @@ from frame_pack.sections import LATENT_STRIDE
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from hunyuan_model.vae import HunyuanVae
 from modules.contract.data import Conditions, MediaEncoders
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared
 from modules.media.buckets import Size
 from modules.media.pixels import byte_clips, image_pixels
 

@@ -31,7 +31,7 @@ from hunyuan_model.model import (
 )
 from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refine_tokens
 from modules.attention.options import SDPA, AttentionChoice
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import activation_dtype, in_own_dtype, run_float32

@@ -23,10 +23,16 @@ from frame_pack.sections import (
     sections_in,
     video_frames,
 )
-from modules.contract.family import LatentSpec, SamplingDefaults
-from modules.contract.generation import Prompt, Request
-from modules.contract.prepared import Prepared
-from modules.contract.requests import check_size, keep_usable_media, settle, size_of
+from modules.contract.data import LatentSpec, SamplingDefaults
+from modules.contract.requests import (
+    Prepared,
+    Prompt,
+    Request,
+    check_size,
+    keep_usable_media,
+    settle,
+    size_of,
+)
 from modules.errors import MediaError, OptionError
 from modules.media.buckets import Size, bucket_sizes, choose_bucket
 from modules.option_values import require, to_path

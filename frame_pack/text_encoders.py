@@ -15,8 +15,8 @@ from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.text_encoders import LlavaTextEncoder, clip_text_encoder, template_of
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
-from modules.contract.generation import Prompt
-from modules.contract.tokens import CountTokens
+from modules.contract.requests import Prompt
+from modules.contract.rules import CountTokens
 
 TEXT_ROWS = 512  # rows for the language model's states, zeros after those of the prompt
 LLAMA_KEYS = frozenset({"llama_vec", "llama_attention_mask"})

@@ -38,8 +38,8 @@ from modules.checkpoints.latents import load_latents
 from modules.command import as_typed
 from modules.compile import check_compilation
 from modules.console import count_of, in_words, show_box
-from modules.contract.experts import Expert
 from modules.contract.family import Family
+from modules.contract.rules import Expert
 from modules.devices import allow_fp16_accumulation, choose_device
 from modules.errors import OptionError, UserError
 from modules.failures import Failures

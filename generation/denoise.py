@@ -8,8 +8,18 @@ from torch import Tensor
 
 from modules.contract.data import Conditions
 from modules.contract.family import Passes
-from modules.contract.generation import NO_TWEAKS, DitAt, Predict, Section, Turn, Tweaks
-from modules.contract.steps import Guidance, Step, StepDone, Watcher
+from modules.contract.steps import (
+    NO_TWEAKS,
+    DitAt,
+    Guidance,
+    Predict,
+    Section,
+    Step,
+    StepDone,
+    Turn,
+    Tweaks,
+    Watcher,
+)
 from modules.flow.solvers import Solver
 
 

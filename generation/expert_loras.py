@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from generation.options import GenerationOptions
-from modules.contract.experts import HIGH_NOISE, Expert
+from modules.contract.rules import HIGH_NOISE, Expert
 from modules.errors import OptionError
 from networks.names.layouts import FOR_BOTH
 from networks.options import LoraOptions

@@ -14,7 +14,7 @@ from generation.request import prepare_line
 from generation.session import needs_media
 from generation.sheet_options import cells_of
 from modules.contract.family import Family
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared
 from modules.errors import OptionError, UserError
 from modules.planning.dry_run import WEIGHTS, quiet
 from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Room, Swapped, gib

@@ -17,9 +17,9 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from modules.contract.experts import Expert, expert_at, noisiest
 from modules.contract.family import Family
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared
+from modules.contract.rules import Expert, expert_at, noisiest
 from modules.devices import free_memory
 from modules.errors import MemoryPlanError
 from modules.flow.schedule import make_schedule

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from generation.outputs import PREVIEW_SUFFIX
 from generation.session import CPU, Session
-from modules.contract.generation import Piece
+from modules.contract.steps import Piece
 from modules.devices import is_out_of_memory
 from modules.errors import OutputError
 from modules.media.pixels import cross_fade, frames_of

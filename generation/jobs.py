@@ -20,7 +20,7 @@ from generation.outputs import FrameTools
 from generation.prompt_lines import parse_generation_line
 from generation.session import Session
 from modules.contract.family import Family
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared
 
 logger = logging.getLogger(__name__)
 

@@ -35,8 +35,7 @@ from generation.sections import OnSection, make_latents
 from generation.session import CPU, NO_ENCODERS, encode_inputs, needs_media, wanted_texts
 from modules.atomic_write import make_folder
 from modules.contract.data import Conditions
-from modules.contract.generation import DitAt, EncodedPrompts, Section
-from modules.contract.steps import Watcher
+from modules.contract.steps import DitAt, EncodedPrompts, Section, Watcher
 from modules.devices import free_memory
 from modules.failures import Failures
 from modules.planning.memory_plan import comparison

@@ -16,12 +16,11 @@ from generation.options import GenerationOptions
 from generation.sections import SeededNoise, on_device, sections_of
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.contract.data import Conditions
-from modules.contract.experts import Expert, noisiest
 from modules.contract.family import Family
-from modules.contract.generation import EncodedPrompts, Prompt
 from modules.contract.loading import Placement
-from modules.contract.prepared import Prepared
-from modules.contract.steps import Step
+from modules.contract.requests import Prepared, Prompt
+from modules.contract.rules import Expert, noisiest
+from modules.contract.steps import EncodedPrompts, Step
 from modules.errors import MemoryPlanError, OptionError
 from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import host_room

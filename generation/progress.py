@@ -15,9 +15,8 @@ from generation.experts import experts_by_step
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.contract.family import Family
-from modules.contract.generation import Section
-from modules.contract.prepared import Prepared
-from modules.contract.steps import StepDone
+from modules.contract.requests import Prepared
+from modules.contract.steps import Section, StepDone
 from modules.planning.device_memory import peak_in_words
 
 logger = logging.getLogger(__name__)

@@ -18,12 +18,9 @@ from blissful_tuner.wildcards import expand_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from generation.request_options import SOLVERS, RequestOptions
-from modules.contract.experts import HIGH_NOISE
 from modules.contract.family import Family
-from modules.contract.generation import Request
-from modules.contract.prepared import Prepared
-from modules.contract.requests import check_opens, check_values
-from modules.contract.source import SOURCES, Source
+from modules.contract.requests import Prepared, Request, check_opens, check_values
+from modules.contract.rules import HIGH_NOISE, SOURCES, Source
 from modules.errors import OptionError
 from modules.option_values import to_path
 

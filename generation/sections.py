@@ -13,9 +13,8 @@ from blissful_tuner.video_to_video import noisy_source, part_of
 from generation.denoise import LoopStart, denoise
 from modules.contract.data import Conditions
 from modules.contract.family import Family, NoiseSource
-from modules.contract.generation import DitAt, EncodedPrompts, Section, Tweaks
-from modules.contract.prepared import Prepared
-from modules.contract.steps import Watcher
+from modules.contract.requests import Prepared
+from modules.contract.steps import DitAt, EncodedPrompts, Section, Tweaks, Watcher
 from modules.devices import send, send_ahead
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed

@@ -21,9 +21,8 @@ from generation.sections import SOURCE, conditions_to
 from modules.bars import track
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family, TextEncoder
-from modules.contract.generation import DitAt, EncodedPrompts, Prompt, Prompts
-from modules.contract.prepared import Prepared
-from modules.contract.steps import Needs
+from modules.contract.requests import Prepared, Prompt, Prompts
+from modules.contract.steps import DitAt, EncodedPrompts, Needs
 from modules.devices import free_memory
 from modules.planning.device_memory import host_room, spare_bytes
 from networks.text_loras import TextLoras

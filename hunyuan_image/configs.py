@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 from hunyuan_model.spec import DIT as HUNYUAN
-from modules.contract.family import DitSpec, LatentSpec
-from modules.contract.noise import NoiseSpec, count_picture_tokens
-from modules.contract.npz import NpzFormat
-from modules.contract.release import ModelRelease
+from modules.contract.data import LatentSpec
+from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from modules.contract.rules import ModelRelease, NpzFormat
 
 HUNYUAN_IMAGE = ModelRelease(
     ("tencent/HunyuanImage-2.1",),

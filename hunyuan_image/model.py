@@ -26,7 +26,7 @@ from hunyuan_model.model import HunyuanFinalLayer, real_tokens
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker

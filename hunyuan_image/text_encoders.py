@@ -25,10 +25,9 @@ from hunyuan_model.text_encoders import weights_within
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles, token_places
-from modules.contract.data import Conditions
-from modules.contract.generation import Prompt
-from modules.contract.tokens import CountTokens, TokenCount, kept_characters
-from modules.contract.weighting import weigh_rows
+from modules.contract.data import Conditions, weigh_rows
+from modules.contract.requests import Prompt
+from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
 from modules.offload.loaded import LoadedNetwork
 

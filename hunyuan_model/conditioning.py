@@ -12,8 +12,7 @@ from torch import Tensor
 
 from encoders.posterior import posterior_generator, sample_posterior
 from hunyuan_model.vae import LOG_VARIANCE, HunyuanVae
-from modules.contract.data import Batch, CacheEntry, MediaBatch, MomentsBatch
-from modules.contract.family import LatentSpec
+from modules.contract.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch
 from modules.media.pixels import byte_clips
 
 logger = logging.getLogger(__name__)

@@ -33,22 +33,28 @@ from modules.contract.data import (
     Batch,
     CacheEntry,
     Conditions,
+    LatentSpec,
     MediaBatch,
     MediaEncoders,
     MediaTable,
     MomentsBatch,
     MomentsRules,
+    SamplingDefaults,
     name_texts,
 )
-from modules.contract.experts import ONE_EXPERT, Expert
-from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
+from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
-from modules.contract.noise import FLOW, NoiseSpec
-from modules.contract.prepared import Prepared
-from modules.contract.release import ModelRelease
-from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
-from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
+from modules.contract.requests import (
+    Prepared,
+    Request,
+    check_size,
+    keep_usable_media,
+    settle,
+    size_of,
+    whole_frames,
+)
+from modules.contract.rules import IMAGE, LATENTS, ONE_EXPERT, VIDEO, Expert, ModelRelease, SourceRules
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import choose_compute_dtype, send
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import byte_clips, image_pixels

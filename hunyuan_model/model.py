@@ -24,7 +24,7 @@ from hunyuan_model.spec import DIT
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm
 from modules.layers.precision import activation_dtype, in_own_dtype, run_float32

@@ -9,7 +9,7 @@ from hunyuan_model.files import HunyuanEncoderPaths, beside
 from hunyuan_model.spec import LATENT
 from hunyuan_model.text_encoders import LlavaTextEncoder, clip_text_encoder, template_of
 from hunyuan_model.vae import TILE, load_vae
-from modules.contract.moments_maker import EncodeMoments, MakerSettings, MomentsMaker, causal_frames
+from modules.contract.family import EncodeMoments, MakerSettings, MomentsMaker, causal_frames
 from modules.errors import OptionError
 
 

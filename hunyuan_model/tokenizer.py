@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from modules.checkpoints.tokenizers import TokenizerFiles, token_places
-from modules.contract.tokens import Place
+from modules.contract.rules import Place
 from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)

@@ -28,21 +28,36 @@ from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
     Conditions,
+    LatentSpec,
     MediaEncoders,
     MediaTable,
     MomentsRules,
+    SamplingDefaults,
     name_texts,
 )
-from modules.contract.experts import ONE_EXPERT, Expert
-from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
-from modules.contract.guidance import GuidanceRules
+from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
-from modules.contract.noise import NoiseSpec
-from modules.contract.prepared import Prepared
-from modules.contract.release import ModelRelease
-from modules.contract.requests import NO_MEDIA, check_size, keep_usable_media, settle, size_of, whole_patches
-from modules.contract.source import IMAGE, LATENTS, SourceRules
+from modules.contract.requests import (
+    NO_MEDIA,
+    Prepared,
+    Prompt,
+    Request,
+    check_size,
+    keep_usable_media,
+    settle,
+    size_of,
+    whole_patches,
+)
+from modules.contract.rules import (
+    IMAGE,
+    LATENTS,
+    ONE_EXPERT,
+    Expert,
+    GuidanceRules,
+    ModelRelease,
+    SourceRules,
+)
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
 from modules.media.pixels import byte_clips

@@ -19,7 +19,7 @@ from lumina.configs import DIT, LuminaConfig
 from modules.attention.lengths import Lengths, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.attention.second_text import SecondText
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm
 from modules.layers.precision import activation_dtype, in_own_dtype

@@ -21,10 +21,9 @@ from lumina.options import MAX_TOKENS
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import fingerprint, open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles, token_places
-from modules.contract.data import Conditions
-from modules.contract.generation import Prompt
-from modules.contract.tokens import CountTokens, Place, TokenCount, kept_characters, token_weights
-from modules.contract.weighting import weigh_rows
+from modules.contract.data import Conditions, weigh_rows
+from modules.contract.requests import Prompt
+from modules.contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.devices import dtype_name
 from modules.offload.loaded import LoadedNetwork
 

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modules.contract.family import DitSpec
-from modules.contract.generation import Tweaks
+from modules.contract.steps import Tweaks
 
 _RUNNER = "_runner"  # under which a network carries its own
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from modules.atomic_write import save_tensors
 from modules.checkpoints.opening import checkpoint_paths
 from modules.console import as_size, show_box
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing

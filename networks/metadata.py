@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from modules.contract.experts import expert_of_file, named_expert
+from modules.contract.rules import expert_of_file, named_expert
 from modules.text_files import parse_json
 from networks.module_names import FAMILIES
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, IN_DIFFUSERS, TRAINED_EXPERT

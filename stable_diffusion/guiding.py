@@ -25,8 +25,7 @@ from encoders.clip_vision_checkpoints import read_clip_vision
 from generation.denoise import predictor
 from modules.checkpoints.dialects import LoadPlan, load_planned, other_kind
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.generation import Predict, Section
-from modules.contract.steps import Guidance, Step
+from modules.contract.steps import Guidance, Predict, Section, Step
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.chunks import SIZE, cut_into_chunks, parse_weights
 from stable_diffusion.contract import AskedPicture, Model

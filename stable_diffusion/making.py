@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from generation import denoise as loop
 from modules.bars import Bar
-from modules.contract.generation import Section
-from modules.contract.steps import StepDone
+from modules.contract.steps import Section, StepDone
 from modules.errors import OptionError
 from stable_diffusion.clip_vision import PictureVectors
 from stable_diffusion.contract import (

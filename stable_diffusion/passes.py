@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, Predict, Section, Tweaks
-from modules.contract.steps import Guidance, Step
+from modules.contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
 from stable_diffusion.contract import Idea, Model, TextState, UnetCall
 from stable_diffusion.samplers import DiffusersSampler
 

@@ -114,7 +114,7 @@ LIGHT_FILES = {
     "modules/paths.py",
     "modules/text_files.py",
     "modules/text_encodings.py",
-    "modules/contract/source.py",
+    "modules/contract/rules.py",
     "generation/prompt_lines.py",
     "dataset/config.py",
     "dataset/config_keys.py",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.nag import NormalisedGuidance
-from modules.contract.generation import Away, Tweaks
+from modules.contract.steps import Away, Tweaks
 from tests.tiny.dits import DITS, TinyDit
 
 SIZE = (3, 4, 6, 9)  # latent frames, rows, columns, tokens of the text

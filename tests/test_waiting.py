@@ -21,7 +21,8 @@ from generation.denoise import LoopStart, denoise
 from generation.request_options import SOLVERS
 from generation.sections import SeededNoise
 from modules.contract.data import Conditions
-from modules.contract.generation import Away, Request, Section, Tweaks
+from modules.contract.requests import Request
+from modules.contract.steps import Away, Section, Tweaks
 from modules.flow.solvers import solver_for
 from modules.layers.rope import Slow
 from tests.preparing import prepare

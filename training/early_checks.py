@@ -9,8 +9,8 @@ from torch.nn import Parameter
 
 from blissful_tuner.latent_preview import check_preview
 from modules.atomic_write import check_space
-from modules.contract.experts import Expert
 from modules.contract.family import Family
+from modules.contract.rules import Expert
 from modules.errors import OptionError
 from modules.offload.swap_plan import check_swap
 from modules.planning.dry_run import quiet

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from modules.contract.experts import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.contract.family import Family
+from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.errors import OptionError
 from modules.offload.turns import HostCopy
 from networks.adapter import OWN_NETWORKS

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from modules.contract.experts import HIGH_NOISE, ONE_EXPERT, Expert
+from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.installation import command_words
 from modules.options import Options, option_values, options_with
 from modules.planning.device_memory import MemoryWatch, host_peak

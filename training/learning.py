@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from modules.contract.experts import Expert
 from modules.contract.family import Family
 from modules.contract.loading import HostPlace
+from modules.contract.rules import Expert
 from modules.dressing import swapped_weights
 from modules.errors import MemoryPlanError
 from modules.offload.host_memory import machine_of

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from modules.contract.data import LOSS_MASK, Batch, Conditions
-from modules.contract.family import Described, Predicts
-from modules.contract.generation import NO_TWEAKS, Tweaks
-from modules.contract.noise import NoiseSpec
+from modules.contract.family import Described, NoiseSpec, Predicts
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import numbers_on, send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from training.loss_options import ADDITIVE, L2, RAW, SIGMA_SCALED, LossOptions

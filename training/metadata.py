@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from modules.atomic_write import make_storable
-from modules.contract.release import ModelRelease
+from modules.contract.rules import ModelRelease
 from networks.loading import TRAINED_FOR
 from training.loss_options import L2
 from training.options import TrainingOptions

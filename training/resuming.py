@@ -12,7 +12,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from dataset.batches.order import BatchOrder
-from modules.contract.experts import ONE_EXPERT, Expert
+from modules.contract.rules import ONE_EXPERT, Expert
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import NO_OPTIONS, options_with

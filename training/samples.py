@@ -20,12 +20,10 @@ from generation.request_options import SOLVERS
 from generation.sections import make_latents
 from generation.session import Session, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
-from modules.contract.experts import expert_at
 from modules.contract.family import Family
-from modules.contract.generation import EncodedPrompts, Prompts, Request
-from modules.contract.prepared import Prepared
-from modules.contract.requests import check_values
-from modules.contract.steps import StepDone
+from modules.contract.requests import Prepared, Prompts, Request, check_values
+from modules.contract.rules import expert_at
+from modules.contract.steps import EncodedPrompts, StepDone
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.media.pixels import frames_of

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from modules.contract.experts import Expert
 from modules.contract.family import Family
+from modules.contract.rules import Expert
 from modules.planning.device_memory import MemoryWatch
 from networks.added import AddedLoras
 from training.averages import NoAverage, WeightAverage

@@ -15,7 +15,7 @@ from dataset.batches.finding import CachingCommands
 from dataset.batches.items import TrainingItem
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
-from modules.contract.experts import expert_at
+from modules.contract.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.live_media import BatchSources
 from training.data.live_text import NO_TEXTS, LiveTexts, NoTexts

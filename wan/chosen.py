@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from modules.contract.family import LatentSpec
+from modules.contract.data import LatentSpec
 from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
 from wan.configs import TASKS, WanTask

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from modules.contract.release import ModelRelease
+from modules.contract.rules import ModelRelease
 
 HEAD_WIDTH = 128  # of all released sizes; cannot be read from the tensors of a file
 

@@ -15,20 +15,29 @@ from modules.contract.data import (
     Batch,
     CacheEntry,
     Conditions,
+    LatentSpec,
     MediaBatch,
     MediaEncoders,
     MediaTable,
     MomentsBatch,
     MomentsRules,
+    SamplingDefaults,
 )
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
-from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Section, Tweaks
+from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
-from modules.contract.noise import FLOW, NoiseSpec
-from modules.contract.prepared import Prepared
-from modules.contract.release import ModelRelease
-from modules.contract.source import IMAGE, LATENTS, VIDEO, SourceRules
+from modules.contract.requests import Prepared, Request
+from modules.contract.rules import (
+    HIGH_NOISE,
+    IMAGE,
+    LATENTS,
+    LOW_NOISE,
+    ONE_EXPERT,
+    VIDEO,
+    Expert,
+    ModelRelease,
+    SourceRules,
+)
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import dtype_name
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS

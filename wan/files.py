@@ -5,7 +5,7 @@ from pathlib import Path
 
 from modules.checkpoints.dits import DitHeader
 from modules.checkpoints.model_files import read_once, require_file
-from modules.contract.family import LatentSpec
+from modules.contract.data import LatentSpec
 from wan.checkpoints import check_alike, check_task, read_dit_header
 from wan.configs import WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5

@@ -7,12 +7,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modules.contract.data import Conditions, MediaEncoders
-from modules.contract.experts import Expert
-from modules.contract.family import LatentSpec, NoiseSource, SamplingDefaults
-from modules.contract.generation import Request
-from modules.contract.prepared import Prepared
-from modules.contract.requests import check_size, keep_usable_media, settle, size_of, whole_frames
+from modules.contract.data import Conditions, LatentSpec, MediaEncoders, SamplingDefaults
+from modules.contract.family import NoiseSource
+from modules.contract.requests import (
+    Prepared,
+    Request,
+    check_size,
+    keep_usable_media,
+    settle,
+    size_of,
+    whole_frames,
+)
+from modules.contract.rules import Expert
 from modules.errors import OptionError
 from modules.media.pixels import image_pixels, image_size, read_pixels, video_pixels
 from modules.option_values import require

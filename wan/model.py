@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from modules.attention.attend import attend
 from modules.attention.options import SDPA, AttentionChoice
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.precision import activation_dtype, in_own_dtype, run_float32

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.opening import fingerprint
-from modules.contract.moments_maker import EncodeMoments, MakerSettings, MomentsMaker, causal_frames
+from modules.contract.family import EncodeMoments, MakerSettings, MomentsMaker, causal_frames
 from modules.devices import dtype_name
 from modules.errors import OptionError
 from wan.files import WanFiles

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE, expert_of_file
-from modules.contract.family import LatentSpec
+from modules.contract.data import LatentSpec
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.names.wan import WAN

@@ -1,6 +1,7 @@
 """Latents of Wan2.1 and Wan2.2, and names inside their transformers for code that acts on them."""
 
-from modules.contract.family import DitSpec, LatentSpec
+from modules.contract.data import LatentSpec
+from modules.contract.family import DitSpec
 
 # Least squares fit of latents in model space to colours (R, G, B), which all known tools use
 PREVIEW_FACTORS = (

@@ -19,10 +19,9 @@ from encoders.t5_tokenizer import T5Tokenizer, T5Tokenizers
 from encoders.token_rows import check_ids, in_groups
 from modules.checkpoints.opening import fingerprint
 from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import Conditions
-from modules.contract.generation import Prompt, Spans
-from modules.contract.tokens import CountTokens, token_weights
-from modules.contract.weighting import weigh_rows
+from modules.contract.data import Conditions, weigh_rows
+from modules.contract.requests import Prompt, Spans
+from modules.contract.rules import CountTokens, token_weights
 from modules.errors import InstallationError
 from modules.offload.loaded import LoadedNetwork
 from wan.encoder_checkpoints import UMT5

@@ -19,7 +19,7 @@ from modules.checkpoints.dialects import (
     translate_name,
 )
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.family import LatentSpec
+from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError
 from wan.vae_blocks import VaeLayer, VaeStage, WanVaeConfig
 from wan.vae_releases import RELEASES, WAN_2_1, WAN_2_2

@@ -31,7 +31,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import bucket_of
 from dataset.sources.listing import find_sources
 from modules.console import count_of
-from modules.contract.family import LatentSpec
+from modules.contract.data import LatentSpec
 from modules.errors import CacheError, DatasetError
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from dataset.batches.finding import CachingCommands
 from dataset.batches.items import Items, TrainingItem
 from dataset.cache.files import Header, tensor_key
 from dataset.cache.store import Stores
-from modules.contract.family import LatentSpec
+from modules.contract.data import LatentSpec
 from modules.errors import CacheError
 
 

@@ -47,9 +47,8 @@ from dataset.sources.decoding import bucket_of
 from dataset.sources.listing import find_sources
 from dataset.sources.masks import shrink_mask
 from modules.atomic_write import explain_errors
-from modules.contract.data import LOSS_MASK
-from modules.contract.family import LatentSpec
-from modules.contract.npz import NpzFormat
+from modules.contract.data import LOSS_MASK, LatentSpec
+from modules.contract.rules import NpzFormat
 from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.file_locks import only_one

@@ -34,8 +34,8 @@ from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
 from dataset.sources.moments import GivenClip, measure_source
 from modules.bars import Bar
-from modules.contract.data import LOSS_MASK, MediaTable
-from modules.contract.family import Described, Encodes, LatentSpec
+from modules.contract.data import LOSS_MASK, LatentSpec, MediaTable
+from modules.contract.family import Described, Encodes
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size

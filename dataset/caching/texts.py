@@ -43,7 +43,7 @@ from dataset.sources.captions import describe_cut
 from modules.bars import Bar
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from modules.errors import CacheError, CheckpointError
 from modules.paths import path_exists
 

@@ -9,7 +9,7 @@ from dataset.sources.faults import Fault
 from dataset.sources.listing import missing_captions
 from dataset.sources.media_source import MediaSource
 from modules.contract.family import TextEncoder
-from modules.contract.tokens import CountTokens, TokenCount
+from modules.contract.rules import CountTokens, TokenCount
 from modules.errors import CheckpointError, OptionError
 from modules.paths import path_exists
 

@@ -17,8 +17,8 @@ from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.console import count_of
-from modules.contract.family import LatentSpec
-from modules.contract.tokens import TokenCount
+from modules.contract.data import LatentSpec
+from modules.contract.rules import TokenCount
 from modules.control_codes import escape_control_codes
 from modules.pages.page import write_page
 

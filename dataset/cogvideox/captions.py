@@ -16,9 +16,8 @@ from dataset.sources.media_source import EMBEDS
 from modules.bars import Bar
 from modules.checkpoints.containers import load_pickled
 from modules.contract.data import Conditions
-from modules.contract.family import TextEncoder
-from modules.contract.generation import Prompt
-from modules.contract.moments_maker import MomentsMaker
+from modules.contract.family import MomentsMaker, TextEncoder
+from modules.contract.requests import Prompt
 
 UNFINISHED = ".unfinished-"  # in front of a process's number: a folder of what earlier encoders gave
 

@@ -17,7 +17,7 @@ from dataset.cogvideox.items import PreparedItem
 from dataset.cogvideox.options import PrepareOptions
 from dataset.cogvideox.shapes import Shape, batches_by_shape, read_clip
 from modules.bars import Bar
-from modules.contract.moments_maker import EncodeMoments
+from modules.contract.family import EncodeMoments
 from modules.errors import MediaError
 from modules.media.pixels import to_pixels
 

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from dataset.cogvideox.options import MAX_TOKENS
 from modules.checkpoints.opening import fingerprint
-from modules.contract.data import Conditions
-from modules.contract.family import LatentSpec
-from modules.contract.generation import Prompt
-from modules.contract.moments_maker import EncodeMoments, MakerSettings, MomentsMaker
-from modules.contract.tokens import CountTokens, TokenCount, kept_characters
+from modules.contract.data import Conditions, LatentSpec
+from modules.contract.family import EncodeMoments, MakerSettings, MomentsMaker
+from modules.contract.requests import Prompt
+from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, InstallationError
 

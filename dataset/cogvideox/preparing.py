@@ -24,7 +24,7 @@ from dataset.sources.faults import Fault, raise_faults
 from dataset.sources.prepared import PreparedFolder, read_prepared, write_prepared
 from modules.atomic_write import make_folder, remove_leftovers, write_text
 from modules.console import count_of, show_box
-from modules.contract.moments_maker import MomentsMaker
+from modules.contract.family import MomentsMaker
 from modules.devices import choose_device, free_memory
 from modules.errors import DatasetError, OptionError
 

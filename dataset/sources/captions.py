@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dataset.config import DatasetTable
 from dataset.subset_records import CaptionChanges
-from modules.contract.tokens import TokenCount
+from modules.contract.rules import TokenCount
 from modules.errors import DatasetError
 from modules.text_encodings import EncodingGuess, guess_encodings
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_content, read_text

@@ -9,7 +9,7 @@ from tokenizers import Encoding, Tokenizer
 from modules.checkpoints.containers import describe_kind, is_pointer_or_page
 from modules.checkpoints.opening import fingerprint
 from modules.checkpoints.tokenizer_growth import check_sentencepiece, check_tokenizer
-from modules.contract.tokens import Place
+from modules.contract.rules import Place
 from modules.errors import CheckpointError
 from modules.paths import explain_missing
 from modules.text_files import require_regular_file

@@ -1,13 +1,14 @@
-"""The frozen records of data: what caches, datasets and encoders hand to the loops."""
+"""The frozen records of data: latent spaces, and what caches, datasets and encoders hand to the loops."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modules.contract.rules import ONE_EXPERT, Expert, NpzFormat
 from modules.devices import send
 from modules.errors import CacheError
 
@@ -16,8 +17,11 @@ from modules.errors import CacheError
 # per sample.
 Conditions = Mapping[str, Tensor | list[Tensor]]
 
+
 # key of the mask of the loss in batches and caches: 1 is learned, 0 is not; F H W of the latents
 LOSS_MASK = "reelsmith_loss_mask"
+
+
 LATENTS_MADE = "latents"  # `MadeBy.part` of latent caches
 
 
@@ -202,3 +206,73 @@ class MediaEncoders:
 
     vae: Any  # the family's own VAE class
     image_encoder: Any = None
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The latent space of a family's VAE and how cached latents become model-space latents: `cached * scale +
+    shift`.
+    """
+
+    channels: int
+    stride: tuple[int, int, int]  # frames, height, width
+    pixel_step: int  # widths and heights are multiples of this
+    frame_step: int  # frames are frame_step * n + 1
+    scale: float = 1.0
+    shift: float = 0.0
+    preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to colour
+    preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
+    in_sections: bool = False
+    npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
+
+    @property
+    def is_of_pictures(self) -> bool:
+        """Return whether time is not compressed: the model makes single pictures."""
+        return self.stride[0] == 1
+
+    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+        """1 C F H W of the latents for a size in pixels."""
+        return (
+            1,
+            self.channels,
+            (frames - 1) // self.stride[0] + 1,
+            height // self.stride[1],
+            width // self.stride[2],
+        )
+
+    def to_model(self, cached: Tensor) -> Tensor:
+        """Cached latents in model space, float32."""
+        return cached.float() * self.scale + self.shift
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What generation and training samples use where nothing is said."""
+
+    steps: int
+    fps: float
+    guidance_scale: float
+    embedded_guidance: float | None
+    flow_shift: float | None  # None: the family finds it from the size, and training samples cannot change it
+    solver: str
+    width: int
+    height: int
+    frames: int
+    noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
+    # guidance scales of experts that have one of their own, by name
+    expert_guidance: Mapping[str, float] = field(default_factory=dict)
+    experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
+
+
+def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
+    """Multiply the first rows by their weights; the others stay as they are.
+
+    rows: L C, of one prompt. weights: of the prompt's tokens, at most L. The product is computed in float32
+    and rounded once, so that rows of weight 1 keep every bit.
+    """
+    assert isinstance(rows, Tensor)
+    weighed = rows.clone()
+    factors = torch.tensor(weights, dtype=torch.float32, device=rows.device)[:, None]
+    weighed[: len(weights)] = (rows[: len(weights)].float() * factors).to(rows.dtype)
+    return weighed

@@ -7,7 +7,7 @@ latents`, shaped like `noisy`. A family is a frozen dataclass made by
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
@@ -18,59 +18,58 @@ from modules.contract.data import (
     Batch,
     CacheEntry,
     Conditions,
+    LatentSpec,
     MediaBatch,
     MediaEncoders,
     MediaTable,
     MomentsBatch,
     MomentsRules,
+    SamplingDefaults,
 )
-from modules.contract.experts import ONE_EXPERT, Expert
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
 from modules.contract.loading import Placement
-from modules.contract.noise import NoiseSpec
-from modules.contract.npz import NpzFormat
-from modules.contract.prepared import Prepared
-from modules.contract.release import ModelRelease
-from modules.contract.source import SourceRules
-from modules.contract.tokens import CountTokens
+from modules.contract.requests import Prepared, Prompt, Request
+from modules.contract.rules import CountTokens, Expert, ModelRelease, SourceRules
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 
 
 @dataclass(frozen=True)
-class LatentSpec:
-    """The latent space of a family's VAE and how cached latents become model-space latents: `cached * scale +
-    shift`.
+class NoiseSpec:
+    """Noise conventions of a family; the defaults are those of the video families.
+
+    Without a table the model is a rectified flow: noisy = (1 - sigma) latents + sigma noise, sigma from 0 to
+    1. With one it predicts noise, in k-diffusion's form: noisy = latents + sigma noise, sigma from the table.
+    In both, the velocity that `predict` returns is the derivative of `noisy` by sigma: `noise - latents`, or
+    `noise`.
     """
 
-    channels: int
-    stride: tuple[int, int, int]  # frames, height, width
-    pixel_step: int  # widths and heights are multiples of this
-    frame_step: int  # frames are frame_step * n + 1
-    scale: float = 1.0
-    shift: float = 0.0
-    preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to colour
-    preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
-    in_sections: bool = False
-    npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
+    training_offset: float = 1.0  # training feeds 1000 sigma + this, except with --timestep_sampling sigma
+    # of the velocity in what the network itself returns: -1 for latents - noise, which `predict` turns round.
+    # Only --model_prediction_type mixes the output with other tensors, so that it matters
+    output_sign: float = 1.0
+    whole_timesteps: bool = False  # what is fed is cut to a whole number
+    table_is_shifted: bool = False  # --discrete_flow_shift shifts --timestep_sampling sigma too
+    # shape of the latents -> number of tokens, for shifts that follow the size. No lambda: workers receive it
+    tokens: Callable[[Sequence[int]], int] | None = None
+    table: tuple[float, ...] = ()  # the sigma of each of the 1000 timesteps, for a model that predicts noise
+    # with which a batch of clips is trained with its first latent frame clean, as `Tweaks.given_frames` says
+    first_frame_probability: float = 0.0
 
-    @property
-    def is_of_pictures(self) -> bool:
-        """Return whether time is not compressed: the model makes single pictures."""
-        return self.stride[0] == 1
+    def data_shares(self, sigmas: Tensor) -> Tensor:
+        """Return the factor of the latents in a mixture: shaped like `sigmas`, float32."""
+        return torch.ones_like(sigmas.float()) if self.table else 1 - sigmas.float()
 
-    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
-        """1 C F H W of the latents for a size in pixels."""
-        return (
-            1,
-            self.channels,
-            (frames - 1) // self.stride[0] + 1,
-            height // self.stride[1],
-            width // self.stride[2],
-        )
+    def velocity(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Return what `predict` is to return: shaped like `latents` and `noise`, B C F H W."""
+        return noise if self.table else noise - latents
 
-    def to_model(self, cached: Tensor) -> Tensor:
-        """Cached latents in model space, float32."""
-        return cached.float() * self.scale + self.shift
+
+def count_picture_tokens(shape: Sequence[int]) -> int:
+    """Return the tokens of one latent frame: its height and width are halved. shape: B C F H W."""
+    return (shape[-2] // 2) * (shape[-1] // 2)
+
+
+# of the video families; as in other tuners the length of a video does not count towards its shift
+FLOW = NoiseSpec(tokens=count_picture_tokens)
 
 
 @dataclass(frozen=True)
@@ -98,25 +97,6 @@ class DitSpec:
     def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
         """Return the blocks of each list by its name, in the order in which they run."""
         return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """What generation and training samples use where nothing is said."""
-
-    steps: int
-    fps: float
-    guidance_scale: float
-    embedded_guidance: float | None
-    flow_shift: float | None  # None: the family finds it from the size, and training samples cannot change it
-    solver: str
-    width: int
-    height: int
-    frames: int
-    noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
-    # guidance scales of experts that have one of their own, by name
-    expert_guidance: Mapping[str, float] = field(default_factory=dict)
-    experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
 
 
 class NoiseSource(Protocol):
@@ -306,3 +286,33 @@ class Generates(Protocol):
 
 class Family(Described, Encodes, Predicts, Generates, Protocol):
     """All that the loops may ask of a model family. A loop names only the parts that it uses."""
+
+
+# pixels B 3 F H W in -1..1 -> moments B 2C f h w: means, then logarithms of variances, before normalisation
+EncodeMoments = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MakerSettings:
+    """What a user may choose of the networks."""
+
+    dtype: torch.dtype  # of the VAE
+    tiled: bool  # encode large frames in tiles
+    max_tokens: int | None  # of a caption; None: the encoder's own number
+
+
+@dataclass(frozen=True)
+class MomentsMaker:
+    """The networks of one model; none is loaded yet."""
+
+    architecture: str  # `Family.name` of the model
+    latent: LatentSpec
+    identity: Mapping[str, str]  # of the VAE: what moments depend on besides the pixels
+    usable_frames: Callable[[int], int]  # the most frames that the VAE takes, up to a number
+    load: Callable[[torch.device], EncodeMoments]
+    text_encoders: tuple[TextEncoder, ...]
+
+
+def causal_frames(frames: int) -> int:
+    """Return the most frames of the form 4n + 1 up to a number, as VAEs with a first frame alone take."""
+    return (frames - 1) // 4 * 4 + 1

@@ -1,25 +1,126 @@
-"""Check a request and fill in its defaults, as every family does before anything is loaded."""
+"""What is asked for and what will be made of it; what the families check and settle in the same way."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from modules.contract.experts import ONE_EXPERT, Expert
-from modules.contract.family import LatentSpec, SamplingDefaults
-from modules.contract.generation import Prompt, Prompts, Request
-from modules.contract.prepared import Prepared
+from modules.contract.data import LatentSpec, SamplingDefaults
+from modules.contract.rules import AS_PLAIN, ONE_EXPERT, VIDEO, Expert, GuidanceRules, Source, StepCaching
 from modules.errors import MediaError, OptionError
+from modules.layers.rope import Slow
 from modules.option_values import check_seed, show_number
 from modules.paths import explain_missing
 from modules.text_files import bad_character
 
+Spans = tuple[tuple[int, int, float], ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to encode, with weights for parts of it as (start, end, weight) in characters.
+
+    Parts stand in the order of the text, do not overlap, and neither begin nor end with white space.
+    """
+
+    text: str
+    spans: Spans = ()
+    second: str | None = None  # for the second text encoder of a family that has two; None: the same text
+    is_negative: bool = False  # set by families that read negative prompts in another way
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts of one section: what to show, what to avoid, and those that guidance ideas need."""
+
+    positive: Prompt
+    negative: Prompt | None = None
+    blank: Prompt | None = None  # the empty prompt
+    away: Prompt | None = None  # what attention is steered away from
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video or image as it is asked for. None = not said; `Family.prepare` makes a `Prepared` of it."""
+
+    prompt: str
+    seed: int
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    embedded_guidance: float | None = None
+    flow_shift: float | None = None
+    solver: str | None = None  # as `modules.flow.solvers` names it
+    fps: float | None = None
+    negative_prompt: str | None = None
+    second_prompt: str | None = None  # for the second text encoder of a family that has two
+    cfg_schedule: str | None = None
+    away_prompt: str | None = None  # what attention is steered away from; None: the negative prompt
+    image_path: Path | None = None
+    end_image_path: Path | None = None
+    control_path: Path | None = None
+    source: Source | None = None  # what denoising starts from; None: noise
+    # options of the family as text, which only `prepare` reads
+    extra: Mapping[str, str] = field(default_factory=dict)
+    # texts as they were typed, by their options, if something was drawn in them
+    typed: Mapping[str, str] = field(default_factory=dict)
+    step_cache: StepCaching | None = None  # which passes are skipped; None: none
+    # what a prompt line says in place of settings of the command line, by their names
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    # guidance scales of experts that have one of their own, by name
+    expert_guidance: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def first_image(self) -> Path | None:
+        """The image that an image-to-video model starts from, or the video whose first frame it is."""
+        if self.image_path is None and self.source is not None and self.source.option == VIDEO:
+            return self.source.path
+        return self.image_path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One video or image that can be made, as `Family.prepare` returns it: nothing is left open or parsed
+    again.
+    """
+
+    asked: Request  # without the media that the model does not take
+    seed: int
+    prompts: Mapping[int, Prompts]  # by section; 0 is always there
+    negative_prompt: str
+    width: int  # pixels
+    height: int
+    frames: int
+    steps: int  # of the solver's schedule
+    fps: float
+    solver: str  # as `modules.flow.solvers` names it
+    flow_shift: float
+    guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
+    embedded_guidance: float | None  # None: the model has no input for it
+    slow_frames: Slow | None = None  # a frequency of the frames' positions, for a long video
+    first_step: int = 0  # that is made; later than 0 if denoising starts from a video; set by the shared loop
+    rules: GuidanceRules = AS_PLAIN  # of the model's guidance
+    own: Any = None  # what only the family reads, in a record of its own
+    own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps are made."""
+        return self.steps - self.first_step
+
+
 logger = logging.getLogger(__name__)
+
 
 # for `keep_usable_media`: of a model that makes pictures from texts alone
 NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path"), False)
+
+
 MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
+
 
 # field of a request -> its option, its letter in a prompt line, the most: what is larger is a slip of the
 # finger; the models know 1000 timesteps
@@ -29,6 +130,8 @@ COUNTS = {
     "frames": ("--video_length", "f", 100_000),
     "steps": ("--infer_steps", "s", 10_000),
 }
+
+
 VALUES = {
     "guidance_scale": ("--guidance_scale", "l", 1000),
     "embedded_guidance": ("--embedded_cfg_scale", "g", 1000),

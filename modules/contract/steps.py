@@ -1,11 +1,156 @@
-"""One step of the denoising loop: what guidance and watchers are given, and which texts they need."""
+"""The frozen records of denoising: sections, one call of the network, and one step of the loop."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from modules.contract.generation import Predict, Section
+from modules.attention.second_text import Steer
+from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
+from modules.layers.rope import Slow
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """The conditions of one section's texts, without batch dimension, on the CPU."""
+
+    positive: Conditions
+    negative: Conditions | None = None
+    blank: Conditions | None = None
+    away: Conditions | None = None
+
+    def section(self, noise: Tensor, inputs: Conditions | None = None) -> "Section":
+        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised.
+
+        Texts that are the same object become the same conditions, so that a pass with them runs once.
+        """
+        positive = {**add_batch_axis(self.positive), **(inputs or {})}
+        made = {id(self.positive): positive}
+
+        def joined(text: Conditions | None) -> Conditions | None:
+            if text is not None and id(text) not in made:
+                made[id(text)] = {**add_batch_axis(text), **(inputs or {})}
+            return None if text is None else made[id(text)]
+
+        away = None if self.away is None else add_batch_axis(self.away)
+        return Section(noise, positive, joined(self.negative), joined(self.blank), away=away)
+
+
+# as `Family.decode`, but not limited to -1..1
+DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a section added to a video that grows, for a preview of it."""
+
+    latents: Tensor  # B C F H W, to decode by themselves
+    overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
+    in_front: bool  # it is played before the video so far; else after it
+    decode: DecodePart  # makes its pixels, before they fade into what is there
+    so_far: Tensor  # B C F H W, on the CPU: latents of all sections made until now, in playing order
+
+
+@dataclass(frozen=True)
+class Away:
+    """A second text, which the attention of a pass looks at too (normalised attention guidance)."""
+
+    text: Conditions  # under the names that the family's text encoders give; in a network as its arguments
+    steer: Steer
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which pass of which step a call of the network is, for code that remembers something between steps."""
+
+    step: int  # from 0, of those that are made
+    num_steps: int
+    timestep: float  # what the network is fed
+    which: Hashable  # equal for the same pass of all steps of a section, and for no other pass of it
+
+
+@dataclass(frozen=True, eq=False)
+class Tweaks:
+    """Ideas that change a single call of the network.
+
+    Equal only to itself, so that it may be a key and hold tensors.
+    """
+
+    skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
+    away: Away | None = None
+    slow_frames: Slow | None = None  # one frequency of the frames' rotary positions (RIFLEx)
+    embedded_guidance: bool = True  # False: the network's input for it is left out
+    # latent frames in front that are clean, not noisy: the network is told so, and their velocity is 0
+    given_frames: int = 0
+    turn: Turn | None = None  # set by the denoising loop
+
+    def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
+        """Return the tweaks with the second text as `rename` returns it, as a network takes its texts."""
+        if self.away is None:
+            return self
+        return replace(self, away=replace(self.away, text=rename(self.away.text)))
+
+    @property
+    def steer(self) -> Steer | None:
+        """What combines what attention sees of two texts; None: there is one."""
+        return None if self.away is None else self.away.steer
+
+    def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
+        """Return a network's text arguments, and then those of the second text, if there is one.
+
+        A second text of one sample serves all samples of the batch.
+        """
+        if self.away is None:
+            return [text]
+        second = {
+            name: value.expand(batch, *value.shape[1:])
+            for name, value in self.away.text.items()
+            if isinstance(value, Tensor)
+        }
+        return [text, {name: second.get(name) for name in text}]
+
+    def within(self, all_passes: "Tweaks") -> "Tweaks":
+        """Return the tweaks of a pass together with those of all passes of its section."""
+        if all_passes is NO_TWEAKS:
+            return self
+        return replace(
+            self,
+            skip_blocks=self.skip_blocks | all_passes.skip_blocks,
+            away=self.away or all_passes.away,
+            slow_frames=self.slow_frames or all_passes.slow_frames,
+            embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
+            given_frames=self.given_frames or all_passes.given_frames,
+        )
+
+
+NO_TWEAKS = Tweaks()
+
+
+@dataclass(frozen=True)
+class Section:
+    """One run of the denoising loop. Conditions have a batch dimension."""
+
+    noise: Tensor  # B C F H W, model space, float32
+    positive: Conditions
+    negative: Conditions | None = None
+    blank: Conditions | None = None
+    place: int = 0  # of its first latent frame in the video
+    source: Tensor | None = None  # clean latents to start from, B C F H W; set by the shared loop
+    away: Conditions | None = None  # of a text alone, without media
+    tweaks: Tweaks = NO_TWEAKS  # of every pass
+    # clean latents of its first frames, B C f H W, which the loop keeps in their place; `tweaks.given_frames`
+    # tells the network
+    given: Tensor | None = None
+    made: Piece | None = None  # what the section before this one added to the video
+    label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
+    count: int = 1  # how many sections the clip is made in
+
+
+Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
+
+
+DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call
 
 
 @dataclass(frozen=True)
@@ -40,6 +185,7 @@ class StepDone:
 
 # Makes the velocity of a step, B C F H W, of the passes that it asks for.
 Guidance = Callable[[Step, Predict, Section], Tensor]
+
 
 # Called with each step. True: enough, take `StepDone.clean` as the result of the section. Raising ends the
 # loop without a result.

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
 
-from modules.contract.generation import Tweaks
 from modules.contract.loading import TensorInfo
+from modules.contract.steps import Tweaks
 from modules.offload.host_memory import HostTensors, Machine, allocate, machine_of, wait_for_all
 from modules.offload.swap_plan import ListPlan, SwapPlan, big_layers
 from modules.offload.transfer import Transfer, offload_layer, transfer_to

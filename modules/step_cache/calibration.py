@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from modules.contract.generation import Turn, Tweaks
+from modules.contract.steps import Turn, Tweaks
 from modules.run_blocks import Hidden, Runner
 from modules.step_cache.rules import relative_change
 from modules.step_cache.runner import Signal, first_input, residual_of

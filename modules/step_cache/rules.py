@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modules.contract.generation import Turn
+from modules.contract.steps import Turn
 from modules.step_cache.runner import Signal
 
 
@@ -24,7 +24,7 @@ class MagCacheRule:
     """Decides for one pass of each step; looks at no tensor."""
 
     def __init__(self, ratios: Sequence[float], retention: float, threshold: float, most_skips: int) -> None:
-        """ratios: one for each step that is made. The others: see `modules.contract.step_cache.MagCache`."""
+        """ratios: one for each step that is made. The others: see `modules.contract.rules.MagCache`."""
         self._ratios, self._retention = ratios, retention
         self._threshold, self._most_skips = threshold, most_skips
         self._last: int | None = None  # step of the last call

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from modules.contract.generation import DitAt, Turn, Tweaks
+from modules.contract.steps import DitAt, Turn, Tweaks
 from modules.offload.block_swap import swap_of
 from modules.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 
 REST, SWAPPED, BEFORE_REST = -1, -2, -3
 IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either

@@ -1,6 +1,6 @@
 """Module names of Wan2.1 and Wan2.2, and in diffusers' layout (Wan-AI/*-Diffusers)."""
 
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from networks.names.layouts import FamilyNames, each
 
 _WAN_BLOCK = (

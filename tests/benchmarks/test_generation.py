@@ -10,8 +10,9 @@ from benchmarks.generation import count_waits, step_seconds
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, denoise
-from modules.contract.experts import ONE_EXPERT
-from modules.contract.generation import Request, Section
+from modules.contract.requests import Request
+from modules.contract.rules import ONE_EXPERT
+from modules.contract.steps import Section
 from modules.flow.solvers import solver_for
 from tests.preparing import prepare
 

@@ -13,9 +13,9 @@ from blissful_tuner.guidance_options import (
 )
 from blissful_tuner.guidance_steps import choose_applied_steps, guidance_scales
 from modules.contract.data import Conditions
-from modules.contract.experts import Expert
-from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
-from modules.contract.steps import Needs, Step
+from modules.contract.requests import Request
+from modules.contract.rules import Expert
+from modules.contract.steps import NO_TWEAKS, Needs, Section, Step, Tweaks
 from modules.errors import OptionError
 from tests.golden_cases import read_case
 from tests.preparing import prepare

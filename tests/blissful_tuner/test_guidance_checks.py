@@ -7,7 +7,7 @@ import pytest
 
 from blissful_tuner.guidance_checks import check_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
-from modules.contract.generation import Request
+from modules.contract.requests import Request
 from modules.errors import OptionError
 from tests.preparing import prepare
 

@@ -13,8 +13,8 @@ from blissful_tuner.guidance_formulas import cfg_zero, perp_neg
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.guidance_passes import BLANK, NEGATIVE, POSITIVE, GuidanceStage
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
-from modules.contract.steps import Needs, Step
+from modules.contract.requests import Request
+from modules.contract.steps import NO_TWEAKS, Needs, Section, Step, Tweaks
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 

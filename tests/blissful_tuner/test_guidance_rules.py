@@ -9,9 +9,9 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance, needs
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
-from modules.contract.guidance import GuidanceRules
-from modules.contract.steps import Step
+from modules.contract.requests import Request
+from modules.contract.rules import GuidanceRules
+from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 

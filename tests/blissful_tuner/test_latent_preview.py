@@ -16,8 +16,7 @@ from torch import Tensor
 from blissful_tuner.latent_preview import LatentPreviews, make_previews
 from blissful_tuner.preview_options import PreviewOptions
 from blissful_tuner.taehv import enlarge, project
-from modules.contract.generation import Piece, Section
-from modules.contract.steps import Step, StepDone
+from modules.contract.steps import Piece, Section, Step, StepDone
 from modules.media.reading import read_image, video_frames, video_info
 from tests.commands import ROOT
 from wan.family import LATENT

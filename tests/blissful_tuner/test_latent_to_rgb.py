@@ -7,7 +7,7 @@ import torch
 from blissful_tuner.taehv import enlarge, project
 from frame_pack.family import LATENT as FRAMEPACK
 from hunyuan_model.spec import LATENT as HUNYUAN
-from modules.contract.family import LatentSpec
+from modules.contract.data import LatentSpec
 from wan.family import LATENT as WAN
 
 TWO = LatentSpec(

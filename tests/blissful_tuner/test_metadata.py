@@ -15,7 +15,7 @@ from blissful_tuner.metadata import (
     seed_in,
     with_plain_keys,
 )
-from modules.contract.generation import Request
+from modules.contract.requests import Request
 from tests.preparing import prepare
 
 ASKED = Request("a\ncat ä", 7, 832, 480, 81, 50, 5.0, None, 5.0, "unipc", 16.0, "bad")

@@ -11,8 +11,8 @@ from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from blissful_tuner.nag import NormalisedGuidance
 from blissful_tuner.nag_options import NO_NAG, NagOptions
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, Request, Section, Tweaks
-from modules.contract.steps import Step
+from modules.contract.requests import Request
+from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks
 from tests.preparing import prepare
 
 SHAPE = (2, 5, 3, 4)  # B L N D

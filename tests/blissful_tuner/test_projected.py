@@ -9,9 +9,9 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
-from modules.contract.generation import Request, Section, Tweaks
-from modules.contract.guidance import GuidanceRules, Projection
-from modules.contract.steps import Step
+from modules.contract.requests import Request
+from modules.contract.rules import GuidanceRules, Projection
+from modules.contract.steps import Section, Step, Tweaks
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 

@@ -20,7 +20,7 @@ from blissful_tuner.prompt_rewrite import (
 )
 from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions
 from modules.answers import take_answer
-from modules.contract.generation import Prompt, Prompts, Request
+from modules.contract.requests import Prompt, Prompts, Request
 from modules.errors import CheckpointError, OptionError
 from tests.preparing import prepare
 from tests.tiny.chat_model import write_chat_model

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from blissful_tuner.step_cache import StepCaches
-from modules.contract.generation import Request, Tweaks
-from modules.contract.step_cache import MagCache, StepCaching, TeaCache
+from modules.contract.requests import Request
+from modules.contract.rules import MagCache, StepCaching, TeaCache
+from modules.contract.steps import Tweaks
 from modules.run_blocks import spec_of
 from modules.step_cache.runner import Branch
 from tests.modules.step_cache.turns import turn

@@ -14,7 +14,7 @@ from blissful_tuner.taehv import (
     check_taehv,
     load_taehv,
 )
-from modules.contract.family import LatentSpec
+from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow

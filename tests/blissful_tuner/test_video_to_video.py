@@ -12,8 +12,8 @@ from blissful_tuner.video_to_video import (
     part_of,
     resize_latents,
 )
-from modules.contract.generation import Section
-from modules.contract.source import Source
+from modules.contract.rules import Source
+from modules.contract.steps import Section
 from modules.flow.schedule import make_schedule
 
 

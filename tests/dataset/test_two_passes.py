@@ -22,7 +22,7 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.check import check_training
 from dataset.config import DatasetConfig
 from modules.contract.data import Conditions
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from modules.errors import CacheError
 from tests.dataset.caching.test_loop import make_config, names
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options

@@ -12,10 +12,17 @@ from typing import Any
 import torch
 
 from dataset.options import CachingOptions, CheckPageOptions, ShardOptions
-from modules.contract.data import CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
-from modules.contract.family import LatentSpec, SamplingDefaults
-from modules.contract.generation import Prompt
-from modules.contract.tokens import CountTokens, TokenCount, kept_characters
+from modules.contract.data import (
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    SamplingDefaults,
+)
+from modules.contract.requests import Prompt
+from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.errors import DatasetError, MediaError
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)

@@ -10,7 +10,7 @@ from torch import nn
 from encoders.clip_l import ClipTextEncoder
 from hunyuan_model.text_encoders import LlavaTextEncoder
 from modules.contract.family import can_learn
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.hunyuan_encoders import save

@@ -16,7 +16,7 @@ from encoders.token_rows import fill_rows
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import can_learn
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from tests.fp8_reference import quantised_layers
 from tests.golden_cases import make_weights, read_case

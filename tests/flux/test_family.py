@@ -15,8 +15,9 @@ from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOp
 from flux.spec import LATENT, size_shift, tokens_of
 from generation.sections import make_latents
 from modules.contract.data import Batch, MadeBy
-from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement
+from modules.contract.requests import Request
+from modules.contract.steps import EncodedPrompts
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.schedule import make_schedule
 from modules.vae_options import VaeOptions

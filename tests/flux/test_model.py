@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux.model import pack
-from modules.contract.generation import Away, Tweaks
+from modules.contract.steps import Away, Tweaks
 from tests.flux.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.tiny.flux import CONFIGS
 

@@ -14,8 +14,8 @@ from frame_pack.one_frame import OneFrame
 from frame_pack.requests import FramePackRequest
 from generation.sections import make_latents
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Request, Tweaks
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared, Request
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Tweaks
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 

@@ -13,7 +13,7 @@ from frame_pack.sections import video_frames
 from generation.growing import fade_in_clip
 from generation.sections import make_latents
 from modules.contract.data import MediaEncoders
-from modules.contract.generation import DecodePart, Piece, Section
+from modules.contract.steps import DecodePart, Piece, Section
 from modules.media.reading import video_frames as frames_in
 from modules.media.writing import write_png
 from tests.frame_pack.stubs import CPU, RepeatingVae, family, images, request, texts

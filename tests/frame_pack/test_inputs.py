@@ -14,8 +14,7 @@ from frame_pack.inputs import one_frame_inputs, video_inputs
 from frame_pack.requests import FramePackRequest
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.contract.data import MediaEncoders
-from modules.contract.generation import Request
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared, Request
 from modules.media.writing import write_png
 from tests.preparing import prepare
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from frame_pack.model import FramePackModel
 from hunyuan_model.blocks import HunyuanTokens
-from modules.contract.generation import Tweaks
+from modules.contract.steps import Tweaks
 from tests.frame_pack.making import CLEAN, golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS
 

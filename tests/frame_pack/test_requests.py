@@ -14,8 +14,7 @@ from frame_pack.family import LATENT, FramePack, family_for_generation, family_f
 from frame_pack.files import FramePackFiles
 from frame_pack.options import FramePackGenerationOptions, FramePackTrainingOptions
 from frame_pack.requests import FramePackRequest, prepare_request
-from modules.contract.generation import Request
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared, Request
 from modules.errors import OptionError
 from modules.options import read_options
 from modules.parser import add_options

@@ -14,7 +14,7 @@ from frame_pack.family import family_for_generation
 from frame_pack.options import FramePackGenerationOptions
 from frame_pack.text_encoders import TEXT_ROWS, FramePackTextEncoder, framepack_clip, framepack_llama
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from modules.options import read_options
 from modules.parser import add_options
 from tests.frame_pack.texts_there import KEPT_TOKENS, TextsThere, template_there

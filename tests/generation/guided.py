@@ -13,7 +13,7 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import write_image

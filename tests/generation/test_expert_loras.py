@@ -10,7 +10,7 @@ from torch import Tensor
 
 import wan_generate_video
 from generation.expert_loras import expert_loras
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
 from networks.loading import read_lora
 from networks.options import LoraOptions, LoraPatternOptions

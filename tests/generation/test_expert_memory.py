@@ -18,10 +18,9 @@ from generation.experts import Check, DitTurns, TurnRules
 from generation.memory import rehearse_denoising
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.script_options import ScriptDefaults
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
-from modules.contract.generation import EncodedPrompts
 from modules.contract.loading import Placement
-from modules.contract.steps import Step
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
+from modules.contract.steps import EncodedPrompts, Step
 from modules.options import read_options
 from modules.parser import add_options
 from modules.planning.dry_run import HOST, WEIGHTS, Ledger

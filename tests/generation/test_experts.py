@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from generation.experts import Ahead, Check, DitTurns, ReadingStopped, TurnRules, experts_by_step, plan_turns
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
-from modules.contract.generation import Request
 from modules.contract.loading import Placement
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared, Request
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
 from modules.errors import CheckpointError
 from modules.offload.transfer import PlainTransfer
 from modules.offload.turns import HostCopy

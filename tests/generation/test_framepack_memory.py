@@ -27,9 +27,9 @@ from generation.memory import (
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.sections import SeededNoise, on_device
 from modules.contract.data import MediaEncoders
-from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement
-from modules.contract.steps import Step
+from modules.contract.requests import Request
+from modules.contract.steps import EncodedPrompts, Step
 from modules.errors import MemoryPlanError
 from modules.options import read_options
 from modules.parser import add_options

@@ -23,8 +23,9 @@ from generation.script_options import ScriptDefaults
 from generation.sections import make_latents
 from generation.session import CPU, Session
 from modules.contract.data import MediaEncoders
-from modules.contract.generation import EncodedPrompts, Piece, Request, Section
 from modules.contract.loading import Placement
+from modules.contract.requests import Request
+from modules.contract.steps import EncodedPrompts, Piece, Section
 from modules.errors import OutputError
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import video_frames

@@ -13,10 +13,10 @@ from generation.denoise import predictor
 from generation.memory import rehearse_denoising
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.script_options import ScriptDefaults
-from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement
-from modules.contract.step_cache import MagCache, TeaCache
-from modules.contract.steps import Step
+from modules.contract.requests import Request
+from modules.contract.rules import MagCache, TeaCache
+from modules.contract.steps import EncodedPrompts, Step
 from modules.options import read_options
 from modules.parser import add_options
 from modules.planning.dry_run import HOST, WEIGHTS, Ledger

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import wan_generate_video
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.loading import read_lora

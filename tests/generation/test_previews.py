@@ -19,8 +19,8 @@ from blissful_tuner.taehv import TaehvConfig, decoding_bytes
 from frame_pack.generating import video_sections
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from generation.run import generate
-from modules.contract.family import LatentSpec
-from modules.contract.generation import EncodedPrompts
+from modules.contract.data import LatentSpec
+from modules.contract.steps import EncodedPrompts
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, video_frames, video_info
 from modules.media.writing import write_video

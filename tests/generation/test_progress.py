@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from generation.progress import Queue, in_short, show_end, show_start
-from modules.contract.generation import Request
+from modules.contract.requests import Request
 from tests.generation.test_run import prompts, run
 from tests.generation.toy_family import ToyFamily
 from tests.preparing import prepare

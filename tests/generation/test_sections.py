@@ -9,8 +9,8 @@ from torch import Tensor
 
 from generation.denoise import LoopStart, denoise
 from generation.sections import SeededNoise, conditions_to, make_latents
-from modules.contract.generation import EncodedPrompts, Request, Section
-from modules.contract.steps import Step, StepDone
+from modules.contract.requests import Request
+from modules.contract.steps import EncodedPrompts, Section, Step, StepDone
 from modules.flow.solvers import solver_for
 from tests.generation.toy_family import ToyDit, ToyFamily
 from tests.golden_cases import DRAWN, make_weights, read_case

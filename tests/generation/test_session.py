@@ -12,9 +12,9 @@ from torch import nn
 
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from generation.session import NO_ENCODERS, Session, encode_inputs, select_texts, wanted_texts
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert, expert_at
-from modules.contract.generation import Prompt, Prompts, Request
 from modules.contract.loading import Placement
+from modules.contract.requests import Prompt, Prompts, Request
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert, expert_at
 from modules.contract.steps import Needs
 from tests.generation.toy_family import ToyFamily
 

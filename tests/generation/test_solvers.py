@@ -11,7 +11,8 @@ from torch import Tensor
 
 from generation.request_options import SOLVERS
 from generation.sections import make_latents
-from modules.contract.generation import EncodedPrompts, Request
+from modules.contract.requests import Request
+from modules.contract.steps import EncodedPrompts
 from modules.errors import OptionError
 from modules.media.writing import write_video
 from tests.generation.toy_family import ToyDit, ToyFamily

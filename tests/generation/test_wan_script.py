@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import wan_generate_video
-from modules.contract.generation import Prompt
 from modules.contract.loading import Placement
+from modules.contract.requests import Prompt
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.media.reading import video_frames
 from tests.tiny.project import write_clips, write_image, write_lora

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
-from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders
-from modules.contract.experts import ONE_EXPERT, Expert
-from modules.contract.family import DitSpec, Family, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Piece, Prompt, Request, Section, Tweaks
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+)
+from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
-from modules.contract.noise import FLOW, NoiseSpec
-from modules.contract.prepared import Prepared
-from modules.contract.release import ModelRelease
-from modules.contract.requests import settle, size_of
-from modules.contract.source import SourceRules
-from modules.contract.tokens import CountTokens, TokenCount
+from modules.contract.requests import Prepared, Prompt, Request, settle, size_of
+from modules.contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, SourceRules, TokenCount
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Piece, Section, Tweaks
 from modules.errors import CheckpointError, MediaError, OptionError
 
 TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")

@@ -17,8 +17,8 @@ from generation.script_options import ScriptDefaults
 from generation.sections import make_latents
 from modules.attention.attend import attend
 from modules.contract.data import Batch
-from modules.contract.generation import EncodedPrompts, Request
-from modules.contract.requests import settle
+from modules.contract.requests import Request, settle
+from modules.contract.steps import EncodedPrompts
 from modules.fp8.products import add_product, supports_fp8
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.family import DitSpec
-from modules.contract.generation import Tweaks
+from modules.contract.steps import Tweaks
 from modules.offload import host_memory
 from modules.offload.block_swap import host_weights, move_network, settle, swap_blocks, swap_of
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host

@@ -26,8 +26,8 @@ from hunyuan_image.options import (
 )
 from hunyuan_image_train_network import DEFAULTS as TRAINING
 from modules.contract.data import Batch, MediaTable
-from modules.contract.generation import EncodedPrompts, Request, Section
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared, Request
+from modules.contract.steps import EncodedPrompts, Section
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from modules.flow.schedule import make_schedule
 from modules.flow.solvers import solver_for

@@ -18,7 +18,7 @@ from hunyuan_image.text_encoders import (
     template,
 )
 from modules.contract.data import Conditions
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.hunyuan_encoders import llama_config, llama_tensors, prefixed, save

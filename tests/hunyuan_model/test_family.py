@@ -15,8 +15,9 @@ from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanEncoderPaths, HunyuanFiles
 from hunyuan_model.vae import load_vae
 from modules.contract.data import Batch, MediaBatch, MediaEncoders, MediaTable
-from modules.contract.generation import EncodedPrompts, Request
 from modules.contract.loading import Placement
+from modules.contract.requests import Request
+from modules.contract.steps import EncodedPrompts
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from tests.preparing import prepare
 from tests.tiny.hunyuan import write_tiny_hunyuan

@@ -26,7 +26,7 @@ from hunyuan_model.text_encoders import (
     clip_text_encoder,
 )
 from modules.contract.family import TextEncoder
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from tests.fp8_reference import quantised_layers
 from tests.golden_cases import read_case

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.text_encoders import LlavaTextEncoder, clip_text_encoder
-from modules.contract.generation import Prompt, Spans
+from modules.contract.requests import Prompt, Spans
 from tests.tiny.hunyuan_encoders import write_llama_tokenizer, write_text_encoders
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from lumina.options import LuminaTrainingOptions, translate_training
 from lumina_generate_image import DEFAULTS as SCRIPT
 from lumina_train_network import DEFAULTS as TRAINING
 from modules.contract.data import MediaTable
-from modules.contract.generation import EncodedPrompts, Prompt, Request
-from modules.contract.prepared import Prepared
+from modules.contract.requests import Prepared, Prompt, Request
+from modules.contract.steps import EncodedPrompts
 from modules.errors import DatasetError, OptionError
 from modules.flow.schedule import make_schedule
 from modules.parser import add_options

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.contract.generation import Away, Tweaks
+from modules.contract.steps import Away, Tweaks
 from tests.golden_cases import read_case
 from tests.lumina.making import golden_model, in_diffusers, tiny_inputs, tiny_model
 from tests.tiny.lumina import tiny_state

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from encoders.token_rows import check_ids
 from lumina.text_encoder import GemmaTextEncoder
 from modules.contract.family import can_learn
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from modules.run_blocks import spec_of
 from tests.golden_cases import make_weights, read_case

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.offload.checkpointing import checkpoint_blocks
 from modules.run_blocks import Hidden, Runner, run_blocks, runner_of, set_runner, spec_of
 from tests.modules.swap_cases import CASES, Case, swapped

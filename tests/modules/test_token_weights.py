@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from modules.contract.tokens import Place, token_weights
-from modules.contract.weighting import weigh_rows
+from modules.contract.data import weigh_rows
+from modules.contract.rules import Place, token_weights
 
 TEXT = "a red, red car"
 SPANS = ((2, 5, 2.0), (7, 14, 0.5))

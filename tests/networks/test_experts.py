@@ -14,7 +14,7 @@ from torch import Tensor
 
 import convert_lora
 import merge_lora
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, read_lora

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from encoders.clip_l import ClipTextEncoder
 from modules.checkpoints.opening import open_checkpoint
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from networks import lora_flux
 from networks.apply import LoraPatch

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from modules.contract.generation import Tweaks
+from modules.contract.steps import Tweaks
 from tests.parity.projects import (
     ALPHA,
     RANK,

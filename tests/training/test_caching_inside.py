@@ -17,7 +17,7 @@ from dataset.cache.memory import MemoryStore
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.table import DatasetConfig
 from modules.contract.data import Batch
-from modules.contract.npz import NpzFormat
+from modules.contract.rules import NpzFormat
 from modules.errors import DatasetError, OptionError
 from modules.options import NoOptions
 from tests.dataset.toy_family import options as caching_options

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
 from modules.contract.loading import Placement
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
 from modules.errors import OptionError
 from modules.offload.turns import HostCopy
 from networks.adapter import make_network

@@ -11,7 +11,7 @@ import pytest
 
 from hunyuan_model.options import HunyuanTrainingOptions
 from hunyuan_model.options import generation_words as generate_hunyuan
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.options import read_options
 from modules.parser import add_options, declare
 from tests.training.toy import TWO_EXPERTS

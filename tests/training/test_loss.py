@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from modules.contract.data import LOSS_MASK, Batch
-from modules.contract.generation import NO_TWEAKS, Tweaks
-from modules.contract.noise import NoiseSpec
+from modules.contract.family import NoiseSpec
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from tests.golden_cases import read_case
 from tests.training.toy import LATENT, ToyFamily
 from training.loss import (

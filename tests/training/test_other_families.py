@@ -14,7 +14,7 @@ from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import load_dataset_config
 from dataset.options import CachingOptions
-from modules.contract.noise import NoiseSpec
+from modules.contract.family import NoiseSpec
 from modules.options import read_options
 from modules.parser import add_options
 from tests.training.toy import same

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from modules.contract.noise import FLOW, NoiseSpec
+from modules.contract.family import FLOW, NoiseSpec
 from tests.training.toy import toy_options
 from training.unused_options import list_unused_options
 

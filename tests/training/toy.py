@@ -12,16 +12,20 @@ from torch import Tensor, nn
 from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.atomic_write import save_tensors
-from modules.contract.data import Batch, Conditions, MediaEncoders
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
-from modules.contract.family import DitSpec, Generates, LatentSpec, NoiseSource, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, EncodedPrompts, Prompt, Request, Section, Tweaks
+from modules.contract.data import Batch, Conditions, LatentSpec, MediaEncoders, SamplingDefaults
+from modules.contract.family import FLOW, DitSpec, Generates, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
-from modules.contract.noise import FLOW, NoiseSpec
-from modules.contract.prepared import Prepared
-from modules.contract.release import ModelRelease
-from modules.contract.requests import settle, size_of
-from modules.contract.tokens import CountTokens, TokenCount
+from modules.contract.requests import Prepared, Prompt, Request, settle, size_of
+from modules.contract.rules import (
+    HIGH_NOISE,
+    LOW_NOISE,
+    ONE_EXPERT,
+    CountTokens,
+    Expert,
+    ModelRelease,
+    TokenCount,
+)
+from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options

@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from dataset.caching.planning import Caches
-from modules.contract.data import Batch, CacheEntry, Conditions, MediaBatch, MediaEncoders, MediaTable
-from modules.contract.experts import ONE_EXPERT, Expert
-from modules.contract.family import DitSpec, LatentSpec, SamplingDefaults, TextEncoder
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    SamplingDefaults,
+)
+from modules.contract.family import DitSpec, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
-from modules.contract.noise import NoiseSpec
-from modules.contract.release import ModelRelease
+from modules.contract.rules import ONE_EXPERT, Expert, ModelRelease
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.options import NO_OPTIONS
 from tests.training.toy import TOY_RELEASE, WIDTH, ToyBlock, ToyTextEncoder
 from training.loss import Trains

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from modules.atomic_write import save_tensors
 from modules.contract.data import Batch, Conditions
 from modules.contract.family import DitSpec, TextEncoder
-from modules.contract.generation import NO_TWEAKS, Prompt, Tweaks
 from modules.contract.loading import Placement
-from modules.contract.tokens import CountTokens, TokenCount
+from modules.contract.requests import Prompt
+from modules.contract.rules import CountTokens, TokenCount
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.options import NoOptions
 from tests.training.toy import WIDTH, ToyDit, ToyFamily
 from training.image_options import ImageTrainerDefaults, read_image_training

@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from modules.contract.experts import ONE_EXPERT
+from modules.contract.rules import ONE_EXPERT
 from tests.training.toy import TWO_EXPERTS, ToyFamily, toy_options
 from training.run import train_network
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from modules.checkpoints.finite import FiniteCheck
 from modules.contract.data import Batch, MediaTable
-from modules.contract.generation import Request
 from modules.contract.loading import Placement
+from modules.contract.requests import Request
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan

@@ -18,8 +18,8 @@ from generation.request_options import SOLVERS
 from generation.sections import SeededNoise
 from modules.attention.options import AttentionChoice
 from modules.contract.data import Conditions
-from modules.contract.generation import Away, Request, Section, Tweaks
-from modules.contract.steps import StepDone
+from modules.contract.requests import Request
+from modules.contract.steps import Away, Section, StepDone, Tweaks
 from modules.flow.solvers import solver_for
 from modules.offload.checkpointing import checkpoint_blocks
 from modules.offload.token_pieces import compute_in_pieces

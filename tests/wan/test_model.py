@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modules.attention.options import AttentionChoice
-from modules.contract.generation import Tweaks
+from modules.contract.steps import Tweaks
 from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.wan_dit import CONFIGS, tiny_state
 from tests.wan.making import golden_model, in_diffusers, tiny_inputs, tiny_model

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from generation.options import read_generation
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE, expert_of_file
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
 from modules.errors import CheckpointError, OptionError
 from networks.names.wan import WAN
 from wan.chosen import files_and_boundary

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from encoders.t5_network import T5Network, relative_bucket
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, scale_of
 from tests.fp8_reference import quantised_layers

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import wan_cache_latents
 import wan_train_network
-from modules.contract.generation import Request
+from modules.contract.requests import Request
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from tests.tiny.project import write_clips, write_dataset
 from tests.tiny.wan_dit import tiny_state, write_dit

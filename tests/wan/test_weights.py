@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.contract.generation import Prompt, Spans
+from modules.contract.requests import Prompt, Spans
 from tests.tiny.wan_encoders import T5_FILE, t5_tensors, write_tokenizer
 from wan.t5 import TOKENIZER, WanTextEncoder, clean_spans, clean_text
 

@@ -22,10 +22,9 @@ from dataset.batches.finding import CachingCommands
 from dataset.batches.order import BatchOrder
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
-from modules.contract.data import Batch
-from modules.contract.experts import ONE_EXPERT, Expert
-from modules.contract.family import LatentSpec
-from modules.contract.noise import FLOW, NoiseSpec
+from modules.contract.data import Batch, LatentSpec
+from modules.contract.family import FLOW, NoiseSpec
+from modules.contract.rules import ONE_EXPERT, Expert
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed

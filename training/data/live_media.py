@@ -25,8 +25,7 @@ from dataset.sources.decoding import IMAGE_SPANS, decode_source
 from dataset.sources.masks import shrink_mask
 from dataset.subset_records import NO_AUGMENTATION
 from dataset.table import DatasetTable
-from modules.contract.data import LOSS_MASK, Batch
-from modules.contract.family import LatentSpec
+from modules.contract.data import LOSS_MASK, Batch, LatentSpec
 from modules.errors import DatasetError
 from modules.seeds import derive_seed
 

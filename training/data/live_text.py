@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from modules.contract.data import Batch, Conditions
 from modules.contract.family import LearningEncoder, TextEncoder
-from modules.contract.generation import EncodedPrompts, Prompt, Prompts
+from modules.contract.requests import Prompt, Prompts
+from modules.contract.steps import EncodedPrompts
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from modules.atomic_write import write_bytes
-from modules.contract.experts import ONE_EXPERT, Expert
-from modules.contract.noise import FLOW, NoiseSpec
+from modules.contract.family import FLOW, NoiseSpec
+from modules.contract.rules import ONE_EXPERT, Expert
 from modules.control_codes import escape_control_codes
 from modules.seeds import derive_seed
 from training.data.options import NUM_TIMESTEPS, TimestepOptions

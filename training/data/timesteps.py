@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modules.contract.experts import ONE_EXPERT, Expert, expert_at
-from modules.contract.noise import FLOW, NoiseSpec
+from modules.contract.family import FLOW, NoiseSpec
+from modules.contract.rules import ONE_EXPERT, Expert, expert_at
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from training.data.options import (

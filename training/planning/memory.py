@@ -14,7 +14,8 @@ from dataset.batches.items import Items, Places, TrainingItem
 from dataset.batches.order import count_repeats
 from dataset.batches.reading import stores_for
 from dataset.cache.checks import CacheChecks
-from modules.contract.family import Described, LatentSpec
+from modules.contract.data import LatentSpec
+from modules.contract.family import Described
 from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import MemoryWatch, host_room
 from modules.planning.memory_plan import MemoryPlan, Phase, Room, gib, print_plan, room_on

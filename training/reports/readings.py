@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.contract.experts import Expert
+from modules.contract.rules import Expert
 from modules.devices import empty_pinned
 
 

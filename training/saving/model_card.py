@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from modules.contract.release import ModelRelease
+from modules.contract.rules import ModelRelease
 from modules.control_codes import escape_control_codes
 
 CARD = "README.md"

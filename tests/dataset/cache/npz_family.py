@@ -15,9 +15,8 @@ from dataset.cache.store import Stores
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.work import npz_names
 from dataset.config import DatasetConfig
-from modules.contract.data import Batch, CacheEntry, MediaBatch, MediaEncoders
-from modules.contract.family import LatentSpec
-from modules.contract.npz import NpzFormat
+from modules.contract.data import Batch, CacheEntry, LatentSpec, MediaBatch, MediaEncoders
+from modules.contract.rules import NpzFormat
 from tests.dataset.making import make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 

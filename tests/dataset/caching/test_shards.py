@@ -14,7 +14,7 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
 from dataset.options import ShardOptions
 from modules.contract.data import Conditions
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from modules.errors import OptionError
 from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.toy_family import ToyFamily, ToyText, options

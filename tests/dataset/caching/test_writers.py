@@ -20,7 +20,7 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.options import ShardOptions
 from modules.atomic_write import parse_temporary
 from modules.contract.data import Conditions
-from modules.contract.generation import Prompt
+from modules.contract.requests import Prompt
 from tests.dataset.caching.test_loop import make_config, names
 from tests.dataset.caching.test_shards import contents, entries, into, shard
 from tests.dataset.test_two_passes import KEYS, PARTS, ToyClip, ToyLlm, two

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.contract.generation import Tweaks
+from modules.contract.steps import Tweaks
 from modules.offload.block_swap import move_network, swap_of
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, CPU, Case, gradients, learner, same, swapped

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.contract.generation import Tweaks
+from modules.contract.steps import Tweaks
 from modules.run_blocks import Hidden, Runner
 from modules.step_cache.calibration import Changes, Ratios, measure_pass
 from modules.step_cache.rules import polynomial

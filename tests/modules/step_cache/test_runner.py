@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.contract.generation import Turn, Tweaks
+from modules.contract.steps import Turn, Tweaks
 from modules.offload.block_swap import swap_of
 from modules.run_blocks import Hidden, run_in_order, runner_of, set_runner
 from modules.step_cache.rules import MagCacheRule, TeaCacheRule

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from modules.contract.generation import Turn
+from modules.contract.steps import Turn
 from modules.step_cache.runner import Rule
 
 

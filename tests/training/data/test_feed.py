@@ -9,7 +9,7 @@ from dataset.batches.finding import NO_COMMANDS, find_items
 from dataset.batches.order import BatchOrder
 from dataset.config import load_dataset_config
 from modules.contract.data import Batch
-from modules.contract.noise import NoiseSpec
+from modules.contract.family import NoiseSpec
 from modules.errors import CacheError
 from tests.training.toy import LATENT, record_encoders, toy_options, write_caches
 from training.data.feed import Feed, MicroBatch, MicroBatches, Packed, Randomness, draw_given_frames

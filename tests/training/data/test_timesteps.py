@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.contract.experts import HIGH_NOISE, LOW_NOISE, Expert
-from modules.contract.noise import FLOW, NoiseSpec
+from modules.contract.family import FLOW, NoiseSpec
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
 from modules.errors import OptionError
 from modules.options import read_options
 from modules.parser import Parser, add_options

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modules.contract.data import Conditions
-from modules.contract.generation import NO_TWEAKS, Tweaks
+from modules.contract.steps import NO_TWEAKS, Tweaks
 from tests.training.toy import ToyFamily, toy_options, write_caches
 from training.loop import train
 from training.reports.readings import Moment, Notes, Readings

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from modules.contract.release import ModelRelease
+from modules.contract.rules import ModelRelease
 from tests.training.toy import toy_options, train_toy, write_caches
 from training.saving.model_card import CardFacts, may_replace, write_card
 from training.saving.upload import make_uploads

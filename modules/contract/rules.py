@@ -1,0 +1,270 @@
+"""The small rules of a model: experts, release, sources, guidance, tokens. Standard library only."""
+
+import bisect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One network of a model, used from its lowest timestep up to where the next one begins."""
+
+    name: str  # "high_noise": in options, file names and messages; "" if it is the only one
+    lowest: float  # timestep, 0..1000, from which on it is used
+
+    @property
+    def words(self) -> str:
+        """Return how messages call it: `high-noise transformer`."""
+        return f"{self.name.replace('_', '-')} transformer".lstrip()
+
+
+LOW_NOISE, HIGH_NOISE = "low_noise", "high_noise"  # names of the two that Wan2.2 has
+
+
+ONE_EXPERT = (Expert("", 0.0),)
+
+
+_WORDS = {"high": HIGH_NOISE, "low": LOW_NOISE}
+
+
+# `high_noise`, `HighNoise`
+_IN_FULL = re.compile(r"(?:^|_)(high|low)_?noise(?=_|$)")
+
+
+# `HIGH` alone: at the end, or before a size, a dtype, a version and the like
+_IN_SHORT = re.compile(
+    r"(?:^|_)(high|low)(?=$|_(?:lora|model|fp\d+|bf16|rank\d*|r\d|v\d|e\d|ep\d|epoch|step\d|\d))"
+)
+
+
+def named_expert(name: str) -> str | None:
+    """Return the expert that the name of a file (without its suffix) or of a folder says; None: neither."""
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
+    found = set(_IN_FULL.findall(plain))
+    if not found and not _WORDS.keys() <= set(plain.split("_")):
+        found = set(_IN_SHORT.findall(plain))
+    return _WORDS[found.pop()] if len(found) == 1 else None
+
+
+def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
+    """Return the expert that the name of a file or folder says, or that of the folder it lies in; None: none.
+
+    folders: names of folders that lie side by side in a model of several experts -> the expert of each; one
+    of these alone says nothing.
+    """
+    for part in (path, path.absolute().parent):
+        said = named_expert(part.name if part.is_dir() else part.stem)
+        if said is not None:
+            return said
+        if part.name in folders and all(part.with_name(name).is_dir() for name in folders):
+            return folders[part.name]
+    return None
+
+
+def expert_at(timestep: float, experts: Sequence[Expert]) -> int:
+    """Return the index of the expert that a timestep belongs to: of those that begin at or below it the last.
+
+    What lies below all of them belongs to the lowest.
+    """
+    start = max(timestep, min(expert.lowest for expert in experts))
+    begun = [(expert.lowest, index) for index, expert in enumerate(experts) if expert.lowest <= start]
+    return max(begun)[1]
+
+
+def noisiest(experts: Sequence[Expert]) -> int:
+    """Return the index of the expert of the highest timesteps, with which a video from noise begins."""
+    return max(range(len(experts)), key=lambda index: experts[index].lowest)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), from a step on."""
+
+    after_step: int  # the last step, from 0, that is guided by the plain formula
+    scale: float  # in place of the guidance scale
+    momentum: float  # of the average of differences; negative: the change of direction counts
+    norm_limit: float  # of a difference, over all but the batch
+    eta: float = 0.0  # share of the part along the positive velocity
+    rescale: float = 0.0  # in place of --guidance_rescale
+
+
+@dataclass(frozen=True)
+class GuidanceRules:
+    """The rules of one request; the shared guidance applies them."""
+
+    # guidance only while the share of data, 1 - sigma, is below it; later the positive pass alone
+    below_share: float | None = None
+    # largest norm of a guided velocity, in norms of the positive one; None: no limit
+    norm_limit: float | None = None
+    projection: Projection | None = None
+
+
+AS_PLAIN = GuidanceRules()
+
+
+@dataclass(frozen=True)
+class NpzFormat:
+    """Names of a family's npz caches. Their arrays have the names of the tensors in our own caches.
+
+    Latents: `STEM_WWWWxHHHH{latents}.npz`, W and H of the picture, with arrays `latents_{h}x{w}` of every
+    resolution. Texts: `STEM{texts}.npz`.
+    """
+
+    latents: str  # "_flux"
+    texts: str  # "_flux_te"
+    # arrays of a text file that are no tensors of ours: name -> the value that a valid file has
+    constants: Mapping[str, bool | int | float] = field(default_factory=dict)
+    # arrays of a text file that are all zeros: name -> the array with as many rows, and the columns; "": one
+    # row of so many numbers, without an axis for rows
+    zeros: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    # arrays of a text file whose length differs per caption
+    variable_length: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class ModelRelease:
+    """A released model: its repositories on the hub and the licence of its weights."""
+
+    repositories: tuple[str, ...]  # "owner/name"; several where they cannot be told apart
+    licence: str
+    licence_key: str  # the hub's identifier of it, "other" for those that have none
+    licence_url: str
+
+
+VIDEO, IMAGE, LATENTS = "video_path", "i2i_path", "from_latent"  # the options that name it
+
+
+SOURCES = (VIDEO, IMAGE, LATENTS)  # a video starts from one of them at most
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a request starts from, and how much of it is made anew."""
+
+    option: str  # VIDEO, IMAGE or LATENTS
+    path: Path
+    denoise: float  # 0..1; 1 keeps nothing of it where the schedule begins with pure noise
+    share: str = "strength"  # the option that says so, for messages and metadata
+    # "traditional": `denoise` is a share of the steps; "direct": the noise level of the first step
+    noise_mode: str = "traditional"
+    pad_mode: str | None = None  # how a short video is filled up, "front" or "end"; None: it is refused
+    extra_noise: float = 0.0  # added to the mixture with noise
+
+    @property
+    def extra_option(self) -> str:
+        """The option of the extra noise."""
+        return "i2_extra_noise" if self.option == IMAGE else "v2v_extra_noise"
+
+    @property
+    def needs_vae(self) -> bool:
+        """Whether it has to be encoded."""
+        return self.option != LATENTS
+
+    def in_words(self) -> Mapping[str, object]:
+        """Return what outputs say of it, by the names of the options."""
+        said: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
+        said["v2v_noise_mode"] = self.noise_mode
+        if self.option == VIDEO and self.pad_mode is not None:
+            said["v2v_pad_mode"] = self.pad_mode
+        if self.extra_noise:
+            said[self.extra_option] = self.extra_noise
+        return said
+
+
+@dataclass(frozen=True)
+class SourceRules:
+    """How a family reads what a video starts from."""
+
+    takes: tuple[str, ...]  # of VIDEO, IMAGE, LATENTS
+    who: str  # that takes it, for messages: "--task t2v-14B"
+    stretches: bool  # frames are stretched to the size, bicubic; else scaled to cover it, and cropped
+    latents_of: frozenset[str]  # models, as outputs name them, whose latents are in the same space
+
+
+@dataclass(frozen=True)
+class MagCache:
+    """Skip passes while the size of what the blocks add is known to change little."""
+
+    # size of what the blocks add, against the step before; resampled to the number of steps
+    ratios: tuple[float, ...]
+    retention: float  # share of the steps at the start of which none is skipped
+    threshold: float  # largest sum of errors over the passes skipped in a row
+    most_skips: int  # in a row
+
+
+@dataclass(frozen=True)
+class TeaCache:
+    """Skip passes while the input of the first block has changed little since the last one computed."""
+
+    threshold: float  # at which the sum of predicted changes makes the next pass computed
+    # polynomial from change of the input to change of the output, highest power first; None: the family's
+    coefficients: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class MagCalibration:
+    """Skip nothing, measure the ratios of `MagCache`."""
+
+
+@dataclass(frozen=True)
+class TeaCalibration:
+    """Skip nothing, fit the coefficients of `TeaCache`."""
+
+
+StepCaching = MagCache | TeaCache | MagCalibration | TeaCalibration
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """The tokens of one text.
+
+    tokens: of the whole text, with those that the encoder puts around it. limit: how many the encoder reads.
+    """
+
+    text: str  # as the encoder reads it, after its own cleaning
+    tokens: int
+    limit: int
+    kept: int  # characters of `text` that are read
+
+    @property
+    def is_cut(self) -> bool:
+        return self.kept < len(self.text)
+
+    @property
+    def cut_text(self) -> str:
+        """Return the end of the text, which is not read."""
+        return self.text[self.kept :]
+
+
+# where a token stands in a text, as its first character and the one behind its last; None: not in the text
+Place = tuple[int, int] | None
+
+
+CountTokens = Callable[[str], TokenCount]
+
+
+def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
+    """Return how many of a text's `length` characters its first `most` tokens cover.
+
+    ends: for each token of the text, the position behind its last character.
+    """
+    return length if len(ends) <= most else max(ends[:most], default=0)
+
+
+def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
+    """Return the weight of each token: that of the part in which its first character lies, 1 outside of all.
+
+    Blanks in front of a token do not count. spans: as of a `Prompt` of that text.
+    """
+    starts = [start for start, _, _ in spans]
+
+    def of(place: Place) -> float:
+        if place is None:
+            return 1.0
+        first = next((index for index in range(*place) if not text[index].isspace()), place[0])
+        number = bisect.bisect_right(starts, first) - 1
+        return spans[number][2] if number >= 0 and first < spans[number][1] else 1.0
+
+    return [of(place) for place in places]
