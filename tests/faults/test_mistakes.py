@@ -62,10 +62,10 @@ NUMBERS = (
     wrong(HV, "--te_multiplier 1 many", "--te_multiplier 1 many", "two numbers"),
     wrong(FP, "--video_sections 100000", "Lower --video_seconds"),
     wrong(
-        FP, "--rope_scaling_timestep_threshold 8000", "--rope_scaling_timestep_threshold 8000", "0 to 1000"
+        FP, "--rope_scaling_timestep_threshold 8000", "--rope_scaling_timestep_threshold 8000", "0 to 1,000"
     ),
     wrong(TRAININGS, "--max_train_steps 1e3", "1e3 is not a whole number"),
-    wrong(TRAININGS, f"--seed {2**70}", "--seed", "64 bits"),
+    wrong(TRAININGS, f"--seed {2**70}", "--seed", "below 18,446,744,073,709,551,616"),
     wrong(TRAININGS, "--learning_rate 2e4", "--learning_rate 20000", "1e-4 is usual"),
     wrong(TRAININGS, "--learning_rate 1e_4x", "1e_4x is not a number"),
     wrong(TRAININGS, "--validation_split 1.5", "--validation_split 1.5", "below 1"),
@@ -110,7 +110,7 @@ NAMES = (
     wrong(GENERATIONS, "--lora_weight lora.safetensors --include_patterns [", "--include_patterns '['"),
     wrong(GENERATIONS, "--include_patterns a b", "2 patterns for 0 LoRA files", "one per file"),
     wrong((WAN, FP), "--compile --compile_args inductor fast auto False", "fast is unknown", "max-autotune"),
-    wrong(CACHE, "--debug_mode console --console_back pink", "--console_back pink", "use one of"),
+    wrong(CACHE, "--debug_mode console --console_back pink", "--console_back pink", "use black, red"),
 )
 FILES = (
     wrong(GENERATIONS, "--dit BAD/cut.safetensors", "cut.safetensors is damaged or incomplete", "Download"),
@@ -224,7 +224,7 @@ TOGETHER = (
     wrong(
         GENERATIONS,
         "--cfgzerostar_scaling --perp_neg 1.5",
-        "--cfgzerostar_scaling and --perp_neg",
+        "--perp_neg and --cfgzerostar_scaling",
         "give one of them",
     ),
     wrong(GENERATIONS, "--perp_neg 1.5 --slg_mode original --slg_layers 1", "Use --slg_mode uncond"),
@@ -250,7 +250,7 @@ TOGETHER = (
     ),
     wrong(GENERATIONS, "", "--save_path", "is missing", without=["--save_path"]),
     wrong(TRAININGS, "--log_with tensorboard", "--log_with tensorboard needs --logging_dir"),
-    wrong(TRAININGS, "--gradient_checkpointing_cpu_offload", "add --gradient_checkpointing"),
+    wrong(TRAININGS, "--gradient_checkpointing_cpu_offload", "needs --gradient_checkpointing"),
     wrong(TRAININGS, "--save_state_to_huggingface", "needs --huggingface_repo_id"),
     wrong(TRAININGS, "--compile --dynamo_backend inductor", "Give either --compile"),
     wrong(TRAININGS, "--lr_scheduler piecewise_constant", "step_rules"),
@@ -259,7 +259,7 @@ TOGETHER = (
     wrong(TRAININGS, "", "--output_dir is missing", without=["--output_dir"]),
     wrong(TRAININGS, "", "--dit is missing", without=["--dit"]),
     wrong(TRAININGS, "--validate_every_n_steps 5", "give --validation_split"),
-    wrong(NETWORK_TRAININGS, "--base_weights_multiplier 0.5", "without --base_weights"),
+    wrong(NETWORK_TRAININGS, "--base_weights_multiplier 0.5", "needs --base_weights"),
     wrong(WHOLE_TRAININGS, "--fp8_base", "--fp8_base", "leave it out"),
     wrong(WHOLE_TRAININGS, "--full_bf16", "--full_bf16", "use bf16 for both"),
     wrong(WHOLE_TRAININGS, "--blocks_to_swap 1", "--fused_backward_pass"),
@@ -274,9 +274,9 @@ TOGETHER = (
     wrong(WAN, "--riflex_index 23 --rope_func comfy", "--riflex_index 23", "from 1 to 22"),
     wrong(HV, "--riflex_index 9", "--riflex_index 9", "from 1 to 8"),
     wrong(FP, "--riflex_index 4", "--riflex_index"),
-    wrong(GENERATIONS, "--nag_scale 0.5", "--nag_scale 0.5", "from 1 (off)"),
+    wrong(GENERATIONS, "--nag_scale 0.5", "--nag_scale 0.5", "from 1 to 100"),
     wrong(GENERATIONS, "--nag_scale 5 --nag_tau 0", "--nag_tau 0", "above 0"),
-    wrong(GENERATIONS, "--nag_scale 5 --nag_alpha 1.5", "--nag_alpha 1.5", "from 0 (off) to 1"),
+    wrong(GENERATIONS, "--nag_scale 5 --nag_alpha 1.5", "--nag_alpha 1.5", "from 0 to 1"),
 )
 MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "together": TOGETHER}
 HEAVY_LETTERS = "x" * 50_000
