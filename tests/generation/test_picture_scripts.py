@@ -1,7 +1,6 @@
 """What the options of a script that makes pictures are, and the lines of its prompt files."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from generation.options import GenerationOptions, read_generation
 from generation.prompt_lines import EMBEDDED_IMAGE_OPTIONS, parse_generation_line, parse_sample_line
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from modules.errors import OptionError
+from modules.options import NoOptions
 from tests.golden_cases import read_case
 
 DEFAULTS = ScriptDefaults(
@@ -24,11 +24,6 @@ DEFAULTS = ScriptDefaults(
     embedded_guidance=3.5,
     line_options=EMBEDDED_IMAGE_OPTIONS,
 )
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """A family without options of its own."""
 
 
 def read(tmp_path: Path, *words: str) -> GenerationOptions:
