@@ -66,7 +66,7 @@ def train(folder: Path, family: PictureFamily, *arguments: object) -> dict[str, 
         3,
     ]
     usual += ["--learning_rate", "1e-2", "--max_train_steps", STEPS, "--max_data_loader_n_workers", 0]
-    parser = training_parser("", samplers=(*SAMPLERS, *SIZE_SAMPLERS))
+    parser = training_parser("", settings={"timestep_sampling": {"choices": (*SAMPLERS, *SIZE_SAMPLERS)}})
     options = read_options(
         TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {})
     )
