@@ -1,4 +1,4 @@
-"""What is said about guidance and cannot be, or does nothing; found before anything loads."""
+"""Check the options of guidance for impossible or useless values, before anything loads."""
 
 import logging
 
@@ -16,7 +16,7 @@ NO_STEP = "no step uses guidance"
 
 
 def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Raise OptionError if the guidance cannot be made; warn of what is said about guidance and not used."""
+    """Raise OptionError if the guidance is impossible; warn of its options that have no effect."""
     is_guided = any(scale is not None for scales in guidance_scales(prepared, options) for scale in scales)
     plans = [plan for plans in plan_steps(prepared, options) for plan in plans]
     _refuse_zero_star(options, plans, is_guided)

@@ -146,8 +146,7 @@ def _without_folders(text: str) -> str:
 
 
 def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata of a latent file with both spellings of what the known tools read: `bt_seeds` and
-    `seeds`.
+    """Return metadata of a latent file with both spellings that known tools read: `bt_seeds` and `seeds`.
 
     For latent files only: in a PNG a `prompt` without prefix is the workflow of another program.
     """

@@ -136,12 +136,10 @@ def as_lines(found: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
 
 
 def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return what is said about a generation first, in the usual order and in upper case, then the rest by
-    name.
+    """Return entries about the generation first, in the usual order and in upper case, then the rest by name.
 
-    The prefix may be in small or capital letters. What a latent file says with and without it is given once.
-    Without prefix, and without any name that
-    has one, the names of FramePack's latent files are taken for the same.
+    The prefix may be in small or capital letters. An entry with and without it counts once. Without any
+    prefix, the names of FramePack's latent files count as prefixed.
     """
     prefixed = {name: text for name, text in metadata.items() if name.lower().startswith(PREFIX)}
     ours = {name.lower().removeprefix(PREFIX): text for name, text in prefixed.items()}

@@ -38,7 +38,7 @@ OLD_START, OLD_BYTES = 0x100000, 0x10000
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model without reading its weights."""
+    """Facts about a model that need no reading of its weights."""
 
     path: Path
     what: str  # a Wan transformer (--dit) for --task t2v-14B
@@ -152,10 +152,9 @@ def as_json(
 def file_hashes(path: Path) -> dict[str, str]:
     """Return checksums of a file, which is read once: `sha256`, `data_sha256` and `old`.
 
-    `data_sha256`, of safetensors only, is that of what follows the header, and does not change with metadata.
+    `data_sha256`, of safetensors only, covers the bytes behind the header, and does not change with metadata.
     Model browsers call its first 12 digits AutoV3, the first 10 of `sha256` AutoV2, and `old`, 8 digits of
-    SHA-256 over 64 KiB at 1 MiB of a file that is that large, AutoV1. Raises CheckpointError if it cannot be
-    read.
+    SHA-256 over 64 KiB at 1 MiB of a large enough file, AutoV1. Raises CheckpointError if it cannot be read.
     """
     whole, data, old = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     try:

@@ -34,7 +34,7 @@ class SourceDefaults:
     takes_video: bool = True  # whether there is a --video_path
 
     def declared(self) -> dict[str, Any]:
-        """Return what `add_options` is told of `SourceOptions` for the script."""
+        """Return the settings of `SourceOptions` for `add_options` in the script."""
         refused = {} if self.takes_image else {"i2i_path": _NO_IMAGE}
         refused |= {} if self.takes_video else dict.fromkeys(("video_path", "v2v_pad_mode"), _NO_VIDEO)
         spelled = tuple(dict.fromkeys((f"--{self.share}", *SPELLINGS)))
@@ -49,7 +49,7 @@ class SourceDefaults:
 
     @property
     def usual(self) -> dict[str, Any]:
-        """Return the script's defaults of what belongs to a source, by option."""
+        """Return the script's defaults for the options of a source, by name."""
         names = (self.share, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_extra_noise")
         record = SourceOptions()
         return {name: self.declared()["defaults"].get(name, getattr(record, name)) for name in names}

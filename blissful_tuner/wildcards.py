@@ -229,7 +229,7 @@ class _Group:
 
 
 def choose_alternatives(text: str, choose: Choose) -> str:
-    """Return a text with one alternative of each group. What is escaped stays so until `unescape`.
+    """Return a text with one alternative of each group. Escaped characters stay so until `unescape`.
 
     Raises OptionError if groups are nested more than MOST_NESTED deep, and as `choose`.
     """

@@ -1,4 +1,4 @@
-"""Download a file: continue what is there, compare size and checksum, then give it its name.
+"""Download a file: continue a part, compare size and checksum, then give it its name.
 
 huggingface_hub's own function starts again after an interruption, so the data are read here.
 """
@@ -85,7 +85,7 @@ def _shown(path: Path) -> str:
 
 
 def find_damage(path: Path, remote: RemoteFile) -> str | None:
-    """Return what is wrong with a downloaded file, or None. Reads the whole file if there is a checksum."""
+    """Return the damage of a downloaded file, or None. Reads the whole file if there is a checksum."""
     size = path.stat().st_size
     if size != remote.size_bytes:
         return f"it has {size:,} bytes instead of {remote.size_bytes:,}"

@@ -11,7 +11,7 @@ SOURCES = ("huggingface", "modelscope")
 
 
 class DownloadOptions(Options):
-    """Options of a download, or of a list of what can be downloaded."""
+    """Options of a download, or of a list of downloads."""
 
     family: str | None = option("the kind of model", choices=families())
     task: str | None = option("which of the family's models, such as t2v-1.3B; --list shows them")

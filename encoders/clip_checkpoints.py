@@ -58,7 +58,7 @@ class ClipUse:
 
     @property
     def keys(self) -> frozenset[str]:
-        """The keys of what the encoder returns."""
+        """Return the keys of the encoder's outputs."""
         return frozenset({self.pooled} if self.mask is None else {self.pooled, self.mask})
 
 
@@ -104,9 +104,9 @@ def plan_clip_text(
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load a text tower whose tensors are found.
 
-    own: the file without prefix. sources: how its tensors are made, by our names. told: what a config.json
-    says of the network; may be empty. Raises CheckpointError if a tensor that tells a dimension is missing or
-    the tower takes too few tokens.
+    own: the file without prefix. sources: how its tensors are made, by our names. told: settings from a
+    config.json; may be empty. Raises CheckpointError if a tensor that gives a dimension is missing or the
+    tower takes too few tokens.
     """
     shape = checked_shapes_of(own, sources, other_kind(own, "a CLIP text encoder", use.option, use.release))
     vocabulary, dim = shape("embeddings.token_embedding.weight", 2)

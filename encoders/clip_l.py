@@ -68,7 +68,7 @@ class ClipTextEncoder:
 
     @property
     def keys(self) -> frozenset[str]:
-        """The keys of what `encode` returns."""
+        """Return the keys of the result of `encode`."""
         return self.use.keys
 
     @property

@@ -72,7 +72,7 @@ LATENTS_OF = frozenset({"flux", "chroma", "lumina"})  # models with the same aut
 class Flux(ModelOfPictures):
     """Description of FLUX.1 or Chroma for one run, built by the `family_for_...` functions below.
 
-    dev, schnell and Chroma are told apart by the transformer's file.
+    The transformer's file says whether it is dev, schnell or Chroma.
     """
 
     files: FluxFiles
@@ -108,7 +108,7 @@ class Flux(ModelOfPictures):
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Names of what a whole text cache holds."""
+        """Return the names of all tensors of a text cache."""
         return frozenset({STATES, MASK, POOLED} if self._has_pooled else {STATES, MASK})
 
     @property

@@ -1,7 +1,6 @@
 """The transformer of FLUX.1 and of Chroma. Module names follow the published checkpoints.
 
-Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.py` says what is always
-float32.
+Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.py` lists the steps in float32.
 """
 # Letters: B batch, L picture tokens, T text tokens, N heads, D head width, C = N * D, M modulations
 

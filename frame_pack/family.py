@@ -87,7 +87,7 @@ UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
 class FramePack:
     """Description of FramePack for one run, built by the `family_for_...` functions below.
 
-    FramePack-F1 has the same networks and another order of sections; their files cannot be told apart.
+    FramePack-F1 has the same networks and another order of sections; files do not show the difference.
     """
 
     files: FramePackFiles
@@ -313,8 +313,8 @@ class FramePack:
     def prepare(self, request: Request) -> Prepared:
         """Fill what the request leaves open and check sizes, images and files. Nothing is loaded.
 
-        Raises OptionError if an image is missing or what is asked for cannot be made, CheckpointError if a
-        file is missing or of another kind.
+        Raises OptionError if an image is missing or the request is impossible, CheckpointError if a file is
+        missing or of another kind.
         """
         if self.one_frame is not None:  # samples of a training of pictures
             request = replace(request, extra={"one_frame": "default", **request.extra})

@@ -143,7 +143,7 @@ def section_indices(padding: int, window: int) -> Indices:
 
 
 def later_indices(first: int) -> Indices:
-    """Return the indices of what follows a target, from index `first` on.
+    """Return the indices of latents that follow a target, from index `first` on.
 
     One frame is at full resolution, two at half and sixteen at quarter resolution.
     """

@@ -56,9 +56,9 @@ class ExpertTurns:
         return most
 
     def parts(self, weights: int, swap: Swapped) -> tuple[MemoryPart, ...]:
-        """Return the line of a plan for experts that do not work; none if only one expert works.
+        """Return the line of a plan for idle experts; none if only one expert works.
 
-        weights: all of an expert. What the one that works has swapped is in the line of its weights.
+        weights: all of an expert. Swapped weights of the working expert count in its own line.
         """
         if self.count < 2:
             return ()

@@ -39,7 +39,7 @@ Check = Callable[[], None]  # called now and then by what is made; raises `Readi
 
 
 class ReadingStopped(Exception):
-    """Nobody wants what is being made."""
+    """End of a reading whose result nobody wants any more."""
 
 
 class Ahead(Generic[T]):

@@ -1,4 +1,4 @@
-"""What is to be made in a run, and what has been made."""
+"""Jobs of a run: those to do, and those done."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence

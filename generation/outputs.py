@@ -136,9 +136,8 @@ def save_pixels(
 
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
     a single frame only if the script neither numbers single images nor makes pictures alone). With
-    `--save_last_frame` the last frame of what is more than a picture is written beside it: as it was decoded,
-    to continue from, but behind the tools if one of them hides something. post: what frames go through before
-    they are written.
+    `--save_last_frame` the last frame of a video is written beside it: as it was decoded, to continue from,
+    but behind the tools if one of them hides something. post: tools that frames go through before writing.
     """
     frames = drop_tail(frames_of(chunks), options.trim_tail_frames)
     first = list(islice(frames, 2))

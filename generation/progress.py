@@ -33,7 +33,7 @@ def in_short(prompt: str, length: int = PROMPT_LENGTH) -> str:
 
 
 def size_in_words(prepared: Prepared) -> str:
-    """Return what is generated for a request, without its prompt."""
+    """Return a description of a request's result, without its prompt."""
     return (
         f"{prepared.width} x {prepared.height} (width x height), {count_of(prepared.frames, 'frame')}, "
         f"{prepared.num_steps} steps, seed {prepared.seed}"

@@ -167,7 +167,7 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 
 
 def _solver(text: str) -> str:
-    """Read a solver by our name, or by that of the image guides for the one that they have."""
+    """Read the name of a solver, ours or that of the image guides."""
     return {"euler": "vanilla"}.get(text, text)
 
 
@@ -384,7 +384,7 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
-    """Return what `read` makes of each entry. Raises OptionError with what is wrong in all of them."""
+    """Return the result of `read` for each entry. Raises one OptionError with the faults of all."""
     made, problems = [], []
     for entry in entries:
         try:

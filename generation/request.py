@@ -58,10 +58,10 @@ def make_request(
     overrides: Mapping[str, Any] | None = None,
     prompts: PromptOptions = PLAIN_PROMPTS,
 ) -> Request:
-    """The request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
+    """Return the request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
 
-    Without a seed each call draws its own. What is not said stays None. prompts: what is drawn in its texts.
-    Raises OptionError for numbers that make no sense, and for texts in which nothing can be drawn.
+    Without a seed each call draws its own. Missing values stay None. prompts: wildcards of its texts. Raises
+    OptionError for numbers that make no sense, and for texts in which nothing can be drawn.
     """
     line = overrides or {}
     if "prompt" in line and not line["prompt"].strip():

@@ -71,7 +71,7 @@ class ScriptDefaults:
     optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
 
     def declared(self) -> dict[str, Any]:
-        """Return what `add_options` is told of `GenerationOptions` for the script."""
+        """Return the settings of `GenerationOptions` for `add_options` in the script."""
         source, pictures = self.source.declared(), self.pictures
         absent = {
             "prompt_2": not self.has_second_prompt,

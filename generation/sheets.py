@@ -1,7 +1,7 @@
 """Comparison sheets: one prompt with all values of one or two options, as one labelled picture or video.
 
-Each cell is what a single run with its values makes, to the bit, and is saved as such; the sheet is drawn
-from the saved files. All cells of all sheets are one batch: texts and models are loaded once.
+Each cell equals the result of a single run with its values, to the bit, and is saved like it; the sheet is
+drawn from the saved files. All cells of all sheets are one batch: texts and models are loaded once.
 """
 
 import logging

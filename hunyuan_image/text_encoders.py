@@ -232,7 +232,7 @@ class GlyphTextEncoder:
         return {"byt5": fingerprint(self.path), "byt5_dtype": dtype_name(self.dtype)}
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts the bytes of what is to be written, with the end token."""
+        """Return a function that counts the bytes of the words to write, with the end token."""
 
         def count(text: str) -> TokenCount:
             read = glyph_text(text) or ""

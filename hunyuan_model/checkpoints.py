@@ -79,7 +79,7 @@ def describe(checkpoint: Checkpoint) -> str | None:
 
 
 def _name_of(config: HunyuanVideoConfig) -> str:
-    """Return the model's name; the two T2V models have the same tensors and cannot be told apart."""
+    """Return the model's name; the two T2V models have the same tensors and share a name."""
     return (
         "the SkyReels V1 I2V transformer"
         if config.kind == "i2v"

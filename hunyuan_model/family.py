@@ -111,7 +111,7 @@ class HunyuanVideo:
 
     @property
     def release(self) -> ModelRelease:
-        """Where the model comes from; SkyReels V1's text-to-video cannot be told from HunyuanVideo."""
+        """Return the model's release; SkyReels V1's text-to-video counts as HunyuanVideo."""
         return SKYREELS_I2V if self.files.dit_header().kind == "i2v" else HUNYUAN_VIDEO
 
     @property

@@ -116,7 +116,7 @@ def gemma_states(gemma: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _causal(mask: Tensor, tokens: Tensor) -> Tensor:
-    """Return what is added to the scores of all layers: B 1 L L, like `tokens`, B L C.
+    """Return the addend to the scores of all layers: B 1 L L, like `tokens`, B L C.
 
     transformers would make it from numbers without a network's tensor, which a memory plan cannot place.
     """

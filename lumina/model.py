@@ -1,7 +1,6 @@
 """The Lumina-Image-2.0 transformer (NextDiT). Module names follow the published checkpoints.
 
-Source: the released model code and Qin et al. 2025, arXiv 2503.21758. `blocks.py` lists what is always
-float32.
+Source: the released model code and Qin et al. 2025, arXiv 2503.21758. `blocks.py` lists the steps in float32.
 """
 # Letters: B batch, L image tokens, T caption tokens, D head width, C width of the model
 

@@ -342,9 +342,7 @@ def parse_temporary(name: str) -> Temporary | None:
 
 @functools.cache
 def _machine() -> int:
-    """Return a number of this machine since it was started, and of this container: of what numbers its
-    processes.
-    """
+    """Return a number that identifies this boot of the machine and this container."""
     words = [platform.node()]
     try:
         words.append((_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii"))

@@ -129,7 +129,7 @@ def command_line(
 def let_the_first_tell() -> None:
     """Wait a little unless this is the first process of a launcher on this machine.
 
-    If that one has the same error, the launcher ends this one meanwhile, and it is told once.
+    If the first has the same error, the launcher ends this one meanwhile, so the error is printed once.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PATIENCE)

@@ -1,4 +1,4 @@
-"""Errors that a user can correct: what is wrong, where, and what to do.
+"""Errors that a user can correct: the fault, its place, and the remedy.
 
 They end the program without a traceback.
 """

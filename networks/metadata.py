@@ -76,7 +76,7 @@ def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
 
 
 def join_metadata(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Return metadata for a file with a part for each expert, of which `metadata_of` makes these again.
+    """Return metadata for a file with a part for each expert; `metadata_of` takes them apart again.
 
     parts: expert -> its metadata.
     """

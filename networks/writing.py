@@ -54,12 +54,12 @@ class OtherTensors:
 
 
 def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> OtherTensors:
-    """Our names -> `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank),
+    """Rename ours to `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank),
     alpha left out.
 
-    LoHa and LoKr keep their factors and alphas. FramePack's names begin with `transformer.`: what reads them
-    is diffusers. Module paths come from the lists of the families' real modules; a name that none of them
-    has is left out and reported.
+    LoHa and LoKr keep their factors and alphas. FramePack's names begin with `transformer.`, as diffusers
+    reads them. Module paths come from the lists of the families' real modules; a name outside them is left
+    out and reported.
     """
     family = _family_of(tensors, family_hint)
     if family is None or family.is_as_in_diffusers:
@@ -122,7 +122,7 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> OtherTensors:
 
 
 def _to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames) -> OtherTensors:
-    """Our names -> `diffusion_model.<path>. ...`, whole modules of any kind, as `to_other`."""
+    """Rename ours -> `diffusion_model.<path>. ...`, whole modules of any kind, as `to_other`."""
     return _write(tensors, OTHER, lambda name, one: _alone(module_path(name, family), one), _in_comfyui)
 
 

@@ -50,14 +50,14 @@ ToolOptions = tuple[Tool, Any]  # a tool and the record of its options
 
 @dataclass(frozen=True)
 class Chain:
-    """What one run is told: its files, and the tools with their options in the order of work."""
+    """Options of one run: its files, and the tools with their options in the order of work."""
 
     run: ToolRunOptions
     tools: tuple[ToolOptions, ...]
 
     @property
     def added(self) -> str:
-        """Return what is added to the names of results: SWINIR_VFI."""
+        """Return the suffix for the names of results: SWINIR_VFI."""
         return "_".join(tool.added(options) for tool, options in self.tools)
 
     @property
@@ -212,7 +212,7 @@ def name_tool(name: str) -> Iterator[None]:
 
 def tool_in_words(tool: Tool, options: Any) -> str:
     """Return a tool and its settings as metadata keep them: `upscaler model=x.pth scale=2.0`; files by name
-    only, so that no folder is told.
+    only, to keep folders private.
     """
     words = [tool.name]
     for name, value in option_values(options).items():
@@ -223,7 +223,7 @@ def tool_in_words(tool: Tool, options: Any) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Split what is given to --post into words; quotes hold blanks together, a backslash is a letter."""
+    """Split the value of --post into words; quotes hold blanks together, a backslash is a letter."""
     lexer = shlex.shlex(text, posix=True)
     lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
     try:

@@ -18,7 +18,7 @@ LAST_WAIT = 3.0  # seconds that a writer gets to end after Ctrl-C, when it has a
 
 
 class Closed(Exception):
-    """Nobody takes any more what is put into a queue."""
+    """Report that nobody reads a queue any more."""
 
 
 class StreamStopped(Exception):

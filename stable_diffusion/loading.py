@@ -148,7 +148,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
 def find_checkpoint(ckpt: Path) -> Path:
     """Return the file or folder that --ckpt names; `owner/name`, if not here, is fetched from the hub.
 
-    Raises CheckpointError if there is none, or the folder is none of diffusers.
+    Raises CheckpointError if it is missing, or the folder is not one of diffusers.
     """
     if ckpt.is_dir():
         if is_pipeline(ckpt):
@@ -280,7 +280,7 @@ def _fill_one(network: Any, plan: LoadPlan[Any], device: torch.device, dtype: to
 
 
 def _explain(build: Callable[[Any], Any], plan: LoadPlan[Any]) -> Any:
-    """Build a network, with a CheckpointError in place of what diffusers raises for odd settings."""
+    """Build a network, with a CheckpointError in place of diffusers' errors for odd settings."""
     try:
         return build(plan.config)
     except Exception as error:  # of many classes; all mean that the dimensions do not go together

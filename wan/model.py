@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention to the text plus attention to the image, which has its own keys and values; no mask.
 
-    What is seen of several texts is combined; what is seen of the image is added to that.
+    The results for several texts are combined; that for the image is added.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -245,7 +245,7 @@ class WanModel(nn.Module):
         image_embeds: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
     ) -> Tensor:
-        """Velocity B out_dim F H W in float32.
+        """Return the velocity, B out_dim F H W in float32.
 
         noisy: B in_dim F H W, condition channels behind the noisy latents. timesteps: B, 0..1000. text: per
         sample n text_dim, at most text_len rows; or B n text_dim. image_embeds: B I image_dim of the image

@@ -92,7 +92,7 @@ def shapes_of(
 ) -> Callable[[str], tuple[int, ...]]:
     """Return a function: our name -> shape of the tensor in the file.
 
-    It raises CheckpointError if the file has no such tensor.
+    It raises CheckpointError if the file lacks the tensor.
     """
 
     def shape(name: str) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ class DitShapes:
     def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
         """Return the shape of a tensor with this many axes.
 
-        Raises CheckpointError if the file has none of that name.
+        Raises CheckpointError if the file has no tensor of that name.
         """
         found = self.shapes.get(name, ())
         if len(found) != axes:

@@ -168,7 +168,7 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
 
 def require_all_shards(files: Sequence[Path]) -> None:
-    """Raise CheckpointError if some are shards, by their names, of which others are not beside them."""
+    """Raise CheckpointError if names show that other shards of the same model are missing."""
     for file in files:
         if _SHARD.fullmatch(file.name):
             _require_existing(file, _shards_of(file.name))

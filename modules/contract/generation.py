@@ -1,4 +1,4 @@
-"""The frozen records of generation: what is asked for, sections, and one call of the network."""
+"""The frozen records of generation: requests, sections, and one call of the network."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -90,7 +90,7 @@ class EncodedPrompts:
     away: Conditions | None = None
 
     def section(self, noise: Tensor, inputs: Conditions | None = None) -> "Section":
-        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised.
+        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into a section.
 
         Texts that are the same object become the same conditions, so that a pass with them runs once.
         """
@@ -131,7 +131,7 @@ class Away:
 
 @dataclass(frozen=True)
 class Turn:
-    """Which pass of which step a call of the network is, for code that remembers something between steps."""
+    """Hold step and pass of a call of the network, for code that remembers something between steps."""
 
     step: int  # from 0, of those that are made
     num_steps: int

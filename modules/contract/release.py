@@ -1,4 +1,4 @@
-"""Where a model comes from: for licence and card of what is trained from it. Standard library only."""
+"""Where a model comes from: for licence and card of models trained from it. Standard library only."""
 
 from dataclasses import dataclass
 

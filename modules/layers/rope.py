@@ -45,7 +45,7 @@ def axis_angles(
 def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | None = None) -> Tensor:
     """Return the angles of any positions on an axis: n -> n x width/2, in their dtype.
 
-    slow: one frequency in place of the trained one. Raises ValueError if the axis has no such frequency.
+    slow: one frequency in place of the trained one. Raises ValueError if the axis lacks that frequency.
     """
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
     if slow is not None:

@@ -52,7 +52,7 @@ class YoloDetector:
     layout: YoloLayout
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return what is in a picture (H W 3, RGB) with at least that score, best first."""
+        """Return the objects in a picture (H W 3, RGB) with at least that score, best first."""
         image, factor, offset = letterbox(pixels, self.layout.side)
         try:
             self.network.setInput(np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / 255)
