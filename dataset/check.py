@@ -189,7 +189,7 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
 
 
 def _store_remarks(store: CacheStore) -> list[Fault]:
-    """Return what is wrong with a store as a whole, which caching mends."""
+    """Return remarks on the faults of a store as a whole, which caching mends."""
     return [Fault("shards or folders are not whole; caching mends them", line) for line in store.faults()]
 
 
@@ -207,7 +207,7 @@ def _is_usable(family: Caches, found: TableFindings, encodes_media: bool) -> boo
 
 
 def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
-    """Compare the sources with their caches; decode those of which too little is known."""
+    """Compare the sources with their caches; decode those with too few known facts."""
     table = found.table
     try:
         plans, unreadable = _look_at(table, found.sources, recipe, workers)

@@ -143,7 +143,7 @@ def _is_encoding(name: str) -> bool:
 
 
 class CachingInRunOptions(Options, title="caches made by this command"):
-    """What is cached before training, where, and how many at once. Without it our own caches are read."""
+    """Caches to make before training, their place, and batch sizes. Without it our own caches are read."""
 
     cache_latents: bool = option("encode all pictures once, and keep their latents")
     cache_latents_to_disk: bool = option("the same, in files beside the pictures")

@@ -81,8 +81,8 @@ def read_clip_text(
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
 
-    told: settings of the network; None: those of a config.json beside the file.
-    Raises CheckpointError for any other file.
+    told: settings of the network; None: from a config.json beside the file. Raises CheckpointError for any
+    other file.
     """
     own = network_in(
         checkpoint,

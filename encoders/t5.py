@@ -75,7 +75,7 @@ class T5Use:
 
     @property
     def keys(self) -> frozenset[str]:
-        """The keys of what the encoder returns."""
+        """Return the keys of the encoder's outputs."""
         return frozenset({self.states, self.mask})
 
 
@@ -122,7 +122,7 @@ class T5TextEncoder:
 
     @property
     def keys(self) -> frozenset[str]:
-        """The keys of what `encode` returns."""
+        """Return the keys of the result of `encode`."""
         return self.use.keys
 
     @property

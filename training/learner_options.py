@@ -1,6 +1,6 @@
-"""Options of what learns: the whole DiT, or networks of several transformers.
+"""Options of the trained part: the whole DiT, or networks of several transformers.
 
-Standard library only. What a single network is made of is in networks/options.py.
+Standard library only. Those of a single network are in networks/options.py.
 """
 
 from pathlib import Path

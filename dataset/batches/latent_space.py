@@ -42,7 +42,7 @@ def _channels(header: Header) -> int | None:
 
 
 def other_space(path: Path, channels: int | None, latent: LatentSpec) -> str | None:
-    """Return what is wrong with latents of so many channels; None if nothing is, or if they are unknown."""
+    """Return the fault of latents of so many channels; None if they fit, or if they are unknown."""
     if channels in {None, latent.channels}:
         return None
     return (

@@ -1,4 +1,4 @@
-"""Tables of which a part is encoded while training: pictures that change each time, captions that vary."""
+"""Tables encoded in part while training: pictures that change each time, captions that vary."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
-"""Which entries a folder of shards has, and where: columns for those that the index knew, rows for the rest.
+"""Entries of a folder of shards, and their places: columns for those that the index knew, rows for the rest.
 
-The index, one Parquet file per folder, is only a copy of what the shards say. A shard that it does not know,
+The index, one Parquet file per folder, is only a copy of the shards' headers. A shard that it does not know,
 or of another size, is read by its headers.
 """
 
@@ -65,7 +65,7 @@ class CatalogRow(NamedTuple):
 
 @dataclass
 class Shard:
-    """What is known of one shard."""
+    """Facts about one shard."""
 
     name: str
     size: int  # when it was last looked at
@@ -222,7 +222,7 @@ class Catalog:
         return found
 
     def put(self, name: str, row: CatalogRow) -> None:
-        """Add a row, if it holds against the one that is there."""
+        """Add a row, if it wins against an earlier one of its name."""
         old = self.get(name)
         if old is None or self._rank(row) > self._rank(old):
             self.added[name] = row
@@ -293,11 +293,11 @@ def list_shards(folder: Path) -> dict[str, int]:
 def open_catalog(
     folder: Path, only: Collection[str] | None = None, merged: Mapping[str, bool] = NOTHING
 ) -> Catalog:
-    """Look at a folder. only: the names of the shards to look at. merged: names that have just been merged,
-    and whether they still are entries, so that their generation began anew.
+    """Look at a folder. only: the names of the shards to read. merged: names that have just been merged, and
+    whether they still are entries, so that their generation began anew.
 
     Entries that the index lists in a shard that is cut or gone, and that no other shard has, are lost: they
-    are not forgotten, so that nobody trains on less without being told.
+    are remembered, so that nobody trains on less unawares.
     """
     index = read_index(folder)
     sizes = list_shards(folder)

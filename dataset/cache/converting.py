@@ -105,7 +105,7 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
 
 
 def _remove_files(folder: Path, names: Sequence[str]) -> None:
-    """Remove single files of which the shards, opened anew, have the same bytes."""
+    """Remove single files whose bytes are also in the shards, opened anew."""
     store = ShardStore(folder)
     for name in names:
         data = (folder / name).read_bytes()

@@ -41,7 +41,7 @@ def unsound(store: CacheStore, names: Collection[str], table: DatasetTable, tag:
 
 
 def other_form(table: DatasetTable, tag: str, names_there: Collection[str] | None = None) -> Iterator[str]:
-    """Yield what is wrong if a table has caches of a family in the form that `cache_format` does not say.
+    """Yield a fault if a table has caches of a family in another form than `cache_format`.
 
     Those in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault. names_there:
     of the table's store, so that a folder of single files is not listed again.

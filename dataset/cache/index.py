@@ -57,11 +57,11 @@ def fingerprint(stamps: Iterable[Stamp], text: str = "") -> int:
 
 
 class VerifiedEntries(Generic[T]):
-    """What is known of the entries of one folder and kind. Threads may use it at once."""
+    """Facts about the entries of one folder and kind. Threads may use it at once."""
 
     def __init__(self, store: CacheStore, kind: str, parse: Callable[[Any], T], is_trusted: bool) -> None:
-        """kind: of entries. parse: makes of the JSON value of facts what callers see. is_trusted: False
-        reads all entries again, and only remembers what is found.
+        """kind: of entries. parse: turns the JSON value of facts into the callers' form. is_trusted: False
+        reads all entries again, and only remembers the results.
         """
         self._store, self._kind, self._parse = store, kind, parse
         self._folder = store.folder
@@ -147,7 +147,7 @@ class VerifiedEntries(Generic[T]):
 
 @dataclass
 class Indexes(Generic[T]):
-    """What is known of the entries of a run's tables, read when a table is first asked for."""
+    """Facts about the entries of a run's tables, read at the first use of a table."""
 
     kind: str
     parse: Callable[[Any], T]
@@ -155,7 +155,7 @@ class Indexes(Generic[T]):
     _opened: dict[Path, VerifiedEntries[T]] = field(default_factory=dict)
 
     def of(self, store: CacheStore) -> VerifiedEntries[T]:
-        """Return what is known of a store's entries."""
+        """Return the facts about a store's entries."""
         if store.folder not in self._opened:
             self._opened[store.folder] = VerifiedEntries(store, self.kind, self.parse, self.is_trusted)
         return self._opened[store.folder]

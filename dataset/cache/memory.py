@@ -33,7 +33,7 @@ class MemoryStore:
         return name in self.entries
 
     def stamp(self, name: str) -> None:
-        """Return None: there is nothing on disk of which an index could be kept."""
+        """Return None: without files on disk there is no index."""
 
     def read_header(self, name: str) -> Header:
         return self.read(name).header

@@ -134,7 +134,7 @@ def _lock(path: Path, locks: contextlib.ExitStack, is_finished: bool) -> BinaryI
 
 
 def _to_merge(catalog: Catalog, small_bytes: float) -> tuple[set[str], set[str]]:
-    """Return the small shards, of which there may be one, and those that have to be merged."""
+    """Return the small shards, even a single one, and those that have to be merged."""
     small = {shard.name for shard in catalog.shards if shard.size < small_bytes and not shard.is_foreign}
     return small, _untidy(catalog, small)
 
@@ -290,7 +290,7 @@ def _write_shard(path: Path, rows: Rows, catalog: Catalog, locked: Mapping[str, 
 
 
 def _copy(source: BinaryIO, offset: int, count: int, target: BinaryIO) -> None:
-    """Copy bytes as they are: what is damaged keeps a checksum that does not fit, and is found again."""
+    """Copy bytes as they are: damaged ones keep a checksum that does not fit, and are found again."""
     source.seek(offset)
     while count:
         data = source.read(min(count, COPY_BYTES))

@@ -55,7 +55,7 @@ def read_arrays(path: Path, names: Collection[str], most_bytes: int = MOST_BYTES
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of an array without reading its values."""
+    """Facts about an array without reading its values."""
 
     shape: tuple[int, ...]
     dtype: "np.dtype[Any]"

@@ -1,4 +1,4 @@
-"""Records of what a cache file was made from, kept in its metadata, and the check that they still hold.
+"""Records of a cache file's origin, kept in its metadata, and the check that they still hold.
 
 A JSON text under `reelsmith_record` holds the options, the encoders, the source files (size, mtime, content
 hash), the caption of a text cache, and a checksum of every tensor. `reelsmith_record_crc32` is the checksum
@@ -53,7 +53,7 @@ class ClipFacts:
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """Record of what a latent cache was made from."""
+    """Record of a latent cache's origin."""
 
     encoder: Mapping[str, str]  # Family.media_identity
     options: Mapping[str, Any]  # other options that latents depend on: span, sizes, frame rate; JSON values
@@ -65,7 +65,7 @@ class LatentRecord:
 
 @dataclass(frozen=True)
 class TextRecord:
-    """Record of what one encoder's tensors of a text cache were made from."""
+    """Record of the origin of one encoder's tensors in a text cache."""
 
     encoder: Mapping[str, str]  # TextEncoder.identity
     caption: str
@@ -195,7 +195,7 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
     """Return size, time and content hash of a file, or of the images in a folder.
 
-    origin: of a source's part; what is at an address has to be downloaded.
+    origin: of a source's part; files at an address have to be downloaded.
     """
     size_bytes, mtime_ns = stamp_of(path, origin)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))

@@ -178,7 +178,7 @@ class ShardStore:
             merge_shards(self.folder, self._shard_bytes)
 
     def faults(self) -> list[str]:
-        """Return what is wrong with the folder as a whole: shards that are cut, damaged or unfinished."""
+        """Return the faults of the folder as a whole: shards that are cut, damaged or unfinished."""
         with self._lock:
             catalog = self._refresh()
         said = []

@@ -98,7 +98,7 @@ class CacheStore(Protocol):
         ...
 
     def faults(self) -> list[str]:
-        """Return what is wrong with the store as a whole, so that entries may be missing."""
+        """Return the faults of the store as a whole, by which entries may be missing."""
         ...
 
 

@@ -67,7 +67,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Ending:
-    """The end of what could be read: more may be appended at `position` if the shard is not finished."""
+    """The end of the readable part: more may be appended at `position` if the shard is not finished."""
 
     position: int
     is_finished: bool
@@ -84,7 +84,7 @@ def encode_name(name: str) -> bytes:
 
 
 def decode_name(name: bytes) -> str:
-    """Return the name of such bytes."""
+    """Return the name in a record's bytes."""
     return name.decode("utf-8", "surrogateescape")
 
 

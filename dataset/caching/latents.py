@@ -60,7 +60,7 @@ class Crop:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return what is encoded."""
+        """Return the encoded tensors."""
         return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)), *self.moments)
 
 
@@ -199,7 +199,7 @@ class LatentEncoding:
     def run(
         self, plans: Sequence[SourcePlan], existing: ExistingNames, workers: int, show_progress: bool
     ) -> None:
-        """Decode and encode what is missing in the plans. Sources that cannot be read become failures.
+        """Decode and encode the missing entries of the plans. Sources that cannot be read become failures.
 
         Raises CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
         """

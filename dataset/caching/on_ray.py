@@ -45,7 +45,7 @@ class CachingActor:
         threads: int,
         folder: str | None = None,
     ) -> None:
-        """Keep what is to be done; the first batch begins with it.
+        """Keep the work; the first batch begins it.
 
         main, words: a caching script and what was typed behind it. threads: that read ahead, if the words do
         not say. folder: in which the command was typed, for the actor's process to go to.
@@ -81,7 +81,7 @@ class CachingActor:
         }
 
     def _make(self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
-        """Make what is to be cached, as the script would."""
+        """Make the caches, as the script would."""
         if options.num_workers is None:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:

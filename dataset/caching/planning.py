@@ -112,7 +112,7 @@ class Recipe:
     def known_difference(
         self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
-        """Do as `difference` for a record of the index, of which there are few for a million entries."""
+        """Do as `difference` for a record of the index; a million entries share few records."""
         key = (id(record), source.table.index, source.mask_from, size, bucket, span)
         if key not in self._compared:
             self._compared[key] = self.difference(record, source, size, bucket, span)

@@ -66,7 +66,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class FoundTexts:
-    """What a cache file, finished or not, holds of what is wanted."""
+    """The wanted texts in a cache file, finished or not."""
 
     entry: Entry | None = None  # None: it is missing or damaged
     right: Mapping[str, bool] = field(default_factory=dict)  # encoders with valid outputs: has it a record?
@@ -79,7 +79,7 @@ def text_index(verify: bool = False) -> Indexes[dict[str, TextRecord]]:
 
 @dataclass
 class KnownTexts:
-    """What is known of the text caches of a run without reading them."""
+    """Facts about the text caches of a run without reading them."""
 
     stores: Stores
     index: Indexes[dict[str, TextRecord]]
@@ -152,7 +152,7 @@ def plan_text(
 ) -> EncodingPlan:
     """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed.
 
-    known: of the run, so that what is known to be right is not read.
+    known: of the run, so that files known to be right are not read.
     """
     wanted = Wanted(file, encoders, skip_existing)
     if known is not None and known.trusts and store.is_shared(wanted.name) and store.has(wanted.name):
@@ -176,15 +176,15 @@ def plan_text(
 
 
 def find_finished(store: CacheStore, wanted: Wanted, has_values: bool = True) -> FoundTexts:
-    """Compare the finished file of a text with what is wanted.
+    """Compare the finished file of a text with the wanted outputs.
 
-    has_values: False compares without reading the tensors; then what is found has none.
+    has_values: False compares without reading the tensors; the result then has no values.
     """
     return _find(store, wanted.name, wanted, wanted.skip_existing, has_values)[0]
 
 
 def find_part(store: CacheStore, wanted: Wanted) -> FoundTexts:
-    """Compare the unfinished file of a text with what is wanted.
+    """Compare the unfinished file of a text with the wanted outputs.
 
     If anything in it is from a run with other encoders or another caption, joining it would corrupt the valid
     outputs: then nothing is found.
@@ -196,7 +196,7 @@ def find_part(store: CacheStore, wanted: Wanted) -> FoundTexts:
 def _find(
     store: CacheStore, name: str, wanted: Wanted, skip_existing: bool, has_values: bool = True
 ) -> tuple[FoundTexts, frozenset[str]]:
-    """Return what a file holds of what is wanted, and the encoders of all other records in it.
+    """Return the wanted outputs in a file, and the encoders of all other records in it.
 
     skip_existing: outputs without a record are valid if the caption is the same.
     """

@@ -35,7 +35,7 @@ class NoCaptionError(Exception):
 
 
 def prompt_for(job: CaptionJob, ask: AskOptions) -> str:
-    """Return what is asked about an image or a clip."""
+    """Return the question about an image or a clip."""
     return ask.prompt if ask.prompt is not None else PROMPTS[job.place.source.table.kind]
 
 

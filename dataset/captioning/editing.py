@@ -43,8 +43,8 @@ class Edit:
 def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool) -> None:
     """Apply `wording` to all captions of a dataset; each file that changes is kept as .bak.
 
-    dry_run: print what would change instead. A caption of which nothing would be left stays as it is. Raises
-    DatasetError if the dataset cannot be used, or at the end if there are such captions.
+    dry_run: print what would change instead. A caption that would become empty stays as it is. Raises
+    DatasetError if the dataset cannot be used, or at the end if captions would become empty.
     """
     places = find_places(config, texts=True).all
     made = read_made(places)

@@ -1,8 +1,8 @@
 """Put captions into a JSONL list: nothing else of its lines changes, and at any moment the list is whole.
 
 A caption goes to a hidden file beside the list first, so that nothing is lost if the run is killed. From time
-to time, and at the end, the list is written anew with what waits there. A run that finds such a file puts it
-in.
+to time, and at the end, the list is written anew with the captions that wait there. A later run puts in a
+file that is left over.
 """
 
 import contextlib

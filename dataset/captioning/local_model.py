@@ -162,7 +162,7 @@ def end_tokens(model: Any) -> frozenset[int]:
 def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     """Load the model that --model names.
 
-    Raises InstallationError if transformers is missing, CheckpointError if the folder holds no such model,
+    Raises InstallationError if transformers is missing, CheckpointError if the folder holds another model,
     DownloadError as `find_model_folder`.
     """
     if importlib.util.find_spec("transformers") is None:  # importing it takes seconds

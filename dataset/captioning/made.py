@@ -1,8 +1,8 @@
-"""What this program wrote: a hidden list beside the captions, by which it knows them from hand-written ones.
+"""List of this program's captions: a hidden file beside them that tells them from hand-written ones.
 
 Each line of the list names a caption and has the hash of a text that was written for it. A caption whose text
-has no such line was written, or has been edited since, by a person. The line is written before the caption:
-after a kill between the two it names a text that is not there, which changes nothing.
+has no line was written, or has been edited since, by a person. The line is written before the caption: after
+a kill between the two it names a text that is not there, which changes nothing.
 """
 
 import hashlib

@@ -40,7 +40,7 @@ class CaptionPlan:
 
 
 def needs_texts(options: CaptioningOptions) -> bool:
-    """Return whether the plan depends on what is in the captions that are there."""
+    """Return whether the plan depends on the text of existing captions."""
     return options.overwrite or options.overwrite_all or options.fill_empty
 
 

@@ -45,7 +45,7 @@ def image_token(processor: Any) -> str:
 
 
 def _without_videos(folder: Path) -> Any:
-    """Return the processor without its part for videos; None if that is not what is missing."""
+    """Return the processor without its part for videos; None if another part is missing."""
     import transformers
 
     if importlib.util.find_spec("torchvision") is not None:

@@ -1,4 +1,4 @@
-"""Run tools/caption_dataset.py after its options are read: name what is missing, write or edit captions."""
+"""Run tools/caption_dataset.py after its options are read: name missing parts, write or edit captions."""
 
 import contextlib
 import itertools

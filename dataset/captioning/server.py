@@ -250,7 +250,7 @@ class ApiServer:
         return caption_in(content if isinstance(content, str) else "", was_cut)
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Put the key into a request. Given as `auth`, so that none of netrc is sent."""
+        """Put the key into a request. Given as `auth`, so that no entry of netrc is sent."""
         if self.key is not None:
             request.headers["Authorization"] = f"Bearer {self.key}"
         return request
@@ -346,7 +346,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _seconds(text: str) -> float | None:
-    """Return the seconds of a Retry-After header; None for a date, nothing, or what is no time."""
+    """Return the seconds of a Retry-After header; None for a date, nothing, or other words."""
     try:
         return float(text) if float(text) >= 0 else None
     except ValueError:

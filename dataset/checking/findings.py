@@ -1,4 +1,4 @@
-"""The result of a check: what each table amounts to, what is wrong with it, and what is left out."""
+"""The result of a check: totals of each table, its faults, and files left out."""
 
 import math
 from collections import Counter

@@ -107,7 +107,7 @@ def name_items(rows: Sequence[CogRow], root: Path, folder: Path, seed: int) -> l
 def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:
     """Return the lists of finished items by file name: prompts.txt, videos.txt and data.jsonl.
 
-    items: with their facts. What is not there is null in data.jsonl.
+    items: with their facts. Missing files are null in data.jsonl.
     """
     lines = []
     for item, facts in items:

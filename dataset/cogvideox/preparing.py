@@ -42,7 +42,7 @@ class PrepareReport:
 
 
 def prepare(options: PrepareOptions, maker: MomentsMaker | None) -> PrepareReport:
-    """Prepare what is not there yet, and write the lists.
+    """Prepare missing files, and write the lists.
 
     maker: None if only clips and captions are written. A clip that cannot be read becomes a failure of the
     report and does not stop the others. Raises DatasetError if the data cannot be used, OptionError if the

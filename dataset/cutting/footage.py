@@ -26,12 +26,12 @@ NAMED = 3  # files that a message names
 
 
 class CuttingStopped(Exception):
-    """Another thread was told to end."""
+    """End of work that another thread asked for."""
 
 
 @dataclass(frozen=True)
 class CuttingJob:
-    """A source, the name of its clips, and what is known from an earlier run."""
+    """A source, the name of its clips, and the record of an earlier run."""
 
     source: FootageSource
     stem: str

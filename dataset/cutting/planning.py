@@ -66,7 +66,7 @@ def count_reasons(clips: Sequence[PlannedClip]) -> Counter[str]:
 def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
     """Yield a scene in as few equal pieces as the longest length allows.
 
-    If those would be too short, in pieces of the longest length, and what is left over.
+    If those would be too short, in pieces of the longest length, and the rest.
     """
     seconds, frames = look.time(end) - look.time(first), end - first
     least = max(

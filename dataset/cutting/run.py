@@ -68,7 +68,7 @@ def cut_footage(options: CuttingOptions) -> None:
 
 
 def _name_jobs(sources: Sequence[FootageSource], records: dict[str, CutRecord]) -> list[CuttingJob]:
-    """Return what is to be done: a source keeps the name that its clips had before."""
+    """Return the jobs: a source keeps the earlier name of its clips."""
     taken = {record.stem.casefold() for record in records.values()}
     jobs = []
     for source in sources:

@@ -79,7 +79,7 @@ def _compare_equal(
     owners: Indices,
     groups: "_Groups",
 ) -> None:
-    """Join all near hashes of which the key is equal."""
+    """Join all near hashes with equal keys."""
     order = np.argsort(key, kind="stable")
     key = key[order]
     starts = np.arange(len(key))

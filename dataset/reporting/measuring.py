@@ -192,7 +192,7 @@ def _colours(frame: Frame) -> bytes:
 
 
 def _reason(source: MediaSource, used: int, steps: Steps) -> str | None:
-    """Return why a clip of which so many frames are used gives no item."""
+    """Return why a clip with so many usable frames gives no item."""
     return spans_or_reason(source.table, used, steps.frame_step)[1]
 
 

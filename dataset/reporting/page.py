@@ -147,7 +147,7 @@ def _summary(values: Numbers, unit: str) -> str:
 
 
 def _escape(value: Any) -> Any:
-    """Write out the control codes in all texts of JSON values: they would hide or reorder what is shown."""
+    """Write out the control codes in all texts of JSON values: they would hide or reorder the text."""
     if isinstance(value, str):
         return escape_control_codes(value)
     if isinstance(value, dict):

@@ -134,7 +134,7 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
 
 
 def describe_cut(place: Path | str, encoder: str, count: TokenCount) -> str:
-    """Say how much of a caption is read and what is lost."""
+    """Say how much of a caption is read and how much is lost."""
     words = " ".join(count.cut_text.split())
     lost = words if len(words) <= SHOWN else f"{words[:SHOWN]}... ({len(words)} characters)"
     return f"{place}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"

@@ -212,7 +212,7 @@ def parquet_parts(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
-    """Open a Parquet file (a pyarrow `ParquetFile`). repeating: columns of which each text is held once.
+    """Open a Parquet file (a pyarrow `ParquetFile`). repeating: columns whose equal texts are held once.
 
     Raises DatasetError if it cannot be read, there or in the block.
     """
@@ -266,7 +266,7 @@ def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableR
 def _list_columns(path: Path, columns: Sequence[str]) -> list[str]:
     """Return which columns of Parquet are lists of texts, by the names of their texts.
 
-    Raises DatasetError for a column of other nested values: how much one of them holds is not told.
+    Raises DatasetError for a column of other nested values, whose size is unknown.
     """
     from pyarrow import types
 

@@ -1,4 +1,4 @@
-"""Find what lies in a table's folder and is not used: what is no file, results of tools, folders."""
+"""Find unused things in a table's folder: special files, results of tools, folders."""
 
 import itertools
 import logging

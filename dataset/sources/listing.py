@@ -46,7 +46,7 @@ def find_sources(
     checked whether files named by a JSONL list exist. Raises DatasetError if a folder or list is missing or
     empty, and with all faults if captions cannot be read, lines are malformed, control media are missing or
     misnamed, or two sources have the same stem and would share a cache file. faults: a list that takes the
-    faults instead, so that what is usable is returned.
+    faults instead; then all usable sources are returned.
     """
     found: list[Fault] = []
     with pause_collection():
@@ -261,7 +261,8 @@ def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> li
 
 
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
-    """Return the images or clips of a table's folder, sorted; add what is named like one and no file."""
+    """Return the images or clips of a table's folder, sorted; add names that look like one but are no
+    file."""
     assert table.directory is not None
     suffixes, animated = _suffixes(table), animation_suffixes(table)
     key = f"{table.kind}_directory" if table.group is None else "image_dir"

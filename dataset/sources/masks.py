@@ -1,4 +1,4 @@
-"""Masks of the loss: what is white in a picture or clip is learned, what is black is not.
+"""Masks of the loss: white areas of a picture or clip are learned, black ones are not.
 
 A mask comes from a file (`mask_directory`, `mask_path`) or from transparency (`alpha_mask`).
 """
@@ -52,7 +52,7 @@ def find_masks(table: DatasetTable, media: Iterable[Path]) -> Mapping[Path, Path
 
 
 def has_mask(table: DatasetTable, stem: str) -> bool:
-    """Return whether the mask_directory has a mask of that name now; False if there is no such folder.
+    """Return whether the mask_directory has a mask of that name now; False if it is missing.
 
     For training, which asks for each item whether a mask was added after caching; the folder is listed once.
     """

@@ -29,7 +29,7 @@ _SWITCHES = (1, 2)
 
 @dataclass
 class Unpacking:
-    """Counts what is unpacked of a file."""
+    """Counter of the bytes unpacked from a file."""
 
     path: Path
     most_bytes: int
@@ -41,7 +41,7 @@ class Unpacking:
         return Unpacking(path, LEAST_BYTES + MOST_TIMES * path.stat().st_size)
 
     def add(self, size_bytes: int) -> None:
-        """Count what is about to be unpacked. Raises DatasetError if that is far too much for the file."""
+        """Count bytes about to be unpacked. Raises DatasetError if they are far too many for the file."""
         self.found_bytes += size_bytes
         if self.found_bytes > self.most_bytes:
             raise DatasetError(

@@ -13,7 +13,7 @@ LOOKED_AT = 1000  # clips of a dataset whose headers are read for this
 
 
 def compare_rates(found: float | None, stated: object, fps: float) -> str | None:
-    """Return what is wrong if a file's rate is neither the stated one nor, if none is stated, the model's."""
+    """Return the fault if a file's rate differs from the stated one or, without one, from the model's."""
     if isinstance(stated, (int, float)):
         expected, cause = float(stated), f"source_fps says {stated:g}"
     elif stated is None:

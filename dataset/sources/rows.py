@@ -32,7 +32,7 @@ class _Refused(Exception):
 
 @dataclass
 class RowReader:
-    """Makes the sources of one list or table, and collects what is refused in many of its rows."""
+    """Make the sources of one list or table, and collect the refusals of many of its rows."""
 
     table: DatasetTable
     file: Path  # for messages

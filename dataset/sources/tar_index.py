@@ -130,7 +130,7 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return a member's key and what is behind its first dot, in lower case."""
+    """Return a member's key and the part behind its first dot, in lower case."""
     folder, mark, base = name.removeprefix("./").rpartition("/")
     key, _, end = base.partition(".")
     return f"{folder}{mark}{key}", end.lower()
@@ -150,7 +150,7 @@ def _read_text(file: BinaryIO, member: Member) -> str:
 
 
 def _add(index: TarIndex, key: str, group: dict[str, Member | str], rules: TarRules) -> None:
-    """Add the sample of a group of files to the index, or what is wrong with it."""
+    """Add the sample of a group of files to the index, or its fault."""
     files = {end: one for end, one in group.items() if isinstance(one, Member)}
     roles = {end: role for end in files if (role := _role(end, rules)) is not None}
     found = _media(files.keys() - roles.keys(), rules)

@@ -1,8 +1,8 @@
 """Read the headers of a tar: which files are in it, and where their bytes are. Nothing is unpacked.
 
-Names only label what is read, so neither absolute ones nor links lead anywhere. The standard library's reader
-needs 30 microseconds for a member and follows what headers say; this one needs a few and only goes forward.
-Source: POSIX.1-2001, pax interchange format; the GNU tar manual for long names and numbers in base 256.
+Names are only labels, so neither absolute ones nor links lead anywhere. The standard library's reader needs
+30 microseconds for a member and follows what headers say; this one needs a few and only goes forward. Source:
+POSIX.1-2001, pax interchange format; the GNU tar manual for long names and numbers in base 256.
 """
 
 from collections.abc import Iterator

@@ -30,9 +30,9 @@ def evaluation(
 @contextlib.contextmanager
 @torch.no_grad()
 def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Load the weights to be used of a schedule-free optimizer; others are unchanged.
+    """Load the averaged weights of a schedule-free optimizer; others are unchanged.
 
-    While training, such an optimizer keeps other weights in their place. Its own way back rounds, so the
+    While training, this optimizer keeps other weights in their place. Its own way back rounds, so the
     training weights are kept aside: saving changes nothing in the run.
     """
     if not is_schedule_free(optimizer):
