@@ -2,10 +2,7 @@
 
 blocks: attention of pictures and text: double and single blocks
 checkpoints: transformer files, as published and as diffusers writes
-chroma: the network that makes Chroma's modulations
-conditioning: what the transformer takes besides noisy latents
 configs: dimensions of a transformer, releases and their settings
-encoders: autoencoder and text encoders: files, compute dtypes
 family: FLUX.1 and Chroma, described for the shared loops
 files: paths of a run, each checked against its option
 model: the transformer, with the names of published checkpoints

@@ -11,7 +11,6 @@ generating: denoises section by section, or a single image
 image_checkpoints: files of the SigLIP image encoder
 image_encoder: SigLIP: an image to 729 vectors
 inputs: images of a request, encoded for its sections
-masks: transparency of a picture as factor for latents
 model: the transformer, with the names of published checkpoints
 one_frame: single images: one target frame with an index
 options: own options for caching, training and generation
@@ -19,6 +18,5 @@ positions: rotary positions of tokens, by frame index
 requests: sections and their texts, settled before loading
 section_syntax: texts that differ by section of a video
 sections: number and order of sections, what each sees
-spec: names in the transformer, for code outside it
 text_encoders: HunyuanVideo's two, with outputs in another form
 """

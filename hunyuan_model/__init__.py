@@ -4,7 +4,6 @@ blocks: attention of video and text: double and single blocks
 checkpoints: transformer files: dialects, kinds, loading
 conditioning: cached latents, and the image condition
 configs: dimensions of a transformer, and training settings
-encoders: VAE and text encoders shared with FramePack
 family: HunyuanVideo and SkyReels V1, described for the shared loops
 files: paths of a run, each checked against its option
 joining: video and text tokens side by side, written once
@@ -16,7 +15,6 @@ preparing: VAE and text encoders for prepare_dataset.py
 spec: latents, guidance and names in the transformer
 text_checkpoints: files of the language model: dialects, dimensions
 text_encoders: a language model and CLIP-L, for the shared loops
-text_multipliers: --te_multiplier, set on a model from outside
 token_refiner: language model states to text tokens
 tokenizer: the language model's, exactly as its file says
 vae: the video VAE: pixels to latents and back

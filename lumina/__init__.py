@@ -9,7 +9,5 @@ gemma: Gemma 2 as text encoder: files and network
 model: the transformer, with the names of published checkpoints
 official_options: the image guides' command line, in our words
 options: own options for caching, training and generation
-spec: latents, noise and names in the transformer
 text_encoder: Gemma 2 behind the words of a system prompt
-tokenizer: Gemma 2's tokenizer, from wherever it may lie
 """

@@ -1,6 +1,5 @@
 """Wan2.1 and Wan2.2: read family.py first, then model.py.
 
-batches: conditions of a training step, from what caches hold
 caching: encodes items of a dataset for cache files
 checkpoints: transformer files: dialects, variants, loading
 chosen: options as the family's files, tasks, boundaries, dtypes
@@ -15,15 +14,12 @@ model: the transformer, with the names of published checkpoints
 options: own options for caching, training and generation
 preparing: VAE and text encoder for prepare_dataset.py
 releases: folders of whole releases, names of transformer files
-requests: size, flow shift and limits of a request, settled
 spec: latents, and names inside the transformer
 t5: umT5: each prompt to a list of vectors
-tokenizer: finds the tokenizer of umT5
 tokens: what blocks get besides video: text, times, positions
 vae: the video VAEs: pixels to latents and back
 vae_blocks: layers of the VAEs, with memory between chunks
 vae_checkpoints: VAE files: dialect, generation, dimensions
 vae_releases: released VAEs: latents' kind and their normalisation
 vae_shortcuts: paths without weights around the Wan2.2 VAE's stages
-vae_tiles: overlapping tiles of a picture, and joining them
 """
