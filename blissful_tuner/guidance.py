@@ -71,7 +71,7 @@ def make_guidance(
 
 
 def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
-    """List by expert what each step that is made consists of.
+    """List by expert the plan of each step.
 
     Raises OptionError if the request's schedule and the options do not go together.
     """

@@ -63,7 +63,7 @@ def _tell_unused_negative(
 def _unused(
     prepared: Prepared, options: GuidanceOptions, plans: list[PassPlan], is_guided: bool
 ) -> dict[str, str]:
-    """Return the options that do nothing, as they were given, each with the reason."""
+    """Return the given options without effect, each with the reason."""
     given = {
         f"--slg_mode {options.slg_mode}": bool(options.skipped_layers),
         f"--guidance_rescale {options.guidance_rescale:g}": options.guidance_rescale != 0,

@@ -44,7 +44,7 @@ class GuidanceStage:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What one step consists of; without stages it is the positive pass alone."""
+    """Passes and stages of one step; without stages it is the positive pass alone."""
 
     stages: tuple[GuidanceStage, ...] = ()
     factor: float = 1.0  # of the velocity in the end; 0: no pass is made

@@ -111,7 +111,7 @@ class LatentPreviews:
 
     @contextmanager
     def of(self, fps: float, first_step: int = 0) -> Iterator["ClipPreview"]:
-        """Yield what watches one clip, for a block that denoises it.
+        """Yield the watcher of one clip, for a block that denoises it.
 
         fps: of the finished clip. first_step: that predicts a clean clip.
         """

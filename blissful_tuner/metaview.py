@@ -43,7 +43,7 @@ MOST_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can
 
 
 class MetaviewOptions(Options):
-    """Files to read, and how to show what they say."""
+    """Files to read, and how to show their metadata."""
 
     input_file: tuple[Path, ...] = option(
         "videos (mkv, mp4, mov), pictures (png), latents and LoRAs (safetensors), or folders of them",
@@ -58,7 +58,7 @@ class MetaviewOptions(Options):
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What one file says, or why it could not be read."""
+    """Metadata of one file, or why it could not be read."""
 
     path: Path
     metadata: Mapping[str, str] = field(default_factory=dict)

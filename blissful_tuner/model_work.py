@@ -1,4 +1,4 @@
-"""What model_utility.py does: look at a model file, and write it anew."""
+"""Inspect a model file and write it anew: the work of model_utility.py."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ class Facts:
 
 
 def facts_of(checkpoint: Checkpoint, what: str) -> Facts:
-    """Return the facts of an open file. what: what it is, in words."""
+    """Return the facts of an open file. what: its kind, in words."""
     return Facts(
         checkpoint.path,
         what,
@@ -193,7 +193,7 @@ SAFETENSORS = (".safetensors", ".sft")
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What rooms above this one know of model files."""
+    """Functions on model files from rooms above this one."""
 
     identify: Callable[[Path], str | None]  # "it is a Wan transformer ..."
     describe_lora: Callable[[Checkpoint], str | None]
@@ -206,7 +206,7 @@ def work(
     knowledge: Knowledge,
     ask: Callable[[str], Answer | None] = ask_yes_or_no,
 ) -> None:
-    """Show what a file is, and write it anew if that is asked for.
+    """Show the facts of a file, and write it anew if the options ask for it.
 
     ask: answers whether files that exist are replaced. Raises UserError.
     """
@@ -245,7 +245,7 @@ def output_name(path: Path, in_shards: bool) -> Path:
 
 
 def change_of(options: ModelUtilityOptions) -> CheckpointChange:
-    """Return what the options change."""
+    """Return the change that the options ask for."""
     return CheckpointChange(
         None if options.dtype is None else dtype_named(options.dtype, "--dtype"),
         _selection(options),
@@ -256,7 +256,7 @@ def change_of(options: ModelUtilityOptions) -> CheckpointChange:
 
 
 def say_what(checkpoint: Checkpoint, knowledge: Knowledge) -> str:
-    """Return in words what an open file is."""
+    """Return the kind of an open file in words."""
     lora = knowledge.describe_lora(checkpoint)
     if lora is not None:
         return lora
@@ -271,7 +271,7 @@ def _selection(options: ModelUtilityOptions) -> Selection:
 
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
-    """Print what the file is."""
+    """Print the facts of the file."""
     facts = facts_of(checkpoint, say_what(checkpoint, knowledge))
     listed = _listed(options, facts)
     hashes = [file_hashes(file) for file in facts.files] if options.hash else []
@@ -315,7 +315,7 @@ def _hash_lines(
 
 
 def _write(output: Path, plan: NewFile, shard_bytes: int) -> list[Path]:
-    """Write the file, or its shards, say what was written, and return it."""
+    """Write the file, or its shards, print their names, and return them."""
     for note in plan.notes:
         logger.info("%s", note)
     if shard_bytes and len(split(plan.tensors, shard_bytes)) > 1:

@@ -25,7 +25,7 @@ USED_WITH = {  # options that count with some sources only
 
 @dataclass(frozen=True)
 class SourceDefaults:
-    """What these options are in one family's script."""
+    """Form of these options in one family's script."""
 
     share: str = "v2v_denoise"  # of SHARES: the name that the script's users know
     denoise: float = 0.5
@@ -56,7 +56,7 @@ class SourceDefaults:
 
 
 class SourceOptions(Options, title="video or image to start from"):
-    """What videos start from instead of noise; a prompt line can override it."""
+    """Source of videos in place of noise; a prompt line can override it."""
 
     video_path: Path | None = option("video, or folder of images, to start from instead of noise")
     i2i_path: Path | None = option("image to make another image from")
@@ -105,7 +105,7 @@ class SourceOptions(Options, title="video or image to start from"):
         return 1.0 if share is None else share
 
     def unused(self, used: Collection[str]) -> dict[str, str]:
-        """Return the options that were given for nothing, as text, and what they would be used with.
+        """Return the options given without effect, as text, and the options that they need.
 
         used: those of SOURCES that videos start from.
         """

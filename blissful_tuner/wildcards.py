@@ -36,7 +36,7 @@ _NO_NAME = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
 
 @dataclass(frozen=True)
 class Lines:
-    """What a wildcard draws from: a file's lines, their numbers in it, and the sums of weights up to each."""
+    """The choices of a wildcard: a file's lines, their numbers in it, and the sums of weights up to each."""
 
     path: Path
     texts: tuple[str, ...]

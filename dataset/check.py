@@ -1,4 +1,4 @@
-"""`--check`: report what a configuration amounts to, and all that is wrong with it, before a long run."""
+"""`--check`: report totals and all faults of a configuration, before a long run."""
 
 import itertools
 from collections import Counter
@@ -58,7 +58,7 @@ def check_media(
     encodes_media: bool = True,
     verify: bool = False,
 ) -> CheckResult:
-    """Report what latent caching would do. verify: read all cache files again.
+    """Report the plan of latent caching. verify: read all cache files again.
 
     Sources whose records are missing or outdated are decoded; nothing is encoded or written. encodes_media:
     False if the family was made for another script, without the options of latent caching.
@@ -101,7 +101,7 @@ def check_media(
 def check_texts(
     family: Caches, config: DatasetConfig, skip_existing: bool, verify: bool = False
 ) -> CheckResult:
-    """Report what text caching would do, and which captions are longer than an encoder reads.
+    """Report the plan of text caching, and captions longer than an encoder reads.
 
     No encoder is loaded. Without the encoders' files only the captions are checked. verify: read all cache
     files again.
@@ -144,7 +144,7 @@ def check_training(
     text_keys: frozenset[str] = frozenset(),
     counters: Counters = NO_COUNTERS,
 ) -> CheckResult:
-    """Report what a training run would see in its caches; every cache file is read and verified.
+    """Report the caches that a training run would see; every cache file is read and verified.
 
     accumulation, processes: their product is the number of batches per optimizer step. files: lines about the
     checkpoints that the caller recognised. text_keys: keys of a complete text cache.

@@ -15,7 +15,7 @@ from modules.text_files import parse_json, parse_toml, read_text
 
 
 class Key(Protocol):
-    """What reading a value needs of a key."""
+    """Facts about a key for reading its value."""
 
     @property
     def read(self) -> Callable[[Any], Any]: ...

@@ -72,7 +72,7 @@ def _read_all(options: GenerationOptions, with_texts: bool) -> dict[str, list[Lo
 
 
 def _hint_at_missing(keys: Sequence[str], given: Mapping[str, Sequence[LoraUse]]) -> None:
-    """Say so if a LoRA that was trained in all experts is given to some of them only."""
+    """Warn if a LoRA that was trained in all experts is given to some of them only."""
     for key, uses in given.items():
         for use in uses:
             missing = [

@@ -1,5 +1,5 @@
 """Settings of a LoRA network: `--network_dim`, `--network_alpha`, `--network_dropout`, `--network_args`, and
-what those of a family mean.
+the meaning of a family's own.
 """
 
 import ast

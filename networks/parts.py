@@ -183,7 +183,7 @@ def _join(pieces: Pieces, height: int) -> Factors | str:
 
 
 def _stack(parts: Sequence[Factors], places: Sequence[slice], height: int) -> Factors:
-    """Return one LoRA whose up factor has the parts' up factors as blocks, each in its rows."""
+    """Return one LoRA; its up factor has the parts' up factors as blocks, each in its rows."""
     downs, ups = [factors[LORA[0]] for factors in parts], [factors[LORA[1]] for factors in parts]
     scales = [strength(factors) for factors in parts]
     if scales.count(scales[0]) < len(scales):

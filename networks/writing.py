@@ -89,7 +89,8 @@ def to_diffusers_parts(
     whose fused weights diffusers cuts up, as FLUX's.
 
     The parts of a fused weight share the down factor, or have their own if the up factor is block-diagonal.
-    alpha / rank is folded in by powers of two, which change no digit. What has no form there is left out.
+    alpha / rank is folded in by powers of two, which change no digit. Parts without a form there are left
+    out.
     """
     return _write(tensors, start, lambda name, factors: _pieces(name, factors, family), _in_toolkit)
 
@@ -162,7 +163,7 @@ def _write(
 def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
     """Return the tensors of a module as ComfyUI reads them.
 
-    Biases are whole differences there. An alpha of 0 is written as what it means here, the rank.
+    Biases are whole differences there. An alpha of 0 means the rank, and is written so.
     """
     rest = {part: one for part, one in factors.items() if part not in ("alpha", "diff_b", "lora_up.bias")}
     if rest.keys() <= {*LORA, "diff", DORA}:
@@ -285,7 +286,7 @@ def _folded(factors: Factors) -> Factors:
 
 
 def rename_to_aliases(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA of ours under the family's aliases, those modules that have one."""
+    """Return the tensors of our LoRA, renamed to the family's aliases where modules have one."""
     return _rename(tensors, family, to_alias)
 
 

@@ -1,4 +1,4 @@
-"""Load a checkpoint: what it is, its networks onto the device, its tokenizers.
+"""Load a checkpoint: find its kind, load its networks onto the device, and its tokenizers.
 
 Everything is planned and compared first, so that a wrong or damaged file costs no loading: dimensions, names
 and shapes of all tensors, tokenizers, the package for attention.
@@ -63,7 +63,7 @@ class OpenedCheckpoint:
 
 
 def load_model(options: ModelOptions, device: torch.device) -> Model:
-    """Load the checkpoint of --ckpt with what the other options change, in evaluation mode.
+    """Load the checkpoint of --ckpt with the changes of other options, in evaluation mode.
 
     Raises OptionError or CheckpointError, before anything is loaded, if the options contradict the file or a
     file is damaged or of another kind.
@@ -327,7 +327,7 @@ def _tower(
 
 
 def _set_up(options: ModelOptions, unet: Any, vae: Any) -> None:
-    """Apply the options that change how networks compute, not what."""
+    """Apply the options that change the computation of networks without changing their weights."""
     if options.xformers or options.diffusers_xformers:
         unet.set_attn_processor(XFormersAttnProcessor())  # diffusers' own choice else: torch's
     if options.diffusers_xformers:

@@ -47,7 +47,7 @@ class WholeDitOptions(Options, title="full fine-tuning"):
 
 
 class ExpertTrainingOptions(Options, title="two transformers"):
-    """What learns in each transformer, and where one waits while another works."""
+    """Trained parts of each transformer, and where one waits while another works."""
 
     lora_per_expert: bool = option(
         "with --dit and --dit_high_noise: train a network for each and save two files, "

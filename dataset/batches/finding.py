@@ -208,7 +208,7 @@ class _Column:
 
     def count_parts(self, clips: Sequence[LatentName]) -> None:
         """Count the files of each clip: all that differ in their section alone. clips: for each of `facts`,
-        what its tail says.
+        the meaning of its tail.
         """
         whole = [replace(clip, section=None) for clip in clips]
         numbers = {clip: number for number, clip in enumerate(dict.fromkeys(whole))}

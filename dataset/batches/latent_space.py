@@ -1,4 +1,4 @@
-"""Whether cached latents are of the model's VAE, which the number of their channels tells."""
+"""Check by the number of channels that cached latents are of the model's VAE."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -116,7 +116,7 @@ def _read_item(
     encoded: Mapping[str, Tensor] | None,
     live: LiveParts,
 ) -> _ReadItem:
-    """Read an item. encoded: what was encoded instead of its latent cache."""
+    """Read an item. encoded: latents in place of its cache."""
     tensors, variable, made_by = dict(encoded or {}), frozenset[str](), list[MadeBy]()
     if encoded is None:
         with _remedy(commands.latents, store, item.latent_path.name):

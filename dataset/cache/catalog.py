@@ -53,7 +53,7 @@ NUMBERS: Mapping[str, Any] = {  # the columns beside the names
 
 
 class CatalogRow(NamedTuple):
-    """What holds for a name."""
+    """Facts about a name."""
 
     shard: int  # its place in `Catalog.shards`, or NOWHERE
     offset: int
@@ -161,7 +161,7 @@ class Catalog:
     has_index: bool = False  # whether the index says just this
 
     def get(self, name: str) -> CatalogRow | None:
-        """Return what holds for a name, removed and lost ones too."""
+        """Return the facts about a name, removed and lost ones too."""
         row = self.added.get(name)
         if row is None:
             place = self.known.find(name)
@@ -174,7 +174,7 @@ class Catalog:
         return None if row is None or row.kind is RecordKind.REMOVED else row
 
     def rows(self, shards: Collection[int] | None = None) -> Iterator[tuple[str, CatalogRow]]:
-        """Yield names with what holds for them, in no order. shards: only those whose rows are in these."""
+        """Yield names with their facts, in no order. shards: only those whose rows are in these."""
         places: Sequence[int] = range(len(self.known))
         if shards is not None:
             places = np.flatnonzero(np.isin(self.known.shard, list(shards))).tolist()
@@ -234,7 +234,8 @@ class Catalog:
         return sorted(found | {name for name, row in self.added.items() if row.kind is RecordKind.LOST})
 
     def _rank(self, row: CatalogRow) -> tuple[Any, ...]:
-        """Return what decides between two rows of a name: no clock. Equal ones mostly have equal contents."""
+        """Return the sort key that decides between two rows of a name, without clocks. Equal ones mostly have
+        equal contents."""
         shard = "" if row.shard == NOWHERE else self.shards[row.shard].name
         return row.generation, -row.kind, row.crc32, shard, row.offset
 
@@ -329,7 +330,7 @@ def open_catalog(
 
 
 def _missing(catalog: Catalog, then: Mapping[str, CatalogRow], merged: Mapping[str, bool]) -> list[str]:
-    """Return which entries there is no longer anything of, or only what they replaced."""
+    """Return the entries that are gone, or of which only an earlier version is left."""
     missing = []
     for name, row in then.items():
         now = catalog.get(name)

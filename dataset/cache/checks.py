@@ -39,7 +39,7 @@ class CacheChecks:
         self._known.add((table, key))
 
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
-        """Return the first source that is there and not what it was.
+        """Return the first existing source that has changed.
 
         folders: of each file; None if unknown.
         """

@@ -1,4 +1,4 @@
-"""In which form a cache folder is, single files or shards, and whether that is what `cache_format` says."""
+"""Find the form of a cache folder, single files or shards, and compare it with `cache_format`."""
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -74,7 +74,7 @@ def is_of(name: str, tag: str, kind: str) -> bool:
 
 
 def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
-    """Yield the names of the files of a folder that fit and hold what caches hold."""
+    """Yield the names of the cache files in a folder for which `of` holds."""
     for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
         if of(name) and is_cache_file(folder / name):
             yield name

@@ -1,5 +1,5 @@
-"""What earlier runs have verified of the entries of a cache folder: one Parquet file, so that a later run
-need not read a million of them again.
+"""Facts about a cache folder's entries that earlier runs verified: one Parquet file saves a later run from
+reading a million of them again.
 
 A row says: the entry of this name was read when it had this size and time; its tensors matched their
 checksums; its record said this; and its sources had these sizes and times. As long as all are as they were,
@@ -51,7 +51,7 @@ _ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexErr
 
 
 def fingerprint(stamps: Iterable[Stamp], text: str = "") -> int:
-    """Return 64 bits that tell sizes and times of files, and a text, from others."""
+    """Return a fingerprint of 64 bits of sizes and times of files, and of a text."""
     data = b"".join([struct.pack("<qq", *stamp) for stamp in stamps]) + text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
@@ -72,7 +72,7 @@ class VerifiedEntries(Generic[T]):
         self._parsed: dict[str, T | None] = {}
 
     def get(self, name: str, sources: int) -> T | None:
-        """Return the facts of an entry that is as it was when it was verified, with these sources.
+        """Return the facts of an entry that is unchanged since it was verified with these sources.
 
         The same facts are the same object. sources: as `fingerprint` returns. None if nothing is known.
         """
@@ -98,7 +98,7 @@ class VerifiedEntries(Generic[T]):
         """Remember an entry that was just found right, or written.
 
         stamp: of `CacheStore.stamp`, asked for before the entry was read. newest_ns: when one of its sources
-        was last written. What changed within the last two seconds is not remembered: the next change may
+        was last written. Files changed within the last two seconds are not remembered: the next change may
         bear the same time.
         """
         if stamp is None or max(stamp[1], newest_ns) + RACY_NS > time.time_ns():
@@ -116,7 +116,7 @@ class VerifiedEntries(Generic[T]):
         self._noted[name] = (name, *stamp, sources, text)
 
     def rows(self) -> list[Row]:
-        """Return what was noted in this run."""
+        """Return the notes of this run."""
         newest = time.time_ns() - RACY_NS
         return [row for row in self._noted.values() if row[2] <= newest]
 
@@ -161,11 +161,11 @@ class Indexes(Generic[T]):
         return self._opened[store.folder]
 
     def rows(self, stores: Iterable[CacheStore]) -> list[list[Row]]:
-        """Return what this process has noted, for each store."""
+        """Return the notes of this process, for each store."""
         return [self.of(store).rows() for store in stores]
 
     def write(self, stores: Sequence[CacheStore], gathered: Iterable[list[list[Row]]]) -> None:
-        """Write what all processes have noted."""
+        """Write the notes of all processes."""
         of_stores = zip(*gathered, strict=True)
         for store, rows in zip(stores, of_stores, strict=True):
             self.of(store).write([row for of_process in rows for row in of_process])

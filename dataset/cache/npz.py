@@ -110,7 +110,7 @@ class NpzStore:
         return self._path(name).is_file()
 
     def stamp(self, name: str) -> None:
-        """Return None: one file has the entries of several tables, so that what it holds must be read."""
+        """Return None: one file has the entries of several tables, so that its content must be read."""
 
     def read_header(self, name: str) -> Header:
         return self._read(name, is_whole=False).header
@@ -149,7 +149,7 @@ class NpzStore:
                 path.unlink(missing_ok=True)
 
     def sweep(self, of: Callable[[str], bool]) -> None:
-        """Remove nothing: a later write into a folder removes what was left there."""
+        """Remove nothing: a later write into a folder removes leftovers there."""
 
     def finish(self) -> None:
         """Do nothing: each file is flushed when it is written."""
@@ -249,7 +249,7 @@ class NpzStore:
         return entry or self._foreign_latents(path, plain, self._grid(name))
 
     def _foreign_latents(self, path: Path, arrays: Mapping[str, Tensor], grid: tuple[int, int]) -> Entry:
-        """Return what another program wrote, if it fits what the table asks for."""
+        """Return another program's latents, if they fit the table."""
         latent, wanted = self.family.latent, ["latents"]
         wanted += [MIRRORED] if self.table.augmentation.flip else []
         wanted += [ALPHA] if self.table.alpha_mask else []

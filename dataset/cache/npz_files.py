@@ -63,7 +63,7 @@ class Outline:
 
 
 def read_outlines(path: Path, names: Collection[str]) -> dict[str, Outline]:
-    """Return what the headers of the named arrays say, of those that a file has. Raises as `read_arrays`."""
+    """Return the outlines of those named arrays that a file has. Raises as `read_arrays`."""
     found = {}
     with _open(path) as file:
         for name in set(_names(file)) & set(names):

@@ -109,7 +109,7 @@ def latent_record(header: Header) -> LatentRecord | None:
 
 
 def latent_facts(record: LatentRecord) -> dict[str, Any]:
-    """Return what a record says but for its files and checksums, as JSON values."""
+    """Return a record without its files and checksums, as JSON values."""
     facts = dataclasses.asdict(dataclasses.replace(record, files=(), crc32={}))
     return {name: facts[name] for name in ("encoder", "options", "clip", "parts")}
 
@@ -130,7 +130,7 @@ def latent_record_of(data: Mapping[str, Any]) -> LatentRecord:
 
 
 def text_facts(records: Mapping[str, TextRecord]) -> dict[str, Any]:
-    """Return what records of one caption say but for the caption, its file and checksums, as JSON values."""
+    """Return records of one caption without the caption, its file and checksums, as JSON values."""
     return {
         name: {"encoder": dict(one.encoder), "settings": dict(one.settings)} for name, one in records.items()
     }
@@ -204,8 +204,8 @@ def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
 def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
     """Whether a file is unchanged. Its content is read only if its time differs but its size does not.
 
-    What was downloaded from the same address and is no longer here counts as unchanged; nothing is asked for.
-    Raises OSError if it is missing, MediaError if a folder has no images any more.
+    A removed download of the same address counts as unchanged; nothing is asked for. Raises OSError if it is
+    missing, MediaError if a folder has no images any more.
     """
     if isinstance(origin, Remote) and not path.exists():
         return then.name == path.name  # it holds a hash of the address

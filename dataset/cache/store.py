@@ -50,8 +50,8 @@ class CacheStore(Protocol):
         ...
 
     def stamp(self, name: str) -> Stamp | None:
-        """Return what changes with the bytes of an entry, unread; None if it is not there, or has to be read
-        to know.
+        """Return values that change with the bytes of an entry, unread; None if it is not there, or has to be
+        read to know.
         """
         ...
 
@@ -81,9 +81,7 @@ class CacheStore(Protocol):
         ...
 
     def sweep(self, of: Callable[[str], bool]) -> None:
-        """Remove what killed writers left of entries whose names fit. What another process is writing
-        stays.
-        """
+        """Remove leftovers of killed writers for fitting names. Files being written by another process stay."""
         ...
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""The latent caches that are there, by the stem of their source: what their names tell."""
+"""Existing latent caches by the stem of their source, read from their names."""
 
 from collections.abc import Container, Mapping, Sequence
 

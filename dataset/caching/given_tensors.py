@@ -132,10 +132,10 @@ def describe_embeds(
 def read_embeds(
     file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
 ) -> tuple[Conditions | None, str | None]:
-    """Return what the encoder would give for a caption, if that was computed before, or why not.
+    """Return the encoder's outputs for a caption, if computed before, or the reason against them.
 
-    Both are None if there is nothing. Only embeddings of this encoder, of this caption, and as they were
-    written are used; all others are left alone, because they do not say what they are.
+    Both are None if there is nothing. Only unchanged embeddings of this encoder and this caption are used;
+    others are ignored, as they do not name their origin.
     """
     if file.embeds is None:
         return None, None

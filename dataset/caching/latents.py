@@ -180,7 +180,7 @@ class EncodersOnDemand:
 
 
 class LatentEncoding:
-    """One run over the sources that need encoding. Its public attributes report what was done."""
+    """One run over the sources that need encoding. Its public attributes report the results."""
 
     def __init__(
         self, family: Caches, recipe: Recipe, encoders: EncodersOnDemand, batch_size: int | None
@@ -388,7 +388,7 @@ def _all_or_none(alphas: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _clip_facts(media: DecodedSource) -> ClipFacts | None:
-    """Return what decoding showed of a clip: its length, or a part of it if decoding stopped early."""
+    """Return the decoded length of a clip, or a part of it if decoding stopped early."""
     if media.source.table.kind == "image":
         return None
     enough = frames_wanted(media.source.table)

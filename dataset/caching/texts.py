@@ -54,7 +54,7 @@ TextBatch = Sequence[CaptionFile]  # texts that are encoded together
 
 @dataclass(frozen=True)
 class TextCounts:
-    """What was done for some texts, in numbers of files."""
+    """Results for some texts, in numbers of files."""
 
     written: int  # an encoder added something
     kept: int  # all others

@@ -69,7 +69,7 @@ class EntryPlaces:
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """What was done for a part of the sources."""
+    """Results for a part of the sources."""
 
     report: CacheReport
     right: frozenset[tuple[int, str]]  # table index and name of each valid entry
@@ -262,7 +262,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
 
 
 def _refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
-    """Raise DatasetError if what would be cached is another each time. keys: that make it so."""
+    """Raise DatasetError if the items to cache change each time. keys: that make it so."""
     if keys:
         raise DatasetError(
             f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "

@@ -1,4 +1,4 @@
-"""What makers of captions have in common: they are shown frames, and answer with a text or a reason."""
+"""The contract of makers of captions: they get frames, and answer with a text or a reason."""
 
 from collections.abc import Callable, Generator, Sequence
 

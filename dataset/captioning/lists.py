@@ -42,7 +42,8 @@ class CaptionList:
     """A list whose captions are written."""
 
     def __init__(self, path: Path, key: str, now: Callable[[], float] = time.monotonic) -> None:
-        """key: of the paths, video_path or image_path. Raises DatasetError if what waits cannot be read."""
+        """key: of the paths, video_path or image_path. Raises DatasetError if waiting captions are
+        unreadable."""
         self.path, self._key, self._now = path, key, now
         self._journal = path.with_name(f".{path.name}.captions")
         self.waiting = _read_journal(self._journal)
@@ -66,8 +67,8 @@ class CaptionList:
     def merge(self) -> None:
         """Write the list with all captions that wait. Raises OutputError if that fails.
 
-        The first time, the list as it was is kept as .bak; later ones keep it only if they replace what a
-        person wrote.
+        The first time, the list as it was is kept as .bak; later ones keep it only if they replace a person's
+        text.
         """
         if not self.waiting:
             return
@@ -148,7 +149,7 @@ def rewrite_lines(path: Path, change: Change) -> None:
 
 
 class _Changed(Exception):
-    """The list is not what was read."""
+    """The list has changed since it was read."""
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -42,7 +42,7 @@ FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A loaded model with what makes its inputs."""
+    """A loaded model with its processor."""
 
     model: Any
     processor: Any

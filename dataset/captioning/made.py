@@ -71,7 +71,7 @@ class MadeCaptions:
     def begin_pass(self, what: str) -> frozenset[str]:
         """Begin to make captions anew, or go on after a run that did not come to its end.
 
-        what: tells equal passes from others. Returns the names that the earlier run has made anew already.
+        what: identifies equal passes. Returns the names that the earlier run has made anew already.
         """
         if self._pass == what:
             return frozenset(self._of_pass)
@@ -80,7 +80,7 @@ class MadeCaptions:
         return frozenset()
 
     def done_before(self, what: str) -> frozenset[str]:
-        """Return what `begin_pass` would, and write nothing."""
+        """Return the result of `begin_pass`, and write nothing."""
         return frozenset(self._of_pass) if self._pass == what else frozenset()
 
     def end_pass(self) -> None:

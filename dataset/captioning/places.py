@@ -31,7 +31,7 @@ class CaptionPlace:
 
     @property
     def name(self) -> str:
-        """Return what the caption is called in the record of its folder."""
+        """Return the caption's name in the record of its folder."""
         return self.file.name if self.entry is None else entry_name(self.file, self.entry)
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class CaptionPlace:
 
 
 def entry_name(file: Path, entry: str) -> str:
-    """Return what a line of a list is called in the record of its folder. entry: the path in the line."""
+    """Return the name of a list's line in the record of its folder. entry: the path in the line."""
     return f"{file.name}: {line_key(entry)}"
 
 

@@ -32,7 +32,7 @@ SHADE = 0.3  # brightness of what is cut off
 
 @dataclass(frozen=True)
 class MediaLook:
-    """What the page shows of a source's media. Whatever could not be read is None or empty."""
+    """A source's media as the page shows them. Whatever could not be read is None or empty."""
 
     strip: Markup | None = None
     fit: Fit | None = None  # how a frame of `size` becomes what the model sees

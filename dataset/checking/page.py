@@ -45,7 +45,7 @@ class CaptionPart:
 
 @dataclass(frozen=True)
 class CheckCard:
-    """What the page shows of one file."""
+    """One file as the page shows it."""
 
     name: str
     source: MediaSource

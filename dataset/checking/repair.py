@@ -17,7 +17,7 @@ BACKUP = ".bak"
 
 @dataclass(frozen=True)
 class Repairs:
-    """What was done, as lines, and whether something is left to do."""
+    """Results as lines, and whether something is left to do."""
 
     lines: tuple[str, ...]
     num_left: int

@@ -1,4 +1,4 @@
-"""Choose the clips of a video: its scenes, in pieces of the wanted length, without what shows nothing."""
+"""Choose the clips of a video: its scenes, in pieces of the wanted length, without empty parts."""
 
 import math
 from bisect import bisect_left, bisect_right
@@ -120,7 +120,7 @@ def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOption
 
 
 def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
-    """Return why a clip is left out for what it shows; empty if it is kept."""
+    """Return why a clip is left out for its content; empty if it is kept."""
     samples = look.samples.between(first, end)
     if not samples:
         return ""

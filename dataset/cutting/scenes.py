@@ -24,7 +24,7 @@ BEGUN = 0.08  # share of the other scene from which a picture belongs to a disso
 
 
 def load_detector(options: SceneOptions) -> Callable[[float], ChangeDetector]:
-    """Return what makes a detector for a video of so many pictures a second.
+    """Return a function that makes a detector for a video of so many pictures a second.
 
     Raises InstallationError if a package is missing.
     """
@@ -69,7 +69,7 @@ class OwnDetector:
         self._dissolves.see(now, number, is_break)
 
     def changes(self) -> list[SceneChange]:
-        """Return what was found, in order."""
+        """Return the changes, in order."""
         self._confirm()
         if self._plain_since is not None:
             self._end_plain(self._count, is_other=True)

@@ -123,7 +123,7 @@ def _popcount(values: Hashes) -> NDArray[np.uint16]:
 
 
 class _Groups:
-    """Sets of numbers that are joined pair by pair; `labels` tells which belong together."""
+    """Sets of numbers that are joined pair by pair; `labels`: equal ones belong together."""
 
     def __init__(self, count: int) -> None:
         self.labels = np.arange(count)

@@ -1,4 +1,4 @@
-"""Draw the numbers of the report: histograms, and what each bucket cuts off."""
+"""Draw the numbers of the report: histograms, and the parts that each bucket cuts off."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -57,7 +57,7 @@ def write_report_page(
     steps: Steps,
     workers: int,
 ) -> None:
-    """Write the page. numbers: what `collect_numbers` returns; the page shows nothing else.
+    """Write the page. numbers: the result of `collect_numbers`; the page shows nothing else.
 
     Raises OutputError if the page cannot be written.
     """

@@ -81,7 +81,7 @@ def read_columns(path: Path, wanted: Collection[str] | None = None) -> Iterator[
     out.
 
     A row that cannot be read has a `fault` and no values; the next ones follow. Raises DatasetError if the
-    file is missing, is not what its suffix says, or is not UTF-8.
+    file is missing, does not fit its suffix, or is not UTF-8.
     """
     kind = table_format(path)
     if kind == PARQUET:
@@ -130,7 +130,7 @@ def _jsonl_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableRow
 
 
 def _csv_header(path: Path, kind: str) -> tuple[tuple[str, ...], str]:
-    """Return the columns of a CSV or TSV file, and what separates its cells."""
+    """Return the columns of a CSV or TSV file, and the separator of its cells."""
     lines = _lines(path)
     first = next(lines, None)
     if first is None:

@@ -61,7 +61,7 @@ def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
 
 @lru_cache(maxsize=4)
 def _sweep(folder: str) -> None:
-    """Remove, once a run, what killed runs have left."""
+    """Remove, once a run, the leftovers of killed runs."""
     for left in Path(folder).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if left.stat().st_mtime < time.time() - LEFTOVER_SECONDS:

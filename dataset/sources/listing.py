@@ -68,7 +68,7 @@ def find_sources(
 
 
 def warn_skipped(faults: Sequence[Fault]) -> None:
-    """Warn about what cannot be read and is left out, such as the end of a tar that is cut short."""
+    """Warn about unreadable parts that are left out, such as the end of a tar that is cut short."""
     lines = list_faults([fault for fault in faults if not fault.ends_run], LISTED)
     if lines:
         logger.warning("%s", "\n".join(lines))
@@ -93,7 +93,7 @@ def find_all_sources(
 ) -> list[MediaSource]:
     """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables.
 
-    skipped: takes what cannot be read and is left out, with its table; without it there is a warning.
+    skipped: takes unreadable parts that are left out, with their table; without it there is a warning.
     """
     sources: list[MediaSource] = []
     problems = []
@@ -261,8 +261,7 @@ def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> li
 
 
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
-    """Return the images or clips of a table's folder, sorted; add names that look like one but are no
-    file."""
+    """Return a table folder's images or clips, sorted; add those that are no regular file."""
     assert table.directory is not None
     suffixes, animated = _suffixes(table), animation_suffixes(table)
     key = f"{table.kind}_directory" if table.group is None else "image_dir"
@@ -283,13 +282,13 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
 
 
 def _suffix_of(name: str) -> str:
-    """Return what `Path.suffix` does, in lower case."""
+    """Return the suffix in lower case."""
     place = name.rfind(".")
     return name[place:].lower() if 0 < place < len(name) - 1 else ""
 
 
 def is_file(entry: "os.DirEntry[str]") -> bool:
-    """Return what `Path.is_file` does; the listing tells it without another look."""
+    """Return whether an entry is a file, from the listing alone."""
     try:
         return entry.is_file()
     except OSError:
@@ -305,7 +304,7 @@ def _folder_masks(table: DatasetTable, paths: Sequence[Path], faults: list[Fault
 
 
 def _describe_entries(table: DatasetTable) -> str:
-    """Say what a folder without usable files has instead."""
+    """Describe the content of a folder without usable files."""
     assert table.directory is not None
     suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
     other = "image" if table.kind == "video" else "video"

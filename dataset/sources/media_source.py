@@ -1,4 +1,4 @@
-"""A source of a dataset: an image or clip with its caption and what belongs to it; nothing is opened yet."""
+"""A source of a dataset: an image or clip with its caption and companions; nothing is opened yet."""
 
 import contextlib
 import gc

@@ -1,4 +1,4 @@
-"""Compare the frame rates of clips with what their table says of them."""
+"""Compare the frame rates of clips with those that their table states."""
 
 from collections.abc import Sequence
 
@@ -28,8 +28,8 @@ def compare_rates(found: float | None, stated: object, fps: float) -> str | None
 def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     """Return a fault for each clip of another rate than the source_fps that its table says.
 
-    Only headers of clips that are here are read, of at most LOOKED_AT clips. What cannot be read is reported
-    by others.
+    Only headers of clips that are here are read, of at most LOOKED_AT clips. Unreadable files are reported
+    elsewhere.
     """
     clips = [one for one in sources if isinstance(one.table.source_fps, float) and not one.origins]
     step = -(-len(clips) // LOOKED_AT) or 1

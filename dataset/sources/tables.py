@@ -72,7 +72,8 @@ def list_table(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
 
 
 def _cells(path: Path, name: str) -> Callable[[TableRow], ParquetCell] | None:
-    """Return what gives the place of a row's file if the column `name` holds files; None if it does not."""
+    """Return a function that gives the place of a row's file if the column `name` holds files; None if it
+    does not."""
     if table_format(path) != PARQUET:
         return None
     parts = parquet_parts(path)
@@ -84,7 +85,7 @@ def _cells(path: Path, name: str) -> Callable[[TableRow], ParquetCell] | None:
 
 
 def _cell_name(row: TableRow) -> str:
-    """Return what a file in a row is called: `train-00000-of-00002_00000012`."""
+    """Return the name of a file in a row: `train-00000-of-00002_00000012`."""
     return f"{readable_stem(row.file.stem).replace('.', '_')}_{row.number:08d}"
 
 

@@ -43,7 +43,8 @@ class Member:
 
 
 def compression_of(start: bytes) -> tuple[str, str] | None:
-    """Return how a file with this beginning is compressed, and what unpacks it; None if it is not."""
+    """Return the compression of a file with this beginning, and the program that unpacks it; None if it is
+    not."""
     return next((found for magic, found in COMPRESSED.items() if start.startswith(magic)), None)
 
 
@@ -158,5 +159,5 @@ def _shown(name: bytes) -> str:
 
 
 def name_parts(path: Path, name: str) -> Path:
-    """Return what a member is called in messages: the tar's path, then the parts of its name."""
+    """Return the name of a member in messages: the tar's path, then the parts of its name."""
     return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))

@@ -45,7 +45,7 @@ ALL = Selection()
 
 @dataclass(frozen=True)
 class CheckpointChange:
-    """What the new file has otherwise. Selections are made by the names in the old file."""
+    """Changes of the new file. Selections are made by the names in the old file."""
 
     dtype: torch.dtype | None = None
     cast: Selection = ALL  # what is cast to it
@@ -146,7 +146,7 @@ def _check_selections(checkpoint: Checkpoint, change: CheckpointChange, names: S
 
 
 def _without_companions(checkpoint: Checkpoint, names: Sequence[str], unscaled: set[str]) -> list[str]:
-    """Return the names without what has no use once these weights are multiplied by their scales."""
+    """Return the names without those that these weights no longer need after their scales are applied."""
     scales = scales_in(checkpoint.tensors)
     gone = {scales[weight] for weight in unscaled}
     gone |= {weight.removesuffix(".weight") + ending for weight in unscaled for ending in _COMPANIONS}

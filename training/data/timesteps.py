@@ -55,7 +55,7 @@ EVERYWHERE = Span()
 
 
 def spans_of(experts: Sequence[Expert]) -> tuple[Span, ...]:
-    """Return from where to where each expert works. Nothing is trained below the lowest one."""
+    """Return the range of noise levels of each expert. Levels below the lowest are not trained."""
     begins = sorted(expert.lowest for expert in experts)
     ends = dict(zip(begins, [*begins[1:], math.inf], strict=True))
     return tuple(Span(expert.lowest, ends[expert.lowest], _called(expert)) for expert in experts)

@@ -15,7 +15,7 @@ from training.optimizers.optimizer import is_schedule_free, set_training
 def evaluation(
     modules: Sequence[nn.Module], optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> Iterator[None]:
-    """Put networks into evaluation mode with the weights to be used; then restore everything to the bit."""
+    """Put networks into evaluation mode with their final weights; then restore everything to the bit."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
