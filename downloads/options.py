@@ -51,7 +51,7 @@ class DownloadOptions(Options):
             raise OptionError(f"--to {self.to}: this is a file. Give the folder for the models.")
 
     def sets(self) -> list[ModelSet]:
-        """Return what the options name: one set, or with --list also several."""
+        """Return the sets that the options name: one, or with --list also several."""
         return [
             one
             for one in model_sets(self.fp8_encoders)

@@ -48,7 +48,7 @@ def run_download(options: DownloadOptions) -> None:
 
 
 def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedFile | None:
-    """Return what to download for a file, or None if it is there and complete."""
+    """Return the download for a file, or None if it is there and complete."""
     target = options.to / file.name
     if not target.parent.resolve().is_relative_to(options.to.resolve()):
         raise OutputError(

@@ -42,7 +42,7 @@ def clip_tokenizer_files(option: str, beside: tuple[str, ...]) -> TokenizerFiles
 
 @dataclass(frozen=True)
 class ClipUse:
-    """What a family calls its CLIP-L: in options, cache records and conditions. The defaults are FLUX's."""
+    """A family's names for its CLIP-L: in options, cache records and conditions. The defaults are FLUX's."""
 
     name: str = "clip_l"  # in cache records
     pooled: str = "l_pooled"  # key of the pooled state
@@ -81,7 +81,7 @@ def read_clip_text(
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
 
-    told: settings of the network; None: from a config.json beside the file. Raises CheckpointError for any
+    told: the network's settings; None: from a config.json beside the file. Raises CheckpointError for any
     other file.
     """
     own = network_in(

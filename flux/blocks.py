@@ -162,7 +162,7 @@ class DoubleBlock(nn.Module):
         )
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Return what attention gets for the picture tokens of x: B L+T C -> B L C."""
+        """Return the input of attention for the picture tokens of x: B L+T C -> B L C."""
         shift, scale, *_ = self.img_mod(tokens.vector[:, :1])
         return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
 

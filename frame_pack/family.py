@@ -120,7 +120,7 @@ class FramePack:
 
     @property
     def order(self) -> Order:
-        """Order in which sections are generated, and what each of them sees."""
+        """Return the order in which sections are generated, with the context of each."""
         return F1 if self.is_f1 else ANTI_DRIFTING
 
     @property
@@ -311,7 +311,7 @@ class FramePack:
         )
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill what the request leaves open and check sizes, images and files. Nothing is loaded.
+        """Fill open fields of the request and check sizes, images and files. Nothing is loaded.
 
         Raises OptionError if an image is missing or the request is impossible, CheckpointError if a file is
         missing or of another kind.
@@ -334,7 +334,7 @@ class FramePack:
 
     @property
     def source(self) -> SourceRules:
-        """What denoising may start from, section by section; HunyuanVideo has the same VAE."""
+        """Return the rules for starts of denoising, section by section; HunyuanVideo has the same VAE."""
         return SourceRules((VIDEO, LATENTS), "FramePack", False, frozenset({"framepack", "hunyuan"}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:

@@ -32,7 +32,7 @@ def expert_loras(
 ) -> tuple[tuple[LoraUse, ...], ...]:
     """Return the LoRAs of each expert, in the order of `experts`; warn of those trained for another one.
 
-    with_texts: read what they change in text encoders too.
+    with_texts: read their changes of text encoders too.
 
     A file that holds a LoRA for each is used in both, whichever option names it. Patterns count over all
     files: those of --lora_weight, then those of --lora_weight_high_noise. Raises OptionError if LoRAs are

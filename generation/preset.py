@@ -1,4 +1,4 @@
-"""What --optimized turns on, as far as this machine has it."""
+"""Options that --optimized turns on, as far as this machine has them."""
 
 import contextlib
 import logging

@@ -358,9 +358,9 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
 def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     """Read a training prompt file (.txt, .toml or .json): one dictionary per sample.
 
-    Keys: `prompt` and those of `SAMPLE_OPTIONS`. toml: `[prompt]` holds what all `[[prompt.subset]]` share; a
-    subset wins. json: a list of lines and objects. Raises OptionError naming the file, the entry and the key
-    if something cannot be read.
+    Keys: `prompt` and those of `SAMPLE_OPTIONS`. toml: `[prompt]` holds values that all `[[prompt.subset]]`
+    share; a subset wins. json: a list of lines and objects. Raises OptionError naming the file, the entry and
+    the key if something cannot be read.
     """
     text = _read_text(path, "--sample_prompts")
     match path.suffix.lower():

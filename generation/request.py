@@ -107,7 +107,8 @@ def make_request(
 
 
 def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
-    """What the command line, or a prompt line in its place, starts from. Raises OptionError for several."""
+    """Return the start from the command line, or from a prompt line in its place. Raises OptionError for
+    several."""
     in_line = {name: line[name] for name in SOURCES if name in line}
     paths = in_line or {name: getattr(options, name) for name in SOURCES}
     given = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
@@ -131,7 +132,7 @@ def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
 
 
 def _extra(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
-    """What only the family reads, as text; of a list an entry a line."""
+    """Return settings that only the family reads, as text; of a list an entry a line."""
     extra = {}
     for name, (key, given) in options.extras.items():
         value = line.get(name, given)

@@ -1,4 +1,4 @@
-"""What the shared options are in one family's script. Standard library only."""
+"""Form of the shared options in one family's script. Standard library only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -124,7 +124,7 @@ def sections_of(
 def start_of(
     section: Section, solver: Solver, prepared: Prepared, extra: NoiseSource | None = None
 ) -> LoopStart:
-    """Begin with noise, or with what a section starts from at a later step.
+    """Begin with noise, or with the section's source at a later step.
 
     extra: where the noise comes from that --v2v_extra_noise adds; None: none is added.
     """

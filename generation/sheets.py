@@ -43,8 +43,8 @@ class Sheet:
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], where: str = "") -> tuple[Failures, int]:
     """Make a sheet of each prompt line.
 
-    lines: label -> text; None: the command line alone. where: goes before labels in warnings. Returns what
-    failed, of how many cells. Raises CheckpointError if a model file is wrong.
+    lines: label -> text; None: the command line alone. where: goes before labels in warnings. Returns the
+    failures, and the number of cells. Raises CheckpointError if a model file is wrong.
     """
     failures, sheets = Failures(), []
     with each_warning_once():
@@ -124,7 +124,7 @@ def draw_grid(sheet: Sheet, paths: Mapping[Place, Path]) -> ClipGrid:
 
 
 def sheet_metadata(run: GenerationRun, sheet: Sheet, paths: Mapping[Place, Path]) -> dict[str, str]:
-    """Return what all cells have in common, the axes as --sheet takes them, and the file of each cell."""
+    """Return the metadata that all cells share, the axes as --sheet takes them, and the file of each cell."""
     of_cells = [run.metadata(sheet.cells[place].prepared) or {} for place in paths]
     common = {
         key: text for key, text in of_cells[0].items() if all(other.get(key) == text for other in of_cells)

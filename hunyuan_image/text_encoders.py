@@ -84,7 +84,7 @@ def find_quoted(prompt: str) -> list[str]:
 
 
 def glyph_text(prompt: str) -> str | None:
-    """Return what the glyph encoder reads of a prompt; None if nothing is to be written."""
+    """Return the part of a prompt that the glyph encoder reads; None if nothing is to be written."""
     quoted = find_quoted(prompt)
     return "".join(f'Text "{text}". ' for text in quoted) if quoted else None
 
@@ -207,7 +207,7 @@ class QwenTextEncoder:
 
 
 class GlyphTextEncoder:
-    """ByT5, trained on the letters that pictures show. It reads what a prompt has in quotation marks.
+    """ByT5, trained on the letters that pictures show. It reads the quoted words of a prompt.
 
     Weights of a prompt's parts do not count.
     """

@@ -284,7 +284,7 @@ class HunyuanVideo:
         self.files.check_encoders("text_encoder1", "text_encoder2", *(("vae",) if media else ()))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill what the request leaves open and check sizes, images and files. Nothing is loaded.
+        """Fill open fields of the request and check sizes, images and files. Nothing is loaded.
 
         Raises OptionError if a needed image is missing or a size cannot be made, CheckpointError if a file is
         missing or of another kind.
@@ -319,7 +319,7 @@ class HunyuanVideo:
 
     @property
     def source(self) -> SourceRules:
-        """What denoising may start from; FramePack has the same VAE."""
+        """Return the rules for starts of denoising; FramePack has the same VAE."""
         return SourceRules(
             (VIDEO, IMAGE, LATENTS), "HunyuanVideo", False, frozenset({"hunyuan", "framepack"})
         )

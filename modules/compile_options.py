@@ -86,7 +86,7 @@ class CompileWords(Options):
 
     @property
     def given(self) -> dict[str, str]:
-        """Return what differs from the defaults, by its place in --compile_args."""
+        """Return the values that differ from the defaults, by their place in --compile_args."""
         values = {
             "BACKEND": self.compile_backend if self.compile_backend != INDUCTOR else None,
             "MODE": self.compile_mode if self.compile_mode != DEFAULT_MODE else None,
@@ -100,7 +100,7 @@ class CompileWords(Options):
         return tuple(self.given.get(name, word) for name, word in zip(COMPILE_ARGS, args, strict=True))
 
     def check(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> None:
-        """Raise OptionError if the words do nothing, or if --compile_args says what they say."""
+        """Raise OptionError if the words do nothing, or repeat --compile_args."""
         names = [f"--compile_{name.lower()}" for name in self.given]
         if self.compile_cache_size_limit is not None:
             names.append("--compile_cache_size_limit")
@@ -216,7 +216,8 @@ class GenerationCompileOptions(Options):
 
 
 def compilation_of(args: tuple[str, ...], words: CompileWords) -> Compilation:
-    """Parse the four words of --compile_args, or what replaces them. Raises OptionError if one is unknown."""
+    """Parse the four words of --compile_args, or the options in their place. Raises OptionError if one is
+    unknown."""
     backend, mode, dynamic, fullgraph = words.put_into(args)
     is_dynamic = (
         None

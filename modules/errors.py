@@ -37,7 +37,7 @@ class CacheError(UserError):
 class CheckpointError(UserError):
     """A model, LoRA or state file that is missing, damaged, or of another kind.
 
-    `path` lets the caller add what the file really is.
+    `path` lets the caller add the file's real kind.
     """
 
     def __init__(self, message: str, path: Path | None = None) -> None:

@@ -89,8 +89,7 @@ def to_diffusers_parts(
     whose fused weights diffusers cuts up, as FLUX's.
 
     The parts of a fused weight share the down factor, or have their own if the up factor is block-diagonal.
-    alpha / rank is folded in by powers of two, which change no digit. Parts without a form there are left
-    out.
+    alpha / rank is folded in by powers of two, which change no digit. Other parts are left out.
     """
     return _write(tensors, start, lambda name, factors: _pieces(name, factors, family), _in_toolkit)
 

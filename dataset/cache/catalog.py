@@ -234,8 +234,7 @@ class Catalog:
         return sorted(found | {name for name, row in self.added.items() if row.kind is RecordKind.LOST})
 
     def _rank(self, row: CatalogRow) -> tuple[Any, ...]:
-        """Return the sort key that decides between two rows of a name, without clocks. Equal ones mostly have
-        equal contents."""
+        """Return the rank between rows of a name, without clocks. Equal ones mostly have equal contents."""
         shard = "" if row.shard == NOWHERE else self.shards[row.shard].name
         return row.generation, -row.kind, row.crc32, shard, row.offset
 

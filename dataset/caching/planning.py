@@ -410,8 +410,7 @@ def _known_size(look: SourceLook) -> Size | None:
 def _find_known_clip(
     source: MediaSource, existing: Names, recipe: Recipe, look: SourceLook
 ) -> ClipFacts | None:
-    """Return the facts that an earlier run found by decoding the source; None if unknown or if the source
-    changed."""
+    """Return an earlier run's facts from decoding the source; None if unknown or if the source changed."""
     rate = recipe.table_options(source)
     known = []
     for file in existing:

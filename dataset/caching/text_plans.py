@@ -150,8 +150,7 @@ def plan_text(
     skip_existing: bool,
     known: KnownTexts | None = None,
 ) -> EncodingPlan:
-    """Compare a text's file, finished or not, with the outputs that the encoders would write. Nothing is
-    changed.
+    """Compare a text's file, finished or not, with the encoders' outputs. Nothing is changed.
 
     known: of the run, so that files known to be right are not read.
     """

@@ -42,8 +42,7 @@ class CaptionList:
     """A list whose captions are written."""
 
     def __init__(self, path: Path, key: str, now: Callable[[], float] = time.monotonic) -> None:
-        """key: of the paths, video_path or image_path. Raises DatasetError if waiting captions are
-        unreadable."""
+        """key: of the paths, video_path or image_path. Raises DatasetError if waiting ones are damaged."""
         self.path, self._key, self._now = path, key, now
         self._journal = path.with_name(f".{path.name}.captions")
         self.waiting = _read_journal(self._journal)

@@ -45,8 +45,7 @@ SERVER_GONE = 5  # images or clips in a row for which a server failed again and 
 
 
 def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
-    """Run the work that the options ask for. Raises UserError if something cannot be used, or failed at
-    last."""
+    """Do the options' work. Raises UserError if something cannot be used, or failed at last."""
     _refuse_doubling(config, options.wording)
     if options.edit_only:
         if not options.dry_run:

@@ -256,8 +256,7 @@ class ApiServer:
         return request
 
     def _adapt(self, text: str, sent: Mapping[str, Any]) -> bool:
-        """Leave out settings that the model refuses, by an error's text. Returns whether the request held
-        it."""
+        """Leave out settings that an error's text refuses. Returns whether the request held it."""
         for name, other in OTHER_NAMES.items():
             is_named = f"'{name}'" in text or f'"{name}"' in text or f"`{name}`" in text
             if is_named and name in sent:

@@ -116,8 +116,7 @@ def guess_captions(paths: Sequence[Path]) -> list[EncodingGuess | None]:
 
 
 def not_utf8(path: Path, number: int) -> DatasetError:
-    """Return the error for a list or table that is not UTF-8 behind line `number`, with its probable
-    encoding."""
+    """Return the error for a list or table that is not UTF-8 behind line `number`, with a guess."""
     guess = guess_captions([path])[0]
     seems = "" if guess is None else f"; it looks like {guess.name}"
     return DatasetError(f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8.")

@@ -1,7 +1,7 @@
 """Read tables that others made, row by row: Parquet (a file or a folder of parts), CSV, TSV, JSONL.
 
-Only the rows of one batch are in memory. Values are those of the file: texts in CSV and TSV, what the column
-holds in Parquet and JSONL.
+Only the rows of one batch are in memory. Values are those of the file: texts in CSV and TSV, any values in
+Parquet and JSONL.
 """
 
 import contextlib

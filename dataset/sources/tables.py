@@ -72,8 +72,7 @@ def list_table(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
 
 
 def _cells(path: Path, name: str) -> Callable[[TableRow], ParquetCell] | None:
-    """Return a function that gives the place of a row's file if the column `name` holds files; None if it
-    does not."""
+    """Return a function row -> place of its file if the column `name` holds files; None if it does not."""
     if table_format(path) != PARQUET:
         return None
     parts = parquet_parts(path)

@@ -43,8 +43,7 @@ class Member:
 
 
 def compression_of(start: bytes) -> tuple[str, str] | None:
-    """Return the compression of a file with this beginning, and the program that unpacks it; None if it is
-    not."""
+    """Return the compression of a file with this beginning, and its program; None if it is not."""
     return next((found for magic, found in COMPRESSED.items() if start.startswith(magic)), None)
 
 

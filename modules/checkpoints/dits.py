@@ -74,7 +74,7 @@ class DitHeader(Generic[Config]):
 
     @property
     def kind(self) -> str:
-        """Return what the model is conditioned on: t2v, i2v, ..."""
+        """Return the kind of the model's condition: t2v, i2v, ..."""
         return self.config.kind
 
     @property

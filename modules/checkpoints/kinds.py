@@ -1,4 +1,4 @@
-"""Say what a model file is by the names of its tensors, for messages about a file of another kind."""
+"""Recognise a model file by the names of its tensors, for messages about a file of another kind."""
 
 from collections.abc import Iterable, Sequence
 

@@ -116,7 +116,7 @@ def open_files(
     parts: Sequence[Path],
     are_equal: Callable[[TensorFile, TensorFile, str], bool] = lambda *_: False,
 ) -> Checkpoint:
-    """Open files that are one model. path: what the user gave, for messages.
+    """Open files that are one model. path: as the user gave it, for messages.
 
     are_equal: given two files that have a tensor of the same name, returns whether it is the same in both;
     then the first counts. Raises CheckpointError as `open_checkpoint`.

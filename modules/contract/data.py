@@ -1,4 +1,4 @@
-"""The frozen records of data: what caches, datasets and encoders hand to the loops."""
+"""The frozen records of data that caches, datasets and encoders hand to the loops."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.d
 
 @dataclass(frozen=True)
 class MadeBy:
-    """What encoded a cache file, as its record says."""
+    """The encoders of a cache file, by its record."""
 
     path: Path
     part: str  # LATENTS_MADE, or the name of a text encoder
@@ -65,7 +65,7 @@ class Batch:
     def check(self, needed: Mapping[str, str], purpose: str) -> None:
         """Raise CacheError where a tensor is not there.
 
-        needed: name -> what to cache again with. purpose: "--task i2v-14B".
+        needed: name -> command that caches it again. purpose: "--task i2v-14B".
         """
         for name, remedy in needed.items():
             if name not in self.tensors:
@@ -77,8 +77,8 @@ class Batch:
     def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
         """Raise CacheError where tensors were made by another encoder than the network was trained with.
 
-        widths: name -> numbers in the last axis that the network in the file `taker` takes. remedy: what to
-        cache again with.
+        widths: name -> numbers in the last axis that the network in the file `taker` takes. remedy: how to
+        cache again.
         """
         for name, taken in widths.items():
             value = self.tensors[name]
@@ -105,9 +105,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class MediaTable:
-    """What a dataset table says of its items, for families to whom a clip or a picture alone does not say
-    all.
-    """
+    """A table's facts about its items, for families that need more than a clip or a picture."""
 
     name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
     kind: str = "video"  # or "image"
@@ -169,7 +167,7 @@ class MomentsBatch:
 
 @dataclass(frozen=True)
 class MomentsRules:
-    """What a family's caches can be made from if there are moments instead of frames."""
+    """Rules for making a family's caches from moments instead of frames."""
 
     refusal: str | None = None  # why they cannot: completes "load_tensors cannot be used: ..."
     with_image: bool = False  # whether those of the first frame alone are needed too
@@ -177,7 +175,7 @@ class MomentsRules:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What one cache file holds: tensors without batch dimension, by their name without sizes and dtype
+    """Content of one cache file: tensors without batch dimension, by their name without sizes and dtype
     (`latents`, `clip`).
     """
 

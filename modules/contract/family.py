@@ -102,7 +102,7 @@ class DitSpec:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What generation and training samples use where nothing is said."""
+    """Defaults of generation and training samples."""
 
     steps: int
     fps: float
@@ -176,7 +176,7 @@ def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
 
 
 class Described(Protocol):
-    """What a family is: names, latent space, network, defaults."""
+    """Description of a family: names, latent space, network, defaults."""
 
     @property
     def name(self) -> str: ...  # "wan": architecture in cache and LoRA metadata
@@ -242,7 +242,7 @@ class Encodes(Protocol):
 
 
 class Passes(Protocol):
-    """What the denoising loop asks of a network: one pass of it."""
+    """One pass of a network, as the denoising loop needs it."""
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS

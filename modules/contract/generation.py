@@ -41,7 +41,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Request:
-    """One video or image as it is asked for. None = not said; `Family.prepare` makes a `Prepared` of it."""
+    """The settings of one video or image. None = not said; `Family.prepare` makes a `Prepared` of it."""
 
     prompt: str
     seed: int
@@ -112,7 +112,7 @@ DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]
 
 @dataclass(frozen=True)
 class Piece:
-    """What a section added to a video that grows, for a preview of it."""
+    """Addition of a section to a growing video, for its preview."""
 
     latents: Tensor  # B C F H W, to decode by themselves
     overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
@@ -162,7 +162,7 @@ class Tweaks:
 
     @property
     def steer(self) -> Steer | None:
-        """What combines what attention sees of two texts; None: there is one."""
+        """Return the function that combines the attention to two texts; None: there is one."""
         return None if self.away is None else self.away.steer
 
     def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a model's guidance does beside the formula, as its release has it."""
+"""Rules of a model's guidance beside the formula, as in its release."""
 
 from dataclasses import dataclass
 

@@ -14,7 +14,7 @@ EncodeMoments = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MakerSettings:
-    """What a user may choose of the networks."""
+    """A user's choices for the networks."""
 
     dtype: torch.dtype  # of the VAE
     tiled: bool  # encode large frames in tiles

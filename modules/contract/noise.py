@@ -1,4 +1,4 @@
-"""Noise conventions of a family: how noise is mixed in, and what the network is fed."""
+"""Noise conventions of a family: how noise is mixed in, and the network's timesteps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class NoiseSpec:
         return torch.ones_like(sigmas.float()) if self.table else 1 - sigmas.float()
 
     def velocity(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """Return what `predict` is to return: shaped like `latents` and `noise`, B C F H W."""
+        """Return the target of `predict`: shaped like `latents` and `noise`, B C F H W."""
         return noise if self.table else noise - latents
 
 

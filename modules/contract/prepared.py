@@ -1,4 +1,4 @@
-"""What will be made of a request, once a family has settled and checked it."""
+"""A request that a family has settled and checked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,5 +1,5 @@
-"""What denoising may start from instead of noise: another video, an image, or saved latents. Standard library
-only.
+"""Sources that denoising may start from instead of noise: another video, an image, or saved latents. Standard
+library only.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ SOURCES = (VIDEO, IMAGE, LATENTS)  # a video starts from one of them at most
 
 @dataclass(frozen=True)
 class Source:
-    """What a request starts from, and how much of it is made anew."""
+    """The source of a request, and how much of it is made anew."""
 
     option: str  # VIDEO, IMAGE or LATENTS
     path: Path
@@ -34,7 +34,7 @@ class Source:
         return self.option != LATENTS
 
     def in_words(self) -> Mapping[str, object]:
-        """Return what outputs say of it, by the names of the options."""
+        """Return its metadata for outputs, by the names of the options."""
         said: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
         said["v2v_noise_mode"] = self.noise_mode
         if self.option == VIDEO and self.pad_mode is not None:
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceRules:
-    """How a family reads what a video starts from."""
+    """How a family reads a video's source."""
 
     takes: tuple[str, ...]  # of VIDEO, IMAGE, LATENTS
     who: str  # that takes it, for messages: "--task t2v-14B"

@@ -1,4 +1,4 @@
-"""One step of the denoising loop: what guidance and watchers are given, and which texts they need."""
+"""One step of the denoising loop: the inputs of guidance and watchers, and the texts they need."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

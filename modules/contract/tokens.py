@@ -1,4 +1,4 @@
-"""How a text encoder reads a text: how many tokens it has, where it is cut off, what its parts weigh.
+"""How a text encoder reads a text: number of tokens, cut-off, weights of parts.
 
 Standard library only.
 """

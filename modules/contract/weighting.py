@@ -1,4 +1,4 @@
-"""Weights of a prompt's parts, applied to what a text encoder makes of its tokens."""
+"""Weights of a prompt's parts, applied to a text encoder's outputs for its tokens."""
 
 from collections.abc import Sequence
 
