@@ -1,7 +1,7 @@
-"""Guidance: which passes of the network each step makes, and how their velocities become one.
+"""Guidance: choose the network passes of each step and combine their velocities.
 
 A strategy is a function that makes a `GuidanceStage` (`guidance_passes`); `plan_steps` says which a step has.
-A new one is a file with such a function, and a line there.
+A new one is a file with its function, and a line there.
 """
 
 import functools
@@ -69,7 +69,7 @@ def make_guidance(
 
 
 def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
-    """List by expert what each step that is made consists of.
+    """List by expert the plan of each step.
 
     Raises OptionError if the request's schedule and the options do not go together.
     """
@@ -124,7 +124,7 @@ def _formula(scale: float, negative: Pass, options: GuidanceOptions) -> tuple[Gu
 
 
 def _refuse_other_formulas(options: GuidanceOptions) -> None:
-    """Raise OptionError if another formula is asked for than the one that the projection begins with."""
+    """Raise OptionError if the options name a formula that cannot go with the projection."""
     given = {"--cfgzerostar_scaling": options.cfgzerostar_scaling, "--perp_neg": options.perp_neg is not None}
     for option, is_given in given.items():
         if is_given:

@@ -1,4 +1,4 @@
-"""What is said about guidance and cannot be, or does nothing; found before anything loads."""
+"""Check the options of guidance for impossible or useless values, before anything loads."""
 
 import logging
 
@@ -16,7 +16,7 @@ NO_STEP = "no step uses guidance"
 
 
 def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Raise OptionError if the guidance cannot be made; warn of what is said about guidance and not used."""
+    """Raise OptionError if the guidance is impossible; warn of its options that have no effect."""
     is_guided = any(scale is not None for scales in guidance_scales(prepared, options) for scale in scales)
     plans = [plan for plans in plan_steps(prepared, options) for plan in plans]
     _refuse_zero_star(options, plans, is_guided)
@@ -63,7 +63,7 @@ def _tell_unused_negative(
 def _unused(
     prepared: Prepared, options: GuidanceOptions, plans: list[PassPlan], is_guided: bool
 ) -> dict[str, str]:
-    """Return the options that do nothing, as they were given, each with the reason."""
+    """Return the given options without effect, each with the reason."""
     given = {
         f"--slg_mode {options.slg_mode}": bool(options.skipped_layers),
         f"--guidance_rescale {options.guidance_rescale:g}": options.guidance_rescale != 0,

@@ -29,7 +29,7 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
 
 
 def init_factor(options: GuidanceOptions, step: int) -> float:
-    """Return what the velocity of a step is multiplied by. step: from 0, of those that are made."""
+    """Return the factor for the velocity of a step. step: from 0, of those that are made."""
     return options.cfgzerostar_multiplier if step < options.cfgzerostar_init_steps else 1.0
 
 

@@ -107,7 +107,7 @@ class GuidanceOptions(Options, title="guidance"):
 
 
 def parse_layers(text: str | None) -> frozenset[int]:
-    """Read --slg_layers, as "9,10". Raises OptionError for what are no block numbers."""
+    """Read --slg_layers, as "9,10". Raises OptionError for other words."""
     try:
         layers = frozenset(int(part) for part in (text or "").split(",") if part.strip())
     except ValueError:

@@ -1,7 +1,7 @@
-"""The passes of the network that a step of guidance consists of, and what is made of their velocities.
+"""Passes of the network in a step of guidance, and the stages that combine their velocities.
 
-A guidance idea is a `GuidanceStage`: it declares the passes that it needs and changes the velocity by theirs.
-All passes of a step's stages are requested together, each once, however many stages need it.
+A kind of guidance is a `GuidanceStage`: it declares the passes that it needs and changes the velocity by
+theirs. All passes of a step's stages are requested together, each once, however many stages need it.
 """
 
 import functools
@@ -44,7 +44,7 @@ class GuidanceStage:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What one step consists of; without stages it is the positive pass alone."""
+    """Passes and stages of one step; without stages it is the positive pass alone."""
 
     stages: tuple[GuidanceStage, ...] = ()
     factor: float = 1.0  # of the velocity in the end; 0: no pass is made

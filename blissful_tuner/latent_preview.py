@@ -1,8 +1,8 @@
 """Show a clip while it is denoised: one file, `latent_preview.mp4` or `.png`, replaced every few steps.
 
-What is shown is the clean clip as predicted from a step, never the noisy one. A video made in several
-sections shows the sections that are finished instead. Nothing of the generation depends on it: an error is
-one warning, and the latents are the same bits.
+It shows the clean clip as predicted from a step, never the noisy one. A video made in several sections shows
+the sections that are finished instead. Nothing of the generation depends on it: an error is one warning, and
+the latents are the same bits.
 """
 
 import logging
@@ -110,7 +110,7 @@ class LatentPreviews:
 
     @contextmanager
     def of(self, fps: float, first_step: int = 0) -> Iterator["ClipPreview"]:
-        """Yield what watches one clip, for a block that denoises it.
+        """Yield the watcher of one clip, for a block that denoises it.
 
         fps: of the finished clip. first_step: that predicts a clean clip.
         """
@@ -235,9 +235,9 @@ class ClipPreview:
 def preview_clip(
     previews: LatentPreviews | None, fps: float, first_step: int = 0
 ) -> Iterator[tuple[list[Watcher], Callable[[Section], None]]]:
-    """Yield what watches the steps of one clip, and what is told of its sections. None: nothing does.
+    """Yield the watchers of a clip's steps and a function for its sections. previews: None: they do nothing.
 
-    first_step: that predicts a clean clip; in those before it guidance has scaled the velocity.
+    first_step: the first that predicts a clean clip; before it guidance has scaled the velocity.
     """
     if previews is None:
         yield [], lambda _: None
@@ -283,7 +283,7 @@ def make_previews(
 
 
 def check_preview(options: PreviewOptions, latent: LatentSpec) -> None:
-    """Raise UserError if previews cannot be made of such latents. Loads nothing."""
+    """Raise UserError if previews cannot be made of these latents. Loads nothing."""
     if options.preview_latent_every is None:
         return
     if options.preview_vae is not None:

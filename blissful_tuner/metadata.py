@@ -98,7 +98,7 @@ def output_metadata(
 
 
 def _of_experts(request: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
-    """Return what further experts were asked for: their guidance scales, and where they begin."""
+    """Return the settings of further experts: their guidance scales, and where they begin."""
     scales: dict[str, object] = {
         f"guidance_scale_{name}": scale for name, scale in request.asked.expert_guidance.items()
     }
@@ -116,8 +116,7 @@ def lora_name(expert: str) -> str:
 def read_decoded_metadata(
     saved: Mapping[str, str], settings: Mapping[str, Any], of_decoding: Collection[str], fps: float
 ) -> dict[str, str]:
-    """Return the metadata of pixels decoded from a latent file: what that says, and what this run decoded it
-    with.
+    """Return the metadata of pixels decoded from a latent file: its own, and this run's decoding options.
 
     of_decoding: the options that say how latents are decoded.
     """
@@ -146,8 +145,7 @@ def _without_folders(text: str) -> str:
 
 
 def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata of a latent file with both spellings of what the known tools read: `bt_seeds` and
-    `seeds`.
+    """Return metadata of a latent file with both spellings that known tools read: `bt_seeds` and `seeds`.
 
     For latent files only: in a PNG a `prompt` without prefix is the workflow of another program.
     """
@@ -202,7 +200,7 @@ def parameters_of(metadata: Mapping[str, str]) -> str | None:
 
 
 def _quote(text: str) -> str:
-    """Quote a value that holds what separates values."""
+    """Quote a value that contains a separator."""
     return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n\"]", text) else text
 
 

@@ -43,7 +43,7 @@ MOST_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can
 
 
 class MetaviewOptions(Options):
-    """Files to read, and how to show what they say."""
+    """Files to read, and how to show their metadata."""
 
     input_file: tuple[Path, ...] = option(
         "videos (mkv, mp4, mov), pictures (png), latents and LoRAs (safetensors), or folders of them",
@@ -58,7 +58,7 @@ class MetaviewOptions(Options):
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What one file says, or why it could not be read."""
+    """Metadata of one file, or why it could not be read."""
 
     path: Path
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -136,12 +136,10 @@ def as_lines(found: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
 
 
 def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return what is said about a generation first, in the usual order and in upper case, then the rest by
-    name.
+    """Return entries about the generation first, in the usual order and in upper case, then the rest by name.
 
-    The prefix may be in small or capital letters. What a latent file says with and without it is given once.
-    Without prefix, and without any name that
-    has one, the names of FramePack's latent files are taken for the same.
+    The prefix may be in small or capital letters. An entry with and without it counts once. Without any
+    prefix, the names of FramePack's latent files count as prefixed.
     """
     prefixed = {name: text for name, text in metadata.items() if name.lower().startswith(PREFIX)}
     ours = {name.lower().removeprefix(PREFIX): text for name, text in prefixed.items()}

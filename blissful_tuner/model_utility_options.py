@@ -20,7 +20,7 @@ _TO_SAY_WHICH = "--full_target_keys and --full_exclude_keys leave tensors out"
 
 
 class ModelUtilityOptions(Options):
-    """Which file is looked at, and what is written of it."""
+    """The file to look at, and the result to write."""
 
     input: Path = option(
         "a model (.safetensors, .sft, .pt, .pth, .bin, .ckpt), one of its shards, an index.json, or a folder "

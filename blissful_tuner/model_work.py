@@ -1,4 +1,4 @@
-"""What model_utility.py does: look at a model file, and write it anew."""
+"""Inspect a model file and write it anew: the work of model_utility.py."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ OLD_START, OLD_BYTES = 0x100000, 0x10000
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model without reading its weights."""
+    """Facts about a model that need no reading of its weights."""
 
     path: Path
     what: str  # a Wan transformer (--dit) for --task t2v-14B
@@ -65,7 +65,7 @@ class Facts:
 
 
 def facts_of(checkpoint: Checkpoint, what: str) -> Facts:
-    """Return the facts of an open file. what: what it is, in words."""
+    """Return the facts of an open file. what: its kind, in words."""
     return Facts(
         checkpoint.path,
         what,
@@ -152,10 +152,9 @@ def as_json(
 def file_hashes(path: Path) -> dict[str, str]:
     """Return checksums of a file, which is read once: `sha256`, `data_sha256` and `old`.
 
-    `data_sha256`, of safetensors only, is that of what follows the header, and does not change with metadata.
+    `data_sha256`, of safetensors only, covers the bytes behind the header, and does not change with metadata.
     Model browsers call its first 12 digits AutoV3, the first 10 of `sha256` AutoV2, and `old`, 8 digits of
-    SHA-256 over 64 KiB at 1 MiB of a file that is that large, AutoV1. Raises CheckpointError if it cannot be
-    read.
+    SHA-256 over 64 KiB at 1 MiB of a large enough file, AutoV1. Raises CheckpointError if it cannot be read.
     """
     whole, data, old = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     try:
@@ -194,7 +193,7 @@ SAFETENSORS = (".safetensors", ".sft")
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What rooms above this one know of model files."""
+    """Functions on model files from rooms above this one."""
 
     identify: Callable[[Path], str | None]  # "it is a Wan transformer ..."
     describe_lora: Callable[[Checkpoint], str | None]
@@ -207,7 +206,7 @@ def work(
     knowledge: Knowledge,
     ask: Callable[[str], Answer | None] = ask_yes_or_no,
 ) -> None:
-    """Show what a file is, and write it anew if that is asked for.
+    """Show the facts of a file, and write it anew if the options ask for it.
 
     ask: answers whether files that exist are replaced. Raises UserError.
     """
@@ -246,7 +245,7 @@ def output_name(path: Path, in_shards: bool) -> Path:
 
 
 def change_of(options: ModelUtilityOptions) -> CheckpointChange:
-    """Return what the options change."""
+    """Return the change that the options ask for."""
     return CheckpointChange(
         None if options.dtype is None else dtype_named(options.dtype, "--dtype"),
         _selection(options),
@@ -257,7 +256,7 @@ def change_of(options: ModelUtilityOptions) -> CheckpointChange:
 
 
 def say_what(checkpoint: Checkpoint, knowledge: Knowledge) -> str:
-    """Return in words what an open file is."""
+    """Return the kind of an open file in words."""
     lora = knowledge.describe_lora(checkpoint)
     if lora is not None:
         return lora
@@ -272,7 +271,7 @@ def _selection(options: ModelUtilityOptions) -> Selection:
 
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
-    """Print what the file is."""
+    """Print the facts of the file."""
     facts = facts_of(checkpoint, say_what(checkpoint, knowledge))
     listed = _listed(options, facts)
     hashes = [file_hashes(file) for file in facts.files] if options.hash else []
@@ -316,7 +315,7 @@ def _hash_lines(
 
 
 def _write(output: Path, plan: NewFile, shard_bytes: int) -> list[Path]:
-    """Write the file, or its shards, say what was written, and return it."""
+    """Write the file, or its shards, print their names, and return them."""
     for note in plan.notes:
         logger.info("%s", note)
     if shard_bytes and len(split(plan.tensors, shard_bytes)) > 1:

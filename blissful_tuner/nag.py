@@ -1,4 +1,4 @@
-"""Normalised attention guidance: steer what tokens see of the prompt away from what they see of another text.
+"""Normalised attention guidance: steer attention to the prompt away from attention to another text.
 
 It takes the place of a second pass in models that run without classifier-free guidance, and works beside it.
 A family computes the attention to both texts and calls `steer`; only the pass of the positive prompt has it.
@@ -25,7 +25,7 @@ class NormalisedGuidance:
     alpha: float
 
     def __call__(self, toward: Tensor, away: Tensor) -> Tensor:
-        """Combine what tokens see of the prompt and of the other text, both B L N D, in their dtype.
+        """Combine the attention to the prompt and to the other text, both B L N D, in their dtype.
 
         guided = scale * toward - (scale - 1) * away, made at most `tau` times as large as `toward`, and
         blended: alpha * guided + (1 - alpha) * toward. Sizes are sums of absolute values over all heads of a
@@ -42,7 +42,7 @@ def _size(seen: Tensor) -> Tensor:
 
 
 def nag_tweaks(options: NagOptions) -> Callable[[Section], Tweaks]:
-    """Return what makes the tweaks of a section's positive passes; none if the guidance is off.
+    """Return a function that makes the tweaks of a section's positive passes; none if the guidance is off.
 
     Call it once for each section, whose conditions are on the device by then.
     """

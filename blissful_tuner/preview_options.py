@@ -1,4 +1,4 @@
-"""Options of previews of what is being made. Standard library only."""
+"""Options of previews during generation. Standard library only."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from modules.options import Options, option
 
 
 class PreviewOptions(Options, title="previews"):
-    """When to show what is being made, and how it is decoded for that."""
+    """When to show a preview, and how to decode it."""
 
     preview_latent_every: int | None = option(
         "every so many steps show the clip as it is expected to become, in latent_preview.mp4 or .png in "

@@ -1,4 +1,4 @@
-"""Options of what is done with prompts before they are encoded. Standard library only."""
+"""Options of changes to prompts before they are encoded. Standard library only."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from modules.options import Options, option
 
 
 class PromptOptions(Options, title="prompts"):
-    """How the texts of a video are read: what is drawn in them, and which parts of them have weights."""
+    """How to read the texts of a video: wildcards to draw, and weights of parts."""
 
     prompt_wildcards: Path | None = option(
         "folder of text files: __name__ in a prompt becomes a line of name.txt, drawn by the seed"

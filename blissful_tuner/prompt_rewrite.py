@@ -1,4 +1,4 @@
-"""Have a chat model turn what a user asks for into a description as video models were trained with.
+"""Have a chat model turn a user's prompt into a description as video models were trained with.
 
 The two modes are those of the prompt rewrite model of HunyuanVideo (Kong et al. 2024, arXiv 2412.03603,
 section 4.4); the instruction is our own. Any chat model that `transformers` loads from a folder will do.

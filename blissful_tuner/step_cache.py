@@ -1,4 +1,4 @@
-"""Step caches of a video: from options and a prompt line to what runs around the network's blocks."""
+"""Step caches of a video: from options and a prompt line to a runner around the network's blocks."""
 
 import functools
 import logging
@@ -30,7 +30,7 @@ SHARES = {"magcache_retention_ratio"}  # not above 1
 
 
 def line_settings(options: StepCacheOptions, line: Mapping[str, Any]) -> Mapping[str, float]:
-    """Return what a prompt line says of step caches, by option; it replaces the command line's values.
+    """Return a prompt line's settings of step caches, by option; it replaces the command line's values.
 
     line: the line's options by name. It can change a cache that the command line has turned on, and no other:
     that is warned about. Raises OptionError for values that make no sense.
@@ -93,7 +93,7 @@ def check_step_cache(prepared: Prepared, spec: DitSpec) -> None:
 
 
 class StepCaches:
-    """What runs around the blocks of the networks that make one video."""
+    """The step caches around the blocks of the networks that make one video."""
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
         self._choice, self._steps = prepared.asked.step_cache, prepared.steps
@@ -126,7 +126,7 @@ class StepCaches:
             self._passes, self._skipped = self._passes + cache.passes, self._skipped + cache.skipped
 
     def report(self) -> None:
-        """Log how many passes were skipped, or what was measured, when the video's latents are made."""
+        """Log the number of skipped passes, or the measurements, when the video's latents are made."""
         if self._choice is None:
             return
         if isinstance(self._choice, MagCalibration):

@@ -57,7 +57,7 @@ def enlarge(colours: Tensor, rows: int, columns: int) -> Iterator[Frame]:
 
 
 def to_frames(colours: Tensor) -> Tensor:
-    """Return F H W 3 as uint8 of colours F 3 H W, of which 0..1 is shown. Stays on its device."""
+    """Return F H W 3 as uint8 of colours F 3 H W, clamped to 0..1. Stays on its device."""
     return (colours.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
@@ -101,7 +101,7 @@ class MemoryBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x: F C h w. last: the frame before them, 1 C h w. Returns the result and what is `last` next."""
+        """x: F C h w. last: the frame before them, 1 C h w. Returns the result and the next `last`."""
         past = torch.cat([torch.zeros_like(x[:1]) if last is None else last, x[:-1]])
         return relu(self.conv(torch.cat([x, past], dim=1)) + x), x[-1:]
 

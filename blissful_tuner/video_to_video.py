@@ -35,7 +35,7 @@ ROUNDING = 1e-6  # of a noise level in float32
 
 
 def check_source(request: Request, rules: SourceRules, latent: LatentSpec) -> Request:
-    """Check what a request starts from; set the number of frames if only that says it.
+    """Check the source of a request; set the number of frames if only that says it.
 
     Reads headers, of a video also a frame. Raises OptionError if the family does not take it or
     it does not exist, MediaError or CheckpointError if it cannot be read.

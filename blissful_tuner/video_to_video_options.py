@@ -25,7 +25,7 @@ USED_WITH = {  # options that count with some sources only
 
 @dataclass(frozen=True)
 class SourceDefaults:
-    """What these options are in one family's script."""
+    """Form of these options in one family's script."""
 
     share: str = "v2v_denoise"  # of SHARES: the name that the script's users know
     denoise: float = 0.5
@@ -34,7 +34,7 @@ class SourceDefaults:
     takes_video: bool = True  # whether there is a --video_path
 
     def declared(self) -> dict[str, Any]:
-        """Return what `add_options` is told of `SourceOptions` for the script."""
+        """Return the settings of `SourceOptions` for `add_options` in the script."""
         refused = {} if self.takes_image else {"i2i_path": _NO_IMAGE}
         refused |= {} if self.takes_video else dict.fromkeys(("video_path", "v2v_pad_mode"), _NO_VIDEO)
         spelled = tuple(dict.fromkeys((f"--{self.share}", *SPELLINGS)))
@@ -49,14 +49,14 @@ class SourceDefaults:
 
     @property
     def usual(self) -> dict[str, Any]:
-        """Return the script's defaults of what belongs to a source, by option."""
+        """Return the script's defaults for the options of a source, by name."""
         names = (self.share, "v2v_noise_mode", "v2v_pad_mode", "v2v_extra_noise", "i2_extra_noise")
         record = SourceOptions()
         return {name: self.declared()["defaults"].get(name, getattr(record, name)) for name in names}
 
 
 class SourceOptions(Options, title="video or image to start from"):
-    """What videos start from instead of noise; a prompt line can override it."""
+    """Source of videos in place of noise; a prompt line can override it."""
 
     video_path: Path | None = option("video, or folder of images, to start from instead of noise")
     i2i_path: Path | None = option("image to make another image from")
@@ -105,7 +105,7 @@ class SourceOptions(Options, title="video or image to start from"):
         return 1.0 if share is None else share
 
     def unused(self, used: Collection[str]) -> dict[str, str]:
-        """Return the options that were given for nothing, as text, and what they would be used with.
+        """Return the options given without effect, as text, and the options that they need.
 
         used: those of SOURCES that videos start from.
         """

@@ -36,7 +36,7 @@ _NO_NAME = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
 
 @dataclass(frozen=True)
 class Lines:
-    """What a wildcard draws from: a file's lines, their numbers in it, and the sums of weights up to each."""
+    """The choices of a wildcard: a file's lines, their numbers in it, and the sums of weights up to each."""
 
     path: Path
     texts: tuple[str, ...]
@@ -229,7 +229,7 @@ class _Group:
 
 
 def choose_alternatives(text: str, choose: Choose) -> str:
-    """Return a text with one alternative of each group. What is escaped stays so until `unescape`.
+    """Return a text with one alternative of each group. Escaped characters stay so until `unescape`.
 
     Raises OptionError if groups are nested more than MOST_NESTED deep, and as `choose`.
     """

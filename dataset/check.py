@@ -1,4 +1,4 @@
-"""`--check`: report what a configuration amounts to, and all that is wrong with it, before a long run."""
+"""`--check`: report totals and all faults of a configuration, before a long run."""
 
 import itertools
 from collections import Counter
@@ -57,7 +57,7 @@ def check_media(
     encodes_media: bool = True,
     verify: bool = False,
 ) -> CheckResult:
-    """Report what latent caching would do. verify: read all cache files again.
+    """Report the plan of latent caching. verify: read all cache files again.
 
     Sources whose records are missing or outdated are decoded; nothing is encoded or written. encodes_media:
     False if the family was made for another script, without the options of latent caching.
@@ -100,7 +100,7 @@ def check_media(
 def check_texts(
     family: Caches, config: DatasetConfig, skip_existing: bool, verify: bool = False
 ) -> CheckResult:
-    """Report what text caching would do, and which captions are longer than an encoder reads.
+    """Report the plan of text caching, and captions longer than an encoder reads.
 
     No encoder is loaded. Without the encoders' files only the captions are checked. verify: read all cache
     files again.
@@ -143,7 +143,7 @@ def check_training(
     text_keys: frozenset[str] = frozenset(),
     counters: Counters = NO_COUNTERS,
 ) -> CheckResult:
-    """Report what a training run would see in its caches; every cache file is read and verified.
+    """Report the caches that a training run would see; every cache file is read and verified.
 
     accumulation, processes: their product is the number of batches per optimizer step. files: lines about the
     checkpoints that the caller recognised. text_keys: keys of a complete text cache.
@@ -188,7 +188,7 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
 
 
 def _store_remarks(store: CacheStore) -> list[Fault]:
-    """Return what is wrong with a store as a whole, which caching mends."""
+    """Return remarks on the faults of a store as a whole, which caching mends."""
     return [Fault("shards or folders are not whole; caching mends them", line) for line in store.faults()]
 
 
@@ -206,7 +206,7 @@ def _is_usable(family: Caches, found: TableFindings, encodes_media: bool) -> boo
 
 
 def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
-    """Compare the sources with their caches; decode those of which too little is known."""
+    """Compare the sources with their caches; decode those with too few known facts."""
     table = found.table
     try:
         plans, unreadable = _look_at(table, found.sources, recipe, workers)

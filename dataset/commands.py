@@ -1,4 +1,4 @@
-"""Run a caching script after its options are read: show what the model will see, check, or cache."""
+"""Run a caching script after its options are read: show the model's inputs, check, or cache."""
 
 import sys
 import time
@@ -73,7 +73,7 @@ def run_text_caching(
 
 
 def _conclude(report: CacheReport, what: str, options: CachingOptions, start: float, following: Row) -> None:
-    """Show what was done. what: the report's sources or captions. following: shown if no shard is missing."""
+    """Show the results. what: the report's sources or captions. following: shown if no shard is missing."""
     costs = _costs(options, start)
     if not options.shard.is_given:
         conclude(report, costs, [following])

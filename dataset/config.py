@@ -27,7 +27,7 @@ FRAME_STEP = 4  # target_frames are 4n + 1 for every family
 def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> DatasetConfig:
     """Read `path` (.toml or .json): our own form, or that of the image guides, which has subsets.
 
-    given: what the command line says if a file with subsets does not.
+    given: values of the command line, for keys that a file with subsets lacks.
 
     Source folders are not checked, because training needs only the caches; `find_sources` checks them.
     Raises DatasetError, with file, table, key, the value found and the values allowed.

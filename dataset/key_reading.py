@@ -1,4 +1,4 @@
-"""Read the keys of a dataset configuration, and say what is wrong with one. Standard library only."""
+"""Read the keys of a dataset configuration, and explain wrong ones. Standard library only."""
 
 import difflib
 import json
@@ -15,7 +15,7 @@ from modules.text_files import parse_json, parse_toml, read_text
 
 
 class Key(Protocol):
-    """What reading a value needs of a key."""
+    """Facts about a key for reading its value."""
 
     @property
     def read(self) -> Callable[[Any], Any]: ...
@@ -101,7 +101,7 @@ def read_value(keys: Mapping[str, Key], name: str, value: Any, where: str, probl
 
 
 def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """Return the line that reports an unknown key, with the one that may be meant."""
+    """Return the line that reports an unknown key, with the nearest known one."""
     allowed = list(allowed)
     near = difflib.get_close_matches(name, allowed, 1)
     hint = f" Did you mean {near[0]}?" if near else ""

@@ -79,7 +79,7 @@ class ShardOptions(Options):
         return work[self.shard_index :: self.num_shards]
 
     def refuse_beside(self, option: str) -> None:
-        """Raise OptionError if a shard is given to what looks at the whole dataset."""
+        """Raise OptionError if a shard is given to a command on the whole dataset."""
         if self.is_given:
             raise OptionError(
                 f"{option} looks at the whole dataset: leave out --num_shards and --shard_index, which share "
@@ -88,7 +88,7 @@ class ShardOptions(Options):
 
 
 class CachingOptions(Options, title="caching"):
-    """What to cache, on which device, and which files to keep."""
+    """Content to cache, device, and files to keep."""
 
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True)
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available", often=True)
@@ -143,7 +143,7 @@ def _is_encoding(name: str) -> bool:
 
 
 class CachingInRunOptions(Options, title="caches made by this command"):
-    """What is cached before training, where, and how many at once. Without it our own caches are read."""
+    """Caches to make before training, their place, and batch sizes. Without it our own caches are read."""
 
     cache_latents: bool = option("encode all pictures once, and keep their latents")
     cache_latents_to_disk: bool = option("the same, in files beside the pictures")
@@ -169,7 +169,7 @@ class CachingInRunOptions(Options, title="caches made by this command"):
 
 
 class ConvertCacheOptions(Options):
-    """Which cache folders to convert, and to what; options of `tools/convert_cache.py`."""
+    """Cache folders to convert, and the new form; options of `tools/convert_cache.py`."""
 
     dataset_config: Path | None = option(
         "TOML or JSON file: convert the cache folders of its tables", excludes="cache_directory"
@@ -197,7 +197,7 @@ class ConvertCacheOptions(Options):
 
 
 class DebugOptions(Options, title="looking at the dataset"):
-    """How to show what the model will see, instead of caching it."""
+    """How to show the model's inputs, instead of caching them."""
 
     debug_mode: str | None = option(
         "show what the model will see and cache nothing: in a window (or PNG files), as coloured text, "

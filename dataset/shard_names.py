@@ -1,4 +1,4 @@
-"""Names of the files of a cache in shards: what lists folders has to tell them from sources."""
+"""Names of the files of a cache in shards: listings of folders distinguish them from sources."""
 
 import re
 

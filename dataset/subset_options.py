@@ -1,4 +1,4 @@
-"""Options of image trainers that describe a data set without a TOML file, or what a TOML file leaves out."""
+"""Options of image trainers that describe a data set without a TOML file, or complete one."""
 
 from pathlib import Path
 

@@ -1,11 +1,11 @@
-"""What the subsets of image trainers ask of a table beside the keys of our own. Standard library only."""
+"""Settings of image trainers' subsets beside the keys of our own tables. Standard library only."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class CaptionChanges:
-    """How a caption differs each time its picture is trained; parts are what `separator` separates."""
+    """How a caption differs each time its picture is trained; parts stand between separators."""
 
     shuffle: bool = False
     separator: str = ","

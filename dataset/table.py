@@ -109,7 +109,7 @@ class DatasetTable:
 
     @property
     def preserves_output(self) -> bool:
-        """Return whether its items are to keep what the base model predicts for them."""
+        """Return whether its items are to keep the base model's prediction."""
         return bool(self.custom_attributes.get("diff_output_preservation", False))
 
     @property
@@ -126,7 +126,7 @@ class DatasetTable:
 
     @property
     def batch_group(self) -> int:
-        """Return what tables that share batches have in common; in a file all have a group or none."""
+        """Return the common key of tables that share batches; in a file all have a group or none."""
         return self.index if self.group is None else self.group
 
     @property
@@ -189,7 +189,7 @@ class DatasetTable:
 
     @property
     def changing_keys(self) -> dict[str, Any]:
-        """Return what makes captions and pictures differ each time, by the names of its keys."""
+        """Return the names of keys that make captions and pictures differ each time."""
         records = (
             (self.changes, PLAIN_CAPTIONS, CHANGE_KEYS),
             (self.augmentation, NO_AUGMENTATION, DRAW_KEYS),

@@ -50,7 +50,7 @@ class Component:
 
     @property
     def path(self) -> PurePosixPath:
-        """What the option is given, below the folder of the models."""
+        """Return the value of the option, below the folder of the models."""
         names = [PurePosixPath(file.name) for file in self.files]
         return names[0] if len(names) == 1 else names[0].parent
 

@@ -1,4 +1,4 @@
-"""Download a file: continue what is there, compare size and checksum, then give it its name.
+"""Download a file: continue a part, compare size and checksum, then give it its name.
 
 huggingface_hub's own function starts again after an interruption, so the data are read here.
 """
@@ -32,8 +32,8 @@ LONGEST_WAIT = 30.0  # seconds between two
 def download_file(remote: RemoteFile, target: Path, wait: Callable[[float], None] = time.sleep) -> None:
     """Download `remote` to `target`; do nothing if another run has just done it.
 
-    What has arrived is kept beside the target in a hidden file, and a later call continues it. The target
-    appears when size, checksum and kind are right. wait: called with seconds before a new attempt.
+    A part that has arrived is kept beside the target in a hidden file, and a later call continues it. The
+    target appears when size, checksum and kind are right. wait: called with seconds before a new attempt.
     Raises DownloadError if the connection stays broken, if the data are damaged twice, or if they are not of
     the kind that the name promises; OutputError if the disk is full.
     """
@@ -61,7 +61,7 @@ def download_file(remote: RemoteFile, target: Path, wait: Callable[[float], None
 
 
 def _check_kind(partial: Path, target: Path, remote: RemoteFile) -> None:
-    """Raise DownloadError, and keep nothing, if a file is not what its name says."""
+    """Raise DownloadError, and keep nothing, if a file does not fit its name."""
     from downloads.kinds import find_other_kind  # torch loads here, when there is something to look at
 
     problem = find_other_kind(partial, target.name)
@@ -85,7 +85,7 @@ def _shown(path: Path) -> str:
 
 
 def find_damage(path: Path, remote: RemoteFile) -> str | None:
-    """Return what is wrong with a downloaded file, or None. Reads the whole file if there is a checksum."""
+    """Return the damage of a downloaded file, or None. Reads the whole file if there is a checksum."""
     size = path.stat().st_size
     if size != remote.size_bytes:
         return f"it has {size:,} bytes instead of {remote.size_bytes:,}"
@@ -152,7 +152,7 @@ def _receive_all(remote: RemoteFile, partial: Path, wait: Callable[[float], None
 
 
 def _try_to_receive(remote: RemoteFile, partial: Path, have: int, bar: Any) -> str:
-    """Append what a request brings; return why it ended early, if it did."""
+    """Append a request's bytes; return why it ended early, if it did."""
     headers = {**remote.headers, "accept-encoding": "identity"}
     if have:
         headers["range"] = f"bytes={have}-"

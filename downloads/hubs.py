@@ -38,7 +38,7 @@ class RemoteFile:
 
 
 def find_file(file: ReleasedFile, source: str) -> RemoteFile:
-    """Look up a file on a site of `SOURCES`; what ModelScope does not have is looked up on the hub.
+    """Look up a file on a site of `SOURCES`; files that ModelScope lacks are looked up on the hub.
 
     Raises DownloadError if the site cannot be reached, or does not have or does not give the file.
     """
@@ -53,7 +53,7 @@ def find_file(file: ReleasedFile, source: str) -> RemoteFile:
 
 
 def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
-    """Look up a file on the Hugging Face hub, or its mirror `endpoint`; None: what HF_ENDPOINT says.
+    """Look up a file on the Hugging Face hub, or its mirror `endpoint`; None: that of HF_ENDPOINT.
 
     Raises DownloadError if the hub cannot be reached, or does not have or does not give the file.
     """
@@ -118,7 +118,7 @@ def unreachable(page: str, error: Exception) -> DownloadError:
 def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
     """Look up a file of a release on GitHub, which has no checksums.
 
-    endpoint: a mirror; None: what GITHUB_ENDPOINT says. Raises DownloadError if the site cannot be reached or
+    endpoint: a mirror; None: that of GITHUB_ENDPOINT. Raises DownloadError if the site cannot be reached or
     does not have the file.
     """
     site = (endpoint or os.environ.get("GITHUB_ENDPOINT") or GITHUB).rstrip("/")
@@ -145,7 +145,7 @@ def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFil
 
 
 def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile | None:
-    """Look up a file on ModelScope by its HTTP interface; endpoint None: what MODELSCOPE_DOMAIN says.
+    """Look up a file on ModelScope by its HTTP interface; endpoint None: that of MODELSCOPE_DOMAIN.
 
     Returns None if the site does not have the file. Raises DownloadError if it cannot be reached.
     Source: the paths of modelscope/hub/file_download.py in the package modelscope.

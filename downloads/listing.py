@@ -89,7 +89,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def family_table(family: str) -> list[str]:
-    """Return the table of a family's page: what its tasks need."""
+    """Return the table of a family's page: the files of its tasks."""
     columns = ("what", "option", "repository", "file", "size", "licence")
     rows = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     tasks = {one.task for one in model_sets() if one.family == family}

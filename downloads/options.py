@@ -11,7 +11,7 @@ SOURCES = ("huggingface", "modelscope")
 
 
 class DownloadOptions(Options):
-    """Options of a download, or of a list of what can be downloaded."""
+    """Options of a download, or of a list of downloads."""
 
     family: str | None = option("the kind of model", choices=families())
     task: str | None = option("which of the family's models, such as t2v-1.3B; --list shows them")
@@ -51,7 +51,7 @@ class DownloadOptions(Options):
             raise OptionError(f"--to {self.to}: this is a file. Give the folder for the models.")
 
     def sets(self) -> list[ModelSet]:
-        """Return what the options name: one set, or with --list also several."""
+        """Return the sets that the options name: one, or with --list also several."""
         return [
             one
             for one in model_sets(self.fp8_encoders)

@@ -48,7 +48,7 @@ def run_download(options: DownloadOptions) -> None:
 
 
 def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedFile | None:
-    """Return what to download for a file, or None if it is there and complete."""
+    """Return the download for a file, or None if it is there and complete."""
     target = options.to / file.name
     if not target.parent.resolve().is_relative_to(options.to.resolve()):
         raise OutputError(
@@ -85,7 +85,7 @@ def _other_size(found: int, expected: int) -> str | None:
 
 
 def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
-    """Return `remote` with what is known of the file. Raises DownloadError if the site has another file."""
+    """Return `remote` with the known facts of the file. Raises DownloadError if the site has another file."""
     is_other = file.size_bytes not in (None, remote.size_bytes) or (
         file.sha256 is not None and remote.sha256 not in (None, file.sha256)
     )
@@ -105,7 +105,7 @@ def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
 
 
 def _check_space(planned: list[PlannedFile], folder: Path) -> None:
-    """Raise OutputError if the disk of `folder` has no room for what is missing."""
+    """Raise OutputError if the disk of `folder` has no room for the missing files."""
     missing = 0
     for one in planned:
         partial = partial_path(one.remote, one.target)

@@ -2,7 +2,7 @@
 
 A picture is a clip of one frame. Latents are those of the model and of cache files: shifted and scaled.
 Pictures of a batch are computed one after the other, so that memory does not grow with their number and no
-result depends on what else is in the batch. Tiles bound the memory of large pictures and change the result a
+result depends on the rest of the batch. Tiles bound the memory of large pictures and change the result a
 little: neighbours share a quarter, as in diffusers.
 """
 # Letters: B batch, H height, W width, Z latent channels, h = H / 8, w = W / 8
@@ -154,7 +154,7 @@ def _config(checkpoint: Checkpoint) -> AutoencoderConfig:
 
 
 def autoencoder_identity(path: Path, dtype: torch.dtype, tile: int | None) -> Mapping[str, str]:
-    """Return what latents depend on besides the pixels, for cache records."""
+    """Return the facts that latents depend on besides the pixels, for cache records."""
     return {"vae": fingerprint(inside(path, "vae")), "vae_dtype": dtype_name(dtype), "tile": str(tile)}
 
 

@@ -42,7 +42,7 @@ def clip_tokenizer_files(option: str, beside: tuple[str, ...]) -> TokenizerFiles
 
 @dataclass(frozen=True)
 class ClipUse:
-    """What a family calls its CLIP-L: in options, cache records and conditions. The defaults are FLUX's."""
+    """A family's names for its CLIP-L: in options, cache records and conditions. The defaults are FLUX's."""
 
     name: str = "clip_l"  # in cache records
     pooled: str = "l_pooled"  # key of the pooled state
@@ -58,7 +58,7 @@ class ClipUse:
 
     @property
     def keys(self) -> frozenset[str]:
-        """The keys of what the encoder returns."""
+        """Return the keys of the encoder's outputs."""
         return frozenset({self.pooled} if self.mask is None else {self.pooled, self.mask})
 
 
@@ -81,8 +81,8 @@ def read_clip_text(
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
 
-    told: settings of the network; None: those of a config.json beside the file.
-    Raises CheckpointError for any other file.
+    told: the network's settings; None: from a config.json beside the file. Raises CheckpointError for any
+    other file.
     """
     own = network_in(
         checkpoint,
@@ -104,9 +104,9 @@ def plan_clip_text(
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load a text tower whose tensors are found.
 
-    own: the file without prefix. sources: how its tensors are made, by our names. told: what a config.json
-    says of the network; may be empty. Raises CheckpointError if a tensor that tells a dimension is missing or
-    the tower takes too few tokens.
+    own: the file without prefix. sources: how its tensors are made, by our names. told: settings from a
+    config.json; may be empty. Raises CheckpointError if a tensor that gives a dimension is missing or the
+    tower takes too few tokens.
     """
     shape = checked_shapes_of(own, sources, other_kind(own, "a CLIP text encoder", use.option, use.release))
     vocabulary, dim = shape("embeddings.token_embedding.weight", 2)

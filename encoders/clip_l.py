@@ -51,7 +51,7 @@ class ClipTextEncoder:
         tokenizer: Path | None = None,
         use: ClipUse = CLIP_L,
     ) -> None:
-        """Set up the encoder; `load` reads the files. dtype: compute dtype. use: what the family calls it.
+        """Set up the encoder; `load` reads the files. dtype: compute dtype. use: the family's names for it.
 
         path: file or folder of the model, or a release's folder that holds it as `use.folder`.
         """
@@ -68,7 +68,7 @@ class ClipTextEncoder:
 
     @property
     def keys(self) -> frozenset[str]:
-        """The keys of what `encode` returns."""
+        """Return the keys of the result of `encode`."""
         return self.use.keys
 
     @property
@@ -119,7 +119,7 @@ class ClipTextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return each prompt's pooled state C and, if it has a key, its mask: 77 int64, 1 for real tokens.
 
-        They are on the CPU; gradients flow to what learns in the network. Raises CheckpointError if the
+        They are on the CPU; gradients flow to trained parts of the network. Raises CheckpointError if the
         tokenizer has more tokens than the model.
         """
         clip, tokenizer = self._loaded.get()

@@ -48,7 +48,7 @@ class LayerConfig(Protocol):
 def check_activation(config: LayerConfig, path: Path, usual: str) -> None:
     """Raise CheckpointError if config.json asks for an unknown activation.
 
-    usual: what config.json should say, for the message.
+    usual: the value expected in config.json, for the message.
     """
     if config.activation not in ACTIVATIONS:
         raise CheckpointError(

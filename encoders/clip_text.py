@@ -70,7 +70,7 @@ class ClipText(nn.Module):
         result `hidden_states[-layer]`. final_norm: apply the tower's last norm to it. ends: as for
         `forward`; without it the layers behind `layer` do not run. One pass in either case.
 
-        Raises ValueError if there is no such layer.
+        Raises ValueError if the layer does not exist.
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"layer {layer} from the end of {self.num_layers}")

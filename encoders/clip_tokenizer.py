@@ -30,7 +30,7 @@ class ClipTokenizer:
 
 
 def clip_tokenizer_identity(files: TokenizerFiles, path: Path | None, encoder: Path) -> str:
-    """Return what distinguishes the tokenizer in cache records.
+    """Return the tokenizer's identity for cache records.
 
     files: where it may be. path: of its option; None looks for it.
     """

@@ -100,8 +100,8 @@ def load_clip_vision(
 ) -> ClipVision:
     """Load an image tower with its projection; fp8 weights are dequantized.
 
-    option, release: for messages: what asks for it, and which files have it. Raises CheckpointError if the
-    file is damaged or holds another model.
+    option, release: for messages: the option that needs it, and the files that have it. Raises
+    CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_vision(checkpoint, option, release)

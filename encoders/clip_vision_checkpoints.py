@@ -41,8 +41,8 @@ class ClipVisionConfig:
 def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadPlan[ClipVisionConfig]:
     """Plan how to load an image tower with its projection: alone or with the text tower.
 
-    option, release: for messages: what asks for it, and which files have it. Raises CheckpointError for any
-    other file.
+    option, release: for messages: the option that needs it, and the files that have it. Raises
+    CheckpointError for any other file.
     """
     sources = rename_sources(plain_sources(checkpoint), lambda name: name.removeprefix(_TOWER))
     if (

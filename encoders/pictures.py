@@ -1,4 +1,4 @@
-"""What all families share whose models make single pictures."""
+"""Parts that all families of picture models share."""
 
 from collections.abc import Mapping
 from typing import Protocol

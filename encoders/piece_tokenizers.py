@@ -30,7 +30,7 @@ class TokenizerPlace:
 
 
 def find_tokenizer(files: TokenizerFiles, path: Path | None, checkpoint_path: Path) -> TokenizerPlace:
-    """Find it: the one that the option names (`path`), else beside the checkpoint, inside it, on the hub.
+    """Find the tokenizer: at `path`, else beside the checkpoint, inside it, on the hub.
 
     Raises CheckpointError if `path` is given and is not a tokenizer.
     """

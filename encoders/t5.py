@@ -60,7 +60,7 @@ T5_FILES = TokenizerFiles(
 
 @dataclass(frozen=True)
 class T5Use:
-    """What a family calls its T5: in cache records and conditions. The defaults are FLUX's and Chroma's."""
+    """A family's names for its T5: in cache records and conditions. The defaults are FLUX's and Chroma's."""
 
     name: str = "t5"  # in cache records
     states: str = "t5_out"  # key of the states, L C
@@ -74,7 +74,7 @@ class T5Use:
 
     @property
     def keys(self) -> frozenset[str]:
-        """The keys of what the encoder returns."""
+        """Return the keys of the encoder's outputs."""
         return frozenset({self.states, self.mask})
 
 
@@ -121,7 +121,7 @@ class T5TextEncoder:
 
     @property
     def keys(self) -> frozenset[str]:
-        """The keys of what `encode` returns."""
+        """Return the keys of the result of `encode`."""
         return self.use.keys
 
     @property
@@ -161,7 +161,7 @@ class T5TextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return each prompt's states L C and its mask: L int64, 1 for tokens, the end token among them.
 
-        They are on the CPU; gradients flow to what learns in the network, also through 8-bit weights. The
+        They are on the CPU; gradients flow to trained parts of the network, also through 8-bit weights. The
         rows of a part's tokens are multiplied by the part's weight. Raises CheckpointError if the tokenizer
         has more tokens than the encoder.
         """

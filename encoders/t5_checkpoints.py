@@ -37,7 +37,7 @@ class T5Config:
 
 @dataclass(frozen=True)
 class T5Kind:
-    """Which encoder a family needs, and what messages call it."""
+    """The encoder that a family needs, and its name in messages."""
 
     name: str  # "umT5"
     what: str  # "an umT5 encoder"

@@ -79,7 +79,7 @@ class T5Tokenizers:
         return count
 
     def _count_pieces(self, processor: sentencepiece.SentencePieceProcessor) -> CountTokens:
-        """Count the tokens of a SentencePiece model, which does not tell where a piece stands in the text."""
+        """Count the tokens of a SentencePiece model, which gives no places of pieces in the text."""
 
         def fits(text: str) -> bool:
             return len(processor.encode(text)) < self.max_tokens

@@ -17,7 +17,8 @@ from modules.planning.pieces import Compute, compute_piece
 
 @dataclass(frozen=True)
 class Cut:
-    """Pieces of `size` units, one every `stride` units; what a unit is in the input and in the output."""
+    """Pieces of `size` units, one every `stride` units; the sizes of a unit in the input and in the
+    output."""
 
     size: int
     unit_in: int

@@ -1,4 +1,4 @@
-"""Rows of token ids: padded to one length, and checked against what an encoder knows."""
+"""Rows of token ids: padded to one length, and checked against an encoder's vocabulary."""
 # Letters: B prompts, L tokens
 
 from collections.abc import Iterator, Sequence

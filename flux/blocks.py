@@ -1,9 +1,9 @@
 """Blocks in which picture and text tokens attend to each other: double (separate weights), single (shared).
 
-HunyuanVideo's blocks follow these; `hunyuan_model/blocks.py` says what is always float32, and how tokens
-stand: picture tokens first, then text, which is not rotated. The released code has the text first; attention
-does not depend on the order. Chroma's blocks do not compute their modulation, they take rows of it.
-Source: the released code of FLUX.1 and Chroma. Module names follow the published checkpoints.
+HunyuanVideo's blocks follow these; `hunyuan_model/blocks.py` lists the steps in float32, and the order of
+tokens: picture tokens first, then text, which is not rotated. The released code has the text first; attention
+does not depend on the order. Chroma's blocks do not compute their modulation, they take rows of it. Source:
+the released code of FLUX.1 and Chroma. Module names follow the published checkpoints.
 """
 # Letters: B batch, L picture tokens, T text tokens, S 1 or 2 texts, N heads, D head width, C = N * D,
 # M modulations
@@ -162,7 +162,7 @@ class DoubleBlock(nn.Module):
         )
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Return what attention gets for the picture tokens of x: B L+T C -> B L C."""
+        """Return the input of attention for the picture tokens of x: B L+T C -> B L C."""
         shift, scale, *_ = self.img_mod(tokens.vector[:, :1])
         return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
 

@@ -78,7 +78,7 @@ LATENTS_OF = frozenset({"flux", "chroma", "lumina"})  # models with the same aut
 class Flux(ModelOfPictures):
     """Description of FLUX.1 or Chroma for one run, built by the `family_for_...` functions below.
 
-    dev, schnell and Chroma are told apart by the transformer's file.
+    The transformer's file says whether it is dev, schnell or Chroma.
     """
 
     files: FluxFiles
@@ -114,7 +114,7 @@ class Flux(ModelOfPictures):
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Names of what a whole text cache holds."""
+        """Return the names of all tensors of a text cache."""
         return frozenset({STATES, MASK, POOLED} if self._has_pooled else {STATES, MASK})
 
     @property
@@ -250,7 +250,7 @@ class Flux(ModelOfPictures):
         self.files.check_encoders(*self.files.text_parts, *((AE,) if media else ()))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill what the request leaves open and check sizes and files. Nothing is loaded.
+        """Fill open fields of the request and check sizes and files. Nothing is loaded.
 
         Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
         """
@@ -279,7 +279,7 @@ class Flux(ModelOfPictures):
 
     @property
     def source(self) -> SourceRules:
-        """What denoising may start from; other models have the same autoencoder."""
+        """Return the rules for starts of denoising; other models have the same autoencoder."""
         return SourceRules((IMAGE, LATENTS), "FLUX.1", False, LATENTS_OF)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
@@ -335,7 +335,7 @@ class Flux(ModelOfPictures):
             )
 
     def _guidance(self, asked: float) -> float:
-        """Return what the model's guidance input is fed; Chroma is made for 0."""
+        """Return the value of the model's guidance input; Chroma is made for 0."""
         return 0.0 if self.files.kind == CHROMA else asked
 
     def _dit_dtype(self) -> torch.dtype | None:

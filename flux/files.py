@@ -1,4 +1,4 @@
-"""Files of a FLUX.1 or Chroma run: their paths, and the check that each is what its option says."""
+"""Files of a FLUX.1 or Chroma run: their paths, and the check that each fits its option."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -108,7 +108,7 @@ class FluxEncoderPaths:
         return load_autoencoder(self.vae_path, device, beside(self.vae_dtype, dit_dtype), self.vae_tile)
 
     def vae_identity(self, dit_dtype: torch.dtype | None) -> Mapping[str, str]:
-        """Return what latents depend on besides the pixels."""
+        """Return the facts that latents depend on besides the pixels."""
         return autoencoder_identity(self.vae_path, beside(self.vae_dtype, dit_dtype), self.vae_tile)
 
     def check(
@@ -170,7 +170,7 @@ class FluxFiles:
     def dit_header(self) -> DitHeader[FluxConfig]:
         """Read dimensions, dialect and dtype of the transformer file.
 
-        Raises OptionError if it is not what --model_type says.
+        Raises OptionError if it does not fit --model_type.
         """
         header = read_once(self.dit_path, read_dit_header)
         if self.says_chroma and header.kind != CHROMA:
@@ -182,7 +182,7 @@ class FluxFiles:
 
     @property
     def kind(self) -> str:
-        """DEV, SCHNELL or CHROMA; without a transformer what --model_type says."""
+        """DEV, SCHNELL or CHROMA; without a transformer that of --model_type."""
         if self.dit is None:
             return CHROMA if self.says_chroma else DEV
         return self.dit_header().kind

@@ -1,7 +1,6 @@
 """The transformer of FLUX.1 and of Chroma. Module names follow the published checkpoints.
 
-Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.py` says what is always
-float32.
+Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.py` lists the steps in float32.
 """
 # Letters: B batch, L picture tokens, T text tokens, N heads, D head width, C = N * D, M modulations
 
@@ -211,7 +210,7 @@ class FluxModel(nn.Module):
         return unpack(self.final_layer(x[:, : tokens.video], tokens).float(), rows, columns)
 
     def _embed_vector(self, timesteps: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """Return what the blocks compute their modulation from, B 1 C. guidance: None leaves it out."""
+        """Return the input of the blocks' modulation, B 1 C. guidance: None leaves it out."""
         if pooled is None:
             raise ValueError("the model takes the pooled output of CLIP-L, and none is given")
         # float32 angles: those of a large guidance are rounded, and so they were in training

@@ -121,7 +121,7 @@ def caching_commands(dataset_config: Path | None, options: FluxTrainingOptions) 
 def generation_words(options: FluxTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
     """Return the script and the options that generate with the models of a training.
 
-    sample: what a sample was asked for, by the names of `Request`; may be empty.
+    sample: the settings of a sample, by the names of `Request`; may be empty.
     """
     words = ["flux_generate_image.py", "--dit", str(options.dit or "DIT_FILE")]
     words += ["--ae", str(options.vae.vae or "AE_FILE"), *_text_words(options)]

@@ -1,4 +1,4 @@
-"""Check what training reads from caches, and name it as the transformer's arguments."""
+"""Check the tensors from caches, and name them as the transformer's arguments."""
 
 import logging
 from collections.abc import Mapping

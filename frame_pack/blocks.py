@@ -144,7 +144,7 @@ class HunyuanVideoTransformerBlock(nn.Module):
         return torch.cat([video, text], dim=1)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Return what attention gets for the latent tokens of x: B L+T C -> B L C."""
+        """Return the input of attention for the latent tokens of x: B L+T C -> B L C."""
         shift, scale, *_ = self.norm1(tokens.vector[:, :1])
         return modulate(self.layer_norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the FramePack transformer: what a file is, and loading one."""
+"""Checkpoints of the FramePack transformer: recognise and load them."""
 
 import hunyuan_model.checkpoints as hunyuan
 from frame_pack.configs import DIT, FramePackConfig

@@ -39,7 +39,7 @@ class FramePackConfig:
 
     @property
     def kind(self) -> str:
-        """What the model is conditioned on besides the text: always an image."""
+        """Return the condition besides the text: always an image."""
         return "i2v"
 
 

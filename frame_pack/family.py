@@ -86,7 +86,7 @@ UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
 class FramePack:
     """Description of FramePack for one run, built by the `family_for_...` functions below.
 
-    FramePack-F1 has the same networks and another order of sections; their files cannot be told apart.
+    FramePack-F1 has the same networks and another order of sections; files do not show the difference.
     """
 
     files: FramePackFiles
@@ -119,7 +119,7 @@ class FramePack:
 
     @property
     def order(self) -> Order:
-        """Order in which sections are generated, and what each of them sees."""
+        """Return the order in which sections are generated, with the context of each."""
         return F1 if self.is_f1 else ANTI_DRIFTING
 
     @property
@@ -310,10 +310,10 @@ class FramePack:
         )
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill what the request leaves open and check sizes, images and files. Nothing is loaded.
+        """Fill open fields of the request and check sizes, images and files. Nothing is loaded.
 
-        Raises OptionError if an image is missing or what is asked for cannot be made, CheckpointError if a
-        file is missing or of another kind.
+        Raises OptionError if an image is missing or the request is impossible, CheckpointError if a file is
+        missing or of another kind.
         """
         if self.one_frame is not None:  # samples of a training of pictures
             request = replace(request, extra={"one_frame": "default", **request.extra})
@@ -333,7 +333,7 @@ class FramePack:
 
     @property
     def source(self) -> SourceRules:
-        """What denoising may start from, section by section; HunyuanVideo has the same VAE."""
+        """Return the rules for starts of denoising, section by section; HunyuanVideo has the same VAE."""
         return SourceRules((VIDEO, LATENTS), "FramePack", False, frozenset({"framepack", "hunyuan"}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Files of a FramePack run: their paths, and the check that each is what its option says."""
+"""Files of a FramePack run: their paths, and the check that each fits its option."""
 
 import re
 from collections.abc import Sequence

@@ -46,8 +46,8 @@ def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Condi
 def encode_clip(vae: HunyuanVae, frames: Tensor, seed: int, window: int) -> Tensor:
     """Encode a clip of any length: frames 1 F H W 3 uint8, F = 4n + 1, to 1 16 n+1 h w in model space.
 
-    Two sections are encoded at a time, of which the first only leads up to the second, so that memory does
-    not grow with the length.
+    Two sections are encoded at a time, the first only to lead up to the second, so that memory does not grow
+    with the length.
     """
     section, generators = LATENT_STRIDE * window, [posterior_generator(seed)]
     parts: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 It is HunyuanVideo's transformer with finished latents in front of the noisy ones, the older the coarser, and
 image tokens in front of the text. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
-`hunyuan_model.blocks` lists what is always float32.
+`hunyuan_model.blocks` lists the steps in float32.
 """
 # Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
 
@@ -209,15 +209,15 @@ class FramePackModel(nn.Module):
         position_scale: float = 1.0,
         tweaks: Tweaks = NO_TWEAKS,
     ) -> Tensor:
-        """Velocity B out_dim F H W in float32.
+        """Return the velocity, B out_dim F H W in float32.
 
         noisy: B in_dim F H W. timesteps: B, 0..1000. llama: B T text_dim, states of the language model.
         llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, 1000
         times the scale. image_embeddings: B S image_dim, states of the image encoder. latent_indices: B F
         integers, where on the frame axis the latents stand. clean_latents and the coarser _2x, _4x: B in_dim
-        n H W with their B n indices; None where there are none of that kind. position_scale: what positions
-        along rows and columns are multiplied by. tweaks: ideas that change this call; their second text has
-        the names llama, llama_mask and clip_l. Raises ValueError where sizes do not go together.
+        n H W with their B n indices; None without latents of that kind. position_scale: factor for positions
+        along rows and columns. tweaks: ideas that change this call; their second text has the names llama,
+        llama_mask and clip_l. Raises ValueError where sizes do not go together.
         """
         history = (
             _describe_given("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),

@@ -185,7 +185,7 @@ def caching_commands(
 def generation_words(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
     """Return the script and the options that generate with the models of a training.
 
-    sample: what a sample was asked for, by the names of `Request`; may be empty.
+    sample: the settings of a sample, by the names of `Request`; may be empty.
     """
     words = ["fpack_generate_video.py", *model_words(options.dit, options.vae, options.text)]
     words += ["--image_encoder", str(options.image_encoder or "IMAGE_ENCODER")]

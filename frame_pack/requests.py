@@ -1,5 +1,4 @@
-"""What a request for FramePack asks for, settled before anything is loaded: how many sections, their texts
-and images, one picture.
+"""Settle a request for FramePack before anything is loaded: sections, their texts and images, or one picture.
 
 `Request.extra` holds what only this family knows, as text: `image_path` (as `frame_pack.section_syntax` reads
 it), `one_frame` (as `parse_one_frame` reads it), `video_sections`, `video_seconds`, `control_image_path` and
@@ -47,7 +46,7 @@ _NEEDS_IMAGE = (
 
 @dataclass(frozen=True)
 class FramePackRequest:
-    """What a request says that only FramePack reads: `Prepared.own`."""
+    """Settings of a request that only FramePack reads: `Prepared.own`."""
 
     images: tuple[Path, ...]  # the start image of each section, in playing order
     one_frame: OneFrame | None = None  # a single picture, which has one section; None: a video
@@ -151,7 +150,7 @@ def _with_media(request: Request, is_f1: bool, is_picture: bool) -> Request:
 
 
 def _metadata_of(extra: Mapping[str, str], sections: int, window: int, is_f1: bool) -> dict[str, str]:
-    """What outputs say of the request, by the names of its options."""
+    """Return the request's metadata for outputs, by the names of its options."""
     said = {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
     if "one_frame" not in extra:  # as the option counts them, whatever the rate it is played at
         said["video_seconds"] = f"{video_frames(sections, window) / FRAMES_PER_SECOND:g}"
@@ -234,7 +233,7 @@ def _images_of(request: Request, sections: int, is_picture: bool) -> tuple[Path,
 
 
 def _entries_of(text: str, option: str, sections: int, is_picture: bool) -> tuple[str, ...]:
-    """Read what a text says for each section, in playing order. Warn of entries for other sections."""
+    """Read a text's entries for each section, in playing order. Warn of entries for other sections."""
     entries = parse_entries(text, option)
     used = (
         (entries[0],)

@@ -1,4 +1,4 @@
-"""The sections of a long video: their number and order, what each one sees, and how they are joined.
+"""The sections of a long video: their number and order, the context of each, and how they are joined.
 
 FramePack denoises one window of latent frames after the other. A window sees the start image, and the frames
 made before it at full, half and quarter resolution. Every latent frame that the network takes has a place on
@@ -133,7 +133,7 @@ def parse_paddings(text: str) -> tuple[int, ...]:
 
 
 def section_indices(padding: int, window: int) -> Indices:
-    """Return the indices of an anti-drifting section: start image, target, and what follows the target.
+    """Return the indices of an anti-drifting section: start image, target, and latents behind the target.
 
     `padding` windows are left out between the start image and the target.
     """
@@ -143,7 +143,7 @@ def section_indices(padding: int, window: int) -> Indices:
 
 
 def later_indices(first: int) -> Indices:
-    """Return the indices of what follows a target, from index `first` on.
+    """Return the indices of latents that follow a target, from index `first` on.
 
     One frame is at full resolution, two at half and sixteen at quarter resolution.
     """
@@ -193,8 +193,9 @@ class CleanLatents:
 class Order:
     """An order of making sections, as functions for a loop over them.
 
-    The history holds what was made so far, B C F H W in playing order, always at least 19 frames: black ones
-    in place of missing ones. The same loop over true latents, instead of made ones, gives what training sees.
+    The history holds the finished latents, B C F H W in playing order, always at least 19 frames: black ones
+    in place of missing ones. The same loop over true latents, instead of made ones, gives the inputs of
+    training.
     """
 
     # number of sections, window, --latent_paddings

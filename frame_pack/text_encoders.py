@@ -36,7 +36,7 @@ class FramePackTextEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return what an output depends on besides the prompt. Reads a few MB.
+        """Return the facts that an output depends on besides the prompt. Reads a few MB.
 
         Raises CheckpointError if the file holds another model.
         """

@@ -17,8 +17,8 @@ def line_reader(options: Iterable[tuple[str, str]], more: str = "") -> Callable[
     """Return a function that asks for one line; it raises EOFError and KeyboardInterrupt as `input` does.
 
     `quit` and `exit` are the end of input too; `help` shows the options of a line and asks again. options:
-    letters and names of these. more: of what a line may do. With the package prompt_toolkit lines are edited
-    and recalled by it, also on Windows; else by readline.
+    their letters and names. more: help on the rest of a line. With the package prompt_toolkit lines are
+    edited and recalled by it, also on Windows; else by readline.
     """
     logger.info(
         "Enter a prompt and options such as --s 20 --d 7; help lists them. Ctrl-C cancels the current "

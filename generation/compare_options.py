@@ -12,7 +12,7 @@ MOST_COLUMNS = 64
 
 
 class CompareOptions(Options, title="comparison"):
-    """What is compared: every LoRA file at every strength."""
+    """Comparison of every LoRA file at every strength."""
 
     family: str | None = option("family of the model; default: as the first LoRA says")
     lora: tuple[Path, ...] = option(

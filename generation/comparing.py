@@ -171,7 +171,7 @@ def _hash(path: Path) -> str:
 
 
 def _make_jobs(run: GenerationRun) -> list[GenerationJob]:
-    """Return what each prompt asks for. Raises UserError listing all lines that cannot be made."""
+    """Return the jobs of all prompts. Raises UserError listing all lines that cannot be made."""
     if run.options.from_file is None:
         return [make_job(run, "the prompt", {})]
     failures, jobs = Failures(), []
@@ -229,7 +229,7 @@ def _is_own(options: GenerationOptions, cell: GenerationJob) -> bool:
 
 
 def _own_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return what this program says of how it was made, not when; videos do not store empty texts."""
+    """Return this program's tags about making, without the time; videos do not store empty texts."""
     return {
         name: text
         for name, text in tags.items()

@@ -1,4 +1,4 @@
-"""THE denoising loop: what guidance makes of the network's passes is followed by a solver."""
+"""THE denoising loop: a solver follows the velocity that guidance makes of the network's passes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""How the networks of a generation are loaded, and what the options put around them."""
+"""Load the networks of a generation, and put the options' features around them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -32,7 +32,7 @@ def expert_loras(
 ) -> tuple[tuple[LoraUse, ...], ...]:
     """Return the LoRAs of each expert, in the order of `experts`; warn of those trained for another one.
 
-    with_texts: read what they change in text encoders too.
+    with_texts: read their changes of text encoders too.
 
     A file that holds a LoRA for each is used in both, whichever option names it. Patterns count over all
     files: those of --lora_weight, then those of --lora_weight_high_noise. Raises OptionError if LoRAs are
@@ -72,7 +72,7 @@ def _read_all(options: GenerationOptions, with_texts: bool) -> dict[str, list[Lo
 
 
 def _hint_at_missing(keys: Sequence[str], given: Mapping[str, Sequence[LoraUse]]) -> None:
-    """Say so if a LoRA that was trained in all experts is given to some of them only."""
+    """Warn if a LoRA that was trained in all experts is given to some of them only."""
     for key, uses in given.items():
         for use in uses:
             missing = [

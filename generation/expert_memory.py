@@ -1,4 +1,4 @@
-"""Plan a run: which requests it makes, and what experts that wait for their turn hold in host memory.
+"""Plan a run: the requests it makes, and the host memory of experts that wait for their turn.
 
 The rules are those of `generation.experts.DitTurns`, counted here without loading anything.
 """
@@ -36,7 +36,7 @@ class ExpertTurns:
     def host_peak(self, weights: int, swapped: int) -> int:
         """Return the most host memory that the experts hold, in bytes, if the host has room for all of it.
 
-        weights: all of an expert. swapped: what of it stays in host memory also while it works.
+        weights: all of an expert. swapped: its part that stays in host memory also while it works.
         """
         if self.rules.lazy:
             return swapped
@@ -56,9 +56,9 @@ class ExpertTurns:
         return most
 
     def parts(self, weights: int, swap: Swapped) -> tuple[MemoryPart, ...]:
-        """Return the line of a plan for experts that do not work; none if only one expert works.
+        """Return the line of a plan for idle experts; none if only one expert works.
 
-        weights: all of an expert. What the one that works has swapped is in the line of its weights.
+        weights: all of an expert. Swapped weights of the working expert count in its own line.
         """
         if self.count < 2:
             return ()
@@ -68,7 +68,7 @@ class ExpertTurns:
         return (MemoryPart("experts that wait", 0, self.host_peak(weights, swap.host) - swap.host, note),)
 
     def remarks(self, plan: MemoryPlan, denoising: Phase, room: Room | None, host: int | None) -> list[str]:
-        """Return what the free memory means for experts. room: of the device. host: bytes. None: unknown."""
+        """Return remarks on the free memory for experts. room: of the device. host: bytes. None: unknown."""
         if self.count < 2:
             return []
         lines = []
@@ -101,7 +101,7 @@ def turns_of(family: Family, options: GenerationOptions, requests: Sequence[Prep
 
 
 def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
-    """Return what the run makes, in its order; at least one.
+    """Return the run's requests, in its order; at least one.
 
     Invalid lines are skipped if at least one line is valid; their errors are reported when their turn comes.
     """
@@ -125,8 +125,8 @@ def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
 def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
     """Return the requests that no other request exceeds in both frame size and number of frames.
 
-    Usually there is one. Which of several needs most memory only a rehearsal can tell: a video that is made
-    in sections needs no more memory when it is longer.
+    Usually there is one. Only a rehearsal shows which one needs most memory: a longer video made in sections
+    needs no more.
     """
     # of equal ones the last that has something to encode
     requests = sorted(requests, key=lambda prepared: needs_media(family, prepared))

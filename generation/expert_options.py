@@ -1,4 +1,4 @@
-"""Options of models with two experts: what that for much noise gets, and where both wait.
+"""Options of models with two experts: settings of the one for much noise, and where both wait.
 
 Standard library only.
 """

@@ -39,7 +39,7 @@ Check = Callable[[], None]  # called now and then by what is made; raises `Readi
 
 
 class ReadingStopped(Exception):
-    """Nobody wants what is being made."""
+    """End of a reading whose result nobody wants any more."""
 
 
 class Ahead(Generic[T]):
@@ -60,14 +60,14 @@ class Ahead(Generic[T]):
         return not self._thread.is_alive()
 
     def take(self) -> T:
-        """Wait until it is made, and return it: once. Raises what making it has raised."""
+        """Wait until it is made, and return it: once. Raises the error of making it."""
         self._join()
         if self._error is not None:
             raise self._error
         return self._made.pop()
 
     def cancel(self) -> None:
-        """Have it end soon, wait for that, and free what was made."""
+        """Have it end soon, wait for that, and free the result."""
         self._stop.set()
         self._join()
         self._made.clear()
@@ -228,7 +228,7 @@ class DitTurns:
         return self._dits[expert]
 
     def _follow_plan(self, expert: int) -> None:
-        """Note that an expert works now. What was skipped in the plan has failed or ended early."""
+        """Note that an expert works now. Skipped parts of the plan have failed or ended early."""
         later = range(self._place, len(self._plan))
         self._place = next((place for place in later if self._plan[place] == expert), self._place)
 
@@ -306,7 +306,7 @@ class DitTurns:
         return ""
 
     def _take_ahead(self, expert: int) -> None:
-        """Take over an expert that was read ahead; raises what has gone wrong there.
+        """Take over an expert that was read ahead; raises its error.
 
         If only memory was short beside the other's work, it is loaded when that is done.
         """

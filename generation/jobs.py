@@ -1,4 +1,4 @@
-"""What is to be made in a run, and what has been made."""
+"""Jobs of a run: those to do, and those done."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +73,7 @@ class GenerationRun:
         return replace(self, previews=made)
 
     def metadata_of(self, job: GenerationJob) -> Mapping[str, str] | None:
-        """Return what the files of a job record; None with --no_metadata."""
+        """Return the metadata of a job's files; None with --no_metadata."""
         return job.metadata or self.metadata(job.prepared)
 
     def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:

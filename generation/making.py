@@ -129,7 +129,7 @@ def denoise_all(
 ) -> Iterator[Denoised]:
     """Yield the latents of each job; each is written when it is done, so a kill loses at most one.
 
-    networks: what makes which jobs, in the order of `ready`; None: one network makes all.
+    networks: with their jobs, in the order of `ready`; None: one network makes all.
     """
     queue = Queue([job.prepared for job, _, _ in ready])
     for of_network, dit_at in networks or _one_network(run, ready):

@@ -263,7 +263,7 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
 def _use_scheduler(
     parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None
 ) -> None:
-    """Set --sample_solver to what --scheduler names. Raises OptionError if both are given and differ."""
+    """Set --sample_solver to the value of --scheduler. Raises OptionError if both are given and differ."""
     solver = args.solver_names[args.scheduler]
     if args.sample_solver != solver and given_among(parser, argv, {"sample_solver"}):
         raise OptionError(

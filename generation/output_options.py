@@ -1,4 +1,4 @@
-"""Options of what is written, and where. Standard library only."""
+"""Options of output files: form and place. Standard library only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ OF_RESULTS = {".mp4", ".mkv", ".mov", ".webm", ".gif", ".png", ".jpg", ".jpeg", 
 
 
 class OutputOptions(Options, title="output"):
-    """What is written, and where."""
+    """Output files: form and place."""
 
     save_path: Path = option("output folder; created if missing", required=True)
     output_type: str = option("what is written", often=True)

@@ -56,7 +56,7 @@ class FrameTools(Protocol):
         """
 
     def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
-        """Return what the tools make of frames, and its frames a second. Raises UserError.
+        """Return the tools' result for frames, and its frames a second. Raises UserError.
 
         is_single: there is only one frame. The networks are loaded now, if they are not yet there.
         """
@@ -73,7 +73,7 @@ def output_stem(when: datetime, seed: int, origin: Path | None = None, prompt: s
 
 
 def released_stem(when: datetime, seed: int, prompt: str) -> str:
-    """Name an output as HunyuanVideo's own script does, but for what some file systems do not take."""
+    """Name an output as HunyuanVideo's own script does, without characters that some file systems refuse."""
     told = (
         re.sub(r'[\x00-\x1f<>:"/\\|?*]', "", prompt)[:100]
         .encode("utf-8")[:150]
@@ -136,9 +136,8 @@ def save_pixels(
 
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
     a single frame only if the script neither numbers single images nor makes pictures alone). With
-    `--save_last_frame` the last frame of what is more than a picture is written beside it: as it was decoded,
-    to continue from, but behind the tools if one of them hides something. post: what frames go through before
-    they are written.
+    `--save_last_frame` the last frame of a video is written beside it: as it was decoded, to continue from,
+    but behind the tools if one of them hides something. post: tools that frames go through before writing.
     """
     frames = drop_tail(frames_of(chunks), options.trim_tail_frames)
     first = list(islice(frames, 2))

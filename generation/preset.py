@@ -1,4 +1,4 @@
-"""What --optimized turns on, as far as this machine has it."""
+"""Options that --optimized turns on, as far as this machine has them."""
 
 import contextlib
 import logging
@@ -27,10 +27,10 @@ Check = Callable[[GenerationSpeedOptions], object]  # raises OptionError
 
 
 def leave_out_missing(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Turn those options of --optimized off again that cannot be had here, each with a warning that says why,
-    and say in one line what is left.
+    """Turn off the options of --optimized that are unavailable here, each with a warning that says why, and
+    log the rest in one line.
 
-    Options that were given by name stay: what is missing for them is an error later.
+    Options given by name stay: if unavailable, they are an error later.
     """
     if not options.speed.by_preset + options.speed.not_by_preset or options.latent_path:
         return options  # decoding runs no transformer
@@ -67,7 +67,7 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
 
 
 def describe_preset(options: GenerationOptions, left_out: Sequence[str]) -> str:
-    """Return a line on what --optimized sets in this run, what it leaves out, and what is given instead."""
+    """Return a line on the options that --optimized sets in this run, leaves out, and has replaced."""
     speed = options.speed
     values = dict.fromkeys(speed.by_preset, True) | dict(options.settings)
     used = [as_typed(values, name) for name in speed.by_preset if name not in left_out]

@@ -11,7 +11,7 @@ def as_typed(preset: Mapping[str, Any], name: str) -> str:
 
 
 def use_preset(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None) -> None:
-    """Turn on what --optimized stands for, except options that are given.
+    """Turn on the options of --optimized, except given ones.
 
     The names go to `args.by_preset`, those of the exceptions to `args.not_by_preset`.
     """

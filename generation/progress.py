@@ -32,7 +32,7 @@ def in_short(prompt: str, length: int = PROMPT_LENGTH) -> str:
 
 
 def size_in_words(prepared: Prepared) -> str:
-    """Return what is generated for a request, without its prompt."""
+    """Return a description of a request's result, without its prompt."""
     return (
         f"{prepared.width} x {prepared.height} (width x height), {count_of(prepared.frames, 'frame')}, "
         f"{prepared.num_steps} steps, seed {prepared.seed}"
@@ -40,7 +40,7 @@ def size_in_words(prepared: Prepared) -> str:
 
 
 def start_in_words(prepared: Prepared) -> str | None:
-    """Return what denoising starts from; None: noise."""
+    """Return the start of denoising in words; None: noise."""
     source = prepared.asked.source
     if source is None:
         return None
@@ -54,7 +54,8 @@ def show_start(
     folder: Path,
     device: torch.device,
 ) -> None:
-    """Show what will be generated. loras: by expert, "" if none is meant, file name and strength of each."""
+    """Show the plan of the generation. loras: by expert, "" if none is meant, file name and strength of
+    each."""
     step, rows, columns = family.latent.stride
     sizes = [
         (family.latent.channels, (one.frames - 1) // step + 1, one.height // rows, one.width // columns)
@@ -117,7 +118,7 @@ def loras_in_words(loras: Mapping[str, Sequence[tuple[str, float]]]) -> list[str
 
 
 def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed: int = 0) -> None:
-    """Show what was generated and what it took. Several paths were logged as they were made."""
+    """Show the results, with time and memory. Several paths were logged as they were made."""
     size = as_size(sum(map(bytes_of, paths)))
     rows: list[Row] = [
         ("result", f"{paths[0]} ({size})" if len(paths) == 1 else None),

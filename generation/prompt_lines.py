@@ -167,7 +167,7 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 
 
 def _solver(text: str) -> str:
-    """Read a solver by our name, or by that of the image guides for the one that they have."""
+    """Read the name of a solver, ours or that of the image guides."""
     return {"euler": "vanilla"}.get(text, text)
 
 
@@ -358,9 +358,9 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
 def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     """Read a training prompt file (.txt, .toml or .json): one dictionary per sample.
 
-    Keys: `prompt` and those of `SAMPLE_OPTIONS`. toml: `[prompt]` holds what all `[[prompt.subset]]` share; a
-    subset wins. json: a list of lines and objects. Raises OptionError naming the file, the entry and the key
-    if something cannot be read.
+    Keys: `prompt` and those of `SAMPLE_OPTIONS`. toml: `[prompt]` holds values that all `[[prompt.subset]]`
+    share; a subset wins. json: a list of lines and objects. Raises OptionError naming the file, the entry and
+    the key if something cannot be read.
     """
     text = _read_text(path, "--sample_prompts")
     match path.suffix.lower():
@@ -384,7 +384,7 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
-    """Return what `read` makes of each entry. Raises OptionError with what is wrong in all of them."""
+    """Return the result of `read` for each entry. Raises one OptionError with the faults of all."""
     made, problems = [], []
     for entry in entries:
         try:

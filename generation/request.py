@@ -55,10 +55,10 @@ def make_request(
     overrides: Mapping[str, Any] | None = None,
     prompts: PromptOptions = PLAIN_PROMPTS,
 ) -> Request:
-    """The request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
+    """Return the request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
 
-    Without a seed each call draws its own. What is not said stays None. prompts: what is drawn in its texts.
-    Raises OptionError for numbers that make no sense, and for texts in which nothing can be drawn.
+    Without a seed each call draws its own. Missing values stay None. prompts: wildcards of its texts. Raises
+    OptionError for numbers that make no sense, and for texts in which nothing can be drawn.
     """
     line = overrides or {}
     if "prompt" in line and not line["prompt"].strip():
@@ -104,7 +104,8 @@ def make_request(
 
 
 def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
-    """What the command line, or a prompt line in its place, starts from. Raises OptionError for several."""
+    """Return the start from the command line, or from a prompt line in its place. Raises OptionError for
+    several."""
     in_line = {name: line[name] for name in SOURCES if name in line}
     paths = in_line or {name: getattr(options, name) for name in SOURCES}
     given = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
@@ -128,7 +129,7 @@ def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
 
 
 def _extra(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
-    """What only the family reads, as text; of a list an entry a line."""
+    """Return settings that only the family reads, as text; of a list an entry a line."""
     extra = {}
     for name, (key, given) in options.extras.items():
         value = line.get(name, given)

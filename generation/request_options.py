@@ -1,4 +1,4 @@
-"""Options of each video: what to make. Standard library only."""
+"""Options of each video: texts, size, length and seed. Standard library only."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the shared options are in one family's script. Standard library only."""
+"""Form of the shared options in one family's script. Standard library only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ class ScriptDefaults:
     optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
 
     def declared(self) -> dict[str, Any]:
-        """Return what `add_options` is told of `GenerationOptions` for the script."""
+        """Return the settings of `GenerationOptions` for `add_options` in the script."""
         source, pictures = self.source.declared(), self.pictures
         absent = {
             "prompt_2": not self.has_second_prompt,

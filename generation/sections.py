@@ -57,9 +57,8 @@ def make_latents(
     """Make the latents of one request. Returns B C F H W in model space, float32, on the device.
 
     prompts, inputs: by section, from `Session.texts` and `session.encode_inputs` (on the CPU). dit_at:
-    timestep -> the network to call, which is left as it is: evaluation mode and its device are the caller's.
-    watchers, split: see `denoise`. on_section: told of each section before it is denoised; the network may
-    leave its device meanwhile.
+    timestep -> the network to call; the caller sets evaluation mode and device. watchers, split: see
+    `denoise`. on_section: called before each section is denoised; the network may leave its device meanwhile.
     """
     on_cpu = cpu_noise or family.defaults.noise_on_cpu
     noise = SeededNoise(prepared.seed, device, on_cpu)
@@ -124,7 +123,7 @@ def sections_of(
 def start_of(
     section: Section, solver: Solver, prepared: Prepared, extra: NoiseSource | None = None
 ) -> LoopStart:
-    """Begin with noise, or with what a section starts from at a later step.
+    """Begin with noise, or with the section's source at a later step.
 
     extra: where the noise comes from that --v2v_extra_noise adds; None: none is added.
     """

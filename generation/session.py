@@ -41,8 +41,8 @@ def encode_inputs(
     """Encode the images and videos of each request, by section. Conditions are on the CPU, with batch
     dimension.
 
-    What denoising starts from is among those of section 0, as `SOURCE`. encoders: on their device;
-    `NO_ENCODERS` will do if no request `needs_media`.
+    The source of denoising is among those of section 0, as `SOURCE`. encoders: on their device; `NO_ENCODERS`
+    will do if no request `needs_media`.
     """
     found: list[Mapping[int, Conditions]] = []
     with torch.no_grad():
@@ -142,7 +142,7 @@ class Session:
             free_memory(self.device)
 
     def drop_image_encoder(self) -> None:
-        """Free what only inputs need, where the inputs of all requests are encoded."""
+        """Free networks that only inputs need, if the inputs of all requests are encoded."""
         if self._media is not None and not self.keep:
             self._media, self._has_image_encoder = replace(self._media, image_encoder=None), False
 
@@ -158,7 +158,7 @@ class Session:
         return False
 
     def load_with(self, load_dit: LoadDit, load_aside: LoadAside | None) -> None:
-        """Load the DiT's networks otherwise from now on."""
+        """Load the DiT's networks with other settings from now on."""
         self._dits.load, self._dits.load_aside = load_dit, load_aside
 
     def dit_aside(self) -> AbstractContextManager[None]:
@@ -171,14 +171,14 @@ class Session:
     def dit(self, requests: Sequence[Prepared] = ()) -> AbstractContextManager[DitAt]:
         """The denoising network, as timestep -> the expert for it, on the device.
 
-        requests: what will be made, one after the other; the expert that it begins with comes at once, the
+        requests: the coming ones, one after the other; the expert that it begins with comes at once, the
         others when they are asked for. Nothing is foreseen without them.
         """
         return self._dits.phase(plan_turns(self.family, requests))
 
 
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
-    """List the texts that are to be encoded, by section: the prompt, and what guidance needs."""
+    """List the texts to encode, by section: the prompt, and those that guidance needs."""
     needed = needs(prepared, options)
     return {section: select_texts(texts, needed) for section, texts in prepared.prompts.items()}
 
@@ -204,7 +204,7 @@ def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:
 
 
 def gather_encoded(prompts: Prompts, known: Mapping[Prompt, Conditions]) -> EncodedPrompts:
-    """Return what the encoders made of a section's texts."""
+    """Return the encoders' outputs for a section's texts."""
     others = (prompts.negative, prompts.blank, prompts.away)
     return EncodedPrompts(
         known[prompts.positive], *(None if text is None else known[text] for text in others)

@@ -35,7 +35,7 @@ class Axis:
 
 
 class SheetOptions(Options, title="comparison sheet"):
-    """What a comparison sheet shows. None: none is asked for."""
+    """Content of a comparison sheet. None: none is asked for."""
 
     sheet: tuple[str, ...] | None = option(
         "make one labelled grid of all values of one or two options of a prompt line: --sheet seed=1,2,3 "
@@ -55,7 +55,7 @@ class SheetOptions(Options, title="comparison sheet"):
         return any(axis.partition("=")[0].strip() == PROMPT.key for axis in self.sheet or ())
 
     def axes(self, line_options: Mapping[str, LineOption]) -> tuple[Axis, ...]:
-        """Read the axes: the first goes across, the second down. line_options: what a prompt line knows.
+        """Read the axes: the first goes across, the second down. line_options: options of a prompt line.
 
         Raises OptionError naming the axis and the value if one cannot be read.
         """

@@ -1,7 +1,7 @@
 """Comparison sheets: one prompt with all values of one or two options, as one labelled picture or video.
 
-Each cell is what a single run with its values makes, to the bit, and is saved as such; the sheet is drawn
-from the saved files. All cells of all sheets are one batch: texts and models are loaded once.
+Each cell equals the result of a single run with its values, to the bit, and is saved like it; the sheet is
+drawn from the saved files. All cells of all sheets are one batch: texts and models are loaded once.
 """
 
 import logging
@@ -43,8 +43,8 @@ class Sheet:
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], where: str = "") -> tuple[Failures, int]:
     """Make a sheet of each prompt line.
 
-    lines: label -> text; None: the command line alone. where: goes before labels in warnings. Returns what
-    failed, of how many cells. Raises CheckpointError if a model file is wrong.
+    lines: label -> text; None: the command line alone. where: goes before labels in warnings. Returns the
+    failures, and the number of cells. Raises CheckpointError if a model file is wrong.
     """
     failures, sheets = Failures(), []
     with each_warning_once():
@@ -124,7 +124,7 @@ def draw_grid(sheet: Sheet, paths: Mapping[Place, Path]) -> ClipGrid:
 
 
 def sheet_metadata(run: GenerationRun, sheet: Sheet, paths: Mapping[Place, Path]) -> dict[str, str]:
-    """Return what all cells have in common, the axes as --sheet takes them, and the file of each cell."""
+    """Return the metadata that all cells share, the axes as --sheet takes them, and the file of each cell."""
     of_cells = [run.metadata(sheet.cells[place].prepared) or {} for place in paths]
     common = {
         key: text for key, text in of_cells[0].items() if all(other.get(key) == text for other in of_cells)

@@ -1,4 +1,4 @@
-"""Checkpoints of the HunyuanImage-2.1 transformer: what a file is, its dialects, and loading one."""
+"""Checkpoints of the HunyuanImage-2.1 transformer: kinds, dialects, and loading."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -39,7 +39,7 @@ class HunyuanImageConfig:
 
     @property
     def kind(self) -> str:
-        """What the model is conditioned on besides the text: nothing."""
+        """Return the condition besides the text: nothing."""
         return "t2i"
 
 

@@ -196,7 +196,7 @@ class HunyuanImage(ModelOfPictures):
         self.files.check(("dit", "texts", *(("vae",) if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill what the request leaves open, cut the size to whole latents, check files. Nothing is loaded.
+        """Fill open fields of the request, cut the size to whole latents, check files. Nothing is loaded.
 
         Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
         """
@@ -223,7 +223,7 @@ class HunyuanImage(ModelOfPictures):
 
     @property
     def source(self) -> SourceRules:
-        """What denoising may start from."""
+        """Return the rules for starts of denoising."""
         return SourceRules((IMAGE, LATENTS), NAME, False, frozenset({"hunyuan_image"}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:

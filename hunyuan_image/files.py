@@ -1,4 +1,4 @@
-"""Files of a HunyuanImage-2.1 run: paths and dtypes, and the check that each is what its option says."""
+"""Files of a HunyuanImage-2.1 run: paths and dtypes, and the check that each fits its option."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -106,7 +106,7 @@ class HunyuanImageFiles:
         return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile)
 
     def vae_identity(self) -> Mapping[str, str]:
-        """Return what latents depend on besides the pixels."""
+        """Return the facts that latents depend on besides the pixels."""
         dtype = dtype_name(self._beside(self.vae_dtype, VAE_DTYPE))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 

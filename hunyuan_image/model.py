@@ -1,8 +1,8 @@
 """The HunyuanImage-2.1 transformer: HunyuanVideo's blocks over the pixels of a latent picture.
 
 Module names follow the published checkpoint. Two texts are joined: the prompt's states of a language model,
-and those of a glyph encoder for what is to be written in the picture. Source: the released model code.
-`hunyuan_model.blocks` lists what is always float32.
+and those of a glyph encoder for words to write in the picture. Source: the released model code.
+`hunyuan_model.blocks` lists the steps in float32.
 """
 # Letters: B batch, L picture tokens, G glyph tokens, T text tokens, J joined ones, N heads, C width
 
@@ -155,7 +155,7 @@ class HunyuanImageModel(nn.Module):
     ) -> tuple[Tensor, Lengths | None]:
         """Return the tokens of both texts, B J C, and how many are real with `before` in front of them.
 
-        In each sample glyphs come first, then the text, then what is missing to the longest of the batch.
+        In each sample glyphs come first, then the text, then padding to the longest of the batch.
         """
         for states, mask in ((text, text_mask), (glyphs, glyph_mask)):
             if mask.shape != states.shape[:2]:

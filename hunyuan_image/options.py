@@ -168,7 +168,7 @@ def caching_commands(dataset_config: Path | None, options: HunyuanImageTrainingO
 def generation_words(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
     """Return the script and the options that generate with the models of a training.
 
-    sample: what a sample was asked for, by the names of `Request`; may be empty.
+    sample: the settings of a sample, by the names of `Request`; may be empty.
     """
     files = {"--dit": options.dit or "DIT_FILE", "--vae": options.vae.file.vae or "VAE_FILE"}
     words = [word for name, path in files.items() for word in (name, str(path))]

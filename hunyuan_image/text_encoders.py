@@ -83,7 +83,7 @@ def find_quoted(prompt: str) -> list[str]:
 
 
 def glyph_text(prompt: str) -> str | None:
-    """Return what the glyph encoder reads of a prompt; None if nothing is to be written."""
+    """Return the part of a prompt that the glyph encoder reads; None if nothing is to be written."""
     quoted = find_quoted(prompt)
     return "".join(f'Text "{text}". ' for text in quoted) if quoted else None
 
@@ -206,7 +206,7 @@ class QwenTextEncoder:
 
 
 class GlyphTextEncoder:
-    """ByT5, trained on the letters that pictures show. It reads what a prompt has in quotation marks.
+    """ByT5, trained on the letters that pictures show. It reads the quoted words of a prompt.
 
     Weights of a prompt's parts do not count.
     """
@@ -231,7 +231,7 @@ class GlyphTextEncoder:
         return {"byt5": fingerprint(self.path), "byt5_dtype": dtype_name(self.dtype)}
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts the bytes of what is to be written, with the end token."""
+        """Return a function that counts the bytes of the words to write, with the end token."""
 
         def count(text: str) -> TokenCount:
             read = glyph_text(text) or ""

@@ -157,7 +157,7 @@ class MMDoubleStreamBlock(nn.Module):
         return torch.cat([self.feed_forward(video, self.img_mlp, tokens.dtype, 0, *video_rows), text], dim=1)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Return what attention gets for the video tokens of x: B L+T C -> B L C."""
+        """Return the input of attention for the video tokens of x: B L+T C -> B L C."""
         shift, scale, *_ = self.img_mod(tokens.vector[:, :1])
         return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
 

@@ -79,7 +79,7 @@ def describe(checkpoint: Checkpoint) -> str | None:
 
 
 def _name_of(config: HunyuanVideoConfig) -> str:
-    """Return the model's name; the two T2V models have the same tensors and cannot be told apart."""
+    """Return the model's name; the two T2V models have the same tensors and share a name."""
     return (
         "the SkyReels V1 I2V transformer"
         if config.kind == "i2v"
@@ -129,8 +129,8 @@ def _config(found: DitShapes) -> HunyuanVideoConfig:
 
 
 def read_dimensions(found: DitShapes, spec: DitSpec, names: Mapping[str, str]) -> dict[str, Any]:
-    """Read what `HunyuanVideoConfig` and FramePack's config share. names: field -> the tensor, or list, that
-    shows it.
+    """Read the dimensions that `HunyuanVideoConfig` and FramePack's config share. names: field -> the tensor,
+    or list, that shows it.
 
     Raises CheckpointError if a tensor is missing, or if the width cannot be cut into heads.
     """

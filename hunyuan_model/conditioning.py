@@ -36,7 +36,7 @@ def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list
 
 
 def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
-    """Return what `encode_latents` does for clips with these moments: the same draws for the same names.
+    """Return the same as `encode_latents` for clips with these moments: the same draws for the same names.
 
     dtype: of the VAE. With moments of first frames, also `latents_image`.
     """

@@ -46,5 +46,5 @@ class HunyuanVideoConfig:
 
     @property
     def kind(self) -> str:
-        """What the model is conditioned on besides the text: t2v (nothing) or i2v (an image)."""
+        """Return the condition besides the text: t2v (nothing) or i2v (an image)."""
         return "i2v" if self.in_dim == self.out_dim + IMAGE_CHANNELS else "t2v"

@@ -117,7 +117,7 @@ class HunyuanVideo:
 
     @property
     def release(self) -> ModelRelease:
-        """Where the model comes from; SkyReels V1's text-to-video cannot be told from HunyuanVideo."""
+        """Return the model's release; SkyReels V1's text-to-video counts as HunyuanVideo."""
         return SKYREELS_I2V if self.files.dit_header().kind == "i2v" else HUNYUAN_VIDEO
 
     @property
@@ -290,7 +290,7 @@ class HunyuanVideo:
         self.files.check_encoders("text_encoder1", "text_encoder2", *(("vae",) if media else ()))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill what the request leaves open and check sizes, images and files. Nothing is loaded.
+        """Fill open fields of the request and check sizes, images and files. Nothing is loaded.
 
         Raises OptionError if a needed image is missing or a size cannot be made, CheckpointError if a file is
         missing or of another kind.
@@ -325,7 +325,7 @@ class HunyuanVideo:
 
     @property
     def source(self) -> SourceRules:
-        """What denoising may start from; FramePack has the same VAE."""
+        """Return the rules for starts of denoising; FramePack has the same VAE."""
         return SourceRules(
             (VIDEO, IMAGE, LATENTS), "HunyuanVideo", False, frozenset({"hunyuan", "framepack"})
         )

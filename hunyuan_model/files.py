@@ -1,4 +1,4 @@
-"""Files of a HunyuanVideo run: their paths, and the check that each is what its option says."""
+"""Files of a HunyuanVideo run: their paths, and the check that each fits its option."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -86,7 +86,7 @@ class HunyuanEncoderPaths:
         )
 
     def vae_identity(self, dit_dtype: torch.dtype | None) -> Mapping[str, str]:
-        """Return what latents depend on besides the pixels."""
+        """Return the facts that latents depend on besides the pixels."""
         dtype = dtype_name(beside(self.vae_dtype, dit_dtype))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 

@@ -1,6 +1,6 @@
 """The HunyuanVideo transformer, also used by SkyReels V1. Module names follow the published checkpoints.
 
-Source: the released model code and Kong et al. 2024, arXiv 2412.03603. `blocks.py` lists what is always
+Source: the released model code and Kong et al. 2024, arXiv 2412.03603. `blocks.py` lists the steps in
 float32.
 """
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D

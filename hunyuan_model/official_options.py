@@ -106,7 +106,7 @@ class OfficialVideoOptions(Options, title="what to make"):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return height and width, rounded up to what the model takes."""
+        """Return height and width, rounded up to sizes that the model takes."""
         height, width = self.video_size if len(self.video_size) == 2 else self.video_size * 2
         return -(-height // SIZE_STEP) * SIZE_STEP, -(-width // SIZE_STEP) * SIZE_STEP
 
@@ -170,7 +170,7 @@ class OfficialOptions(Options, title="output"):
 
 
 def read_official(description: str | None, argv: Sequence[str] | None) -> OfficialOptions:
-    """Read the released command line. Raises OptionError for what does not work here."""
+    """Read the released command line. Raises OptionError for options that do not work here."""
     parser = Parser(description=description)
     base = os.environ.get("MODEL_BASE", "ckpts")
     add_options(parser, OfficialOptions, defaults={"model-base": base})

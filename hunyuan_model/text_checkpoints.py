@@ -55,7 +55,7 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """What a released language model is, beyond what its tensors show."""
+    """Facts about a released language model that its tensors do not show."""
 
     what: str  # for messages: "a Llama language model"
     option: str  # that names its file

@@ -40,7 +40,7 @@ class LlamaTokenizer:
 
 
 def llama_tokenizer_identity(path: Path | None, encoder: Path) -> str:
-    """Return what distinguishes the tokenizer in cache records.
+    """Return the tokenizer's identity for cache records.
 
     path: of --text_encoder1_tokenizer; None looks for it.
     """

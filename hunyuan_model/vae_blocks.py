@@ -62,7 +62,7 @@ class ClipNorm(nn.GroupNorm):
         super().__init__(groups, width, eps=EPS)
 
     def factors(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-        """Return factor and offset, B C 1 1 1 float32, such that x * factor + offset is the normalised clip.
+        """Return factor and offset, B C 1 1 1 float32: x * factor + offset is the normalised clip.
 
         x: B C T H W.
         """

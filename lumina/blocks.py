@@ -90,7 +90,7 @@ class GroupedAttention(nn.Module):
     def look(
         self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
     ) -> Tensor:
-        """Return what tokens see, B L N D, of heads whose queries and keys are not rotated yet."""
+        """Return the attention of tokens, B L N D, from heads whose queries and keys are not rotated yet."""
         query, key, value = heads
         query, key = rotate(query, rotary), rotate(key, rotary)
         served = self.num_heads // self.num_kv_heads
@@ -158,7 +158,7 @@ class JointTransformerBlock(nn.Module):
         return scale1, gate1.tanh(), scale2, gate2.tanh()
 
     def modulated_input(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Return what attention gets for the image tokens of x: B L+T C -> B L C."""
+        """Return the input of attention for the image tokens of x: B L+T C -> B L C."""
         scale, *_ = self.modulation(tokens.time)
         return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
 

@@ -188,7 +188,7 @@ class Lumina(ModelOfPictures):
         self.files.check(("dit", "gemma2", *(("ae",) if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill what the request leaves open, cut the size to whole patches, check files. Nothing is loaded.
+        """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
 
         Raises OptionError if a size or a number cannot be, CheckpointError if a file is missing or of another
         kind.
@@ -218,7 +218,7 @@ class Lumina(ModelOfPictures):
 
     @property
     def source(self) -> SourceRules:
-        """What denoising may start from; FLUX and Chroma have the same autoencoder."""
+        """Return the rules for starts of denoising; FLUX and Chroma have the same autoencoder."""
         return SourceRules((IMAGE, LATENTS), NAME, False, frozenset({"lumina", "flux", "chroma"}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
@@ -243,7 +243,7 @@ class Lumina(ModelOfPictures):
 
 
 def guidance_rules(extra: Mapping[str, str]) -> GuidanceRules:
-    """Return what a request asks of Lumina's guidance. Raises OptionError for what cannot be."""
+    """Return a request's settings of Lumina's guidance. Raises OptionError for impossible ones."""
     try:
         ratio = float(extra.get("cfg_trunc_ratio", CFG_TRUNC_RATIO))
         limit = float(extra.get("renorm_cfg", RENORM_CFG))

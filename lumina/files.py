@@ -1,4 +1,4 @@
-"""Files of a Lumina-Image-2.0 run: their paths, and the check that each is what its option says."""
+"""Files of a Lumina-Image-2.0 run: their paths, and the check that each fits its option."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -99,7 +99,7 @@ class LuminaFiles:
         return load_autoencoder(self.ae_path, device, self._beside(self.ae_dtype), self.ae_tile)
 
     def ae_identity(self) -> Mapping[str, str]:
-        """Return what latents depend on besides the pixels."""
+        """Return the facts that latents depend on besides the pixels."""
         return autoencoder_identity(self.ae_path, self._beside(self.ae_dtype), self.ae_tile)
 
     def check(self, needed: Collection[str] = ()) -> None:

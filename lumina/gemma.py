@@ -116,7 +116,7 @@ def gemma_states(gemma: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _causal(mask: Tensor, tokens: Tensor) -> Tensor:
-    """Return what is added to the scores of all layers: B 1 L L, like `tokens`, B L C.
+    """Return the addend to the scores of all layers: B 1 L L, like `tokens`, B L C.
 
     transformers would make it from numbers without a network's tensor, which a memory plan cannot place.
     """
@@ -129,7 +129,7 @@ def _causal(mask: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _config(path: Path, told: Mapping[str, Any], dim: int, rows: int, key_rows: int) -> dict[str, Any]:
-    """Return what depends on the width of heads, from config.json if there is one."""
+    """Return the settings for the width of heads, from config.json if there is one."""
     width = int(told.get("head_dim", HEAD_WIDTH))
     if rows % width or key_rows % width or (rows // width) % max(1, key_rows // width):
         raise CheckpointError(
@@ -153,7 +153,8 @@ def _config(path: Path, told: Mapping[str, Any], dim: int, rows: int, key_rows: 
 
 
 def _fill_computed(gemma: Any, device: torch.device) -> None:
-    """Make what files do not hold and a network built on the meta device lacks: angles and a factor."""
+    """Make the tensors that files do not hold and a network built on the meta device lacks: angles and a
+    factor."""
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
 
     gemma.rotary_emb = Gemma2RotaryEmbedding(gemma.config).to(device)

@@ -1,7 +1,6 @@
 """The Lumina-Image-2.0 transformer (NextDiT). Module names follow the published checkpoints.
 
-Source: the released model code and Qin et al. 2025, arXiv 2503.21758. `blocks.py` lists what is always
-float32.
+Source: the released model code and Qin et al. 2025, arXiv 2503.21758. `blocks.py` lists the steps in float32.
 """
 # Letters: B batch, L image tokens, T caption tokens, D head width, C width of the model
 
@@ -28,7 +27,7 @@ from modules.run_blocks import Hidden, run_blocks
 
 
 class TokenLayout(NamedTuple):
-    """What the rotations of a batch's tokens depend on."""
+    """The layout that decides the rotations of a batch's tokens."""
 
     grid: tuple[int, int]  # rows, columns of image tokens
     captions: tuple[int, ...]  # real tokens of each sample's caption; one number where all are equal
@@ -125,7 +124,7 @@ class LuminaModel(nn.Module):
         grid: tuple[int, int],
         tokens_of: Callable[..., LuminaTokens],
     ) -> tuple[Tensor, LuminaTokens]:
-        """Return refined caption tokens B T C, and what the blocks need for them together with the image.
+        """Return refined caption tokens B T C, and the blocks' further inputs for them and the image.
 
         tokens_of: makes that of rotations and lengths. The image stands at the position behind the caption,
         so its rotations depend on the caption's length.

@@ -59,7 +59,7 @@ class LuminaPictureOptions(Options, title="what to make"):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return height and width, cut to what the model makes."""
+        """Return height and width, cut to sizes that the model makes."""
         return self.image_height // SIZE_STEP * SIZE_STEP, self.image_width // SIZE_STEP * SIZE_STEP
 
 
@@ -71,7 +71,7 @@ class LuminaMinimalOptions(Options):
 
 
 def read_minimal(description: str | None, argv: Sequence[str] | None) -> LuminaMinimalOptions:
-    """Read the command line. Raises OptionError for what does not work here."""
+    """Read the command line. Raises OptionError for options that do not work here."""
     (options,) = parse_options(description, argv, LuminaMinimalOptions)
     return options
 

@@ -144,7 +144,7 @@ def caching_commands(dataset_config: Path | None, options: LuminaTrainingOptions
 def generation_words(options: LuminaTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
     """Return the script and the options that generate with the models of a training.
 
-    sample: what a sample was asked for, by the names of `Request`; may be empty.
+    sample: the settings of a sample, by the names of `Request`; may be empty.
     """
     files = {
         "--dit": options.dit or "DIT_FILE",

@@ -49,7 +49,7 @@ class GemmaTokenizer:
 
 
 def gemma_tokenizer_identity(path: Path | None, checkpoint_path: Path) -> str:
-    """Return what distinguishes the tokenizer in cache records. path: of --gemma2_tokenizer, or None.
+    """Return the tokenizer's identity for cache records. path: of --gemma2_tokenizer, or None.
 
     Raises CheckpointError if `path` is given and is not a tokenizer.
     """
@@ -169,7 +169,7 @@ class GemmaTextEncoder:
         return count
 
     def text_of(self, prompt: Prompt) -> str:
-        """Return what the model reads: the prompt, behind the system prompt if that stands before it."""
+        """Return the model's text: the prompt, behind the system prompt if that stands before it."""
         if not self.system_prompt or (prompt.is_negative and not self.in_negative):
             return prompt.text
         return f"{self.system_prompt} {PROMPT_START} {prompt.text}"
@@ -191,8 +191,8 @@ class GemmaTextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L} for each prompt.
 
-        They are on the CPU, masks and ids int64; gradients flow to what learns in the network. The states of
-        a part's tokens are multiplied by the part's weight.
+        They are on the CPU, masks and ids int64; gradients flow to trained parts of the network. The states
+        of a part's tokens are multiplied by the part's weight.
         Raises CheckpointError if the tokenizer has more tokens than the model.
         """
         gemma, tokenizer = self._loaded.get()

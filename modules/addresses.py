@@ -1,4 +1,4 @@
-"""Addresses such as https:// and s3://: which texts are one, and what of them may be shown. Standard library
+"""Addresses such as https:// and s3://: recognise them, and hide their secrets in messages. Standard library
 only.
 
 Passwords (`user:password@`) and the query of an address, which may be a signature, stand in no message,
@@ -52,7 +52,7 @@ def hide_secrets(text: str) -> str:
 
 @lru_cache(maxsize=1024)  # asked for a few times for each of a million addresses
 def address_identity(address: str) -> str:
-    """Return what tells a file from others: the address without password, signature and `#...`.
+    """Return a file's identity: the address without password, signature and `#...`.
 
     Not to be shown: its query may hold a secret of a kind that is not known here.
     """

@@ -1,4 +1,4 @@
-"""Take the text out of what a chat model answers. Standard library only."""
+"""Take the text out of a chat model's answer. Standard library only."""
 
 import re
 
@@ -14,7 +14,7 @@ def take_answer(text: str, most_characters: int = MOST_CHARACTERS) -> str:
     """Return the paragraph in an answer: without thoughts, control codes, line breaks, and quotation marks
     around it.
 
-    What is beyond `most_characters` is cut off.
+    Text beyond `most_characters` is cut off.
     """
     text = _THOUGHTS.sub("", text).rpartition("</think>")[2]
     text = " ".join(drop_control_codes(text).split())[:most_characters]

@@ -1,9 +1,9 @@
 """Write files atomically: to a temporary name in the same folder, flushed to disk, then renamed.
 
-Temporary names, `.NAME.MARK.tmp`, tell who writes them. A mark has the machine, the process and a random
-number, in hexadecimal. So the leftover of a killed process is known at once on its own machine, and a file
-that another process is writing is never taken for one. On other machines that share the folder only the age
-of a file can be asked. Nothing is locked: locks of network folders do not hold everywhere.
+Temporary names, `.NAME.MARK.tmp`, name their writer. A mark has the machine, the process and a random number,
+in hexadecimal. So the leftover of a killed process is known at once on its own machine, and a file that
+another process is writing is never taken for one. On other machines that share the folder only the age of a
+file can be asked. Nothing is locked: locks of network folders do not hold everywhere.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     """Yield a temporary path beside `path`; if the block succeeds, flush it to disk and rename it to `path`.
 
     The temporary name ends in `.tmp`, so no pattern for finished files matches it; old leftovers of killed
-    runs are removed. size_bytes: what will be written; compared with the free space first. Raises OutputError
-    if the folder cannot be written or the disk is full; an existing file then stays unchanged.
+    runs are removed. size_bytes: of the whole file; compared with the free space first. Raises OutputError if
+    the folder cannot be written or the disk is full; an existing file then stays unchanged.
     """
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +288,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def explain_errors(path: Path) -> Iterator[None]:
-    """Raise OutputError, with what to do, in place of an OSError while writing `path`."""
+    """Raise OutputError, with a remedy, in place of an OSError while writing `path`."""
     try:
         yield
     except OSError as error:
@@ -311,7 +311,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Temporary:
-    """What the name of a temporary file tells."""
+    """Facts in the name of a temporary file."""
 
     name: str  # of the file that it becomes
     is_written: bool | None  # whether its writer lives; None: unknown, it may be on another machine
@@ -332,7 +332,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def parse_temporary(name: str) -> Temporary | None:
-    """Return what a file name tells if it is that of a temporary file; else None."""
+    """Return the facts in the name of a temporary file; else None."""
     found = _TEMPORARY.fullmatch(name)
     if found is None:
         return None
@@ -342,9 +342,7 @@ def parse_temporary(name: str) -> Temporary | None:
 
 @functools.cache
 def _machine() -> int:
-    """Return a number of this machine since it was started, and of this container: of what numbers its
-    processes.
-    """
+    """Return a number that identifies this boot of the machine and this container."""
     words = [platform.node()]
     try:
         words.append((_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii"))

@@ -1,4 +1,4 @@
-"""What every script shares: logging, clean error output, exit codes.
+"""Parts that every script shares: logging, clean error output, exit codes.
 
 Standard library only, so that `--help` answers at once.
 """
@@ -100,8 +100,8 @@ def command_line(
 ) -> None:
     """Run `main` as a program: print a UserError without a traceback and exit with its code.
 
-    explain: given the file of a CheckpointError, returns what that file really is, or None; printed as a
-    hint. needs_packages: end at once if a package of requirements.txt is missing, but show the help without.
+    explain: given the file of a CheckpointError, returns its real kind, or None; printed as a hint.
+    needs_packages: end at once if a package of requirements.txt is missing, but show the help without.
     """
     start_logging()
     try:
@@ -129,7 +129,7 @@ def command_line(
 def let_the_first_tell() -> None:
     """Wait a little unless this is the first process of a launcher on this machine.
 
-    If that one has the same error, the launcher ends this one meanwhile, and it is told once.
+    If the first has the same error, the launcher ends this one meanwhile, so the error is printed once.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PATIENCE)

@@ -81,7 +81,8 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
 
 
 def _missing_for_inductor(device: torch.device) -> str:
-    """Return what torch's compiler lacks here and how to get it; empty if nothing is known to be missing."""
+    """Return the parts that torch's compiler lacks here and how to get them; empty if nothing is known to be
+    missing."""
     if device.type == "mps":
         return ""  # Metal's compiler is part of the system
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Show a summary as a box: what a run will do, and what came of it.
+"""Show a summary as a box: the plan of a run, and its result.
 
 On a terminal the box is drawn with borders; anywhere else it is aligned lines. It is a log record of level
 INFO, so other processes than the main one stay silent, and a progress bar moves out of its way.

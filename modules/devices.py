@@ -50,7 +50,7 @@ def choose_device(name: str | None) -> torch.device:
 
     Also makes CUDA compute float32 exactly. A GPU with a number becomes the current one: pinning and
     synchronising act on the current GPU, and would otherwise also use memory of the first one.
-    Raises OptionError if there is no such device.
+    Raises OptionError if the device does not exist.
     """
     keep_float32_exact()
     if name is None:

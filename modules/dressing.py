@@ -1,4 +1,4 @@
-"""What is put around a transformer after it was loaded, in the one order that training and generation share.
+"""Put features around a loaded transformer, in the one order that training and generation share.
 
 Before it: weights are quantised and LoRAs merged while loading, and a LoRA that is trained is attached.
 """

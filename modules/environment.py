@@ -27,8 +27,8 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
     """Return the Python of an environment that has all requirements.
 
     These are the runtime requirements, one extra of pyproject.toml and further packages. The environment is
-    the active one, else `.venv` in the repository; what it lacks is installed. An installed torch is kept,
-    whatever its version. An interrupted installation is resumed.
+    the active one, else `.venv` in the repository; missing packages are installed. An installed torch is
+    kept, whatever its version. An interrupted installation is resumed.
     Raises UserError if an installation fails.
     """
     runtime = [TORCH if requirement_name(line) == "torch" else line for line in read_requirements()]

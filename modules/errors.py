@@ -1,4 +1,4 @@
-"""Errors that a user can correct: what is wrong, where, and what to do.
+"""Errors that a user can correct: the fault, its place, and the remedy.
 
 They end the program without a traceback.
 """
@@ -37,7 +37,7 @@ class CacheError(UserError):
 class CheckpointError(UserError):
     """A model, LoRA or state file that is missing, damaged, or of another kind.
 
-    `path` lets the caller add what the file really is.
+    `path` lets the caller add the file's real kind.
     """
 
     def __init__(self, message: str, path: Path | None = None) -> None:

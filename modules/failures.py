@@ -1,4 +1,4 @@
-"""What fails in a run of several pieces of work while the rest goes on."""
+"""Failures in a run of several pieces of work while the rest goes on."""
 
 import logging
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class Failures:
             logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not is_known)
 
     def raise_if_any(self, total: int, where: str = "") -> None:
-        """Raise UserError listing what failed. where: begins the message, as "prompts.txt: ".
+        """Raise UserError listing the failures. where: begins the message, as "prompts.txt: ".
 
         If all failures share an exit code that says more than 1 or 2, the error has that one.
         """

@@ -41,7 +41,7 @@ _open: "weakref.WeakSet[BinaryIO]" = weakref.WeakSet()
 
 
 def _close_all() -> None:
-    """Close what a forked process inherited: it would keep the locks of a parent that was killed."""
+    """Close files that a forked process inherited: they would keep the locks of a killed parent."""
     for file in list(_open):
         file.close()
 
@@ -65,7 +65,7 @@ def try_lock(file: BinaryIO) -> bool | None:
 
 
 def is_file_of(path: Path, file: BinaryIO) -> bool:
-    """Whether an open file still is what a path names: it may have been removed or replaced."""
+    """Return whether a path still names an open file: it may have been removed or replaced."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

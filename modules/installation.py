@@ -1,4 +1,4 @@
-"""What this copy of Reelsmith is, checkout or installed package, and whether its requirements are there.
+"""Find whether this copy of Reelsmith is a checkout or an installed package, and check its requirements.
 
 Standard library only. In the package, all of our code lies below `reelsmith` (package/staging.py).
 """

@@ -1,7 +1,7 @@
 """Refuse a Python that cannot run Reelsmith. Every script imports this before anything else of ours.
 
 The check runs at import, because the next imports need modules and syntax of Python 3.11: this file has to
-be readable by older ones. Newer ones are refused too: nothing here has been tried with them.
+be readable by older ones. Newer ones are refused too, as they are untested.
 """
 
 import sys

@@ -13,7 +13,7 @@ MOST_SIDE = 16384  # pixels
 
 
 class MinimalLoraOptions(Options):
-    """LoRAs as the minimal scripts take them, and what they need not be told."""
+    """LoRAs as the minimal scripts take them, and options without a use there."""
 
     lora_weights: tuple[str, ...] = option("LoRAs to add", default=(), metavar="PATH;STRENGTH")
     merge_lora_weights = not_needed(

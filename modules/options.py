@@ -1,13 +1,13 @@
-"""Declare options once, as the fields of a record: parser, checks and messages are made of them.
+"""Declare options once, as the fields of a record; parser, checks and messages follow from it.
 
     class SavingOptions(Options, title="saving"):
         output_dir: Path | None = option("folder to save into", often=True)
         save_every_n_epochs: int | None = option("save after so many epochs", least=1)
         save_n_epoch_ratio: int | None = option("so many saves", least=1, excludes="save_every_n_epochs")
 
-A field's type says what is typed: bool is a switch, a tuple takes several words, str, int, float and Path
-one. Other facts stand in `option`. `add_options(parser, SavingOptions)` (modules/parser.py) declares all of
-them to a parser, `read_options(SavingOptions, args)` makes the record. Standard library only.
+A field's type gives the form of the value: bool is a switch, a tuple takes several words, str, int, float and
+Path one. Other facts stand in `option`. `add_options(parser, SavingOptions)` (modules/parser.py) declares all
+of them to a parser, `read_options(SavingOptions, args)` makes the record. Standard library only.
 """
 
 import argparse
@@ -68,10 +68,10 @@ def option(
     flags: further spellings. often: -h shows it. positional: given by its place, without a flag.
     title: the heading of its group, if not that of the record. least, most,
     above, below: limits of a number, or of each of a tuple. one_of: its values, in any case, where the parser
-    is not to know them. hint: stands behind the message of a wrong value. needs: an option of this record
-    that has to be given too; of a tuple, one of them. excludes: what cannot be given beside it. refused:
-    values of `choices` -> why there is no such choice. facts: FREE, NO_PIXELS and the like. settings: further
-    ones of `add_argument`. In front of a record, `facts` hold for all its options, and settings are those of
+    is not to know them. hint: follows the message on a wrong value. needs: an option of this record that has
+    to be given too; of a tuple, one of them. excludes: options that cannot stand beside it. refused: values
+    of `choices` -> why they are refused. facts: FREE, NO_PIXELS and the like. settings: further ones of
+    `add_argument`. In front of a record, `facts` hold for all its options, and settings are those of
     `add_options`.
     """
     words = {"needs": (needs,) if isinstance(needs, str) else needs}
@@ -130,7 +130,7 @@ class Options:
     """Base of option records: a frozen dataclass whose fields are options, or records of them.
 
     title: the heading of its options in the help; records of one title are listed together. A record checks
-    its facts when it is made, and then runs `__post_init__` for what is no fact.
+    its facts when it is made, and then runs `__post_init__` for the rest.
     """
 
     heading: ClassVar[str] = ""
@@ -343,7 +343,7 @@ def facts_of(cls: type) -> dict[str, dict[str, Any]]:
 
 
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
-    """Return the public names of the options of a record of which a fact has that value."""
+    """Return the public names of a record's options that have this value of a fact."""
     return tuple(name for name, facts in facts_of(cls).items() if facts.get(fact) == value)
 
 

@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         self._print_message(_colour_help(text) if wants_colour(file) else text, file)
 
     def format_help(self) -> str:
-        """Return all options: groups with much used ones first, what is refused or not needed at the end."""
+        """Return all options: groups with much used ones first, refused and unneeded options at the end."""
         formatter = self._get_formatter()
         formatter.add_usage(self._usage(), [], [])
         formatter.add_text(self.description)
@@ -136,7 +136,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _explain_rest(self, words: Sequence[str], others: Sequence[str]) -> str:
-        """Say what is wrong with words that belong to no option."""
+        """Explain words that belong to no option."""
         flags = {flag: action for action in self._actions for flag in action.option_strings}
         for before, path, word in zip(words, words[1:], words[2:], strict=False):
             is_one = before in flags and flags[before].nargs is None

@@ -52,8 +52,8 @@ def path_exists(path: Path) -> bool:
 def explain_path(text: str) -> str | None:
     """Return why a path that names nothing is no path, if it shows a usual mistake.
 
-    These are an address, quotation marks, a variable, a pattern and another system's path. What is returned
-    follows the path and ends without a full stop.
+    These are an address, quotation marks, a variable, a pattern and another system's path. The result follows
+    the path in a message and ends without a full stop.
     """
     if is_address(text) or _HUB.match(text):
         return "this is an address. Download the file first and give its path"

@@ -55,9 +55,9 @@ def advise(
 ) -> tuple[list[str], Predicted | None]:
     """Say what to change so that a prediction fits, the cheapest first; each line adds to those before it.
 
-    cheaper: options that are not in use and what is predicted with them, each with all before it.
+    cheaper: options not in use, and the prediction with each and all before it.
     usable: bytes of the device. swapped: blocks that the options swap.
-    phase: what the bytes are said to be of, " while denoising".
+    phase: words behind the bytes, " while denoising".
     Returns the lines, and the last prediction if even that does not fit.
     """
     lines: list[str] = []

@@ -1,6 +1,6 @@
 """Name everything private of torch that this project uses, to check it in one place with a new release.
 
-What is slow to import is imported by functions.
+Slow imports stand inside functions.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """The one loop over a transformer's blocks, and the place where code from outside stands around it.
 
 Every DiT is embed -> blocks -> unembed. Its `forward` calls `run_blocks` for the blocks, which calls the
-DiT's runner: `run_in_order`, or what `set_runner` put in its place. A runner usually does something before
-and after the one that was there, so several stack up:
+DiT's runner: `run_in_order`, or the one that `set_runner` put in its place. A runner usually wraps the
+earlier one, so several stack up:
 
     inner = runner_of(dit)
 

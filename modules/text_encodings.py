@@ -1,4 +1,4 @@
-"""Guess the encoding of a text file that is not UTF-8, to say what it is and to convert it. Standard library
+"""Guess the encoding of a text file that is not UTF-8, to name it and to convert the file. Standard library
 only.
 
 Each encoding that decodes the bytes is scored by how usual its characters are in a text: letters that stand
@@ -69,7 +69,7 @@ _AHEAD_IN_ALL = 1.5  # or how far in the sum over all characters
 
 @dataclass(frozen=True)
 class EncodingGuess:
-    """What a file's bytes probably are, and their text."""
+    """The probable encoding of a file's bytes, and their text."""
 
     encoding: str  # Python's name
     text: str
@@ -202,7 +202,7 @@ def _points(before: str, char: str, after: str, encoding: str) -> float:
 
 
 def _sign_points(char: str, encoding: str) -> float:
-    """Return points of a Chinese or Japanese sign or a Korean syllable: is it among those of daily use?"""
+    """Return points for an East Asian character: above 0 for one of daily use, else below."""
     lead = char.encode(encoding)[0]
     match encoding:
         case "gb18030":

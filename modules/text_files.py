@@ -1,8 +1,7 @@
 """Text files that a user names: regular, of a bounded size, parsed without recursion errors. Standard library
 only.
 
-What is wrong with a file is raised as OSError or ValueError, whose callers name the option or the table in a
-UserError.
+Faults are raised as OSError or ValueError; callers make a UserError of them that names the option or table.
 """
 
 import errno
@@ -55,7 +54,7 @@ def require_regular_file(path: Path) -> int:
 def read_safetensors_texts(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file, {} if it has none. Reads its header only, and no tensor.
 
-    Raises OSError as `require_regular_file`, ValueError saying what is wrong with the header.
+    Raises OSError as `require_regular_file`, ValueError if the header is wrong.
     """
     require_regular_file(path)
     with path.open("rb") as file:

@@ -14,7 +14,7 @@ from modules.installation import own_name
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
     """Import a module by the name that a user gave to an option. The working folder is searched too.
 
-    example: such a name. remedy: what to do where it is not found. Raises OptionError if it cannot be
+    example: a valid name. remedy: words for the error if it is not found. Raises OptionError if it cannot be
     imported.
     """
     if not all(part.isidentifier() for part in name.split(".")):

@@ -118,7 +118,7 @@ class AddedPart:
         return self.multiplier != 0
 
     def addition(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return what is added to the output of a matrix or a convolution for its input, None for nothing.
+        """Return the addend to the output of a matrix or a convolution for its input, None for nothing.
 
         dtype: of the output.
         """
@@ -159,7 +159,7 @@ class AddedPart:
         return is_sum and out.dtype == self._chain[-1].dtype
 
     def changes(self) -> dict[str, Tensor]:
-        """Return what is added to the module's parameters, by their names, float32."""
+        """Return the addends to the module's parameters, by their names, float32."""
         device = self.place.parameter.device
         changes = {self.place.leaf: self._delta(device) * self.multiplier} if self._whole else {}
         return changes if self._bias is None else {**changes, "bias": self._bias * self.multiplier}
@@ -184,7 +184,7 @@ class AddedPart:
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
-        """Return what is between the factors of a matrix; those of a 1x1 convolution fit too."""
+        """Return the input times the down factor; factors of a 1x1 convolution fit too."""
         return functional.linear(x.to(down.dtype), down.flatten(1)) * self.multiplier
 
     def _apply(self, x: Tensor, weight: Tensor) -> Tensor:

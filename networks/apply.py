@@ -68,7 +68,7 @@ class Change:
         )
 
     def placed(self, relative: Relative | None, weight: Tensor) -> "Change":
-        """The same for a weight that is part of the LoRA's module, or of which that module is a part.
+        """Return the same for a weight that is a part of the LoRA's module, or that contains it.
 
         Where the heights do not go together it stays as it is, to be found out by its shape.
         """
@@ -299,8 +299,8 @@ class LoraPatch:
         return self._renamed.get(module, module), leaf
 
     def _keys_of(self, name: str) -> Iterator[tuple[str, Relative | None]]:
-        """Names under which LoRAs change a parameter: its own, and those of its parts or of what it is part
-        of in other layouts.
+        """Return the names under which LoRAs change a parameter: its own, and those of its parts or wholes in
+        other layouts.
         """
         module, leaf = self._own(name)
         yield f"{OURS}{module}.{leaf}", None

@@ -161,10 +161,10 @@ def _baked(lora: LoraFile, baking: Baking | None, family_name: str | None = None
 def converted(
     lora: LoraFile, target: str, start: str = IN_DIFFUSERS, family_name: str | None = None
 ) -> ConvertedLora:
-    """Return a LoRA in another dialect; warn of what has no form in it.
+    """Return a LoRA in another dialect; warn of parts without a form in it.
 
     start: of the names in diffusers' dialect. family_name: whose LoRA it is, if the caller knows; metadata
-    say it better. Raises CheckpointError if nothing of it can be written.
+    say it better. Raises CheckpointError if no part of it can be written.
     """
     source = lora.path
     family, hint = _family_of(lora, family_name)

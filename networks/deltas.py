@@ -133,8 +133,8 @@ def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
 
 
 def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
-    """What is added to the module's weight at multiplier 1: out x in (x kernel), float32, in memory of its
-    own.
+    """Return the change of the module's weight at multiplier 1: out x in (x kernel), float32, in memory of
+    its own.
 
     For DoRA this is the change before `decompose`. None if only the bias changes.
     Raises RuntimeError if the factors do not go together.

@@ -1,4 +1,4 @@
-"""Take a LoRA out of a fine-tuned model or checkpoint: the low-rank part of what training changed."""
+"""Take a LoRA out of a fine-tuned model or checkpoint: the low-rank part of the change."""
 # Letters: R rank
 
 import json
@@ -248,7 +248,7 @@ def _family_of_both(pair: Pair) -> FamilyNames:
 
 
 def _unchanged_texts(pair: Pair, least: float) -> set[str]:
-    """Return the text encoders of which no value has changed by more than `least`."""
+    """Return the text encoders whose values all changed by at most `least`."""
     original, tuned = pair
     changed: dict[str, bool] = {}
     for name in (name for name in original.tensors if name.endswith("weight")):

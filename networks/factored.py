@@ -170,7 +170,7 @@ class _HadamardLinear(torch.autograd.Function):
 
 
 def _parts(factors: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """Return a matrix of a LoKr as what is applied one after the other."""
+    """Return a matrix of a LoKr as the factors to apply one after the other."""
     return [factors[name]] if name in factors else [factors[f"{name}_b"], factors[f"{name}_a"]]
 
 
@@ -205,10 +205,10 @@ class FactoredNetwork(OwnNetwork):
 def module_of_kind(
     read_shapes: ReadShapes, first: tuple[str, ...]
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Return what a module of such networks offers: `check_settings`, `create_arch_network` and
+    """Return the functions of a module of these networks: `check_settings`, `create_arch_network` and
     `create_arch_network_from_weights`, called as LoRA tuners call them.
 
-    first: names of factors of which each module in a file has one.
+    first: names of factors; each module in a file has one of them.
     """
 
     def check(
@@ -265,7 +265,7 @@ def _rebuild_factored(
 ) -> FactoredNetwork:
     """Build a network with the modules, factors and alphas of a file's tensors (under our names).
 
-    first: names of factors of which a module has one. Raises CheckpointError if nothing fits.
+    first: names of factors; each module has one of them. Raises CheckpointError if nothing fits.
     """
     if unet is None:
         raise TypeError("create_arch_network_from_weights needs unet")

@@ -205,7 +205,7 @@ class _Key:
 
 
 def _split(key: str) -> _Key | None:
-    """Take a key apart; None if it is none of a LoRA for a DiT."""
+    """Split a key into its parts; None if it belongs to no LoRA for a DiT."""
     key = _WITH_ADAPTER.sub(_without_adapter, key)
     key = _PROCESSOR.sub(_in_attention_layer, key)
     if key.endswith(_MODULATION):

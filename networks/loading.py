@@ -83,7 +83,7 @@ class LoraFile:
     def modules(self) -> dict[str, dict[str, Tensor]]:
         """The factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`.
 
-        Raises CheckpointError if the file has parts, of which none was chosen.
+        Raises CheckpointError if the file has parts and no part was chosen.
         """
         return group_by_module(self.for_expert(None).tensors)
 
@@ -170,7 +170,7 @@ def _read_part(
 ) -> LoraFile:
     """Bring tensors of a file under our names.
 
-    expert: the one that they are for; None: the file does not say it by their names.
+    expert: their expert; None: names in the file do not say it.
     """
     start = next((start for start, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
     if expert is not None:

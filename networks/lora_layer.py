@@ -82,7 +82,7 @@ class LoraLayer(nn.Module):
     ) -> None:
         """alpha: 0 means rank. decomposes: train the norms of the weight's rows beside the LoRA (DoRA).
 
-        heights: rows of the parts of a fused weight, each of which gets factors of its own, of this rank and
+        heights: rows of the parts of a fused weight; each part gets factors of its own, of this rank and
         alpha. Rank and alpha of the whole are theirs times the parts, so that alpha / rank stays.
         Initial values come from torch's global CPU generator, as in the LoRA modules of other tools.
         """

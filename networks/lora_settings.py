@@ -1,5 +1,5 @@
 """Settings of a LoRA network: `--network_dim`, `--network_alpha`, `--network_dropout`, `--network_args`, and
-what those of a family mean.
+the meaning of a family's own.
 """
 
 import ast
@@ -76,7 +76,7 @@ class BlockNumbers:
     numbers: frozenset[int] | None  # None: all
 
     def check(self, argument: str, depth: int) -> None:
-        """Raise OptionError if there is no such block among `depth` of them."""
+        """Raise OptionError if a block number is not below `depth`."""
         beyond = sorted(number for number in self.numbers or () if number >= depth)
         if beyond:
             raise OptionError(

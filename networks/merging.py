@@ -87,7 +87,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
 
 
 def _read_uses(options: FluxMergeOptions | WholeMergeOptions) -> tuple[list[LoraUse], torch.dtype | None]:
-    """Return the LoRAs with their strengths, and the dtype to write; None: as what is merged into."""
+    """Return the LoRAs with their strengths, and the dtype to write; None: that of the base file."""
     rows = zip(options.models or (), options.ratios or (), strict=True)
     uses = [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in rows]
     return uses, None if options.save_precision is None else DTYPES[options.save_precision]
@@ -176,12 +176,12 @@ def merge_into_file(
 
 
 def _info_in(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    """Return what is said of a tensor once it is in a dtype; whole numbers and 8-bit weights stay."""
+    """Return the header entry of a tensor cast to a dtype; whole numbers and 8-bit weights stay."""
     return info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
 
 
 def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int) -> None:
-    """Show what is merged. needed: bytes of the result."""
+    """Show the files to merge. needed: bytes of the result."""
     free = as_size(free_bytes(output.resolve().parent))
     rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
     show_box("Merging", [*rows, ("disk", f"{as_size(needed)}; {free} free")])

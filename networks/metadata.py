@@ -1,4 +1,4 @@
-"""What metadata of LoRA files say: the expert a file is for, checksums that model browsers look up."""
+"""Metadata of LoRA files: the expert of a file, checksums that model browsers look up."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in 
 
 
 def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
-    """Return the expert that a LoRA was trained for, or FOR_BOTH; None if nothing tells.
+    """Return the expert that a LoRA was trained for, or FOR_BOTH; None if unknown.
 
     Metadata count before the file's name: `x_high_noise.safetensors`, `x-HIGH-v2.safetensors`.
     """
@@ -32,7 +32,7 @@ def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
 
 
 def expert_of_model(path: Path) -> str | None:
-    """Return the expert that a model's file or folder holds, by its name or its folder's; None if none tells.
+    """Return the expert that a model's file or folder holds, by its name or its folder's; None if unknown.
 
     `high_noise_model/` is the official repository's, `transformer/` beside `transformer_2/` diffusers'.
     """
@@ -47,7 +47,7 @@ def in_words(expert: str) -> str:
 def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     """Group the tensors of a LoRA file by expert; {None: all} if the file has no parts for experts.
 
-    A file has them if names begin with what a pipeline of diffusers calls its further networks.
+    A file has them if names begin with those of further networks in a pipeline of diffusers.
     """
     names = list(names)
     found: dict[str | None, list[str]] = {}
@@ -67,7 +67,7 @@ def further_networks() -> tuple[str, ...]:
 def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
     """Return the metadata of one part of a file with a part for each expert, which name the expert.
 
-    Raises ValueError if what the file says of its parts cannot be read.
+    Raises ValueError if the file's metadata of its parts are unreadable.
     """
     common = {key: value for key, value in metadata.items() if key != PARTS_METADATA}
     own = parse_json(metadata.get(PARTS_METADATA, "{}")).get(expert, {})
@@ -76,7 +76,7 @@ def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
 
 
 def join_metadata(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Return metadata for a file with a part for each expert, of which `metadata_of` makes these again.
+    """Return metadata for a file with a part for each expert; `metadata_of` takes them apart again.
 
     parts: expert -> its metadata.
     """

@@ -26,9 +26,9 @@ def replace_dots(path: str) -> str:
 
 
 def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
-    """Return the family whose lists have most of these underscored names; None if no list has any.
+    """Return the family whose lists hold most of these underscored names; None if no list holds any.
 
-    Ties go to the family named `hint`, then to the one that has modules of these names, not only aliases.
+    Ties go to the family named `hint`, then to a family with modules of these names, not only aliases.
     """
     names = list(names)
 
@@ -81,7 +81,7 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
 
 
 def module_path(name: str, family: FamilyNames) -> str | None:
-    """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family has no such module.
+    """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family lacks the module.
 
     A parameter that is no module's weight counts as a module: `blocks.0.modulation`.
     """
@@ -147,7 +147,7 @@ def parts_of(name: str, family: FamilyNames) -> list[tuple[str, WeightPart]]:
 
 @cache
 def _all_parts(family: FamilyNames) -> tuple[WeightPart, ...]:
-    """Return a family's parts, and as such those aliases that are names of another family's own modules."""
+    """Return a family's parts, with the aliases that are names of another family's own modules."""
     others = {replace_dots(path) for other in FAMILIES if other is not family for path in other.modules}
     aliases = [pair for pair in family.aliases if family.parts and replace_dots(pair[0]) in others]
     return (*family.parts, *(WeightPart(theirs, ours) for theirs, ours in aliases))
@@ -198,7 +198,7 @@ def _from_ours(aliases: tuple[tuple[str, str], ...]) -> _Table:
 
 
 def diffusers_path(name: str, family: FamilyNames) -> str | None:
-    """Return `blocks.0.attn1.to_q` for `blocks_0_self_attn_q`; None if the family has no such module.
+    """Return `blocks.0.attn1.to_q` for `blocks_0_self_attn_q`; None if the family lacks the module.
 
     For families whose weights are cut in the same way in both layouts.
     """

@@ -42,7 +42,7 @@ def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]
     """Convert LoRAs of another layout to the modules that a model has: split fused ones or join parts.
 
     tensors: under our names, with our prefix; others are unchanged. height: module -> number of rows of its
-    weight, None if the model has no such module.
+    weight, None if the model lacks the module.
     """
     return fuse(cut(tensors, height), height)
 
@@ -91,9 +91,9 @@ def fuse(
     """Join the LoRAs for parts of a module to one for that module; warn of those that cannot be joined.
 
     tensors: under our names, with our prefix; others are unchanged. height: fused module -> number of rows of
-    its weight, None if the model has no such module: its parts then stay as they are. Without `height` every
-    part is joined, and heights come from the parts, those in other blocks too; if no block has the last part
-    of a weight, its height is that of every published model. family: whose modules these are; None: any. The
+    its weight, None if the model lacks it: its parts then stay as they are. Without `height` every part is
+    joined, and heights come from the parts, those in other blocks too; if no block has the last part of a
+    weight, its height is that of every published model. family: whose modules these are; None: any. The
     change of the weight stays the same. The rank is the sum of the parts' ranks, or their rank if they share
     one down factor.
     """
@@ -183,7 +183,7 @@ def _join(pieces: Pieces, height: int) -> Factors | str:
 
 
 def _stack(parts: Sequence[Factors], places: Sequence[slice], height: int) -> Factors:
-    """Return one LoRA whose up factor has the parts' up factors as blocks, each in its rows."""
+    """Return one LoRA; its up factor has the parts' up factors as blocks, each in its rows."""
     downs, ups = [factors[LORA[0]] for factors in parts], [factors[LORA[1]] for factors in parts]
     scales = [strength(factors) for factors in parts]
     if scales.count(scales[0]) < len(scales):
@@ -230,8 +230,8 @@ def mend_split_alphas(
 ) -> dict[str, Tensor]:
     """Return a LoRA's tensors with the alphas that it was trained with, for files of sd-scripts' `split_qkv`.
 
-    Such a file has the parts' factors in one, of k times the rank, but the alpha of one part, so that alpha /
-    rank would be k times too small. It is told by its metadata and its block-diagonal up factors.
+    These files join the parts' factors to one of k times the rank, but keep the alpha of one part, so that
+    alpha / rank would be k times too small. Metadata and block-diagonal up factors show them.
     """
     mended = dict(tensors)
     if '"split_qkv": "true"' not in metadata.get("ss_network_args", "").lower():

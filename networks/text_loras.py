@@ -63,7 +63,7 @@ class TextLoras:
 
     @torch.no_grad()
     def add_to(self, encoder: TextEncoder) -> None:
-        """Add what is for a loaded encoder to its weights; do nothing if that is done, or if nothing is.
+        """Add the encoder's LoRAs to its weights; do nothing if it is done, or without LoRAs for it.
 
         Raises CheckpointError if a LoRA does not fit, or for an encoder in 8 bits.
         """

@@ -1,4 +1,4 @@
-"""LoRA files as commands use them: how strongly, which parts; what is said if a model has not all of them."""
+"""LoRA files as commands use them: strengths, parts, and warnings of parts that a model lacks."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -95,8 +95,8 @@ def warn_of_absent(
 ) -> None:
     """Warn of parts of a LoRA that a model does not have, as `warn_of_rest`.
 
-    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. Those that only some
-    models of the family have are told apart: without them the others still do what they were trained for.
+    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. Parts that only some
+    models of the family have get their own warning: the others still work without them.
     """
     optional = [
         name

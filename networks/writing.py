@@ -54,12 +54,12 @@ class OtherTensors:
 
 
 def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> OtherTensors:
-    """Our names -> `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank),
+    """Rename ours to `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank),
     alpha left out.
 
-    LoHa and LoKr keep their factors and alphas. FramePack's names begin with `transformer.`: what reads them
-    is diffusers. Module paths come from the lists of the families' real modules; a name that none of them
-    has is left out and reported.
+    LoHa and LoKr keep their factors and alphas. FramePack's names begin with `transformer.`, as diffusers
+    reads them. Module paths come from the lists of the families' real modules; a name outside them is left
+    out and reported.
     """
     family = _family_of(tensors, family_hint)
     if family is None or family.is_as_in_diffusers:
@@ -89,7 +89,7 @@ def to_diffusers_parts(
     whose fused weights diffusers cuts up, as FLUX's.
 
     The parts of a fused weight share the down factor, or have their own if the up factor is block-diagonal.
-    alpha / rank is folded in by powers of two, which change no digit. What has no form there is left out.
+    alpha / rank is folded in by powers of two, which change no digit. Other parts are left out.
     """
     return _write(tensors, start, lambda name, factors: _pieces(name, factors, family), _in_toolkit)
 
@@ -122,7 +122,7 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> OtherTensors:
 
 
 def _to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames) -> OtherTensors:
-    """Our names -> `diffusion_model.<path>. ...`, whole modules of any kind, as `to_other`."""
+    """Rename ours -> `diffusion_model.<path>. ...`, whole modules of any kind, as `to_other`."""
     return _write(tensors, OTHER, lambda name, one: _alone(module_path(name, family), one), _in_comfyui)
 
 
@@ -162,7 +162,7 @@ def _write(
 def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
     """Return the tensors of a module as ComfyUI reads them.
 
-    Biases are whole differences there. An alpha of 0 is written as what it means here, the rank.
+    Biases are whole differences there. An alpha of 0 means the rank, and is written so.
     """
     rest = {part: one for part, one in factors.items() if part not in ("alpha", "diff_b", "lora_up.bias")}
     if rest.keys() <= {*LORA, "diff", DORA}:
@@ -285,7 +285,7 @@ def _folded(factors: Factors) -> Factors:
 
 
 def rename_to_aliases(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA of ours under the family's aliases, those modules that have one."""
+    """Return the tensors of our LoRA, renamed to the family's aliases where modules have one."""
     return _rename(tensors, family, to_alias)
 
 

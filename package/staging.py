@@ -38,7 +38,7 @@ def lay_out_sources(root: Path, folder: Path) -> None:
 
 
 def lay_out_package(root: Path, folder: Path) -> None:
-    """Copy what is installed into `folder`/reelsmith, with the imports and texts that it has there.
+    """Copy the installed files into `folder`/reelsmith, with the imports and texts that it has there.
 
     Raises ValueError, naming the file, if one of them cannot be rewritten.
     """

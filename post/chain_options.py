@@ -29,7 +29,7 @@ HELP = {"-h", "--help"}
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool: its names, its options, and what it adds to a file's name."""
+    """One tool: its names, its options, and its suffix for a file's name."""
 
     name: str
     aliases: tuple[str, ...]  # other names, in lower case
@@ -50,14 +50,14 @@ ToolOptions = tuple[Tool, Any]  # a tool and the record of its options
 
 @dataclass(frozen=True)
 class Chain:
-    """What one run is told: its files, and the tools with their options in the order of work."""
+    """Options of one run: its files, and the tools with their options in the order of work."""
 
     run: ToolRunOptions
     tools: tuple[ToolOptions, ...]
 
     @property
     def added(self) -> str:
-        """Return what is added to the names of results: SWINIR_VFI."""
+        """Return the suffix for the names of results: SWINIR_VFI."""
         return "_".join(tool.added(options) for tool, options in self.tools)
 
     @property
@@ -128,15 +128,15 @@ class AskedTools:
 
     @property
     def in_words(self) -> str:
-        """Return what the tools do, as metadata keep it: without folders."""
+        """Return the work of the tools, as metadata keep it: without folders."""
         return f" {THEN} ".join(tool_in_words(tool, options) for tool, options in self.tools)
 
 
 def read_asked(texts: Sequence[str], option: str) -> AskedTools:
     """Read tools from texts, each of one or more: `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
 
-    option: what the texts were given to, for messages. Ends the program, as argparse does, if a word cannot
-    be understood. Raises OptionError.
+    option: that had the texts, for messages. Ends the program, as argparse does, if a word cannot be
+    understood. Raises OptionError.
     """
     tools = []
     for text in texts:
@@ -153,8 +153,8 @@ def read_asked(texts: Sequence[str], option: str) -> AskedTools:
 def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     """Read the name of a tool and its options: `facefix --weight 0.7`, or `facefix weight=0.7`.
 
-    Without a model the downloaded one is taken. before: what stands before the name in a command, for
-    messages. Ends the program if help is asked for. Raises OptionError.
+    Without a model the downloaded one is taken. before: the words before the name in a command, for messages.
+    Ends the program if help is asked for. Raises OptionError.
     """
     if not words:
         raise OptionError(f"the name of a tool is missing. Give {tool_names()}.")
@@ -212,7 +212,7 @@ def name_tool(name: str) -> Iterator[None]:
 
 def tool_in_words(tool: Tool, options: Any) -> str:
     """Return a tool and its settings as metadata keep them: `upscaler model=x.pth scale=2.0`; files by name
-    only, so that no folder is told.
+    only, to keep folders private.
     """
     words = [tool.name]
     for name, value in option_values(options).items():
@@ -223,7 +223,7 @@ def tool_in_words(tool: Tool, options: Any) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Split what is given to --post into words; quotes hold blanks together, a backslash is a letter."""
+    """Split the value of --post into words; quotes hold blanks together, a backslash is a letter."""
     lexer = shlex.shlex(text, posix=True)
     lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
     try:
@@ -262,7 +262,7 @@ def as_options(words: Sequence[str], parser: argparse.ArgumentParser) -> list[st
 
 
 def _refuse_run_options(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Raise OptionError for what holds for the whole run."""
+    """Raise OptionError for options that hold for the whole run."""
     own, of_run = _flags(parser), _run_flags()
     for word in words:
         flag = word.partition("=")[0]

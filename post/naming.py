@@ -32,7 +32,7 @@ class FileJob:
 
 
 def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob]:
-    """Return what is to be done, by name; empty if nothing is to be overwritten.
+    """Return the jobs, by name; empty if results exist and must not be overwritten.
 
     ask: asks what to do about results that exist; returns None if nobody can answer. Raises OptionError,
     MediaError or OutputError if a file is missing, or if a result would replace an input or another result.

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console) -> None:
-    """Do what a command line asks for. Raises UserError; what is named wrongly fails before networks load."""
+    """Run a command line. Raises UserError; wrong names fail before networks load."""
     jobs = plan_jobs(chain, ask)
     device = choose_device(chain.run.device)
     check_tools(chain.tools, chain.labels, device)

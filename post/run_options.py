@@ -10,7 +10,7 @@ from modules.options import Options, option
 
 
 class ToolRunOptions(Options, title="input and output"):
-    """What is read, and where the result goes."""
+    """The input, and the place of the result."""
 
     input: Path = option(
         "a video, a picture, or a folder: then each video and each picture in it is worked on by itself",

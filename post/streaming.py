@@ -18,11 +18,11 @@ LAST_WAIT = 3.0  # seconds that a writer gets to end after Ctrl-C, when it has a
 
 
 class Closed(Exception):
-    """Nobody takes any more what is put into a queue."""
+    """End of a queue that nobody reads any more."""
 
 
 class StreamStopped(Exception):
-    """The run ends: what has been written so far is not wanted."""
+    """End of a failed run: its output so far must be removed."""
 
 
 class Pipe(Generic[T]):
@@ -59,7 +59,7 @@ class Pipe(Generic[T]):
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Say that nothing more will be taken; what waits is dropped."""
+        """Say that nothing more will be taken; waiting items are dropped."""
         with self._changed:
             self._items.clear()
             self._is_closed = True

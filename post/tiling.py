@@ -96,7 +96,7 @@ Joined = tuple[Tensor, int]  # memory for all, and up to where it is filled
 
 
 def _join(joined: Joined | None, made: Tensor, start: int, length: int, axis: int) -> Joined:
-    """Lay a tile, or a strip of them, over what is there; `start` is its first place."""
+    """Blend a tile, or a strip of them, into the result; `start` is its first place."""
     end = start + made.shape[axis]
     if joined is None:
         if end == length:
@@ -144,7 +144,7 @@ def least_tile(step: int, overlap: int) -> int:
 
 
 def short_reason(error: BaseException) -> str:
-    """Return the first sentence of what an error says, its kind if it says nothing."""
+    """Return the first sentence of an error's message, its kind without a message."""
     return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
@@ -184,7 +184,7 @@ class Fitting:
             free_memory(self.device)
 
     def _take_less(self, batch: int, longest: int, reason: str) -> None:
-        """Halve what is computed at once. longest: side of a picture."""
+        """Halve the size of a part. longest: side of a picture."""
         if min(self.batch, batch) > 1:
             self.batch = min(self.batch, batch) // 2
             logger.info("Memory is full: from now on %d at once.", self.batch)

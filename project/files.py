@@ -47,7 +47,7 @@ class Media:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is trained on what."""
+    """The chosen model and its material."""
 
     options: NewOptions
     model: ModelSet
@@ -294,7 +294,7 @@ def _table(head: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def _tell(choice: Choice) -> list[str]:
-    """Return what was found and chosen, and what is missing."""
+    """Return a report of found, chosen and missing files."""
     model, media, frames = choice.model, choice.media, choice.frames
     clips = [one for one in media if one.is_clip]
     shown = (

@@ -18,9 +18,9 @@ def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
 
 
 def choose_model(family: str | None, task: str | None) -> ModelSet:
-    """Return the model that is named; what is not is asked for on a terminal.
+    """Return the named model; ask for missing words on a terminal.
 
-    Raises OptionError if there is no such model, or nobody to ask.
+    Raises OptionError if the model is unknown, or nobody can be asked.
     """
     models = find_models()
     family = _choose("--family", family, {one.family: "" for one in models})

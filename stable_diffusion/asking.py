@@ -175,7 +175,7 @@ def _given_seeds(text: str) -> tuple[int, ...] | None:
 
 
 def _check_parts(parts: int) -> None:
-    """Raise OptionError if a mask can show neither what is repainted, as there is no picture, nor regions."""
+    """Raise OptionError if a mask has no use: no picture to repaint and no regions."""
     if parts == 1:
         raise OptionError(
             "--mask_path is for a picture (--image_path) or for a prompt of several parts, and this one has "

@@ -38,7 +38,7 @@ class Part:
 
 @dataclass(eq=False)
 class _Bracket:
-    """A pair of brackets, whose weight may be told where it closes."""
+    """A pair of brackets; its end may give the weight."""
 
     is_round: bool
     weight: float
@@ -182,7 +182,7 @@ def join_states(states: Tensor) -> Tensor:
 
 
 def join_weights(chunks: Sequence[Chunk]) -> list[float]:
-    """Return the weights of the joined states: 1 of all that are none of the text's tokens."""
+    """Return the weights of the joined states: 1 for all but the text's tokens."""
     weights = [1.0]
     for chunk in chunks:
         weights += [*chunk.weights, *[1.0] * (SIZE - len(chunk.ids))]

@@ -111,7 +111,7 @@ class GradualLatent:
 
 @dataclass(frozen=True)
 class SizeConditions:
-    """What SDXL is told about sizes and crops, pixels; None: the picture's own size."""
+    """SDXL's conditions of sizes and crops, pixels; None: the picture's own size."""
 
     original_width: int | None = None
     original_height: int | None = None

@@ -1,7 +1,7 @@
-"""ControlNets: what they add to the U-Net's features, after guide images.
+"""ControlNets: add to the U-Net's features after guide images.
 
-Of several ControlNets of Stable Diffusion 1.x and 2.x one acts in each step, in turn; those of XL all act,
-and the mean of what they add counts. Source: Zhang et al. 2023, arXiv 2302.05543.
+Several ControlNets of Stable Diffusion 1.x and 2.x act in turn, one in each step; those of XL all act, and
+their mean counts. Source: Zhang et al. 2023, arXiv 2302.05543.
 The networks are diffusers'.
 """
 # Letters: B pictures, R rows of one call of the U-Net, L tokens

@@ -196,7 +196,7 @@ _AS_UNET = (
 
 
 def _read_added(shape: Any, sources: Mapping[str, TensorSource], unet: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is configured of the sizes and of the pooled text that SDXL's networks are told."""
+    """Return the settings of SDXL's added conditions: sizes and pooled text."""
     if "add_embedding.linear_1.weight" not in sources:
         return {}
     return {

@@ -13,7 +13,7 @@ VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the l
 
 @dataclass(frozen=True)
 class CannyThresholds:
-    """Edges are where the grey image changes by more than `high`, and by more than `low` next to such."""
+    """Edges: the grey image changes by more than `high`, or by more than `low` next to an edge."""
 
     low: int
     high: int

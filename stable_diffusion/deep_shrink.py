@@ -25,7 +25,7 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True, eq=False)
 class DeepShrinks:
-    """Makes the idea of Deep Shrink for batches that want it. Without one the U-Net has none of its hooks."""
+    """Set up Deep Shrink for batches that want it. Without it the U-Net has no hooks."""
 
     unet: Any
 
@@ -33,7 +33,7 @@ class DeepShrinks:
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
         """Set the U-Net up for a batch; it is put back at the end. None: the batch wants no Deep Shrink.
 
-        Raises OptionError if the U-Net has no such depth.
+        Raises OptionError if the U-Net is not that deep.
         """
         shrink = pictures[0].settings.deep_shrink
         if shrink is None:
@@ -130,7 +130,7 @@ class _Shrinking:
         return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
 
     def skip_sizes(self) -> list[Size]:
-        """Return the sizes of what the input blocks give."""
+        """Return the sizes of the input blocks' outputs."""
         size, sizes = self.size, []
         for depth, block in enumerate(self.blocks):
             if depth == self.depth:

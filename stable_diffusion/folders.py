@@ -66,9 +66,9 @@ def is_pipeline(path: Path) -> bool:
 
 
 def read_folder_marks(folder: Path) -> Marks:
-    """Return what the folder holds, by its parts and their configurations.
+    """Return the folder's kind of model, by its parts and their configurations.
 
-    Raises CheckpointError saying what it is instead, or what is missing.
+    Raises CheckpointError that names another model's kind, or the missing part.
     """
     kind = _kind_of(folder)
     file = folder / "scheduler" / "scheduler_config.json"
@@ -82,7 +82,7 @@ def read_folder_marks(folder: Path) -> Marks:
 
 
 def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
-    """Plan how to load the folder's U-Net. files: closes what is opened."""
+    """Plan how to load the folder's U-Net. files: closes opened files."""
     checkpoint = files.enter_context(open_part(folder / "unet", ("diffusion_pytorch_model",)))
     config = _read_config(folder / "unet", UNet2DConditionModel, checkpoint.tensors)
     for name, values in _PLAIN.items():
@@ -103,7 +103,7 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
 
 
 def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitStack) -> LoadPlan[VaeSizes]:
-    """Plan how to load the VAE of a folder with config.json and weights; files: closes what is opened."""
+    """Plan how to load the VAE of a folder with config.json and weights; files: closes opened files."""
     checkpoint = files.enter_context(open_part(folder, ("diffusion_pytorch_model",)))
     config = _read_config(folder, AutoencoderKL, checkpoint.tensors)
     levels = config.get("block_out_channels", ())
@@ -133,7 +133,7 @@ def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitS
 
 
 def read_folder_texts(folder: Path, kind: ModelKind, files: ExitStack) -> tuple[TextPlan, ...]:
-    """Plan how to load the folder's text encoders. files: closes what is opened."""
+    """Plan how to load the folder's text encoders. files: closes opened files."""
     plans = []
     for number, name in enumerate(("text_encoder", "text_encoder_2")[: 2 if kind is SDXL else 1]):
         checkpoint = files.enter_context(open_part(folder / name, ("model", "pytorch_model")))

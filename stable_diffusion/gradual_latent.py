@@ -84,7 +84,7 @@ def check_batch(pictures: Sequence[AskedPicture], sampler: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class GradualSolver:
-    """A `DiffusersSampler` that takes steps like `inner`, some of which make the latents grow."""
+    """A `DiffusersSampler` with the steps of `inner`; some steps also enlarge the latents."""
 
     inner: SchedulerSolver  # of euler_a; it draws noise in the size of the sample that it is given
     full: Size

@@ -70,7 +70,7 @@ class Vgg16(nn.Module):
 def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) -> Vgg16:
     """Load the layers up to that number; on the meta device they are compared and not read.
 
-    Raises CheckpointError if the file holds something else, OptionError if it has no such layer.
+    Raises CheckpointError if the file holds something else, OptionError if it lacks the layer.
     """
     with open_checkpoint(path) as checkpoint:
         layers = _plan_layers(checkpoint, last)

@@ -155,7 +155,7 @@ def prepare_highres(options: HighresOptions, vae_batch_size: float | None = None
 def make_pictures(
     maker: Makes, highres: Highres | None, pictures: Sequence[AskedPicture]
 ) -> Iterator[SavedStage]:
-    """Make a batch: yield what is to be saved of each stage as soon as it is there.
+    """Make a batch: yield the pictures to save of each stage as soon as they are made.
 
     pictures: of equal settings, as `Maker.make` takes them. Raises UserError, as `Maker.make`, and if
     --highres_fix_upscaler fails.

@@ -243,7 +243,7 @@ def _layers_of(network: Lllite, use: ControlUse, unet: nn.Module) -> list[tuple[
 
 
 def _path_of(name: str) -> str | None:
-    """Return the path of a layer of the U-Net by its name in a file; None if SDXL has no such layer."""
+    """Return the path of a layer of the U-Net by its name in a file; None if SDXL lacks it."""
     return module_path(alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
 
 

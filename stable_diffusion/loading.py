@@ -1,4 +1,4 @@
-"""Load a checkpoint: what it is, its networks onto the device, its tokenizers.
+"""Load a checkpoint: find its kind, load its networks onto the device, and its tokenizers.
 
 Everything is planned and compared first, so that a wrong or damaged file costs no loading: dimensions, names
 and shapes of all tensors, tokenizers, the package for attention.
@@ -63,7 +63,7 @@ class OpenedCheckpoint:
 
 
 def load_model(options: ModelOptions, device: torch.device) -> Model:
-    """Load the checkpoint of --ckpt with what the other options change, in evaluation mode.
+    """Load the checkpoint of --ckpt with the changes of other options, in evaluation mode.
 
     Raises OptionError or CheckpointError, before anything is loaded, if the options contradict the file or a
     file is damaged or of another kind.
@@ -148,7 +148,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
 def find_checkpoint(ckpt: Path) -> Path:
     """Return the file or folder that --ckpt names; `owner/name`, if not here, is fetched from the hub.
 
-    Raises CheckpointError if there is none, or the folder is none of diffusers.
+    Raises CheckpointError if it is missing, or the folder is not one of diffusers.
     """
     if ckpt.is_dir():
         if is_pipeline(ckpt):
@@ -280,7 +280,7 @@ def _fill_one(network: Any, plan: LoadPlan[Any], device: torch.device, dtype: to
 
 
 def _explain(build: Callable[[Any], Any], plan: LoadPlan[Any]) -> Any:
-    """Build a network, with a CheckpointError in place of what diffusers raises for odd settings."""
+    """Build a network, with a CheckpointError in place of diffusers' errors for odd settings."""
     try:
         return build(plan.config)
     except Exception as error:  # of many classes; all mean that the dimensions do not go together
@@ -327,7 +327,7 @@ def _tower(
 
 
 def _set_up(options: ModelOptions, unet: Any, vae: Any) -> None:
-    """Apply the options that change how networks compute, not what."""
+    """Apply the options that change the computation of networks without changing their weights."""
     if options.xformers or options.diffusers_xformers:
         unet.set_attn_processor(XFormersAttnProcessor())  # diffusers' own choice else: torch's
     if options.diffusers_xformers:

@@ -284,7 +284,7 @@ def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[
 
 
 def _log_added(uses: Sequence[LoraUse], parts: Sequence[Sequence[Mapping[str, AddedPart]]]) -> None:
-    """Log what is added at run time. parts: of each network, of each file."""
+    """Log the LoRAs added at run time. parts: of each network, of each file."""
     for index, use in enumerate(uses):
         own = [part for target in parts for part in target[index].values()]
         whole = sum(part.is_made_whole for part in own)

@@ -101,9 +101,8 @@ class Maker:
     ) -> Made:
         """Make a batch. A picture does not depend on the others of its batch.
 
-        pictures: of equal settings. Those whose texts are of different lengths, or of which some have an
-        input picture or a mask and some not, are made one group after the other; so is each that is steered
-        by guides.
+        pictures: of equal settings. Pictures that differ in the length of texts, or in having an input
+        picture or a mask, are made one group after the other; each one that guides steer is made alone.
         start: what to begin with instead of the pictures' input images. Raises UserError.
         """
         for picture in pictures:
@@ -279,9 +278,9 @@ def _part_of(start: SecondStart, places: Sequence[int]) -> SecondStart:
 
 
 def time_ids(settings: PictureSettings, negative: bool) -> Tensor:
-    """Return what SDXL is told about sizes: original height and width, crop, height and width that are made.
+    """Return SDXL's size conditions: original height and width, crop, height and width of the result.
 
-    What is not said is the picture's own size; for negative texts, the original size of the prompt's.
+    A missing one is the picture's own size; for negative texts, the original size of the prompt's.
     """
     sizes = settings.sizes
     height = settings.height if sizes.original_height is None else sizes.original_height

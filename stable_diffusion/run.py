@@ -128,7 +128,7 @@ def _too_little(error: torch.OutOfMemoryError, batch: Sequence[AskedPicture]) ->
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What is known before networks are loaded."""
+    """Facts known before networks are loaded."""
 
     options: GenImgOptions
     inputs: Inputs
@@ -180,7 +180,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
 
 
 def _make_lines(setup: Setup, lines: Sequence[Line], failures: Failures) -> list[Path]:
-    """Make the pictures of lines that are known. What is wrong with one shows before a model is loaded."""
+    """Make the pictures of known lines. Faults in a line show before a model is loaded."""
     usable = []
     for line in lines:
         with failures.note_errors(line.label):

@@ -100,7 +100,7 @@ def _lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> floa
 
 @contextmanager
 def _no_warnings_to_developers() -> Iterator[None]:
-    """Keep what is of no use to our users: "dpmsolver" will be removed, tensors are arrays in an old way."""
+    """Hide warnings to developers: "dpmsolver" will be removed, tensors are arrays in an old way."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -54,7 +54,7 @@ class StartNoiseOptions(Options):
 
 
 class SizeOptions(Options, title="sizes that Stable Diffusion XL is told"):
-    """What SDXL is told about sizes and crops; None: the picture's own size, and 0."""
+    """SDXL's conditions of sizes and crops; None: the picture's own size, and 0."""
 
     original_height: int | None = option("original height; usually the height", least=1)
     original_height_negative: int | None = option(

@@ -1,7 +1,7 @@
-"""What denoising begins with: noise, a picture with noise, or a picture whose masked part is made anew.
+"""Start of denoising: noise, a picture with noise, or a picture to repaint under a mask.
 
 A picture's generator is drawn from in the order of diffusers' pipelines: the posterior of its input picture,
-the start noise, the posterior of what the mask leaves of the input; then come the steps.
+the start noise, the posterior of the unmasked input; then come the steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -245,7 +245,7 @@ def begin(
 
 
 def _pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tensor:
-    """Return the pixels of what the pictures start from, B 3 H W."""
+    """Return the pixels of the pictures' starts, B 3 H W."""
     settings = pictures[0].settings
     if start is not None:
         assert start.images is not None

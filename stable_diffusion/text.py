@@ -46,8 +46,8 @@ class Texts:
         """Teach the encoders the words of embeddings, which adds rows to their networks.
 
         layers: with --XTI_embeddings, names of the U-Net's cross-attentions: a text has states for each, one
-        after the other. Raises OptionError if an encoder has no such layer as --clip_skip names,
-        CheckpointError as `add_words`.
+        after the other. Raises OptionError if an encoder lacks the layer of --clip_skip, CheckpointError as
+        `add_words`.
         """
         self._towers = add_words(towers, kind, _read_words(options, layers))
         self._copies = max(len(layers), 1)  # of a text's states

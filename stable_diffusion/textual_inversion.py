@@ -51,10 +51,10 @@ class LearnedWord:
 def read_words(
     paths: Sequence[Path], extended: Sequence[Path] = (), layers: Sequence[str] = ()
 ) -> tuple[LearnedWord, ...]:
-    """Read files of textual inversion: safetensors, or pickled tensors, of which no code is run.
+    """Read files of textual inversion: safetensors, or pickled tensors without running code.
 
     extended: files of extended textual inversion, which have a tensor for each of these `layers`. Raises
-    CheckpointError if one is missing or is none, or if two have the same name.
+    CheckpointError if one is missing or of another kind, or if two have the same name.
     """
     words = (*map(_read_word, paths), *(_read_extended(path, layers) for path in extended))
     for index, word in enumerate(words):
@@ -260,7 +260,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def _read_content(path: Path, option: str) -> Mapping[str, Any]:
-    """Return what is in a file. Raises CheckpointError if it is missing, damaged, too large or holds code."""
+    """Return a file's content. Raises CheckpointError if it is missing, damaged, too large or holds code."""
     if not path.is_file():
         raise CheckpointError(f"{option} {path}: there is no such file. Give files that are there.", path)
     if path.stat().st_size > MOST_BYTES:

@@ -1,6 +1,6 @@
 """The U-Net of a single file: dimensions from its tensors, and how diffusers' network is filled with them.
 
-diffusers' classes take their dimensions as keywords; `UnetSizes` is such a set, and the only loose typing.
+diffusers' classes take their dimensions as keywords; `UnetSizes` holds them, and is the only loose typing.
 """
 
 import re
@@ -222,7 +222,7 @@ def _depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) 
 
 
 def _told_sizes(sizes: _Sizes, pooled: int) -> dict[str, Any]:
-    """Return the settings of what SDXL is told beside the text: its pooled state, and sizes as waves."""
+    """Return the settings of SDXL's conditions beside the text: its pooled state, and sizes as waves."""
     width = sizes.shape("add_embedding.linear_1.weight", 2)[1]
     waves, rest = divmod(width - pooled, SIZE_NUMBERS)
     if rest or waves < 2 or waves % 2:

@@ -1,9 +1,9 @@
 """Caches made inside the training command, by the one caching loop, before the DiT is loaded.
 
-Of each table, latents and texts are kept where the options say: in npz files beside the pictures, or in host
-memory. Without such options, caches that the caching scripts have made are used; if there are none, latents
-are encoded once into memory (which is encoding at each step but for the posterior's noise) and texts at each
-step. Pictures that augmentation changes each time are encoded at each step too.
+Options say where latents and texts of a table are kept: in npz files beside the pictures, or in host memory.
+Without these options, caches of the caching scripts are used; if there are none, latents are encoded once
+into memory (which is encoding at each step but for the posterior's noise) and texts at each step. Pictures
+that augmentation changes each time are encoded at each step too.
 """
 
 import logging
@@ -121,7 +121,7 @@ def _fill(
     device: torch.device,
     stores: Stores,
 ) -> None:
-    """Encode what is to be kept in npz files and in memory."""
+    """Encode the items to keep in npz files and in memory."""
     places = EntryPlaces(stores, options.skip_cache_check)
 
     def tables(is_wanted: Callable[[TablePlan], bool]) -> DatasetConfig:

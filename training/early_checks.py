@@ -103,7 +103,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
 
 
 def _check_room(family: Family, options: TrainingOptions) -> None:
-    """Raise OutputError if the disk has no room for one file of what is trained."""
+    """Raise OutputError if the disk has no room for one trained file."""
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is None or name is None or not folder.is_dir():
         return

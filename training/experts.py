@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Turns:
-    """Networks of which one is on the device, while the others wait in host memory."""
+    """Networks that take turns on the device, while the others wait in host memory."""
 
     copies: Mapping[nn.Module, HostCopy]
 
     def bring(self, network: nn.Module) -> None:
-        """Put a network on the device, in the place of the one that is there. Nothing is copied back."""
+        """Put a network on the device in place of the current one. Nothing is copied back."""
         copy = self.copies[network]
         if copy.is_here:
             return
@@ -139,7 +139,7 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
 
 
 def _warn_of_other_starts(family: Family, options: TrainingOptions) -> None:
-    """Warn if --network_weights was trained for another expert than the one that goes on from it."""
+    """Warn if --network_weights was trained for another expert."""
     for expert in family.experts:
         network = network_for(options, expert)
         if network is None or network.network_weights is None:

@@ -1,6 +1,6 @@
-"""Options of what learns: the whole DiT, or networks of several transformers.
+"""Options of the trained part: the whole DiT, or networks of several transformers.
 
-Standard library only. What a single network is made of is in networks/options.py.
+Standard library only. Those of a single network are in networks/options.py.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ class WholeDitOptions(Options, title="full fine-tuning"):
 
 
 class ExpertTrainingOptions(Options, title="two transformers"):
-    """What learns in each transformer, and where one waits while another works."""
+    """Trained parts of each transformer, and where one waits while another works."""
 
     lora_per_expert: bool = option(
         "with --dit and --dit_high_noise: train a network for each and save two files, "

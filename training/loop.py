@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asked:
-    """What all processes agree to do after a step, besides what is due."""
+    """Extra work that all processes agree to do after a step."""
 
     saves: bool
     samples: bool
@@ -69,7 +69,7 @@ def train(run: TrainingRun) -> bool:
 
 
 def advance(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> bool:
-    """Take a step and do what is due after it. Returns whether the run has to end here."""
+    """Take a step and do the work due after it. Returns whether the run has to end here."""
     asked = take_step(run, group, micro_batches)
     progress = run.progress
     run.memory.after_step()
@@ -114,7 +114,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
 
 
 def _reached(run: TrainingRun, group: range) -> list[Parameter]:
-    """Return the parameters that a step changes: without those of an expert that gets none of its batches.
+    """Return the parameters that a step changes: without those of an expert that gets no batch of it.
 
     It depends on the whole group, not on this process' share of it, and costs no wait for the device.
     """
@@ -233,7 +233,7 @@ def _restart_clock(run: TrainingRun) -> None:
 
 
 def _begin(run: TrainingRun) -> None:
-    """Do what is due before the first step, or what was still due when the resumed state was saved."""
+    """Do the work due before the first step, or left over when the resumed state was saved."""
     progress = run.progress
     if progress.step == 0 and is_due_at_step(run.options.samples, 0) and progress.sampled_step != 0:
         progress.sample_pending = "e000000"
@@ -247,7 +247,7 @@ def _begin(run: TrainingRun) -> None:
 
 
 def _after_step(run: TrainingRun, asked: Asked) -> None:
-    """Do what is due after an optimizer step.
+    """Do the work due after an optimizer step.
 
     Samples come before saving. If the run is to end, its samples are generated after resuming.
     """
@@ -277,7 +277,7 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
 
 
 def _after_epoch(run: TrainingRun) -> None:
-    """Do what is due at the end of an epoch: save, then sample.
+    """Do the work due at the end of an epoch: save, then sample.
 
     An epoch cut short by --max_train_steps stays unfinished.
     """

@@ -44,7 +44,7 @@ class NoisyBatch:
 
     @property
     def input_noise(self) -> Tensor:
-        """Return what is mixed into the latents: B C F H W float32."""
+        """Return the noise for the latents: B C F H W float32."""
         return self.noise if self.perturbation is None else self.noise + self.perturbation
 
     def place_weights(self, errors: Tensor) -> Tensor | None:
@@ -162,7 +162,7 @@ def find_target(velocity: Tensor, batch: Batch, network: Callable[[], Tensor], r
 
 
 def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:
-    """Return what is compared with the velocity for --model_prediction_type, like `velocity`, B C F H W.
+    """Return the value to compare with the velocity for --model_prediction_type, B C F H W.
 
     raw: the velocity; additive: the network's output plus the noisy latents; sigma_scaled: the noisy latents
     minus sigma times the output. The last two estimate other things than the velocity, as known trainers

@@ -185,10 +185,10 @@ def read_training(
 def training_parser(
     doc: str | None, learner: type[Options] = NetworkOptions, **own: Any
 ) -> argparse.ArgumentParser:
-    """A parser with all options that every family's training has.
+    """Return a parser with all options that every family's training has.
 
-    doc: the script's docstring. learner: options of what learns, `NetworkOptions` or `WholeDitOptions`. own:
-    defaults and settings of the script, see `add_options`.
+    doc: the script's docstring. learner: `NetworkOptions` or `WholeDitOptions`. own: defaults and settings of
+    the script, see `add_options`.
     """
     parser = Parser(description=doc)
     add_options(parser, ConfigOptions, learner, TrainingOptions, **own)

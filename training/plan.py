@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Hold what is known of a run before it loads a network. Only `progress` changes while it trains."""
+    """Hold all facts of a run before it loads a network. Only `progress` changes while it trains."""
 
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
@@ -91,7 +91,7 @@ class TrainingPlan:
 
     @property
     def names(self) -> Names:
-        """Return the names of what the run saves."""
+        """Return the names of the run's files."""
         apart = self.options.by_expert.lora_per_expert
         parts = tuple(expert.name for expert in self.family.experts) if apart else ()
         return Names(self.output_dir, self.output_name, parts)
@@ -279,7 +279,7 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
 def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_resumed: bool) -> bool:
     """Put a new run's progress to the step where it begins. Returns whether it begins later.
 
-    is_resumed: a saved state says where to go on instead. Raises OptionError if there is no such step.
+    is_resumed: a saved state says where to go on instead. Raises OptionError if the run has no such step.
     """
     if not options.is_given:
         return False

@@ -38,10 +38,10 @@ DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=Non
 def show_preview(
     family: Family, options: TrainingOptions, commands: CachingCommands, sampling: Family | None = None
 ) -> int | None:
-    """Show what the options ask for instead of a training; returns the exit code, or None to train.
+    """Show the preview that the options ask for instead of training; returns the exit code, or None to train.
 
-    commands: what to type if caches are missing. sampling: the model of samples, if it has transformers that
-    are not trained.
+    commands: commands to show if caches are missing. sampling: the model of samples, if it has transformers
+    that are not trained.
     """
     if options.timesteps.show_timesteps is not None:
         folder = options.saving.output_dir or Path()

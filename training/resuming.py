@@ -186,9 +186,9 @@ def check_resumable(
     habits: Mapping[str, Any],
     options: TrainingOptions,
 ) -> list[OptionChange]:
-    """Raise OptionError if the saved run is a different one; warn of what has changed.
+    """Raise OptionError if the saved run is a different one; warn of changes.
 
-    Returns what --resume_changed changes; nothing without it. Call it before anything large is loaded.
+    Returns what --resume_changed changes, if given. Call it before anything large is loaded.
     """
     if isinstance(saved, ForeignState) and options.by_expert.lora_per_expert:
         raise OptionError(

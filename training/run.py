@@ -121,7 +121,7 @@ def _prepare(
 
 @contextlib.contextmanager
 def _watch_others(plan: TrainingPlan, following: NextSteps) -> Iterator[None]:
-    """Raise LostProcessError in place of what torch says when another process of the run was lost."""
+    """Raise LostProcessError in place of torch's error when another process of the run was lost."""
     rank, count = plan.accelerator.process_index, plan.accelerator.num_processes
     try:
         yield

@@ -130,7 +130,7 @@ class Sampler:
         return path
 
     def _metadata(self, prepared: Prepared, model: str) -> Mapping[str, str]:
-        """Return what is recorded of a sample. model: the file name of the weights it was made with."""
+        """Return the metadata of a sample. model: the file name of its weights."""
         family = self.session.family
         return output_metadata(
             prepared,

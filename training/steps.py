@@ -1,9 +1,9 @@
 """Plan which micro-batches form which optimizer step, and which process works on which. Whole numbers only.
 
 An epoch has the micro-batches 0 .. num_batches - 1. An optimizer step takes the next `processes *
-accumulation` of them; the last step of an epoch takes what is left. Process r of P works on those whose index
-is r modulo P. So two processes take the same steps as one process with twice the accumulation. `Progress`
-says where a run stands in its plan.
+accumulation` of them; the last step of an epoch takes the rest. Process r of P works on those whose index is
+r modulo P. So two processes take the same steps as one process with twice the accumulation. `Progress` says
+where a run stands in its plan.
 """
 
 from collections.abc import Iterator

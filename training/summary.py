@@ -148,7 +148,7 @@ def describe_best(story: Story, folder: Path) -> str | None:
 
 
 def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) -> str:
-    """Return how much a run writes, and what is free; says so if that is too little.
+    """Return the size of a run's files and the free space; says so if that is too little.
 
     saves: models and states. written: bytes of one of each.
     """
@@ -179,7 +179,7 @@ def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) 
 
 
 def judge_alpha(network: NetworkOptions) -> str | None:
-    """Return alpha with what it does, and what is usual if that is little; None if a rank says nothing."""
+    """Return alpha with its effect, and the usual value if it is low; None if a rank says nothing."""
     is_ranked = network.network_module is None or network.network_module.startswith(RANKED_NETWORKS)
     if not is_ranked or network.dim_from_weights:
         return None
@@ -192,7 +192,7 @@ def judge_alpha(network: NetworkOptions) -> str | None:
 
 
 def judge_rate(options: TrainingOptions) -> str:
-    """Return the learning rate, and what is usual if it is far from that."""
+    """Return the learning rate, and the usual one if it is far from that."""
     given, parts, is_whole = options.optimizer, options.parts, options.network is None
     rate = given.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
     text, name = f"{rate:g}", (given.optimizer_type or "AdamW").rpartition(".")[2].lower()

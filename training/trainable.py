@@ -1,4 +1,4 @@
-"""What is trained: a network beside the frozen DiT (a LoRA), or the DiT itself."""
+"""The trained part: a network beside the frozen DiT (a LoRA), or the DiT itself."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -142,7 +142,7 @@ def share_network(trainable: Trainable, network: TrainableNetwork, device: torch
 
 
 def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
-    """Join what is trained for each expert, by the names of the experts. Each writes a file of its own."""
+    """Join the trained parts of experts, by their names. Each writes a file of its own."""
     return Trainable(
         modules={
             f"{own}_{name}": module for name, part in parts.items() for own, module in part.modules.items()

@@ -40,7 +40,7 @@ class ValidationRule:
     is_compared: bool = False
 
     def logged(self, losses: Mapping[str, float], occasion: str, running: float | None) -> dict[str, float]:
-        """Return what goes to the trackers. occasion: STEP or EPOCH. running: loss of the last steps."""
+        """Return the numbers for the trackers. occasion: STEP or EPOCH. running: loss of the last steps."""
         if not self.is_compared:
             return dict(losses)
         values = {f"loss/validation/{occasion}_average": losses[LOSS]}

@@ -58,7 +58,7 @@ def boundary_of(
 ) -> float | None:
     """Return where the high-noise expert begins: as the options say, else a release, else the task.
 
-    Raises OptionError if the task has no such expert.
+    Raises OptionError if the task has no high-noise expert.
     """
     if files.dit_high_noise is not None and task.boundary is None:
         raise OptionError(

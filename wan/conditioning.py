@@ -110,7 +110,7 @@ def control_condition(control: Tensor, image: Tensor | None, has_end: bool = Fal
 
 
 def masked_control_condition(control: Tensor, image: Tensor | None) -> Tensor:
-    """Return the condition of Wan2.2's Fun-Control: B 36 L h w, of which the last 20 are those of an image.
+    """Return the condition of Wan2.2's Fun-Control: B 36 L h w; the last 20 channels are those of an image.
 
     control: latents of the control video. image: as `image_condition` makes it; zeros,
     also for the mask, if there is none. Source: VideoX-Fun, pipeline_wan2_2_fun_control.py.

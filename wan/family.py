@@ -228,7 +228,7 @@ class Wan:
 
     @property
     def moments(self) -> MomentsRules:
-        """Moments do unless conditions of an image are cached too."""
+        """Return the rules for cached moments: enough unless an image's conditions are cached too."""
         return moments_rules(self.image_kind)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:

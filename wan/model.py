@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention to the text plus attention to the image, which has its own keys and values; no mask.
 
-    What is seen of several texts is combined; what is seen of the image is added to that.
+    The results for several texts are combined; that for the image is added.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -245,14 +245,14 @@ class WanModel(nn.Module):
         image_embeds: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
     ) -> Tensor:
-        """Velocity B out_dim F H W in float32.
+        """Return the velocity, B out_dim F H W in float32.
 
         noisy: B in_dim F H W, condition channels behind the noisy latents. timesteps: B, 0..1000. text: per
         sample n text_dim, at most text_len rows; or B n text_dim. image_embeds: B I image_dim of the image
-        encoder, for models with image attention. Such a model without them takes its first 257 rows of text
-        for the image, as older tools ran Fun-Control models; give zeros for no image. tweaks: ideas that
-        change this call; their second text is "text". Their given frames are fed the time 0, and their
-        velocity is 0. Raises ValueError where sizes do not go together.
+        encoder, for models with image attention. Without them the model takes its first 257 rows of text for
+        the image, as older tools ran Fun-Control models; give zeros for no image. tweaks: ideas that change
+        this call; their second text is "text". Their given frames have the time 0, and their velocity is 0.
+        Raises ValueError where sizes do not go together.
         """
         hidden = Hidden(*self.embed(noisy, timesteps, text, image_embeds, tweaks))
         run_blocks(self, hidden, tweaks)

@@ -47,8 +47,8 @@ class Release:
 def read_release(folder: Path, latent: LatentSpec) -> Release:
     """Find the parts of an official release, or of a pipeline of diffusers. Loads nothing.
 
-    latent: of the model, which tells whose VAE it is.
-    Raises OptionError if there is no such folder, CheckpointError if its index cannot be read.
+    latent: of the model; it decides which VAE fits.
+    Raises OptionError if the folder is missing, CheckpointError if its index cannot be read.
     """
     if not folder.is_dir():
         raise OptionError(f"--ckpt_dir {folder}: no such folder. Give that of the official release")

@@ -125,7 +125,7 @@ class WanVae(nn.Module):
         return self._in_tiles(pixels, self._moments, self.conv1.out_channels)
 
     def _in_tiles(self, pixels: Tensor, encode: Callable[[Tensor], Tensor], channels: int) -> Tensor:
-        """Encode pixels, in tiles if they are larger than one. channels: of what `encode` returns."""
+        """Encode pixels, in tiles if they are larger than one. channels: of the result of `encode`."""
         step, side, _ = self.config.stride
         check_clip(pixels, step, side)
         batch, _, frames, height, width = pixels.shape

@@ -306,7 +306,7 @@ class WanVaeDecoder(nn.Module):
 
 
 class DownStage(nn.Module):
-    """Layers of the encoder, and beside them the means of what goes in (Wan2.2)."""
+    """Layers of the encoder, and beside them the means of their input (Wan2.2)."""
 
     def __init__(self, stage: VaeStage) -> None:
         super().__init__()

@@ -83,9 +83,9 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[WanVaeConfig]:
 
 
 def check_latents(config: WanVaeConfig, latent: LatentSpec, path: Path, needed_by: str) -> None:
-    """Raise CheckpointError if a VAE is not the one that a model's latents are of.
+    """Raise CheckpointError if a model's latents belong to another VAE.
 
-    path: of its file. needed_by: what has these latents, for the message: "--task ti2v-5B".
+    path: of its file. needed_by: the model in words, for the message: "--task ti2v-5B".
     """
     if (config.latent_channels, config.stride) == (latent.channels, latent.stride):
         return

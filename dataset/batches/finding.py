@@ -72,11 +72,11 @@ def find_items(
     stores: Stores | None = None,
     live: Mapping[int, LiveTable] = MappingProxyType({}),
 ) -> FoundItems:
-    """Find all items by the names of their files; none is opened. Where sources are listed (tables of which
-    something is encoded while training, npz files beside pictures), caches of others are left out.
+    """Find all items by the names of their files, without opening them. Where sources are listed (tables
+    encoded while training, npz files beside pictures), caches of others are left out.
 
-    text_keys: what a whole text cache holds. stores: of the run, if caches are elsewhere than the tables say.
-    live: tables of which something is encoded while training, by index.
+    text_keys: the keys of a whole text cache. stores: of the run, if caches are elsewhere than the tables
+    say. live: tables encoded while training, by index.
     """
     stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
     found: list[_Column] = []
@@ -148,7 +148,7 @@ def _keep_with_text(
 def _listed_stems(
     table: DatasetTable, store: CacheStore, live: LiveTable, column: "_Column"
 ) -> Collection[str] | None:
-    """Return the names of the sources that a table has now; None if its caches alone say what is trained.
+    """Return the names of the sources that a table has now; None if its caches alone decide the items.
 
     Latents of ours are removed with their source by the caching script; npz files never are.
     """
@@ -208,7 +208,7 @@ class _Column:
 
     def count_parts(self, clips: Sequence[LatentName]) -> None:
         """Count the files of each clip: all that differ in their section alone. clips: for each of `facts`,
-        what its tail says.
+        the meaning of its tail.
         """
         whole = [replace(clip, section=None) for clip in clips]
         numbers = {clip: number for number, clip in enumerate(dict.fromkeys(whole))}

@@ -1,4 +1,4 @@
-"""Training items: what the loops see of one, and a million of them in columns."""
+"""Training items: one as the loops see it, and a million of them in columns."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ Places = NDArray[np.integer[Any]]  # numbers of items
 
 @dataclass(frozen=True)
 class ItemKind:
-    """What all items of a table share beside it."""
+    """Facts that all items of a table share."""
 
     tag: str  # the family's cache_tag
     text_keys: frozenset[str] = frozenset()  # what a text file has to hold
@@ -80,7 +80,7 @@ class ItemFacts:
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Return what the items of a batch have in common: the table, or its group, and the bucket."""
+        """Return the common key of a batch's items: the table, or its group, and the bucket."""
         return (self.table.batch_group, *self.bucket)
 
 

@@ -1,4 +1,4 @@
-"""Whether cached latents are of the model's VAE, which the number of their channels tells."""
+"""Check by the number of channels that cached latents are of the model's VAE."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +42,7 @@ def _channels(header: Header) -> int | None:
 
 
 def other_space(path: Path, channels: int | None, latent: LatentSpec) -> str | None:
-    """Return what is wrong with latents of so many channels; None if nothing is, or if they are unknown."""
+    """Return the fault of latents of so many channels; None if they fit, or if they are unknown."""
     if channels in {None, latent.channels}:
         return None
     return (

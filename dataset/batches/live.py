@@ -1,4 +1,4 @@
-"""Tables of which a part is encoded while training: pictures that change each time, captions that vary."""
+"""Tables encoded in part while training: pictures that change each time, captions that vary."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from modules.media.buckets import Size
 
 @dataclass(frozen=True)
 class LiveTable:
-    """What training reads of a table's sources themselves."""
+    """Parts that training reads from a table's sources."""
 
     sources: Mapping[str, MediaSource]  # by stem
     texts: bool  # captions are not cached
@@ -41,7 +41,7 @@ class LiveTable:
 
 @dataclass(frozen=True)
 class LiveParts:
-    """What a batch gets from elsewhere than caches."""
+    """Parts of a batch that do not come from caches."""
 
     tables: Mapping[int, LiveTable] = field(default_factory=dict)  # by index
     # what was encoded for items of the batch, by their places: tensors without batch dimension

@@ -87,7 +87,7 @@ class BatchOrder:
 
     @property
     def learning_keys(self) -> list[str]:
-        """Return what the tables set that changes the run but not its items, in words."""
+        """Return the settings of tables that change the run but not its items, in words."""
         return [
             f"{name} = {value} in {table.place}"
             for table in self._items.tables

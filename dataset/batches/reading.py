@@ -49,10 +49,10 @@ def read_batch(
 
     Raises CacheError naming the file, the reason and the command that mends it: damaged, made for other
     options, made from a source or a caption that has changed since, or not of the shape that the
-    configuration asks for. checks: of the run, which remembers what it has looked at. captions: the number of
-    the caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them
-    open. flips: which items are mirrored; () for none. live: what is not cached: texts are left out then, and
-    `captions` of the batch are as their files have them.
+    configuration asks for. checks: of the run, which remembers checked files. captions: the number of the
+    caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them open.
+    flips: which items are mirrored; () for none. live: the parts without a cache: texts are left out then,
+    and `captions` of the batch are as their files have them.
     """
     checks, stores = checks or CacheChecks(), stores or stores_for(items[0], latent)
     numbers, sides = captions or [0] * len(items), flips or [False] * len(items)
@@ -115,7 +115,7 @@ def _read_item(
     encoded: Mapping[str, Tensor] | None,
     live: LiveParts,
 ) -> _ReadItem:
-    """Read an item. encoded: what was encoded instead of its latent cache."""
+    """Read an item. encoded: latents in place of its cache."""
     tensors, variable, made_by = dict(encoded or {}), frozenset[str](), list[MadeBy]()
     if encoded is None:
         with _remedy(commands.latents, store, item.latent_path.name):

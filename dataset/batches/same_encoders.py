@@ -61,7 +61,7 @@ class SameEncoders:
 
 
 def describe_identity(identity: Mapping[str, str]) -> list[str]:
-    """Return what tells an encoder from others, a line each; fingerprints are shortened."""
+    """Return the facts that identify an encoder, a line each; fingerprints are shortened."""
     return [
         f"{key.replace('_', ' ')}: " + _FINGERPRINT.sub("fingerprint \\1...", value)
         for key, value in identity.items()
@@ -69,7 +69,7 @@ def describe_identity(identity: Mapping[str, str]) -> list[str]:
 
 
 def _in_words(one: MadeBy, other: MadeBy) -> str:
-    """Describe what differs in an encoder's identity from the other's; fingerprints are shortened."""
+    """Describe the differences between two encoders' identities; fingerprints are shortened."""
     texts = {
         key: _FINGERPRINT.sub(r"\1...", one.encoder.get(key, "none")) for key in _find_differing(one, other)
     }

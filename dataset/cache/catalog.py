@@ -1,6 +1,6 @@
-"""Which entries a folder of shards has, and where: columns for those that the index knew, rows for the rest.
+"""Entries of a folder of shards, and their places: columns for those that the index knew, rows for the rest.
 
-The index, one Parquet file per folder, is only a copy of what the shards say. A shard that it does not know,
+The index, one Parquet file per folder, is only a copy of the shards' headers. A shard that it does not know,
 or of another size, is read by its headers.
 """
 
@@ -53,7 +53,7 @@ NUMBERS: Mapping[str, Any] = {  # the columns beside the names
 
 
 class CatalogRow(NamedTuple):
-    """What holds for a name."""
+    """Facts about a name."""
 
     shard: int  # its place in `Catalog.shards`, or NOWHERE
     offset: int
@@ -65,7 +65,7 @@ class CatalogRow(NamedTuple):
 
 @dataclass
 class Shard:
-    """What is known of one shard."""
+    """Facts about one shard."""
 
     name: str
     size: int  # when it was last looked at
@@ -161,7 +161,7 @@ class Catalog:
     has_index: bool = False  # whether the index says just this
 
     def get(self, name: str) -> CatalogRow | None:
-        """Return what holds for a name, removed and lost ones too."""
+        """Return the facts about a name, removed and lost ones too."""
         row = self.added.get(name)
         if row is None:
             place = self.known.find(name)
@@ -174,7 +174,7 @@ class Catalog:
         return None if row is None or row.kind is RecordKind.REMOVED else row
 
     def rows(self, shards: Collection[int] | None = None) -> Iterator[tuple[str, CatalogRow]]:
-        """Yield names with what holds for them, in no order. shards: only those whose rows are in these."""
+        """Yield names with their facts, in no order. shards: only those whose rows are in these."""
         places: Sequence[int] = range(len(self.known))
         if shards is not None:
             places = np.flatnonzero(np.isin(self.known.shard, list(shards))).tolist()
@@ -222,7 +222,7 @@ class Catalog:
         return found
 
     def put(self, name: str, row: CatalogRow) -> None:
-        """Add a row, if it holds against the one that is there."""
+        """Add a row, if it wins against an earlier one of its name."""
         old = self.get(name)
         if old is None or self._rank(row) > self._rank(old):
             self.added[name] = row
@@ -234,7 +234,7 @@ class Catalog:
         return sorted(found | {name for name, row in self.added.items() if row.kind is RecordKind.LOST})
 
     def _rank(self, row: CatalogRow) -> tuple[Any, ...]:
-        """Return what decides between two rows of a name: no clock. Equal ones mostly have equal contents."""
+        """Return the rank between rows of a name, without clocks. Equal ones mostly have equal contents."""
         shard = "" if row.shard == NOWHERE else self.shards[row.shard].name
         return row.generation, -row.kind, row.crc32, shard, row.offset
 
@@ -293,11 +293,11 @@ def list_shards(folder: Path) -> dict[str, int]:
 def open_catalog(
     folder: Path, only: Collection[str] | None = None, merged: Mapping[str, bool] = NOTHING
 ) -> Catalog:
-    """Look at a folder. only: the names of the shards to look at. merged: names that have just been merged,
-    and whether they still are entries, so that their generation began anew.
+    """Look at a folder. only: the names of the shards to read. merged: names that have just been merged, and
+    whether they still are entries, so that their generation began anew.
 
     Entries that the index lists in a shard that is cut or gone, and that no other shard has, are lost: they
-    are not forgotten, so that nobody trains on less without being told.
+    are remembered, so that nobody trains on less unawares.
     """
     index = read_index(folder)
     sizes = list_shards(folder)
@@ -329,7 +329,7 @@ def open_catalog(
 
 
 def _missing(catalog: Catalog, then: Mapping[str, CatalogRow], merged: Mapping[str, bool]) -> list[str]:
-    """Return which entries there is no longer anything of, or only what they replaced."""
+    """Return the entries that are gone, or of which only an earlier version is left."""
     missing = []
     for name, row in then.items():
         now = catalog.get(name)

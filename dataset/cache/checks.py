@@ -16,8 +16,7 @@ MOST_KNOWN = 1 << 16  # items that are remembered: a few megabytes
 
 @dataclass
 class CacheChecks:
-    """The checks of one run. An edit that is made during the run does not end it: what is newer than
-    `started_ns` is let pass.
+    """The checks of one run. An edit during the run does not end it: files newer than `started_ns` pass.
 
     Sources that are gone are no fault: training needs only the caches.
     """
@@ -40,7 +39,7 @@ class CacheChecks:
         self._known.add((table, key))
 
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
-        """Return the first source that is there and not what it was.
+        """Return the first existing source that has changed.
 
         folders: of each file; None if unknown.
         """

@@ -1,5 +1,5 @@
 """Convert cache folders between single files and shards. Entries are copied byte for byte, whoever made
-them; what they were copied from goes when all copies have been read again.
+them; the originals go when all copies have been read again.
 """
 
 import logging
@@ -34,7 +34,7 @@ _CACHE_NAME = re.compile(
 
 @dataclass(frozen=True)
 class ConvertedFolder:
-    """What was done, or would be, for one folder."""
+    """The result, or the plan, for one folder."""
 
     entries: int  # copied
     there: int  # that were there already
@@ -42,7 +42,7 @@ class ConvertedFolder:
 
 
 def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> list[ConvertedFolder]:
-    """Convert folders and log what was done.
+    """Convert folders and log the results.
 
     Raises CacheError if entries are damaged, OutputError if something cannot be written; then all that was
     there is still there, and the same command goes on.
@@ -105,7 +105,7 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
 
 
 def _remove_files(folder: Path, names: Sequence[str]) -> None:
-    """Remove single files of which the shards, opened anew, have the same bytes."""
+    """Remove single files whose bytes are also in the shards, opened anew."""
     store = ShardStore(folder)
     for name in names:
         data = (folder / name).read_bytes()

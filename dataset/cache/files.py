@@ -1,7 +1,7 @@
 """Cache files: their names, the names of their tensors, reading and writing.
 
-Names and tensors are those of existing tuners, so that files can be exchanged. The metadata also record what
-a file was made from (see records.py).
+Names and tensors are those of existing tuners, so that files can be exchanged. The metadata also record a
+file's origin (see records.py).
 """
 
 import contextlib

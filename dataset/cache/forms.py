@@ -1,4 +1,4 @@
-"""In which form a cache folder is, single files or shards, and whether that is what `cache_format` says."""
+"""Find the form of a cache folder, single files or shards, and compare it with `cache_format`."""
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -41,7 +41,7 @@ def unsound(store: CacheStore, names: Collection[str], table: DatasetTable, tag:
 
 
 def other_form(table: DatasetTable, tag: str, names_there: Collection[str] | None = None) -> Iterator[str]:
-    """Yield what is wrong if a table has caches of a family in the form that `cache_format` does not say.
+    """Yield a fault if a table has caches of a family in another form than `cache_format`.
 
     Those in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault. names_there:
     of the table's store, so that a folder of single files is not listed again.
@@ -74,7 +74,7 @@ def is_of(name: str, tag: str, kind: str) -> bool:
 
 
 def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
-    """Yield the names of the files of a folder that fit and hold what caches hold."""
+    """Yield the names of the cache files in a folder for which `of` holds."""
     for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
         if of(name) and is_cache_file(folder / name):
             yield name

@@ -1,5 +1,5 @@
-"""What earlier runs have verified of the entries of a cache folder: one Parquet file, so that a later run
-need not read a million of them again.
+"""Facts about a cache folder's entries that earlier runs verified: one Parquet file saves a later run from
+reading a million of them again.
 
 A row says: the entry of this name was read when it had this size and time; its tensors matched their
 checksums; its record said this; and its sources had these sizes and times. As long as all are as they were,
@@ -51,17 +51,17 @@ _ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexErr
 
 
 def fingerprint(stamps: Iterable[Stamp], text: str = "") -> int:
-    """Return 64 bits that tell sizes and times of files, and a text, from others."""
+    """Return a fingerprint of 64 bits of sizes and times of files, and of a text."""
     data = b"".join([struct.pack("<qq", *stamp) for stamp in stamps]) + text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 class VerifiedEntries(Generic[T]):
-    """What is known of the entries of one folder and kind. Threads may use it at once."""
+    """Facts about the entries of one folder and kind. Threads may use it at once."""
 
     def __init__(self, store: CacheStore, kind: str, parse: Callable[[Any], T], is_trusted: bool) -> None:
-        """kind: of entries. parse: makes of the JSON value of facts what callers see. is_trusted: False
-        reads all entries again, and only remembers what is found.
+        """kind: of entries. parse: turns the JSON value of facts into the callers' form. is_trusted: False
+        reads all entries again, and only remembers the results.
         """
         self._store, self._kind, self._parse = store, kind, parse
         self._folder = store.folder
@@ -72,7 +72,7 @@ class VerifiedEntries(Generic[T]):
         self._parsed: dict[str, T | None] = {}
 
     def get(self, name: str, sources: int) -> T | None:
-        """Return the facts of an entry that is as it was when it was verified, with these sources.
+        """Return the facts of an entry that is unchanged since it was verified with these sources.
 
         The same facts are the same object. sources: as `fingerprint` returns. None if nothing is known.
         """
@@ -98,7 +98,7 @@ class VerifiedEntries(Generic[T]):
         """Remember an entry that was just found right, or written.
 
         stamp: of `CacheStore.stamp`, asked for before the entry was read. newest_ns: when one of its sources
-        was last written. What changed within the last two seconds is not remembered: the next change may
+        was last written. Files changed within the last two seconds are not remembered: the next change may
         bear the same time.
         """
         if stamp is None or max(stamp[1], newest_ns) + RACY_NS > time.time_ns():
@@ -116,7 +116,7 @@ class VerifiedEntries(Generic[T]):
         self._noted[name] = (name, *stamp, sources, text)
 
     def rows(self) -> list[Row]:
-        """Return what was noted in this run."""
+        """Return the notes of this run."""
         newest = time.time_ns() - RACY_NS
         return [row for row in self._noted.values() if row[2] <= newest]
 
@@ -147,7 +147,7 @@ class VerifiedEntries(Generic[T]):
 
 @dataclass
 class Indexes(Generic[T]):
-    """What is known of the entries of a run's tables, read when a table is first asked for."""
+    """Facts about the entries of a run's tables, read at the first use of a table."""
 
     kind: str
     parse: Callable[[Any], T]
@@ -155,17 +155,17 @@ class Indexes(Generic[T]):
     _opened: dict[Path, VerifiedEntries[T]] = field(default_factory=dict)
 
     def of(self, store: CacheStore) -> VerifiedEntries[T]:
-        """Return what is known of a store's entries."""
+        """Return the facts about a store's entries."""
         if store.folder not in self._opened:
             self._opened[store.folder] = VerifiedEntries(store, self.kind, self.parse, self.is_trusted)
         return self._opened[store.folder]
 
     def rows(self, stores: Iterable[CacheStore]) -> list[list[Row]]:
-        """Return what this process has noted, for each store."""
+        """Return the notes of this process, for each store."""
         return [self.of(store).rows() for store in stores]
 
     def write(self, stores: Sequence[CacheStore], gathered: Iterable[list[list[Row]]]) -> None:
-        """Write what all processes have noted."""
+        """Write the notes of all processes."""
         of_stores = zip(*gathered, strict=True)
         for store, rows in zip(stores, of_stores, strict=True):
             self.of(store).write([row for of_process in rows for row in of_process])

@@ -33,7 +33,7 @@ class MemoryStore:
         return name in self.entries
 
     def stamp(self, name: str) -> None:
-        """Return None: there is nothing on disk of which an index could be kept."""
+        """Return None: without files on disk there is no index."""
 
     def read_header(self, name: str) -> Header:
         return self.read(name).header
@@ -59,7 +59,7 @@ class MemoryStore:
         self.entries.pop(name, None)
 
     def sweep(self, of: Callable[[str], bool]) -> None:
-        """Do nothing: what was killed left nothing."""
+        """Do nothing: killed processes leave nothing behind."""
 
     def finish(self) -> None:
         """Do nothing: no entry survives the process."""
@@ -72,7 +72,7 @@ class MemoryStore:
 
     @property
     def size_bytes(self) -> int:
-        """Return what the tensors take."""
+        """Return the bytes of the tensors."""
         return sum(tensor.nbytes for entry in self.entries.values() for tensor in entry.named.values())
 
 

@@ -1,8 +1,8 @@
-"""Merge small shards at the end of a run, and reclaim what was removed: sorted, so that equal entries give
+"""Merge small shards at the end of a run, and reclaim removed entries: sorted, so that equal entries give
 equal files.
 
-A merged shard is named by what it holds. It gets its name, then the index follows, then its sources go: a
-kill between any two of these leaves every entry in one shard or in two.
+A merged shard is named by its content. It gets its name, then the index follows, then its sources go: a kill
+between any two of these leaves every entry in one shard or in two.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ Rows = Sequence[tuple[str, CatalogRow]]
 def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Put a folder in order: at most one small shard, none that is unfinished or damaged, and an index.
 
-    One process at a time does this: merged shards are named by what they hold, so two would use one name.
+    One process at a time does this: merged shards are named by their content, so two would use one name.
     Shards that others write or merge are left alone. Raises OutputError if there is no room for it; then all
     shards are as they were.
     """
@@ -84,7 +84,7 @@ def _is_in_order(folder: Path, small_bytes: float) -> bool:
 
 
 def _renew_index(folder: Path, without: Collection[str] = (), merged: Mapping[str, bool] = NOTHING) -> None:
-    """Write the index, unless it says what it should. Shards that are being written have no place in it.
+    """Write the index, unless it is up to date. Shards that are being written have no place in it.
 
     without: shards that are about to go. merged: as for `open_catalog`.
     """
@@ -134,7 +134,7 @@ def _lock(path: Path, locks: contextlib.ExitStack, is_finished: bool) -> BinaryI
 
 
 def _to_merge(catalog: Catalog, small_bytes: float) -> tuple[set[str], set[str]]:
-    """Return the small shards, of which there may be one, and those that have to be merged."""
+    """Return the small shards, even a single one, and those that have to be merged."""
     small = {shard.name for shard in catalog.shards if shard.size < small_bytes and not shard.is_foreign}
     return small, _untidy(catalog, small)
 
@@ -159,7 +159,7 @@ def _untidy(catalog: Catalog, names: Collection[str]) -> set[str]:
 def _merge(
     folder: Path, shard_bytes: int, locked: Mapping[str, BinaryIO], locks: contextlib.ExitStack
 ) -> None:
-    """Write what holds in the locked shards to new ones, then remove the locked ones."""
+    """Write the valid entries of the locked shards to new ones, then remove the locked ones."""
     catalog = open_catalog(folder)
     numbers = {number for number, shard in enumerate(catalog.shards) if shard.name in locked}
     held = list(catalog.rows(numbers))
@@ -290,7 +290,7 @@ def _write_shard(path: Path, rows: Rows, catalog: Catalog, locked: Mapping[str, 
 
 
 def _copy(source: BinaryIO, offset: int, count: int, target: BinaryIO) -> None:
-    """Copy bytes as they are: what is damaged keeps a checksum that does not fit, and is found again."""
+    """Copy bytes as they are: damaged ones keep a checksum that does not fit, and are found again."""
     source.seek(offset)
     while count:
         data = source.read(min(count, COPY_BYTES))

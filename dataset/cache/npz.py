@@ -3,8 +3,8 @@
 Latents of a picture: `STEM_WWWWxHHHH_TAG.npz`, W and H of the picture, with the arrays `latents`,
 `latents_flipped`, `alpha_mask`, `original_size` and `crop_ltrb` of every resolution, each with the suffix
 `_{h}x{w}` in latent pixels. Texts: `STEM_TAG_te.npz`. Other programs read and write these files too: theirs
-count if they fit, and nothing is removed as stale. What we write has one more array for each resolution, with
-the record of what it was made from, which other programs ignore.
+count if they fit, and nothing is removed as stale. Ours have one more array for each resolution, the record
+of its sources, which other programs ignore.
 """
 
 import logging
@@ -109,7 +109,7 @@ class NpzStore:
         return self._path(name).is_file()
 
     def stamp(self, name: str) -> None:
-        """Return None: one file has the entries of several tables, so that what it holds must be read."""
+        """Return None: one file has the entries of several tables, so that its content must be read."""
 
     def read_header(self, name: str) -> Header:
         return self._read(name, is_whole=False).header
@@ -148,7 +148,7 @@ class NpzStore:
                 path.unlink(missing_ok=True)
 
     def sweep(self, of: Callable[[str], bool]) -> None:
-        """Remove nothing: a later write into a folder removes what was left there."""
+        """Remove nothing: a later write into a folder removes leftovers there."""
 
     def finish(self) -> None:
         """Do nothing: each file is flushed when it is written."""
@@ -188,7 +188,7 @@ class NpzStore:
         return (further[0] if further is not None else parse_text_name(whole, tag)) or ""
 
     def _entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the name of the entry in a file; None if it is none of this family.
+        """Return the name of the entry in a file; None if it belongs to another family.
 
         stems: of pictures that a list names, by their paths without suffix.
         """
@@ -217,7 +217,7 @@ class NpzStore:
     # --- latents ---
 
     def _bucket(self, name: str) -> tuple[Size, Size]:
-        """Return the size of a picture and of what the table makes of it."""
+        """Return the size of a picture, and its size in the table's bucket."""
         parsed = parse_latent_name(name, self.family.tag, "image")
         if parsed is None:
             raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
@@ -248,7 +248,7 @@ class NpzStore:
         return entry or self._foreign_latents(path, plain, self._grid(name))
 
     def _foreign_latents(self, path: Path, arrays: Mapping[str, Tensor], grid: tuple[int, int]) -> Entry:
-        """Return what another program wrote, if it fits what the table asks for."""
+        """Return another program's latents, if they fit the table."""
         latent, wanted = self.family.latent, ["latents"]
         wanted += [MIRRORED] if self.table.augmentation.flip else []
         wanted += [ALPHA] if self.table.alpha_mask else []

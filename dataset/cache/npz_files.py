@@ -55,7 +55,7 @@ def read_arrays(path: Path, names: Collection[str], most_bytes: int = MOST_BYTES
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of an array without reading its values."""
+    """Facts about an array without reading its values."""
 
     shape: tuple[int, ...]
     dtype: "np.dtype[Any]"
@@ -63,7 +63,7 @@ class Outline:
 
 
 def read_outlines(path: Path, names: Collection[str]) -> dict[str, Outline]:
-    """Return what the headers of the named arrays say, of those that a file has. Raises as `read_arrays`."""
+    """Return the outlines of those named arrays that a file has. Raises as `read_arrays`."""
     found = {}
     with _open(path) as file:
         for name in set(_names(file)) & set(names):

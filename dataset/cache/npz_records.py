@@ -1,7 +1,7 @@
-"""The record of what we wrote into an npz file: one more array of bytes, which hold JSON.
+"""The record of our arrays in an npz file: one more array of bytes, which hold JSON.
 
 It has the metadata that a file of ours would have, and the name, dtype and shape of each tensor, so that
-what is read is bit for bit what was written. The checksum of each array is that of the archive. If another
+reading returns the written tensors bit for bit. The checksum of each array is that of the archive. If another
 program has replaced an array since, it differs, and the record does not count.
 """
 

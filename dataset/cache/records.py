@@ -1,4 +1,4 @@
-"""Records of what a cache file was made from, kept in its metadata, and the check that they still hold.
+"""Records of a cache file's origin, kept in its metadata, and the check that they still hold.
 
 A JSON text under `reelsmith_record` holds the options, the encoders, the source files (size, mtime, content
 hash), the caption of a text cache, and a checksum of every tensor. `reelsmith_record_crc32` is the checksum
@@ -53,7 +53,7 @@ class ClipFacts:
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """Record of what a latent cache was made from."""
+    """Record of a latent cache's origin."""
 
     encoder: Mapping[str, str]  # Family.media_identity
     options: Mapping[str, Any]  # other options that latents depend on: span, sizes, frame rate; JSON values
@@ -65,7 +65,7 @@ class LatentRecord:
 
 @dataclass(frozen=True)
 class TextRecord:
-    """Record of what one encoder's tensors of a text cache were made from."""
+    """Record of the origin of one encoder's tensors in a text cache."""
 
     encoder: Mapping[str, str]  # TextEncoder.identity
     caption: str
@@ -109,7 +109,7 @@ def latent_record(header: Header) -> LatentRecord | None:
 
 
 def latent_facts(record: LatentRecord) -> dict[str, Any]:
-    """Return what a record says but for its files and checksums, as JSON values."""
+    """Return a record without its files and checksums, as JSON values."""
     facts = dataclasses.asdict(dataclasses.replace(record, files=(), crc32={}))
     return {name: facts[name] for name in ("encoder", "options", "clip", "parts")}
 
@@ -130,7 +130,7 @@ def latent_record_of(data: Mapping[str, Any]) -> LatentRecord:
 
 
 def text_facts(records: Mapping[str, TextRecord]) -> dict[str, Any]:
-    """Return what records of one caption say but for the caption, its file and checksums, as JSON values."""
+    """Return records of one caption without the caption, its file and checksums, as JSON values."""
     return {
         name: {"encoder": dict(one.encoder), "settings": dict(one.settings)} for name, one in records.items()
     }
@@ -195,7 +195,7 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
     """Return size, time and content hash of a file, or of the images in a folder.
 
-    origin: of a source's part; what is at an address has to be downloaded.
+    origin: of a source's part; files at an address have to be downloaded.
     """
     size_bytes, mtime_ns = stamp_of(path, origin)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
@@ -204,8 +204,8 @@ def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
 def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
     """Whether a file is unchanged. Its content is read only if its time differs but its size does not.
 
-    What was downloaded from the same address and is no longer here counts as unchanged; nothing is asked for.
-    Raises OSError if it is missing, MediaError if a folder has no images any more.
+    A removed download of the same address counts as unchanged; nothing is asked for. Raises OSError if it is
+    missing, MediaError if a folder has no images any more.
     """
     if isinstance(origin, Remote) and not path.exists():
         return then.name == path.name  # it holds a hash of the address

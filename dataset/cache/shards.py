@@ -105,7 +105,7 @@ class ShardStore:
         return ShardStore, (self.folder, self._shard_bytes)
 
     def names(self) -> Collection[str]:
-        """Return the names of all entries, after a look at what other writers have added."""
+        """Return the names of all entries, with the latest ones of other writers."""
         with self._lock:
             return self._refresh().names()
 
@@ -161,7 +161,7 @@ class ShardStore:
             self._append(name, RecordKind.REMOVED)
 
     def sweep(self, of: Callable[[str], bool]) -> None:
-        """Do nothing: what killed writers left goes when the shards are merged."""
+        """Do nothing: leftovers of killed writers go when the shards are merged."""
 
     def finish(self) -> None:
         """End the shard that was appended to, as the last act of a writer; more begins another one."""
@@ -171,14 +171,14 @@ class ShardStore:
                 writer.finish()
 
     def settle(self) -> None:
-        """Merge small shards, reclaim what was removed or damaged, and write the index."""
+        """Merge small shards, reclaim removed and damaged entries, and write the index."""
         self.finish()
         with self._lock:
             self._forget()
             merge_shards(self.folder, self._shard_bytes)
 
     def faults(self) -> list[str]:
-        """Return what is wrong with the folder as a whole: shards that are cut, damaged or unfinished."""
+        """Return the faults of the folder as a whole: shards that are cut, damaged or unfinished."""
         with self._lock:
             catalog = self._refresh()
         said = []

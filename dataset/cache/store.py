@@ -50,8 +50,8 @@ class CacheStore(Protocol):
         ...
 
     def stamp(self, name: str) -> Stamp | None:
-        """Return what changes with the bytes of an entry, unread; None if it is not there, or has to be read
-        to know.
+        """Return values that change with the bytes of an entry, unread; None if it is not there, or has to be
+        read to know.
         """
         ...
 
@@ -81,9 +81,7 @@ class CacheStore(Protocol):
         ...
 
     def sweep(self, of: Callable[[str], bool]) -> None:
-        """Remove what killed writers left of entries whose names fit. What another process is writing
-        stays.
-        """
+        """Remove leftovers of killed writers for fitting names, not files that another process writes."""
         ...
 
     def finish(self) -> None:
@@ -98,7 +96,7 @@ class CacheStore(Protocol):
         ...
 
     def faults(self) -> list[str]:
-        """Return what is wrong with the store as a whole, so that entries may be missing."""
+        """Return the faults of the store as a whole, by which entries may be missing."""
         ...
 
 

@@ -32,7 +32,7 @@ _BAD = re.compile(rb"[/\\:\x00]" if os.name == "nt" else rb"[/\x00]")
 
 
 class RecordKind(IntEnum):
-    """What holds for a name. Of two of one generation the lower kind does."""
+    """State of a name. Of two of one generation the lower kind does."""
 
     ENTRY = 0
     REMOVED = 1
@@ -67,7 +67,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Ending:
-    """The end of what could be read: more may be appended at `position` if the shard is not finished."""
+    """The end of the readable part: more may be appended at `position` if the shard is not finished."""
 
     position: int
     is_finished: bool
@@ -84,7 +84,7 @@ def encode_name(name: str) -> bytes:
 
 
 def decode_name(name: bytes) -> str:
-    """Return the name of such bytes."""
+    """Return the name in a record's bytes."""
     return name.decode("utf-8", "surrogateescape")
 
 
@@ -99,7 +99,7 @@ def has_bad_characters(names: bytes) -> bool:
 
 
 def record_header(name: str, kind: RecordKind, generation: int, length: int = 0, crc32: int = 0) -> bytes:
-    """Return what stands before the bytes of an entry; for other kinds the whole record."""
+    """Return the bytes before those of an entry; for other kinds the whole record."""
     raw = encode_name(name)
     start = f"reelsmith 1 {kind.name.lower()} {generation} {length} {crc32:08x} ".encode()
     check = zlib.crc32(start + raw)
@@ -112,8 +112,8 @@ def record_header(name: str, kind: RecordKind, generation: int, length: int = 0,
 
 
 def machine() -> str:
-    """Return two words that tell this machine from others: of its name, which another container has not, and
-    of its last start. Machines with one of them in common are the same.
+    """Return two words that identify this machine: one of its name, as containers differ in it, and one of
+    its last start. Machines with one of them in common are the same.
     """
     name = platform.node().encode()
     try:
@@ -124,13 +124,13 @@ def machine() -> str:
 
 
 def writer_header() -> bytes:
-    """Return what a shard begins with until it is merged: a comment that tells which machine writes it."""
+    """Return the first bytes of a shard that is not merged: a comment that names the writing machine."""
     body = _line(b"comment", _WRITER + machine().encode())
     return _block(b"reelsmith", len(body), b"g") + _fill(body)
 
 
 def writer_of(file: BinaryIO) -> str | None:
-    """Return what `machine` returned where a shard was begun; None if it does not say."""
+    """Return the result of `machine` where a shard was begun; None if it does not say."""
     comment = _comment_in(_at(file, BLOCK, BLOCK))
     return comment.removeprefix(_WRITER).decode("ascii", "replace") if comment.startswith(_WRITER) else None
 

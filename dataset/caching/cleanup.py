@@ -34,8 +34,8 @@ def remove_stale_latents(
 ) -> int:
     """Remove latent caches not in `names`, except those of sources that failed in this run.
 
-    existing: those that were there before the sources were listed. What others have added since is
-    not looked at. kind: of the table, "image" or "video". Returns how many were removed.
+    existing: those that were there before the sources were listed. Later additions of others are ignored.
+    kind: of the table, "image" or "video". Returns how many were removed.
     """
     tag = family.cache_tag
     stale = existing.not_in(names, but_of=failed_stems)
@@ -65,8 +65,8 @@ def remove_stale_texts(
 ) -> int:
     """Remove text caches not in `names`, also unfinished ones. Returns how many were removed.
 
-    existing: as `list_texts` gave them before the sources were listed; what others have added since is not
-    looked at. surplus_of: only further captions of these sources (by stem), which have fewer captions now.
+    existing: as `list_texts` gave them before the sources were listed; later additions of others are ignored.
+    surplus_of: only further captions of these sources (by stem), which have fewer captions now.
     """
     tag = family.cache_tag
     stale = [name for name in sorted(existing) if name.removesuffix(PART) not in names]

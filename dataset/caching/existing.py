@@ -1,4 +1,4 @@
-"""The latent caches that are there, by the stem of their source: what their names tell."""
+"""Existing latent caches by the stem of their source, read from their names."""
 
 from collections.abc import Container, Mapping, Sequence
 
@@ -28,7 +28,7 @@ class LatentNames:
         return {file: self._rest[file[len(stem) :]] for file in self._files(stem)}
 
     def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
-        """Return the files that are not among `names`, by stem; none of the sources `but_of`."""
+        """Return the files that are not among `names`, by stem, without those of the sources `but_of`."""
         stale = {
             stem: [file for file in sorted(self._files(stem)) if file not in names]
             for stem in self._names

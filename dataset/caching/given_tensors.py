@@ -35,8 +35,8 @@ def refuse_moments(family: Caches, table: DatasetTable) -> None:
 def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:
     """Return the sources with those of their tensors that the family's latents are made from.
 
-    Raises DatasetError if it cannot use moments, if they are of another model's VAE as far as can be told, or
-    if moments of first frames are needed and missing. A file that cannot be read is left to caching.
+    Raises DatasetError if it cannot use moments, if they are visibly of another model's VAE, or if moments of
+    first frames are needed and missing. A file that cannot be read is left to caching.
     """
     given = [source for source in sources if source.tensors is not None]
     if not given:
@@ -110,7 +110,7 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
 
 
 def embeds_note(path: Path) -> Path:
-    """Return the file that says of what the embeddings in `path` are: NAME.json beside NAME.pt."""
+    """Return the file that names the texts of the embeddings in `path`: NAME.json beside NAME.pt."""
     return path.with_suffix(".json")
 
 
@@ -132,10 +132,10 @@ def describe_embeds(
 def read_embeds(
     file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
 ) -> tuple[Conditions | None, str | None]:
-    """Return what the encoder would give for a caption, if that was computed before, or why not.
+    """Return the encoder's outputs for a caption, if computed before, or the reason against them.
 
-    Both are None if there is nothing. Only embeddings of this encoder, of this caption, and as they were
-    written are used; all others are left alone, because they do not say what they are.
+    Both are None if there is nothing. Only unchanged embeddings of this encoder and this caption are used;
+    others are ignored, as they do not name their origin.
     """
     if file.embeds is None:
         return None, None

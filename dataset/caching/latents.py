@@ -60,7 +60,7 @@ class Crop:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return what is encoded."""
+        """Return the encoded tensors."""
         return (self.frames, *self.control, *(() if self.alpha is None else (self.alpha,)), *self.moments)
 
 
@@ -180,7 +180,7 @@ class EncodersOnDemand:
 
 
 class LatentEncoding:
-    """One run over the sources that need encoding. Its public attributes report what was done."""
+    """One run over the sources that need encoding. Its public attributes report the results."""
 
     def __init__(
         self, family: Caches, recipe: Recipe, encoders: EncodersOnDemand, batch_size: int | None
@@ -199,7 +199,7 @@ class LatentEncoding:
     def run(
         self, plans: Sequence[SourcePlan], existing: ExistingNames, workers: int, show_progress: bool
     ) -> None:
-        """Decode and encode what is missing in the plans. Sources that cannot be read become failures.
+        """Decode and encode the missing entries of the plans. Sources that cannot be read become failures.
 
         Raises CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
         """
@@ -388,7 +388,7 @@ def _all_or_none(alphas: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _clip_facts(media: DecodedSource) -> ClipFacts | None:
-    """Return what decoding showed of a clip: its length, or a part of it if decoding stopped early."""
+    """Return the decoded length of a clip, or a part of it if decoding stopped early."""
     if media.source.table.kind == "image":
         return None
     enough = frames_wanted(media.source.table)

@@ -107,7 +107,7 @@ def cache_texts(
 
 
 def _keep_index(share: Share, index: Indexes[Any], stores: Stores, config: DatasetConfig) -> None:
-    """Write what all processes have verified, so that a later run need not read it again."""
+    """Write the facts that all processes verified, so that a later run need not read the files again."""
     of_tables = [stores.of(table) for table in config.datasets]
     gathered = share.gather(index.rows(of_tables))
     if share.is_main:

@@ -1,6 +1,6 @@
 """Cache on a Ray cluster: `map_batches` over shards of the work, by actors that load the encoders once.
 
-An actor does what the caching loop does, with the same code (work.py), for one shard after another, and
+An actor does the work of the caching loop, with the same code (work.py), for one shard after another, and
 writes into the shared cache folder. Nothing is removed: the plain command does that afterwards.
 """
 
@@ -45,17 +45,17 @@ class CachingActor:
         threads: int,
         folder: str | None = None,
     ) -> None:
-        """Keep what is to be done; the first batch begins with it.
+        """Keep the work; the first batch begins it.
 
-        main, words: a caching script and what was typed behind it. threads: that read ahead, if the words do
-        not say. folder: in which the command was typed, for the actor's process to go to.
+        main, words: a caching script and its words. threads: that read ahead, if the words do not say.
+        folder: in which the command was typed, for the actor's process to go to.
         """
         self._main, self._words, self._is_latents = main, words, is_latents
         self._num_shards, self._threads, self._folder = num_shards, threads, folder
         self._work: MediaWork | TextWork | None = None
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
-        """Cache some shards. What a user can mend is reported, all other errors are raised."""
+        """Cache some shards. Errors that a user can mend are reported, all others are raised."""
         rows = [self._row(int(index)) for index in batch["shard_index"]]
         return {column: [row[column] for row in rows] for column in rows[0]}
 
@@ -81,7 +81,7 @@ class CachingActor:
         }
 
     def _make(self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
-        """Make what is to be cached, as the script would."""
+        """Make the caches, as the script would."""
         if options.num_workers is None:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:
@@ -145,7 +145,7 @@ def run_on_ray(main: Main, options: RayOptions) -> list[dict[str, Any]]:
 
 
 def require_done(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raise DatasetError with what could not be done, in the words of the actors."""
+    """Raise DatasetError with the failures, in the words of the actors."""
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
     failures = [text for row in rows for text in json.loads(row["failures"])]
     if errors:

@@ -45,11 +45,11 @@ AT_ONCE = 64  # sources that a thread compares one after the other: handing each
 
 
 class Caches(Described, Encodes, Protocol):
-    """What caching asks of a family."""
+    """Functions that caching needs of a family."""
 
 
 def latent_index(verify: bool = False) -> Indexes[LatentRecord]:
-    """Return what earlier runs have verified of latent caches. verify: read all again."""
+    """Return the facts about latent caches that earlier runs verified. verify: read all again."""
     return Indexes("latents", latent_record_of, not verify)
 
 
@@ -71,7 +71,7 @@ class Recipe:
     _sections: dict[tuple[int, int], int | None] = field(default_factory=dict)
 
     def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
-        """Return what the record of an item contains besides the encoders."""
+        """Return the record of an item without the encoders."""
         options: dict[str, Any] = {"size": list(size), "bucket": list(bucket), "span": list(span)}
         return options | self.table_options(source)
 
@@ -112,7 +112,7 @@ class Recipe:
     def known_difference(
         self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
-        """Do as `difference` for a record of the index, of which there are few for a million entries."""
+        """Do as `difference` for a record of the index; a million entries share few records."""
         key = (id(record), source.table.index, source.mask_from, size, bucket, span)
         if key not in self._compared:
             self._compared[key] = self.difference(record, source, size, bucket, span)
@@ -121,7 +121,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SourceLook:
-    """What was seen of a source and its cache files without reading them."""
+    """Facts about a source and its cache files, without reading them."""
 
     known: Mapping[str, LatentRecord]  # of files that are as they were when they were verified
     sources: int  # fingerprint of the source files
@@ -145,7 +145,7 @@ def look_at(source: MediaSource, existing: Names, recipe: Recipe) -> SourceLook:
 
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
-    """What to do for one source."""
+    """Plan for one source."""
 
     source: MediaSource
     kept: frozenset[str]  # names of valid files
@@ -196,7 +196,7 @@ def plan_all(
 
 
 def plan_latents(source: MediaSource, existing: Names, recipe: Recipe) -> SourcePlan:
-    """Compare the cache files of a source with what this run would make.
+    """Compare the cache files of a source with the ones that this run would make.
 
     Raises MediaError if its header cannot be read.
     """
@@ -316,9 +316,9 @@ def _check_sections(source: MediaSource, files: Names, sections: int | None) -> 
 def _check_item(
     source: MediaSource, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe, look: SourceLook
 ) -> int:
-    """Check that the files of an item are what this run would write; return how many have no record.
+    """Check that the files of an item equal those that this run would write; return how many have no record.
 
-    Files that are as they were when they were verified are not read. Raises CacheError if they are not right.
+    Files unchanged since they were verified are not read. Raises CacheError if they are wrong.
     """
     foreign = 0
     store = recipe.stores.of(source.table)
@@ -399,7 +399,7 @@ def _find_change(source: MediaSource, record: LatentRecord) -> str | None:
 
 
 def _known_size(look: SourceLook) -> Size | None:
-    """Return the size of an image that is as it was when one of its caches was verified."""
+    """Return the size of an image that is unchanged since one of its caches was verified."""
     for record in look.known.values():
         size = record.options.get("size")
         if isinstance(size, list) and len(size) == 2:
@@ -410,7 +410,7 @@ def _known_size(look: SourceLook) -> Size | None:
 def _find_known_clip(
     source: MediaSource, existing: Names, recipe: Recipe, look: SourceLook
 ) -> ClipFacts | None:
-    """Return what an earlier run learned by decoding the source; None if unknown or if the source changed."""
+    """Return an earlier run's facts from decoding the source; None if unknown or if the source changed."""
     rate = recipe.table_options(source)
     known = []
     for file in existing:

@@ -18,9 +18,9 @@ def run_ahead(
     """Yield (job, its result or exception) in the order of `jobs`, while threads work on later jobs.
 
     Threads are enough: FFmpeg, OpenCV and hashing release the interpreter's lock, and frames need no copy
-    between processes. size_bytes: what a result will take; called just before a job starts. A job starts if
-    all results that are in progress, waiting or in use (until the next one is requested) stay under
-    `limit_bytes`; a single one may be larger.
+    between processes. size_bytes: of a result; called just before a job starts. A job starts if all results
+    that are in progress, waiting or in use (until the next one is requested) stay under `limit_bytes`; a
+    single one may be larger.
     """
     waiting: collections.deque[tuple[T, int, Future[R]]] = collections.deque()
     used, given, started = 0, 0, 0

@@ -1,4 +1,4 @@
-"""Report what a caching run did."""
+"""Report the results of a caching run."""
 
 import logging
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a run did. Counts are numbers of cache files."""
+    """Results of a run. Counts are numbers of cache files."""
 
     written: int = 0
     kept: int = 0
@@ -66,7 +66,7 @@ def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool
 
 
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
-    """Show what was done. rows, commands: what else the box says.
+    """Show the results. rows, commands: further lines of the box.
 
     Raises DatasetError if a source failed; in processes other than the main one, SystemExit with its code.
     """
@@ -101,7 +101,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
 
 
 def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
-    """Return the error with which a run ends that has done all but these. things: what they are."""
+    """Return the error with which a run ends that has done all but these. things: a word for them."""
     lines = "\n  ".join(map(str, failures))
     return DatasetError(
         f"{len(failures)} of the {things} could not be used; all others are done:\n  {lines}\n"

@@ -32,7 +32,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 @dataclass(frozen=True, slots=True)
 class EncodingPlan:
-    """What to do for one text, by names of encoders."""
+    """Plan for one text, by names of encoders."""
 
     file: CaptionFile
     missing: tuple[str, ...]  # those that must encode, in order
@@ -52,7 +52,7 @@ class EncodingPlan:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What one text's cache file has to hold: the caption, and what the encoders would write for it."""
+    """Required content of one text's cache file: the caption, and the encoders' outputs for it."""
 
     file: CaptionFile
     encoders: Encoders
@@ -66,20 +66,20 @@ class Wanted:
 
 @dataclass(frozen=True)
 class FoundTexts:
-    """What a cache file, finished or not, holds of what is wanted."""
+    """The wanted texts in a cache file, finished or not."""
 
     entry: Entry | None = None  # None: it is missing or damaged
     right: Mapping[str, bool] = field(default_factory=dict)  # encoders with valid outputs: has it a record?
 
 
 def text_index(verify: bool = False) -> Indexes[dict[str, TextRecord]]:
-    """Return what earlier runs have verified of text caches. verify: read all again."""
+    """Return the facts about text caches that earlier runs verified. verify: read all again."""
     return Indexes("texts", text_records_of, not verify)
 
 
 @dataclass
 class KnownTexts:
-    """What is known of the text caches of a run without reading them."""
+    """Facts about the text caches of a run without reading them."""
 
     stores: Stores
     index: Indexes[dict[str, TextRecord]]
@@ -88,7 +88,7 @@ class KnownTexts:
     _compared: dict[tuple[object, ...], bool] = field(default_factory=dict)
 
     def is_whole(self, wanted: Wanted) -> bool:
-        """Whether a text's file is as it was when it was verified, and holds what all encoders would write.
+        """Return whether a text's file is unchanged since it was verified, and holds all encoders' outputs.
 
         False if that is not known, or if there was an unfinished file when the first text of the table was
         asked for.
@@ -111,7 +111,7 @@ class KnownTexts:
         return self._compared[key]
 
     def note(self, wanted: Wanted, entry: Entry, stamp: Stamp | None) -> None:
-        """Remember a file that was just read and holds what all encoders would write."""
+        """Remember a file that was just read and holds all encoders' outputs."""
         facts = self._facts(wanted, text_records(entry.header))
         if facts is not None:
             index = self.index.of(self.stores.of(wanted.file.table))
@@ -126,7 +126,7 @@ class KnownTexts:
             self.index.of(store).note_written(wanted.name, stamp, source, facts)
 
     def _facts(self, wanted: Wanted, records: Mapping[str, TextRecord]) -> dict[str, Any] | None:
-        """Return what an index says of a file: nothing of one with records of other encoders or captions."""
+        """Return the index's facts about a file: none if it has records of other encoders or captions."""
         names = {encoder.name for encoder, _ in wanted.encoders}
         same = all(record.caption == (wanted.file.caption or "") for record in records.values())
         return text_facts(records) if same and records.keys() == names else None
@@ -139,7 +139,7 @@ class KnownTexts:
 
 
 def caption_fingerprint(file: CaptionFile) -> int:
-    """Return what tells the caption of a text from others."""
+    """Return the fingerprint of a text's caption."""
     return fingerprint((), file.caption or "")
 
 
@@ -150,9 +150,9 @@ def plan_text(
     skip_existing: bool,
     known: KnownTexts | None = None,
 ) -> EncodingPlan:
-    """Compare a text's file, finished or not, with what the encoders would write. Nothing is changed.
+    """Compare a text's file, finished or not, with the encoders' outputs. Nothing is changed.
 
-    known: of the run, so that what is known to be right is not read.
+    known: of the run, so that files known to be right are not read.
     """
     wanted = Wanted(file, encoders, skip_existing)
     if known is not None and known.trusts and store.is_shared(wanted.name) and store.has(wanted.name):
@@ -176,15 +176,15 @@ def plan_text(
 
 
 def find_finished(store: CacheStore, wanted: Wanted, has_values: bool = True) -> FoundTexts:
-    """Compare the finished file of a text with what is wanted.
+    """Compare the finished file of a text with the wanted outputs.
 
-    has_values: False compares without reading the tensors; then what is found has none.
+    has_values: False compares without reading the tensors; the result then has no values.
     """
     return _find(store, wanted.name, wanted, wanted.skip_existing, has_values)[0]
 
 
 def find_part(store: CacheStore, wanted: Wanted) -> FoundTexts:
-    """Compare the unfinished file of a text with what is wanted.
+    """Compare the unfinished file of a text with the wanted outputs.
 
     If anything in it is from a run with other encoders or another caption, joining it would corrupt the valid
     outputs: then nothing is found.
@@ -196,7 +196,7 @@ def find_part(store: CacheStore, wanted: Wanted) -> FoundTexts:
 def _find(
     store: CacheStore, name: str, wanted: Wanted, skip_existing: bool, has_values: bool = True
 ) -> tuple[FoundTexts, frozenset[str]]:
-    """Return what a file holds of what is wanted, and the encoders of all other records in it.
+    """Return the wanted outputs in a file, and the encoders of all other records in it.
 
     skip_existing: outputs without a record are valid if the caption is the same.
     """

@@ -54,7 +54,7 @@ TextBatch = Sequence[CaptionFile]  # texts that are encoded together
 
 @dataclass(frozen=True)
 class TextCounts:
-    """What was done for some texts, in numbers of files."""
+    """Results for some texts, in numbers of files."""
 
     written: int  # an encoder added something
     kept: int  # all others
@@ -85,7 +85,7 @@ class TextEncoding:
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
 
     def run(self, batches: Sequence[TextBatch]) -> TextCounts:
-        """Encode what is missing, one encoder after the other; an encoder without work is not loaded."""
+        """Encode missing outputs, one encoder after the other; an encoder without work is not loaded."""
         files = [file for batch in batches for file in batch]
         plans = self._plan(files)
         for encoder, identity in self._encoders:
@@ -212,7 +212,7 @@ class TextEncoding:
         to_do: Mapping[Path, EncodingPlan],
         bar: Bar,
     ) -> None:
-        """Encode every batch in which something is missing, and write what is missing.
+        """Encode every incomplete batch, and write the missing outputs.
 
         Batches stay whole, because the last bits of an embedding depend on its neighbours: so a run that was
         killed and continued gives the same files as an uninterrupted one.
@@ -271,8 +271,8 @@ def write_text(
 
     is_last: no other encoder adds anything, so the tensors are joined with the content of the `.part` and the
     file. Tensors with other names, other metadata and other encoders' records are kept. A changed caption is
-    replaced with a warning. Returns the header of what was written. Raises OutputError if writing fails,
-    CacheError if what other encoders wrote is gone: no file is left incomplete.
+    replaced with a warning. Returns the header of the written file. Raises OutputError if writing fails,
+    CacheError if the output of other encoders is gone: no file is left incomplete.
     """
     sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
     metadata = {"architecture": architecture, "caption1": record.caption, "format_version": FORMAT_VERSION}

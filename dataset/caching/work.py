@@ -1,7 +1,7 @@
-"""The work of caching a dataset, of which any part can be done by itself, by any process on any machine.
+"""The work of caching a dataset, in parts that any process on any machine can do by itself.
 
 Names of existing caches are listed before the sources are: an entry that was there belongs to a source that
-was there, so what others add meanwhile is never taken for stale.
+was there, so additions meanwhile never count as stale.
 """
 
 import logging
@@ -69,7 +69,7 @@ class EntryPlaces:
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """What was done for a part of the sources."""
+    """Results for a part of the sources."""
 
     report: CacheReport
     right: frozenset[tuple[int, str]]  # table index and name of each valid entry
@@ -149,7 +149,7 @@ class MediaWork:
 
     @property
     def index(self) -> Indexes[Any]:
-        """Return what is known of the entries."""
+        """Return the facts about the entries."""
         return self._recipe.index
 
     def encode_shard(self, shard: ShardOptions) -> CacheReport:
@@ -225,8 +225,8 @@ class TextWork:
 def _list_sources(
     config: DatasetConfig, captions: bool
 ) -> tuple[list[MediaSource], CacheReport, list[DatasetTable]]:
-    """Return all sources, a report of what listing could not read, such as the end of a tar, and the tables
-    of which all sources are known: of others, no entry is known to be stale.
+    """Return all sources, a report of unreadable ones, such as the end of a tar, and the completely listed
+    tables: only their entries can be stale.
     """
     skipped: list[tuple[DatasetTable, Fault]] = []
     sources = find_all_sources(config, captions, skipped=skipped)
@@ -262,7 +262,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
 
 
 def _refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
-    """Raise DatasetError if what would be cached is another each time. keys: that make it so."""
+    """Raise DatasetError if the items to cache change each time. keys: that make it so."""
     if keys:
         raise DatasetError(
             f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "

@@ -1,4 +1,4 @@
-"""What makers of captions have in common: they are shown frames, and answer with a text or a reason."""
+"""The contract of makers of captions: they get frames, and answer with a text or a reason."""
 
 from collections.abc import Callable, Generator, Sequence
 
@@ -35,7 +35,7 @@ class NoCaptionError(Exception):
 
 
 def prompt_for(job: CaptionJob, ask: AskOptions) -> str:
-    """Return what is asked about an image or a clip."""
+    """Return the question about an image or a clip."""
     return ask.prompt if ask.prompt is not None else PROMPTS[job.place.source.table.kind]
 
 

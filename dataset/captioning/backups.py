@@ -1,4 +1,4 @@
-"""Keep what a person wrote before it is replaced."""
+"""Keep a person's text before it is replaced."""
 
 import itertools
 import shutil

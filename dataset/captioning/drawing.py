@@ -1,4 +1,4 @@
-"""Draw the words of an answer so that it depends on nothing but the seed and what is described."""
+"""Draw the words of an answer so that it depends only on the seed and the described media."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from dataset.captioning.options import AskOptions
 
 
 def draw_words(ask: AskOptions, names: Sequence[str]) -> list[Any] | None:
-    """Return what to give to `generate` as `logits_processor`; None for the most probable words.
+    """Return the `logits_processor` for `generate`; None for the most probable words.
 
-    names: of what is described, a row of the batch each.
+    names: of the described media, a row of the batch each.
     """
     return [RowNoise(ask.temperature, ask.seed, names)] if ask.temperature else None
 

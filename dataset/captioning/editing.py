@@ -27,7 +27,7 @@ SHOWN = 160  # characters of a caption
 
 @dataclass(frozen=True)
 class Edit:
-    """A caption and what becomes of it."""
+    """A caption and its new text."""
 
     file: Path  # where it stands
     name: str  # in the record of its folder
@@ -43,8 +43,8 @@ class Edit:
 def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool) -> None:
     """Apply `wording` to all captions of a dataset; each file that changes is kept as .bak.
 
-    dry_run: print what would change instead. A caption of which nothing would be left stays as it is. Raises
-    DatasetError if the dataset cannot be used, or at the end if there are such captions.
+    dry_run: print the changes instead. A caption that would become empty stays as it is. Raises DatasetError
+    if the dataset cannot be used, or at the end if captions would become empty.
     """
     places = find_places(config, texts=True).all
     made = read_made(places)
@@ -89,7 +89,7 @@ def _edits_of_files(places: Sequence[CaptionPlace], wording: WordingOptions) -> 
 
 
 def _edits_of_lists(config: DatasetConfig, wording: WordingOptions) -> Iterator[Edit]:
-    """Yield what becomes of the lines of all lists, which have been read before, without faults."""
+    """Yield the edits of all lists' lines, which have been read before, without faults."""
     tables = {table.jsonl_file: table for table in config.datasets if table.jsonl_file is not None}
     for file, table in tables.items():
         for line in read_lines(file):

@@ -1,8 +1,8 @@
 """Put captions into a JSONL list: nothing else of its lines changes, and at any moment the list is whole.
 
 A caption goes to a hidden file beside the list first, so that nothing is lost if the run is killed. From time
-to time, and at the end, the list is written anew with what waits there. A run that finds such a file puts it
-in.
+to time, and at the end, the list is written anew with the captions that wait there. A later run puts in a
+file that is left over.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class CaptionList:
     """A list whose captions are written."""
 
     def __init__(self, path: Path, key: str, now: Callable[[], float] = time.monotonic) -> None:
-        """key: of the paths, video_path or image_path. Raises DatasetError if what waits cannot be read."""
+        """key: of the paths, video_path or image_path. Raises DatasetError if waiting ones are damaged."""
         self.path, self._key, self._now = path, key, now
         self._journal = path.with_name(f".{path.name}.captions")
         self.waiting = _read_journal(self._journal)
@@ -66,8 +66,8 @@ class CaptionList:
     def merge(self) -> None:
         """Write the list with all captions that wait. Raises OutputError if that fails.
 
-        The first time, the list as it was is kept as .bak; later ones keep it only if they replace what a
-        person wrote.
+        The first time, the list as it was is kept as .bak; later ones keep it only if they replace a person's
+        text.
         """
         if not self.waiting:
             return
@@ -148,7 +148,7 @@ def rewrite_lines(path: Path, change: Change) -> None:
 
 
 class _Changed(Exception):
-    """The list is not what was read."""
+    """The list has changed since it was read."""
 
 
 def _stamp(path: Path) -> tuple[int, int]:

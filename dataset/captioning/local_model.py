@@ -42,7 +42,7 @@ FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A loaded model with what makes its inputs."""
+    """A loaded model with its processor."""
 
     model: Any
     processor: Any
@@ -162,7 +162,7 @@ def end_tokens(model: Any) -> frozenset[int]:
 def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     """Load the model that --model names.
 
-    Raises InstallationError if transformers is missing, CheckpointError if the folder holds no such model,
+    Raises InstallationError if transformers is missing, CheckpointError if the folder holds another model,
     DownloadError as `find_model_folder`.
     """
     if importlib.util.find_spec("transformers") is None:  # importing it takes seconds

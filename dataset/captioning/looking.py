@@ -68,7 +68,7 @@ def _take(path: Path, indices: tuple[int, ...], max_pixels: int) -> tuple[tuple[
 
 
 def _decoded(path: Path) -> Iterator[Callable[[], Frame]]:
-    """Yield for each frame of a file what turns it into H W 3: only frames that are shown need it."""
+    """Yield for each frame of a file a function that turns it into H W 3: only shown frames need it."""
     if is_animation(path):
         yield from (partial(np.asarray, frame) for frame in video_frames(path))
         return

@@ -1,8 +1,8 @@
-"""What this program wrote: a hidden list beside the captions, by which it knows them from hand-written ones.
+"""List of this program's captions: a hidden file beside them that tells them from hand-written ones.
 
 Each line of the list names a caption and has the hash of a text that was written for it. A caption whose text
-has no such line was written, or has been edited since, by a person. The line is written before the caption:
-after a kill between the two it names a text that is not there, which changes nothing.
+has no line was written, or has been edited since, by a person. The line is written before the caption: after
+a kill between the two it names a text that is not there, which changes nothing.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ class MadeCaptions:
     def begin_pass(self, what: str) -> frozenset[str]:
         """Begin to make captions anew, or go on after a run that did not come to its end.
 
-        what: tells equal passes from others. Returns the names that the earlier run has made anew already.
+        what: identifies equal passes. Returns the names that the earlier run has made anew already.
         """
         if self._pass == what:
             return frozenset(self._of_pass)
@@ -80,7 +80,7 @@ class MadeCaptions:
         return frozenset()
 
     def done_before(self, what: str) -> frozenset[str]:
-        """Return what `begin_pass` would, and write nothing."""
+        """Return the result of `begin_pass`, and write nothing."""
         return frozenset(self._of_pass) if self._pass == what else frozenset()
 
     def end_pass(self) -> None:

@@ -68,7 +68,7 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
 
 
 class AskOptions(Options, title="what is asked"):
-    """What is shown and asked, and how the answer is chosen."""
+    """Frames to show, question to ask, and choice of the answer."""
 
     prompt: str | None = option(
         "what the model is asked about each image or clip; default: to describe it in one paragraph"
@@ -100,7 +100,7 @@ class AskOptions(Options, title="what is asked"):
 
 
 class WordingOptions(Options, title="the text that is written"):
-    """What is put into captions and replaced in them."""
+    """Words to put into captions and to replace in them."""
 
     trigger_word: str = option(f"put before each caption that does not hold it; {KEY}", default="")
     caption_prefix: str = option(f"put before each caption that does not begin with it; {KEY}", default="")
@@ -149,7 +149,7 @@ class WordingOptions(Options, title="the text that is written"):
 
 
 class CaptioningOptions(Options, title="what to do"):
-    """Which captions to write, who makes them, and what is done to them."""
+    """Captions to write, their maker, and changes to them."""
 
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True)
     dry_run: bool = option(

@@ -31,7 +31,7 @@ class CaptionPlace:
 
     @property
     def name(self) -> str:
-        """Return what the caption is called in the record of its folder."""
+        """Return the caption's name in the record of its folder."""
         return self.file.name if self.entry is None else entry_name(self.file, self.entry)
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class CaptionPlace:
 
 
 def entry_name(file: Path, entry: str) -> str:
-    """Return what a line of a list is called in the record of its folder. entry: the path in the line."""
+    """Return the name of a list's line in the record of its folder. entry: the path in the line."""
     return f"{file.name}: {line_key(entry)}"
 
 
@@ -51,7 +51,7 @@ class CaptionPlaces:
     without_extension: tuple[DatasetTable, ...]
 
     def say_missing_keys(self) -> list[str]:
-        """Return a text for each table that must be told where its captions are."""
+        """Return a text for each table that needs a key for the place of its captions."""
         return [
             f"{table.name} has no caption_extension, so its captions are {EXTENSION} files beside its "
             f"{table.kind}s. "
@@ -95,7 +95,7 @@ def _refuse_other_kinds(tables: Sequence[DatasetTable]) -> None:
 
 
 def _media_only(table: DatasetTable) -> DatasetTable:
-    """Return a table of which only the media and their captions are looked for."""
+    """Return a copy of a table with only the media and their captions."""
     extension = table.caption_extension or EXTENSION
     return dataclasses.replace(
         table,

@@ -28,7 +28,7 @@ class CaptionJob:
 
 @dataclass(frozen=True)
 class CaptionPlan:
-    """What a run makes, and what it leaves."""
+    """Captions that a run makes, and those that it leaves."""
 
     jobs: tuple[CaptionJob, ...]
     num_kept: int
@@ -40,12 +40,12 @@ class CaptionPlan:
 
 
 def needs_texts(options: CaptioningOptions) -> bool:
-    """Return whether the plan depends on what is in the captions that are there."""
+    """Return whether the plan depends on the text of existing captions."""
     return options.overwrite or options.overwrite_all or options.fill_empty
 
 
 def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
-    """Return by folder what this program has written there."""
+    """Return this program's captions by folder."""
     return {folder: MadeCaptions(folder) for folder in {place.file.parent for place in places}}
 
 

@@ -1,4 +1,4 @@
-"""Load what makes a model's inputs from texts and images."""
+"""Load a model's processor, which makes inputs from texts and images."""
 
 import importlib.util
 from pathlib import Path
@@ -40,12 +40,12 @@ def load_processor(folder: Path) -> Any:
 
 
 def image_token(processor: Any) -> str:
-    """Return what stands for an image in a text without a chat template."""
+    """Return the token for an image in a text without a chat template."""
     return str(getattr(processor, "image_token", "<image>"))
 
 
 def _without_videos(folder: Path) -> Any:
-    """Return the processor without its part for videos; None if that is not what is missing."""
+    """Return the processor without its part for videos; None if another part is missing."""
     import transformers
 
     if importlib.util.find_spec("torchvision") is not None:

@@ -1,4 +1,4 @@
-"""Run tools/caption_dataset.py after its options are read: name what is missing, write or edit captions."""
+"""Run tools/caption_dataset.py after its options are read: name missing parts, write or edit captions."""
 
 import contextlib
 import itertools
@@ -45,7 +45,7 @@ SERVER_GONE = 5  # images or clips in a row for which a server failed again and 
 
 
 def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
-    """Do what the options ask for. Raises UserError if something cannot be used, or failed at last."""
+    """Do the options' work. Raises UserError if something cannot be used, or failed at last."""
     _refuse_doubling(config, options.wording)
     if options.edit_only:
         if not options.dry_run:
@@ -170,7 +170,7 @@ def _open_lists(config: DatasetConfig) -> dict[Path, CaptionList]:
 
 
 def _recover_lists(config: DatasetConfig) -> dict[Path, CaptionList]:
-    """Put into the lists what a run that was killed has left beside them."""
+    """Put leftovers of a killed run into the lists."""
     lists = _open_lists(config)
     for one in lists.values():
         one.merge()

@@ -222,7 +222,7 @@ class ApiServer:
         return result
 
     def _ask(self, sent: Any) -> tuple[int, str, str]:
-        """Make a request. Raises what the library raises, NoCaptionError if the answer is too long."""
+        """Make a request. Raises the library's errors, NoCaptionError if the answer is too long."""
         with (
             _Session() as session,
             session.post(
@@ -250,13 +250,13 @@ class ApiServer:
         return caption_in(content if isinstance(content, str) else "", was_cut)
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Put the key into a request. Given as `auth`, so that none of netrc is sent."""
+        """Put the key into a request. Given as `auth`, so that no entry of netrc is sent."""
         if self.key is not None:
             request.headers["Authorization"] = f"Bearer {self.key}"
         return request
 
     def _adapt(self, text: str, sent: Mapping[str, Any]) -> bool:
-        """Leave out what the model refuses by an error's text. Returns whether the request held it."""
+        """Leave out settings that an error's text refuses. Returns whether the request held it."""
         for name, other in OTHER_NAMES.items():
             is_named = f"'{name}'" in text or f'"{name}"' in text or f"`{name}`" in text
             if is_named and name in sent:
@@ -330,7 +330,7 @@ def _read_answer(answer: requests.Response) -> str:
 
 
 def _error_text(text: str) -> str:
-    """Return what a server says of an error: OpenAI's form, or the text itself."""
+    """Return a server's error message: from OpenAI's form, or the text itself."""
     try:
         error = parse_json(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)
@@ -346,7 +346,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _seconds(text: str) -> float | None:
-    """Return the seconds of a Retry-After header; None for a date, nothing, or what is no time."""
+    """Return the seconds of a Retry-After header; None for a date, nothing, or other words."""
     try:
         return float(text) if float(text) >= 0 else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""What becomes of a model's answer, or of a caption that is edited: one line, with words put into it."""
+"""Turn a model's answer, or an edited caption, into one line, with words put into it."""
 
 import re
 
@@ -25,7 +25,7 @@ def clean_answer(answer: str) -> str:
 def reword(caption: str, wording: WordingOptions) -> str:
     """Return "prefix trigger, caption suffix" after replacing, as the keys of a dataset table do.
 
-    What the caption has already is not put in again.
+    Words already in the caption are not put in again.
     """
     for old, new in wording.replace:
         caption = caption.replace(old, new)

@@ -42,7 +42,7 @@ class CaptionWriter:
         self.num_put += 1
 
     def close(self) -> None:
-        """Put into the lists what waits beside them."""
+        """Put waiting captions into the lists."""
         for one in self.lists.values():
             one.merge()
 

@@ -43,7 +43,7 @@ def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counter
 
 
 def check_captions(found: TableFindings, counters: Counters) -> None:
-    """Add what is wrong with the captions of a table's sources, but for those that cannot be read."""
+    """Add the faults of the captions of a table's sources, except for unreadable ones."""
     missing = [source for source in found.sources if source.caption is None and not is_unread(source)]
     lines = missing_captions(missing)
     found.faults += [

@@ -1,4 +1,4 @@
-"""The result of a check: what each table amounts to, what is wrong with it, and what is left out."""
+"""The result of a check: totals of each table, its faults, and files left out."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ Buckets = Mapping[tuple[int, ...], int]  # items by (width, height[, frames])
 
 @dataclass
 class TableFindings:
-    """What a check finds in one table; filled as it goes on."""
+    """Findings of a check in one table; filled as it goes on."""
 
     table: DatasetTable
     title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
@@ -72,7 +72,7 @@ class TableFindings:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What was found in each table, with lines to print before and after."""
+    """Findings in each table, with lines to print before and after."""
 
     head: tuple[str, ...]
     tables: tuple[TableFindings, ...] = ()
@@ -143,7 +143,7 @@ def indent(lines: Iterable[str]) -> list[str]:
 
 
 def join_findings(first: CheckResult, second: CheckResult) -> CheckResult:
-    """Return what two checks of one configuration found, each fault once."""
+    """Return the findings of two checks of one configuration, each fault once."""
     tables = []
     for one, other in zip(first.tables, second.tables, strict=True):
         tables.append(

@@ -32,7 +32,7 @@ SHADE = 0.3  # brightness of what is cut off
 
 @dataclass(frozen=True)
 class MediaLook:
-    """What the page shows of a source's media. Whatever could not be read is None or empty."""
+    """A source's media as the page shows them. Whatever could not be read is None or empty."""
 
     strip: Markup | None = None
     fit: Fit | None = None  # how a frame of `size` becomes what the model sees
@@ -63,7 +63,7 @@ class MediaLook:
 def look_at(source: MediaSource, fps: float, steps: Steps) -> MediaLook:
     """Read a source once; only a few small frames are kept in memory. fps: the family's rate.
 
-    What cannot be read is told in `problem`; the frames before it are shown.
+    `problem` says what cannot be read; the frames before it are shown.
     """
     height = STRIP_HEIGHT if source.table.kind == "video" else PICTURE_HEIGHT
     sample = EvenFrames(lambda frame: reduce_to_height(frame, height, STRIP_WIDTH))
@@ -75,9 +75,9 @@ def look_at(source: MediaSource, fps: float, steps: Steps) -> MediaLook:
 
 
 def read_source(source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None]) -> MediaLook:
-    """Read a source once and hand each frame that is used to `take`, at its own size: a look without strip.
+    """Read a source once and hand each used frame to `take`, at its own size: a look without strip.
 
-    What cannot be read is told in `problem`.
+    `problem` holds the reading error.
     """
     values: dict[str, object] = {}
     used = 0
@@ -106,7 +106,7 @@ def _read_frames(
     take: Callable[[Frame], None],
     values: dict[str, object],
 ) -> None:
-    """Hand the frames of a source on disk to `take`; add what is learned on the way to `values`."""
+    """Hand the frames of a source on disk to `take`; add facts found on the way to `values`."""
     values["bytes"] = _size_bytes(source)
     if source.table.kind == "video":
         info = video_info(source.path)
@@ -132,7 +132,7 @@ class EvenFrames:
     """Evenly spaced frames of a stream of unknown length, from its first on; at most 2 * MOST_FRAMES."""
 
     def __init__(self, reduce: Callable[[Frame], Frame]) -> None:
-        """reduce: makes of a frame what is kept; only called for those that are."""
+        """reduce: turns a frame into its kept form; only called for kept ones."""
         self.frames: list[Frame] = []
         self._count = 0
         self._reduce = reduce
@@ -174,7 +174,7 @@ def draw_crop(frame: Frame, fit: Fit) -> Frame:
 
 
 def draw_strip(frames: Iterable[Frame], fit: Fit | None) -> Frame:
-    """Return frames of one height side by side, with white gaps; `fit` draws what is cut off."""
+    """Return frames of one height side by side, with white gaps; `fit` draws the parts cut off."""
     parts: list[Frame] = []
     for frame in frames:
         if parts:

@@ -1,4 +1,4 @@
-"""Write the page of --check: totals, what is wrong, the buckets, and a card for each file."""
+"""Write the page of --check: totals, faults, the buckets, and a card for each file."""
 
 import logging
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class CaptionPart:
 
 @dataclass(frozen=True)
 class CheckCard:
-    """What the page shows of one file."""
+    """One file as the page shows it."""
 
     name: str
     source: MediaSource
@@ -80,7 +80,7 @@ def write_check_page(
     most: int,
     workers: int,
 ) -> None:
-    """Write the page: at most `most` files, of which every one is read once, in `workers` threads.
+    """Write the page: at most `most` files, each read once, in `workers` threads.
 
     Raises OutputError if the page cannot be written.
     """
@@ -174,7 +174,7 @@ def told_by_source(tables: Sequence[TableFindings]) -> Told:
 
 
 def _escape(faults: Sequence[Fault]) -> list[Fault]:
-    """Write control codes out: they would hide or reorder what is shown."""
+    """Write control codes out: they would hide or reorder the text."""
     return [Fault(one.kind, escape_control_codes(one.text), one.stem) for one in faults]
 
 

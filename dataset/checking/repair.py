@@ -17,7 +17,7 @@ BACKUP = ".bak"
 
 @dataclass(frozen=True)
 class Repairs:
-    """What was done, as lines, and whether something is left to do."""
+    """Results as lines, and whether something is left to do."""
 
     lines: tuple[str, ...]
     num_left: int
@@ -26,7 +26,7 @@ class Repairs:
 def repair_captions(config: DatasetConfig, encoding: str) -> Repairs:
     """Convert the captions of all tables that are not UTF-8. encoding: Python's name, or GUESS.
 
-    A file of which the encoding is not sure is left as it is. Raises OutputError if a file cannot be written.
+    A file of uncertain encoding is left as it is. Raises OutputError if a file cannot be written.
     """
     lines, left = [], 0
     for paths in (_unreadable(config, index) for index in range(len(config.datasets))):

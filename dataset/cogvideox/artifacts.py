@@ -38,7 +38,7 @@ def write_media(
     moments: Tensor | None,
     image_moments: Tensor | None,
 ) -> None:
-    """Write what is made of a clip: video, first frame, moments, and last the facts that say it is done.
+    """Write the results for a clip: video, first frame, moments, and last the facts that mark it as done.
 
     frames: F H W 3. moments, image_moments: 2C f h w, on the CPU. Raises OutputError, or CacheError if a
     value is NaN.
@@ -64,7 +64,7 @@ def write_texts(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write what is made of a caption: embeddings, if any, whose they are, and last the caption itself.
+    """Write the results for a caption: embeddings, if any, their owner, and last the caption itself.
 
     tensors: by their keys in caches; a single one is stored alone, as trainers of this form read it. Raises
     OutputError, or CacheError if a value is NaN.

@@ -89,8 +89,8 @@ class PreparedItem:
 def name_items(rows: Sequence[CogRow], root: Path, folder: Path, seed: int) -> list[PreparedItem]:
     """Return the items of all rows, in order.
 
-    A name is a UUID made of the seed, the path of the clip, and which row of that clip it is: a rerun, and
-    one after rows were added, finds its files again.
+    A name is a UUID made of the seed, the path of the clip, and the number of the row of that clip: a rerun,
+    and one after rows were added, finds its files again.
     """
     seen: Counter[Path] = Counter()
     items = []
@@ -107,7 +107,7 @@ def name_items(rows: Sequence[CogRow], root: Path, folder: Path, seed: int) -> l
 def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:
     """Return the lists of finished items by file name: prompts.txt, videos.txt and data.jsonl.
 
-    items: with their facts. What is not there is null in data.jsonl.
+    items: with their facts. Missing files are null in data.jsonl.
     """
     lines = []
     for item, facts in items:

@@ -1,4 +1,4 @@
-"""Find a diffusers pipeline, in a folder or on the hub, and what its VAE is."""
+"""Find a diffusers pipeline, in a folder or on the hub, and the kind of its VAE."""
 
 from pathlib import Path
 

@@ -36,7 +36,7 @@ class ClipSourceOptions(Options, title="clips and captions"):
 
 
 class ShapeOptions(Options, title="frames and sizes"):
-    """Which frames of a clip are taken, and what becomes of them."""
+    """Which frames of a clip are taken, and their size."""
 
     height_buckets: tuple[int, ...] = option(
         "heights in pixels; a clip gets the nearest size",
@@ -118,7 +118,7 @@ class EncodingOptions(Options, title="encoding"):
 
 
 class WorkerOptions(Options):
-    """How many threads do what."""
+    """Numbers of threads for each kind of work."""
 
     num_decode_threads: int = option(
         "threads that decode one clip; 0: FFmpeg's choice", default=0, least=0, most=MOST_THREADS

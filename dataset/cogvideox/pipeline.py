@@ -88,7 +88,7 @@ class CogTextEncoder:
     def token_counter(self) -> CountTokens:
         """Return a function that counts a text's tokens with the end token; only the tokenizer is loaded.
 
-        Raises CheckpointError if it cannot tell where tokens are in a text.
+        Raises CheckpointError if it does not give the places of tokens in a text.
         """
         tokenizer = _load_part(_import("transformers").AutoTokenizer, self.folder / "tokenizer")
         if not tokenizer.is_fast:

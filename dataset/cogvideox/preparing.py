@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What a run did. Counts are of items."""
+    """Results of a run. Counts are of items."""
 
     items: int  # in the lists that were written
     prepared: int  # by this run
@@ -42,7 +42,7 @@ class PrepareReport:
 
 
 def prepare(options: PrepareOptions, maker: MomentsMaker | None) -> PrepareReport:
-    """Prepare what is not there yet, and write the lists.
+    """Prepare missing files, and write the lists.
 
     maker: None if only clips and captions are written. A clip that cannot be read becomes a failure of the
     report and does not stop the others. Raises DatasetError if the data cannot be used, OptionError if the
@@ -76,7 +76,7 @@ def prepare(options: PrepareOptions, maker: MomentsMaker | None) -> PrepareRepor
 
 
 def conclude(report: PrepareReport, output_dir: Path) -> None:
-    """Show what was done.
+    """Show the results.
 
     Raises DatasetError if a source failed; in processes other than the main one, SystemExit with its code.
     """

@@ -28,7 +28,7 @@ MOST_WAITING = 1 << 29  # bytes of frames whose batch is not full
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decides of one clip; drawn from the seed and the clip's name alone."""
+    """Random choices for one clip; drawn from the seed and the clip's name alone."""
 
     place: tuple[float, float]  # of the part that is cut out, from left and top in 0..1
     is_flipped: bool
@@ -68,8 +68,8 @@ def choose_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Si
 def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> NDArray[np.uint8]:
     """Read the chosen frames of a clip at the chosen size: F H W 3.
 
-    name: of the item, for what chance decides. threads: that decode. Raises MediaError if the clip cannot be
-    read or is too short.
+    name: of the item, for random choices. threads: that decode. Raises MediaError if the clip cannot be read
+    or is too short.
     """
     draws = draw(options.seed, name, options.random_flip)
     stated = video_info(path).frames

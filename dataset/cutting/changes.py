@@ -1,4 +1,4 @@
-"""What detectors find: where one scene ends and another begins."""
+"""Findings of detectors: where one scene ends and another begins."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,4 +27,4 @@ class ChangeDetector(Protocol):
         """Look at the next picture, H W 3."""
 
     def changes(self) -> list[SceneChange]:
-        """Return what was found, in order, after the last picture."""
+        """Return all changes, in order, after the last picture."""

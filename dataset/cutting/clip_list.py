@@ -31,7 +31,7 @@ class ClipList:
             self._read()
 
     def line_of(self, clip: Path) -> dict[str, Any] | None:
-        """Return what the list says of a clip; None if that is nothing."""
+        """Return the list's line for a clip; None if that is nothing."""
         place = self._paths.get(str(clip))
         return None if place is None else _object(self._kept[place])
 
@@ -60,7 +60,7 @@ class ClipList:
         self._stamp = _stamp_of(self._path)
 
     def _read_again(self) -> None:
-        """Take the lines that somebody else has written; a line that was taken out since stays out."""
+        """Read lines that others have written meanwhile; a line removed in this run stays out."""
         self._kept, self._paths = [], {}
         self._read()
         self._leave_out()
@@ -89,7 +89,7 @@ class ClipList:
 
 
 def _stamp_of(path: Path) -> tuple[int, int] | None:
-    """Return what changes with a file; None if it is not there."""
+    """Return values that change with a file; None if it is not there."""
     try:
         state = path.stat()
     except FileNotFoundError:

@@ -26,12 +26,12 @@ NAMED = 3  # files that a message names
 
 
 class CuttingStopped(Exception):
-    """Another thread was told to end."""
+    """End of work that another thread asked for."""
 
 
 @dataclass(frozen=True)
 class CuttingJob:
-    """A source, the name of its clips, and what is known from an earlier run."""
+    """A source, the name of its clips, and the record of an earlier run."""
 
     source: FootageSource
     stem: str
@@ -40,7 +40,7 @@ class CuttingJob:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a source."""
+    """Result for a source."""
 
     record: CutRecord | None  # None: of a dry run
     clips: tuple[PlannedClip, ...]  # those that are left out too; empty if nothing was to be done
@@ -50,7 +50,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Workshop:
-    """What all sources are cut with."""
+    """Tools that all sources are cut with."""
 
     options: CuttingOptions
     output: Path  # absolute
@@ -112,7 +112,7 @@ def check_old_clips(job: CuttingJob, shop: Workshop, known: ClipList) -> list[Pa
 
 
 def cut_video(job: CuttingJob, shop: Workshop) -> Result:
-    """Cut a video, or finish what a run that was ended has begun. Raises UserError."""
+    """Cut a video, or finish the work of an interrupted run. Raises UserError."""
     record, path, options = job.record, job.source.path, shop.options
     if record is not None and _is_valid(record, path, options):
         if record.is_done:

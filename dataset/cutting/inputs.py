@@ -25,8 +25,8 @@ class FootageSource:
 def find_videos(given: Path, output: Path) -> list[FootageSource]:
     """Return the videos of a folder and of the folders in it, by name, or the one that is given.
 
-    What is in `output` is left out, if that is inside the folder, and so are clips that were cut into another
-    folder there. Raises MediaError if there is none.
+    Files in `output` are left out, if that is inside the folder, and so are clips that were cut into another
+    folder there. Raises MediaError without any video.
     """
     if not given.is_dir():
         return [FootageSource(given.resolve(), readable_stem(given.stem))]

@@ -1,4 +1,4 @@
-"""Look at all pictures of a video once: its scenes, its times, and what is measured of it."""
+"""Read all pictures of a video once: its scenes, its times, and measures of its pictures."""
 
 from array import array
 from bisect import bisect_left
@@ -21,7 +21,7 @@ BLOCK = 256  # samples
 
 @dataclass(frozen=True)
 class PictureMeasures:
-    """What is measured of one picture."""
+    """Measures of one picture."""
 
     number: int
     brightness: float
@@ -74,7 +74,7 @@ class Samples:
 
 @dataclass
 class VideoLook:
-    """What is known of a video after all of it was looked at."""
+    """Facts about a video after all of it was read."""
 
     width: int
     height: int

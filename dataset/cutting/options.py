@@ -76,7 +76,7 @@ class LengthOptions(Options, title="lengths"):
 
 
 class ChoiceOptions(Options, title="what is left out"):
-    """Which clips are left out for what they show."""
+    """Which clips are left out for their content."""
 
     static_threshold: float = option(
         "a clip is static if no part of the picture changes its brightness (0 to 1) by that much",
@@ -132,7 +132,7 @@ class ClipFormat(Options, title="video format"):
 
 
 class CuttingOptions(Options, title="input and output"):
-    """What to cut, how, and where clips and their list go."""
+    """Videos to cut, the way to cut them, and the place of clips and list."""
 
     input: Path = option(
         "a video, or a folder: then all videos in it, and in the folders inside it", required=True

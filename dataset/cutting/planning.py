@@ -1,4 +1,4 @@
-"""Choose the clips of a video: its scenes, in pieces of the wanted length, without what shows nothing."""
+"""Choose the clips of a video: its scenes, in pieces of the wanted length, without empty parts."""
 
 import math
 from bisect import bisect_left, bisect_right
@@ -66,7 +66,7 @@ def count_reasons(clips: Sequence[PlannedClip]) -> Counter[str]:
 def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
     """Yield a scene in as few equal pieces as the longest length allows.
 
-    If those would be too short, in pieces of the longest length, and what is left over.
+    If those would be too short, in pieces of the longest length, and the rest.
     """
     seconds, frames = look.time(end) - look.time(first), end - first
     least = max(
@@ -120,7 +120,7 @@ def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOption
 
 
 def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
-    """Return why a clip is left out for what it shows; empty if it is kept."""
+    """Return why a clip is left out for its content; empty if it is kept."""
     samples = look.samples.between(first, end)
     if not samples:
         return ""

@@ -16,7 +16,7 @@ WIDTH = 256  # to which PySceneDetect itself reduces pictures
 
 
 def load_pyscenedetect(detector: str, threshold: float) -> Callable[[float], ChangeDetector]:
-    """Return what makes a detector for a video of so many pictures a second.
+    """Return a function that makes a detector for a video of so many pictures a second.
 
     Raises InstallationError if PySceneDetect is missing, or older than 0.7, whose detectors take numbers.
     """

@@ -1,7 +1,7 @@
-"""What is known of each source that was cut, so that a rerun goes on where the last one ended.
+"""Records of each cut source, so that a rerun goes on where the last one ended.
 
 A record is a JSON file in a hidden folder beside the clips. It is written before the first clip, with the
-names of all that follow: what it names is ours, and any other file belongs to the user.
+names of all that follow: named files are ours, and any other file belongs to the user.
 """
 
 import json
@@ -74,7 +74,7 @@ def start_record(
 
 
 def deciding(options: CuttingOptions) -> dict[str, Any]:
-    """Return the options that decide what clips there are and what is in them."""
+    """Return the options that decide number and content of the clips."""
     values: dict[str, Any] = {}
     for group in (options.scenes, options.lengths, options.choice, options.form):
         values |= option_values(group)
@@ -83,7 +83,7 @@ def deciding(options: CuttingOptions) -> dict[str, Any]:
 
 
 def changed_options(record: CutRecord, options: CuttingOptions) -> list[str]:
-    """Return what is not as it was, in words: `--min_seconds 2 (was 1)`."""
+    """Return the changed options in words: `--min_seconds 2 (was 1)`."""
     now = deciding(options)
     return [
         f"--{name} {value} (was {record.options.get(name)})"

@@ -32,7 +32,7 @@ WAIT_SECONDS = 0.5  # Windows tells a waiting thread of Ctrl-C only then
 
 
 def cut_footage(options: CuttingOptions) -> None:
-    """Do what a command line asks for.
+    """Run the work of a command line.
 
     Raises UserError if nothing can be done, and DatasetError at the end if some sources could not be cut.
     """
@@ -68,7 +68,7 @@ def cut_footage(options: CuttingOptions) -> None:
 
 
 def _name_jobs(sources: Sequence[FootageSource], records: dict[str, CutRecord]) -> list[CuttingJob]:
-    """Return what is to be done: a source keeps the name that its clips had before."""
+    """Return the jobs: a source keeps the earlier name of its clips."""
     taken = {record.stem.casefold() for record in records.values()}
     jobs = []
     for source in sources:
@@ -120,7 +120,7 @@ class _Ledger:
             self.close()
 
     def close(self) -> None:
-        """Write what was added since the last time."""
+        """Write additions since the last time."""
         if not self._unlisted:
             return
         self._list.write()
@@ -132,7 +132,7 @@ class _Ledger:
 
 
 def _each(jobs: Sequence[CuttingJob], shop: Workshop) -> Iterator[tuple[int, Result | Exception]]:
-    """Yield the result of each job, or what it has failed with, as they end."""
+    """Yield the result of each job, or its error, as they end."""
     pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
     try:
         waiting: dict[Future[Result], int] = {
@@ -160,7 +160,7 @@ def _reported(job: CuttingJob, error: Exception, total: int) -> Exception:
 
 
 def _preview(jobs: Sequence[CuttingJob], shop: Workshop) -> dict[Path, Exception]:
-    """Print what would be cut. Returns what failed."""
+    """Print the clips that would be cut. Returns the failures."""
     failures = {}
     for place, result in _each(jobs, shop):
         path = jobs[place].source.path

@@ -24,7 +24,7 @@ BEGUN = 0.08  # share of the other scene from which a picture belongs to a disso
 
 
 def load_detector(options: SceneOptions) -> Callable[[float], ChangeDetector]:
-    """Return what makes a detector for a video of so many pictures a second.
+    """Return a function that makes a detector for a video of so many pictures a second.
 
     Raises InstallationError if a package is missing.
     """
@@ -37,7 +37,7 @@ class OwnDetector:
     """Finds hard cuts, dissolves, and pictures of one colour between scenes.
 
     Hard cuts: neighbours whose `scene_distance` reaches the threshold, unless the earlier scene comes back
-    within FLASH_SECONDS. Plain pictures: what is between fades out and in is a scene of its own. Dissolves:
+    within FLASH_SECONDS. Plain pictures: the part between fades out and in is a scene of its own. Dissolves:
     see `_Dissolves`. Not found: wipes, dissolves of more than 2 seconds, cuts between pictures of the same
     structure or the same colours.
     """
@@ -69,7 +69,7 @@ class OwnDetector:
         self._dissolves.see(now, number, is_break)
 
     def changes(self) -> list[SceneChange]:
-        """Return what was found, in order."""
+        """Return the changes, in order."""
         self._confirm()
         if self._plain_since is not None:
             self._end_plain(self._count, is_other=True)
@@ -114,7 +114,7 @@ class OwnDetector:
 
 
 def _is_plain(now: Thumbnail) -> bool:
-    """Return whether a picture has one colour but for what is white: `scene_distance` says nothing of it."""
+    """Return whether a picture has one colour besides white: `scene_distance` cannot judge it."""
     seen = now.grey[~now.is_white]
     return not seen.size or float(seen.std()) < FLAT
 

@@ -1,4 +1,4 @@
-"""Count what captions hold: lengths, words, and texts that occur more than once."""
+"""Count the content of captions: lengths, words, and texts that occur more than once."""
 
 import re
 from collections import Counter
@@ -46,7 +46,7 @@ class CaptionCounts:
         self._found: Counter[str] = Counter()  # and those of them that hold it
 
     def add(self, source: MediaSource) -> None:
-        """Count the captions of a source, with what its table adds to them."""
+        """Count the captions of a source, with its table's additions."""
         path = str(source.path)
         if source.caption is None:
             (self._unreadable if is_unread(source) else self._missing).append(path)

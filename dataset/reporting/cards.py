@@ -33,7 +33,7 @@ MOST_CHARACTERS = 20_000  # of a caption
 
 @dataclass(frozen=True)
 class ReportCard:
-    """What the page shows of one file."""
+    """One file as the page shows it."""
 
     name: str
     place: str  # names the card in links
@@ -67,8 +67,8 @@ def make_cards(
 ) -> list[ReportCard]:
     """Read at most `most` files once more and return their cards, in the order of their tables.
 
-    Files with something to tell come first, then an even choice; only a few small frames of each are kept.
-    copies: groups of paths that are nearly the same.
+    Files with findings come first, then an even choice; only a few small frames of each are kept. copies:
+    groups of paths that are nearly the same.
     """
     tables = [report.found for report in reports]
     told = told_by_source(tables)

@@ -32,8 +32,8 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
     """Return groups of two or more places in `measures` that are nearly the same, in order.
 
     All have hashes of equally many frames. Two belong together if the hashes differ in at most NEAR bits on
-    average and the colours fit; so do those of a chain of such pairs. Black ones are left out: they look the
-    same without being copies.
+    average and the colours fit; so do those of a chain of pairs. Black ones are left out: they look the same
+    without being copies.
     Hashes that have nothing in common are hardly compared: of N pictures about N * N / 2000 pairs are.
     """
     places = np.array([place for place, one in enumerate(measures) if not one.is_black], np.int64)
@@ -79,7 +79,7 @@ def _compare_equal(
     owners: Indices,
     groups: "_Groups",
 ) -> None:
-    """Join all near hashes of which the key is equal."""
+    """Join all near hashes with equal keys."""
     order = np.argsort(key, kind="stable")
     key = key[order]
     starts = np.arange(len(key))
@@ -123,7 +123,7 @@ def _popcount(values: Hashes) -> NDArray[np.uint16]:
 
 
 class _Groups:
-    """Sets of numbers that are joined pair by pair; `labels` tells which belong together."""
+    """Sets of numbers that are joined pair by pair; `labels`: equal ones belong together."""
 
     def __init__(self, count: int) -> None:
         self.labels = np.arange(count)

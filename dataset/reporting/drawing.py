@@ -1,4 +1,4 @@
-"""Draw the numbers of the report: histograms, and what each bucket cuts off."""
+"""Draw the numbers of the report: histograms, and the parts that each bucket cuts off."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ MARGIN = 3  # percent of the drawing
 
 
 def draw_bins(bins: Sequence[Mapping[str, Any]], what: str, unit: str, things: str) -> Markup:
-    """Return a histogram of `count_bins`. what, unit: of the numbers; things: what is counted."""
+    """Return a histogram of `count_bins`. what, unit: of the numbers; things: the counted things."""
     if not bins:
         return Markup("")
     ends = [f"{number(one['from'])} to {number(one['to'])} {unit}".strip() for one in bins]
@@ -28,7 +28,7 @@ def draw_bins(bins: Sequence[Mapping[str, Any]], what: str, unit: str, things: s
 
 
 def draw_crops(bucket: tuple[int, int], crops: Crops) -> Markup:
-    """Return an SVG of a bucket and the outlines of the sources fitted to it: what is outside is cut off.
+    """Return an SVG of a bucket and the outlines of the sources fitted to it, which are cut to it.
 
     Each outline is as strong as it is frequent; of very many different ones the most frequent are drawn.
     """

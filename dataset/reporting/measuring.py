@@ -39,7 +39,7 @@ DIGITS = 4  # of measures
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """What the frames of a source that are used look like. Of a clip, the mean over some frames."""
+    """Measures of the used frames of a source. Of a clip, the mean over some frames."""
 
     brightness: float  # 0..1
     motion: float  # 0..1; 0 of a picture
@@ -122,7 +122,7 @@ def measure_source(place: int, source: MediaSource, fps: float, steps: Steps) ->
 
 
 def read_header(place: int, source: MediaSource, fps: float, steps: Steps) -> Measured:
-    """Return what the header of a source says; a clip whose header has no number of frames is decoded."""
+    """Return the facts in the header of a source; a clip whose header has no number of frames is decoded."""
     try:
         with fetch(source) as here:
             plan = plan_source(here, fps, steps.pixel_step, steps.frame_step)
@@ -160,7 +160,7 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
 
 
 class _Reduce:
-    """Reduce the frames of a source to what measures need, all to the size of the first one."""
+    """Reduce the frames of a source for measuring, all to the size of the first one."""
 
     def __init__(self) -> None:
         self._size: tuple[int, int] | None = None
@@ -192,7 +192,7 @@ def _colours(frame: Frame) -> bytes:
 
 
 def _reason(source: MediaSource, used: int, steps: Steps) -> str | None:
-    """Return why a clip of which so many frames are used gives no item."""
+    """Return why a clip with so many usable frames gives no item."""
     return spans_or_reason(source.table, used, steps.frame_step)[1]
 
 

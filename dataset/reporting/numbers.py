@@ -139,7 +139,7 @@ def _broken(report: TableReport) -> Iterator[tuple[str, str]]:
 
 
 def _paths(reports: Iterable[TableReport], measure: str) -> list[str]:
-    """Return the files of which a measure is true, each once."""
+    """Return the files with a true measure, each once."""
     found = (
         str(report.path(one))
         for report in reports

@@ -10,7 +10,7 @@ STDOUT = "-"  # of --json without a value
 
 
 class ReportOptions(Options, title="report"):
-    """What to look at, where to write what was found, and for which model."""
+    """Dataset to read, place of the report, and model."""
 
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True)
     output: Path | None = option("the HTML page to write; it is one file")

@@ -57,7 +57,7 @@ def write_report_page(
     steps: Steps,
     workers: int,
 ) -> None:
-    """Write the page. numbers: what `collect_numbers` returns; the page shows nothing else.
+    """Write the page. numbers: the result of `collect_numbers`; the page shows nothing else.
 
     Raises OutputError if the page cannot be written.
     """
@@ -147,7 +147,7 @@ def _summary(values: Numbers, unit: str) -> str:
 
 
 def _escape(value: Any) -> Any:
-    """Write out the control codes in all texts of JSON values: they would hide or reorder what is shown."""
+    """Write out the control codes in all texts of JSON values: they would hide or reorder the text."""
     if isinstance(value, str):
         return escape_control_codes(value)
     if isinstance(value, dict):

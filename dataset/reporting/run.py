@@ -27,7 +27,7 @@ USUAL = (16, (4, 8, 8))
 
 @dataclass(frozen=True)
 class ModelSteps:
-    """What sizes, lengths and latents the model takes."""
+    """Sizes, lengths and latents that the model takes."""
 
     pixel_step: int
     channels: int

@@ -1,4 +1,4 @@
-"""Read the tables of a dataset for the report: their sources, what each gives, and what stands out."""
+"""Read the tables of a dataset for the report: their sources, items and remarks."""
 
 import dataclasses
 from collections import Counter
@@ -32,7 +32,7 @@ class Crops:
 
 @dataclass
 class TableReport:
-    """A table: its sources, what was found, and the numbers of each source."""
+    """A table: its sources, findings, and the numbers of each source."""
 
     found: TableFindings
     measured: list[Measured]
@@ -95,7 +95,7 @@ def _read_table(
 
 
 def _count(report: TableReport, one: Measured) -> None:
-    """Add the items of a source to its buckets, and what stands out to the findings."""
+    """Add the items of a source to its buckets, and remarks to the findings."""
     found, source = report.found, report.found.sources[one.place]
     if one.problem is not None:
         line = one.problem if str(source.path) in one.problem else f"{source.path}: {one.problem}"

@@ -1,4 +1,4 @@
-"""Caption files: a text file beside an image or a clip, and what a table adds to their text."""
+"""Caption files: a text file beside an image or a clip, and a table's additions to their text."""
 
 import errno
 import re
@@ -116,7 +116,7 @@ def guess_captions(paths: Sequence[Path]) -> list[EncodingGuess | None]:
 
 
 def not_utf8(path: Path, number: int) -> DatasetError:
-    """Return the error for a list or table that is not UTF-8 behind line `number`, with what it may be."""
+    """Return the error for a list or table that is not UTF-8 behind line `number`, with a guess."""
     guess = guess_captions([path])[0]
     seems = "" if guess is None else f"; it looks like {guess.name}"
     return DatasetError(f"{path} is not UTF-8 text (after line {number}{seems}). Save it as UTF-8.")
@@ -134,7 +134,7 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
 
 
 def describe_cut(place: Path | str, encoder: str, count: TokenCount) -> str:
-    """Say how much of a caption is read and what is lost."""
+    """Say how much of a caption is read and how much is lost."""
     words = " ".join(count.cut_text.split())
     lost = words if len(words) <= SHOWN else f"{words[:SHOWN]}... ({len(words)} characters)"
     return f"{place}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"

@@ -44,7 +44,7 @@ class CogRow:
 
 
 def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of the table, in the order of its lists; add what is wrong to `faults`.
+    """Return the sources of the table, in the order of its lists; add errors to `faults`.
 
     With load_tensors a source's latents are given, and its clip need not be there.
     Raises DatasetError if there is nothing to list.
@@ -206,7 +206,7 @@ def _place_of(file: Path, data: CogData) -> Path:
 
 @dataclass(frozen=True)
 class TensorFolder:
-    """A folder X with video_latents and prompt_embeds: the names in them; None if there is no such folder."""
+    """A folder X with video_latents and prompt_embeds: the names in them; None for a missing folder."""
 
     path: Path
     moments: frozenset[str] | None
@@ -225,7 +225,7 @@ def _list_tensors(folder: str) -> TensorFolder:
 def _find_tensors(
     row: CogRow, stem: str, folders: dict[str, TensorFolder], faults: list[Fault]
 ) -> GivenTensors | None:
-    """Return the files of what was computed for X/videos/NAME.mp4: X/video_latents/NAME.pt and others.
+    """Return the computed tensors' files for X/videos/NAME.mp4: X/video_latents/NAME.pt and others.
 
     Without a folder of embeddings, captions are encoded as always. folders: by X, those that are known. Adds
     to `faults` and returns None if a file is missing.

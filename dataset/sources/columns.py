@@ -1,7 +1,7 @@
 """Read tables that others made, row by row: Parquet (a file or a folder of parts), CSV, TSV, JSONL.
 
-Only the rows of one batch are in memory. Values are those of the file: texts in CSV and TSV, what the column
-holds in Parquet and JSONL.
+Only the rows of one batch are in memory. Values are those of the file: texts in CSV and TSV, any values in
+Parquet and JSONL.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ def read_columns(path: Path, wanted: Collection[str] | None = None) -> Iterator[
     out.
 
     A row that cannot be read has a `fault` and no values; the next ones follow. Raises DatasetError if the
-    file is missing, is not what its suffix says, or is not UTF-8.
+    file is missing, does not fit its suffix, or is not UTF-8.
     """
     kind = table_format(path)
     if kind == PARQUET:
@@ -130,7 +130,7 @@ def _jsonl_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableRow
 
 
 def _csv_header(path: Path, kind: str) -> tuple[tuple[str, ...], str]:
-    """Return the columns of a CSV or TSV file, and what separates its cells."""
+    """Return the columns of a CSV or TSV file, and the separator of its cells."""
     lines = _lines(path)
     first = next(lines, None)
     if first is None:
@@ -212,7 +212,7 @@ def parquet_parts(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
-    """Open a Parquet file (a pyarrow `ParquetFile`). repeating: columns of which each text is held once.
+    """Open a Parquet file (a pyarrow `ParquetFile`). repeating: columns whose equal texts are held once.
 
     Raises DatasetError if it cannot be read, there or in the block.
     """
@@ -266,7 +266,7 @@ def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableR
 def _list_columns(path: Path, columns: Sequence[str]) -> list[str]:
     """Return which columns of Parquet are lists of texts, by the names of their texts.
 
-    Raises DatasetError for a column of other nested values: how much one of them holds is not told.
+    Raises DatasetError for a column of other nested values, whose size is unknown.
     """
     from pyarrow import types
 

@@ -162,7 +162,7 @@ def _decode_image(source: MediaSource, step: int, numbers: random.Random | None)
         image = change_colours(image, numbers) if table.augmentation.color else image
 
     def place(picture: Frame) -> Frame:
-        """Fit what belongs to the image in the same way."""
+        """Fit control images and masks in the same way as the image."""
         there = (picture.shape[1], picture.shape[0])
         own = fit_cover(there, fit.bucket) if table.buckets is None else fit_like(fit, there, size)
         placed = fit_frame(picture, own)
@@ -317,7 +317,7 @@ def _kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = Fals
 
 
 def _played_frames(path: Path, table: DatasetTable, fps: float, alpha: bool) -> Iterator[Frame]:
-    """Yield all frames of a clip, or what it shows at `fps`: with source_fps = "auto", and of GIF and WebP.
+    """Yield all frames of a clip, or those shown at `fps`: with source_fps = "auto", and of GIF and WebP.
 
     These are played at the source_fps of their table if it is a number, as if they were clips of that rate. A
     folder of images has no times: all of them are frames.

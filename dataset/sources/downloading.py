@@ -1,7 +1,7 @@
 """Download files at addresses into a folder, each once, whatever number of processes ask for it.
 
 http:// and https:// are read by requests, all others by fsspec. A file appears under its name when it is
-whole. What lies at an address is taken as unchanging: a file that is there is not asked for again.
+whole. Files at addresses count as unchanging: a downloaded one is not asked for again.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ class _Broken(Exception):
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a site sends."""
+    """The answer of a site."""
 
     start: int  # place in the file of the first byte
     size_bytes: int | None  # of the whole file; None: not told
@@ -74,8 +74,8 @@ class _Answer:
 
 
 def local_name(address: str) -> str:
-    """Return the name of a downloaded file: the address's last part, readable, with a hash that tells it
-    from others, and its suffix.
+    """Return the name of a downloaded file: the address's last part, readable, with a hash of the address,
+    and its suffix.
     """
     stem, suffix = split_name(address)
     return f"{stem}-{short_hash(address_identity(address), 16)}{suffix}"
@@ -92,7 +92,7 @@ def split_name(address: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=256)
 def protocol_problem(protocol: str) -> str | None:
-    """Return why addresses of a protocol cannot be read, and what to install; None if they can."""
+    """Return why addresses of a protocol cannot be read, and the package to install; None if they can."""
     if protocol in HTTP:
         return None
     try:
@@ -158,7 +158,7 @@ def _receive(address: str, path: Path, wait: Callable[[float], None]) -> None:
 
 
 def _write(path: Path, answer: _Answer, shown: str) -> None:
-    """Write what a site sends. Raises _Broken if it ends early or is too slow, MediaError if too long."""
+    """Write a site's answer. Raises _Broken if it ends early or is too slow, MediaError if too long."""
     if answer.size_bytes is not None:
         try:
             check_space(path, answer.size_bytes - answer.start)

@@ -1,4 +1,4 @@
-"""What is wrong with the files of a dataset, collected so that one run reports all of it."""
+"""Faults of a dataset's files, collected so that one run reports all of them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Make the bytes of a source a file for as long as it is decoded. What is on disk costs nothing."""
+"""Make the bytes of a source a file while it is decoded. Files on disk cost nothing."""
 
 import contextlib
 import dataclasses
@@ -23,9 +23,9 @@ LEFTOVER_SECONDS = 86_400.0  # no clip is decoded for a day
 def fetch(source: MediaSource) -> Iterator[MediaSource]:
     """Yield the source with files that can be opened until the block ends; if it has them, it is the same.
 
-    What is at an address is downloaded and stays. What is in a tar or a table is copied to the system's
-    folder for temporary files, one source at a time in each thread, and removed; errors name its own place.
-    Raises MediaError if something cannot be had.
+    A file at an address is downloaded and stays. One in a tar or a table is copied to the system's folder for
+    temporary files, one source at a time in each thread, and removed; errors name its own place. Raises
+    MediaError if a file is unavailable.
     """
     if not source.origins:
         yield source
@@ -61,7 +61,7 @@ def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
 
 @lru_cache(maxsize=4)
 def _sweep(folder: str) -> None:
-    """Remove, once a run, what killed runs have left."""
+    """Remove, once a run, the leftovers of killed runs."""
     for left in Path(folder).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if left.stat().st_mtime < time.time() - LEFTOVER_SECONDS:

@@ -1,4 +1,4 @@
-"""Find what lies in a table's folder and is not used: what is no file, results of tools, folders."""
+"""Find unused things in a table's folder: special files, results of tools, folders."""
 
 import itertools
 import logging
@@ -35,7 +35,7 @@ def _explain(path: Path) -> str:
 
 
 def leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
-    """Return the paths without what a tool of ours made of another one: clip_SWINIR.mkv beside clip.mp4.
+    """Return the paths without results of our tools: clip_SWINIR.mkv beside clip.mp4.
 
     A warning says so. Only files whose names begin with another's are opened.
     """

@@ -46,7 +46,7 @@ def find_sources(
     checked whether files named by a JSONL list exist. Raises DatasetError if a folder or list is missing or
     empty, and with all faults if captions cannot be read, lines are malformed, control media are missing or
     misnamed, or two sources have the same stem and would share a cache file. faults: a list that takes the
-    faults instead, so that what is usable is returned.
+    faults instead; then all usable sources are returned.
     """
     found: list[Fault] = []
     with pause_collection():
@@ -68,7 +68,7 @@ def find_sources(
 
 
 def warn_skipped(faults: Sequence[Fault]) -> None:
-    """Warn about what cannot be read and is left out, such as the end of a tar that is cut short."""
+    """Warn about unreadable parts that are left out, such as the end of a tar that is cut short."""
     lines = list_faults([fault for fault in faults if not fault.ends_run], LISTED)
     if lines:
         logger.warning("%s", "\n".join(lines))
@@ -93,7 +93,7 @@ def find_all_sources(
 ) -> list[MediaSource]:
     """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables.
 
-    skipped: takes what cannot be read and is left out, with its table; without it there is a warning.
+    skipped: takes unreadable parts that are left out, with their table; without it there is a warning.
     """
     sources: list[MediaSource] = []
     problems = []
@@ -261,7 +261,7 @@ def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> li
 
 
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
-    """Return the images or clips of a table's folder, sorted; add what is named like one and no file."""
+    """Return a table folder's images or clips, sorted; add those that are no regular file."""
     assert table.directory is not None
     suffixes, animated = _suffixes(table), animation_suffixes(table)
     key = f"{table.kind}_directory" if table.group is None else "image_dir"
@@ -282,13 +282,13 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
 
 
 def _suffix_of(name: str) -> str:
-    """Return what `Path.suffix` does, in lower case."""
+    """Return the suffix in lower case."""
     place = name.rfind(".")
     return name[place:].lower() if 0 < place < len(name) - 1 else ""
 
 
 def is_file(entry: "os.DirEntry[str]") -> bool:
-    """Return what `Path.is_file` does; the listing tells it without another look."""
+    """Return whether an entry is a file, from the listing alone."""
     try:
         return entry.is_file()
     except OSError:
@@ -304,7 +304,7 @@ def _folder_masks(table: DatasetTable, paths: Sequence[Path], faults: list[Fault
 
 
 def _describe_entries(table: DatasetTable) -> str:
-    """Say what a folder without usable files has instead."""
+    """Describe the content of a folder without usable files."""
     assert table.directory is not None
     suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
     other = "image" if table.kind == "video" else "video"

@@ -1,4 +1,4 @@
-"""Masks of the loss: what is white in a picture or clip is learned, what is black is not.
+"""Masks of the loss: white areas of a picture or clip are learned, black ones are not.
 
 A mask comes from a file (`mask_directory`, `mask_path`) or from transparency (`alpha_mask`).
 """
@@ -52,7 +52,7 @@ def find_masks(table: DatasetTable, media: Iterable[Path]) -> Mapping[Path, Path
 
 
 def has_mask(table: DatasetTable, stem: str) -> bool:
-    """Return whether the mask_directory has a mask of that name now; False if there is no such folder.
+    """Return whether the mask_directory has a mask of that name now; False if it is missing.
 
     For training, which asks for each item whether a mask was added after caching; the folder is listed once.
     """
@@ -85,7 +85,7 @@ def is_still(path: Path) -> bool:
 def read_still(path: Path, place: Place, size: Size, num_frames: int) -> Mask:
     """Read an image as the mask of `num_frames` frames. size: of the item; its shape has to be the same.
 
-    place: resizes and crops it as what it masks.
+    place: resizes and crops it like its picture.
     """
     mask = _grey(path, read_image(path), place, size)
     return np.broadcast_to(mask, (num_frames, *mask.shape))
@@ -107,7 +107,7 @@ def stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask | None:
 
 
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """Average a mask F H W, 0..255, over what each latent stands for: float16, 0..1, F H W of the latents.
+    """Average a mask F H W, 0..255, over the pixels of each latent: float16, 0..1, F H W of the latents.
 
     stride: of the family's LatentSpec. In time, the first frame is a latent frame of its own, and after it
     each group of `stride[0]` frames is one.

@@ -1,4 +1,4 @@
-"""A source of a dataset: an image or clip with its caption and what belongs to it; nothing is opened yet."""
+"""A source of a dataset: an image or clip with its caption and companions; nothing is opened yet."""
 
 import contextlib
 import gc
@@ -16,7 +16,7 @@ MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embed
 
 @dataclass(frozen=True, slots=True)
 class GivenTensors:
-    """Files of what was computed for a clip before. There may be millions: none is opened, few are named."""
+    """Files of tensors computed for a clip before. They may be millions: they are not opened here."""
 
     folder: Path  # that the folders are in; shared
     name: str  # of the files, without suffix
@@ -77,10 +77,10 @@ class MediaSource:
 
 @contextlib.contextmanager
 def pause_collection() -> Iterator[None]:
-    """Look for no cycles during the block, unless it was so before.
+    """Pause Python's cycle collection during the block, unless it was off before.
 
-    While a list of a million objects grows, all of them would be looked at again and again: a third of the
-    time. What is in no cycle is freed as ever.
+    While a list of a million objects grows, the collector would visit all of them again and again: a third of
+    the time. Objects outside cycles are freed as ever.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -30,7 +30,7 @@ SIZE_KEY = "train_resolution"  # written by the preparing scripts of image train
 def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     """Return a source for each picture of a table's metadata_file.
 
-    Raises DatasetError if the file cannot be read. What is wrong with single entries is added to `faults`.
+    Raises DatasetError if the file cannot be read. Faults of single entries are added to `faults`.
     """
     path = table.metadata_file
     assert path is not None

@@ -41,7 +41,7 @@ def cell_column(path: Path, name: str) -> str | None:
 
 
 def cells_of(path: Path, column: str) -> Callable[[int], ParquetCell]:
-    """Return what gives the place of a row, counted from 1, in a Parquet file. column: of `cell_column`.
+    """Return the function row, counted from 1 -> its place in a Parquet file. column: of `cell_column`.
 
     Raises DatasetError if its row groups are too large to read one at a time.
     """

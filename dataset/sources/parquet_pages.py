@@ -1,7 +1,7 @@
-"""Bound what a Parquet file unpacks to: a few bytes may say that a text of a gigabyte stands in each row.
+"""Bound the unpacked size of a Parquet file: a few bytes may stand for a gigabyte of text in each row.
 
-What the metadata say of sizes need not be so; memory is taken by what the header of each page says.
-Source: github.com/apache/parquet-format, parquet.thrift (Apache-2.0), and Thrift's compact protocol.
+Sizes in the metadata may be wrong; the header of each page decides the memory. Source:
+github.com/apache/parquet-format, parquet.thrift (Apache-2.0), and Thrift's compact protocol.
 """
 
 from collections.abc import Collection
@@ -29,7 +29,7 @@ _SWITCHES = (1, 2)
 
 @dataclass
 class Unpacking:
-    """Counts what is unpacked of a file."""
+    """Counter of the bytes unpacked from a file."""
 
     path: Path
     most_bytes: int
@@ -41,7 +41,7 @@ class Unpacking:
         return Unpacking(path, LEAST_BYTES + MOST_TIMES * path.stat().st_size)
 
     def add(self, size_bytes: int) -> None:
-        """Count what is about to be unpacked. Raises DatasetError if that is far too much for the file."""
+        """Count bytes about to be unpacked. Raises DatasetError if they are far too many for the file."""
         self.found_bytes += size_bytes
         if self.found_bytes > self.most_bytes:
             raise DatasetError(
@@ -55,8 +55,8 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
     """Return the size in bytes of the largest page whose values are used again: of a dictionary, or of
     prefixes. 0: there is none. Each row may hold a value as large as that page.
 
-    file: a `ParquetFile`. pages: counts what the pages of this row group hold. columns: with all that is in
-    them. Raises DatasetError if that is too much, ValueError if pages are damaged, OSError.
+    file: a `ParquetFile`. pages: counter for the pages of this row group. columns: with all that is in them.
+    Raises DatasetError if that is too much, ValueError if pages are damaged, OSError.
     """
     chunks, largest, wanted = file.metadata.row_group(group), 0, set(columns)
     with pages.path.open("rb") as content:

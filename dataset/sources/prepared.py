@@ -16,7 +16,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """What all items of a prepared folder share. Values are those of JSON."""
+    """Facts that all items of a prepared folder share. Values are those of JSON."""
 
     architecture: str | None  # `Family.name` of the model whose VAE made the moments; None: there are none
     vae: Mapping[str, str]  # identity of that VAE

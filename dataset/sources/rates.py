@@ -1,4 +1,4 @@
-"""Compare the frame rates of clips with what their table says of them."""
+"""Compare the frame rates of clips with those that their table states."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ LOOKED_AT = 1000  # clips of a dataset whose headers are read for this
 
 
 def compare_rates(found: float | None, stated: object, fps: float) -> str | None:
-    """Return what is wrong if a file's rate is neither the stated one nor, if none is stated, the model's."""
+    """Return the fault if a file's rate differs from the stated one or, without one, from the model's."""
     if isinstance(stated, (int, float)):
         expected, cause = float(stated), f"source_fps says {stated:g}"
     elif stated is None:
@@ -28,8 +28,8 @@ def compare_rates(found: float | None, stated: object, fps: float) -> str | None
 def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     """Return a fault for each clip of another rate than the source_fps that its table says.
 
-    Only headers of clips that are here are read, of at most LOOKED_AT clips. What cannot be read is reported
-    by others.
+    Only headers of clips that are here are read, of at most LOOKED_AT clips. Unreadable files are reported
+    elsewhere.
     """
     clips = [one for one in sources if isinstance(one.table.source_fps, float) and not one.origins]
     step = -(-len(clips) // LOOKED_AT) or 1

@@ -32,7 +32,7 @@ class _Refused(Exception):
 
 @dataclass
 class RowReader:
-    """Makes the sources of one list or table, and collects what is refused in many of its rows."""
+    """Make the sources of one list or table, and collect the refusals of many of its rows."""
 
     table: DatasetTable
     file: Path  # for messages
@@ -76,8 +76,8 @@ class RowReader:
         )
 
     def finish(self, sources: Sequence[MediaSource], faults: list[Fault]) -> list[MediaSource]:
-        """Return the sources with stems of their own where theirs clash; add what concerns all rows to
-        `faults`. sources: all that `read` made, in order.
+        """Return the sources with stems of their own where theirs clash; add faults of all rows to `faults`.
+        sources: all that `read` made, in order.
         """
         unit = "lines" if self.is_list else "rows"
         for reason, places in self._refused.items():
@@ -179,7 +179,7 @@ def control_number(name: str) -> int | None:
 
 
 def download_folder(table: DatasetTable) -> Path:
-    """Return where a table keeps what it downloads."""
+    """Return a table's folder for downloads."""
     return table.download_directory or table.cache_directory / DOWNLOADS
 
 
@@ -196,7 +196,7 @@ def first_and_more(
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise DatasetError for what neither a file's name nor a caption can be."""
+    """Raise DatasetError for a text that can be neither a file's name nor a caption."""
     found = bad_character(text)
     if found is not None:
         raise DatasetError(f"{where} holds {found}. Correct the line.")

@@ -1,4 +1,4 @@
-"""What sizes, lengths and latents a model takes, as far as sources are concerned."""
+"""Sizes, lengths and latents that a model takes, as far as sources are concerned."""
 
 from typing import Protocol
 

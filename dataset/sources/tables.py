@@ -35,10 +35,10 @@ MOST_SHOWN = 20  # columns in a message
 
 
 def list_table(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of the table, in any order; add what is wrong to `faults`, with the numbers of rows.
+    """Return the sources of the table, in any order; add errors to `faults`, with the numbers of rows.
 
-    Relative paths start in the working folder, as in lists, or in the folder of the table: that of the two in
-    which the first file is found. Raises DatasetError if the table cannot be read or has no paths.
+    Relative paths start in the working folder, as in lists, or in the folder of the table: the one with the
+    first file. Raises DatasetError if the table cannot be read or has no paths.
     """
     path = table.table_file
     assert path is not None
@@ -72,7 +72,7 @@ def list_table(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
 
 
 def _cells(path: Path, name: str) -> Callable[[TableRow], ParquetCell] | None:
-    """Return what gives the place of a row's file if the column `name` holds files; None if it does not."""
+    """Return a function row -> place of its file if the column `name` holds files; None if it does not."""
     if table_format(path) != PARQUET:
         return None
     parts = parquet_parts(path)
@@ -84,7 +84,7 @@ def _cells(path: Path, name: str) -> Callable[[TableRow], ParquetCell] | None:
 
 
 def _cell_name(row: TableRow) -> str:
-    """Return what a file in a row is called: `train-00000-of-00002_00000012`."""
+    """Return the name of a file in a row: `train-00000-of-00002_00000012`."""
     return f"{readable_stem(row.file.stem).replace('.', '_')}_{row.number:08d}"
 
 
@@ -94,7 +94,7 @@ def _with_cell(source: MediaSource, row: TableRow, cell: ParquetCell) -> MediaSo
 
 
 def _choose(table: DatasetTable, key: str, usual: Sequence[str], columns: Sequence[str]) -> str | None:
-    """Return the column that a key names, or the first of the usual ones; None if there is none of these."""
+    """Return the column that a key names, or the first of the usual ones; None if they are missing."""
     named: str | None = getattr(table, key)
     if named is None:
         return next((name for name in usual if name in columns), None)

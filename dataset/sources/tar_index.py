@@ -33,7 +33,7 @@ _ROLE = re.compile(r"(mask|control)(?:_(\d{1,9}))?(\.\w+)", re.ASCII)
 
 @dataclass(frozen=True)
 class TarRules:
-    """Which files of a sample are what."""
+    """Roles of a sample's files."""
 
     media: tuple[str, ...]  # suffixes
     spare: tuple[str, ...]  # suffixes that count if there is no other
@@ -46,7 +46,7 @@ class TarRules:
 
 @dataclass(frozen=True, slots=True)
 class TarSample:
-    """An image or clip in a tar, and what belongs to it."""
+    """An image or clip in a tar, and its companions."""
 
     key: str  # name up to the first dot, with its folder
     media: Member
@@ -56,7 +56,7 @@ class TarSample:
 
 @dataclass
 class TarIndex:
-    """What a tar holds."""
+    """Content of a tar."""
 
     samples: list[TarSample] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)  # key and what is wrong
@@ -130,7 +130,7 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return a member's key and what is behind its first dot, in lower case."""
+    """Return a member's key and the part behind its first dot, in lower case."""
     folder, mark, base = name.removeprefix("./").rpartition("/")
     key, _, end = base.partition(".")
     return f"{folder}{mark}{key}", end.lower()
@@ -150,7 +150,7 @@ def _read_text(file: BinaryIO, member: Member) -> str:
 
 
 def _add(index: TarIndex, key: str, group: dict[str, Member | str], rules: TarRules) -> None:
-    """Add the sample of a group of files to the index, or what is wrong with it."""
+    """Add the sample of a group of files to the index, or its fault."""
     files = {end: one for end, one in group.items() if isinstance(one, Member)}
     roles = {end: role for end in files if (role := _role(end, rules)) is not None}
     found = _media(files.keys() - roles.keys(), rules)
@@ -177,7 +177,7 @@ def _add(index: TarIndex, key: str, group: dict[str, Member | str], rules: TarRu
 
 
 def _role(end: str, rules: TarRules) -> tuple[str, int] | None:
-    """Return what `mask.png` or `control_1.png` is, and its number; None for other files."""
+    """Return the role of `mask.png` or `control_1.png`, and its number; None for other files."""
     match = _ROLE.fullmatch(end)
     if match is None or match[3] not in rules.beside or (match[1] == MASK and match[2] is not None):
         return None

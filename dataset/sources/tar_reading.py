@@ -1,8 +1,8 @@
 """Read the headers of a tar: which files are in it, and where their bytes are. Nothing is unpacked.
 
-Names only label what is read, so neither absolute ones nor links lead anywhere. The standard library's reader
-needs 30 microseconds for a member and follows what headers say; this one needs a few and only goes forward.
-Source: POSIX.1-2001, pax interchange format; the GNU tar manual for long names and numbers in base 256.
+Names are only labels, so neither absolute ones nor links lead anywhere. The standard library's reader needs
+30 microseconds for a member and follows what headers say; this one needs a few and only goes forward. Source:
+POSIX.1-2001, pax interchange format; the GNU tar manual for long names and numbers in base 256.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ class Member:
 
 
 def compression_of(start: bytes) -> tuple[str, str] | None:
-    """Return how a file with this beginning is compressed, and what unpacks it; None if it is not."""
+    """Return the compression of a file with this beginning, and its program; None if it is not."""
     return next((found for magic, found in COMPRESSED.items() if start.startswith(magic)), None)
 
 
@@ -158,5 +158,5 @@ def _shown(name: bytes) -> str:
 
 
 def name_parts(path: Path, name: str) -> Path:
-    """Return what a member is called in messages: the tar's path, then the parts of its name."""
+    """Return the name of a member in messages: the tar's path, then the parts of its name."""
     return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))

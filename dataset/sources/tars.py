@@ -35,7 +35,7 @@ _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})", re.ASCII)
 
 
 def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of the table, in any order; add what is wrong to `faults`.
+    """Return the sources of the table, in any order; add errors to `faults`.
 
     Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that ends no
     run. Raises DatasetError if no tar is named.

@@ -1,4 +1,4 @@
-"""What the command line says of keys, as a dataset file would write it. Standard library only."""
+"""The command line's values of keys, in the form of a dataset file. Standard library only."""
 
 from dataclasses import fields
 from pathlib import Path

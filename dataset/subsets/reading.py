@@ -36,7 +36,7 @@ def has_subsets(content: Mapping[str, Any]) -> bool:
 def read_subsets(
     path: Path, content: Mapping[str, Any], given: SubsetOptions | None, problems: list[str]
 ) -> tuple[DatasetTable, ...]:
-    """Return the tables of a file's subsets, in order. What is wrong is added to `problems`.
+    """Return the tables of a file's subsets, in order. Errors are added to `problems`.
 
     given: the values of the command line; None: the keys' defaults.
     """

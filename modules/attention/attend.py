@@ -141,9 +141,9 @@ def check_backend(
 ) -> None:
     """Raise OptionError if this back end cannot do this run, before anything is loaded.
 
-    dtype: returns what the model computes in; called only if it matters, as it may have to read a file.
-    training: a backward pass is needed, and messages name the training flags. The last check computes a
-    small attention (in training with its backward pass), as a package may be built for another GPU or torch.
+    dtype: returns the model's compute dtype; called only if it matters, as it may have to read a file.
+    training: a backward pass is needed, and messages name the training flags. The last check computes a small
+    attention (in training with its backward pass), as a package may be built for another GPU or torch.
     """
     package = BACKENDS[choice.mode].package
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None

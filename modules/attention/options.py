@@ -27,7 +27,7 @@ GENERATION_VALUES = {  # value of --attn_mode -> mode
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """What the models pass to `modules.attention.attend.attend`."""
+    """Settings that models pass to `modules.attention.attend.attend`."""
 
     mode: str  # a key of `modules.attention.attend.BACKENDS`
     split: bool = False  # one sample at a time

@@ -36,7 +36,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
 
 
 def key_bias(repeats: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
-    """Return what is added to the scores for keys that stand for several: 1 1 `queries` S, by stride 0.
+    """Return the addend to the scores for keys that stand for several: 1 1 `queries` S, by stride 0.
 
     repeats: S float32. n equal keys: n exp(x) = exp(x + log n).
     """

@@ -1,8 +1,8 @@
 """A second text from which attention is steered away, in models whose picture and text attend to each other.
 
 The second text stands behind the first one and goes its own way through the blocks. The picture attends to
-itself and the first text, and once more to itself and the second one; what its tokens see in the two is
-combined. Each text attends to the picture and itself, as if it were the only one.
+itself and the first text, and once more to itself and the second one; the results of its tokens for the two
+are combined. Each text attends to the picture and itself, as if it were the only one.
 Source: Chen et al. 2025, arXiv 2505.21179, for transformers with joint attention.
 """
 # Letters: B batch, L tokens of picture or video, T tokens of the first text, T' of the second, N heads
@@ -21,7 +21,7 @@ Steer = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SecondText:
-    """Where a second text stands among the tokens B L+T+T' ..., and what it is for."""
+    """Place of a second text among the tokens B L+T+T' ..., and its use."""
 
     before: int  # tokens of the picture, L
     count: int  # its own tokens, T'
@@ -37,6 +37,6 @@ class SecondText:
         return torch.cat([x[:, : self.before], x[:, -self.count :]], dim=1)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return what all tokens see, B L+T+T' N D, given what they see with either text alone."""
+        """Return the attention of all tokens, B L+T+T' N D, from their attention with either text alone."""
         steered = self.steer(first[:, : self.before], second[:, : self.before])
         return torch.cat([steered, first[:, self.before :], second[:, self.before :]], dim=1)

@@ -35,7 +35,7 @@ class Selection:
     excluded: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
-        """Return whether the name has a part of `targets` and none of `excluded`."""
+        """Return whether the name has a part of `targets` and no part of `excluded`."""
         is_target = not self.targets or any(part in name for part in self.targets)
         return is_target and not any(part in name for part in self.excluded)
 
@@ -45,7 +45,7 @@ ALL = Selection()
 
 @dataclass(frozen=True)
 class CheckpointChange:
-    """What the new file has otherwise. Selections are made by the names in the old file."""
+    """Changes of the new file. Selections are made by the names in the old file."""
 
     dtype: torch.dtype | None = None
     cast: Selection = ALL  # what is cast to it
@@ -146,7 +146,7 @@ def _check_selections(checkpoint: Checkpoint, change: CheckpointChange, names: S
 
 
 def _without_companions(checkpoint: Checkpoint, names: Sequence[str], unscaled: set[str]) -> list[str]:
-    """Return the names without what has no use once these weights are multiplied by their scales."""
+    """Return the names without those that these weights no longer need after their scales are applied."""
     scales = scales_in(checkpoint.tensors)
     gone = {scales[weight] for weight in unscaled}
     gone |= {weight.removesuffix(".weight") + ending for weight in unscaled for ending in _COMPANIONS}
@@ -193,7 +193,7 @@ def _as_dtype(
 def _metadata(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the metadata of the new file, and notes on what is missing there."""
+    """Return the metadata of the new file, and notes on missing entries."""
     old = checkpoint.metadata
     kept = {key: text for key, text in old.items() if not key.startswith(tuple(stale))}
     notes = [f"{key} is left out: it is that of the old tensors" for key in old if key not in kept]

@@ -87,7 +87,7 @@ class TensorFile(Protocol):
 def open_file(path: Path) -> TensorFile:
     """Open one file by its content; the suffix decides only if the first bytes are damaged.
 
-    Raises CheckpointError saying what the file is instead, or how it is damaged.
+    Raises CheckpointError that names the file's real kind, or its damage.
     """
     try:
         require_regular_file(path)
@@ -114,7 +114,7 @@ def is_pointer_or_page(start: bytes) -> bool:
 
 
 def describe_kind(start: bytes) -> str:
-    """Return what a file that begins so is instead of a model, and what to do."""
+    """Return the kind of a file with this beginning that is no model, and a remedy."""
     if start.startswith(b"GGUF"):
         return "is a GGUF file, which is not supported. Give the safetensors file of the same model."
     if ONNX.match(start):
@@ -174,7 +174,7 @@ class SafetensorsFile:
         self._file.close()
 
     def _read_header(self) -> tuple[dict[str, str], dict[str, tuple[TensorInfo, int]], int]:
-        """Read the header: metadata; name -> what and where; where the data begin.
+        """Read the header: metadata; name -> entry and place; where the data begin.
 
         Every number is checked against the others.
         """
@@ -271,7 +271,7 @@ class TorchFile:
 
 
 def load_pickled(path: Path) -> Any:
-    """Load what `torch.save` wrote: tensors, mapped if the format allows, in plain containers.
+    """Load a file of `torch.save`: tensors, mapped if the format allows, in plain containers.
 
     Code in the file is refused, not run. Raises CheckpointError if there is code, if a tensor is not a plain
     one, or if the file is damaged.
@@ -330,7 +330,7 @@ def _check_plain(content: Any, path: Path) -> None:
 
 
 def _special_kind(tensor: Tensor) -> str | None:
-    """What a tensor is instead of a plain one; None for a plain one."""
+    """Return the kind of a tensor that is not plain; None for a plain one."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout is not torch.strided:
@@ -346,8 +346,7 @@ def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
 
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the named tensors inside the containers that a trainer wrapped around them, and what else is
-    there.
+    """Return the named tensors inside the containers that a trainer wrapped around them, and the rest.
 
     Raises CheckpointError if there are none.
     """
@@ -360,7 +359,7 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...
 
 
 def _named_tensors(content: Any, seen: set[int]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of the first wrapper that has some, else those that are here, and what else is here.
+    """Return the tensors of the first wrapper that has some, else those that are here, and the rest.
 
     A step count beside a wrapper may be a tensor too. seen: a harmful file may wrap a dictionary in itself.
     """

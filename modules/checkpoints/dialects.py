@@ -1,6 +1,6 @@
 """Translate names of model files to ours, join tensors that are stored in parts, read dimensions off them.
 
-Also tell what a file of another kind is.
+Also name the kind of a foreign file.
 """
 
 import re
@@ -26,7 +26,7 @@ Names = Sequence[tuple[str, str]]  # pattern of a whole name in the file -> our 
 
 @dataclass(frozen=True)
 class LoadPlan(Generic[Config]):
-    """Hold what loading needs: dimensions, the source of each tensor, and what may stay unused."""
+    """Hold the plan of loading: dimensions, the source of each tensor, and names that may stay unused."""
 
     config: Config
     checkpoint: Checkpoint  # without prefixes
@@ -92,7 +92,7 @@ def shapes_of(
 ) -> Callable[[str], tuple[int, ...]]:
     """Return a function: our name -> shape of the tensor in the file.
 
-    It raises CheckpointError if the file has no such tensor.
+    It raises CheckpointError if the file lacks the tensor.
     """
 
     def shape(name: str) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ class DitShapes:
     def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
         """Return the shape of a tensor with this many axes.
 
-        Raises CheckpointError if the file has none of that name.
+        Raises CheckpointError if the file has no tensor of that name.
         """
         found = self.shapes.get(name, ())
         if len(found) != axes:
@@ -159,9 +159,8 @@ class DitShapes:
 
 
 def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
-    """Return the error for a file that is not what an option takes.
-
-    wanted, give: what it should be, and which files are that.
+    """Return the error for a file that does not fit its option. wanted, give: the right kind, and files of
+    it.
     """
     kind = kind_of(checkpoint.tensors)
     if kind is None:

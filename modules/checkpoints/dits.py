@@ -66,7 +66,7 @@ Dit = TypeVar("Dit", bound=nn.Module)
 
 @dataclass(frozen=True)
 class DitHeader(Generic[Config]):
-    """Hold what is known of a transformer file without reading its weights."""
+    """Hold the facts about a transformer file that its header gives."""
 
     config: Config
     dialect: str  # official, diffusers, ... as the family calls them
@@ -74,7 +74,7 @@ class DitHeader(Generic[Config]):
 
     @property
     def kind(self) -> str:
-        """Return what the model is conditioned on: t2v, i2v, ..."""
+        """Return the kind of the model's condition: t2v, i2v, ..."""
         return self.config.kind
 
     @property
@@ -114,8 +114,7 @@ class DitFormat(Generic[Config, Dit]):
         """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
         dtype: see `choose_dtype` and `fill_dit`. `placement.patch` is called with the published parameter
-        names. Raises CheckpointError if the file is not such a transformer, is incomplete, or has unknown
-        tensors.
+        names. Raises CheckpointError if the file is another model's, is incomplete, or has unknown tensors.
         """
         with open_checkpoint(path) as opened:
             checkpoint = bare_names(opened)

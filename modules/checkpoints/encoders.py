@@ -71,8 +71,8 @@ def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> in
 def told_beside(path: Path, part: str, kind: str, dim: int, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings of the network from the config.json in its folder.
 
-    Empty if there is no such file or it belongs to another model. part: key of the network's own settings if
-    the model has several. kind: prefix of its model_type. dim: the width by the tensors. defaults: values of
+    Empty if the file is missing or belongs to another model. part: key of the network's own settings if the
+    model has several. kind: prefix of its model_type. dim: the width by the tensors. defaults: values of
     missing keys. Raises CheckpointError if config.json cannot be read.
     """
     file = (path if path.is_dir() else path.parent) / "config.json"

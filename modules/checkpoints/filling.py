@@ -88,7 +88,7 @@ _ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading
 
 
 class _Filling:
-    """What the tensors of one network are made of, and where they go."""
+    """Sources of one network's tensors, and their targets."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class _Filling:
         return self._patch(name, tensor)
 
     def _parts(self, source: TensorSource, device: torch.device) -> list[Tensor]:
-        """Read what a tensor is made of, on that device; may be views of the buffer."""
+        """Read the parts of a tensor, on that device; may be views of the buffer."""
         parts, start = [], 0
         for part in source.names:
             parts.append(self._checkpoint.borrow(part, self._scratch[start:]).to(device))

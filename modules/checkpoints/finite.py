@@ -18,7 +18,7 @@ def is_finite(tensor: Tensor) -> Tensor:
     """Return a bool without axes, on the tensor's device: whether no value is NaN or infinite. Whole numbers
     always are finite.
 
-    It takes no memory of the tensor's size, and costs a tenth of what copying the tensor does on a CPU.
+    It takes no memory of the tensor's size, and a tenth of the time of a copy on a CPU.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return torch.ones((), dtype=torch.bool, device=tensor.device)

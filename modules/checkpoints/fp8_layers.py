@@ -30,7 +30,7 @@ class Fp8Loading:
     ) -> None:
         """Take the names of weights to round, and of those that the file already has in fp8 (kept).
 
-        device: where to round. Raises OptionError if the device has no such dtype.
+        device: where to round. Raises OptionError if the device has no fp8 dtype.
         """
         if device.type == "mps":
             raise OptionError(

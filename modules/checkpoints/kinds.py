@@ -1,4 +1,4 @@
-"""Say what a model file is by the names of its tensors, for messages about a file of another kind."""
+"""Recognise a model file by the names of its tensors, for messages about a file of another kind."""
 
 from collections.abc import Iterable, Sequence
 
@@ -97,9 +97,9 @@ OF_TOOLS: Marks = (
 
 
 def kind_of(names: Iterable[str], marks: Marks = (*OF_FAMILIES, *OF_TOOLS)) -> str | None:
-    """Return what a file with tensors of these names is, such as "a RetinaFace face detector"; else None.
+    """Return the kind of a file with these tensors, as "a RetinaFace face detector"; None if unknown.
 
-    marks: what is told apart, the first that fits counts.
+    marks: the kinds to recognise; the first that fits counts.
     """
     bare = {_without_prefix(name) for name in names}
     return next((what for mark, what in marks if mark in bare), None)

@@ -1,4 +1,4 @@
-"""Find and check model files and folders given by options: that each exists and is what its option says."""
+"""Find and check model files and folders given by options: that each exists and fits its option."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -37,7 +37,7 @@ def inside(path: Path, folder: str) -> Path:
 
 
 def read_once(path: Path, read: Callable[[Checkpoint], Found]) -> Found:
-    """Return what `read` returns for the open file, such as its dimensions.
+    """Return the result of `read` for the open file, such as its dimensions.
 
     The result is cached while the file stays the same. read: a function of a module, such as `read_vae`.
     Raises

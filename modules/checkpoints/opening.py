@@ -116,7 +116,7 @@ def open_files(
     parts: Sequence[Path],
     are_equal: Callable[[TensorFile, TensorFile, str], bool] = lambda *_: False,
 ) -> Checkpoint:
-    """Open files that are one model. path: what the user gave, for messages.
+    """Open files that are one model. path: as the user gave it, for messages.
 
     are_equal: given two files that have a tensor of the same name, returns whether it is the same in both;
     then the first counts. Raises CheckpointError as `open_checkpoint`.
@@ -168,7 +168,7 @@ def checkpoint_paths(path: Path) -> list[Path]:
 
 
 def require_all_shards(files: Sequence[Path]) -> None:
-    """Raise CheckpointError if some are shards, by their names, of which others are not beside them."""
+    """Raise CheckpointError if names show that other shards of the same model are missing."""
     for file in files:
         if _SHARD.fullmatch(file.name):
             _require_existing(file, _shards_of(file.name))

@@ -108,7 +108,7 @@ def gather(path: Path) -> Checkpoint:
 
     Of a folder an index counts; without one, all its model files are one model. A tensor may be in two files
     if it is the same in both. Raises CheckpointError as `open_checkpoint`, and if files contradict each other
-    or do not have what the index says.
+    or lack tensors of the index.
     """
     parts, index = _parts_of(path)
     repeated: list[str] = []

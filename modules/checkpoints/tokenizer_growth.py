@@ -1,5 +1,5 @@
-"""What tokenizers say in their own formats: by how much a normaliser may lengthen a text (a small file could
-turn a prompt into terabytes), and the characters of each piece of a text.
+"""Read tokenizers' own formats: by how much a normaliser may lengthen a text (a small file could turn a
+prompt into terabytes), and the characters of each piece of a text.
 """
 
 import base64

@@ -35,7 +35,7 @@ class TokenizerFiles:
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
         """Return `path` if given, else the first file beside or inside the encoder's folder, else None.
 
-        path: what the option names. Raises CheckpointError if `path` is given and is not a tokenizer.
+        path: the option's value. Raises CheckpointError if `path` is given and is not a tokenizer.
         """
         if path is not None:
             return self._describe_given(path)
@@ -69,7 +69,7 @@ class TokenizerFiles:
             raise self.unreadable(file, ValueError(f"its name ends in none of {', '.join(SUFFIXES)}"))
 
     def identity(self, file: Path | None) -> str:
-        """Return what distinguishes a tokenizer in cache records. file: None for the hub's."""
+        """Return a tokenizer's identity for cache records. file: None for the hub's."""
         return (
             fingerprint(file) if file is not None else "/".join(filter(None, (self.repository, self.folder)))
         )

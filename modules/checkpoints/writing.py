@@ -26,10 +26,10 @@ def stream_tensors(
 ) -> None:
     """Write `path`, completely or not at all.
 
-    tensors: what the file will hold; the header is made from it. read: returns the tensor of a name, on any
-    device; called once for each, largest element size first, then by name, as the safetensors library
-    orders its files. Raises ValueError if `read` returns another dtype or shape, OutputError if the file
-    cannot be written, or nothing could read it again.
+    tensors: of the new file; the header is made from it. read: returns the tensor of a name, on any device;
+    called once for each, largest element size first, then by name, as the safetensors library orders its
+    files. Raises ValueError if `read` returns another dtype or shape, OutputError if the file cannot be
+    written, or nothing could read it again.
     """
     order = _order(tensors)
     header = _header({name: tensors[name] for name in order}, metadata)

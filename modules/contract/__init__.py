@@ -1,7 +1,7 @@
 """What a model family tells the shared loops: read family.py first.
 
-data: records of latents and of what caches and encoders hand over
-family: the protocols that loops call, and how a model is trained
+data: records of latents, and what caches hand over
+family: protocols that loops call, and how models learn
 loading: records of how and where a network is loaded
 requests: what is asked for, settled, and checked alike
 rules: experts, releases, sources, guidance, token limits of a model

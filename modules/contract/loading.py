@@ -14,7 +14,7 @@ from modules.fp8.options import Quantisation
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Hold what is known of a tensor before it is read."""
+    """Hold the facts about a tensor before it is read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -155,9 +155,9 @@ def settle(
     """Fill in the defaults for a family whose videos are made in one section.
 
     size: width, height and frames. usual_negative: the text if the request has no negative prompt; None:
-    there is no guidance then, which is warned about. The embedded guidance is dropped if the model has no
-    input for it. experts: each has the guidance scale that is asked for it or usual for it, by its name; one
-    without such a scale has the model's.
+    there is then no guidance, and a warning. The embedded guidance is dropped if the model has no input for
+    it. experts: the usual guidance scale of each, by name, unless the request gives one; else the model's
+    scale holds.
     """
     width, height, frames = size
     scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale

@@ -69,7 +69,7 @@ class Euler:
 
 @dataclass(frozen=True)
 class Lcm:
-    """Jump to the predicted clean sample, then add fresh noise: for models distilled to a few such jumps.
+    """Jump to the predicted clean sample, then add fresh noise: for models distilled to few steps.
 
     Source: Song et al. 2023, arXiv 2303.01469, algorithm 1, on the path of a rectified flow.
     """

@@ -185,7 +185,7 @@ def _name(device: torch.device) -> str:
 def _try(product: Product, device: torch.device) -> None:
     """Compute a tile of few and one of more tokens, with bias.
 
-    Raises what the product raises, and RuntimeError if a result is wrong.
+    Raises the product's errors, and RuntimeError if a result is wrong.
     """
     for tokens in (STEP, FEW_TOKENS + STEP):
         tile = torch.ones(tokens, STEP, device=device).to(WEIGHT_DTYPE)
@@ -310,5 +310,5 @@ def _column_scales(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what a product is rounded to: 16 bits hold more digits than an fp8 product has."""
+    """Return the dtype of a product: 16 bits hold more digits than an fp8 product has."""
     return dtype if dtype == torch.float16 else torch.bfloat16

@@ -45,7 +45,7 @@ def axis_angles(
 def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | None = None) -> Tensor:
     """Return the angles of any positions on an axis: n -> n x width/2, in their dtype.
 
-    slow: one frequency in place of the trained one. Raises ValueError if the axis has no such frequency.
+    slow: one frequency in place of the trained one. Raises ValueError if the axis lacks that frequency.
     """
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
     if slow is not None:
@@ -121,7 +121,7 @@ TABLES = {"default": exact_table, "comfy": float32_table}  # values of --rope_fu
 
 
 class Grid(NamedTuple):
-    """What the table of a counted grid depends on."""
+    """The key of a counted grid's table."""
 
     sizes: tuple[int, ...]  # frames, rows, columns
     slow: Slow | None = None  # of the frames
@@ -139,7 +139,7 @@ def table_maker(
     theta: float = THETA,
     dtype: torch.dtype = torch.float32,
 ) -> TableMaker[Grid]:
-    """Return what makes the tables of one network. make: of `TABLES`; dtype: see `rotate`."""
+    """Return a function that makes the tables of one network. make: of `TABLES`; dtype: see `rotate`."""
 
     def of(grid: Grid, /, *, device: torch.device) -> Tensor:
         return make(grid.sizes, widths, theta, device, grid.slow).to(dtype)

@@ -43,7 +43,7 @@ def choose_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_
     """Return the bucket with the aspect ratio nearest to that of `size`; the first one on a tie.
 
     no_upscale: a picture with at most `area` pixels keeps its own size, rounded down to multiples of `step`.
-    Raises ValueError if such a picture has a side shorter than `step`.
+    Raises ValueError if its shorter side is below `step`.
     """
     width, height = size
     if no_upscale and width * height <= area:

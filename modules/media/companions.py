@@ -98,7 +98,7 @@ class Companions:
             self._waiting = next(self._packets, None)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write what is there before the given second of the new file; None: all that is left."""
+        """Write everything before the given second of the new file; None: the whole rest."""
         while self._waiting is not None:
             time = self._waiting.pts if self._waiting.dts is None else self._waiting.dts
             is_known = seconds is not None and time is not None
@@ -351,7 +351,7 @@ def _first_packet(container: Any, index: int) -> Any | None:
 
 
 def _is_written_anew(stream: Any) -> bool:
-    """Return whether a stream holds chapters or a time code, of which FFmpeg makes streams in MP4 and MOV."""
+    """Return whether a stream holds chapters or a time code, which FFmpeg writes anew in MP4 and MOV."""
     return int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata
 
 
@@ -364,7 +364,7 @@ def _name(stream: Any) -> str:
 
 
 def _damage() -> tuple[type[Exception], ...]:
-    """Return what FFmpeg says of packets that it cannot write, such as of times that do not rise; a full disk
-    is no such.
+    """Return FFmpeg's errors for packets that it cannot write, as for times that do not rise; not for a full
+    disk.
     """
     return (av.ArgumentError, av.InvalidDataError, av.PatchWelcomeError)

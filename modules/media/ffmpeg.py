@@ -1,7 +1,4 @@
-"""PyAV, which brings FFmpeg, imported when something of it is first used.
-
-Rooms that read pictures, caches or latents import those of videos too; none of them needs FFmpeg for that.
-"""
+"""Import PyAV, which brings FFmpeg, at its first use: reading pictures or caches does not need it."""
 
 import sys
 from importlib import import_module
@@ -29,6 +26,6 @@ else:
 
 
 def ffmpeg_errors() -> tuple[type[Exception], ...]:
-    """Return the class of what FFmpeg raises; nothing if it was not used so far, and cannot have raised."""
+    """Return the classes of FFmpeg's errors; none if FFmpeg has not been used yet."""
     error = getattr(sys.modules.get("av"), "FFmpegError", None)
     return () if error is None else (error,)

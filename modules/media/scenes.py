@@ -1,8 +1,7 @@
 """Tell whether a new scene begins between two neighbouring pictures.
 
-A cut changes at once what is where and which colours there are. Motion moves what is there and keeps the
-colours; a flash or a fade changes the brightness and leaves everything in its place. So both distances have
-to be large.
+A cut changes both the structure and the colours at once. Motion moves things and keeps the colours; a flash
+or a fade changes the brightness and leaves everything in its place. So both distances have to be large.
 """
 
 from dataclasses import dataclass
@@ -49,13 +48,13 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
 
 
 def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> float:
-    """Return how much speaks for a cut, from 0 to 1: sqrt(structure * colours) * min(1, change / 0.05).
+    """Return the evidence for a cut, from 0 to 1: sqrt(structure * colours) * min(1, change / 0.05).
 
     structure: 1 minus the best correlation of the grey thumbnails over all shifts of up to 6 cells of 32,
-    from 0 to 1. Cells that are white in either do not count: there a flash hides what was. If less than a
-    quarter is left, or what is left has one grey in either, there is nothing to tear apart: 0. colours: half
-    the absolute difference of the histograms, the mean of red, green and blue. change: the mean absolute
-    difference of the grey values. least: a distance below that may be given as 0, which takes less time.
+    from 0 to 1. Cells that are white in either do not count: a flash hides them. If less than a quarter is
+    left, or the rest has a single grey in either, the structure counts 0. colours: half the absolute
+    difference of the histograms, the mean of red, green and blue. change: the mean absolute difference of the
+    grey values. least: a distance below that may be given as 0, which takes less time.
     """
     colours = float(np.abs(first.histogram - second.histogram).sum() / 6)
     change = float(np.abs(first.grey - second.grey).mean())
@@ -80,9 +79,9 @@ def _structure(first: Thumbnail, second: Thumbnail) -> float:
 
 
 def _correlation(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
-    """Return the correlation where the first, moved by that, and the second overlap and are not white.
+    """Return the correlation where the first, shifted, and the second overlap and are not white.
 
-    None: too little is left, or what is left has one grey in either.
+    None: too little is left, or the rest has a single grey in either.
     """
     height, width = first.grey.shape
     here = slice(max(0, y), height + min(0, y)), slice(max(0, x), width + min(0, x))

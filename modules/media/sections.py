@@ -64,7 +64,7 @@ class SectionSound:
         self._packets = self._encoded(sound.index, form, stream)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write what is there before the given second of the new file; None: all that is left."""
+        """Write everything before the given second of the new file; None: the whole rest."""
         while True:
             if self._waiting is None:
                 self._waiting = next(self._packets, None)

@@ -1,4 +1,4 @@
-"""Read a video as a stream of pictures with exact times, for what is made from a video and keeps its timing.
+"""Read a video as a stream of pictures with exact times, for results that keep its timing.
 
 Times are fractions of a second from the moment at which the file begins to play. Containers round them, for
 example Matroska to milliseconds: a rounded time of a constant rate is given back exactly.
@@ -30,7 +30,7 @@ _HDR = {16: "PQ", 18: "HLG"}
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What is known of a video before it is read; sizes are of the upright pictures."""
+    """Facts about a video before it is read; sizes are of the upright pictures."""
 
     width: int
     height: int

@@ -355,7 +355,7 @@ def swap_blocks(
 ) -> None:
     """Make a network copy its weights from host memory when it runs.
 
-    Call it last: it wraps the blocks' forwards and their runner. host: the one that the network was loaded
+    Call it last: it wraps the blocks' forwards and their runner. host: the memory that the network was loaded
     with; None changes nothing. transfer: None chooses one for the device.
     Raises OptionError if the network has too few blocks.
     """

@@ -177,7 +177,7 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _advise(mapping: mmap.mmap, *advice: str) -> None:
-    """Advise the system how memory will be used, if it knows such advice."""
+    """Advise the system how memory will be used, if it takes advice."""
     for name in advice:
         if hasattr(mmap, name):
             try:

@@ -84,7 +84,7 @@ class HostCopy:
         place: HostPlaceOf | None = None,
         transfer: Transfer | None = None,
     ) -> None:
-        """Take over a network. What is not in `place` is copied to host memory first, tensor by tensor.
+        """Take over a network. Tensors outside `place` are copied to host memory first, one by one.
 
         Call it when the network is dressed: it may be on the host or on the device, and is on the host
         afterwards. device: where it works. transfer: None chooses one for the device.

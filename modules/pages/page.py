@@ -49,7 +49,7 @@ def mark_folders(value: Any) -> Any:
 
 
 def share_page(page: Path, copy: Path) -> None:
-    """Write a copy of a page without what is private. Raises UserError if it is no page of ours."""
+    """Write a copy of a page without private facts. Raises UserError if it is no page of ours."""
     try:
         require_regular_file(page)
         text = page.read_text(encoding="utf-8")

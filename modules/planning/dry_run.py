@@ -89,7 +89,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def enter(self, place: str) -> None:
-        """Enter another place of the run: what is live now and has no other kind counts as kept."""
+        """Enter another place of the run: live tensors without another kind count as kept."""
         self._place, self._number, self._here = place, self._number + 1, 0
         self._compare()
 
@@ -105,7 +105,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
-        """Count what is made inside as that kind."""
+        """Count tensors made inside as that kind."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -235,7 +235,7 @@ class OneOfManyPieces(TorchFunctionMode):
 
 @contextmanager
 def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
-    """Dry-run everything inside. device: the one that the code inside computes on."""
+    """Dry-run everything inside. device: where the code inside computes."""
     ledger = Ledger(device)
     # the last mode runs first: inside a piece kernels have stand-ins as everywhere
     with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), OneOfManyPieces(ledger), ledger:

@@ -51,7 +51,7 @@ class MemoryPart:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is held at the peak of one phase of the run."""
+    """Memory held at the peak of one phase of the run."""
 
     name: str
     parts: tuple[MemoryPart, ...]

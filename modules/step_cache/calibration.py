@@ -1,4 +1,4 @@
-"""Measure what step caches need to know of a model, in a video of which every pass is computed.
+"""Measure a model for step caches, in a video whose passes are all computed.
 
 Measurements of all passes of a step (positive, negative) and of all sections are averaged: both papers find
 them nearly equal, and one list then serves videos with and without guidance. The first step of each expert
@@ -42,7 +42,7 @@ def measure_pass(measure: Measure, inner: Runner, dit: nn.Module, hidden: Hidden
 
 
 class Ratios:
-    """How the size of what the blocks add changes from step to step."""
+    """Changes of the size of the blocks' residual from step to step."""
 
     def __init__(self) -> None:
         self._sizes: dict[Hashable, tuple[int, Tensor]] = {}  # by pass: step, and B L float32
@@ -91,7 +91,7 @@ class Changes:
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        """Return all that was measured, as (change of the input, change of what the blocks add)."""
+        """Return all measurements, as (change of the input, change of the blocks' residual)."""
         return [(float(one), float(other)) for one, other in self._found]
 
     def result(self) -> list[float]:

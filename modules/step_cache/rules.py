@@ -1,9 +1,9 @@
 """Decide which passes of a step are skipped, by MagCache or by TeaCache.
 
 MagCache: skip a pass while the size of the residual is known to change little from step to step.
-Source: Ma et al. 2025, arXiv 2506.09045. For step c the calibrated ratio is the mean size of what the blocks
-add against that of step c - 1. Over skipped steps the ratios are multiplied; the distance of each product
-from 1 is an error, and the errors of a run of skipped steps are summed.
+Source: Ma et al. 2025, arXiv 2506.09045. For step c the calibrated ratio is the residual's mean size against
+that of step c - 1. Over skipped steps the ratios are multiplied; the distance of each product from 1 is an
+error, and the errors of a run of skipped steps are summed.
 
 TeaCache: skip a pass while the modulated input of the first block has changed little.
 Source: Liu et al. 2024, arXiv 2411.19108. The relative change of the input from step to step, put into a

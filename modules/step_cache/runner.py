@@ -1,12 +1,12 @@
-"""Skip all blocks of a pass and add what they added in the last one computed.
+"""Skip all blocks of a pass and add their residual from the last computed pass.
 
     cache = StepCache(lambda: MagCacheRule(...))  # of one section of a video
     with run_around(dit_at, cache.run) as cached_at:
         denoise(family, cached_at, section, ...)
 
-Each pass of a step (positive, negative, one that skips layers) has its own rule and its own residual, told
-apart by `Turn.which`. A residual lies where the tokens lie. It is freed before the blocks of its pass run
-again, and by `forget`.
+Each pass of a step (positive, negative, one that skips layers) has its own rule and residual, by
+`Turn.which`. A residual lies where the tokens lie. It is freed before the blocks of its pass run again, and
+by `forget`.
 """
 # Letters: B batch, L tokens, C width
 
@@ -40,7 +40,7 @@ class Rule(Protocol):
 
 @dataclass(eq=False)
 class Branch:
-    """What is remembered of one pass of a step."""
+    """The rule and residual of one pass of a step."""
 
     rule: Rule
     residual: Tensor | None = None  # B L C
@@ -80,7 +80,7 @@ class StepCache:
         branch.residual = residual_of(dit, hidden.x, before)
 
     def forget(self) -> None:
-        """Free what is remembered, whoever still refers to the cache: the section is done."""
+        """Free all residuals, even if others still refer to the cache: the section is done."""
         self._branches.clear()
 
 

@@ -97,7 +97,7 @@ def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) ->
 def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
     """Return our tensors whose two halves stand the other way round in the family's other layout.
 
-    `tensor_patterns` renames them only: who reads such a file swaps the halves.
+    `tensor_patterns` renames them only: the reader of the file swaps the halves.
     """
     modules = [part.ours for part in names.parts if part.index == SWAPPED]
     return tuple(f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))

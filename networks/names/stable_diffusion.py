@@ -2,7 +2,7 @@
 
 Their aliases are the names of the released single files (LDM), by which sd-scripts names the modules of LoRAs
 for SDXL. Blocks are listed one by one, because LDM counts residual blocks through all levels; `{n}` is the
-transformer block, of which SDXL has several in a row.
+transformer block: SDXL has several in a row.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """The command `reelsmith`, in a checkout `python reelsmith.py`: words name a script, as `train wan` does.
 
-Standard library only, and no script is imported but the one that is asked for.
+Standard library only, and only the named script is imported.
 """
 
 import ast

@@ -10,7 +10,7 @@ _BLUR = "blur"
 
 
 class BlurOptions(Options, title="what is blurred"):
-    """What is blurred, and how."""
+    """Things to blur, and the form of the blur."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "a detector: YuNet or YOLO as .onnx, RetinaFace as .pth or .safetensors"}}

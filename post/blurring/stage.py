@@ -70,8 +70,8 @@ def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
 def kernel_of(longer: int, options: BlurOptions) -> tuple[int, float]:
     """Return size (odd) and standard deviation of the blur for a box of that longer side, in pixels.
 
-    The size asked for, but at least half of the box: what is left then is a few spots of colour, whatever
-    the resolution. More than the whole box would only mix its surroundings in.
+    The size asked for, but at least half of the box: this leaves a few spots of colour at any resolution.
+    More than the whole box would only mix its surroundings in.
     """
     asked = options.strength | 1
     size = min(max(asked, math.ceil(longer * LEAST_OF_BOX) | 1), longer | 1)
@@ -173,7 +173,7 @@ class _Waiting(NamedTuple):
 
 @dataclass
 class _Count:
-    """What is said at the end."""
+    """Counts for the report at the end."""
 
     pictures: int = 0
     found: int = 0  # pictures in which something was found
@@ -239,9 +239,9 @@ class BlurStage:
 
 
 def within(found: Sequence[FoundFace], height: int, width: int) -> list[Box]:
-    """Return the boxes of what was found, at most one picture's size beyond its edges.
+    """Return the found boxes, clamped to one picture's size beyond its edges.
 
-    A box that is no number anywhere becomes the whole picture: rather too much is covered than nothing.
+    A box with NaN becomes the whole picture: covering too much is safer than covering nothing.
     """
     boxes = []
     for each in found:

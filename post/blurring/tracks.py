@@ -61,8 +61,7 @@ class Track:
 class Tracks:
     """All tracks of a stream of pictures.
 
-    Give it what is found in each picture, in order, and ask for a picture when `hold` and `lookback` further
-    ones have been seen.
+    Add the boxes of each picture, in order, and ask for a picture after `hold` and `lookback` further ones.
     """
 
     hold: int  # pictures for which something stays covered after it was last found

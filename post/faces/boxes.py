@@ -32,7 +32,7 @@ Numbers = NDArray[np.float32]  # boxes N 4: left, top, right, bottom; scores N
 
 
 def overlaps(box: Numbers, others: Numbers) -> Numbers:
-    """Return the area that a box (4) shares with each of the others (N 4), as part of what both cover."""
+    """Return the area that a box (4) shares with each of the others (N 4), as part of their union."""
     low = np.maximum(box[:2], others[:, :2])
     high = np.minimum(box[2:], others[:, 2:])
     shared = np.prod(np.maximum(high - low, 0), axis=1)

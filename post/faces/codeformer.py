@@ -218,7 +218,7 @@ class CodeFormer(nn.Module):
     def forward(self, faces: Tensor, fidelity: float) -> Tensor:
         """Return restored faces of about -1..1, in float32, not limited.
 
-        faces: B 3 S S, -1..1. fidelity: 0 (the codebook's faces) to 1 (close to what is given).
+        faces: B 3 S S, -1..1. fidelity: 0 (the codebook's faces) to 1 (close to the input).
         """
         latents, seen = self._encode(faces)
         x = self._look_up(self._choose(latents), latents).to(latents.dtype)

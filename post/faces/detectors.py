@@ -48,11 +48,11 @@ def load_detector(
     side: int | None = SIDE,
     option: str = "--model",
 ) -> Detector:
-    """Load a detector, told by what its file holds. Raises as `check_detector`.
+    """Load a detector; its file's content decides which. Raises as `check_detector`.
 
-    dtype: to compute in; ONNX files compute on the CPU in their own. side: larger pictures are looked at in a
-    copy whose short side (YuNet: long side) is that, None: at their full size. YOLO files are made for one
-    size, else they take a square of that.
+    dtype: to compute in; ONNX files compute on the CPU in their own. side: short side (YuNet: long side) of
+    the copy in which larger pictures are searched; None: full size. YOLO files are made for one size, else
+    they take a square of that.
     """
     if may_be_onnx(path):
         header, content = read_onnx(path)

@@ -24,7 +24,7 @@ ORIGINS = {
 
 
 def find_model(given: Path, mode: str) -> Path:
-    """Return the model's file of what --model says. Raises CheckpointError if a folder has none."""
+    """Return the model's file for the value of --model. Raises CheckpointError if a folder has none."""
     if not given.is_dir():
         return given  # a file that is not there is reported when it is opened
     found = _first(given, MODELS[mode])

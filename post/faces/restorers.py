@@ -1,4 +1,4 @@
-"""Load the networks that restore faces and the one that tells their parts, from released files."""
+"""Load the networks that restore and segment faces, from released files."""
 
 import logging
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def _load(
     what: str,
     kept: tuple[str, ...] = (),
 ) -> Network:
-    """Load one network. kept: beginnings of names of what stays in float32."""
+    """Load one network. kept: beginnings of names of weights that stay in float32."""
 
     def dtype_of(name: str, _stored: torch.dtype) -> torch.dtype:
         return torch.float32 if kept and name.startswith(kept) else dtype

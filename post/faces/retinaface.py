@@ -149,14 +149,14 @@ def anchors(height: int, width: int) -> Tensor:
 
 
 def decode_boxes(said: Tensor, priors: Tensor) -> Tensor:
-    """Return left, top, right, bottom (N 4) of what the heads say of anchors (both N 4)."""
+    """Return left, top, right, bottom (N 4) from the heads' output and the anchors (both N 4)."""
     centre = priors[:, :2] + CENTRE_SCALE * said[:, :2] * priors[:, 2:]
     half = priors[:, 2:] * torch.exp(SIZE_SCALE * said[:, 2:]) / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def decode_landmarks(said: Tensor, priors: Tensor) -> Tensor:
-    """Return points (N 5 2) of what the heads say (N 10) of anchors (N 4)."""
+    """Return points (N 5 2) from the heads' output (N 10) and the anchors (N 4)."""
     offsets = rearrange(said, "n (p d) -> n p d", d=2)
     return priors[:, None, :2] + CENTRE_SCALE * offsets * priors[:, None, 2:]
 
@@ -248,7 +248,7 @@ def load_retinaface(
 
 
 def _conv(width: int, wider: int, size: int, slope: float | None) -> nn.Sequential:
-    """A convolution and its norm, and what is cut off or leaks behind them (None: nothing)."""
+    """Build a convolution and its norm, with a leaky ReLU of that slope behind them (None: without)."""
     layers: list[nn.Module] = [
         nn.Conv2d(width, wider, size, padding=size // 2, bias=False),
         batch_norm(wider),

@@ -34,7 +34,7 @@ class ResNetConfig:
 
 @dataclass(frozen=True)
 class MobileNetConfig:
-    """Widths of a MobileNet: of what comes out of each block, for each of three stages."""
+    """Widths of a MobileNet: output channels of each block, for each of three stages."""
 
     stages: tuple[tuple[int, ...], ...]
 

@@ -36,7 +36,7 @@ LONGEST_NOTE = 1 << 20  # letters; one of a thousand classes has some 20 thousan
 
 @dataclass(frozen=True)
 class YoloLayout:
-    """What the rows of the result mean."""
+    """Meaning of the rows of the result."""
 
     side: int  # of the square picture that is looked at
     classes: int | None  # None: the file does not say
@@ -52,7 +52,7 @@ class YoloDetector:
     layout: YoloLayout
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return what is in a picture (H W 3, RGB) with at least that score, best first."""
+        """Return the objects in a picture (H W 3, RGB) with at least that score, best first."""
         image, factor, offset = letterbox(pixels, self.layout.side)
         try:
             self.network.setInput(np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / 255)
@@ -112,7 +112,7 @@ class YoloDetector:
 
 
 def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout | None:
-    """Return what the rows of a YOLO's result mean; None if the file does not look like one.
+    """Return the meaning of the rows of a YOLO's result; None if the file does not look like one.
 
     side: of the picture, for files that take any size. Raises CheckpointError for a YOLO that finds no boxes.
     """
@@ -164,7 +164,7 @@ def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout
 def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
     """Fit a picture (H W 3) into a grey square.
 
-    Returns the square, what the picture's size was multiplied with, and where it lies there, x and y.
+    Returns the square, the picture's scale, and its place there, x and y.
     """
     height, width = pixels.shape[:2]
     factor = min(side / height, side / width)
@@ -186,7 +186,7 @@ def _points(numbers: Numbers, each: int) -> Numbers | None:
 
 
 def _literal(text: str | None) -> Any:
-    """Return what a note says, which is written as Python's own literals; None if it cannot be read."""
+    """Return the value of a note, which is written as a Python literal; None if it cannot be read."""
     if len(text or "") > LONGEST_NOTE:
         return None
     try:

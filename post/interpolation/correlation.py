@@ -2,8 +2,8 @@
 
 The usual way keeps the products of all pairs of places, which takes memory with the fourth power of the side.
 Averaging and sampling are linear, so that the same numbers come from averaging the second picture's features
-and multiplying only those around each place; what is sampled are four neighbours that all offsets share.
-Source of the lookup: Teed and Deng 2020, arXiv 2003.12039.
+and multiplying only those around each place; all offsets share the same four neighbours. Source of the
+lookup: Teed and Deng 2020, arXiv 2003.12039.
 """
 
 import torch

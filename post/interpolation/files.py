@@ -257,7 +257,7 @@ class InterpolationNetworks:
 
     @property
     def parts(self) -> list[nn.Module]:
-        """What is worth compiling: layers without lookups and warps between them."""
+        """Return the parts worth compiling: layers without lookups and warps between them."""
         motion, synthesis = self.gimm.motion, self.gimm.synthesis
         decoders = synthesis.amt_init_decoder, synthesis.amt_final_decoder
         return [

@@ -213,7 +213,7 @@ class CostPerceiver(nn.Module):
     def forward(self, costs: Correlation, context: Tensor, part_bytes: int | None = None) -> Tensor:
         """costs: of the places of the first picture. context: 1 C H W of it. Returns N K D.
 
-        part_bytes: about what is computed at once takes; None: what is best on the device.
+        part_bytes: about the memory of one part; None: the best size for the device.
         """
         height, width = context.shape[2:]
         context = context.permute(0, 2, 3, 1)

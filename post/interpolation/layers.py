@@ -39,7 +39,7 @@ DEVICE_BYTES = 1 << 27  # large enough for a GPU to have all its cores at work
 def rows_of_part(bytes_each: int, device: torch.device, part_bytes: int | None = None) -> int:
     """Return how many rows are computed at once.
 
-    bytes_each: what one row takes meanwhile. part_bytes: what all may take; None: what is best on the device.
+    bytes_each: memory of one row meanwhile. part_bytes: limit for all; None: the best for the device.
     """
     if part_bytes is None:
         part_bytes = CPU_BYTES if device.type == "cpu" else DEVICE_BYTES
@@ -49,7 +49,7 @@ def rows_of_part(bytes_each: int, device: torch.device, part_bytes: int | None =
 def in_parts(
     run: Callable[[Tensor], Tensor], x: Tensor, bytes_each: int, part_bytes: int | None = None
 ) -> Tensor:
-    """Return run(x), computed for parts of the first axis, of which `run` takes each row for itself.
+    """Return run(x), computed in parts of the first axis; `run` must treat each row by itself.
 
     bytes_each, part_bytes: as for `rows_of_part`. The parts depend on the sizes and the kind of device alone.
     """

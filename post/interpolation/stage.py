@@ -141,7 +141,7 @@ class Interpolator:
             yield Picture(pixels, start + number * step, step)
 
     def _edges(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return what is added left, right, above and below for the networks."""
+        """Return the padding left, right, above and below for the networks."""
         across, down = (-side % self._options.alignment for side in (width, height))
         return across // 2, across - across // 2, down // 2, down - down // 2
 
@@ -166,7 +166,7 @@ class Interpolator:
 
 
 class _Shown:
-    """A picture of the stream; and what is made of it, once it is asked for."""
+    """A picture of the stream, with its features as soon as they are asked for."""
 
     def __init__(self, picture: Picture, make: Callable[[Pixels], Frame]) -> None:
         self.picture, self._make = picture, make

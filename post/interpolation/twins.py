@@ -159,8 +159,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 def in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply `run` to windows of WINDOW x WINDOW places of a map and put the results back.
 
-    x: B H W C, filled with zeros at the right and at the bottom up to whole windows; what is filled takes
-    part, as trained. run: (windows, WINDOW ** 2, C) -> the same with any C.
+    x: B H W C, padded with zeros at the right and at the bottom to whole windows; the padding takes part, as
+    trained. run: (windows, WINDOW ** 2, C) -> the same with any C.
     """
     batch, height, width, _ = x.shape
     x = pad(x, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))

@@ -26,7 +26,7 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
 
 
 def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
-    """Send each pixel to the place that the flow points to, and return the weighted mean of what arrives.
+    """Send each pixel to the place that the flow points to, and return the weighted mean of arriving pixels.
 
     image: 1 C H W. flow: 1 2 H W. weight: 1 1 H W. Returns 1 C H W float32, 0 at places nothing arrives at.
     """

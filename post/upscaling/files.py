@@ -99,7 +99,7 @@ def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def read_upscaler(checkpoint: Checkpoint) -> tuple[UpscalerKind, LoadPlan[Any]]:
-    """Plan how to load the network of an open file. Raises CheckpointError if it is none of ours."""
+    """Plan how to load the network of an open file. Raises CheckpointError if no network fits."""
     checkpoint = checkpoint.without_prefix(*PREFIXES)
     names = checkpoint.tensors
     if SWINIR_NAME in names and HAT_NAME not in names:

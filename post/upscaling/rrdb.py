@@ -149,7 +149,7 @@ class CompactNet(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
-        """What is compiled."""
+        """Return the parts to compile."""
         return (self.body,)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 
 
 def result_bytes(config: Config, width: int, height: int) -> int:
-    """Return the bytes of a whole result on the device, in float32, with what is made of it there."""
+    """Return the bytes of a whole result on the device, in float32, with its conversion there."""
     return 4 * OUTSIDE * width * height * config.factor**2
 
 
@@ -133,7 +133,7 @@ class UpscalerStage:
         )
 
     def _fitting(self, clip: Clip) -> Fitting:
-        """Return what is tried first for a clip."""
+        """Return the first sizes of batch and tiles to try for a clip."""
         options, step = self.options, self.upscaler.config.step
         batch = options.batch_size
         if batch is None:

@@ -70,7 +70,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def bias(self, index: Tensor) -> Tensor:
-        """Return what is added to the scores, heads N N in float32. index: N N, of rows of the table."""
+        """Return the addend to the scores, heads N N in float32. index: N N, of rows of the table."""
         return rearrange(self.relative_position_bias_table[index].float(), "n m h -> h n m")
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ class MicroBatches:
         return tuple(sorted(item.bucket for index in group for item in batches[index]))
 
     def expert_of(self, key: Key) -> int:
-        """Return the index of the expert that a micro-batch goes to. None of its files is read."""
+        """Return the index of the expert that a micro-batch goes to. Reads no files."""
         epoch, index = key
         if len(self.randomness.experts) == 1:
             return 0

@@ -1,8 +1,8 @@
 """Pictures that are encoded while training, and where else the parts of a batch come from.
 
-What augmentation changes each time cannot be cached: such a picture is read, changed and encoded in the
-training process, once for each micro-batch that it is in. All that is random about it is a function of the
-run's seed and the micro-batch's number, as noise and timesteps are.
+Pictures that augmentation changes each time cannot be cached: the training process reads, changes and encodes
+them once for each of their micro-batches. Their randomness is a function of the run's seed and the
+micro-batch's number, as that of noise and timesteps.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ class LiveMedia:
         self._encoders.get()
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
-        """Return what is encoded of those items of a batch that are not cached, by their places: tensors
-        without batch dimension, on the CPU.
+        """Encode the items of a batch that are not cached; return by their places tensors without batch
+        dimension, on the CPU.
 
         stream: what random numbers are seeded by. Raises MediaError if a picture cannot be read, DatasetError
         if it has changed its size.
@@ -92,7 +92,7 @@ class LiveMedia:
 
 @dataclass(frozen=True)
 class BatchSources:
-    """Where the parts of a run's batches come from: caches, and what is encoded while training."""
+    """Sources of the parts of a run's batches: caches, and encoding while training."""
 
     stores: Stores = field(default_factory=Stores)
     tables: Mapping[int, LiveTable] = field(default_factory=dict)  # with a part that is not cached, by index
@@ -112,7 +112,7 @@ class BatchSources:
     ) -> Batch:
         """Read a batch; encode those of its pictures that are not cached.
 
-        stream: what random numbers are seeded by. captions, flips: see `read_batch`. Raises CacheError, or as
+        stream: the seed of random numbers. captions, flips: see `read_batch`. Raises CacheError, or as
         `LiveMedia.encode`.
         """
         encoded = {} if self.media is None else self.media.encode(items, *stream)

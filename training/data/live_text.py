@@ -62,9 +62,9 @@ class LiveTexts:
     def renew(
         self, wanted: Mapping[int, Prompts], known: Mapping[int, EncodedPrompts]
     ) -> dict[int, EncodedPrompts]:
-        """Return the encoded texts of a sample with what the learning encoders make of them now.
+        """Return the encoded texts of a sample, anew from the encoders that learn.
 
-        wanted: its texts by section, of which `known` has all outputs. Conditions have no batch dimension.
+        wanted: its texts by section; `known` has all their outputs. Conditions have no batch dimension.
         """
         with torch.no_grad():
             return {section: self._renew(texts, known[section]) for section, texts in wanted.items()}

@@ -113,7 +113,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
     @property
     def follows_size(self) -> bool:
-        """Return whether the shift depends on width and height of what is trained."""
+        """Return whether the shift depends on width and height of the samples."""
         return self.timestep_sampling in {*SIZE_SHIFTS, *MIXTURES, *SIZE_SAMPLERS}
 
     @property
@@ -128,7 +128,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
 
 class NoiseOptions(Options, title="noise"):
-    """What is mixed into the latents beside the noise that the model has to find."""
+    """Additions to the noise in the latents, which the model does not have to predict."""
 
     ip_noise_gamma: float | None = option(
         "input perturbation: this share of further noise is mixed in, which the model does not have to "

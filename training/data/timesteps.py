@@ -55,7 +55,7 @@ EVERYWHERE = Span()
 
 
 def spans_of(experts: Sequence[Expert]) -> tuple[Span, ...]:
-    """Return from where to where each expert works. Nothing is trained below the lowest one."""
+    """Return the range of noise levels of each expert. Levels below the lowest are not trained."""
     begins = sorted(expert.lowest for expert in experts)
     ends = dict(zip(begins, [*begins[1:], math.inf], strict=True))
     return tuple(Span(expert.lowest, ends[expert.lowest], _called(expert)) for expert in experts)
@@ -84,8 +84,8 @@ def draw(
     """Draw one timestep per sample of a micro-batch, all of them for the same expert.
 
     The first sample is drawn from the whole distribution and its noise level names the expert, so each expert
-    comes with its true probability. Samples on another side are drawn again on that of the first: each sample
-    by itself has the sampler's distribution.
+    comes with its true probability. Samples of another expert are drawn again within that of the first: each
+    sample by itself has the sampler's distribution.
 
     generator: on the CPU, made for this micro-batch. With --num_timestep_buckets also: seed, that of the run;
     first_sample, how many samples the run has drawn before this micro-batch. Then every N samples in a row
@@ -192,9 +192,7 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
 
 
 def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
-    """Return what is mixed and what the network is fed at these shares of noise, or places in the table: B,
-    0..1.
-    """
+    """Return sigmas and timesteps at these shares of noise, or places in the table: B, 0..1."""
     if not noise.table:
         return Timesteps(shares.float(), timesteps_at(options, shares, noise))
     places = (NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1

@@ -15,7 +15,7 @@ from training.optimizers.optimizer import is_schedule_free, set_training
 def evaluation(
     modules: Sequence[nn.Module], optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> Iterator[None]:
-    """Put networks into evaluation mode with the weights to be used; then restore everything to the bit."""
+    """Put networks into evaluation mode with their final weights; then restore everything to the bit."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
@@ -30,9 +30,9 @@ def evaluation(
 @contextlib.contextmanager
 @torch.no_grad()
 def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Load the weights to be used of a schedule-free optimizer; others are unchanged.
+    """Load the averaged weights of a schedule-free optimizer; others are unchanged.
 
-    While training, such an optimizer keeps other weights in their place. Its own way back rounds, so the
+    While training, this optimizer keeps other weights in their place. Its own way back rounds, so the
     training weights are kept aside: saving changes nothing in the run.
     """
     if not is_schedule_free(optimizer):

@@ -74,9 +74,9 @@ def make_accelerator(
 
 
 def _refuse_sharding(environment: Mapping[str, str]) -> None:
-    """Raise OptionError if the launcher was told to split the model.
+    """Raise OptionError if the launcher is set to split the model.
 
-    Before accelerate looks for the packages that would do so.
+    Call it before accelerate looks for the packages that split.
     """
     for variable, name in SHARDING.items():
         if environment.get(variable, "false").lower() in {"1", "true", "yes", "y", "t", "on"}:

@@ -32,7 +32,7 @@ def is_of_processes(error: BaseException) -> bool:
 
 
 def find_lost(rank: int, count: int) -> list[int] | None:
-    """Return the processes that do not answer; None if the one that would know them does not.
+    """Return the processes that do not answer; None if the first, which knows them, does not.
 
     Each process that noticed the loss calls it. rank: of this process.
     """

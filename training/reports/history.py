@@ -133,7 +133,7 @@ class History:
             self.events.append(row)
 
     def flush(self) -> None:
-        """Write what is waiting. Raises OutputError if that fails; it then keeps waiting."""
+        """Write waiting lines. Raises OutputError if that fails; they then keep waiting."""
         if not self.is_written:
             return
         if self._keeps_up_to is not None:
@@ -184,8 +184,8 @@ def read_session(path: Path) -> int | None:
 def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     """Yield the lines of a run, up to a step if it is given: none if the run stands at its beginning.
 
-    Lines that cannot be read are left out, and told if there are more than a kill leaves. Raises OSError if
-    the file cannot be read.
+    Unreadable lines are left out, with a warning if there are more than a kill leaves. Raises OSError if the
+    file cannot be read.
     """
     if step == 0 or not path.exists():
         return

@@ -222,7 +222,7 @@ class Logs:
         self.bar.update(report.step - self.bar.n)
 
     def _numbers(self, report: StepReport) -> dict[str, str]:
-        """Return what is shown beside the bar, by name."""
+        """Return the numbers beside the bar, by name."""
         shown = {}
         seconds = self.pace.seconds_per_step
         if seconds is not None:

@@ -1,4 +1,4 @@
-"""Options of what is reported to TensorBoard and wandb."""
+"""Options of reports to TensorBoard and wandb."""
 
 from pathlib import Path
 

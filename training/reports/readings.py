@@ -71,7 +71,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class Reading:
-    """Hold what is known of a step after the next one was begun."""
+    """Hold the numbers of a step, known once the next one has begun."""
 
     step: int
     values: tuple[float, ...]

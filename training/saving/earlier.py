@@ -77,9 +77,9 @@ def set_aside(
 ) -> Path | None:
     """Move the results of an earlier run to a folder beside them; return it, or None if there are none.
 
-    inputs: what this run was told to read. Such a file stays as well, so that the same command works again;
-    such a state only stays. is_restarted: the run would have gone on from a state: then what saved nothing
-    was this run, and stays. Raises OutputError if a file cannot be moved.
+    inputs: files and states that this run reads. A file is copied instead of moved, so that the same command
+    works again; a state only stays. is_restarted: the run looked for a state to go on from; then results
+    without saves are its own, and stay. Raises OutputError if a file cannot be moved.
     """
     recover_states(names.folder, names.name)
     kept = {os.path.realpath(path) for path in inputs}

@@ -87,12 +87,12 @@ class Saver:
     write_averages: Mapping[str, WriteFile] = field(default_factory=dict)
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
-        """Save under the step's name; then remove what is older than --save_last_n_steps."""
+        """Save under the step's name; then remove files older than --save_last_n_steps."""
         self._save(self.names.step(step), self.options.save_state if with_state is None else with_state)
         self.tidy_steps(step)
 
     def save_epoch(self, epoch: int) -> None:
-        """Save under the epoch's name (from 1); then remove what is older than --save_last_n_epochs."""
+        """Save under the epoch's name (from 1); then remove files older than --save_last_n_epochs."""
         self._save(self.names.epoch(epoch), self.options.save_state)
         self.tidy_epochs(epoch)
 

@@ -1,4 +1,4 @@
-"""Options of what is saved, when, under which name, and what a run continues from."""
+"""Options of saving: content, time, name, and the state to continue from."""
 
 import re
 from dataclasses import replace
@@ -77,7 +77,7 @@ class SavingOptions(Options, title="saving"):
 
     @property
     def place(self) -> tuple[Path, str]:
-        """Return folder and name of what is saved. Raises OptionError if one is missing."""
+        """Return folder and name of saved files. Raises OptionError if one is missing."""
         return (
             require(self.output_dir, "--output_dir", "the folder to save into"),
             require(self.output_name, "--output_name", "the name of the file to train, without its ending"),

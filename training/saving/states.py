@@ -160,7 +160,7 @@ def check_identity(
     """Raise OptionError if a setting that decides the numbers differs from the saved run's. Keys name the
     options.
 
-    What the saved run did not record is not compared. may_change: nor is what is `changeable`
+    Settings that the saved run did not record are not compared. may_change: nor are `changeable` ones
     (--resume_changed).
     """
     changed = {name: value for name, value in here.items() if name in saved and saved[name] != value}
@@ -274,7 +274,7 @@ def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
 def _as_bytes(tensor: Tensor) -> tuple[Tensor, torch.dtype, tuple[int, ...]]:
     """Return a weight as bytes, not copied, with its dtype and shape.
 
-    Swapped weights lie side by side in one memory, of which `torch.save` takes one dtype only.
+    Swapped weights lie side by side in one memory, which `torch.save` takes in one dtype only.
     """
     return tensor.detach().contiguous().view(-1).view(torch.uint8), tensor.dtype, tuple(tensor.shape)
 
