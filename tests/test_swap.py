@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily, write_deep
+from tests.training.toy import state_tensors
 
 OUTPUT = ("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0")
 SIZE = ("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3")
@@ -160,4 +161,4 @@ def test_a_whole_transformer_is_trained_to_the_same_bits(
     assert same(expected, resumed)
     between = load_file(tmp_path / "swapped" / "x-step00000002.safetensors")
     assert same(between, train("short", steps=2))
-    assert same(between, load_file(state / "dit.safetensors"))
+    assert same(between, state_tensors(state)["dit"])

@@ -163,5 +163,5 @@ def test_a_long_curve_is_joined_and_keeps_its_extremes() -> None:
     assert len(bins) <= MOST_BINS
     assert max(each.highest for each in bins) == 1000.0
     assert min(each.lowest for each in bins) == -1000.0
-    assert sum(each.count for each in bins) == 99_999
+    assert sum(each.values for each in bins) == 99_999
     assert [each.step for each in bins] == sorted(each.step for each in bins)
