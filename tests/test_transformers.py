@@ -84,7 +84,7 @@ TRANSFORMERS = {
         ("time_in.mlp.2",),
     ),
     "framepack": Transformer(
-        frame_pack.checkpoints.DIT,
+        frame_pack.configs.DIT,
         lambda _: framepack_making.tiny_model(),
         lambda _: framepack_making.tiny_inputs(),
         lambda _: framepack_dit.tiny_state(),

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import frame_pack.checkpoints as framepack
 import hunyuan_model.checkpoints as hunyuan
 import wan.checkpoints as wan
+from frame_pack.configs import DIT as FRAMEPACK_DIT
+from hunyuan_model.spec import DIT as HUNYUAN_DIT
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
@@ -28,6 +30,7 @@ from tests.commands import ROOT, run_python
 from tests.fp8_reference import quantised_layers
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
+from wan.spec import DIT as WAN_DIT
 
 CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
 ROWS, CAST = Quantisation("rows"), Quantisation("cast")
@@ -47,11 +50,11 @@ class Kind:
 
 KINDS = {
     "wan": Kind(
-        wan.load_dit, wan.DIT, functools.partial(wan_dit.tiny_state, "t2v"), wan_dit.write_dit, 20, 20
+        wan.load_dit, WAN_DIT, functools.partial(wan_dit.tiny_state, "t2v"), wan_dit.write_dit, 20, 20
     ),
-    "hunyuan": Kind(hunyuan.load_dit, hunyuan.DIT, hunyuan_dit.tiny_state, hunyuan_dit.write_dit, 26, 29),
+    "hunyuan": Kind(hunyuan.load_dit, HUNYUAN_DIT, hunyuan_dit.tiny_state, hunyuan_dit.write_dit, 26, 29),
     "framepack": Kind(
-        framepack.load_dit, framepack.DIT, framepack_dit.tiny_state, framepack_dit.write_dit, 39, 46
+        framepack.load_dit, FRAMEPACK_DIT, framepack_dit.tiny_state, framepack_dit.write_dit, 39, 46
     ),
 }
 DIALECTS = {
