@@ -78,7 +78,7 @@ class Run:
     def make_all(self, lines: Iterable[Line], failures: Failures) -> list[Path]:
         """Make the pictures of lines, batch by batch, and write them. Returns the paths.
 
-        What fails is noted. Raises OutputError if pictures cannot be written.
+        Failures are noted. Raises OutputError if pictures cannot be written.
         """
         paths = []
         asked = self.asking.pictures(lines, failures)

@@ -32,7 +32,7 @@ NEARLY = 1e-6  # of a timestep: 0.57 * 1000 is 569.9999999999999
 
 @dataclass(frozen=True)
 class Timesteps:
-    """What one micro-batch is trained at. Both B, float32, on the CPU."""
+    """Noise levels of one micro-batch. Both B, float32, on the CPU."""
 
     sigmas: Tensor  # share of noise in the mixture, 0..1
     timesteps: Tensor  # what the network is fed
@@ -201,7 +201,7 @@ def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) 
 
 
 def timesteps_at(options: TimestepOptions, sigmas: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
-    """What the network is fed for these shares of noise, B float32: 1000 t and the family's offset.
+    """Return the network's timesteps for these shares of noise, B float32: 1000 t and the family's offset.
 
     The sampler `sigma` has no offset, as it draws from the whole thousandths.
     """
