@@ -1,4 +1,4 @@
-"""Draw conclusions from a predicted peak: number of `--blocks_to_swap auto`, advice if a plan does not fit."""
+"""Draw conclusions from a predicted peak: number of `--blocks_to_swap auto`, advice on a plan."""
 
 import logging
 from collections.abc import Callable, Sequence

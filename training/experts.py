@@ -158,8 +158,7 @@ def _windows(options: TrainingOptions, boundary: int) -> tuple[str, str]:
 
 
 def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict[str, str]:
-    """Return the metadata of a saved file on the transformers that it was trained in; nothing if there is
-    one.
+    """Return the metadata on the transformers that a file was trained in; nothing if there is one.
 
     part: the name of the expert that the file is for; empty if it is for all that were trained.
     """

@@ -210,8 +210,7 @@ class NextSteps:
         return tuple(file.with_name(f"{stem}_{part}.safetensors") for part in parts) or (file,)
 
     def _split(self, file: Path) -> tuple[str, str]:
-        """Return a file's name without the ending of its expert, and that ending: `_high_noise`, or
-        nothing."""
+        """Split a file's name before the ending of its expert: `_high_noise`, or nothing."""
         end = next((f"_{part}" for part in self.parts if file.stem.endswith(f"_{part}")), "")
         return file.stem.removesuffix(end), end
 
@@ -313,8 +312,7 @@ def make_reporter(
     sampler: Sampler | NoSampler,
     memory: MemoryWatch | NoMemoryWatch,
 ) -> RunReporter | NoReports:
-    """Return the reporter of the run, in the main process. With --no_page it keeps the text of the last
-    box."""
+    """Return the reporter of the run, in the main process. With --no_page it keeps the last box."""
     if not plan.accelerator.is_main_process:
         return NoReports()
     folder, name, progress = plan.output_dir, plan.output_name, plan.progress

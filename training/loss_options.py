@@ -35,7 +35,7 @@ L2 = LossOptions()
 
 
 class PredictionOptions(Options, title="prediction"):
-    """The form in which a network's output is compared with the velocity. Video models always compare the
+    """The form of a network's output in the comparison with the velocity. Video models always compare the
     output."""
 
     model_prediction_type: str = option(

@@ -62,8 +62,7 @@ def run_metadata(
     facts: RunFacts,
     own: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, str]:
-    """The `ss_*` entries that stay the same over the run; with --no_metadata only the keys that loading
-    needs.
+    """The `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
 
     family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name,
     vae_name; base_model_version where files name the model otherwise than we; trained_for where a model has
