@@ -376,7 +376,7 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
 
 
 def _without_other_channels(lora: LoraFile, factors: Factors, place: ChangedPlace) -> Factors:
-    """Return the factors without a change of a first layer's weight that takes another number of channels."""
+    """Return the factors without changes to a first layer with another number of channels."""
     other = other_channels(factors, place.parameter) if place.path.endswith(FIRST_LAYERS) else None
     if other is None:
         return factors

@@ -257,7 +257,8 @@ def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
 
 
 class _Noise(torch.autograd.Function):
-    """x @ P.T for a normal P that is made from a seed, again in the backward pass, rather than kept."""
+    """Compute x @ P.T for a normal P drawn from a seed; the backward pass draws P again instead of keeping
+    it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int) -> Tensor:

@@ -52,7 +52,7 @@ def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] 
 
 
 def show_picture(program: str, path: Path) -> None:
-    """Open a picture. Does not wait for the viewer; a viewer that fails is the system's matter."""
+    """Open a picture. Does not wait for the viewer, and ignores its errors."""
     subprocess.Popen(
         [program, str(path.resolve())],
         stdin=subprocess.DEVNULL,

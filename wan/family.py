@@ -232,7 +232,8 @@ class Wan:
         return moments_rules(self.image_kind)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Means of the posteriors, normalised: no sample is drawn, as for clips that are encoded here."""
+        """Return means of the posteriors, normalised: no sample is drawn, as for clips that are encoded
+        here."""
         return normalise_moments(media, self._vae_dtype())
 
     # the network

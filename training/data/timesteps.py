@@ -315,9 +315,10 @@ def _of_logsnr(mean: float, std: float, numbers: Tensor) -> Tensor:
 
 
 def _mixed(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tensor:
-    """Return t by the sampler whose share of 0..1 the uniform number lies in: a mixture, drawn per sample.
+    """Return t from a mixture of samplers: the uniform number of each sample chooses one.
 
-    The place within the share is uniform again, and is that sampler's number.
+    Samplers have shares of 0..1; the number's place within a share is uniform again, and is fed to its
+    sampler.
     """
     t, start = torch.zeros_like(numbers), 0.0
     for sampler, share in MIXTURES[options.timestep_sampling]:
