@@ -17,8 +17,7 @@ from modules.planning.pieces import Compute, compute_piece
 
 @dataclass(frozen=True)
 class Cut:
-    """Pieces of `size` units, one every `stride` units; the sizes of a unit in the input and in the
-    output."""
+    """Pieces of `size` units, one every `stride` units; sizes of a unit in input and output."""
 
     size: int
     unit_in: int

@@ -1,8 +1,7 @@
 """Contents of FramePack's latent caches: a file per section of a clip, or per image with control images.
 
 A section is what the network learns in one step: its true latents, and the network's other inputs when it
-generates that section (`sections.py`). The clip's own latents replace those that generation would have made
-before.
+generates that section (`sections.py`). The clip's own latents replace those made before.
 """
 
 import logging

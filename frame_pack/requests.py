@@ -63,11 +63,11 @@ def prepare_request(
     usual_negative: str | None,
     takes_shape: bool = False,
 ) -> Prepared:
-    """Settle size, frames and numbers, and check the images. What cannot be used is left out with a warning.
+    """Settle size, frames and numbers, and check the images. Unusable settings are left out with a warning.
 
     window: latent frames of a section. usual_negative: as for `modules.contract.requests.settle`.
     takes_shape: a single picture is shaped as its first control image, else as its start image.
-    Raises OptionError for what cannot be made.
+    Raises OptionError for impossible ones.
     """
     one_frame = _one_frame_of(request, is_f1)
     is_picture = one_frame is not None

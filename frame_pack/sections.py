@@ -194,8 +194,7 @@ class Order:
     """An order of making sections, as functions for a loop over them.
 
     The history holds the finished latents, B C F H W in playing order, always at least 19 frames: black ones
-    in place of missing ones. The same loop over true latents, instead of made ones, gives the inputs of
-    training.
+    in place of missing ones. The same loop over true latents, instead of made ones, gives training inputs.
     """
 
     # number of sections, window, --latent_paddings

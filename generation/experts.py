@@ -67,7 +67,7 @@ class Ahead(Generic[T]):
         return self._made.pop()
 
     def cancel(self) -> None:
-        """Have it end soon, wait for that, and free the result."""
+        """Stop the work, wait for its end, and free the result."""
         self._stop.set()
         self._join()
         self._made.clear()

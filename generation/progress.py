@@ -54,8 +54,7 @@ def show_start(
     folder: Path,
     device: torch.device,
 ) -> None:
-    """Show the plan of the generation. loras: by expert, "" if none is meant, file name and strength of
-    each."""
+    """Show the generation's plan. loras: by expert, "" if none is meant, file name and strength of each."""
     step, rows, columns = family.latent.stride
     sizes = [
         (family.latent.channels, (one.frames - 1) // step + 1, one.height // rows, one.width // columns)

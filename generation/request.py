@@ -104,8 +104,7 @@ def make_request(
 
 
 def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
-    """Return the start from the command line, or from a prompt line in its place. Raises OptionError for
-    several."""
+    """Return the start given by the command line or a prompt line. Raises OptionError for several."""
     in_line = {name: line[name] for name in SOURCES if name in line}
     paths = in_line or {name: getattr(options, name) for name in SOURCES}
     given = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
@@ -140,9 +139,9 @@ def _extra(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
 
 
 def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:
-    """Prepare what the command line, or a prompt line on top of it, asks for. Loads no network.
+    """Prepare the request of the command line, or of a prompt line on top of it. Loads no network.
 
-    Raises UserError for what cannot be made.
+    Raises UserError for impossible ones.
     """
     says = line_settings(options.step_cache, overrides)
     request = make_request(options.request, overrides, options.prompts)

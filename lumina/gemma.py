@@ -153,8 +153,7 @@ def _config(path: Path, told: Mapping[str, Any], dim: int, rows: int, key_rows: 
 
 
 def _fill_computed(gemma: Any, device: torch.device) -> None:
-    """Make the tensors that files do not hold and a network built on the meta device lacks: angles and a
-    factor."""
+    """Make tensors that files do not hold and networks on the meta device lack: angles and a factor."""
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
 
     gemma.rotary_emb = Gemma2RotaryEmbedding(gemma.config).to(device)

@@ -168,10 +168,10 @@ def recover_folder(path: Path) -> None:
 def remove_leftovers(
     folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS
 ) -> None:
-    """Remove temporary files and folders of killed runs. What a living process writes is left alone.
+    """Remove temporary files and folders of killed runs. Files of living processes are left alone.
 
     of: given the final name of a temporary file, returns whether to remove it. older_seconds: how long a file
-    must have been unchanged if its name does not tell whether its writer lives. Machines that share the
+    must have been unchanged if its name does not show whether its writer lives. Machines that share the
     folder need clocks that agree to within an hour.
     """
     now = time.time()

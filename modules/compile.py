@@ -81,7 +81,7 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
 
 
 def _missing_for_inductor(device: torch.device) -> str:
-    """Return the parts that torch's compiler lacks here and how to get them; empty if nothing is known to be
+    """Return the missing parts of torch's compiler and how to get them; empty if nothing is known to be
     missing."""
     if device.type == "mps":
         return ""  # Metal's compiler is part of the system

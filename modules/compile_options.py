@@ -216,7 +216,7 @@ class GenerationCompileOptions(Options):
 
 
 def compilation_of(args: tuple[str, ...], words: CompileWords) -> Compilation:
-    """Parse the four words of --compile_args, or what replaces them. Raises OptionError if one is unknown."""
+    """Parse the four words of --compile_args, or their replacement. Raises OptionError if one is unknown."""
     backend, mode, dynamic, fullgraph = words.put_into(args)
     is_dynamic = (
         None

@@ -1,4 +1,4 @@
-"""What the image guides' minimal inference scripts share, in the words of our generation scripts.
+"""Options that the image guides' minimal inference scripts share, in the words of our generation scripts.
 
 Standard library only.
 """

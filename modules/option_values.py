@@ -1,4 +1,4 @@
-"""Values of options: converted from what was typed, and checked. Standard library only."""
+"""Values of options: converted from typed words, and checked. Standard library only."""
 
 import argparse
 import ast

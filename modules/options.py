@@ -88,7 +88,7 @@ def option(
 
 
 class Declared(NamedTuple):
-    """What only the parser needs of an option."""
+    """Facts about an option that only the parser needs."""
 
     help: str
     default: Any
@@ -113,7 +113,7 @@ class Refusal(NamedTuple):
 def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Refusal:
     """Return a record's attribute for an option that --help lists and that is refused when it is used.
 
-    reason: completes "--flag is not supported yet: ...". It is a switch unless `settings` say what it takes.
+    reason: completes "--flag is not supported yet: ...". It is a switch unless `settings` give its values.
     """
     return Refusal(help, reason, "", values, settings or {"action": "store_true"})
 
@@ -155,7 +155,7 @@ class Options:
         self.__post_init__()
 
     def __post_init__(self) -> None:
-        """Check what no fact says."""
+        """Check rules beyond the facts."""
 
     @classmethod
     def usual(cls, **values: Any) -> Self:
@@ -195,7 +195,7 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
-    """Return what a record's field has if nothing is given. Raises TypeError if it must be given."""
+    """Return the default of a record's field. Raises TypeError if it must be given."""
     declared, hint = field.metadata.get("declared"), hints_of(cls)[field.name]
     if declared is not None and declared.default is not _UNSET:
         return declared.default
@@ -276,8 +276,8 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
     record is read the same way; if the type is `Record | None` and the parser has no argument for that
     record's first field, it is None. Text becomes Path and lists become tuples according to the field's type.
-    Raises OptionError if a text holds what no text can (`bad_character`), if a path is empty, or if a number
-    is infinite or beyond all sense; TypeError if a field has no argument: that is our mistake, not the
+    Raises OptionError if a text holds a forbidden character (`bad_character`), if a path is empty, or if a
+    number is infinite or beyond all sense; TypeError if a field has no argument: that is our mistake, not the
     user's.
     """
     hints = hints_of(cls)

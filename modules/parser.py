@@ -1,4 +1,4 @@
-"""The parser of a script's options: what records declare, put into argparse, and how mistakes are answered.
+"""The parser of a script's options: put records into argparse, and answer mistakes.
 
 Standard library only, so that `--help` answers at once.
 """
@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def format_short_help(self) -> str:
-        """Return one screen: what people use, then how many more each group has; all if they are few."""
+        """Return one screen: much used options, then how many more each group has; all if they are few."""
         actions = [action for action in self._actions if not hasattr(action, "refusal")]
         often = [action for action in actions if action.required or getattr(action, "often", False)]
         if not often or len(actions) <= FEW:
@@ -113,7 +113,7 @@ class Parser(argparse.ArgumentParser):
         return "\n".join(lines) + "\n"
 
     def _usage(self) -> str:
-        """Return the usage: what must be given, without the forest of all options."""
+        """Return the usage: required options, without the forest of all others."""
         formatter, words = self._get_formatter(), []
         for action in self._actions:
             if not action.option_strings:
@@ -166,7 +166,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
     def _explain_missing(self, name: str) -> str:
-        """Say what an option is that must be given."""
+        """Explain a required option that is missing."""
         for action in self._actions:
             if name in {"/".join(action.option_strings), action.metavar, action.dest} and action.help:
                 return f"{name} is missing: {action.help.replace('%%', '%')}"
@@ -240,7 +240,7 @@ class Parser(argparse.ArgumentParser):
         raise argparse.ArgumentError(action, f"give {len(names)} values: {' and '.join(names)}{example}")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Convert a word as argparse does, but say in plain words what an option takes."""
+        """Convert a word as argparse does, but explain an option's values in plain words."""
         try:
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError:

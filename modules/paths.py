@@ -45,7 +45,7 @@ def check_length(path: Path) -> None:
 
 
 def path_exists(path: Path) -> bool:
-    """Return what `Path.exists` does; False too if no file can have that name, where it may raise OSError."""
+    """Return as `Path.exists`; False too if no file can have that name, where it may raise OSError."""
     return os.path.exists(path)  # noqa: PTH110
 
 

@@ -1,6 +1,4 @@
-"""What follows from a predicted peak: the number of `--blocks_to_swap auto`, advice if a plan does not
-fit.
-"""
+"""Draw conclusions from a predicted peak: number of `--blocks_to_swap auto`, advice on a plan."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -53,7 +51,7 @@ def advise(
     can_swap: bool = True,
     phase: str = "",
 ) -> tuple[list[str], Predicted | None]:
-    """Say what to change so that a prediction fits, the cheapest first; each line adds to those before it.
+    """Advise changes by which a prediction fits, the cheapest first; each line adds to those before it.
 
     cheaper: options not in use, and the prediction with each and all before it.
     usable: bytes of the device. swapped: blocks that the options swap.

@@ -29,11 +29,11 @@ _RUNNER = "_runner"  # under which a network carries its own
 
 @dataclass(eq=False)
 class Hidden:
-    """The hidden state of one forward pass: `x` goes through the blocks, `tokens` is what they need too.
+    """The hidden state of one forward pass: `x` goes through the blocks, `tokens` are their other inputs.
 
-    Blocks replace `x` here, so that nobody else refers to it: what a block was given is freed when it is
-    done. An `x` handed from function to function would stay on the device until the last of them returns
-    (1.4 GiB for Wan 14B at 1280x720, 81 frames).
+    Blocks replace `x` here, so that nothing else refers to it: a block's input is freed when it is done. An
+    `x` handed from function to function would stay on the device until the last of them returns (1.4 GiB for
+    Wan 14B at 1280x720, 81 frames).
     """
 
     x: Tensor  # B L C
@@ -62,12 +62,12 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
 
 
 def runner_of(dit: nn.Module) -> Runner:
-    """Return what runs the network's blocks at present."""
+    """Return the present runner of the network's blocks."""
     return dit.__dict__.get(_RUNNER, run_in_order)
 
 
 def set_runner(dit: nn.Module, runner: Runner) -> None:
-    """Replace what runs the network's blocks. It is given the network and need not hold it."""
+    """Replace the runner of the network's blocks. It is given the network and need not hold it."""
     setattr(dit, _RUNNER, runner)
 
 

@@ -1,4 +1,4 @@
-"""What a script of a family is: a function to call with words, and a program to run."""
+"""A script of a family: a function to call with words, and a program to run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Script:
     main: Callable[..., None]  # takes the words behind the script's name; None: those of the command line
 
     def __call__(self, *args: Any, **named: Any) -> None:
-        """Do what the script does, in this process."""
+        """Run the script in this process."""
         self.main(*args, **named)
 
     def run(self) -> None:

@@ -35,8 +35,8 @@ def require_regular_file(path: Path) -> int:
     """Check that `path` is a regular file, or a link to one: reading anything else could wait or go on for
     ever.
 
-    Returns its size. Raises OSError whose `strerror` says what it is instead, as `open` does for a folder or
-    if nothing is there.
+    Returns its size. Raises OSError whose `strerror` names its kind, as `open` does for a folder or a missing
+    file.
     """
     try:
         found = os.stat(path)  # noqa: PTH116  # half the time, for a million captions
@@ -123,7 +123,7 @@ def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
 
 
 def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Return what a JSON text says. pairs: as `object_pairs_hook`.
+    """Return the value of a JSON text. pairs: as `object_pairs_hook`.
 
     Raises ValueError, also if it is nested too deeply; the usual mistakes are explained.
     """
@@ -141,7 +141,7 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Return what a TOML text says.
+    """Return the value of a TOML text.
 
     Raises ValueError, also if it is nested too deeply, with a second line about the usual mistakes.
     """
@@ -191,7 +191,7 @@ def _explain_toml(text: str, error: str) -> str:
 def _explain_json(rest: str, before: str) -> str:
     """Return a hint for the usual mistakes in JSON, beginning with a full stop, or "".
 
-    rest: what the parser cannot read. before: the text before it.
+    rest: the part that the parser cannot read. before: the text before it.
     """
     hints = (
         (r"None", "For nothing write null, or leave the key out"),

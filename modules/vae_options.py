@@ -17,7 +17,7 @@ AE: Mapping[str, Any] = {"vae": {"flags": ("--ae",)}}
 
 
 class VaeOptions(Options):
-    """Where the VAE is, what it computes in, and how large the tiles are."""
+    """File of the VAE, its compute dtype, and the size of tiles."""
 
     vae: Path | None = option("VAE checkpoint", often=True)
     vae_dtype: str | None = option("dtype of the VAE")

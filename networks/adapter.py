@@ -127,7 +127,7 @@ class TrainableNetwork:
 
     @property
     def state_beside_file(self) -> Mapping[str, nn.Module]:
-        """What a training saves beside the tensors of a LoRA file, by names."""
+        """Return the tensors that a training saves beside those of a LoRA file, by names."""
         return getattr(self.module, "state_beside_file", {})
 
     def before_optimizer_step(self) -> None:
@@ -165,7 +165,7 @@ class TrainableNetwork:
         logger.info(f"{path}: loaded, {result or 'everything fits'}")
 
     def _check_weights(self, path: Path) -> None:
-        """Compare a file with what a foreign network would save, by the names that both have."""
+        """Compare a file with the tensors that a foreign network would save, by common names."""
         mine = self.module.state_dict()
         with open_checkpoint(path) as checkpoint:
             finite = FiniteCheck(path)

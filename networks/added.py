@@ -1,8 +1,8 @@
 """Put LoRAs round the forward of modules: those that a model has only at times, or in parts of a picture.
 
-The model's weights stay as they are, whatever they are stored as. An `AddedPart` is what one LoRA adds to one
-module, an `AddedLayer` the forward of a module with all of them: it adds what they give while it is switched
-on and otherwise calls the one before it, so that training computes what it would compute without.
+The model's weights are unchanged, in any form of storage. An `AddedPart` is what one LoRA adds to one module,
+an `AddedLayer` the forward of a module with all of them: it adds what they give while it is switched on and
+otherwise calls the one before it, so that training computes what it would compute without.
 """
 # Letters: R rank
 
@@ -79,7 +79,7 @@ class ChangedPlace:
 
 
 class AddedPart:
-    """What one LoRA adds to one module, `multiplier` times; nothing until it is on a device."""
+    """Addition of one LoRA to one module, `multiplier` times; nothing until it is on a device."""
 
     def __init__(self, place: ChangedPlace, factors: Factors, multiplier: float = 1.0) -> None:
         """factors: on the CPU."""
@@ -139,7 +139,7 @@ class AddedPart:
         return bias.expand_as(self._apply(x.to(dtype), zeros))
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        """Return the output of a matrix or a convolution for its input x, with what the LoRA adds to it.
+        """Return the output of a matrix or a convolution for its input x, with the LoRA's addition.
 
         out: nothing else may use it.
         """
@@ -188,7 +188,7 @@ class AddedPart:
         return functional.linear(x.to(down.dtype), down.flatten(1)) * self.multiplier
 
     def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Do what the module does, with another weight and without bias."""
+        """Compute the module's function with another weight and without bias."""
         module = self.place.module
         if not isinstance(module, nn.Conv2d):
             return functional.linear(x, weight)
@@ -196,7 +196,7 @@ class AddedPart:
 
 
 class AddedLayer(nn.Module):
-    """The forward of one module, which adds what its parts give while `is_on`."""
+    """The forward of one module, which adds its parts' outputs while `is_on`."""
 
     def __init__(self, place: ChangedPlace, parts: Sequence[AddedPart]) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ class AddedLoras:
 
     @contextlib.contextmanager
     def switched_on(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-        """Add the LoRAs to what the model computes. dtype: in which it does so."""
+        """Add the LoRAs while the model computes. dtype: in which it does so."""
         try:
             for layer in self.layers:
                 layer.switch_on(device, dtype)
@@ -331,7 +331,7 @@ def refuse_dora(lora: LoraFile) -> None:
 
 
 def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, ChangedPlace]:
-    """Return what LoRAs may change, under our names: `lora_unet_blocks_0_ffn_0`, also
+    """Return the modules that LoRAs may change, under our names: `lora_unet_blocks_0_ffn_0`, also
     `lora_unet_blocks_0_modulation`.
 
     published: path of a module -> the one by which files name it.
@@ -376,7 +376,7 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
 
 
 def _without_other_channels(lora: LoraFile, factors: Factors, place: ChangedPlace) -> Factors:
-    """Return the factors without a change of a first layer's weight that takes another number of channels."""
+    """Return the factors without changes to a first layer with another number of channels."""
     other = other_channels(factors, place.parameter) if place.path.endswith(FIRST_LAYERS) else None
     if other is None:
         return factors

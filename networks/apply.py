@@ -1,7 +1,7 @@
 """Put LoRAs into the weights of a model, which are handed over one by one: while it is loaded, copied or
 switched to others.
 
-A `Change` is what one LoRA does to one parameter. `networks.added` puts LoRAs round a forward instead.
+A `Change` is one LoRA's effect on one parameter. `networks.added` puts LoRAs round a forward instead.
 """
 
 import math
@@ -44,7 +44,7 @@ _CPU, _META = torch.device("cpu"), torch.device("meta")
 
 @dataclass(frozen=True)
 class Change:
-    """What one LoRA adds to one parameter of a model, `use.multiplier` times."""
+    """Addition of one LoRA to one parameter of a model, `use.multiplier` times."""
 
     use: LoraUse
     factors: Factors
@@ -52,7 +52,7 @@ class Change:
     rows: slice | None = None  # of the parameter, where the LoRA is for a part of it; None: all
 
     def delta(self, factors: Factors, device: torch.device) -> Tensor:
-        """Return what factors of this change add at multiplier 1, before DoRA's new norms; float32."""
+        """Return the addition of this change's factors at multiplier 1, before DoRA's new norms; float32."""
         found = (bias_delta if self.leaf == "bias" else weight_delta)(factors, device)
         assert found is not None
         return found
@@ -70,7 +70,7 @@ class Change:
     def placed(self, relative: Relative | None, weight: Tensor) -> "Change":
         """Return the same for a weight that is a part of the LoRA's module, or that contains it.
 
-        Where the heights do not go together it stays as it is, to be found out by its shape.
+        If the heights do not go together it is unchanged, and its shape shows the fault.
         """
         if relative is None:
             return self
@@ -146,7 +146,7 @@ class Change:
 
 
 def changes_of(use: LoraUse, factors: Factors) -> list[Change]:
-    """Return what the factors of a module do: to its bias, its weight or both."""
+    """Return the changes by a module's factors: of its bias, its weight or both."""
     leaves: tuple[str, ...] = ("bias",) if factors.keys() & _OF_BIAS else ()
     leaves += ("weight",) if factors.keys() - _OF_BIAS - {"alpha"} else ()
     return [Change(use, factors, leaf) for leaf in leaves]
@@ -170,7 +170,7 @@ class LoraPatch:
 
     W + multiplier * (alpha / rank) * up @ down, summed in float32 on the weight's device, rounded once to the
     weight's dtype. DoRA gives multiplier * (new weight - W); the changes of several files all start from W.
-    After loading, `check()` tells what found no weight.
+    After loading, `check()` reports changes without a weight.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class LoraPatch:
         """Change the weight in place and return it; on the meta device, only compare shapes.
 
         Works on some rows at a time, so that memory holds no second copy. A change of the first layer for
-        another number of channels is left out, which `check` tells. Raises CheckpointError if a LoRA has
+        another number of channels is left out, and `check` reports it. Raises CheckpointError if a LoRA has
         another size.
         """
         self._note(name)
@@ -308,8 +308,8 @@ class LoraPatch:
             yield f"{OURS}{relative.name}.{leaf}", relative
 
     def _changes_of(self, name: str) -> Iterator[tuple[str, Change, Relative | None]]:
-        """What changes a parameter, by key, as far as the patterns keep it under its name in the file and in
-        the model.
+        """Return the changes of a parameter, by key, that the patterns keep under its names in file and
+        model.
         """
         own = OURS + self._own(name)[0]
         for key, relative in self._keys_of(name):

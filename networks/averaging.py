@@ -147,7 +147,7 @@ def _check_same(files: Sequence[Checkpoint]) -> None:
 
 
 def _averaged(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable[[str], Tensor]:
-    """Return what reads a tensor of all files and returns their average, in the last one's dtype."""
+    """Return a source that reads a tensor of all files and averages them, in the last one's dtype."""
     checks = [FiniteCheck(file.path) for file in files]
 
     def read(name: str) -> Tensor:

@@ -45,7 +45,7 @@ class Baking:
 
 @dataclass(frozen=True)
 class Baked:
-    """A plain LoRA, and in words what its rank has lost."""
+    """A plain LoRA, and in words the loss by its rank."""
 
     lora: LoraFile
     words: str
@@ -113,7 +113,7 @@ Weights = Mapping[str, Sequence[tuple[Checkpoint, TensorSource]]]
 
 
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
-    """Return what factors add to their weight at multiplier 1, float32."""
+    """Return the addition of factors to their weight at multiplier 1, float32."""
     is_dora = DORA in factors
     sizes = {part: one for part, one in factors.items() if part != "alpha"}
     change = weight_delta(sizes if is_dora else factors, torch.device("meta") if is_dora else device)

@@ -49,7 +49,7 @@ class ConvertedLora:
 
 
 def convert(options: ConvertOptions) -> None:
-    """Convert what `--input` and `--input_high_noise` name to one file or two.
+    """Convert the files of `--input` and `--input_high_noise` to one file or two.
 
     Raises as `convert_file`, and OptionError if the files and the options do not go together.
     """
@@ -151,7 +151,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, baking: Baking |
 
 
 def _baked(lora: LoraFile, baking: Baking | None, family_name: str | None = None) -> tuple[LoraFile, str]:
-    """Return a LoRA with plain factors alone if these are asked for, and in words what that has lost."""
+    """Return a LoRA with plain factors alone if the options ask for it, and in words the loss."""
     if baking is None:
         return lora, ""
     baked = bake(lora, _family_of(lora, family_name)[0], baking)
@@ -202,7 +202,7 @@ def converted(
 
 
 def _texts_in(lora: LoraFile, target: str) -> Mapping[str, Tensor]:
-    """Return what a LoRA changes in text encoders, in another dialect; only diffusers has other names."""
+    """Return a LoRA's tensors for text encoders, in another dialect; only diffusers has other names."""
     if target != "diffusers":
         return add_missing_alphas(lora.text_tensors)
     other = texts_to_diffusers(lora.text_tensors)

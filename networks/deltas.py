@@ -1,4 +1,4 @@
-"""What a LoRA, LoHa or LoKr adds to a weight. Factors of one module go by the end of their tensor names, as
+"""Addition of a LoRA, LoHa or LoKr to a weight. Factors of one module go by the end of their tensor names, as
 files store them.
 
 Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; LoHa and LoKr, also in their tensor forms, Yeh et al. 2023,
@@ -153,7 +153,7 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
 
 
 def other_channels(factors: Factors, weight: Tensor) -> str | None:
-    """Say so if factors are for a first layer that differs from this weight only in the channels it takes.
+    """Describe factors for a first layer that differs from this weight only in its input channels.
 
     weight: out x in x kernel. Image-to-video models take more, and LoRAs of text-to-video models are used on
     them.
@@ -167,11 +167,11 @@ def other_channels(factors: Factors, weight: Tensor) -> str | None:
 
 
 def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor) -> Tensor:
-    """Return what DoRA adds to a weight at multiplier 1, float32.
+    """Return DoRA's addition to a weight at multiplier 1, float32.
 
     The sum of weight and delta gets new norms, by output or by input: `magnitudes * sum / norm - weight`.
-    Multipliers scale this difference, so that 0 leaves the weight as it is. weight, delta: out x in (x
-    kernel). magnitudes: out x 1 (x 1 ...) or 1 x in (x 1 ...).
+    Multipliers scale this difference, so that 0 changes nothing. weight, delta: out x in (x kernel).
+    magnitudes: out x 1 (x 1 ...) or 1 x in (x 1 ...).
     """
     weight, magnitudes = weight.float(), magnitudes.to(weight.device, torch.float32)
     whole = weight + delta.reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""Say in a line what a LoRA file is, and what its checksums are, for tools that look into files."""
+"""Describe a LoRA file in a line, with its checksums, for tools that look into files."""
 
 import re
 from collections import Counter
@@ -26,7 +26,7 @@ LARGEST = 4 << 30  # bytes of tensors that are hashed in memory
 
 
 def describe_lora(checkpoint: Checkpoint) -> str | None:
-    """Return what the LoRA in an open file is: kind, model, ranks, layers; None if it is no LoRA.
+    """Describe the LoRA in an open file: kind, model, ranks, layers; None if it is no LoRA.
 
     Only scales are read.
     """

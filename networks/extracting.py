@@ -227,7 +227,7 @@ def _rank(module: str, options: ExtractOptions) -> int:
 
 
 def _family_of_both(pair: Pair) -> FamilyNames:
-    """Return what both are. Raises CheckpointError if they are not the same kind of checkpoint."""
+    """Return the family of both. Raises CheckpointError if they are not the same kind of checkpoint."""
     for checkpoint in pair:
         if not is_whole(checkpoint.tensors):
             raise CheckpointError(

@@ -89,7 +89,7 @@ class FactoredLayer(nn.Module):
         return torch.linalg.vector_norm(whole[0]) * torch.linalg.vector_norm(whole[1]) * self.scale
 
     def shrink(self, ratio: Tensor) -> None:
-        """Multiply the change by a number."""
+        """Multiply the weight's change by a number."""
         self.get_parameter(self.factors[0]).mul_(ratio)
 
 

@@ -50,13 +50,13 @@ class ExtractOptions(Options):
 
 
 class FluxExtractWords(Options):
-    """What `networks/flux_extract_lora.py` accepts besides."""
+    """Further options of `networks/flux_extract_lora.py`."""
 
     mem_eff_safe_open = not_needed(BY_TENSOR)
 
 
 class WholeExtractWords(Options):
-    """What `networks/extract_lora_from_models.py` accepts besides."""
+    """Further options of `networks/extract_lora_from_models.py`."""
 
     v2 = not_needed("the files say what they are.")
     v_parameterization = not_needed("the files say what they are.")

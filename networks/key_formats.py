@@ -110,7 +110,7 @@ class NativeTensors:
 def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> NativeTensors:
     """Name the tensors of any dialect as we do.
 
-    Values stay as they are, also a missing alpha; PEFT's magnitudes become columns.
+    Values are unchanged, also a missing alpha; PEFT's magnitudes become columns.
     """
     split = {key: _split(key) for key in tensors}
     found = {key: place for key, place in split.items() if place is not None}
@@ -193,7 +193,7 @@ def module_of_tensor(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class _Key:
-    """What a tensor's name in a file says."""
+    """Parts of a tensor's name in a file."""
 
     path: str  # of the module, as the file writes it, without the prefix: `blocks.0.attn1.to_q`
     part: str  # ours: `lora_down.weight`

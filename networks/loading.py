@@ -125,7 +125,7 @@ def read_lora(path: Path, by_expert: bool = False, with_texts: bool = False) -> 
     """Read a file (or a PEFT folder) and recognise its dialect. Keys that cannot be used are listed in a
     warning.
 
-    with_texts: read what it changes in text encoders too. by_expert: allow a file that holds a LoRA for each
+    with_texts: read its changes of text encoders too. by_expert: allow a file that holds a LoRA for each
     expert; the result has `parts` then. Raises CheckpointError if it is missing, damaged, not a LoRA,
     or of an unsupported kind.
     """

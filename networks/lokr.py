@@ -15,7 +15,7 @@ SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False,
 
 
 def take_shapes(arguments: dict[str, Any]) -> MakeShapes:
-    """Take `factor` and `decompose_both` out of the arguments; return what gives the factors of a module.
+    """Take `factor` and `decompose_both` out of the arguments; return module -> its factors.
 
     Raises OptionError if they cannot be used.
     """

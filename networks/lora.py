@@ -180,10 +180,10 @@ _OF_THE_CALL = {"neuron_dropout", "file", "vae", "text_encoder"}  # what LoRA tu
 def module_of_family(
     rules: LoraRules | None,
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Return what a LoRA module offers: `check_settings`, `create_arch_network` and
+    """Return the functions of a LoRA module: `check_settings`, `create_arch_network` and
     `create_arch_network_from_weights`, called as LoRA tuners call them.
 
-    rules: what `--network_args` mean for a family; None: the network's `DitSpec` alone says what takes part.
+    rules: meaning of `--network_args` for a family; None: the network's `DitSpec` alone decides.
     """
 
     def check(

@@ -215,7 +215,7 @@ class LoraLayer(nn.Module):
     def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output with the norms of DoRA: that of `magnitude * (W + change) / norm(W + change)`.
 
-        out, added: of the frozen module and of the LoRA, ... out. dtype: what the frozen module takes.
+        out, added: of the frozen module and of the LoRA, ... out. dtype: of the frozen module's input.
         Gradients treat the norm as a constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
         """
         assert self.dora_scale is not None

@@ -133,7 +133,7 @@ class OwnNetwork(nn.Module):
         return tensors
 
     def _remedy(self, stored: Mapping[str, Factors], own: Mapping[str, Factors], wrong: str) -> str:
-        """Say what to do about a module of a file that does not fit."""
+        """Return a remedy for a module of a file that does not fit."""
         return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
 
 
@@ -214,7 +214,7 @@ class LoraNetwork(OwnNetwork):
 
     @property
     def state_beside_file(self) -> dict[str, nn.Module]:
-        """What a training has to save beside the tensors of the file, by names: the noise of LoRA-GGPO."""
+        """Return the tensors to save beside those of the file, by names: the noise of LoRA-GGPO."""
         return {} if self._noise is None else {"ggpo": self._noise.strengths}
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ class LoraNetwork(OwnNetwork):
 
 
 def prefix_of(name: str) -> str:
-    """Return what a module's name begins with, by the network it is in: `lora_unet`, `lora_te1`."""
+    """Return the prefix of a module's name, by its network: `lora_unet`, `lora_te1`."""
     return "_".join(name.split("_", 2)[:2])
 
 
@@ -264,7 +264,7 @@ def _base(groups: Mapping[str, object], name: str) -> int:
 
 @dataclass(frozen=True)
 class _NoiseState:
-    """What LoRA-GGPO needs beside the factors."""
+    """State of LoRA-GGPO beside the factors."""
 
     bases: Mapping[str, Tensor]  # by name of the layer: the mean norm of the frozen weight's rows
     strengths: RowStrengths

@@ -1,4 +1,4 @@
-"""What LoRA layers compute: two thin products, added in tensors that the frozen layer writes anyway; the up
+"""Computation of LoRA layers: two thin products, added in tensors that the frozen layer writes anyway; the up
 factor of a fused layer whose parts (q, k, v, ...) have LoRAs of their own; noise on weights (LoRA-GGPO).
 
 As separate operations a LoRA costs three passes over the output (its own output written and read, the sum
@@ -57,7 +57,7 @@ class _Branch(torch.autograd.Function):
 
 
 def hold(hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor | None:
-    """Save what the backward pass of `add_up` needs. Call before the frozen layer; arguments as there.
+    """Save the needs of the backward pass of `add_up`. Call before the frozen layer; arguments as there.
 
     A checkpoint recomputes up to the last saved tensor. With all of a LoRA's saved before its frozen layer
     computes, recomputing a block does not repeat the product with the weight of its last layer.
@@ -122,7 +122,7 @@ class _AddUp(torch.autograd.Function):
 
 
 def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, heights: tuple[int, ...]) -> Tensor:
-    """Do what `add_up` does, without gradients."""
+    """Compute `add_up` without gradients."""
     if len(heights) == 1:
         return add_product(out, _flat(hidden), up.t())
     rows, groups = out.view(-1, out.shape[-1]).split(heights, -1), _flat(hidden).chunk(len(heights), -1)
@@ -257,7 +257,8 @@ def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
 
 
 class _Noise(torch.autograd.Function):
-    """x @ P.T for a normal P that is made from a seed, again in the backward pass, rather than kept."""
+    """Compute x @ P.T for a normal P drawn from a seed; the backward pass draws P again instead of keeping
+    it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int) -> Tensor:
@@ -283,7 +284,7 @@ def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) ->
 # not torch.compiler.disable, which imports the compiler (two seconds) when this file is imported
 @disable_dynamo
 def perturbed(x: Tensor, deviations: Tensor, seed: int) -> Tensor:
-    """Return what noise on a weight adds to a layer's output. x: ... in. deviations: out, one of each row.
+    """Return the effect of a weight's noise on a layer's output. x: ... in. deviations: out, one of each row.
 
     The noise is constant for gradients; those of x go through it.
     """

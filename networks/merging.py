@@ -1,5 +1,5 @@
-"""Add LoRAs to model files, tensor by tensor, or to each other: what merge_lora.py and the tools of image
-families write.
+"""Add LoRAs to model files, tensor by tensor, or to each other, for merge_lora.py and the image families'
+tools.
 """
 # Letters: R rank
 
@@ -100,7 +100,7 @@ def _write_sum(
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:
-    """Write a merged LoRA with metadata that name what it is made of."""
+    """Write a merged LoRA with metadata that name its parts."""
     loras = [use.lora for use in uses]
     tensors = _add_up(uses, options.concat, dtype or DTYPES[options.precision], device)
     metadata = _made_of(tensors, loras, options.no_metadata)
@@ -132,9 +132,9 @@ def merge_into_file(
     dtype: of the result's weights; None: as in the model. option: that names `output`, for messages.
 
     Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in
-    float32). in_channels: what the model's first layer has to take. Raises CheckpointError where a file is
-    unusable or a LoRA fits nothing, OptionError where the result would replace one of them, OutputError where
-    it cannot be written.
+    float32). in_channels: required input channels of the model's first layer. Raises CheckpointError where a
+    file is unusable or a LoRA fits nothing, OptionError where the result would replace one of them,
+    OutputError where it cannot be written.
     """
     start = time.monotonic()
     refuse_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])

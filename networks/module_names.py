@@ -49,7 +49,7 @@ def likely_family(inputs: Mapping[str, int]) -> FamilyNames | None:
     """Return the family whose published models have as many blocks as these modules, and as wide ones.
 
     inputs: underscored name in diffusers' layout -> how many values the module takes. For files that do not
-    say what they were trained for; None if no family fits.
+    name their model; None if no family fits.
     """
     numbers: dict[str, int] = {}
     widths: set[int] = set()
@@ -166,13 +166,13 @@ class _Table:
     """
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """pairs: (template, what it stands for, with the same number); the first of equal ones counts."""
+        """pairs: (template, its meaning, with the same number); the first of equal ones counts."""
         self._places: dict[str, tuple[int, str]] = {}
         for place, (template, target) in enumerate(pairs):
             self._places.setdefault(replace_dots(template), (place, target))
 
     def find(self, name: str) -> str | None:
-        """Return what the first template that fits stands for, its number filled in; None if none does."""
+        """Return the meaning of the first template that fits, its number filled in; None if none does."""
         best = self._places.get(name)
         number = ""
         for digits in _DIGITS.finditer(name):

@@ -48,7 +48,7 @@ def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]
 
 
 def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
-    """Split the LoRA for a fused module into LoRAs for its parts; warn of those that cannot be split.
+    """Split the LoRA for a fused module into LoRAs for its parts; warn of those that cannot.
 
     Arguments as for `for_model`. Each part has the whole down factor and alpha, and its rows of the up
     factor. Parts that the model does not have are left out. Other modules, those that cannot be split, and

@@ -1,4 +1,4 @@
-"""What LoRA files change in text encoders: added to loaded ones, and to single files with a U-Net in them."""
+"""LoRAs of text encoders: add them to loaded encoders, and to single files with a U-Net in them."""
 
 import re
 import weakref
@@ -23,7 +23,7 @@ logger = getLogger(__name__)
 
 
 def uses_for_text(uses: Iterable[LoraUse], prefix: str) -> list[LoraUse]:
-    """Return what LoRAs change in the text encoder of a prefix, as uses for its own file."""
+    """Return the parts of LoRAs for the text encoder of a prefix, as uses for its own file."""
     parts = [replace(use, lora=text_part(use.lora, prefix)) for use in uses]
     return [part for part in parts if part.lora.tensors]
 
@@ -132,7 +132,7 @@ def is_whole(names: Iterable[str]) -> bool:
 
 
 def pieces_of(name: str) -> list[TensorPiece]:
-    """Return what a tensor of a whole checkpoint is; nothing if LoRAs do not change it (autoencoder, ...)."""
+    """Return the kind of a checkpoint's tensor; nothing if LoRAs do not change it (autoencoder, ...)."""
     if name.startswith(UNET):
         return [TensorPiece("", name)]
     for start, prefix, is_open_clip in _TEXTS:

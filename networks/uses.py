@@ -50,8 +50,8 @@ class LoraUse:
         return replace(self, lora=lora)
 
     def keeps(self, factors: Iterable[str], *names: str) -> bool:
-        """Whether the patterns keep one of a module's factors; names: what the module is called, by the file
-        and by the model.
+        """Whether the patterns keep one of a module's factors; names: the module's names in the file and in
+        the model.
         """
         return any(self._keeps([f"{name}.{factor}" for name in names]) for factor in factors)
 
@@ -67,7 +67,7 @@ def lora_uses(
 ) -> list[LoraUse]:
     """Read the files of `--lora_weight`; return each with its multiplier and patterns.
 
-    with_texts: what they change in text encoders too.
+    with_texts: with their changes of text encoders.
     """
     files = loras.lora_weight or ()
     includes = _per_file(files, patterns.include_patterns if patterns else None, "--include_patterns")

@@ -81,7 +81,7 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
 
 
 def add_entry_point(source: str, script: str) -> str:
-    """Give a script the function `run`, for its console command: what it does as `__main__`.
+    """Give a script the function `run` for its console command, with the work of its `__main__`.
 
     Raises ValueError if the script does not end with that.
     """

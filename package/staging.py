@@ -28,7 +28,7 @@ def find_own_names(root: Path) -> set[str]:
 
 
 def lay_out_sources(root: Path, folder: Path) -> None:
-    """Copy what a wheel is made from into `folder`, as it stands in the checkout, and the documents."""
+    """Copy the sources of a wheel into `folder`, unchanged from the checkout, and the documents."""
     _copy_texts(root, folder)
     for name in [*find_rooms(root), "package", "docs"]:
         shutil.copytree(root / name, folder / name, ignore=CACHES)

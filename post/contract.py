@@ -1,4 +1,4 @@
-"""What flows through the tools for finished videos, and what a tool is to the stream."""
+"""The stream of pictures through the tools for finished videos, and the contract of a tool."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Stage(Protocol):
         """The tool's name, for messages: upscaler."""
 
     def result(self, clip: Clip) -> Clip:
-        """Return what comes out of the stage for a clip.
+        """Return the stage's result for a clip.
 
         Raises MediaError or OptionError if it can do nothing with one, such as too small a picture.
         """
@@ -49,7 +49,7 @@ class Stage(Protocol):
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
         """Yield the results in playing order, with a bounded number of pictures in memory.
 
-        Pictures that a stage leaves as they are keep their pixels, whatever their dtype. What it has to say
-        of the whole clip is logged when the last picture has gone through. Raises UserError if the result
-        must not be kept; nothing is written then.
+        Pictures that a stage leaves as they are keep their pixels, whatever their dtype. Its summary of the
+        clip is logged when the last picture has gone through. Raises UserError if the result must not be
+        kept; nothing is written then.
         """

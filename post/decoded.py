@@ -56,7 +56,7 @@ class PostTools:
                 )
 
     def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
-        """Return what the tools make of frames, and its frames a second.
+        """Return the tools' result for frames, and its frames a second.
 
         is_single: there is only one frame. The networks are loaded now, if they are not yet there.
         Raises UserError.

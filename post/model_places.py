@@ -26,7 +26,7 @@ class ModelPlace:
 
     @property
     def given(self) -> str:
-        """What --model is given, below the folder of all models."""
+        """Return the value of --model, below the folder of all models."""
         return str(Path(self.files[0]).parent) if self.is_folder else self.files[0]
 
 

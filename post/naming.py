@@ -1,4 +1,4 @@
-"""Which files a run works on, and what its results are called."""
+"""Choose the files that a run works on, and the names of its results."""
 
 import logging
 import os

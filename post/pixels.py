@@ -1,4 +1,4 @@
-"""Pixels of pictures <-> what networks compute with."""
+"""Convert pixels of pictures to networks' inputs, and back."""
 
 from dataclasses import replace
 

@@ -66,9 +66,9 @@ def make_stages(
 
 
 def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
-    """Return the clips between the stages, from what goes into the first to what leaves the last.
+    """Return the clips between the stages, from the first input to the last result.
 
-    Raises MediaError or OptionError if a stage can do nothing with what it would get.
+    Raises MediaError or OptionError if a stage cannot use its input.
     """
     clips = [clip]
     for each in stages:
@@ -80,10 +80,9 @@ def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
 def lead_through(
     stages: Sequence[NamedStage], pictures: Iterator[Picture], clips: Sequence[Clip]
 ) -> Iterator[Picture]:
-    """Yield what leaves the last stage. clips: those of `results`.
+    """Yield the results of the last stage. clips: those of `results`.
 
-    What a stage raises names it; what comes from before it stays as it is. Raises MemoryPlanError if memory
-    ends.
+    A stage's error names it; earlier errors are unchanged. Raises MemoryPlanError if memory ends.
     """
     foreign: list[BaseException] = []
     pictures = _note_errors(pictures, clips[0], "", foreign)
@@ -107,7 +106,7 @@ def _note_errors(
 
 @contextlib.contextmanager
 def _explain_memory(what: str) -> Iterator[None]:
-    """Raise MemoryPlanError, with what to do, if memory ends in the block. what: does not fit."""
+    """Raise MemoryPlanError, with a remedy, if memory ends in the block. what: does not fit."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

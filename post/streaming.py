@@ -117,8 +117,7 @@ def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]
 def write_behind(
     write: Callable[[Iterator[T]], object], depth: int = DEPTH, last_wait: float = LAST_WAIT
 ) -> Iterator[Callable[[T], None]]:
-    """Call `write` in a thread; yields a function that gives one more item to the iterator it was called
-    with.
+    """Call `write` in a thread with an iterator; yields a function that adds an item to that iterator.
 
     At most `depth` items wait. `write` has returned when the block ends. Its errors are raised by the
     function, or at the end of the block. If the block fails, the iterator raises Stopped, so that `write` can

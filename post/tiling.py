@@ -71,8 +71,8 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
     """Return run(images), computed tile by tile and blended linearly where tiles overlap.
 
     images: B C H W, H and W multiples of `step`. tile, overlap: pixels of `images`; see `cut`. factor: how
-    much larger results are. The weights of a place add up to 1 exactly: what all tiles agree on stays as it
-    is, to the bit.
+    much larger results are. The weights of a place add up to 1 exactly: values on which all tiles agree are
+    unchanged, to the bit.
     """
     height, width = images.shape[-2:]
     rows, columns = (

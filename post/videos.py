@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
-    """Return what has been done as post_1, post_2, counted on from the names that a file already has."""
+    """Return the steps done as post_1, post_2, counted on from the names that a file already has."""
     numbers = [int(found[1]) for name in names if (found := TOOL_TAG.fullmatch(name)) is not None]
     first = max(numbers, default=0) + 1
     return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
 
 
 def add_done(said: Mapping[str, str], done: Sequence[str]) -> dict[str, str]:
-    """Return what a file said before, and what has been done since."""
+    """Return a file's earlier metadata, and the steps done since."""
     return {**said, **number_done(said, done)}
 
 
@@ -45,7 +45,7 @@ SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures re
 
 
 def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
-    """Let all stages work on a picture, and write a PNG. done: what they do, for its texts.
+    """Let all stages work on a picture, and write a PNG. done: their work in words, for its texts.
 
     hides: of a chain; texts that may hold a small copy of the picture are left out. Raises UserError.
     """
@@ -87,7 +87,7 @@ def check_video(path: Path) -> None:
 def run_video(
     stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], form: FormatOptions, hides: bool = False
 ) -> None:
-    """Let all stages work on a video. done: what they do, for its metadata. hides: of a chain.
+    """Let all stages work on a video. done: their work in words, for its metadata. hides: of a chain.
 
     Reading and writing have a thread each. Nothing appears under the output's name before all of it is
     written. Raises UserError.

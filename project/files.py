@@ -63,7 +63,7 @@ class Choice:
 
 
 def write_project(options: NewOptions) -> None:
-    """Write the three files; print what was found and chosen, and the commands that use them.
+    """Write the three files; print found and chosen files, and the commands that use them.
 
     Raises OutputError if one of the files exists.
     """
@@ -98,7 +98,7 @@ def write_project(options: NewOptions) -> None:
 
 
 def look_at(folder: Path, problems: list[str]) -> list[Media]:
-    """Return the media of a folder and of its sub-folders; what cannot be read becomes a problem.
+    """Return the media of a folder and of its sub-folders; an unreadable file becomes a problem.
 
     Raises DatasetError if there are none.
     """
@@ -151,7 +151,7 @@ def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
-    """Return how many frames to take of each clip: the usual number, or what three of four clips have."""
+    """Return how many frames to take of each clip: the usual number, or one that three of four clips have."""
     usual, step = model.data["frames"], model.data.get("frame_step", 4)
     timed = [one for one in media if one.seconds is not None and usual > 1]
     counts = sorted(_count(one, model) for one in timed)
@@ -226,7 +226,7 @@ def describe_samples(choice: Choice) -> str:
 
 
 def list_commands(choice: Choice) -> list[list[str]]:
-    """Return what a run is: download, check, latents, texts, training."""
+    """Return the commands of a run: download, check, latents, texts, training."""
     model, folder = choice.model, choice.folder
     paths = {f"{{{name}}}": path for name, path in choice.files.items()}
     paths["dataset.toml"] = (folder / "dataset.toml").as_posix()

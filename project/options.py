@@ -47,7 +47,7 @@ def _names() -> str:
 
 
 class NewOptions(Options):
-    """What to write about a folder."""
+    """Content of the project files for a folder."""
 
     folder: Path = option("clips, pictures or both, with captions in .txt files", positional=True)
     family: str | None = option("kind of model, such as wan; asked for on a terminal")

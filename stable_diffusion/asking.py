@@ -283,7 +283,7 @@ def _warn_of_unused(
 
 
 def _latent_size(image: Path) -> tuple[int, int]:
-    """Return a picture's width and height, cut down to what the VAE can make."""
+    """Return a picture's width and height, cut down to multiples that the VAE can make."""
     width, height = (max(side // SIDE, 1) * SIDE for side in image_size(image))
     return width, height
 

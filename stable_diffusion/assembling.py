@@ -1,4 +1,4 @@
-"""Load what a run of gen_img.py makes pictures with: the checkpoint, and all that acts on it."""
+"""Load the pipeline of a run of gen_img.py: the checkpoint, and all that acts on it."""
 
 import itertools
 import logging
@@ -87,7 +87,7 @@ def _with_own(attend: Callable[..., Tensor], place: int, places: int) -> Callabl
 
 @dataclass(frozen=True, eq=False)
 class LoadedPipeline:
-    """What makes pictures, and the LoRAs whose strengths can be chosen; None: there are none."""
+    """The maker of pictures, and the LoRAs whose strengths can be chosen; None: there are none."""
 
     maker: Makes
     networks: ChosenLoras | None = None

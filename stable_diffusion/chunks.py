@@ -96,7 +96,7 @@ def _events(text: str) -> list[_Event]:
 
 
 def _read_mark(mark: re.Match[str], stacks: dict[bool, list[_Bracket]]) -> list[_Event]:
-    """Return what a mark stands for. stacks: open brackets, which it changes."""
+    """Return the meaning of a mark. stacks: open brackets, which it changes."""
     if mark["chunk"]:
         return [None]
     if mark["escaped"]:

@@ -19,7 +19,7 @@ from encoders.clip_text import ClipText
 
 @dataclass(frozen=True)
 class ModelKind:
-    """What the three lines of models differ in. Sizes are not among it: they come from the tensors."""
+    """Differences between the three lines of models. Sizes are not among it: they come from the tensors."""
 
     name: str  # "sd1", "sd2", "sdxl"
     words: str  # for messages: "Stable Diffusion 1.x"
@@ -123,7 +123,7 @@ class SizeConditions:
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """What all pictures of a batch have in common. Hashable, so that prompts are grouped by it."""
+    """Settings that all pictures of a batch share. Hashable, so that prompts are grouped by it."""
 
     width: int  # pixels, multiples of 8
     height: int
@@ -157,7 +157,7 @@ class AskedPicture:
 
 @dataclass(frozen=True, eq=False)
 class TextState:
-    """What the text encoders make of one text."""
+    """The text encoders' outputs for one text."""
 
     # L C; L is 75 for each chunk, and 2; with --XTI_embeddings as often as the U-Net has cross-attentions
     context: Tensor

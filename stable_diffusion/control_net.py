@@ -37,7 +37,7 @@ class ControlNets:
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
-        """Yield what adds the residuals for a batch of pictures of that size; None if they have no guides.
+        """Yield the hook with the residuals for pictures of that size; None if they have no guides.
 
         Raises OptionError if a picture has another number of guides, MediaError if one cannot be read.
         """

@@ -81,7 +81,7 @@ def read_control_net(
 ) -> ControlNetPlan:
     """Plan how to load a ControlNet for a U-Net.
 
-    path: what the user gave, checkpoint: that, open. unet: the configuration of diffusers'
+    path: as the user gave it, checkpoint: that file, open. unet: the configuration of diffusers'
     UNet2DConditionModel, words: what model that is. Raises CheckpointError if the file is something else, or
     belongs to another U-Net.
     """
@@ -211,7 +211,7 @@ def _depth(sources: Mapping[str, TensorSource], block: str) -> int:
 
 
 def _read_folder(path: Path) -> dict[str, Any]:
-    """Return what tensors do not tell: the order of colours, and whether residuals are averaged.
+    """Return settings that tensors do not show: the order of colours, and whether residuals are averaged.
 
     A diffusers folder says it in its config.json. Of single files, those with "shuffle" in their names are
     averaged over the picture, as the released one is. Raises CheckpointError if config.json cannot be read.
@@ -230,7 +230,7 @@ _ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_pool_condit
 
 
 def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[str, Any], words: str) -> None:
-    """Raise CheckpointError if a ControlNet does not belong to a U-Net. words: what model that is."""
+    """Raise CheckpointError if a ControlNet does not belong to a U-Net. words: the model in words."""
     if config["in_channels"] != 4 or config["conditioning_channels"] != 3:
         raise CheckpointError(
             f"{checkpoint.path} takes latents of {config['in_channels']} and guide images of "

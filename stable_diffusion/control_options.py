@@ -76,7 +76,7 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def flag(self) -> str:
-        """The option that names the models."""
+        """Return the option that names the models."""
         return "--control_net_lllite_models" if self.control_net_lllite_models else "--control_net_models"
 
     @property

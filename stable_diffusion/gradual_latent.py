@@ -52,14 +52,14 @@ def plan_growth(timesteps: Sequence[float], gradual: GradualLatent) -> dict[int,
 
 
 def shrink_start(latents: Tensor, gradual: GradualLatent) -> Tensor:
-    """Return what denoising begins with, B C 1 h w, in its first size."""
+    """Return the start of denoising, B C 1 h w, in its first size."""
     return resize(latents, size_at(_size(latents), gradual.ratio))
 
 
 def begin_small(
     latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatent
 ) -> tuple[Tensor, DiffusersSampler]:
-    """Return what denoising begins with, B C 1 h w, in its first size, and the sampler that makes it grow.
+    """Return the start of denoising, B C 1 h w, in its first size, and the sampler that makes it grow.
 
     If no step is made, all stays as it is. Raises OptionError as `GradualSolver.make`.
     """
@@ -130,7 +130,7 @@ class GradualSolver:
         return self.inner.add_noise(index, latents, noise)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Return the next sample, larger if this step makes it grow. velocity: what the U-Net returned."""
+        """Return the next sample, larger if this step makes it grow. velocity: the U-Net's output."""
         if index not in self.growth:
             return self.inner.step(index, velocity, sample)
         size, unsharp = size_at(self.full, self.growth[index]), self.gradual.unsharp
@@ -150,7 +150,7 @@ class GradualSolver:
         return moved + self.gradual.s_noise * noise
 
     def _change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
-        """Return what Euler's step adds to the sample, without noise."""
+        """Return the change of the sample by Euler's step, without noise."""
         scheduler = self.inner.scheduler
         here, there = (float(scheduler.sigmas[place]) for place in (index, index + 1))
         if scheduler.config.prediction_type == "v_prediction":

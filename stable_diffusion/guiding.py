@@ -175,7 +175,7 @@ class Guides:
     def _save_memory(self, picture: AskedPicture) -> None:
         """Have networks compute their inner features again for gradients, rather than keep all of them.
 
-        Not in the U-Net if what has been hooked into it remembers the layer at work.
+        Not in the U-Net if its hooks remember the layer at work.
         """
         settings = picture.settings
         self.model.vae.enable_gradient_checkpointing()

@@ -27,7 +27,7 @@ OURS = "stable_diffusion.model_upscaler"
 
 @dataclass(frozen=True, eq=False)
 class UpscalingModule:
-    """What a module made, and the name that the user gave it."""
+    """A module's upscaler, and the name that the user gave."""
 
     name: str
     made: Any
@@ -111,7 +111,7 @@ FIRST, SECOND = "0", "1"  # in file names, before a picture's number
 
 
 class Makes(Protocol):
-    """What makes one stage: `stable_diffusion.making.Maker`."""
+    """The maker of one stage: `stable_diffusion.making.Maker`."""
 
     @property
     def model(self) -> Model: ...
@@ -141,7 +141,7 @@ class Highres:
 
 
 def prepare_highres(options: HighresOptions, vae_batch_size: float | None = None) -> Highres | None:
-    """Import what enlarges the first stage's pictures. None: there is one stage only.
+    """Import the upscaler of the first stage's pictures. None: there is one stage only.
 
     Raises OptionError if --highres_fix_upscaler cannot be used.
     """
@@ -191,7 +191,7 @@ def _next(seed: int) -> int:
 
 
 def _scaled(side: int, scale: float) -> int:
-    """Return a side of the small picture: the nearest pixel, then down to what the autoencoder can make."""
+    """Return a side of the small picture: the nearest pixel, then down to a multiple for the autoencoder."""
     return max(int(side * scale + 0.5) // STRIDE, 1) * STRIDE
 
 

@@ -52,7 +52,7 @@ _REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of 
 
 @dataclass(frozen=True)
 class Marks:
-    """What a single file says of itself beside its tensors' sizes."""
+    """Facts about a single file beside its tensors' sizes."""
 
     kind: ModelKind
     predicts_velocity: bool
@@ -60,9 +60,9 @@ class Marks:
 
 
 def read_marks(path: Path, names: Collection[str]) -> Marks:
-    """Return what a file with tensors of these names is.
+    """Return the kind of a file with tensors of these names.
 
-    Raises CheckpointError saying what it is instead, or which of its networks is missing.
+    Raises CheckpointError naming its real kind, or the missing network.
     """
     kind = _kind_of(names)
     other = _describe_other(names, kind)
@@ -87,7 +87,7 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
 
 
 def check_told(options: ModelOptions, kind: ModelKind) -> None:
-    """Raise OptionError if --v1, --v2 or --sdxl contradicts what the checkpoint is."""
+    """Raise OptionError if --v1, --v2 or --sdxl contradicts the checkpoint's kind."""
     told = next((each for each in KINDS if _is_told(options, each)), kind)
     if told is not kind:
         raise OptionError(

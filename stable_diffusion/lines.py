@@ -99,7 +99,7 @@ class Line:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the text is the prompt as it is: no options and no variants are in it."""
+        """Return whether the text is a bare prompt, without options and variants."""
         return self.image_number is not None
 
 

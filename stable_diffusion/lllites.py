@@ -191,7 +191,7 @@ class Lllites:
 
 
 class _Acts:
-    """What one LLLite does in the present step."""
+    """Effect of one LLLite in the present step."""
 
     def __init__(self, use: ControlUse) -> None:
         self._use = use
@@ -206,7 +206,7 @@ class _Acts:
             self._embeddings.clear()
 
     def change_input_by(self, module: LlliteModule) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-        """Return the hook of a layer, which changes what the layer takes."""
+        """Return the hook of a layer, which changes its input."""
 
         def change(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not self._is_active or self._images is None:

@@ -74,7 +74,7 @@ def load_model(options: ModelOptions, device: torch.device) -> Model:
 
 
 def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch.device) -> Model:
-    """Load what `open_release` has planned, after `check_attention`; its files are still open.
+    """Load the plan of `open_release`, after `check_attention`; its files are still open.
 
     Raises as `load_model`.
     """

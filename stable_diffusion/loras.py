@@ -110,7 +110,7 @@ class _Target:
 
 
 def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
-    """Read the files of `--network_weights`; show what they say of themselves if that is asked for.
+    """Read the files of `--network_weights`; show their metadata if the options ask for it.
 
     Raises CheckpointError if one is no LoRA, or for a model that is no Stable Diffusion.
     """
@@ -234,7 +234,7 @@ def _of_unet(lora: LoraFile) -> LoraFile:
 
 
 def _parts(uses: Sequence[LoraUse], part_of: Callable[[LoraFile], LoraFile]) -> list[LoraUse]:
-    """Return what the files have for a network; files without anything for it are left out."""
+    """Return the files' parts for a network; files without anything for it are left out."""
     parts = [replace(use, lora=part_of(use.lora)) for use in uses]
     return [part for part in parts if part.lora.tensors]
 
@@ -252,7 +252,7 @@ def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
 
 
 def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Multipliers], None]:
-    """Return what folds the files in with any strengths, always beginning with the original weights."""
+    """Return a function that folds the files in with any strengths, always from the original weights."""
     originals = []
     for target in targets:
         given = _parts(uses, target.part_of)
@@ -271,7 +271,7 @@ def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Mu
 
 
 def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
-    """Return what each file adds to a network, by our names of modules; it is added from now on."""
+    """Return each file's additions to a network, by our names of modules; it is added from now on."""
     known = places(target.network, target.published)
     parts = []
     for use in uses:

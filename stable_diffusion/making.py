@@ -53,7 +53,7 @@ class Multiplies(Protocol):
 
 
 class MakesIdeas(Protocol):
-    """What makes an `Idea` for each batch of a run, and sets up modules for it as long as it is used."""
+    """Maker of an `Idea` for each batch of a run, which sets up modules for it as long as it is used."""
 
     def for_batch(
         self, pictures: Sequence[AskedPicture], width: int, height: int
@@ -103,7 +103,7 @@ class Maker:
 
         pictures: of equal settings. Pictures that differ in the length of texts, or in having an input
         picture or a mask, are made one group after the other; each one that guides steer is made alone.
-        start: what to begin with instead of the pictures' input images. Raises UserError.
+        start: a start in place of the pictures' input images. Raises UserError.
         """
         for picture in pictures:
             check_start(self.model, picture, start)

@@ -22,7 +22,7 @@ IS_NEGATIVE = "is_negative"  # B, on the CPU: 1 in rows of negative and empty te
 
 @dataclass(frozen=True, eq=False)
 class UnetPasses:
-    """`Passes` of the denoising loop: the samples are B 4 1 h w, and what the U-Net says is not changed."""
+    """`Passes` of the denoising loop: the samples are B 4 1 h w, and the U-Net's output is unchanged."""
 
     model: Model
     sampler: DiffusersSampler

@@ -179,7 +179,7 @@ def _all_choices(options: Sequence[str], fewest: int, most: int, joiner: str) ->
 
 
 def _read_group(content: str) -> tuple[list[str], int, int, str]:
-    """Return the options of a group, how many of them are taken at least and at most, and what joins them."""
+    """Return the options of a group, how many of them are taken at least and at most, and their separator."""
     counts = _COUNTS.match(content)
     if counts is None:
         return content.split("|"), 1, 1, JOINER

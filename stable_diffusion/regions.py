@@ -1,7 +1,7 @@
 """Attention couple with regional LoRA: each part of a prompt, and its LoRA, acts in a region of its own.
 
 The parts of a prompt stand between " AND ". In the cross-attention of the U-Net each part is attended to
-on its own, and the mean of the results is weighted by the regions of the parts; what LoRA i adds is
+on its own, and the mean of the results is weighted by the regions of the parts; LoRA i's addition is
 multiplied by the region of part i. Keys and values of part i see LoRA i alone. A negative text acts
 everywhere, as a part of every region: guidance then compares two passes with the same weights.
 """
@@ -212,7 +212,7 @@ class _Batch:
                 module.forward = self._coupled(module.forward)
 
     def region_of(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
-        """Return what multiplies the addition of a part's LoRA to a module of this name."""
+        """Return the factor for the addition of a part's LoRA to a module of this name."""
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
             return lambda added: self._for_text(part, added)
         return lambda added: self._for_features(part, added)

@@ -52,7 +52,7 @@ def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] 
 
 
 def show_picture(program: str, path: Path) -> None:
-    """Open a picture. Does not wait for the viewer; a viewer that fails is the system's matter."""
+    """Open a picture. Does not wait for the viewer, and ignores its errors."""
     subprocess.Popen(
         [program, str(path.resolve())],
         stdin=subprocess.DEVNULL,
@@ -78,7 +78,7 @@ class Run:
     def make_all(self, lines: Iterable[Line], failures: Failures) -> list[Path]:
         """Make the pictures of lines, batch by batch, and write them. Returns the paths.
 
-        What fails is noted. Raises OutputError if pictures cannot be written.
+        Failures are noted. Raises OutputError if pictures cannot be written.
         """
         paths = []
         asked = self.asking.pictures(lines, failures)

@@ -181,7 +181,7 @@ class SchedulerSolver:
         return self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[index : index + 1])
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """velocity: what the network returned, whether that is noise or v."""
+        """velocity: the network's output, noise or v."""
         given = {"generator": list(self.generators)} if self._draws else {}
         timestep = self.scheduler.timesteps[index]
         (moved, *_) = self.scheduler.step(
@@ -197,7 +197,7 @@ class SchedulerSolver:
 def begin_sampling(
     scheduler: Any, steps: int, generators: Sequence[torch.Generator], strength: float | None = None
 ) -> SchedulerSolver:
-    """Set a scheduler to so many steps; it forgets what it did before.
+    """Set a scheduler to so many steps; it forgets earlier steps.
 
     strength: the share of the steps that image to image makes; None: all. Its solver begins at
     `schedule.num_steps`, so that no step is made, if that is less than one step.

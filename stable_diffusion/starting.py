@@ -166,7 +166,7 @@ def strength_of(picture: AskedPicture, start: SecondStart | None) -> float | Non
 
 
 def check_painting(unet: Mapping[str, Any], checkpoint: Path, options: PictureInputOptions) -> None:
-    """Raise OptionError if an inpainting checkpoint is not given what it paints.
+    """Raise OptionError if an inpainting checkpoint lacks a picture or a mask.
 
     unet: the configuration of its U-Net.
     """
@@ -198,7 +198,7 @@ def begin(
     sampler: SchedulerSolver,
     noise_options: StartNoiseOptions,
 ) -> Beginning:
-    """Encode what the pictures start from, draw their start noise and blend both.
+    """Encode the pictures' starts, draw their start noise and blend both.
 
     pictures: all with an input picture or none, all with a mask or none. start: as many entries as pictures.
     Raises MediaError if an input picture or a mask cannot be read.

@@ -38,7 +38,7 @@ Value = TypeVar("Value")
 
 
 class Texts:
-    """The text encoders of a model, and what the options say of texts."""
+    """The text encoders of a model, and the options of texts."""
 
     def __init__(
         self, towers: Sequence[TextTower], kind: ModelKind, options: TextOptions, layers: Sequence[str] = ()
@@ -65,9 +65,9 @@ class Texts:
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
         """Return the states of a text. They are remembered: do not change them in place.
 
-        chunks: fill the text up to this many; None: as many as it takes. networks: what else the result
-        depends on, such as multipliers of LoRAs in the text encoders. Weights multiply the states of each
-        encoder by itself. The pooled state (SDXL) is that of the last encoder's first chunk, without
+        chunks: fill the text up to this many; None: as many as it takes. networks: further values that the
+        result depends on, such as multipliers of LoRAs in the text encoders. Weights multiply the states of
+        each encoder by itself. The pooled state (SDXL) is that of the last encoder's first chunk, without
         weights.
         """
         chunks = self.chunks(text) if chunks is None else chunks

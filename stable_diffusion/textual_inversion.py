@@ -37,7 +37,7 @@ MOST_BYTES = 1 << 26  # 64 MiB; 75 vectors of SDXL in float32 take 0.6 MiB
 
 @dataclass(frozen=True, eq=False)
 class LearnedWord:
-    """What a file says."""
+    """Content of a file."""
 
     path: Path
     word: str

@@ -26,7 +26,7 @@ OPEN_CLIP_PAD = 0
 def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]) -> list[ClipWords]:
     """Load the tokenizer of each text encoder.
 
-    cache: what the option names. checkpoint: file or folder. are_open_clip: of each encoder; else CLIP-L.
+    cache: the option's folder. checkpoint: file or folder. are_open_clip: of each encoder; else CLIP-L.
     Raises OptionError if the option names a file, CheckpointError if there is no tokenizer or it cannot be
     read.
     """

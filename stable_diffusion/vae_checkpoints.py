@@ -61,7 +61,7 @@ _OLD_ATTENTION: Names = (  # of diffusers before 0.17
 def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPlan[VaeSizes]:
     """Plan how to load a VAE: alone or within a whole checkpoint, with released or diffusers' names.
 
-    option: what gave the file. latent_scale: goes into diffusers' configuration. Raises CheckpointError for
+    option: that named the file. latent_scale: goes into diffusers' configuration. Raises CheckpointError for
     any other file.
     """
     own, sources = vae_sources(checkpoint)

@@ -90,12 +90,12 @@ class WeightAverage:
         return dict(zip(self._names, self.values, strict=True))
 
     def described(self) -> dict[str, Any]:
-        """Return what a state has to know besides the tensors."""
+        """Return the facts of a state besides the tensors."""
         return {"steps": self.steps}
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Return what a file of the average says besides what the run's files say."""
+        """Return the metadata of the average's files besides those of the run's files."""
         return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
 
     def restore(self, saved: SavedState) -> None:
@@ -129,7 +129,7 @@ class NoAverage:
     def after_step(self) -> None: ...
 
     def in_place(self) -> contextlib.AbstractContextManager[None]:
-        """Return a block in which the weights stay as they are."""
+        """Return a block in which the weights are unchanged."""
         return contextlib.nullcontext()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class Where(Enum):
 
 
 class TextUse(Enum):
-    """What a training needs of the texts of its tables."""
+    """Needs of a training for the texts of its tables."""
 
     CACHES = "caches"  # embeddings alone
     CAPTIONS = "captions"  # to encode them at each step
@@ -88,7 +88,7 @@ def prepare_sources(
     device: torch.device,
     use: TextUse = TextUse.CACHES,
 ) -> BatchSources:
-    """Cache what the options ask for, and return where batches are read from.
+    """Make the caches that the options ask for, and return the sources of batches.
 
     options: None for a script that trains from caches alone. device: that encodes. use: of texts. All
     processes of a training call this, and share the work. Raises UserError if something cannot be cached so,
@@ -250,7 +250,7 @@ def _loop_options(config: DatasetConfig, device: torch.device, batch_size: int |
 
 
 def _conclude(report: CacheReport) -> None:
-    """Show what was done. Raises DatasetError, in all processes, if a source failed."""
+    """Show the results. Raises DatasetError, in all processes, if a source failed."""
     conclude(replace(report, foreign=0))  # files of other programs are no surprise here
 
 

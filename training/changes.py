@@ -53,10 +53,7 @@ def listed_settings(options: Any) -> dict[str, Any]:
 
 
 def list_changes(*pairs: tuple[Any, Mapping[str, Any]]) -> list[OptionChange]:
-    """Return what differs between pairs of saved settings and those of now.
-
-    What was not saved is left out.
-    """
+    """Return the differences between saved settings and those of now. Settings not saved are left out."""
     return [
         OptionChange(name, saved[name], value)
         for saved, here in pairs

@@ -106,7 +106,7 @@ def _flatten(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _convert(path: Path, action: argparse.Action, value: Any) -> Any:
-    """Convert a TOML value to what the command line would give."""
+    """Convert a TOML value to that of the command line."""
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):
             raise _wrong(path, action, value)

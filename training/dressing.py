@@ -1,4 +1,4 @@
-"""How the network of a run is loaded, and what the options put around it."""
+"""Load the network of a run, and put the options' features around it."""
 
 import torch
 from torch import nn

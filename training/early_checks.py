@@ -1,4 +1,4 @@
-"""Check what options and file headers tell about a run before gigabytes are loaded."""
+"""Check a run's options and file headers before gigabytes are loaded."""
 
 from collections.abc import Mapping
 from itertools import zip_longest
@@ -32,7 +32,7 @@ from training.samples import read_requests
 def check_before_loading(
     family: Family, options: TrainingOptions, total_steps: int, sampling: Family | None = None
 ) -> None:
-    """Raise UserError for what could not be trained so.
+    """Raise UserError for a run that is impossible.
 
     The optimizer and its schedule are made once for a stand-in of a weight. total_steps: of the whole run.
     sampling: the model of samples, if it is another one.
@@ -88,7 +88,7 @@ def _use(path: Path, expert: Expert, multiplier: float) -> LoraUse:
 
 
 def _check_samples(family: Family, options: TrainingOptions) -> None:
-    """Check the prompts of samples, the LoRAs that only they have, and what their previews need."""
+    """Check the prompts of samples, the LoRAs that only they have, and the needs of their previews."""
     samples = options.samples
     check_preview(samples.preview, family.latent)
     with quiet():

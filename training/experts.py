@@ -1,4 +1,4 @@
-"""Training of models that have several transformers (experts): which is at work, what learns in each."""
+"""Training of models that have several transformers (experts): which is at work, which parts learn."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
 
 
 def check_experts(family: Family, options: TrainingOptions) -> None:
-    """Raise OptionError for what cannot be done with the transformers that are given."""
+    """Raise OptionError for options that the given transformers cannot serve."""
     experts, given, network = family.experts, options.by_expert, options.network
     if len(experts) == 1:
         if given.lora_per_expert:
@@ -109,7 +109,7 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
 
 
 def note_experts(family: Family, options: TrainingOptions, samples_with_others: bool = False) -> None:
-    """Log what the transformers that are given are trained on.
+    """Log the noise levels on which the given transformers are trained.
 
     samples_with_others: whether samples are made with those that are not trained too.
     """
@@ -158,7 +158,7 @@ def _windows(options: TrainingOptions, boundary: int) -> tuple[str, str]:
 
 
 def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict[str, str]:
-    """Return what a saved file says of the transformers that it was trained in; nothing if there is one.
+    """Return the metadata on the transformers that a file was trained in; nothing if there is one.
 
     part: the name of the expert that the file is for; empty if it is for all that were trained.
     """

@@ -1,4 +1,4 @@
-"""Tell what can follow a training: the command lines to go on, to generate and to convert; fill its page."""
+"""Make the command lines that can follow a training: to go on, to generate and to convert; fill its page."""
 
 import argparse
 import re
@@ -70,7 +70,7 @@ class GivenOptions:
         ]
 
     def words(self, without: set[str]) -> list[str]:
-        """Return what has to be typed to give the same options again."""
+        """Return the words to type for the same options."""
         words: list[str] = []
         for action in self.actions:
             value = self.values[action.dest]
@@ -153,7 +153,7 @@ class NextSteps:
         return _command("Train longer", words, "From the newest state to twice as many steps.")
 
     def after_loss(self) -> str:
-        """Return what to type after a run that ended without saving."""
+        """Return the command after a run that ended without saving."""
         if self._has_state():
             return f"Go on from the newest state: {self._resume(is_finished=False).bash}"
         return "No state was saved yet. Start the same command again; --save_state keeps one with each save."
@@ -163,7 +163,7 @@ class NextSteps:
         return any(pattern.fullmatch(entry.name) for entry in self.file.parent.iterdir())
 
     def _begin_with_files(self, words: Sequence[str]) -> PageCommand:
-        """Return the command that trains on what was trained, with steps and an optimizer of its own."""
+        """Return the command that trains on from the result, with steps and an optimizer of its own."""
         is_network, files = self.options.network is not None, self._together(self.file)
         parts = self.parts if is_network else [expert.name for expert in self.experts]
         start = "network_weights" if is_network else "dit"
@@ -210,12 +210,12 @@ class NextSteps:
         return tuple(file.with_name(f"{stem}_{part}.safetensors") for part in parts) or (file,)
 
     def _split(self, file: Path) -> tuple[str, str]:
-        """Return the name of a file up to what tells its expert, and that: `_high_noise`, or nothing."""
+        """Split a file's name before the ending of its expert: `_high_noise`, or nothing."""
         end = next((f"_{part}" for part in self.parts if file.stem.endswith(f"_{part}")), "")
         return file.stem.removesuffix(end), end
 
     def _with_file(self, words: Sequence[str], end: str, file: Path) -> list[str]:
-        """Add what was trained, and the LoRAs of samples, for the transformer of --dit or --dit_high_noise.
+        """Add the trained file, and the LoRAs of samples, for the transformer of --dit or --dit_high_noise.
 
         end: of the names of its options.
         """
@@ -278,7 +278,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _usual(action: argparse.Action) -> Any:
-    """Return the value that needs no typing: the default, or what stands for an option that is not given."""
+    """Return the value that needs no typing: the default, or the one of an option that is not given."""
     return getattr(action, "not_given", action.default)
 
 
@@ -289,7 +289,7 @@ def _is_default(value: Any, default: Any) -> bool:
 
 
 def plan_next_steps(plan: TrainingPlan, scripts: FamilyScripts, sampler: Sampler | NoSampler) -> NextSteps:
-    """Return what makes the command lines that can follow the run."""
+    """Return a maker of the command lines that can follow the run."""
     names = read_family({TRAINED_ON: plan.family.name})
     return NextSteps(
         given_options(plan.options, plan.family.options, scripts),
@@ -312,7 +312,7 @@ def make_reporter(
     sampler: Sampler | NoSampler,
     memory: MemoryWatch | NoMemoryWatch,
 ) -> RunReporter | NoReports:
-    """Return what reports the run, in the main process. With --no_page it keeps what the last box says."""
+    """Return the reporter of the run, in the main process. With --no_page it keeps the last box."""
     if not plan.accelerator.is_main_process:
         return NoReports()
     folder, name, progress = plan.output_dir, plan.output_name, plan.progress
@@ -340,7 +340,7 @@ def make_reporter(
 
 
 def list_memory(device: torch.device, watch: MemoryWatch | NoMemoryWatch) -> Sequence[tuple[str, str]]:
-    """Return what the page says of memory: names and values."""
+    """Return the page's lines on memory: names and values."""
     host = ("most host memory of this process so far, measured", f"{gib(host_peak())} GiB")
     if device.type != "cuda":
         return [host, ("device", f"{device.type}: a prediction is made for CUDA devices (--plan)")]

@@ -21,7 +21,7 @@ SAMPLERS = (
 
 
 class OtherModels(Options, title="for other models"):
-    """What trainers of Stable Diffusion have."""
+    """Options of trainers of Stable Diffusion."""
 
     v2 = unsupported(CLIP)
     v_parameterization = unsupported(EPSILON)
@@ -53,7 +53,7 @@ class OtherModels(Options, title="for other models"):
 
 
 class DeepspeedOptions(Options, title="DeepSpeed"):
-    """What trainers with DeepSpeed have."""
+    """Options of trainers with DeepSpeed."""
 
     deepspeed = unsupported(DEEPSPEED)
     zero_stage = unsupported(DEEPSPEED, type=int, default=2, choices=(0, 1, 2, 3))

@@ -1,6 +1,6 @@
 """Compose the options of image trainers: those of every training, and those of the image guides.
 
-A script calls `read_image_training` with what differs for its family, then `train_network` as for video.
+A script calls `read_image_training` with its family's differences, then `train_network` as for video.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SWITCHES = {  # another name of a switch -> ours
 
 @dataclass(frozen=True)
 class ImageTrainerDefaults:
-    """What differs between the scripts of image families."""
+    """Differences between the scripts of image families."""
 
     timestep_sampling: str
     discrete_flow_shift: float
@@ -125,7 +125,7 @@ def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> ar
 
 
 def _translate(args: argparse.Namespace) -> None:
-    """Put what other names of options say into the options that the records read."""
+    """Put the values of other option names into the options that the records read."""
     for name, optimizer in OPTIMIZERS.items():
         if getattr(args, name):
             if args.optimizer_type:

@@ -1,4 +1,4 @@
-"""Load the networks of a plan, make what learns in them with its optimizer, and put the run together."""
+"""Load the networks of a plan, make the trained part with its optimizer, and put the run together."""
 
 import logging
 import os
@@ -56,7 +56,7 @@ def load_model(
     logs: Logs,
     reporter: RunReporter | NoReports,
 ) -> TrainingRun:
-    """Load the networks, put into them what learns, dress them, and restore what --resume names.
+    """Load the networks, add the trained part, dress them, and restore the state of --resume.
 
     swap: the plan's, with auto resolved. The text encoders that stay are loaded already; those that learn get
     a part of the network.
@@ -133,7 +133,7 @@ class Loading:
         return Turns(self._copies) if self.takes_turns else None
 
     def load(self, family: Family, index: int, attach: Callable[[nn.Module, Expert], None]) -> nn.Module:
-        """Load and dress the network of an expert. attach: puts what learns into it."""
+        """Load and dress the network of an expert. attach: adds the trained part."""
         options, device, expert = self.plan.options, self.plan.accelerator.device, family.experts[index]
         host = swapped_weights(family.dit, self.swap, device)
         place = HostPlaceOf(device, host, machine_of(os.environ)) if self.takes_turns else None
@@ -199,7 +199,7 @@ def _load_dit(plan: TrainingPlan, family: Family, index: int, host: HostPlace | 
 
 
 def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: list[Trainable]) -> None:
-    """Put the network into a DiT, or choose what of the DiT itself learns.
+    """Put the network into a DiT, or choose the trained parameters of the DiT itself.
 
     learners: of the DiTs before this one; a network that is there already is shared, unless each expert has
     its own (--lora_per_expert).

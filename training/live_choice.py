@@ -88,7 +88,7 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
 
 
 def text_use(family: Family, texts: LiveTexts | None) -> TextUse:
-    """Return what a training needs of its tables' texts. texts: encoded while training."""
+    """Return the needs of a training for its tables' texts. texts: encoded while training."""
     if texts is None:
         return TextUse.CACHES
     return TextUse.CAPTIONS if family.text_keys <= texts.keys else TextUse.BOTH

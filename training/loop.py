@@ -84,7 +84,7 @@ def is_ending(run: TrainingRun) -> bool:
 
 
 def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch]) -> Asked:
-    """Take one optimizer step on the micro-batches of `group`. Returns what clock and files ask for."""
+    """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files."""
     run.trainable.start_step()
     # before any weight is stepped
     rates = name_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
@@ -149,7 +149,7 @@ def _accumulate(
 
 
 def _with_texts(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a batch with what the loaded text encoders make of its captions."""
+    """Return a batch with the loaded text encoders' outputs for its captions."""
     with run.autocast():
         return replace(noisy_batch, batch=run.texts.add_to(noisy_batch.batch))
 
@@ -344,7 +344,7 @@ def _sample(run: TrainingRun) -> None:
 
 @contextlib.contextmanager
 def _as_sampled(run: TrainingRun) -> Iterator[None]:
-    """Let the network be what samples show: with LoRAs of their own, with the average of the weights."""
+    """Turn the network into that of samples: with LoRAs of their own, with the average of the weights."""
     with contextlib.ExitStack() as stack:
         for loras in run.sample_loras:
             stack.enter_context(loras.switched_on(run.device, run.compute_dtype))

@@ -32,7 +32,7 @@ def read_seed(text: str) -> int:
 
 
 class LoopOptions(Options, title="training run"):
-    """How long and on what to train. `dataset_config` is None only with --show_timesteps."""
+    """Length and data of a training. `dataset_config` is None only with --show_timesteps."""
 
     dataset_config: Path | None = option("TOML file that describes the data sets", type=Path, often=True)
     max_train_steps: int = option(

@@ -26,7 +26,7 @@ MASK = "alpha_mask"
 
 
 class Trains(Described, Predicts, Protocol):
-    """What a training step asks of a family."""
+    """Functions that a training step needs of a family."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def measure_errors(
     """Return the mean error of the predicted velocity for each sample: B, float32, on the device of the
     batch.
 
-    Samples that the batch names in `preserved` are compared with what the base model predicts.
+    Samples that the batch names in `preserved` are compared with the base model's prediction.
     If the batch has a mask (`MASK`, `LOSS_MASK`), errors are multiplied by it before the mean over all
     elements: the mean is over the masked ones too, so the smaller a mask, the smaller the loss. Given frames
     are left out: the mean is over the others.
@@ -143,7 +143,7 @@ def predict(
     autocast: Autocast,
     rule: LossRule,
 ) -> Tensor:
-    """Return what the network predicts, as it is compared with the target: B C F H W float32."""
+    """Return the network's prediction in the form of the target: B C F H W float32."""
     tweaks = Tweaks(given_frames=noisy_batch.given_frames) if noisy_batch.given_frames else NO_TWEAKS
     with autocast():
         velocity = family.predict(dit, noisy, noisy_batch.timesteps, conditions, tweaks)
@@ -208,8 +208,8 @@ def element_errors(options: LossOptions, differences: Tensor, thresholds: Tensor
 def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, timesteps: Tensor) -> Tensor:
     """Return the threshold c of each sample for --huber_schedule: B, float32.
 
-    timesteps: B, what the network is fed, 0..1000. snr: (1 - huber_c) / (1 + r)^2 + huber_c, where r is the
-    ratio of noise to data, sigma over the share of the latents. Known trainers define it only for models that
+    timesteps: B, the network's input, 0..1000. snr: (1 - huber_c) / (1 + r)^2 + huber_c, where r is the ratio
+    of noise to data, sigma over the share of the latents. Known trainers define it only for models that
     predict noise; for a flow it falls from 1 to huber_c too.
     """
     if options.huber_schedule == "constant":

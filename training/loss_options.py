@@ -35,7 +35,7 @@ L2 = LossOptions()
 
 
 class PredictionOptions(Options, title="prediction"):
-    """What of a network's output is compared with the velocity. Video models always compare the output."""
+    """How an output is compared with the velocity. Video models always compare the output."""
 
     model_prediction_type: str = option(
         "what is compared with the velocity: raw: the output of the model, as it was trained; additive: "

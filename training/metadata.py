@@ -1,4 +1,4 @@
-"""Metadata of saved files: `ss_*` says how the file was trained, `modelspec.*` what it is.
+"""Metadata of saved files: `ss_*` describes the training, `modelspec.*` the file.
 
 All values are text; missing ones are "None".
 """
@@ -36,7 +36,7 @@ class PictureCount:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Hold what a run knows besides its options."""
+    """Hold a run's facts besides its options."""
 
     session_id: int
     started_at: float  # unix seconds
@@ -62,7 +62,7 @@ def run_metadata(
     facts: RunFacts,
     own: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, str]:
-    """The `ss_*` entries that stay the same over the run; with --no_metadata only what loading needs.
+    """The `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
 
     family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name,
     vae_name; base_model_version where files name the model otherwise than we; trained_for where a model has
@@ -232,7 +232,7 @@ def _count_pictures(pictures: Sequence[PictureCount]) -> dict[str, Any]:
 
 
 def _resolution(given: str | None, usual: str) -> str:
-    """Return what --metadata_reso says as "832x480"; "1024" is a square. usual: if it says nothing."""
+    """Return the value of --metadata_reso as "832x480"; "1024" is a square. usual: if it says nothing."""
     if given is None:
         return usual
     width, *height = re.findall(r"\d+", given)

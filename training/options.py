@@ -101,7 +101,7 @@ class TrainingOptions(Options):
 
     @property
     def predicted(self) -> str:
-        """Return what of a network's output is compared with the velocity."""
+        """Return the form in which a network's output is compared with the velocity."""
         return RAW if self.prediction is None else self.prediction.model_prediction_type
 
     @property

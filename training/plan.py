@@ -169,7 +169,7 @@ def name_network(family: Family, options: TrainingOptions) -> str:
 
 
 def _join_processes(family: Family, options: TrainingOptions) -> tuple[Accelerator, Quantisation | None]:
-    """Start trackers and processes, and check what the options ask of the device."""
+    """Start trackers and processes, and check the options against the device."""
     check_trackers(options.logs)
     accelerator = make_accelerator(
         options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now())
@@ -203,7 +203,7 @@ def _hold_name(saving: SavingOptions, is_main_process: bool, held: ExitStack) ->
 
 
 def read_config(options: TrainingOptions) -> DatasetConfig:
-    """Read the data of a training: --dataset_config, or what --train_data_dir and its companions say."""
+    """Read the data of a training: --dataset_config, or --train_data_dir and its companions."""
     path, given = options.loop.dataset_config, options.subset
     if given is not None and given.replaces_toml:
         if path is None:

@@ -1,4 +1,4 @@
-"""Show what a run would do, without training: --show_timesteps, --debug_dataset, --check and --plan."""
+"""Preview a run without training: --show_timesteps, --debug_dataset, --check and --plan."""
 
 import os
 import sys
@@ -62,7 +62,7 @@ def show_preview(
 
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
-    """Print what would be trained on (--check)."""
+    """Print the items that would be trained on (--check)."""
     config = read_config(options)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     files = [f"{name}: {value}" for name, value in family.metadata.items()]
@@ -93,7 +93,7 @@ def _use(family: Family, options: TrainingOptions, config: DatasetConfig) -> Tex
 def _check_sources(
     family: Family, config: DatasetConfig, plans: Sequence[TablePlan], workers: int
 ) -> CheckResult:
-    """Return what would be trained on, if some of it is yet to be encoded by the training itself."""
+    """Return the items to train on, if some are yet to be encoded by the training itself."""
     result = check_media(family, config, workers, skip_existing=False, encodes_media=False)
     places = [
         f"{plan.table.name}: latents are {plan.latents.value}, embeddings of captions {plan.texts.value}"
@@ -103,7 +103,7 @@ def _check_sources(
 
 
 def _conclude_check(result: CheckResult, family: Family, options: TrainingOptions, counters: Counters) -> int:
-    """Print what was found and write the page; returns the exit code."""
+    """Print the findings and write the page; returns the exit code."""
     sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     config, page, workers = read_config(options), options.loop.page, max(1, os.cpu_count() or 1)
     if page.html is not None:

@@ -124,7 +124,7 @@ def identity_of(
     own: Any = NO_OPTIONS,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> dict[str, Any]:
-    """Return what has to be the same in a resumed run, by the words that a user knows.
+    """Return the settings that must be equal in a resumed run, by the words that a user knows.
 
     own: `Family.options`. experts: that are trained.
     """
@@ -145,7 +145,7 @@ def _in_words(experts: Sequence[Expert]) -> str:
 
 
 def epoch_digest(order: BatchOrder) -> str:
-    """Return what tells the batches of a first epoch from others: a hash of their items' names in order."""
+    """Return the identity of a first epoch's batches: a hash of their items' names in order."""
     digest = hashlib.sha256()
     batches = order.epoch(0)
     for start in range(0, len(batches), 4096):  # never all names at once
@@ -158,7 +158,7 @@ def epoch_digest(order: BatchOrder) -> str:
 def habits_of(
     options: TrainingOptions, family_metadata: Mapping[str, str], own: Any = NO_OPTIONS
 ) -> dict[str, Any]:
-    """Return what a resumed run may change with a warning, models by their file names.
+    """Return the settings that a resumed run may change with a warning, models by their file names.
 
     own: `Family.options`.
     """
@@ -212,7 +212,7 @@ def check_resumable(
 
 
 def _resolve(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity in which what means the same is the same, however it was typed."""
+    """Return an identity in which settings of equal meaning are equal, however they were typed."""
     resolved = dict(identity)
     if "--optimizer_type" in resolved:
         resolved["--optimizer_type"] = class_path(str(resolved["--optimizer_type"]))

@@ -48,8 +48,8 @@ def train_network(
 ) -> int:
     """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    commands: what to type if caches are missing. scripts: what the page tells to type next. sampling: the
-    model of samples, if it has transformers that are not trained. Returns the program's exit code.
+    commands: to show if caches are missing. scripts: to show on the page as next ones. sampling: the model of
+    samples, if it has transformers that are not trained. Returns the program's exit code.
     Raises UserError if the user has to change something.
     """
     code = show_preview(family, options, commands, sampling)
@@ -136,7 +136,7 @@ def _watch_others(plan: TrainingPlan, following: NextSteps) -> Iterator[None]:
 
 
 def _set_earlier_aside(plan: TrainingPlan) -> None:
-    """Set aside what another run of this name left, unless --overwrite replaces it."""
+    """Set aside the files of an earlier run of this name, unless --overwrite replaces them."""
     if plan.accelerator.is_main_process and not plan.options.saving.overwrite:
         is_new = not isinstance(plan.saved, SavedState)
         if is_new or is_of_another_run(plan.names, plan.progress.session_id):
@@ -147,7 +147,7 @@ def _set_earlier_aside(plan: TrainingPlan) -> None:
 
 
 def _resolve_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | NoMemoryWatch]:
-    """Resolve --blocks_to_swap auto, to the same number in all processes; also return what watches memory."""
+    """Resolve --blocks_to_swap auto, to the same number in all processes; also return a watcher of memory."""
     device, asked = plan.accelerator.device, plan.options.speed.swap
     options, memory = prepare_memory(
         plan.family, plan.options, plan.training, plan.commands, device, plan.sources, plan.texts

@@ -208,7 +208,7 @@ def prepare_samples(
 
 
 def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any]], list[Prepared]]:
-    """Return the entries of a prompt file, and what the model is to make for each.
+    """Return the entries of a prompt file, and the request for each.
 
     Raises OptionError if a file that samples need is not given, or with every prompt that cannot be read or
     made: no image for an image-to-video model.
@@ -237,7 +237,7 @@ def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     """Turn one entry of a prompt file into a request.
 
-    Sizes are rounded down to what the family can make.
+    Sizes are rounded down to sizes of the family.
     """
     latent = family.latent
     values = {**_usual_values(family), **{key: value for key, value in entry.items() if value is not None}}
@@ -287,7 +287,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
 
 
 def _usual_values(family: Family) -> Mapping[str, float]:
-    """Return what a prompt need not say: of picture models the family's own values."""
+    """Return the defaults of prompts: of picture models the family's own values."""
     if not family.latent.is_of_pictures:
         return DEFAULTS
     own = family.defaults

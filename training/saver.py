@@ -1,4 +1,4 @@
-"""Make what saves a run: files with their metadata, averages, states, and the model card."""
+"""Make the saver of a run: files with their metadata, averages, states, and the model card."""
 
 from collections.abc import Callable, Iterable
 from datetime import datetime

@@ -27,8 +27,8 @@ def training_script(
 ) -> Script:
     """Return the script that trains a LoRA for a family, or with `whole` its transformer.
 
-    about: the script's docstring. images: what differs between image families; None for video. more:
-    records of options besides the family's. check: raises OptionError if the family's options do not fit.
+    about: the script's docstring. images: differences between image families; None for video. more: records
+    of options besides the family's. check: raises OptionError if the family's options do not fit.
     """
     entry = FAMILIES[family]
     learner = WholeDitOptions if whole else NetworkOptions

@@ -1,4 +1,4 @@
-"""The boxes of a training run: what it will do, and what came of it."""
+"""The boxes of a training run: its plan, and its result."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +73,7 @@ def saved_bytes(
 
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
-    """Show what the run will do. dtype: of saved models; None: as they are."""
+    """Show the plan of the run. dtype: of saved models; None: as they are."""
     plan, options, steps, parameters = run.plan, run.options, run.steps, run.parameters
     written = saved_bytes(parameters, dtype, options.average.ema_decay is not None)
     saves = count_saves(options.saving, steps, plan.progress.step, plan.progress.epoch)
@@ -98,7 +98,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def show_end(run: TrainingRun, story: Story, following: NextSteps) -> None:
-    """Show what came of a run that took its last step, and what can follow."""
+    """Show the result of a run that took its last step, and the commands that can follow."""
     names = run.plan.names
     results, pace = names.files(names.name).values(), run.logs.pace
     seconds = pace.seconds_per_step
@@ -159,7 +159,7 @@ def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) 
 
 
 def watch_run(plan: TrainingPlan) -> Callable[[int], Mapping[str, str]]:
-    """Return what the bar shows beside losses at a step: the peak of memory, the step of the next samples."""
+    """Return the bar's numbers beside losses at a step: the peak of memory, the step of the next samples."""
     options, device = plan.options.samples, plan.accelerator.device
 
     def watch(step: int) -> Mapping[str, str]:

@@ -22,7 +22,7 @@ Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, d
 
 @dataclass(frozen=True)
 class Trainable:
-    """Hold the parameters for the optimizer, and do what the loop asks of their modules."""
+    """Hold the parameters for the optimizer, with functions on their modules for the loop."""
 
     modules: Mapping[str, nn.Module]  # by the name of their part in a saved state
     groups: Sequence[Mapping[str, Any]]  # for the optimizer: {"params": [...], "lr": ...}
@@ -89,7 +89,7 @@ class Trainable:
 
     @property
     def as_base(self) -> AsBase | None:
-        """Return what makes a block in which the DiTs are as they were loaded; None if one learns itself."""
+        """Return a function that makes a block in which the DiTs are as loaded; None if one learns itself."""
         return self._without_networks if self.networks else None
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What the training loop works with: one record, which `training.run` fills and `training.loop` is given."""
+"""The record that the training loop works with: `training.run` fills it, `training.loop` uses it."""
 
 import contextlib
 import logging
@@ -88,7 +88,7 @@ class NoMemoryWatch:
 
 @dataclass
 class TrainingRun:
-    """Hold everything that the loop works with. What may be missing is an object that does nothing.
+    """Hold everything that the loop works with. A missing part is an object that does nothing.
 
     The plan's progress, the network, the optimizer and the schedule change while training.
     """

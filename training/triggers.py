@@ -15,7 +15,7 @@ LARGEST = 64  # bytes; what a shell writes into a new file is less, and a larger
 
 
 def trigger_paths(folder: Path, name: str) -> dict[Path, str]:
-    """Return the files of a run with what each asks for.
+    """Return the files of a run with the request of each.
 
     `my_lora.sample` asks the run of that name, `sample` any run of the folder; a folder of that name is none.
     """
@@ -26,7 +26,7 @@ def trigger_paths(folder: Path, name: str) -> dict[Path, str]:
 class TriggerFiles:
     """Watch for files that ask for something, and remove them when it was done.
 
-    A file is removed afterwards only: if the run is killed in between, the next one does what was asked.
+    A file is removed afterwards only: if the run is killed in between, the next one serves the request.
     """
 
     paths: Mapping[Path, str] = field(default_factory=dict)  # none: nothing is watched

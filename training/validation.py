@@ -31,7 +31,7 @@ STEP, EPOCH = "step", "epoch"  # after what a validation comes: in the names of 
 
 @dataclass(frozen=True)
 class ValidationRule:
-    """Which noise levels a validation has, how much it measures, and what logs say of it."""
+    """Noise levels of a validation, number of its items, and its names in logs."""
 
     sigmas: tuple[float, ...] = ()  # () the middle of each of five bands
     most: int | None = None  # items of a validation, over all processes; None: all

@@ -64,7 +64,7 @@ def encode_together(
 
 
 def moments_rules(image_kind: str | None) -> MomentsRules:
-    """Return what caches can be made from without frames. image_kind: as of `encode_together`."""
+    """Return the rules for making caches without frames. image_kind: as of `encode_together`."""
     if image_kind is None:
         return MomentsRules()
     return MomentsRules(
@@ -89,8 +89,8 @@ def batch_conditions(
     """Return the text, by task CLIP features, and `condition_latents` B C F H W.
 
     zeros_on: a model with attention to an image gets zero features where the task has none. They are made on
-    this device: the host would wait for a copy. Raises CacheError, with what makes it, if something is
-    missing.
+    this device: the host would wait for a copy. Raises CacheError, with the command that makes it, if
+    something is missing.
     """
     needed = {"t5": "a text cache"}
     if task.has_features:

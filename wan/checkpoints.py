@@ -105,9 +105,9 @@ def check_alike(headers: Mapping[str, DitHeader[WanConfig]], paths: Mapping[str,
 def note_task(
     header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
 ) -> None:
-    """Log if --task alone decides what a file is, or if its size differs from the released checkpoint.
+    """Log if --task alone decides a file's kind, or if its size differs from the released checkpoint.
 
-    target: what it will compute in; warns if a large file stays in float32, as released for A14B.
+    target: its compute dtype; warns if a large file stays in float32, as released for A14B.
     """
     config = header.config
     if target == torch.float32 and header.block_dtype == target and config.dim >= TASKS["ti2v-5B"].dim:

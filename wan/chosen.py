@@ -1,4 +1,4 @@
-"""What the options choose, in the words of `wan.family.Wan`: files, tasks, boundaries, dtypes."""
+"""Choices of the options, in the words of `wan.family.Wan`: files, tasks, boundaries, dtypes."""
 
 import logging
 from collections.abc import Mapping

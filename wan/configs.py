@@ -30,7 +30,7 @@ class WanConfig:
 
     @property
     def kind(self) -> str:
-        """What the model is conditioned on: a name of `INPUT_CHANNELS`.
+        """Return the kind of condition: a name of `INPUT_CHANNELS`.
 
         Text-to-video models of Wan2.1 and of Wan2.2 have the same tensors.
         """
@@ -51,7 +51,7 @@ INPUT_CHANNELS: dict[bool, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class WanTask:
-    """What a `--task` requires of the checkpoint, and its defaults for generation."""
+    """Requirements of a `--task` on the checkpoint, and its defaults for generation."""
 
     name: str
     # t2v, i2v, flf2v: what conditions the video; ti2v: a text, and an image if there is one

@@ -232,7 +232,8 @@ class Wan:
         return moments_rules(self.image_kind)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Means of the posteriors, normalised: no sample is drawn, as for clips that are encoded here."""
+        """Return means of the posteriors, normalised: no sample is drawn, as for clips that are encoded
+        here."""
         return normalise_moments(media, self._vae_dtype())
 
     # the network
@@ -287,18 +288,18 @@ class Wan:
     def check_files(self, media: bool) -> None:
         """Check the files that the task needs. media: also those of the VAE and the image encoder.
 
-        Raises OptionError if one is not given, CheckpointError if it is missing, of another kind, or not what
-        --task says.
+        Raises OptionError if one is not given, CheckpointError if it is missing, of another kind, or does not
+        fit --task.
         """
         self._check_dit()
         images = ("clip",) if self.task.has_features else ()
         self._check_encoders("t5", *(("vae", *images) if media else ()))
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill what the request leaves open, settle the size, and check files and images. Nothing is loaded.
+        """Fill open fields of the request, settle the size, and check files and images. Nothing is loaded.
 
         Raises OptionError if a needed image or control video is missing or a size cannot be made,
-        CheckpointError if a file is missing or not what --task says.
+        CheckpointError if a file is missing or does not fit --task.
         """
         self._check_dit()
         request = take_inputs(self.task, request)
@@ -321,7 +322,7 @@ class Wan:
 
     @property
     def source(self) -> SourceRules:
-        """What denoising may start from: a picture's task starts from a picture."""
+        """Return the rules for starts of denoising: a picture's task starts from a picture."""
         makes_picture, starts_from_noise = self.task.frames == 1, not self.task.takes_image
         takes = {VIDEO: not makes_picture, IMAGE: starts_from_noise, LATENTS: True}
         return SourceRules(

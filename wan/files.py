@@ -1,4 +1,4 @@
-"""Files of a Wan run: their paths, and the check that each is what its option says."""
+"""Files of a Wan run: their paths, and the check that each fits its option."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ class WanFiles:
         return (high,) if self.dit is None else (self.dit_path, high)
 
     def check_dits(self, task: WanTask) -> None:
-        """Raise OptionError or CheckpointError if a transformer is missing, or not what --task says."""
+        """Raise OptionError or CheckpointError if a transformer is missing, or does not fit --task."""
         both = {"--dit": self.dit, "--dit_high_noise": self.dit_high_noise}
         paths = {option: path for option, path in both.items() if path in self.dits}
         headers = {option: read_once(path, read_dit_header) for option, path in paths.items()}
@@ -92,7 +92,7 @@ class WanFiles:
     def check_vae(self, latent: LatentSpec, needed_by: str) -> None:
         """Raise CheckpointError if a VAE is given that is not that of the model's latents.
 
-        needed_by: what has these latents, for the message: "--task ti2v-5B".
+        needed_by: the model in words, for the message: "--task ti2v-5B".
         """
         if self.vae is not None:
             check_latents(read_once(self.vae_path, read_vae).config, latent, self.vae_path, needed_by)

@@ -123,7 +123,7 @@ def prepare_request(
     experts: Sequence[Expert],
     follows_image: bool,
 ) -> Prepared:
-    """Fill what the request leaves open, settle the size, and check both.
+    """Fill open fields of the request, settle the size, and check both.
 
     request: with the media that the task takes, see `wan.inputs.take_inputs`. follows_image: the video takes
     the aspect of the image that it starts from. Raises OptionError if a size cannot be made.

@@ -127,7 +127,7 @@ class WanAttentionBlock(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: WanTokens) -> Tensor:
-        """Return what self-attention gets for an input x of the block, both B L C."""
+        """Return the input of self-attention for an input x of the block, both B L C."""
         shift, scale, *_ = (self.modulation.float() + tokens.modulation).unbind(2)
         return modulate(self.norm1(x), shift, scale, tokens.dtype, tokens.given)
 

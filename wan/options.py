@@ -241,7 +241,7 @@ def caching_commands(dataset_config: Path | None, options: WanTrainingOptions) -
 def generation_words(options: WanTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
     """Return the script and the options that generate with the models of a training.
 
-    sample: what a sample was asked for, by the names of `Request`; may be empty.
+    sample: the settings of a sample, by the names of `Request`; may be empty.
     """
     task, other = TASKS[options.task], options.sample_dit_other
     low, high = options.dit, options.experts.dit_high_noise

@@ -1,4 +1,4 @@
-"""Folders of whole releases of Wan (--ckpt_dir), and what the names of transformer files say."""
+"""Folders of whole releases of Wan (--ckpt_dir), and facts in the names of transformer files."""
 
 import logging
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ PIPELINE_EXPERTS = {_OPTIONS[expert]: folder for folder, expert in WAN.experts}
 
 @dataclass(frozen=True)
 class Release:
-    """What a folder holds, and the boundary of its experts as a timestep; None: it says nothing."""
+    """Files of a folder, and the boundary of its experts as a timestep; None: it says nothing."""
 
     files: WanFiles
     boundary: float | None = None
@@ -83,7 +83,7 @@ def add_release(given: WanFiles, release: WanFiles) -> WanFiles:
 
 
 def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
-    """Compare what the names of the transformers say with the options they are given to.
+    """Compare the names of the transformers with their options.
 
     Raises OptionError if both say that they were swapped: nobody wants that, and the videos would be noise.
     Warns if one of them does, as a name is only a hint.

@@ -64,8 +64,8 @@ def _repair(text: str) -> str:
 def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
     """Return `clean_text(text)`, and where in it the parts are.
 
-    A part is cleaned by itself to see how long it becomes. Where it is joined to its neighbours by what
-    cleaning does (an accent behind the last letter of a part), places may be a character or two beside.
+    A part is cleaned by itself to see how long it becomes. If cleaning joins it to its neighbours (an accent
+    behind the last letter of a part), places may be a character or two beside.
     """
     cleaned, length, places = clean_text(text), 0, []
     edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]

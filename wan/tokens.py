@@ -1,4 +1,4 @@
-"""What the blocks of the Wan transformer get besides the video tokens: texts, times, positions."""
+"""Inputs of the Wan transformer's blocks besides the video tokens: texts, times, positions."""
 # Letters: B batch, L video tokens, S segments of them, T text tokens, I image tokens, C width
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class WanTokens:
 
 
 def see_one(seen: Tensor) -> Tensor:
-    """Return what attention sees of the only text."""
+    """Return the attention to the only text."""
     return seen
 
 

@@ -319,7 +319,7 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Layers of the decoder; if they enlarge, what goes in is repeated and added (Wan2.2)."""
+    """Layers of the decoder; if they enlarge, their input is repeated and added (Wan2.2)."""
 
     def __init__(self, stage: VaeStage) -> None:
         super().__init__()

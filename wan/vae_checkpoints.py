@@ -153,7 +153,7 @@ def _layer(shape: Callable[[str], tuple[int, ...]], names: frozenset[str], name:
 
 
 def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
-    """Raise CheckpointError if a VAE is of neither generation. colours: what its first layer takes."""
+    """Raise CheckpointError if a VAE is of neither generation. colours: input channels of its first layer."""
     release = RELEASES.get(config.latent_channels)
     if release is None or colours != 3 * config.patch**2:
         what = f"takes {colours} channels" if release else f"has {config.latent_channels} latent channels"

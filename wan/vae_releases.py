@@ -1,4 +1,4 @@
-"""The released VAEs as data: what tells their latents apart, and the numbers that normalise these."""
+"""The released VAEs as data: the marks of their latents, and the numbers that normalise these."""
 
 from dataclasses import dataclass
 

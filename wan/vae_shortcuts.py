@@ -27,7 +27,7 @@ def fold_patches(pixels: Tensor, patch: int) -> Tensor:
 
 
 def unfold_patches(channels: Tensor, patch: int) -> Tensor:
-    """Return what `fold_patches` has folded, B CPP T H W to B C T HP WP."""
+    """Undo `fold_patches`: B CPP T H W to B C T HP WP."""
     if patch == 1:
         return channels
     return rearrange(channels, "b (c column row) t h w -> b c t (h row) (w column)", row=patch, column=patch)

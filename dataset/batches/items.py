@@ -185,7 +185,7 @@ class Items(Sequence[TrainingItem]):
 
     @property
     def stems(self) -> list[str]:
-        """The name of each item's source, without suffix."""
+        """Return the name of each item's source, without suffix."""
         return self._stems.at(self._rows)
 
     def keys(self, places: Places | None = None) -> list[str]:

@@ -204,7 +204,7 @@ class Catalog:
         return sizes
 
     def names(self) -> Collection[str]:
-        """Return the names of entries, lost ones too: a set of its own."""
+        """Return a new set of the names of entries, lost ones too."""
         ends, names = self.known.ends.tolist(), self.known.names
         places = zip(ends, ends[1:], strict=False)
         if names.isascii():

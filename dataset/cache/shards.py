@@ -115,7 +115,7 @@ class ShardStore:
             return self._look().there(name) is not None
 
     def stamp(self, name: str) -> tuple[int, int] | None:
-        """Return what changes with the bytes of an entry, and when its shard was last written, unread."""
+        """Return values that change with the bytes of an entry, and its shard's time, unread."""
         with self._lock:
             catalog = self._look()
             row = catalog.there(name)

@@ -23,7 +23,7 @@ class FootageSource:
 
 
 def find_videos(given: Path, output: Path) -> list[FootageSource]:
-    """Return the videos of a folder and of the folders in it, by name, or the one that is given.
+    """Return the videos of a folder and of the folders in it, by name, or the given one.
 
     Files in `output` are left out, if that is inside the folder, and so are clips that were cut into another
     folder there. Raises MediaError without any video.

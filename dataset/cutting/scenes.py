@@ -180,7 +180,7 @@ class _Dissolves:
 
 
 def _without_overlaps(changes: list[SceneChange]) -> list[SceneChange]:
-    """Return changes in order without those that lie in another one."""
+    """Return changes in order, without those that lie inside others."""
     kept: list[SceneChange] = []
     for one in changes:
         if kept and one.begin < kept[-1].end:

@@ -120,7 +120,7 @@ def check_state_width(
 
 
 def stated_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:
-    """Return the number in the config.json beside the file; None if it has none or is of another model.
+    """Return the number of groups in the config.json beside the file; None if absent or of another model.
 
     classes: names that `_class_name` has for this model. Raises CheckpointError if the file cannot be read or
     its number is below 1.

@@ -73,10 +73,10 @@ def write_shards(
 ) -> list[Path]:
     """Write files of at most `most_bytes` and their index, all of them or none; return their paths.
 
-    path: what one file would be called. read: as for `stream_tensors`. Files of an earlier model of this name
-    are replaced; `existing_shards` tells which remain. A kill may leave some of the files, which are refused
-    for those that lack, but never files of two models. Raises OutputError if a file cannot be written,
-    OptionError if there would be too many.
+    path: the name of a single file. read: as for `stream_tensors`. Files of an earlier model of this name are
+    replaced; `existing_shards` lists the remaining ones. A kill may leave some of the files, which are
+    refused for those that lack, but never files of two models. Raises OutputError if a file cannot be
+    written, OptionError if there would be too many.
     """
     groups = split(tensors, most_bytes)
     if len(groups) > MOST_SHARDS:

@@ -55,7 +55,7 @@ def crop_anywhere(fit: Fit, numbers: random.Random) -> Fit:
 
 
 def face_in_name(stem: str) -> Face | None:
-    """Return the face that a file's name tells: it ends in `_x_y_width_height`, x and y of the middle."""
+    """Return the face that a file's name gives: it ends in `_x_y_width_height`, x and y of the middle."""
     found = _FACE.search(stem)
     return None if found is None else Face(*(int(part) for part in found.groups()))
 

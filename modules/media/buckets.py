@@ -135,7 +135,7 @@ def how_to_resize(size: Size, resized: Size) -> str:
 def inner_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
     """Return left, top, right, bottom of a picture that is scaled into a bucket whole, in its pixels.
 
-    What the npz caches of image trainers call `crop_ltrb`: left and top are rounded down.
+    Return the `crop_ltrb` of image trainers' npz caches: left and top are rounded down.
     """
     is_wider = size[0] * bucket[1] > size[1] * bucket[0]  # than the bucket, whose side it takes whole
     width = bucket[0] if is_wider else bucket[1] * size[0] / size[1]

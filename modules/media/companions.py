@@ -1,7 +1,7 @@
 """Take all but the pictures from one video into another: sound, subtitles, attachments, chapters, tags.
 
-Packets are copied as they are. What the new file's format cannot hold is converted or left out, and logged by
-name and reason.
+Packets are copied as they are. Streams that the new file's format cannot hold are converted or left out, and
+logged by name and reason.
 """
 
 import contextlib
@@ -267,7 +267,7 @@ class Companions:
         self._tracks[stream.index] = _Track(name, added, convert)
 
     def _describe(self, target: Any, source: Any) -> None:
-        """Give a new stream the tags of the old one: its language, its title, what it is for."""
+        """Give a new stream the tags of the old one: its language, title and purpose."""
         tags = self._cleaned(source.metadata)
         title = tags.pop("name", None)  # as FFmpeg calls the title in MP4
         if title is not None:

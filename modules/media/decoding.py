@@ -47,7 +47,7 @@ Turned = TypeVar("Turned", bound=NDArray[Any])
 def check_size(path: Path, container: Any, stream: Any) -> None:
     """Raise MediaError if a file is shorter than its header says, before hours of work go into it.
 
-    What this does not see, `decode_frames` does at the end.
+    `decode_frames` finds the rest at the end.
     """
     size = path.stat().st_size
     stated = 0
@@ -127,7 +127,7 @@ def _start_of(frame: Any, stream: Any, usual: float) -> float:
 
 
 def _alpha_decoder(path: Path, stream: Any) -> Any:
-    """Return what decodes packets with their transparency, if the stream's own decoder would drop it."""
+    """Return a decoder for packets with transparency, if the stream's own decoder would drop it."""
     codec = stream.codec_context.name
     if stream.metadata.get("alpha_mode") != "1" or codec not in _ALPHA_DECODERS:
         return None

@@ -1,7 +1,6 @@
 """Encode pictures to a video stream: the one encoder of all videos that are written.
 
-It counts pictures, whatever their times are, and what it makes of them does not depend on those. Packets are
-given their times afterwards.
+It counts pictures; its output does not depend on their times. Packets are given their times afterwards.
 """
 
 import contextlib
@@ -53,7 +52,7 @@ def encoder_for(codec: str, width: int, height: int) -> str:
 
 
 def settle_codec(codec: str, width: int, height: int) -> str:
-    """Return what `encoder_for` does; warns if it is not what --codec says."""
+    """Return the result of `encoder_for`; warns if it differs from --codec."""
     settled = encoder_for(codec, width, height)
     if settled != codec:
         logger.warning(

@@ -98,7 +98,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
 def open_container(path: Path) -> Any:
     """Open a video's container, and no other file.
 
-    Raises MediaError for a list of files, FFmpegError for what else is wrong.
+    Raises MediaError for a list of files, FFmpegError for other faults.
     """
     try:
         return av.open(file_url(path), metadata_errors="replace", options=_ALONE)
@@ -126,7 +126,7 @@ def check_pixels(path: Path, width: int, height: int) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what Pillow and FFmpeg raise into MediaError, and anything but a regular file or a folder."""
+    """Turn errors of Pillow and FFmpeg into MediaError; raise it too for other than files and folders."""
     if not path.exists():
         raise MediaError(f"{path} does not exist")
     try:

@@ -207,7 +207,7 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
 
 
 def frames_at_rate(path: Path, rate: float, alpha: bool = False) -> Iterator[Frame]:
-    """Yield what a video file shows at `rate` frames a second, by the times of its frames.
+    """Yield the frames shown by a video file at `rate` frames a second, by their times.
 
     Frames are dropped where there are more, and repeated where there are fewer. Raises MediaError as
     `video_frames`, and if one is shown longer than LONGEST_SHOWN.

@@ -24,7 +24,7 @@ WHITE = 245  # of 255
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """What a picture is compared by."""
+    """Reduced picture for comparisons."""
 
     grey: NDArray[np.float32]  # h w, 0..1
     is_white: NDArray[np.bool_]  # h w: a colour is at its upper end
@@ -32,7 +32,7 @@ class Thumbnail:
 
 
 def thumbnail(pixels: Pixels) -> Thumbnail:
-    """Return what a picture (H W 3) is compared by."""
+    """Return the reduced form of a picture (H W 3)."""
     height, width = pixels.shape[:2]
     factor = min(1.0, LONG_SIDE / max(height, width))
     size = max(1, round(width * factor)), max(1, round(height * factor))

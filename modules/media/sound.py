@@ -19,7 +19,7 @@ SHORTEST_GAP, LONGEST_GAP = Fraction(1, 20), 3600
 
 @dataclass(frozen=True)
 class AacFormat:
-    """What sound is turned into."""
+    """Format that sound is turned into."""
 
     rate: int  # samples a second
     layout: str
@@ -47,7 +47,7 @@ def add_aac_stream(target: Any, form: AacFormat) -> Any:
 def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
     """Add an AAC stream to a file for the sound of `source`, a stream of another file.
 
-    Returns it, and what turns packets of `source`, up to the empty last one, into packets to write.
+    Returns it, and a function from packets of `source`, up to the empty last one, to packets to write.
     """
     stream = add_aac_stream(target, aac_format(source))
     gapless = _Gapless(source.time_base)

@@ -147,7 +147,7 @@ class Clock:
     """Give pictures exact and rising times."""
 
     def __init__(self, rate: Fraction, tick: Fraction) -> None:
-        """rate: pictures a second. tick: what the file's times are rounded to, in seconds."""
+        """rate: pictures a second. tick: rounding of the file's times, in seconds."""
         self._step = 1 / rate
         # coarser ticks are the grid of the pictures themselves
         self._tolerance = tick if 4 * tick <= self._step else Fraction(0)

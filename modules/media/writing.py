@@ -190,7 +190,7 @@ def write_video(
 
 @dataclass(frozen=True)
 class WrittenVideo:
-    """What a video has become; sizes are those of its pictures."""
+    """Facts about a written video; sizes are those of its pictures."""
 
     width: int
     height: int
@@ -216,9 +216,9 @@ def write_shown(
     frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
     come evenly; places n / rate are kept exactly, others to a twentieth of a millisecond, in .mkv to half of
     one. codec, crf, preset: as of `write_video`. companions_of: a video whose sound, subtitles, attachments,
-    chapters and tags go into this one as they are; what the format cannot hold is logged. covers: whether
-    its cover pictures do, and what else may show what was in the pictures before. section_of: a part of a
-    video whose sound goes into this one, in place of all that. tags: as of `write_video`;
+    chapters and tags go into this one as they are; parts that the format cannot hold are logged. covers:
+    whether its cover pictures do, and what else may show what was in the pictures before. section_of: a part
+    of a video whose sound goes into this one, in place of all that. tags: as of `write_video`;
     they replace the video's own.
     Raises MediaError if there is no frame, the codec does not fit the suffix or the pictures, or their size
     changes; ValueError if their times do not rise; OutputError if the file cannot be written.
@@ -308,7 +308,7 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
 def join_segments(
     path: Path, segments: Sequence[bytes], fps: float, tags: Mapping[str, str] | None = None
 ) -> None:
-    """Join what `encode_segment` has made to one video (.mp4), completely or not at all. tags: as above.
+    """Join segments of `encode_segment` to one video (.mp4), completely or not at all. tags: as above.
 
     Pictures are copied, not encoded again. A player that has an earlier file of that name open continues with
     the earlier one. Raises OutputError if the file cannot be written.

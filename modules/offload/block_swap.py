@@ -154,7 +154,7 @@ class Ring:
 
 @dataclass(frozen=True)
 class Kept:
-    """What autograd keeps instead of (a view of) a streamed weight."""
+    """Placeholder that autograd keeps instead of (a view of) a streamed weight."""
 
     unit: Unit
     index: int  # of the weight

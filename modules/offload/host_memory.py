@@ -2,9 +2,9 @@
 
 torch's own pinned memory is rounded up to powers of two, which would waste up to half. Here pages are mapped
 in the size needed and registered with the driver, some hundred MB at once: Windows locks about half of a
-machine's memory and refuses large pieces, WSL locks much less. What the driver does not lock serves too: its
-copies are slower, and the host waits for them. Shared memory has no name in the file system: it is freed when
-the last process ends, even if it is killed.
+machine's memory and refuses large pieces, WSL locks much less. Memory that the driver does not lock serves
+too: its copies are slower, and the host waits for them. Shared memory has no name in the file system: it is
+freed when the last process ends, even if it is killed.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class HostTensors:
     unlocked_bytes: int = 0  # of memory that was to be pinned and is not
 
     def warn_if_unlocked(self) -> None:
-        """Log what it means that the driver did not lock all of it."""
+        """Log the consequence if the driver did not lock all of it."""
         if self.unlocked_bytes:
             total = sum(tensor.nbytes for tensor in self.tensors.values())
             logger.warning(

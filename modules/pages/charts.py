@@ -33,7 +33,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Hold one diagram: curves and what its axes say."""
+    """Hold one diagram: curves and the labels of its axes."""
 
     curves: Sequence[Curve]
     x_label: str

@@ -70,7 +70,7 @@ POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-
 
 
 def render_page(template: Path, title: str, values: Mapping[str, Any]) -> str:
-    """Return the page that `template` makes of these values, which are escaped.
+    """Return the page of `template` with these values, which are escaped.
 
     Raises jinja2.UndefinedError if the template names a value that is missing.
     """

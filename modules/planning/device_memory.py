@@ -140,7 +140,7 @@ class MemoryWatch:
             self.warn_if_full()
 
     def after_pause(self) -> None:
-        """Call after samples, validation and saving: what they took is not the peak of a step."""
+        """Call after samples, validation and saving: their memory is not the peak of a step."""
         if self._steps > 0 and self.measured is None:
             self._count_anew()
 

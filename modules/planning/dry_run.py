@@ -262,7 +262,7 @@ def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
 def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
     """Give the forward and the backward pass of the first and last blocks of each list places in the ledger.
 
-    Call after LoRA, before checkpointing: what a block recomputes counts as its backward pass.
+    Call after LoRA, before checkpointing: a block's recomputation counts as its backward pass.
     """
     is_first = True
     for name, all_of_them in blocks.items():
@@ -320,7 +320,7 @@ def keep_blocks(
 
 
 def extrapolate(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
-    """Return what `measure` would give for `counts` blocks, from runs with few: bytes grow by the block.
+    """Return the result of `measure` for `counts` blocks, from runs with few: bytes grow by the block.
 
     The bytes at a block's place depend linearly on its index, so the largest is at an end of a list.
     """

@@ -1,4 +1,4 @@
-"""Stand-ins for CUDA's fused kernels in a dry run: they allocate what the kernels do, and compute nothing.
+"""Stand-ins for CUDA's fused kernels in a dry run: they allocate the same memory, and compute nothing.
 
 A dry run has no device, and on tensors without data PyTorch would decompose attention and RMSNorm into steps
 that a GPU never runs (a full matrix of scores, float32 copies).
@@ -65,7 +65,7 @@ def attention_backward(
 
 @planned
 def attention_workspace(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the backward pass needs beside the gradients."""
+    """Return the memory that the backward pass needs beside the gradients."""
     return query.new_empty(query.shape, dtype=torch.float32), _row_numbers(query)
 
 

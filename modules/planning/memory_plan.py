@@ -204,7 +204,7 @@ def gib(size: int) -> str:
 
 
 def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> str:
-    """Return the last line: whether the plan fits, and if not, what to change."""
+    """Return the last line: whether the plan fits, and if not, the changes to make."""
     needed = f"{gib(plan.device)} GiB of tensors and about {gib(CONTEXT)} of CUDA itself"
     if room is None:
         return (
@@ -322,7 +322,7 @@ def print_plan(
 
 
 def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanError:
-    """Return the error for a device that ran out of memory during a run. afterwards: what state is left."""
+    """Return the error for a device that ran out of memory during a run. afterwards: the state left."""
     return MemoryPlanError(
         f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
         "  Run the same command with --plan to see what to change: fp8, --blocks_to_swap auto, smaller "

@@ -71,14 +71,14 @@ class Ratios:
 
 
 class Changes:
-    """By how much the input of the first block and what the blocks add change from step to step."""
+    """Changes of the first block's input and of the blocks' residual from step to step."""
 
     def __init__(self) -> None:
         self._before: dict[Hashable, tuple[int, Tensor, Tensor]] = {}
         self._found: list[tuple[Tensor, Tensor]] = []
 
     def forget(self) -> None:
-        """Forget the last step, and free what was kept of it: the section is done."""
+        """Forget the last step, and free its tensors: the section is done."""
         self._before.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:

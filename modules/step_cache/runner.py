@@ -85,7 +85,7 @@ class StepCache:
 
 
 def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
-    """Return what the blocks added, B L C.
+    """Return the blocks' residual, B L C.
 
     It is kept in bfloat16 if the network computes in it, also if the residual stream is float32 (Wan): half
     the memory, and the rounding of 0.2 % is far below what changes between steps.

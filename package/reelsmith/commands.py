@@ -65,7 +65,7 @@ def find_commands(folder: Path) -> list[ScriptCommand]:
 
 
 def name_words(script: str) -> str:
-    """Return what follows `reelsmith` for a script: `train wan` for wan_train_network."""
+    """Return the words behind `reelsmith` for a script: `train wan` for wan_train_network."""
     for pattern, words in WORDS.items():
         match = re.fullmatch(pattern, script)
         if match:

@@ -164,7 +164,7 @@ def make_blur(options: BlurOptions, device: torch.device) -> Stage:
 
 
 class _Waiting(NamedTuple):
-    """A picture that waits until it is known what the next ones show."""
+    """A picture that waits until the boxes of the next ones are known."""
 
     number: int
     picture: Picture

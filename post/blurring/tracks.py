@@ -39,7 +39,7 @@ class Track:
         return _moved(box, _motion(list(self.sightings)[-MOTION:]), index - number)
 
     def covered(self, index: int, hold: int, lookback: int) -> Box | None:
-        """Return what to cover in a picture; None: it is not there any more, or not yet."""
+        """Return the boxes to cover in a picture; None: it is not there any more, or not yet."""
         first, last = self.sightings[0][0], self.last[0]
         if index < first:
             away = first - index
@@ -71,7 +71,7 @@ class Tracks:
     _tracks: list[Track] = field(default_factory=list)
 
     def see(self, index: int, boxes: Sequence[Box]) -> None:
-        """Note what was found in a picture."""
+        """Note the boxes found in a picture."""
         waiting = [
             track for track in self._tracks if track.is_open and index - track.last[0] <= self.hold + 1
         ]
@@ -88,12 +88,12 @@ class Tracks:
         self.started += len(left)
 
     def boxes(self, index: int) -> list[Box]:
-        """Return what to cover in a picture."""
+        """Return the boxes to cover in a picture."""
         found = (track.covered(index, self.hold, self.lookback) for track in self._tracks)
         return [box for box in found if box is not None]
 
     def forget(self, index: int) -> None:
-        """Drop what only that picture, and those before it, needed."""
+        """Drop data that only that picture and earlier ones needed."""
         self._tracks = [track for track in self._tracks if track.last[0] + self.hold > index]
         for track in self._tracks:
             while len(track.sightings) > MOTION and track.sightings[1][0] <= index:
@@ -142,7 +142,7 @@ def _nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
 
 
 def _between(before: Sequence[tuple[int, Box]], after: Sequence[tuple[int, Box]], index: int) -> Box:
-    """Return what to cover between two sightings: the straight way, and where it was on its way to.
+    """Return the boxes to cover between two sightings: the straight way, and the expected ones.
 
     Something that changes its pace in between is near one or the other.
     """

@@ -77,7 +77,7 @@ def crop(pixels: Pixels, matrix: Matrix, size: int) -> Pixels:
 
 
 def crops(pixels: Pixels, matrices: Sequence[Matrix], size: int) -> NDArray[np.float32]:
-    """Return the faces that the matrices tell as B 3 size size, -1..1."""
+    """Return the faces at the matrices' places as B 3 size size, -1..1."""
     most = np.float32(65535 if pixels.dtype == np.uint16 else 255)
     faces = np.stack([crop(pixels, matrix, size) for matrix in matrices])
     return faces.transpose(0, 3, 1, 2).astype(np.float32) / most * 2 - 1

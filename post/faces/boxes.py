@@ -25,7 +25,7 @@ class Detector(Protocol):
     """Finds faces, or whatever it was trained for."""
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
-        """Return what it finds in a picture (H W 3, RGB) with at least that score, best first."""
+        """Return the boxes found in a picture (H W 3, RGB) with at least that score, best first."""
 
 
 Numbers = NDArray[np.float32]  # boxes N 4: left, top, right, bottom; scores N

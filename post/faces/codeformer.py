@@ -181,7 +181,7 @@ class TransformerLayer(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Scale and shift the generator's features by what the encoder saw, as far as fidelity asks for."""
+    """Scale and shift the generator's features by the encoder's, as far as fidelity asks for."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Read what an ONNX file takes and gives, without the onnx package.
+"""Read inputs and outputs of an ONNX file, without the onnx package.
 
 Source: github.com/onnx/onnx, onnx.proto (Apache-2.0), and the encoding of protocol buffers: each value comes
 with the number of its field; those that are not wanted are skipped.
@@ -43,7 +43,7 @@ _Parts = defaultdict[int, list[_Value]]  # a message by the numbers of its field
 
 @dataclass(frozen=True)
 class OnnxHeader:
-    """What an ONNX file takes and gives, by name, and its notes."""
+    """Inputs and outputs of an ONNX file, by name, and its notes."""
 
     inputs: Mapping[str, Shape]  # without those that the file itself fills
     outputs: Mapping[str, Shape]
@@ -67,7 +67,7 @@ def may_be_onnx(path: Path) -> bool:
 
 
 def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
-    """Return what the file takes and gives, and its content. Raises CheckpointError if it is damaged, or not
+    """Return the file's inputs and outputs, and its content. Raises CheckpointError if it is damaged, or not
     to be run: if a reader would open other files for it, or take memory without bound.
     """
     content = _read_bytes(path)

@@ -33,7 +33,7 @@ class ParseNetConfig:
 
     @property
     def stride(self) -> int:
-        """What height and width have to be multiples of."""
+        """Return the divisor of height and width."""
         return 1 << (len(self.down) - 1)
 
 

@@ -57,7 +57,7 @@ class RetinaFaceConfig:
 
 
 class Pyramid(nn.Module):
-    """Give each scale what the coarser ones know."""
+    """Add the coarser features to each scale."""
 
     def __init__(self, widths: Sequence[int], width: int, slope: float) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class RetinaFaceDetector:
         ]
 
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the heads say, for good in float32 if half precision does not do.
+        """Return the heads' output; from then on in float32 if half precision fails.
 
         Raises CheckpointError if it is not finite in float32 either: nothing would be found, unseen.
         """

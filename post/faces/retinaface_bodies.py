@@ -45,7 +45,7 @@ class MobileNetConfig:
 
 
 def batch_norm(width: int) -> nn.BatchNorm2d:
-    """Return a norm that does not count what it saw in training: nothing needs it, and some files lack it."""
+    """Return a norm that does not count training batches: nothing needs it, and some files lack it."""
     norm = nn.BatchNorm2d(width)
     norm.num_batches_tracked = None
     return norm

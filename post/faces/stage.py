@@ -35,7 +35,7 @@ Landmarks = NDArray[np.float32]  # 5 2
 
 
 class SteadyLandmarks:
-    """Damp what detectors tremble by. It remembers the faces of the last picture only.
+    """Damp the trembling of detectors. It remembers the faces of the last picture only.
 
     Faces go back to where they were cut out, so a landmark a little off displaces nothing.
     """
@@ -147,7 +147,7 @@ def paste(
 
 
 def _to_canvas(pixels: Pixels, canvas: Pixels) -> Matrix:
-    """Return what takes places in the picture to places in the enlarged one, 3 3; pixels have centres."""
+    """Return the matrix from places in the picture to those in the enlarged one, 3 3; pixels have centres."""
     across, down = canvas.shape[1] / pixels.shape[1], canvas.shape[0] / pixels.shape[0]
     return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
 
@@ -172,7 +172,7 @@ FACES_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Facefix:
-    """Restores faces with loaded networks. What it remembers of a clip belongs to one `run`."""
+    """Restores faces with loaded networks. Its memory of a clip belongs to one `run`."""
 
     options: FacefixOptions
     detector: Detector

@@ -101,6 +101,6 @@ def _cannot_run(path: Path, error: cv2.error) -> CheckpointError:
 
 
 def first_line(error: cv2.error) -> str:
-    """Return what OpenCV says of an error, without where in its code it was."""
+    """Return OpenCV's message of an error, without the place in its code."""
     text = str(getattr(error, "err", "") or error).strip()
     return text.splitlines()[0][:200] if text else "without a reason"

@@ -37,7 +37,7 @@ class Correlation:
     ) -> None:
         """first, second: 1 C h w, float32. keeps_volume: None decides by the size.
 
-        levels: scales to compare at. scale: what all products are multiplied by; None: 1 / sqrt(C).
+        levels: scales to compare at. scale: factor of all products; None: 1 / sqrt(C).
         """
         self._size = first.shape[-2:]
         scale = first.shape[1] ** -0.5 if scale is None else scale

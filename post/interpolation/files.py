@@ -149,7 +149,7 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class ModeSettings:
-    """What the YAML beside the files says that no tensor tells; the defaults are the released ones."""
+    """Settings of the YAML beside the files that no tensor gives; the defaults are the released ones."""
 
     coordinates: tuple[float, float] = (-1.0, 1.0)
     frequency: float = 1.0
@@ -215,7 +215,7 @@ def _find(folder: Path, known: Sequence[str], start: str) -> Path | None:
 def read_settings(path: Path | None) -> ModeSettings:
     """Read the YAML of the released files; without one, the released settings.
 
-    Raises CheckpointError if it cannot be read, or asks for what this program does not compute.
+    Raises CheckpointError if it cannot be read, or asks for an unsupported computation.
     """
     if path is None:
         return ModeSettings()
@@ -276,7 +276,7 @@ def check_networks(path: Path, kind: str) -> None:
 def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> InterpolationNetworks:
     """Load both networks; only the synthesis computes in `dtype`, motion in float32.
 
-    Raises CheckpointError if a file is missing or not what its name says, or if both do not fit each other.
+    Raises CheckpointError if a file is missing or does not fit its name, or if both do not fit each other.
     """
     files = find_files(path, kind)
     settings = read_settings(files.settings)

@@ -212,7 +212,7 @@ class FlowFormer(nn.Module):
         self.memory_decoder = MemoryDecoder(config.decoder)
 
     def encode(self, image: Tensor) -> EncodedPicture:
-        """Return what a picture gives alone. image: 1 3 H W, 0..255, sides multiples of 32."""
+        """Return the features of a single picture. image: 1 3 H W, 0..255, sides multiples of 32."""
         with torch.autocast(image.device.type, enabled=False):
             image = 2 * (image.float() / 255) - 1
             quarter, eighth = self.context_encoder.svt(image)

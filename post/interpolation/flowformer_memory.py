@@ -22,7 +22,7 @@ class TokenAttention(nn.Module):
     """Attention of queries to tokens and two linear layers, both added to the queries."""
 
     def __init__(self, width: int, given: int, joined: bool = False) -> None:
-        """given: width of the tokens. joined: the queries stand beside what they found, before `proj`."""
+        """given: width of the tokens. joined: the queries stand beside their results, before `proj`."""
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
@@ -43,8 +43,8 @@ class TokenAttention(nn.Module):
     ) -> Tensor:
         """Return B Q C of queries x: B Q C.
 
-        kept: what `keep` made of tokens; None: the queries attend to each other. code: added to what they
-        ask.
+        kept: the result of `keep` for tokens; None: the queries attend to each other. code: added to their
+        queries.
         """
         asking = self.norm1(x)
         k, v = self.keep(asking) if kept is None else kept
@@ -227,7 +227,7 @@ class CostPerceiver(nn.Module):
         return x + first
 
     def _start(self, costs: Correlation, height: int, width: int, part_bytes: int | None) -> Tensor:
-        """Return N K D: what the tokens find in the cost map of their place."""
+        """Return N K D: the tokens' attention to the cost map of their place."""
         layer = self.input_layer
 
         def run(start: int, end: int) -> Tensor:
@@ -238,7 +238,7 @@ class CostPerceiver(nn.Module):
         return in_ranges(run, height * width, rows)
 
     def bytes_of_map(self, height: int, width: int) -> int:
-        """Return what the cost map of one place takes while tokens are made of it, in float32."""
+        """Return the bytes of one place's cost map while tokens are made of it, in float32."""
         first, second, _ = self.config.costs
         cells = (height + -height % PATCH) * (width + -width % PATCH)
         convolved = 2 * 16 + 4 * first + second  # a sixteenth of the channels: map, padded map, two results

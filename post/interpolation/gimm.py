@@ -38,7 +38,7 @@ class GimmVfi(nn.Module):
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture and what it gives alone."""
+    """A picture and its own features."""
 
     image: Tensor  # 1 3 H W, 0..1
     small: Tensor  # the same at the size that flow is computed at
@@ -55,7 +55,7 @@ class Interpolation:
 
     @torch.no_grad()
     def frame(self, image: Tensor) -> Frame:
-        """Compute what a picture gives alone.
+        """Compute the features of a single picture.
 
         image: 1 3 H W, 0..1, float32; its sides times the factor are multiples of 32.
         """

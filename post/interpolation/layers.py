@@ -11,7 +11,7 @@ from torch.nn.functional import batch_norm
 
 @dataclass(frozen=True)
 class EncodedPicture:
-    """What one picture gives alone: computed once, used by both pairs that the picture belongs to.
+    """Features of one picture: computed once, used by both pairs that the picture belongs to.
 
     All maps are float32. H and W are the sides of the picture.
     """
@@ -26,7 +26,7 @@ class FlowEstimator(Protocol):
     """Estimate the motion between two pictures, in float32."""
 
     def encode(self, image: Tensor) -> EncodedPicture:
-        """Return what a picture gives alone. image: 1 3 H W, 0..255, float32, sides multiples of 32."""
+        """Return the features of a single picture. image: 1 3 H W, 0..255, float32, sides multiples of 32."""
 
     def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
         """Return 1 2 H W, float32: how far in x and y each pixel of the first picture moves to the second."""
@@ -58,7 +58,7 @@ def in_parts(
 
 
 def in_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tensor:
-    """Return what `run` gives for the rows from 0 to `count`, so many at once, at least one in all."""
+    """Return the results of `run` for the rows from 0 to `count`, so many at once, at least one in all."""
     found = run(0, min(rows, count))
     if rows >= count:
         return found

@@ -21,7 +21,7 @@ LEAST_VARIANCE = 1e-9
 
 @dataclass(frozen=True)
 class MotionConfig:
-    """Widths of the layers, and three numbers that no tensor tells."""
+    """Widths of the layers, and three numbers that no tensor gives."""
 
     encoder: tuple[int, int, int]  # two convolutions, and what comes out
     encoder_blocks: int
@@ -34,7 +34,7 @@ class MotionConfig:
 
 
 class Lateral(nn.Module):
-    """Two convolutions, added to what goes in."""
+    """Two convolutions, added to their input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class HypoNet(nn.Module):
 
 
 class MotionField(nn.Module):
-    """What knows the motion between two pictures: made of both flows once, asked for several times."""
+    """The motion between two pictures: made of both flows once, asked for several times."""
 
     def __init__(self, config: MotionConfig) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class MotionField(nn.Module):
 
 @dataclass(frozen=True)
 class Motion:
-    """Both flows of a pair and what all times between them share."""
+    """Both flows of a pair and the tensors that all times between them share."""
 
     forth: Tensor
     back: Tensor

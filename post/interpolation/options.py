@@ -60,6 +60,6 @@ class InterpolationOptions(Options, title="interpolation"):
 
     @property
     def alignment(self) -> int:
-        """What sides of pictures have to be multiples of, so that they are one of 32 at the part."""
+        """Return the divisor of pictures' sides, so that sides of the scaled part are multiples of 32."""
         step = ALIGNMENT / self.part  # whole steps of this; the first whole number among them
         return step.numerator

@@ -106,7 +106,7 @@ class MotionEncoder(nn.Module):
 
 
 class RecurrentTurn(NamedTuple):
-    """One turn of the recurrent unit, along rows or columns, with what stays the same in all iterations."""
+    """One turn of the recurrent unit, along rows or columns, with the part equal in all iterations."""
 
     constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
     moving: Tensor  # weights of the motion for the three gates
@@ -128,8 +128,8 @@ class SeparableGru(nn.Module):
     def turns(self, context: Tensor) -> tuple[RecurrentTurn, RecurrentTurn]:
         """Return both turns of an iteration. context: 1 . h w, the same in all of them.
 
-        The three gates read the same maps, and a convolution is linear in them: what the context adds is
-        computed once, and what the motion adds for all gates together.
+        The three gates read the same maps, and a convolution is linear in them: the context's part is
+        computed once, and the motion's for all gates together.
         """
         return self._turn("1", context), self._turn("2", context)
 
@@ -203,7 +203,7 @@ class Raft(nn.Module):
         self.update_block = UpdateBlock(config)
 
     def encode(self, image: Tensor) -> EncodedPicture:
-        """Return what a picture gives alone. image: 1 3 H W, 0..255."""
+        """Return the features of a single picture. image: 1 3 H W, 0..255."""
         image = 2 * (image / 255) - 1
         quarter, eighth, context = self.cnet(image)
         return EncodedPicture(quarter, eighth, self.fnet(image)[2], context)

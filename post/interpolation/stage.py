@@ -67,7 +67,7 @@ def make_interpolation(options: InterpolationOptions, device: torch.device) -> S
 
 
 class Interpolator:
-    """Makes pictures between pictures: a `Stage`. Holds two pictures at a time, and what they give alone."""
+    """Makes pictures between pictures: a `Stage`. Holds two pictures at a time, and their features."""
 
     def __init__(self, options: InterpolationOptions, network: Interpolation, device: torch.device) -> None:
         self._options, self._network, self._device = options, network, device

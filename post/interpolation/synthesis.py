@@ -69,7 +69,7 @@ class Residual(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Enlarge the features of a picture; and make what `outputs` says of all that is known at that size."""
+    """Enlarge the features of a picture; and make `outputs` channels of all features of that size."""
 
     def __init__(self, features: int, others: int, config: RefinementConfig) -> None:
         """features: channels of a picture's map. others: inputs beside the two enlarged maps."""
@@ -155,7 +155,7 @@ class SynthesisConfig:
 
 @dataclass(frozen=True)
 class Maps:
-    """A picture's features as the synthesis takes them."""
+    """A picture's features for the synthesis."""
 
     quarter: Tensor  # in the dtype of the layers
     eighth: Tensor
@@ -164,7 +164,7 @@ class Maps:
 
 @dataclass(frozen=True)
 class Refined:
-    """The flow at a quarter of the size, and what belongs to it."""
+    """The flow at a quarter of the size, with its feature and masks."""
 
     flow: Tensor  # 1 4 h w, to the first and to the second picture, in pixels of this size, float32
     mask: Tensor  # 1 1 h w, logit, float32
@@ -311,7 +311,7 @@ def _joined(both: Tensor) -> Tensor:
 
 
 def _through(layers: nn.Sequential, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return what the layers make of the parts joined; the list of these large tensors is emptied."""
+    """Return the layers' output for the joined parts; the list of these large tensors is emptied."""
     x = torch.cat([part.to(dtype) for part in parts], dim=1)
     parts.clear()
     for layer in layers:

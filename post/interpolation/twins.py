@@ -43,7 +43,7 @@ class TwinsMlp(nn.Module):
 
 
 class TwinsBlock(nn.Module):
-    """An attention over a map and an MLP, both added to what comes in."""
+    """An attention over a map and an MLP, both added to their input."""
 
     def __init__(self, attn: nn.Module, width: int, eps: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class TwinsBlock(nn.Module):
         self.mlp = TwinsMlp(width)
 
     def forward(self, x: Tensor, *given: Tensor) -> Tensor:
-        """x: B H W C. given: what else the attention wants."""
+        """x: B H W C. given: further inputs of the attention."""
         x = x + self.attn(self.norm1(x), *given)
         return x + self.mlp(self.norm2(x))
 
@@ -141,7 +141,7 @@ class Twins(nn.Module):
         self.pos_block = nn.ModuleList(Neighbours(stage.width) for stage in stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: B 3 H W in -1..1. Returns what comes out of each stage, B C h w."""
+        """images: B 3 H W in -1..1. Returns the output of each stage, B C h w."""
         x, found = images, []
         for embed, pair, neighbours in zip(self.patch_embeds, self.blocks, self.pos_block, strict=True):
             windowed, coarse = pair.children()

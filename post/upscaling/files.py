@@ -68,7 +68,7 @@ RRDB = UpscalerKind("ESRGAN", "esrgan", RRDBNet, repeats_edge=False)
 
 @dataclass(frozen=True)
 class Upscaler:
-    """A network and what must be known to run it."""
+    """A network and the facts to run it."""
 
     kind: UpscalerKind
     config: Config
@@ -76,13 +76,13 @@ class Upscaler:
 
 
 def check_file(path: Path) -> tuple[UpscalerKind, Config]:
-    """Return what a file holds; only names and shapes are read. Raises CheckpointError for other files."""
+    """Return a file's kind; only names and shapes are read. Raises CheckpointError for other files."""
     upscaler = load_upscaler(path, META, torch.float32)
     return upscaler.kind, upscaler.config
 
 
 def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upscaler:
-    """Load the network of a file, whose kind and dimensions its tensors tell.
+    """Load the network of a file; its tensors give kind and dimensions.
 
     Norms and biases of scores stay in float32. Raises CheckpointError for other files.
     """
@@ -118,7 +118,7 @@ def read_upscaler(checkpoint: Checkpoint) -> tuple[UpscalerKind, LoadPlan[Any]]:
 
 
 def _old_names(checkpoint: Checkpoint) -> Names:
-    """Return the table of old names; the number of the last layer tells how many enlargements there are."""
+    """Return the table of old names; the number of the last layer gives that of enlargements."""
     last = max((int(name.split(".")[1]) for name in checkpoint.tensors if _is_numbered(name)), default=0)
     ups = max(last - 4, 0) // 3
     ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, ups + 1)]

@@ -81,7 +81,7 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, multiple: int) -> Tensor:
-    """Return what attention mixes, G heads N D as `q`; heads are filled up to a width of that multiple.
+    """Return the result of attention, G heads N D as `q`; heads are filled up to a width of that multiple.
 
     Torch's kernels sum the scores and make them shares in float32, whatever the dtype.
     """
@@ -165,7 +165,7 @@ class ResidualGroup(nn.Module):
 
 
 def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
-    """Return a bias (heads N N) less what keeps the last `rows` and `columns` of a window from the others."""
+    """Return a bias (heads N N) that separates the last `rows` and `columns` of a window from the others."""
     if not rows and not columns:
         return bias
     place = torch.arange(window, device=bias.device)
@@ -201,7 +201,7 @@ def pieces(batch: int, rows: range, columns: range, most: int) -> Iterator[tuple
 
 
 def convolutions(config: SwinirConfig) -> nn.Module:
-    """Return what follows a layer: one convolution, or three through a quarter of the channels."""
+    """Return the convolutions behind a layer: one, or three through a quarter of the channels."""
     dim, narrow = config.dim, config.dim // 4
     if config.convolutions == 1:
         return nn.Conv2d(dim, dim, 3, padding=1)
@@ -215,7 +215,7 @@ def convolutions(config: SwinirConfig) -> nn.Module:
 
 
 class Layer(nn.Module):
-    """Blocks, then convolutions, added to what came in."""
+    """Blocks, then convolutions, added to the input."""
 
     def __init__(self, config: SwinirConfig, heads: int, depth: int) -> None:
         super().__init__()

@@ -88,7 +88,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Randomness:
-    """Hold what the random numbers of a micro-batch are made from."""
+    """Hold the seeds of a micro-batch's random numbers."""
 
     timesteps: TimestepOptions
     seed: int
@@ -147,7 +147,7 @@ class Randomness:
 def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
     """Return how many latent frames in front of a batch stay clean: the first one, or none.
 
-    frames: of the latents; a picture is never given. stream: what the draw is seeded by.
+    frames: of the latents; a picture is never given. stream: seed of the draw.
     """
     if frames == 1 or not spec.first_frame_probability:
         return 0

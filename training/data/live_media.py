@@ -31,7 +31,7 @@ from modules.seeds import derive_seed
 
 
 class LiveMedia:
-    """The media encoders of a family, kept while training, and what they make of pictures."""
+    """The media encoders of a family, kept while training, for pictures."""
 
     def __init__(self, family: Caches, tables: Mapping[int, LiveTable], device: torch.device) -> None:
         """tables: by index; those with `media` are encoded here."""

@@ -49,7 +49,7 @@ class LiveTexts:
     def add_to(self, batch: Batch) -> Batch:
         """Return a batch with the outputs of these encoders for its captions, B first; on the CPU.
 
-        Gradients flow to what learns, if they are on. Other encoders are asked without.
+        Gradients flow to trained parts, if they are on. Other encoders are asked without.
         """
         prompts = [Prompt(caption) for caption in batch.captions]
         tensors = dict(batch.tensors)

@@ -32,7 +32,7 @@ NEARLY = 1e-6  # of a timestep: 0.57 * 1000 is 569.9999999999999
 
 @dataclass(frozen=True)
 class Timesteps:
-    """What one micro-batch is trained at. Both B, float32, on the CPU."""
+    """Noise levels of one micro-batch. Both B, float32, on the CPU."""
 
     sigmas: Tensor  # share of noise in the mixture, 0..1
     timesteps: Tensor  # what the network is fed
@@ -201,7 +201,7 @@ def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) 
 
 
 def timesteps_at(options: TimestepOptions, sigmas: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
-    """What the network is fed for these shares of noise, B float32: 1000 t and the family's offset.
+    """Return the network's timesteps for these shares of noise, B float32: 1000 t and the family's offset.
 
     The sampler `sigma` has no offset, as it draws from the whole thousandths.
     """
@@ -315,9 +315,10 @@ def _of_logsnr(mean: float, std: float, numbers: Tensor) -> Tensor:
 
 
 def _mixed(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tensor:
-    """Return t by the sampler whose share of 0..1 the uniform number lies in: a mixture, drawn per sample.
+    """Return t from a mixture of samplers: the uniform number of each sample chooses one.
 
-    The place within the share is uniform again, and is that sampler's number.
+    Samplers have shares of 0..1; the number's place within a share is uniform again, and is fed to its
+    sampler.
     """
     t, start = torch.zeros_like(numbers), 0.0
     for sampler, share in MIXTURES[options.timestep_sampling]:

@@ -24,7 +24,7 @@ LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
 
 
 class LrSchedule(Protocol):
-    """What the loop needs of a schedule.
+    """Functions that the loop needs of a schedule.
 
     The state is plain values; call `load_state_dict` after the optimizer's own state was restored.
     """

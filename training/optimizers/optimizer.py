@@ -106,7 +106,7 @@ def class_path(name: str) -> str:
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
     """Find the class behind a name.
 
-    Raises OptionError naming what to install or what there is, or if it is no optimizer.
+    Raises OptionError naming the missing package or the known names, or if it is no optimizer.
     """
     path = NAMES.get(name.lower(), name)
     module, _, class_name = path.rpartition(".")
@@ -126,7 +126,7 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
 
 
 def import_object(option: str, name: str, module: str, attribute: str) -> Any:
-    """Import what an option names as `module.attribute`.
+    """Import the object that an option names as `module.attribute`.
 
     Raises OptionError naming the package to install, or the fault.
     """

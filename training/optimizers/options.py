@@ -83,7 +83,7 @@ class AverageOptions(Options, title="average of the weights (EMA)"):
 
 
 class PartsOptions(Options, title="what is trained"):
-    """What gets a LoRA: the DiT, the text encoders, or both; and their learning rates."""
+    """Networks that get a LoRA: the DiT, the text encoders, or both; and their learning rates."""
 
     network_train_unet_only: bool = option(
         "put the network into the transformer only",

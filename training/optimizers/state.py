@@ -1,6 +1,6 @@
 """Store an optimizer's state, and restore it to the same bits.
 
-`Optimizer.load_state_dict` alone is not enough: it casts what it restores to the parameters' dtype, which
+`Optimizer.load_state_dict` alone is not enough: it casts restored tensors to the parameters' dtype, which
 ruins 8-bit states and float32 moments of bf16 parameters. Parameters are known by name, so a state fits only
 the network it was made with.
 """

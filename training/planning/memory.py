@@ -96,7 +96,7 @@ def plan_training(
 
 
 def remarks_on_host(prediction: StepPrediction, phase: Phase, host: int | None) -> list[str]:
-    """Return what to do if transformers that take turns do not fit the host.
+    """Return remedies if transformers that take turns do not fit the host.
 
     host: its free bytes; None: unknown.
     """
@@ -117,7 +117,7 @@ def prepare_memory(
     sources: BatchSources | None = None,
     texts: LiveTexts | None = None,
 ) -> tuple[TrainingOptions, MemoryWatch | None]:
-    """Resolve --blocks_to_swap auto before anything is loaded; also return what watches the memory.
+    """Resolve --blocks_to_swap auto before anything is loaded; also return a watcher of the memory.
 
     A rehearsal is made only if there is a CUDA device. texts: encoded in each step. Raises MemoryPlanError if
     auto cannot be resolved.
@@ -151,7 +151,7 @@ def prepare_memory(
 def advice(
     family: Trains, prediction: StepPrediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
 ) -> list[str]:
-    """Return what to change so that the run fits, the cheapest first.
+    """Return changes by which the run fits, the cheapest first.
 
     Each line adds to those before it; the last one fits if any does.
     """

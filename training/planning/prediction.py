@@ -1,4 +1,4 @@
-"""Predict what a training step will hold on the device: rehearse it without data or loaded weights."""
+"""Predict a training step's memory on the device: rehearse it without data or loaded weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class StepPrediction:
-    """Hold what a step needs before any block is swapped, and what swapping changes."""
+    """Hold a step's memory before any block is swapped, and the effect of swapping."""
 
     options: TrainingOptions
     batch: str  # the size of the batch, in words
@@ -73,7 +73,7 @@ class StepPrediction:
         return self.sampled > 0 or (self.others > 0 and self.options.by_expert.offload_inactive_dit)
 
     def _others(self, moment: Moment, swap: Swapped) -> tuple[MemoryPart, ...]:
-        """Return what further transformers hold, and what learns in them.
+        """Return the memory of further transformers, and of their trained parts.
 
         If they take turns, each has all its weights in host memory, also the one at work.
         """
@@ -118,7 +118,7 @@ def predict(
 ) -> StepPrediction:
     """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
 
-    8-bit products are rehearsed as 16-bit products of the same weights. Raises what loading raises.
+    8-bit products are rehearsed as 16-bit products of the same weights. Raises the errors of loading.
     """
     choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
     placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)

@@ -59,7 +59,7 @@ GUESS = 8.0  # two float32 moments
 
 @dataclass
 class Rehearsal:
-    """Hold a wrapped DiT without content, and what steps it."""
+    """Hold a wrapped DiT without content, and its optimizer."""
 
     family: Trains
     options: TrainingOptions
@@ -285,7 +285,7 @@ def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
 
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
-    """Return what accelerate makes of --mixed_precision."""
+    """Return accelerate's autocast for --mixed_precision."""
     dtype = AUTOCAST.get(options.accelerator.mixed_precision)
     if dtype is None:
         return contextlib.nullcontext

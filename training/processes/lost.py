@@ -1,4 +1,4 @@
-"""Recognise that another process of a run was lost, and find out which one."""
+"""Recognise and find a lost process of a run."""
 
 import contextlib
 import re
@@ -17,7 +17,7 @@ CONSEQUENCE = "The run cannot go on without it; what was saved is untouched."
 
 
 class LostProcessError(UserError):
-    """Another process of the run was lost. One of those that live tells it."""
+    """Another process of the run was lost. One of the living processes reports it."""
 
     def __init__(self, message: str, is_told_here: bool) -> None:
         super().__init__(message)
@@ -47,7 +47,7 @@ def find_lost(rank: int, count: int) -> list[int] | None:
 
 
 def describe_loss(lost: list[int] | None) -> str:
-    """Return what to say of the processes that `find_lost` found."""
+    """Return the message on the processes that `find_lost` found."""
     if not lost:
         return f"another process of this run was lost: it was killed, or ended by an error. {CONSEQUENCE}"
     which = f"process {lost[0]}" if len(lost) == 1 else f"processes {', '.join(map(str, lost))}"
@@ -64,7 +64,7 @@ def _key(rank: int) -> str:
 
 @contextlib.contextmanager
 def _impatient() -> Iterator[distributed_c10d.Store | None]:
-    """Yield what the processes met through, which waits for seconds instead of a day; None without it."""
+    """Yield the processes' common store, which waits for seconds instead of a day; None without it."""
     try:
         store = distributed_c10d._get_default_store()
     except (RuntimeError, ValueError):

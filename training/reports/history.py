@@ -1,4 +1,4 @@
-"""Keep what a run reports in a list of lines beside its files; its page is made of them alone.
+"""Keep a run's reports in a list of lines beside its files; its page is made of them alone.
 
 `OUTPUT_NAME-history.jsonl` has one JSON object a line: first the run it belongs to, then steps, validations,
 samples and saved files as they happen. Lines are appended. A resumed run drops those of steps beyond its
@@ -39,7 +39,7 @@ class SampleRow:
 
 @dataclass
 class Story:
-    """Hold what the lines of a history tell."""
+    """Hold the content of a history's lines."""
 
     loss: Points = field(default_factory=list)
     seconds: Points = field(default_factory=list)  # of steps
@@ -113,8 +113,8 @@ class History:
     def __init__(self, path: Path, session: int, step: int = 0, is_written: bool = True) -> None:
         """Go on with the lines of a run that stands at `step`: none at 0, or if the file is of another run.
 
-        session: tells the run from others of the same name. is_written: else the file is only read. A file
-        that cannot be read is reported and counts as none.
+        session: identifies the run among others of the same name. is_written: else the file is only read. A
+        file that cannot be read is reported and counts as none.
         """
         self.path, self.session, self.is_written = path, session, is_written
         self._waiting: list[str] = []
@@ -156,11 +156,11 @@ class History:
 
     @property
     def events_told(self) -> Story:
-        """Return what the lines in memory tell: all but curves of steps."""
+        """Return the content of the lines in memory: all but curves of steps."""
         return Story.of(self.events)
 
     def read(self) -> Story:
-        """Return what all lines on disk tell. Raises OSError if they cannot be read."""
+        """Return the content of all lines on disk. Raises OSError if they cannot be read."""
         return Story.of(_rows(self.path, self.session))
 
 

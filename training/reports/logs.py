@@ -268,7 +268,7 @@ def run_folder(options: LogOptions, started: datetime) -> Path | None:
 
 
 def check_trackers(options: LogOptions) -> None:
-    """Raise OptionError, naming what to install, if a tracker's package is missing.
+    """Raise OptionError, naming the package to install, if a tracker's is missing.
 
     Raises UserError if --log_tracker_config cannot be read, OutputError if nothing can be written in
     --logging_dir.

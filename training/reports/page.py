@@ -48,7 +48,7 @@ class PageCommand:
 
 @dataclass(frozen=True)
 class PageFacts:
-    """Hold what the page says and the history does not know."""
+    """Hold facts for the page that the history lacks."""
 
     name: str  # --output_name
     model: str
@@ -182,7 +182,7 @@ def _grid(story: Story, clips: ClipStore) -> dict[str, Any]:
 
 
 def describe_clip(prompt: str, step: int) -> str:
-    """Return what a clip shows, for those who cannot see it."""
+    """Return a description of a clip, for those who cannot see it."""
     return f"{prompt}, step {step}"
 
 
@@ -323,7 +323,7 @@ def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, An
 
 
 def _advice(story: Story, best: str | None) -> str:
-    """Return what to say of the best file, or how to find out which one it is."""
+    """Return the advice on the best file, or how to find it."""
     lowest = story.lowest
     if lowest is None:
         return (

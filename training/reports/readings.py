@@ -1,7 +1,7 @@
 """Read the numbers that a step leaves on the device one step later, so that the host never waits for them.
 
 They are one row: the loss; if there are several experts the sum of the losses and the count of micro-batches
-of each; of several processes what they wish for; at the end norms.
+of each; of several processes their wishes; at the end norms.
 
 A step is timed from the end of the step before it, or from the end of a pause, to its own end on the device:
 not to when the host reads its numbers, which is a step later, or at once if a pause follows.
@@ -62,7 +62,7 @@ def losses_by_expert(values: Sequence[float], experts: Sequence[Expert]) -> dict
 
 @dataclass(frozen=True)
 class Notes:
-    """Hold what the host knows of a step at once."""
+    """Hold facts about a step that the host knows at once."""
 
     keys: tuple[str, ...]  # the items this process trained on
     rates: Mapping[str, float]  # learning rates by group

@@ -1,4 +1,4 @@
-"""Pass what a run does to its history, and make its page of that. Nothing that goes wrong here ends a
+"""Pass the events of a run to its history, and make its page from them. Nothing that goes wrong here ends a
 training.
 """
 
@@ -165,7 +165,7 @@ class RunReporter:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Turn what goes wrong into one warning."""
+        """Turn errors into one warning."""
         try:
             yield
         except Exception as error:

@@ -41,7 +41,7 @@ class ReducedClip:
 
 
 def results_pattern(name: str) -> re.Pattern[str]:
-    """Return what the names of all samples and sheets of a run match, and no others."""
+    """Return a pattern that only the names of a run's samples and sheets match."""
     return re.compile(rf"{re.escape(name)}_(e?\d{{6,}})_(sheet\.png|\d{{2,9}}_\d{{14}}[\w.-]*)")
 
 

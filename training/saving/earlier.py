@@ -53,7 +53,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def is_of_another_run(names: Names, session: int) -> bool:
-    """Return whether the history that lies under this name tells of another run. session: of this one."""
+    """Return whether the history under this name is of another run. session: of this one."""
     found = read_session(history_path(names.folder, names.name))
     return found is not None and found != session
 

@@ -37,7 +37,7 @@ class Names:
         return next(iter(self.files(stem).values()))
 
     def files(self, stem: str) -> dict[str, Path]:
-        """Return the files that are saved together by what ends their names: `x-000001_high_noise`."""
+        """Return the files that are saved together by the endings of their names: `x-000001_high_noise`."""
         if not self.parts:
             return {"": self.folder / f"{stem}.safetensors"}
         return {part: self.folder / f"{stem}_{part}.safetensors" for part in self.parts}
@@ -101,7 +101,7 @@ class Saver:
         self._save(self.names.name, self.options.save_state or self.options.save_state_on_train_end)
 
     def tidy_steps(self, step: int) -> None:
-        """Remove what a save at `step` no longer keeps."""
+        """Remove files that a save at `step` no longer keeps."""
         options = self.options
         # saves by the clock may be at any step
         every = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
@@ -111,7 +111,7 @@ class Saver:
             _remove_up_to(self.names.folder, pattern, last_expired_step(step, every, last_n), every)
 
     def tidy_epochs(self, epoch: int) -> None:
-        """Remove what a save at `epoch` no longer keeps."""
+        """Remove files that a save at `epoch` no longer keeps."""
         options, every = self.options, self.options.save_every_n_epochs or 1
         for pattern, last_n in self._kinds(
             r"-(\d{6,})", options.save_last_n_epochs, options.save_last_n_epochs_state

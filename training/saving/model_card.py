@@ -46,7 +46,7 @@ OF_DATASETS = ("resolution", "target_frames", "frame_extraction", "num_repeats")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says. metadata: of the trained file."""
+    """Content of a card. metadata: of the trained file."""
 
     name: str  # --output_name
     is_lora: bool

@@ -67,7 +67,7 @@ def file_checksum(path: Path) -> int:
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return what was encoded as JSON, with tensors by their names."""
+    """Return the value encoded as JSON, with tensors by their names."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:

@@ -119,7 +119,7 @@ def one_error(folder: Path) -> Iterator[None]:
 
 
 def state_pattern(name: str) -> re.Pattern[str]:
-    """Return what the names of all state folders of run `name` match, and no others."""
+    """Return a pattern that only the names of run `name`'s state folders match."""
     return re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
 
 
@@ -134,7 +134,7 @@ def recover_states(output_dir: Path, name: str) -> None:
 def find_latest(output_dir: Path, name: str) -> Path | None:
     """Return the complete state of run `name` with the most steps, or None.
 
-    Repairs what a killed run left half done.
+    Repairs folders that a killed run left half done.
     """
     if not output_dir.is_dir():
         return None
@@ -227,7 +227,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def _is_plain(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
     """Return whether the state dict holds exactly the parameters and buffers themselves.
 
-    Foreign networks may compute what they store.
+    Foreign networks may compute their stored tensors.
     """
     named = {
         **dict(module.named_parameters(remove_duplicate=False)),
