@@ -218,7 +218,7 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
 def count_real(
     mask: Tensor, before: int, device: torch.device
 ) -> tuple[int, list[int] | None, Lengths | None]:
-    """Return as `real_tokens`, and how many of all tokens are real with `before` in front of the text."""
+    """Return as `real_tokens`, and the number of real tokens with `before` in front of the text."""
     longest, counts = real_tokens(mask)
     return longest, counts, None if counts is None else lengths_on([before + n for n in counts], device)
 

@@ -1,11 +1,11 @@
 """Dialects of tensor names in LoRA files: recognise them, bring them into ours.
 
-ours        lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight   .alpha other
-diffusion_model.blocks.0.self_attn.q.lora_A.weight   .lora_B.weight        (diffusion-pipe, ComfyUI; alpha is
-optional) diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight, base_model.model. ...       (also PEFT,
-also .lora.down / .lora.up) LyCORIS     lycoris_blocks_0_self_attn_q.hada_w1_a ... VideoX-Fun
-lora_unet__blocks_0_self_attn_q.lora_down.weight DiffSynth
-pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
+ours        lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight   .alpha
+other       diffusion_model.blocks.0.self_attn.q.lora_A.weight   .lora_B.weight   (ComfyUI; alpha is optional)
+diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight, base_model.model. ... (PEFT; .lora.down / .lora.up)
+LyCORIS     lycoris_blocks_0_self_attn_q.hada_w1_a ...
+VideoX-Fun  lora_unet__blocks_0_self_attn_q.lora_down.weight
+DiffSynth   pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
 LightX2V    as other, with diffusion_model.blocks.0.norm3.diff   .diff_b   diffusion_model.blocks.0.diff_m
 U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, also with
             attn1.processor.to_q_lora.down.weight (diffusers before PEFT); input_blocks_1_1_... in place of

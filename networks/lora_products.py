@@ -257,8 +257,7 @@ def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
 
 
 class _Noise(torch.autograd.Function):
-    """Compute x @ P.T for a normal P drawn from a seed; the backward pass draws P again instead of keeping
-    it."""
+    """Compute x @ P.T for a normal P, drawn from a seed again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int) -> Tensor:

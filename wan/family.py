@@ -232,8 +232,7 @@ class Wan:
         return moments_rules(self.image_kind)
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Return means of the posteriors, normalised: no sample is drawn, as for clips that are encoded
-        here."""
+        """Return normalised means of the posteriors: no sample is drawn, as for clips encoded here."""
         return normalise_moments(media, self._vae_dtype())
 
     # the network

@@ -101,7 +101,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
 
 
 def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
-    """Return the error with which a run ends that has done all but these. things: a word for them."""
+    """Return the error at the end of a run for its failures. things: a word for them."""
     lines = "\n  ".join(map(str, failures))
     return DatasetError(
         f"{len(failures)} of the {things} could not be used; all others are done:\n  {lines}\n"

@@ -1,7 +1,7 @@
 """The contract between a model family and the shared loops.
 
-Fixed meanings: `noisy` is B C F H W in model space (images: F = 1). `sigmas` is what is mixed (B, 0..1);
-`timesteps` is what the model is fed (B, float, about 1000 * sigma). `predict` returns the velocity `noise -
+Fixed meanings: `noisy` is B C F H W in model space (images: F = 1). `sigmas` is the share of noise (B, 0..1);
+`timesteps` is the model's input (B, float, about 1000 * sigma). `predict` returns the velocity `noise -
 latents`, shaped like `noisy`. A family is a frozen dataclass made by
 `family_for_training/caching/generation(options)` in its `family.py`; no loop asks for its name.
 """

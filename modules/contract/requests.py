@@ -1,4 +1,4 @@
-"""What is asked for and what will be made of it; what the families check and settle in the same way."""
+"""Requests and their prepared form; checks and defaults that all families share."""
 
 import logging
 from collections.abc import Mapping, Sequence

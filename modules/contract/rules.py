@@ -185,7 +185,7 @@ class SourceRules:
 
 @dataclass(frozen=True)
 class MagCache:
-    """Skip passes while the size of what the blocks add is known to change little."""
+    """Skip passes while the size of the blocks' residual is known to change little."""
 
     # size of what the blocks add, against the step before; resampled to the number of steps
     ratios: tuple[float, ...]

@@ -21,7 +21,7 @@ class EncodedPrompts:
     away: Conditions | None = None
 
     def section(self, noise: Tensor, inputs: Conditions | None = None) -> "Section":
-        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into what is denoised.
+        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into a section.
 
         Texts that are the same object become the same conditions, so that a pass with them runs once.
         """
@@ -62,7 +62,7 @@ class Away:
 
 @dataclass(frozen=True)
 class Turn:
-    """Which pass of which step a call of the network is, for code that remembers something between steps."""
+    """Hold step and pass of a call of the network, for code that remembers something between steps."""
 
     step: int  # from 0, of those that are made
     num_steps: int

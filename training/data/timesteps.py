@@ -317,8 +317,7 @@ def _of_logsnr(mean: float, std: float, numbers: Tensor) -> Tensor:
 def _mixed(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tensor:
     """Return t from a mixture of samplers: the uniform number of each sample chooses one.
 
-    Samplers have shares of 0..1; the number's place within a share is uniform again, and is fed to its
-    sampler.
+    The number's place within a sampler's share is uniform again, and is fed to it.
     """
     t, start = torch.zeros_like(numbers), 0.0
     for sampler, share in MIXTURES[options.timestep_sampling]:
