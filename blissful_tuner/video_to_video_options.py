@@ -14,6 +14,7 @@ SPELLINGS = ("--strength", "--v2v_denoise", "--denoise_strength")
 MOST_NOISE = 10
 USUAL_NOISE = "0.01 to 0.05 are usual"
 _SHARE = "how much is made anew: share of the steps that run; 1 replaces it completely"
+_PAD = "how a video that is too short is filled up: repeat its first or its last frame"
 _NO_IMAGE = "this model makes single images with --one_frame_inference and --control_image_path"
 _NO_VIDEO = "this script makes pictures. Give one to --i2i_path"
 USED_WITH = {  # options that count with some sources only
@@ -39,10 +40,11 @@ class SourceDefaults:
         refused |= {} if self.takes_video else dict.fromkeys(("video_path", "v2v_pad_mode"), _NO_VIDEO)
         spelled = tuple(dict.fromkeys((f"--{self.share}", *SPELLINGS)))
         other = next(name for name in SHARES if name != self.share)
+        refused_if_short = {"v2v_pad_mode": {"help": f"{_PAD}; default: it is refused"}}
         defaults = {self.share: self.denoise, "v2v_pad_mode": self.pad_mode if self.takes_video else None}
         return {
             "refused": refused,
-            "settings": {self.share: {"flags": spelled}},
+            "settings": {self.share: {"flags": spelled}, **({} if self.pad_mode else refused_if_short)},
             "defaults": defaults,
             "without": (other,) if self.takes_image else (other, "i2_extra_noise"),
         }
@@ -72,7 +74,7 @@ class SourceOptions(Options, title="video or image to start from"):
         flags=("--v2v_noise_mode", "--noise_mode"),
     )
     v2v_pad_mode: str | None = option(
-        "how a video that is too short is filled up: repeat its first or its last frame",
+        _PAD,
         choices=("front", "end"),
     )
     v2v_extra_noise: float | None = option(

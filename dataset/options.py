@@ -206,7 +206,9 @@ class DebugOptions(Options, title="looking at the dataset"):
         often=True,
     )
     console_width: int = option("console: width in characters", default=80, least=8, most=1000)
-    console_back: str | None = option(f"console: background ({', '.join(COLOURS)})", one_of=COLOURS)
+    console_back: str | None = option(
+        f"console: background ({', '.join(COLOURS)})", one_of=COLOURS, type=str.lower
+    )
     console_num_images: int | None = option("console: at most this many items of each dataset", least=1)
 
 

@@ -66,13 +66,13 @@ def option(
 
     default: False for a switch, else None, when not given. name: the public name if the field has another;
     flags: further spellings. often: -h shows it. positional: given by its place, without a flag.
-    title: the heading of its group, if not that of the record. least, most,
-    above, below: limits of a number, or of each of a tuple. one_of: its values, in any case, where the parser
-    is not to know them. hint: follows the message on a wrong value. needs: an option of this record that has
-    to be given too; of a tuple, one of them. excludes: options that cannot stand beside it. refused: values
-    of `choices` -> why they are refused. facts: FREE, NO_PIXELS and the like. settings: further ones of
-    `add_argument`. In front of a record, `facts` hold for all its options, and settings are those of
-    `add_options`.
+    title: the heading of its group, if not that of the record. least, most, above, below: limits of a number,
+    or of each of a tuple. one_of: its values, where the parser is not to know them. needs: an option of this
+    record that has to be given too; of a tuple, one of them. excludes: options that cannot stand beside it.
+    hint: follows the message on a wrong value, or on `needs` or `excludes` if nothing else limits the value.
+    refused: values of `choices` -> why they are refused. facts: FREE, NO_PIXELS and the like. settings:
+    further ones of `add_argument`. In front of a record, `facts` hold for all its options, and settings are
+    those of `add_options`.
     """
     words = {"needs": (needs,) if isinstance(needs, str) else needs}
     words["excludes"] = (excludes,) if isinstance(excludes, str) else excludes
@@ -235,9 +235,12 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
             if "least" in shown and "most" in shown:
                 limits = f"from {shown['least']} to {shown['most']}"
             raise OptionError(f"{option} {show_number(number)}: give a number {limits}{behind}")
-    if "one_of" in facts and str(value).lower() not in facts["one_of"]:
+    if "one_of" in facts and value not in facts["one_of"]:
         near = f", not {shorten(str(value), 80)!r}" if not value else ""
         raise OptionError(f"{option} {value}: use {_either(facts['one_of'])}{near}{behind}")
+    # a hint is about the value if there are limits, else about what stands beside it
+    is_of_value = "one_of" in facts or any(fact in facts for fact in _LIMITS)
+    behind = "" if is_of_value else behind
     others = {"--" + option_name(one): one for one in dataclasses.fields(record)}
     needed = ["--" + name for name in facts.get("needs", ())]
     if (needed or "excludes" in facts) and is_given(record, field):
@@ -245,7 +248,9 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
             if is_given(record, others[f"--{name}"]):
                 raise OptionError(f"{option} and --{name} exclude each other: give one of them{behind}")
         if needed and not any(is_given(record, others[name]) for name in needed):
-            raise OptionError(f"{option} needs {_either(needed)}: give both{behind}")
+            what = "both" if len(needed) == 1 else "one of them too"
+            behind = "" if "excludes" in facts else behind
+            raise OptionError(f"{option} needs {_either(needed)}: give {what}{behind}")
 
 
 _LIMITS = {"least": "of at least", "above": "above", "most": "of at most", "below": "below"}

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from modules.errors import CheckpointError, OptionError
 from training.optimizers.lr_schedule_options import ADAFACTOR, LrScheduleOptions
 from training.optimizers.optimizer import check_arguments, finds_own_rate, import_object, is_schedule_free
-from training.optimizers.state import plain_state
+from training.saving.states import plain_state
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
+from training.saving.states import plain_state
 
 # have the shape of their parameter
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"})
@@ -102,31 +103,6 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         for name, value in kept.items():
             if isinstance(value, Tensor) and value.dim():
                 kept[name] = value.to(device)
-
-
-def plain_state(value: Any, name: str) -> Any:
-    """Return a copy of containers with plain values, which alone can be read without running code.
-
-    Raises OptionError for another object. name: of the value in that message.
-    """
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, Mapping):
-        return {plain_state(key, name): plain_state(item, f"{name}/{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [plain_state(item, f"{name}/{index}") for index, item in enumerate(value)]
-        return tuple(items) if isinstance(value, tuple) else items
-    for kind in (bool, int, float, str):  # a class derived from them, as numpy's float, becomes one of them
-        if isinstance(value, kind):
-            return kind(value)
-    if value is None:
-        return None
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a numpy number
-        return value.item()
-    raise OptionError(
-        f"the optimizer keeps a {type(value).__name__} in {name}, which cannot be saved.\n"
-        "  Leave out --save_state, or use another --optimizer_type."
-    )
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,9 +73,11 @@ class Story:
                 elif loss is not None:
                     self.validations[step] = loss
         elif "samples" in row:
+            _require_names(row["files"].values())
             texts = ({int(index): text for index, text in row[name].items()} for name in ("files", "prompts"))
             self.samples[step, row["samples"]] = SampleRow(step, row["samples"], *texts)
         elif "saved" in row:
+            _require_names([row["saved"]])
             self.saved[row["saved"]] = step
         else:
             self.starts.append(step)
@@ -208,11 +210,20 @@ def _parse(line: bytes) -> Row | None:
     """Return a line as `History` writes it; None for another one."""
     try:
         row = json.loads(line.decode("utf-8"))
+        if not isinstance(row, dict) or not ("session" in row or type(row["step"]) is int):
+            return None
         if "session" not in row:
             Story.of([row])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return row if line.endswith(b"\n") else None
+
+
+def _require_names(names: Iterable[str]) -> None:
+    """Raise ValueError for a path where a name is meant: a history from elsewhere shows no other files."""
+    for name in names:
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"{name} is a path")
 
 
 def _finite(value: Any) -> Any:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modules.atomic_write import atomic_folder, recover_folder
+from modules.atomic_write import atomic_folder, check_space, recover_folder
 from modules.checkpoints.containers import load_pickled
 from modules.errors import CheckpointError, OptionError, UserError
 from training.saving.old_states import RECORD, file_checksum, read_old_state
@@ -72,15 +72,24 @@ class ForeignState:
 
 def write_state(folder: Path, state: SavedState) -> None:
     """Write `state` as `folder`, completely or not at all. Raises OutputError if writing fails."""
-    content = {name: value for name, value in vars(state).items() if name != "folder"}
-    content |= {"version": VERSION, "progress": asdict(state.progress)}
+    content = {"version": VERSION, "progress": asdict(state.progress)}
+    content |= {name: value for name, value in vars(state).items() if name not in {"folder", *content}}
+    content = {
+        name: value if name == "parts" else plain_state(value, name) for name, value in content.items()
+    }
     content["parts"] = {
         part: {name: _as_bytes(tensor) for name, tensor in tensors.items()}
         for part, tensors in state.parts.items()
     }
+    check_space(folder, sum(tensor.nbytes for tensors in state.parts.values() for tensor in tensors.values()))
     with atomic_folder(folder) as temporary:
         with (temporary / FILE).open("wb") as file:
-            torch.save(content, file)  # one tensor after the other, from any device
+            try:
+                torch.save(content, file)  # one tensor after the other, from any device
+            except RuntimeError as error:  # torch's own way to report a full disk
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         (temporary / CHECKSUM).write_text(f"{file_checksum(temporary / FILE):08x}\n", encoding="utf-8")
 
 
@@ -116,6 +125,31 @@ def one_error(folder: Path) -> Iterator[None]:
     except Exception as error:  # a harmful file may lead to any
         reason = shorten_value(error) or type(error).__name__
         raise CheckpointError(f"{folder} is damaged: {reason}.\n  {REMEDY}", folder) from error
+
+
+def plain_state(value: Any, name: str) -> Any:
+    """Return a copy of containers with plain values, which alone can be read without running code.
+
+    Raises OptionError for another object. name: of the value in that message.
+    """
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {plain_state(key, name): plain_state(item, f"{name}/{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [plain_state(item, f"{name}/{index}") for index, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    for kind in (bool, int, float, str):  # a class derived from them, as numpy's float, becomes one of them
+        if isinstance(value, kind):
+            return kind(value)
+    if value is None:
+        return None
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a numpy number
+        return value.item()
+    raise OptionError(
+        f"the optimizer keeps a {type(value).__name__} in {name}, which cannot be saved.\n"
+        "  Leave out --save_state, or use another --optimizer_type."
+    )
 
 
 def state_pattern(name: str) -> re.Pattern[str]:
@@ -255,6 +289,8 @@ def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
     """
     if not (folder / FILE).exists():
         return read_old_state(folder, is_checked)
+    if not (folder / CHECKSUM).is_file():
+        raise ValueError(f"{CHECKSUM} is missing")
     if is_checked and file_checksum(folder / FILE) != int(
         (folder / CHECKSUM).read_text(encoding="utf-8"), 16
     ):

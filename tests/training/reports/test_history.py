@@ -108,6 +108,11 @@ BROKEN = [
     b'{"step": 3, "loss": 1, "rates": [1]}',
     b'{"step": 3, "samples": "e1", "files": {"../x": "y"}, "prompts": {}}',
     b'{"step": 3, "validation": 5}',
+    b'{"step": "3", "loss": 1}',
+    b'"session x"',
+    b'["session"]',
+    b'{"step": 3, "saved": "../../x.png"}',
+    b'{"step": 3, "samples": "e1", "files": {"0": "../y.png"}, "prompts": {"0": "a"}}',
     b"x" * (1 << 21),
 ]
 

@@ -1,18 +1,20 @@
 """State folders and optimizer states: written, found, checked, read to the bit."""
 
+import errno
 import os
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError, OptionError, OutputError
 from tests.faults.damage import flip_bit, truncated
 from tests.training.toy import train_toy, write_caches
 from training.optimizers.state import optimizer_state, restore_optimizer
@@ -151,6 +153,28 @@ def test_a_damaged_state_is_passed_over_by_latest_and_refused_by_name(tmp_path: 
     assert find_latest(tmp_path, "x") == tmp_path / "x-000001-state"
     with pytest.raises(CheckpointError, match="x-000002-state is damaged"):
         read_state(tmp_path / "x-000002-state")
+
+
+def test_numbers_of_numpy_do_not_make_a_state_unreadable(tmp_path: Path) -> None:
+    write_state(tmp_path / "x-state", replace(state(), habits={"--rate": np.float64(0.5)}))
+
+    read = read_state(tmp_path / "x-state")
+
+    assert isinstance(read, SavedState)
+    assert read.habits == {"--rate": 0.5}
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("enforce fail at inline_container.cc") from None
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(OutputError, match="disk is full"):
+        write_state(tmp_path / "x-state", state())
+    assert not (tmp_path / "x-state").exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
