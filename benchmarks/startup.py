@@ -18,7 +18,7 @@ sys.path[0] = str(ROOT)
 
 from package.reelsmith.commands import find_commands  # noqa: E402
 
-BAR = 0.1
+BAR = 0.08
 
 
 def seconds(command: list[str], runs: int) -> float:
