@@ -206,10 +206,12 @@ class DebugOptions(Options, title="looking at the dataset"):
         often=True,
     )
     console_width: int = option("console: width in characters", default=80, least=8, most=1000)
-    console_back: str | None = option(
-        f"console: background ({', '.join(COLOURS)})", one_of=COLOURS, type=str.lower
-    )
+    console_back: str | None = option(f"console: background ({', '.join(COLOURS)})")
     console_num_images: int | None = option("console: at most this many items of each dataset", least=1)
+
+    def __post_init__(self) -> None:
+        if self.console_back is not None and self.console_back.lower() not in COLOURS:
+            raise OptionError(f"--console_back {self.console_back}: use one of {', '.join(COLOURS)}")
 
 
 def read_latent_caching(

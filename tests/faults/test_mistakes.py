@@ -110,7 +110,7 @@ NAMES = (
     wrong(GENERATIONS, "--lora_weight lora.safetensors --include_patterns [", "--include_patterns '['"),
     wrong(GENERATIONS, "--include_patterns a b", "2 patterns for 0 LoRA files", "one per file"),
     wrong((WAN, FP), "--compile --compile_args inductor fast auto False", "fast is unknown", "max-autotune"),
-    wrong(CACHE, "--debug_mode console --console_back pink", "--console_back pink", "use black, red"),
+    wrong(CACHE, "--debug_mode console --console_back pink", "--console_back pink", "use one of black"),
 )
 FILES = (
     wrong(GENERATIONS, "--dit BAD/cut.safetensors", "cut.safetensors is damaged or incomplete", "Download"),
