@@ -25,7 +25,7 @@ import torch
 from training.processes.accelerator import make_accelerator
 from training.processes.options import AcceleratorOptions
 from training.processes.gradients import largest
-accelerator = make_accelerator(AcceleratorOptions("no", False, False, False, 5, False, False))
+accelerator = make_accelerator(AcceleratorOptions.usual(ddp_timeout=5))
 total = torch.tensor([float(accelerator.process_index + 1)])
 torch.distributed.all_reduce(total)
 # as --blocks_to_swap auto is agreed on
