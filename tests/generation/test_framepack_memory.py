@@ -161,7 +161,8 @@ def test_at_full_size_a_section_fits_a_card_of_6_gb(tmp_path: Path) -> None:
             parser, ["--dit", str(path), "--prompt", "x", "--save_path", str(tmp_path / "out"), *more]
         )
         family = family_for_generation(read_options(FramePackGenerationOptions, args))
-        request = Request("x", 0, 640, 640, 145, 25, 1.0, 10.0, 7.0, "unipc-bh1", 30.0, "")
+        asked = Request("x", 0, 640, 640, 145, 25, 1.0, 10.0, 7.0, "unipc-bh1", 30.0, "")
+        request = replace(prepare(asked), own=FramePackRequest((Path("start.png"),) * 4))
         words = {"llama_vec": torch.zeros(512, 4096), "llama_attention_mask": torch.arange(512) < 200}
         encoded = EncodedPrompts({**words, "clip_l_pooler": torch.zeros(768)})
         inputs = {
