@@ -107,12 +107,6 @@ def check_at_most(option: str, value: float | None, maximum: float, meaning: str
         raise OptionError(f"{option} {show_number(value)}: must be at most {maximum:,} ({meaning})")
 
 
-def check_below(option: str, value: float | None, limit: float, meaning: str) -> None:
-    """Raise OptionError if a value is given and not below `limit`; `meaning` says what to give instead."""
-    if value is not None and not value < limit:
-        raise OptionError(f"{option} {value}: must be below {limit} ({meaning})")
-
-
 def check_seed(option: str, seed: int | None) -> None:
     """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
     if seed is not None and not -(2**63) <= seed < 2**64:

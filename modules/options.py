@@ -38,7 +38,6 @@ NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
 
 _UNSET: Any = object()
 _HINTS: dict[type, dict[str, Any]] = {}
-_Group = argparse._ActionsContainer
 
 
 def option(
@@ -238,19 +237,20 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     if "one_of" in facts and value not in facts["one_of"]:
         near = f", not {shorten(str(value), 80)!r}" if not value else ""
         raise OptionError(f"{option} {value}: use {_either(facts['one_of'])}{near}{behind}")
+    needed, excluded = facts.get("needs", ()), facts.get("excludes", ())
+    if not (needed or excluded) or not is_given(record, field):
+        return
     # a hint is about the value if there are limits, else about what stands beside it
     is_of_value = "one_of" in facts or any(fact in facts for fact in _LIMITS)
     behind = "" if is_of_value else behind
-    others = {"--" + option_name(one): one for one in dataclasses.fields(record)}
-    needed = ["--" + name for name in facts.get("needs", ())]
-    if (needed or "excludes" in facts) and is_given(record, field):
-        for name in facts.get("excludes", ()):
-            if is_given(record, others[f"--{name}"]):
-                raise OptionError(f"{option} and --{name} exclude each other: give one of them{behind}")
-        if needed and not any(is_given(record, others[name]) for name in needed):
-            what = "both" if len(needed) == 1 else "one of them too"
-            behind = "" if "excludes" in facts else behind
-            raise OptionError(f"{option} needs {_either(needed)}: give {what}{behind}")
+    others = {option_name(one): one for one in dataclasses.fields(record)}
+    for name in excluded:
+        if is_given(record, others[name]):
+            raise OptionError(f"{option} and --{name} exclude each other: give one of them{behind}")
+    if needed and not any(is_given(record, others[name]) for name in needed):
+        what = "both" if len(needed) == 1 else "one of them too"
+        behind = "" if excluded else behind
+        raise OptionError(f"{option} needs {_either([f'--{name}' for name in needed])}: give {what}{behind}")
 
 
 _LIMITS = {"least": "of at least", "above": "above", "most": "of at most", "below": "below"}

@@ -429,14 +429,6 @@ def add_unsupported(
     add_refusal(group, *flags, refusal=Refusal(text, reason, "", harmless, settings))
 
 
-def add_unneeded(
-    group: _Group, *flags: str, instead: str, values: tuple[Any, ...] = (), **settings: Any
-) -> None:
-    """Declare an option of one script that asks for nothing here; see `not_needed`."""
-    text = settings.pop("help", "")
-    add_refusal(group, *flags, refusal=Refusal(text, "", instead, values, settings))
-
-
 def _refusal(action: argparse.Action) -> Refusal:
     found: Refusal = getattr(action, "refusal")  # noqa: B009
     return found
