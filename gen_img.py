@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.families import identify
-from modules.user_modules import hide_packages
+from modules.installation import hide_packages
 from stable_diffusion.options import read_gen_img
 
 

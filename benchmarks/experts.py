@@ -23,7 +23,7 @@ from generation.denoise import predictor  # noqa: E402
 from generation.experts import Check, DitTurns, TurnRules  # noqa: E402
 from modules.contract.loading import Placement  # noqa: E402
 from modules.contract.steps import Step  # noqa: E402
-from modules.offload.transfer import PlainTransfer  # noqa: E402
+from modules.offload.host_memory import PlainTransfer  # noqa: E402
 from modules.offload.turns import HostCopy  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 from modules.planning.dry_run import HOST, Ledger  # noqa: E402

@@ -59,8 +59,7 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     from generation.options import read_generation
     from generation.sections import make_latents
     from generation.session import Session, wanted_texts
-    from modules.devices import choose_device
-    from modules.failures import Failures
+    from modules.devices import Failures, choose_device
     from wan.family import family_for_generation
     from wan.options import WanGenerationOptions
 

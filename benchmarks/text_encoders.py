@@ -20,7 +20,7 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from encoders.t5_checkpoints import T5Config  # noqa: E402
+from encoders.t5_network import T5Config  # noqa: E402
 from hunyuan_model.llama import Llama  # noqa: E402
 from hunyuan_model.text_checkpoints import LlamaConfig  # noqa: E402
 from tests.tiny.wan_encoders import t5_hf_tensors  # noqa: E402

@@ -13,10 +13,19 @@ from typing import Any
 
 from blissful_tuner.model_utility_options import ModelUtilityOptions
 from modules.bars import BYTES, Bar
-from modules.checkpoints.changing import CheckpointChange, NewFile, Selection, plan_change
+from modules.checkpoints.changing import (
+    INDEX,
+    CheckpointChange,
+    NewFile,
+    Selection,
+    existing_shards,
+    gather,
+    plan_change,
+    split,
+    write_shards,
+)
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import SUFFIXES, Checkpoint
-from modules.checkpoints.sharding import INDEX, existing_shards, gather, split, write_shards
 from modules.checkpoints.writing import stream_tensors
 from modules.console import as_size, count_of
 from modules.contract.loading import TensorInfo

@@ -18,7 +18,7 @@ from modules.answers import take_answer
 from modules.contract.requests import Prepared, Prompt, Prompts
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, OptionError
-from modules.offload.loaded import LoadedNetwork
+from modules.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,15 @@ from modules.contract.rules import MagCache, MagCalibration, StepCaching, TeaCac
 from modules.contract.steps import DitAt
 from modules.errors import OptionError
 from modules.option_values import MOST, check_at_least, check_at_most
-from modules.step_cache.calibration import FEWEST_STEPS, Changes, Ratios, measure_pass
-from modules.step_cache.rules import MagCacheRule, TeaCacheRule, resample
+from modules.step_cache.rules import (
+    FEWEST_STEPS,
+    Changes,
+    MagCacheRule,
+    Ratios,
+    TeaCacheRule,
+    measure_pass,
+    resample,
+)
 from modules.step_cache.runner import Rule, StepCache, run_around
 
 logger = logging.getLogger(__name__)

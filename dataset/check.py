@@ -38,10 +38,10 @@ from dataset.sources.left_out import folder_id
 from dataset.sources.listing import find_sources, unsearched_folders
 from dataset.sources.media_source import MediaSource
 from dataset.sources.rates import find_wrong_rates
-from modules.addresses import is_address
 from modules.bars import Bar
 from modules.contract.data import LatentSpec, MediaTable
 from modules.errors import CacheError, DatasetError, OptionError
+from modules.paths import is_address
 
 NO_COUNTERS = Counters(())
 OTHER_FORM = "cache folders are in the other form"

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.addresses import is_address
-from modules.paths import expand_path, explain_path, path_exists
+from modules.paths import expand_path, explain_path, is_address, path_exists
 from modules.text_files import bad_character
 
 # of frame_extraction; what they do: dataset/sources/frames.py

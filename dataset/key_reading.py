@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dataset.config_keys import MODES, Unfit
-from modules.addresses import hide_secrets
 from modules.errors import DatasetError
-from modules.paths import NOTHING, explain_missing
+from modules.paths import NOTHING, explain_missing, hide_secrets
 from modules.text_encodings import guess_encoding
 from modules.text_files import parse_json, parse_toml, read_text
 

@@ -6,10 +6,9 @@ from functools import partial
 from dataset.config import load_dataset_config
 from dataset.options import read_latent_caching, read_text_caching
 from modules.command import as_typed
-from modules.families import FAMILIES
+from modules.families import FAMILIES, Script
 from modules.option_values import require
 from modules.options import option_values
-from modules.scripts import Script
 
 
 def caching_script(family: str, kind: str, about: str | None) -> Script:

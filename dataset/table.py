@@ -16,7 +16,7 @@ from dataset.subset_records import (
     BucketRule,
     CaptionChanges,
 )
-from modules.addresses import hide_secrets
+from modules.paths import hide_secrets
 
 Table = Mapping[str, Any]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from modules.checkpoints.containers import ONNX, PICKLE, ZIP, open_file
-from modules.checkpoints.tokenizer_growth import check_sentencepiece
+from modules.checkpoints.tokenizers import check_sentencepiece
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_content, read_text
 

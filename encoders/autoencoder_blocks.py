@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.attention.attend import attend
-from modules.layers.enlarging import repeat_pixels
+from modules.layers.convolution import repeat_pixels
 
 EPS = 1e-6  # in every group norm
 

@@ -1,4 +1,4 @@
-"""Cut clips and pictures into overlapping pieces in time, height and width; join the results by linear ramps.
+"""What encoders of pixels share: overlapping pieces joined by linear ramps, and draws from the posterior.
 
 Cuts and ramps are those of the released VAE (hunyuanvideo, `enable_tiling`): a tile begins every three
 quarters of a tile, however short that leaves the last one. In the overlap a tile fades in over the one above
@@ -6,13 +6,14 @@ it, then over the one to its left. Sizes count units, latent frames or latent pi
 share; each unit is a number of frames or pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from modules.planning.pieces import Compute, compute_piece
+from modules.layers.convolution import Compute, compute_piece
+from modules.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,32 @@ def _fade_in(piece: Tensor, before: Tensor, axis: int) -> None:
     shape[axis] = length
     ramp = (torch.arange(length, device=piece.device) / max(1, length)).view(shape)
     head.copy_(before.narrow(axis, before.shape[axis] - length, length).lerp(head, ramp))
+
+
+def posterior_generator(owner: int | str) -> torch.Generator:
+    """Return the generator for the posterior sample of a clip or a picture.
+
+    owner: the name of the cached item, or the seed of the generation. So an item's cache does not depend on
+    the other items of a run, and a generation depends only on its seed.
+    """
+    return torch.Generator().manual_seed(derive_seed("posterior", owner))
+
+
+def sample_posterior(
+    moments: Tensor, generators: Sequence[torch.Generator], limits: tuple[float, float] | None = None
+) -> Tensor:
+    """Return a sample of each posterior, B Z ... float32, on the device of `moments`.
+
+    moments: B 2Z ... float32, means and logarithms of variances on the channel axis; overwritten. generators:
+    one for each item; the noise is drawn in float32 on their device. limits: of the logarithms of variances;
+    None: they count as they are.
+    """
+    mean, log_variance = moments.chunk(2, dim=1)
+    if limits is not None:
+        log_variance.clamp_(*limits)
+    # in place: even the latents of a long clip are large
+    deviation = log_variance.mul_(0.5).exp_()
+    for item, each in enumerate(generators):
+        noise = torch.randn(mean.shape[1:], generator=each, device=each.device)
+        mean[item] += deviation[item].mul_(noise.to(mean.device))
+    return mean.contiguous()

@@ -25,8 +25,7 @@ from hunyuan_model.blocks import (
 from hunyuan_model.joining import join_gelu
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, ScaleNorm
-from modules.layers.precision import in_own_dtype
+from modules.layers.norms import Float32LayerNorm, ScaleNorm, in_own_dtype
 
 
 class Modulation(nn.Module):

@@ -8,7 +8,7 @@ from flux.model import FluxModel
 from modules.checkpoints.dialects import DitShapes, Names, count, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from networks.names.flux import FLUX
 from networks.names.layouts import tensor_patterns

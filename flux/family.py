@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
-from encoders.posterior import posterior_generator
+from encoders.tiles import posterior_generator
 from flux.checkpoints import load_dit
 from flux.configs import (
     ARCHITECTURES,

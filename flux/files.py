@@ -16,7 +16,7 @@ from encoders.autoencoder import (
 from encoders.clip_checkpoints import read_clip_text
 from encoders.clip_l import CLIP_L, ClipTextEncoder
 from encoders.t5 import T5_FILES, T5_XXL, T5TextEncoder
-from encoders.t5_checkpoints import read_t5
+from encoders.t5_network import read_t5
 from flux.checkpoints import NAMES, OPTION, read_dit_header
 from flux.configs import CHROMA, DEV, FluxConfig
 from flux.options import FluxTextOptions

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from encoders.autoencoder_colours import PREVIEW_BIAS, PREVIEW_FACTORS
+from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
 from flux.configs import CHROMA
 from modules.contract.data import LatentSpec
 from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from hunyuan_model.blocks import HunyuanModulation, HunyuanTokens, attend_jointly, attend_turned
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join
-from modules.attention.attend import attend
-from modules.attention.lengths import Lengths
+from modules.attention.attend import Lengths, attend
 from modules.attention.options import AttentionChoice
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, RMSNorm
-from modules.layers.precision import in_own_dtype
+from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
 
 
 class FramePackAttention(nn.Module):

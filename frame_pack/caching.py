@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from encoders.posterior import posterior_generator
+from encoders.tiles import posterior_generator
 from frame_pack.inputs import apply_masks
 from frame_pack.one_frame import OneFrame, one_frame_indices
 from frame_pack.sections import LATENT_STRIDE, Indices, Order, sections_in, video_frames

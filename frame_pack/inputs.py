@@ -12,7 +12,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from encoders.posterior import posterior_generator
+from encoders.tiles import posterior_generator
 from frame_pack.requests import FramePackRequest
 from frame_pack.sections import LATENT_STRIDE
 from hunyuan_model.spec import LATENT as VAE_LATENT

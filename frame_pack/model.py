@@ -33,10 +33,8 @@ from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refine_token
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm
-from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
-from modules.layers.rope import GridTable
-from modules.layers.sinusoid import sinusoid
+from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.rope import GridTable, sinusoid
 from modules.run_blocks import Hidden, run_blocks
 
 

@@ -40,9 +40,8 @@ from modules.compile import check_compilation
 from modules.console import count_of, in_words, show_box
 from modules.contract.family import Family
 from modules.contract.rules import Expert
-from modules.devices import allow_fp16_accumulation, choose_device
+from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.errors import OptionError, UserError
-from modules.failures import Failures
 from modules.media.tags import read_tags
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import room_on, too_little

@@ -20,8 +20,8 @@ from modules.checkpoints.finite import is_finite
 from modules.checkpoints.latents import SavedLatents, load_latents
 from modules.contract.data import MediaEncoders
 from modules.contract.family import Family
+from modules.devices import Failures
 from modules.errors import CheckpointError, UserError
-from modules.failures import Failures
 
 logger = logging.getLogger(__name__)
 

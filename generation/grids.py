@@ -12,8 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from modules.control_codes import escape_control_codes
 from modules.media.reading import Frame, image_suffixes, read_image, video_frames
 from modules.media.writing import write_png, write_video
-from modules.pages.embedding import embed_clip
-from modules.pages.page import write_page
+from modules.pages.page import embed_clip, write_page
 
 logger = logging.getLogger(__name__)
 

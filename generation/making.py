@@ -36,8 +36,7 @@ from generation.session import CPU, NO_ENCODERS, encode_inputs, needs_media, wan
 from modules.atomic_write import make_folder
 from modules.contract.data import Conditions
 from modules.contract.steps import DitAt, EncodedPrompts, Section, Watcher
-from modules.devices import free_memory
-from modules.failures import Failures
+from modules.devices import Failures, free_memory
 from modules.planning.memory_plan import comparison
 
 logger = logging.getLogger(__name__)

@@ -31,9 +31,8 @@ from modules.command import each_warning_once
 from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
-from modules.devices import allow_fp16_accumulation, choose_device
+from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError
-from modules.failures import Failures
 from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing

@@ -6,8 +6,7 @@ from typing import Any
 
 from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
-from modules.families import FAMILIES
-from modules.scripts import Script
+from modules.families import FAMILIES, Script
 
 
 def generation_script(

@@ -19,8 +19,8 @@ from generation.progress import in_short
 from generation.request import draw_seed
 from generation.sheet_options import Axis, cells_of
 from modules.command import as_typed, each_warning_once
+from modules.devices import Failures
 from modules.errors import CheckpointError
-from modules.failures import Failures
 from modules.media.writing import write_png, write_video
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from hunyuan_image.model import HunyuanImageModel
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from networks.names.hunyuan import COMFYUI_TENSORS
 from networks.names.hunyuan_image import HUNYUAN_IMAGE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
-from encoders.posterior import posterior_generator
+from encoders.tiles import posterior_generator
 from hunyuan_image.checkpoints import load_dit
 from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from encoders.byt5 import BYT5, read_byt5_header
+from encoders.t5 import BYT5, read_byt5_header
 from hunyuan_image.checkpoints import read_dit_header
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.options import HunyuanImageTextOptions, HunyuanImageVaeOptions

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from encoders.byt5 import byte_rows, load_byt5
+from encoders.piece_tokenizers import check_ids
+from encoders.t5 import byte_rows, load_byt5
 from encoders.t5_network import T5Network
-from encoders.token_rows import check_ids
 from hunyuan_image.configs import GLYPH_TOKENS, TEXT_TOKENS
 from hunyuan_model.llama import Llama, load_llama
 from hunyuan_model.text_checkpoints import LanguageModel, LlamaConfig, read_llama
@@ -29,7 +29,7 @@ from modules.contract.data import Conditions, weigh_rows
 from modules.contract.requests import Prompt
 from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
-from modules.offload.loaded import LoadedNetwork
+from modules.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 

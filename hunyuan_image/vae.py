@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from encoders.posterior import sample_posterior
-from encoders.tiles import Cut, compute_in_tiles
+from encoders.tiles import Cut, compute_in_tiles, sample_posterior
 from hunyuan_image.configs import STRIDE
 from hunyuan_image.vae_blocks import (
     HunyuanImageVaeConfig,
@@ -23,7 +22,7 @@ from hunyuan_image.vae_checkpoints import WHAT, read_vae
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name
-from modules.layers.memory_layouts import lay_out, layouts
+from modules.layers.convolution import lay_out, layouts
 from modules.media.pixels import check_clip, from_bytes
 
 logger = logging.getLogger(__name__)

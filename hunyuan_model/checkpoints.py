@@ -15,8 +15,8 @@ from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
 from modules.contract.family import DitSpec
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, store_scale
 from networks.names.hunyuan import COMFYUI_TENSORS, HUNYUAN_VIDEO

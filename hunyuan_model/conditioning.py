@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from encoders.posterior import posterior_generator, sample_posterior
+from encoders.tiles import posterior_generator, sample_posterior
 from hunyuan_model.vae import LOG_VARIANCE, HunyuanVae
 from modules.contract.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch
 from modules.media.pixels import byte_clips

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.posterior import posterior_generator
+from encoders.tiles import posterior_generator
 from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.conditioning import (
     encode_latents,

@@ -15,7 +15,7 @@ import torch
 
 from encoders.clip_checkpoints import ClipUse, clip_tokenizer_files
 from encoders.clip_l import ClipTextEncoder
-from encoders.token_rows import check_ids, fill_rows
+from encoders.piece_tokenizers import check_ids, fill_rows
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.llama import Llama, load_llama
 from hunyuan_model.text_checkpoints import read_llama
@@ -31,7 +31,7 @@ from modules.contract.data import Conditions, weigh_rows
 from modules.contract.requests import Prompt
 from modules.contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.devices import dtype_name
-from modules.offload.loaded import LoadedNetwork
+from modules.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 

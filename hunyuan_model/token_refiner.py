@@ -13,14 +13,12 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from hunyuan_model.blocks import Mlp, split_heads
-from modules.attention.attend import attend
-from modules.attention.lengths import Lengths, lengths_on
+from modules.attention.attend import Lengths, attend, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.devices import numbers_on
 from modules.layers.modulation import add_gated
-from modules.layers.norms import Float32LayerNorm
-from modules.layers.precision import in_own_dtype, run_float32
-from modules.layers.sinusoid import sinusoid
+from modules.layers.norms import Float32LayerNorm, in_own_dtype, run_float32
+from modules.layers.rope import sinusoid
 
 
 class RefinerConfig(Protocol):

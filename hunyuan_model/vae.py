@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from encoders.posterior import sample_posterior
-from encoders.tiles import Cut, compute_in_spans, compute_in_tiles
+from encoders.tiles import Cut, compute_in_spans, compute_in_tiles, sample_posterior
 from hunyuan_model.vae_blocks import HunyuanVaeConfig, HunyuanVaeDecoder, HunyuanVaeEncoder
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name
 from modules.errors import OptionError
-from modules.layers.memory_layouts import lay_out, layouts
+from modules.layers.convolution import lay_out, layouts
 from modules.media.pixels import check_clip, from_bytes
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from modules.attention.attend import attend
 from modules.devices import numbers_on
-from modules.layers.convolution import conv3d
-from modules.layers.memory_layouts import empty_clip
+from modules.layers.convolution import conv3d, empty_clip
 
 KERNEL = 3  # size of every convolution that is not pointwise
 EPS = 1e-6  # in every group norm

@@ -20,7 +20,7 @@ from modules.checkpoints.dialects import (
 )
 from modules.checkpoints.encoders import check_groups, stated_groups
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 
 LATENT_CHANNELS = 16

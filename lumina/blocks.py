@@ -15,15 +15,12 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lumina.configs import LuminaConfig
-from modules.attention.attend import attend
-from modules.attention.lengths import Lengths
+from modules.attention.attend import Lengths, attend
 from modules.attention.options import AttentionChoice
 from modules.attention.second_text import SecondText
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, RMSNorm
-from modules.layers.precision import in_own_dtype, run_float32
-from modules.layers.rope import rotate
-from modules.layers.sinusoid import sinusoid
+from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype, run_float32
+from modules.layers.rope import rotate, sinusoid
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 

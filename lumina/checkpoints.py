@@ -7,7 +7,7 @@ from lumina.model import LuminaModel
 from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
 from networks.names.lumina import LUMINA

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from encoders.autoencoder_colours import PREVIEW_BIAS, PREVIEW_FACTORS
+from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
 from modules.contract.data import LatentSpec
 from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
 from modules.contract.rules import ModelRelease, NpzFormat

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
-from encoders.posterior import posterior_generator
+from encoders.tiles import posterior_generator
 from lumina.checkpoints import load_dit
 from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
 from lumina.files import LuminaFiles

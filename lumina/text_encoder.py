@@ -13,8 +13,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from encoders.piece_tokenizers import find_tokenizer, load_tokenizer, no_token, piece_places, read_pieces
-from encoders.token_rows import check_ids, fill_rows
+from encoders.piece_tokenizers import (
+    check_ids,
+    fill_rows,
+    find_tokenizer,
+    load_tokenizer,
+    no_token,
+    piece_places,
+    read_pieces,
+)
 from lumina.configs import PROMPT_START
 from lumina.gemma import gemma_states, load_gemma, read_gemma, require_transformers
 from lumina.options import MAX_TOKENS
@@ -25,7 +32,7 @@ from modules.contract.data import Conditions, weigh_rows
 from modules.contract.requests import Prompt
 from modules.contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.devices import dtype_name
-from modules.offload.loaded import LoadedNetwork
+from modules.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """What all rooms share. Read contract/ first.
 
-addresses: addresses such as s3://: recognise, show without secrets
 answers: take the text out of a chat model's answer
 atomic_write: write to a temporary name, then rename
 attention/: attention: one function over a table of back ends
@@ -18,12 +17,11 @@ dit_options: the option for the dtype of a transformer
 dressing: put features around a loaded transformer, in order
 environment: the virtual environment of quickstart.py and run_tests.py
 errors: errors that a user can correct
-failures: collect failures of pieces while the rest runs
 families: families by name: places, scripts, kinds of files
 file_locks: locks on open files that end with their process
 flow/: noise schedules and the solvers that follow them
 fp8/: linear layers with weights in 8 bits
-installation: checkout or package, and whether requirements are there
+installation: checkout or package, imports by name
 interpreter: refuse a Python that cannot run Reelsmith
 layers/: small layers and rules that several models share
 media/: images and videos on disk, and their pixels
@@ -34,18 +32,16 @@ options: declare options as fields of a record
 output_files: check output names, ask about existing files
 pages/: HTML pages of runs, datasets and comparisons
 parser: argparse from records, and answers to mistakes
-paths: paths as users write them, and usual mistakes
+paths: paths and addresses as users write them
 plan_advice: choose `--blocks_to_swap auto`, and advise on memory
 planning/: the memory of a run, predicted before it starts
 private_torch: everything private of torch that is used
 run_blocks: the one loop over a transformer's blocks
-scripts: a family's script: a function and a program
 seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, block swap, compilation
 step_cache/: rules decide which passes to skip; a runner skips
 text_encodings: guess the encoding of a file not in UTF-8
 text_files: text files that a user names, read safely
-user_modules: import modules that a user names in options
 vae_options: options of the VAE that all families share
 varints: read whole numbers of varying length
 version: the version of Reelsmith

@@ -12,10 +12,9 @@ from modules.compile import compile_blocks
 from modules.compile_options import Compilation
 from modules.contract.family import DitSpec
 from modules.offload.block_swap import HostWeights, host_weights, swap_blocks
-from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
+from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces, offload_to_host
 from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan
-from modules.offload.token_pieces import compute_in_pieces
 
 
 @dataclass(frozen=True)

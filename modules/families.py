@@ -3,11 +3,13 @@
 No family is imported before it is asked for: a script that only prints its help reads its own alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from modules.command import command_line
 from modules.installation import import_own
 
 CLIPS, PICTURES = "it encodes the clips", "it encodes the pictures"
@@ -111,3 +113,18 @@ def identify(path: Path) -> str | None:
         if found is not None:
             return found
     return None
+
+
+@dataclass(frozen=True)
+class Script:
+    """Hold a script's function. Made by `caching_script`, `training_script` and `generation_script`."""
+
+    main: Callable[..., None]  # takes the words behind the script's name; None: those of the command line
+
+    def __call__(self, *args: Any, **named: Any) -> None:
+        """Run the script in this process."""
+        self.main(*args, **named)
+
+    def run(self) -> None:
+        """Run the script as a program, with the options of the command line."""
+        command_line(self.main, explain=identify)

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from modules.addresses import hide_secrets
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.paths import expand_path, explain_path, path_exists
+from modules.paths import expand_path, explain_path, hide_secrets, path_exists
 from modules.text_files import bad_character
 
 T = TypeVar("T")

@@ -13,8 +13,8 @@ from torch import Tensor
 from modules.checkpoints.dialects import join_parts
 from modules.checkpoints.dits import bare_names
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
 from modules.console import count_of
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError, OptionError
 from networks.apply import Change
 from networks.deltas import DORA, LORA, Factors, bias_delta, group_by_module, weight_delta

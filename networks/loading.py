@@ -16,8 +16,8 @@ from torch import Tensor
 from modules.checkpoints.opening import open_checkpoint
 from modules.command import did_you_mean
 from modules.errors import CheckpointError, OptionError
+from modules.installation import import_user_module
 from modules.text_files import parse_json, read_text
-from modules.user_modules import import_user_module
 from networks.deltas import Factors, find_fault, group_by_module, rank_of, weight_delta
 from networks.key_formats import OURS, dialect_in_words, other_kind, to_native
 from networks.metadata import NETWORKS, expert_of, in_words, is_damaged, metadata_of, split_names

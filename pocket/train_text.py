@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from encoders.t5_checkpoints import T5Config
-from encoders.t5_network import T5Network
+from encoders.t5_network import T5Config, T5Network
 from modules.atomic_write import save_tensors, write_text
 from modules.seeds import derive_seed
 from pocket import drawing

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.configs import WAN_2_1
 from wan.vae import WanVae
 from wan.vae_blocks import Downsample, RmsNorm, Upsample, WanCausalConv, WanFrameAttention, WanResidualBlock
-from wan.vae_releases import WAN_2_1
 
 
 def encode(vae: WanVae, pixels: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from pathlib import Path
 from modules.atomic_write import atomic_folder, make_folder
 from modules.bars import FRAMES, Bar
 from modules.console import count_of, in_words
-from modules.devices import choose_device
+from modules.devices import Failures, choose_device
 from modules.errors import MediaError, OutputError
-from modules.failures import Failures
 from modules.media.reading import read_image
 from modules.media.streams import source_info
 from modules.media.writing import write_png

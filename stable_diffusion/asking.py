@@ -7,8 +7,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from modules.devices import Failures
 from modules.errors import OptionError
-from modules.failures import Failures
 from modules.media.reading import image_size
 from modules.options import option_values, override_options
 from stable_diffusion.contract import (

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from encoders.clip_vision import ClipVision, load_clip_vision
+from encoders.clip_layers import ClipVision, load_clip_vision
 from modules.checkpoints.model_files import find_model_folder
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.media.reading import first_frame

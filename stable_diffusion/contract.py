@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from encoders.clip_text import ClipText
+from encoders.clip_layers import ClipText
 
 
 @dataclass(frozen=True)

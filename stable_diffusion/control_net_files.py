@@ -20,7 +20,7 @@ from modules.checkpoints.dialects import checked_shapes_of, count, other_kind
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.model_files import require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from stable_diffusion.contract import SD1, SD2, SDXL

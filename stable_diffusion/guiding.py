@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
-from encoders.clip_checkpoints import ClipUse, read_clip_text
-from encoders.clip_text import ClipText, load_clip_text
-from encoders.clip_vision import ClipVision, load_clip_vision
-from encoders.clip_vision_checkpoints import read_clip_vision
+from encoders.clip_checkpoints import ClipUse, read_clip_text, read_clip_vision
+from encoders.clip_layers import ClipText, ClipVision, load_clip_text, load_clip_vision
 from generation.denoise import predictor
 from modules.checkpoints.dialects import LoadPlan, load_planned, other_kind
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.errors import OptionError, UserError
-from modules.user_modules import import_user_module
+from modules.installation import import_user_module
 from stable_diffusion.contract import AskedPicture, Made, Model, PictureSettings, SecondStart
 from stable_diffusion.pixels import STRIDE, fit, latent_size, vae_batch
 from stable_diffusion.shrink_options import HighresOptions

@@ -15,9 +15,8 @@ import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from torch import Tensor
 
-from encoders.clip_layers import check_activation
-from encoders.clip_text import ClipText
-from encoders.clip_tokenizer import ClipWords
+from encoders.clip_l import ClipWords
+from encoders.clip_layers import ClipText, check_activation
 from modules.attention.attend import check_backend
 from modules.attention.options import AttentionChoice
 from modules.checkpoints.dialects import LoadPlan, load_planned

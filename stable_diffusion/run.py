@@ -18,9 +18,8 @@ from generation.prompt_lines import is_blank
 from modules.atomic_write import make_folder
 from modules.command import each_warning_once
 from modules.console import count_of
-from modules.devices import choose_device, free_memory
+from modules.devices import Failures, choose_device, free_memory
 from modules.errors import MemoryPlanError, OutputError
-from modules.failures import Failures
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
 from stable_diffusion.assembling import LoadedPipeline, assemble
 from stable_diffusion.contract import AskedPicture

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from encoders.clip_checkpoints import clip_tokenizer_files
-from encoders.clip_tokenizer import ClipWords, load_clip_words
+from encoders.clip_l import ClipWords, load_clip_words
 from modules.atomic_write import make_folder, write_bytes
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.errors import CheckpointError, OptionError

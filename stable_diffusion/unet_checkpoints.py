@@ -18,7 +18,7 @@ from modules.checkpoints.dialects import (
     translate_name,
 )
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from stable_diffusion.contract import SD1, SDXL, ModelKind
 from stable_diffusion.kinds import GIVE

@@ -18,7 +18,7 @@ MISSING = ("av", "diffusers", "bitsandbytes", "ftfy", "imageio", "flash_attn", "
 PROGRAM = f"""
 import importlib, json, sys
 from accelerate.state import AcceleratorState
-from modules.user_modules import hide_packages
+from modules.installation import hide_packages
 with hide_packages(*{MISSING}):
     for script, *arguments in json.loads(sys.argv[1]):
         AcceleratorState._reset_state(reset_partial_state=True)

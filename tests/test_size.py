@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # room -> lines and files of Python at most; `scripts` are the files of the root
 BUDGET = {
-    "blissful_tuner": (3920, 33),
+    "blissful_tuner": (3930, 33),
     "dataset": (22110, 152),
     "downloads": (1000, 8),
     "encoders": (2390, 22),

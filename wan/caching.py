@@ -15,9 +15,12 @@ from modules.contract.data import (
 )
 from modules.errors import CacheError, DatasetError
 from modules.media.pixels import to_pixels
-from wan import conditioning
 from wan.configs import WanConfig, WanTask
-from wan.inputs import control_channels
+from wan.inputs import (
+    control_channels,
+    first_last_condition,
+    image_condition,
+)
 from wan.vae import normalise
 
 
@@ -51,9 +54,9 @@ def encode_together(
     if image_kind is not None:
         first, last, frames = pixels[:, :, :1], pixels[:, :, -1:], pixels.shape[2]
         if image_kind == "flf2v":
-            condition, images = conditioning.first_last_condition(vae, first, last, frames), [first, last]
+            condition, images = first_last_condition(vae, first, last, frames), [first, last]
         else:
-            condition, images = conditioning.image_condition(vae, first, frames), [first]
+            condition, images = image_condition(vae, first, frames), [first]
         tensors["latents_image"] = condition.to(store)
         if encoders.image_encoder is not None:
             features = [encoders.image_encoder.encode(image[:, :, 0]) for image in images]

@@ -10,7 +10,7 @@ import torch
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.kinds import OF_TOOLS, kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
 from networks.names.wan import WAN

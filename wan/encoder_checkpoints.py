@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from encoders.t5_checkpoints import T5Config, T5Kind
-from encoders.t5_checkpoints import read_t5 as read_any_t5
+from encoders.t5_network import T5Config, T5Kind
+from encoders.t5_network import read_t5 as read_any_t5
 from modules.checkpoints.dialects import (
     LoadPlan,
     Names,
@@ -22,7 +22,7 @@ from modules.checkpoints.dialects import (
     translate_name,
 )
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 
 
@@ -50,7 +50,7 @@ UMT5 = T5Kind(
 
 
 def read_t5(checkpoint: Checkpoint) -> LoadPlan[T5Config]:
-    """Plan how to load Wan's umT5 encoder, as `encoders.t5_checkpoints.read_t5` does."""
+    """Plan how to load Wan's umT5 encoder, as `encoders.t5_network.read_t5` does."""
     return read_any_t5(checkpoint, UMT5)
 
 

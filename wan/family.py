@@ -50,7 +50,10 @@ from wan.caching import (
     normalise_moments,
 )
 from wan.checkpoints import load_dit, note_task
-from wan.chosen import (
+from wan.clip import load_clip
+from wan.configs import TASKS, WanTask
+from wan.files import (
+    WanFiles,
     boundary_of,
     caching_task,
     files_and_boundary,
@@ -58,9 +61,6 @@ from wan.chosen import (
     network_settings,
     vae_settings,
 )
-from wan.clip import load_clip
-from wan.configs import TASKS, WanTask
-from wan.files import WanFiles
 from wan.inputs import (
     FIRST_LATENTS,
     add_image_noise,

@@ -20,14 +20,11 @@ from modules.attention.attend import attend
 from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import Float32LayerNorm, RMSNorm
-from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
-from modules.layers.rope import TABLES, Grid, GridTable, rotate, table_maker
-from modules.layers.sinusoid import sinusoid
+from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.rope import TABLES, Grid, GridTable, rotate, sinusoid, table_maker
 from modules.run_blocks import Hidden, run_blocks
 from wan.configs import WanConfig
-from wan.spec import DIT
-from wan.tokens import WanText, WanTokens, pad_texts, see_one
+from wan.spec import DIT, WanText, WanTokens, pad_texts, see_one
 
 TEXT_ROWS_AS_IMAGE = 257  # how many text rows older tools mistook for image tokens
 REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` takes

@@ -9,11 +9,11 @@ from modules.checkpoints.opening import fingerprint
 from modules.contract.family import EncodeMoments, MakerSettings, MomentsMaker, causal_frames
 from modules.devices import dtype_name
 from modules.errors import OptionError
+from wan.configs import WAN_2_2
 from wan.files import WanFiles
 from wan.spec import LATENT, LATENT_5B
 from wan.t5 import WanTextEncoder
 from wan.vae import load_vae
-from wan.vae_releases import WAN_2_2
 
 TILE = 256  # pixels
 

@@ -13,17 +13,16 @@ from pathlib import Path
 
 import torch
 
+from encoders.piece_tokenizers import T5Tokenizer, T5Tokenizers, check_ids, in_groups
 from encoders.t5_network import T5Network
 from encoders.t5_network import load_t5 as load_any_t5
-from encoders.t5_tokenizer import T5Tokenizer, T5Tokenizers
-from encoders.token_rows import check_ids, in_groups
 from modules.checkpoints.opening import fingerprint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions, weigh_rows
 from modules.contract.requests import Prompt, Spans
 from modules.contract.rules import CountTokens, token_weights
 from modules.errors import InstallationError
-from modules.offload.loaded import LoadedNetwork
+from modules.offload.host_memory import LoadedNetwork
 from wan.encoder_checkpoints import UMT5
 
 MAX_TOKENS = 512  # with the end token, as trained

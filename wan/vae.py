@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name, numbers_on
-from modules.layers.memory_layouts import lay_out, layouts
+from modules.layers.convolution import lay_out, layouts
 from modules.media.pixels import check_clip
+from wan.configs import RELEASES
 from wan.vae_blocks import TimeMemory, WanVaeConfig, WanVaeDecoder, WanVaeEncoder
 from wan.vae_checkpoints import read_vae
-from wan.vae_releases import RELEASES
 from wan.vae_shortcuts import fold_patches, unfold_patches
 
 logger = logging.getLogger(__name__)

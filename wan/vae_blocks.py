@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.devices import empty_pinned
-from modules.layers.convolution import conv3d
-from modules.layers.enlarging import repeat_pixels
-from modules.layers.memory_layouts import empty_clip
+from modules.layers.convolution import conv3d, empty_clip, repeat_pixels
 from wan.vae_shortcuts import Factors, add_repeated, average_groups
 
 TIME_KERNEL = 3  # a causal convolution sees its frame and the two before it

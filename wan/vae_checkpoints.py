@@ -21,8 +21,8 @@ from modules.checkpoints.dialects import (
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError
+from wan.configs import RELEASES, WAN_2_1, WAN_2_2
 from wan.vae_blocks import VaeLayer, VaeStage, WanVaeConfig
-from wan.vae_releases import RELEASES, WAN_2_1, WAN_2_2
 from wan.vae_shortcuts import fits_shortcut
 
 DIFFUSERS: Names = (

@@ -14,11 +14,11 @@ from dataset.captioning.places import CaptionPlace, entry_name, find_places
 from dataset.captioning.planning import read_made
 from dataset.captioning.wording import reword, reword_lines
 from dataset.config import DatasetConfig, DatasetTable
-from modules.addresses import hide_secrets
 from modules.atomic_write import write_text
 from modules.console import count_of, show_box
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import DatasetError
+from modules.paths import hide_secrets
 from modules.text_files import parse_json, read_lines
 
 LISTED = 20

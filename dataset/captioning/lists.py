@@ -17,9 +17,9 @@ from typing import Any
 
 from dataset.captioning.backups import BACKUP, keep_backup
 from dataset.captioning.made import hash_of
-from modules.addresses import address_identity, is_address, short_hash
 from modules.atomic_write import append_text, atomic_path
 from modules.errors import DatasetError, OutputError
+from modules.paths import address_identity, is_address, short_hash
 from modules.text_files import parse_json, read_lines
 
 SHARE = 50  # writing the list takes at most one part in this many of the time

@@ -11,9 +11,8 @@ from dataset.sources.captions import read_caption
 from dataset.sources.listing import find_all_sources
 from dataset.sources.media_source import MediaSource
 from dataset.sources.rows import RowReader
-from modules.addresses import is_address
 from modules.errors import DatasetError
-from modules.paths import expand_path
+from modules.paths import expand_path, is_address
 from modules.text_files import parse_json, read_lines
 
 EXTENSION = ".txt"  # of tables that name none

@@ -20,7 +20,7 @@ from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
 from modules.media.buckets import Fit
 from modules.media.reading import Frame, video_info
-from modules.pages.embedding import embed_picture
+from modules.pages.page import embed_picture
 
 STRIP_WIDTH, STRIP_HEIGHT = 1180, 104  # pixels of all frames of a clip side by side
 PICTURE_HEIGHT = 240

@@ -23,7 +23,7 @@ from dataset.sources.media_source import MediaSource
 from dataset.sources.steps import Steps
 from modules.bars import Bar
 from modules.control_codes import escape_control_codes
-from modules.pages.embedding import embed_picture
+from modules.pages.page import embed_picture
 
 CLIP_HEIGHT, CLIP_WIDTH = 120, 660  # of a strip, in pixels
 PICTURE_HEIGHT, PICTURE_WIDTH = 260, 660

@@ -19,7 +19,9 @@ import urllib3
 from filelock import FileLock
 
 from dataset.sources.stems import readable_stem
-from modules.addresses import (
+from modules.atomic_write import atomic_path, check_space
+from modules.errors import MediaError, OutputError
+from modules.paths import (
     address_identity,
     address_name,
     hide_secrets,
@@ -27,8 +29,6 @@ from modules.addresses import (
     short_hash,
     split_address,
 )
-from modules.atomic_write import atomic_path, check_space
-from modules.errors import MediaError, OutputError
 
 logger = logging.getLogger(__name__)
 

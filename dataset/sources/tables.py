@@ -22,9 +22,8 @@ from dataset.sources.origin import ParquetCell
 from dataset.sources.parquet_cells import cell_column, cells_of
 from dataset.sources.rows import RowReader, control_number
 from dataset.sources.stems import readable_stem
-from modules.addresses import is_address
 from modules.errors import DatasetError
-from modules.paths import expand_path
+from modules.paths import expand_path, is_address
 
 # in order; the first that a table has is used. Behind them all: a column `image` or `video`, of paths or of
 # whole files

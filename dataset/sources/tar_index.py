@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 from dataset.sources.columns import open_parquet, read_columns
 from dataset.sources.tar_reading import Member, TarDamage, compression_of, read_members
-from modules.addresses import short_hash
 from modules.atomic_write import atomic_path
 from modules.errors import DatasetError, OutputError
+from modules.paths import short_hash
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, require_regular_file
 
 logger = logging.getLogger(__name__)

@@ -20,12 +20,11 @@ from dataset.sources.stems import readable_stem, unique_stems
 from dataset.sources.tables import CAPTION_COLUMNS
 from dataset.sources.tar_index import CONTROL, MASK, TarRules, TarSample, read_index
 from dataset.sources.tar_reading import Member, name_parts
-from modules.addresses import hide_secrets, is_address, protocol_of, split_address
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
-from modules.paths import expand_path
+from modules.paths import expand_path, hide_secrets, is_address, protocol_of, split_address
 
 logger = logging.getLogger(__name__)
 

@@ -1,29 +1,148 @@
-"""The only entry to attention: models call `attend`, which looks up the back end in a table."""
-# Letters: B batch, L query tokens, S key tokens, T real tokens of all samples together, N heads, D head width
+"""The only entry to attention: models call `attend`, which looks up the back end in a table.
+
+Optional packages are imported only here, when they are first used. Samples of different lengths are packed,
+so that padding is not computed.
+"""
 
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from modules.attention.lengths import Dense, Lengths, attend_by_sample, lengths_on, pack, unpack
 from modules.attention.options import SDPA, AttentionChoice, flag_of
-from modules.attention.packages import (
-    flash,
-    flash3,
-    flash3_packed,
-    flash_packed,
-    sage,
-    xformers,
-    xformers_packed,
-)
 from modules.attention.sdpa import cudnn_note, sdpa
-from modules.devices import dtype_name
+from modules.devices import dtype_name, numbers_on
 from modules.errors import OptionError
+
+# Letters: B batch, L query tokens, S key tokens, T real tokens of all samples together, N heads, D head width
+
+
+Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # query B L N D, key and value B S N D -> B L N D
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Number of real tokens of each sample; padding follows them.
+
+    Made once per forward pass by `lengths_on`.
+    """
+
+    # B numbers on the host: reading them from the device in every layer would make the host wait
+    counts: tuple[int, ...]
+    # B + 1 int32: where each sample begins once the real tokens are concatenated, and where the last ends
+    starts: Tensor
+
+    @property
+    def longest(self) -> int:
+        return max(self.counts)
+
+
+def lengths_on(counts: Sequence[int], device: torch.device) -> Lengths:
+    """Make the `Lengths` of a batch. counts: how many tokens of each sample are real, each at least 1."""
+    starts = numbers_on(device, [0, *accumulate(counts)], torch.int32)
+    return Lengths(tuple(counts), starts)
+
+
+def pack(tokens: Tensor, lengths: Lengths) -> Tensor:
+    """Concatenate the real tokens of B L N D to T N D."""
+    # unbind: the gradient of a slice of the batch would be a batch of zeros for each sample
+    return torch.cat([sample[:count] for sample, count in zip(tokens.unbind(0), lengths.counts, strict=True)])
+
+
+def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
+    """Undo `pack`: T N D to B `length` N D, with zeros in the padding."""
+    return _fill_up(packed.split(lengths.counts), length)
+
+
+def attend_by_sample(
+    dense: Dense, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths | None = None
+) -> Tensor:
+    """Run `dense` on one sample at a time, over its real tokens only. Returns zeros in the padding."""
+    counts: Sequence[int | None] = [None] * len(query) if lengths is None else lengths.counts
+    samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), counts, strict=True)
+    parts = [dense(q[None, :count], k[None, :count], v[None, :count])[0] for q, k, v, count in samples]
+    return torch.stack(parts) if lengths is None else _fill_up(parts, query.shape[1])
+
+
+def _fill_up(samples: Sequence[Tensor], length: int) -> Tensor:
+    """Pad samples (n N D) to one B `length` N D. One concatenation, so that real tokens are copied once."""
+    pieces = [piece for one in samples for piece in (one, one.new_zeros(length - len(one), *one.shape[1:]))]
+    return torch.cat(pieces).unflatten(0, (len(samples), length))
+
+
+# Letters: B batch, L query tokens, S key tokens, T real tokens of all samples together, N heads, D head width
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Run FlashAttention 2 (Dao 2023, arXiv 2307.08691): B L N D."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(query, key, value)
+
+
+def flash_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -> Tensor:
+    """Run FlashAttention 2 on packed samples: T N D."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query, key, value, lengths.starts, lengths.starts, lengths.longest, lengths.longest
+    )
+
+
+def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Run FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608): B L N D."""
+    from flash_attn_interface import flash_attn_func
+
+    return _output(flash_attn_func(query, key, value))
+
+
+def flash3_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -> Tensor:
+    """Run FlashAttention 3 on packed samples: T N D."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    starts, longest = lengths.starts, lengths.longest
+    return _output(flash_attn_varlen_func(query, key, value, starts, starts, longest, longest))
+
+
+def sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Run SageAttention (Zhang et al. 2024, arXiv 2410.02367): B L N D, without gradients.
+
+    Its function for packed tokens is an older, slower kernel, so padded batches run sample by sample.
+    """
+    from sageattention import sageattn
+
+    return sageattn(query, key, value, tensor_layout="NHD")  # the package's letters for B L N D
+
+
+def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Run xFormers' memory-efficient attention: B L N D."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(query, key, value)
+
+
+def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -> Tensor:
+    """Run xFormers on packed samples, T N D, with a mask stored as a list of lengths, not a matrix."""
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    mask = BlockDiagonalMask.from_seqlens(list(lengths.counts))
+    return memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
+
+
+def _output(result: Any) -> Tensor:
+    """Return the attention output alone: early builds return the softmax's normaliser too."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+# Letters: B batch, L tokens with padding, T real tokens of all samples together, N heads, D head width
+
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modules.attention.lengths import Lengths
+from modules.attention.attend import Lengths
 
 # outputs of attention to the text asked for and to another one, each B L N D -> what takes their place
 Steer = Callable[[Tensor, Tensor], Tensor]

@@ -1,20 +1,17 @@
 """Open, recognise, load and write files of weights.
 
-changing: plan another file: dtypes, names, fewer tensors
+changing: plan another file, or several with an index
 containers: read safetensors and torch files without running code
 dialects: translate names of files to ours, join parts
 dits: load transformers of every family
 encoders: find encoders in Hugging Face's layout
 filling: fill a network from an open file
-finite: find NaN or infinite weights while reading
 fp8_layers: choose weights to keep in 8 bits
+finite: find NaN or infinite weights while reading
 kinds: recognise model files by the names of tensors
 latents: read latent files, as generation writes them
 model_files: check model files and folders given by options
 opening: open model files in any container
-sharding: models of several safetensors files with an index
-sources: how a tensor is made from a file's
-tokenizer_growth: bound how much a tokenizer lengthens a text
 tokenizers: find and read the tokenizer of a text encoder
 writing: write a safetensors file tensor by tensor
 """

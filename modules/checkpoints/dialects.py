@@ -16,7 +16,7 @@ from modules.checkpoints.filling import load_module
 from modules.checkpoints.fp8_layers import encoder_loading
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint
-from modules.checkpoints.sources import TensorSource
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 
 Config = TypeVar("Config")

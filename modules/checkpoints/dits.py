@@ -12,9 +12,8 @@ from torch import nn
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.fp8_layers import Fp8Loading, find_fp8_weights
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
 from modules.contract.family import DitSpec
-from modules.contract.loading import Placement
+from modules.contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.fp8.options import Quantisation

@@ -23,8 +23,7 @@ from modules.bars import BYTES, track
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.fp8_layers import Fp8Loading
 from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint
-from modules.checkpoints.sources import TensorSource
-from modules.contract.loading import HostPlace, TensorInfo, WeightPatch
+from modules.contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
 from modules.devices import empty_pinned, release_pinned_memory
 from modules.errors import CheckpointError
 from modules.fp8.weights import E4M3, attach

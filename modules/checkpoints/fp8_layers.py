@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.sources import TensorSource
-from modules.contract.loading import TensorInfo
+from modules.contract.loading import TensorInfo, TensorSource
 from modules.errors import CheckpointError, OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import E4M3, dequantise, linear_weights, quantise

@@ -19,8 +19,7 @@ from typing import Self
 from torch import Tensor
 
 from modules.checkpoints.containers import TensorFile, open_file
-from modules.checkpoints.sources import TensorSource
-from modules.contract.loading import TensorInfo
+from modules.contract.loading import TensorInfo, TensorSource
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, is_fp8, store_scale

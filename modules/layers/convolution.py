@@ -1,8 +1,68 @@
-"""A 3D convolution that is also fast for small clips on a CPU."""
+"""Convolutions over clips: a 3D one that is also fast on a CPU, memory layouts, and enlarging by repeating.
+
+With channels last, a frame or the last frames of a clip are one contiguous piece of memory, and convolutions
+are faster on CPUs and CUDA devices.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.overrides import handle_torch_function, has_torch_function
+
+
+def layouts(device: torch.device) -> tuple[torch.memory_format, torch.memory_format]:
+    """Return the memory layouts of clips (B C T H W) and of single frames (B C H W) for a device."""
+    if device.type in {"cpu", "cuda"}:
+        return torch.channels_last_3d, torch.channels_last
+    return torch.contiguous_format, torch.contiguous_format
+
+
+def lay_out(module: nn.Module, device: torch.device) -> None:
+    """Convert the weights of a module's convolutions to the memory layouts for the device."""
+    clip_layout, frame_layout = layouts(device)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Conv3d):
+            layout = clip_layout if isinstance(part, nn.Conv3d) else frame_layout
+            part.weight.data = part.weight.data.contiguous(memory_format=layout)
+
+
+def empty_clip(x: Tensor, *size: int) -> Tensor:
+    """Return an uninitialised clip B C T H W of that size with the dtype, device and layout of the clip x."""
+    layout = (
+        torch.channels_last_3d
+        if x.is_contiguous(memory_format=torch.channels_last_3d)
+        else torch.contiguous_format
+    )
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+# values of a result: beyond, CUDA's kernel for channels last leaves zeros, without an error
+# (pytorch/pytorch#141831)
+MOST = 2**31 - 1
+
+
+def repeat_pixels(x: Tensor, factor: int, most: int = MOST) -> Tensor:
+    """Repeat each pixel `factor` times in height and width: B C H W to B C fH fW, in the memory layout of x.
+
+    most: values of a result that torch's own kernel is trusted with.
+    """
+    if x.numel() * factor**2 <= most:
+        return interpolate(x, scale_factor=float(factor), mode="nearest")
+    batch, channels, height, width = x.shape
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    large = torch.empty(
+        (batch, channels, height * factor, width * factor),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if is_last else torch.contiguous_format,
+    )
+    squares = large.unflatten(3, (width, factor)).unflatten(2, (height, factor))  # B C H f W f
+    squares.copy_(x[:, :, :, None, :, None])
+    return large
+
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -23,3 +83,17 @@ def conv3d(layer: nn.Conv3d, x: Tensor) -> Tensor:
     return torch.mkldnn_convolution(
         x, layer.weight, layer.bias, padding, layer.stride, layer.dilation, layer.groups
     )
+
+
+Compute = Callable[[Tensor], Tensor]
+
+
+def compute_piece(compute: Compute, piece: Tensor) -> Tensor:
+    """Return `compute(piece)`.
+
+    Its result and the memory that it uses must be proportional to the last two axes.
+    """
+    if has_torch_function((piece,)):  # true while a mode such as `dry_run.OneOfManyPieces` is active
+        result: Tensor = handle_torch_function(compute_piece, (piece,), compute, piece)
+        return result
+    return compute(piece)

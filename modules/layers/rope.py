@@ -1,8 +1,9 @@
-"""Rotary position embeddings over several axes: channel pairs are rotated by position * frequency.
+"""Embeddings of positions and of numbers: rotary over several axes, and sinusoids of timesteps.
 
-Source: Su et al. 2021, arXiv 2104.09864; split over the axes of a video as in the released video models.
+Rotary: channel pairs are rotated by position * frequency. Source: Su et al. 2021, arXiv 2104.09864; split
+over the axes of a video as in the released video models. Sinusoids: Vaswani et al. 2017, arXiv 1706.03762,
+and for timesteps Ho et al. 2020, arXiv 2006.11239; the video models put cosines first.
 """
-# Letters: B batch, L tokens, N heads, D head width
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from modules.devices import send_ahead
+
+# Letters: B batch, L tokens, N heads, D head width
+
 
 Layout = TypeVar("Layout", bound=Hashable)
 Asked = TypeVar("Asked", bound=Hashable, contravariant=True)
@@ -178,3 +182,27 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         cosine, sine = table.unbind(-1)
         turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
     return turned.flatten(-2).type_as(x)
+
+
+LONGEST = 10000.0  # the frequencies fall from 1 to nearly 1 / LONGEST
+
+
+def sinusoid(numbers: Tensor, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return cosines, then sines, of numbers (B) at falling frequencies: B width float32. width: even.
+
+    dtype: of frequencies and angles, as the model was trained. At 6000 a float32 angle is wrong in the
+    fourth digit.
+    """
+    half = width // 2
+    # Apple GPUs have no float64
+    device = torch.device("cpu") if numbers.device.type == "mps" else numbers.device
+    numbered = torch.arange(half, dtype=dtype, device=device)
+    # each dtype has the formula of the models trained with it: the two formulas round differently, in float32
+    # by up to 6e-5 of the result at 1000. The power itself is float64's in both: float32's is off by up to
+    # five last digits, by other ones on each processor, and 1000 times as much reaches the result
+    if dtype == torch.float64:
+        frequencies = LONGEST ** -(numbered / half)
+    else:
+        frequencies = (-math.log(LONGEST) * numbered / half).double().exp().to(dtype)
+    angles = torch.outer(numbers.to(device, dtype), frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).to(numbers.device, torch.float32)

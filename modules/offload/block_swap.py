@@ -30,9 +30,17 @@ from torch.nn import Parameter
 
 from modules.contract.loading import TensorInfo
 from modules.contract.steps import Tweaks
-from modules.offload.host_memory import HostTensors, Machine, allocate, machine_of, wait_for_all
+from modules.offload.host_memory import (
+    HostTensors,
+    Machine,
+    Transfer,
+    allocate,
+    machine_of,
+    offload_layer,
+    transfer_to,
+    wait_for_all,
+)
 from modules.offload.swap_plan import ListPlan, SwapPlan, big_layers
-from modules.offload.transfer import Transfer, offload_layer, transfer_to
 from modules.run_blocks import Hidden, Runner, runner_of, set_runner
 
 logger = logging.getLogger(__name__)

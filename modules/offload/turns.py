@@ -20,8 +20,15 @@ from torch import Tensor, nn
 
 from modules.contract.loading import TensorInfo
 from modules.offload.block_swap import HostWeights, swap_of
-from modules.offload.host_memory import ALONE, HostTensors, Machine, allocate, wait_for_all
-from modules.offload.transfer import Transfer, transfer_to
+from modules.offload.host_memory import (
+    ALONE,
+    HostTensors,
+    Machine,
+    Transfer,
+    allocate,
+    transfer_to,
+    wait_for_all,
+)
 
 
 class HostPlaceOf:

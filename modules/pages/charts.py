@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from modules.pages.embedding import embed_svg
+from modules.pages.page import embed_svg
 
 FADED = 0.3  # opacity of the values behind a smoothed curve
 SIZE = (5.0, 3.0)  # inches: texts can be read on a phone, and two fit side by side on a desk

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from modules.layers.convolution import compute_piece
 from modules.planning.kernels import ATTENTION_WORKSPACE, PlannedKernels
-from modules.planning.pieces import compute_piece
 from modules.private_torch import (
     READ_NUMBER,
     FakeTensor,

@@ -20,7 +20,7 @@ from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_ki
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.layers.memory_layouts import lay_out, layouts
+from modules.layers.convolution import lay_out, layouts
 from post.faces.boxes import FoundFace, best_of, shrunk
 from post.faces.retinaface_bodies import (
     MobileNet,

@@ -21,7 +21,7 @@ from modules.checkpoints.dialects import (
 )
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
-from modules.layers.memory_layouts import lay_out
+from modules.layers.convolution import lay_out
 from post.upscaling.rrdb import COLOURS, CompactConfig, CompactNet, RrdbConfig, RRDBNet
 from post.upscaling.swinir import SwinIR, SwinirConfig
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pixel_shuffle, pixel_unshuffle
 
-from modules.layers.enlarging import repeat_pixels
+from modules.layers.convolution import repeat_pixels
 
 COLOURS = 3
 SLOPE = 0.2  # of every leaky ReLU

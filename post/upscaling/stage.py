@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.devices import choose_compute_dtype
-from modules.layers.memory_layouts import layouts
+from modules.layers.convolution import layouts
 from modules.planning.dry_run import ACCELERATOR, dry_run, largest, place
 from post.contract import Clip, Picture, Pixels, Stage
 from post.pixels import enlarged_clip, to_pixels, to_tensor

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, leaky_relu, pad, scaled_dot_product_attention
 
 from modules.devices import numbers_on
-from modules.layers.enlarging import repeat_pixels
+from modules.layers.convolution import repeat_pixels
 from modules.layers.norms import Float32LayerNorm
 
 COLOURS = 3

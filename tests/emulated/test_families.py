@@ -2,7 +2,7 @@
 
 They run the code that a GPU runs, with its streams, events and pinned memory. Nothing raises; from equal
 caches training gives the CPU's LoRA to the bit, and generation its latents within roundings; no step has the
-host wait. Only on a CPU does Wan merge the padding of texts (`wan.tokens.pad_texts`): its sums then round
+host wait. Only on a CPU does Wan merge the padding of texts (`wan.spec.pad_texts`): its sums then round
 otherwise, and a step of Adam, which has the sign of a gradient near zero, is another one. So the CPU merges
 nothing here; tests/wan compares both ways.
 """
@@ -16,7 +16,7 @@ import pytest
 from tests.emulated_cuda.pairs import Done, differences, run_on_device
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily
-from wan.tokens import pad_texts
+from wan.spec import pad_texts
 
 STEPS = 4
 DAILY = {"flux"}

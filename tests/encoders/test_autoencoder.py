@@ -16,7 +16,7 @@ from encoders.autoencoder import (
     load_autoencoder,
     read_autoencoder_header,
 )
-from encoders.posterior import sample_posterior
+from encoders.tiles import sample_posterior
 from modules.errors import CheckpointError
 from modules.media.pixels import byte_clips, to_pixels
 from tests.golden_cases import make_weights, read_case

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from encoders.clip_checkpoints import ClipTextConfig
-from encoders.clip_text import ClipText
+from encoders.clip_layers import ClipText
 
 LAYERS, VOCABULARY, END = 3, 90, 88
 IDS = torch.tensor([[87, 5, 6, 7, END, END, END], [87, 9, END, 0, 0, 0, 0]])  # padded like CLIP-L, OpenCLIP

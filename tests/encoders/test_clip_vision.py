@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from encoders.clip_vision import load_clip_vision
+from encoders.clip_layers import load_clip_vision
 from modules.errors import CheckpointError
 from tests.tiny.hunyuan_encoders import save
 

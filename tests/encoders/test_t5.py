@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from encoders.byt5 import byte_rows, load_byt5, read_byt5_header
-from encoders.t5 import T5_XXL, T5TextEncoder
-from encoders.t5_checkpoints import T5Kind, read_t5
-from encoders.t5_network import T5Network, load_t5
-from encoders.token_rows import fill_rows
+from encoders.piece_tokenizers import fill_rows
+from encoders.t5 import T5_XXL, T5TextEncoder, byte_rows, load_byt5, read_byt5_header
+from encoders.t5_network import T5Kind, T5Network, load_t5, read_t5
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import can_learn

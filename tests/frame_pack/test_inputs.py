@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from encoders.posterior import posterior_generator
+from encoders.tiles import posterior_generator
 from frame_pack.inputs import one_frame_inputs, video_inputs
 from frame_pack.requests import FramePackRequest
 from hunyuan_model.spec import LATENT as VAE_LATENT

@@ -19,7 +19,7 @@ from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
 from modules.errors import CheckpointError
-from modules.offload.transfer import PlainTransfer
+from modules.offload.host_memory import PlainTransfer
 from modules.offload.turns import HostCopy
 from tests.generation.toy_family import ToyFamily
 from tests.modules.fake_device import CountedMemory

@@ -16,7 +16,7 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from blissful_tuner import video_to_video
-from encoders.posterior import posterior_generator
+from encoders.tiles import posterior_generator
 from frame_pack.inputs import encode_clip
 from hunyuan_model.spec import LATENT as HUNYUAN_LATENT
 from hunyuan_model.vae import load_vae as load_hunyuan_vae

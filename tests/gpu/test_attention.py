@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modules.attention.attend import BACKENDS, attend, check_backend
-from modules.attention.lengths import lengths_on
+from modules.attention.attend import BACKENDS, attend, check_backend, lengths_on
 from modules.attention.options import SDPA, AttentionChoice
 from modules.attention.sdpa import kernels
 from tests.gpu.measuring import relative_error

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from encoders.t5_checkpoints import T5Config
-from encoders.t5_network import T5Network, relative_bucket
+from encoders.t5_network import T5Config, T5Network, relative_bucket
 from modules.attention.attend import attend
 from modules.attention.options import SDPA
 from modules.attention.sdpa import attend_with_bias

@@ -6,8 +6,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from modules.layers.norms import Float32LayerNorm, rms_norm
-from modules.layers.rope import CPU, TABLES, exact_table, rotate
-from modules.layers.sinusoid import sinusoid
+from modules.layers.rope import CPU, TABLES, exact_table, rotate, sinusoid
 from tests.gpu.measuring import equal_bits, relative_error, sent
 from tests.tiny.dits import DITS, TinyDit, gradients
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.latent_preview import bring_home
-from modules.layers.enlarging import repeat_pixels
+from modules.layers.convolution import repeat_pixels
 from post.interpolation.correlation import Correlation, grid_of
 from post.interpolation.warping import splat, warp
 from post.pixels import to_pixels, to_tensor

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_model.vae_blocks import HunyuanCausalConv
-from modules.layers.memory_layouts import lay_out, layouts
+from modules.layers.convolution import lay_out, layouts
 from tests.gpu.measuring import equal_bits, peak_of, relative_error
 from wan.vae_blocks import TimeMemory, WanCausalConv, WanFrameAttention, WanResidualBlock
 

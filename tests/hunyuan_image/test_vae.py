@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from encoders.posterior import posterior_generator
+from encoders.tiles import posterior_generator
 from hunyuan_image.configs import LATENT
 from hunyuan_image.vae import HunyuanImageVae, load_vae
 from hunyuan_image.vae_blocks import HunyuanImageVaeConfig, compute_in_rows

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from encoders.clip_text import ClipText
+from encoders.clip_layers import ClipText
 from hunyuan_model import model as transformer
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
@@ -20,7 +20,7 @@ from hunyuan_model.llama import Llama
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.spec import DIT
 from hunyuan_model.vae import HunyuanVae, Tiling
-from modules.layers.memory_layouts import lay_out
+from modules.layers.convolution import lay_out
 from tests.tiny.hunyuan_dit import CONFIGS
 from tests.tiny.hunyuan_encoders import clip_text_config, llama_config
 from tests.tiny.hunyuan_vae import vae_config

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.clip_checkpoints import read_clip_text
-from encoders.clip_text import ClipText, load_clip_text
+from encoders.clip_layers import ClipText, load_clip_text
 from hunyuan_model.llama import Llama, load_llama
 from hunyuan_model.text_checkpoints import read_llama
 from hunyuan_model.text_encoders import CLIP

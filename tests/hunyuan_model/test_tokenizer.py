@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from encoders.clip_tokenizer import load_clip_tokenizer
+from encoders.clip_l import load_clip_tokenizer
 from hunyuan_model.text_encoders import CLIP
 from hunyuan_model.tokenizer import LLAMA_FILES, load_llama_tokenizer
 from modules.checkpoints.tokenizers import TokenizerFiles

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from encoders.token_rows import check_ids
+from encoders.piece_tokenizers import check_ids
 from lumina.text_encoder import GemmaTextEncoder
 from modules.contract.family import can_learn
 from modules.contract.requests import Prompt

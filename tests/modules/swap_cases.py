@@ -16,17 +16,17 @@ from hunyuan_model.spec import DIT as HUNYUAN
 from modules.contract.family import DitSpec
 from modules.offload.block_swap import HostWeights, host_weights, move_network, swap_blocks
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
+from modules.offload.host_memory import Transfer
 from modules.offload.options import SLOTS
 from modules.offload.swap_plan import SwapPlan
-from modules.offload.transfer import Transfer
 from networks import lora_framepack, lora_hunyuan, lora_wan
 from tests.gpu.measuring import sent
 from tests.hunyuan_model import making
 from tests.modules.fake_device import FakeDevice, hide
 from tests.tiny import dits, framepack_dit, hunyuan_dit, wan_dit
 from tests.wan.test_model import tiny_inputs as wan_inputs
+from wan.configs import DIT as WAN
 from wan.model import WanModel
-from wan.spec import DIT as WAN
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from modules.user_modules import hide_packages
+from modules.installation import hide_packages
 
 
 def test_a_hidden_package_is_missing_inside_the_block_only() -> None:

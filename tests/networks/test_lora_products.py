@@ -10,8 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
-from modules.offload.checkpointing import checkpoint_blocks
-from modules.offload.token_pieces import compute_in_pieces
+from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer
 from networks.lora_products import add_product, add_up, branch, hold
 from tests.fp8_reference import emulated_product

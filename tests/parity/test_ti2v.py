@@ -22,7 +22,7 @@ from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import CONFIGS
 from tests.tiny.wan_encoders import vae_diffusers_tensors
 from tests.wan.making import in_diffusers
-from wan.vae_releases import WAN_2_2
+from wan.configs import WAN_2_2
 
 PROMPT, SEED, FRAMES, STEPS = "close up of a butterfly", 31, 9, 4
 HEIGHT, WIDTH = 64, 96

@@ -10,8 +10,8 @@ from modules.media.writing import write_video
 from pocket import drawing, train_vae
 from pocket.vae_learning import decode, encode, fold_statistics
 from tests.tiny.wan_encoders import random_tensors, vae_config
+from wan.configs import WAN_2_1
 from wan.vae import WanVae, load_vae
-from wan.vae_releases import WAN_2_1
 
 
 def statistics() -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from modules.devices import Failures
 from modules.errors import OptionError
-from modules.failures import Failures
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
 from stable_diffusion.contract import (
     SD1,

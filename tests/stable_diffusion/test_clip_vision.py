@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from encoders.clip_vision import load_clip_vision
+from encoders.clip_layers import load_clip_vision
 from modules.errors import CheckpointError, DownloadError, OptionError
 from stable_diffusion.clip_vision import FOLDER, PictureVectors, find_image_tower
 from stable_diffusion.contract import Model, TextState

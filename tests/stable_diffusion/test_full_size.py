@@ -14,7 +14,7 @@ from torch import Tensor
 
 from downloads.catalogue import known_components
 from encoders.clip_checkpoints import ClipTextConfig
-from encoders.clip_text import ClipText
+from encoders.clip_layers import ClipText
 from tests.manifests import TensorList, write_hollow
 from tests.stable_diffusion.loaded import load
 from tests.tiny.stable_diffusion import ldm_unet, ldm_vae, open_clip, tokenizer_folder

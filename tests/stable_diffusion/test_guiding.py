@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from encoders.clip_vision import MEAN, STD, load_clip_vision
+from encoders.clip_layers import MEAN, STD, load_clip_vision
 from stable_diffusion.assembling import assemble
 from stable_diffusion.contract import AskedPicture, DeepShrink, GradualLatent, PictureSettings
 from stable_diffusion.guiding import load_vgg16

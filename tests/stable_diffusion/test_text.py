@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from encoders.clip_text import ClipText
+from encoders.clip_layers import ClipText
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import OptionError

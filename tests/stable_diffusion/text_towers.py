@@ -2,7 +2,7 @@
 
 import torch
 
-from encoders.clip_text import ClipText
+from encoders.clip_layers import ClipText
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind, TextTower
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.prompt_options import TextOptions

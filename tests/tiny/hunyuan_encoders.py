@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, pro
 from torch import Tensor
 
 from encoders.clip_checkpoints import ClipTextConfig
-from encoders.clip_text import ClipText
+from encoders.clip_layers import ClipText
 from hunyuan_model.llama import Llama
 from hunyuan_model.text_checkpoints import LlamaConfig
 from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE

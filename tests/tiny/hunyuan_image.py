@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from encoders.t5_checkpoints import T5Config
-from encoders.t5_network import T5Network
+from encoders.t5_network import T5Config, T5Network
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_image.vae_blocks import HunyuanImageVaeConfig, HunyuanImageVaeDecoder, HunyuanImageVaeEncoder

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from encoders.autoencoder import Autoencoder
 from encoders.autoencoder_blocks import AutoencoderConfig
-from encoders.t5_checkpoints import T5Config
-from encoders.t5_network import T5Network
+from encoders.t5_network import T5Config, T5Network
 from tests.tiny.hunyuan_encoders import (
     CLIP_DIM,
     clip_text_layouts,

@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from encoders.clip_vision import ClipVision
-from encoders.clip_vision_checkpoints import ClipVisionConfig
+from encoders.clip_checkpoints import ClipVisionConfig
+from encoders.clip_layers import ClipVision
 from stable_diffusion.assembling import list_cross_attentions
 from tests.tiny import flux, guides, hunyuan_image, lumina, stable_diffusion
 from tests.tiny.control_nets import write_control_net, write_lllite

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from encoders.clip_checkpoints import ClipTextConfig
-from encoders.clip_text import ClipText
+from encoders.clip_layers import ClipText
 from tests.tiny.dit_files import draw
 from tests.tiny.hunyuan_encoders import write_clip_tokenizer
 

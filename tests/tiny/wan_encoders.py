@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from encoders.t5_checkpoints import T5Config
-from encoders.t5_network import T5Network
+from encoders.t5_network import T5Config, T5Network
 from wan.clip import WanClipVision
 from wan.encoder_checkpoints import ClipConfig
 from wan.vae import WanVae

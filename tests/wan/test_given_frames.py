@@ -21,8 +21,7 @@ from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.steps import Away, Section, StepDone, Tweaks
 from modules.flow.solvers import solver_for
-from modules.offload.checkpointing import checkpoint_blocks
-from modules.offload.token_pieces import compute_in_pieces
+from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from tests.modules.fake_device import FakeDevice
 from tests.modules.offload import test_token_pieces as pieces
 from tests.modules.swap_cases import swapped

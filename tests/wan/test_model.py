@@ -12,7 +12,7 @@ from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.wan_dit import CONFIGS, tiny_state
 from tests.wan.making import golden_model, in_diffusers, tiny_inputs, tiny_model
 from wan.model import WanModel
-from wan.tokens import pad_texts
+from wan.spec import pad_texts
 
 CASES = ("wan_dit_t2v", "wan_dit_i2v", "wan_dit_fun_control", "wan_dit_flf2v")
 

@@ -11,10 +11,8 @@ from generation.options import read_generation
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
 from modules.errors import CheckpointError, OptionError
 from networks.names.wan import WAN
-from wan.chosen import files_and_boundary
-from wan.files import WanFiles
+from wan.files import WanFiles, add_release, check_names, files_and_boundary, read_release
 from wan.options import WanGenerationOptions
-from wan.releases import add_release, check_names, read_release
 from wan.spec import LATENT, LATENT_5B
 from wan_generate_video import DEFAULTS
 

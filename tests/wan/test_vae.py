@@ -22,6 +22,7 @@ from tests.tiny.wan_encoders import (
     vae_diffusers_tensors,
     vae_tensors,
 )
+from wan.configs import WAN_2_1, WAN_2_2, VaeRelease
 from wan.vae import WanVae, load_vae, tiles
 from wan.vae_blocks import (
     Downsample,
@@ -34,7 +35,6 @@ from wan.vae_blocks import (
     WanResidualBlock,
     WanVaeConfig,
 )
-from wan.vae_releases import WAN_2_1, WAN_2_2, VaeRelease
 from wan.vae_shortcuts import fold_patches, unfold_patches
 
 CPU = torch.device("cpu")

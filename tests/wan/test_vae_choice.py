@@ -17,8 +17,7 @@ from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.wan_encoders import vae22_tensors, vae_tensors
 from wan.configs import TASKS
 from wan.family import Wan
-from wan.files import WanFiles
-from wan.releases import read_release
+from wan.files import WanFiles, read_release
 from wan.spec import LATENT, LATENT_5B
 from wan.vae import load_vae
 

@@ -16,8 +16,7 @@ from markupsafe import Markup
 from modules.console import as_size, count_of, in_words
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart
-from modules.pages.embedding import embed_clip
-from modules.pages.page import write_page
+from modules.pages.page import embed_clip, write_page
 from training.reports.history import Points, SampleRow, Story
 from training.reports.sample_files import SIDE, ReducedClip, read_reduced
 

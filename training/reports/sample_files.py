@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from modules.control_codes import escape_control_codes
 from modules.media.reading import Frame, read_image, video_frames, video_info
 from modules.media.writing import write_png
-from modules.pages.embedding import reduce_frame
+from modules.pages.page import reduce_frame
 
 FOLDER = "sample"  # of samples, in the output folder
 SIDE = 256  # pixels of the longer side

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modules.attention.attend import BACKENDS, attend, check_backend, refusal, try_out
-from modules.attention.lengths import lengths_on, pack, unpack
+from modules.attention.attend import (
+    BACKENDS,
+    attend,
+    check_backend,
+    lengths_on,
+    pack,
+    refusal,
+    try_out,
+    unpack,
+)
 from modules.attention.options import SDPA, AttentionChoice
 from modules.errors import OptionError
 from tests.modules.attention_packages import PACKAGES, Call, packed, put_in

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.filling import compress_names, load_module
 from modules.checkpoints.opening import open_checkpoint, plain_sources
-from modules.checkpoints.sources import TensorSource
+from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from tests.modules.making import write
 

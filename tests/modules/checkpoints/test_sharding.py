@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from blissful_tuner.model_utility import main
+from modules.checkpoints.changing import existing_shards, gather, write_shards
 from modules.checkpoints.opening import open_checkpoint
-from modules.checkpoints.sharding import existing_shards, gather, write_shards
 from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError, OptionError
 

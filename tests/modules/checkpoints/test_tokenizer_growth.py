@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models
 
-from modules.checkpoints.tokenizer_growth import check_sentencepiece
-from modules.checkpoints.tokenizers import MAX_BYTES, TokenizerFiles
+from modules.checkpoints.tokenizers import MAX_BYTES, TokenizerFiles, check_sentencepiece
 from modules.errors import CheckpointError
 from tests.tiny.wan_encoders import sentencepiece_model
 

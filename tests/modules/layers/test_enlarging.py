@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from modules.layers.enlarging import repeat_pixels
+from modules.layers.convolution import repeat_pixels
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from modules.layers.precision import activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import activation_dtype, in_own_dtype, run_float32
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import Timesteps
 
-from modules.layers.sinusoid import sinusoid
+from modules.layers.rope import sinusoid
 
 NUMBERS = torch.tensor([0.0, 1.0, 37.5, 1000.0, 6000.0])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.offload.checkpointing import Offload, checkpoint_blocks
-from modules.offload.transfer import Pairs
+from modules.offload.host_memory import Pairs
 from tests.tiny.dits import DITS, TinyDit, gradients
 
 SIZE, LARGER = (2, 4, 6, 9), (3, 6, 8, 11)

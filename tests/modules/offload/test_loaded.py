@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from modules.offload.loaded import LoadedNetwork
+from modules.offload.host_memory import LoadedNetwork
 
 
 def test_a_network_is_made_once_and_moves_from_then_on() -> None:

@@ -16,8 +16,7 @@ from modules.compile_options import Compilation
 from modules.contract.family import DitSpec
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
-from modules.offload.checkpointing import checkpoint_blocks
-from modules.offload.token_pieces import compute_in_pieces
+from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from tests.networks.making import randomize
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 

@@ -9,8 +9,7 @@ import pytest
 
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart, smooth
-from modules.pages.embedding import embed_clip, embed_picture
-from modules.pages.page import render_page, share_page, write_page
+from modules.pages.page import embed_clip, embed_picture, render_page, share_page, write_page
 from tests.browser import open_page
 
 HOSTILE = "$\\frac{ \"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}</style></title>"

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from modules.layers.convolution import compute_piece
 from modules.planning.dry_run import ACCELERATOR, dry_run
-from modules.planning.pieces import compute_piece
 
 
 class Compute:
