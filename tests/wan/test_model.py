@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.attention.options import AttentionChoice
 from modules.contract.steps import Tweaks
-from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.wan_dit import CONFIGS, tiny_state
 from tests.wan.making import golden_model, in_diffusers, tiny_inputs, tiny_model
 from wan.model import WanModel
@@ -121,17 +119,6 @@ def test_half_precision_of_the_modulation_reaches_given_frames() -> None:
     assert 0 < difference < 0.02 * exact.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_a_sample_of_a_batch_equals_that_sample_alone(kind: str) -> None:
-    model, inputs = tiny_model(kind), tiny_inputs(kind)
-
-    together = model(**inputs)
-
-    for sample in range(2):
-        alone = model(**{name: value[sample : sample + 1] for name, value in inputs.items()})
-        torch.testing.assert_close(alone, together[sample : sample + 1], atol=1e-5, rtol=1e-5)
-
-
 def test_text_may_come_as_one_padded_tensor() -> None:
     model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
     padded = torch.stack(
@@ -153,22 +140,6 @@ def test_padding_rows_computed_once_give_what_all_of_them_give(
 
     for name, gradient in gradients(model, inputs).items():
         torch.testing.assert_close(merged[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("mode", ["sdpa", *PACKAGES])
-def test_every_attention_back_end_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool
-) -> None:
-    """With stand-ins for the packages. They are given every row of padded text, as on a GPU."""
-    if mode in PACKAGES:
-        put_in(monkeypatch, mode)
-    model, inputs = tiny_model("i2v"), tiny_inputs("i2v")
-    expected = model(**inputs)
-    model.attention = AttentionChoice(mode.partition(" ")[0], split)
-
-    # sums of 512 rounded exponentials
-    torch.testing.assert_close(model(**inputs), expected, atol=1e-4, rtol=1e-4)
 
 
 def gradients(model: WanModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
