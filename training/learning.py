@@ -26,23 +26,29 @@ from networks.uses import LoraUse
 from training.averages import make_average
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.live_text import NO_TEXTS, LiveTexts
-from training.dressing import check_dtype, dress, dtype_of, placement_of
-from training.experts import ExpertNetworks, Turns, network_for, read_lora_for
+from training.experts import (
+    ExpertNetworks,
+    Turns,
+    check_dtype,
+    dress,
+    dtype_of,
+    network_for,
+    placement_of,
+    read_lora_for,
+)
 from training.loss import LossRule
-from training.optimizers.fused_backward import FusedBackward, StepAfterBackward
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer, set_training
-from training.optimizers.parameter_steps import ParameterSteps, steps_alone
+from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import NoReports, RunReporter
-from training.restoring import restore
 from training.samples import NoSampler, Sampler
+from training.saver import restore
 from training.saving.files import MinuteClock
 from training.trainable import Rates, Trainable, share_network, train_apart, train_dit, train_network
-from training.training_run import NoMemoryWatch, TrainingRun
-from training.triggers import TriggerFiles, trigger_paths
+from training.training_run import NoMemoryWatch, TrainingRun, TriggerFiles, trigger_paths
 from training.validation import Validation, ValidationRule, image_rule
 
 logger = logging.getLogger(__name__)

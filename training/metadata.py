@@ -14,9 +14,9 @@ from typing import Any
 from modules.atomic_write import make_storable
 from modules.contract.rules import ModelRelease
 from networks.loading import TRAINED_FOR
-from training.loss_options import L2
+from training.noise_options import L2
 from training.options import TrainingOptions
-from training.saving.model_card import CardFacts, write_card
+from training.saving.hub import CardFacts, write_card
 
 DEFAULT_RANK = 4
 RESOLUTION = "1280x720"  # constant in all files of other tuners of video models

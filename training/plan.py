@@ -26,19 +26,17 @@ from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.option_values import require
 from training.caching_inside import prepare_sources
-from training.changes import OptionChange
+from training.checks import check_before_loading, list_unused_options
 from training.data.live_media import BatchSources
 from training.data.live_text import LiveTexts
-from training.dressing import check_computing
-from training.early_checks import check_before_loading
-from training.experts import note_experts
+from training.experts import check_computing, note_experts
 from training.live_choice import find_live_texts, text_use
-from training.loop_options import StartOptions
-from training.optimizers.fused_backward import check_fused_backward
+from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
-from training.processes.accelerator import make_accelerator
+from training.processes import make_accelerator
 from training.reports.logs import check_trackers, run_folder
 from training.resuming import (
+    OptionChange,
     check_resumable,
     find_state,
     first_progress,
@@ -46,12 +44,11 @@ from training.resuming import (
     identity_of,
     resume_progress,
 )
-from training.saving.earlier import hold_name
-from training.saving.files import Names
+from training.run_options import StartOptions
+from training.saving.files import Names, hold_name
 from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
 from training.steps import Progress, StepPlan
-from training.unused_options import list_unused_options
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,11 @@ from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import NO_OPTIONS, options_with
 from networks.lora_settings import DEFAULT_RANK
-from training.changes import (
-    BATCHES,
-    GROUP_SIZE,
-    OptionChange,
-    changeable,
-    list_changes,
-    listed_settings,
-    plan_of,
-    take_over,
-)
 from training.optimizers.optimizer import class_path
 from training.options import TrainingOptions
 from training.reports.logs import public_config
-from training.saving.earlier import find_set_aside
+from training.saving.files import find_set_aside
+from training.saving.hub import download_state
 from training.saving.options import LATEST, LATEST_ONLY
 from training.saving.states import (
     FRESH_START,
@@ -40,15 +32,35 @@ from training.saving.states import (
     find_latest,
     one_error,
     read_state,
+    shorten_value,
     warn_of_changes,
 )
-from training.saving.upload import download_state
 from training.steps import Progress, StepPlan
 
 logger = logging.getLogger(__name__)
 
 # names in `SavedState.identity`
 TRANSFORMERS, PER_EXPERT = "trained transformers and their lowest timesteps", "--lora_per_expert"
+GROUP_SIZE = "micro-batches per step (processes x --gradient_accumulation_steps)"
+BATCHES = "batches of an epoch (--dataset_config and its caches)"
+# options that any resumed run may change; states record them so that a change can be listed
+LISTED = (
+    *("max_train_steps", "max_train_epochs", "validate_every_n_steps"),
+    *("sample_every_n_steps", "sample_every_n_epochs"),
+    *("save_every_n_steps", "save_every_n_epochs", "save_every_n_minutes"),
+)
+
+
+@dataclass(frozen=True)
+class OptionChange:
+    """One thing that differs from the saved run."""
+
+    name: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {shorten_value(self.before)} -> {shorten_value(self.after)}"
 
 
 def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
@@ -261,3 +273,54 @@ def _warn_of_unknown(saved: SavedState, names: Collection[str]) -> None:
             saved.folder,
             ", ".join(sorted(names)),
         )
+
+
+def changeable(record: type) -> frozenset[str]:
+    """Return the names in `SavedState.identity` that --resume_changed may change. record: of the options."""
+    options = options_with(record, "resume_changed", True)
+    return frozenset({*(f"--{name}" for name in options), GROUP_SIZE, BATCHES})
+
+
+def listed_settings(options: Any) -> dict[str, Any]:
+    """Return those of `TrainingOptions` that a resumed run may always change, to list a change."""
+    config = public_config(options)
+    return {f"--{name}": config[name] for name in LISTED}
+
+
+def list_changes(*pairs: tuple[Any, Mapping[str, Any]]) -> list[OptionChange]:
+    """Return the differences between saved settings and those of now. Settings not saved are left out."""
+    return [
+        OptionChange(name, saved[name], value)
+        for saved, here in pairs
+        if isinstance(saved, Mapping)
+        for name, value in here.items()
+        if name in saved and saved[name] != value
+    ]
+
+
+def plan_of(saved: SavedState, plan: StepPlan) -> StepPlan:
+    """Return the plan of steps of the saved run. plan: of this run, which begins where that one's did."""
+    batches = int(str(saved.identity[BATCHES]).partition(",")[0])
+    return replace(plan, num_batches=batches, processes=1, accumulation=int(saved.identity[GROUP_SIZE]))
+
+
+def take_over(changes: Sequence[OptionChange], progress: Progress, before: StepPlan) -> None:
+    """Note the changes in the run's progress, which begins a new plan of steps if it has to.
+
+    Other clips begin the current epoch again, in their own order; another size of a step goes on with the
+    clips that are left of it. before: the plan of the saved run.
+    """
+    logger.info("--resume_changed: %d differ from the saved run:", len(changes))
+    for change in changes:
+        logger.info("  %s", change)
+    progress.changes += [f"step {progress.step}: {change}" for change in changes]
+    names = {change.name for change in changes}
+    if not names & {GROUP_SIZE, BATCHES}:
+        return
+    if progress.position >= before.num_batches:
+        progress.epoch, progress.position = progress.epoch + 1, 0
+    if BATCHES in names:
+        progress.position = 0
+        logger.info("  Epoch %d begins again, with the clips of now.", progress.epoch + 1)
+    progress.plan_epoch, progress.plan_position = progress.epoch, progress.position
+    progress.plan_step = progress.step

@@ -24,15 +24,14 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan, make_plan
 from training.planning.memory import prepare_memory
 from training.previews import show_preview
-from training.processes.gradients import largest
-from training.processes.lost import LostProcessError, describe_loss, find_lost, is_of_processes
+from training.processes import LostProcessError, describe_loss, find_lost, is_of_processes, largest
 from training.reports.logs import TRACKER_NAME, Logs, public_config
 from training.reports.reporter import RunReporter
 from training.samples import NoSampler, Sampler, prepare_samples
 from training.saver import file_dtype, make_saver
-from training.saving.earlier import is_of_another_run, paths_in, set_aside
+from training.saving.files import is_of_another_run, paths_in, set_aside
+from training.saving.hub import make_uploads
 from training.saving.states import SavedState
-from training.saving.upload import make_uploads
 from training.summary import show_end, show_start, watch_run
 from training.training_run import NoMemoryWatch, TrainingRun
 

@@ -1,28 +1,33 @@
-"""Make the saver of a run: files with their metadata, averages, states, and the model card."""
+"""Make the saver of a run: files with their metadata, averages, states and the card; restore a state."""
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataset.batches.items import Items, TrainingItem
 from modules.devices import DTYPES
 from modules.offload.block_swap import settle_all
-from training.dressing import dtype_of
-from training.experts import expert_metadata
+from training.averages import PART as AVERAGE
+from training.experts import dtype_of, expert_metadata
 from training.metadata import PictureCount, RunFacts, file_metadata, model_card, run_metadata
-from training.optimizers.finished_weights import finished_weights
 from training.optimizers.lr_schedule import warmup_steps
+from training.optimizers.optimizer import finished_weights
+from training.optimizers.state import optimizer_state, restore_foreign_optimizer, restore_optimizer
 from training.options import TrainingOptions
-from training.restoring import take_state
-from training.resuming import own_values
+from training.resuming import listed_settings, own_values
 from training.saving.files import NoSaver, Publish, Saver
-from training.saving.states import write_state
+from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
 from training.training_run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
 
 
 def make_saver(
@@ -117,3 +122,78 @@ def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
     if precision is not None:
         return DTYPES[precision]
     return None if options.network is None else dtype_of(dit)
+
+
+def take_state(run: TrainingRun) -> SavedState:
+    """Return everything that resuming needs, not copied.
+
+    Call between steps, while the training weights are loaded.
+    """
+    settle_all(run.dits.networks)
+    plan = run.plan
+    parts: dict[str, Mapping[str, Tensor]] = {
+        name: module.state_dict() for name, module in run.trainable.modules.items()
+    }
+    if average := run.average.tensors():
+        parts[AVERAGE] = average
+    return SavedState(
+        Path(),
+        plan.progress,
+        plan.identity,
+        plan.habits,
+        parts,
+        optimizer_state(run.optimizer, run.trainable.names),
+        run.schedule.state_dict(),
+        run.scaler.state_dict(),
+        run.average.described(),
+        listed_settings(plan.options),
+    )
+
+
+def restore(run: TrainingRun) -> None:
+    """Bring the run into the state that its plan names. Raises CheckpointError if something does not fit."""
+    saved, step = run.plan.saved, run.progress.step
+    if saved is None:
+        if step:  # begun later
+            run.schedule.go_to(step)
+        return
+    with one_error(saved.folder):
+        if isinstance(saved, SavedState):
+            _restore_own(run, saved)
+            logger.info("Continuing at step %d, epoch %d.", step, run.progress.epoch + 1)
+        else:
+            _restore_foreign(run, saved)
+    saved.release()
+
+
+def _restore_own(run: TrainingRun, saved: SavedState) -> None:
+    for name, module in run.trainable.modules.items():
+        load_module(module, saved.parts[name])
+    kept, is_changed = saved.optimizer, bool(run.plan.changes)
+    if is_changed:  # learning rates follow from the settings of now
+        groups = [
+            {**group, **{name: own[name] for name in RATES if name in own and name in group}}
+            for group, own in zip(kept["groups"], run.optimizer.param_groups, strict=False)
+        ]
+        kept = {**kept, "groups": groups}
+    restore_optimizer(run.optimizer, run.trainable.names, kept, run.device)
+    if is_changed:
+        run.schedule.go_to(run.progress.step)
+    else:
+        run.schedule.load_state_dict(saved.schedule)
+    if saved.scaler:
+        run.scaler.load_state_dict(saved.scaler)
+    run.average.restore(saved)
+
+
+def _restore_foreign(run: TrainingRun, saved: ForeignState) -> None:
+    module = next(iter(run.trainable.modules.values()))  # beside it may be what no file holds
+    load_module(module, saved.network)
+    run.average.begin()
+    if saved.optimizer:
+        restore_foreign_optimizer(run.optimizer, saved.optimizer, run.device)
+    logger.warning(
+        "%s was made by another program and does not record its progress: weights and optimizer are "
+        "restored, while steps, epochs and the learning-rate schedule start from 0.",
+        saved.folder,
+    )

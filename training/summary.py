@@ -15,14 +15,13 @@ from modules.planning.memory_plan import gib
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
 from training.following import DORA_ELSEWHERE, NextSteps
-from training.optimizers.options import FIND_RATE
+from training.learning_options import FIND_RATE
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import Story
-from training.reports.options import LogOptions
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
-from training.sample_options import SampleOptions
+from training.run_options import LogOptions, SampleOptions
 from training.saving.files import Names
 from training.saving.options import SavingOptions
 from training.steps import StepPlan

@@ -17,7 +17,7 @@ from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
 from tests.training.test_resume import Killed, killed_at, train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.averages import decay_at, make_average
-from training.optimizers.options import AverageOptions
+from training.learning_options import AverageOptions
 from training.planning.prediction import predict
 from training.run import train_network
 from training.saving.states import SavedState, read_state, write_state

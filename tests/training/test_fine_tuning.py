@@ -16,7 +16,7 @@ from modules.contract.loading import Placement
 from modules.errors import OptionError
 from tests.training.test_resume import Killed, killed_at, train_in_two_processes
 from tests.training.toy import ToyFamily, same, state_tensors, toy_options, train_toy, write_caches
-from training.optimizers.parameter_steps import ALONE, ParameterSteps, require_alone, stochastic_bfloat16
+from training.optimizers.stepping import ALONE, ParameterSteps, require_alone, stochastic_bfloat16
 from training.run import prepare_run, train_network
 from training.steps import Progress
 
@@ -189,7 +189,7 @@ def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(
 
 
 def test_several_processes_are_refused(tmp_path: Path) -> None:
-    from training.optimizers.fused_backward import check_fused_backward
+    from training.optimizers.stepping import check_fused_backward
 
     assert toy_options(tmp_path, FUSED, whole_dit=True).is_fused
     check_fused_backward("adafactor", 1)

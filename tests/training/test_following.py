@@ -16,7 +16,7 @@ from modules.options import read_options
 from modules.parser import add_options, declare
 from tests.training.toy import TWO_EXPERTS
 from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
-from training.learner_options import WholeDitOptions
+from training.learning_options import WholeDitOptions
 from training.options import TrainingOptions, read_arguments, read_training, training_parser
 from training.reports.page import PageCommand
 from wan.options import WanTrainingOptions, generation_words

@@ -30,7 +30,7 @@ from tests.training.toy import (
 )
 from training.data.feed import Randomness
 from training.loop import take_step
-from training.optimizers.fused_backward import StepAfterBackward
+from training.optimizers.stepping import StepAfterBackward
 from training.run import prepare_run, train_network
 from training.training_run import TrainingRun
 

@@ -22,7 +22,7 @@ from training.loss import (
     measure_errors,
     training_loss,
 )
-from training.loss_options import PREDICTIONS, LossOptions
+from training.noise_options import PREDICTIONS, LossOptions
 
 
 class Constant(torch.nn.Module):

@@ -8,7 +8,7 @@ import pytest
 
 from modules.errors import OptionError
 from modules.options import read_options
-from training.learner_options import WholeDitOptions
+from training.learning_options import WholeDitOptions
 from training.metadata import RunFacts, file_metadata, run_metadata
 from training.options import TrainingOptions, read_arguments, training_parser
 

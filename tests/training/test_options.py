@@ -12,7 +12,7 @@ from modules.attention.options import SDPA
 from modules.errors import OptionError, UserError
 from modules.options import read_options
 from modules.parser import add_options
-from training.learner_options import ExpertTrainingOptions
+from training.learning_options import ExpertTrainingOptions
 from training.options import TrainingOptions, read_arguments, training_parser
 from wan.options import WanTrainingOptions
 

@@ -19,7 +19,7 @@ from modules.options import read_options
 from modules.parser import add_options
 from tests.training.toy import same
 from tests.training.toy_images import LATENT, LEVELS, PictureFamily, count_tokens
-from training.data.options import SAMPLERS, SIZE_SAMPLERS
+from training.noise_options import SAMPLERS, SIZE_SAMPLERS
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
 

@@ -16,7 +16,7 @@ from networks.loading import read_lora
 from networks.uses import LoraUse
 from tests.training.toy import ToyFamily, same, state_tensors, toy_options, train_toy, write_caches
 from training.run import train_network
-from training.sample_options import _split_multiplier
+from training.run_options import _split_multiplier
 
 COMPILED = ["--compile", "--compile_args", "eager", "default", "auto", "true"]
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ from modules.errors import CheckpointError, OptionError
 from modules.media.reading import video_frames, video_info
 from tests.tiny.taehv import write_taehv
 from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches
+from training.checks import list_unused_options
 from training.run import train_network
 from training.samples import SamplingStopped, prepare_samples
-from training.unused_options import list_unused_options
 
 COLOURED = replace(LATENT, preview_factors=((1.0, 0.5, 0.0), (0.0, 0.5, 1.0)))
 PROMPT = "a cat --w 32 --h 32 --f 9 --d 11 --s 4\na picture --w 32 --h 32 --d 12 --s 3\n"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
-from training.triggers import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, TriggerFiles, trigger_paths
+from training.training_run import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, TriggerFiles, trigger_paths
 
 
 def files_in(folder: Path, can_sample: bool = True) -> tuple[TriggerFiles, Callable[[], None]]:

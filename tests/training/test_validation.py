@@ -17,8 +17,8 @@ from modules.errors import DatasetError, OptionError
 from modules.options import read_options
 from modules.parser import add_options
 from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
-from training.loop_options import LoopOptions, ValidationOptions
 from training.run import train_network
+from training.run_options import LoopOptions, ValidationOptions
 from training.validation import Validation
 
 CPU = torch.device("cpu")

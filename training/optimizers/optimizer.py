@@ -1,17 +1,20 @@
 """Make the optimizer from a short name, a class name of torch.optim, or an import path."""
 
+import contextlib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from modules.command import did_you_mean
 from modules.errors import OptionError
-from training.optimizers.options import OptimizerOptions
+from training.learning_options import OptimizerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -206,3 +209,40 @@ def _adafactor_arguments(
     if arguments.get("clip_threshold", 1.0) != 1.0:
         logger.warning("Adafactor: clip_threshold=1.0 is usual.")
     return arguments, options.learning_rate
+
+
+@contextlib.contextmanager
+def evaluation(
+    modules: Sequence[nn.Module], optimizer: Optimizer, parameters: Sequence[Parameter]
+) -> Iterator[None]:
+    """Put networks into evaluation mode with their final weights; then restore everything to the bit."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        with finished_weights(optimizer, parameters):
+            yield
+    finally:
+        for part, is_training in modes:
+            part.training = is_training
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
+    """Load the averaged weights of a schedule-free optimizer; others are unchanged.
+
+    While training, this optimizer keeps other weights in their place. Its own way back rounds, so the
+    training weights are kept aside: saving changes nothing in the run.
+    """
+    if not is_schedule_free(optimizer):
+        yield
+        return
+    kept = [parameter.detach().clone() for parameter in parameters]
+    set_training(optimizer, False)
+    try:
+        yield
+    finally:
+        set_training(optimizer, True)
+        for parameter, weights in zip(parameters, kept, strict=True):
+            parameter.copy_(weights)

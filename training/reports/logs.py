@@ -30,7 +30,7 @@ from modules.options import option_name, record_of
 from modules.planning.dry_run import quiet
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
-from training.reports.options import LogOptions
+from training.run_options import LogOptions
 
 logger = logging.getLogger(__name__)
 

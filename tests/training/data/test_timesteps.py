@@ -15,7 +15,6 @@ from modules.errors import OptionError
 from modules.options import read_options
 from modules.parser import Parser, add_options
 from tests.golden_cases import read_case
-from training.data.options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions
 from training.data.timesteps import (
     Timesteps,
     check_reaches,
@@ -29,6 +28,7 @@ from training.data.timesteps import (
     times_at,
     timesteps_at,
 )
+from training.noise_options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions
 
 GOLDEN, _ = read_case("timestep_sampling")
 IMAGES, _ = read_case("image_timesteps")

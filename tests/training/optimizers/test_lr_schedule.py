@@ -11,10 +11,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from modules.errors import CheckpointError, OptionError
 from modules.parser import parse_options
+from training.learning_options import LrScheduleOptions, OptimizerOptions
 from training.optimizers.lr_schedule import LrSchedule, make_lr_schedule, warmup_steps
-from training.optimizers.lr_schedule_options import LrScheduleOptions
 from training.optimizers.optimizer import make_optimizer
-from training.optimizers.options import OptimizerOptions
 
 RATE = 1e-3
 

@@ -18,8 +18,7 @@ from modules.errors import OptionError, UserError
 from modules.options import read_options
 from networks.adapter import NormReport
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.processes.accelerator import make_accelerator
-from training.processes.options import AcceleratorOptions
+from training.processes import make_accelerator
 from training.reports.logs import (
     Logs,
     StepReport,
@@ -29,6 +28,7 @@ from training.reports.logs import (
     run_folder,
     tracker_arguments,
 )
+from training.run_options import AcceleratorOptions
 
 PLAIN = AcceleratorOptions.usual()
 

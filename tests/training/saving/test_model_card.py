@@ -10,8 +10,7 @@ from safetensors import safe_open
 
 from modules.contract.rules import ModelRelease
 from tests.training.toy import toy_options, train_toy, write_caches
-from training.saving.model_card import CardFacts, may_replace, write_card
-from training.saving.upload import make_uploads
+from training.saving.hub import CardFacts, make_uploads, may_replace, write_card
 
 RELEASE = ModelRelease(("Wan-AI/Wan2.1-T2V-1.3B",), "Apache-2.0", "apache-2.0", "https://example.org/apache")
 METADATA = {

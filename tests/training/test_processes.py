@@ -16,15 +16,15 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from modules.devices import allow_fp16_accumulation
 from modules.errors import OptionError
-from training.processes.accelerator import make_accelerator
-from training.processes.options import AcceleratorOptions
+from training.processes import make_accelerator
+from training.run_options import AcceleratorOptions
 
 ROOT = Path(__file__).parents[3]
 SHARE = """
 import torch
-from training.processes.accelerator import make_accelerator
-from training.processes.options import AcceleratorOptions
-from training.processes.gradients import largest
+from training.processes import make_accelerator
+from training.run_options import AcceleratorOptions
+from training.processes import largest
 accelerator = make_accelerator(AcceleratorOptions.usual(ddp_timeout=5))
 total = torch.tensor([float(accelerator.process_index + 1)])
 torch.distributed.all_reduce(total)
@@ -133,7 +133,7 @@ def test_accelerate_does_not_change_how_exact_float32_is(
         torch.backends.cuda.matmul.allow_tf32 = True
         return Accelerator(**settings)
 
-    monkeypatch.setattr("training.processes.accelerator.Accelerator", on_a_gpu)
+    monkeypatch.setattr("training.processes.Accelerator", on_a_gpu)
     make_accelerator(AcceleratorOptions.usual(cuda_allow_tf32=is_on))
 
     assert torch.backends.cuda.matmul.allow_tf32 is is_on
@@ -149,7 +149,7 @@ def test_processes_wait_for_one_that_makes_samples(
         given.extend(kwargs_handlers)
         return Accelerator(kwargs_handlers=kwargs_handlers, **settings)
 
-    monkeypatch.setattr("training.processes.accelerator.Accelerator", watched)
+    monkeypatch.setattr("training.processes.Accelerator", watched)
     make_accelerator(AcceleratorOptions.usual(ddp_timeout=asked))
 
     assert [each.timeout for each in given] == [timedelta(minutes=minutes)]
