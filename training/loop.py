@@ -228,7 +228,7 @@ def _restart_clock(run: TrainingRun) -> None:
     """Exclude a pause (samples, validation, saving) from the time and the memory of the next step."""
     run.memory.after_pause()
     run.readings.restart_clock(run.device)
-    run.logs.skip_next_time()
+    run.logs.clock.skip()
 
 
 def _begin(run: TrainingRun) -> None:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from training.live_choice import find_live_texts, text_use
 from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
 from training.processes import make_accelerator
-from training.reports.logs import check_trackers, run_folder
+from training.reports.logs import check_trackers
 from training.resuming import (
     OptionChange,
     check_resumable,
@@ -168,9 +167,7 @@ def name_network(family: Family, options: TrainingOptions) -> str:
 def _join_processes(family: Family, options: TrainingOptions) -> tuple[Accelerator, Quantisation | None]:
     """Start trackers and processes, and check the options against the device."""
     check_trackers(options.logs)
-    accelerator = make_accelerator(
-        options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now())
-    )
+    accelerator = make_accelerator(options.accelerator, options.logs)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
     else:

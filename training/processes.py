@@ -8,9 +8,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -21,7 +20,7 @@ from torch.nn import Parameter
 
 from modules.devices import allow_fp16_accumulation, set_cuda_precision
 from modules.errors import OptionError, UserError
-from training.run_options import AcceleratorOptions
+from training.run_options import NO_LOGS, AcceleratorOptions, LogOptions
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +37,17 @@ SHARDING = {
 
 
 def make_accelerator(
-    options: AcceleratorOptions, trackers: Sequence[str] = (), logging_folder: Path | None = None
+    options: AcceleratorOptions, logs: LogOptions = NO_LOGS, started: datetime | None = None
 ) -> Accelerator:
     """Join the processes that the launcher started and choose device and precision.
 
-    trackers, logging_folder: `LogOptions.trackers` and `logs.run_folder`.
-    Raises OptionError if the device does not support this precision or a tracker is not installed.
+    started: names the folder of TensorBoard's files; None: now. Raises OptionError if the device does not
+    support this precision or a tracker is not installed.
     """
     _refuse_sharding(os.environ)
+    folder = None
+    if logs.logging_dir is not None:
+        folder = logs.logging_dir / f"{logs.log_prefix or ''}{started or datetime.now():%Y%m%d%H%M%S}"
     patience = timedelta(minutes=USUAL_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout)
     try:
         accelerator = Accelerator(
@@ -55,8 +57,8 @@ def make_accelerator(
             # always 1, whatever the launcher's setting: the loop accumulates, so backward() must not divide
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             step_scheduler_with_optimizer=False,
-            log_with=list(trackers) or None,
-            project_dir=logging_folder,
+            log_with=list(logs.trackers) or None,
+            project_dir=folder,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
         )
     except ValueError as error:

@@ -272,6 +272,7 @@ class LogOptions(Options, title="logs"):
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
 
 
+NO_LOGS = LogOptions.usual()
 PRECISIONS = ("no", "fp16", "bf16")
 
 

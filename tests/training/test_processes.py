@@ -19,7 +19,7 @@ from modules.errors import OptionError
 from training.processes import make_accelerator
 from training.run_options import AcceleratorOptions
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 SHARE = """
 import torch
 from training.processes import make_accelerator

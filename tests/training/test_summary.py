@@ -10,7 +10,7 @@ import torch
 from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches
 from training.loop import train
 from training.reports.history import History
-from training.reports.logs import Pace
+from training.reports.logs import StepClock
 from training.run import prepare_run
 from training.steps import StepPlan
 from training.summary import (
@@ -152,11 +152,11 @@ def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl", 1)
     assert describe_best(history.events_told, tmp_path) is None
     for step, loss in ((2, 0.5), (4, 0.25), (7, 0.3)):
-        history.add({"step": step, "validation": {"validation/loss": loss}})
+        history.add(step, validation={"validation/loss": loss})
     assert describe_best(history.events_told, tmp_path) == "step 4, loss 0.25000, not saved"
     for step, name in ((8, "x.safetensors"), (4, "b.safetensors")):
         (tmp_path / name).touch()
-        history.add({"step": step, "saved": name})
+        history.add(step, saved=name)
     assert (
         describe_best(history.events_told, tmp_path) == f"step 4, loss 0.25000: {tmp_path / 'b.safetensors'}"
     )
@@ -192,9 +192,9 @@ def test_what_other_tools_make_of_a_dora_is_told_once(
 
 
 def test_pauses_do_not_count_as_training() -> None:
-    pace = Pace()
-    for seconds in (2, 3, 1):
-        pace.note(seconds)
+    clock = StepClock()
+    for step, seconds in enumerate((2, 3, 1)):
+        clock.note(step, seconds)
 
-    assert pace.active == 6
-    assert pace.seconds_per_step == 2
+    assert clock.active == 6
+    assert clock.seconds_per_step == 2

@@ -1,6 +1,6 @@
 """Models and states on disk and on the hub.
 
-files: when and where to save, what to remove or set aside
+files: names and times of saves, what is removed
 hub: upload to the Hugging Face hub; the model card
 old_states: read states of before version 2
 options: options of saving, and the state to continue

@@ -54,6 +54,11 @@ class Names:
             return {"": self.folder / f"{stem}.safetensors"}
         return {part: self.folder / f"{stem}_{part}.safetensors" for part in self.parts}
 
+    def stem_of(self, file: Path) -> str:
+        """Return the stem that `files` makes this file of: its name without the ending of its part."""
+        ends = (f"_{part}" for part in self.parts)
+        return file.stem.removesuffix(next(filter(file.stem.endswith, ends), ""))
+
     def averages(self, stem: str) -> dict[str, Path]:
         """Return the files of the weights' average, as `files`."""
         return self.files(f"{stem}-ema")

@@ -25,7 +25,6 @@ from training.reports.logs import (
     check_trackers,
     name_rates,
     public_config,
-    run_folder,
     tracker_arguments,
 )
 from training.run_options import AcceleratorOptions
@@ -48,10 +47,9 @@ def _fresh_processes() -> Iterator[None]:
 @pytest.mark.usefixtures("_fresh_processes")
 def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
     given = options("--logging_dir", str(tmp_path), "--log_prefix", "run-", "--log_config").logs
-    folder = run_folder(given, datetime(2030, 1, 2, 3, 4, 5))
-    assert folder == tmp_path / "run-20300102030405"
     clock = itertools.count(0, 5)
-    accelerator = make_accelerator(PLAIN, given.trackers, folder)
+    accelerator = make_accelerator(PLAIN, given, datetime(2030, 1, 2, 3, 4, 5))
+    folder = tmp_path / "run-20300102030405"
 
     with Logs(accelerator, given, 4, 1, {"max_train_steps": 4}, now=lambda: next(clock)) as logs:
         for step in (2, 3, 4):

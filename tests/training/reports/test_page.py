@@ -250,9 +250,9 @@ def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, 
     """The text of a page of a run that saved these files (of which b.safetensors is gone)."""
     history = History(folder / "h.jsonl", 1)
     for step, loss in validations.items():
-        history.add({"step": step, "validation": {"validation/loss": loss}})
+        history.add(step, validation={"validation/loss": loss})
     for name, step in saved.items():
-        history.add({"step": step, "saved": name})
+        history.add(step, saved=name)
         if name != "b.safetensors":
             (folder / name).write_bytes(b"x" * 2000)
     story, standing = history.events_told, Standing(9, "running")
@@ -410,5 +410,5 @@ def test_the_loop_reports_through_it(tmp_path: Path) -> None:
 
     reporter.history.flush()
     story = reporter.history.read()
-    assert [step for step, _ in story.loss] == list(range(1, 9))
+    assert [*story.loss] == list(range(1, 9))
     assert all(seconds is not None and seconds > 0 for _, seconds in story.seconds)
