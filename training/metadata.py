@@ -5,94 +5,57 @@ All values are text; missing ones are "None".
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import datetime
-from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
+from dataset.batches.items import Items, TrainingItem
 from modules.atomic_write import make_storable
-from modules.contract.rules import ModelRelease
 from networks.loading import TRAINED_FOR
 from training.noise_options import L2
+from training.optimizers.lr_schedule import count_steps
 from training.options import TrainingOptions
-from training.saving.hub import CardFacts, write_card
+from training.plan import TrainingPlan
+from training.resuming import own_values
 
 DEFAULT_RANK = 4
 RESOLUTION = "1280x720"  # constant in all files of other tuners of video models
 IMAGE_RESOLUTION = "1024x1024"  # likewise, of image models
 
 
-@dataclass(frozen=True)
-class PictureCount:
-    """Hold how many pictures of one size a folder has."""
-
-    folder: str
-    size: tuple[int, int]  # width, height
-    count: int
-    repeats: int
-    is_reg: bool  # regularisation pictures
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """Hold a run's facts besides its options."""
-
-    session_id: int
-    started_at: float  # unix seconds
-    seed: int
-    num_items: int  # with repeats
-    batches_per_epoch: int
-    num_epochs: int
-    total_steps: int
-    warmup_steps: int
-    optimizer: str  # as `make_optimizer` names it
-    lr_scheduler: str
-    network_module: str
-    datasets: Sequence[Mapping[str, Any]]  # `DatasetTable.describe()` of each
-    num_validation: int = 0  # items that are not trained on
-    pictures: Sequence[PictureCount] = ()  # of image trainers
-    changes: Sequence[str] = ()  # what --resume_changed changed on the way
-
-
-def run_metadata(
-    options: TrainingOptions,
-    family_name: str,
-    family_metadata: Mapping[str, str],
-    facts: RunFacts,
-    own: Mapping[str, Any] = MappingProxyType({}),
-) -> dict[str, str]:
+def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
     """The `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
 
-    family_name, family_metadata: `Family.name` and `.metadata` (architecture, implementation, sd_model_name,
+    optimizer, lr_scheduler: their names. `Family.metadata` has architecture, implementation, sd_model_name,
     vae_name; base_model_version where files name the model otherwise than we; trained_for where a model has
-    several uses that its files do not tell apart). own: the family's options that resume compares. A whole
-    DiT has no `ss_network_*`, by which a LoRA is known.
+    several uses that its files do not tell apart. A whole DiT has no `ss_network_*`: these mark a LoRA.
     """
+    options, family, facts = plan.options, plan.family, plan.family.metadata
     network = options.network
-    version = family_metadata.get("base_model_version", family_name)
-    values: dict[str, Any] = {"ss_base_model_version": version}
+    values: dict[str, Any] = {"ss_base_model_version": facts.get("base_model_version", family.name)}
     if network is not None:
         values |= {
-            "ss_network_module": facts.network_module,
+            "ss_network_module": plan.network_module,
             "ss_network_dim": "Dynamic" if network.dim_from_weights else network.network_dim or DEFAULT_RANK,
             "ss_network_alpha": "Dynamic" if network.dim_from_weights else network.network_alpha,
             "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
         }
     if not options.metadata.no_metadata:
+        own = own_values(family.options, "identity", "habit")
         values |= {f"ss_{name}": value for name, value in own.items()}
-        values |= _training_values(options, facts)
+        values |= _training_values(plan, optimizer, lr_scheduler)
         if options.loss != L2 or options.is_for_images:
             values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
-        values |= _image_values(options, facts, family_metadata.get("model_type"))
-        if facts.changes:
-            values["ss_resume_changes"] = json.dumps(list(facts.changes), ensure_ascii=False)
-        further = [name for name in family_metadata if name.startswith("sd_model_name_")]
-        values |= {
-            f"ss_{name}": family_metadata.get(name) for name in ("sd_model_name", *further, "vae_name")
-        }
-        if "trained_for" in family_metadata:
-            values[TRAINED_FOR] = family_metadata["trained_for"]
+        values |= _image_values(plan)
+        if plan.progress.changes:
+            values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
+        further = [name for name in facts if name.startswith("sd_model_name_")]
+        values |= {f"ss_{name}": facts.get(name) for name in ("sd_model_name", *further, "vae_name")}
+        if "trained_for" in facts:
+            values[TRAINED_FOR] = facts["trained_for"]
     return {key: str(value) for key, value in values.items()}
 
 
@@ -121,46 +84,30 @@ def file_metadata(
     return {key: make_storable(text) for key, text in values.items()}
 
 
-def model_card(
-    options: TrainingOptions,
-    release: ModelRelease,
-    metadata: Mapping[str, str],
-    prompts: Sequence[str] = (),
-) -> str | None:
-    """Return the card for the repository that files are uploaded to, or None without one.
-
-    metadata: of the trained file. prompts: of the samples.
-    """
-    if options.hub.huggingface_repo_id is None:
-        return None
-    name = options.saving.output_name or ""
-    shown = [prompt for prompt in prompts if prompt]
-    return write_card(CardFacts(name, options.network is not None, release, metadata, shown))
-
-
-def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any]:
+def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:
+    options, progress, steps = plan.options, plan.progress, plan.steps
     loop, times, network = options.loop, options.timesteps, options.network
     dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}
     # sic: files of other tuners of video models have this misspelling too
-    twice = {} if options.is_for_images else {"ss_ss_session_id": facts.session_id}
+    twice = {} if options.is_for_images else {"ss_ss_session_id": progress.session_id}
     return dropout | {
-        "ss_session_id": facts.session_id,
+        "ss_session_id": progress.session_id,
         **twice,
-        "ss_training_started_at": facts.started_at,
+        "ss_training_started_at": progress.started_at,
         "ss_output_name": options.saving.output_name,
         "ss_learning_rate": options.optimizer.learning_rate,
-        "ss_num_train_items": facts.num_items,
-        "ss_num_batches_per_epoch": facts.batches_per_epoch,
-        "ss_num_epochs": facts.num_epochs,
+        "ss_num_train_items": plan.order.num_items,
+        "ss_num_batches_per_epoch": steps.num_batches,
+        "ss_num_epochs": steps.num_epochs,
         "ss_gradient_checkpointing": loop.gradient_checkpointing,
         "ss_gradient_accumulation_steps": loop.gradient_accumulation_steps,
-        "ss_max_train_steps": facts.total_steps,
-        "ss_lr_warmup_steps": facts.warmup_steps,
-        "ss_lr_scheduler": facts.lr_scheduler,
+        "ss_max_train_steps": steps.total_steps,
+        "ss_lr_warmup_steps": count_steps(options.lr_schedule.lr_warmup_steps, steps.total_steps),
+        "ss_lr_scheduler": lr_scheduler,
         "ss_mixed_precision": options.accelerator.mixed_precision,
-        "ss_seed": facts.seed,
+        "ss_seed": progress.seed,
         "ss_training_comment": options.metadata.training_comment,
-        "ss_optimizer": facts.optimizer,
+        "ss_optimizer": optimizer,
         "ss_max_grad_norm": options.optimizer.max_grad_norm,
         "ss_fp8_base": options.speed.fp8.fp8_base,
         "ss_full_fp16": False,
@@ -173,12 +120,13 @@ def _training_values(options: TrainingOptions, facts: RunFacts) -> dict[str, Any
         "ss_timestep_sampling": times.timestep_sampling,
         "ss_sigmoid_scale": times.sigmoid_scale,
         "ss_discrete_flow_shift": times.flow_shift,
-        "ss_datasets": json.dumps(list(facts.datasets), ensure_ascii=False),
+        "ss_datasets": json.dumps([table.describe() for table in plan.config.datasets], ensure_ascii=False),
     }
 
 
-def _image_values(options: TrainingOptions, facts: RunFacts, model_type: str | None) -> dict[str, Any]:
-    """The entries that files of image trainers have besides; none for others. model_type: the family's."""
+def _image_values(plan: TrainingPlan) -> dict[str, Any]:
+    """Return the entries that files of image trainers have besides; for others those of added noise."""
+    options, model_type = plan.options, plan.family.metadata.get("model_type")
     values: dict[str, Any] = {}
     if options.noise.ip_noise_gamma:
         values |= asdict(options.noise)
@@ -198,9 +146,9 @@ def _image_values(options: TrainingOptions, facts: RunFacts, model_type: str | N
         "max_validation_steps": asked.max_validation_steps,
         "validate_every_n_epochs": asked.validate_every_n_epochs,
         "validate_every_n_steps": asked.validate_every_n_steps,
-        "num_validation_images": facts.num_validation,
+        "num_validation_images": len(plan.validation),
         **({} if model_type is None else {"model_type": model_type}),
-        **_count_pictures(facts.pictures),
+        **_count_pictures(plan.training),
     }
     if options.subset is not None:
         values |= {
@@ -210,33 +158,30 @@ def _image_values(options: TrainingOptions, facts: RunFacts, model_type: str | N
     return {f"ss_{name}": value for name, value in values.items()}
 
 
-def _count_pictures(pictures: Sequence[PictureCount]) -> dict[str, Any]:
-    """Return how many pictures there are: with their repeats, by size and by folder."""
+def _count_pictures(items: Iterable[TrainingItem]) -> dict[str, Any]:
+    """Return how many pictures there are: with their repeats, by size and by folder. None is read."""
+    columns = Items.of(items)
+    counts = np.bincount(columns.numbers, minlength=len(columns.facts)).tolist()
     folders: dict[str, dict[str, int]] = {}
     buckets: dict[tuple[int, int], int] = {}
-    for each in pictures:
-        folder = folders.setdefault(each.folder, {"n_repeats": each.repeats, "img_count": 0})
-        folder["img_count"] += each.count
-        buckets[each.size] = buckets.get(each.size, 0) + each.count * each.repeats
+    totals = {False: 0, True: 0}  # of pictures to learn, and of those for regularisation
+    for facts, count in zip(columns.facts, counts, strict=True):
+        table, size = facts.table, (facts.bucket[0], facts.bucket[1])
+        if count:
+            folder = folders.setdefault(table.source.name, {"n_repeats": table.num_repeats, "img_count": 0})
+            folder["img_count"] += count
+            buckets[size] = buckets.get(size, 0) + count * table.num_repeats
+            totals[table.is_reg] += count * table.num_repeats
     rows = {
         str(number): {"resolution": list(size), "count": count}
         for number, (size, count) in enumerate(sorted(buckets.items()))
     }
-    reg = sum(each.count * each.repeats for each in pictures if each.is_reg)
     return {
-        "num_train_images": sum(each.count * each.repeats for each in pictures) - reg,
-        "num_reg_images": reg,
+        "num_train_images": totals[False],
+        "num_reg_images": totals[True],
         "dataset_dirs": json.dumps(folders, ensure_ascii=False),
         "bucket_info": json.dumps({"buckets": rows}),
     }
-
-
-def _resolution(given: str | None, usual: str) -> str:
-    """Return the value of --metadata_reso as "832x480"; "1024" is a square. usual: if it says nothing."""
-    if given is None:
-        return usual
-    width, *height = re.findall(r"\d+", given)
-    return f"{width}x{height[0] if height else width}"
 
 
 def _modelspec(
@@ -245,6 +190,10 @@ def _modelspec(
     """Source: https://github.com/Stability-AI/ModelSpec."""
     given, times = options.metadata, options.timesteps
     architecture = given.architecture or family_metadata.get("architecture")
+    resolution = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
+    if given.resolution is not None:  # one number is for a square
+        width, *height = re.findall(r"\d+", given.resolution)
+        resolution = f"{width}x{height[0] if height else width}"
     values = {
         # as the known trainers of each kind write it
         "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
@@ -253,9 +202,7 @@ def _modelspec(
         else architecture,
         "implementation": family_metadata.get("implementation"),
         "title": given.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
-        "resolution": _resolution(
-            given.resolution, IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
-        ),
+        "resolution": resolution,
         "date": now.isoformat(timespec="seconds"),
         "author": given.author,
         "description": given.description,

@@ -1,27 +1,25 @@
 """Make the saver of a run: files with their metadata, averages, states and the card; restore a state."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.batches.items import Items, TrainingItem
 from modules.devices import DTYPES
 from modules.offload.block_swap import settle_all
 from training.averages import PART as AVERAGE
 from training.experts import dtype_of, expert_metadata
-from training.metadata import PictureCount, RunFacts, file_metadata, model_card, run_metadata
-from training.optimizers.lr_schedule import warmup_steps
+from training.metadata import file_metadata, run_metadata
 from training.optimizers.optimizer import finished_weights
 from training.optimizers.state import optimizer_state, restore_foreign_optimizer, restore_optimizer
 from training.options import TrainingOptions
-from training.resuming import listed_settings, own_values
+from training.resuming import listed_settings
 from training.saving.files import NoSaver, Publish, Saver
+from training.saving.hub import write_card
 from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
 from training.training_run import TrainingRun
 
@@ -41,8 +39,7 @@ def make_saver(
     if not plan.accelerator.is_main_process:
         return NoSaver()
     family = plan.family
-    own_options = own_values(family.options, "identity", "habit")
-    run_values = run_metadata(options, family.name, family.metadata, facts_of_run(run), own_options)
+    run_values = run_metadata(plan, run.optimizer_name, run.schedule.name)
     dtype = file_dtype(options, run.dits.networks[0])
     parts = list(trainable.writes)
 
@@ -62,7 +59,11 @@ def make_saver(
             own = {} if options.metadata.no_metadata else run.average.metadata
             trainable.writes[part](path, dtype, {**metadata_now(part), **own})
 
-    card = model_card(options, family.release, metadata_now(parts[0]), run.sampler.prompts)
+    card = None
+    if options.hub.huggingface_repo_id is not None:
+        prompts = [prompt for prompt in run.sampler.prompts if prompt]
+        is_lora = options.network is not None
+        card = write_card(plan.output_name, is_lora, family.release, metadata_now(parts[0]), prompts)
     saver = Saver(
         options.saving,
         plan.names,
@@ -76,44 +77,6 @@ def make_saver(
     saver.tidy_steps(progress.step)  # what a run that was killed had no time for
     saver.tidy_epochs(progress.epoch)
     return saver
-
-
-def facts_of_run(run: TrainingRun) -> RunFacts:
-    plan, progress, steps = run.plan, run.progress, run.steps
-    return RunFacts(
-        session_id=progress.session_id,
-        started_at=progress.started_at,
-        seed=progress.seed,
-        num_items=plan.order.num_items,
-        batches_per_epoch=steps.num_batches,
-        num_epochs=steps.num_epochs,
-        total_steps=steps.total_steps,
-        warmup_steps=warmup_steps(plan.options.lr_schedule, steps.total_steps),
-        optimizer=run.optimizer_name,
-        lr_scheduler=run.schedule.name,
-        network_module=plan.network_module,
-        num_validation=len(plan.validation),
-        pictures=count_pictures(plan.training) if plan.options.is_for_images else (),
-        datasets=[table.describe() for table in plan.config.datasets],
-        changes=tuple(progress.changes),
-    )
-
-
-def count_pictures(items: Iterable[TrainingItem]) -> list[PictureCount]:
-    """Return how many pictures there are by folder and size. None is read."""
-    columns = Items.of(items)
-    counts = np.bincount(columns.numbers, minlength=len(columns.facts)).tolist()
-    return [
-        PictureCount(
-            facts.table.source.name,
-            (facts.bucket[0], facts.bucket[1]),
-            count,
-            facts.table.num_repeats,
-            facts.table.is_reg,
-        )
-        for facts, count in zip(columns.facts, counts, strict=True)
-        if count
-    ]
 
 
 def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:

@@ -123,7 +123,7 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
             raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, as {key}=1")
     curve = RateShape(
         learning_rate=learning_rate,
-        warmup=warmup_steps(options, total_steps),
+        warmup=count_steps(options.lr_warmup_steps, total_steps),
         decay=count_steps(options.lr_decay_steps, total_steps),
         total=total_steps,
         **{**standard, **arguments},
@@ -146,11 +146,6 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
 def count_steps(steps: int | float, total_steps: int) -> int:
     """Convert a number or a fraction of the run to a number of steps."""
     return steps if isinstance(steps, int) else int(steps * total_steps)
-
-
-def warmup_steps(options: LrScheduleOptions, total_steps: int) -> int:
-    """Return the number of steps over which the learning rate rises from 0."""
-    return count_steps(options.lr_warmup_steps, total_steps)
 
 
 # the curves: factor on the learning rate at a step (from 0)

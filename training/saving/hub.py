@@ -53,51 +53,45 @@ HUB_LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "unlicense", "op
 OF_DATASETS = ("resolution", "target_frames", "frame_extraction", "num_repeats")
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """Content of a card. metadata: of the trained file."""
+def write_card(
+    name: str, is_lora: bool, release: ModelRelease, metadata: Mapping[str, str], prompts: Sequence[str] = ()
+) -> str:
+    """Return the text of README.md. No text of a user can end the front matter, a block or the comment.
 
-    name: str  # --output_name
-    is_lora: bool
-    release: ModelRelease
-    metadata: Mapping[str, str]
-    prompts: Sequence[str] = ()  # of samples while training
-
-
-def write_card(facts: CardFacts) -> str:
-    """Return the text of README.md. No text of a user can end the front matter, a block or the comment."""
-    spec = {key.removeprefix("modelspec."): text for key, text in facts.metadata.items()}
-    base = facts.release.repositories[0]
-    kind = "LoRA" if facts.is_lora else "model"
+    name: --output_name. metadata: of the trained file. prompts: of samples while training.
+    """
+    spec = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
+    base = release.repositories[0]
+    kind = "LoRA" if is_lora else "model"
     lines = [
-        f"# {_escape(spec.get('title', facts.name))}",
+        f"# {_escape(spec.get('title', name))}",
         "",
         f"A {kind} for [{base}](https://huggingface.co/{base}), trained with Reelsmith.",
     ]
     if spec.get("description"):
         lines += ["", _escape(spec["description"])]
-    words = list(_triggers(facts.metadata))
+    words = list(_triggers(metadata))
     if words:
         lines += ["", f"Words that it was taught: {_escape(', '.join(words))}"]
-    if facts.is_lora:
+    if is_lora:
         lines += [
             "",
             "## Use",
             "",
-            _as_block(f"--lora_weight {facts.name}.safetensors --lora_multiplier 1.0"),
+            _as_block(f"--lora_weight {name}.safetensors --lora_multiplier 1.0"),
         ]
-    settings = list(_settings(facts.metadata))
+    settings = list(_settings(metadata))
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
-    licence = spec.get("license", facts.release.licence)
+    licence = spec.get("license", release.licence)
     lines += [
         "",
         "## Licence",
         "",
-        f"{_escape(licence)}. Licence of the base model: {facts.release.licence_url}",
+        f"{_escape(licence)}. Licence of the base model: {release.licence_url}",
     ]
-    text = f"---\n{_front_matter(facts, spec, words)}---\n\n" + "\n".join(lines) + "\n\n"
-    return f"{text}<!-- reelsmith card {_key(facts.name)} {_digest(text)} -->\n"
+    text = f"---\n{_front_matter(is_lora, release, prompts, spec, words)}---\n\n" + "\n".join(lines) + "\n\n"
+    return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"
 
 
 def may_replace(existing: str, card: str) -> bool:
@@ -106,25 +100,31 @@ def may_replace(existing: str, card: str) -> bool:
     return old is not None and new is not None and old[2] == new[2] and _digest(old[1]) == old[3]
 
 
-def _front_matter(facts: CardFacts, spec: Mapping[str, str], words: Sequence[str]) -> str:
+def _front_matter(
+    is_lora: bool,
+    release: ModelRelease,
+    prompts: Sequence[str],
+    spec: Mapping[str, str],
+    words: Sequence[str],
+) -> str:
     tags = [tag.strip() for tag in spec.get("tags", "").split(",")]
-    given = spec.get("license", facts.release.licence)
+    given = spec.get("license", release.licence)
     key = given.strip().lower()
-    own_key = facts.release.licence_key if given == facts.release.licence else "other"
+    own_key = release.licence_key if given == release.licence else "other"
     values: dict[str, Any] = {
-        "base_model": list(facts.release.repositories),
-        "base_model_relation": "adapter" if facts.is_lora else "finetune",
-        "tags": list(dict.fromkeys(filter(None, ["reelsmith", *(["lora"] if facts.is_lora else []), *tags]))),
+        "base_model": list(release.repositories),
+        "base_model_relation": "adapter" if is_lora else "finetune",
+        "tags": list(dict.fromkeys(filter(None, ["reelsmith", *(["lora"] if is_lora else []), *tags]))),
         "license": key if key in HUB_LICENCES else own_key,
     }
     if values["license"] == "other":
         values["license_name"] = re.sub(r"[^a-z0-9.]+", "-", given.lower()).strip("-")[:64] or "other"
-        if given == facts.release.licence:
-            values["license_link"] = facts.release.licence_url
+        if given == release.licence:
+            values["license_link"] = release.licence_url
     if words:
         values["instance_prompt"] = ", ".join(words)
-    if facts.prompts:
-        values["widget"] = [{"text": prompt} for prompt in facts.prompts[:MOST_PROMPTS]]
+    if prompts:
+        values["widget"] = [{"text": prompt} for prompt in prompts[:MOST_PROMPTS]]
     # ASCII: no character that ends a line for one reader of YAML and not for another
     return str(yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=False, width=10_000))
 

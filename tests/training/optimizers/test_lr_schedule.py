@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from modules.errors import CheckpointError, OptionError
 from modules.parser import parse_options
 from training.learning_options import LrScheduleOptions, OptimizerOptions
-from training.optimizers.lr_schedule import LrSchedule, make_lr_schedule, warmup_steps
+from training.optimizers.lr_schedule import LrSchedule, count_steps, make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
 
 RATE = 1e-3
@@ -249,8 +249,12 @@ def test_adafactor_shows_the_rate_it_finds() -> None:
 
 
 def test_fractions_of_the_run_become_steps() -> None:
-    assert warmup_steps(options("--lr_scheduler", "linear", "--lr_warmup_steps", "0.15"), 30) == 4
-    assert warmup_steps(options("--lr_scheduler", "linear", "--lr_warmup_steps", "15"), 30) == 15
+    assert (
+        count_steps(options("--lr_scheduler", "linear", "--lr_warmup_steps", "0.15").lr_warmup_steps, 30) == 4
+    )
+    assert (
+        count_steps(options("--lr_scheduler", "linear", "--lr_warmup_steps", "15").lr_warmup_steps, 30) == 15
+    )
 
 
 def test_a_schedule_free_optimizer_keeps_its_own_pace_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

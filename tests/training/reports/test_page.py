@@ -411,4 +411,4 @@ def test_the_loop_reports_through_it(tmp_path: Path) -> None:
     reporter.history.flush()
     story = reporter.history.read()
     assert [*story.loss] == list(range(1, 9))
-    assert all(seconds is not None and seconds > 0 for _, seconds in story.seconds)
+    assert all(seconds is not None and seconds > 0 for seconds in story.seconds.values())
