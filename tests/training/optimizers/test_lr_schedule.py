@@ -249,12 +249,9 @@ def test_adafactor_shows_the_rate_it_finds() -> None:
 
 
 def test_fractions_of_the_run_become_steps() -> None:
-    assert (
-        count_steps(options("--lr_scheduler", "linear", "--lr_warmup_steps", "0.15").lr_warmup_steps, 30) == 4
-    )
-    assert (
-        count_steps(options("--lr_scheduler", "linear", "--lr_warmup_steps", "15").lr_warmup_steps, 30) == 15
-    )
+    for given, steps in (("0.15", 4), ("15", 15)):
+        read = options("--lr_scheduler", "linear", "--lr_warmup_steps", given)
+        assert count_steps(read.lr_warmup_steps, 30) == steps
 
 
 def test_a_schedule_free_optimizer_keeps_its_own_pace_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
