@@ -1,7 +1,7 @@
 """Find all that a run is made of before anything large is loaded: options, processes, state, items, steps."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,13 +35,12 @@ from training.options import TrainingOptions
 from training.processes import make_accelerator
 from training.reports.logs import check_trackers
 from training.resuming import (
-    OptionChange,
     check_resumable,
     find_state,
     first_progress,
     habits_of,
     identity_of,
-    resume_progress,
+    take_over,
 )
 from training.run_options import StartOptions
 from training.saving.files import Names, hold_name
@@ -75,7 +74,7 @@ class TrainingPlan:
     # what a state says of its run's settings, and what --resume_changed changes
     identity: dict[str, Any]
     habits: dict[str, Any]
-    changes: Sequence[OptionChange]
+    changes: Mapping[str, str]
 
     @property
     def output_dir(self) -> Path:
@@ -130,10 +129,11 @@ def make_plan(
     if is_main:
         note_experts(family, options, sampling is not None)
     module = name_network(family, options)
-    identity = identity_of(options, progress.seed, order, steps, module, family.options, family.experts)
-    habits = habits_of(options, family.metadata, family.options)
+    identity = identity_of(family, options, progress.seed, order, steps, module)
+    habits = habits_of(family, options)
     changes = check_resumable(saved, identity, habits, options)
-    resume_progress(saved, changes, progress, steps)
+    if changes and isinstance(saved, SavedState):
+        take_over(changes, progress, saved)
     if options.start is not None:
         begin_later(options.start, progress, steps, saved is not None)
     return TrainingPlan(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 import signal
 import sys
@@ -22,9 +23,9 @@ from modules.options import FREE, HABIT, IDENTITY
 from tests.commands import ROOT, run_python
 from tests.dataset.making import make_table
 from tests.training.toy import TWO_EXPERTS, ToyFamily, same, toy_options, train_toy, write_caches
-from training.resuming import epoch_digest, habits_of
+from training.resuming import epoch_digest
 from training.run import train_network
-from training.saving.states import SavedState, read_state, warn_of_changes
+from training.saving.states import SavedState, read_state
 
 
 class Killed(BaseException):
@@ -209,15 +210,25 @@ def test_a_run_with_the_same_settings_in_other_words_goes_on(
         assert train_network(ToyFamily(), toy_options(tmp_path, "--max_train_steps", 2, *first, *now)) == 0
 
 
+@dataclass(frozen=True)
+class NamedFamily(ToyFamily):
+    """A model of a file."""
+
+    file: str = ""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return {"sd_model_name": self.file}
+
+
 def test_another_model_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = toy_options(tmp_path)
+    write_caches(tmp_path)
+    for count, name in enumerate(("a", "b"), 1):
+        family = NamedFamily(file=f"{name}.safetensors")
+        resumed = ["--resume", "latest"] if count == 2 else []
+        train_toy(tmp_path, "--save_state", "--max_train_steps", count, *resumed, family=family)
 
-    warn_of_changes(
-        habits_of(options, {"sd_model_name": "a.safetensors"}),
-        habits_of(options, {"sd_model_name": "b.safetensors"}),
-    )
-
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
         "the model's file was a.safetensors when the state was saved; it is b.safetensors from here on."
     ]
 

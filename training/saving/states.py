@@ -8,7 +8,7 @@ and the micro-batch.
 import contextlib
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,52 +182,6 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
             except CheckpointError as error:
                 logger.warning("%s is ignored in the search for the latest state: %s", folder, error)
     return max(found)[2] if found else None
-
-
-def check_identity(
-    saved: Mapping[str, Any],
-    here: Mapping[str, Any],
-    folder: Path,
-    changeable: Collection[str] = (),
-    may_change: bool = False,
-) -> None:
-    """Raise OptionError if a setting that decides the numbers differs from the saved run's. Keys name the
-    options.
-
-    Settings that the saved run did not record are not compared. may_change: nor are `changeable` ones
-    (--resume_changed).
-    """
-    changed = {name: value for name, value in here.items() if name in saved and saved[name] != value}
-    if may_change:
-        changed = {name: value for name, value in changed.items() if name not in changeable}
-    lines = [
-        f"  {name}: {shorten_value(saved.get(name))} in the state, {shorten_value(value)} now"
-        for name, value in changed.items()
-    ]
-    if not lines:
-        return
-    also = ", add --resume_changed to go on with those of now" if changed.keys() <= {*changeable} else ""
-    which = (
-        "not even --resume_changed can change this"
-        if may_change
-        else "this run is not the one that was saved"
-    )
-    raise OptionError(
-        f"--resume {folder}: {which}.\n" + "\n".join(lines) + "\n"
-        f"  Use the saved values{also}, or start a new run from what was trained: {FRESH_START}"
-    )
-
-
-def warn_of_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Warn of the settings that may change between the runs and did."""
-    for name, value in here.items():
-        if name in saved and saved[name] != value:
-            logger.warning(
-                "%s was %s when the state was saved; it is %s from here on.",
-                name,
-                shorten_value(saved[name]),
-                shorten_value(value),
-            )
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
