@@ -82,7 +82,7 @@ FLOORS = {
         {"experts", "image_options", "live_choice"},
         {"checks", "resuming"},
         {"plan", "planning"},
-        {"metadata", "training_run"},
+        {"training_run"},
         {"following", "loop", "previews", "saver"},
         {"learning", "summary"},
         {"run"},

@@ -13,7 +13,6 @@ learning_options: options of the trained part, its optimizer and rate
 live_choice: which texts are encoded while training
 loop: batches, loss, gradients, steps; then log, sample, save
 loss: flow matching: add noise, predict velocity, compare
-metadata: metadata of saved files: `ss_*` and `modelspec.*`
 noise_options: options of noise levels, loss and weighting
 optimizers/: optimizers, learning rates, and how weights are stepped
 options: compose the options of training in every family
@@ -26,7 +25,7 @@ resuming: find a state to go on from, compare settings
 run: build a run from options, give it to the loop
 run_options: options of data, length, samples, logs, processes
 samples: samples while training, by the loops of generation
-saver: save files, averages, states; restore a state
+saver: save files with metadata and states; restore a state
 saving/: models and states on disk and on the hub
 scripts: make the training scripts of a family
 steps: which micro-batches form which optimizer step

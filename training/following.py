@@ -286,7 +286,7 @@ def make_reporter(
     """Return the reporter of the run, in the main process. With --no_page it keeps the last box."""
     if not plan.accelerator.is_main_process:
         return NoReports()
-    folder, name, progress = plan.output_dir, plan.output_name, plan.progress
+    folder, name, progress = plan.names.folder, plan.names.name, plan.progress
     device, given = plan.accelerator.device, following.given
     facts = PageFacts(
         name,

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -63,6 +62,8 @@ class TrainingPlan:
     fp8: Quantisation | None  # with what multiplies on the device
     saved: SavedState | ForeignState | None
     progress: Progress
+    names: Names  # of the run's files
+    network_module: str  # empty if the model itself is trained
     config: DatasetConfig
     training: Sequence[TrainingItem]
     validation: Sequence[TrainingItem]
@@ -75,25 +76,6 @@ class TrainingPlan:
     identity: dict[str, Any]
     habits: dict[str, Any]
     changes: Mapping[str, str]
-
-    @property
-    def output_dir(self) -> Path:
-        return self.options.saving.place[0]
-
-    @property
-    def output_name(self) -> str:
-        return self.options.saving.place[1]
-
-    @property
-    def names(self) -> Names:
-        """Return the names of the run's files."""
-        apart = self.options.by_expert.lora_per_expert
-        parts = tuple(expert.name for expert in self.family.experts) if apart else ()
-        return Names(self.output_dir, self.output_name, parts)
-
-    @property
-    def network_module(self) -> str:
-        return name_network(self.family, self.options)
 
 
 def make_plan(
@@ -128,7 +110,9 @@ def make_plan(
     options = replace(options, saving=options.saving.spread(steps.num_epochs))
     if is_main:
         note_experts(family, options, sampling is not None)
-    module = name_network(family, options)
+    network = options.network
+    module = "" if network is None else network.network_module or family.lora_module
+    parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
     identity = identity_of(family, options, progress.seed, order, steps, module)
     habits = habits_of(family, options)
     changes = check_resumable(saved, identity, habits, options)
@@ -145,6 +129,8 @@ def make_plan(
         fp8=fp8,
         saved=saved,
         progress=progress,
+        names=Names(*options.saving.place, parts),
+        network_module=module,
         config=config,
         training=training,
         validation=validation,
@@ -157,11 +143,6 @@ def make_plan(
         habits=habits,
         changes=changes,
     )
-
-
-def name_network(family: Family, options: TrainingOptions) -> str:
-    """Return the module of the network that is trained; empty if the model itself is."""
-    return "" if options.network is None else options.network.network_module or family.lora_module
 
 
 def _join_processes(family: Family, options: TrainingOptions) -> tuple[Accelerator, Quantisation | None]:

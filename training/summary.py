@@ -104,11 +104,11 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
         ("saves", " and ".join([*saves, "at the end"])),
         ("samples", f"{' and '.join(sampling)}, from {samples.sample_prompts}" if has_samples else None),
-        ("disk", disk_needed(plan.output_dir, counts, written)),
-        ("folder", str(plan.output_dir)),
-        ("page", None if options.logs.no_page else str(page_path(plan.output_dir, plan.output_name))),
+        ("disk", disk_needed(plan.names.folder, counts, written)),
+        ("folder", str(plan.names.folder)),
+        ("page", None if options.logs.no_page else str(page_path(plan.names.folder, plan.names.name))),
     ]
-    show_box(f"Training {plan.output_name}", rows)
+    show_box(f"Training {plan.names.name}", rows)
 
 
 def _times(every: Mapping[str, float | None]) -> list[str]:

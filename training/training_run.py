@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from types import FrameType
 
@@ -35,7 +34,7 @@ from training.reports.logs import Logs
 from training.reports.readings import Readings
 from training.reports.reporter import NoReports, RunReporter
 from training.samples import NoSampler, Sampler
-from training.saving.files import MinuteClock, NoSaver, Saver
+from training.saving.files import MinuteClock, Names, NoSaver, Saver
 from training.steps import Progress, StepPlan
 from training.trainable import Trainable
 from training.validation import Validation
@@ -80,12 +79,12 @@ class StopRequest:
         )
 
 
-def trigger_paths(folder: Path, name: str) -> dict[Path, str]:
+def trigger_paths(names: Names) -> dict[Path, str]:
     """Return the files of a run with the request of each.
 
     `my_lora.sample` asks the run of that name, `sample` any run of the folder; a folder of that name is none.
     """
-    return {folder / file: kind for kind in (SAMPLE, SAVE) for file in (f"{name}.{kind}", kind)}
+    return {names.folder / file: kind for kind in (SAMPLE, SAVE) for file in (f"{names.name}.{kind}", kind)}
 
 
 @dataclass
@@ -192,31 +191,22 @@ class TrainingRun:
     saver: Saver | NoSaver = NoSaver()
     stop: StopRequest = field(default_factory=StopRequest)
     readings: Readings = field(default_factory=Readings)
+    # of the plan
+    options: TrainingOptions = field(init=False)
+    family: Family = field(init=False)
+    steps: StepPlan = field(init=False)
+    progress: Progress = field(init=False)
+    experts: Sequence[Expert] = field(init=False)  # of the model that is trained; most have one
+    device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
+    autocast: Autocast = field(init=False)
+    parameters: list[Parameter] = field(init=False)  # that are trained, in the optimizer's order
 
-    @property
-    def options(self) -> TrainingOptions:
-        return self.plan.options
-
-    @property
-    def family(self) -> Family:
-        return self.plan.family
-
-    @property
-    def steps(self) -> StepPlan:
-        return self.plan.steps
-
-    @property
-    def progress(self) -> Progress:
-        return self.plan.progress
-
-    @property
-    def device(self) -> torch.device:
-        """Return where steps are computed; swapped weights may be elsewhere."""
-        return self.plan.accelerator.device
-
-    @property
-    def autocast(self) -> Autocast:
-        return self.plan.accelerator.autocast
+    def __post_init__(self) -> None:
+        plan, accelerator = self.plan, self.plan.accelerator
+        self.options, self.family, self.experts = plan.options, plan.family, plan.family.experts
+        self.steps, self.progress = plan.steps, plan.progress
+        self.device, self.autocast = accelerator.device, accelerator.autocast
+        self.parameters = self.trainable.parameters
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -224,16 +214,6 @@ class TrainingRun:
         return AUTOCAST.get(self.options.accelerator.mixed_precision, dtype_of(self.dits.networks[0]))
 
     @property
-    def experts(self) -> Sequence[Expert]:
-        """Return the experts of the model that is trained; most have one."""
-        return self.family.experts
-
-    @property
     def modules(self) -> tuple[nn.Module, ...]:
         """Return all modules that are in training mode or in evaluation mode together."""
         return (*self.dits.networks, *self.trainable.all_modules)
-
-    @cached_property
-    def parameters(self) -> list[Parameter]:
-        """Return the trained parameters, in the optimizer's order."""
-        return self.trainable.parameters

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from training.optimizers.state import optimizer_state, restore_optimizer
+from training.optimizers.optimizer import optimizer_state, restore_optimizer
 from training.optimizers.stepping import stochastic_bfloat16
 
 

@@ -11,8 +11,8 @@ import pytest
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from training.learning_options import WholeDitOptions
-from training.metadata import file_metadata, run_metadata
 from training.options import TrainingOptions, read_arguments, training_parser
+from training.saver import file_metadata, run_metadata
 from training.steps import Progress, StepPlan
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678)

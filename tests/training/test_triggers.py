@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
+from training.saving.files import Names
 from training.training_run import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, TriggerFiles, trigger_paths
 
 
@@ -21,7 +22,7 @@ def files_in(folder: Path, can_sample: bool = True) -> tuple[TriggerFiles, Calla
     def later() -> None:
         clock[0] += EVERY_SECONDS
 
-    return TriggerFiles(trigger_paths(folder, "x"), can_sample, lambda: clock[0]), later
+    return TriggerFiles(trigger_paths(Names(folder, "x")), can_sample, lambda: clock[0]), later
 
 
 @pytest.mark.parametrize(

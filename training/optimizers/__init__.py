@@ -1,7 +1,6 @@
 """Optimizers, learning rates, and how weights are stepped.
 
 lr_schedule: the learning rate over the run
-optimizer: make the optimizer from a name or path
-state: store and restore an optimizer's state exactly
+optimizer: make the optimizer by name; store, restore its state
 stepping: step weights after or inside backward passes
 """

@@ -2,7 +2,6 @@
 
 files: names and times of saves, what is removed
 hub: upload to the Hugging Face hub; the model card
-old_states: read states of before version 2
 options: options of saving, and the state to continue
 states: write, find, check and read a run's state
 """

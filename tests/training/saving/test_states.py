@@ -17,7 +17,7 @@ from torch import nn
 from modules.errors import CheckpointError, OptionError, OutputError
 from tests.faults.damage import flip_bit, truncated
 from tests.training.toy import train_toy, write_caches
-from training.optimizers.state import optimizer_state, restore_optimizer
+from training.optimizers.optimizer import optimizer_state, restore_optimizer
 from training.saving.states import (
     FILE,
     SavedState,
