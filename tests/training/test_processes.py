@@ -77,26 +77,6 @@ def test_a_launcher_that_would_split_the_model_is_refused(
     assert make_accelerator(options()).num_processes == 1
 
 
-def test_bf16_computes_under_autocast() -> None:
-    accelerator = make_accelerator(options("bf16"))
-
-    with accelerator.autocast():
-        product = torch.ones(2, 2, device=accelerator.device) @ torch.ones(2, 2, device=accelerator.device)
-
-    assert product.dtype == torch.bfloat16
-
-
-def test_the_launchers_accumulation_does_not_divide_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    accelerator = make_accelerator(options())
-    parameter = torch.ones(1, requires_grad=True, device=accelerator.device)
-
-    accelerator.backward(parameter.sum())
-
-    assert parameter.grad is not None
-    assert float(parameter.grad) == 1
-
-
 def test_options_of_ddp_are_answered_with_what_they_change(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         make_accelerator(options(ddp=True))

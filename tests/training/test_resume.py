@@ -13,7 +13,6 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dataset.batches.items import ItemKind, TrainingItem
@@ -259,15 +258,6 @@ def test_options_of_the_family_are_compared_as_the_shared_ones(
     ]
 
 
-def test_files_say_which_options_of_the_family_they_were_trained_with(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--max_train_steps", 1, family=ToyFamily(options=OwnOptions(rope_func="comfy")))
-
-    with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
-        metadata = file.metadata()
-    assert (metadata["ss_task"], metadata["ss_rope_func"], metadata.get("ss_vae")) == ("small", "comfy", None)
-
-
 def test_a_state_of_a_version_that_recorded_less_goes_on_and_says_what_is_not_compared(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -465,21 +455,6 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path:
     ]
     # another spread over processes is no other run
     assert train_network(ToyFamily(), toy_options(tmp_path, *alone)) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
-def test_one_of_two_processes_that_is_asked_to_end_ends_both_although_every_step_is_saved(
-    tmp_path: Path,
-) -> None:
-    write_caches(tmp_path, count=6)
-    settings = ["--max_train_steps", "6", "--save_every_n_steps", "1"]
-
-    train_in_two_processes(tmp_path, 29612, *settings, environment={"TOY_STOP_AT": "1"})
-
-    (state,) = (tmp_path / "output").glob("*-state")
-    assert state.name in {"x-step00000002-state", "x-step00000003-state", "x-step00000004-state"}
-    assert not (tmp_path / "output" / "x.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -73,16 +73,6 @@ def test_a_run_that_begins_anew_and_another_run_have_no_past(tmp_path: Path, ses
     assert anew.events == []
 
 
-def test_reading_changes_nothing_until_there_is_something_to_add(tmp_path: Path) -> None:
-    path = tmp_path / "h.jsonl"
-    write_history(path)
-    before = path.read_bytes()
-
-    History(path, SESSION, 0)
-
-    assert path.read_bytes() == before
-
-
 @pytest.mark.parametrize("left", range(1, 60, 7))
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path, left: int) -> None:
     path = tmp_path / "h.jsonl"

@@ -119,12 +119,6 @@ def test_a_tracker_config_replaces_the_name_of_the_run(tmp_path: Path) -> None:
         tracker_arguments(given)
 
 
-def test_trackers_follow_from_folder_and_choice(tmp_path: Path) -> None:
-    assert options().logs.trackers == ()
-    assert options("--logging_dir", "l").logs.trackers == ("tensorboard",)
-    assert options("--logging_dir", "l", "--log_with", "all").logs.trackers == ("tensorboard", "wandb")
-
-
 @pytest.mark.skipif("wandb" in sys.modules, reason="wandb is installed")
 def test_a_missing_tracker_is_named_with_the_command_to_install_it() -> None:
     try:
