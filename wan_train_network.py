@@ -1,7 +1,7 @@
 """Train a LoRA for Wan2.1 and Wan2.2. All options: python wan_train_network.py --help"""
 
 import modules.interpreter  # noqa: F401
-from training.learner_options import ExpertTrainingOptions
+from training.learning_options import ExpertTrainingOptions
 from training.scripts import training_script
 
 main = training_script("wan", __doc__, more=[ExpertTrainingOptions])

@@ -79,7 +79,7 @@ def _measure(words: list[str]) -> tuple[int, int, int, int]:
     import transformers.optimization  # noqa: F401  # Adafactor: loaded now so that it does not count
 
     from modules.options import read_options
-    from training.learner_options import WholeDitOptions
+    from training.learning_options import WholeDitOptions
     from training.loop import advance
     from training.options import TrainingOptions, read_arguments, training_parser
     from training.run import prepare_run

@@ -18,7 +18,7 @@ from benchmarks.gpu_rows import GENERATION, LATENTS, LOADING, TEXTS, TRAINING, R
 from benchmarks.gpu_steps import Bench, generation, train_steps
 from benchmarks.process_memory import STATUS, peak
 from modules.dressing import swapped_weights
-from training.dressing import placement_of
+from training.experts import placement_of
 
 LEAST, MOST = 2, 5  # timed calls
 ENOUGH = 25.0  # seconds of timed calls, after which there is no other

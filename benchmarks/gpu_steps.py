@@ -30,7 +30,7 @@ from modules.dressing import swapped_weights
 from modules.fp8.products import add_product
 from modules.planning.memory_plan import workspace
 from networks.adapter import make_network
-from training.dressing import dress, placement_of
+from training.experts import dress, placement_of
 from training.loss import NoisyBatch, training_loss
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.planning.prediction import predict

@@ -133,7 +133,7 @@ def traffic_of(
 
 def count_training(family: Any, options: Any, batch: Any, rates: Rates, merge: bool = False) -> Traffic:
     """Count a step of `training_loss`, its backward pass, clipping and the optimizer. batch: a NoisyBatch."""
-    from training.dressing import placement_of
+    from training.experts import placement_of
     from training.planning.rehearsal import dress_trainable, stand_in_batch
 
     choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels

@@ -27,7 +27,7 @@ from modules.parser import add_options
 from pocket import train_text, train_vae
 from pocket.clips import write_clips, write_dataset
 from pocket.footage import real_clips
-from training.learner_options import WholeDitOptions
+from training.learning_options import WholeDitOptions
 from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import prepare_run

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from modules.errors import CheckpointError, OptionError
 from modules.offload.block_swap import settle_all
 from modules.private_torch import lerp_each
+from training.learning_options import AverageOptions
 from training.optimizers.optimizer import is_schedule_free
-from training.optimizers.options import AverageOptions
 from training.saving.states import SavedState
 from training.trainable import Trainable
 

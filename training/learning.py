@@ -25,24 +25,29 @@ from networks.apply import LoraPatch
 from networks.uses import LoraUse
 from training.averages import make_average
 from training.data.feed import Feed, MicroBatches, Randomness
-from training.data.live_text import NO_TEXTS, LiveTexts
-from training.dressing import check_dtype, dress, dtype_of, placement_of
-from training.experts import ExpertNetworks, Turns, network_for, read_lora_for
+from training.data.live_text import NO_TEXTS
+from training.experts import (
+    ExpertNetworks,
+    Turns,
+    check_dtype,
+    dress,
+    dtype_of,
+    network_for,
+    placement_of,
+    read_lora_for,
+)
 from training.loss import LossRule
-from training.optimizers.fused_backward import FusedBackward, StepAfterBackward
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer, set_training
-from training.optimizers.parameter_steps import ParameterSteps, steps_alone
-from training.options import TrainingOptions
+from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import NoReports, RunReporter
-from training.restoring import restore
 from training.samples import NoSampler, Sampler
+from training.saver import restore
 from training.saving.files import MinuteClock
 from training.trainable import Rates, Trainable, share_network, train_apart, train_dit, train_network
-from training.training_run import NoMemoryWatch, TrainingRun
-from training.triggers import TriggerFiles, trigger_paths
+from training.training_run import NoMemoryWatch, TrainingRun, TriggerFiles, trigger_paths
 from training.validation import Validation, ValidationRule, image_rule
 
 logger = logging.getLogger(__name__)
@@ -80,6 +85,8 @@ def load_model(
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
     rule = LossRule(options.loss, options.predicted, trainable.as_base)
     dits = ExpertNetworks(networks, loading.turns)
+    is_watched = options.samples.sample_now and accelerator.is_main_process
+    triggers = TriggerFiles(trigger_paths(plan.names) if is_watched else {}, bool(sampler.prompts))
     run = TrainingRun(
         plan=plan,
         dits=dits,
@@ -100,7 +107,7 @@ def load_model(
         memory=memory,
         logs=logs,
         reporter=reporter,
-        triggers=_watch_files(plan, bool(sampler.prompts)),
+        triggers=triggers,
         clock=MinuteClock(options.saving.save_every_n_minutes if accelerator.is_main_process else None),
     )
     restore(run)
@@ -217,17 +224,12 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
     if learners and not options.by_expert.lora_per_expert:
         learners[0] = share_network(learners[0], network, device)
         return
-    rates = _rates(options, texts)
-    learners.append(train_network(network, rates, given.scale_weight_norms, device))
-
-
-def _rates(options: TrainingOptions, texts: LiveTexts | None) -> Rates:
-    """Return the learning rates of the network's parts."""
     rate, parts = options.optimizer.learning_rate, options.parts
-    if parts is None or texts is None:
-        return Rates(rate, None if parts is None else parts.unet_lr)
-    given = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
-    return Rates(rate, parts.unet_lr, [given[encoder.lora_prefix] for encoder in texts.learning] or None)
+    rates = Rates(rate, None if parts is None else parts.unet_lr)
+    if parts is not None and texts is not None:
+        of_texts = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
+        rates = Rates(rate, parts.unet_lr, [of_texts[each.lora_prefix] for each in texts.learning] or None)
+    learners.append(train_network(network, rates, given.scale_weight_norms, device))
 
 
 def _make_stepping(
@@ -293,10 +295,3 @@ def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
         encoders=plan.encoders,
         texts=plan.texts or NO_TEXTS,
     )
-
-
-def _watch_files(plan: TrainingPlan, can_sample: bool) -> TriggerFiles:
-    """Watch for files that ask for samples or a save (--sample_now), in the main process."""
-    if not (plan.options.samples.sample_now and plan.accelerator.is_main_process):
-        return TriggerFiles()
-    return TriggerFiles(trigger_paths(plan.output_dir, plan.output_name), can_sample)

@@ -22,13 +22,12 @@ from modules.seeds import derive_seed
 from networks.adapter import NormReport
 from training.data.feed import MicroBatch
 from training.loss import NoisyBatch, training_loss
-from training.optimizers.finished_weights import evaluation
-from training.processes.gradients import is_any, sum_over_processes
+from training.optimizers.optimizer import evaluation
+from training.processes import is_any, sum_over_processes
 from training.reports.logs import StepReport, name_rates
 from training.reports.readings import Notes, Reading, StepSums, losses_by_expert, places_of_wishes
 from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
-from training.training_run import TrainingRun
-from training.triggers import SAMPLE, SAVE
+from training.training_run import SAMPLE, SAVE, TrainingRun
 from training.validation import EPOCH, STEP, describe_validation
 
 logger = logging.getLogger(__name__)
@@ -229,7 +228,7 @@ def _restart_clock(run: TrainingRun) -> None:
     """Exclude a pause (samples, validation, saving) from the time and the memory of the next step."""
     run.memory.after_pause()
     run.readings.restart_clock(run.device)
-    run.logs.skip_next_time()
+    run.logs.clock.skip()
 
 
 def _begin(run: TrainingRun) -> None:

@@ -14,15 +14,31 @@ from modules.parser import Parser, add_options, refuse_unsupported
 from modules.speed_options import TrainingSpeedOptions
 from networks.options import NetworkOptions
 from training.config_options import ConfigOptions, read_config_file
-from training.data.options import NoiseOptions, TimestepOptions
-from training.learner_options import ONE_DIT, ExpertTrainingOptions, WholeDitOptions
-from training.loop_options import LoopOptions, StartOptions, ValidationOptions
-from training.loss_options import RAW, TIMESTEP, LossOptions, PredictionOptions
-from training.optimizers.lr_schedule_options import LrScheduleOptions
-from training.optimizers.options import AverageOptions, OptimizerOptions, PartsOptions
-from training.processes.options import AcceleratorOptions
-from training.reports.options import LogOptions
-from training.sample_options import SampleOptions
+from training.learning_options import (
+    ONE_DIT,
+    AverageOptions,
+    ExpertTrainingOptions,
+    LrScheduleOptions,
+    OptimizerOptions,
+    PartsOptions,
+    WholeDitOptions,
+)
+from training.noise_options import (
+    RAW,
+    TIMESTEP,
+    LossOptions,
+    NoiseOptions,
+    PredictionOptions,
+    TimestepOptions,
+)
+from training.run_options import (
+    AcceleratorOptions,
+    LogOptions,
+    LoopOptions,
+    SampleOptions,
+    StartOptions,
+    ValidationOptions,
+)
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 
 R = TypeVar("R", bound=Options)

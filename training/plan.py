@@ -1,11 +1,9 @@
 """Find all that a run is made of before anything large is loaded: options, processes, state, items, steps."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -26,32 +24,28 @@ from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.option_values import require
 from training.caching_inside import prepare_sources
-from training.changes import OptionChange
+from training.checks import check_before_loading, list_unused_options
 from training.data.live_media import BatchSources
 from training.data.live_text import LiveTexts
-from training.dressing import check_computing
-from training.early_checks import check_before_loading
-from training.experts import note_experts
+from training.experts import check_computing, note_experts
 from training.live_choice import find_live_texts, text_use
-from training.loop_options import StartOptions
-from training.optimizers.fused_backward import check_fused_backward
+from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
-from training.processes.accelerator import make_accelerator
-from training.reports.logs import check_trackers, run_folder
+from training.processes import make_accelerator
+from training.reports.logs import check_trackers
 from training.resuming import (
     check_resumable,
     find_state,
     first_progress,
     habits_of,
     identity_of,
-    resume_progress,
+    take_over,
 )
-from training.saving.earlier import hold_name
-from training.saving.files import Names
+from training.run_options import StartOptions
+from training.saving.files import Names, hold_name
 from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
 from training.steps import Progress, StepPlan
-from training.unused_options import list_unused_options
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +62,8 @@ class TrainingPlan:
     fp8: Quantisation | None  # with what multiplies on the device
     saved: SavedState | ForeignState | None
     progress: Progress
+    names: Names  # of the run's files
+    network_module: str  # empty if the model itself is trained
     config: DatasetConfig
     training: Sequence[TrainingItem]
     validation: Sequence[TrainingItem]
@@ -79,26 +75,7 @@ class TrainingPlan:
     # what a state says of its run's settings, and what --resume_changed changes
     identity: dict[str, Any]
     habits: dict[str, Any]
-    changes: Sequence[OptionChange]
-
-    @property
-    def output_dir(self) -> Path:
-        return self.options.saving.place[0]
-
-    @property
-    def output_name(self) -> str:
-        return self.options.saving.place[1]
-
-    @property
-    def names(self) -> Names:
-        """Return the names of the run's files."""
-        apart = self.options.by_expert.lora_per_expert
-        parts = tuple(expert.name for expert in self.family.experts) if apart else ()
-        return Names(self.output_dir, self.output_name, parts)
-
-    @property
-    def network_module(self) -> str:
-        return name_network(self.family, self.options)
+    changes: Mapping[str, str]
 
 
 def make_plan(
@@ -133,11 +110,14 @@ def make_plan(
     options = replace(options, saving=options.saving.spread(steps.num_epochs))
     if is_main:
         note_experts(family, options, sampling is not None)
-    module = name_network(family, options)
-    identity = identity_of(options, progress.seed, order, steps, module, family.options, family.experts)
-    habits = habits_of(options, family.metadata, family.options)
+    network = options.network
+    module = "" if network is None else network.network_module or family.lora_module
+    parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
+    identity = identity_of(family, options, progress.seed, order, steps, module)
+    habits = habits_of(family, options)
     changes = check_resumable(saved, identity, habits, options)
-    resume_progress(saved, changes, progress, steps)
+    if changes and isinstance(saved, SavedState):
+        take_over(changes, progress, saved)
     if options.start is not None:
         begin_later(options.start, progress, steps, saved is not None)
     return TrainingPlan(
@@ -149,6 +129,8 @@ def make_plan(
         fp8=fp8,
         saved=saved,
         progress=progress,
+        names=Names(*options.saving.place, parts),
+        network_module=module,
         config=config,
         training=training,
         validation=validation,
@@ -163,17 +145,10 @@ def make_plan(
     )
 
 
-def name_network(family: Family, options: TrainingOptions) -> str:
-    """Return the module of the network that is trained; empty if the model itself is."""
-    return "" if options.network is None else options.network.network_module or family.lora_module
-
-
 def _join_processes(family: Family, options: TrainingOptions) -> tuple[Accelerator, Quantisation | None]:
     """Start trackers and processes, and check the options against the device."""
     check_trackers(options.logs)
-    accelerator = make_accelerator(
-        options.accelerator, options.logs.trackers, run_folder(options.logs, datetime.now())
-    )
+    accelerator = make_accelerator(options.accelerator, options.logs)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells what all do
     else:

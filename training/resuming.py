@@ -5,50 +5,47 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
 from dataset.batches.order import BatchOrder
+from modules.contract.family import Family
 from modules.contract.rules import ONE_EXPERT, Expert
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
-from modules.options import NO_OPTIONS, options_with
+from modules.options import options_with
 from networks.lora_settings import DEFAULT_RANK
-from training.changes import (
-    BATCHES,
-    GROUP_SIZE,
-    OptionChange,
-    changeable,
-    list_changes,
-    listed_settings,
-    plan_of,
-    take_over,
-)
 from training.optimizers.optimizer import class_path
 from training.options import TrainingOptions
 from training.reports.logs import public_config
-from training.saving.earlier import find_set_aside
+from training.saving.files import find_set_aside
+from training.saving.hub import download_state
 from training.saving.options import LATEST, LATEST_ONLY
 from training.saving.states import (
     FRESH_START,
     ForeignState,
     SavedState,
-    check_identity,
     find_latest,
-    one_error,
     read_state,
-    warn_of_changes,
+    shorten_value,
 )
-from training.saving.upload import download_state
 from training.steps import Progress, StepPlan
 
 logger = logging.getLogger(__name__)
 
 # names in `SavedState.identity`
 TRANSFORMERS, PER_EXPERT = "trained transformers and their lowest timesteps", "--lora_per_expert"
+GROUP_SIZE = "micro-batches per step (processes x --gradient_accumulation_steps)"
+BATCHES = "batches of an epoch (--dataset_config and its caches)"
+# options that any resumed run may change; states record them so that a change can be listed
+LISTED = (
+    *("max_train_steps", "max_train_epochs", "validate_every_n_steps"),
+    *("sample_every_n_steps", "sample_every_n_epochs"),
+    *("save_every_n_steps", "save_every_n_epochs", "save_every_n_minutes"),
+)
 
 
 def find_state(options: TrainingOptions, is_main_process: bool) -> SavedState | ForeignState | None:
@@ -116,27 +113,26 @@ def own_values(own: Any, *kinds: str) -> dict[str, Any]:
 
 
 def identity_of(
+    family: Family,
     options: TrainingOptions,
     seed: int,
     order: BatchOrder,
     plan: StepPlan,
-    network_module: str,
-    own: Any = NO_OPTIONS,
-    experts: Sequence[Expert] = ONE_EXPERT,
+    module: str,
 ) -> dict[str, Any]:
     """Return the settings that must be equal in a resumed run, by the words that a user knows.
 
-    own: `Family.options`. experts: that are trained.
+    module: of the network that is trained.
     """
-    config = {**public_config(options), "network_module": network_module}
+    config = {**public_config(options), "network_module": module}
     batches = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
     return {
         "--seed": seed if options.loop.seed is None else options.loop.seed,
         **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "identity")},
-        **{f"--{name}": value for name, value in own_values(own, "identity").items()},
+        **{f"--{name}": value for name, value in own_values(family.options, "identity").items()},
         GROUP_SIZE: plan.group_size,
         BATCHES: batches,
-        TRANSFORMERS: _in_words(experts),
+        TRANSFORMERS: _in_words(family.experts),
     }
 
 
@@ -155,16 +151,11 @@ def epoch_digest(order: BatchOrder) -> str:
     return digest.hexdigest()[:12]
 
 
-def habits_of(
-    options: TrainingOptions, family_metadata: Mapping[str, str], own: Any = NO_OPTIONS
-) -> dict[str, Any]:
-    """Return the settings that a resumed run may change with a warning, models by their file names.
-
-    own: `Family.options`.
-    """
+def habits_of(family: Family, options: TrainingOptions) -> dict[str, Any]:
+    """Return the settings that a resumed run may change with a warning, models by their file names."""
     config = public_config(options)
     base_weights = None if options.network is None else options.network.base_weights
-    names = [value for name, value in family_metadata.items() if name.startswith("sd_model_name")]
+    names = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
     models = {
         "the model's file": ", ".join(names) or None,
         "--base_weights": ", ".join(path.name for path in base_weights or ()) or None,
@@ -172,10 +163,9 @@ def habits_of(
     further = options.by_expert.base_weights_high_noise
     if further:
         models["--base_weights_high_noise"] = ", ".join(path.name for path in further)
-    own_habits = {f"--{name}": value for name, value in own_values(own, "habit").items()}
     return {
         **{f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", "habit")},
-        **own_habits,
+        **{f"--{name}": value for name, value in own_values(family.options, "habit").items()},
         **models,
     }
 
@@ -185,10 +175,11 @@ def check_resumable(
     identity: Mapping[str, Any],
     habits: Mapping[str, Any],
     options: TrainingOptions,
-) -> list[OptionChange]:
+) -> dict[str, str]:
     """Raise OptionError if the saved run is a different one; warn of changes.
 
-    Returns what --resume_changed changes, if given. Call it before anything large is loaded.
+    Settings that the saved run did not record are not compared. Returns what --resume_changed changes, if
+    given, in words by the name of the setting. Call it before anything large is loaded.
     """
     if isinstance(saved, ForeignState) and options.by_expert.lora_per_expert:
         raise OptionError(
@@ -197,18 +188,76 @@ def check_resumable(
             "from files"
         )
     if not isinstance(saved, SavedState):
-        return []
+        return {}
     # a state of before there were models with several transformers is of a model with one
     before = {TRANSFORMERS: _in_words(ONE_EXPERT), PER_EXPERT: identity.get(PER_EXPERT) and False}
     before, identity = _resolve({**before, **saved.identity}), _resolve(identity)
-    _warn_of_unknown(saved, {*identity} - {*before} | {*habits} - {*saved.habits})
-    may_change = options.saving.resume_changed
-    check_identity(before, identity, saved.folder, changeable(TrainingOptions), may_change)
-    if not may_change:
-        warn_of_changes(saved.habits, habits)
-        return []
-    settings = saved.settings, listed_settings(options)
-    return list_changes((before, identity), (saved.habits, habits), settings)
+    if unknown := {*identity} - {*before} | {*habits} - {*saved.habits}:
+        logger.warning(
+            "%s does not say what the run that saved it had for %s: its version did not record that. Give "
+            "the same values as then.",
+            saved.folder,
+            ", ".join(sorted(unknown)),
+        )
+    may_change, found = options.saving.resume_changed, _differences(before, identity)
+    able = {f"--{name}" for name in options_with(TrainingOptions, "resume_changed", True)}
+    able |= {GROUP_SIZE, BATCHES}
+    refused = {name: pair for name, pair in found.items() if not (may_change and name in able)}
+    if refused:
+        lines = "\n".join(
+            f"  {name}: {then} in the state, {now} now" for name, (then, now) in refused.items()
+        )
+        also = ", add --resume_changed to go on with those of now" if refused.keys() <= able else ""
+        which = "this run is not the one that was saved"
+        if may_change:
+            which = "not even --resume_changed can change this"
+        raise OptionError(
+            f"--resume {saved.folder}: {which}.\n{lines}\n"
+            f"  Use the saved values{also}, or start a new run from what was trained: {FRESH_START}"
+        )
+    changed = _differences(saved.habits, habits)
+    if may_change:
+        found |= changed | _differences(saved.settings, listed_settings(options))
+        return {name: f"{name}: {then} -> {now}" for name, (then, now) in found.items()}
+    for name, (then, now) in changed.items():
+        logger.warning("%s was %s when the state was saved; it is %s from here on.", name, then, now)
+    return {}
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the settings of now that differ from saved ones, as texts: then and now."""
+    return {
+        name: (shorten_value(saved[name]), shorten_value(value))
+        for name, value in here.items()
+        if name in saved and saved[name] != value
+    }
+
+
+def listed_settings(options: TrainingOptions) -> dict[str, Any]:
+    """Return the settings that a resumed run may always change, to list a change."""
+    config = public_config(options)
+    return {f"--{name}": config[name] for name in LISTED}
+
+
+def take_over(changes: Mapping[str, str], progress: Progress, saved: SavedState) -> None:
+    """Note the changes in the run's progress, which begins a new plan of steps if it has to.
+
+    Other clips begin the current epoch again, in their own order; another size of a step goes on with the
+    clips that are left of it.
+    """
+    logger.info("--resume_changed: %d differ from the saved run:", len(changes))
+    for change in changes.values():
+        logger.info("  %s", change)
+    progress.changes += [f"step {progress.step}: {change}" for change in changes.values()]
+    if not changes.keys() & {GROUP_SIZE, BATCHES}:
+        return
+    if progress.position >= int(str(saved.identity[BATCHES]).partition(",")[0]):  # of an epoch
+        progress.epoch, progress.position = progress.epoch + 1, 0
+    if BATCHES in changes:
+        progress.position = 0
+        logger.info("  Epoch %d begins again, with the clips of now.", progress.epoch + 1)
+    progress.plan_epoch, progress.plan_position = progress.epoch, progress.position
+    progress.plan_step = progress.step
 
 
 def _resolve(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,31 +282,3 @@ def _resolve_pairs(option: str, text: str) -> str:
     except (ValueError, SyntaxError, TypeError, AttributeError, OptionError):
         return text  # of a state that was edited
     return ", ".join(f"{key}={pairs[key]!r}" for key in sorted(pairs))
-
-
-def resume_progress(
-    saved: SavedState | ForeignState | None,
-    changes: Sequence[OptionChange],
-    progress: Progress,
-    plan: StepPlan,
-) -> None:
-    """Begin a new plan of steps in the saved progress if changes ask for that.
-
-    plan: of this run, made from the saved progress.
-    """
-    if not isinstance(saved, SavedState):
-        return
-    if changes:
-        is_new = any(change.name in {GROUP_SIZE, BATCHES} for change in changes)
-        with one_error(saved.folder):
-            take_over(changes, progress, plan_of(saved, plan) if is_new else plan)
-
-
-def _warn_of_unknown(saved: SavedState, names: Collection[str]) -> None:
-    if names:
-        logger.warning(
-            "%s does not say what the run that saved it had for %s: its version did not record that. Give "
-            "the same values as then.",
-            saved.folder,
-            ", ".join(sorted(names)),
-        )

@@ -24,15 +24,14 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan, make_plan
 from training.planning.memory import prepare_memory
 from training.previews import show_preview
-from training.processes.gradients import largest
-from training.processes.lost import LostProcessError, describe_loss, find_lost, is_of_processes
+from training.processes import LostProcessError, describe_loss, find_lost, is_of_processes, largest
 from training.reports.logs import TRACKER_NAME, Logs, public_config
 from training.reports.reporter import RunReporter
 from training.samples import NoSampler, Sampler, prepare_samples
 from training.saver import file_dtype, make_saver
-from training.saving.earlier import is_of_another_run, paths_in, set_aside
+from training.saving.files import is_of_another_run, paths_in, set_aside
+from training.saving.hub import make_uploads
 from training.saving.states import SavedState
-from training.saving.upload import make_uploads
 from training.summary import show_end, show_start, watch_run
 from training.training_run import NoMemoryWatch, TrainingRun
 
@@ -81,42 +80,39 @@ def prepare_run(
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
     with contextlib.ExitStack() as held:
-        yield from _prepare(held, family, options, commands, scripts, sampling)
+        plan = make_plan(family, options, commands, held, sampling)
+        accelerator, texts, progress = plan.accelerator, plan.texts, plan.progress
+        sampler = _make_sampler(plan)  # texts and images are encoded while there is no DiT
+        following = plan_next_steps(plan, scripts, sampler)
+        swap, memory = _resolve_memory(plan)
+        if texts is not None:
+            texts.load(accelerator.device)
+        logs = Logs(
+            accelerator,
+            options.logs,
+            plan.steps.total_steps,
+            progress.step,
+            public_config(plan.options, swap) if options.logs.log_config else {},
+            TRACKER_NAME if options.whole_dit is None else f"{family.name}_ft",
+            extras=watch_run(plan),
+        )
+        reporter = make_reporter(plan, following, sampler, memory)
+        run = load_model(plan, swap, sampler, memory, logs, reporter)
+        _set_earlier_aside(plan)  # when nothing can be missing any more
+        uploads = make_uploads(options.hub)
 
+        def publish(path: Path, card: str | None) -> None:
+            uploads.publish(path, card)
+            reporter.note_saved(path, progress.step)
 
-def _prepare(
-    held: contextlib.ExitStack,
-    family: Family,
-    options: TrainingOptions,
-    commands: CachingCommands,
-    scripts: FamilyScripts,
-    sampling: Family | None,
-) -> Iterator[TrainingRun]:
-    """Yield the run of `prepare_run`. held: ends with it."""
-    plan = make_plan(family, options, commands, held, sampling)
-    accelerator, texts, progress = plan.accelerator, plan.texts, plan.progress
-    sampler = _make_sampler(plan)  # texts and images are encoded while there is no DiT
-    following = plan_next_steps(plan, scripts, sampler)
-    swap, memory = _resolve_memory(plan)
-    if texts is not None:
-        texts.load(accelerator.device)
-    logs, reporter = _make_logs(plan, swap), make_reporter(plan, following, sampler, memory)
-    run = load_model(plan, swap, sampler, memory, logs, reporter)
-    _set_earlier_aside(plan)  # when nothing can be missing any more
-    uploads = make_uploads(plan.options.hub)
-
-    def publish(path: Path, card: str | None) -> None:
-        uploads.publish(path, card)
-        reporter.note_saved(path, progress.step)
-
-    run.saver = make_saver(run, publish, uploads.publish_state)
-    with encoding(texts), uploads.finish_uploads(), logs, reporter:
-        show_start(run, file_dtype(plan.options, run.dits.networks[0]))
-        with _watch_others(plan, following):
-            yield run
-        accelerator.wait_for_everyone()
-    if isinstance(reporter, RunReporter) and progress.step >= plan.steps.total_steps:
-        show_end(run, reporter.history.events_told, following)
+        run.saver = make_saver(run, publish, uploads.publish_state)
+        with encoding(texts), uploads.finish_uploads(), logs, reporter:
+            show_start(run, file_dtype(options, run.dits.networks[0]))
+            with _watch_others(plan, following):
+                yield run
+            accelerator.wait_for_everyone()
+        if isinstance(reporter, RunReporter) and progress.step >= plan.steps.total_steps:
+            show_end(run, reporter.history.events_told, following)
 
 
 @contextlib.contextmanager
@@ -160,19 +156,6 @@ def _resolve_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | NoMe
     return swap, memory if memory is not None and is_watched else NoMemoryWatch()
 
 
-def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
-    options = plan.options
-    return Logs(
-        plan.accelerator,
-        options.logs,
-        plan.steps.total_steps,
-        plan.progress.step,
-        public_config(options, swap) if options.logs.log_config else {},
-        TRACKER_NAME if options.whole_dit is None else f"{plan.family.name}_ft",
-        extras=watch_run(plan),
-    )
-
-
 def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
     """Encode the texts and images of the samples.
 
@@ -188,7 +171,7 @@ def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
         )
         return NoSampler()
     share = accelerator.process_index, accelerator.num_processes
-    folder, has_metadata = plan.output_dir / "sample", not plan.options.metadata.no_metadata
+    folder, has_metadata = plan.names.folder / "sample", not plan.options.metadata.no_metadata
     weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.loras())
     if plan.options.average.sample_ema:
         weights = " (EMA)" + weights
@@ -196,7 +179,7 @@ def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
         plan.sampled,
         options.sample_prompts,
         folder,
-        plan.output_name,
+        plan.names.name,
         accelerator.device,
         *share,
         has_metadata,

@@ -31,7 +31,7 @@ from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
 from training.data.live_text import LiveTexts
 from training.loss import Autocast, DitOf
-from training.sample_options import SampleOptions
+from training.run_options import SampleOptions
 
 logger = logging.getLogger(__name__)
 

@@ -1,28 +1,51 @@
-"""Make the saver of a run: files with their metadata, averages, states, and the model card."""
+"""Make the saver of a run: files, averages, states and the card; restore a state; make the metadata of files.
 
-from collections.abc import Callable, Iterable
+Metadata: `ss_*` describes the training, `modelspec.*` the file. All values are text; missing ones are "None".
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataset.batches.items import Items, TrainingItem
+from modules.atomic_write import make_storable
 from modules.devices import DTYPES
 from modules.offload.block_swap import settle_all
-from training.dressing import dtype_of
-from training.experts import expert_metadata
-from training.metadata import PictureCount, RunFacts, file_metadata, model_card, run_metadata
-from training.optimizers.finished_weights import finished_weights
-from training.optimizers.lr_schedule import warmup_steps
+from networks.loading import TRAINED_FOR
+from networks.lora_settings import DEFAULT_RANK
+from training.averages import PART as AVERAGE
+from training.experts import dtype_of, expert_metadata
+from training.noise_options import L2
+from training.optimizers.lr_schedule import count_steps
+from training.optimizers.optimizer import (
+    finished_weights,
+    optimizer_state,
+    restore_foreign_optimizer,
+    restore_optimizer,
+)
 from training.options import TrainingOptions
-from training.restoring import take_state
-from training.resuming import own_values
+from training.plan import TrainingPlan
+from training.resuming import listed_settings, own_values
 from training.saving.files import NoSaver, Publish, Saver
-from training.saving.states import write_state
+from training.saving.hub import write_card
+from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
 from training.training_run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+RESOLUTION = "1280x720"  # constant in all files of other tuners of video models
+IMAGE_RESOLUTION = "1024x1024"  # likewise, of image models
+RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
 
 
 def make_saver(
@@ -36,8 +59,7 @@ def make_saver(
     if not plan.accelerator.is_main_process:
         return NoSaver()
     family = plan.family
-    own_options = own_values(family.options, "identity", "habit")
-    run_values = run_metadata(options, family.name, family.metadata, facts_of_run(run), own_options)
+    run_values = run_metadata(plan, run.optimizer_name, run.schedule.name)
     dtype = file_dtype(options, run.dits.networks[0])
     parts = list(trainable.writes)
 
@@ -57,7 +79,11 @@ def make_saver(
             own = {} if options.metadata.no_metadata else run.average.metadata
             trainable.writes[part](path, dtype, {**metadata_now(part), **own})
 
-    card = model_card(options, family.release, metadata_now(parts[0]), run.sampler.prompts)
+    card = None
+    if options.hub.huggingface_repo_id is not None:
+        prompts = [prompt for prompt in run.sampler.prompts if prompt]
+        is_lora = options.network is not None
+        card = write_card(plan.names.name, is_lora, family.release, metadata_now(parts[0]), prompts)
     saver = Saver(
         options.saving,
         plan.names,
@@ -73,47 +99,279 @@ def make_saver(
     return saver
 
 
-def facts_of_run(run: TrainingRun) -> RunFacts:
-    plan, progress, steps = run.plan, run.progress, run.steps
-    return RunFacts(
-        session_id=progress.session_id,
-        started_at=progress.started_at,
-        seed=progress.seed,
-        num_items=plan.order.num_items,
-        batches_per_epoch=steps.num_batches,
-        num_epochs=steps.num_epochs,
-        total_steps=steps.total_steps,
-        warmup_steps=warmup_steps(plan.options.lr_schedule, steps.total_steps),
-        optimizer=run.optimizer_name,
-        lr_scheduler=run.schedule.name,
-        network_module=plan.network_module,
-        num_validation=len(plan.validation),
-        pictures=count_pictures(plan.training) if plan.options.is_for_images else (),
-        datasets=[table.describe() for table in plan.config.datasets],
-        changes=tuple(progress.changes),
-    )
-
-
-def count_pictures(items: Iterable[TrainingItem]) -> list[PictureCount]:
-    """Return how many pictures there are by folder and size. None is read."""
-    columns = Items.of(items)
-    counts = np.bincount(columns.numbers, minlength=len(columns.facts)).tolist()
-    return [
-        PictureCount(
-            facts.table.source.name,
-            (facts.bucket[0], facts.bucket[1]),
-            count,
-            facts.table.num_repeats,
-            facts.table.is_reg,
-        )
-        for facts, count in zip(columns.facts, counts, strict=True)
-        if count
-    ]
-
-
 def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
     """Return the dtype of saved models; None: every tensor as it is."""
     precision = options.saving.save_precision
     if precision is not None:
         return DTYPES[precision]
     return None if options.network is None else dtype_of(dit)
+
+
+def take_state(run: TrainingRun) -> SavedState:
+    """Return everything that resuming needs, not copied.
+
+    Call between steps, while the training weights are loaded.
+    """
+    settle_all(run.dits.networks)
+    plan = run.plan
+    parts: dict[str, Mapping[str, Tensor]] = {
+        name: module.state_dict() for name, module in run.trainable.modules.items()
+    }
+    if average := run.average.tensors():
+        parts[AVERAGE] = average
+    return SavedState(
+        Path(),
+        plan.progress,
+        plan.identity,
+        plan.habits,
+        parts,
+        optimizer_state(run.optimizer, run.trainable.names),
+        run.schedule.state_dict(),
+        run.scaler.state_dict(),
+        run.average.described(),
+        listed_settings(plan.options),
+    )
+
+
+def restore(run: TrainingRun) -> None:
+    """Bring the run into the state that its plan names. Raises CheckpointError if something does not fit."""
+    saved, step = run.plan.saved, run.progress.step
+    if saved is None:
+        if step:  # begun later
+            run.schedule.go_to(step)
+        return
+    with one_error(saved.folder):
+        if isinstance(saved, SavedState):
+            _restore_own(run, saved)
+            logger.info("Continuing at step %d, epoch %d.", step, run.progress.epoch + 1)
+        else:
+            _restore_foreign(run, saved)
+    saved.release()
+
+
+def _restore_own(run: TrainingRun, saved: SavedState) -> None:
+    for name, module in run.trainable.modules.items():
+        load_module(module, saved.parts[name])
+    kept, is_changed = saved.optimizer, bool(run.plan.changes)
+    if is_changed:  # learning rates follow from the settings of now
+        groups = [
+            {**group, **{name: own[name] for name in RATES if name in own and name in group}}
+            for group, own in zip(kept["groups"], run.optimizer.param_groups, strict=False)
+        ]
+        kept = {**kept, "groups": groups}
+    restore_optimizer(run.optimizer, run.trainable.names, kept, run.device)
+    if is_changed:
+        run.schedule.go_to(run.progress.step)
+    else:
+        run.schedule.load_state_dict(saved.schedule)
+    if saved.scaler:
+        run.scaler.load_state_dict(saved.scaler)
+    run.average.restore(saved)
+
+
+def _restore_foreign(run: TrainingRun, saved: ForeignState) -> None:
+    module = next(iter(run.trainable.modules.values()))  # beside it may be what no file holds
+    load_module(module, saved.network)
+    run.average.begin()
+    if saved.optimizer:
+        restore_foreign_optimizer(run.optimizer, saved.optimizer, run.device)
+    logger.warning(
+        "%s was made by another program and does not record its progress: weights and optimizer are "
+        "restored, while steps, epochs and the learning-rate schedule start from 0.",
+        saved.folder,
+    )
+
+
+def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
+    """The `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
+
+    optimizer, lr_scheduler: their names. `Family.metadata` has architecture, implementation, sd_model_name,
+    vae_name; base_model_version where files name the model otherwise than we; trained_for where a model has
+    several uses that its files do not tell apart. A whole DiT has no `ss_network_*`: these mark a LoRA.
+    """
+    options, family, facts = plan.options, plan.family, plan.family.metadata
+    network = options.network
+    values: dict[str, Any] = {"ss_base_model_version": facts.get("base_model_version", family.name)}
+    if network is not None:
+        values |= {
+            "ss_network_module": plan.network_module,
+            "ss_network_dim": "Dynamic" if network.dim_from_weights else network.network_dim or DEFAULT_RANK,
+            "ss_network_alpha": "Dynamic" if network.dim_from_weights else network.network_alpha,
+            "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
+        }
+    if not options.metadata.no_metadata:
+        own = own_values(family.options, "identity", "habit")
+        values |= {f"ss_{name}": value for name, value in own.items()}
+        values |= _training_values(plan, optimizer, lr_scheduler)
+        if options.loss != L2 or options.is_for_images:
+            values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
+        values |= _image_values(plan)
+        if plan.progress.changes:
+            values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
+        further = [name for name in facts if name.startswith("sd_model_name_")]
+        values |= {f"ss_{name}": facts.get(name) for name in ("sd_model_name", *further, "vae_name")}
+        if "trained_for" in facts:
+            values[TRAINED_FOR] = facts["trained_for"]
+    return {key: str(value) for key, value in values.items()}
+
+
+def file_metadata(
+    run: Mapping[str, str],
+    options: TrainingOptions,
+    family_metadata: Mapping[str, str],
+    step: int,
+    epoch: int,
+    now: datetime,
+    licence: str | None = None,
+) -> dict[str, str]:
+    """Return the metadata of a file saved now: that of the run, its progress, and `modelspec.*`.
+
+    epoch: the current or just finished one, from 1. licence: of the model, used without --metadata_license.
+    Hashes of a LoRA are added when its tensors are written.
+    """
+    values = dict(run)
+    if not options.metadata.no_metadata:
+        values |= {
+            "ss_training_finished_at": str(now.timestamp()),
+            "ss_steps": str(step),
+            "ss_epoch": str(epoch),
+        }
+    values |= _modelspec(options, family_metadata, now, licence)
+    return {key: make_storable(text) for key, text in values.items()}
+
+
+def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, Any]:
+    options, progress, steps = plan.options, plan.progress, plan.steps
+    loop, times, network = options.loop, options.timesteps, options.network
+    dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}
+    # sic: files of other tuners of video models have this misspelling too
+    twice = {} if options.is_for_images else {"ss_ss_session_id": progress.session_id}
+    return dropout | {
+        "ss_session_id": progress.session_id,
+        **twice,
+        "ss_training_started_at": progress.started_at,
+        "ss_output_name": options.saving.output_name,
+        "ss_learning_rate": options.optimizer.learning_rate,
+        "ss_num_train_items": plan.order.num_items,
+        "ss_num_batches_per_epoch": steps.num_batches,
+        "ss_num_epochs": steps.num_epochs,
+        "ss_gradient_checkpointing": loop.gradient_checkpointing,
+        "ss_gradient_accumulation_steps": loop.gradient_accumulation_steps,
+        "ss_max_train_steps": steps.total_steps,
+        "ss_lr_warmup_steps": count_steps(options.lr_schedule.lr_warmup_steps, steps.total_steps),
+        "ss_lr_scheduler": lr_scheduler,
+        "ss_mixed_precision": options.accelerator.mixed_precision,
+        "ss_seed": progress.seed,
+        "ss_training_comment": options.metadata.training_comment,
+        "ss_optimizer": optimizer,
+        "ss_max_grad_norm": options.optimizer.max_grad_norm,
+        "ss_fp8_base": options.speed.fp8.fp8_base,
+        "ss_full_fp16": False,
+        "ss_full_bf16": options.whole_dit is not None and options.whole_dit.full_bf16,
+        "ss_weighting_scheme": times.weighting_scheme,
+        "ss_logit_mean": times.logit_mean,
+        "ss_logit_std": times.logit_std,
+        "ss_mode_scale": times.mode_scale,
+        "ss_guidance_scale": loop.embedded_guidance,
+        "ss_timestep_sampling": times.timestep_sampling,
+        "ss_sigmoid_scale": times.sigmoid_scale,
+        "ss_discrete_flow_shift": times.flow_shift,
+        "ss_datasets": json.dumps([table.describe() for table in plan.config.datasets], ensure_ascii=False),
+    }
+
+
+def _image_values(plan: TrainingPlan) -> dict[str, Any]:
+    """Return the entries that files of image trainers have besides; for others those of added noise."""
+    options, model_type = plan.options, plan.family.metadata.get("model_type")
+    values: dict[str, Any] = {}
+    if options.noise.ip_noise_gamma:
+        values |= asdict(options.noise)
+    if options.parts is None or options.prediction is None:
+        return {f"ss_{name}": value for name, value in values.items()}
+    parts, asked = options.parts, options.validation
+    rates = parts.text_encoder_lr
+    values |= {
+        "ip_noise_gamma": options.noise.ip_noise_gamma,
+        "ip_noise_gamma_random_strength": options.noise.ip_noise_gamma_random_strength,
+        "model_prediction_type": options.prediction.model_prediction_type,
+        "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
+        "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
+        "text_encoder_lr": None if rates is None else rates[0] if len(rates) == 1 else list(rates),
+        "validation_split": asked.validation_split,
+        "validation_seed": asked.validation_seed,
+        "max_validation_steps": asked.max_validation_steps,
+        "validate_every_n_epochs": asked.validate_every_n_epochs,
+        "validate_every_n_steps": asked.validate_every_n_steps,
+        "num_validation_images": len(plan.validation),
+        **({} if model_type is None else {"model_type": model_type}),
+        **_count_pictures(plan.training),
+    }
+    if options.subset is not None:
+        values |= {
+            "resize_interpolation": options.subset.resize_interpolation,
+            "prior_loss_weight": options.subset.prior_loss_weight,
+        }
+    return {f"ss_{name}": value for name, value in values.items()}
+
+
+def _count_pictures(items: Iterable[TrainingItem]) -> dict[str, Any]:
+    """Return how many pictures there are: with their repeats, by size and by folder. None is read."""
+    columns = Items.of(items)
+    counts = np.bincount(columns.numbers, minlength=len(columns.facts)).tolist()
+    folders: dict[str, dict[str, int]] = {}
+    buckets: dict[tuple[int, int], int] = {}
+    totals = {False: 0, True: 0}  # of pictures to learn, and of those for regularisation
+    for facts, count in zip(columns.facts, counts, strict=True):
+        table, size = facts.table, (facts.bucket[0], facts.bucket[1])
+        if count:
+            folder = folders.setdefault(table.source.name, {"n_repeats": table.num_repeats, "img_count": 0})
+            folder["img_count"] += count
+            buckets[size] = buckets.get(size, 0) + count * table.num_repeats
+            totals[table.is_reg] += count * table.num_repeats
+    rows = {
+        str(number): {"resolution": list(size), "count": count}
+        for number, (size, count) in enumerate(sorted(buckets.items()))
+    }
+    return {
+        "num_train_images": totals[False],
+        "num_reg_images": totals[True],
+        "dataset_dirs": json.dumps(folders, ensure_ascii=False),
+        "bucket_info": json.dumps({"buckets": rows}),
+    }
+
+
+def _modelspec(
+    options: TrainingOptions, family_metadata: Mapping[str, str], now: datetime, licence: str | None
+) -> dict[str, str]:
+    """Source: https://github.com/Stability-AI/ModelSpec."""
+    given, times = options.metadata, options.timesteps
+    architecture = given.architecture or family_metadata.get("architecture")
+    resolution = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
+    if given.resolution is not None:  # one number is for a square
+        width, *height = re.findall(r"\d+", given.resolution)
+        resolution = f"{width}x{height[0] if height else width}"
+    values = {
+        # as the known trainers of each kind write it
+        "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
+        "architecture": f"{architecture}/lora"
+        if architecture and options.network is not None
+        else architecture,
+        "implementation": family_metadata.get("implementation"),
+        "title": given.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
+        "resolution": resolution,
+        "date": now.isoformat(timespec="seconds"),
+        "author": given.author,
+        "description": given.description,
+        "license": given.license or licence,
+        "tags": given.tags,
+        "prediction_type": family_metadata.get("prediction_type"),
+        "usage_hint": given.usage_hint,
+        "thumbnail": given.thumbnail,
+        "merged_from": given.merged_from,
+        "trigger_phrase": given.trigger_phrase,
+        "preprocessor": given.preprocessor,
+        "is_negative_embedding": given.is_negative_embedding,
+    }
+    if times.min_timestep is not None or times.max_timestep is not None:
+        values["timestep_range"] = f"{times.lowest},{times.highest}"
+    return {f"modelspec.{key}": value for key, value in values.items() if value is not None}

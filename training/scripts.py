@@ -11,7 +11,7 @@ from modules.options import Options, option_values
 from modules.parser import declare
 from networks.options import NetworkOptions
 from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
-from training.learner_options import WholeDitOptions
+from training.learning_options import WholeDitOptions
 from training.options import read_training
 
 

@@ -15,15 +15,13 @@ from modules.planning.memory_plan import gib
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
 from training.following import DORA_ELSEWHERE, NextSteps
-from training.optimizers.options import FIND_RATE
+from training.learning_options import FIND_RATE
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import Story
-from training.reports.options import LogOptions
 from training.reports.page import page_path
 from training.reports.sample_files import FOLDER as SAMPLES
-from training.sample_options import SampleOptions
-from training.saving.files import Names
+from training.run_options import SampleOptions
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
 from training.training_run import TrainingRun
@@ -75,52 +73,68 @@ def saved_bytes(
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     """Show the plan of the run. dtype: of saved models; None: as they are."""
     plan, options, steps, parameters = run.plan, run.options, run.steps, run.parameters
-    written = saved_bytes(parameters, dtype, options.average.ema_decay is not None)
-    saves = count_saves(options.saving, steps, plan.progress.step, plan.progress.epoch)
-    learns = count_of(sum(one.numel() for one in parameters), "weight")
-    held_back = f", {count_of(len(plan.validation), 'item')} for validation" if plan.validation else ""
+    network, whole, saving, samples = options.network, options.whole_dit, options.saving, options.samples
+    if network is not None:
+        rank = f"rank {network.network_dim or DEFAULT_RANK}"
+        learner = f"{plan.network_module}, {'ranks of the file' if network.dim_from_weights else rank}"
+    else:
+        parts = whole.name_parts if whole is not None else ()
+        learner = f"of the model: {' '.join(parts)}" if parts else "the whole model"
+    length = f"{steps.total_steps} in {count_of(steps.num_epochs, 'epoch')} of {steps.steps_per_epoch}"
+    if steps.total_steps < steps.steps_per_epoch:
+        length = f"{steps.total_steps}, of the {steps.steps_per_epoch} of an epoch"
     begun = f", from step {plan.progress.step + 1} on" if plan.progress.step else ""
+    held_back = f", {count_of(len(plan.validation), 'item')} for validation" if plan.validation else ""
+    known = ("architecture", "task", "sd_model_name")
+    model = [text for name, text in plan.family.metadata.items() if text and name.startswith(known)]
+    every = {"steps": saving.save_every_n_steps, "epochs": saving.save_every_n_epochs}
+    saves = _times({**every, "minutes": saving.save_every_n_minutes})
+    sampling = ["before the first step"] if samples.sample_at_first else []
+    sampling += _times({"steps": samples.sample_every_n_steps, "epochs": samples.sample_every_n_epochs})
+    has_samples = samples.sample_prompts is not None and samples.is_timed
+    written = saved_bytes(parameters, dtype, options.average.ema_decay is not None)
+    counts = count_saves(saving, steps, plan.progress.step, plan.progress.epoch)
     rows: list[Row] = [
-        ("model", _model(plan.family.metadata)),
-        ("learns", f"{_learner(plan)}, {learns}"),
-        ("alpha", None if options.network is None else judge_alpha(options.network)),
+        ("model", ", ".join(model)),
+        ("learns", f"{learner}, {count_of(sum(one.numel() for one in parameters), 'weight')}"),
+        ("alpha", None if network is None else judge_alpha(network)),
         ("data", f"{plan.order.num_items} items with repeats{held_back}, {steps.num_batches} batches"),
-        ("steps", f"{_steps(steps)}{begun}"),
+        ("steps", f"{length}{begun}"),
         ("learning rate", judge_rate(options)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
-        ("saves", _saves(options.saving)),
-        ("samples", _samples(plan)),
-        ("disk", disk_needed(plan.output_dir, saves, written)),
-        ("folder", str(plan.output_dir)),
-        ("page", _page(options.logs, plan.names)),
+        ("saves", " and ".join([*saves, "at the end"])),
+        ("samples", f"{' and '.join(sampling)}, from {samples.sample_prompts}" if has_samples else None),
+        ("disk", disk_needed(plan.names.folder, counts, written)),
+        ("folder", str(plan.names.folder)),
+        ("page", None if options.logs.no_page else str(page_path(plan.names.folder, plan.names.name))),
     ]
-    show_box(f"Training {plan.output_name}", rows)
+    show_box(f"Training {plan.names.name}", rows)
+
+
+def _times(every: Mapping[str, float | None]) -> list[str]:
+    """Return in words how often something happens. every: numbers by their units."""
+    return [f"every {number:.12g} {unit}" for unit, number in every.items() if number is not None]
 
 
 def show_end(run: TrainingRun, story: Story, following: NextSteps) -> None:
     """Show the result of a run that took its last step, and the commands that can follow."""
-    names = run.plan.names
-    results, pace = names.files(names.name).values(), run.logs.pace
-    seconds = pace.seconds_per_step
+    names, clock, losses = run.plan.names, run.logs.clock, run.progress.losses
+    seconds, samples = clock.seconds_per_step, names.folder / SAMPLES
     speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
-    losses = run.progress.losses
-    samples = names.folder / SAMPLES
+    peak = peak_in_words(run.device)
+    if isinstance(run.memory, MemoryWatch):
+        peak = f"{gib(run.memory.highest)} GiB"
     rows: list[Row] = [
         *(
             ("result", f"{path} ({as_size(path.stat().st_size)})" if path.exists() else None)
-            for path in results
+            for path in names.files(names.name).values()
         ),
         ("best by validation", describe_best(story, names.folder)),
-        ("steps", f"{pace.steps} in {in_words(pace.active)}{speed}, without pauses"),
+        ("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if run.sampler.prompts and samples.is_dir() else None),
-        ("page", _page(run.options.logs, names)),
-        (
-            "peak memory",
-            f"{gib(run.memory.highest)} GiB"
-            if isinstance(run.memory, MemoryWatch)
-            else peak_in_words(run.device),
-        ),
+        ("page", None if run.options.logs.no_page else str(page_path(names.folder, names.name))),
+        ("peak memory", peak),
         ("other tools", DORA_ELSEWHERE if following.is_dora else None),
     ]
     best = story.best_file(names.folder)
@@ -201,47 +215,3 @@ def judge_rate(options: TrainingOptions) -> str:
         return text
     what = "a whole model" if is_whole else "a LoRA"
     return f"{text}, which is {'LOW' if rate < low else 'HIGH'} for {what}: {usual} is usual"
-
-
-def _steps(plan: StepPlan) -> str:
-    if plan.total_steps < plan.steps_per_epoch:
-        return f"{plan.total_steps}, of the {plan.steps_per_epoch} of an epoch"
-    return f"{plan.total_steps} in {count_of(plan.num_epochs, 'epoch')} of {plan.steps_per_epoch}"
-
-
-def _page(options: LogOptions, names: Names) -> str | None:
-    return None if options.no_page else str(page_path(names.folder, names.name))
-
-
-def _learner(plan: TrainingPlan) -> str:
-    whole, network = plan.options.whole_dit, plan.options.network
-    if network is not None:
-        rank = f"rank {network.network_dim or DEFAULT_RANK}"
-        return f"{plan.network_module}, {'ranks of the file' if network.dim_from_weights else rank}"
-    assert whole is not None  # one of the two is there
-    return f"of the model: {' '.join(whole.name_parts)}" if whole.name_parts else "the whole model"
-
-
-def _model(metadata: Mapping[str, str]) -> str:
-    known = ("architecture", "task", "sd_model_name")
-    return ", ".join(value for name, value in metadata.items() if value and name.startswith(known))
-
-
-def _saves(options: SavingOptions) -> str:
-    times = {
-        "steps": options.save_every_n_steps,
-        "epochs": options.save_every_n_epochs,
-        "minutes": options.save_every_n_minutes,
-    }
-    found = [f"every {number:g} {unit}" for unit, number in times.items() if number is not None]
-    return " and ".join([*found, "at the end"])
-
-
-def _samples(plan: TrainingPlan) -> str | None:
-    options = plan.options.samples
-    if options.sample_prompts is None or not options.is_timed:
-        return None
-    times = {"steps": options.sample_every_n_steps, "epochs": options.sample_every_n_epochs}
-    found = [f"every {number} {unit}" for unit, number in times.items() if number is not None]
-    first = ["before the first step"] if options.sample_at_first else []
-    return f"{' and '.join([*first, *found])}, from {options.sample_prompts}"

@@ -1,13 +1,15 @@
-"""The record that the training loop works with: `training.run` fills it, `training.loop` uses it."""
+"""The record that the training loop works with, and requests to it from outside: signals and files."""
 
 import contextlib
 import logging
 import os
 import signal
+import stat
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -22,25 +24,26 @@ from networks.added import AddedLoras
 from training.averages import NoAverage, WeightAverage
 from training.data.feed import Feed
 from training.data.live_text import LiveTexts, NoTexts
-from training.dressing import AUTOCAST, dtype_of
-from training.experts import ExpertNetworks
+from training.experts import AUTOCAST, ExpertNetworks, dtype_of
 from training.loss import Autocast, LossRule
-from training.optimizers.fused_backward import FusedBackward, StepAfterBackward
 from training.optimizers.lr_schedule import LrSchedule
+from training.optimizers.stepping import FusedBackward, StepAfterBackward
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.readings import Readings
 from training.reports.reporter import NoReports, RunReporter
 from training.samples import NoSampler, Sampler
-from training.saving.files import MinuteClock, NoSaver, Saver
+from training.saving.files import MinuteClock, Names, NoSaver, Saver
 from training.steps import Progress, StepPlan
 from training.trainable import Trainable
-from training.triggers import TriggerFiles
 from training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+SAMPLE, SAVE = "sample", "save"
+EVERY_SECONDS = 1.0  # looking takes microseconds on a disk, and milliseconds in a network folder
+LARGEST = 64  # bytes; what a shell writes into a new file is less, and a larger one holds somebody's data
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -74,6 +77,77 @@ class StopRequest:
             "Ending after this step; everything will be saved. Press Ctrl-C again to end at once and go back "
             "to the last saved state."
         )
+
+
+def trigger_paths(names: Names) -> dict[Path, str]:
+    """Return the files of a run with the request of each.
+
+    `my_lora.sample` asks the run of that name, `sample` any run of the folder; a folder of that name is none.
+    """
+    return {names.folder / file: kind for kind in (SAMPLE, SAVE) for file in (f"{names.name}.{kind}", kind)}
+
+
+@dataclass
+class TriggerFiles:
+    """Watch for files that ask for something, and remove them when it was done.
+
+    A file is removed afterwards only: if the run is killed in between, the next one serves the request.
+    """
+
+    paths: Mapping[Path, str] = field(default_factory=dict)  # none: nothing is watched
+    can_sample: bool = True
+    now: Callable[[], float] = time.monotonic  # seconds
+    _looked: float | None = field(default=None, init=False)
+    _found: dict[Path, int] = field(default_factory=dict, init=False)  # with their time of change
+    _passed: dict[Path, int] = field(default_factory=dict, init=False)  # likewise, those that are left alone
+
+    def asks_for(self, kind: str) -> bool:
+        """Return whether a file asks for SAMPLE or SAVE. Looks at the folder once a second at most."""
+        if self.paths and (self._looked is None or self.now() - self._looked >= EVERY_SECONDS):
+            self._looked = self.now()
+            self._look()
+        return any(self.paths[path] == kind for path in self._found)
+
+    def finish(self, kind: str) -> None:
+        """Remove the files that asked for this; one that was touched again meanwhile asks anew."""
+        for path in [path for path in self._found if self.paths[path] == kind]:
+            self._remove(path, self._found.pop(path))
+
+    def _look(self) -> None:
+        for path, kind in self.paths.items():
+            changed = self._time_of(path)
+            if changed is None or path in self._found or self._passed.get(path) == changed:
+                continue
+            if kind == SAMPLE and not self.can_sample:
+                logger.warning("%s is ignored: there is nothing to sample without --sample_prompts.", path)
+                self._remove(path, changed)
+            else:
+                self._found[path] = changed
+                logger.info("%s asks to %s at the end of this step.", path, kind)
+
+    def _remove(self, path: Path, changed: int) -> None:
+        if self._time_of(path) != changed:
+            return
+        try:
+            path.unlink()
+        except OSError as error:
+            logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
+            self._passed[path] = changed
+
+    def _time_of(self, path: Path) -> int | None:
+        """Return when a file was changed; None if there is none, or something else of its name."""
+        try:
+            status = path.lstat()
+        except OSError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        if status.st_size > LARGEST:
+            if self._passed.get(path) != status.st_mtime_ns:
+                self._passed[path] = status.st_mtime_ns
+                logger.warning("%s asks for nothing: it holds %d bytes.", path, status.st_size)
+            return None
+        return status.st_mtime_ns
 
 
 class NoMemoryWatch:
@@ -117,31 +191,22 @@ class TrainingRun:
     saver: Saver | NoSaver = NoSaver()
     stop: StopRequest = field(default_factory=StopRequest)
     readings: Readings = field(default_factory=Readings)
+    # of the plan
+    options: TrainingOptions = field(init=False)
+    family: Family = field(init=False)
+    steps: StepPlan = field(init=False)
+    progress: Progress = field(init=False)
+    experts: Sequence[Expert] = field(init=False)  # of the model that is trained; most have one
+    device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
+    autocast: Autocast = field(init=False)
+    parameters: list[Parameter] = field(init=False)  # that are trained, in the optimizer's order
 
-    @property
-    def options(self) -> TrainingOptions:
-        return self.plan.options
-
-    @property
-    def family(self) -> Family:
-        return self.plan.family
-
-    @property
-    def steps(self) -> StepPlan:
-        return self.plan.steps
-
-    @property
-    def progress(self) -> Progress:
-        return self.plan.progress
-
-    @property
-    def device(self) -> torch.device:
-        """Return where steps are computed; swapped weights may be elsewhere."""
-        return self.plan.accelerator.device
-
-    @property
-    def autocast(self) -> Autocast:
-        return self.plan.accelerator.autocast
+    def __post_init__(self) -> None:
+        plan, accelerator = self.plan, self.plan.accelerator
+        self.options, self.family, self.experts = plan.options, plan.family, plan.family.experts
+        self.steps, self.progress = plan.steps, plan.progress
+        self.device, self.autocast = accelerator.device, accelerator.autocast
+        self.parameters = self.trainable.parameters
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -149,16 +214,6 @@ class TrainingRun:
         return AUTOCAST.get(self.options.accelerator.mixed_precision, dtype_of(self.dits.networks[0]))
 
     @property
-    def experts(self) -> Sequence[Expert]:
-        """Return the experts of the model that is trained; most have one."""
-        return self.family.experts
-
-    @property
     def modules(self) -> tuple[nn.Module, ...]:
         """Return all modules that are in training mode or in evaluation mode together."""
         return (*self.dits.networks, *self.trainable.all_modules)
-
-    @cached_property
-    def parameters(self) -> list[Parameter]:
-        """Return the trained parameters, in the optimizer's order."""
-        return self.trainable.parameters

@@ -19,11 +19,11 @@ from modules.contract.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.live_media import BatchSources
 from training.data.live_text import NO_TEXTS, LiveTexts, NoTexts
-from training.data.options import NUM_TIMESTEPS, TimestepOptions
 from training.data.timesteps import times_at
-from training.loop_options import ValidationOptions
 from training.loss import PLAIN_LOSS, Autocast, DitOf, LossRule, NoisyBatch, Trains, measure_errors
+from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.reports.history import LOSS
+from training.run_options import ValidationOptions
 
 NUM_BANDS = 5
 STEP, EPOCH = "step", "epoch"  # after what a validation comes: in the names of logs

@@ -5,9 +5,7 @@ have ended.
 import json
 import os
 import random
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,7 +23,6 @@ from tests.faults.runs import (
     Scripts,
     Undisturbed,
     assert_same_caches,
-    assert_same_end,
     assert_same_pixels,
     assert_same_tensors,
     assert_same_training,
@@ -108,38 +105,6 @@ def test_training_killed_from_outside_ends_as_if_it_had_not_been(
     assert_whole(output)
     run_script(*command, folder=project)
     assert_same_training(output, undisturbed.output)
-
-
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(
-            getattr(signal, name, None),
-            id=name,
-            marks=pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals"),
-        )
-        for name in ("SIGINT", "SIGTERM")
-    ],
-)
-def test_a_signal_ends_training_after_its_step_with_everything_saved(
-    number: signal.Signals, scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path
-) -> None:
-    output, log = tmp_path / "out", tmp_path / "log"
-    command = [*scripts.train, "--output_dir", str(output)]
-    process = start(project, command, log)
-    wait_until((output / "x-step00000003.safetensors").exists, process)
-    process.send_signal(number)
-    code = process.wait(timeout=PATIENCE)
-    said = log.read_text(encoding="utf-8")
-    ended = re.search(r"Ended after step (\d+) of 8", said)
-    assert code == 0, said
-    assert ended is not None, said
-    assert "Traceback" not in said
-    assert (output / f"x-step{int(ended[1]):08d}-state" / "state.pt").exists()
-    assert_whole(output)
-    run_script(*command, folder=project)
-    assert_whole(output)
-    assert_same_end(output, undisturbed.output)
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from training.optimizers.parameter_steps import stochastic_bfloat16
-from training.optimizers.state import optimizer_state, restore_optimizer
+from training.optimizers.optimizer import optimizer_state, restore_optimizer
+from training.optimizers.stepping import stochastic_bfloat16
 
 
 def test_rounding_is_right_on_average_and_keeps_what_is_no_number(device: torch.device) -> None:

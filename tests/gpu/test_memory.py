@@ -31,7 +31,7 @@ from networks.adapter import make_network
 from tests.gpu.measuring import peak_of, release_cuda
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.wan_dit import tiny_state, write_dit
-from training.dressing import dress, placement_of
+from training.experts import dress, placement_of
 from training.loss import NoisyBatch, training_loss
 from training.optimizers.optimizer import make_optimizer
 from training.options import read_training

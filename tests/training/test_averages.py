@@ -1,6 +1,5 @@
 """The average of the trained weights (EMA): what it is, where it is saved, that it resumes to the bit."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ from modules.offload.block_swap import swap_of
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
-from tests.training.test_resume import Killed, killed_at, train_in_two_processes
+from tests.training.test_resume import Killed, killed_at
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
-from training.averages import decay_at, make_average
-from training.optimizers.options import AverageOptions
+from training.averages import make_average
+from training.learning_options import AverageOptions
 from training.planning.prediction import predict
 from training.run import train_network
 from training.saving.states import SavedState, read_state, write_state
@@ -46,10 +45,6 @@ def by_hand(folder: Path, steps: int, decay: float, every: int = 1) -> dict[str,
             start = load_file(folder / "start.safetensors")[name] if name not in average else average[name]
             average[name] = start + share * (weight.float() - start)
     return average
-
-
-def test_the_decay_rises_to_what_was_asked_for() -> None:
-    assert [decay_at(step, 0.5) for step in (1, 2, 8, 9)] == [2 / 11, 3 / 12, 0.5, 0.5]
 
 
 def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
@@ -94,15 +89,6 @@ def test_the_average_is_that_of_the_weights_of_each_step(tmp_path: Path, every: 
     with safe_open(tmp_path / "output" / "x-ema.safetensors", "pt") as file:
         assert (file.metadata()["ss_ema_decay"], file.metadata()["ss_ema_steps"]) == ("0.5", "8")
         assert "sshs_model_hash" in file.metadata()
-
-
-def test_without_metadata_its_file_says_nothing_of_it(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-
-    train_toy(tmp_path, *EMA, "--no_metadata", "--max_train_steps", 1)
-
-    with safe_open(tmp_path / "output" / "x-ema.safetensors", "pt") as file:
-        assert not any("ema" in key for key in file.metadata())
 
 
 def test_the_run_is_the_same_with_and_without_it(tmp_path: Path) -> None:
@@ -222,17 +208,3 @@ def test_the_plan_counts_it(tmp_path: Path) -> None:
     found = predict(family, options, batch, torch.device("cpu"))
 
     assert found.device(0) > plain.device(0)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
-def test_two_processes_keep_the_same_average_as_one(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=6)
-    usual = [*EMA, "--max_train_steps", "4"]
-    train_toy(tmp_path, *usual, "--gradient_accumulation_steps", 2)
-
-    train_in_two_processes(tmp_path, 29616, *usual, "--output_dir", str(tmp_path / "two"))
-
-    found = load_file(tmp_path / "two" / "x-ema.safetensors")
-    for name, tensor in load_file(tmp_path / "output" / "x-ema.safetensors").items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)

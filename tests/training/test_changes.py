@@ -81,14 +81,6 @@ def test_the_schedule_of_now_begins_at_the_step_that_was_reached(tmp_path: Path,
     assert changes[1] > 1e-2
 
 
-def test_another_kind_of_schedule_is_rebuilt(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 4, "--lr_scheduler", "cosine")
-    linear = ["--lr_scheduler_type", "LinearLR", "--lr_scheduler_args", "total_iters=8"]
-
-    train_toy(tmp_path, *CHANGED, *linear)
-
-
 @pytest.mark.parametrize("stopped", [2, 5], ids=["in an epoch", "at its end"])
 def test_other_clips_begin_the_epoch_again_in_their_own_order(tmp_path: Path, stopped: int) -> None:
     write_caches(tmp_path, count=5)

@@ -1,6 +1,5 @@
 """What dataset keys change in a run: texts, masks and weights. All is exact on resume and over processes."""
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from dataset.cache.files import checksum, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.contract.data import LOSS_MASK
 from modules.errors import OptionError
-from tests.training.test_resume import Killed, killed_at, train_in_two_processes
+from tests.training.test_resume import Killed, killed_at
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.loss import training_loss
 from training.run import prepare_run, train_network
@@ -62,12 +61,6 @@ def test_masks_change_the_run(tmp_path: Path) -> None:
     assert not same(masked, train_toy(tmp_path))
 
 
-def test_readers_ahead_of_the_loop_choose_the_same_texts(tmp_path: Path) -> None:
-    write_dataset(tmp_path)
-
-    assert same(train_toy(tmp_path), train_toy(tmp_path, "--max_data_loader_n_workers", 2))
-
-
 @pytest.mark.parametrize("moment", [1, 4, 8])
 def test_a_killed_run_goes_on_with_the_same_texts(tmp_path: Path, moment: int) -> None:
     settings = ["--gradient_accumulation_steps", 2, "--save_every_n_steps", 2, "--save_state"]
@@ -80,19 +73,6 @@ def test_a_killed_run_goes_on_with_the_same_texts(tmp_path: Path, moment: int) -
         train_toy(tmp_path / "killed", *settings, family=killed_at(moment))
 
     assert same(whole, train_toy(tmp_path / "killed", *settings))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
-def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path: Path) -> None:
-    write_dataset(tmp_path)
-    expected = train_toy(tmp_path, "--gradient_accumulation_steps", 2)
-
-    train_in_two_processes(tmp_path, 29633, "--output_dir", str(tmp_path / "two"))
-
-    found = load_file(tmp_path / "two" / "x.safetensors")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("keys", [KEYS.replace("0.3", "0.2"), "multi_caption = true"])

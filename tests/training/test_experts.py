@@ -309,21 +309,6 @@ def test_a_state_is_not_resumed_with_other_transformers(
         train_network(second, toy_options(tmp_path, "--max_train_steps", 2, "--resume", "latest"))
 
 
-def test_a_start_from_the_file_of_the_other_transformer_is_warned_about(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_caches(tmp_path)
-    usual = replace(BOTH, defaults=replace(BOTH.defaults, experts=TWO_EXPERTS))
-    train(tmp_path, APART, "--max_train_steps", 1)
-    low, high = (tmp_path / "output" / f"x_{part}.safetensors" for part in PARTS)
-    for first, second, is_wrong in ((low, high, False), (high, low, True)):
-        caplog.clear()
-        starts = ["--network_weights", first, "--network_weights_high_noise", second]
-        train(tmp_path, APART, *starts, "--max_train_steps", 1, "--output_name", "y", family=usual)
-        for expert in ("low", "high"):
-            assert (f"is loaded into the {expert}" in caplog.text) == is_wrong
-
-
 def test_one_of_two_transformers_at_all_timesteps_gets_a_recommendation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

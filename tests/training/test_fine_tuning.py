@@ -1,23 +1,21 @@
 """Full fine-tuning: the DiT itself learns, in the usual order or with steps inside the backward pass."""
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from modules.contract.loading import Placement
 from modules.errors import OptionError
-from tests.training.test_resume import Killed, killed_at, train_in_two_processes
+from tests.training.test_resume import Killed, killed_at
 from tests.training.toy import ToyFamily, same, state_tensors, toy_options, train_toy, write_caches
-from training.optimizers.parameter_steps import ALONE, ParameterSteps, require_alone, stochastic_bfloat16
-from training.run import prepare_run, train_network
+from training.optimizers.stepping import ALONE, ParameterSteps, stochastic_bfloat16
+from training.run import train_network
 from training.steps import Progress
 
 FUSED = "--fused_backward_pass"
@@ -132,34 +130,6 @@ def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
     assert min(norms) < limit < max(norms)  # some were clipped, some were not
 
 
-@pytest.mark.parametrize("precision", [(), BF16], ids=["float32", "bf16"])
-def test_the_norm_and_the_rates_that_are_reported_are_those_of_the_usual_order(
-    tmp_path: Path, precision: tuple[str, ...]
-) -> None:
-    """Of all gradients, and of before the step: Adafactor finds its next rate as soon as it has stepped a
-    weight.
-    """
-    import contextlib
-
-    from training.loop import take_step
-
-    write_caches(tmp_path)
-    norms, rates = [], []
-    for more in ((), (FUSED,)):
-        options = toy_options(
-            tmp_path, *UNCLIPPED, *precision, "--optimizer_type", "Adafactor", *more, whole_dit=True
-        )
-        with prepare_run(ToyFamily(), options) as run:
-            with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
-                take_step(run, range(1), micro_batches)
-            reading = run.readings.flush()
-            assert reading is not None
-            norms.append(reading.values[-1])
-            rates.append(reading.notes.rates)
-    assert norms[0] == norms[1] > 0
-    assert rates[0] == rates[1]
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -188,17 +158,6 @@ def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(
     assert expected in str(error.value)
 
 
-def test_several_processes_are_refused(tmp_path: Path) -> None:
-    from training.optimizers.fused_backward import check_fused_backward
-
-    assert toy_options(tmp_path, FUSED, whole_dit=True).is_fused
-    check_fused_backward("adafactor", 1)
-    with pytest.raises(OptionError, match="2 processes"):
-        check_fused_backward("adafactor", 2)
-    assert not toy_options(tmp_path, whole_dit=True).is_fused
-    require_alone(FUSED, "adafactor")
-
-
 # --- weights in bf16
 # ------------------------------------------------------------------------------------------------------------
 
@@ -216,13 +175,6 @@ def test_stochastic_rounding_gives_a_neighbour_and_the_value_on_average() -> Non
     spread = (above - below).abs()
     assert bool(((drawn.double().mean(0) - values).abs() <= 0.03 * spread).all())
     assert bool((stochastic_bfloat16(torch.tensor([torch.inf, -torch.inf]), generator).isinf()).all())
-
-
-def test_what_is_no_number_is_not_rounded_to_one() -> None:
-    """A GPU's NaN has all bits set: whatever is added to them runs over."""
-    values = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32).view(torch.float32)
-
-    assert bool(stochastic_bfloat16(values, torch.Generator().manual_seed(1)).isnan().all())
 
 
 def test_steps_far_below_bf16s_precision_are_not_lost() -> None:
@@ -262,32 +214,6 @@ def test_bf16_needs_its_precision_and_fp16_is_refused_by_name(tmp_path: Path) ->
         toy_options(tmp_path, "--full_fp16", whole_dit=True)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
-def test_two_processes_round_alike(tmp_path: Path) -> None:
-    """Gradients of the second would be those of other weights after the first step otherwise."""
-    write_caches(tmp_path)
-    settings = [*BF16, "--max_train_steps", 6]
-    expected = train_dit(tmp_path, *settings, "--gradient_accumulation_steps", 2)
-
-    train_in_two_processes(
-        tmp_path, 29613, *settings, "--output_dir", tmp_path / "two", environment={"TOY_WHOLE_DIT": "1"}
-    )
-
-    assert same(expected, load_file(tmp_path / "two" / "x.safetensors"))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("schedulefree") is None, reason="schedulefree is missing")
-def test_an_optimizer_that_steps_all_at_once_says_that_it_rounds(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_caches(tmp_path)
-
-    train_dit(tmp_path, *BF16, "--optimizer_type", "AdamWScheduleFree", "--max_train_steps", 1)
-
-    assert "rounded to the nearest bf16" in caplog.text
-
-
 # --- what learns, what is saved
 # ---------------------------------------------------------------------------------------------------
 
@@ -302,13 +228,6 @@ def test_the_rest_of_the_model_stays_as_it_is(tmp_path: Path, fused: tuple[str, 
 
     changed = {name for name, tensor in initial_weights().items() if not torch.equal(tensor, trained[name])}
     assert changed == {name for name in trained if name.startswith(("blocks.1.up", "head"))}
-
-
-def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-
-    with pytest.raises(OptionError, match="--trainable_modules nonsense"):
-        train_dit(tmp_path, "--trainable_modules", "nonsense")
 
 
 @pytest.mark.parametrize(
@@ -401,31 +320,6 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...]
     assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
     ours, theirs = (state_tensors(tmp_path / folder / "x-state") for folder in ("output", "killed"))
     assert all(same(ours[part], theirs[part]) for part in ("dit", "optimizer"))
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        (["--trainable_modules", "head"], "--trainable_modules"),
-        ([*BF16], "--full_bf16"),
-        (["--learning_rate", "1"], "--learning_rate"),
-    ],
-)
-def test_another_run_is_refused_by_name(tmp_path: Path, changed: list[object], named: str) -> None:
-    write_caches(tmp_path)
-    train_dit(tmp_path, "--save_state", "--max_train_steps", 2)
-    AcceleratorState._reset_state(reset_partial_state=True)  # of a process of another precision
-
-    with pytest.raises(OptionError, match=named):
-        train_dit(tmp_path, "--resume", "latest", *changed)
-
-
-def test_a_lora_run_does_not_go_on_as_a_full_one(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, "--save_state", "--max_train_steps", 2)
-
-    with pytest.raises(OptionError, match="--network_module: networks.lora_wan in the state"):
-        train_dit(tmp_path, "--resume", "latest")
 
 
 def test_a_state_may_go_on_in_the_other_order_of_steps(

@@ -16,9 +16,10 @@ from modules.options import read_options
 from modules.parser import add_options, declare
 from tests.training.toy import TWO_EXPERTS
 from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
-from training.learner_options import WholeDitOptions
+from training.learning_options import WholeDitOptions
 from training.options import TrainingOptions, read_arguments, read_training, training_parser
 from training.reports.page import PageCommand
+from training.saving.files import Names
 from wan.options import WanTrainingOptions, generation_words
 
 NEEDED = ["--dataset_config", "my data.toml", "--output_dir", "out put", "--output_name", "it's \u00fc"]
@@ -42,9 +43,9 @@ def next_steps(folder: Path, words: list[str], processes: int = 1, **sample: Any
     scripts = FamilyScripts(
         "wan_train_network.py", declare(WanTrainingOptions), partial(generation_words, own)
     )
-    file = folder / "x.safetensors"
     given = given_options(options, own, scripts)
-    return NextSteps(given, scripts, options, file, 40, processes, sample, converted_for="ComfyUI")
+    names = Names(folder, "x")
+    return NextSteps(given, scripts, options, names, 40, processes, sample, converted_for="ComfyUI")
 
 
 def words_of(command: PageCommand) -> list[str]:
@@ -55,7 +56,8 @@ def words_of(command: PageCommand) -> list[str]:
 def test_the_words_of_a_run_give_its_options_again(more: list[str]) -> None:
     options = read([*NEEDED, *more])
 
-    words = given_options(*options, SCRIPTS).words(set())
+    given = given_options(*options, SCRIPTS)
+    words = [word for option in given if option.is_changed for word in option.words]
 
     assert read(words) == options
     assert not any(word.startswith("--") and word in {"--network_dim", "--rope_func"} for word in words)
@@ -64,7 +66,8 @@ def test_the_words_of_a_run_give_its_options_again(more: list[str]) -> None:
 def test_options_that_differ_from_their_defaults_are_told_from_the_others() -> None:
     given = given_options(*read([*NEEDED, "--network_alpha", "1", "--learning_rate", "3e-5"]), SCRIPTS)
 
-    changed, unchanged = dict(given.rows(is_changed=True)), dict(given.rows(is_changed=False))
+    changed = {option.name: option.text for option in given if option.is_changed}
+    unchanged = {option.name: option.text for option in given if not option.is_changed}
     assert changed["learning_rate"] == "3e-05"
     assert changed["output_name"] == "it's \u00fc"
     assert {"network_alpha", "task", "sdpa"} <= set(unchanged)
@@ -74,7 +77,7 @@ def test_options_that_differ_from_their_defaults_are_told_from_the_others() -> N
 def test_keys_and_tokens_are_never_told() -> None:
     given = given_options(*read([*NEEDED, "--huggingface_token", "hf_1", "--wandb_api_key=w_1"]), SCRIPTS)
 
-    told = str([given.words(set()), given.rows(is_changed=True), given.rows(is_changed=False)])
+    told = str(given)
     assert "hf_1" not in told
     assert "w_1" not in told
 
@@ -102,7 +105,7 @@ def test_a_finished_run_goes_on_from_its_state_if_there_is_one(tmp_path: Path) -
 
 def test_two_files_saved_together_have_one_state(tmp_path: Path) -> None:
     steps = next_steps(tmp_path, [])
-    steps = replace(steps, file=tmp_path / "x_low_noise.safetensors", parts=("low_noise", "high_noise"))
+    steps = replace(steps, names=Names(tmp_path, "x", (LOW_NOISE, HIGH_NOISE)))
     (tmp_path / "x-step00000040-state").mkdir()
 
     longer, *_ = steps.commands(None, is_finished=True)
@@ -117,8 +120,7 @@ def test_what_begins_with_the_trained_files_names_one_for_each_network(tmp_path:
         (tmp_path / f"{name}.safetensors").touch()
     steps = replace(
         next_steps(tmp_path, own),
-        file=tmp_path / "x_low_noise.safetensors",
-        parts=(LOW_NOISE, HIGH_NOISE),
+        names=Names(tmp_path, "x", (LOW_NOISE, HIGH_NOISE)),
         experts=TWO_EXPERTS,
     )
 
@@ -164,7 +166,8 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     generation = ["wan_generate_video.py", "--dit", "low", "--dit_high_noise", "high"]
     scripts = replace(steps.scripts, generation=lambda _: generation)
     distilled = [(Path("distilled.safetensors"), 0.8)]
-    steps = replace(steps, scripts=scripts, experts=TWO_EXPERTS, parts=parts, sample_loras=distilled)
+    names = Names(tmp_path, "x", tuple(parts))
+    steps = replace(steps, scripts=scripts, experts=TWO_EXPERTS, names=names, sample_loras=distilled)
     best = tmp_path / f"x-step00000010{marks[1]}.safetensors"
 
     _, generate, *converting = steps.commands(best, is_finished=True)
@@ -204,8 +207,8 @@ def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
     assert words[words.index("--output") + 1] == str(tmp_path / "x_plain.safetensors")
     assert words[-6:] == ["--target", target, "--bake", "64", "--dit", "mo dels/dit.safetensors"]
     assert "ComfyUI takes it" in command.note
-    values = {**steps.given.values, "dit": None, "dit_high_noise": Path("high.safetensors")}
-    alone = replace(steps, given=replace(steps.given, values=values)).commands(None, is_finished=True)[-1]
+    steps = next_steps(tmp_path, ["--network_args", "dora_wd=True", "--dit_high_noise", "high.safetensors"])
+    alone = steps.commands(None, is_finished=True)[-1]
     assert words_of(alone)[-2:] == ["--dit", "high.safetensors"]
 
 
@@ -234,7 +237,7 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
     )
     given = given_options(options, own, scripts)
 
-    steps = NextSteps(given, scripts, options, tmp_path / "x.safetensors", 9, 1, {})
+    steps = NextSteps(given, scripts, options, Names(tmp_path, "x"), 9, 1, {})
     resume, generate = steps.commands(None, is_finished=False)
 
     assert words_of(resume)[:2] == ["python", "hv_train.py"]

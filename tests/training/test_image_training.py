@@ -19,7 +19,7 @@ from tests.training.toy_texts import (
     write_pictures,
     write_subset,
 )
-from training.loss_options import ADDITIVE, PREDICTIONS, SIGMA_SCALED
+from training.noise_options import ADDITIVE, PREDICTIONS, SIGMA_SCALED
 from training.run import prepare_run, train_network
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from tests.training.toy import (
 )
 from training.data.feed import Randomness
 from training.loop import take_step
-from training.optimizers.fused_backward import StepAfterBackward
+from training.optimizers.stepping import StepAfterBackward
 from training.run import prepare_run, train_network
 from training.training_run import TrainingRun
 
@@ -224,10 +224,3 @@ def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path
         torch.testing.assert_close(weights[2.0**10][name], tensor, rtol=1e-5, atol=1e-7)
     assert same(weights[float("inf")], initial)
     assert not same(weights[None], initial)
-
-
-def test_a_process_without_a_micro_batch_in_the_first_step_can_scale_gradients_too(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-
-    with prepare_run(ToyFamily(), toy_options(tmp_path)) as prepared:
-        take_step(scaled(prepared, torch.amp.GradScaler("cpu")), range(0), iter(()))

@@ -22,7 +22,7 @@ from training.loss import (
     measure_errors,
     training_loss,
 )
-from training.loss_options import PREDICTIONS, LossOptions
+from training.noise_options import PREDICTIONS, LossOptions
 
 
 class Constant(torch.nn.Module):
@@ -100,12 +100,6 @@ def test_each_sample_counts_its_squared_distance_from_noise_minus_latents() -> N
     assert errors.tolist() == [(0.5 - (1 - 2)) ** 2, (0.5 - (1 - 4)) ** 2]
 
 
-def test_weights_multiply_the_losses_of_their_samples() -> None:
-    loss = training_loss(ToyFamily(), Constant(0.5), noisy_batch((2.0, 0.5)), nullcontext)
-
-    assert loss.item() == (2.0 * 1.5**2 + 0.5 * 3.5**2) / 2
-
-
 def test_the_loss_is_float32_where_the_network_computes_in_bf16() -> None:
     errors = measure_errors(
         ToyFamily(dtype=torch.bfloat16), Constant(0.5).bfloat16(), noisy_batch(), nullcontext
@@ -142,18 +136,6 @@ def test_every_loss_is_the_recorded_one(case: dict[str, Any]) -> None:
         torch.testing.assert_close(thresholds, torch.tensor(case["threshold"]), rtol=1e-5, atol=0)
 
 
-def test_the_threshold_of_snr_falls_from_1_in_data_to_huber_c_in_noise() -> None:
-    options = LossOptions.usual(loss_type="huber")
-    sigmas = torch.tensor([0.0, 0.5, 1.0])
-    torch.testing.assert_close(
-        find_thresholds(options, NoiseSpec(), sigmas, sigmas), torch.tensor([1.0, 0.325, 0.1])
-    )
-    levels = NoiseSpec(table=(0.0,) * 1000)  # of which only that there is one counts here
-    ratios = torch.tensor([0.0, 1.0, 3.0])
-    expected = 0.9 / (1 + ratios).square() + 0.1  # as known trainers have it, with the ratio of noise to data
-    torch.testing.assert_close(find_thresholds(options, levels, ratios, ratios), expected)
-
-
 def test_the_loss_that_options_ask_for_is_trained() -> None:
     plain = training_loss(ToyFamily(), Constant(0.5), noisy_batch(), nullcontext)
     absolute = training_loss(
@@ -184,21 +166,6 @@ def test_a_model_with_a_table_is_given_latents_under_noise_and_learns_the_noise(
 
     assert dit.noisy[:, 0, 0, 0, 0].tolist() == [2 + 0.5, 4 + 10]
     assert errors.tolist() == [0.25, 0.25]
-
-
-def test_moving_a_batch_moves_every_tensor_of_it() -> None:
-    moved = noisy_batch().to(torch.device("meta"))
-
-    tensors = [
-        moved.noise,
-        moved.sigmas,
-        moved.timesteps,
-        moved.weights,
-        moved.batch.tensors["latents"],
-        *moved.batch.tensors["letters"],
-    ]
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert len(moved.batch) == 2
 
 
 @pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "smooth_l1"])

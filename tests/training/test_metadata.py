@@ -1,16 +1,19 @@
 """Metadata of saved files."""
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping
 from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from modules.errors import OptionError
-from modules.options import read_options
-from training.learner_options import WholeDitOptions
-from training.metadata import RunFacts, file_metadata, run_metadata
+from modules.options import NO_OPTIONS, read_options
+from training.learning_options import WholeDitOptions
 from training.options import TrainingOptions, read_arguments, training_parser
+from training.saver import file_metadata, run_metadata
+from training.steps import Progress, StepPlan
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678)
 FAMILY = {
@@ -18,20 +21,26 @@ FAMILY = {
     "implementation": "https://example.org/model",
     "sd_model_name": "dit.safetensors",
 }
-FACTS = RunFacts(
-    session_id=7,
-    started_at=12.5,
-    seed=42,
-    num_items=6,
-    batches_per_epoch=3,
-    num_epochs=2,
-    total_steps=6,
-    warmup_steps=1,
-    optimizer="torch.optim.adamw.AdamW(weight_decay=0.1)",
-    lr_scheduler="constant",
-    network_module="networks.lora_wan",
-    datasets=[{"resolution": [64, 64], "image_directory": "cats"}],
-)
+OPTIMIZER = "torch.optim.adamw.AdamW(weight_decay=0.1)"
+
+
+def make_plan(
+    options: TrainingOptions, family: Mapping[str, str] = FAMILY, folder: str = "cats", name: str = "wan"
+) -> Any:
+    """The facts of a plan that stand in metadata."""
+    module = "" if options.network is None else "networks.lora_wan"
+    table = SimpleNamespace(describe=lambda: {"resolution": [64, 64], "image_directory": folder})
+    return SimpleNamespace(
+        options=options,
+        family=SimpleNamespace(name=name, metadata=family, options=NO_OPTIONS),
+        progress=Progress(42, 7, 12.5),
+        steps=StepPlan(num_batches=3, processes=1, accumulation=1, total_steps=6),
+        order=SimpleNamespace(num_items=6),
+        network_module=module,
+        config=SimpleNamespace(datasets=[table]),
+    )
+
+
 # formats.md, section 4
 TRAINING_KEYS = (
     "ss_session_id ss_ss_session_id ss_training_started_at ss_training_finished_at ss_output_name "
@@ -53,7 +62,7 @@ def metadata(*argv: str, whole_dit: bool = False) -> dict[str, str]:
     needed = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
     parser = training_parser(None, WholeDitOptions) if whole_dit else training_parser(None)
     options = read_options(TrainingOptions, read_arguments(parser, [*needed, *argv], {}))
-    run = run_metadata(options, "wan", FAMILY, FACTS)
+    run = run_metadata(make_plan(options), OPTIMIZER, "constant")
     return file_metadata(run, options, FAMILY, step=5, epoch=2, now=NOW)
 
 
@@ -61,16 +70,12 @@ def test_names_of_files_that_are_no_utf_8_lose_no_run() -> None:
     options = read_options(
         TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console"], {})
     )
-    family, facts = (
-        {**FAMILY, "sd_model_name": "\udce9.pt"},
-        replace(FACTS, datasets=[{"image_directory": "caf\udce9"}]),
-    )
-    made = file_metadata(
-        run_metadata(options, "wan", family, facts), options, family, step=5, epoch=2, now=NOW
-    )
+    family = {**FAMILY, "sd_model_name": "\udce9.pt"}
+    run = run_metadata(make_plan(options, family, "caf\udce9"), OPTIMIZER, "constant")
+    made = file_metadata(run, options, family, step=5, epoch=2, now=NOW)
     # `ascii`, as pytest could not print what is wrong
     assert ascii(made["ss_sd_model_name"]) == ascii("\\udce9.pt")
-    assert ascii(made["ss_datasets"]) == ascii('[{"image_directory": "caf\\udce9"}]')
+    assert ascii(made["ss_datasets"]) == ascii('[{"resolution": [64, 64], "image_directory": "caf\\udce9"}]')
 
 
 def test_every_key_of_the_format_is_there_as_text() -> None:
@@ -156,7 +161,8 @@ def test_of_a_model_with_several_uses_the_file_says_what_it_was_trained_for() ->
     options = read_options(
         TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console"], {})
     )
-    made = run_metadata(options, "framepack", {**FAMILY, "trained_for": "single pictures"}, FACTS)
+    family = {**FAMILY, "trained_for": "single pictures"}
+    made = run_metadata(make_plan(options, family, name="framepack"), OPTIMIZER, "constant")
     assert made["reelsmith_trained_for"] == "single pictures"
     assert "reelsmith_trained_for" not in metadata()
 

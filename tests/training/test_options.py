@@ -1,10 +1,8 @@
 """The options that training has in every family."""
 
 import argparse
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,11 +10,10 @@ from modules.attention.options import SDPA
 from modules.errors import OptionError, UserError
 from modules.options import read_options
 from modules.parser import add_options
-from training.learner_options import ExpertTrainingOptions
+from training.learning_options import ExpertTrainingOptions
 from training.options import TrainingOptions, read_arguments, training_parser
 from wan.options import WanTrainingOptions
 
-MANIFEST = Path(__file__).parents[1] / "data" / "cli" / "wan_train_network.json"
 NEEDED = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
 
 
@@ -29,30 +26,6 @@ def parser() -> argparse.ArgumentParser:
 
 def options(*argv: str, environment: dict[str, str] | None = None) -> TrainingOptions:
     return read_options(TrainingOptions, read_arguments(parser(), [*NEEDED, *argv], environment or {}))
-
-
-def manifest() -> list[dict[str, Any]]:
-    return json.loads(MANIFEST.read_text(encoding="utf-8"))["options"]
-
-
-@pytest.mark.parametrize("entry", manifest(), ids=lambda entry: entry["dest"])
-def test_each_option_of_the_manifest_agrees_with_the_parser(entry: dict[str, Any]) -> None:
-    actions = {flag: action for action in parser()._actions for flag in action.option_strings}
-
-    for flag in entry["flags"]:
-        action = actions[flag]
-        kind = "bool" if action.nargs == 0 else getattr(action.type, "__name__", "str").lower()
-        kind = {"number_or_auto": "int", "read_seed": "int"}.get(
-            kind, kind
-        )  # takes more than the option of that name did
-        assert (action.dest, kind, action.default, action.required) == (
-            entry["dest"],
-            entry["type"],
-            entry["default"],
-            entry["required"],
-        )
-        assert action.nargs == (0 if entry["type"] == "bool" else entry["nargs"])
-        assert set(entry["choices"] or ()) <= set(action.choices or ())
 
 
 def test_defaults_make_complete_options() -> None:

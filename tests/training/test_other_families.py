@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,9 +16,8 @@ from dataset.options import CachingOptions
 from modules.contract.family import NoiseSpec
 from modules.options import read_options
 from modules.parser import add_options
-from tests.training.toy import same
 from tests.training.toy_images import LATENT, LEVELS, PictureFamily, count_tokens
-from training.data.options import SAMPLERS, SIZE_SAMPLERS
+from training.noise_options import SAMPLERS, SIZE_SAMPLERS
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network
 
@@ -121,16 +119,3 @@ def test_a_model_that_predicts_noise_is_trained_on_its_own_levels(tmp_path: Path
         torch.testing.assert_close(1000 * times, (1000 * times).round(), atol=1e-3, rtol=0)  # whole timesteps
     spread = torch.cat([tokens.flatten() for tokens, _ in family.network.fed]).std()
     assert 0.5 < spread < 1.5  # noise of up to 15 is scaled back by the family
-
-
-@pytest.mark.parametrize("noise", [None, NOISE_PREDICTION])
-def test_a_resumed_run_of_another_family_ends_with_equal_bytes(
-    tmp_path: Path, noise: NoiseSpec | None
-) -> None:
-    cache(tmp_path)
-    expected = train(tmp_path, made(noise))
-
-    train(tmp_path, made(noise), "--output_dir", tmp_path / "part", "--max_train_steps", 2, "--save_state")
-    train(tmp_path, made(noise), "--output_dir", tmp_path / "rest", "--resume", tmp_path / "part" / "x-state")
-
-    assert same(expected, load_file(tmp_path / "rest" / "x.safetensors"))

@@ -14,9 +14,9 @@ from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import read_lora
 from networks.uses import LoraUse
-from tests.training.toy import ToyFamily, same, state_tensors, toy_options, train_toy, write_caches
+from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
-from training.sample_options import _split_multiplier
+from training.run_options import _split_multiplier
 
 COMPILED = ["--compile", "--compile_args", "eager", "default", "auto", "true"]
 CPU = torch.device("cpu")
@@ -105,18 +105,6 @@ def test_the_run_ends_with_the_same_bits_and_samples_differ(tmp_path: Path, how:
     assert "x_000002 + own style.safetensors:3" in texts
 
 
-def test_two_files_add_up(tmp_path: Path) -> None:
-    lora = read_lora(write_file(tmp_path, KINDS["LoRA"]))
-    inputs = random(1, 2, 1, 4, 4), torch.tensor([500.0]), [torch.ones(1, 1)]
-    results = []
-    for multipliers in ((0.25, 0.5), (0.75,)):
-        dit = ToyFamily().load_dit(Placement(CPU))
-        added = add_loras(dit, [LoraUse(lora, one) for one in multipliers])
-        with torch.no_grad(), added.switched_on(CPU, torch.float32):
-            results.append(dit(*inputs))
-    torch.testing.assert_close(*results)
-
-
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
@@ -171,15 +159,3 @@ def test_a_file_that_does_not_fit_is_refused_before_the_first_step(
             ),
         )
     assert not family.passes
-
-
-def test_the_file_of_the_run_holds_nothing_of_it(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    path = write_file(tmp_path, KINDS["LoRA"])
-    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\n", encoding="utf-8")
-    sampling = ["--sample_prompts", tmp_path / "prompts.txt", "--sample_at_first", "--sample_lora", path]
-
-    train_toy(tmp_path, *sampling, "--max_train_steps", 1, "--save_state", whole_dit=True)
-
-    state = state_tensors(tmp_path / "output" / "x-state")["dit"]
-    assert state.keys() == ToyFamily().load_dit(Placement(CPU)).state_dict().keys()

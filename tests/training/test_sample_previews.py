@@ -7,18 +7,14 @@ import pytest
 import torch
 
 from blissful_tuner.taehv import TaehvConfig
-from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from modules.media.reading import video_frames, video_info
+from modules.media.reading import video_info
 from tests.tiny.taehv import write_taehv
 from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
-from training.samples import SamplingStopped, prepare_samples
-from training.unused_options import list_unused_options
 
 COLOURED = replace(LATENT, preview_factors=((1.0, 0.5, 0.0), (0.0, 0.5, 1.0)))
 PROMPT = "a cat --w 32 --h 32 --f 9 --d 11 --s 4\na picture --w 32 --h 32 --d 12 --s 3\n"
-CPU = torch.device("cpu")
 
 
 def write_prompts(folder: Path) -> Path:
@@ -59,30 +55,6 @@ def test_samples_have_previews_and_the_training_is_the_same(tmp_path: Path) -> N
     assert video_info(tmp_path / "decoded/output/sample/latent_preview.mp4").frames == 9
 
 
-def test_only_one_process_writes_previews(tmp_path: Path) -> None:
-    family, prompts = ToyFamily(latent=COLOURED), write_prompts(tmp_path)
-    options = toy_options(tmp_path, "--preview_latent_every", 2).samples.preview
-    first, second = (
-        prepare_samples(family, prompts, tmp_path, "x", CPU, process, 2, preview=options)
-        for process in (0, 1)
-    )
-    assert first.previews is not None
-    assert second.previews is None
-
-
-def test_a_run_that_is_asked_to_end_while_sampling_ends(tmp_path: Path) -> None:
-    family = ToyFamily(latent=COLOURED)
-    options = toy_options(tmp_path, "--preview_latent_every", 1).samples.preview
-    sampler = prepare_samples(family, write_prompts(tmp_path), tmp_path, "x", CPU, 0, 1, preview=options)
-    answers, dit = iter([False, False, True]), family.load_dit(Placement(CPU))
-
-    with pytest.raises(SamplingStopped):
-        sampler.make(lambda _: dit, torch.no_grad, "000001", lambda: next(answers))
-
-    for path in tmp_path.glob("latent_preview.mp4"):  # if the thread was fast enough
-        assert list(video_frames(path))
-
-
 def test_a_file_for_other_latents_ends_the_run_before_the_network_is_loaded(tmp_path: Path) -> None:
     write_caches(tmp_path)
     taehv = write_taehv(tmp_path / "taehv.pth")
@@ -93,8 +65,3 @@ def test_a_file_for_other_latents_ends_the_run_before_the_network_is_loaded(tmp_
     assert family.passes == []
     with pytest.raises(OptionError, match="--preview_vae .*lost.pth: no such file"):
         toy_options(tmp_path, *more, "--preview_vae", tmp_path / "lost.pth")
-
-
-def test_without_samples_the_option_is_said_to_have_no_effect(tmp_path: Path) -> None:
-    lines = list_unused_options(toy_options(tmp_path, "--preview_latent_every", 1), False, False)
-    assert "--preview_latent_every has no effect: no samples are made." in lines

@@ -1,7 +1,6 @@
 """Samples while training: what is asked for, when, and under which names."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from networks.adapter import make_network
 from tests.media_tags import read_tags
 from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches
 from training.run import train_network
-from training.samples import is_due_after_epoch, is_due_at_step, sample_request
+from training.samples import sample_request
 
 PROMPTS = "a cat --w 40 --h 70 --f 7 --d 11 --s 2\n# no prompt\na dog --s 2\n"
 
@@ -92,16 +91,6 @@ def test_the_sampler_and_the_guidance_limits_of_picture_prompts_arrive() -> None
     assert request.solver == "euler"
     assert request.extra == {"cfg_trunc_ratio": "0.3", "renorm_cfg": "0.9"}
     assert sample_request({**entry, "sample_sampler": "ddim"}, ToyFamily()).solver is None
-
-
-def test_times_of_samples(tmp_path: Path) -> None:
-    prompts = write_prompts(tmp_path, "a cat\n")
-    times = ["--sample_prompts", prompts, "--sample_every_n_steps", 3, "--sample_every_n_epochs", 2]
-    options = toy_options(tmp_path, *times).samples
-
-    assert [step for step in range(10) if is_due_at_step(options, step)] == [3, 6, 9]
-    assert [epoch for epoch in range(1, 6) if is_due_after_epoch(options, epoch)] == [2, 4]
-    assert is_due_at_step(replace(options, sample_at_first=True), 0)
 
 
 @pytest.mark.parametrize("switches", [[], ["--no_metadata"]], ids=["told", "not told"])
@@ -182,17 +171,6 @@ def test_a_sample_is_what_generation_makes_from_the_same_lora(tmp_path: Path) ->
     (texts,) = Session(family, cpu, lambda _: dit, keep=False).texts([wanted_texts(request)])
     latents = make_latents(family, lambda _: dit, request, texts, {0: {}}, cpu)
     torch.testing.assert_close(decoded[0], latents, rtol=1e-4, atol=1e-5)
-
-
-def test_a_value_that_the_model_does_not_take_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert ToyFamily().defaults.embedded_guidance is None
-    write_caches(tmp_path, count=2)
-    train_toy(
-        tmp_path, "--sample_prompts", write_prompts(tmp_path, "a cat --g 3"), "--sample_every_n_steps", 8
-    )
-    assert caplog.text.count("the embedded guidance (--g) is ignored") == 1
 
 
 @pytest.mark.parametrize("bad", ["impossible", "a cat --w abc"])

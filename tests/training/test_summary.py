@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches
-from training.loop import train
+from tests.training.toy import toy_options, train_toy, write_caches
 from training.reports.history import History
-from training.reports.logs import Pace
-from training.run import prepare_run
+from training.reports.logs import StepClock
 from training.steps import StepPlan
 from training.summary import (
     count_saves,
@@ -47,21 +45,6 @@ def test_a_run_says_what_it_does_and_what_came_of_it(
     assert not [text for text in caplog.messages if re.search(r"process\(es\)|tables", text)]
 
 
-def test_the_page_is_named_at_the_start_and_at_the_end(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_caches(tmp_path)
-    caplog.set_level(logging.INFO)
-
-    with prepare_run(ToyFamily(), toy_options(tmp_path, has_page=True)) as run:
-        page = tmp_path / "output" / "x.html"
-        assert page.is_file()  # at once, so that it can be opened
-        train(run)
-
-    boxes = [text for text in caplog.messages if text.startswith(("Training x", "x is trained"))]
-    assert len([text for text in boxes if re.search(rf"  page: +{re.escape(str(page))}", text)]) == 2
-
-
 @pytest.mark.parametrize(
     ("arguments", "rate", "alpha"),
     [
@@ -82,15 +65,6 @@ def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
     assert said == rate if "which" not in rate else said.startswith(rate)
     assert options.network is not None
     assert alpha in str(judge_alpha(options.network))
-
-
-def test_the_rate_of_a_whole_model_is_judged_by_its_own_measure(tmp_path: Path) -> None:
-    rates = {
-        rate: judge_rate(toy_options(tmp_path, "--learning_rate", rate, whole_dit=True))
-        for rate in ("2e-6", "1e-3")
-    }
-
-    assert rates == {"2e-6": "2e-06", "1e-3": "0.001, which is HIGH for a whole model: 1e-5 is usual"}
 
 
 def test_a_resumed_run_counts_its_own_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -152,11 +126,11 @@ def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl", 1)
     assert describe_best(history.events_told, tmp_path) is None
     for step, loss in ((2, 0.5), (4, 0.25), (7, 0.3)):
-        history.add({"step": step, "validation": {"validation/loss": loss}})
+        history.add(step, validation={"validation/loss": loss})
     assert describe_best(history.events_told, tmp_path) == "step 4, loss 0.25000, not saved"
     for step, name in ((8, "x.safetensors"), (4, "b.safetensors")):
         (tmp_path / name).touch()
-        history.add({"step": step, "saved": name})
+        history.add(step, saved=name)
     assert (
         describe_best(history.events_told, tmp_path) == f"step 4, loss 0.25000: {tmp_path / 'b.safetensors'}"
     )
@@ -166,35 +140,10 @@ def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
     )
 
 
-def test_a_run_without_a_page_names_its_best_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_caches(tmp_path)
-    caplog.set_level(logging.INFO)
-    options = ["--validation_split", 0.4, "--validate_every_n_steps", 8, "--ema_decay", 0.9, "--no_page"]
-
-    train_toy(tmp_path, *options)
-
-    end = next(text for text in caplog.messages if text.startswith("x is trained"))
-    assert f": {tmp_path / 'output' / 'x.safetensors'}\n" in end
-
-
-@pytest.mark.parametrize("is_dora", [False, True])
-def test_what_other_tools_make_of_a_dora_is_told_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_dora: bool
-) -> None:
-    write_caches(tmp_path)
-    caplog.set_level(logging.INFO)
-
-    train_toy(tmp_path, *(["--network_args", "dora_wd=True"] if is_dora else []))
-
-    told = " ".join(caplog.text.split())
-    assert told.count("musubi-tuner and sd-scripts leave its magnitudes out") == is_dora
-    assert ("--bake 64 --dit" in told) == is_dora
-
-
 def test_pauses_do_not_count_as_training() -> None:
-    pace = Pace()
-    for seconds in (2, 3, 1):
-        pace.note(seconds)
+    clock = StepClock()
+    for step, seconds in enumerate((2, 3, 1)):
+        clock.note(step, seconds)
 
-    assert pace.active == 6
-    assert pace.seconds_per_step == 2
+    assert clock.active == 6
+    assert clock.seconds_per_step == 2

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
-from training.triggers import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, TriggerFiles, trigger_paths
+from training.saving.files import Names
+from training.training_run import EVERY_SECONDS, LARGEST, SAMPLE, SAVE, TriggerFiles, trigger_paths
 
 
 def files_in(folder: Path, can_sample: bool = True) -> tuple[TriggerFiles, Callable[[], None]]:
@@ -21,7 +22,7 @@ def files_in(folder: Path, can_sample: bool = True) -> tuple[TriggerFiles, Calla
     def later() -> None:
         clock[0] += EVERY_SECONDS
 
-    return TriggerFiles(trigger_paths(folder, "x"), can_sample, lambda: clock[0]), later
+    return TriggerFiles(trigger_paths(Names(folder, "x")), can_sample, lambda: clock[0]), later
 
 
 @pytest.mark.parametrize(
@@ -43,17 +44,6 @@ def test_a_file_asks_until_it_is_done_and_is_removed_then(tmp_path: Path, name: 
     assert not (tmp_path / name).exists()
     later()
     assert not triggers.asks_for(kind)
-
-
-def test_a_file_that_is_touched_again_meanwhile_asks_again(tmp_path: Path) -> None:
-    triggers, later = files_in(tmp_path)
-    path = tmp_path / "x.save"
-    path.touch()
-    assert triggers.asks_for(SAVE)
-    os.utime(path, (1, 1))
-    triggers.finish(SAVE)
-    later()
-    assert triggers.asks_for(SAVE)
 
 
 def test_a_folder_a_link_and_a_file_with_content_ask_for_nothing_and_stay(tmp_path: Path) -> None:
@@ -119,35 +109,3 @@ def test_a_run_samples_and_saves_at_the_next_step_and_ends_with_the_same_weights
     ]
     assert [path.name[:8] for path in (folder / "sample").iterdir()] == ["x_000001"]
     assert same(expected, load_file(folder / "x.safetensors"))
-
-
-def test_without_the_option_no_file_is_looked_for(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    (tmp_path / "output").mkdir()
-    (tmp_path / "output" / "x.save").touch()
-
-    train_toy(tmp_path, "--max_train_steps", 2)
-
-    assert (tmp_path / "output" / "x.save").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
-def test_two_processes_agree_on_what_a_file_asks_for(tmp_path: Path) -> None:
-    from tests.training.test_resume import train_in_two_processes
-
-    write_caches(tmp_path, count=6)
-    (tmp_path / "prompts.txt").write_text("a cat --s 1 --d 1\na dog --s 1 --d 2\n", encoding="utf-8")
-    (tmp_path / "output").mkdir()
-    for name in ("x.save", "x.sample"):
-        (tmp_path / "output" / name).touch()
-    prompts = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_now"]
-
-    train_in_two_processes(tmp_path, 29615, "--max_train_steps", "4", *prompts)
-
-    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == [
-        "sample",
-        "x-step00000002.safetensors",
-        "x.safetensors",
-    ]
-    assert len(list((tmp_path / "output" / "sample").iterdir())) == 2

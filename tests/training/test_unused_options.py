@@ -6,7 +6,7 @@ import pytest
 
 from modules.contract.family import FLOW, NoiseSpec
 from tests.training.toy import toy_options
-from training.unused_options import list_unused_options
+from training.checks import list_unused_options
 
 
 def named(

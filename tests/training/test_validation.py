@@ -17,8 +17,8 @@ from modules.errors import DatasetError, OptionError
 from modules.options import read_options
 from modules.parser import add_options
 from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
-from training.loop_options import LoopOptions, ValidationOptions
 from training.run import train_network
+from training.run_options import LoopOptions, ValidationOptions
 from training.validation import Validation
 
 CPU = torch.device("cpu")
@@ -34,16 +34,6 @@ def made(
     return Validation(family, items, timesteps, NO_COMMANDS, CPU, process, processes), family.load_dit(
         Placement(CPU)
     )
-
-
-def test_two_measurements_of_one_network_are_equal(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    validation, dit = made(tmp_path)
-
-    first = validation.measure(lambda _: dit, nullcontext)
-    torch.rand(5)
-
-    assert validation.measure(lambda _: dit, nullcontext) == first
 
 
 def test_bands_go_from_little_to_much_noise_and_their_mean_is_the_loss(tmp_path: Path) -> None:
@@ -101,26 +91,6 @@ def test_without_a_number_of_steps_it_is_measured_after_epochs_that_leave_a_file
         train_toy(tmp_path, "--validation_split", "0.2", "--save_every_n_epochs", "1")
 
     assert [step for step, _ in losses_in(caplog.text)] == ["0", "8", "0", "4", "8"]
-
-
-def test_it_falls_where_the_network_learns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_caches(tmp_path)
-
-    with caplog.at_level(logging.INFO):
-        train_toy(
-            tmp_path,
-            "--validation_split",
-            "0.4",
-            "--max_train_steps",
-            60,
-            "--validate_every_n_steps",
-            60,
-            "--learning_rate",
-            "0.02",
-        )
-
-    (_, before), (_, after) = losses_in(caplog.text)
-    assert float(after) < float(before)
 
 
 @pytest.mark.parametrize(

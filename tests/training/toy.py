@@ -29,7 +29,7 @@ from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options
-from training.learner_options import ExpertTrainingOptions, WholeDitOptions
+from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import Trains
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import train_network

@@ -3,7 +3,5 @@
 feed: prepare micro-batches early, in workers if any
 live_media: pictures encoded while training, and other sources
 live_text: texts encoded while training
-options: options of noise levels and loss weights
-shown_timesteps: show drawn timesteps as text or picture
 timesteps: draw timesteps, and weight losses
 """

@@ -29,10 +29,9 @@ from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
 from training.data.live_media import BatchSources
-from training.data.options import PLAIN_NOISE, NoiseOptions, TimestepOptions
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch
-from training.loss_options import NOTHING, SIGMA, TIMESTEP
+from training.noise_options import NOTHING, PLAIN_NOISE, SIGMA, TIMESTEP, NoiseOptions, TimestepOptions
 from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it

@@ -16,7 +16,7 @@ from modules.contract.family import FLOW, NoiseSpec
 from modules.contract.rules import ONE_EXPERT, Expert, expert_at
 from modules.errors import OptionError
 from modules.seeds import derive_seed
-from training.data.options import (
+from training.noise_options import (
     MIXTURES,
     NUM_TIMESTEPS,
     RARE_MEAN,

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from modules.errors import CheckpointError, OptionError
-from training.optimizers.lr_schedule_options import ADAFACTOR, LrScheduleOptions
+from training.learning_options import ADAFACTOR, LrScheduleOptions
 from training.optimizers.optimizer import check_arguments, finds_own_rate, import_object, is_schedule_free
 from training.saving.states import plain_state
 
@@ -39,6 +40,8 @@ class LrSchedule(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def go_to(self, step: int) -> None: ...  # of a new schedule, by its own settings
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
             raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, as {key}=1")
     curve = RateShape(
         learning_rate=learning_rate,
-        warmup=warmup_steps(options, total_steps),
+        warmup=count_steps(options.lr_warmup_steps, total_steps),
         decay=count_steps(options.lr_decay_steps, total_steps),
         total=total_steps,
         **{**standard, **arguments},
@@ -143,11 +146,6 @@ def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: floa
 def count_steps(steps: int | float, total_steps: int) -> int:
     """Convert a number or a fraction of the run to a number of steps."""
     return steps if isinstance(steps, int) else int(steps * total_steps)
-
-
-def warmup_steps(options: LrScheduleOptions, total_steps: int) -> int:
-    """Return the number of steps over which the learning rate rises from 0."""
-    return count_steps(options.lr_warmup_steps, total_steps)
 
 
 # the curves: factor on the learning rate at a step (from 0)
@@ -281,11 +279,13 @@ class Named:
         """Go to the saved step; the rates follow from it and from this run's --learning_rate."""
         if "step" not in state:
             raise CheckpointError(_other_schedule(self.name))
+        self.go_to(state["step"])
+
+    def go_to(self, step: int) -> None:
         inner = self.inner
-        inner.last_epoch, inner._step_count = state["step"], state["step"] + 1
+        inner.last_epoch, inner._step_count = step, step + 1
         inner._last_lr = [
-            base * factor(state["step"])
-            for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)
+            base * factor(step) for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)
         ]
         for group, rate in zip(inner.optimizer.param_groups, inner._last_lr, strict=True):
             group["lr"] = rate
@@ -324,6 +324,13 @@ class Imported:
             saved = {name: value for name, value in saved.items() if name in COUNTS}
         self.inner.load_state_dict(saved)
 
+    def go_to(self, step: int) -> None:
+        """Step so often: most of these compute each rate from the one before."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            for _ in range(step):
+                self.step()
+
 
 @dataclass(frozen=True)
 class OwnRates:
@@ -344,6 +351,9 @@ class OwnRates:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Do nothing: the rates are part of the optimizer's state."""
+
+    def go_to(self, step: int) -> None:
+        """Do nothing."""
 
 
 def _other_schedule(name: str) -> str:

@@ -29,7 +29,7 @@ from modules.planning.memory_plan import (
     workspace,
 )
 from training.data.live_text import LiveTexts
-from training.dressing import placement_of
+from training.experts import placement_of
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
 from training.planning.rehearsal import rehearse

@@ -34,13 +34,12 @@ from modules.planning.dry_run import (
 from modules.private_torch import disable_modes
 from networks.adapter import make_network
 from training.data.live_text import LiveTexts
-from training.dressing import AUTOCAST, dress
+from training.experts import AUTOCAST, dress
 from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
-from training.optimizers.fused_backward import FusedBackward
 from training.optimizers.optimizer import make_optimizer, set_training
-from training.optimizers.parameter_steps import ParameterSteps, steps_alone
+from training.optimizers.stepping import FusedBackward, ParameterSteps, steps_alone
 from training.options import TrainingOptions
-from training.processes.gradients import fill_missing_gradients, norm_of_gradients
+from training.processes import fill_missing_gradients, norm_of_gradients
 from training.steps import Progress
 from training.trainable import train_dit
 

@@ -23,8 +23,9 @@ VERSION = 1
 MOST_WAITING = 2000  # lines in memory
 LOSS = "validation/loss"
 AVERAGE_MARK = re.compile("-ema")
+SAMPLE_TEXTS = ("files", "prompts")  # of a line about samples: by the number of the prompt
 Row = dict[str, Any]
-Points = list[tuple[int, float | None]]  # of a curve: step and value; None: it was NaN or infinite
+Points = dict[int, float | None]  # of a curve: value by step; None: it was NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -39,48 +40,43 @@ class SampleRow:
 
 @dataclass
 class Story:
-    """Hold the content of a history's lines."""
+    """Hold the content of a history's lines. A line that is there twice counts once."""
 
-    loss: Points = field(default_factory=list)
-    seconds: Points = field(default_factory=list)  # of steps
+    loss: Points = field(default_factory=dict)
+    seconds: Points = field(default_factory=dict)  # of steps
     rates: dict[str, Points] = field(default_factory=dict)
     experts: dict[str, Points] = field(default_factory=dict)  # losses of the experts by name
     bands: dict[str, Points] = field(default_factory=dict)  # validation losses by noise level
     validations: dict[int, float] = field(default_factory=dict)  # step -> loss
     samples: dict[tuple[int, str], SampleRow] = field(default_factory=dict)
     saved: dict[str, int] = field(default_factory=dict)  # name in the output folder -> step
-    starts: list[int] = field(default_factory=list)  # steps from which the run was started or resumed
+    starts: dict[int, bool] = field(default_factory=dict)  # steps from which the run was started or resumed
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Story":
+        """Return the content of lines, see `History.add`."""
         story = cls()
         for row in rows:
-            story._add(row)
+            step = row["step"]
+            if "loss" in row:
+                story.loss[step], story.seconds[step] = row["loss"], row.get("seconds")
+                for curves, values in ((story.rates, row.get("rates")), (story.experts, row.get("experts"))):
+                    for name, value in (values or {}).items():
+                        curves.setdefault(name, {})[step] = value
+            elif "validation" in row:
+                for name, loss in row["validation"].items():
+                    if name != LOSS:
+                        story.bands.setdefault(name, {})[step] = loss
+                    elif loss is not None:
+                        story.validations[step] = loss
+            elif "samples" in row:
+                texts = ({int(index): text for index, text in row[key].items()} for key in SAMPLE_TEXTS)
+                story.samples[step, row["samples"]] = SampleRow(step, row["samples"], *texts)
+            elif "saved" in row:
+                story.saved[row["saved"]] = step
+            else:
+                story.starts[step] = True
         return story
-
-    def _add(self, row: Row) -> None:
-        step = row["step"]
-        if "loss" in row:
-            self.loss.append((step, row["loss"]))
-            self.seconds.append((step, row.get("seconds")))
-            for curves, values in ((self.rates, row.get("rates")), (self.experts, row.get("experts"))):
-                for name, value in (values or {}).items():
-                    curves.setdefault(name, []).append((step, value))
-        elif "validation" in row:
-            for name, loss in row["validation"].items():
-                if name != LOSS:
-                    self.bands.setdefault(name, []).append((step, loss))
-                elif loss is not None:
-                    self.validations[step] = loss
-        elif "samples" in row:
-            _require_names(row["files"].values())
-            texts = ({int(index): text for index, text in row[name].items()} for name in ("files", "prompts"))
-            self.samples[step, row["samples"]] = SampleRow(step, row["samples"], *texts)
-        elif "saved" in row:
-            _require_names([row["saved"]])
-            self.saved[row["saved"]] = step
-        else:
-            self.starts.append(step)
 
     @property
     def lowest(self) -> tuple[int, float] | None:
@@ -127,12 +123,20 @@ class History:
         except OSError as error:
             logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
 
-    def add(self, row: Row) -> None:
-        """Add a line. `step` is in all; what else is there says what it is about, see `Story`."""
-        row = _finite(row)
-        self._waiting += [json.dumps(row, ensure_ascii=False) + "\n"] if self.is_written else []
+    def add(self, step: int, **what: Any) -> None:
+        """Add a line, of which `Story.of` says what it may be about.
+
+        Raises OutputError if many lines wait and cannot be written; they are forgotten then.
+        """
+        row: Row = _finite({"step": step, **what})
         if "loss" not in row:
             self.events.append(row)
+        self._waiting += [json.dumps(row, ensure_ascii=False) + "\n"] if self.is_written else []
+        if len(self._waiting) >= MOST_WAITING:
+            try:
+                self.flush()
+            finally:
+                self._waiting.clear()
 
     def flush(self) -> None:
         """Write waiting lines. Raises OutputError if that fails; they then keep waiting."""
@@ -144,16 +148,12 @@ class History:
                 for row in _rows(self.path, self.session, self._keeps_up_to):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._keeps_up_to = None
-        append_text(self.path, "".join(self._waiting))
-        self._waiting.clear()
-
-    @property
-    def is_long(self) -> bool:
-        """Return whether it is time to flush."""
-        return len(self._waiting) >= MOST_WAITING
-
-    def drop_waiting(self) -> None:
-        """Forget lines that cannot be written."""
+        try:
+            append_text(self.path, "".join(self._waiting))
+        except Exception:
+            # the next ones begin on a line of their own, as the last one may be torn
+            self._waiting[:1] = [f"\n{line.lstrip()}" for line in self._waiting[:1]]
+            raise
         self._waiting.clear()
 
     @property
@@ -179,8 +179,7 @@ def read_session(path: Path) -> int | None:
             row = _parse(file.readline())
     except OSError:
         return None
-    session = None if row is None else row.get("session")
-    return session if isinstance(session, int) else None
+    return None if row is None else row.get("session")
 
 
 def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
@@ -194,7 +193,7 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     require_regular_file(path)
     is_ours, broken = False, 0
     with path.open("rb") as file:
-        for line in file:
+        for line in filter(bytes.strip, file):
             row = _parse(line)
             if row is None:
                 broken += 1
@@ -207,23 +206,14 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
 
 
 def _parse(line: bytes) -> Row | None:
-    """Return a line as `History` writes it; None for another one."""
+    """Return a line as `History` writes it; None for one that was torn."""
     try:
         row = json.loads(line.decode("utf-8"))
-        if not isinstance(row, dict) or not ("session" in row or type(row["step"]) is int):
-            return None
-        if "session" not in row:
-            Story.of([row])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
-    return row if line.endswith(b"\n") else None
-
-
-def _require_names(names: Iterable[str]) -> None:
-    """Raise ValueError for a path where a name is meant: a history from elsewhere shows no other files."""
-    for name in names:
-        if Path(name).name != name or "\\" in name:
-            raise ValueError(f"{name} is a path")
+    if not (line.endswith(b"\n") and isinstance(row, dict)):
+        return None
+    return row if type(row.get("session", row.get("step"))) is int else None
 
 
 def _finite(value: Any) -> Any:

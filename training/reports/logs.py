@@ -13,8 +13,6 @@ import typing
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -30,7 +28,7 @@ from modules.options import option_name, record_of
 from modules.planning.dry_run import quiet
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
-from training.reports.options import LogOptions
+from training.run_options import LogOptions
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +69,25 @@ class StepReport:
 
 @dataclass
 class StepClock:
-    """Judge the times of steps, each beside those with items of the same sizes.
+    """Keep the seconds of steps: their sum, and the mean of the last ones; judge each beside its like.
 
-    Steps with saving, sampling or validation between them do not count: call `skip` after those.
+    Steps with saving, sampling or validation between them are not judged: call `skip` after those.
     """
 
-    _times: dict[Hashable, deque[float]] = field(default_factory=dict)
+    active: float = field(default=0.0, init=False)  # seconds of all steps so far, without pauses
+    steps: int = field(default=0, init=False)
+    _last: deque[float] = field(default_factory=lambda: deque(maxlen=SHOWN), init=False)
+    _times: dict[Hashable, deque[float]] = field(default_factory=dict, init=False)  # by the sizes of items
     _last_told: int | None = None
     _skips: bool = True  # the first step compiles, chooses kernels, fills caches
 
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Return the mean seconds of the last steps; None before the first."""
+        return sum(self._last) / len(self._last) if self._last else None
+
     def skip(self) -> None:
-        """Ignore the next time to be noted."""
+        """Leave the next step out of the search for slow steps: it follows a pause."""
         self._skips = True
 
     def note(self, step: int, seconds: float, sizes: Hashable = None) -> str | None:
@@ -89,6 +95,8 @@ class StepClock:
 
         sizes: of the items; two steps that share them take as long.
         """
+        self.active, self.steps = self.active + seconds, self.steps + 1
+        self._last.append(seconds)
         if self._skips:
             self._skips = False
             return None
@@ -104,26 +112,6 @@ class StepClock:
             f"Step {step} took {seconds:.2f} s; {usual:.2f} s are usual for steps with items of this size. "
             f"{CAUSES}"
         )
-
-
-@dataclass
-class Pace:
-    """Sum the seconds of the steps, without pauses, and average those of the last ones."""
-
-    active: float = field(default=0.0, init=False)  # seconds of all steps so far
-    steps: int = field(default=0, init=False)
-    _last: deque[float] = field(default_factory=lambda: deque(maxlen=SHOWN), init=False)
-
-    def note(self, seconds: float) -> None:
-        """Note that a step is done."""
-        self.active += seconds
-        self.steps += 1
-        self._last.append(seconds)
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Return the mean seconds of the last steps; None before the first."""
-        return sum(self._last) / len(self._last) if self._last else None
 
 
 @dataclass
@@ -144,13 +132,23 @@ class Logs:
     extras: Callable[[int], Mapping[str, str]] = lambda _: {}
     bar: "tqdm[Any]" = field(init=False)
     clock: StepClock = field(default_factory=StepClock, init=False)
-    pace: Pace = field(default_factory=Pace, init=False)
     _flushed: float = field(default=0.0, init=False)
     _redirect: Any = field(default=None, init=False)
     _shown: float = field(default=-math.inf, init=False)
 
     def __enter__(self) -> "Logs":
-        self._start_trackers()
+        options = self.options
+        if options.trackers:
+            arguments, is_main = tracker_arguments(options), self.accelerator.is_main_process
+            if is_main and "wandb" in options.trackers and options.wandb_api_key is not None:
+                import wandb  # optional; `check_trackers` has found it
+
+                wandb.login(key=options.wandb_api_key)
+            self.accelerator.init_trackers(
+                options.log_tracker_name or self.tracker_name,
+                config=dict(self.config) or None,
+                init_kwargs=arguments,
+            )
         self.bar = tqdm(
             total=self.total_steps,
             initial=self.first_step,
@@ -168,30 +166,11 @@ class Logs:
         self._redirect.__exit__(*error)
         self.accelerator.end_training()
 
-    def _start_trackers(self) -> None:
-        options = self.options
-        if not options.trackers:
-            return
-        arguments = tracker_arguments(options)
-        is_main = self.accelerator.is_main_process
-        if is_main and "wandb" in options.trackers and options.wandb_api_key is not None:
-            _log_in(options.wandb_api_key)
-        self.accelerator.init_trackers(
-            options.log_tracker_name or self.tracker_name,
-            config=dict(self.config) or None,
-            init_kwargs=arguments,
-        )
-
-    def skip_next_time(self) -> None:
-        """Leave the next step out of the search for slow steps: it follows a pause."""
-        self.clock.skip()
-
     def step(self, report: StepReport) -> None:
         """Report an optimizer step and move the bar."""
         slow = None
         if report.seconds is not None:
             slow = self.clock.note(report.step, report.seconds, report.sizes)
-            self.pace.note(report.seconds)
         if slow is not None:
             logger.warning(slow)
         values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
@@ -224,7 +203,7 @@ class Logs:
     def _numbers(self, report: StepReport) -> dict[str, str]:
         """Return the numbers beside the bar, by name."""
         shown = {}
-        seconds = self.pace.seconds_per_step
+        seconds = self.clock.seconds_per_step
         if seconds is not None:
             left = seconds * (self.total_steps - report.step)
             shown = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
@@ -258,13 +237,6 @@ class Logs:
         if now - self._flushed >= FLUSH_SECONDS:
             writer.flush()
             self._flushed = now
-
-
-def run_folder(options: LogOptions, started: datetime) -> Path | None:
-    """Return the folder of this run's TensorBoard files: `{logging_dir}/{log_prefix}{YYYYmmddHHMMSS}`."""
-    if options.logging_dir is None:
-        return None
-    return options.logging_dir / f"{options.log_prefix or ''}{started:%Y%m%d%H%M%S}"
 
 
 def check_trackers(options: LogOptions) -> None:
@@ -322,7 +294,7 @@ def public_config(*records: Any) -> dict[str, int | float | str | bool]:
             value, name = getattr(record, item.name), option_name(item)
             if record_of(hints[item.name]) is not None:
                 config |= {} if value is None else public_config(value)
-            elif name != PRIVATE and not (item.metadata.get("secret") or _is_path(item.type)):
+            elif name != PRIVATE and not (item.metadata.get("secret") or "Path" in str(item.type)):
                 config[name] = value if isinstance(value, (int, float, str)) else str(value)
     return config
 
@@ -337,13 +309,3 @@ def name_rates(rates: Sequence[float], group_names: Sequence[str], optimizer: Op
         if "d" in group:
             named[f"lr/d*lr/{name}"] = float(group["d"]) * float(group["lr"])
     return named
-
-
-def _is_path(annotation: Any) -> bool:
-    return "Path" in str(annotation)
-
-
-def _log_in(key: str) -> None:
-    import wandb  # optional; `check_trackers` has found it
-
-    wandb.login(key=key)

@@ -65,8 +65,7 @@ class Standing:
 
     step: int
     text: str  # such as "running"
-    kind: str = ""  # good or bad
-    is_finished: bool = False
+    kind: str = ""  # good if it is finished, bad if an error ended it
 
 
 @dataclass
@@ -119,9 +118,9 @@ def write_training_page(
         "grid": _grid(story, clips),
         "charts": _charts(story),
         "files": _files(story, facts.folder, best),
-        "advice": _advice(story, best),
+        "advice": describe_best(story, best),
         "memory": facts.memory(),
-        "commands": facts.commands(None if best is None else facts.folder / best, standing.is_finished),
+        "commands": facts.commands(None if best is None else facts.folder / best, standing.kind == "good"),
     }
     write_page(path, TEMPLATE, f"{facts.name}: training", values)
 
@@ -256,10 +255,10 @@ class StepBin(NamedTuple):
 def join_bins(points: Points) -> list[StepBin]:
     """Return means and extremes over at most MOST_BINS equal ranges of steps, by step."""
     width = 1
-    while points and max(step for step, _ in points) // width >= MOST_BINS:
+    while points and max(points) // width >= MOST_BINS:
         width *= 2
     ranges = defaultdict[int, list[tuple[int, float]]](list)
-    for step, value in points:
+    for step, value in points.items():
         if value is not None:
             ranges[step // width].append((step, value))
     bins = []
@@ -271,31 +270,28 @@ def join_bins(points: Points) -> list[StepBin]:
 
 
 def _tiles(facts: PageFacts, story: Story, standing: Standing) -> list[tuple[str, str, str]]:
-    tiles = [("Step", f"{standing.step:,} of {facts.total_steps:,}", _since(story))]
+    resumed = [f"{step:,}" for step in story.starts if step > 0]
+    since = f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
+    tiles = [("Step", f"{standing.step:,} of {facts.total_steps:,}", since)]
     bins = join_bins(story.loss)
     if bins:
         latest = bins[-max(1, len(bins) // 10) :]
         count = sum(each.values for each in latest)
         mean = sum(each.mean * each.values for each in latest) / count
         note = f"mean of the last {count_of(count, 'step')}"
-        if left_out := sum(loss is None for _, loss in story.loss):
+        if left_out := sum(loss is None for loss in story.loss.values()):
             note += f"; {left_out:,} steps without a finite loss"
         tiles.append(("Loss", f"{mean:.4g}", note))
     lowest = story.lowest
     if lowest is not None:
         step, loss = lowest
         tiles.append(("Best validation loss", f"{loss:.4g}", f"at step {step:,}"))
-    seconds = [each for _, each in story.seconds if each is not None]
+    seconds = [each for each in story.seconds.values() if each is not None]
     if seconds:
         total = sum(seconds)
         note = f"without pauses; {in_words(total)} in all"
         tiles.append(("Seconds per step", f"{total / len(seconds):.3g}", note))
     return tiles
-
-
-def _since(story: Story) -> str:
-    resumed = [f"{step:,}" for step in story.starts if step > 0]
-    return f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
 
 
 def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
@@ -321,7 +317,7 @@ def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, An
     return rows
 
 
-def _advice(story: Story, best: str | None) -> str:
+def describe_best(story: Story, best: str | None) -> str:
     """Return the advice on the best file, or how to find it."""
     lowest = story.lowest
     if lowest is None:

@@ -71,33 +71,27 @@ class RunReporter:
 
     def __enter__(self) -> "RunReporter":
         self._note(self.step, started=True)
-        self._write(self._running)  # the first box names it
+        self._write()  # the first box names it
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is not None and not isinstance(error, Exception):
             return  # asked to end at once
-        is_finished = self.step >= self.facts.total_steps
         if error is not None:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            text = f"ended by an error after step {self.step:,}: {reason}"
-            standing = Standing(self.step, text, "bad")
-        elif is_finished:
-            standing = Standing(self.step, "finished", "good", True)
+            self._write(f"ended by an error after step {self.step:,}: {reason}", "bad")
+        elif self.step >= self.facts.total_steps:
+            self._write("finished", "good")
         else:
-            standing = Standing(self.step, f"stopped after step {self.step:,}")
-        self._write(standing)
+            self._write(f"stopped after step {self.step:,}")
 
     def note_step(self, report: StepReport) -> None:
         """Add a step."""
         self.step = report.step
-        if not self.history.is_written:
-            return
-        experts = {"experts": dict(report.by_expert)} if report.by_expert else {}
-        self._note(report.step, loss=report.loss, rates=dict(report.rates), seconds=report.seconds, **experts)
-        if self.history.is_long:
-            with self._guarded():
-                self.history.flush()
+        if self.history.is_written:
+            experts = {"experts": dict(report.by_expert)} if report.by_expert else {}
+            rates = dict(report.rates)
+            self._note(report.step, loss=report.loss, rates=rates, seconds=report.seconds, **experts)
 
     @property
     def validations(self) -> Mapping[int, float]:
@@ -127,14 +121,12 @@ class RunReporter:
             log_samples(self.trackers(), step, files, strips, prompts)
         if not self.history.is_written:
             return
-        texts = {str(index): text for index, text in prompts.items()}
-        self._note(
-            step, samples=mark, files={str(index): path.name for index, path in files.items()}, prompts=texts
-        )
+        names = {str(index): path.name for index, path in files.items()}
+        self._note(step, samples=mark, files=names, prompts={str(index): prompts[index] for index in files})
         with self._guarded():
             title = f"{self.facts.name}, step {step:,}"
             write_sheet(sheet_path(self.clips.folder, self.facts.name, mark), title, strips, prompts)
-        self._write(self._running)
+        self._write()
 
     def note_saved(self, path: Path, step: int) -> None:
         """Add a saved file, and write the page unless that would take too much of the time."""
@@ -142,24 +134,22 @@ class RunReporter:
         with self._guarded():
             self.history.flush()
         if self.now() - self._written >= max(PAUSE, self._cost / SHARE):
-            self._write(self._running)
+            self._write()
 
     def _note(self, step: int, **what: Any) -> None:
-        self.history.add({"step": step, **what})
+        with self._guarded():
+            self.history.add(step, **what)
 
-    @property
-    def _running(self) -> Standing:
-        return Standing(self.step, "running")
-
-    def _write(self, standing: Standing) -> None:
-        """Write the page from the lines of the history."""
+    def _write(self, standing: str = "running", kind: str = "") -> None:
+        """Write the page from the lines of the history. kind: see `Standing`."""
         if not self.history.is_written:
             return
         started = self.now()
         with self._guarded():
             self.history.flush()
             story = self.history.read()
-            write_training_page(self.path, self.facts, story, standing, self.clips, datetime.now())
+            shown = Standing(self.step, standing, kind)
+            write_training_page(self.path, self.facts, story, shown, self.clips, datetime.now())
         self._written = self.now()
         self._cost = self._written - started
 
@@ -169,8 +159,6 @@ class RunReporter:
         try:
             yield
         except Exception as error:
-            if self.history.is_long:
-                self.history.drop_waiting()
             if not self._has_warned:
                 self._has_warned = True
                 logger.warning(

@@ -6,9 +6,11 @@ and the micro-batch.
 """
 
 import contextlib
+import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,14 @@ from torch import Tensor, nn
 from modules.atomic_write import atomic_folder, check_space, recover_folder
 from modules.checkpoints.containers import load_pickled
 from modules.errors import CheckpointError, OptionError, UserError
-from training.saving.old_states import RECORD, file_checksum, read_old_state
+from modules.text_files import parse_json, read_text, require_regular_file
 from training.steps import Progress
 
 logger = logging.getLogger(__name__)
 
 FILE, CHECKSUM = "state.pt", "state.crc32"
-VERSION = 2  # 1: a record and safetensors files, which `read_old_state` reads
+RECORD = "state.json"  # of a state of before version 2
+VERSION = 2  # 1: a JSON record and a safetensors file for each part, which `read_old_state` reads
 FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
 REMEDY = (
     "Resume from another state folder, or start a new run from what was trained: --network_weights FILE or "
@@ -184,52 +187,6 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
     return max(found)[2] if found else None
 
 
-def check_identity(
-    saved: Mapping[str, Any],
-    here: Mapping[str, Any],
-    folder: Path,
-    changeable: Collection[str] = (),
-    may_change: bool = False,
-) -> None:
-    """Raise OptionError if a setting that decides the numbers differs from the saved run's. Keys name the
-    options.
-
-    Settings that the saved run did not record are not compared. may_change: nor are `changeable` ones
-    (--resume_changed).
-    """
-    changed = {name: value for name, value in here.items() if name in saved and saved[name] != value}
-    if may_change:
-        changed = {name: value for name, value in changed.items() if name not in changeable}
-    lines = [
-        f"  {name}: {shorten_value(saved.get(name))} in the state, {shorten_value(value)} now"
-        for name, value in changed.items()
-    ]
-    if not lines:
-        return
-    also = ", add --resume_changed to go on with those of now" if changed.keys() <= {*changeable} else ""
-    which = (
-        "not even --resume_changed can change this"
-        if may_change
-        else "this run is not the one that was saved"
-    )
-    raise OptionError(
-        f"--resume {folder}: {which}.\n" + "\n".join(lines) + "\n"
-        f"  Use the saved values{also}, or start a new run from what was trained: {FRESH_START}"
-    )
-
-
-def warn_of_changes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Warn of the settings that may change between the runs and did."""
-    for name, value in here.items():
-        if name in saved and saved[name] != value:
-            logger.warning(
-                "%s was %s when the state was saved; it is %s from here on.",
-                name,
-                shorten_value(saved[name]),
-                shorten_value(value),
-            )
-
-
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy saved weights into a learning module, all of them.
 
@@ -337,3 +294,74 @@ def _read_foreign(folder: Path) -> ForeignState:
             path=folder,
         )
     return ForeignState(folder, network, load_pickled(optimizer) if optimizer.exists() else {})
+
+
+def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
+    """Return the fields of `SavedState` but its folder, of a state of before.
+
+    is_checked: read the tensors too, and compare their checksums. Raises an error of any kind if the folder
+    is damaged.
+    """
+    record = parse_json(read_text(folder / RECORD))
+    checksum = record.pop("crc32")
+    if checksum != zlib.crc32(json.dumps(record, sort_keys=True).encode()):
+        raise ValueError(f"the checksum of {RECORD} is not the recorded one")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for part, file in record["parts"].items():
+        path = folder / f"{part}.safetensors"
+        if path.stat().st_size != file["bytes"]:
+            raise ValueError(f"{path.name} has {path.stat().st_size} bytes, {file['bytes']} were written")
+        if is_checked:
+            if file_checksum(path) != file["crc32"]:
+                raise ValueError(f"the checksum of {path.name} is not the recorded one")
+            parts[part] = load_file(path)
+    content = {name: record[name] for name in ("progress", "identity", "habits")}
+    if not is_checked:
+        return content
+    described, tensors = record["described"], parts.pop("optimizer")
+    optimizer = described["optimizer"]
+    states = optimizer["states"].items()
+    return content | {
+        "parts": parts,
+        "optimizer": {
+            "groups": [
+                {**_decode(group["rest"], tensors), "params": group["params"]}
+                for group in optimizer["groups"]
+            ],
+            "states": {name: _decode(state, tensors) for name, state in states},
+            "on_host": sorted({key for _, state in states for key in _keys_on_host(state)}),
+        },
+        "schedule": {name: _decode(value, {}) for name, value in described["schedule"].items()},
+        "scaler": described.get("scaler"),
+        "average": described.get("ema"),
+        "settings": described.get("settings", {}),
+    }
+
+
+def file_checksum(path: Path) -> int:
+    """Return the CRC-32 of a regular file."""
+    require_regular_file(path)
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the value encoded as JSON, with tensors by their names."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "mapping" in value:
+        return {_decode(key, tensors): _decode(item, tensors) for key, item in value["mapping"]}
+    items = [_decode(item, tensors) for item in value["tuple" if "tuple" in value else "list"]]
+    return tuple(items) if "tuple" in value else items
+
+
+def _keys_on_host(state: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of tensors that were in host memory."""
+    for key, item in state["mapping"]:
+        if isinstance(item, dict) and item.get("on_cpu"):
+            yield key

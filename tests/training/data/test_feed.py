@@ -37,15 +37,6 @@ def test_a_micro_batch_is_the_same_whatever_was_read_before(tmp_path: Path) -> N
         assert torch.equal(getattr(first.data, name), getattr(again.data, name))
 
 
-def test_noise_differs_between_micro_batches_epochs_and_seeds(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=2)
-    batches, other = micro_batches(tmp_path), micro_batches(tmp_path, 4)
-
-    noises = [batches[(0, 0)], batches[(0, 1)], batches[(1, 0)], other[(0, 0)]]
-
-    assert len({tuple(one.data.noise.flatten().tolist()) for one in noises}) == 4
-
-
 def test_timestep_buckets_count_samples_across_batches_and_epochs(tmp_path: Path) -> None:
     write_caches(tmp_path, count=5, batch_size=2)  # batches of 2, 2 and 1
     batches = micro_batches(tmp_path, 3, "--timestep_sampling", "uniform", "--num_timestep_buckets", 5)
@@ -53,19 +44,6 @@ def test_timestep_buckets_count_samples_across_batches_and_epochs(tmp_path: Path
     for epoch in range(2):
         sigmas = torch.cat([batches[(epoch, index)].data.sigmas for index in range(3)])
         assert sorted((sigmas * 5).int().tolist()) == [0, 1, 2, 3, 4]
-
-
-def test_timestep_buckets_go_on_where_the_epoch_before_has_stopped(tmp_path: Path) -> None:
-    """Five samples an epoch and four buckets: each four in a row, also those of two epochs, fall into all of
-    them.
-    """
-    write_caches(tmp_path, count=5, batch_size=2)
-    batches = micro_batches(tmp_path, 3, "--timestep_sampling", "uniform", "--num_timestep_buckets", 4)
-
-    sigmas = torch.cat([batches[(epoch, index)].data.sigmas for epoch in range(4) for index in range(3)])
-
-    for four in (sigmas * 4).int().split(4):
-        assert sorted(four.tolist()) == [0, 1, 2, 3]
 
 
 def test_a_batch_is_sent_from_any_memory_where_the_driver_locks_none(

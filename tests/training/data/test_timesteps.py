@@ -15,7 +15,6 @@ from modules.errors import OptionError
 from modules.options import read_options
 from modules.parser import Parser, add_options
 from tests.golden_cases import read_case
-from training.data.options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions
 from training.data.timesteps import (
     Timesteps,
     check_reaches,
@@ -29,6 +28,7 @@ from training.data.timesteps import (
     times_at,
     timesteps_at,
 )
+from training.noise_options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions
 
 GOLDEN, _ = read_case("timestep_sampling")
 IMAGES, _ = read_case("image_timesteps")
@@ -166,20 +166,6 @@ def test_a_mixture_draws_each_sampler_as_often_as_it_says(sampler: str, shares: 
         assert float((mixed < bound).double().mean()) == pytest.approx(expected, abs=0.005)
 
 
-def test_a_mixture_keeps_its_shape_inside_a_window() -> None:
-    shape, window = (1, 16, 1, 60, 104), ("--min_timestep", "500", "--max_timestep", "900")
-    base = ("--timestep_sampling", "qinglong_flux")
-    whole = draw(options(*base), 200_000, torch.Generator().manual_seed(1), shape=shape).sigmas
-    inside = whole[(whole >= 0.5) & (whole <= 0.9)]
-
-    made = options(*base, *window, "--preserve_distribution_shape")
-    found = draw(made, 100_000, torch.Generator().manual_seed(2), shape=shape).sigmas
-
-    assert 0.5 <= float(found.min()) <= float(found.max()) <= 0.9
-    for share in (0.1, 0.5, 0.9):
-        assert float(found.quantile(share)) == pytest.approx(float(inside.quantile(share)), abs=0.01)
-
-
 @pytest.mark.parametrize("sampler", ["flux2_shift", "ideogram4_shift"])
 def test_a_sampler_without_a_meaning_here_is_refused_by_name(
     sampler: str, capsys: pytest.CaptureFixture[str]
@@ -288,18 +274,6 @@ def test_buckets_take_one_draw_from_each_part_in_every_round() -> None:
     assert not torch.equal(rounds[0], rounds[1])
 
 
-def test_a_draw_depends_on_seed_and_place_only() -> None:
-    made = options("--timestep_sampling", "sigmoid", "--num_timestep_buckets", "5")
-
-    def at(first_sample: int) -> Tensor:
-        return draw(made, 3, torch.Generator().manual_seed(first_sample), 9, first_sample).timesteps
-
-    before = [at(place) for place in (0, 3, 6)]
-
-    assert torch.equal(at(6), before[2])
-    assert not torch.equal(at(3), before[0])
-
-
 def test_weights_have_their_closed_forms() -> None:
     half = Timesteps(torch.tensor([0.5]), torch.tensor([500.0]))
 
@@ -357,16 +331,6 @@ def test_a_batch_is_for_one_expert_and_each_sample_has_the_plain_distribution(na
         levels = torch.searchsorted(own, own, right=True).double() / len(own)
         above = torch.searchsorted(plain.sort().values, own, right=True).double() / len(plain)
         assert float((levels - above).abs().max()) < 0.045, place
-
-
-@pytest.mark.parametrize("buckets", [[], ["--num_timestep_buckets", "10"]])
-@pytest.mark.parametrize("name", DRAWS)
-def test_batches_of_one_sample_are_drawn_as_for_one_expert(name: str, buckets: list[str]) -> None:
-    made = options(*map(str, DRAWS[name]), *buckets)
-    for number, times in enumerate(drawn_by_expert(made, 20, 1)):
-        plain = draw(made, 1, torch.Generator().manual_seed(number), 1, number)
-        assert torch.equal(times.timesteps, plain.timesteps)
-        assert torch.equal(times.sigmas, plain.sigmas)
 
 
 def test_the_high_noise_expert_alone_gets_its_side_evenly_with_buckets() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from modules.errors import OptionError
+from training.learning_options import OptimizerOptions
 from training.optimizers.optimizer import find_optimizer, make_optimizer, set_training
-from training.optimizers.options import OptimizerOptions
 
 
 class Descent(torch.optim.SGD):

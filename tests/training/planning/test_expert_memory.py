@@ -16,7 +16,7 @@ from modules.planning.memory_plan import Phase
 from networks.adapter import make_network
 from tests.tiny import wan_dit
 from tests.training.planning.test_rehearsal import CHECKPOINTED, GIVEN, LAYERS, placement, wan_batch
-from training.learner_options import ExpertTrainingOptions
+from training.learning_options import ExpertTrainingOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal

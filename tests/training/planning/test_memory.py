@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from dataset.batches.items import ItemKind, TrainingItem
@@ -13,8 +12,8 @@ from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
 from tests.training.toy import write_caches
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
-from training.planning.memory import advice, cheaper, cut, largest_batch, list_halves, prepare_memory, shrunk
-from training.planning.prediction import describe, predict
+from training.planning.memory import advice, cheaper, cut, largest_batch, prepare_memory, shrunk
+from training.planning.prediction import predict
 from wan.spec import LATENT
 
 CPU = torch.device("cpu")
@@ -31,11 +30,6 @@ def test_the_batch_with_most_pixels_counts(tmp_path: Path) -> None:
     few_large, many_small = items((64, 64), 1), items((48, 48), 7)
     assert largest_batch([*few_large, *many_small]) == tuple(many_small[:4])
     assert largest_batch([*few_large, *many_small[:1]]) == tuple(few_large)
-
-
-def test_a_batch_is_described_by_its_pixels(tmp_path: Path) -> None:
-    family, _ = wan(tmp_path)
-    assert describe(family, wan_batch(2, (3, 8, 12))) == "96x64, 9 frames, batch 2"
 
 
 def test_a_batch_is_cut_in_all_its_tensors() -> None:
@@ -77,11 +71,6 @@ def beside(noisy_batch: NoisyBatch, **tensors: torch.Tensor) -> NoisyBatch:
     """The batch with more tensors."""
     batch = replace(noisy_batch.batch, tensors={**noisy_batch.batch.tensors, **tensors})
     return replace(noisy_batch, batch=batch)
-
-
-@pytest.mark.parametrize(("number", "expected"), [(1, []), (2, [1]), (3, [2, 1]), (8, [4, 2, 1])])
-def test_sizes_are_halved_down_to_one(number: int, expected: list[int]) -> None:
-    assert list_halves(number) == expected
 
 
 def test_cheaper_options_come_one_after_the_other(tmp_path: Path) -> None:

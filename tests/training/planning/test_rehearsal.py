@@ -23,7 +23,7 @@ from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import GIB
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
-from training.learner_options import WholeDitOptions
+from training.learning_options import WholeDitOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal

@@ -18,17 +18,16 @@ from modules.errors import OptionError, UserError
 from modules.options import read_options
 from networks.adapter import NormReport
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.processes.accelerator import make_accelerator
-from training.processes.options import AcceleratorOptions
+from training.processes import make_accelerator
 from training.reports.logs import (
     Logs,
     StepReport,
     check_trackers,
     name_rates,
     public_config,
-    run_folder,
     tracker_arguments,
 )
+from training.run_options import AcceleratorOptions
 
 PLAIN = AcceleratorOptions.usual()
 
@@ -48,10 +47,9 @@ def _fresh_processes() -> Iterator[None]:
 @pytest.mark.usefixtures("_fresh_processes")
 def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
     given = options("--logging_dir", str(tmp_path), "--log_prefix", "run-", "--log_config").logs
-    folder = run_folder(given, datetime(2030, 1, 2, 3, 4, 5))
-    assert folder == tmp_path / "run-20300102030405"
     clock = itertools.count(0, 5)
-    accelerator = make_accelerator(PLAIN, given.trackers, folder)
+    accelerator = make_accelerator(PLAIN, given, datetime(2030, 1, 2, 3, 4, 5))
+    folder = tmp_path / "run-20300102030405"
 
     with Logs(accelerator, given, 4, 1, {"max_train_steps": 4}, now=lambda: next(clock)) as logs:
         for step in (2, 3, 4):
@@ -119,12 +117,6 @@ def test_a_tracker_config_replaces_the_name_of_the_run(tmp_path: Path) -> None:
     file.write_text("name = 1")
     with pytest.raises(UserError, match="outside a table"):
         tracker_arguments(given)
-
-
-def test_trackers_follow_from_folder_and_choice(tmp_path: Path) -> None:
-    assert options().logs.trackers == ()
-    assert options("--logging_dir", "l").logs.trackers == ("tensorboard",)
-    assert options("--logging_dir", "l", "--log_with", "all").logs.trackers == ("tensorboard", "wandb")
 
 
 @pytest.mark.skipif("wandb" in sys.modules, reason="wandb is installed")

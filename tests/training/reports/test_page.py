@@ -23,10 +23,8 @@ from modules.media.reading import read_image, video_frames
 from tests.browser import open_page
 from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
-from training.loop import train
 from training.reports.history import History, SampleRow
 from training.reports.page import ClipStore, PageFacts, Standing, choose_columns, write_training_page
-from training.reports.reporter import PAUSE, RunReporter
 from training.reports.sample_files import (
     GAP,
     LEAST_WIDTH,
@@ -35,7 +33,7 @@ from training.reports.sample_files import (
     log_samples,
     write_sheet,
 )
-from training.run import prepare_run, train_network
+from training.run import train_network
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"
 PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --s 2\n"
@@ -250,9 +248,9 @@ def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, 
     """The text of a page of a run that saved these files (of which b.safetensors is gone)."""
     history = History(folder / "h.jsonl", 1)
     for step, loss in validations.items():
-        history.add({"step": step, "validation": {"validation/loss": loss}})
+        history.add(step, validation={"validation/loss": loss})
     for name, step in saved.items():
-        history.add({"step": step, "saved": name})
+        history.add(step, saved=name)
         if name != "b.safetensors":
             (folder / name).write_bytes(b"x" * 2000)
     story, standing = history.events_told, Standing(9, "running")
@@ -298,19 +296,6 @@ def test_the_grid_keeps_the_first_the_last_and_the_best_column(count: int) -> No
     assert len(chosen) >= min(count, 5)
     assert {0, 10 * (count - 1), min(best, 10 * (count - 1))} <= set(chosen)
     assert chosen == sorted(chosen)
-
-
-def test_a_clip_is_encoded_once_and_forgotten_with_its_column(tmp_path: Path, sampling: list[object]) -> None:
-    train_toy(tmp_path, *sampling)
-    name = next((tmp_path / "output" / "sample").glob("*.mp4")).name
-    clips = ClipStore(tmp_path / "output" / "sample", now=lambda: 5.0)
-
-    assert clips.load(name, "a", deadline=4.0) == "shown when the page is written next"
-    first = clips.load(name, "a", deadline=6.0)
-    (tmp_path / "output" / "sample" / name).unlink()
-    assert clips.load(name, "a", deadline=4.0) is first
-    clips.keep(set())
-    assert clips.load(name, "a", deadline=6.0) == "the file is gone, or cannot be read"
 
 
 def test_a_sheet_shows_all_prompts_of_a_step_and_sorts_behind_their_samples(
@@ -377,38 +362,3 @@ def test_wandb_gets_files_with_their_prompts(tmp_path: Path, monkeypatch: pytest
             5,
         )
     ]
-
-
-def test_pages_without_new_samples_are_far_apart(tmp_path: Path) -> None:
-    seconds = [0.0]
-    reporter = RunReporter(
-        tmp_path / "x.html",
-        facts(tmp_path),
-        History(tmp_path / "h.jsonl", 1),
-        {},
-        0,
-        now=lambda: seconds[0],
-    )
-
-    def is_written_after(more: float) -> bool:
-        seconds[0] += more
-        (tmp_path / "x.html").unlink(missing_ok=True)
-        reporter.note_saved(tmp_path / "x.safetensors", 1)
-        return (tmp_path / "x.html").exists()
-
-    assert [is_written_after(more) for more in (PAUSE - 1, 1, PAUSE - 1, 1)] == [False, True, False, True]
-    reporter._cost = 2.0  # a page that took two seconds: the next ones come after more than ten minutes
-    assert [is_written_after(more) for more in (PAUSE, 600)] == [False, True]
-
-
-def test_the_loop_reports_through_it(tmp_path: Path) -> None:
-    """A run of which the page is replaced by one of its own: as benchmarks do."""
-    write_caches(tmp_path)
-    with prepare_run(ToyFamily(), toy_options(tmp_path)) as run:
-        reporter = RunReporter(tmp_path / "x.html", facts(tmp_path), History(tmp_path / "h.jsonl", 1), {}, 0)
-        train(replace(run, reporter=reporter))
-
-    reporter.history.flush()
-    story = reporter.history.read()
-    assert [step for step, _ in story.loss] == list(range(1, 9))
-    assert all(seconds is not None and seconds > 0 for _, seconds in story.seconds)

@@ -12,7 +12,7 @@ from modules.contract.data import Conditions
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from tests.training.toy import ToyFamily, toy_options, write_caches
 from training.loop import train
-from training.reports.readings import Moment, Notes, Readings
+from training.reports.readings import Moment, Readings
 from training.run import prepare_run
 
 STEP, PAUSE = 0.125, 100.0  # seconds: eight steps a second
@@ -85,15 +85,6 @@ def test_steps_per_second_are_those_of_the_steps_whatever_lies_between_them(
     assert steps_per_second(tmp_path, *pauses) == [1 / STEP] * 8
 
 
-def test_a_step_of_several_micro_batches_takes_the_time_of_all(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=5)
-
-    # steps of three and of two micro-batches, in turn
-    assert steps_per_second(
-        tmp_path, "--gradient_accumulation_steps", 3, "--max_train_steps", 4
-    ) == pytest.approx([1 / (3 * STEP), 1 / (2 * STEP)] * 2)
-
-
 def test_a_cuda_device_measures_between_its_own_events() -> None:
     """The host has run ahead: by its clock no time has passed."""
 
@@ -106,18 +97,3 @@ def test_a_cuda_device_measures_between_its_own_events() -> None:
 
     assert Moment(5.0, Event(1000)).seconds_to(Moment(5.0, Event(1250))) == 0.25
     assert Moment(5.0).seconds_to(Moment(7.0)) == 2.0
-
-
-def test_without_a_start_the_first_step_has_no_time() -> None:
-    clock = WorkClock()
-    readings, notes = Readings(clock), Notes((), {})
-    readings.push(1, torch.zeros(2), notes)
-    clock.work(3)
-
-    first = readings.push(2, torch.zeros(2), notes)
-    second = readings.flush()
-
-    assert first is not None
-    assert first.seconds is None
-    assert second is not None
-    assert second.seconds == 3

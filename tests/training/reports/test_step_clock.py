@@ -26,10 +26,6 @@ def test_a_step_is_compared_with_steps_of_its_size_and_not_below_a_second() -> N
     assert clock_after(seconds=0.01).note(20, 0.9) is None
 
 
-def test_nothing_is_told_before_ten_steps_are_known() -> None:
-    assert clock_after(SEEN).note(11, 100.0) is None  # nine counted, as the first did not
-
-
 def test_it_is_told_once_in_a_while_only() -> None:
     clock = clock_after()
     assert clock.note(20, 9.0) is not None
@@ -42,7 +38,3 @@ def test_a_step_with_saving_or_sampling_before_it_does_not_count() -> None:
     clock.skip()
     assert clock.note(20, 100.0) is None
     assert clock.note(21, 3.0) is not None
-
-
-def test_the_median_is_of_the_run_itself() -> None:
-    assert clock_after(seconds=10.0).note(20, 15.0) is None

@@ -11,7 +11,7 @@ from modules.errors import OptionError, OutputError, UserError
 from tests.commands import ROOT
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import prepare_run, train_network
-from training.saving.earlier import hold_name
+from training.saving.files import hold_name
 from training.saving.states import read_state
 
 STATES = ("--save_every_n_steps", 4, "--save_state")

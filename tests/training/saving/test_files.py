@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.training.toy import toy_options
-from training.saving.files import MinuteClock, Names, Saver, last_expired_epoch, last_expired_step
+from training.saving.files import MinuteClock, Names, Saver
 
 
 @dataclass
@@ -50,16 +50,6 @@ def test_every_5_and_last_5_steps_leave_two_files_at_step_25(tmp_path: Path) -> 
     assert written.names() == ["x-step00000020.safetensors", "x-step00000025.safetensors"]
 
 
-def test_every_10_and_last_30_steps_remove_step_10_at_step_50(tmp_path: Path) -> None:
-    written = Written(tmp_path)
-    saver = written.saver("--save_every_n_steps", 10, "--save_last_n_steps", 30)
-
-    for step in range(10, 60, 10):
-        saver.save_step(step)
-
-    assert written.names() == [f"x-step{step:08d}.safetensors" for step in (20, 30, 40, 50)]
-
-
 def test_states_have_a_retention_of_their_own(tmp_path: Path) -> None:
     written = Written(tmp_path)
     saver = written.saver(
@@ -71,16 +61,6 @@ def test_states_have_a_retention_of_their_own(tmp_path: Path) -> None:
 
     files = [f"x-{epoch:06d}.safetensors" for epoch in (3, 4, 5)]
     assert written.names() == sorted([*files, "x-000005-state"])
-
-
-def test_states_follow_the_files_where_nothing_is_said(tmp_path: Path) -> None:
-    written = Written(tmp_path)
-    saver = written.saver("--save_every_n_steps", 2, "--save_last_n_steps", 1, "--save_state")
-
-    for step in (2, 4, 6):
-        saver.save_step(step)
-
-    assert written.names() == ["x-step00000006-state", "x-step00000006.safetensors"]
 
 
 def test_retention_touches_nothing_of_other_names(tmp_path: Path) -> None:
@@ -148,22 +128,6 @@ def test_a_state_is_saved_at_the_end_where_it_is_asked_for(
 
     assert written.names() == names
     assert sorted(written.published) == names
-
-
-def test_a_stopped_run_saves_its_state_unasked(tmp_path: Path) -> None:
-    written = Written(tmp_path)
-
-    written.saver().save_step(7, with_state=True)
-
-    assert written.names() == ["x-step00000007-state", "x-step00000007.safetensors"]
-
-
-def test_formulas_of_retention() -> None:
-    steps = {step: last_expired_step(step, 5, 5) for step in (5, 10, 15, 20, 25)}
-    assert steps == {5: None, 10: None, 15: 5, 20: 10, 25: 15}
-    assert [last_expired_epoch(epoch, 2, 2) for epoch in (2, 4, 6, 8)] == [None, None, 2, 4]
-    assert last_expired_step(100, 5, None) is None
-    assert last_expired_epoch(100, 5, None) is None
 
 
 def test_saves_by_the_clock_come_after_so_many_minutes_and_are_counted_out_by_step(tmp_path: Path) -> None:

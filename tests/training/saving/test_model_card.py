@@ -10,8 +10,7 @@ from safetensors import safe_open
 
 from modules.contract.rules import ModelRelease
 from tests.training.toy import toy_options, train_toy, write_caches
-from training.saving.model_card import CardFacts, may_replace, write_card
-from training.saving.upload import make_uploads
+from training.saving.hub import make_uploads, may_replace, write_card
 
 RELEASE = ModelRelease(("Wan-AI/Wan2.1-T2V-1.3B",), "Apache-2.0", "apache-2.0", "https://example.org/apache")
 METADATA = {
@@ -34,7 +33,7 @@ HOSTILE = (
 def card_of(release: ModelRelease = RELEASE, name: str = "my_cat", **metadata: str) -> str:
     """The card of a run with some metadata changed."""
     changed = {key.replace("__", "."): text for key, text in metadata.items()}
-    return write_card(CardFacts(name, True, release, {**METADATA, **changed}, ["a cat walks"]))
+    return write_card(name, True, release, {**METADATA, **changed}, ["a cat walks"])
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -79,20 +78,13 @@ def test_another_licence_is_named_as_the_hub_wants_it() -> None:
 
 def test_hostile_text_stays_text() -> None:
     tables = json.dumps([{"resolution": [1, 1], "trigger_word": HOSTILE}])
-    card = write_card(
-        CardFacts(
-            HOSTILE,
-            True,
-            RELEASE,
-            {
-                **{f"modelspec.{key}": HOSTILE for key in ("title", "description", "license", "tags")},
-                "ss_training_comment": HOSTILE,
-                "ss_network_args": HOSTILE,
-                "ss_datasets": tables,
-            },
-            [HOSTILE, "\ud83d"],
-        )
-    )
+    metadata = {
+        **{f"modelspec.{key}": HOSTILE for key in ("title", "description", "license", "tags")},
+        "ss_training_comment": HOSTILE,
+        "ss_network_args": HOSTILE,
+        "ss_datasets": tables,
+    }
+    card = write_card(HOSTILE, True, RELEASE, metadata, [HOSTILE, "\ud83d"])
 
     values = front_matter(card)
     own = {"base_model", "base_model_relation", "tags", "license", "license_name"}

@@ -17,11 +17,10 @@ from torch import nn
 from modules.errors import CheckpointError, OptionError, OutputError
 from tests.faults.damage import flip_bit, truncated
 from tests.training.toy import train_toy, write_caches
-from training.optimizers.state import optimizer_state, restore_optimizer
+from training.optimizers.optimizer import optimizer_state, restore_optimizer
 from training.saving.states import (
     FILE,
     SavedState,
-    check_identity,
     find_latest,
     load_module,
     read_state,
@@ -190,11 +189,6 @@ def test_a_folder_that_is_no_state_and_one_that_is_missing_say_so(tmp_path: Path
         read_state(tmp_path)
     with pytest.raises(OptionError, match="no such folder"):
         read_state(tmp_path / "missing")
-
-
-def test_differences_name_option_and_both_values() -> None:
-    with pytest.raises(OptionError, match="--seed: 5 in the state, 6 now"):
-        check_identity({"--seed": 5, "--x": 1}, {"--seed": 6, "--x": 1}, Path("here"))
 
 
 def test_weights_of_another_network_are_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from modules.errors import OptionError
 from tests.training.toy import toy_options
-from training.saving.upload import download_state, make_uploads
+from training.saving.hub import download_state, make_uploads
 
 
 class Api:

@@ -7,7 +7,7 @@ import torch
 
 from modules.media.reading import read_image
 from tests.training.data.test_timesteps import TWO, options
-from training.data.shown_timesteps import bars, show_timesteps, timestep_statistics
+from training.previews import bars, show_timesteps, timestep_statistics
 
 
 def test_statistics_count_every_draw_once() -> None:

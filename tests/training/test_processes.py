@@ -16,15 +16,15 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from modules.devices import allow_fp16_accumulation
 from modules.errors import OptionError
-from training.processes.accelerator import make_accelerator
-from training.processes.options import AcceleratorOptions
+from training.processes import make_accelerator
+from training.run_options import AcceleratorOptions
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 SHARE = """
 import torch
-from training.processes.accelerator import make_accelerator
-from training.processes.options import AcceleratorOptions
-from training.processes.gradients import largest
+from training.processes import make_accelerator
+from training.run_options import AcceleratorOptions
+from training.processes import largest
 accelerator = make_accelerator(AcceleratorOptions.usual(ddp_timeout=5))
 total = torch.tensor([float(accelerator.process_index + 1)])
 torch.distributed.all_reduce(total)
@@ -77,26 +77,6 @@ def test_a_launcher_that_would_split_the_model_is_refused(
     assert make_accelerator(options()).num_processes == 1
 
 
-def test_bf16_computes_under_autocast() -> None:
-    accelerator = make_accelerator(options("bf16"))
-
-    with accelerator.autocast():
-        product = torch.ones(2, 2, device=accelerator.device) @ torch.ones(2, 2, device=accelerator.device)
-
-    assert product.dtype == torch.bfloat16
-
-
-def test_the_launchers_accumulation_does_not_divide_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    accelerator = make_accelerator(options())
-    parameter = torch.ones(1, requires_grad=True, device=accelerator.device)
-
-    accelerator.backward(parameter.sum())
-
-    assert parameter.grad is not None
-    assert float(parameter.grad) == 1
-
-
 def test_options_of_ddp_are_answered_with_what_they_change(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         make_accelerator(options(ddp=True))
@@ -133,7 +113,7 @@ def test_accelerate_does_not_change_how_exact_float32_is(
         torch.backends.cuda.matmul.allow_tf32 = True
         return Accelerator(**settings)
 
-    monkeypatch.setattr("training.processes.accelerator.Accelerator", on_a_gpu)
+    monkeypatch.setattr("training.processes.Accelerator", on_a_gpu)
     make_accelerator(AcceleratorOptions.usual(cuda_allow_tf32=is_on))
 
     assert torch.backends.cuda.matmul.allow_tf32 is is_on
@@ -149,7 +129,7 @@ def test_processes_wait_for_one_that_makes_samples(
         given.extend(kwargs_handlers)
         return Accelerator(kwargs_handlers=kwargs_handlers, **settings)
 
-    monkeypatch.setattr("training.processes.accelerator.Accelerator", watched)
+    monkeypatch.setattr("training.processes.Accelerator", watched)
     make_accelerator(AcceleratorOptions.usual(ddp_timeout=asked))
 
     assert [each.timeout for each in given] == [timedelta(minutes=minutes)]

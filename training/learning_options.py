@@ -1,0 +1,322 @@
+"""Options of the trained part, of the optimizer and of its learning rate.
+
+Standard library only. Those of a single network are in networks/options.py.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from modules.command import did_you_mean
+from modules.errors import OptionError
+from modules.option_values import int_or_float, read_literals
+from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, Options, option, unsupported
+from networks.options import multipliers_for, require_files
+
+logger = logging.getLogger(__name__)
+
+EVERYTHING = "."  # occurs in every name
+
+
+class WholeDitOptions(Options, title="full fine-tuning"):
+    """Which weights of the DiT are trained, in which dtype they are kept, and when they are stepped."""
+
+    trainable_modules: tuple[str, ...] = option(
+        "train only parameters whose name contains one of these, e.g. single_blocks.3. img_mod; . trains all",
+        default=EVERYTHING,
+        nargs="+",
+        often=True,
+        facts=IDENTITY,
+    )
+    fused_backward_pass: bool = option(
+        "step each weight as soon as its gradient is complete and free the gradient: saves the memory "
+        "for all gradients; needs one process, no accumulation, an optimizer such as Adafactor; "
+        "--max_grad_norm clips each weight's gradient by itself",
+        often=True,
+        facts=HABIT,
+    )
+    full_bf16: bool = option(
+        "keep the weights in bf16, half of float32's memory; steps are computed in float32 and rounded "
+        "stochastically; needs --mixed_precision bf16",
+        facts=IDENTITY,
+    )
+    full_fp16 = unsupported(
+        "weights in fp16 lose most of each step; use --full_bf16, or --mixed_precision fp16 with weights in "
+        "float32",
+        "keep the weights in fp16",
+    )
+
+    @property
+    def name_parts(self) -> tuple[str, ...]:
+        """Return `trainable_modules`; empty if everything is trained."""
+        return () if EVERYTHING in self.trainable_modules else self.trainable_modules
+
+
+class ExpertTrainingOptions(Options, title="two transformers"):
+    """Trained parts of each transformer, and where one waits while another works."""
+
+    lora_per_expert: bool = option(
+        "with --dit and --dit_high_noise: train a network for each and save two files, "
+        "..._low_noise.safetensors and ..._high_noise.safetensors; default: one network for both",
+        facts=IDENTITY,
+    )
+    offload_inactive_dit: bool = option(
+        "keep the transformer that does not work in host memory; each step brings the one that it needs",
+        facts=FREE,
+    )
+    network_weights_high_noise: Path | None = option(
+        "with --lora_per_expert: LoRA file that the network of --dit_high_noise starts from; "
+        "--network_weights is for that of --dit",
+        facts=FREE,
+    )
+    base_weights_high_noise: tuple[Path, ...] | None = option(
+        "LoRA files added to --dit_high_noise before training; default: those of --base_weights. If "
+        "given, --base_weights is for --dit only",
+        facts=FREE,
+    )
+    base_weights_multiplier_high_noise: tuple[float, ...] | None = option(
+        "strength of each file of --base_weights_high_noise; missing ones are 1", facts=FREE
+    )
+
+    def __post_init__(self) -> None:
+        start = self.network_weights_high_noise
+        require_files("--network_weights_high_noise", [start] if start else [])
+        require_files("--base_weights_high_noise", self.base_weights_high_noise or ())
+        if self.base_weights_high_noise is not None and not self.base_weights_high_noise:
+            raise OptionError("--base_weights_high_noise has no file behind it: give one, or leave it out")
+        self.base_multipliers()
+
+    def base_multipliers(self) -> tuple[float, ...]:
+        """Return one multiplier for each of `--base_weights_high_noise`; missing ones are 1."""
+        option = "--base_weights_multiplier_high_noise"
+        files, given = self.base_weights_high_noise or (), self.base_weights_multiplier_high_noise or ()
+        return multipliers_for(files, given, option)
+
+
+# of models with one transformer, whose scripts do not have these options
+ONE_DIT = ExpertTrainingOptions.usual()
+
+
+HIGH_RATE = 0.1  # above it a network is usually lost within a few steps
+# beginnings of names of optimizers that find their own rate, for which --learning_rate is a factor near 1
+FIND_RATE = ("prodigy", "dadapt", "adafactor", "came")
+LARGEST_RATE = 1000.0  # far above any that learns; beyond it the first step only makes infinities
+
+
+class OptimizerOptions(Options, title="optimizer"):
+    """Options of the optimizer: which one, with which arguments."""
+
+    optimizer_type: str = option(
+        "AdamW (when empty), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, a torch.optim "
+        "class or pkg.module.Class",
+        default="",
+        often=True,
+        facts=IDENTITY,
+    )
+    optimizer_args: tuple[str, ...] | None = option(
+        'arguments of the optimizer, e.g. weight_decay=0.01 "betas=0.9,0.95"',
+        metavar="KEY=VALUE",
+        facts=IDENTITY,
+    )
+    learning_rate: float = option(
+        "how far a step moves the weights; 1e-4 is usual for a LoRA, 1 for Prodigy",
+        default=2.0e-6,
+        least=0,
+        below=LARGEST_RATE,
+        hint="1e-4 is usual for a LoRA, 1 for Prodigy; 0 only makes sense if the optimizer finds its rate",
+        often=True,
+        facts=CHANGEABLE,
+    )
+    max_grad_norm: float = option(
+        "clip the gradient to this norm; 0 turns clipping off",
+        default=1.0,
+        least=0,
+        hint="0 turns clipping off",
+        facts=HABIT,
+    )
+
+    def __post_init__(self) -> None:
+        name = self.optimizer_type.rpartition(".")[2].lower()
+        if self.learning_rate > HIGH_RATE and not name.startswith(FIND_RATE):
+            logger.warning(
+                "--learning_rate %g is very high for %s: 1e-4 is usual for a LoRA, and 1 for Prodigy, which "
+                "finds its own rate. The network may be lost within a few steps.",
+                self.learning_rate,
+                self.optimizer_type or "AdamW",
+            )
+        self.arguments()
+
+    def arguments(self) -> dict[str, Any]:
+        """Return `optimizer_args` with their values read as Python literals."""
+        return read_literals("--optimizer_args", self.optimizer_args)
+
+
+class AverageOptions(Options, title="average of the weights (EMA)"):
+    """Options of the average that a run keeps beside its weights."""
+
+    ema_decay: float | None = option(
+        "keep an exponential moving average of the trained weights with this decay per step (0.999) and "
+        "save it as OUTPUT_NAME...-ema.safetensors beside each file",
+        above=0,
+        below=1,
+        hint="such as 0.999",
+    )
+    ema_update_every: int = option(
+        "update the average every N steps, with the decay of N steps: for a whole model, whose average "
+        "lies in host memory",
+        default=1,
+        least=1,
+    )
+    sample_ema: bool = option("make samples with the average", needs="ema_decay", hint="0.999 is usual")
+
+
+class PartsOptions(Options, title="what is trained"):
+    """Networks that get a LoRA: the DiT, the text encoders, or both; and their learning rates."""
+
+    network_train_unet_only: bool = option(
+        "put the network into the transformer only",
+        excludes="network_train_text_encoder_only",
+        hint="else nothing is trained",
+        facts=IDENTITY,
+    )
+    network_train_text_encoder_only: bool = option(
+        "put the network into the text encoders only", facts=IDENTITY
+    )
+    unet_lr: float | None = option(
+        "learning rate of the transformer's network; default: --learning_rate",
+        least=0,
+        below=LARGEST_RATE,
+        hint="1e-4 is usual",
+        facts=CHANGEABLE,
+    )
+    text_encoder_lr: tuple[float, ...] | None = option(
+        "learning rates of the text encoders' networks, one for all or one for each; default: "
+        "--learning_rate",
+        least=0,
+        below=LARGEST_RATE,
+        hint="1e-4 is usual",
+        facts=CHANGEABLE,
+    )
+    fused_backward_pass: bool = option(
+        "step each weight as soon as its gradient is complete and free the gradient; needs one process, "
+        "no accumulation, an optimizer such as Adafactor; --max_grad_norm clips each weight's gradient by "
+        "itself",
+        facts=HABIT,
+    )
+
+    @property
+    def trains_dit(self) -> bool:
+        """Return whether the DiT gets a LoRA."""
+        return not self.network_train_text_encoder_only
+
+    @property
+    def trains_texts(self) -> bool:
+        """Return whether those text encoders that can learn get one."""
+        return not self.network_train_unet_only
+
+    def text_rates(self, count: int, learning_rate: float) -> tuple[float, ...]:
+        """Return a learning rate for each of so many text encoders that can learn.
+
+        One value is for all of them, none means --learning_rate. Raises OptionError if there are too many.
+        """
+        given = self.text_encoder_lr or (learning_rate,)
+        if len(given) > max(count, 1):
+            raise OptionError(
+                f"--text_encoder_lr has {len(given)} values, but {count} text encoders can learn: give one "
+                "value, or one for each"
+            )
+        return (*given, *[given[-1]] * (count - len(given)))[:count]
+
+
+CURVES = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+    "piecewise_constant",
+)
+ADAFACTOR = "adafactor"  # or "adafactor:<learning rate>": Adafactor's own steps, shown as a schedule
+
+
+OF_STEPS = "steps, or a fraction of the run such as 0.05 or 5%"
+
+
+class LrScheduleOptions(Options, title="learning-rate schedule"):
+    """Options of the learning rate over the run. Steps below 1 are fractions of the run."""
+
+    lr_scheduler: str = option(", ".join((*CURVES, ADAFACTOR)), default="constant", often=True)
+    lr_warmup_steps: int | float = option(
+        "rise from 0 during these steps; 0.05 or 5%% are fractions of the run",
+        default=0,
+        type=int_or_float,
+        least=0,
+        hint=OF_STEPS,
+    )
+    lr_decay_steps: int | float = option(
+        "length of the decay of warmup_stable_decay; fractions as for --lr_warmup_steps",
+        default=0,
+        type=int_or_float,
+        least=0,
+        hint=OF_STEPS,
+    )
+    lr_scheduler_num_cycles: int = option(
+        "cycles of cosine_with_restarts, cosine_with_min_lr, warmup_stable_decay", default=1, least=1
+    )
+    lr_scheduler_power: float = option("power of polynomial", default=1, least=0, below=1000)
+    lr_scheduler_timescale: int | None = option(
+        "time scale of inverse_sqrt; the warm-up steps when not given", least=1
+    )
+    lr_scheduler_min_lr_ratio: float | None = option(
+        "lowest factor of cosine_with_min_lr and warmup_stable_decay", least=0, below=1000
+    )
+    lr_scheduler_type: str = option(
+        "a class of torch.optim.lr_scheduler or package.module.Class instead of --lr_scheduler", default=""
+    )
+    lr_scheduler_args: tuple[str, ...] | None = option(
+        "arguments of the scheduler, e.g. T_max=100", metavar="KEY=VALUE"
+    )
+
+    def __post_init__(self) -> None:
+        arguments = self.arguments()
+        if not self.lr_scheduler_type:
+            self._check_named(arguments)
+
+    def _check_named(self, arguments: dict[str, Any]) -> None:
+        if self.lr_scheduler not in CURVES and self.lr_scheduler.partition(":")[0] != ADAFACTOR:
+            names = (*CURVES, ADAFACTOR)
+            raise OptionError(
+                f"--lr_scheduler {self.lr_scheduler}: unknown.{did_you_mean(self.lr_scheduler, names)} Use "
+                f"one of {', '.join(names)}, "
+                "or give the import path of a torch scheduler to --lr_scheduler_type."
+            )
+        if self.lr_warmup_steps and (
+            self.lr_scheduler == "constant" or self.lr_scheduler.partition(":")[0] == ADAFACTOR
+        ):
+            remedy = (
+                "Use --lr_scheduler constant_with_warmup"
+                if self.lr_scheduler == "constant"
+                else "Adafactor has warmup_init=True"
+            )
+            raise OptionError(
+                f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler {self.lr_scheduler} has no "
+                f"warm-up. {remedy}."
+            )
+        if self.lr_scheduler == "cosine_with_min_lr" and self.lr_scheduler_min_lr_ratio is None:
+            raise OptionError(
+                "--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, e.g. 0.1 to end at a "
+                "tenth"
+            )
+        if self.lr_scheduler == "piecewise_constant" and "step_rules" not in arguments:
+            raise OptionError(
+                "--lr_scheduler piecewise_constant needs --lr_scheduler_args step_rules='1:10,0.1:20,0.01' "
+                "(factor:until step, ...)"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return `lr_scheduler_args` with their values read as Python literals."""
+        return read_literals("--lr_scheduler_args", self.lr_scheduler_args)

@@ -1,0 +1,248 @@
+"""Join the processes of a run, sum their gradients, and find one that was lost.
+
+Gradients are summed once per optimizer step, in flat buffers: the model needs no wrapper.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, timedelta
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.nn import Parameter
+
+from modules.devices import allow_fp16_accumulation, set_cuda_precision
+from modules.errors import OptionError, UserError
+from training.run_options import NO_LOGS, AcceleratorOptions, LogOptions
+
+logger = logging.getLogger(__name__)
+
+# minutes that processes wait for each other. torch ends a run on GPUs (NCCL) after 10, and a sample, or a
+# share of a data set to be encoded, takes some process longer
+USUAL_TIMEOUT = 24 * 60
+# what the launcher sets from its config -> what it then asks for
+SHARDING = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+def make_accelerator(
+    options: AcceleratorOptions, logs: LogOptions = NO_LOGS, started: datetime | None = None
+) -> Accelerator:
+    """Join the processes that the launcher started and choose device and precision.
+
+    started: names the folder of TensorBoard's files; None: now. Raises OptionError if the device does not
+    support this precision or a tracker is not installed.
+    """
+    _refuse_sharding(os.environ)
+    folder = None
+    if logs.logging_dir is not None:
+        folder = logs.logging_dir / f"{logs.log_prefix or ''}{started or datetime.now():%Y%m%d%H%M%S}"
+    patience = timedelta(minutes=USUAL_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout)
+    try:
+        accelerator = Accelerator(
+            # if launched as several processes without a GPU, accelerate would let each of them train alone
+            cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available(),
+            mixed_precision=options.mixed_precision,
+            # always 1, whatever the launcher's setting: the loop accumulates, so backward() must not divide
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            step_scheduler_with_optimizer=False,
+            log_with=list(logs.trackers) or None,
+            project_dir=folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+        )
+    except ValueError as error:
+        raise OptionError(f"--mixed_precision {options.mixed_precision}: {error}") from None
+    # afterwards: for compiled float32 models accelerate allows TF32
+    set_cuda_precision(options.cuda_allow_tf32, options.cuda_cudnn_benchmark)
+    if options.mixed_precision != "no" and not accelerator.native_amp:  # accelerate would continue without it
+        raise OptionError(
+            f"--mixed_precision {options.mixed_precision} has no effect on {accelerator.device.type}: use "
+            "bf16 or no"
+        )
+    if accelerator.is_main_process:
+        _report(options, accelerator)
+    if (
+        options.fp16_accumulation
+        and allow_fp16_accumulation(accelerator.device)
+        and accelerator.is_main_process
+    ):
+        logger.warning("--fp16_accumulation: gradients are less exact too; compare with a run without it.")
+    return accelerator
+
+
+def _refuse_sharding(environment: Mapping[str, str]) -> None:
+    """Raise OptionError if the launcher is set to split the model.
+
+    Call it before accelerate looks for the packages that split.
+    """
+    for variable, name in SHARDING.items():
+        if environment.get(variable, "false").lower() in {"1", "true", "yes", "y", "t", "on"}:
+            raise OptionError(
+                f"accelerate launch asks for {name} ({variable}): the model is not split here, each process "
+                "holds all of it. "
+                "Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N, or run accelerate "
+                "config again"
+            )
+
+
+def _report(options: AcceleratorOptions, accelerator: Accelerator) -> None:
+    count, device = accelerator.num_processes, accelerator.device
+    where = f"{count} processes on {device.type}" if count > 1 else f"Training on {device}"
+    logger.info(f"{where}, mixed precision {options.mixed_precision}, torch {torch.__version__}")
+    if options.ddp_gradient_as_bucket_view or options.ddp_static_graph:
+        logger.info(
+            "--ddp_gradient_as_bucket_view and --ddp_static_graph are ignored because gradients are averaged "
+            "without a DDP wrapper."
+        )
+
+
+BUCKET_ELEMENTS = 64 << 20  # a LoRA fits into one buffer, a whole DiT is sent in pieces
+
+
+def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
+    """Set the gradient of parameters that no micro-batch of this step reached to zero.
+
+    Whether a parameter was reached must not depend on how the micro-batches were spread over processes.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def norm_of_gradients(parameters: Iterable[Parameter]) -> Tensor:
+    """Return the norm of all gradients together, in float32.
+
+    For bf16 gradients torch itself would round it to 3 digits.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
+    """Add up all gradients over the processes, in place; return the sums of `numbers` (float32, 1-D)."""
+    sent = False
+    for bucket in _buckets(parameters):
+        gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        extra = not sent and flat.dtype == numbers.dtype
+        if extra:
+            flat = torch.cat([flat, numbers])
+        torch.distributed.all_reduce(flat)
+        if extra:
+            numbers, flat, sent = flat[-len(numbers) :].clone(), flat[: -len(numbers)], True
+        for gradient, total in zip(
+            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+        ):
+            gradient.copy_(total.view_as(gradient))
+    if not sent:
+        torch.distributed.all_reduce(numbers)
+    return numbers
+
+
+def is_any(value: bool, processes: int, device: torch.device) -> bool:
+    """Return whether it is true in one of the processes. All must call it."""
+    if processes == 1:
+        return value
+    count = torch.tensor(float(value), device=device)
+    torch.distributed.all_reduce(count)
+    return count.item() > 0
+
+
+def largest(value: int, processes: int, device: torch.device) -> int:
+    """Return the largest value among the processes. All must call it."""
+    if processes == 1:
+        return value
+    number = torch.tensor(value, device=device)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    return int(number)
+
+
+def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
+    """Yield runs of parameters of one dtype, each at most BUCKET_ELEMENTS long."""
+    bucket: list[Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if bucket and (size + parameter.numel() > BUCKET_ELEMENTS or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel()
+    if bucket:
+        yield bucket
+
+
+PATIENCE = 3.0  # seconds within which those that live have noticed it too
+SIGNS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe|[Ss]ocket")
+CONSEQUENCE = "The run cannot go on without it; what was saved is untouched."
+
+
+class LostProcessError(UserError):
+    """Another process of the run was lost. One of the living processes reports it."""
+
+    def __init__(self, message: str, is_told_here: bool) -> None:
+        super().__init__(message)
+        self.is_told_here = is_told_here
+
+
+def is_of_processes(error: BaseException) -> bool:
+    """Return whether an error is of the connection between processes."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
+
+
+def find_lost(rank: int, count: int) -> list[int] | None:
+    """Return the processes that do not answer; None if the first, which knows them, does not.
+
+    Each process that noticed the loss calls it. rank: of this process.
+    """
+    with _impatient() as store:
+        if store is None:
+            return None
+        with contextlib.suppress(RuntimeError):
+            store.set(_key(rank), "here")
+            time.sleep(PATIENCE)
+            return [other for other in range(count) if not store.check([_key(other)])]
+    return None
+
+
+def describe_loss(lost: list[int] | None) -> str:
+    """Return the message on the processes that `find_lost` found."""
+    if not lost:
+        return f"another process of this run was lost: it was killed, or ended by an error. {CONSEQUENCE}"
+    which = f"process {lost[0]}" if len(lost) == 1 else f"processes {', '.join(map(str, lost))}"
+    verb, what = ("was", "it was") if len(lost) == 1 else ("were", "they were")
+    return (
+        f"{which} (counted from 0) {verb} lost: {what} killed, for example because memory was full, or ended "
+        f"by an error. {CONSEQUENCE}"
+    )
+
+
+def _key(rank: int) -> str:
+    return f"reelsmith/lived/{rank}"
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[distributed_c10d.Store | None]:
+    """Yield the processes' common store, which waits for seconds instead of a day; None without it."""
+    try:
+        store = distributed_c10d._get_default_store()
+    except (RuntimeError, ValueError):
+        yield None
+        return
+    store.set_timeout(timedelta(seconds=PATIENCE))
+    yield store

@@ -1,0 +1,322 @@
+"""Options of a training run: data, length, beginning, validation, samples, logs, precision and processes."""
+
+import argparse
+import functools
+import logging
+import math
+from pathlib import Path
+
+from blissful_tuner.preview_options import PreviewOptions
+from dataset.options import CheckPageOptions
+from generation.prompt_lines import text_to_seed
+from modules.errors import OptionError
+from modules.options import FREE, HABIT, SECRET, Options, not_needed, option
+from networks.options import require_files
+
+logger = logging.getLogger(__name__)
+
+LEAST_STEPS = 50  # between validations, if no option says how often
+MOST_STEPS = 100_000_000  # a year at three steps a second
+TOO_LARGE_A_SEED = 2**64
+
+
+@functools.cache  # options are parsed more than once, and the seed of a text is logged once
+def read_seed(text: str) -> int:
+    """Return the number of --seed: itself, or that of a text, as generation scripts have it.
+
+    Raises ArgumentTypeError for a number that is longer than any seed.
+    """
+    try:
+        seed = text_to_seed(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if str(seed) != text.strip():
+        logger.info("Seed of the text %r: --seed %d", text, seed)
+    return seed
+
+
+class LoopOptions(Options, title="training run"):
+    """Length and data of a training. `dataset_config` is None only with --show_timesteps."""
+
+    dataset_config: Path | None = option("TOML file that describes the data sets", type=Path, often=True)
+    max_train_steps: int = option(
+        "optimizer steps in total; a resumed run continues the count",
+        default=1600,
+        least=1,
+        most=MOST_STEPS,
+        often=True,
+    )
+    max_train_epochs: int | None = option(
+        "passes over the data; replaces --max_train_steps", least=1, most=MOST_STEPS, often=True
+    )
+    max_data_loader_n_workers: int = option(
+        "readers of cache files, at most the number of CPUs; 0: none",
+        default=8,
+        least=0,
+        most=1024,
+        hint="0 reads in the training process itself, 8 is usual",
+    )
+    persistent_data_loader_workers: bool = option("keep the readers from one epoch to the next")
+    seed: int | None = option(
+        "seed of data order, noise, timesteps, dropout and LoRA weights, a number or any text; random "
+        "when not given",
+        type=read_seed,
+        least=0,
+        below=TOO_LARGE_A_SEED,
+        hint="leave it out for a random seed",
+        often=True,
+    )
+    gradient_checkpointing: bool = option(
+        "recompute activations block by block: less memory, slower", often=True
+    )
+    gradient_checkpointing_cpu_offload: bool = option(
+        "least memory: keep the inputs of the blocks in host memory until the backward pass, and "
+        "compute feed-forwards for a few thousand tokens at a time (not with --network_dropout); needs "
+        "--gradient_checkpointing and host memory for one copy of the video tokens per block",
+        needs="gradient_checkpointing",
+    )
+    gradient_checkpointing_keep: str | None = option(
+        "attention: keep the result of self-attention instead of computing it again: faster; needs "
+        "--gradient_checkpointing and memory for one more copy of the video tokens per block, in the compute "
+        "dtype",
+        choices=("attention",),
+        needs="gradient_checkpointing",
+    )
+    gradient_accumulation_steps: int = option(
+        "micro-batches per optimizer step and process",
+        default=1,
+        least=1,
+        most=1_000_000,
+        hint="1 means no accumulation, 1 to 16 are usual",
+    )
+    embedded_guidance: float = option(
+        "embedded guidance fed to guidance-distilled models; other models have no such input",
+        default=1.0,
+        name="guidance_scale",
+        least=0,
+        most=1000,
+        hint="1 is usual for training",
+        facts=HABIT,
+    )
+    check: bool = option("print items, buckets, batches and what is missing, then exit")
+    page: CheckPageOptions
+
+    def __post_init__(self) -> None:
+        self.page.require_check(self.check)
+
+
+class StartOptions(Options, title="beginning later"):
+    """Where the run begins without a saved state. The data and noise of the steps before are left out."""
+
+    initial_epoch: int | None = option(
+        "begin at this epoch, from 1, as with --network_weights from a run that ended before it; "
+        "without the optimizer's state, which --resume has",
+        least=1,
+        excludes="initial_step",
+    )
+    initial_step: int | None = option("begin after so many steps, likewise", least=0)
+    skip_until_initial_step = not_needed("the data before the initial step are always left out.")
+
+    @property
+    def is_given(self) -> bool:
+        """Return whether the run does not begin at its first step."""
+        return self.initial_epoch is not None or self.initial_step is not None
+
+
+class ValidationOptions(Options, title="validation"):
+    """Options of the loss on held-out items, at fixed noise and timesteps."""
+
+    validation_split: float = option(
+        "share of the source files kept out of training for a validation loss",
+        default=0.0,
+        least=0,
+        below=1,
+        hint="some must be left for training",
+    )
+    validate_every_n_steps: int | None = option(
+        "how often to compute the validation loss; after each epoch when not given, or about every 50 "
+        "steps if epochs are shorter",
+        least=1,
+    )
+    validate_every_n_epochs: int | None = option("compute it after every so many epochs, too", least=1)
+    max_validation_steps: int | None = option(
+        "most batches of each validation; all when not given", least=1, hint="leave it out for all batches"
+    )
+    validation_seed: int | None = option(
+        "another choice of source files and another noise; the same for all runs when not given",
+        least=0,
+        below=TOO_LARGE_A_SEED,
+        hint="leave it out for the usual choice",
+    )
+
+    def is_due_after_epoch(self, epoch: int, step: int, steps: int, is_saved: bool) -> bool:
+        """Return whether to validate at the end of an epoch of so many steps, at `step`.
+
+        Without options: after each epoch that leaves a file; of the others after those that pass a multiple
+        of 50 steps, as a few batches do not repay a validation.
+        """
+        if self.validate_every_n_epochs is not None:
+            return epoch % self.validate_every_n_epochs == 0
+        has_passed = step // LEAST_STEPS > (step - steps) // LEAST_STEPS
+        return self.validate_every_n_steps is None and (is_saved or has_passed)
+
+
+class SampleOptions(Options, title="samples while training"):
+    """When to make samples, and from which prompts."""
+
+    sample_prompts: Path | None = option(
+        "file with prompts (txt, toml, json) to make samples from", often=True
+    )
+    sample_every_n_steps: int | None = option("make samples after every so many steps", least=1)
+    sample_every_n_epochs: int | None = option("make samples after every so many epochs", least=1, often=True)
+    sample_at_first: bool = option("sample before the first step too")
+    sample_now: bool = option(
+        "look into --output_dir once a second: a file OUTPUT_NAME.sample asks for samples at the end of "
+        "the next step, OUTPUT_NAME.save for a save; it is removed when that is done"
+    )
+    sample_lora: tuple[Path, ...] | None = option(
+        "LoRA files that samples have besides the learning network, e.g. distill.safetensors:0.8 for "
+        "samples of 4 steps; neither trained nor saved",
+        metavar="FILE[:MULTIPLIER]",
+    )
+    preview: PreviewOptions  # of samples while they are made
+
+    def __post_init__(self) -> None:
+        path = self.sample_prompts
+        if path is not None and (path.is_dir() or not path.exists()):
+            what = "is a folder" if path.is_dir() else "no such file"
+            raise OptionError(
+                f"--sample_prompts {self.sample_prompts}: {what}; give a .txt, .toml or .json file of prompts"
+            )
+        if self.is_timed and self.sample_prompts is None:
+            raise OptionError(
+                "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first need a file with "
+                "prompts: give --sample_prompts"
+            )
+        self.loras()
+
+    def loras(self) -> list[tuple[Path, float]]:
+        """Return the files of --sample_lora with their multipliers. Raises OptionError if one is missing."""
+        found = [_split_multiplier(path) for path in self.sample_lora or ()]
+        require_files("--sample_lora", [path for path, _ in found])
+        return found
+
+    @property
+    def is_timed(self) -> bool:
+        """Return whether any option says when to make samples."""
+        return (
+            self.sample_every_n_steps is not None
+            or self.sample_every_n_epochs is not None
+            or self.sample_at_first
+        )
+
+
+def _split_multiplier(given: Path) -> tuple[Path, float]:
+    """Split `FILE:0.8`; without a number the multiplier is 1. A drive's colon (C:\\x) is part of the name."""
+    name, colon, number = str(given).rpartition(":")
+    if not colon or given.exists():
+        return given, 1.0
+    try:
+        multiplier = float(number)
+    except ValueError:
+        return given, 1.0
+    if not math.isfinite(multiplier):
+        raise OptionError(f"--sample_lora {given}: the multiplier is {number}; give a finite number")
+    return Path(name), multiplier
+
+
+class LogOptions(Options, title="logs"):
+    """Options of where loss curves go."""
+
+    logging_dir: Path | None = option("folder for TensorBoard's files; each run gets a folder in it")
+    log_with: str | None = option(
+        "tensorboard when not given and --logging_dir is", choices=("tensorboard", "wandb", "all")
+    )
+    log_prefix: str | None = option("start of the run folder's name, before its date")
+    log_tracker_name: str | None = option(
+        "name of the tracker, for wandb the project; network_train, or MODEL_ft, when not given"
+    )
+    wandb_run_name: str | None = option("name of the run in wandb")
+    log_tracker_config: Path | None = option(
+        "TOML file with arguments for the trackers, a table each; replaces --wandb_run_name"
+    )
+    wandb_api_key: str | None = option(
+        "log in to wandb with this key; it is never written anywhere", facts=SECRET
+    )
+    log_config: bool = option("send the options, without keys and paths, to the trackers")
+    no_page: bool = option(
+        "do not write the page OUTPUT_NAME.html, its history OUTPUT_NAME-history.jsonl and a sheet for "
+        "each time that samples are made"
+    )
+
+    def __post_init__(self) -> None:
+        if self.logging_dir is not None and self.logging_dir.is_file():
+            raise OptionError(
+                f"--logging_dir {self.logging_dir}: is a file; give a folder, it will be created"
+            )
+        if self.log_tracker_config is not None and not self.log_tracker_config.exists():
+            raise OptionError(
+                f"--log_tracker_config {self.log_tracker_config}: no such file; give a TOML file with a "
+                "table [wandb] or [tensorboard]"
+            )
+        if self.log_with in {"tensorboard", "all"} and self.logging_dir is None:
+            raise OptionError(
+                f"--log_with {self.log_with} needs --logging_dir: the folder for TensorBoard's files"
+            )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Return the trackers to use."""
+        if self.log_with is None:
+            return () if self.logging_dir is None else ("tensorboard",)
+        return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
+
+
+NO_LOGS = LogOptions.usual()
+PRECISIONS = ("no", "fp16", "bf16")
+
+
+class AcceleratorOptions(Options, title="precision and processes"):
+    """Options of the precision and of several processes.
+
+    Without --mixed_precision this is the launcher's setting.
+    """
+
+    mixed_precision: str = option(
+        "autocast; when not given, the setting of accelerate launch, else no",
+        default="no",
+        choices=PRECISIONS,
+        often=True,
+        facts=HABIT,
+    )
+    fp16_accumulation: bool = option(
+        "sum fp16 matrix products in fp16: faster on some GPUs, less exact", facts=HABIT
+    )
+    cuda_allow_tf32: bool = option(
+        "compute float32 products and convolutions in TF32 on a CUDA device: faster, three digits "
+        "instead of seven; bf16 and fp16 stay as they are",
+        facts=HABIT,
+    )
+    cuda_cudnn_benchmark: bool = option(
+        "let cuDNN try its convolutions at each new size and take the fastest; runs may then differ in "
+        "the last digits",
+        facts=HABIT,
+    )
+    ddp_timeout: int | None = option(
+        "minutes that processes wait for each other; default: a day",
+        least=1,
+        most=525_600,
+        hint="minutes; the most is a year",
+        facts=FREE,
+    )
+    ddp_gradient_as_bucket_view: bool = option(
+        "accepted; gradients are averaged without a DDP wrapper", facts=FREE
+    )
+    ddp_static_graph: bool = option("accepted; gradients are averaged without a DDP wrapper", facts=FREE)
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision not in PRECISIONS:  # from the launcher; argparse checks the rest
+            raise OptionError(
+                f"accelerate launch asks for mixed precision {self.mixed_precision}: give --mixed_precision "
+                f"{', '.join(PRECISIONS)}"
+            )

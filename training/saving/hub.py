@@ -1,0 +1,334 @@
+"""Upload to and download from the Hugging Face hub; write the model card, README.md with YAML front matter.
+
+A failed upload is logged and never ends a run. A card ends with a comment that holds its own SHA-256, so that
+one that was edited is recognised and kept.
+"""
+
+import contextlib
+import hashlib
+import html
+import json
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modules.contract.rules import ModelRelease
+from modules.control_codes import escape_control_codes
+from modules.errors import OptionError
+from training.saving.options import HubOptions
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+MOST_PROMPTS = 8
+_END = re.compile(r"(?s)(.*)<!-- reelsmith card ([0-9a-f]{12}) ([0-9a-f]{64}) -->\s*")
+SETTINGS = {  # what the text says of a run: metadata -> words
+    "ss_network_module": "network",
+    "ss_network_dim": "rank",
+    "ss_network_alpha": "alpha",
+    "ss_network_args": "network arguments",
+    "ss_optimizer": "optimizer",
+    "ss_learning_rate": "learning rate",
+    "ss_lr_scheduler": "schedule",
+    "ss_max_train_steps": "steps",
+    "ss_num_epochs": "epochs",
+    "ss_num_train_items": "items with repeats",
+    "ss_gradient_accumulation_steps": "gradient accumulation",
+    "ss_timestep_sampling": "timesteps",
+    "ss_discrete_flow_shift": "flow shift",
+    "ss_mixed_precision": "mixed precision",
+    "ss_seed": "seed",
+    "ss_training_comment": "comment",
+}
+# identifiers of the hub that a user may have meant
+HUB_LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "unlicense", "openrail", "cc0-1.0"} | {
+    *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "creativeml-openrail-m")
+}
+OF_DATASETS = ("resolution", "target_frames", "frame_extraction", "num_repeats")
+
+
+def write_card(
+    name: str, is_lora: bool, release: ModelRelease, metadata: Mapping[str, str], prompts: Sequence[str] = ()
+) -> str:
+    """Return the text of README.md. No text of a user can end the front matter, a block or the comment.
+
+    name: --output_name. metadata: of the trained file. prompts: of samples while training.
+    """
+    spec = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
+    base = release.repositories[0]
+    kind = "LoRA" if is_lora else "model"
+    lines = [
+        f"# {_escape(spec.get('title', name))}",
+        "",
+        f"A {kind} for [{base}](https://huggingface.co/{base}), trained with Reelsmith.",
+    ]
+    if spec.get("description"):
+        lines += ["", _escape(spec["description"])]
+    words = list(_triggers(metadata))
+    if words:
+        lines += ["", f"Words that it was taught: {_escape(', '.join(words))}"]
+    if is_lora:
+        lines += [
+            "",
+            "## Use",
+            "",
+            _as_block(f"--lora_weight {name}.safetensors --lora_multiplier 1.0"),
+        ]
+    settings = list(_settings(metadata))
+    if settings:
+        lines += ["", "## Training", "", *map(_as_block, settings)]
+    licence = spec.get("license", release.licence)
+    lines += [
+        "",
+        "## Licence",
+        "",
+        f"{_escape(licence)}. Licence of the base model: {release.licence_url}",
+    ]
+    text = f"---\n{_front_matter(is_lora, release, prompts, spec, words)}---\n\n" + "\n".join(lines) + "\n\n"
+    return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"
+
+
+def may_replace(existing: str, card: str) -> bool:
+    """Return whether `existing` is an unchanged card of the same file, so that `card` can take its place."""
+    old, new = (_END.fullmatch(text.replace("\r\n", "\n")) for text in (existing, card))
+    return old is not None and new is not None and old[2] == new[2] and _digest(old[1]) == old[3]
+
+
+def _front_matter(
+    is_lora: bool,
+    release: ModelRelease,
+    prompts: Sequence[str],
+    spec: Mapping[str, str],
+    words: Sequence[str],
+) -> str:
+    tags = [tag.strip() for tag in spec.get("tags", "").split(",")]
+    given = spec.get("license", release.licence)
+    key = given.strip().lower()
+    own_key = release.licence_key if given == release.licence else "other"
+    values: dict[str, Any] = {
+        "base_model": list(release.repositories),
+        "base_model_relation": "adapter" if is_lora else "finetune",
+        "tags": list(dict.fromkeys(filter(None, ["reelsmith", *(["lora"] if is_lora else []), *tags]))),
+        "license": key if key in HUB_LICENCES else own_key,
+    }
+    if values["license"] == "other":
+        values["license_name"] = re.sub(r"[^a-z0-9.]+", "-", given.lower()).strip("-")[:64] or "other"
+        if given == release.licence:
+            values["license_link"] = release.licence_url
+    if words:
+        values["instance_prompt"] = ", ".join(words)
+    if prompts:
+        values["widget"] = [{"text": prompt} for prompt in prompts[:MOST_PROMPTS]]
+    # ASCII: no character that ends a line for one reader of YAML and not for another
+    return str(yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=False, width=10_000))
+
+
+def _plain(value: Any) -> Any:
+    """Return data whose texts are one line each, with control codes written out."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return _one_line(value) if isinstance(value, str) else value
+
+
+def _triggers(metadata: Mapping[str, str]) -> Iterator[str]:
+    """Yield the trigger words of the datasets, each once."""
+    words = (table.get("trigger_word") for table in _tables(metadata))
+    yield from dict.fromkeys(word for word in words if isinstance(word, str) and word.strip())
+
+
+def _settings(metadata: Mapping[str, str]) -> Iterator[str]:
+    for key, words in SETTINGS.items():
+        text = metadata.get(key, "None")
+        if text not in ("None", "", "{}"):
+            yield f"{words}: {text}"
+    for table in _tables(metadata):
+        facts = (f"{name} {table[name]}" for name in OF_DATASETS if table.get(name) is not None)
+        yield f"data: {', '.join(facts)}"
+
+
+def _tables(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    tables: list[dict[str, Any]] = json.loads(metadata.get("ss_datasets", "[]"))
+    return tables
+
+
+def _as_block(line: str) -> str:
+    """Return one line of an indented block, in which Markdown has no meaning."""
+    return "    " + _one_line(line)
+
+
+def _escape(text: str) -> str:
+    """Return text as one line in which neither Markdown nor HTML has a meaning."""
+    line = html.escape(_one_line(text), quote=False)
+    # what starts a heading, a list or a quotation means that only at the start
+    return re.sub(r"([\\`*_{}\[\]()!|~$]|^[#+=:-])", r"\\\1", line)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(escape_control_codes(text).split())
+
+
+def _key(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def hub() -> Any:
+    """Return the client library. Raises OptionError if it is not installed."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise OptionError(
+            "the Hugging Face hub needs the package huggingface_hub: pip install huggingface_hub"
+        ) from error
+    return huggingface_hub
+
+
+@dataclass(frozen=True)
+class Uploads:
+    """Upload finished files and folders to the repository of --huggingface_repo_id; do nothing without one.
+
+    api: the client, `huggingface_hub.HfApi`. Uploads run one after the other, so that the repository is
+    created once. The model card is uploaded once a run, if the repository has none or an unchanged one of the
+    same run.
+    """
+
+    options: HubOptions
+    api: Any = None
+    _waiting: list[threading.Thread] = field(default_factory=list)
+    _sent_cards: set[str] = field(default_factory=set)
+
+    def publish(self, path: Path, card: str | None = None) -> None:
+        """Upload a file or a folder, and its model card; with --async_upload in the background."""
+        if self.options.huggingface_repo_id is None:
+            return
+        if not self.options.async_upload:
+            self._try_upload(path, card)
+            return
+        before = self._waiting[-1] if self._waiting else None
+        thread = threading.Thread(target=self._upload_after, args=(before, path, card), daemon=True)
+        self._waiting.append(thread)
+        thread.start()
+
+    def publish_state(self, folder: Path) -> None:
+        """Upload a state folder if --save_state_to_huggingface is given."""
+        if self.options.save_state_to_huggingface:
+            self.publish(folder)
+
+    @contextlib.contextmanager
+    def finish_uploads(self) -> Iterator[None]:
+        """Wait for uploads however the block ends, also after an error: the files are saved."""
+        try:
+            yield
+        finally:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until every upload is done or has failed."""
+        while self._waiting:
+            self._waiting.pop(0).join()
+
+    def _upload_after(self, before: threading.Thread | None, path: Path, card: str | None) -> None:
+        if before is not None:
+            before.join()
+        self._try_upload(path, card)
+
+    def _try_upload(self, path: Path, card: str | None) -> None:
+        try:
+            self._upload(path)
+            if card is not None and self.options.huggingface_repo_type in (None, "model"):
+                self._upload_card(card)
+        except Exception as error:  # whatever it is, the file is saved and training continues
+            logger.error(
+                "%s was saved but not uploaded to %s: %s", path, self.options.huggingface_repo_id, error
+            )
+
+    def _upload(self, path: Path) -> None:
+        options = self.options
+        where = {
+            "repo_id": options.huggingface_repo_id,
+            "repo_type": options.huggingface_repo_type or "model",
+        }
+        target = (
+            path.name
+            if options.huggingface_path_in_repo is None
+            else f"{options.huggingface_path_in_repo}/{path.name}"
+        )
+        self.api.create_repo(**where, private=options.huggingface_repo_visibility != "public", exist_ok=True)
+        if path.is_dir():
+            self.api.upload_folder(**where, folder_path=str(path), path_in_repo=target)
+        else:
+            self.api.upload_file(**where, path_or_fileobj=str(path), path_in_repo=target)
+        logger.info("Uploaded %s to %s", path.name, options.huggingface_repo_id)
+
+    def _upload_card(self, card: str) -> None:
+        """Upload the model card, unless the repository has one of somebody else."""
+        repo = self.options.huggingface_repo_id
+        if card in self._sent_cards:
+            return
+        self._sent_cards.add(card)  # also if it fails: the files matter more than the card
+        where = {"repo_id": repo, "repo_type": "model"}
+        try:
+            if self.api.file_exists(filename=CARD, **where):
+                existing = Path(self.api.hf_hub_download(filename=CARD, **where)).read_text(encoding="utf-8")
+                if not may_replace(existing, card):
+                    logger.info("%s keeps its own %s", repo, CARD)
+                    return
+            self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **where)
+        except Exception as error:  # the files are there, so the run continues
+            logger.warning("the model card was not uploaded to %s: %s", repo, error)
+            return
+        logger.info("Uploaded the model card to %s", repo)
+
+
+def make_uploads(options: HubOptions, make_api: Callable[..., Any] | None = None) -> Uploads:
+    """Return the uploads of a run. Raises OptionError if the client library is missing."""
+    if options.huggingface_repo_id is None:
+        return Uploads(options)
+    return Uploads(options, (make_api or hub().HfApi)(token=options.huggingface_token))
+
+
+def download_state(
+    place: str, token: str | None, folder: Path, download: Callable[..., str] | None = None
+) -> Path:
+    """Download the state folder that `owner/repo/path[:revision[:type]]` names and return its path.
+
+    folder: files are put below it. Raises OptionError if the name is malformed or nothing is found.
+    """
+    name, _, rest = place.partition(":")
+    revision, _, repo_type = rest.partition(":")
+    parts = name.strip("/").split("/")
+    if len(parts) < 3:
+        raise OptionError(
+            f"--resume {place}: with --resume_from_huggingface write owner/repo/path[:revision[:type]]"
+        )
+    repo, path = "/".join(parts[:2]), "/".join(parts[2:])
+    fetch = download or hub().snapshot_download
+    try:
+        fetched = fetch(
+            repo_id=repo,
+            repo_type=repo_type or "model",
+            revision=revision or None,
+            allow_patterns=f"{path}/*",
+            local_dir=str(folder),
+            token=token,
+        )
+    except Exception as error:  # the client raises many kinds: network, rights, names
+        raise OptionError(f"--resume {place}: cannot be downloaded from the hub: {error}") from error
+    state = Path(fetched) / path
+    if not state.is_dir():
+        raise OptionError(
+            f"--resume {place}: {repo} has no folder {path}"
+            + (f" at revision {revision}" if revision else "")
+        )
+    return state
