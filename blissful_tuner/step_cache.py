@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from blissful_tuner.step_cache_options import StepCacheOptions
+from blissful_tuner.options import StepCacheOptions
 from modules.contract.family import DitSpec
 from modules.contract.requests import Prepared
 from modules.contract.rules import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration

@@ -12,7 +12,6 @@ from dataset.batches.same_encoders import SameEncoders, describe_identity
 from dataset.cache.files import EMPTY
 from dataset.cache.forms import other_form
 from dataset.cache.store import CacheStore, Stores
-from dataset.caching.caption_files import list_caption_files
 from dataset.caching.existing import LatentNames, names_of
 from dataset.caching.given_tensors import use_moments
 from dataset.caching.planning import (
@@ -24,9 +23,9 @@ from dataset.caching.planning import (
     media_table,
     plan_all,
 )
+from dataset.caching.prefetch import decode_ahead
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import decode_ahead
-from dataset.caching.text_plans import KnownTexts, plan_text, text_index
+from dataset.caching.text_plans import KnownTexts, list_caption_files, plan_text, text_index
 from dataset.caching.work import npz_names
 from dataset.checking.captions import Counters, check_captions, load_counters
 from dataset.checking.findings import CheckResult, TableFindings, balance, count_batches, indent

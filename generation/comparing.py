@@ -17,22 +17,19 @@ from pathlib import Path
 import torch
 
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
-from generation.compare_options import CompareOptions
-from generation.decoding import decode_all
-from generation.dressing import LorasByExpert, dit_loader
-from generation.expert_loras import expert_loras, key_of, option_of, with_loras
-from generation.grids import ClipGrid, Row, write_grids
+from generation.dressing import LorasByExpert, dit_loader, expert_loras, key_of, option_of, with_loras
+from generation.grid_options import CompareOptions
 from generation.growing import preview_path
-from generation.jobs import Denoised, GenerationJob, GenerationRun, tell_unused_sources
+from generation.jobs import Denoised, GenerationJob, GenerationRun, decode_all, tell_unused_sources
 from generation.making import Networks, Ready, denoise_all, encode_all_inputs, make_job
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, own_stem, words_of
-from generation.preset import leave_out_missing
 from generation.progress import in_short, name_model
 from generation.prompt_lines import read_generation_lines
-from generation.run import check_models, make_session
+from generation.run import check_models, leave_out_missing, make_session
 from generation.session import wanted_texts
+from generation.sheets import ClipGrid, Row, write_grids
 from modules.atomic_write import make_folder
 from modules.checkpoints.latents import load_latents
 from modules.command import as_typed

@@ -16,10 +16,9 @@ from blissful_tuner.guidance import has_batches
 from blissful_tuner.latent_preview import preview_clip
 from blissful_tuner.metadata import as_tags
 from blissful_tuner.prompt_rewrite import rewrite_prompts
-from generation.decoding import check_made, decode_all
+from generation.denoise import OnSection, make_latents
 from generation.growing import grow_preview, preview_path
-from generation.jobs import Denoised, GenerationJob, GenerationRun
-from generation.output_options import OutputOptions
+from generation.jobs import Denoised, GenerationJob, GenerationRun, check_made, decode_all
 from generation.outputs import (
     LATENT_SUFFIX,
     free_stem,
@@ -31,7 +30,7 @@ from generation.outputs import (
 )
 from generation.progress import Bars, Queue, show_end, show_start
 from generation.request import prepare_line
-from generation.sections import OnSection, make_latents
+from generation.request_options import OutputOptions
 from generation.session import CPU, NO_ENCODERS, encode_inputs, needs_media, wanted_texts
 from modules.atomic_write import make_folder
 from modules.contract.data import Conditions

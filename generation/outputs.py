@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from blissful_tuner.metadata import as_png_texts, as_tags, with_plain_keys
-from generation.output_options import OutputOptions
+from generation.request_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
 from modules.media.encoding import settle_codec
 from modules.media.pixels import frames_of

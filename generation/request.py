@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blissful_tuner.guidance_checks import check_guidance
-from blissful_tuner.prompt_options import PLAIN_PROMPTS, PromptOptions
-from blissful_tuner.prompt_weights import weigh_all
-from blissful_tuner.riflex import slow_frames
+from blissful_tuner.guidance import check_guidance
+from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
+from blissful_tuner.prompt_syntax import expand_texts, weigh_all
 from blissful_tuner.step_cache import check_step_cache, choose_step_cache, line_settings
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
-from blissful_tuner.wildcards import expand_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from generation.request_options import SOLVERS, RequestOptions
@@ -22,9 +20,30 @@ from modules.contract.family import Family
 from modules.contract.requests import Prepared, Request, check_opens, check_values
 from modules.contract.rules import HIGH_NOISE, SOURCES, Source
 from modules.errors import OptionError
+from modules.layers.rope import Slow
 from modules.option_values import to_path
 
 logger = logging.getLogger(__name__)
+
+TURN = 0.9  # of a whole one that the frequency makes in the length of the video
+
+
+def slow_frames(options: SteadierOptions, frames: int) -> Slow | None:
+    """Return the frequency that a video of so many frames needs slowed down: TURN * 2 pi / frames.
+
+    None if the option is off, or if the video is not longer than those trained on.
+    """
+    if options.riflex_index == 0:
+        return None
+    if frames <= options.riflex_beyond:
+        logger.warning(
+            "--riflex_index %d is ignored because the video has %d frames: it is for more than %d",
+            options.riflex_index,
+            frames,
+            options.riflex_beyond,
+        )
+        return None
+    return Slow(options.riflex_index - 1, frames / TURN)
 
 
 def draw_seed() -> int:

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from blissful_tuner.preview_options import PreviewOptions
+from blissful_tuner.options import PreviewOptions
 from modules.errors import OptionError
 from modules.options import Options, option
 from networks.options import require_files

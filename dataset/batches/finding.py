@@ -11,8 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from dataset.batches.items import ItemFacts, ItemKind, Items, Stems
-from dataset.batches.live import LiveTable
+from dataset.batches.items import ItemFacts, ItemKind, Items, LiveTable, Stems
 from dataset.cache.files import (
     PART,
     SUFFIX,

@@ -25,12 +25,10 @@ from dataset.cache.records import (
     latent_metadata,
 )
 from dataset.cache.store import CacheStore
-from dataset.caching.cleanup import remove_caches
-from dataset.caching.existing import ExistingNames, Names, names_of
+from dataset.caching.existing import ExistingNames, Names, names_of, remove_caches
 from dataset.caching.planning import Caches, Recipe, SourcePlan, complete, media_table
-from dataset.caching.prefetch import WriteBehind
+from dataset.caching.prefetch import WriteBehind, check_memory, decode_ahead
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import check_memory, decode_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.fetching import fetch

@@ -32,13 +32,20 @@ from dataset.cache.records import (
     text_records,
 )
 from dataset.cache.store import CacheStore, Stores
-from dataset.caching.caption_files import CaptionFile
 from dataset.caching.given_tensors import read_embeds
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import AT_ONCE, Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.reports import NAMED
-from dataset.caching.text_plans import EncodingPlan, KnownTexts, Wanted, find_finished, find_part, plan_text
+from dataset.caching.text_plans import (
+    CaptionFile,
+    EncodingPlan,
+    KnownTexts,
+    Wanted,
+    find_finished,
+    find_part,
+    plan_text,
+)
 from dataset.sources.captions import describe_cut
 from modules.bars import Bar
 from modules.contract.data import Conditions

@@ -17,9 +17,7 @@ from dataset.cache.forms import require_form
 from dataset.cache.index import Indexes
 from dataset.cache.npz import NpzNames
 from dataset.cache.store import Stores
-from dataset.caching.caption_files import CaptionFile, list_caption_files
-from dataset.caching.cleanup import list_texts
-from dataset.caching.existing import ExistingNames, LatentNames
+from dataset.caching.existing import ExistingNames, LatentNames, list_texts
 from dataset.caching.given_tensors import refuse_moments, use_moments
 from dataset.caching.latents import EncodersOnDemand, LatentEncoding
 from dataset.caching.planning import (
@@ -31,7 +29,7 @@ from dataset.caching.planning import (
     plan_all,
 )
 from dataset.caching.reports import CacheReport, Failure
-from dataset.caching.text_plans import KnownTexts, text_index
+from dataset.caching.text_plans import CaptionFile, KnownTexts, list_caption_files, text_index
 from dataset.caching.texts import TextBatch, TextEncoding, text_batches
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, ShardOptions

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import make_guidance, needs
+from blissful_tuner.guidance import choose_applied_steps, guidance_scales, make_guidance, needs
 from blissful_tuner.guidance_options import (
     PLAIN_GUIDANCE,
     GuidanceOptions,
 )
-from blissful_tuner.guidance_steps import choose_applied_steps, guidance_scales
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.rules import Expert

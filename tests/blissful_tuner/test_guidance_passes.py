@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance, needs
-from blissful_tuner.guidance_formulas import cfg_zero, perp_neg
+from blissful_tuner.guidance_formulas import BLANK, NEGATIVE, POSITIVE, GuidanceStage, cfg_zero, perp_neg
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
-from blissful_tuner.guidance_passes import BLANK, NEGATIVE, POSITIVE, GuidanceStage
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.steps import NO_TWEAKS, Needs, Section, Step, Tweaks

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.latent_preview import LatentPreviews, make_previews
-from blissful_tuner.preview_options import PreviewOptions
+from blissful_tuner.options import PreviewOptions
 from blissful_tuner.taehv import enlarge, project
 from modules.contract.steps import Piece, Section, Step, StepDone
 from modules.media.reading import read_image, video_frames, video_info

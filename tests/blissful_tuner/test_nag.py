@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance, needs
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE
-from blissful_tuner.nag import NormalisedGuidance
-from blissful_tuner.nag_options import NO_NAG, NagOptions
+from blissful_tuner.guidance_formulas import NormalisedGuidance
+from blissful_tuner.guidance_options import NO_NAG, PLAIN_GUIDANCE, NagOptions
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 import wan_generate_video
+from blissful_tuner.options import PromptRewriteOptions
 from blissful_tuner.prompt_rewrite import (
     INSTRUCTIONS,
     PromptRewriter,
@@ -18,7 +19,6 @@ from blissful_tuner.prompt_rewrite import (
     make_rewriter,
     rewrite_prompts,
 )
-from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions
 from modules.answers import take_answer
 from modules.contract.requests import Prompt, Prompts, Request
 from modules.errors import CheckpointError, OptionError

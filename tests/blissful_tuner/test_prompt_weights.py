@@ -2,7 +2,7 @@
 
 import pytest
 
-from blissful_tuner.prompt_weights import parse_weights, weigh, weigh_all
+from blissful_tuner.prompt_syntax import parse_weights, weigh, weigh_all
 from modules.contract.requests import Prompt, Prompts
 from modules.errors import OptionError
 from tests.golden_cases import read_case

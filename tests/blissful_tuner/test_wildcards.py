@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from blissful_tuner.prompt_options import PLAIN_PROMPTS, PromptOptions
-from blissful_tuner.wildcards import expand_texts
+from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
+from blissful_tuner.prompt_syntax import expand_texts
 from modules.errors import OptionError
 from tests.golden_cases import read_case
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import share_page
 import wan_generate_video
-from generation.compare_options import expand_patterns, family_of
+from generation.grid_options import expand_patterns, family_of
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, video_frames, video_info
 from modules.media.tags import read_tags

@@ -16,7 +16,7 @@ from fpack_generate_video import DEFAULTS
 from frame_pack.family import LATENT, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions
 from frame_pack.requests import FramePackRequest
-from generation.denoise import predictor
+from generation.denoise import SeededNoise, on_device, predictor
 from generation.expert_memory import all_requests, largest_of
 from generation.memory import (
     predict_largest,
@@ -25,7 +25,6 @@ from generation.memory import (
     resolve_options,
 )
 from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.sections import SeededNoise, on_device
 from modules.contract.data import MediaEncoders
 from modules.contract.loading import Placement
 from modules.contract.requests import Request

@@ -12,7 +12,7 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.preset import leave_out_missing
+from generation.run import leave_out_missing
 from modules.devices import allow_fp16_accumulation
 from modules.errors import OptionError
 from modules.options import read_options

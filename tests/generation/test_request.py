@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from blissful_tuner.guidance_checks import check_guidance
+from blissful_tuner.guidance import check_guidance
 from blissful_tuner.video_to_video_options import NO_SOURCE
 from generation.request import make_request, seed_of
 from generation.request_options import RequestOptions

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from generation.denoise import LoopStart, denoise
-from generation.sections import SeededNoise, conditions_to, make_latents
+from generation.denoise import LoopStart, SeededNoise, conditions_to, denoise, make_latents
 from modules.contract.requests import Request
 from modules.contract.steps import EncodedPrompts, Section, Step, StepDone
 from modules.flow.solvers import solver_for
@@ -258,7 +257,7 @@ def test_a_family_may_have_its_noise_drawn_on_the_cpu(
         made.append(cpu_noise)
         return SeededNoise(seed, device, cpu_noise)
 
-    monkeypatch.setattr("generation.sections.SeededNoise", seeded)
+    monkeypatch.setattr("generation.denoise.SeededNoise", seeded)
     family = ToyFamily()
     family = replace(family, defaults=replace(family.defaults, noise_on_cpu=by_family))
     make_latents(family, lambda _: ToyDit(), REQUEST, toy_texts(), {0: {}}, CPU, cpu_noise=asked)

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from generation.expert_memory import all_requests, largest_of
-from generation.grids import EMPTY, HEAD, LINE
+from generation.grid_options import SheetOptions, cells_of, split_values
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS
 from generation.run import generate
 from generation.script_options import ScriptDefaults
-from generation.sheet_options import SheetOptions, cells_of, split_values
+from generation.sheets import EMPTY, HEAD, LINE
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, video_frames, video_info
 from modules.options import read_options

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from generation.denoise import make_latents
 from generation.request_options import SOLVERS
-from generation.sections import make_latents
 from modules.contract.requests import Request
 from modules.contract.steps import EncodedPrompts
 from modules.errors import OptionError

@@ -14,9 +14,8 @@ from dataset.batches.finding import (
     require_items,
 )
 from dataset.batches.items import ItemKind, TrainingItem
-from dataset.batches.order import BatchOrder
+from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch
-from dataset.batches.validation_split import split_validation
 from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from dataset.batches.captions import RunPlace, change_captions, choose_captions
-from dataset.batches.changing import changed_caption
+from dataset.batches.captions import RunPlace, change_captions, changed_caption, choose_captions
 from dataset.batches.items import ItemKind, TrainingItem
 from dataset.cache.files import EMPTY
 from dataset.sources.captions import captions_in
