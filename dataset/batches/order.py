@@ -68,9 +68,19 @@ class BatchOrder:
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
         self._seed = seed
-        self._items = _sorted(Items.of(items))
+        unsorted = Items.of(items)
+        keys = unsorted.keys()
+        order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int32)
+        tables = np.array([facts.table.index for facts in unsorted.facts], np.int32)[unsorted.numbers[order]]
+        self._items = unsorted.take(order[np.argsort(tables, kind="stable")])  # by table and key
         repeats = count_repeats(self._items)
-        self._warn_unused(repeats)
+        unused = int((repeats == 0).sum())
+        if unused:
+            logger.warning(
+                "%d regularisation images are not used because fewer other pictures are trained in an epoch. "
+                "More num_repeats of those would use more.",
+                unused,
+            )
         self._buckets = {
             key: (self._items[int(places[0])].table.batch_size, _repeat(places, repeats[places]))
             for key, places in self._items.groups().items()
@@ -82,15 +92,6 @@ class BatchOrder:
         self.num_batches = sum(-(-count // size) for count, size in sizes)
         self._last: tuple[int, EpochBatches] | None = None
 
-    def _warn_unused(self, repeats: NDArray[np.int64]) -> None:
-        unused = int((repeats == 0).sum())
-        if unused:
-            logger.warning(
-                "%d regularisation images are not used because fewer other pictures are trained in an epoch. "
-                "More num_repeats of those would use more.",
-                unused,
-            )
-
     @property
     def learning_keys(self) -> list[str]:
         """Return the settings of tables that change the run but not its items, in words."""
@@ -101,13 +102,11 @@ class BatchOrder:
         ]
 
     def epoch(self, number: int) -> EpochBatches:
-        """Return the batches of an epoch in order. number: from 0. The last one asked for is remembered."""
-        if self._last is None or self._last[0] != number:
-            self._last = number, self._order(number)
-        return self._last[1]
-
-    def _order(self, number: int) -> EpochBatches:
-        """Shuffle as a list of all items, then a list of all batches, would be."""
+        """Return the batches of an epoch in order, shuffled as a list of all items, then one of all batches,
+        would be. number: from 0. The last one asked for is remembered.
+        """
+        if self._last is not None and self._last[0] == number:
+            return self._last[1]
         draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
         places: list[Places] = [np.zeros(0, np.int32)]
         sizes = [np.zeros(0, np.int64)]
@@ -123,7 +122,8 @@ class BatchOrder:
         np.cumsum(size[order], out=starts[1:])
         # item i of a batch that now begins at s, and began at b before, was at b + i - s
         was = np.repeat(before[order] - starts[:-1], size[order]) + np.arange(starts[-1])
-        return EpochBatches(self._items, np.concatenate(places)[was], starts)
+        self._last = number, EpochBatches(self._items, np.concatenate(places)[was], starts)
+        return self._last[1]
 
 
 def count_repeats(items: Items) -> NDArray[np.int64]:
@@ -181,14 +181,6 @@ def _shuffled(count: int, draw_bits: Callable[[int], int]) -> Places:
             other = draw_bits(bits)
         numbers[place], numbers[other] = numbers[other], numbers[place]
     return np.array(numbers, np.int32)
-
-
-def _sorted(items: Items) -> Items:
-    """Return the items by table and key."""
-    keys = items.keys()
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int32)
-    tables = np.array([facts.table.index for facts in items.facts], np.int32)[items.numbers[order]]
-    return items.take(order[np.argsort(tables, kind="stable")])
 
 
 def split_validation(items: Iterable[TrainingItem], fraction: float, seed: int = 0) -> tuple[Items, Items]:

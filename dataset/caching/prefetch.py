@@ -95,9 +95,26 @@ def read_ahead(
     work: Callable[[T], R],
     workers: int,
     bar: Bar,
+    decodes: bool = False,
 ) -> Generator[tuple[T, R | Failure], None, None]:
-    """Yield (job, result or Failure) in order while threads work on later jobs, which read little."""
-    return _finish_done(jobs, source_of, work, workers, lambda _: 0, bar)
+    """Yield (job, result or Failure) in order while threads work on later jobs.
+
+    decodes: `work` decodes its source, and waiting frames stay under DECODED_BYTES; else it reads little.
+    """
+
+    def size_bytes(job: T) -> int:
+        return estimate_decoded_bytes(source_of(job)) if decodes else 0
+
+    with bar, contextlib.closing(run_ahead(jobs, work, workers, size_bytes, DECODED_BYTES)) as ahead:
+        for job, result in ahead:
+            if not isinstance(result, Exception):
+                yield job, result
+            elif isinstance(result, (MediaError, OSError)):
+                yield job, Failure.of(source_of(job), result)
+            else:
+                raise result
+            del result  # frees its frames before waiting for the next source
+            bar.update()
 
 
 def decode_ahead(
@@ -107,10 +124,8 @@ def decode_ahead(
     workers: int,
     bar: Bar,
 ) -> Generator[tuple[T, R | Failure], None, None]:
-    """Do as `read_ahead` for work that decodes its source: waiting frames stay under DECODED_BYTES."""
-    return _finish_done(
-        jobs, source_of, work, workers, lambda job: estimate_decoded_bytes(source_of(job)), bar
-    )
+    """Do as `read_ahead` for work that decodes its source."""
+    return read_ahead(jobs, source_of, work, workers, bar, decodes=True)
 
 
 def estimate_decoded_bytes(source: MediaSource) -> int:
@@ -158,23 +173,3 @@ def _frames_in_header(source: MediaSource) -> float:
     if is_timed and info.fps:  # they may be repeated too
         return frames * FASTEST_FPS / info.fps
     return frames * min(1.0, FASTEST_FPS / (source.table.stated_fps or FASTEST_FPS))
-
-
-def _finish_done(
-    jobs: Sequence[T],
-    source_of: Callable[[T], MediaSource],
-    work: Callable[[T], R],
-    workers: int,
-    size_bytes: Callable[[T], int],
-    bar: Bar,
-) -> Generator[tuple[T, R | Failure], None, None]:
-    with bar, contextlib.closing(run_ahead(jobs, work, workers, size_bytes, DECODED_BYTES)) as ahead:
-        for job, result in ahead:
-            if not isinstance(result, Exception):
-                yield job, result
-            elif isinstance(result, (MediaError, OSError)):
-                yield job, Failure.of(source_of(job), result)
-            else:
-                raise result
-            del result  # frees its frames before waiting for the next source
-            bar.update()
