@@ -55,8 +55,7 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     from blissful_tuner.latent_preview import preview_clip
     from generation.denoise import make_latents
     from generation.dressing import dit_loader
-    from generation.jobs import GenerationRun
-    from generation.making import encode_all_inputs, make_job
+    from generation.making import GenerationRun, encode_all_inputs, make_job
     from generation.options import read_generation
     from generation.session import Session, wanted_texts
     from modules.devices import Failures, choose_device

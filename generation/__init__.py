@@ -8,8 +8,7 @@ expert_memory: host memory of experts that wait
 experts: the networks that denoise, and take turns
 grid_options: options of sheets and of tools/compare.py
 growing: preview file that grows with each finished section
-jobs: jobs of a run, and from their latents to files
-making: make the videos of jobs: texts, denoising, pixels
+making: make the videos of jobs: texts, denoising, pixels, files
 memory: predict memory by rehearsing each phase
 options: options of the generation scripts that all families share
 outputs: output files: latents, videos, images, and names

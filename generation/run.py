@@ -4,7 +4,7 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,14 @@ from blissful_tuner.prompt_rewrite import make_rewriter
 from generation.asking import line_reader
 from generation.dressing import DitLoader, LorasByExpert, check_skipped_layers, dit_loader, expert_loras
 from generation.experts import TurnRules
-from generation.jobs import GenerationRun, decode_files, tell_unused_sources
-from generation.making import make_job, make_outputs
+from generation.making import (
+    GenerationJob,
+    GenerationRun,
+    decode_files,
+    make_job,
+    make_outputs,
+    tell_unused_sources,
+)
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
@@ -141,19 +147,21 @@ def _check_fp16_sums(device: torch.device) -> None:
 STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the LoRAs
 
 
+@contextlib.contextmanager
+def explain_lack(stays: str) -> Iterator[None]:
+    """Turn a lack of memory in the block into a UserError. stays: what it leaves, and how to go on."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise too_little(error, stays) from error
+
+
+@explain_lack("Finished latents are kept: --latent_path decodes them.")
 def generate(family: Family, options: GenerationOptions) -> None:
     """Run the mode that the options select.
 
     Raises UserError; with --from_file only after all lines that work are generated.
     """
-    try:
-        do(family, options)
-    except torch.OutOfMemoryError as error:
-        raise too_little(error, "Finished latents are kept: --latent_path decodes them.") from error
-
-
-def do(family: Family, options: GenerationOptions) -> None:
-    """Run the mode that the options select; `generate` turns a lack of memory into a UserError."""
     device = choose_device(options.device)
     options = leave_out_missing(family, options, device)
     if options.lycoris:
@@ -309,6 +317,16 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
         failures.raise_if_any(cells, f"{path}: ")
         return
     failures = Failures()
+    jobs = jobs_of_lines(run, path, lines, failures)
+    if jobs:
+        make_outputs(run, jobs, failures)
+    failures.raise_if_any(len(lines), f"{path}: ")
+
+
+def jobs_of_lines(
+    run: GenerationRun, path: Path, lines: Sequence[tuple[int, str]], failures: Failures
+) -> list[GenerationJob]:
+    """Return the jobs of a prompt file's lines that can be made. Raises CheckpointError."""
     jobs = []
     with each_warning_once():
         for number, line in lines:
@@ -317,8 +335,7 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
                 jobs.append(make_job(run, label, run.read_line(line, f"{path}, {label}")))
     if jobs:
         tell_unused_sources(run.options.request.source, jobs)
-        make_outputs(run, jobs, failures)
-    failures.raise_if_any(len(lines), f"{path}: ")
+    return jobs
 
 
 def converse(run: GenerationRun) -> None:

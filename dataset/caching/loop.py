@@ -100,39 +100,6 @@ def _first(variables: Mapping[str, str], names: Sequence[str]) -> int | None:
     return next((int(variables[name]) for name in names if name in variables), None)
 
 
-@dataclass(frozen=True)
-class Share:
-    """Process `rank` of `count`."""
-
-    rank: int
-    count: int
-    local_rank: int  # among the processes of this machine
-    group: Any = None  # of torch.distributed; None for a single process
-
-    @property
-    def is_main(self) -> bool:
-        """Return whether this process does the work that only one process may do."""
-        return self.rank == 0
-
-    def of(self, work: Sequence[T]) -> Sequence[T]:
-        """Return this process's pieces, every `count`-th, of a list that all processes have."""
-        return work[self.rank :: self.count]
-
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank, when all have called this."""
-        if self.group is None:
-            return [value]
-        values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def device_name(self, name: str | None) -> str | None:
-        """Return the given device; if there is none and several processes run, the GPU of this process."""
-        if name is None and self.count > 1 and torch.cuda.is_available():
-            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
-        return name
-
-
 def cache_media(
     family: Caches, config: DatasetConfig, options: CachingOptions, places: EntryPlaces | None = None
 ) -> CacheReport:

@@ -83,12 +83,6 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
     return sorted(files, key=lambda file: file.pass_over)
 
 
-logger = logging.getLogger(__name__)
-
-# in the order of their passes, each with its identity
-Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
-
-
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[CaptionFile]:
     """Return the texts without those that an earlier table has in the same shared file.
 
