@@ -120,11 +120,6 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
     return GuidanceStage((POSITIVE, negative), change)
 
 
-def init_factor(options: GuidanceOptions, step: int) -> float:
-    """Return the factor for the velocity of a step. step: from 0, of those that are made."""
-    return options.cfgzerostar_multiplier if step < options.cfgzerostar_init_steps else 1.0
-
-
 # Perpendicular negative guidance: avoid only what the negative prompt does not share with the prompt.
 #
 # Source: Armandpour et al. 2023, arXiv 2304.04968.
@@ -286,18 +281,14 @@ def _size(seen: Tensor) -> Tensor:
     return torch.linalg.vector_norm(seen, 1, dim=(-2, -1), keepdim=True, dtype=torch.float32)
 
 
-def nag_tweaks(options: NagOptions) -> Callable[[Section], Tweaks]:
-    """Return a function that makes the tweaks of a section's positive passes; none if the guidance is off.
+def nag_tweaks(options: NagOptions, section: Section) -> Tweaks:
+    """Return the tweaks of a section's positive passes; none if the guidance is off.
 
     Call it once for each section, whose conditions are on the device by then.
     """
-
-    def of(section: Section) -> Tweaks:
-        if not options.is_on:
-            return NO_TWEAKS
-        assert section.away is not None, "`needs` asks for the text"
-        assert options.nag_scale is not None
-        steer = NormalisedGuidance(options.nag_scale, options.nag_tau, options.nag_alpha)
-        return Tweaks(away=Away(section.away, steer))
-
-    return of
+    if not options.is_on:
+        return NO_TWEAKS
+    assert section.away is not None, "`needs` asks for the text"
+    assert options.nag_scale is not None
+    steer = NormalisedGuidance(options.nag_scale, options.nag_tau, options.nag_alpha)
+    return Tweaks(away=Away(section.away, steer))

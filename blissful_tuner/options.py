@@ -196,8 +196,22 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
             raise OptionError(f"{' and '.join(both)} cannot be used together: {why}. Give one of them")
         if self.magcache_mag_ratios is not None:
             self._check_ratios(self.magcache_mag_ratios)
-        self._check_numbers()
-        self._tell_unused()
+        count = 1 if self.teacache_coefficients is None else len(self.teacache_coefficients)
+        if not 1 <= count <= MOST_COEFFICIENTS:
+            raise OptionError(
+                f"--teacache_coefficients: give 1 to {MOST_COEFFICIENTS} numbers, highest power first, as "
+                "--teacache_calibration prints them"
+            )
+        usual = {
+            "--magcache_retention_ratio": (self.magcache_retention_ratio, RETENTION),
+            "--magcache_threshold": (self.magcache_threshold, THRESHOLD),
+            "--magcache_k": (self.magcache_k, MOST_SKIPS),
+        }
+        for flag, (value, default) in usual.items():
+            if self.magcache_mag_ratios is None and value != default:
+                logger.warning("%s %g is ignored because --magcache_mag_ratios is not given", flag, value)
+        if self.teacache_coefficients is not None and self.teacache_threshold is None:
+            logger.warning("--teacache_coefficients is ignored because --teacache_threshold is not given")
 
     def _check_ratios(self, ratios: tuple[float, ...]) -> None:
         if ratios in {(), (0.0,)}:
@@ -212,26 +226,3 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
                     f"--magcache_mag_ratios {ratio:g}: give numbers above 0, one for each step of the "
                     "calibration, as --magcache_calibration prints them"
                 )
-
-    def _check_numbers(self) -> None:
-        count = 1 if self.teacache_coefficients is None else len(self.teacache_coefficients)
-        if not 1 <= count <= MOST_COEFFICIENTS:
-            raise OptionError(
-                f"--teacache_coefficients: give 1 to {MOST_COEFFICIENTS} numbers, highest power first, as "
-                "--teacache_calibration prints them"
-            )
-
-    def _tell_unused(self) -> None:
-        if self.magcache_mag_ratios is None:
-            usual = {
-                "--magcache_retention_ratio": (self.magcache_retention_ratio, RETENTION),
-                "--magcache_threshold": (self.magcache_threshold, THRESHOLD),
-                "--magcache_k": (self.magcache_k, MOST_SKIPS),
-            }
-            for option, (value, default) in usual.items():
-                if value != default:
-                    logger.warning(
-                        "%s %g is ignored because --magcache_mag_ratios is not given", option, value
-                    )
-        if self.teacache_coefficients is not None and self.teacache_threshold is None:
-            logger.warning("--teacache_coefficients is ignored because --teacache_threshold is not given")

@@ -1,8 +1,9 @@
 """Load the networks of a generation with their LoRAs, and put the options' features around them."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import nn
@@ -38,10 +39,6 @@ class DitLoader:
     # by expert: notes the weights while they are loaded, in place of merging
     originals: Sequence[OriginalWeights] | None = None
 
-    def __call__(self, expert: int) -> nn.Module:
-        """Load an expert to the device. Raises OptionError."""
-        return self._load(expert, None, None)
-
     def aside(self, expert: int, check: Check) -> tuple[nn.Module, HostCopy]:
         """Load an expert into host memory, with equal weights: they are computed on the device, one by one.
 
@@ -52,10 +49,13 @@ class DitLoader:
             swapped = swapped_weights(self.family.dit, self.options.speed.swap, self.device)
             place = HostPlaceOf(self.device, swapped)
         with own_stream(self.device):
-            dit = self._load(expert, place, check)
+            dit = self(expert, place, check)
             return dit, HostCopy(dit, self.device, place)
 
-    def _load(self, expert: int, place: HostPlaceOf | None, check: Check | None) -> nn.Module:
+    def __call__(
+        self, expert: int, place: HostPlaceOf | None = None, check: Check | None = None
+    ) -> nn.Module:
+        """Load an expert to the device, or as `aside` does. Raises OptionError."""
         family, speed = self.family, self.options.speed
         uses = self.uses[expert] if self.uses else ()
         patch = self.originals[expert] if self.originals else (LoraPatch(uses) if uses else None)
@@ -129,7 +129,12 @@ def expert_loras(
     files: those of --lora_weight, then those of --lora_weight_high_noise. Raises OptionError if LoRAs are
     given for an expert that is not, and as `read_lora`.
     """
-    given = _read_all(options, with_texts)
+    by_option = loras_of(options)
+    files = [path for loras in by_option.values() for path in loras.lora_weight or ()]
+    strengths = [strength for loras in by_option.values() for strength in loras.multipliers()]
+    loras_given = LoraOptions(lora_weight=tuple(files) or None, lora_multiplier=tuple(strengths))
+    read = iter(lora_uses(loras_given, options.lora_patterns, with_texts))
+    given = {key: [*islice(read, len(loras.lora_weight or ()))] for key, loras in by_option.items()}
     keys = [key_of(expert) for expert in experts]
     for key, uses in given.items():
         whole = [use for use in uses if not use.lora.parts]
@@ -139,33 +144,8 @@ def expert_loras(
                 f"use {OPTIONS[keys[0]]}, or add {dit}" if keys[0] else "add it, or leave the option out"
             )
             raise OptionError(f"{OPTIONS[key]} is for {dit}, which is not given: {instead}")
-    _hint_at_missing(keys, given)
-    found = []
-    for expert, key in zip(experts, keys, strict=True):
-        paths = {use.lora.path for use in given[key]}
-        others = [use for other, uses in given.items() if other != key for use in uses]
-        shared = [use for use in others if use.lora.parts and use.lora.path not in paths]
-        found.append(tuple(use.for_expert(expert.name) for use in (*given[key], *shared)))
-    return tuple(found)
-
-
-def _read_all(options: GenerationOptions, with_texts: bool) -> dict[str, list[LoraUse]]:
-    by_option = loras_of(options)
-    files = [path for loras in by_option.values() for path in loras.lora_weight or ()]
-    strengths = [strength for loras in by_option.values() for strength in loras.multipliers()]
-    loras_given = LoraOptions(lora_weight=tuple(files) or None, lora_multiplier=tuple(strengths))
-    uses = lora_uses(loras_given, options.lora_patterns, with_texts)
-    found: dict[str, list[LoraUse]] = {}
-    for key, loras in by_option.items():
-        count = len(loras.lora_weight or ())
-        found[key], uses = uses[:count], uses[count:]
-    return found
-
-
-def _hint_at_missing(keys: Sequence[str], given: Mapping[str, Sequence[LoraUse]]) -> None:
-    """Warn if a LoRA that was trained in all experts is given to some of them only."""
     for key, uses in given.items():
-        for use in uses:
+        for use in uses:  # trained in all experts, and given to some of them only
             missing = [
                 OPTIONS[other]
                 for other in keys
@@ -177,6 +157,13 @@ def _hint_at_missing(keys: Sequence[str], given: Mapping[str, Sequence[LoraUse]]
                     use.lora.path,
                     " and ".join(missing),
                 )
+    found = []
+    for expert, key in zip(experts, keys, strict=True):
+        paths = {use.lora.path for use in given[key]}
+        others = [use for other, uses in given.items() if other != key for use in uses]
+        shared = [use for use in others if use.lora.parts and use.lora.path not in paths]
+        found.append(tuple(use.for_expert(expert.name) for use in (*given[key], *shared)))
+    return tuple(found)
 
 
 def with_loras(
