@@ -44,9 +44,8 @@ from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
 from modules.contract.steps import DitAt, EncodedPrompts, Section, Watcher
-from modules.devices import free_memory
+from modules.devices import Failures, free_memory
 from modules.errors import CheckpointError, UserError
-from modules.failures import Failures
 from modules.planning.memory_plan import comparison
 
 logger = logging.getLogger(__name__)

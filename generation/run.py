@@ -40,7 +40,6 @@ from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError
-from modules.failures import Failures
 from modules.fp8.products import add_product
 from modules.installation import import_own
 from modules.offload.swap_plan import check_swap

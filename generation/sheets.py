@@ -23,12 +23,11 @@ from generation.progress import in_short
 from generation.request import draw_seed
 from modules.command import as_typed, each_warning_once
 from modules.control_codes import escape_control_codes
+from modules.devices import Failures
 from modules.errors import CheckpointError
-from modules.failures import Failures
 from modules.media.reading import Frame, image_suffixes, read_image, video_frames
 from modules.media.writing import write_png, write_video
-from modules.pages.embedding import embed_clip
-from modules.pages.page import write_page
+from modules.pages.page import embed_clip, write_page
 
 logger = logging.getLogger(__name__)
 
