@@ -11,19 +11,12 @@ from modules.contract.requests import Request
 from modules.errors import OptionError
 from tests.preparing import prepare
 
-SLG = {"slg_mode": "uncond", "slg_layers": "1", "slg_end": 1.0}
-
 
 def check(
     options: dict[str, Any], scale: float = 5.0, schedule: str | None = None, negative: str | None = None
 ) -> None:
     request = Request("p", 0, steps=4, guidance_scale=scale, cfg_schedule=schedule, negative_prompt=negative)
     check_guidance(prepare(request, usual_negative=""), replace(PLAIN_GUIDANCE, **options))
-
-
-def test_a_schedule_beyond_the_steps_is_refused() -> None:
-    with pytest.raises(OptionError, match="1 to 4"):
-        check({}, schedule="1-9")
 
 
 def test_a_schedule_and_a_skip_mode_are_refused_together() -> None:
