@@ -174,11 +174,11 @@ def work(tree: str, script: str, folder: str, options: Sequence[str]) -> None:
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a script prints is not an answer
-    from generation import sections
+    from generation import denoise as loop
 
     module = importlib.import_module(script)
     assert Path(str(module.__file__)).parent == Path(tree), module.__file__
-    plain = sections.denoise
+    plain = loop.denoise
 
     def stay(*args: Any, **named: Any) -> Any:
         given = inspect.signature(plain).bind(*args, **named).arguments
@@ -188,7 +188,7 @@ def work(tree: str, script: str, folder: str, options: Sequence[str]) -> None:
             answers.flush()
         return given["section"].noise
 
-    sections.denoise = stay
+    loop.denoise = stay
     module.main(["--save_path", folder, *options])
 
 
@@ -210,7 +210,7 @@ def count_waits(denoise: Any, given: Mapping[str, Any]) -> int:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from generation.sections import on_device
+    from generation.denoise import on_device
 
     meta, waits = torch.device("meta"), []
 

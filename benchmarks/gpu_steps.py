@@ -19,9 +19,9 @@ from benchmarks.gpu_families import (
 )
 from benchmarks.gpu_rows import GENERATION, Row
 from benchmarks.noise import NoisyFamily
+from generation.denoise import make_latents
 from generation.dressing import dit_loader
 from generation.memory import rehearse_denoising
-from generation.sections import make_latents
 from generation.session import Session
 from modules.contract.data import Batch
 from modules.contract.requests import Prepared, Request, settle

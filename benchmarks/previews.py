@@ -53,11 +53,10 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     """Return seconds of clips without previews and with them."""
     import wan_generate_video
     from blissful_tuner.latent_preview import preview_clip
+    from generation.denoise import make_latents
     from generation.dressing import dit_loader
-    from generation.jobs import GenerationRun
-    from generation.making import encode_all_inputs, make_job
+    from generation.making import GenerationRun, encode_all_inputs, make_job
     from generation.options import read_generation
-    from generation.sections import make_latents
     from generation.session import Session, wanted_texts
     from modules.devices import Failures, choose_device
     from wan.family import family_for_generation
@@ -105,7 +104,7 @@ def _large_clip(folder: Path, args: argparse.Namespace) -> dict[str, tuple[float
     import torch
 
     from blissful_tuner.latent_preview import make_previews
-    from blissful_tuner.preview_options import PreviewOptions
+    from blissful_tuner.options import PreviewOptions
     from modules.devices import choose_device
     from wan.family import LATENT
 

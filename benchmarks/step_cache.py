@@ -77,10 +77,10 @@ def maker() -> Callable[[str, int, Sequence[str]], Made]:
     """Return what makes a video of a prompt, a seed and options, with networks that stay loaded."""
     import torch
 
+    from generation.denoise import make_latents
     from generation.dressing import dit_loader
     from generation.options import read_generation
     from generation.request import prepare_line
-    from generation.sections import make_latents
     from generation.session import Session, wanted_texts
     from pocket.measure import POCKET, model_options
     from wan.family import family_for_generation

@@ -163,9 +163,8 @@ def count_denoising(
 ) -> Traffic:
     """Count the passes of the network and the guidance of one step of generation."""
     from blissful_tuner.guidance import make_guidance
-    from generation.denoise import predictor
+    from generation.denoise import SeededNoise, on_device, predictor, sections_of
     from generation.memory import heaviest_step
-    from generation.sections import SeededNoise, on_device, sections_of
     from modules.contract.loading import Placement
 
     choice = replace(options.speed.attention.choice, mode="sdpa")

@@ -1,41 +1,38 @@
-"""Guidance: choose the network passes of each step and combine their velocities.
+"""Guidance: which steps have it and how strongly, the passes of each, and checks before anything loads.
 
-A strategy is a function that makes a `GuidanceStage` (`guidance_passes`); `plan_steps` says which a step has.
-A new one is a file with its function, and a line there.
+A strategy is a function that makes a `GuidanceStage` (`guidance_formulas`); `plan_steps` says which ones a
+step has. A new one is a function there, and a line here.
 """
 
 import functools
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from blissful_tuner.guidance_formulas import (
+    NEGATIVE,
+    POSITIVE,
+    GuidanceStage,
     Momentum,
+    Pass,
+    PassPlan,
+    Velocities,
     active_steps,
     add_skipped_layers,
     cfg_zero,
-    init_factor,
     limit_norm,
+    make_passes,
+    nag_tweaks,
     perp_neg,
     projected,
     rescale,
     watched,
 )
-from blissful_tuner.guidance_options import GuidanceOptions
-from blissful_tuner.guidance_passes import (
-    NEGATIVE,
-    POSITIVE,
-    GuidanceStage,
-    Pass,
-    PassPlan,
-    Velocities,
-    make_passes,
-)
-from blissful_tuner.guidance_steps import guidance_scales
-from blissful_tuner.nag import nag_tweaks
+from blissful_tuner.guidance_options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions
 from modules.contract.requests import Prepared
-from modules.contract.rules import ONE_EXPERT, Expert, GuidanceRules, expert_at
+from modules.contract.rules import ONE_EXPERT, Expert, expert_at
 from modules.contract.steps import NO_TWEAKS, Guidance, Needs, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 
@@ -49,21 +46,18 @@ def make_guidance(
     """
     plans = plan_steps(prepared, options)
     join = functools.cache(Tweaks.within)  # the same objects at all steps, as `Tweaks.turn` requires
-    tweak = nag_tweaks(options.nag)  # at steps with and without guidance
-    asked: list[tuple[Section, Tweaks]] = []
-
-    def of_positive(section: Section) -> Tweaks:
-        if not asked or asked[0][0] is not section:
-            asked[:] = [(section, tweak(section))]
-        return asked[0][1]
+    below = prepared.rules.below_share
+    asked: list[tuple[Section, Tweaks]] = []  # the section, and the tweaks of its positive passes
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         plan = plans[expert_at(step.timestep, experts)][step.index]
-        if is_truncated(step, prepared.rules):
+        if below is not None and 1 - step.sigma >= below:  # so late the model's rules leave guidance out
             plan = PassPlan(factor=plan.factor)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
-        return plan.combine(make_passes(plan, predict, section, of_positive(section), join))
+        if not asked or asked[0][0] is not section:
+            asked[:] = [(section, nag_tweaks(options.nag, section))]
+        return plan.combine(make_passes(plan, predict, section, asked[0][1], join))
 
     return guide
 
@@ -77,17 +71,26 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
     weakens = active_steps(options, prepared.num_steps)
     of_all = Tweaks(embedded_guidance=False) if options.disable_embedded_for_cfg else NO_TWEAKS
     rule = prepared.rules.projection
-    if rule is not None:
-        _refuse_other_formulas(options)
+    given = {"--cfgzerostar_scaling": options.cfgzerostar_scaling, "--perp_neg": options.perp_neg is not None}
+    for option, is_given in given.items():
+        if rule is not None and is_given:
+            raise OptionError(
+                f"{option} replaces the formula of guidance, and this model has one of its own (projected "
+                "guidance). Leave it out"
+            )
     momentum = Momentum(0.0 if rule is None else rule.momentum)
 
     def plan(index: int, scale: float | None) -> PassPlan:
-        factor = init_factor(options, index)
+        factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
         if scale is None:
             return PassPlan(factor=factor)
         skips = index in weakens
         negative = weakened if skips and options.slg_mode == "uncond" else NEGATIVE
-        stages, share = [*_formula(scale, negative, options)], options.guidance_rescale
+        stages, share = list[GuidanceStage](), options.guidance_rescale
+        if options.perp_neg is not None:
+            stages.append(perp_neg(scale, options.perp_neg, negative))
+        elif scale != 1:  # at 1 the formula gives the positive velocity back
+            stages.append((cfg_zero if options.cfgzerostar_scaling else plain_cfg)(scale, negative))
         if stages and rule is not None:
             if prepared.first_step + index > rule.after_step:
                 stages, share = [projected(rule, momentum, negative)], rule.rescale
@@ -105,33 +108,6 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
         tuple(plan(index, scale) for index, scale in enumerate(scales))
         for scales in guidance_scales(prepared, options)
     ]
-
-
-def is_truncated(step: Step, rules: GuidanceRules) -> bool:
-    """Return whether a step comes so late that the model's rules leave guidance out."""
-    return rules.below_share is not None and 1 - step.sigma >= rules.below_share
-
-
-def _formula(scale: float, negative: Pass, options: GuidanceOptions) -> tuple[GuidanceStage, ...]:
-    """Return the stage that joins the positive and the negative pass; none if it gives the positive one
-    back.
-    """
-    if options.perp_neg is not None:
-        return (perp_neg(scale, options.perp_neg, negative),)
-    if scale == 1:
-        return ()
-    return (cfg_zero(scale, negative) if options.cfgzerostar_scaling else plain_cfg(scale, negative),)
-
-
-def _refuse_other_formulas(options: GuidanceOptions) -> None:
-    """Raise OptionError if the options name a formula that cannot go with the projection."""
-    given = {"--cfgzerostar_scaling": options.cfgzerostar_scaling, "--perp_neg": options.perp_neg is not None}
-    for option, is_given in given.items():
-        if is_given:
-            raise OptionError(
-                f"{option} replaces the formula of guidance, and this model has one of its own (projected "
-                "guidance). Leave it out"
-            )
 
 
 def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:
@@ -159,3 +135,184 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
         return without + scale * (velocities[POSITIVE] - without)
 
     return GuidanceStage((POSITIVE, negative), change)
+
+
+def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
+    """List by expert the guidance scale of each step that is made; None: the positive conditions alone.
+
+    Raises OptionError if the request's schedule and the options do not go together.
+    """
+    schedule, num_steps, found = prepared.asked.cfg_schedule, prepared.num_steps, []
+    if prepared.rules.below_share is not None and prepared.rules.below_share <= 0:
+        return [(None,) * num_steps] * len(prepared.guidance_scale)  # the first step already has that share
+    if schedule and options.cfg_skip_mode != "none":
+        raise OptionError(
+            f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which steps "
+            "have guidance: give one of them"
+        )
+    applied = choose_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
+    for scale in prepared.guidance_scale:
+        if schedule:
+            table = parse_cfg_schedule(schedule, num_steps, scale)
+            found.append(tuple(table.get(step + 1) for step in range(num_steps)))
+        else:  # at 1 the formula gives the positive velocity back
+            found.append(tuple(scale if is_applied and scale != 1 else None for is_applied in applied))
+    return found
+
+
+def choose_applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool, ...]:
+    """Return for each step whether `--cfg_skip_mode` keeps guidance.
+
+    int(num_steps * ratio) steps keep it, with "alternate" about that many. The mode names the steps that skip
+    it: early, late, in the middle, or early and late.
+    """
+    if mode == "none" or ratio is None:
+        return (True,) * num_steps
+    if mode == "alternate":
+        # plain doubles: 0.6 added five times is a little below 3, and existing tools depend on that
+        applied, due = [], 0.0
+        for _ in range(num_steps):
+            due += ratio
+            applied.append(due >= 1.0)
+            if applied[-1]:
+                due -= 1.0
+        return tuple(applied)
+    kept = int(num_steps * ratio)
+    skipped = num_steps - kept
+    kept_at = {
+        "early": range(skipped, num_steps),
+        "late": range(kept),
+        "early_late": range(skipped // 2, skipped // 2 + kept),
+        "middle": [step for step in range(num_steps) if not 0 <= step - (num_steps - skipped) // 2 < skipped],
+    }[mode]
+    return tuple(step in kept_at for step in range(num_steps))
+
+
+def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int, float]:
+    """Return the guidance scale by step number, counted from 1; other steps run without guidance.
+
+    text: comma-separated `k`, `a-b` or `e~m` (every m-th step), each with an optional `:scale`, by default
+    `guidance_scale`; `!` in front excludes. Later entries override earlier ones; exclusions override all
+    entries, wherever they stand. Raises OptionError naming the entry if it is not a number, lies outside
+    1..steps, runs backwards, or has a scale that is no number or too large.
+    """
+    scales: dict[int, float] = {}
+    excluded: set[int] = set()
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        numbers, colon, scale = entry.removeprefix("!").partition(":")
+        chosen = _steps_of(numbers.strip(), steps, entry)
+        if entry.startswith("!"):
+            excluded.update(chosen)
+        else:
+            scales.update(dict.fromkeys(chosen, _scale(scale, entry) if colon else guidance_scale))
+    return {step: scales[step] for step in sorted(scales.keys() - excluded)}
+
+
+def _steps_of(numbers: str, steps: int, entry: str) -> range:
+    if numbers.startswith("e~"):
+        every = _whole(numbers[2:], entry)
+        if every < 1:
+            raise _problem(entry, "the interval after ~ must be at least 1")
+        return range(every, steps + 1, every)
+    first_text, dash, last_text = numbers.partition("-")
+    first = _whole(first_text, entry)
+    last = _whole(last_text, entry) if dash else first
+    if first > last:
+        raise _problem(entry, f"it runs backwards, from {first} to {last}")
+    if first < 1 or last > steps:
+        raise _problem(entry, f"the steps are 1 to {steps}")
+    return range(first, last + 1)
+
+
+def _whole(text: str, entry: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise _problem(entry, f"{text.strip()!r} is not a whole number") from None
+
+
+def _scale(text: str, entry: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        raise _problem(entry, f"the scale {text.strip()!r} is not a number") from None
+    if not abs(scale) <= MOST_SCALE:  # nan too
+        raise _problem(entry, f"give a scale of at most {MOST_SCALE}")
+    return scale
+
+
+def _problem(entry: str, reason: str) -> OptionError:
+    return OptionError(
+        f"--cfg_schedule entry {entry!r}: {reason}. Write entries such as 1-10, 20, e~3 or 1-10:6.5, !5"
+    )
+
+
+logger = logging.getLogger(__name__)
+
+NO_STEP = "no step uses guidance"
+
+
+def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
+    """Raise OptionError if the guidance is impossible; warn of its options that have no effect."""
+    is_guided = any(scale is not None for scales in guidance_scales(prepared, options) for scale in scales)
+    plans = [plan for plans in plan_steps(prepared, options) for plan in plans]
+    passes = [one for plan in plans for one in plan.passes]
+    steps = options.cfgzerostar_init_steps
+    of_zero_star = {
+        "--cfgzerostar_scaling": options.cfgzerostar_scaling,
+        f"--cfgzerostar_init_steps {steps}": steps > 0,
+    }
+    for option, is_given in of_zero_star.items():
+        if is_given and not is_guided:
+            raise OptionError(
+                f"{option} needs guidance, and {NO_STEP}: give a --guidance_scale other than 1 or a "
+                "--cfg_schedule, or leave it out"
+            )
+    if not passes:
+        raise OptionError(
+            f"--cfgzerostar_init_steps {steps}: none of the {len(plans)} steps would call the model. Give "
+            "fewer; 1 or 2 are usual"
+        )
+    text, away = prepared.asked.negative_prompt, prepared.asked.away_prompt
+    if away is not None and not options.nag.is_on:
+        logger.warning("--nag_prompt %r is ignored because --nag_scale is not given, or turned off", away)
+    # without --nag_prompt attention is steered away from the negative one
+    is_used = options.nag.is_on and away is None
+    if text and not is_used and not any(one.text == "negative" for one in passes):
+        reason = f"{NO_STEP} (--guidance_scale)" if not is_guided else "no step has a pass with it"
+        if is_guided and options.perp_neg == 0:
+            reason = "--perp_neg 0 leaves it out"
+        logger.warning("the negative prompt %r is ignored because %s", text, reason)
+    for option, reason in _unused(prepared, options, passes, is_guided).items():
+        logger.warning("%s is ignored because %s", option, reason)
+
+
+def _unused(
+    prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
+) -> dict[str, str]:
+    """Return the given options without effect, each with the reason."""
+    given = {
+        f"--slg_mode {options.slg_mode}": bool(options.skipped_layers),
+        f"--guidance_rescale {options.guidance_rescale:g}": options.guidance_rescale != 0,
+        f"--perp_neg {options.perp_neg or 0:g}": options.perp_neg is not None,
+        "--disable_embedded_for_cfg": options.disable_embedded_for_cfg,
+    }
+    layers, _, perp_neg, embedded = given
+    reasons: dict[str, str] = {} if is_guided else dict.fromkeys(given, NO_STEP)
+    if is_guided and not any(one.tweaks.skip_blocks for one in passes):
+        steps = active_steps(options, prepared.num_steps)
+        if options.slg_mode == "original" and options.slg_scale == 0:
+            reasons[layers] = "--slg_scale is 0"
+        elif options.perp_neg == 0:
+            reasons[layers] = "--perp_neg 0 has no negative pass"
+        elif not steps:
+            count = prepared.num_steps
+            reasons[layers] = f"--slg_start and --slg_end leave none of the {count} steps"
+        else:
+            first, last = steps[0] + 1, steps[-1] + 1
+            reasons[layers] = f"none of its steps, {first} to {last}, has a negative pass"
+        if all(texts.negative is None or not texts.negative.text for texts in prepared.prompts.values()):
+            reasons[perp_neg] = "the negative prompt is empty"
+    if prepared.embedded_guidance is None:
+        reasons[embedded] = "the model has no embedded guidance"
+    return {option: reason for option, reason in reasons.items() if given[option]}

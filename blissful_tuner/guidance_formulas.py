@@ -1,11 +1,103 @@
-"""The formulas of guidance: each makes a GuidanceStage of the velocities of some passes."""
+"""Passes of the network in a step of guidance, and the formulas that combine their velocities.
+
+A kind of guidance is a `GuidanceStage`: it declares the passes that it needs and changes the velocity by
+theirs. All passes of a step's stages are requested together, each once, however many stages need it.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance_options import GuidanceOptions
-from blissful_tuner.guidance_passes import BLANK, POSITIVE, GuidanceStage, Pass, Velocities
+from blissful_tuner.guidance_options import GuidanceOptions, NagOptions
+from modules.contract.data import Conditions
 from modules.contract.rules import Projection
+from modules.contract.steps import NO_TWEAKS, Away, Predict, Section, Tweaks
+
+JoinTweaks = Callable[[Tweaks, Tweaks], Tweaks]  # those of a pass, those of all passes -> both together
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass of the network: which of a section's conditions it takes, with which tweaks.
+
+    Tweaks are equal only to themselves: stages that share a pass must share its tweaks.
+    """
+
+    text: Literal["positive", "negative", "blank"]
+    tweaks: Tweaks = NO_TWEAKS
+
+
+POSITIVE, NEGATIVE, BLANK = Pass("positive"), Pass("negative"), Pass("blank")
+Velocities = Mapping[Pass, Tensor]  # of a step's passes, each B C F H W float32
+
+
+@dataclass(frozen=True)
+class GuidanceStage:
+    """One guidance idea at one step."""
+
+    passes: tuple[Pass, ...]
+    # the velocity so far, which begins as that of the positive pass, and those of the passes -> the next one
+    change: Callable[[Tensor, Velocities], Tensor]
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """Passes and stages of one step; without stages it is the positive pass alone."""
+
+    stages: tuple[GuidanceStage, ...] = ()
+    factor: float = 1.0  # of the velocity in the end; 0: no pass is made
+    tweaks: Tweaks = NO_TWEAKS  # of all passes
+
+    @functools.cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        """Return the passes of all stages, each once, the positive one first."""
+        if self.factor == 0:
+            return ()
+        return tuple(dict.fromkeys([POSITIVE, *(one for stage in self.stages for one in stage.passes)]))
+
+    @property
+    def most_together(self) -> int:
+        """Return how many passes can be one batch at most: those with the same tweaks."""
+        return max(Counter(one.tweaks for one in self.passes).values(), default=0)
+
+    def combine(self, velocities: Velocities) -> Tensor:
+        """Return the velocity that the solver follows. There is at least one pass."""
+        velocity = velocities[POSITIVE]
+        for stage in self.stages:
+            velocity = stage.change(velocity, velocities)
+        return velocity if self.factor == 1 else velocity * self.factor
+
+
+def make_passes(
+    plan: PassPlan, predict: Predict, section: Section, of_positive: Tweaks, join: JoinTweaks
+) -> Velocities:
+    """Run the passes of a step and return their velocities.
+
+    Passes with the same tweaks are one call of `predict`, which may batch them; two passes with the same
+    conditions and tweaks are one. of_positive: further tweaks of the passes that take the positive
+    conditions. join: returns the same object whenever it is given the same ones, as `Tweaks.turn` requires.
+    """
+    calls: dict[Tweaks, dict[int, Conditions]] = {}  # the conditions of each by their identity
+    place: dict[Pass, tuple[Tweaks, int]] = {}
+    for one in plan.passes:
+        conditions = getattr(section, one.text)
+        assert conditions is not None, f"the section has no {one.text} conditions"
+        tweaks = join(one.tweaks, plan.tweaks)
+        if one.text == "positive":
+            tweaks = join(tweaks, of_positive)
+        calls.setdefault(tweaks, {})[id(conditions)] = conditions
+        place[one] = tweaks, id(conditions)
+    made = {
+        (tweaks, key): velocity
+        for tweaks, together in calls.items()
+        for key, velocity in zip(together, predict(*together.values(), tweaks=tweaks), strict=True)
+    }
+    return {one: made[where] for one, where in place.items()}
 
 
 # CFG-Zero*: guidance that also holds while the network's prediction is still poor, in the first steps.
@@ -26,11 +118,6 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
         return without + scale * (positive - without)
 
     return GuidanceStage((POSITIVE, negative), change)
-
-
-def init_factor(options: GuidanceOptions, step: int) -> float:
-    """Return the factor for the velocity of a step. step: from 0, of those that are made."""
-    return options.cfgzerostar_multiplier if step < options.cfgzerostar_init_steps else 1.0
 
 
 # Perpendicular negative guidance: avoid only what the negative prompt does not share with the prompt.
@@ -164,3 +251,44 @@ def _split(vector: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     unit = direction_exact / direction_exact.square().sum(axes, keepdim=True).sqrt().clamp(min=1e-12)
     along = (vector_exact * unit).sum(axes, keepdim=True) * unit
     return along.to(vector.dtype), (vector_exact - along).to(vector.dtype)
+
+
+# Letters: B batch, L tokens, N heads, D head width
+
+
+@dataclass(frozen=True)
+class NormalisedGuidance:
+    """The formula, as `Away.steer`. Equal to another with the same numbers: compiled code serves both."""
+
+    scale: float
+    tau: float
+    alpha: float
+
+    def __call__(self, toward: Tensor, away: Tensor) -> Tensor:
+        """Combine the attention to the prompt and to the other text, both B L N D, in their dtype.
+
+        guided = scale * toward - (scale - 1) * away, made at most `tau` times as large as `toward`, and
+        blended: alpha * guided + (1 - alpha) * toward. Sizes are sums of absolute values over all heads of a
+        token.
+        """
+        guided = torch.lerp(away, toward, self.scale)  # rounded once: large terms almost cancel in it
+        allowed = self.tau * _size(toward) / _size(guided).clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.lerp(toward, guided * allowed.clamp(max=1).to(guided.dtype), self.alpha)
+
+
+def _size(seen: Tensor) -> Tensor:
+    """Return B L 1 1 float32."""
+    return torch.linalg.vector_norm(seen, 1, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+
+
+def nag_tweaks(options: NagOptions, section: Section) -> Tweaks:
+    """Return the tweaks of a section's positive passes; none if the guidance is off.
+
+    Call it once for each section, whose conditions are on the device by then.
+    """
+    if not options.is_on:
+        return NO_TWEAKS
+    assert section.away is not None, "`needs` asks for the text"
+    assert options.nag_scale is not None
+    steer = NormalisedGuidance(options.nag_scale, options.nag_tau, options.nag_alpha)
+    return Tweaks(away=Away(section.away, steer))

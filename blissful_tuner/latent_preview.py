@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from blissful_tuner.preview_options import PreviewOptions
+from blissful_tuner.options import PreviewOptions
 from blissful_tuner.taehv import TinyVae, check_taehv, decoding_bytes, dtype_on, enlarge, load_taehv, project
 from modules.contract.data import LatentSpec
 from modules.contract.steps import Section, StepDone, Watcher

@@ -78,9 +78,13 @@ def output_metadata(
     optional |= {f"original_{name}": text for name, text in request.asked.typed.items()}
     media = ("image_path", "end_image_path", "control_path")
     optional |= {name: path.name for name in media if (path := getattr(request.asked, name)) is not None}
-    values |= {name: value for name, value in optional.items() if value is not None} | _of_experts(
-        request, experts
-    )
+    values |= {name: value for name, value in optional.items() if value is not None}
+    # of further experts: their guidance scales, and where they begin
+    values |= {f"guidance_scale_{name}": scale for name, scale in request.asked.expert_guidance.items()}
+    further = list(zip(experts, request.guidance_scale, strict=True))[1:]
+    values |= {f"guidance_scale_{expert.name}": scale for expert, scale in further}
+    if further:
+        values["timestep_boundary"] = ", ".join(f"{expert.lowest:g}" for expert, _ in further)
     values |= {
         name: _without_folders(text) if name.endswith("_path") else text
         for name, text in request.own_metadata.items()
@@ -95,17 +99,6 @@ def output_metadata(
         f"bt_{name}": NOT_SET if value is None else make_storable(str(value))
         for name, value in values.items()
     }
-
-
-def _of_experts(request: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
-    """Return the settings of further experts: their guidance scales, and where they begin."""
-    scales: dict[str, object] = {
-        f"guidance_scale_{name}": scale for name, scale in request.asked.expert_guidance.items()
-    }
-    further = list(zip(experts, request.guidance_scale, strict=True))[1:]
-    scales |= {f"guidance_scale_{expert.name}": scale for expert, scale in further}
-    boundaries = ", ".join(f"{expert.lowest:g}" for expert, _ in further)
-    return scales | ({"timestep_boundary": boundaries} if boundaries else {})
 
 
 def lora_name(expert: str) -> str:
@@ -130,13 +123,15 @@ def read_decoded_metadata(
 
 
 def _record(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _as_text(value) for name, value in settings.items() if value is not None}
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, Path):
-        return value.name
-    return shlex.join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return {
+        name: value.name
+        if isinstance(value, Path)
+        else shlex.join(map(str, value))
+        if isinstance(value, tuple)
+        else str(value)
+        for name, value in settings.items()
+        if value is not None
+    }
 
 
 def _without_folders(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions
+from blissful_tuner.options import PromptRewriteOptions
 from modules.answers import take_answer
 from modules.contract.requests import Prepared, Prompt, Prompts
 from modules.control_codes import shorten

@@ -2,12 +2,12 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from blissful_tuner.step_cache_options import StepCacheOptions
+from blissful_tuner.options import StepCacheOptions
 from modules.contract.family import DitSpec
 from modules.contract.requests import Prepared
 from modules.contract.rules import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration
@@ -36,8 +36,11 @@ LETTERS = {  # option -> its letters in a prompt line
 SHARES = {"magcache_retention_ratio"}  # not above 1
 
 
-def line_settings(options: StepCacheOptions, line: Mapping[str, Any]) -> Mapping[str, float]:
-    """Return a prompt line's settings of step caches, by option; it replaces the command line's values.
+def choose_step_cache(
+    options: StepCacheOptions, line: Mapping[str, Any]
+) -> tuple[StepCaching | None, Mapping[str, float]]:
+    """Return the step cache for a video (None if nothing is skipped or measured), and what its prompt line
+    says about it, by option; that replaces the command line's values.
 
     line: the line's options by name. It can change a cache that the command line has turned on, and no other:
     that is warned about. Raises OptionError for values that make no sense.
@@ -51,26 +54,22 @@ def line_settings(options: StepCacheOptions, line: Mapping[str, Any]) -> Mapping
         if getattr(options, switch) is None:
             logger.warning("%s %g is ignored because --%s is not given", letters, value, switch)
             del says[name]
-    return says
-
-
-def choose_step_cache(options: StepCacheOptions, says: Mapping[str, float]) -> StepCaching | None:
-    """Return the step cache for a video; None if nothing is skipped or measured. says: `line_settings`."""
     chosen: StepCacheOptions = replace(options, **says) if says else options  # type: ignore[arg-type]
+    made: StepCaching | None = None
     if chosen.magcache_calibration:
-        return MagCalibration()
-    if chosen.teacache_calibration:
-        return TeaCalibration()
-    if chosen.teacache_threshold:
-        return TeaCache(chosen.teacache_threshold, chosen.teacache_coefficients)
-    if chosen.magcache_mag_ratios is not None and chosen.magcache_threshold and chosen.magcache_k:
-        return MagCache(
+        made = MagCalibration()
+    elif chosen.teacache_calibration:
+        made = TeaCalibration()
+    elif chosen.teacache_threshold:
+        made = TeaCache(chosen.teacache_threshold, chosen.teacache_coefficients)
+    elif chosen.magcache_mag_ratios is not None and chosen.magcache_threshold and chosen.magcache_k:
+        made = MagCache(
             chosen.magcache_mag_ratios,
             chosen.magcache_retention_ratio,
             chosen.magcache_threshold,
             chosen.magcache_k,
         )
-    return None
+    return made, says
 
 
 def check_step_cache(prepared: Prepared, spec: DitSpec) -> None:
@@ -104,9 +103,21 @@ class StepCaches:
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
         self._choice, self._steps = prepared.asked.step_cache, prepared.steps
-        self._make_rule = _rule_maker(prepared, spec)
+        self._make_rule: Callable[[], Rule] | None = None
+        self._measured: Ratios | Changes | None = None
         self._passes = self._skipped = 0
-        self._ratios, self._changes = Ratios(), Changes()
+        match self._choice:
+            case MagCache(ratios, retention, threshold, most_skips):
+                # calibrated from noise on; a video that starts from another has the last of these steps
+                of_steps = resample(ratios, prepared.steps)[prepared.first_step :]
+                self._make_rule = lambda: MagCacheRule(of_steps, retention, threshold, most_skips)
+            case TeaCache(threshold, coefficients):
+                found = coefficients or spec.teacache_coefficients
+                self._make_rule = lambda: TeaCacheRule(threshold, found)
+            case MagCalibration():
+                self._measured = Ratios()
+            case TeaCalibration():
+                self._measured = Changes()
 
     @contextmanager
     def section(self, dit_at: DitAt) -> Iterator[DitAt]:
@@ -114,13 +125,14 @@ class StepCaches:
 
         What it holds is freed at the end, when the networks run as before. Without a cache it is `dit_at`.
         """
-        measured = self._measured
-        if measured is not None:
+        if self._measured is not None:
             try:
-                with run_around(dit_at, functools.partial(measure_pass, measured.measure)) as measured_at:
+                with run_around(
+                    dit_at, functools.partial(measure_pass, self._measured.measure)
+                ) as measured_at:
                     yield measured_at
             finally:
-                measured.forget()
+                self._measured.forget()
         elif self._make_rule is None:
             yield dit_at
         else:
@@ -134,47 +146,26 @@ class StepCaches:
 
     def report(self) -> None:
         """Log the number of skipped passes, or the measurements, when the video's latents are made."""
-        if self._choice is None:
-            return
-        if isinstance(self._choice, MagCalibration):
+        if isinstance(self._measured, Ratios):
             logger.info(
                 "MagCache's ratios for this model:\n  --magcache_mag_ratios %s",
-                " ".join(f"{ratio:.5f}" for ratio in self._ratios.result(self._steps)),
+                " ".join(f"{ratio:.5f}" for ratio in self._measured.result(self._steps)),
             )
-        elif isinstance(self._choice, TeaCalibration):
-            self._report_coefficients(self._changes.result())
-        else:
+        elif self._measured is not None:
+            coefficients = self._measured.result()
+            if not coefficients:
+                logger.warning(
+                    "TeaCache's coefficients could not be fitted: the video ended after too few steps"
+                )
+                return
+            inputs = [change for change, _ in self._measured.points]
+            logger.info(
+                "TeaCache's coefficients for this model, fitted for changes of the input from %.3g to %.3g:\n"
+                "  --teacache_coefficients %s",
+                min(inputs),
+                max(inputs),
+                " ".join(f"{coefficient:.9g}" for coefficient in coefficients),
+            )
+        elif self._choice is not None:
             name = "MagCache" if isinstance(self._choice, MagCache) else "TeaCache"
             logger.info("%s skipped %d of %d passes", name, self._skipped, self._passes)
-
-    @property
-    def _measured(self) -> Ratios | Changes | None:
-        if isinstance(self._choice, MagCalibration):
-            return self._ratios
-        return self._changes if isinstance(self._choice, TeaCalibration) else None
-
-    def _report_coefficients(self, coefficients: Sequence[float]) -> None:
-        if not coefficients:
-            logger.warning("TeaCache's coefficients could not be fitted: the video ended after too few steps")
-            return
-        inputs = [change for change, _ in self._changes.points]
-        logger.info(
-            "TeaCache's coefficients for this model, fitted for changes of the input from %.3g to %.3g:\n"
-            "  --teacache_coefficients %s",
-            min(inputs),
-            max(inputs),
-            " ".join(f"{coefficient:.9g}" for coefficient in coefficients),
-        )
-
-
-def _rule_maker(prepared: Prepared, spec: DitSpec) -> Callable[[], Rule] | None:
-    match prepared.asked.step_cache:
-        case MagCache(ratios, retention, threshold, most_skips):
-            # calibrated from noise on; a video that starts from another has the last of these steps
-            of_steps = resample(ratios, prepared.steps)[prepared.first_step :]
-            return lambda: MagCacheRule(of_steps, retention, threshold, most_skips)
-        case TeaCache(threshold, coefficients):
-            found = coefficients or spec.teacache_coefficients
-            return lambda: TeaCacheRule(threshold, found)
-        case _:
-            return None

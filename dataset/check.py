@@ -12,7 +12,6 @@ from dataset.batches.same_encoders import SameEncoders, describe_identity
 from dataset.cache.files import EMPTY
 from dataset.cache.forms import other_form
 from dataset.cache.store import CacheStore, Stores
-from dataset.caching.caption_files import list_caption_files
 from dataset.caching.existing import LatentNames, names_of
 from dataset.caching.given_tensors import use_moments
 from dataset.caching.planning import (
@@ -20,13 +19,12 @@ from dataset.caching.planning import (
     Recipe,
     SourcePlan,
     complete,
-    latent_index,
     media_table,
     plan_all,
 )
+from dataset.caching.prefetch import decode_ahead
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import decode_ahead
-from dataset.caching.text_plans import KnownTexts, plan_text, text_index
+from dataset.caching.text_plans import TextRecipe, list_caption_files
 from dataset.caching.work import npz_names
 from dataset.checking.captions import Counters, check_captions, load_counters
 from dataset.checking.findings import CheckResult, TableFindings, balance, count_batches, indent
@@ -76,9 +74,8 @@ def check_media(
         is_whole = table.kind == "image" and not encodes_media
         return None if is_whole else family.sections_of(table, frames)
 
-    latent, fps, index = family.latent, family.defaults.fps, latent_index(verify)
-    stores = Stores(npz_names(family))
-    recipe = Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, stores, index)
+    latent, fps, stores = family.latent, family.defaults.fps, Stores(npz_names(family))
+    recipe = Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, stores, verify)
     head, tables = ("Files recognised:", *indent(files)), []
     for table in config.datasets:
         found = find_table(config, table)
@@ -112,20 +109,18 @@ def check_texts(
         encoders = []
     files = [line for _, identity in encoders for line in describe_identity(identity)]
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
+    recipe = TextRecipe(encoders, skip_existing, Stores(npz_names(family)), verify)
     for table in config.datasets:
         found = find_table(config, table)
         found.faults += [Fault(OTHER_FORM, line) for line in other_form(table, family.cache_tag)]
         texts = list_caption_files(found.sources, family.cache_tag)
-        stores = Stores(npz_names(family))
-        store, known = stores.of(table), KnownTexts(stores, text_index(verify))
-        missing: Counter[str] = Counter()
-        for text in texts:
-            missing.update(plan_text(store, text, encoders, skip_existing, known).missing)
+        plans = [plan for plan in map(recipe.plan, texts) if plan is not None]
+        missing = Counter(name for plan in plans for name in plan.missing)
         for encoder, _ in encoders:
             to_do = missing[encoder.name]
             kept = len(texts) - to_do
             found.caches.append(f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding")
-        found.remarks += _store_remarks(store)
+        found.remarks += _store_remarks(recipe.stores.of(table))
         check_captions(found, counters)
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s"
         tables.append(found)

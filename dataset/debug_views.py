@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.batches.changing import changed_caption
+from dataset.batches.captions import changed_caption
+from dataset.caching.prefetch import decode_ahead
 from dataset.caching.reports import CacheReport, Failure
-from dataset.caching.source_jobs import decode_ahead
 from dataset.checking.looks import choose_evenly
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import COLOURS, DebugOptions

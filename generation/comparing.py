@@ -14,25 +14,30 @@ from datetime import datetime
 from itertools import product
 from pathlib import Path
 
-import torch
-
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
-from generation.compare_options import CompareOptions
-from generation.decoding import decode_all
-from generation.dressing import LorasByExpert, dit_loader
-from generation.expert_loras import expert_loras, key_of, option_of, with_loras
-from generation.grids import ClipGrid, Row, write_grids
+from generation.dressing import LorasByExpert, dit_loader, expert_loras, key_of, option_of, with_loras
+from generation.grid_options import CompareOptions
 from generation.growing import preview_path
-from generation.jobs import Denoised, GenerationJob, GenerationRun, tell_unused_sources
-from generation.making import Networks, Ready, denoise_all, encode_all_inputs, make_job
+from generation.making import (
+    Denoised,
+    GenerationJob,
+    GenerationRun,
+    Networks,
+    Ready,
+    decode_all,
+    denoise_all,
+    encode_all_inputs,
+    make_job,
+    tell_unused_sources,
+)
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, own_stem, words_of
-from generation.preset import leave_out_missing
 from generation.progress import in_short, name_model
 from generation.prompt_lines import read_generation_lines
-from generation.run import check_models, make_session
+from generation.run import check_models, explain_lack, jobs_of_lines, leave_out_missing, make_session
 from generation.session import wanted_texts
+from generation.sheets import ClipGrid, Row, write_grids
 from modules.atomic_write import make_folder
 from modules.checkpoints.latents import load_latents
 from modules.command import as_typed
@@ -44,7 +49,7 @@ from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.errors import OptionError, UserError
 from modules.media.tags import read_tags
 from modules.planning.device_memory import peak_in_words
-from modules.planning.memory_plan import room_on, too_little
+from modules.planning.memory_plan import room_on
 from networks.apply import OriginalWeights
 from networks.uses import LoraUse
 
@@ -72,16 +77,10 @@ class Variant:
 Cell = tuple[GenerationJob, GenerationJob]  # a prompt, and its clip in one column
 
 
+@explain_lack("Finished clips are kept: the same command goes on.")
 def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -> None:
     """Make all clips that are missing, then the grids. Raises UserError."""
     _check(options)
-    try:
-        _compare(family, options, asked)
-    except torch.OutOfMemoryError as error:
-        raise too_little(error, "Finished clips are kept: the same command goes on.") from error
-
-
-def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) -> None:
     start, device = time.monotonic(), choose_device(options.device)
     options = leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)
@@ -95,8 +94,13 @@ def _compare(family: Family, options: GenerationOptions, asked: CompareOptions) 
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = make_session(family, options, dit_loader(family, (), device, options), keep=False)
     run = GenerationRun(family, options, session, predicted)
-    jobs = _make_jobs(run)
-    tell_unused_sources(options.request.source, jobs)
+    if options.from_file is None:
+        jobs = [make_job(run, "the prompt", {})]
+        tell_unused_sources(options.request.source, jobs)
+    else:
+        lines, failures = read_generation_lines(options.from_file), Failures()
+        jobs = jobs_of_lines(run, options.from_file, lines, failures)
+        failures.raise_if_any(len(lines))
     check_models(run)
     run = run.with_previews()
     make_folder(options.output.save_path, "--save_path")
@@ -169,21 +173,6 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _make_jobs(run: GenerationRun) -> list[GenerationJob]:
-    """Return the jobs of all prompts. Raises UserError listing all lines that cannot be made."""
-    if run.options.from_file is None:
-        return [make_job(run, "the prompt", {})]
-    failures, jobs = Failures(), []
-    lines = read_generation_lines(run.options.from_file)
-    for number, line in lines:
-        with failures.note_errors(f"line {number}"):
-            jobs.append(make_job(run, f"line {number}", run.read_line(line)))
-    failures.raise_if_any(len(lines))
-    if not jobs:
-        raise UserError(f"--from_file {run.options.from_file}: there is no prompt in it")
-    return jobs
-
-
 def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: int) -> GenerationJob:
     """Return the job of a prompt in a column, with its name: line, seed and column.
 
@@ -195,14 +184,10 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
     column = words_of(variant.label.replace(".", "_")) or "lora"
     mark = hashlib.sha256(f"{variant.label} {' '.join(variant.sha256.values())}".encode()).hexdigest()[:6]
     stem = f"{line:03d}_{job.prepared.seed}_{column}_{mark}"
-    cell = GenerationJob(_label(job, variant), job.prepared, stem, metadata)
+    cell = GenerationJob(f"{job.label}, {variant.label}", job.prepared, stem, metadata)
     while not _is_own(run.options, cell):
         cell = replace(cell, stem=f"{cell.stem}_")
     return cell
-
-
-def _label(job: GenerationJob, variant: Variant) -> str:
-    return f"{job.label}, {variant.label}"
 
 
 def _files(options: GenerationOptions, cell: GenerationJob) -> tuple[Path, Path]:
@@ -218,22 +203,19 @@ def _files(options: GenerationOptions, cell: GenerationJob) -> tuple[Path, Path]
 def _is_own(options: GenerationOptions, cell: GenerationJob) -> bool:
     """Whether files of this name, if there are any, are of this very clip."""
     video, latents = _files(options, cell)
-    own = _own_tags(as_tags(cell.metadata or {}))
+
+    def about_making(tags: Mapping[str, str]) -> dict[str, str]:
+        """Return this program's tags, without the time; videos do not store empty texts."""
+        ours = {name: text for name, text in tags.items() if name.startswith("bt_") and text}
+        return {name: text for name, text in ours.items() if name != f"bt_{CREATED}"}
+
+    own = about_making(as_tags(cell.metadata or {}))
     try:
-        if video.exists() and _own_tags(read_tags(video)) != own:
+        if video.exists() and about_making(read_tags(video)) != own:
             return False
-        return not latents.exists() or _own_tags(load_latents(latents).metadata) == own
+        return not latents.exists() or about_making(load_latents(latents).metadata) == own
     except (UserError, OSError):
         return False  # damaged, or another program's
-
-
-def _own_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return this program's tags about making, without the time; videos do not store empty texts."""
-    return {
-        name: text
-        for name, text in tags.items()
-        if name.startswith("bt_") and text and name != f"bt_{CREATED}"
-    }
 
 
 def denoise_cells(run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[Cell]]]) -> None:
@@ -280,17 +262,17 @@ def networks_with(run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[
 def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str, Path]:
     """Turn latents into clips; latent files stay only with --output_type both. Return all by label."""
     paths = {cell.label: _files(run.options, cell) for cell in cells}
+
+    def read_latents(cell: GenerationJob, path: Path) -> Denoised:
+        stem = str(cell.stem)
+        latents = load_latents(path).latents
+        return Denoised(cell, latents, path, stem, preview_path(path.parent, stem), cell.metadata)
+
     missing = [cell for cell in cells if not paths[cell.label][0].exists()]
     if missing:
-        done = (_read_latents(cell, paths[cell.label][1]) for cell in missing)
+        done = (read_latents(cell, paths[cell.label][1]) for cell in missing)
         decode_all(run, done, Failures(strict=True), are_named=False)
     return {label: video for label, (video, _) in paths.items()}
-
-
-def _read_latents(cell: GenerationJob, path: Path) -> Denoised:
-    stem = str(cell.stem)
-    latents = load_latents(path).latents
-    return Denoised(cell, latents, path, stem, preview_path(path.parent, stem), cell.metadata)
 
 
 def write_grid(
@@ -312,20 +294,17 @@ def write_grid(
             Row(
                 job.prepared.asked.prompt,
                 job.prepared.fps,
-                tuple(paths[_label(job, variant)] for variant in in_row),
+                tuple(paths[f"{job.label}, {variant.label}"] for variant in in_row),
                 f"{job.label}, seed {job.prepared.seed}, {job.prepared.num_steps} steps",
                 strength,
                 tuple(_command(run.family.experts, variant) for variant in in_row),
             )
         )
-    title = in_short(jobs[0].prepared.asked.prompt) if len(jobs) == 1 else ", ".join(_name_runs(columns[1:]))
+    # the trainings that saved the files: x for x-000010 and x-step00000020
+    trainings = dict.fromkeys(re.sub(r"-(step)?\d+$", "", name) for name in columns[1:])
+    title = in_short(jobs[0].prepared.asked.prompt) if len(jobs) == 1 else ", ".join(trainings)
     with own_stem(run.options.output.save_path, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
         return write_grids(run.options.output.save_path, stem, ClipGrid(columns, tuple(rows)), title)
-
-
-def _name_runs(files: Sequence[str]) -> list[str]:
-    """Return the names of the trainings that saved these files: x for x-000010 and x-step00000020."""
-    return list(dict.fromkeys(re.sub(r"-(step)?\d+$", "", name) for name in files))
 
 
 def _command(experts: Sequence[Expert], variant: Variant) -> str:

@@ -1,16 +1,22 @@
-"""THE denoising loop: a solver follows the velocity that guidance makes of the network's passes."""
+"""THE denoising loop, section by section: a solver follows the velocity that guidance makes of the passes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from blissful_tuner.guidance import make_guidance
+from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.step_cache import StepCaches
+from blissful_tuner.video_to_video import noisy_source, part_of
 from modules.contract.data import Conditions
-from modules.contract.family import Passes
+from modules.contract.family import Family, NoiseSource, Passes
+from modules.contract.requests import Prepared
 from modules.contract.steps import (
     NO_TWEAKS,
     DitAt,
+    EncodedPrompts,
     Guidance,
     Predict,
     Section,
@@ -20,7 +26,9 @@ from modules.contract.steps import (
     Tweaks,
     Watcher,
 )
-from modules.flow.solvers import Solver
+from modules.devices import send, send_ahead
+from modules.flow.solvers import Solver, solver_for
+from modules.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -122,3 +130,153 @@ def stack(conditions: Sequence[Conditions]) -> Conditions:
         tensors = [value for value in values if isinstance(value, Tensor)]
         stacked[name] = torch.cat(tensors) if tensors else [item for value in values for item in value]
     return stacked
+
+
+class SeededNoise:
+    """Random generator of one request, continued by every draw.
+
+    By default it runs on the device, and its stream depends on the kind of device. With `cpu_noise` it runs
+    on the CPU: the stream of `torch.manual_seed(seed)`, the same on every machine and in ComfyUI.
+    """
+
+    def __init__(self, seed: int, device: torch.device, cpu_noise: bool = False) -> None:
+        self._device = device
+        self._generator = torch.Generator(device="cpu" if cpu_noise else device).manual_seed(seed)
+
+    def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw standard normal numbers of this shape; they lie on the device."""
+        drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype)
+        return send_ahead(drawn, self._device)  # solvers draw between steps, and must not wait there
+
+
+OnSection = Callable[[Section], None]
+SOURCE = "source_latents"  # among the inputs of section 0: what the whole video starts from
+
+
+def make_latents(
+    family: Family,
+    dit_at: DitAt,
+    prepared: Prepared,
+    prompts: Mapping[int, EncodedPrompts],
+    inputs: Mapping[int, Conditions],
+    device: torch.device,
+    cpu_noise: bool = False,
+    guidance_options: GuidanceOptions = PLAIN_GUIDANCE,
+    watchers: Sequence[Watcher] = (),
+    split: bool = True,
+    on_section: OnSection | None = None,
+) -> Tensor:
+    """Make the latents of one request. Returns B C F H W in model space, float32, on the device.
+
+    prompts, inputs: by section, from `Session.texts` and `session.encode_inputs` (on the CPU). dit_at:
+    timestep -> the network to call; the caller sets evaluation mode and device. watchers, split: see
+    `denoise`. on_section: called before each section is denoised; the network may leave its device meanwhile.
+    """
+    on_cpu = cpu_noise or family.defaults.noise_on_cpu
+    noise = SeededNoise(prepared.seed, device, on_cpu)
+    extra = None
+    if prepared.asked.source is not None and prepared.asked.source.extra_noise:
+        # a stream of its own: however much of it is added, all other noise of a seed stays the same
+        extra = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
+    sections = sections_of(family, prepared, prompts, inputs, noise)
+    caches = StepCaches(prepared, family.dit)
+    try:
+        section = next(sections)
+        while True:
+            if on_section is not None:
+                on_section(section)
+            section = on_device(replace(section, made=None), device)
+            if prepared.slow_frames is not None:
+                slower = Tweaks(slow_frames=prepared.slow_frames)
+                section = replace(section, tweaks=section.tweaks.within(slower))
+            # what a solver draws continues the generator that the section's start came from
+            solver = solver_for(
+                prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, noise.draw
+            )
+            guidance = make_guidance(prepared, guidance_options, family.experts)
+            with caches.section(dit_at) as cached_at:
+                latents = denoise(
+                    family,
+                    cached_at,
+                    section,
+                    start_of(section, solver, prepared, extra),
+                    solver,
+                    guidance,
+                    watchers,
+                    split,
+                )
+            section = sections.send(latents)
+    except StopIteration as end:
+        caches.report()
+        return end.value
+
+
+def sections_of(
+    family: Family,
+    prepared: Prepared,
+    prompts: Mapping[int, EncodedPrompts],
+    inputs: Mapping[int, Conditions],
+    noise: NoiseSource,
+) -> Generator[Section, Tensor, Tensor]:
+    """Yield the family's sections, each with the part of the clean latents (`SOURCE`) that it starts from."""
+    conditions = dict(inputs.get(0, {}))
+    source = conditions.pop(SOURCE, None)
+    if not isinstance(source, Tensor):
+        return (yield from family.sections(prepared, prompts, inputs, noise))
+    sections = family.sections(prepared, prompts, {**inputs, 0: conditions}, noise)
+    try:
+        section = next(sections)
+        while True:
+            section = sections.send((yield replace(section, source=part_of(source, section))))
+    except StopIteration as end:
+        return end.value
+
+
+def start_of(
+    section: Section, solver: Solver, prepared: Prepared, extra: NoiseSource | None = None
+) -> LoopStart:
+    """Begin with noise, or with the section's source at a later step.
+
+    extra: where the noise comes from that --v2v_extra_noise adds; None: none is added.
+    """
+    source = prepared.asked.source
+    if section.source is None or source is None:
+        return LoopStart(section.noise)
+    step = prepared.first_step
+    latents = noisy_source(section.source, section.noise, solver.schedule, step)
+    if extra is not None:
+        latents = latents + source.extra_noise * extra.draw(latents.shape)
+    return LoopStart(latents, step)
+
+
+def on_device(section: Section, device: torch.device) -> Section:
+    """Return the section with all inputs of the network on `device`.
+
+    Conditions that are the same object stay so.
+    """
+    positive = conditions_to(section.positive, device)
+    there = {id(section.positive): positive}
+
+    def moved(conditions: Conditions | None) -> Conditions | None:
+        if conditions is not None and id(conditions) not in there:
+            there[id(conditions)] = conditions_to(conditions, device)
+        return None if conditions is None else there[id(conditions)]
+
+    return replace(
+        section,
+        noise=section.noise.to(device),
+        positive=positive,
+        negative=moved(section.negative),
+        blank=moved(section.blank),
+        source=None if section.source is None else section.source.to(device),
+        given=None if section.given is None else section.given.to(device),
+        away=moved(section.away),
+    )
+
+
+def conditions_to(conditions: Conditions, device: torch.device) -> Conditions:
+    """Move conditions to `device`, except whole numbers, which stay on the host."""
+    return {
+        name: [send(item, device) for item in value] if isinstance(value, list) else send(value, device)
+        for name, value in conditions.items()
+    }

@@ -1,7 +1,9 @@
-"""Load the networks of a generation, and put the options' features around them."""
+"""Load the networks of a generation with their LoRAs, and put the options' features around them."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from generation.experts import Check
 from generation.options import GenerationOptions
 from modules.contract.family import Family
 from modules.contract.loading import Placement
+from modules.contract.rules import HIGH_NOISE, Expert
 from modules.devices import own_stream
 from modules.dressing import dress, swapped_weights
 from modules.errors import OptionError
@@ -17,7 +20,9 @@ from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.offload.turns import HostCopy, HostPlaceOf
 from networks.apply import LoraPatch, OriginalWeights
-from networks.uses import LoraUse
+from networks.names.layouts import FOR_BOTH
+from networks.options import LoraOptions
+from networks.uses import LoraUse, lora_uses
 
 LorasByExpert = Sequence[Sequence[LoraUse]]  # of each of `Family.experts`, in their order
 
@@ -34,10 +39,6 @@ class DitLoader:
     # by expert: notes the weights while they are loaded, in place of merging
     originals: Sequence[OriginalWeights] | None = None
 
-    def __call__(self, expert: int) -> nn.Module:
-        """Load an expert to the device. Raises OptionError."""
-        return self._load(expert, None, None)
-
     def aside(self, expert: int, check: Check) -> tuple[nn.Module, HostCopy]:
         """Load an expert into host memory, with equal weights: they are computed on the device, one by one.
 
@@ -48,10 +49,13 @@ class DitLoader:
             swapped = swapped_weights(self.family.dit, self.options.speed.swap, self.device)
             place = HostPlaceOf(self.device, swapped)
         with own_stream(self.device):
-            dit = self._load(expert, place, check)
+            dit = self(expert, place, check)
             return dit, HostCopy(dit, self.device, place)
 
-    def _load(self, expert: int, place: HostPlaceOf | None, check: Check | None) -> nn.Module:
+    def __call__(
+        self, expert: int, place: HostPlaceOf | None = None, check: Check | None = None
+    ) -> nn.Module:
+        """Load an expert to the device, or as `aside` does. Raises OptionError."""
         family, speed = self.family, self.options.speed
         uses = self.uses[expert] if self.uses else ()
         patch = self.originals[expert] if self.originals else (LoraPatch(uses) if uses else None)
@@ -96,3 +100,95 @@ def check_skipped_layers(layers: frozenset[int], count: int) -> None:
         raise OptionError(
             f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {count - 1}"
         )
+
+
+logger = logging.getLogger(__name__)
+
+# option by the expert whose LoRAs it names; "": the first one's, which may be the only one
+OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
+
+
+def loras_of(options: GenerationOptions) -> dict[str, LoraOptions]:
+    """Return the LoRA options, by expert as `OPTIONS` has them."""
+    return {"": options.lora, HIGH_NOISE: options.experts.loras}
+
+
+def key_of(expert: Expert) -> str:
+    """Return the name under which `OPTIONS` has an expert."""
+    return expert.name if expert.name in OPTIONS else ""
+
+
+def expert_loras(
+    experts: Sequence[Expert], options: GenerationOptions, with_texts: bool = False
+) -> tuple[tuple[LoraUse, ...], ...]:
+    """Return the LoRAs of each expert, in the order of `experts`; warn of those trained for another one.
+
+    with_texts: read their changes of text encoders too.
+
+    A file that holds a LoRA for each is used in both, whichever option names it. Patterns count over all
+    files: those of --lora_weight, then those of --lora_weight_high_noise. Raises OptionError if LoRAs are
+    given for an expert that is not, and as `read_lora`.
+    """
+    by_option = loras_of(options)
+    files = [path for loras in by_option.values() for path in loras.lora_weight or ()]
+    strengths = [strength for loras in by_option.values() for strength in loras.multipliers()]
+    loras_given = LoraOptions(lora_weight=tuple(files) or None, lora_multiplier=tuple(strengths))
+    read = iter(lora_uses(loras_given, options.lora_patterns, with_texts))
+    given = {key: [*islice(read, len(loras.lora_weight or ()))] for key, loras in by_option.items()}
+    keys = [key_of(expert) for expert in experts]
+    for key, uses in given.items():
+        whole = [use for use in uses if not use.lora.parts]
+        if key not in keys and (whole or (key and uses)):
+            dit = f"--dit_{key}" if key else "--dit"
+            instead = (
+                f"use {OPTIONS[keys[0]]}, or add {dit}" if keys[0] else "add it, or leave the option out"
+            )
+            raise OptionError(f"{OPTIONS[key]} is for {dit}, which is not given: {instead}")
+    for key, uses in given.items():
+        for use in uses:  # trained in all experts, and given to some of them only
+            missing = [
+                OPTIONS[other]
+                for other in keys
+                if other != key and use.lora.path not in {one.lora.path for one in given[other]}
+            ]
+            if use.lora.expert == FOR_BOTH and missing:
+                logger.warning(
+                    "%s was trained for both experts and is used in one of them: give it to %s too",
+                    use.lora.path,
+                    " and ".join(missing),
+                )
+    found = []
+    for expert, key in zip(experts, keys, strict=True):
+        paths = {use.lora.path for use in given[key]}
+        others = [use for other, uses in given.items() if other != key for use in uses]
+        shared = [use for use in others if use.lora.parts and use.lora.path not in paths]
+        found.append(tuple(use.for_expert(expert.name) for use in (*given[key], *shared)))
+    return tuple(found)
+
+
+def with_loras(
+    options: GenerationOptions, experts: Sequence[Expert], uses: Sequence[Sequence[LoraUse]]
+) -> GenerationOptions:
+    """Return the options that ask for these LoRAs. uses: by expert."""
+    by_key = {key_of(expert): of_expert for expert, of_expert in zip(experts, uses, strict=True)}
+
+    def files(key: str) -> LoraOptions:
+        found = by_key.get(key, ())
+        return LoraOptions(
+            lora_weight=tuple(use.lora.path for use in found) or None,
+            lora_multiplier=tuple(use.multiplier for use in found),
+        )
+
+    high = files(HIGH_NOISE)
+    of_experts = replace(
+        options.experts,
+        lora_weight_high_noise=high.lora_weight,
+        lora_multiplier_high_noise=high.lora_multiplier,
+    )
+    return replace(options, lora=files(""), experts=of_experts)
+
+
+def option_of(expert: Expert) -> tuple[str, str]:
+    """Return the options that give an expert its LoRAs and their strengths."""
+    weight = OPTIONS[key_of(expert)]
+    return weight, weight.replace("weight", "multiplier")

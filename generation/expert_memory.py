@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from operator import sub
 
 from generation.experts import TurnRules, plan_turns
+from generation.grid_options import cells_of
 from generation.options import GenerationOptions
 from generation.prompt_lines import parse_generation_line, read_generation_lines
 from generation.request import prepare_line
 from generation.session import needs_media
-from generation.sheet_options import cells_of
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
 from modules.errors import OptionError, UserError

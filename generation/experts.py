@@ -163,7 +163,7 @@ class DitTurns:
         self._plan, self._place = plan, 0
         try:
             self._bring(plan[0] if plan else noisiest(self.experts))
-            yield self._at
+            yield lambda timestep: self._bring(expert_at(timestep, self.experts))
         finally:  # also where Ctrl-C comes in the middle of a move
             self._end_ahead()
             if not self.rules.keep:
@@ -198,15 +198,13 @@ class DitTurns:
             for dit, copy in working:
                 _come(dit, copy, self.device)
 
-    def _at(self, timestep: float) -> nn.Module:
-        return self._bring(expert_at(timestep, self.experts))
-
     def _bring(self, expert: int) -> nn.Module:
         """Put an expert on the device, and look ahead.
 
         Those that are there make room first, unless the device has room for them too.
         """
-        self._follow_plan(expert)
+        later = range(self._place, len(self._plan))  # skipped parts of the plan have failed or ended early
+        self._place = next((place for place in later if self._plan[place] == expert), self._place)
         if expert not in self._working:
             self._take_ahead(expert)
             for other in [*self._working]:
@@ -227,15 +225,6 @@ class DitTurns:
             self._look_ahead(expert)
         return self._dits[expert]
 
-    def _follow_plan(self, expert: int) -> None:
-        """Note that an expert works now. Skipped parts of the plan have failed or ended early."""
-        later = range(self._place, len(self._plan))
-        self._place = next((place for place in later if self._plan[place] == expert), self._place)
-
-    def _comes_again(self, expert: int) -> bool:
-        """Whether an expert may be needed after another one has worked."""
-        return self.rules.keep or not self._plan or expert in self._plan[self._place :]
-
     def _may_stay(self, working: int, coming: int) -> bool:
         """Whether an expert that works may stay on the device beside one that comes, which is as large."""
         if self.rules.lazy:
@@ -252,7 +241,8 @@ class DitTurns:
 
     def _put_away(self, expert: int) -> None:
         """Have an expert wait in host memory, or free it if it need not or cannot."""
-        if self.rules.lazy or not self._comes_again(expert):
+        comes_again = self.rules.keep or not self._plan or expert in self._plan[self._place :]
+        if self.rules.lazy or not comes_again:
             self._free(expert)
             return
         dit, copy = self._dits[expert], self._copies.get(expert)

@@ -1,10 +1,10 @@
-"""Make the videos of one or more jobs: texts, images, denoising, pixels, each for all before the next."""
+"""Make the videos of jobs: texts, images, denoising, pixels, each for all before the next."""
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,126 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import has_batches
-from blissful_tuner.latent_preview import preview_clip
-from blissful_tuner.metadata import as_tags
-from blissful_tuner.prompt_rewrite import rewrite_prompts
-from generation.decoding import check_made, decode_all
-from generation.growing import grow_preview, preview_path
-from generation.jobs import Denoised, GenerationJob, GenerationRun
-from generation.output_options import OutputOptions
+from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
+from blissful_tuner.metadata import as_tags, frame_rate_in, output_metadata, read_decoded_metadata, seed_in
+from blissful_tuner.prompt_rewrite import PromptRewriter, rewrite_prompts
+from blissful_tuner.video_to_video_options import SourceOptions
+from generation.denoise import OnSection, make_latents
+from generation.dressing import loras_of
+from generation.growing import grow_preview, name_preview_on_failure, preview_path, remove_preview
+from generation.memory import Peaks
+from generation.options import GenerationOptions
 from generation.outputs import (
     LATENT_SUFFIX,
+    FrameTools,
     free_stem,
+    name_job,
     output_stem,
     own_stem,
-    released_stem,
     save_latents,
-    time_stem,
+    save_pixels,
 )
 from generation.progress import Bars, Queue, show_end, show_start
+from generation.prompt_lines import parse_generation_line
 from generation.request import prepare_line
-from generation.sections import OnSection, make_latents
-from generation.session import CPU, NO_ENCODERS, encode_inputs, needs_media, wanted_texts
+from generation.session import CPU, NO_ENCODERS, Session, encode_inputs, needs_media, wanted_texts
 from modules.atomic_write import make_folder
-from modules.contract.data import Conditions
+from modules.bars import FRAMES, track
+from modules.checkpoints.finite import is_finite
+from modules.checkpoints.latents import SavedLatents, load_latents
+from modules.contract.data import Conditions, MediaEncoders
+from modules.contract.family import Family
+from modules.contract.requests import Prepared
 from modules.contract.steps import DitAt, EncodedPrompts, Section, Watcher
 from modules.devices import Failures, free_memory
+from modules.errors import CheckpointError, UserError
 from modules.planning.memory_plan import comparison
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """One request to generate; `label` names it in messages ("line 3")."""
+
+    label: str
+    prepared: Prepared
+    stem: str | None = None  # of its files; None: the time, the seed and what the options add
+    metadata: Mapping[str, str] | None = None  # None: as the run says
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Latents of a job (1 C F H W, on the CPU), also kept in a file until its pixels are written."""
+
+    job: GenerationJob
+    latents: Tensor
+    latent_path: Path
+    stem: str
+    preview: Path  # of the video while it was made, if there is one
+    metadata: Mapping[str, str] | None  # of all files of the job: None with --no_metadata
+
+
+@dataclass(frozen=True)
+class GenerationRun:
+    """Family, options and session that every mode works with."""
+
+    family: Family
+    options: GenerationOptions
+    session: Session
+    predicted: Peaks | None = None  # where it is known
+    rewriter: PromptRewriter | None = None
+    previews: LatentPreviews | None = None
+    post: FrameTools | None = None  # what decoded frames go through
+    now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
+
+    def with_previews(self) -> "GenerationRun":
+        """Return the same with the previews that the options ask for. Loads a decoder of 20 MB for them."""
+        session, options = self.session, self.options
+        made = make_previews(
+            options.preview,
+            self.family.latent,
+            options.output.save_path,
+            session.device,
+            session.dit_can_stay,
+        )
+        return replace(self, previews=made)
+
+    def metadata(self, prepared: Prepared) -> Mapping[str, str] | None:
+        """Return the metadata of an output; None with --no_metadata."""
+        if self.options.output.no_metadata:
+            return None
+        return output_metadata(
+            prepared,
+            self.family.metadata,
+            self.loras,
+            self.options.settings,
+            self.session.device.type,
+            self.now(),
+            self.family.experts,
+        )
+
+    @property
+    def loras(self) -> dict[str, list[tuple[str, float]]]:
+        """Return the file name and the strength of each LoRA, by expert as `loras_of` names them."""
+        return {
+            expert: [
+                (path.name, strength)
+                for path, strength in zip(lora.lora_weight or (), lora.multipliers(), strict=True)
+            ]
+            for expert, lora in loras_of(self.options).items()
+        }
+
+    def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
+        """Parse a prompt line. where: names it in warnings. Raises OptionError."""
+        return parse_generation_line(line, self.options.line_options, where)
+
+
+def tell_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
+    """Warn of options of video-to-video that no job uses."""
+    used = {job.prepared.asked.source.option for job in jobs if job.prepared.asked.source is not None}
+    for given, needed in options.unused(used).items():
+        logger.warning("%s is ignored because %s is not given", given, needed)
 
 
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
@@ -130,12 +223,14 @@ def denoise_all(
 
     networks: with their jobs, in the order of `ready`; None: one network makes all.
     """
-    queue = Queue([job.prepared for job, _, _ in ready])
+    output, queue = run.options.output, Queue([job.prepared for job, _, _ in ready])
     for of_network, dit_at in networks or _one_network(run, ready):
         for job, texts, inputs in of_network:
             with failures.note_errors(job.label):
                 queue.begin(job.label)
-                with _stem_of(run.options.output, job) as stem:
+                now, seed, prompt = datetime.now(), job.prepared.seed, job.prepared.asked.prompt
+                stem_of = own_stem(output.save_path, name_job(output, now, seed, prompt))
+                with stem_of if job.stem is None else nullcontext(job.stem) as stem:
                     with watch(run, job, stem) as (watchers, on_section):
                         latents = make_latents(
                             run.family,
@@ -150,7 +245,12 @@ def denoise_all(
                             run.options.splits_guidance,
                             on_section,
                         ).to(CPU)
-                    check_made(latents)
+                    if not bool(is_finite(latents)):
+                        raise UserError(
+                            "What the model made is NaN or infinite: nothing would be seen, and nothing is "
+                            "written. Usual causes: --dit_dtype float16 (give bfloat16), a LoRA whose "
+                            "training diverged, a strength or a guidance that is far too high"
+                        )
                     done = keep_latents(run, job, latents, stem)
                 yield done
 
@@ -158,17 +258,6 @@ def denoise_all(
 def _one_network(run: GenerationRun, ready: Sequence[Ready]) -> Networks:
     with run.session.dit([job.prepared for job, _, _ in ready]) as dit_at:
         yield ready, dit_at
-
-
-def _stem_of(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
-    """Return a block with the stem of a job's files, reserved unless the job names it."""
-    if job.stem is not None:
-        return nullcontext(job.stem)
-    now, prompt, seed = datetime.now(), job.prepared.asked.prompt, job.prepared.seed
-    stem = output_stem(now, seed, prompt=prompt if output.prompt_in_name else "")
-    if output.naming:
-        stem = released_stem(now, seed, prompt) if output.naming == "released" else time_stem(now)
-    return own_stem(output.save_path, stem)
 
 
 @contextmanager
@@ -179,7 +268,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
     shown_from = run.options.guidance.scaled_steps
-    tags = as_tags(run.metadata_of(job) or {})
+    tags = as_tags(job.metadata or run.metadata(prepared) or {})
     hides = run.post is not None and run.post.hides
     with (
         grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
@@ -204,13 +293,104 @@ def keep_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: 
 
     The preview keeps its name.
     """
-    preview = preview_path(run.options.output.save_path, stem)
-    stem = free_stem(run.options.output.save_path, stem, [LATENT_SUFFIX])
-    path = run.options.output.save_path / f"{stem}{LATENT_SUFFIX}"
-    metadata = run.metadata_of(job)
+    output = run.options.output
+    preview = preview_path(output.save_path, stem)
+    stem = free_stem(output.save_path, stem, [LATENT_SUFFIX])
+    path = output.save_path / f"{stem}{LATENT_SUFFIX}"
+    metadata = job.metadata or run.metadata(job.prepared)
     save_latents(path, latents, metadata)
-    if run.options.output.keeps_latents:
-        logger.info("Latents: %s", path)
-    else:
-        logger.info("Latents: %s, kept until they are decoded", path)
+    logger.info("Latents: %s%s", path, "" if output.keeps_latents else ", kept until they are decoded")
     return Denoised(job, latents, path, stem, preview, metadata)
+
+
+def decode_all(
+    run: GenerationRun, done: Iterable[Denoised], failures: Failures, are_named: bool
+) -> dict[str, Path]:
+    """Turn latents into videos or images and return their paths by the labels of their jobs.
+
+    Latent files and previews that are not part of the result are then removed. are_named: log each path.
+    """
+    output = run.options.output
+    paths: dict[str, Path] = {}
+    with run.session.media(images=False, again=False) as encoders:
+        for one in done:
+            with failures.note_errors(one.job.label), name_preview_on_failure(one.preview):
+                try:
+                    chunks = decode(run.family, encoders, one.latents)
+                    path = save_pixels(output, one.stem, chunks, one.job.prepared.fps, one.metadata, run.post)
+                except UserError as error:
+                    said = f"the latents are kept. --latent_path {one.latent_path} decodes them."
+                    error.args = (f"{error}\n  Nothing is lost: {said}", *error.args[1:])
+                    raise
+                paths[one.job.label] = path
+                if are_named:  # else the last box says it
+                    logger.info("%s: %s", one.job.label, path)
+                remove_preview(one.preview)
+                if not output.keeps_latents:
+                    one.latent_path.unlink(missing_ok=True)
+    return paths
+
+
+def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+    """Decode latents (1 C F h w) to chunks of pixels 1 3 F H W, with a bar over the frames.
+
+    Raises UserError if some are NaN or infinite.
+    """
+    chunks = family.decode(encoders, latents)
+    for pixels in track(chunks, "Decoding", frames_in(family, latents), lambda chunk: chunk.shape[2], FRAMES):
+        if not bool(is_finite(pixels)):
+            raise UserError(
+                "The VAE made values that are NaN or infinite of good latents: nothing would be seen. Give "
+                "--vae_dtype bfloat16 or float32"
+            )
+        yield pixels
+
+
+def frames_in(family: Family, latents: Tensor) -> int:
+    """Return how many frames latents (1 C F h w) are decoded to."""
+    return (latents.shape[2] - 1) * family.latent.stride[0] + 1
+
+
+def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
+    """Decode latent files; their metadata are passed on, with the settings of this decoding."""
+    saved = [check_latents(run.family, path) for path in paths]
+    if run.post is not None:
+        for path, one in zip(paths, saved, strict=True):
+            run.post.check_length(frames_in(run.family, one.latents), f"--latent_path {path}")
+    options, output = run.options, run.options.output
+    failures = Failures(strict=len(paths) == 1)
+    start, results = time.monotonic(), []
+    make_folder(output.save_path, "--save_path")
+    with run.session.media(images=False, again=False) as encoders:
+        for path, one in zip(paths, saved, strict=True):
+            with failures.note_errors(str(path)):
+                fps, usual = options.request.fps, run.family.defaults.fps
+                if fps == usual:  # --fps is not given
+                    fps = frame_rate_in(one.metadata) or usual
+                said = read_decoded_metadata(one.metadata, options.settings, options.decoding_options, fps)
+                metadata = None if output.no_metadata else said
+                with own_stem(
+                    output.save_path, output_stem(datetime.now(), seed_in(one.metadata), path)
+                ) as stem:
+                    chunks = decode(run.family, encoders, one.latents)
+                    results.append(save_pixels(output, stem, chunks, fps, metadata, run.post))
+                    if len(paths) > 1:
+                        logger.info("%s: %s", path, results[-1])
+    if results:
+        show_end(results, time.monotonic() - start, run.session.device, len(failures.reasons))
+    failures.raise_if_any(len(paths))
+
+
+def check_latents(family: Family, path: Path) -> SavedLatents:
+    """Load a latent file. Raises CheckpointError if it is not of this family's latent space."""
+    saved = load_latents(path)
+    _, channels, frames, rows, columns = saved.latents.shape
+    if channels != family.latent.channels:
+        raise CheckpointError(
+            f"--latent_path {path} has {channels} channels, {family.source.who} has {family.latent.channels}",
+            path,
+        )
+    step, vertical, horizontal = family.latent.stride
+    size = columns * horizontal, rows * vertical, (frames - 1) * step + 1
+    logger.info("%s: %d x %d (width x height), %d frame%s", path, *size, "" if size[2] == 1 else "s")
+    return saved

@@ -10,10 +10,9 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance, plan_steps
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
-from generation.denoise import predictor
+from generation.denoise import SeededNoise, on_device, predictor, sections_of
 from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_of, turns_of
 from generation.options import GenerationOptions
-from generation.sections import SeededNoise, on_device, sections_of
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family

@@ -1,6 +1,7 @@
 """Options of the generation scripts that all families share. Standard library only."""
 
 import argparse
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -8,20 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from blissful_tuner.guidance_options import GuidanceOptions
-from blissful_tuner.preview_options import PreviewOptions
-from blissful_tuner.prompt_options import PromptOptions
-from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions
-from blissful_tuner.steadier_options import SteadierOptions
-from blissful_tuner.step_cache_options import StepCacheOptions
-from generation.expert_options import ExpertOptions
-from generation.output_options import OutputOptions
-from generation.post_options import POST, PostOptions
-from generation.preset_options import given_among, use_preset
+from blissful_tuner.options import (
+    PreviewOptions,
+    PromptOptions,
+    PromptRewriteOptions,
+    SteadierOptions,
+    StepCacheOptions,
+)
+from generation.grid_options import Axis, SheetOptions
 from generation.prompt_lines import LineOption
-from generation.request_options import RequestOptions
-from generation.script_options import NO_VIDEOS, OPTIMIZED, ScriptDefaults
-from generation.sheet_options import Axis, SheetOptions
+from generation.request_options import OutputOptions, RequestOptions
+from generation.script_options import NO_VIDEOS, OPTIMIZED, ScriptDefaults, given_among, use_preset
 from modules.errors import OptionError
+from modules.installation import import_own
 from modules.options import (
     NO_PIXELS,
     OF_DECODING,
@@ -39,8 +39,76 @@ from modules.speed_options import GenerationSpeedOptions
 from networks.options import (
     LoraOptions,
     LoraPatternOptions,
+    multipliers_for,
     require_files,
 )
+
+
+class ExpertOptions(Options, title="two experts"):
+    """The LoRAs of the expert for much noise, and how the experts take turns."""
+
+    lora_weight_high_noise: tuple[Path, ...] | None = option(
+        "LoRA files for --dit_high_noise; those of --lora_weight are for --dit. --include_patterns and "
+        "--exclude_patterns count over both: first the files of --lora_weight, then these",
+        facts=OF_REQUEST,
+    )
+    lora_multiplier_high_noise: tuple[float, ...] = option(
+        "strength of each file of --lora_weight_high_noise; missing ones are 1",
+        default=(1.0,),
+        facts=OF_REQUEST,
+    )
+    offload_inactive_dit: bool = option(
+        "keep the expert that does not work in host memory, even if the device has room for both",
+        facts=NO_PIXELS,
+    )
+    lazy_loading: bool = option(
+        "load an expert when its steps begin and free it after them: least host memory, more reading",
+        facts=NO_PIXELS,
+    )
+
+    def __post_init__(self) -> None:
+        files = self.lora_weight_high_noise or ()
+        multipliers_for(files, self.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
+        require_files("--lora_weight_high_noise", files)
+
+    @property
+    def loras(self) -> LoraOptions:
+        """Return the LoRAs of the expert for much noise."""
+        return LoraOptions(
+            lora_weight=self.lora_weight_high_noise, lora_multiplier=self.lora_multiplier_high_noise
+        )
+
+
+POST = "--post"
+
+
+class PostOptions(Options, title="tools for finished videos"):
+    """Tools that work on decoded frames."""
+
+    post: tuple[str, ...] | None = option(
+        "a tool that decoded frames go through before they are written, in one text with its options: "
+        '"upscaler model=x.pth scale=2". The tools: upscaler, GIMMVFI, facefix or yolo_blur; "upscaler '
+        '--help" lists the options of one. May be repeated, or hold several with --then between them. '
+        "Latents and what is recorded of size and rate stay those of the generation, and so does "
+        "NAME_last.png, to continue from, unless a tool hides something (yolo_blur)",
+        action="append",
+        nargs=None,
+        metavar="TOOL ...",
+        facts=OF_DECODING,
+    )
+
+    def __post_init__(self) -> None:
+        _ = self.tools  # raises OptionError
+
+    @functools.cached_property
+    def tools(self) -> Any:
+        """The tools in the order of work, as `post.chain_options.AskedTools`; None without a tool.
+
+        `post` is imported by its name, and only for this option: a training makes samples through these loops
+        and has no use for it.
+        """
+        return import_own("post.chain_options").read_asked(self.post, POST) if self.post else None
+
 
 logger = logging.getLogger(__name__)
 

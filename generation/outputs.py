@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from blissful_tuner.metadata import as_png_texts, as_tags, with_plain_keys
-from generation.output_options import OutputOptions
+from generation.request_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
 from modules.media.encoding import settle_codec
 from modules.media.pixels import frames_of
@@ -72,19 +72,15 @@ def output_stem(when: datetime, seed: int, origin: Path | None = None, prompt: s
     return "_".join(part for part in parts if part)
 
 
-def released_stem(when: datetime, seed: int, prompt: str) -> str:
-    """Name an output as HunyuanVideo's own script does, without characters that some file systems refuse."""
-    told = (
-        re.sub(r'[\x00-\x1f<>:"/\\|?*]', "", prompt)[:100]
-        .encode("utf-8")[:150]
-        .decode("utf-8", errors="ignore")
-    )
-    return f"{when:%Y-%m-%d-%H-%M-%S}_seed{seed}_{told.strip(' .')}"
-
-
-def time_stem(when: datetime) -> str:
-    """Name an output by its time alone, as the image guides' scripts do."""
-    return f"{when:%Y%m%d_%H%M%S}"
+def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
+    """Name a job's output without suffix, as the script names its files."""
+    if output.naming == "time":  # as the image guides' scripts do
+        return f"{when:%Y%m%d_%H%M%S}"
+    if output.naming == "released":  # as HunyuanVideo's own does, but for characters that some disks refuse
+        told = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "", prompt)[:100].encode("utf-8")[:150]
+        said = told.decode("utf-8", errors="ignore").strip(" .")
+        return f"{when:%Y-%m-%d-%H-%M-%S}_seed{seed}_{said}"
+    return output_stem(when, seed, prompt=prompt if output.prompt_in_name else "")
 
 
 def words_of(prompt: str) -> str:

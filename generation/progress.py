@@ -39,14 +39,6 @@ def size_in_words(prepared: Prepared) -> str:
     )
 
 
-def start_in_words(prepared: Prepared) -> str | None:
-    """Return the start of denoising in words; None: noise."""
-    source = prepared.asked.source
-    if source is None:
-        return None
-    return f"{source.path}, the last {prepared.num_steps} of {count_of(prepared.steps, 'step')}"
-
-
 def show_start(
     family: Family,
     requests: Sequence[Prepared],
@@ -63,15 +55,23 @@ def show_start(
     first = requests[0]
     is_one = len(requests) == 1
     free = shutil.disk_usage(folder).free
+    has_names = any(expert.name for expert in family.experts)
+    lines = [
+        f"{name}, strength {strength:g}" + (f", for {expert.replace('_', ' ')}" if expert else "")
+        for expert, files in loras.items()
+        for name, strength in files
+    ]
+    source, steps = first.asked.source, count_of(first.steps, "step")
+    start = None if source is None else f"{source.path}, the last {first.num_steps} of {steps}"
     box: list[Row] = [
         ("model", name_model(family.metadata)),
-        ("experts", "\n".join(experts_in_words(family))),
-        ("LoRAs", "\n".join(loras_in_words(loras))),
+        ("experts", "\n".join(experts_in_words(family)) if has_names else None),
+        ("LoRAs", "\n".join(lines)),
         ("clip", size_in_words(first) if is_one else None),
         ("clips", None if is_one else f"{len(requests)}; the first: {size_in_words(first)}"),
-        ("turns", turns_in_words(family, first)),
+        ("turns", turns_in_words(family, first) if has_names else None),
         ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_one else None),
-        ("from", start_in_words(first) if is_one else None),
+        ("from", start if is_one else None),
         ("device", str(device)),
         ("disk", f"latents {as_size(FLOAT_BYTES * sum(map(prod, sizes)))}; {as_size(free)} free"),
         ("folder", str(folder)),
@@ -94,10 +94,8 @@ def experts_in_words(family: Family) -> list[str]:
     return lines
 
 
-def turns_in_words(family: Family, prepared: Prepared) -> str | None:
-    """Return how many steps each expert makes, in their order; None if no expert has a name."""
-    if not any(expert.name for expert in family.experts):
-        return None
+def turns_in_words(family: Family, prepared: Prepared) -> str:
+    """Return how many steps each expert makes, in their order."""
     runs = [
         (family.experts[expert], len([*run])) for expert, run in groupby(experts_by_step(family, prepared))
     ]
@@ -105,15 +103,6 @@ def turns_in_words(family: Family, prepared: Prepared) -> str | None:
     start = "" if prepared.num_steps == prepared.steps else f", the last {prepared.num_steps} of them"
     steps = count_of(prepared.steps, "step")
     return f"{prepared.solver} grid, shift {prepared.flow_shift:g}, {steps}{start}: {shares}"
-
-
-def loras_in_words(loras: Mapping[str, Sequence[tuple[str, float]]]) -> list[str]:
-    """Return a line for each LoRA: file name, strength, and the expert that it is for if that has a name."""
-    return [
-        f"{name}, strength {strength:g}" + (f", for {expert.replace('_', ' ')}" if expert else "")
-        for expert, files in loras.items()
-        for name, strength in files
-    ]
 
 
 def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed: int = 0) -> None:

@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blissful_tuner.guidance_checks import check_guidance
-from blissful_tuner.prompt_options import PLAIN_PROMPTS, PromptOptions
-from blissful_tuner.prompt_weights import weigh_all
-from blissful_tuner.riflex import slow_frames
-from blissful_tuner.step_cache import check_step_cache, choose_step_cache, line_settings
+from blissful_tuner.guidance import check_guidance
+from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
+from blissful_tuner.prompt_syntax import expand_texts, weigh_all
+from blissful_tuner.step_cache import check_step_cache, choose_step_cache
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
-from blissful_tuner.wildcards import expand_texts
 from generation.options import GenerationOptions
 from generation.prompt_lines import SEED_BITS, text_to_seed
 from generation.request_options import SOLVERS, RequestOptions
@@ -22,9 +20,30 @@ from modules.contract.family import Family
 from modules.contract.requests import Prepared, Request, check_opens, check_values
 from modules.contract.rules import HIGH_NOISE, SOURCES, Source
 from modules.errors import OptionError
+from modules.layers.rope import Slow
 from modules.option_values import to_path
 
 logger = logging.getLogger(__name__)
+
+TURN = 0.9  # of a whole one that the frequency makes in the length of the video
+
+
+def slow_frames(options: SteadierOptions, frames: int) -> Slow | None:
+    """Return the frequency that a video of so many frames needs slowed down: TURN * 2 pi / frames.
+
+    None if the option is off, or if the video is not longer than those trained on.
+    """
+    if options.riflex_index == 0:
+        return None
+    if frames <= options.riflex_beyond:
+        logger.warning(
+            "--riflex_index %d is ignored because the video has %d frames: it is for more than %d",
+            options.riflex_index,
+            frames,
+            options.riflex_beyond,
+        )
+        return None
+    return Slow(options.riflex_index - 1, frames / TURN)
 
 
 def draw_seed() -> int:
@@ -73,6 +92,15 @@ def make_request(
 
     typed: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
     texts = expand_texts(typed, prompts, seed)
+    solver = line.get("sample_solver", options.sample_solver)
+    if solver not in SOLVERS:
+        raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(SOLVERS)}")
+    extra = {}  # settings that only the family reads, as text; of a list an entry a line
+    for name, (key, given) in options.extras.items():
+        value = line.get(name, given)
+        text = "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        if value is not None and text:
+            extra[key] = text
     high_noise = line.get("guidance_scale_high_noise", options.guidance_scale_high_noise)
     request = Request(
         prompt=texts["prompt"] or "",
@@ -85,7 +113,7 @@ def make_request(
         expert_guidance={} if high_noise is None else {HIGH_NOISE: high_noise},
         embedded_guidance=line.get("embedded_cfg_scale", options.embedded_guidance),
         flow_shift=line.get("flow_shift", options.flow_shift),
-        solver=_solver_of(line.get("sample_solver", options.sample_solver)),
+        solver=SOLVERS[solver],
         fps=line.get("fps", options.fps),
         negative_prompt=texts["negative_prompt"] or None,
         away_prompt=texts["nag_prompt"] or None,
@@ -95,7 +123,7 @@ def make_request(
         end_image_path=path("end_image_path"),
         control_path=path("control_path"),
         source=_source(options.source, line),
-        extra=_extra(options, line),
+        extra=extra,
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
         typed={name: text for name, text in typed.items() if text is not None and text != texts[name]},
     )
@@ -127,25 +155,13 @@ def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
     return replace(source, extra_noise=getattr(options, source.extra_option) or 0.0)
 
 
-def _extra(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
-    """Return settings that only the family reads, as text; of a list an entry a line."""
-    extra = {}
-    for name, (key, given) in options.extras.items():
-        value = line.get(name, given)
-        text = "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        if value is not None and text:
-            extra[key] = text
-    return extra
-
-
 def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:
     """Prepare the request of the command line, or of a prompt line on top of it. Loads no network.
 
     Raises UserError for impossible ones.
     """
-    says = line_settings(options.step_cache, overrides)
+    step_cache, says = choose_step_cache(options.step_cache, overrides)
     request = make_request(options.request, overrides, options.prompts)
-    step_cache = choose_step_cache(options.step_cache, says)
     request = replace(request, step_cache=step_cache, settings={**request.settings, **says})
     request = check_source(request, family.source, family.latent)
     prepared = begin_late(family.prepare(request), family)
@@ -153,19 +169,8 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
         prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
     check_guidance(prepared, options.guidance)
     check_step_cache(prepared, family.dit)
-    check_media(prepared.asked)
-    return replace(prepared, slow_frames=slow_frames(options.steadier, prepared.frames))
-
-
-def check_media(request: Request) -> None:
-    """Raise OptionError if an image or a control video cannot be opened. Reads headers and a frame."""
     for name, is_image in {"image_path": True, "end_image_path": True, "control_path": False}.items():
-        path = getattr(request, name)
+        path = getattr(prepared.asked, name)
         if path is not None and path.exists():  # which the family has checked
             check_opens(name, path, is_image)
-
-
-def _solver_of(name: str) -> str:
-    if name not in SOLVERS:
-        raise OptionError(f"--sample_solver {name} (in a prompt line): use {', '.join(SOLVERS)}")
-    return SOLVERS[name]
+    return replace(prepared, slow_frames=slow_frames(options.steadier, prepared.frames))

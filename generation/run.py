@@ -1,8 +1,10 @@
 """Modes of a generation script: one prompt, a prompt file, interactive, decode only, save a merged model."""
 
+import contextlib
 import logging
 import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,53 +14,153 @@ import torch
 from blissful_tuner.latent_preview import check_preview
 from blissful_tuner.prompt_rewrite import make_rewriter
 from generation.asking import line_reader
-from generation.decoding import decode_files
-from generation.dressing import DitLoader, LorasByExpert, check_skipped_layers, dit_loader
-from generation.expert_loras import expert_loras
+from generation.dressing import DitLoader, LorasByExpert, check_skipped_layers, dit_loader, expert_loras
 from generation.experts import TurnRules
-from generation.jobs import GenerationRun, tell_unused_sources
-from generation.making import make_job, make_outputs
+from generation.making import (
+    GenerationJob,
+    GenerationRun,
+    decode_files,
+    make_job,
+    make_outputs,
+    tell_unused_sources,
+)
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
-from generation.preset import leave_out_missing
 from generation.prompt_lines import is_blank, read_generation_lines
 from generation.request import seed_of
+from generation.script_options import as_typed
 from generation.session import Session
 from generation.sheets import make_sheets
 from modules.attention.attend import check_backend
+from modules.checkpoints.opening import open_checkpoint
 from modules.command import each_warning_once
 from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError
+from modules.fp8.products import add_product
 from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing
 from modules.planning.memory_plan import room_on, too_little
+from modules.speed_options import GenerationSpeedOptions
 from networks.apply import check_loras_fit
 from networks.merging import merge_into_file
 from networks.text_loras import TextLoras
 
 logger = logging.getLogger(__name__)
 
+FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+Check = Callable[[GenerationSpeedOptions], object]  # raises OptionError
+
+
+def leave_out_missing(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
+    """Turn off the options of --optimized that are unavailable here, each with a warning that says why, and
+    log the rest in one line.
+
+    Options given by name stay: if unavailable, they are an error later.
+    """
+    if not options.speed.by_preset + options.speed.not_by_preset or options.latent_path:
+        return options  # decoding runs no transformer
+    files = family.dit_files  # one that is missing is an error of its own
+
+    def check_attention(speed: GenerationSpeedOptions) -> None:
+        placement = Placement(device, attention=speed.attention.choice)
+        check_backend(placement.attention, device, lambda: family.compute_dtype(placement), training=False)
+
+    checks: dict[str, Check] = {
+        "attn_mode": check_attention,
+        "compile": lambda speed: check_compilation(speed.compilation.choice, device),
+        "fp8_scaled": lambda _: _check_rounding(files, device),
+        "fp8_fast": lambda speed: add_product(speed.fp8.quantisation, device),
+        "fp16_accumulation": lambda _: _check_fp16_sums(device),
+    }
+    speed, left_out = options.speed, []
+    for name in (name for name in checks if name in options.speed.by_preset):
+        try:
+            checks[name](speed)
+        except OptionError as error:
+            logger.warning("--optimized goes without --%s here. %s", name, error)
+            speed = _without(speed, name, has_loras=bool(options.lora.lora_weight))
+            left_out.append(name)
+    logger.info("%s", describe_preset(options, left_out))
+    if not left_out:
+        return options
+    settings: dict[str, Any] = {
+        name: value for name, value in options.settings.items() if name not in left_out
+    }
+    if speed.fp8.fp8 and not options.speed.fp8.fp8:
+        settings["fp8"] = True
+    return replace(options, speed=speed, settings=settings)
+
+
+def describe_preset(options: GenerationOptions, left_out: Sequence[str]) -> str:
+    """Return a line on the options that --optimized sets in this run, leaves out, and has replaced."""
+    speed = options.speed
+    values = dict.fromkeys(speed.by_preset, True) | dict(options.settings)
+    used = [as_typed(values, name) for name in speed.by_preset if name not in left_out]
+    parts = [f"--optimized sets {' '.join(used) or 'nothing'}"]
+    if left_out:
+        names = ", ".join(as_typed(values, name) for name in left_out)
+        parts.append(f"left out, as the warnings above say why: {names}")
+    if speed.not_by_preset:
+        names = ", ".join(f"--{name}" for name in speed.not_by_preset)
+        parts.append(f"left to what you gave: {names}")
+    return "; ".join(parts)
+
+
+def _without(speed: GenerationSpeedOptions, name: str, has_loras: bool) -> GenerationSpeedOptions:
+    speed = replace(speed, by_preset=tuple(one for one in speed.by_preset if one != name))
+    if name == "attn_mode":
+        return replace(speed, attention=replace(speed.attention, attn_mode="torch"))
+    if name == "compile":
+        return replace(speed, compilation=replace(speed.compilation, compile=False))
+    if name == "fp8_scaled":  # a file in fp8 stays as it is, unless a LoRA has to be merged into it
+        is_kept = not has_loras
+        fast = speed.fp8.fp8_fast and is_kept
+        return replace(speed, fp8=replace(speed.fp8, fp8_scaled=False, fp8=is_kept, fp8_fast=fast))
+    if name == "fp8_fast":
+        return replace(speed, fp8=replace(speed.fp8, fp8_fast=False))
+    return replace(speed, fp16_accumulation=False)
+
+
+def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
+    if device.type == "mps":
+        raise OptionError("Apple's GPUs have no numbers of 8 bits.")
+    for path in files:
+        with contextlib.closing(open_checkpoint(path)) as checkpoint:
+            is_rounded = any(info.dtype in FP8_DTYPES for info in checkpoint.tensors.values())
+        if is_rounded:
+            raise OptionError(f"{path} is in fp8 already, and rounding it again would only lose more.")
+
+
+def _check_fp16_sums(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise OptionError(f"It is for matrix products on a CUDA GPU, and this run computes on {device.type}.")
+    if not hasattr(torch.backends.cuda.matmul, "allow_fp16_accumulation"):
+        raise OptionError(f"It needs torch 2.7 or later, and this is {torch.__version__}.")
+
+
 STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the LoRAs
 
 
+@contextlib.contextmanager
+def explain_lack(stays: str) -> Iterator[None]:
+    """Turn a lack of memory in the block into a UserError. stays: what it leaves, and how to go on."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise too_little(error, stays) from error
+
+
+@explain_lack("Finished latents are kept: --latent_path decodes them.")
 def generate(family: Family, options: GenerationOptions) -> None:
     """Run the mode that the options select.
 
     Raises UserError; with --from_file only after all lines that work are generated.
     """
-    try:
-        do(family, options)
-    except torch.OutOfMemoryError as error:
-        raise too_little(error, "Finished latents are kept: --latent_path decodes them.") from error
-
-
-def do(family: Family, options: GenerationOptions) -> None:
-    """Run the mode that the options select; `generate` turns a lack of memory into a UserError."""
     device = choose_device(options.device)
     options = leave_out_missing(family, options, device)
     if options.lycoris:
@@ -214,6 +316,16 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
         failures.raise_if_any(cells, f"{path}: ")
         return
     failures = Failures()
+    jobs = jobs_of_lines(run, path, lines, failures)
+    if jobs:
+        make_outputs(run, jobs, failures)
+    failures.raise_if_any(len(lines), f"{path}: ")
+
+
+def jobs_of_lines(
+    run: GenerationRun, path: Path, lines: Sequence[tuple[int, str]], failures: Failures
+) -> list[GenerationJob]:
+    """Return the jobs of a prompt file's lines that can be made. Raises CheckpointError."""
     jobs = []
     with each_warning_once():
         for number, line in lines:
@@ -222,8 +334,7 @@ def make_from_file(run: GenerationRun, path: Path) -> None:
                 jobs.append(make_job(run, label, run.read_line(line, f"{path}, {label}")))
     if jobs:
         tell_unused_sources(run.options.request.source, jobs)
-        make_outputs(run, jobs, failures)
-    failures.raise_if_any(len(lines), f"{path}: ")
+    return jobs
 
 
 def converse(run: GenerationRun) -> None:

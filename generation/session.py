@@ -16,8 +16,8 @@ from torch import Tensor
 from blissful_tuner.guidance import needs
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import encode_source
+from generation.denoise import SOURCE, conditions_to
 from generation.experts import DitTurns, LoadAside, LoadDit, TurnRules, plan_turns
-from generation.sections import SOURCE, conditions_to
 from modules.bars import track
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family, TextEncoder

@@ -1,43 +1,192 @@
-"""Comparison sheets: one prompt with all values of one or two options, as one labelled picture or video.
+"""Show clips side by side, in rows and columns; comparison sheets of one prompt.
 
-Each cell equals the result of a single run with its values, to the bit, and is saved like it; the sheet is
-drawn from the saved files. All cells of all sheets are one batch: texts and models are loaded once.
+A sheet has all values of one or two options, as one labelled picture or video. Each cell equals the result
+of a single run with its values, to the bit, and is saved like it; the sheet is drawn from the saved files.
+All cells of all sheets are one batch: texts and models are loaded once.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby, islice
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
 from blissful_tuner.metadata import as_png_texts, as_tags
-from generation.grids import LINE, TALLEST, ClipGrid, Row, compose, is_picture, middle_of, play
-from generation.jobs import GenerationJob, GenerationRun, tell_unused_sources
-from generation.making import make_job, make_outputs
+from generation.grid_options import Axis, cells_of
+from generation.making import GenerationJob, GenerationRun, make_job, make_outputs, tell_unused_sources
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
 from generation.request import draw_seed
-from generation.sheet_options import Axis, cells_of
 from modules.command import as_typed, each_warning_once
+from modules.control_codes import escape_control_codes
 from modules.devices import Failures
 from modules.errors import CheckpointError
+from modules.media.reading import Frame, image_suffixes, read_image, video_frames
 from modules.media.writing import write_png, write_video
+from modules.pages.page import embed_clip, write_page
 
 logger = logging.getLogger(__name__)
 
-CELL = 512  # pixels: the longer side of a clip in a sheet, if there is room
+TEMPLATE = Path(__file__).resolve().parent / "compare.html"
+CELL, NARROWEST_CELL, WIDEST = 256, 64, 3840  # pixels: a cell's longer side, and the whole grid
+BACKGROUND, EMPTY = "white", (225, 225, 225)
+HEAD, LINE, FONT_SIZE = 20, 24, 13  # pixels: above columns, above rows, letters
+NARROWEST_COLUMN = 128  # pixels: for its label
+MOST_FRAMES = 2000  # of a clip that are shown
+MOST_PLAYING, TALLEST = 100, 4096  # files open at once and pixels, of the video
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and its clips, one for each column; None: it could not be made."""
+
+    prompt: str
+    fps: float
+    paths: tuple[Path | None, ...]
+    facts: str = ""
+    strength: str = ""
+    commands: tuple[str, ...] = ()  # by column: the options that make the clip with the generation script
+
+
+@dataclass(frozen=True)
+class ClipGrid:
+    """All clips of a comparison."""
+
+    columns: tuple[str, ...]  # their headings
+    rows: tuple[Row, ...]
+    title: str = ""  # a line above the columns
+    cell: int = CELL  # pixels: the longer side of a clip that is not smaller
+
+    @property
+    def made(self) -> list[Path]:
+        """The clips that there are."""
+        return [path for row in self.rows for path in row.paths if path is not None]
+
+
+def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Path]:
+    """Write `stem`.html with that title, .png and, unless all are pictures, .mp4; return the paths."""
+    page, sheet, video = (folder / f"{stem}{suffix}" for suffix in (".html", ".png", ".mp4"))
+    prompts = [
+        {"rows": [(row, [*_cells(grid.columns, row, bool(index))]) for index, row in enumerate(rows)]}
+        for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.facts))
+    ]
+    write_page(page, TEMPLATE, title, {"columns": grid.columns, "prompts": prompts})
+    write_png(sheet, compose(grid, [[middle_of(path) for path in row.paths] for row in grid.rows]))
+    if all(map(is_picture, grid.made)):
+        return [page, sheet]
+    few = max(1, min(MOST_PLAYING // len(grid.columns), TALLEST // (CELL + LINE)))
+    if few < len(grid.rows):
+        logger.warning("%s shows the first %d of %d prompts", video.name, few, len(grid.rows))
+    playing = replace(grid, rows=grid.rows[:few])
+    write_video(video, play(playing), grid.rows[0].fps, crf=18, preset="medium")
+    return [page, sheet, video]
+
+
+def _cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
+    """Yield the cells of a row; the one without LoRA stands in the first row of a prompt only."""
+    for column, path, command in [*zip(columns, row.paths, row.commands, strict=True)][is_lower:]:
+        assert path is not None  # a page shows finished comparisons only
+        clip = embed_clip(list(frames_of(path)), row.fps, f"{column} {row.strength}: {row.prompt}")
+        yield {"clip": clip, "file": path.name, "command": command}
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in image_suffixes()
+
+
+def frames_of(path: Path) -> Iterator[Frame]:
+    """Yield the frames (H W 3) of a clip or of a picture, which has one."""
+    return iter([read_image(path)]) if is_picture(path) else islice(video_frames(path), MOST_FRAMES)
+
+
+def middle_of(path: Path | None) -> Frame | None:
+    """Return the frame in the middle of a clip."""
+    if path is None:
+        return None
+    count = sum(1 for _ in frames_of(path))
+    return next(islice(frames_of(path), count // 2, None))
+
+
+def play(grid: ClipGrid) -> Iterator[Frame]:
+    """Yield frames of all clips side by side; a clip that has ended keeps its last frame."""
+    playing = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
+    shown = [[next(frames, None) for frames in row] for row in playing]
+    while True:
+        yield compose(grid, shown)
+        has_more = False
+        for row, frames_in_row in enumerate(playing):
+            for column, frames in enumerate(frames_in_row):
+                frame = next(frames, None)
+                if frame is not None:
+                    shown[row][column], has_more = frame, True
+        if not has_more:
+            return
+
+
+def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
+    """Return one picture of all frames (rows of columns), with the labels above them.
+
+    Frames may differ in size. A missing one is an empty cell as large as the first that is there.
+    """
+    side = max(NARROWEST_CELL, min(grid.cell, WIDEST // len(grid.columns)))
+    usual = next((_fit(frame, side) for row in frames for frame in row if frame is not None), (side, side))
+    sizes = [[usual if frame is None else _fit(frame, side) for frame in row] for row in frames]
+    width = max(NARROWEST_COLUMN, *(size[0] for row in sizes for size in row))
+    heights = [max(height for _, height in row) for row in sizes]
+    start = HEAD if not grid.title else HEAD + LINE
+    total = start + sum(heights) + LINE * len(heights)
+    whole = width * len(grid.columns)
+    sheet = Image.new("RGB", (whole + whole % 2, total + total % 2), BACKGROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE)
+    _write(draw, font, (0, 0), grid.title, sheet.width)
+    for index, column in enumerate(grid.columns):
+        _write(draw, font, (index * width, start - HEAD), column, width)
+    top = start
+    for row, of_row, sizes_of_row, height in zip(grid.rows, frames, sizes, heights, strict=True):
+        _write(draw, font, (0, top), f"{row.strength} {row.prompt}".strip(), sheet.width)
+        for index, (frame, size) in enumerate(zip(of_row, sizes_of_row, strict=True)):
+            at = index * width, top + LINE
+            if frame is None:
+                sheet.paste(EMPTY, (*at, at[0] + size[0], at[1] + size[1]))
+                _write(draw, font, at, "not made", size[0])
+            else:
+                sheet.paste(Image.fromarray(frame).resize(size, Image.Resampling.BOX), at)
+        top += height + LINE
+    return np.asarray(sheet)
+
+
+def _fit(frame: Frame, side: int) -> tuple[int, int]:
+    """Return the width and height of a frame in its cell; small frames are not enlarged."""
+    height, width = frame.shape[:2]
+    scale = min(1.0, side / max(height, width))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    at: tuple[int, int],
+    text: str,
+    width: int,
+) -> None:
+    """Write one line, cut to a width in pixels."""
+    line = " ".join(escape_control_codes(text[:1000]).split())
+    while line and draw.textlength(line, font) > width - 4:
+        line = line[: min(len(line) - 1, max(1, round(len(line) * width / draw.textlength(line, font))))]
+    draw.text((at[0] + 2, at[1] + 2), line, "black", font)
+
+
+CELL_OF_SHEET = 512  # pixels: the longer side of a clip in a sheet, if there is room
 MOST_OF_TITLE = 300  # characters
 
 Place = tuple[int, int]  # column, row
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """The cells of one prompt line by their places; those that cannot be made are missing."""
-
-    label: str
-    axes: Sequence[Axis]
-    cells: Mapping[Place, GenerationJob]
+Cells = Mapping[Place, GenerationJob]  # of one sheet; those that cannot be made are missing
 
 
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], where: str = "") -> tuple[Failures, int]:
@@ -46,24 +195,25 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], where: str 
     lines: label -> text; None: the command line alone. where: goes before labels in warnings. Returns the
     failures, and the number of cells. Raises CheckpointError if a model file is wrong.
     """
-    failures, sheets = Failures(), []
+    failures, sheets = Failures(), dict[str, Cells]()
     with each_warning_once():
         for label, line in lines.items():
             with failures.note_errors(label, fatal=CheckpointError):
                 values = {} if line is None else run.read_line(line, f"{where}{label}")
-                sheets.append(lay_out(run, label, values, failures))
-    jobs = [job for sheet in sheets for job in sheet.cells.values()]
+                sheets[label] = lay_out(run, label, values, failures)
+    jobs = [job for cells in sheets.values() for job in cells.values()]
+    made: Mapping[str, Path] = {}
     if jobs:
         tell_unused_sources(run.options.request.source, jobs)
-    made = make_outputs(run, jobs, failures) if jobs else {}
-    for sheet in sheets:
-        if any(job.label in made for job in sheet.cells.values()):
-            logger.info("Sheet of %s: %s", sheet.label, write_sheet(run, sheet, made))
-    cells = sum(1 for _ in cells_of(run.options.axes, {}))
-    return failures, cells * len(lines)
+        made = make_outputs(run, jobs, failures)
+    for label, cells in sheets.items():
+        paths = {place: made[job.label] for place, job in cells.items() if job.label in made}
+        if paths:
+            logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
+    return failures, sum(1 for _ in cells_of(run.options.axes, {})) * len(lines)
 
 
-def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures) -> Sheet:
+def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures) -> Cells:
     """Make the jobs of a prompt line's cells. Without any seed all cells have one drawn for the line.
 
     Loads no network. Cells that cannot be made are noted as failures.
@@ -76,20 +226,34 @@ def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures
         with failures.note_errors(name, fatal=CheckpointError):
             column, row = (*place, 0)[:2]
             jobs[column, row] = make_job(run, name, values)
-    return Sheet(label, axes, jobs)
+    return jobs
 
 
-def write_sheet(run: GenerationRun, sheet: Sheet, made: Mapping[str, Path]) -> Path:
+def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> Path:
     """Draw the sheet of finished cells: a PNG if all are pictures, else a video. Returns its path.
 
-    made: files by the labels of their jobs.
+    Rows and columns are labelled with the values of the axes; the prompt is the title, unless it is an axis.
     """
-    output = run.options.output
-    paths = {place: made[job.label] for place, job in sheet.cells.items() if job.label in made}
-    grid = draw_grid(sheet, paths)
-    metadata = {} if output.no_metadata else sheet_metadata(run, sheet, paths)
-    prompt = sheet.cells[next(iter(paths))].prepared.asked.prompt if output.prompt_in_name else ""
-    name = "_".join(part for part in (f"{datetime.now():%Y%m%d-%H%M%S}", "sheet", words_of(prompt)) if part)
+    output, axes = run.options.output, run.options.axes
+    across, down, first = axes[0], axes[1:], cells[next(iter(paths))].prepared
+    rows, columns = len(down[0].texts) if down else 1, len(across.texts)
+    prompt = first.asked.prompt
+    grid = ClipGrid(
+        tuple(_say(across, index) for index in range(columns)),
+        tuple(
+            Row(
+                _say(down[0], row) if down else "",
+                first.fps,
+                tuple(paths.get((column, row)) for column in range(columns)),
+            )
+            for row in range(rows)
+        ),
+        title="" if any(axis.name == "prompt" for axis in axes) else in_short(prompt, MOST_OF_TITLE),
+        cell=min(CELL_OF_SHEET, TALLEST // rows - LINE),
+    )
+    metadata = {} if output.no_metadata else sheet_metadata(run, cells, paths)
+    words = words_of(prompt) if output.prompt_in_name else ""
+    name = "_".join(part for part in (f"{datetime.now():%Y%m%d-%H%M%S}", "sheet", words) if part)
     with own_stem(output.save_path, name) as stem:
         if all(map(is_picture, grid.made)):
             path = output.save_path / f"{stem}.png"
@@ -97,41 +261,19 @@ def write_sheet(run: GenerationRun, sheet: Sheet, made: Mapping[str, Path]) -> P
             write_png(path, compose(grid, pictures), as_png_texts(metadata))
         else:
             path = output.save_path / f"{stem}{output.format.suffix}"
-            write_video(path, play(grid), grid.rows[0].fps, codec=output.format.codec, tags=as_tags(metadata))
+            write_video(path, play(grid), first.fps, codec=output.format.codec, tags=as_tags(metadata))
     return path
 
 
-def draw_grid(sheet: Sheet, paths: Mapping[Place, Path]) -> ClipGrid:
-    """Label rows and columns with the values of the axes; the prompt is the title, unless it is an axis."""
-    across, down = sheet.axes[0], sheet.axes[1:]
-    rows = len(down[0].texts) if down else 1
-    first = sheet.cells[next(iter(paths))].prepared
-    columns = tuple(_say(across, index) for index in range(len(across.texts)))
-    has_prompts = any(axis.name == "prompt" for axis in sheet.axes)
-    return ClipGrid(
-        columns,
-        tuple(
-            Row(
-                _say(down[0], row) if down else "",
-                first.fps,
-                tuple(paths.get((column, row)) for column in range(len(columns))),
-            )
-            for row in range(rows)
-        ),
-        title="" if has_prompts else in_short(first.asked.prompt, MOST_OF_TITLE),
-        cell=min(CELL, TALLEST // rows - LINE),
-    )
-
-
-def sheet_metadata(run: GenerationRun, sheet: Sheet, paths: Mapping[Place, Path]) -> dict[str, str]:
+def sheet_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> dict[str, str]:
     """Return the metadata that all cells share, the axes as --sheet takes them, and the file of each cell."""
-    of_cells = [run.metadata(sheet.cells[place].prepared) or {} for place in paths]
+    of_cells = [run.metadata(cells[place].prepared) or {} for place in paths]
     common = {
         key: text for key, text in of_cells[0].items() if all(other.get(key) == text for other in of_cells)
     }
     common["bt_sheet"] = as_typed(run.options.sheet.sheet or ())
     for (column, row), path in sorted(paths.items(), key=lambda item: item[0][::-1]):
-        places = zip(sheet.axes, (column, row), strict=False)
+        places = zip(run.options.axes, (column, row), strict=False)
         said = ", ".join(_say(axis, index) for axis, index in places)
         common[f"bt_sheet_cell_{row + 1}_{column + 1}"] = f"{path.name}: {said}"
     return common

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.nag import NormalisedGuidance
+from blissful_tuner.guidance_formulas import NormalisedGuidance
 from modules.contract.steps import Away, Tweaks
 from tests.tiny.dits import DITS, TinyDit
 

@@ -16,7 +16,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from generation.compare_options import CompareOptions, expand_patterns, family_of
+from generation.grid_options import CompareOptions, expand_patterns, family_of
 from modules.command import command_line
 from modules.families import WITH_SCRIPTS, identify
 from modules.installation import import_own

@@ -13,14 +13,13 @@ from enum import Enum
 
 import torch
 
-from dataset.batches.live import LiveTable
+from dataset.batches.items import LiveTable
 from dataset.cache.files import parse_latent_name
 from dataset.cache.memory import MemoryStore, SplitStore
 from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, Stores, open_store
-from dataset.caching.loop import cache_media, cache_texts
+from dataset.caching.loop import Share, cache_media, cache_texts, join_processes
 from dataset.caching.planning import Caches
-from dataset.caching.processes import Share, join_processes
 from dataset.caching.reports import CacheReport, conclude
 from dataset.caching.work import EntryPlaces, npz_names
 from dataset.options import CachingInRunOptions, CachingOptions, CheckPageOptions, ShardOptions

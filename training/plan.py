@@ -11,10 +11,9 @@ from accelerate.utils import broadcast_object_list
 
 from dataset.batches.finding import CachingCommands, find_items, require_items
 from dataset.batches.items import TrainingItem
-from dataset.batches.latent_space import check_channels
-from dataset.batches.order import BatchOrder
+from dataset.batches.order import BatchOrder, split_validation
+from dataset.batches.reading import check_channels
 from dataset.batches.same_encoders import SameEncoders
-from dataset.batches.validation_split import split_validation
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.subsets.folders import folders_config
 from modules.compile import check_compilation

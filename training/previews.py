@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dataset.batches.finding import CachingCommands, find_items, require_items
-from dataset.batches.latent_space import check_channels
-from dataset.batches.validation_split import split_validation
+from dataset.batches.order import split_validation
+from dataset.batches.reading import check_channels
 from dataset.caching.reports import conclude
 from dataset.check import check_media, check_training
 from dataset.checking.captions import Counters, load_counters

@@ -6,7 +6,7 @@ import logging
 import math
 from pathlib import Path
 
-from blissful_tuner.preview_options import PreviewOptions
+from blissful_tuner.options import PreviewOptions
 from dataset.options import CheckPageOptions
 from generation.prompt_lines import text_to_seed
 from modules.errors import OptionError

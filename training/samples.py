@@ -14,10 +14,10 @@ from torch import nn
 
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
-from blissful_tuner.preview_options import NO_PREVIEW, PreviewOptions
+from blissful_tuner.options import NO_PREVIEW, PreviewOptions
+from generation.denoise import make_latents
 from generation.prompt_lines import read_all, read_sample_prompts
 from generation.request_options import SOLVERS
-from generation.sections import make_latents
 from generation.session import Session, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family

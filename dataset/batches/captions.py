@@ -1,16 +1,100 @@
-"""Choose which text each sample of a micro-batch is trained with.
+"""Choose which text each sample of a micro-batch is trained with, and change it.
 
-A function of the run's seed, the micro-batch's number in the run and the sample's place in it.
+A function of the seed of the run, the number of the micro-batch in the run and the place of the sample in it:
+all draws come from generators made of these. Captions may be another text each time: parts shuffled or left
+out, wildcards, several lines.
 """
 
+import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dataset.batches.changing import changed_caption, is_dropped
 from dataset.batches.items import TrainingItem
 from dataset.cache.files import EMPTY
+from dataset.sources.captions import add_ends, join_parts, lines_of
+from dataset.subset_records import CaptionChanges
+from dataset.table import DatasetTable
 from modules.seeds import derive_seed
+
+_WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # {{ and }} stand for the braces themselves
+_BRACES = {"{{": "{", "}}": "}"}
+
+
+def changed_caption(
+    caption: str,
+    changes: CaptionChanges,
+    table: DatasetTable,
+    step: int,
+    total_steps: int,
+    generator: random.Random,
+) -> str:
+    """Return the text that a sample is trained with now, if it is not dropped.
+
+    caption: of a source of the table (`MediaSource.caption`). step: from 0. total_steps: of the run, for a
+    warm-up that is a share of it. Which captions are dropped says `choose_captions`.
+    """
+    if not changes.is_raw:  # the source has it as it is trained
+        return caption
+    lines = lines_of(caption) or [""]
+    text = generator.choice(lines) if changes.wildcards else lines[0]
+    text = add_ends(text, table)
+    if changes.wildcards:
+        text = _draw_wildcards(text, generator)
+    if changes.shuffle or changes.warmup_step or changes.part_dropout_rate:
+        text = _change_parts(text, changes, step, total_steps, generator)
+    return join_parts(text, changes)
+
+
+def is_dropped(changes: CaptionChanges, epoch: int) -> bool:
+    """Return whether all captions of an epoch, from 0, are empty: those of every n-th."""
+    every = changes.dropout_every_n_epochs
+    return every > 0 and (epoch + 1) % every == 0
+
+
+def _draw_wildcards(text: str, generator: random.Random) -> str:
+    def draw(found: re.Match[str]) -> str:
+        return _BRACES.get(found[0]) or generator.choice((found[1] or "").split("|"))
+
+    return _WILDCARD.sub(draw, text)
+
+
+def _change_parts(
+    text: str, changes: CaptionChanges, step: int, total_steps: int, generator: random.Random
+) -> str:
+    """Shuffle the parts between those that are fixed; leave out those that come later, or that are drawn."""
+    first, moving, last = _divide(text, changes)
+    moving = moving[: _count_present(len(moving), changes, step, total_steps)]
+    if changes.shuffle:
+        generator.shuffle(moving)
+    rate = changes.part_dropout_rate
+    if rate:
+        moving = [part for part in moving if generator.random() >= rate]
+    return ", ".join([*first, *moving, *last])
+
+
+def _divide(text: str, changes: CaptionChanges) -> tuple[list[str], list[str], list[str]]:
+    """Return the parts that are fixed in front, those that move, and those that are fixed at the end."""
+    if changes.keep_tokens_separator and changes.keep_tokens_separator in text:
+        sections = [_parts(one, changes) for one in text.split(changes.keep_tokens_separator, 2)]
+        first, moving, last = ([part for part in one if part] for one in (*sections, [])[:3])
+        return first, moving, last
+    parts = _parts(text, changes)
+    return parts[: changes.keep_tokens], parts[changes.keep_tokens :], []
+
+
+def _parts(text: str, changes: CaptionChanges) -> list[str]:
+    return [part.strip() for part in text.split(changes.separator)]
+
+
+def _count_present(count: int, changes: CaptionChanges, step: int, total_steps: int) -> int:
+    """Return how many of the moving parts are there yet: from warmup_min, evenly up to all of them."""
+    end = changes.warmup_step
+    end = math.floor(end * total_steps) if end < 1 else end
+    if step >= end:
+        return count
+    return min(count, math.floor(step * (count - changes.warmup_min) / end) + changes.warmup_min)
 
 
 @dataclass(frozen=True)

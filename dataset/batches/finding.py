@@ -11,8 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from dataset.batches.items import ItemFacts, ItemKind, Items, Stems
-from dataset.batches.live import LiveTable
+from dataset.batches.items import ItemFacts, ItemKind, Items, LiveTable, Stems
 from dataset.cache.files import (
     PART,
     SUFFIX,
@@ -111,8 +110,12 @@ def find_items(
             missing_empty.append(table.cache_directory / empty_text_name(cache_tag))
         _keep_with_text(table, column, names, cache_tag, missing, unfinished)
         found.append(column)
+    facts = [one for column in found for one in column.facts]
+    stems = Stems([stem for column in found for stem in column.stems])
+    starts = itertools.accumulate((len(column.facts) for column in found), initial=0)
+    which = [np.array(column.which, np.int32) + start for column, start in zip(found, starts, strict=False)]
     return FoundItems(
-        _join(found),
+        Items(facts, stems, np.concatenate([np.zeros(0, np.int32), *which]).astype(np.int32)),
         tuple(missing),
         tuple(empty),
         tuple(path.with_name(part_name(path.name)) for path in unfinished),
@@ -134,7 +137,10 @@ def _keep_with_text(
     end = text_file_name("", cache_tag)
     texts = {name for name in names if name.endswith(end)}
     parts = [name.removesuffix(PART) for name in names if name.endswith(PART)]
-    unfinished.update(dict.fromkeys(_unfinished_more(table, parts, cache_tag)))
+    for name in parts:  # of further captions and of the empty prompt, if the table uses these
+        is_further = table.multi_caption and parse_more_text_name(name, cache_tag) is not None
+        if is_further or (table.drops_captions and name == empty_text_name(cache_tag)):
+            unfinished[table.cache_directory / name] = None
     has_text = [stem + end in texts for stem in column.stems]
     if parts or not all(has_text):
         without = set(parts)
@@ -216,28 +222,6 @@ class _Column:
         keys = [(stem, of_facts[number]) for stem, number in zip(self.stems, self.which, strict=True)]
         parts = Counter(keys)
         self.set("parts", (parts[key] for key in keys))
-
-
-def _join(columns: Sequence[_Column]) -> Items:
-    """Return the items of all tables."""
-    facts = [one for column in columns for one in column.facts]
-    stems = Stems([stem for column in columns for stem in column.stems])
-    starts = itertools.accumulate((len(column.facts) for column in columns), initial=0)
-    which = [np.array(column.which, np.int32) + start for column, start in zip(columns, starts, strict=False)]
-    return Items(facts, stems, np.concatenate([np.zeros(0, np.int32), *which]).astype(np.int32))
-
-
-def _unfinished_more(table: DatasetTable, finished: Iterable[str], tag: str) -> list[Path]:
-    """Return the unfinished files of further captions and of the empty prompt, if the table uses these.
-
-    finished: the names that unfinished files will have.
-    """
-    return [
-        table.cache_directory / name
-        for name in finished
-        if (table.multi_caption and parse_more_text_name(name, tag) is not None)
-        or (table.drops_captions and name == empty_text_name(tag))
-    ]
 
 
 def _table_items(table: DatasetTable, names: Collection[str], kind: ItemKind, latent: LatentSpec) -> _Column:
@@ -331,7 +315,3 @@ def _others_in(table: DatasetTable) -> str:
         if other is None
         else f" of {table.kind}s for this model: {other} is for another model, or of something else"
     )
-
-
-def _join_sides(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape))

@@ -1,6 +1,10 @@
-"""Order of batches: a function of the items' names and a seed."""
+"""Order of batches: a function of the names of the items and a seed; which items are validated on."""
 
+import dataclasses
+import hashlib
+import itertools
 import logging
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import overload
@@ -9,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset.batches.items import Items, Places, TrainingItem
+from dataset.config import DatasetTable
+from dataset.subset_records import NO_AUGMENTATION
 from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -62,9 +68,19 @@ class BatchOrder:
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
         self._seed = seed
-        self._items = _sorted(Items.of(items))
+        unsorted = Items.of(items)
+        keys = unsorted.keys()
+        order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int32)
+        tables = np.array([facts.table.index for facts in unsorted.facts], np.int32)[unsorted.numbers[order]]
+        self._items = unsorted.take(order[np.argsort(tables, kind="stable")])  # by table and key
         repeats = count_repeats(self._items)
-        self._warn_unused(repeats)
+        unused = int((repeats == 0).sum())
+        if unused:
+            logger.warning(
+                "%d regularisation images are not used because fewer other pictures are trained in an epoch. "
+                "More num_repeats of those would use more.",
+                unused,
+            )
         self._buckets = {
             key: (self._items[int(places[0])].table.batch_size, _repeat(places, repeats[places]))
             for key, places in self._items.groups().items()
@@ -76,15 +92,6 @@ class BatchOrder:
         self.num_batches = sum(-(-count // size) for count, size in sizes)
         self._last: tuple[int, EpochBatches] | None = None
 
-    def _warn_unused(self, repeats: NDArray[np.int64]) -> None:
-        unused = int((repeats == 0).sum())
-        if unused:
-            logger.warning(
-                "%d regularisation images are not used because fewer other pictures are trained in an epoch. "
-                "More num_repeats of those would use more.",
-                unused,
-            )
-
     @property
     def learning_keys(self) -> list[str]:
         """Return the settings of tables that change the run but not its items, in words."""
@@ -95,13 +102,11 @@ class BatchOrder:
         ]
 
     def epoch(self, number: int) -> EpochBatches:
-        """Return the batches of an epoch in order. number: from 0. The last one asked for is remembered."""
-        if self._last is None or self._last[0] != number:
-            self._last = number, self._order(number)
-        return self._last[1]
-
-    def _order(self, number: int) -> EpochBatches:
-        """Shuffle as a list of all items, then a list of all batches, would be."""
+        """Return the batches of an epoch in order, shuffled as a list of all items, then one of all batches,
+        would be. number: from 0. The last one asked for is remembered.
+        """
+        if self._last is not None and self._last[0] == number:
+            return self._last[1]
         draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
         places: list[Places] = [np.zeros(0, np.int32)]
         sizes = [np.zeros(0, np.int64)]
@@ -117,7 +122,8 @@ class BatchOrder:
         np.cumsum(size[order], out=starts[1:])
         # item i of a batch that now begins at s, and began at b before, was at b + i - s
         was = np.repeat(before[order] - starts[:-1], size[order]) + np.arange(starts[-1])
-        return EpochBatches(self._items, np.concatenate(places)[was], starts)
+        self._last = number, EpochBatches(self._items, np.concatenate(places)[was], starts)
+        return self._last[1]
 
 
 def count_repeats(items: Items) -> NDArray[np.int64]:
@@ -177,9 +183,75 @@ def _shuffled(count: int, draw_bits: Callable[[int], int]) -> Places:
     return np.array(numbers, np.int32)
 
 
-def _sorted(items: Items) -> Items:
-    """Return the items by table and key."""
-    keys = items.keys()
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int32)
-    tables = np.array([facts.table.index for facts in items.facts], np.int32)[items.numbers[order]]
-    return items.take(order[np.argsort(tables, kind="stable")])
+def split_validation(items: Iterable[TrainingItem], fraction: float, seed: int = 0) -> tuple[Items, Items]:
+    """Split into (training, validation): tables marked `validation`, and a fraction of the others' sources.
+
+    Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
+    takes at least one source and leaves at least one. Subsets of the image guides' form are split each by
+    itself, by their own fraction and seed if they say any. seed: chooses for those that do not.
+    """
+    items = Items.of(items)
+    if any(facts.table.group is not None for facts in items.facts):
+        return _split_subsets(items, fraction, seed)
+    for_validation = [facts.table.validation for facts in items.facts]
+    if fraction == 0:
+        return items.where([not is_held for is_held in for_validation]), items.where(for_validation)
+    held_back = np.array(for_validation, bool)[items.numbers]
+    stems = items.stems
+    candidates = list(dict.fromkeys(itertools.compress(stems, ~held_back)))
+    count = round(fraction * len(candidates))
+    if fraction > 0:
+        count = min(max(count, 1), len(candidates) - 1)
+    chosen = {candidates[place] for place in _by_hash(candidates)[:count]} if count > 0 else set()
+    held_back |= np.fromiter((stem in chosen for stem in stems), bool, len(stems))
+    return items.take(np.flatnonzero(~held_back)), items.take(np.flatnonzero(held_back))
+
+
+def choose_held_back(stems: Iterable[str], fraction: float, seed: int) -> frozenset[str]:
+    """Return which sources of a subset are validated on: those behind the first ceil(n (1 - fraction)) of the
+    sorted names, shuffled by the seed.
+    """
+    names = sorted(set(stems))
+    random.Random(seed).shuffle(names)
+    # rounded first: 10 * (1 - 0.7) is a little above 3
+    return frozenset(names[math.ceil(round(len(names) * (1 - fraction), 9)) :])
+
+
+def as_validated(table: DatasetTable) -> DatasetTable:
+    """Return a table as its items are validated on: once, as they are, with whole captions."""
+    changes = dataclasses.replace(
+        table.changes, shuffle=False, dropout_every_n_epochs=0, part_dropout_rate=0.0, warmup_step=0.0
+    )
+    return dataclasses.replace(
+        table,
+        num_repeats=1,
+        augmentation=NO_AUGMENTATION,
+        changes=changes,
+        caption_dropout_rate=0.0,
+        prior_loss_weight=1.0,
+    )
+
+
+def _split_subsets(items: Items, fraction: float, seed: int) -> tuple[Items, Items]:
+    """Split the subsets of the image guides, each by itself; regularisation images are all trained on."""
+    stems, numbers = np.array(items.stems, object), items.numbers
+    tables = np.array([facts.table.index for facts in items.facts], np.int32)[numbers]
+    held_back = np.zeros(len(items), bool)
+    for table in items.tables:
+        share = fraction if table.validation_split is None else table.validation_split
+        if table.is_reg or not share:
+            continue
+        places = np.flatnonzero(tables == table.index)
+        table_seed = seed if table.validation_seed is None else table.validation_seed
+        chosen = choose_held_back(stems[places], share, table_seed)
+        held_back[places] = [stem in chosen for stem in stems[places]]
+    validation = items.take(np.flatnonzero(held_back))
+    return items.take(np.flatnonzero(~held_back)), validation.with_tables(as_validated)
+
+
+def _by_hash(stems: Sequence[str]) -> list[int]:
+    """Return the places of names in the order of their SHA-256."""
+    hashes = b"".join([hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest() for stem in stems])
+    columns = np.frombuffer(hashes, ">u8").reshape(len(stems), 4)
+    order: list[int] = np.lexsort(columns.T[::-1]).tolist()
+    return order

@@ -1,7 +1,7 @@
 """Read, verify and stack cached items when they are needed."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.batches.finding import NO_COMMANDS, CachingCommands, _join_sides
-from dataset.batches.items import TrainingItem
-from dataset.batches.latent_space import other_space
-from dataset.batches.live import NO_LIVE_PARTS, LiveParts
+from dataset.batches.finding import NO_COMMANDS, CachingCommands
+from dataset.batches.items import NO_LIVE_PARTS, Items, LiveParts, TrainingItem
 from dataset.cache.checks import CacheChecks
-from dataset.cache.files import EMPTY, FLIPPED, Entry
+from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
 from dataset.cache.index import INDEX_NAME
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import (
@@ -32,6 +30,41 @@ from dataset.sources.decoding import bucket_of
 from dataset.sources.masks import has_mask
 from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, LatentSpec, MadeBy
 from modules.errors import CacheError
+
+
+def check_channels(
+    items: Iterable[TrainingItem],
+    latent: LatentSpec,
+    commands: CachingCommands,
+    stores: Stores | None = None,
+) -> None:
+    """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
+
+    Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
+    in their sizes. stores: of the run. Items that are encoded while training have no caches.
+    """
+    columns, stores = Items.of(items), stores or Stores()
+    for places in columns.groups().values():
+        item = columns[int(places[-1])]
+        if not item.kind.has_latents:
+            continue
+        header = stores.of(item.table).read_header(item.latent_path.name)
+        shapes = [header.shapes[name] for name in header.names if tensor_key(name) == "latents"]
+        channels = next((shape[0] for shape in shapes if shape), latent.channels)
+        if channels != latent.channels:
+            raise CacheError(
+                f"{item.latent_path}: {other_space(channels, latent)}.\n"
+                f"  Make them again with: {commands.latents}\n"
+                "  To keep caches for both models, give each a cache_directory of its own."
+            )
+
+
+def other_space(channels: int, latent: LatentSpec) -> str:
+    """Return the fault of latents that have another number of channels than the model's."""
+    return (
+        f"its latents have {channels} channels, this model's have {latent.channels}: they were encoded with "
+        "the VAE of another model"
+    )
 
 
 def read_batch(
@@ -171,44 +204,77 @@ def stores_for(item: TrainingItem, latent: LatentSpec) -> Stores:
 def _read_latents(
     item: TrainingItem, store: CacheStore, latent: LatentSpec, checks: CacheChecks
 ) -> tuple[Entry, LatentRecord | None]:
+    """Read the latents of an item. Raises CacheError if they are not what its table asks for."""
     entry = store.read(item.latent_path.name)
-    if "latents" not in entry.tensors:
-        raise CacheError(
-            f"{item.latent_path}: it has no latents, so it is not a cache; move it out of the cache folder"
-        )
-    fault = other_space(item.latent_path, entry.tensors["latents"].shape[0], latent)
-    if fault is not None:
-        raise CacheError(fault)
     record = latent_record(entry.header)
-    # other programs make none but from transparency
+    # other programs make no mask but from transparency
     theirs = store.is_shared(item.latent_path.name) and LOSS_MASK in entry.tensors
-    _check_mask(item, (FROM_ALPHA if theirs else None) if record is None else record.options.get("mask"))
-    if item.table.augmentation.flip and "latents" + FLIPPED not in entry.tensors:
-        raise CacheError(f"{item.latent_path}: it has no mirrored latents, which flip_aug needs")
+    made_from = (FROM_ALPHA if theirs else None) if record is None else record.options.get("mask")
+    fault = next(_latent_faults(item, entry, record, made_from, latent, checks), None)
+    if fault is not None:
+        raise CacheError(f"{item.latent_path}: {fault}")
+    return entry, record
+
+
+def _latent_faults(
+    item: TrainingItem,
+    entry: Entry,
+    record: LatentRecord | None,
+    made_from: str | None,
+    latent: LatentSpec,
+    checks: CacheChecks,
+) -> Iterator[str]:
+    """Yield why latents are not what a table asks for. made_from: what their mask is made from.
+
+    Raises CacheError if a checksum is wrong.
+    """
+    table = item.table
+    if "latents" not in entry.tensors:
+        yield "it has no latents, so it is not a cache; move it out of the cache folder"
+    found = list(entry.tensors["latents"].shape)
+    if found[0] != latent.channels:
+        yield other_space(found[0], latent)
+    if table.alpha_mask:
+        wanted: set[str | None] = {FROM_ALPHA}
+    elif table.mask_directory is not None:
+        wanted = {FROM_FILE} if has_mask(table, item.source_stem) else {FROM_FILE, None}
+    else:
+        wanted = {FROM_FILE, None} if table.directory is None else {None}
+    if made_from not in wanted:
+        now = "alpha_mask = true" if table.alpha_mask else "no mask" if wanted == {None} else "a mask for it"
+        yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {now}"
+    if table.augmentation.flip and "latents" + FLIPPED not in entry.tensors:
+        yield "it has no mirrored latents, which flip_aug needs"
     if record is not None:
         verify_tensors(entry, record.crc32)
-        _check_options(item, record, latent)
-        is_known = checks.knows(item.table.index, item.key)
-        changed = None if is_known else checks.changed_file(_folders_of(item, record), record.files)
+        width, height = record.options["size"]
+        made_for = record.options["bucket"]
+        bucket = bucket_of(table, (width, height), latent.pixel_step, item.latent_path)
+        if tuple(made_for) != bucket:
+            yield f"made for {_sides(made_for)} pixels, {table.name} asks for {_sides(bucket)}"
+        rate = record.options.get("source_fps")
+        if table.kind == "video" and rate != table.source_fps:
+            yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
+        made_with = {key: value for key, value in record.options.items() if key in SECTION_DEFAULTS}
+        changed = options_difference(made_with, table.section_keys, latent)
         if changed is not None:
-            raise CacheError(f"{item.latent_path}: {changed} has changed since it was encoded")
+            yield f"{changed} in {table.name}"
+        if record.parts != item.parts:
+            yield f"{record.parts} files of its clip belong together, {item.parts} are there"
+        if not checks.knows(table.index, item.key):
+            file = checks.changed_file(_folders_of(item, record), record.files)
+            if file is not None:
+                yield f"{file} has changed since it was encoded"
     width, height, frames = (*item.bucket, 1)[:3]
     expected = list(latent.shape(frames, height, width)[1:])
-    found = list(entry.tensors["latents"].shape)
     if found != expected:
-        raise CacheError(
-            f"{item.latent_path}: its latents have the shape {_join_sides(found)}, {item.table.name} asks "
-            "for "
-            f"{_join_sides(expected)}"
-            f" ({frames} frames of {width}x{height})"
+        yield (
+            f"its latents have the shape {_sides(found)}, {table.name} asks for {_sides(expected)} "
+            f"({frames} frames of {width}x{height})"
         )
     mask = entry.tensors.get(LOSS_MASK)
     if mask is not None and list(mask.shape) != expected[1:]:
-        raise CacheError(
-            f"{item.latent_path}: the mask of its loss is {_join_sides(mask.shape)}, its latents are "
-            f"{_join_sides(expected[1:])}"
-        )
-    return entry, record
+        yield f"the mask of its loss is {_sides(mask.shape)}, its latents are {_sides(expected[1:])}"
 
 
 def _folders_of(item: TrainingItem, record: LatentRecord) -> list[Path | None]:
@@ -220,48 +286,6 @@ def _folders_of(item: TrainingItem, record: LatentRecord) -> list[Path | None]:
     if record.options.get("mask") == FROM_FILE:
         folders[-1] = table.mask_directory
     return folders
-
-
-def _check_mask(item: TrainingItem, made_from: str | None) -> None:
-    """Raise CacheError if the mask of an item is not from where its table says."""
-    table = item.table
-    if table.alpha_mask:
-        wanted: set[str | None] = {FROM_ALPHA}
-    elif table.mask_directory is not None:
-        wanted = {FROM_FILE} if has_mask(table, item.source_stem) else {FROM_FILE, None}
-    else:
-        wanted = {FROM_FILE, None} if table.directory is None else {None}
-    if made_from not in wanted:
-        now = "alpha_mask = true" if table.alpha_mask else "no mask" if wanted == {None} else "a mask for it"
-        raise CacheError(
-            f"{item.latent_path}: the mask of its loss is from {made_from or 'nowhere'}, {table.name} has "
-            f"{now}"
-        )
-
-
-def _check_options(item: TrainingItem, record: LatentRecord, latent: LatentSpec) -> None:
-    size, made_for = record.options.get("size"), record.options.get("bucket")
-    if size is None or made_for is None:
-        raise CacheError(f"{item.latent_path}: its record has no sizes")
-    bucket = bucket_of(item.table, (size[0], size[1]), latent.pixel_step, item.latent_path)
-    if tuple(made_for) != bucket:
-        raise CacheError(
-            f"{item.latent_path}: made for {_join_sides(made_for)} pixels, {item.table.name} asks for "
-            f"{_join_sides(bucket)}"
-        )
-    rate = record.options.get("source_fps")
-    if item.table.kind == "video" and rate != item.table.source_fps:
-        raise CacheError(
-            f"{item.latent_path}: made for source_fps = {rate}, {item.table.name} has {item.table.source_fps}"
-        )
-    made_with = {key: value for key, value in record.options.items() if key in SECTION_DEFAULTS}
-    changed = options_difference(made_with, item.table.section_keys, latent)
-    if changed is not None:
-        raise CacheError(f"{item.latent_path}: {changed} in {item.table.name}")
-    if record.parts != item.parts:
-        raise CacheError(
-            f"{item.latent_path}: {record.parts} files of its clip belong together, {item.parts} are there"
-        )
 
 
 def _check_caption(
@@ -312,13 +336,15 @@ def _stack(
     for item, tensor in zip(items, tensors, strict=True):
         if tensor.shape != tensors[0].shape:
             raise CacheError(
-                f"{item.latent_path}: {name} has the shape {_join_sides(tensor.shape)}, in "
-                f"{items[0].latent_path} it "
-                "has"
-                f" {_join_sides(tensors[0].shape)}.\n  Make both again with the same options: "
+                f"{item.latent_path}: {name} has the shape {_sides(tensor.shape)}, in {items[0].latent_path} "
+                f"it has {_sides(tensors[0].shape)}.\n  Make both again with the same options: "
                 f"{commands.latents}"
             )
     return torch.stack(tensors)
+
+
+def _sides(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from dataset.cache.records import difference
-from dataset.caching.caption_files import CaptionFile
 from dataset.caching.planning import Caches
+from dataset.caching.text_plans import CaptionFile
 from dataset.config import DatasetTable
 from dataset.sources.faults import Fault, raise_faults
 from dataset.sources.media_source import MediaSource

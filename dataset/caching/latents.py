@@ -9,12 +9,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dataset.cache.files import FLIPPED, FORMAT_VERSION, LatentName, checksum, tensor_name
+from dataset.cache.files import FLIPPED, FORMAT_VERSION, SUFFIX, LatentName, checksum, tensor_name
 from dataset.cache.index import fingerprint
 from dataset.cache.records import (
     ClipFacts,
@@ -25,12 +24,10 @@ from dataset.cache.records import (
     latent_metadata,
 )
 from dataset.cache.store import CacheStore
-from dataset.caching.cleanup import remove_caches
-from dataset.caching.existing import ExistingNames, Names, names_of
+from dataset.caching.existing import ExistingNames, Names, names_of, remove_caches
 from dataset.caching.planning import Caches, Recipe, SourcePlan, complete, media_table
-from dataset.caching.prefetch import WriteBehind
+from dataset.caching.prefetch import WriteBehind, check_memory, decode_ahead
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import check_memory, decode_ahead
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.fetching import fetch
@@ -74,10 +71,6 @@ class Decoded:
     files: tuple[FileIdentity, ...]
     clip: ClipFacts | None
 
-    def crop(self, span: Span) -> Crop:
-        """Return the crop of one of the missing items."""
-        return self.crops[span] if span in self.crops else cut(self.media, span)
-
 
 def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
     """Read the frames of a source, complete its plan, and hash its files if something is missing.
@@ -97,7 +90,11 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
             f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
             f"{SMALLEST_SIDE}"
         )
-    plan, clip = complete(plan, media, existing, recipe), _clip_facts(media)
+    plan, clip = complete(plan, media, existing, recipe), None
+    if source.table.kind == "video":
+        enough, length = frames_wanted(source.table), len(media.frames)
+        # decoding stops early where there are enough: then there may be more
+        clip = ClipFacts(media.size, length, complete=enough is None or length < enough)
     missing = plan.missing or ()
     files = tuple(itertools.starmap(identify, source.parts)) if missing else ()
     size_bytes = sum(clip.nbytes for clip in (media.frames, *media.control))
@@ -147,7 +144,6 @@ class _Pending:
     """An item that waits until its batch is full."""
 
     table: DatasetTable
-    path: Path  # of its cache file; if the family makes sections, their names differ
     name: LatentName
     span: Span
     record: LatentRecord  # without checksums
@@ -221,10 +217,19 @@ class LatentEncoding:
 
     def _add(self, decoded: Decoded, there: Names) -> None:
         """Put the missing items of a source into their batches; encode full batches."""
-        plan, table = decoded.plan, decoded.plan.source.table
+        plan, media, recipe, table = decoded.plan, decoded.media, self._recipe, decoded.plan.source.table
         self.finished.append(plan)
         for span in plan.missing or ():
-            item = self._item(decoded, span, there)
+            of_name = (media.size, None) if table.kind == "image" else (media.bucket, span)
+            options = recipe.options(plan.source, media.size, media.bucket, span)
+            item = _Pending(
+                table,
+                LatentName(plan.source.stem, *of_name),
+                span,
+                LatentRecord(recipe.encoder, options, decoded.files, decoded.clip, parts=0, crc32={}),
+                decoded.crops[span] if span in decoded.crops else cut(media, span),
+                {file: other for file, other in there.items() if (other.size, other.span) == of_name},
+            )
             group = (table.index, *(tensor.shape for tensor in item.crop.tensors))
             self._pending.setdefault(group, []).append(item)
             if len(self._pending[group]) >= (self._batch_size or table.batch_size):
@@ -233,72 +238,68 @@ class LatentEncoding:
         if sum(sizes.values()) > PARTIAL_BYTES:
             self._encode(max(sizes, key=lambda group: sizes[group]))
 
-    def _item(self, decoded: Decoded, span: Span, there: Names) -> _Pending:
-        source, media, recipe = decoded.plan.source, decoded.media, self._recipe
-        is_image = source.table.kind == "image"
-        name = LatentName(source.stem, media.size if is_image else media.bucket, None if is_image else span)
-        options = recipe.options(source, media.size, media.bucket, span)
-        return _Pending(
-            table=source.table,
-            path=source.table.cache_directory / name.file_name(recipe.tag),
-            name=name,
-            span=span,
-            record=LatentRecord(recipe.encoder, options, decoded.files, decoded.clip, parts=0, crc32={}),
-            crop=decoded.crop(span),
-            there={
-                file: other
-                for file, other in there.items()
-                if (other.size, other.span) == (name.size, name.span)
-            },
-        )
-
     def _encode(self, group: tuple[object, ...]) -> None:
         items = self._pending.pop(group)
-        if items[0].crop.moments:
-            parts = zip(*(item.crop.moments for item in items), strict=True)
-            moments = [torch.stack(found) for found in parts]
-            given = MomentsBatch(moments[0], tuple(item.path.stem for item in items), *moments[1:])
-            for item, entry in zip(items, self._family.latents_from_moments(given), strict=True):
-                self._write(item, [entry])
-            return
-        encoders, crops = self._encoders.get(), [item.crop for item in items]
-        keys, spans = [item.path.stem for item in items], [item.span for item in items]
-        media = batch_media(crops, keys, spans, items[0].table)
-        encoded = self._family.encode_media(encoders, media)
-        if items[0].table.augmentation.flip:
-            mirrored = self._family.encode_media(encoders, mirror_media(media))
-            encoded = [
-                [add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
-                for sides in zip(encoded, mirrored, strict=True)
-            ]
+        table, crops = items[0].table, [item.crop for item in items]
+        # the names of the files, but for the sections that the family may make
+        keys = [item.name.file_name(self._recipe.tag).removesuffix(SUFFIX) for item in items]
+        if crops[0].moments:
+            moments = [torch.stack(found) for found in zip(*(crop.moments for crop in crops), strict=True)]
+            given = MomentsBatch(moments[0], tuple(keys), *moments[1:])
+            encoded = [[entry] for entry in self._family.latents_from_moments(given)]
+        else:
+            encoders, media = (
+                self._encoders.get(),
+                batch_media(crops, keys, [item.span for item in items], table),
+            )
+            encoded = self._family.encode_media(encoders, media)
+            if table.augmentation.flip:
+                mirrored = self._family.encode_media(encoders, mirror_media(media))
+                encoded = [
+                    [add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
+                    for sides in zip(encoded, mirrored, strict=True)
+                ]
         for item, entries in zip(items, encoded, strict=True):
-            self._write(item, entries)
+            self._submit(item, entries)
 
-    def _write(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
-        """Write an item's files, then remove its other files: sections that it no longer has."""
-        names = set()
+    def _submit(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
+        """Have an item's files written, and then its other files removed: sections that it no longer has."""
+        names, crop = set(), item.crop
         store = self._recipe.stores.of(item.table)
-        crop, stride = item.crop, self._recipe.latent.stride
-        mask = None if crop.mask is None else shrink_mask(crop.mask, stride)
+        mask = None if crop.mask is None else shrink_mask(crop.mask, self._recipe.latent.stride)
+        record = dataclasses.replace(item.record, parts=len(entries))
         for entry in entries:
             name = dataclasses.replace(item.name, section=entry.section)
-            file = name.file_name(self._recipe.tag)
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
             if mask is not None:
                 tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
-            record = dataclasses.replace(item.record, parts=len(entries))
             whole = dataclasses.replace(entry, tensors=tensors)
-            self._writer.submit(partial(self._write_one, store, file, name, record, whole))
-            names.add(file)
+            self._writer.submit(partial(self._write, store, name, record, whole))
+            names.add(name.file_name(self._recipe.tag))
         self.written |= {(item.table.index, name) for name in names}
         surplus = [name for name in item.there if name not in names]
         if surplus:
             self._writer.submit(partial(remove_caches, store, surplus, self._family.name))
 
-    def _write_one(
-        self, store: CacheStore, file: str, name: LatentName, record: LatentRecord, entry: CacheEntry
-    ) -> None:
-        write_latents(store, file, name, record, entry, self._family.name)
+    def _write(self, store: CacheStore, name: LatentName, record: LatentRecord, entry: CacheEntry) -> None:
+        """Write one latent cache with its record.
+
+        Raises OutputError, or CacheError if a value is NaN or infinite.
+        """
+        file = name.file_name(self._recipe.tag)
+        for key, tensor in entry.tensors.items():
+            require_finite(tensor, file, key)
+        named = {tensor_name(key, tensor, grid=entry.grid): tensor for key, tensor in entry.tensors.items()}
+        metadata = {
+            "architecture": self._family.name,
+            "width": str(name.size[0]),
+            "height": str(name.size[1]),
+            "format_version": FORMAT_VERSION,
+        }
+        if name.span is not None:
+            metadata["frame_count"] = str(name.span[1])
+        sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
+        store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
         sources = fingerprint((one.size_bytes, one.mtime_ns) for one in record.files)
         self._recipe.index.of(store).note_written(file, store.stamp(file), sources, latent_facts(record))
 
@@ -307,6 +308,7 @@ def batch_media(
     crops: Sequence[Crop], keys: Sequence[str], spans: Sequence[Span], table: DatasetTable
 ) -> MediaBatch:
     """Return crops of equal shapes as a family encodes them."""
+    alphas = [crop.alpha for crop in crops if crop.alpha is not None]
     return MediaBatch(
         frames=_stack_batch([crop.frames for crop in crops]),
         keys=tuple(keys),
@@ -314,7 +316,7 @@ def batch_media(
         control=tuple(
             _stack_batch(controls) for controls in zip(*(crop.control for crop in crops), strict=True)
         ),
-        alpha=_all_or_none([crop.alpha for crop in crops]),
+        alpha=_stack_batch(alphas) if alphas else None,
         table=media_table(table, bool(crops[0].control)),
     )
 
@@ -336,33 +338,6 @@ def add_mirrored(entry: CacheEntry, mirrored: CacheEntry) -> CacheEntry:
     return dataclasses.replace(entry, tensors={**entry.tensors, **more})
 
 
-def write_latents(
-    store: CacheStore,
-    file: str,
-    name: LatentName,
-    record: LatentRecord,
-    entry: CacheEntry,
-    architecture: str,
-) -> None:
-    """Write one latent cache with its record. file: its name.
-
-    Raises OutputError, or CacheError if a value is NaN or infinite.
-    """
-    for key, tensor in entry.tensors.items():
-        require_finite(tensor, file, key)
-    named = {tensor_name(key, tensor, grid=entry.grid): tensor for key, tensor in entry.tensors.items()}
-    metadata = {
-        "architecture": architecture,
-        "width": str(name.size[0]),
-        "height": str(name.size[1]),
-        "format_version": FORMAT_VERSION,
-    }
-    if name.span is not None:
-        metadata["frame_count"] = str(name.span[1])
-    sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
-    store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
-
-
 def require_finite(tensor: Tensor, item: str, key: str) -> None:
     """Raise CacheError if a value that would be cached is NaN or infinite, which would spread through all of
     training.
@@ -379,17 +354,3 @@ def require_finite(tensor: Tensor, item: str, key: str) -> None:
 def _stack_batch(tensors: Sequence[Tensor]) -> Tensor:
     """Stack tensors; a single one is not copied."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def _all_or_none(alphas: Sequence[Tensor | None]) -> Tensor | None:
-    """Stack the alphas of a batch; None if its items have none."""
-    given = [alpha for alpha in alphas if alpha is not None]
-    return _stack_batch(given) if given else None
-
-
-def _clip_facts(media: DecodedSource) -> ClipFacts | None:
-    """Return the decoded length of a clip, or a part of it if decoding stopped early."""
-    if media.source.table.kind == "image":
-        return None
-    enough = frames_wanted(media.source.table)
-    return ClipFacts(media.size, len(media.frames), complete=enough is None or len(media.frames) < enough)

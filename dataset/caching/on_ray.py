@@ -14,8 +14,9 @@ from typing import Any
 
 from dataset.caching.planning import Caches
 from dataset.caching.reports import CacheReport
-from dataset.caching.work import MediaWork, TextWork
-from dataset.config import DatasetConfig
+from dataset.caching.texts import TextWork
+from dataset.caching.work import MediaWork
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, ShardOptions
 from dataset.ray_options import RayOptions
 from modules.devices import choose_device, leave_cudnn_out
@@ -53,6 +54,7 @@ class CachingActor:
         self._main, self._words, self._is_latents = main, words, is_latents
         self._num_shards, self._threads, self._folder = num_shards, threads, folder
         self._work: MediaWork | TextWork | None = None
+        self._tables: Sequence[DatasetTable] = ()
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
         """Cache some shards. Errors that a user can mend are reported, all others are raised."""
@@ -68,7 +70,10 @@ class CachingActor:
                     os.chdir(self._folder)  # so that paths mean what they mean where they were typed
                 self._main(self._words, self._make)
             assert self._work is not None
-            report = self._work.encode_shard(ShardOptions(num_shards=self._num_shards, shard_index=index))
+            shard = ShardOptions(num_shards=self._num_shards, shard_index=index)
+            work: Any = self._work
+            report = work.encode(shard.of(work.pieces), None).report
+            work.stores.finish(self._tables)
         except UserError as failure:
             error = str(failure)
         return {
@@ -86,11 +91,12 @@ class CachingActor:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:
             leave_cudnn_out()
+        self._tables = config.datasets
         device = choose_device(options.device)  # Ray shows an actor its own GPUs only
         if self._is_latents:
             self._work = MediaWork(family, config, options, device)
         else:
-            self._work = TextWork(family, config, options, device, show=False)
+            self._work = TextWork(family, config, options, device)
 
 
 def run_on_ray(main: Main, options: RayOptions) -> list[dict[str, Any]]:

@@ -48,11 +48,6 @@ class Caches(Described, Encodes, Protocol):
     """Functions that caching needs of a family."""
 
 
-def latent_index(verify: bool = False) -> Indexes[LatentRecord]:
-    """Return the facts about latent caches that earlier runs verified. verify: read all again."""
-    return Indexes("latents", latent_record_of, not verify)
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How this run makes latents: everything that caches depend on besides the sources and their tables."""
@@ -63,17 +58,20 @@ class Recipe:
     fps: float
     skip_existing: bool  # files without a record count as valid if their sizes are right
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
-    stores: Stores = field(default_factory=Stores)
-    index: Indexes[LatentRecord] = field(default_factory=lambda: latent_index())
+    stores: Stores
+    verify: bool = False  # read all again
     trusts: bool = False  # shared files that are there are taken to be right, unread
+    index: Indexes[LatentRecord] = field(init=False)  # what earlier runs verified
     _compared: dict[tuple[object, ...], str | None] = field(default_factory=dict)
     _of_tables: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
     _sections: dict[tuple[int, int], int | None] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", Indexes("latents", latent_record_of, not self.verify))
+
     def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
         """Return the record of an item without the encoders."""
-        options: dict[str, Any] = {"size": list(size), "bucket": list(bucket), "span": list(span)}
-        return options | self.table_options(source)
+        return {"size": [*size], "bucket": [*bucket], "span": [*span], **self.table_options(source)}
 
     def table_options(self, source: MediaSource) -> dict[str, Any]:
         """Return those of a source's options that are the same for most sources of its table."""
@@ -101,46 +99,28 @@ class Recipe:
         return self._sections[key]
 
     def difference(
-        self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
+        self,
+        record: LatentRecord,
+        source: MediaSource,
+        size: Size,
+        bucket: Size,
+        span: Span,
+        is_known: bool = False,
     ) -> str | None:
-        """Describe how a record of other encoders or options than this run's differs."""
+        """Describe how a record of other encoders or options than this run's differs.
+
+        is_known: the record is of the index, where a million entries share few records.
+        """
+        key = (id(record), source.table.index, source.mask_from, size, bucket, span)
+        if is_known and key in self._compared:
+            return self._compared[key]
         options, then = self.options(source, size, bucket, span), dict(record.options)
         if FLIP not in options:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
-        return difference(record.encoder, self.encoder) or options_difference(then, options, self.latent)
-
-    def known_difference(
-        self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
-    ) -> str | None:
-        """Do as `difference` for a record of the index; a million entries share few records."""
-        key = (id(record), source.table.index, source.mask_from, size, bucket, span)
-        if key not in self._compared:
-            self._compared[key] = self.difference(record, source, size, bucket, span)
-        return self._compared[key]
-
-
-@dataclass(frozen=True)
-class SourceLook:
-    """Facts about a source and its cache files, without reading them."""
-
-    known: Mapping[str, LatentRecord]  # of files that are as they were when they were verified
-    sources: int  # fingerprint of the source files
-    newest_ns: int | None  # when one of them was last written; None: they cannot be looked at
-
-
-def look_at(source: MediaSource, existing: Names, recipe: Recipe) -> SourceLook:
-    """Look which of the source's cache files are known, by one look at each file."""
-    if not existing:
-        return SourceLook({}, 0, None)
-    try:
-        stamps = [stamp_of(path, origin) for path, origin in source.parts]
-    except (OSError, MediaError):  # what reads it says why
-        return SourceLook({}, 0, None)
-    sources = fingerprint(stamps)
-    index = recipe.index.of(recipe.stores.of(source.table))
-    found = ((file, index.get(file, sources)) for file in existing)
-    known = {file: record for file, record in found if record is not None}
-    return SourceLook(known, sources, max(time_ns for _, time_ns in stamps))
+        found = difference(record.encoder, self.encoder) or options_difference(then, options, self.latent)
+        if is_known:
+            self._compared[key] = found
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +150,13 @@ def plan_all(
     failures: list[Failure] = []
 
     def work(some: Sequence[MediaSource]) -> list[SourcePlan | Failure]:
-        return [plan_or_failure(source) for source in some]
-
-    def plan_or_failure(source: MediaSource) -> SourcePlan | Failure:
-        try:
-            return plan_latents(source, names_of(existing, source), recipe)
-        except (MediaError, OSError) as error:
-            return Failure.of(source, error)
+        found: list[SourcePlan | Failure] = []
+        for source in some:
+            try:
+                found.append(_Planning(source, names_of(existing, source), recipe).plan())
+            except (MediaError, OSError) as error:
+                found.append(Failure.of(source, error))
+        return found
 
     at_once = min(AT_ONCE, max(1, len(sources) // (4 * workers)))
     jobs = [sources[start : start + at_once] for start in range(0, len(sources), at_once)]
@@ -195,256 +175,227 @@ def plan_all(
     return plans, failures
 
 
-def plan_latents(source: MediaSource, existing: Names, recipe: Recipe) -> SourcePlan:
-    """Compare the cache files of a source with the ones that this run would make.
-
-    Raises MediaError if its header cannot be read.
-    """
-    look = look_at(source, existing, recipe)
-    if source.table.kind == "image":
-        size = _known_size(look) or _image_size(source, existing, recipe)
-        if size is None:
-            return SourcePlan(source, frozenset(), 0, None)
-        return compare(source, size, [(0, 1)], existing, recipe, look)
-    if source.tensors is not None:
-        clip = _find_known_clip(source, existing, recipe, look)
-        given = (
-            measure_source(source, recipe.latent) if clip is None else GivenClip(clip.size, clip.kept_frames)
-        )
-        return compare(source, given.size, [given.span(recipe.latent.frame_step)], existing, recipe, look)
-    if not existing:
-        return SourcePlan(source, frozenset(), 0, None)
-    table, step = source.table, recipe.latent.frame_step
-    clip = _find_known_clip(source, existing, recipe, look)
-    if clip is not None:
-        wanted = frames_wanted(table)
-        if clip.complete or (wanted is not None and clip.kept_frames >= wanted):
-            found = spans(table, clip.kept_frames, step)
-            reason = (
-                None
-                if found
-                else f"{clip.kept_frames} frames, "
-                f"target_frames are {', '.join(map(str, table.target_frames))}"
-            )
-            short = describe_short(table, found, clip.kept_frames)
-            plan = compare(source, clip.size, found, existing, recipe, look)
-            return plan if reason is short is None else dataclasses.replace(plan, reason=reason, short=short)
-    if recipe.skip_existing:
-        # the header may be wrong about the number of frames, so it counts only if it agrees with the existing
-        # files
-        headers = plan_source(source, recipe.fps, recipe.latent.pixel_step, step)
-        with contextlib.suppress(MediaError):  # too short for a section, according to the header
-            plan = compare(source, headers.size, headers.spans, existing, recipe, look)
-            if plan.kept == existing.keys() and not plan.missing:
-                return plan
-    return SourcePlan(source, frozenset(), 0, None)
-
-
-def compare(
-    source: MediaSource,
-    size: Size,
-    wanted: Iterable[Span],
-    existing: Names,
-    recipe: Recipe,
-    look: SourceLook | None = None,
-) -> SourcePlan:
-    """Return the plan for a source whose size and spans are known. look: at it, if there was one."""
-    look = look or look_at(source, existing, recipe)
-    bucket = bucket_of(source.table, size, recipe.latent.pixel_step, source.path)
-    kept: set[str] = set()
-    foreign = 0
-    missing: list[Span] = []
-    outdated: str | None = None
-    is_image = source.table.kind == "image"
-    there = _by_item(existing)
-    items: list[tuple[int, ...]] = []
-    for span in wanted:
-        sections = recipe.sections_in(source.table, span[1])
-        items += [bucket if is_image else (*bucket, _frames_of(source.table, span, sections, recipe))] * (
-            sections or 1
-        )
-        files = there.get((size, None) if is_image else (bucket, span), {})
-        if not files:
-            missing.append(span)
-            continue
-        if recipe.trusts and all(map(recipe.stores.of(source.table).is_shared, files)):
-            kept |= set(files)
-            foreign += len(files)
-            continue
-        try:
-            _check_sections(source, files, sections)
-            foreign += _check_item(source, size, bucket, span, files, recipe, look)
-            kept |= set(files)
-        except CacheError as error:
-            missing.append(span)
-            outdated = outdated or str(error)
-    return SourcePlan(source, frozenset(kept), foreign, tuple(missing), tuple(items), outdated=outdated)
-
-
-def _frames_of(table: DatasetTable, span: Span, sections: int | None, recipe: Recipe) -> int:
-    """Return the frames that training sees: those of the whole item, or of one of its sections."""
-    return span[1] if sections is None else section_frames(table.fp_latent_window_size, recipe.latent)
-
-
 def complete(plan: SourcePlan, media: DecodedSource, existing: Names, recipe: Recipe) -> SourcePlan:
     """Return the plan of a source that has been decoded."""
     if plan.missing is not None:
         return plan
+    found = _Planning(plan.source, existing, recipe).compare(media.size, media.spans)
     short = describe_short(plan.source.table, media.spans, len(media.frames))
-    plan = compare(plan.source, media.size, media.spans, existing, recipe)
-    return dataclasses.replace(plan, reason=media.reason, short=short)
+    return dataclasses.replace(found, reason=media.reason, short=short)
 
 
-def _by_item(existing: Names) -> Mapping[tuple[Size, Span | None], Names]:
-    """Group files by item (from their names), in the order of their sections."""
-    found: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
-    for file, name in sorted(existing.items(), key=lambda pair: pair[1].section or 0):
-        found.setdefault((name.size, name.span), {})[file] = name
-    return found
+class _Planning:
+    """One source beside those of its cache files that are there, which are looked at and mostly not read."""
 
+    def __init__(self, source: MediaSource, existing: Names, recipe: Recipe) -> None:
+        self.source, self.table, self.existing, self.recipe = source, source.table, existing, recipe
+        self.store = recipe.stores.of(source.table)
+        # records of files that are as they were when they were verified
+        self.known: Mapping[str, LatentRecord] = {}
+        self.stamp: int | None = None  # of the source files; None: they cannot be looked at
+        self.newest_ns = 0  # when one of them was last written
+        if not existing:
+            return
+        try:
+            stamps = [stamp_of(path, origin) for path, origin in source.parts]
+        except (OSError, MediaError):  # what reads it says why
+            return
+        self.stamp, self.newest_ns = fingerprint(stamps), max(time_ns for _, time_ns in stamps)
+        index = recipe.index.of(self.store)
+        found = ((file, index.get(file, self.stamp)) for file in existing)
+        self.known = {file: record for file, record in found if record is not None}
 
-def _check_sections(source: MediaSource, files: Names, sections: int | None) -> None:
-    """Raise CacheError if the files of an item are not those of all its sections."""
-    expected = [None] if sections is None else list(range(sections))
-    found = [name.section for name in files.values()]
-    if found != expected:
-        path = source.table.cache_directory / next(iter(files))
-        theirs = ", ".join("the whole" if section is None else str(section) for section in found)
-        raise CacheError(f"{path}: sections {theirs} were found, {len(expected)} files belong together")
+    def plan(self) -> SourcePlan:
+        """Compare the cache files with the ones that this run would make.
 
+        Raises MediaError if the header of the source cannot be read.
+        """
+        table, latent, recipe = self.table, self.recipe.latent, self.recipe
+        unknown = SourcePlan(self.source, frozenset(), 0, None)
+        if table.kind == "image":
+            size = self._image_size()
+            return unknown if size is None else self.compare(size, [(0, 1)])
+        clip = self._find_known_clip()
+        if self.source.tensors is not None:
+            given = (
+                measure_source(self.source, latent)
+                if clip is None
+                else GivenClip(clip.size, clip.kept_frames)
+            )
+            return self.compare(given.size, [given.span(latent.frame_step)])
+        if clip is not None:
+            wanted = frames_wanted(table)
+            if clip.complete or (wanted is not None and clip.kept_frames >= wanted):
+                found = spans(table, clip.kept_frames, latent.frame_step)
+                targets = ", ".join(map(str, table.target_frames))
+                reason = None if found else f"{clip.kept_frames} frames, target_frames are {targets}"
+                short = describe_short(table, found, clip.kept_frames)
+                return dataclasses.replace(self.compare(clip.size, found), reason=reason, short=short)
+        if self.existing and recipe.skip_existing:
+            # the header may be wrong about the number of frames, so it counts only if it agrees with the
+            # existing files
+            headers = plan_source(self.source, recipe.fps, latent.pixel_step, latent.frame_step)
+            with contextlib.suppress(MediaError):  # too short for a section, according to the header
+                plan = self.compare(headers.size, headers.spans)
+                if plan.kept == self.existing.keys() and not plan.missing:
+                    return plan
+        return unknown
 
-def _check_item(
-    source: MediaSource, size: Size, bucket: Size, span: Span, files: Names, recipe: Recipe, look: SourceLook
-) -> int:
-    """Check that the files of an item equal those that this run would write; return how many have no record.
+    def compare(self, size: Size, wanted: Iterable[Span]) -> SourcePlan:
+        """Return the plan of a source whose size and spans are known."""
+        table, recipe = self.table, self.recipe
+        bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)
+        kept: set[str] = set()
+        foreign = 0
+        missing: list[Span] = []
+        outdated: str | None = None
+        is_image = table.kind == "image"
+        # files by item (from their names), in the order of their sections
+        there: dict[tuple[Size, Span | None], dict[str, LatentName]] = {}
+        for file, name in sorted(self.existing.items(), key=lambda pair: pair[1].section or 0):
+            there.setdefault((name.size, name.span), {})[file] = name
+        items: list[tuple[int, ...]] = []
+        for span in wanted:
+            sections = recipe.sections_in(table, span[1])
+            # what training sees: the whole item, or each of its sections
+            whole = (
+                section_frames(table.fp_latent_window_size, recipe.latent)
+                if sections is not None
+                else span[1]
+            )
+            items += [bucket if is_image else (*bucket, whole)] * (sections or 1)
+            files = there.get((size, None) if is_image else (bucket, span), {})
+            if not files:
+                missing.append(span)
+                continue
+            if recipe.trusts and all(map(self.store.is_shared, files)):
+                kept |= set(files)
+                foreign += len(files)
+                continue
+            try:
+                expected = [None] if sections is None else list(range(sections))
+                found = [name.section for name in files.values()]
+                if found != expected:
+                    theirs = ", ".join("the whole" if one is None else str(one) for one in found)
+                    raise CacheError(
+                        f"{table.cache_directory / next(iter(files))}: sections {theirs} were found, "
+                        f"{len(expected)} files belong together"
+                    )
+                foreign += sum(self._check_file(file, files, size, bucket, span) for file in files)
+                kept |= set(files)
+            except CacheError as error:
+                missing.append(span)
+                outdated = outdated or str(error)
+        return SourcePlan(
+            self.source, frozenset(kept), foreign, tuple(missing), tuple(items), outdated=outdated
+        )
 
-    Files unchanged since they were verified are not read. Raises CacheError if they are wrong.
-    """
-    foreign = 0
-    store = recipe.stores.of(source.table)
-    for file in files:
-        known = look.known.get(file)
-        if known is not None:
-            changed = _wrong_parts(known, files) or recipe.known_difference(known, source, size, bucket, span)
+    def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
+        """Check that a file of an item equals the one that this run would write; return if it has no record.
+
+        One that is unchanged since it was verified is not read. Raises CacheError if it is wrong.
+        """
+        recipe, path = self.recipe, self.table.cache_directory / file
+        record = self.known.get(file)
+        if record is not None:
+            changed = self._difference(record, files, size, bucket, span, is_known=True)
             if changed is not None:
-                raise CacheError(f"{source.table.cache_directory / file}: {changed}")
-            continue
-        path, stamp = source.table.cache_directory / file, store.stamp(file)
+                raise CacheError(f"{path}: {changed}")
+            return False
+        stamp = self.store.stamp(file)
         # values of shared files are compared with their checksums when they are read; --verify does it now
-        is_shared = store.is_shared(file)
-        is_read = not (is_shared and recipe.index.is_trusted)
-        entry = store.read(file) if is_read else Entry(store.read_header(file), {})
+        is_shared = self.store.is_shared(file)
+        is_read = recipe.verify or not is_shared
+        entry = self.store.read(file) if is_read else Entry(self.store.read_header(file), {})
         record = latent_record(entry.header)
         if record is None:
-            if source.mask_from is not None and not (is_shared and LOSS_MASK in entry.header.keys):
+            if self.source.mask_from is not None and not (is_shared and LOSS_MASK in entry.header.keys):
                 raise CacheError(f"{path}: it has no mask of the loss")
-            accepts = recipe.skip_existing or is_shared
-            _check_foreign(entry, bucket, span, files[file].section, source.table, recipe, accepts)
-            foreign += 1
-            continue
-        changed = (
-            _wrong_parts(record, files)
-            or recipe.difference(record, source, size, bucket, span)
-            or _find_change(source, record)
-        )
+            if not (recipe.skip_existing or is_shared):
+                raise CacheError(f"{path}: it has no record of what it was made from")
+            window = self.table.fp_latent_window_size
+            length = span[1] if files[file].section is None else section_frames(window, recipe.latent)
+            shape = recipe.latent.shape(length, bucket[1], bucket[0])[2:]
+            if shape not in entry.header.grids:
+                grids = ", ".join("x".join(map(str, grid)) for grid in sorted(entry.header.grids))
+                ours = "x".join(map(str, shape))
+                raise CacheError(
+                    f"{path}: it holds {grids or 'no latents'}, this configuration writes {ours}"
+                )
+            return True
+        changed = self._difference(record, files, size, bucket, span) or self._find_change(record)
         if changed is not None:
             raise CacheError(f"{path}: {changed}")
         if is_read:
             verify_tensors(entry, record.crc32)
-        if look.newest_ns is not None:
-            index = recipe.index.of(store)
-            index.note(file, stamp, look.sources, latent_facts(record), look.newest_ns)
-    return foreign
+        if self.stamp is not None:
+            index = recipe.index.of(self.store)
+            index.note(file, stamp, self.stamp, latent_facts(record), self.newest_ns)
+        return False
 
+    def _difference(
+        self,
+        record: LatentRecord,
+        files: Names,
+        size: Size,
+        bucket: Size,
+        span: Span,
+        is_known: bool = False,
+    ) -> str | None:
+        if record.parts != len(files):
+            return f"{record.parts} files belong together, {len(files)} were found"
+        return self.recipe.difference(record, self.source, size, bucket, span, is_known)
 
-def _wrong_parts(record: LatentRecord, files: Names) -> str | None:
-    if record.parts == len(files):
-        return None
-    return f"{record.parts} files belong together, {len(files)} were found"
+    def _find_change(self, record: LatentRecord) -> str | None:
+        parts = self.source.parts
+        if len(parts) != len(record.files):
+            return f"it was made from {len(record.files)} source files, now there are {len(parts)}"
+        changed = [
+            str(path)
+            for (path, origin), then in zip(parts, record.files, strict=True)
+            if not is_unchanged(then, path, origin)
+        ]
+        return f"{', '.join(changed)} changed since" if changed else None
 
-
-def _check_foreign(
-    entry: Entry,
-    bucket: Size,
-    span: Span,
-    section: int | None,
-    table: DatasetTable,
-    recipe: Recipe,
-    accepts: bool,
-) -> None:
-    """Raise CacheError if a file made by another program should not be kept.
-
-    accepts: whether any are.
-    """
-    path = entry.header.path
-    if not accepts:
-        raise CacheError(f"{path}: it has no record of what it was made from")
-    length = span[1] if section is None else section_frames(table.fp_latent_window_size, recipe.latent)
-    frames, height, width = recipe.latent.shape(length, bucket[1], bucket[0])[2:]
-    if (frames, height, width) not in entry.header.grids:
-        found = ", ".join("x".join(map(str, grid)) for grid in sorted(entry.header.grids)) or "no latents"
-        raise CacheError(f"{path}: it holds {found}, this configuration writes {frames}x{height}x{width}")
-
-
-def _find_change(source: MediaSource, record: LatentRecord) -> str | None:
-    parts = source.parts
-    if len(parts) != len(record.files):
-        return f"it was made from {len(record.files)} source files, now there are {len(parts)}"
-    changed = [
-        str(path)
-        for (path, origin), then in zip(parts, record.files, strict=True)
-        if not is_unchanged(then, path, origin)
-    ]
-    return f"{', '.join(changed)} changed since" if changed else None
-
-
-def _known_size(look: SourceLook) -> Size | None:
-    """Return the size of an image that is unchanged since one of its caches was verified."""
-    for record in look.known.values():
-        size = record.options.get("size")
-        if isinstance(size, list) and len(size) == 2:
-            return size[0], size[1]
-    return None
-
-
-def _find_known_clip(
-    source: MediaSource, existing: Names, recipe: Recipe, look: SourceLook
-) -> ClipFacts | None:
-    """Return an earlier run's facts from decoding the source; None if unknown or if the source changed."""
-    rate = recipe.table_options(source)
-    known = []
-    for file in existing:
-        record = look.known.get(file)
-        try:
-            if record is None:
-                record = latent_record(recipe.stores.of(source.table).read_header(file))
-        except CacheError:
-            continue
-        if record is None or record.clip is None or not (record.files or file in look.known):
-            continue
-        same_rate = all(record.options.get(key) == rate.get(key) for key in ("source_fps", "fps"))
-        same_kind = record.options.get("moments") == rate.get("moments")
-        if not (same_rate and same_kind):
-            continue
-        if file in look.known or is_unchanged(record.files[0], *source.parts[0]):
-            known.append(record.clip)
-    return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
-
-
-def _image_size(source: MediaSource, existing: Names, recipe: Recipe) -> Size | None:
-    """Return the size of an image; None if it has to be fetched first, and it has no cache that knows it.
-
-    Raises MediaError if its header cannot be read.
-    """
-    if not source.origins:
-        return image_size(source.path)
-    path, origin = source.parts[0]
-    for file, name in existing.items():
+    def _record_of(self, file: str) -> LatentRecord | None:
+        """Return the record of a file that is readable and has one."""
         with contextlib.suppress(CacheError):
-            record = latent_record(recipe.stores.of(source.table).read_header(file))
-            if record is not None and record.files and is_unchanged(record.files[0], path, origin):
+            return self.known.get(file) or latent_record(self.store.read_header(file))
+        return None
+
+    def _find_known_clip(self) -> ClipFacts | None:
+        """Return an earlier run's facts from decoding the source; None if unknown or if it changed."""
+        rate = self.recipe.table_options(self.source)
+        known = []
+        for file in self.existing:
+            record = self._record_of(file)
+            if record is None or record.clip is None:
+                continue
+            if any(record.options.get(key) != rate.get(key) for key in ("source_fps", "fps", "moments")):
+                continue
+            is_same = file in self.known or (
+                bool(record.files) and is_unchanged(record.files[0], *self.source.parts[0])
+            )
+            if is_same:
+                known.append(record.clip)
+        return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
+
+    def _image_size(self) -> Size | None:
+        """Return the size of an image, if it is unchanged since a cache of it was verified unread; None if it
+        has to be fetched first, and it has no cache that knows it.
+
+        Raises MediaError if its header cannot be read.
+        """
+        for record in self.known.values():
+            width, height = record.options["size"]
+            return width, height
+        if not self.source.origins:
+            return image_size(self.source.path)
+        for file, name in self.existing.items():
+            record = self._record_of(file)
+            if record is not None and record.files and is_unchanged(record.files[0], *self.source.parts[0]):
                 return name.size
-    return None
+        return None
 
 
 def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:

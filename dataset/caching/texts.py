@@ -9,38 +9,41 @@ file is always complete, also if several processes work on it: whoever finds the
 import dataclasses
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dataset.cache.files import (
-    FORMAT_VERSION,
-    Entry,
-    Header,
-    checksum,
-    part_name,
-    tensor_key,
-    tensor_name,
-)
-from dataset.cache.records import (
-    TextRecord,
-    identify,
-    text_metadata,
-    text_records,
-)
-from dataset.cache.store import CacheStore, Stores
-from dataset.caching.caption_files import CaptionFile
+from dataset.cache.files import FORMAT_VERSION, Entry, Header, checksum, part_name, tensor_key, tensor_name
+from dataset.cache.records import TextRecord, identify, text_metadata, text_records
+from dataset.caching.existing import list_texts, remove_stale_texts
 from dataset.caching.given_tensors import read_embeds
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import AT_ONCE, Caches
 from dataset.caching.prefetch import WriteBehind, run_ahead
-from dataset.caching.reports import NAMED
-from dataset.caching.text_plans import EncodingPlan, KnownTexts, Wanted, find_finished, find_part, plan_text
+from dataset.caching.reports import NAMED, CacheReport
+from dataset.caching.text_plans import (
+    CaptionFile,
+    EncodingPlan,
+    TextRecipe,
+    distinct_texts,
+    list_caption_files,
+)
+from dataset.caching.work import (
+    EncodedPart,
+    EntryPlaces,
+    list_sources,
+    places_of,
+    refuse_changing,
+    workers_of,
+)
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.options import CachingOptions
 from dataset.sources.captions import describe_cut
+from dataset.sources.listing import require_captions
 from modules.bars import Bar
+from modules.console import count_of, show_box
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
 from modules.contract.requests import Prompt
@@ -52,57 +55,102 @@ logger = logging.getLogger(__name__)
 TextBatch = Sequence[CaptionFile]  # texts that are encoded together
 
 
-@dataclass(frozen=True)
-class TextCounts:
-    """Results for some texts, in numbers of files."""
+class TextWork:
+    """The texts of a dataset, in the batches in which they are encoded.
 
-    written: int  # an encoder added something
-    kept: int  # all others
-    foreign: int  # with outputs that have no record
-
-
-class TextEncoding:
-    """The text encoders' passes. An encoder is freed when the next one is loaded, the last one by `free`."""
+    An encoder is freed when the next one is loaded, the last one by `free`.
+    """
 
     def __init__(
         self,
         family: Caches,
+        config: DatasetConfig,
+        options: CachingOptions,
         device: torch.device,
-        workers: int,
-        skip_existing: bool,
-        show_progress: bool,
-        stores: Stores,
-        known: KnownTexts,
+        places: EntryPlaces | None = None,
     ) -> None:
-        self._stores = stores
-        self._known = known
-        self._family = family
-        self._device = device
-        self._workers = workers
-        self._skip_existing = skip_existing
-        self._show_progress = show_progress
-        self._loaded: TextEncoder | None = None
-        self._encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
+        """List entries and captions. places: see `MediaWork`.
 
-    def run(self, batches: Sequence[TextBatch]) -> TextCounts:
-        """Encode missing outputs, one encoder after the other; an encoder without work is not loaded."""
-        files = [file for batch in batches for file in batch]
+        Raises DatasetError if the dataset cannot be used or a caption is missing, CheckpointError if a file
+        of an encoder is wrong.
+        """
+        places = places_of(family, places)
+        self.stores = places.stores
+        self._existing: Mapping[int, Collection[str]] = {
+            table.index: list_texts(self.stores.of(table), family.cache_tag) for table in config.datasets
+        }
+        for table in config.datasets:
+            refuse_changing(table, table.changes.varying_keys, "texts")
+        self._sources, self.not_listed, self.whole_tables = list_sources(config, captions=True)
+        require_captions(self._sources)
+        family.check_given_files()
+        places.require_form(config, family.cache_tag)
+        self._files = distinct_texts(list_caption_files(self._sources, family.cache_tag), self.stores)
+        self.pieces: Sequence[TextBatch] = text_batches(self._files, options.batch_size)
+        encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
+        skip_existing, verify = options.skip_existing, options.verify
+        self._recipe = TextRecipe(encoders, skip_existing, self.stores, verify, places.trusts)
+        self.index = self._recipe.index
+        self._family, self._config, self._device = family, config, device
+        self._workers = workers_of(options)
+        self._loaded: TextEncoder | None = None
+
+    def encode(self, pieces: Sequence[TextBatch], who: str | None) -> EncodedPart:
+        """Encode every caption of some batches that has no valid entry, one encoder after the other.
+
+        An encoder without work is not loaded. who: which share of the work this is, to show it; None shows
+        nothing. Raises CheckpointError if an encoder cannot be loaded, OutputError if an entry cannot be
+        written.
+        """
+        if who is not None:
+            captions = count_of(len(self._files), "caption")
+            rows = [("data", f"{self._config.path}, {captions}"), ("device", str(self._device))]
+            show_box("Caching texts", rows)
+        files = [file for batch in pieces for file in batch]
         plans = self._plan(files)
-        for encoder, identity in self._encoders:
-            to_do = {plan.path: plan for plan in plans if encoder.name in plan.missing}
+        for encoder, identity in self._recipe.encoders:
+            # whether it is the last one to write, by the path of the file
+            to_do = {
+                plan.file.path: encoder.name == plan.missing[-1]
+                for plan in plans
+                if encoder.name in plan.missing
+            }
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
-            self._take_given(encoder, identity, files, to_do)
             if not to_do:
                 continue
-            self._load(encoder)
-            texts = [file for file in files if file.path in to_do]
-            warn_cut_captions(
-                encoder, [(file.caption_path or file.name, file.caption or "") for file in texts]
-            )
-            with Bar(len(to_do), f"Encoding with {encoder.name}", "caption", self._show_progress) as bar:
-                self._encode(encoder, identity, batches, to_do, bar)
+            with WriteBehind() as writer:
+                self._take_given(encoder, identity, files, to_do, writer)
+                if not to_do:
+                    continue
+                self._load(encoder)
+                texts = [file for file in files if file.path in to_do]
+                warn_cut_captions(
+                    encoder, [(file.caption_path or file.name, file.caption or "") for file in texts]
+                )
+                bar = Bar(len(to_do), f"Encoding with {encoder.name}", "caption", who is not None)
+                with bar, torch.no_grad():
+                    self._encode(encoder, identity, pieces, to_do, bar, writer)
         changed = sum(bool(plan.missing or plan.in_part) for plan in plans)
-        return TextCounts(changed, len(files) - changed, sum(plan.is_foreign for plan in plans))
+        report = CacheReport(
+            written=changed,
+            kept=len(files) - changed,
+            foreign=sum(plan.is_foreign for plan in plans),
+            share=len(files),
+            whole=len(self._files),
+        )
+        return EncodedPart(report, frozenset())
+
+    def remove_stale(
+        self, table: DatasetTable, done: Sequence[EncodedPart], failed: Collection[str], keep_cache: bool
+    ) -> int:
+        """Remove the entries of a table that belong to no caption; return how many there were.
+
+        keep_cache: only further captions of sources that have fewer now.
+        """
+        stems = {one.stem for one in self._sources if one.table.index == table.index}
+        names = {file.file_name for file in self._files if file.table.index == table.index}
+        store, existing = self.stores.of(table), self._existing[table.index]
+        return remove_stale_texts(store, existing, self._family, names, stems if keep_cache else None)
 
     def free(self) -> None:
         """Free the encoder that is loaded, if any."""
@@ -124,30 +172,23 @@ class TextEncoding:
         A `.part` is removed only if its file is complete. If it is no use it is replaced: another process may
         have written a better one since.
         """
-
-        def compare(some: TextBatch) -> list[tuple[CaptionFile, EncodingPlan]]:
-            encoders, skip_existing, known = self._encoders, self._skip_existing, self._known
-            stores = self._stores
-            plans = [
-                (file, plan_text(stores.of(file.table), file, encoders, skip_existing, known))
-                for file in some
-            ]
-            return [(file, plan) for file, plan in plans if not plan.is_known]
-
         jobs = [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
         plans = []
+
+        def compare(some: TextBatch) -> list[EncodingPlan]:
+            return [plan for plan in map(self._recipe.plan, some) if plan is not None]
+
         for _, compared in run_ahead(jobs, compare, self._workers, lambda _: 0, limit_bytes=1):
             if isinstance(compared, Exception):
                 raise compared
-            for file, plan in compared:
+            for plan in compared:
                 plans.append(plan)
-                store = self._stores.of(file.table)
                 if plan.missing:
                     continue
                 if plan.in_part:  # an earlier run was stopped before it could do so
-                    finish_text(store, Wanted(file, self._encoders, self._skip_existing))
+                    self._finish(plan.file, *self._recipe.find(plan.file, in_part=True))
                 else:
-                    store.remove(part_name(plan.path.name))
+                    self.stores.of(plan.file.table).remove(part_name(plan.file.file_name))
         return plans
 
     def _take_given(
@@ -155,21 +196,20 @@ class TextEncoding:
         encoder: TextEncoder,
         identity: Mapping[str, str],
         files: Sequence[CaptionFile],
-        to_do: dict[Path, EncodingPlan],
+        to_do: dict[Path, bool],
+        writer: WriteBehind,
     ) -> None:
         """Write the outputs that were computed before by this encoder, and take their texts off `to_do`."""
         taken, left = 0, []
-        with WriteBehind() as writer:
-            for file in files if to_do else ():
-                if file.path not in to_do:
-                    continue
-                conditions, why = read_embeds(file, encoder, identity)
-                if conditions is not None:
-                    is_last = to_do.pop(file.path).is_last(encoder.name)
-                    self._submit(writer, file, encoder, identity, conditions, is_last)
-                    taken += 1
-                elif why is not None:
-                    left.append(f"{file.embeds}: {why}")
+        for file in files:
+            if file.path not in to_do:
+                continue
+            conditions, why = read_embeds(file, encoder, identity)
+            if conditions is not None:
+                self._submit(file, encoder, identity, conditions, to_do.pop(file.path), writer)
+                taken += 1
+            elif why is not None:
+                left.append(f"{file.embeds}: {why}")
         if taken or left:
             logger.info("%s: %d captions have embeddings already", encoder.name, taken)
         if left:
@@ -180,55 +220,106 @@ class TextEncoding:
                 left[0],
             )
 
-    def _submit(
-        self,
-        writer: WriteBehind,
-        file: CaptionFile,
-        encoder: TextEncoder,
-        identity: Mapping[str, str],
-        conditions: Conditions,
-        is_last: bool,
-    ) -> None:
-        tensors = _named_tensors(conditions, encoder, file.name)
-        is_file = file.caption_path is not None and path_exists(file.caption_path)  # else of class_tokens
-        source = identify(file.caption_path) if file.caption_path is not None and is_file else None
-        record = TextRecord(identity, file.caption or "", source, {}, file.settings)
-        wanted = Wanted(file, self._encoders, self._skip_existing)
-        writer.submit(partial(self._write, wanted, tensors, encoder.name, record, is_last))
-
-    def _write(
-        self, wanted: Wanted, tensors: Mapping[str, Tensor], encoder: str, record: TextRecord, is_last: bool
-    ) -> None:
-        store, architecture = self._stores.of(wanted.file.table), self._family.name
-        written = write_text(store, wanted, tensors, encoder, record, architecture, is_last)
-        if is_last:
-            self._known.note_written(wanted, written)
-
     def _encode(
         self,
         encoder: TextEncoder,
         identity: Mapping[str, str],
         batches: Sequence[TextBatch],
-        to_do: Mapping[Path, EncodingPlan],
+        to_do: Mapping[Path, bool],
         bar: Bar,
+        writer: WriteBehind,
     ) -> None:
         """Encode every incomplete batch, and write the missing outputs.
 
         Batches stay whole, because the last bits of an embedding depend on its neighbours: so a run that was
         killed and continued gives the same files as an uninterrupted one.
         """
-        with WriteBehind() as writer, torch.no_grad():
-            for batch in batches:
-                missing = {file.path for file in batch if file.path in to_do}
-                if not missing:
-                    continue
-                encoded = encoder.encode([Prompt(file.caption or "") for file in batch])
-                for file, conditions in zip(batch, encoded, strict=True):
-                    if file.path not in missing:
-                        continue
-                    is_last = to_do[file.path].is_last(encoder.name)
-                    self._submit(writer, file, encoder, identity, conditions, is_last)
-                bar.update(len(missing))
+        for batch in batches:
+            missing = {file.path for file in batch if file.path in to_do}
+            if not missing:
+                continue
+            encoded = encoder.encode([Prompt(file.caption or "") for file in batch])
+            for file, conditions in zip(batch, encoded, strict=True):
+                if file.path in missing:
+                    self._submit(file, encoder, identity, conditions, to_do[file.path], writer)
+            bar.update(len(missing))
+
+    def _submit(
+        self,
+        file: CaptionFile,
+        encoder: TextEncoder,
+        identity: Mapping[str, str],
+        conditions: Conditions,
+        is_last: bool,
+        writer: WriteBehind,
+    ) -> None:
+        """Have one prompt's outputs written. is_last: no other encoder adds anything."""
+        named = {}
+        for key, value in conditions.items():
+            tensor = (value[0] if isinstance(value, list) else value).detach().cpu()
+            require_finite(tensor, file.name, key)
+            named[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
+        is_file = file.caption_path is not None and path_exists(file.caption_path)  # else of class_tokens
+        source = identify(file.caption_path) if file.caption_path is not None and is_file else None
+        record = TextRecord(identity, file.caption or "", source, {}, file.settings)
+        writer.submit(partial(self._write, file, named, encoder.name, record, is_last))
+
+    def _write(
+        self,
+        file: CaptionFile,
+        tensors: Mapping[str, Tensor],
+        encoder: str,
+        record: TextRecord,
+        is_last: bool,
+    ) -> None:
+        """Write one encoder's tensors (by their names in the file) to a `.part`, or with it to the file.
+
+        Tensors with other names, other metadata and other encoders' records are kept. Raises OutputError if
+        writing fails, CacheError as `_finish`.
+        """
+        store = self.stores.of(file.table)
+        sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
+        metadata = {
+            "architecture": self._family.name,
+            "caption1": record.caption,
+            "format_version": FORMAT_VERSION,
+            **text_metadata({encoder: dataclasses.replace(record, crc32=sums)}),
+        }
+        new = Entry(Header(store.folder / file.file_name, metadata, tuple(tensors)), tensors)
+        part, there = self._recipe.find(file, in_part=True)  # before the file: another may finish it now
+        if part is not None:
+            new = _join(part, new)
+        if is_last:
+            self._finish(file, new, {encoder, *there})
+        else:
+            store.write(part_name(file.file_name), new.named, new.header.metadata)
+
+    def _finish(self, file: CaptionFile, new: Entry | None, there: Collection[str]) -> None:
+        """Join an entry with the file, if there is one; write the file, then remove its `.part`.
+
+        there: the encoders whose valid outputs are in the entry. A changed caption is replaced with a
+        warning. Raises OutputError if writing fails, CacheError if the output of other encoders is gone: no
+        file is left incomplete.
+        """
+        store = self.stores.of(file.table)
+        path = store.folder / file.file_name
+        old, right = self._recipe.find(file)
+        if old is not None:
+            before, now = old.header.metadata.get("caption1", file.caption or ""), file.caption or ""
+            if before != now:
+                logger.warning("%s: the caption was %r, now it is %r; it is replaced", path, before, now)
+            new = old if new is None else _join(old, new)
+        if new is None:
+            return
+        lost = [encoder.name for encoder, _ in self._recipe.encoders if encoder.name not in {*there, *right}]
+        if lost:
+            raise CacheError(
+                f"{path}: while it was made, another run with other captions or encoders removed or replaced "
+                f"what {', '.join(lost)} had written.\n"
+                "  Let one of the two end, then run this command again."
+            )
+        store.replace(part_name(file.file_name), file.file_name, new.named, new.header.metadata)
+        self._recipe.note(file, new.header, store.stamp(file.file_name), is_new=True)
 
 
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:
@@ -258,70 +349,6 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
         )
 
 
-def write_text(
-    store: CacheStore,
-    wanted: Wanted,
-    tensors: Mapping[str, Tensor],
-    encoder: str,
-    record: TextRecord,
-    architecture: str,
-    is_last: bool = True,
-) -> Header:
-    """Write one encoder's tensors (by their names in the file) to a text cache: to its `.part` or the file.
-
-    is_last: no other encoder adds anything, so the tensors are joined with the content of the `.part` and the
-    file. Tensors with other names, other metadata and other encoders' records are kept. A changed caption is
-    replaced with a warning. Returns the header of the written file. Raises OutputError if writing fails,
-    CacheError if the output of other encoders is gone: no file is left incomplete.
-    """
-    sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
-    metadata = {"architecture": architecture, "caption1": record.caption, "format_version": FORMAT_VERSION}
-    metadata |= text_metadata({encoder: dataclasses.replace(record, crc32=sums)})
-    path = store.folder / wanted.name
-    new = Entry(Header(path, metadata, tuple(tensors)), tensors)
-    part = find_part(store, wanted)  # before the file, as another process may finish it now
-    if part.entry is not None:
-        new = _join(part.entry, new)
-    if not is_last:
-        store.write(part_name(wanted.name), new.named, new.header.metadata)
-        return new.header
-    old = find_finished(store, wanted)
-    if old.entry is not None:
-        before = old.entry.header.metadata.get("caption1", record.caption)
-        if before != record.caption:
-            logger.warning(
-                "%s: the caption was %r, now it is %r; it is replaced", path, before, record.caption
-            )
-        new = _join(old.entry, new)
-    _finish(store, wanted, new, {encoder, *part.right, *old.right})
-    return new.header
-
-
-def finish_text(store: CacheStore, wanted: Wanted) -> None:
-    """Write a text cache whose tensors are all in the file and its `.part`.
-
-    Raises OutputError if writing fails, CacheError if the `.part` is gone and the file is incomplete.
-    """
-    part, old = find_part(store, wanted), find_finished(store, wanted)
-    new = part.entry or old.entry
-    if part.entry is not None and old.entry is not None:
-        new = _join(old.entry, part.entry)
-    if new is not None:
-        _finish(store, wanted, new, {*part.right, *old.right})
-
-
-def _finish(store: CacheStore, wanted: Wanted, entry: Entry, there: Collection[str]) -> None:
-    """Write a complete file, then remove its `.part`. there: the encoders whose valid outputs `entry` has."""
-    lost = [encoder.name for encoder, _ in wanted.encoders if encoder.name not in there]
-    if lost:
-        raise CacheError(
-            f"{store.folder / wanted.name}: while it was made, another run with other captions or encoders "
-            f"removed or replaced what {', '.join(lost)} had written.\n"
-            "  Let one of the two end, then run this command again."
-        )
-    store.replace(part_name(wanted.name), wanted.name, entry.named, entry.header.metadata)
-
-
 def _join(old: Entry, new: Entry) -> Entry:
     """Join two entries; the new one wins if both have something."""
     new_keys = new.header.keys
@@ -330,16 +357,6 @@ def _join(old: Entry, new: Entry) -> Entry:
     records = text_metadata({**text_records(old.header), **text_records(new.header)})
     metadata = {**old.header.metadata, **new.header.metadata, **records}
     return Entry(Header(new.header.path, metadata, tuple(named)), named)
-
-
-def _named_tensors(conditions: Conditions, encoder: TextEncoder, stem: str) -> dict[str, Tensor]:
-    """Return one prompt's outputs by their names in a file, on the CPU."""
-    named = {}
-    for key, value in conditions.items():
-        tensor = (value[0] if isinstance(value, list) else value).detach().cpu()
-        require_finite(tensor, stem, key)
-        named[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
-    return named
 
 
 def text_batches(files: Sequence[CaptionFile], batch_size: int | None) -> list[TextBatch]:

@@ -1,4 +1,5 @@
-"""The work of caching a dataset, in parts that any process on any machine can do by itself.
+"""The work of caching a dataset, in parts that any process on any machine can do by itself: the latents, and
+what the texts (texts.py) need too.
 
 Names of existing caches are listed before the sources are: an entry that was there belongs to a source that
 was there, so additions meanwhile never count as stale.
@@ -6,52 +7,34 @@ was there, so additions meanwhile never count as stale.
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from dataset.cache.forms import require_form
-from dataset.cache.index import Indexes
 from dataset.cache.npz import NpzNames
 from dataset.cache.store import Stores
-from dataset.caching.caption_files import CaptionFile, list_caption_files
-from dataset.caching.cleanup import list_texts
-from dataset.caching.existing import ExistingNames, LatentNames
+from dataset.caching.existing import ExistingNames, LatentNames, remove_stale_latents
 from dataset.caching.given_tensors import refuse_moments, use_moments
 from dataset.caching.latents import EncodersOnDemand, LatentEncoding
-from dataset.caching.planning import (
-    Caches,
-    Recipe,
-    SourcePlan,
-    latent_index,
-    media_table,
-    plan_all,
-)
+from dataset.caching.planning import Caches, Recipe, SourcePlan, media_table, plan_all
 from dataset.caching.reports import CacheReport, Failure
-from dataset.caching.text_plans import KnownTexts, text_index
-from dataset.caching.texts import TextBatch, TextEncoding, text_batches
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.options import CachingOptions, ShardOptions
+from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
 from dataset.sources.faults import LISTED, Fault, list_faults
-from dataset.sources.listing import (
-    find_all_sources,
-    require_captions,
-    warn_missing_captions,
-    warn_unreadable_captions,
-)
+from dataset.sources.listing import find_all_sources, warn_missing_captions, warn_unreadable_captions
 from dataset.sources.media_source import MediaSource
 from dataset.sources.rates import find_wrong_rates
+from modules.atomic_write import free_bytes
+from modules.console import Row, as_size, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
-# shows what is to do: how many sources there are, and the plans of those to encode
-Announce = Callable[[int, Sequence[SourcePlan]], None]
+NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 
 @dataclass(frozen=True)
@@ -90,139 +73,107 @@ class MediaWork:
 
         Raises DatasetError if the dataset cannot be used, CheckpointError if a file of an encoder is wrong.
         """
-        places = places or EntryPlaces(Stores(npz_names(family)))
+        places = places_of(family, places)
         self.stores = places.stores
-        self.existing: ExistingNames = {
+        self._existing: ExistingNames = {
             table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
-        sources, self.not_listed, self.whole_tables = _list_sources(config, captions=False)
+        sources, self.not_listed, self.whole_tables = list_sources(config, captions=False)
         _check_tables(family, config, sources)
         warn_missing_captions(sources)
         warn_unreadable_captions(sources)
         family.check_given_files()
-        self.sources: Sequence[MediaSource] = use_moments(family, sources)
+        self.pieces: Sequence[MediaSource] = use_moments(family, sources)
         places.require_form(config, family.cache_tag)
-        self._recipe = recipe_of(family, options, self.stores, places.trusts)
-        self._family = family
-        self._config = config
-        self._options = options
+        self._recipe = Recipe(
+            family.cache_tag,
+            family.media_identity,
+            family.latent,
+            family.defaults.fps,
+            options.skip_existing,
+            family.sections_of,
+            self.stores,
+            options.verify,
+            places.trusts,
+        )
+        self.index = self._recipe.index
+        self._family, self._config, self._options, self._device = family, config, options, device
         self._encoders = EncodersOnDemand(family, device)
 
-    def encode(
-        self, sources: Sequence[MediaSource], show: bool, announce: Announce | None = None
-    ) -> EncodedPart:
+    def encode(self, pieces: Sequence[MediaSource], who: str | None) -> EncodedPart:
         """Encode every item of some sources that has no valid entry.
 
-        A source that cannot be read becomes a failure of the report and does not stop the others. Raises
-        CheckpointError if an encoder cannot be loaded, OutputError if an entry cannot be written.
+        A source that cannot be read becomes a failure of the report and does not stop the others. who: which
+        share of the work this is, to show it; None shows nothing. Raises CheckpointError if an encoder cannot
+        be loaded, OutputError if an entry cannot be written.
         """
-        recipe, workers = self._recipe, workers_of(self._options)
-        plans, failures = plan_all(sources, self.existing, recipe, workers, show)
+        workers, shows = workers_of(self._options), who is not None
+        plans, failures = plan_all(pieces, self._existing, self._recipe, workers, shows)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         wrong = find_wrong_rates([plan.source for plan in to_do])
         if wrong:  # told and done: the option decides, as a file's header may be wrong
             logger.warning("%s", escape_control_codes("\n".join(list_faults(wrong, LISTED))))
-        if announce is not None:
-            announce(len(plans) + len(failures), to_do)
-        encoding = LatentEncoding(self._family, recipe, self._encoders, self._options.batch_size)
+        if who is not None:
+            rows: list[Row] = [
+                ("data", str(self._config.path)),
+                (f"latents{who}", f"{len(pieces)} sources, {len(to_do)} of them to encode"),
+                ("disk", self._disk(to_do)),
+                ("device", str(self._device)),
+            ]
+            show_box("Caching latents", rows)
+        encoding = LatentEncoding(self._family, self._recipe, self._encoders, self._options.batch_size)
         if to_do:
-            encoding.run(to_do, self.existing, workers, show)
+            encoding.run(to_do, self._existing, workers, shows)
         finished = [plan for plan in plans if plan.missing == ()] + encoding.finished
-        log_outdated(finished)
+        _log_outdated(finished)
         report = CacheReport(
             written=len(encoding.written),
             kept=sum(len(plan.kept) for plan in finished),
             foreign=sum(plan.foreign for plan in finished),
             failures=(*failures, *encoding.failures),
-            dropped=tuple(
-                Failure.of(plan.source, plan.reason) for plan in finished if plan.reason is not None
-            ),
-            shortened=tuple(
-                Failure.of(plan.source, plan.short) for plan in finished if plan.short is not None
-            ),
-            share=len(sources),
-            whole=len(self.sources),
+            dropped=tuple(Failure.of(one.source, one.reason) for one in finished if one.reason is not None),
+            shortened=tuple(Failure.of(one.source, one.short) for one in finished if one.short is not None),
+            share=len(pieces),
+            whole=len(self.pieces),
         )
         kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
         return EncodedPart(report, frozenset(kept | encoding.written))
 
-    @property
-    def index(self) -> Indexes[Any]:
-        """Return the facts about the entries."""
-        return self._recipe.index
+    def remove_stale(
+        self, table: DatasetTable, done: Sequence[EncodedPart], failed: Collection[str], keep_cache: bool
+    ) -> int:
+        """Remove the entries of a table that belong to no item; return how many there were.
 
-    def encode_shard(self, shard: ShardOptions) -> CacheReport:
-        """Encode a shard, so that it survives. Raises as `encode` does."""
-        report = self.encode(shard.of(self.sources), show=False).report
-        self.stores.finish(self._config.datasets)
-        return report
+        done: of all processes. failed: stems of sources that failed: theirs stay.
+        """
+        if keep_cache:
+            return 0
+        belongs = {name for one in done for index, name in one.right if index == table.index}
+        store, existing = self.stores.of(table), self._existing[table.index]
+        return remove_stale_latents(store, existing, table.kind, self._family, belongs, failed)
 
     def free(self) -> None:
         """Free the encoders."""
         self._encoders.free()
 
+    def _disk(self, plans: Sequence[SourcePlan]) -> str | None:
+        """Estimate what the latents of some sources take on disk; None if no size is known yet."""
+        spec, sizes = self._family.latent, [size for plan in plans for size in plan.items]
+        known = sum(plan.missing is not None for plan in plans)
+        if not sizes:
+            return None
+        step, rows, columns = spec.stride
 
-class TextWork:
-    """The texts of a dataset, in the batches in which they are encoded."""
+        def numbers(width: int, height: int, frames: int = 1) -> int:
+            return spec.channels * ((frames - 1) // step + 1) * (height // rows) * (width // columns)
 
-    def __init__(
-        self,
-        family: Caches,
-        config: DatasetConfig,
-        options: CachingOptions,
-        device: torch.device,
-        show: bool,
-        places: EntryPlaces | None = None,
-    ) -> None:
-        """List entries and captions. show: whether this process shows its progress. places: see `MediaWork`.
-
-        Raises DatasetError if the dataset cannot be used or a caption is missing, CheckpointError if a file
-        of an encoder is wrong.
-        """
-        places = places or EntryPlaces(Stores(npz_names(family)))
-        self.stores = places.stores
-        self.existing: Mapping[int, Collection[str]] = {
-            table.index: list_texts(self.stores.of(table), family.cache_tag) for table in config.datasets
-        }
-        for table in config.datasets:
-            _refuse_changing(table, table.changes.varying_keys, "texts")
-        sources, self.not_listed, self.whole_tables = _list_sources(config, captions=True)
-        self.sources: Sequence[MediaSource] = sources
-        require_captions(self.sources)
-        family.check_given_files()
-        self._config = config
-        places.require_form(config, family.cache_tag)
-        self.files = distinct_texts(list_caption_files(self.sources, family.cache_tag), self.stores)
-        self.batches: Sequence[TextBatch] = text_batches(self.files, options.batch_size)
-        self.index = text_index(options.verify)
-        known = KnownTexts(self.stores, self.index, places.trusts)
-        self._encoding = TextEncoding(
-            family, device, workers_of(options), options.skip_existing, show, self.stores, known
-        )
-
-    def encode(self, batches: Sequence[TextBatch]) -> CacheReport:
-        """Encode every caption of some batches that has no valid entry, one encoder after the other.
-
-        Raises CheckpointError if an encoder cannot be loaded, OutputError if an entry cannot be written.
-        """
-        done = self._encoding.run(batches)
-        return CacheReport(
-            done.written, done.kept, done.foreign, share=sum(map(len, batches)), whole=len(self.files)
-        )
-
-    def encode_shard(self, shard: ShardOptions) -> CacheReport:
-        """Encode a shard, so that it survives. Raises as `encode` does."""
-        report = self.encode(shard.of(self.batches))
-        self.stores.finish(self._config.datasets)
-        return report
-
-    def free(self) -> None:
-        """Free the encoders."""
-        self._encoding.free()
+        needed = sum(numbers(*size) for size in sizes) * NUMBER_BYTES * len(plans) / known
+        free = free_bytes(self._config.datasets[0].cache_directory)
+        return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
 
 
-def _list_sources(
+def list_sources(
     config: DatasetConfig, captions: bool
 ) -> tuple[list[MediaSource], CacheReport, list[DatasetTable]]:
     """Return all sources, a report of unreadable ones, such as the end of a tar, and the completely listed
@@ -249,7 +200,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     for table in config.datasets:
         has_control = table.index in controlled
         try:
-            _refuse_changing(table, table.augmentation.varying_keys, "latents")
+            refuse_changing(table, table.augmentation.varying_keys, "latents")
             # first: load_tensors ignores the keys that a family's own check would have changed
             refuse_moments(family, table)
             check_resolution(table, family.latent.pixel_step)
@@ -261,7 +212,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
         raise DatasetError("\n".join(problems))
 
 
-def _refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
+def refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
     """Raise DatasetError if the items to cache change each time. keys: that make it so."""
     if keys:
         raise DatasetError(
@@ -270,7 +221,7 @@ def _refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> Non
         )
 
 
-def log_outdated(plans: Sequence[SourcePlan]) -> None:
+def _log_outdated(plans: Sequence[SourcePlan]) -> None:
     """Log why existing files were made again, so that the extra work is explained."""
     reasons = [plan.outdated for plan in plans if plan.outdated is not None]
     if reasons:
@@ -281,26 +232,6 @@ def log_outdated(plans: Sequence[SourcePlan]) -> None:
         )
 
 
-def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[CaptionFile]:
-    """Return the texts without those that an earlier table has in the same shared file.
-
-    Raises DatasetError if their captions differ.
-    """
-    seen: dict[tuple[Path, str], CaptionFile] = {}
-    for file in files:
-        store = stores.of(file.table)
-        folder = store.folder if store.is_shared(file.file_name) else file.table.cache_directory
-        first = seen.setdefault((folder, file.file_name), file)
-        if first is not file and first.caption != file.caption:
-            raise DatasetError(
-                f"{file.table.name}: the caption of {file.name} is {file.caption!r} here, but "
-                f"{first.caption!r} in {first.table.name}, and both have one npz file.\n  Let the tables "
-                "make equal captions, or keep the embeddings elsewhere: --cache_text_encoder_outputs without "
-                "_to_disk"
-            )
-    return list(seen.values())
-
-
 def npz_names(family: Caches) -> NpzNames:
     """Return how a family's caches are named in npz files."""
     # the keys may be known only if all encoders are given, which a check does not need
@@ -308,12 +239,9 @@ def npz_names(family: Caches) -> NpzNames:
     return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
 
 
-def recipe_of(family: Caches, options: CachingOptions, stores: Stores, trusts: bool = False) -> Recipe:
-    """Return how this run makes latents. Reads the identity of the encoders' files."""
-    latent, fps, encoder = family.latent, family.defaults.fps, family.media_identity
-    skip_existing, index = options.skip_existing, latent_index(options.verify)
-    sections = family.sections_of
-    return Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, stores, index, trusts)
+def places_of(family: Caches, places: EntryPlaces | None) -> EntryPlaces:
+    """Return where entries are kept: as given, else where the tables say."""
+    return places or EntryPlaces(Stores(npz_names(family)))
 
 
 def workers_of(options: CachingOptions) -> int:

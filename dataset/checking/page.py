@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.caching.prefetch import read_ahead
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import read_ahead
 from dataset.checking.captions import Counters
 from dataset.checking.findings import CheckResult, TableFindings
 from dataset.checking.looks import MediaLook, look_at

@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset.caching.prefetch import WriteBehind, run_ahead
+from dataset.caching.prefetch import DECODED_BYTES, WriteBehind, run_ahead
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import DECODED_BYTES
 from dataset.cogvideox.artifacts import write_media
 from dataset.cogvideox.items import PreparedItem
 from dataset.cogvideox.options import PrepareOptions

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.cache.records import difference
-from dataset.caching.processes import Share, join_processes
+from dataset.caching.loop import Share, join_processes
 from dataset.caching.reports import Failure, failure_error
 from dataset.cogvideox.captions import UNFINISHED, encode_captions, write_captions
 from dataset.cogvideox.clips import prepare_clips

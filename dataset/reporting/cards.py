@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from dataset.caching.prefetch import read_ahead
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import read_ahead
 from dataset.checking.looks import (
     EvenFrames,
     MediaLook,

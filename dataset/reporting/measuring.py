@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from dataset.caching.prefetch import decode_ahead, read_ahead
 from dataset.caching.reports import Failure
-from dataset.caching.source_jobs import decode_ahead, read_ahead
 from dataset.checking.looks import EvenFrames, MediaLook, choose_evenly, read_source
 from dataset.sources.decoding import decode_source, fit_of, plan_source, spans_or_reason
 from dataset.sources.fetching import fetch

@@ -2,7 +2,7 @@
 
 import pytest
 
-from blissful_tuner.wildcards import choose_alternatives, unescape
+from blissful_tuner.prompt_syntax import choose_alternatives, unescape
 
 
 def first(text: str) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from blissful_tuner.guidance_steps import parse_cfg_schedule
+from blissful_tuner.guidance import parse_cfg_schedule
 from modules.errors import OptionError
 from tests.golden_cases import read_case
 

@@ -6,17 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import make_guidance, needs
+from blissful_tuner.guidance import choose_applied_steps, make_guidance, needs
 from blissful_tuner.guidance_options import (
     PLAIN_GUIDANCE,
     GuidanceOptions,
 )
-from blissful_tuner.guidance_steps import choose_applied_steps, guidance_scales
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.rules import Expert
 from modules.contract.steps import NO_TWEAKS, Needs, Section, Step, Tweaks
-from modules.errors import OptionError
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 
@@ -69,26 +67,6 @@ def test_skip_modes_follow_the_documented_pattern(mode: str, expected: str) -> N
     assert "".join("A" if applied else "S" for applied in choose_applied_steps(mode, 0.6, 10)) == expected
 
 
-def test_a_skipped_step_makes_one_pass() -> None:
-    options = replace(PLAIN_GUIDANCE, cfg_skip_mode="late", cfg_apply_ratio=0.5)
-    guidance, network = make_guidance(replace(REQUEST, steps=2), options), passes()
-    assert float(guidance(step(0), network, network.section).mean()) == 6.0
-    assert len(network.made) == 2
-    assert float(guidance(step(1), network, network.section).mean()) == 2.0
-    assert len(network.made) == 3
-
-
-def test_scale_1_makes_one_pass() -> None:
-    network = passes()
-    make_guidance(replace(REQUEST, guidance_scale=(1.0,)), PLAIN_GUIDANCE)(step(0), network, network.section)
-    assert network.made == [(True, frozenset())]
-
-
-def test_a_schedule_turns_guidance_on_where_it_says_even_at_scale_1() -> None:
-    request = prepare(Request("p", 0, steps=3, guidance_scale=1.0, cfg_schedule="2:3"))
-    assert guidance_scales(request, PLAIN_GUIDANCE) == [(None, 3.0, None)]
-
-
 def test_each_expert_has_its_own_scale() -> None:
     guidance = make_guidance(
         replace(REQUEST, guidance_scale=(5.0, 1.0)),
@@ -120,12 +98,6 @@ def test_a_negative_text_is_needed_if_any_step_has_guidance(
         PLAIN_GUIDANCE, cfg_skip_mode="none" if ratio is None else "late", cfg_apply_ratio=ratio
     )
     assert needs(request, options) == Needs(negative=negative)
-
-
-def test_a_schedule_and_a_skip_mode_exclude_each_other() -> None:
-    options = replace(PLAIN_GUIDANCE, cfg_skip_mode="late", cfg_apply_ratio=0.5)
-    with pytest.raises(OptionError, match="give one of them"):
-        guidance_scales(prepare(Request("p", 0, cfg_schedule="1")), options)
 
 
 def skipping(mode: str, layers: str) -> GuidanceOptions:
@@ -171,10 +143,3 @@ def test_a_rescaled_velocity_has_the_deviation_of_the_positive_one_in_each_sampl
     ratio = (velocity / plain).flatten(1)
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))  # one factor for each sample
     assert not torch.isclose(ratio[0, 0], ratio[1, 0])
-
-
-def test_rescaling_acts_on_what_skip_layer_guidance_makes() -> None:
-    network = drawn()
-    options = replace(skipping("original", "1"), guidance_rescale=1.0)
-    velocity = make_guidance(replace(REQUEST, steps=4), options)(step(0), network, network.section)
-    torch.testing.assert_close(velocity.flatten(1).std(1), network.section.noise.flatten(1).std(1))

@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 
-from blissful_tuner.guidance_checks import check_guidance
+from blissful_tuner.guidance import check_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from modules.contract.requests import Request
 from modules.errors import OptionError
 from tests.preparing import prepare
-
-SLG = {"slg_mode": "uncond", "slg_layers": "1", "slg_end": 1.0}
 
 
 def check(
@@ -19,11 +17,6 @@ def check(
 ) -> None:
     request = Request("p", 0, steps=4, guidance_scale=scale, cfg_schedule=schedule, negative_prompt=negative)
     check_guidance(prepare(request, usual_negative=""), replace(PLAIN_GUIDANCE, **options))
-
-
-def test_a_schedule_beyond_the_steps_is_refused() -> None:
-    with pytest.raises(OptionError, match="1 to 4"):
-        check({}, schedule="1-9")
 
 
 def test_a_schedule_and_a_skip_mode_are_refused_together() -> None:

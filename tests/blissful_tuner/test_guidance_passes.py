@@ -1,6 +1,5 @@
 """The passes of a step; CFG-Zero* and perpendicular negative guidance on recorded values."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import make_guidance, needs
-from blissful_tuner.guidance_formulas import cfg_zero, perp_neg
+from blissful_tuner.guidance import make_guidance
+from blissful_tuner.guidance_formulas import BLANK, NEGATIVE, POSITIVE, GuidanceStage, cfg_zero, perp_neg
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
-from blissful_tuner.guidance_passes import BLANK, NEGATIVE, POSITIVE, GuidanceStage
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
-from modules.contract.steps import NO_TWEAKS, Needs, Section, Step, Tweaks
+from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 
@@ -62,20 +60,6 @@ def numbers(*values: float) -> Tensor:
 def test_documented_examples(stage: GuidanceStage, expected: tuple[float, ...]) -> None:
     velocity = combine(stage, numbers(1, 2, 3, 4), numbers(1, 0, 1, 0), numbers(0, 0, 1, 1))
     torch.testing.assert_close(velocity, numbers(*expected))
-
-
-@pytest.mark.parametrize("make", [lambda: cfg_zero(5.0, NEGATIVE), lambda: perp_neg(5.0, 1.5, NEGATIVE)])
-def test_each_sample_of_a_batch_is_by_itself(make: Callable[[], GuidanceStage]) -> None:
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randn(2, 4, 2, 3, 3, generator=generator) for _ in range(3)]
-    alone = [combine(make(), *(one[sample : sample + 1] for one in rows)) for sample in range(2)]
-    torch.testing.assert_close(combine(make(), *rows), torch.cat(alone))
-
-
-def test_a_prompt_that_changes_nothing_divides_by_nothing() -> None:
-    same, other = numbers(1, 2, 3, 4), numbers(0, 0, 0, 0)
-    assert torch.isfinite(combine(perp_neg(5.0, 1.5, NEGATIVE), same, other, same)).all()
-    assert torch.isfinite(combine(cfg_zero(5.0, NEGATIVE), same, other, other)).all()
 
 
 class Network:
@@ -128,20 +112,3 @@ def test_the_first_steps_are_multiplied_with_and_without_guidance() -> None:
     first, second, third = velocities(PLAIN_GUIDANCE)
     assert all(map(torch.equal, velocities(options), (0.5 * first, 0.5 * second, third)))
     assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize(
-    ("options", "schedule", "expected"),
-    [
-        ({"perp_neg": 1.5}, None, Needs(negative=True, blank=True)),
-        ({"perp_neg": 1.5}, "!1-4", Needs()),
-        ({"perp_neg": 0.0}, None, Needs(blank=True)),
-        ({"cfgzerostar_scaling": True}, "1-4:1", Needs()),
-        ({"cfgzerostar_init_steps": 2}, "1-2", Needs()),  # no pass at all is made there
-    ],
-)
-def test_only_texts_that_have_a_pass_are_needed(
-    options: dict[str, Any], schedule: str | None, expected: Needs
-) -> None:
-    request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule=schedule))
-    assert needs(request, replace(PLAIN_GUIDANCE, **options)) == expected

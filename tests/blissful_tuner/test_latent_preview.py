@@ -3,7 +3,6 @@
 import logging
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.latent_preview import LatentPreviews, make_previews
-from blissful_tuner.preview_options import PreviewOptions
+from blissful_tuner.options import PreviewOptions
 from blissful_tuner.taehv import enlarge, project
 from modules.contract.steps import Piece, Section, Step, StepDone
 from modules.media.reading import read_image, video_frames, video_info
@@ -138,19 +137,6 @@ def test_an_error_is_one_warning_and_a_file_that_cannot_be_written_is_tried_agai
     with previews.of(16.0) as clip:
         clip.watch(step(0, 4))
     assert in_the_way.is_file()
-
-
-def test_an_interrupted_clip_leaves_no_thread_and_no_part_of_a_file(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with previews_in(tmp_path).of(16.0) as clip:
-            for index in range(3):
-                clip.watch(step(index, 4, frames=2))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert not [thread for thread in threading.enumerate() if thread.name == "latent preview"]
-    assert {path.name for path in tmp_path.iterdir()} <= {"latent_preview.mp4"}
 
 
 KILLED = """

@@ -45,12 +45,6 @@ def test_metadata_has_the_known_keys_and_the_sizes() -> None:
     }
 
 
-def test_what_only_the_family_reads_is_said_too() -> None:
-    extra = {"video_sections": "4", "one_frame": "default"}
-    found = output_metadata(replace(REQUEST, own_metadata=extra), {})
-    assert (found["bt_video_sections"], found["bt_one_frame"]) == ("4", "default")
-
-
 def test_a_latent_file_says_it_in_both_spellings_and_pixels_in_one() -> None:
     settings = {"guidance_rescale": 0.0, "sample_solver": "unipc"}
     made = output_metadata(
@@ -86,10 +80,6 @@ def test_the_known_names_without_prefix_are_read() -> None:
     assert seed_in({"seeds": "12"}) == 12
     assert frame_rate_in({"fps": "24"}) == 24.0
     assert seed_in({"bt_seeds": "3", "seeds": "12"}) == 3
-
-
-def test_tags_are_one_line_and_keep_their_letters() -> None:
-    assert as_tags({"bt_prompt": "a\r\nb\nä"}) == {"bt_prompt": "a\\nb\\nä"}
 
 
 @pytest.mark.parametrize(

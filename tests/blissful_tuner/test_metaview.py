@@ -91,18 +91,6 @@ def test_a_lora_gives_its_training_notes(tmp_path: Path) -> None:
     ]
 
 
-def test_several_files_and_folders_are_shown_below_their_names(tmp_path: Path) -> None:
-    for name in ("b.mp4", "a.png"):
-        write(tmp_path, name, {"bt_seeds": name})
-    (tmp_path / "note.txt").touch()
-    expected = [str(tmp_path / "a.png"), "SEEDS: a.png", "", str(tmp_path / "b.mp4"), "SEEDS: b.mp4"]
-    assert run_script(SCRIPT, tmp_path).stdout.splitlines() == expected
-    both = run_script(SCRIPT, tmp_path / "a.png", tmp_path / "b.mp4")
-    assert both.stdout.splitlines() == expected
-    listed = json.loads(run_script(SCRIPT, tmp_path, "--json").stdout)
-    assert [one["metadata"]["bt_seeds"] for one in listed] == ["a.png", "b.mp4"]
-
-
 def test_control_codes_of_hostile_files_reach_no_terminal(tmp_path: Path) -> None:
     hostile = {"bt_prompt": "\x1b[2J\x9b1m\u202ecat\r\n\x07", "bt_\x1b]0;x": "y"}
     path = tmp_path / "x.safetensors"
@@ -126,9 +114,3 @@ def test_a_file_that_is_cut_short_is_one_message_and_the_others_are_shown(
         assert_user_error(done, cut.name)
     assert "Traceback" not in done.stderr
     assert done.returncode == 1 or (name, keep) == ("a.mkv", 100)
-
-
-def test_a_file_without_metadata_is_no_error(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.png", {})
-    done = run_script(SCRIPT, path)
-    assert (done.stdout, done.stderr) == ("", f"{path} holds no metadata\n")

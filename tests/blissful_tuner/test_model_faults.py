@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.output_files import Answer, ask_at_console, ask_to_replace
 from tests.blissful_tuner.test_model_utility import STATE, run, write
-from tests.manifests import write_hollow
 
 
 def write_index(folder: Path, name: str) -> Path:
@@ -33,19 +32,6 @@ def test_an_index_leads_to_no_file_outside_its_folder(tmp_path: Path, name: str)
         run(folder)
 
 
-def test_an_index_may_lead_to_links_and_to_folders_below(tmp_path: Path) -> None:
-    blob = tmp_path / "blob"
-    save_file({"b": torch.full((1,), 3.0)}, blob)
-    folder = tmp_path / "model"
-    (folder / "below").mkdir(parents=True)
-    (folder / "below" / "b.safetensors").symlink_to(blob)
-    index = write_index(folder, "below/b.safetensors")
-
-    run(index, "--convert", tmp_path / "all.safetensors")
-
-    assert load_file(tmp_path / "all.safetensors")["b"] == 3.0
-
-
 def test_whole_numbers_with_a_scale_stay_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     state = {
@@ -61,16 +47,6 @@ def test_whole_numbers_with_a_scale_stay_as_they_are(tmp_path: Path) -> None:
     assert torch.equal(made["l.weight"], state["l.weight"])
     assert torch.equal(made["l.weight_scale"], state["l.weight_scale"])
     assert made["m.weight"].dtype == torch.bfloat16
-
-
-def test_a_scale_that_does_not_fit_its_weight_is_named(tmp_path: Path) -> None:
-    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    weight = torch.ones(4, 8).to(torch.float8_e4m3fn)
-    save_file({"l.weight": weight, "l.scale_weight": torch.ones(3, 1)}, path)
-
-    with pytest.raises(CheckpointError, match=r"the scale of l\.weight has the shape \[3, 1\]"):
-        run(path, "--convert", out, "--dtype", "bf16")
-    assert not out.exists()
 
 
 # --- what would be lost ---
@@ -118,17 +94,6 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written_to_its_end(tmp_path: P
         run(path, "--convert", out, "--dtype", "fp16", "--shard_size", "1000")
 
     assert list(out.iterdir()) == []
-
-
-def test_the_disk_is_asked_for_room_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    size = 1 << 40
-    hollow = write_hollow(tmp_path / "a.safetensors", {"a": ("F32", (size,)), "b": ("F32", (size,))})
-
-    for more in ([], ["--shard_size", "5TB"]):
-        with pytest.raises(OutputError, match="the disk has"):
-            run(hollow, "--convert", tmp_path / "b.safetensors", *more)
-
-    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from itertools import accumulate
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from blissful_tuner.model_utility import main
-from frame_pack.checkpoints import load_dit as load_framepack
-from hunyuan_model.checkpoints import load_dit as load_hunyuan
-from modules.contract.loading import Placement
 from networks.metadata import add_hashes
 from tests.commands import run_script
-from tests.manifests import tensor_list, write_hollow
-from tests.tiny import dits, post_faces, post_restorers, post_upscaling
-from tests.tiny.post_flowformer import write_flowformer
-from tests.tiny.post_restorers import write_model
-from wan.checkpoints import load_dit as load_wan
 
 SCRIPT = "blissful_tuner/model_utility.py"
-CPU = torch.device("cpu")
 STATE = {
     "model.a.weight": torch.arange(12.0).reshape(3, 4),
     "model.a.bias": torch.ones(3),
@@ -70,25 +59,6 @@ def test_a_file_is_described_with_its_dtypes_sizes_and_metadata(
     assert "float32: 3 tensors, 76 bytes" in out
     assert "int64: 1 tensor, 8 bytes" in out
     assert max(len(line) for line in out.splitlines()) < 300
-
-
-@pytest.mark.parametrize(
-    ("manifest", "what"),
-    [
-        ("wan2.1-t2v-1.3b", "a Wan transformer (--dit) for --task t2v-1.3B"),
-        ("skyreels-v1-i2v", "SkyReels"),
-        ("framepack-dit", "FramePack"),
-        ("umt5-xxl-enc-wan", "umT5"),
-        ("retinaface-resnet50", "RetinaFace"),
-        ("llava-llama3-single", "language model"),
-    ],
-)
-def test_a_file_of_full_size_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], manifest: str, what: str
-) -> None:
-    run(write_hollow(tmp_path / "a.safetensors", tensor_list(manifest)), "--json")
-
-    assert what in said(capsys)["what"]
 
 
 def test_a_lora_is_described_by_rank_alpha_and_layers(
@@ -149,15 +119,6 @@ def test_floats_are_cast_integers_and_excluded_names_stay(
     assert made["count"].dtype == torch.int64
     assert torch.equal(made["model.b.weight"], STATE["model.b.weight"].to(dtype))
     assert metadata_of(tmp_path / "b.safetensors") == {"format": "pt", "note": "kept"}
-
-
-def test_tensors_can_be_left_out(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors")
-    options = ["--full_target_keys", "model.", "--full_exclude_keys", ".b."]
-
-    run(path, "--convert", tmp_path / "b.safetensors", *options)
-
-    assert set(load_file(tmp_path / "b.safetensors")) == {"model.a.weight", "model.a.bias"}
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.bin"])
@@ -225,41 +186,6 @@ def test_weights_in_8_bits_are_multiplied_by_their_scales_or_kept_with_them(tmp_
     assert list(record(tmp_path / "kept.safetensors")) == ["net.a", "net.b"]
 
 
-LOADERS = {"wan": load_wan, "hunyuan": load_hunyuan, "framepack": load_framepack}
-
-
-@pytest.mark.parametrize("family", dits.ONE_OF_EACH, ids=lambda family: family.name)
-def test_a_converted_transformer_computes_the_same(family: dits.TinyDit, tmp_path: Path) -> None:
-    dit = family.make(1)
-    path = write(tmp_path / "dit.safetensors", dit.state_dict())
-    inputs = family.inputs((3, 4, 4, 5), 1)
-
-    run(path, "--convert", tmp_path / "prefixed.safetensors", "--add_prefix", "model.diffusion_model.")
-    run(tmp_path / "prefixed.safetensors", "--convert", tmp_path / "shards", "--shard_size", "300kB")
-
-    loaded = LOADERS[family.name.split()[0]](tmp_path / "shards", Placement(CPU))
-    with torch.no_grad():
-        assert torch.equal(dit.eval()(**inputs), loaded(**inputs))
-
-
-# a part of what it is called -> how it is written to a .pth file
-TOOLS: dict[str, Callable[[Path], Path]] = {
-    "SwinIR": post_upscaling.write_swinir,
-    "Real-ESRGAN": post_upscaling.write_rrdb,
-    "an ESRGAN upscaler with old names": lambda path: post_upscaling.write(
-        path, post_upscaling.in_old_names(post_upscaling.rrdb_weights())
-    ),
-    "an ESRGAN or BSRGAN": lambda path: post_upscaling.write(
-        path, post_upscaling.in_middle_names(post_upscaling.rrdb_weights())
-    ),
-    "RetinaFace": post_faces.write_red_detector,
-    "GFPGAN": lambda path: write_model(path, post_restorers.gfpgan_weights(), "params_ema"),
-    "CodeFormer": lambda path: write_model(path, post_restorers.codeformer_weights(), "params_ema"),
-    "ParseNet": lambda path: write_model(path, post_restorers.parsenet_weights()),
-    "FlowFormer": lambda path: write_flowformer(path, "module."),
-}
-
-
 # --- the command line ---
 
 
@@ -287,14 +213,3 @@ def record(path: Path) -> dict[str, Any]:
     """What a file says of its layers in 8 bits."""
     found: dict[str, Any] = json.loads(metadata_of(path)["_quantization_metadata"])["layers"]
     return found
-
-
-def peak_bytes(call: Callable[[], None]) -> int:
-    """The largest sum of what torch has allocated on the CPU during a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(accumulate(sizes))

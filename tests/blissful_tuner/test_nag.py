@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import make_guidance, needs
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE
-from blissful_tuner.nag import NormalisedGuidance
-from blissful_tuner.nag_options import NO_NAG, NagOptions
+from blissful_tuner.guidance import make_guidance
+from blissful_tuner.guidance_formulas import NormalisedGuidance
+from blissful_tuner.guidance_options import NO_NAG, PLAIN_GUIDANCE, NagOptions
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks
@@ -56,20 +55,6 @@ def test_a_token_grows_by_tau_at_most() -> None:
     torch.testing.assert_close(sizes[0], 2 * sizes[1], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("scale", "alpha"), [(1.0, 0.5), (5.0, 0.0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neutral_numbers_leave_every_bit(scale: float, alpha: float, dtype: torch.dtype) -> None:
-    toward, away = seen(1, dtype), seen(2, dtype)
-
-    assert torch.equal(NormalisedGuidance(scale, 3.5, alpha)(toward, away), toward)
-
-
-def test_the_same_text_leaves_every_bit() -> None:
-    toward = seen(1, torch.bfloat16)
-
-    assert torch.equal(NormalisedGuidance(11, 3.5, 0.5)(toward, toward.clone()), toward)
-
-
 def test_in_bfloat16_it_is_rounded_as_often_as_a_product() -> None:
     toward, away = seen(1, torch.bfloat16), seen(2, torch.bfloat16)
     steer = NormalisedGuidance(11, 2.5, 0.25)
@@ -109,19 +94,3 @@ def test_without_guidance_each_step_is_one_pass_with_the_same_tweaks() -> None:
     assert tweaks.away is not None
     assert tweaks.away.text is calls.section.away
     assert tweaks.away.steer == NormalisedGuidance(5.0, 3.5, 0.5)
-
-
-def test_beside_guidance_only_the_pass_of_the_prompt_has_it() -> None:
-    calls = calls_of(ON, 5.0)
-
-    assert len(calls.made) == 6
-    assert all((one is calls.section.positive) == (tweaks.away is not None) for one, tweaks in calls.made)
-
-
-@pytest.mark.parametrize("nag", [NO_NAG, replace(ON, nag_scale=1.0), replace(ON, nag_alpha=0.0)])
-def test_where_it_changes_nothing_it_is_off(nag: NagOptions) -> None:
-    request = prepare(Request("p", 0, steps=3, guidance_scale=1.0))
-
-    assert all(tweaks is NO_TWEAKS for _, tweaks in calls_of(nag, 1.0).made)
-    assert not needs(request, replace(PLAIN_GUIDANCE, nag=nag)).away
-    assert needs(request, replace(PLAIN_GUIDANCE, nag=ON)).away

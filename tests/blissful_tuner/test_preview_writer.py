@@ -25,21 +25,3 @@ def test_a_newer_item_replaces_one_that_waits() -> None:
     writer.close()
 
     assert written == [1, 4]
-
-
-def test_the_thread_rests_and_still_writes_the_last_item_at_the_end() -> None:
-    written: list[int] = []
-    wrote = threading.Event()
-
-    def write(item: int) -> None:
-        written.append(item)
-        wrote.set()
-
-    writer = LatestWriter(write, rest=1e9)
-    writer.put(1)
-    assert wrote.wait(SOON)
-    for item in (2, 3):
-        writer.put(item)
-    assert written == [1]  # it rests
-    writer.close()
-    assert written == [1, 3]

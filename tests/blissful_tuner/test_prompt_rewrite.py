@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,18 +10,13 @@ import torch
 from safetensors import safe_open
 
 import wan_generate_video
+from blissful_tuner.options import PromptRewriteOptions
 from blissful_tuner.prompt_rewrite import (
-    INSTRUCTIONS,
     PromptRewriter,
-    instruction,
     make_rewriter,
-    rewrite_prompts,
 )
-from blissful_tuner.prompt_rewrite_options import PromptRewriteOptions
 from modules.answers import take_answer
-from modules.contract.requests import Prompt, Prompts, Request
 from modules.errors import CheckpointError, OptionError
-from tests.preparing import prepare
 from tests.tiny.chat_model import write_chat_model
 from tests.tiny.wan import write_tiny_wan
 
@@ -34,12 +28,6 @@ CPU = torch.device("cpu")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with random weights that answers with words of its small vocabulary."""
     return write_chat_model(tmp_path_factory.mktemp("chat modél"))
-
-
-def test_the_instruction_holds_the_prompt_once() -> None:
-    for mode in INSTRUCTIONS:
-        assert instruction("猫 {x} %s", mode).count("猫 {x} %s") == 1
-    assert INSTRUCTIONS["normal"] != INSTRUCTIONS["master"]
 
 
 @pytest.mark.parametrize(
@@ -58,39 +46,6 @@ def test_the_instruction_holds_the_prompt_once() -> None:
 )
 def test_the_answer_is_one_paragraph(answer: str, taken: str) -> None:
     assert take_answer(answer) == taken
-
-
-def test_equal_prompts_have_equal_answers(chat_model: Path) -> None:
-    rewriter = PromptRewriter(chat_model, "normal")
-    rewriter.load(CPU)
-    first = rewriter.rewrite("a cat")
-    assert first
-    assert first != "a cat"
-    rewriter.free()
-
-    again = PromptRewriter(chat_model, "normal")
-    again.load(CPU)
-    assert again.rewrite("a cat") == first
-    assert again.rewrite("  ") == "  "  # nothing to describe
-
-
-def test_each_section_is_rewritten_and_recorded(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rewriter = PromptRewriter(chat_model, "normal")
-    monkeypatch.setattr(PromptRewriter, "rewrite", lambda self, text: f"{text}!")
-    negative = Prompt("bad")
-    prepared = replace(
-        prepare(Request("x", 0)),
-        prompts={
-            0: Prompts(Prompt("a", ((0, 1, 1.5),), "second"), negative),
-            1: Prompts(Prompt("b"), negative),
-        },
-    )
-
-    made = rewrite_prompts(prepared, rewriter)
-
-    assert made.prompts[0] == Prompts(Prompt("a!", (), "second"), negative)
-    assert made.prompts[1].positive.text == "b!"
-    assert made.own_metadata["rewritten_prompt"] == "a!\nb!"
 
 
 def test_it_is_used_and_recorded(chat_model: Path, tmp_path: Path) -> None:

@@ -2,8 +2,7 @@
 
 import pytest
 
-from blissful_tuner.prompt_weights import parse_weights, weigh, weigh_all
-from modules.contract.requests import Prompt, Prompts
+from blissful_tuner.prompt_syntax import parse_weights
 from modules.errors import OptionError
 from tests.golden_cases import read_case
 
@@ -53,15 +52,3 @@ def test_what_has_a_weight(text: str, expected: tuple[str, list[tuple[str, float
 def test_a_weight_beyond_all_sense_is_refused(weight: str) -> None:
     with pytest.raises(OptionError, match=r"--prompt_weighting: .* more than 100"):
         parse_weights(f"a (red:{weight}) car")
-
-
-def test_the_second_text_loses_the_marks_only() -> None:
-    assert weigh(Prompt("a (cat:2)", second="a (dog:2)")) == Prompt("a cat", ((2, 5, 2.0),), "a dog")
-
-
-def test_all_texts_of_all_sections_are_read() -> None:
-    text, weighed = Prompt("(a:2)"), Prompt("a", ((0, 1, 2.0),))
-    assert weigh_all({0: Prompts(text, text, text, text), 3: Prompts(text)}) == {
-        0: Prompts(weighed, weighed, weighed, weighed),
-        3: Prompts(weighed),
-    }

@@ -18,7 +18,6 @@ from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
-from tests.tiny.taehv import CONFIG_5B, write_taehv
 from wan.spec import LATENT, LATENT_5B
 
 PICTURES = LatentSpec(channels=16, stride=(1, 8, 8), pixel_step=16, frame_step=1)
@@ -51,27 +50,6 @@ def test_decoding_equals_the_recorded_one(tmp_path: Path, suffix: str) -> None:
     torch.testing.assert_close(decode(vae, latents), tensors["decoded"][0], **tolerance)
     torch.testing.assert_close(decode(vae, latents[:1]), tensors["decoded_one"][0], **tolerance)
     torch.testing.assert_close(decode(still, latents), tensors["decoded_no_time_growth"][0], **tolerance)
-
-
-def test_frames_are_numbers_of_8_bits_from_black_to_white(tmp_path: Path) -> None:
-    vae = load_taehv(write_taehv(tmp_path / "t.pth"), LATENT, CPU)
-    latents = torch.randn(16, 3, 4, 6)
-
-    frames = torch.cat(list(vae.frames(latents, CPU)))
-
-    assert frames.shape == (9, 32, 48, 3)
-    expected = (decode(vae, latents.transpose(0, 1)).clamp(0, 1) * 255).round().to(torch.uint8)
-    assert torch.equal(frames, expected.permute(0, 2, 3, 1))
-
-
-def test_a_patch_of_pixels_is_laid_out_in_rows_and_columns() -> None:
-    decoder = TinyDecoder(CONFIG_5B)
-    with torch.no_grad():
-        decoder.decoder["22"].weight.zero_()
-        decoder.decoder["22"].bias.copy_(torch.arange(12.0))
-        (frame,) = decoder.decode(torch.zeros(48, 1, 2, 3))
-    assert frame.shape == (1, 3, 32, 48)
-    assert frame[0, 1, :2, :2].tolist() == [[4.0, 5.0], [6.0, 7.0]]
 
 
 @pytest.mark.parametrize(

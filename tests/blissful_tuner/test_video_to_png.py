@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from modules.media.reading import read_image, video_frames
-from tests.faults.messages import assert_one_message, run_here
+from tests.faults.messages import run_here
 from tests.post.stages_here import files_in, write_clip
 
 SCRIPT = "blissful_tuner/video_to_png.py"
@@ -26,17 +26,3 @@ def test_frames_are_numbered_from_zero_and_hold_the_decoded_pixels(
     assert files_in(tmp_path / "frames") == {f"{index:06d}.png" for index in range(count)}
     for index, frame in zip(range(count), video_frames(clip), strict=False):
         np.testing.assert_array_equal(read_image(tmp_path / "frames" / f"{index:06d}.png"), frame)
-
-
-def test_only_the_beginning_of_a_damaged_file_is_read_if_that_is_asked_for(tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "a.mkv", frames=96, width=64, height=64)
-    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size * 8 // 10])
-    output = tmp_path / "out"
-
-    first = run_here(SCRIPT, "--input", clip, "--output", output, "--num_frames", 2, folder=tmp_path)
-    whole = run_here(SCRIPT, "--input", clip, "--output", tmp_path / "all", folder=tmp_path)
-
-    assert first[0] == 0, first[1]
-    assert files_in(output / "frames") == {"000000.png", "000001.png"}
-    assert_one_message(*whole, "a.mkv", "cut short", remedy=False)
-    assert not (tmp_path / "all").exists()

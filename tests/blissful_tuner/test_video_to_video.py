@@ -10,7 +10,6 @@ from blissful_tuner.video_to_video import (
     fit_frames,
     noisy_source,
     part_of,
-    resize_latents,
 )
 from modules.contract.rules import Source
 from modules.contract.steps import Section
@@ -37,13 +36,6 @@ def test_direct_begins_at_the_nearest_noise_level(denoise: float, step: int) -> 
     assert first_step(source(denoise, "direct"), make_schedule("euler", 5, 14.5)) == step
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpm++", "unipc-bh1"])
-def test_direct_looks_at_the_timesteps_of_the_solver(solver: str) -> None:
-    schedule = make_schedule(solver, 20, 5.0)
-    gaps = (schedule.timesteps / 1000 - 0.5).abs()
-    assert first_step(source(0.5, "direct"), schedule) == int(gaps.argmin())
-
-
 @pytest.mark.parametrize(
     ("mode", "frames", "expected"),
     [
@@ -66,17 +58,6 @@ def test_each_section_starts_from_its_part() -> None:
     noise = torch.zeros(1, 1, 3, 1, 1)
     for place, expected in ((0, [0, 1, 2]), (1, [1, 2, 3]), (4, [4, 5, 6]), (5, [5, 6, 6])):
         assert part_of(video, Section(noise, {}, place=place)).flatten().tolist() == expected
-
-
-def test_latents_are_scaled_frame_by_frame() -> None:
-    latents = torch.randn(1, 2, 3, 4, 6, generator=torch.Generator().manual_seed(1))
-    assert resize_latents(latents, 4, 6) is latents
-    scaled = resize_latents(latents, 8, 12)
-    assert scaled.shape == (1, 2, 3, 8, 12)
-    alone = resize_latents(latents[:, :, 1:2], 8, 12)
-    torch.testing.assert_close(scaled[:, :, 1:2], alone)
-    flat = resize_latents(torch.full((1, 1, 1, 4, 4), 0.7), 8, 8)
-    torch.testing.assert_close(flat, torch.full((1, 1, 1, 8, 8), 0.7))
 
 
 def test_it_begins_with_the_mixture_of_the_first_step() -> None:

@@ -3,23 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from dataset.batches.finding import CachingCommands, find_items
+from dataset.batches.finding import find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.check import check_media
 from dataset.config import DatasetConfig
 from modules.errors import CacheError, DatasetError
-from tests.dataset.caching.test_loop import change, make_config, names
+from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.making import make_clip, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
-
-COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
 
 
 def section_names(count: int, stem: str = "clip_0", frames: int = 5) -> list[str]:
@@ -49,20 +45,6 @@ def test_one_missing_section_makes_all_again(
     assert cache_media(ToyFamily(sections=3), config, options()).kept == 3
 
 
-@pytest.mark.parametrize("keep_cache", [False, True])
-@pytest.mark.parametrize(("before", "after"), [(5, 2), (2, 5), (0, 3), (3, 0)])
-def test_another_number_of_sections_replaces_all_files_of_an_item(
-    tmp_path: Path, before: int, after: int, keep_cache: bool
-) -> None:
-    """Also with --keep_cache: sections of another window would be trained on beside the new ones."""
-    config = cached(tmp_path, before, clips=(5, 5))
-    cache_media(ToyFamily(sections=after), config, options(keep_cache=keep_cache))
-    expected = [name for stem in ("clip_0", "clip_1") for name in section_names(after, stem)]
-    if not after:
-        expected = [f"{stem}_00000-005_0032x0032_toy.safetensors" for stem in ("clip_0", "clip_1")]
-    assert [name for name in names(tmp_path) if "_te" not in name] == expected
-
-
 def test_the_keys_of_sections_make_files_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = cached(tmp_path)
     with caplog.at_level("INFO"):
@@ -85,21 +67,6 @@ def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_
 
 
 # What families are told
-
-
-def test_items_of_a_batch_keep_their_own_alpha(tmp_path: Path) -> None:
-    for index in range(2):
-        picture = np.full((32, 32, 4), 40 * (index + 1), np.uint8)
-        Image.fromarray(picture).save(tmp_path / f"{index}.png")
-    table = make_table(tmp_path, "image_directory", resolution=(32, 32), batch_size=2)
-    family = ToyFamily()
-    cache_media(family, DatasetConfig(table.config_path, (table,)), options())
-    (media,) = family.media
-    first, second = media.singly()
-    assert first.alpha is not None
-    assert second.alpha is not None
-    assert (int(first.alpha[0, 0, 0]), int(second.alpha[0, 0, 0])) == (40, 80)
-    assert (first.keys, second.keys, second.table) == (media.keys[:1], media.keys[1:], media.table)
 
 
 # Training

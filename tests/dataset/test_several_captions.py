@@ -61,13 +61,6 @@ def test_a_table_adds_words_to_captions(tmp_path: Path, keys: dict, caption: str
     assert captions_in(caption, make_table(tmp_path, **keys)) == (expected,)
 
 
-def test_each_line_is_a_caption_and_equal_ones_count_once(tmp_path: Path) -> None:
-    table = make_table(tmp_path, multi_caption=True, trigger_word="ohwx")
-
-    assert captions_in("a cat\n\n  a dog \na cat\n", table) == ("ohwx, a cat", "ohwx, a dog")
-    assert captions_in(" \n", table) == ("ohwx",)
-
-
 def test_a_list_may_give_several_captions_in_a_line(tmp_path: Path) -> None:
     lines = ['{"image_path": "a.png", "caption": "one", "captions": ["two", "three"]}']
     lines += ['{"image_path": "b.png", "captions": ["two"]}', '{"image_path": "c.png", "captions": []}']
@@ -110,36 +103,6 @@ def test_nothing_changes_for_a_table_without_the_keys(tmp_path: Path) -> None:
     assert text_files(tmp_path) == ["a_toy_te.safetensors"]
     assert "settings" not in record
     assert not {"trigger_word", "multi_caption"} & config.datasets[0].describe().keys()
-
-
-def test_only_what_changed_is_encoded_again(tmp_path: Path) -> None:
-    captions = {"a": "one\ntwo", "b": "three"}
-    config = make_dataset(tmp_path, "multi_caption = true", captions)
-    cache(config)
-    assert cache(config) == []
-
-    assert cache(make_dataset(tmp_path, 'multi_caption = true\ntrigger_word = "T"', captions)) == [
-        "T, one",
-        "T, three",
-        "T, two",
-    ]
-    # the number of its captions is part of each record
-    assert cache(make_dataset(tmp_path, 'multi_caption = true\ntrigger_word = "T"', {"a": "one"})) == [
-        "T, one"
-    ]
-    assert text_files(tmp_path) == ["a_toy_te.safetensors", "b_toy_te.safetensors"]
-
-
-@pytest.mark.parametrize("keep_cache", [False, True])
-def test_captions_that_are_gone_leave_no_file(tmp_path: Path, keep_cache: bool) -> None:
-    cache(make_dataset(tmp_path, "multi_caption = true", {"a": "one\ntwo\nthree"}))
-
-    config = make_dataset(tmp_path, "multi_caption = true", {"a": "one\ntwo"})
-    cache(config, keep_cache)
-
-    (item,) = find_items(config, "toy", LATENT).items
-    assert item.captions == 2
-    assert read_batch([item], LATENT, captions=[1]).captions == ("two",)
 
 
 def test_batches_hold_the_chosen_texts(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import torch
 from dataset.batches.finding import CachingCommands, find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry, write_tensors
-from dataset.cache.records import text_records
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.check import check_training
 from dataset.config import DatasetConfig
@@ -113,18 +112,6 @@ def stopped(folder: Path, stop_at: str = "clip number 1") -> DatasetConfig:
     return config
 
 
-def test_both_encoders_write_into_one_file(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    report = cache_texts(two(), config, options())
-    assert (report.written, report.kept, report.removed) == (2, 0, 0)  # files, not passes
-    assert_whole(config, tmp_path)
-    records = text_records(read_entry(cache(tmp_path) / FILES[0]).header)
-    assert {name: dict(record.encoder) for name, record in records.items()} == {
-        "llm": {"llm": "first"},
-        "clipL": {"clipL": "first"},
-    }
-
-
 def test_encoders_are_loaded_one_after_the_other(tmp_path: Path) -> None:
     diary: list[str] = []
 
@@ -165,15 +152,6 @@ def test_a_changed_caption_leaves_the_old_file_whole_until_the_new_one_is(tmp_pa
     assert_whole(config, tmp_path)
 
 
-def test_one_changed_encoder_is_alone_in_encoding(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_texts(two(), config, options())
-    for family, expected in ((two(llm="second"), [2, 0]), (two(llm="second", clip="second"), [0, 2])):
-        cache_texts(family, config, options())
-        assert [len(encoded) for encoded in calls(family)] == expected
-        assert names(tmp_path) == FILES
-
-
 def half(path: Path, caption: str = "clip number 0") -> None:
     """A file as another program leaves it when only its first pass was run."""
     path.parent.mkdir(exist_ok=True)
@@ -200,23 +178,6 @@ def test_training_refuses_unfinished_files_with_the_command(tmp_path: Path) -> N
     assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).ok
     items = require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
     assert read_batch(items, LATENT).tensor("llm").shape == (2, 3, 2)
-
-
-def test_training_refuses_a_half_file_with_the_command(tmp_path: Path) -> None:
-    config = make_config(tmp_path, clips=(9,))
-    cache_media(two(), config, options())
-    half(cache(tmp_path) / FILES[0])
-    items = require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
-    with pytest.raises(
-        CacheError,
-        match=r"(?s)0_toy_te.safetensors: the text cache is incomplete, it has no clipL.*cache_text\.py --y",
-    ):
-        read_batch(items, LATENT, COMMANDS)
-    assert "it has no clipL" in "\n".join(
-        check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).lines
-    )
-    cache_texts(two(), config, options(skip_existing=True))
-    assert len(read_batch(items, LATENT, COMMANDS)) == 1
 
 
 # --- kills

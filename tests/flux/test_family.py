@@ -13,7 +13,7 @@ from flux.files import FluxEncoderPaths, FluxFiles
 from flux.model import pack
 from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOptions
 from flux.spec import LATENT, size_shift, tokens_of
-from generation.sections import make_latents
+from generation.denoise import make_latents
 from modules.contract.data import Batch, MadeBy
 from modules.contract.loading import Placement
 from modules.contract.requests import Request

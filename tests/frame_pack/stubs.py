@@ -12,7 +12,7 @@ from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from frame_pack.one_frame import OneFrame
 from frame_pack.requests import FramePackRequest
-from generation.sections import make_latents
+from generation.denoise import make_latents
 from modules.contract.data import Conditions
 from modules.contract.requests import Prepared, Request
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Tweaks

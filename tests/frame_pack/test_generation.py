@@ -11,7 +11,7 @@ from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from frame_pack.one_frame import parse_one_frame
 from frame_pack.sections import video_frames
-from generation.sections import SeededNoise
+from generation.denoise import SeededNoise
 from tests.frame_pack.stubs import (
     START,
     Call,

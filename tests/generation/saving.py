@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from generation.output_options import OutputOptions
+from generation.request_options import OutputOptions
 from modules.media.options import FormatOptions
 
 

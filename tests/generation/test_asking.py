@@ -9,12 +9,6 @@ import pytest
 from generation.asking import line_reader
 
 
-def test_without_a_terminal_a_line_is_read_from_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builtins.input", lambda sign: f"after {sign}")
-
-    assert line_reader([])() == "after > "
-
-
 def test_on_a_terminal_prompt_toolkit_asks_if_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     class PromptSession:
         def __init__(self, sign: str) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
-from modules.errors import OptionError
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import write_image
@@ -23,7 +21,6 @@ from tests.tiny.wan import write_tiny_wan
 
 SAY = ("--prompt", "a cat", "--seed", "7", "--video_size", "32", "48", "--infer_steps", "2")
 NAG = ("--nag_scale", "5", "--nag_prompt", "a dull dog")
-COMPILED = ("--compile", "--compile_args", "eager", "default", "auto", "False", "--blocks_to_swap", "1")
 BLOCKS = {"double_blocks": 2, "single_blocks": 6}  # of which one and a half can be swapped
 
 
@@ -101,34 +98,6 @@ def test_normalised_guidance_changes_the_video(name: str, generate: Generate) ->
     assert not [key for key in plain.says if "nag" in key]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("neutral", [("--nag_scale", "1"), ("--nag_scale", "5", "--nag_alpha", "0")])
-def test_neutral_values_leave_every_bit(name: str, neutral: tuple[str, ...], generate: Generate) -> None:
-    assert torch.equal(generate(name, *neutral).latents, generate(name).latents)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_it_is_the_same_with_compiled_and_swapped_blocks(name: str, generate: Generate) -> None:
-    steered, other = generate(name, *NAG), generate(name, *NAG, *COMPILED)
-
-    # compiled code rounds the rotation otherwise
-    torch.testing.assert_close(other.latents, steered.latents, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("option", [("--nag_scale", "9"), ("--nag_tau", "1.1"), ("--nag_alpha", "0.9")])
-def test_every_number_counts(option: tuple[str, str], generate: Generate) -> None:
-    assert not torch.allclose(generate("hv", *NAG, *option).latents, generate("hv", *NAG).latents, atol=1e-4)
-
-
-def test_without_its_prompt_it_steers_away_from_the_negative_one(
-    generate: Generate, caplog: pytest.LogCaptureFixture
-) -> None:
-    from_negative = generate("hv", "--nag_scale", "5", "--negative_prompt", "a dull dog")
-
-    assert torch.equal(from_negative.latents, generate("hv", *NAG).latents)
-    assert "is ignored" not in caplog.text
-
-
 def test_a_prompt_without_a_scale_is_said_to_be_ignored(
     generate: Generate, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,15 +105,6 @@ def test_a_prompt_without_a_scale_is_said_to_be_ignored(
 
     assert torch.equal(ignored.latents, generate("hv").latents)
     assert "--nag_prompt 'a dull dog' is ignored because --nag_scale is not given" in caplog.text
-
-
-def test_a_line_of_a_file_may_name_its_prompt(tmp_path: Path, generate: Generate) -> None:
-    (tmp_path / "lines.txt").write_text("a cat --d 7 --nag a dull dog\n", encoding="utf-8")
-
-    from_line = generate("hv", "--nag_scale", "5", "--from_file", str(tmp_path / "lines.txt"))
-
-    assert torch.equal(from_line.latents, generate("hv", *NAG).latents)
-    assert from_line.says["bt_nag_prompt"] == "a dull dog"
 
 
 def test_a_slowed_frequency_changes_long_videos_only(
@@ -156,22 +116,3 @@ def test_a_slowed_frequency_changes_long_videos_only(
     assert "--riflex_index 4 is ignored because the video has 5 frames" in caplog.text
     assert not torch.allclose(generate("hv", *long, *slow).latents, generate("hv", *long).latents, atol=1e-4)
     assert torch.equal(generate("hv", *long, "--riflex_index", "0").latents, generate("hv", *long).latents)
-
-
-def test_wan_slows_a_frequency_of_the_float32_table(generate: Generate) -> None:
-    comfy = ("--rope_func", "comfy")
-
-    made = generate("wan", *comfy, "--riflex_index", "6")
-
-    assert not torch.allclose(made.latents, generate("wan", *comfy).latents, atol=1e-5)
-    assert made.says["bt_riflex_index"] == "6"
-    with pytest.raises(OptionError, match="Add --rope_func comfy"):
-        generate("wan", "--riflex_index", "6")
-
-
-def test_lower_precision_is_near_the_usual_one(generate: Generate) -> None:
-    plain, lower = generate("wan"), generate("wan", "--lower_precision_attention")
-
-    error = (lower.latents - plain.latents).abs().max() / plain.latents.abs().max()
-    assert 0 < float(error) < 5e-3  # float16 has 11 bits
-    assert lower.says["bt_lower_precision_attention"] == "True"

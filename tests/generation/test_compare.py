@@ -9,9 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import share_page
 import wan_generate_video
-from generation.compare_options import expand_patterns, family_of
+from generation.grid_options import expand_patterns, family_of
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, video_frames, video_info
 from modules.media.tags import read_tags
@@ -108,26 +107,6 @@ def test_loras_of_two_experts_are_compared_in_pairs(tmp_path: Path) -> None:
     assert torch.equal(load_file(column)["latent"], load_file(path)["latent"])
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--lora_weight_high_noise", "x"], "give the files to --lora_high_noise"),
-        (["--lora_multiplier_high_noise", "1"], "both LoRAs of a column have its strength"),
-    ],
-)
-def test_loras_of_the_second_expert_are_columns_too(
-    t2v: TinyWan, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        run(t2v.dit.parent, t2v, *words)
-    assert message in capsys.readouterr().err
-
-
-def test_pairs_need_as_many_files(t2v: TinyWan) -> None:
-    with pytest.raises(OptionError, match="--lora has 2 files, --lora_high_noise 1"):
-        run(t2v.dit.parent, t2v, "--lora_high_noise", t2v.dit.parent / "style-000002.safetensors")
-
-
 def test_the_grids_show_every_clip_with_its_labels(
     tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -153,26 +132,6 @@ def test_the_grids_show_every_clip_with_its_labels(
         assert headings == ["strength", "without LoRA", "style-000002", "style-000010"]
         assert HOSTILE in opened.locator("h2").first.inner_text()
         assert not opened.problems
-
-
-def test_a_page_has_a_row_for_each_strength_and_a_shared_copy_has_no_commands(
-    tmp_path: Path, t2v: TinyWan
-) -> None:
-    run(tmp_path / "grid", t2v, "--prompt", "a cat", "--video_length", 1, "--lora_multiplier", 0.5, 1)
-
-    page = next((tmp_path / "grid").glob("compare_*.html"))
-    with open_page(page) as opened:
-        assert opened.title() == "a cat"
-        rows = [row.locator("th, td").count() for row in opened.locator("tbody tr").all()]
-        assert rows == [4, 3]  # the clip without LoRA stands beside all of them
-        assert opened.locator("tbody th").all_inner_texts() == ["x 0.5", "x 1"]
-        opened.locator("summary").first.click()
-        assert "--lora_multiplier 0.5" in opened.locator("pre").first.inner_text()
-    share_page.main([str(page), "--output", str(tmp_path / "given.html")])
-    given = (tmp_path / "given.html").read_text(encoding="utf-8")
-    assert "style-000010" in given
-    assert "--lora" not in given
-    assert str(t2v.dit.parent) not in given
 
 
 def test_an_interrupted_comparison_goes_on_and_replaces_nothing(
@@ -209,13 +168,6 @@ def test_a_retrained_lora_of_the_same_name_is_not_taken_for_the_old_one(tmp_path
 
     assert len(list((tmp_path / "grid").glob("001_*_other*.mp4"))) == 2
     assert len(list((tmp_path / "grid").glob("001_*_without*.mp4"))) == 1
-
-
-def test_pictures_are_compared_too(tmp_path: Path, t2v: TinyWan) -> None:
-    run(tmp_path / "grid", t2v, "--prompt", "a cat", "--video_length", 1)
-
-    names = sorted(path.suffix for path in (tmp_path / "grid").iterdir())
-    assert names == [".html", ".png", ".png", ".png", ".png"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import wan_generate_video
-from generation.expert_loras import expert_loras
+from generation.dressing import expert_loras
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
 from networks.loading import read_lora

@@ -9,27 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import wan_generate_video
-from generation.denoise import predictor
-from generation.expert_memory import ExpertTurns, all_requests, turns_of
+from generation.expert_memory import ExpertTurns
 from generation.experts import Check, DitTurns, TurnRules
-from generation.memory import rehearse_denoising
-from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.script_options import ScriptDefaults
-from modules.contract.loading import Placement
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
-from modules.contract.steps import EncodedPrompts, Step
-from modules.options import read_options
-from modules.parser import add_options
-from modules.planning.dry_run import HOST, WEIGHTS, Ledger
-from modules.planning.kernels import PlannedKernels
+from modules.planning.dry_run import WEIGHTS
 from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Room
-from tests.tiny import wan_dit
 from tests.tiny.wan import write_tiny_wan
-from wan.family import Wan, family_for_generation
-from wan.options import WanGenerationOptions
 
 CUDA = torch.device("cuda")
 EXPERTS = (Expert(LOW_NOISE, 0.0), Expert("middle", 500.0), Expert(HIGH_NOISE, 900.0))
@@ -134,69 +122,6 @@ def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
     assert remarks(two, 1 << 20, 1 << 40) == ""
     assert "loaded again instead of waiting" in remarks(two, 1 << 20, ALL)
     assert phase_of(ExpertTurns((2, 0), TurnRules(lazy=True))).host == SWAPPED
-
-
-def two_experts(folder: Path, *words: str) -> tuple[Wan, GenerationOptions]:
-    files = [
-        write_dit(folder, seed)
-        for seed, write_dit in enumerate([_write, _write])  # low noise, high noise
-    ]
-    parser = generation_parser("", ScriptDefaults(fps=16, has_experts=True))
-    add_options(parser, WanGenerationOptions)
-    dits = ["--dit", str(files[0]), "--dit_high_noise", str(files[1])]
-    needed = ["--task", "t2v-A14B", *dits, "--prompt", "x", "--save_path", "out", "--video_size", "64", "96"]
-    args = read_arguments(parser, [*needed, "--video_length", "9", "--infer_steps", "4", *words])
-    own = read_options(WanGenerationOptions, args)
-    return family_for_generation(own), read_options(GenerationOptions, args)
-
-
-def _write(folder: Path, seed: int) -> Path:
-    state = wan_dit.tiny_state("t2v", seed, torch.bfloat16, num_layers=6)
-    return wan_dit.write_dit(folder, state, name=f"dit{seed}")
-
-
-@pytest.mark.parametrize(
-    ("words", "order"),
-    [((), (1, 0)), (("--num_videos", "2"), (1, 0, 1, 0)), (("--timestep_boundary", "0.99999"), (0,))],
-)
-def test_a_run_knows_who_works_when(tmp_path: Path, words: tuple[str, ...], order: tuple[int, ...]) -> None:
-    family, options = two_experts(tmp_path, *words)
-
-    assert turns_of(family, options, all_requests(family, options)).order == order
-
-
-def test_two_experts_take_the_device_memory_of_one(tmp_path: Path) -> None:
-    """Counted over both experts' turns on a device that holds one of them."""
-    family, options = two_experts(tmp_path)
-    text: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.bfloat16)]}
-    (request,) = all_requests(family, options)
-    turns = turns_of(family, options, [request])
-    phase, most = rehearse_denoising(
-        family, options, request, {0: EncodedPrompts(text, {**text})}, {0: {}}, MemoryPart("more", 0), turns
-    )
-
-    def load(expert: int) -> nn.Module:
-        return family.load_dit(Placement(HOST), expert)
-
-    rules = TurnRules(lazy=True)
-    device = DitTurns(family.experts, HOST, load, None, rules, lambda _: False, lambda: None)
-    noise, peaks = torch.zeros(1, 16, 3, 8, 12), []
-    with device.phase(turns.order) as dit_at:
-        for timestep in (1000.0, 100.0):
-            dit = dit_at(timestep)
-            assert len(device.working) == 1
-            with PlannedKernels(), Ledger(HOST) as ledger, torch.no_grad():
-                for tensor in dit.parameters():
-                    ledger.see(tensor, WEIGHTS)
-                predict = predictor(family, dit_at, Step(0, 4, 1.0, timestep, noise), True)
-                _ = predict(text), predict(text)
-                peaks.append(max(sum(moment.values()) for moment in ledger.peaks.values()))
-    assert phase(0).device == pytest.approx(max(peaks), rel=0.02)
-    weights = sum(tensor.nbytes for tensor in dit.parameters())
-    assert phase(0).host == pytest.approx(weights, rel=0.02)  # of the one that waits
-    # and what the working one has swapped
-    assert phase(most).host == pytest.approx(weights * (1 + 5 / 6), rel=0.1)
-    assert phase(most).device < phase(0).device
 
 
 @pytest.mark.parametrize(

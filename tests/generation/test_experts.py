@@ -5,7 +5,6 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from generation.experts import Ahead, Check, DitTurns, ReadingStopped, TurnRules, experts_by_step, plan_turns
+from generation.experts import Check, DitTurns, TurnRules
 from modules.contract.loading import Placement
-from modules.contract.requests import Prepared, Request
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
 from modules.errors import CheckpointError
 from modules.offload.host_memory import PlainTransfer
 from modules.offload.turns import HostCopy
-from tests.generation.toy_family import ToyFamily
 from tests.modules.fake_device import CountedMemory
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.wan.test_model import tiny_inputs
@@ -148,20 +145,6 @@ def test_a_conversation_loads_no_expert_twice() -> None:
         assert stage.denoise((1, 0), [VIDEO]) == ["bring 1", "leave 1", "bring 0", "leave 0"]
 
 
-def test_a_single_video_frees_the_first_expert_and_keeps_one_on_the_host() -> None:
-    assert Stage().denoise((1, 0), [VIDEO]) == ["load 1", "read 0", "free 1", "bring 0", "free 0"]
-
-
-def test_three_experts_take_turns_too() -> None:
-    diary = Stage(count=3).denoise((2, 1, 0, 2, 1, 0), [(999.0, 600.0, 100.0)] * 2)
-    assert [line for line in diary if line.startswith(("load", "read"))] == ["load 2", "read 1", "read 0"]
-    assert not any("beside" in line for line in diary)
-
-
-def test_a_video_that_begins_late_begins_with_its_own_expert() -> None:
-    assert Stage().denoise((0,), [(500.0, 100.0)]) == ["load 0", "free 0"]
-
-
 def test_what_the_host_has_no_room_for_is_loaded_when_its_steps_begin(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -199,11 +182,6 @@ def test_on_a_cpu_experts_share_the_host_if_it_has_room(host: int | None, expect
     assert all(line.startswith("free") for line in diary[len(expected) :])
 
 
-def test_on_other_devices_experts_move_and_nothing_is_read_ahead() -> None:
-    diary = Stage(device=torch.device("xpu"), keep=True).denoise((1, 0), [VIDEO])
-    assert diary == ["load 1", "rest 1", "load 0", "rest 0"]
-
-
 def test_an_error_while_reading_ahead_is_raised_at_the_boundary_and_the_next_video_tries_again() -> None:
     stage = Stage()
     stage.broken[0] = CheckpointError("expert 0 is damaged")
@@ -239,10 +217,6 @@ def _fail(error: Exception) -> None:
     raise error
 
 
-def test_lazy_loading_lets_nothing_wait_for_the_next_prompt_on_a_cpu_either() -> None:
-    assert Stage(device=CPU, lazy=True, keep=True).denoise((1, 0), [VIDEO])[-2:] == ["load 0", "free 0"]
-
-
 def test_ctrl_c_ends_the_reading_and_leaves_usable_networks() -> None:
     stage = Stage(keep=True)
     stage.may_read.clear()
@@ -263,25 +237,6 @@ def test_ctrl_c_ends_the_reading_and_leaves_usable_networks() -> None:
     assert "bring 1" in stage.denoise((1, 0), [VIDEO])
 
 
-def test_what_nobody_wants_any_more_ends_at_its_next_check() -> None:
-    begun, reached = threading.Event(), []
-
-    def make(check: Check) -> int:
-        begun.set()
-        try:
-            while True:
-                check()
-        except ReadingStopped:
-            reached.append(1)
-            raise
-
-    ahead = Ahead(make)
-    assert begun.wait(10)
-    ahead.cancel()
-    assert reached == [1]
-    assert ahead.is_done
-
-
 def test_an_expert_that_waits_stays_aside_when_the_others_come_back() -> None:
     stage = Stage()
     with stage.turns.phase(PLAN) as dit_at:
@@ -292,32 +247,6 @@ def test_an_expert_that_waits_stays_aside_when_the_others_come_back() -> None:
         with stage.turns.aside():
             assert set(stage.places.values()) == {"cpu"}
         assert stage.diary == ["leave 0", "bring 0"]
-
-
-def test_without_a_plan_any_expert_may_be_needed_again() -> None:
-    diary = Stage(ahead=False).denoise(())
-    assert diary[:6] == ["load 1", "copy 1", "load 0", "copy 0", "bring 1", "leave 1"]
-
-
-def prepared(steps: int, flow_shift: float, first_step: int = 0) -> Prepared:
-    request = Request("cat", 0, steps=steps, flow_shift=flow_shift)
-    return replace(ToyFamily().prepare(request), solver="unipc", first_step=first_step)
-
-
-@pytest.mark.parametrize(
-    ("boundary", "flow_shift", "by_high"),
-    [(875.0, 12.0, 26), (900.0, 5.0, 15)],  # T2V-A14B and I2V-A14B as released
-)
-def test_the_steps_of_each_expert_are_known_before(boundary: float, flow_shift: float, by_high: int) -> None:
-    family = ToyFamily(experts=(LOW, Expert(HIGH_NOISE, boundary)))
-    assert experts_by_step(family, prepared(40, flow_shift)) == [1] * by_high + [0] * (40 - by_high)
-
-
-def test_a_plan_names_each_turn_once() -> None:
-    family = ToyFamily(experts=(LOW, Expert(HIGH_NOISE, 875.0)))
-    whole, late = prepared(40, 12.0), prepared(40, 12.0, first_step=30)
-    assert plan_turns(family, [whole, late, late, whole]) == [1, 0, 1, 0]
-    assert plan_turns(family, [late]) == [0]
 
 
 class CountingTransfer(CountedMemory, PlainTransfer):

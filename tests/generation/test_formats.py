@@ -6,14 +6,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from generation.outputs import save_pixels
-from modules.errors import MediaError
-from modules.media.encoding import encoder_for
 from modules.media.reading import video_frames
 from modules.media.tags import read_tags
-from modules.media.writing import write_video
 from tests.generation.saving import output_options
 
 STREAMS = {"h264": ("h264", "yuv420p"), "h265": ("hevc", "yuv420p"), "prores": ("prores", "yuv422p10le")}
@@ -54,14 +50,6 @@ def test_every_codec_and_container_keeps_frames_and_metadata(
         assert {key: found[key] for key in METADATA} == AS_ONE_LINE
 
 
-def test_a_picture_keeps_its_metadata(tmp_path: Path) -> None:
-    path = save(tmp_path, "h264", "mp4", frames=1)
-    with Image.open(path) as image:
-        texts = dict(image.text)  # type: ignore[attr-defined]
-    assert {key: texts[key] for key in METADATA} == AS_ONE_LINE
-    assert read_tags(path) == texts
-
-
 @pytest.mark.parametrize("codec", STREAMS)
 @pytest.mark.parametrize(("width", "height"), [(97, 65), (96, 65), (97, 64)])
 def test_the_last_row_or_column_of_an_odd_size_is_cropped(
@@ -80,11 +68,3 @@ def test_pictures_too_small_for_h265_are_written_as_h264(
         assert file.streams.video[0].codec_context.name == codec
     assert ("--codec h265 is written as h264" in caplog.text) == (codec == "h264")
     assert {key: read_tags(path)[key] for key in METADATA} == AS_ONE_LINE
-
-
-def test_the_writer_itself_refuses_them() -> None:
-    frame = np.zeros((32, 48, 3), dtype=np.uint8)
-    assert encoder_for("h265", 48, 32) == "h264"
-    with pytest.raises(MediaError, match="h265 cannot be used for 48 x 32 pixels, 64 x 48 are the least"):
-        write_video(Path("x.mp4"), [frame], 16, codec="h265")
-    assert not Path("x.mp4").exists()

@@ -4,15 +4,11 @@ file or for one run.
 
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 import fpack_generate_video
-import merge_lora
-from modules.media.writing import write_png
 from networks.apply import LoraPatch
 from networks.loading import read_lora
 from networks.uses import LoraUse
@@ -46,43 +42,6 @@ def lora(tmp_path: Path) -> Path:
     """One of HunyuanVideo, of the width that the tiny FramePack has too."""
     saved(tmp_path / "hv.safetensors", alpha=3)
     return tmp_path / "hv.safetensors"
-
-
-def latents(folder: Path, *arguments: object) -> Tensor:
-    folder.mkdir()
-    write_png(folder / "start.png", numpy.full((32, 48, 3), 99, dtype=numpy.uint8))
-    words = (
-        "--save_path",
-        folder,
-        "--output_type",
-        "latent",
-        "--image_path",
-        folder / "start.png",
-        *SAY,
-        *arguments,
-    )
-    fpack_generate_video.main([str(word) for word in words])
-    (path,) = folder.glob("*_latent.safetensors")
-    return load_file(path)["latent"]
-
-
-def test_a_hunyuan_lora_acts_in_a_run_as_merged_into_the_model_before(
-    tmp_path: Path, files: TinyFramePack, lora: Path
-) -> None:
-    given = ("--lora_weight", lora, "--lora_multiplier", 0.7)
-    merge_lora.main(
-        [
-            str(word)
-            for word in ("--dit", files.dit, *given, "--save_merged_model", tmp_path / "m.safetensors")
-        ]
-    )
-
-    with_lora = latents(tmp_path / "lora", *files.models, *given)
-
-    merged = latents(tmp_path / "merged", "--dit", tmp_path / "m.safetensors", *files.encoders)
-    assert torch.equal(with_lora, merged)
-    before, after = load_file(files.dit), load_file(tmp_path / "m.safetensors")
-    assert sum(not torch.equal(weight, before[name]) for name, weight in after.items()) == 2 * 12 + 3 * 5
 
 
 def test_patterns_and_multipliers_are_for_each_lora_and_for_the_names_of_the_file_or_the_model(

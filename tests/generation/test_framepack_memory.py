@@ -16,16 +16,13 @@ from fpack_generate_video import DEFAULTS
 from frame_pack.family import LATENT, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions
 from frame_pack.requests import FramePackRequest
-from generation.denoise import predictor
-from generation.expert_memory import all_requests, largest_of
+from generation.denoise import SeededNoise, on_device, predictor
 from generation.memory import (
-    predict_largest,
     rehearse_decoding,
     rehearse_denoising,
     resolve_options,
 )
 from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.sections import SeededNoise, on_device
 from modules.contract.data import MediaEncoders
 from modules.contract.loading import Placement
 from modules.contract.requests import Request
@@ -36,11 +33,9 @@ from modules.parser import add_options
 from modules.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import GIB, MemoryPart, Room
-from tests.manifests import tensor_list, write_hollow
 from tests.preparing import prepare
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
-from tests.tiny.project import write_image
 
 ROWS, COLUMNS, SECTIONS = 8, 12, 2
 
@@ -111,29 +106,6 @@ def made_for(folder: Path, *more: str) -> tuple[FramePack, GenerationOptions]:
     )
 
 
-def made_for_lines(tmp_path: Path) -> tuple[FramePack, GenerationOptions]:
-    """A long video of small frames, a short one of large frames, and one that is the least in both."""
-    write_image(tmp_path / "start.png", 32, 32)
-    large, long, least = "a --w 64 --h 64 --vs 2", "a --w 32 --h 32 --vs 12", "a --w 32 --h 32 --vs 1"
-    (tmp_path / "lines.txt").write_text("\n".join([least, long, large]), encoding="utf-8")
-    return made_for(
-        tmp_path, "--from_file", str(tmp_path / "lines.txt"), "--image_path", str(tmp_path / "start.png")
-    )
-
-
-def test_of_many_lines_those_may_take_most_that_are_largest_or_longest(tmp_path: Path) -> None:
-    family, options = made_for_lines(tmp_path)
-    requests = largest_of(family, all_requests(family, options))
-    assert [(each.width, each.height, each.frames) for each in requests] == [(32, 32, 97), (64, 64, 17)]
-
-
-@pytest.mark.slow
-def test_the_largest_frames_take_most_and_not_the_longest_video(tmp_path: Path) -> None:
-    family, options = made_for_lines(tmp_path)
-    request, _ = predict_largest(family, options, all_requests(family, options), HOST)
-    assert (request.width, request.height, request.frames) == (64, 64, 17)
-
-
 def test_a_conversation_may_begin_before_it_is_said_what_is_made(tmp_path: Path) -> None:
     """Images come with the lines; auto has to know before."""
     room = Room("some GPU", 8 * GIB, 8 * GIB)
@@ -146,43 +118,6 @@ def test_a_conversation_may_begin_before_it_is_said_what_is_made(tmp_path: Path)
         match="complete request on the command line: --image_path is missing",
     ):
         resolve_options(family, options, HOST, room)
-
-
-@pytest.mark.slow
-def test_at_full_size_a_section_fits_a_card_of_6_gb(tmp_path: Path) -> None:
-    """640x640, which the model was trained for; of 5.6 GiB CUDA itself takes about 0.6."""
-    path = tmp_path / "dit.safetensors"
-    write_hollow(path, {name: ("BF16", shape) for name, (_, shape) in tensor_list("framepack-dit").items()})
-    parser = generation_parser("", DEFAULTS)
-    add_options(parser, FramePackGenerationOptions)
-    found = {}
-    for more in ((), ("--fp8_scaled",)):
-        args = read_arguments(
-            parser, ["--dit", str(path), "--prompt", "x", "--save_path", str(tmp_path / "out"), *more]
-        )
-        family = family_for_generation(read_options(FramePackGenerationOptions, args))
-        asked = Request("x", 0, 640, 640, 145, 25, 1.0, 10.0, 7.0, "unipc-bh1", 30.0, "")
-        request = replace(prepare(asked), own=FramePackRequest((Path("start.png"),) * 4))
-        words = {"llama_vec": torch.zeros(512, 4096), "llama_attention_mask": torch.arange(512) < 200}
-        encoded = EncodedPrompts({**words, "clip_l_pooler": torch.zeros(768)})
-        inputs = {
-            "image_embeddings": torch.zeros(1, 729, 1152),
-            "start_latents": torch.zeros(1, 16, 1, 80, 80),
-        }
-        options, sections = read_options(GenerationOptions, args), range(4)
-        phase, most = rehearse_denoising(
-            family,
-            options,
-            request,
-            dict.fromkeys(sections, encoded),
-            dict.fromkeys(sections, inputs),
-            MemoryPart("cuBLAS", 32 << 20),
-        )
-        assert most == 38
-        found[more] = [round(phase(count).device / GIB, 1) for count in (0, 36, 38)]
-    path.unlink()
-    assert found[()] == pytest.approx([25.5, 4.4, 4.1], abs=0.2)
-    assert found["--fp8_scaled",] == pytest.approx([17.1, 3.6, 3.5], abs=0.2)
 
 
 class Decoding:

@@ -1,6 +1,5 @@
 """fpack_generate_video.py on a tiny FramePack, from the command line to files."""
 
-import json
 from pathlib import Path
 
 import numpy
@@ -11,8 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fpack_generate_video
-from blissful_tuner import step_cache
-from frame_pack.files import saved_window
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_png
@@ -70,17 +67,6 @@ def test_a_video_of_two_sections_is_the_same_every_time(
     assert not torch.equal(first[1][:, 1:], other[2][:, 1:])
 
 
-def test_f1_begins_with_the_start_image_too_and_is_another_video(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
-) -> None:
-    start, _ = pictures
-    say = ("--prompt", "a cat", "--image_path", start, "--video_sections", 2, "--seed", 1)
-    usual, f1 = latents(tmp_path / "a", files, *say)[1], latents(tmp_path / "b", files, *say, "--f1")[1]
-    assert usual.shape == f1.shape
-    assert torch.equal(usual[:, 0], f1[:, 0])
-    assert not torch.allclose(usual[:, 1:], f1[:, 1:], atol=1e-3)
-
-
 def test_texts_images_and_the_end_act_on_their_sections(
     tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
 ) -> None:
@@ -97,31 +83,6 @@ def test_texts_images_and_the_end_act_on_their_sections(
     for changed in (text, image):
         assert torch.equal(changed[:, :10], plain[:, :10])
         assert not torch.equal(changed[:, 10:], plain[:, 10:])
-
-
-def test_of_paddings_as_many_count_as_sections_and_none_to_f1(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    start, _ = pictures
-    say = (*SAY, "--image_path", start, "--latent_window_size", 1, "--latent_paddings", "3,2")
-    plain = latents(tmp_path / "a", files, *say)[1]
-    assert "--latent_paddings 3,2: only the first 1 count" in caplog.text
-    caplog.clear()
-    f1 = latents(tmp_path / "b", files, *say, "--f1")[1]
-    assert "only the first" not in caplog.text
-    assert "--latent_paddings 3,2 is ignored because --f1 generates a video from its start" in caplog.text
-    assert torch.equal(f1, latents(tmp_path / "c", files, *say[:-2], "--f1")[1])
-    assert not torch.equal(plain, latents(tmp_path / "d", files, *say[:-2])[1])
-
-
-def test_the_end_image_changes_the_video_and_not_its_beginning(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
-) -> None:
-    start, other = pictures
-    plain = latents(tmp_path / "a", files, *SAY, "--image_path", start)[1]
-    ended = latents(tmp_path / "b", files, *SAY, "--image_path", start, "--end_image_path", other)[1]
-    assert torch.equal(plain[:, 0], ended[:, 0])
-    assert not torch.equal(plain[:, 1:], ended[:, 1:])
 
 
 def test_a_video_is_written_whole_and_can_be_decoded_again(
@@ -147,17 +108,6 @@ def test_a_video_is_written_whole_and_can_be_decoded_again(
     frames, theirs = (list(video_frames(tmp_path / folder / "frames")) for folder in ("a", "b"))
     assert len(frames) == 17
     assert numpy.array_equal(frames, theirs)
-
-
-def test_decoding_at_once_makes_as_many_frames(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
-) -> None:
-    start, _ = pictures
-    say = (*SAY, "--video_sections", 3, "--latent_window_size", 2, "--image_path", start)
-    for name, more in (("blended", ()), ("bulk", ("--bulk_decode",))):
-        run(tmp_path / name, files, *say, *more, output="video")
-    counts = [len(list(video_frames(next((tmp_path / name).glob("*.mp4"))))) for name in ("blended", "bulk")]
-    assert counts == [25, 25]
 
 
 def test_one_picture_is_a_png_beside_nothing_else(
@@ -197,32 +147,6 @@ def test_one_picture_may_have_the_shape_of_its_control_image(
     assert torch.equal(shaped, latents(tmp_path / "given", files, *say, 80, 48)[1])  # and the same shift
     (made,) = (tmp_path / "shaped").glob("*_latent.safetensors")
     assert (metadata_of(made)["bt_height"], metadata_of(made)["bt_width"]) == ("80", "48")
-
-
-def test_the_vae_works_in_tiles_whether_asked_to_or_not(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
-) -> None:
-    say = ("--prompt", "a cat", "--seed", 1, "--image_path", pictures[0], "--one_frame_inference", "default")
-    say = (*say, "--control_image_path", pictures[1], "--video_size", 32, 272)  # beyond a tile of 256
-    small = ("--vae_spatial_tile_sample_min_size", 128)
-    plain, asked, other = (
-        latents(tmp_path / str(number), files, *say, *more)[1]
-        for number, more in enumerate([(), ("--vae_tiling",), ("--vae_tiling", *small)])
-    )
-    assert torch.equal(plain, asked)
-    assert not torch.equal(plain, other)
-
-
-def test_a_control_that_is_masked_out_is_as_one_that_is_black(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
-) -> None:
-    start, other = pictures
-    write_png(tmp_path / "black.png", numpy.zeros((32, 48, 3), dtype=numpy.uint8))
-    say = ("--prompt", "a cat", "--seed", 1, "--image_path", start, "--one_frame_inference", "no_post")
-    masked = ("--control_image_path", other, "--control_image_mask_path", tmp_path / "black.png")
-    without = latents(tmp_path / "a", files, *say)[1]
-    assert torch.equal(latents(tmp_path / "b", files, *say, *masked)[1], without)
-    assert not torch.equal(latents(tmp_path / "c", files, *say, "--control_image_path", other)[1], without)
 
 
 def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
@@ -319,16 +243,6 @@ def test_latents_of_the_known_tool_are_read(tmp_path: Path, files: TinyFramePack
     assert len(list(video_frames(video))) == 17
 
 
-@pytest.mark.parametrize(
-    "said",
-    ["9" * 5000, "0", "-2", "2.0", "\u0662"],
-    ids=["huge", "0", "negative", "no whole number", "other digits"],
-)
-def test_a_window_that_is_none_does_not_count(tmp_path: Path, said: str) -> None:
-    save_file({"latent": torch.zeros(1)}, tmp_path / "hostile.safetensors", {"bt_latent_window_size": said})
-    assert saved_window([tmp_path / "hostile.safetensors"], 9) == 9
-
-
 def test_saved_latents_with_different_windows_are_decoded_in_runs_of_their_own(
     tmp_path: Path, files: TinyFramePack
 ) -> None:
@@ -361,16 +275,3 @@ def test_what_cannot_be_done_is_said(
     image = ["--image_path", str(pictures[0])] if arguments else []
     with pytest.raises(OptionError, match=message):
         run(tmp_path, files, "--prompt", "a cat", *image, *arguments)
-
-
-def test_every_option_of_a_prompt_line_is_an_option_of_the_script(files: TinyFramePack) -> None:
-    described = json.loads(
-        (Path(__file__).parents[1] / "data" / "cli" / "fpack_generate_video.json").read_text(encoding="utf-8")
-    )
-    known = {option["dest"] for option in described["options"]}
-    # two of one; newer; shared by all scripts
-    ours = {
-        *("video_size_width", "video_size_height", "flow_shift", "cfg_schedule", "prompt_2"),
-        *("video_path", "denoise", "nag_prompt", *step_cache.LETTERS),
-    }
-    assert {option.key for option in fpack_generate_video.DEFAULTS.line_options.values()} <= known | ours

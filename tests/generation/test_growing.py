@@ -3,7 +3,6 @@ meanwhile.
 """
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 
 from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
+from generation.denoise import make_latents
 from generation.growing import fade_in_clip, grow_preview
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
 from generation.script_options import ScriptDefaults
-from generation.sections import make_latents
 from generation.session import CPU, Session
 from modules.contract.data import MediaEncoders
 from modules.contract.loading import Placement
@@ -122,14 +121,6 @@ def test_what_grows_behind_is_the_start_of_the_finished_video_but_for_two_sectio
     assert final.shape[2] + edge.shape[2] == frames_of_video(4, WINDOW)
 
 
-def test_clips_that_are_too_short_to_overlap_are_refused() -> None:
-    clip = torch.zeros(1, 3, 4, 8, 8)
-    with pytest.raises(ValueError, match="cannot overlap by 5"):
-        fade_in_clip(clip, clip, 5, True)
-    with pytest.raises(ValueError, match="no clip before it to overlap"):
-        fade_in_clip(None, clip, 1, True)
-
-
 @ORDERS
 def test_the_preview_grows_with_each_section_and_shows_all_that_is_there(
     tmp_path: Path, backwards: bool
@@ -166,32 +157,6 @@ def test_a_run_writes_the_preview_and_removes_it_when_the_video_is_there(
     assert caplog.text.count(f"Preview: {path.with_name(path.stem)}_progress.mp4") == 1
 
 
-@pytest.mark.parametrize(
-    ("sections", "more"),
-    [(1, ()), (3, ("--no_progressive_save",)), (3, ("--output_type", "latent"))],
-    ids=["one section", "turned off", "latents only"],
-)
-def test_there_is_no_preview_of_what_is_not_to_be_watched(
-    tmp_path: Path, sections: int, more: tuple[str, ...], caplog: pytest.LogCaptureFixture
-) -> None:
-    family = ToyFamily(sections_made=sections)
-    with caplog.at_level(logging.INFO):
-        generate(family, options(tmp_path, *more))
-    assert "_progress" not in caplog.text
-    assert family.diary.count("decode") == (0 if "latent" in more else sections)
-
-
-def test_a_name_that_another_run_takes_meanwhile_stays_its_own(tmp_path: Path) -> None:
-    def take() -> None:
-        for preview in tmp_path.glob("*_progress.mp4"):
-            preview.with_name(preview.name.replace("_progress.mp4", "_latent.safetensors")).touch()
-
-    generate(ToyFamily(sections_made=4, on_chunk=take), options(tmp_path))
-    video, theirs = sorted(tmp_path.iterdir(), key=lambda path: path.suffix)
-    assert theirs.stat().st_size == 0
-    assert video.stem == theirs.stem.removesuffix("_latent") + "_"
-
-
 def test_a_preview_that_cannot_be_removed_does_not_spoil_the_video(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -207,26 +172,6 @@ def test_a_preview_that_cannot_be_removed_does_not_spoil_the_video(
     # and no latents
     assert sorted(path.name.rpartition("_1")[2] for path in tmp_path.iterdir()) == [".mp4", "_progress.mp4"]
     assert "_progress.mp4 is no longer needed and cannot be removed" in caplog.text
-
-
-def test_runs_of_one_second_and_seed_leave_each_others_files_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The second begins and ends while the first shows its first section, nearly always in the same
-    second.
-    """
-    runs = [options(tmp_path, "--output_type", "both")] * 2
-
-    def begin_the_next() -> None:
-        if runs:
-            generate(ToyFamily(sections_made=3, on_chunk=begin_the_next), runs.pop())
-
-    with caplog.at_level(logging.INFO):
-        begin_the_next()
-    previews = re.findall(r"Preview: (\S+),", caplog.text)
-    assert len(set(previews)) == 2
-    assert len(list(tmp_path.glob("*.mp4"))) == len(list(tmp_path.glob("*_latent.safetensors"))) == 2
-    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_ctrl_c_leaves_what_was_made_and_says_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -363,19 +308,6 @@ def test_a_dit_for_which_the_host_has_no_room_stays_and_there_is_no_preview(
     assert "decode" not in family.diary
 
 
-def test_a_dit_that_cannot_leave_stays_and_there_is_no_preview(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where the system does not say how much memory the host has, it shows only when there is none left."""
-    family = ToyFamily(sections_made=2, has_room_on_host=False)
-    made = session(family, "cuda")
-    with made.dit(), grow_preview(made, tmp_path, "film", 16) as video:
-        video.add(black_piece(family))
-        assert family.places["dit"] == "cuda"
-    assert caplog.text.count("The preview of the video has failed (RuntimeError: not enough memory)") == 1
-    assert "decode" not in family.diary
-
-
 def test_ctrl_c_while_a_piece_is_decoded_brings_the_dit_back(tmp_path: Path) -> None:
     family = ToyFamily(sections_made=2, stop_loading={"media"})
     made = session(family, "cuda")
@@ -386,19 +318,6 @@ def test_ctrl_c_while_a_piece_is_decoded_brings_the_dit_back(tmp_path: Path) -> 
     ):  # noqa: PT012
         video.add(black_piece(family))
     assert family.places["dit"] == "cuda"
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_network_leaves_and_comes_back() -> None:
-    gpu = torch.device("cuda")
-    made = Session(ToyFamily(), gpu, lambda _: nn.Linear(64, 64, device=gpu), keep=False)
-    with made.dit() as dit_at:
-        assert made.dit_can_stay(1)
-        assert made.most_beside > 64 * 64 * 4
-        assert not made.dit_can_stay(1 << 50)
-        with made.dit_aside():
-            assert {each.device.type for each in dit_at(500).parameters()} == {"cpu"}
-        assert {each.device.type for each in dit_at(500).parameters()} == {"cuda"}
 
 
 # Memory

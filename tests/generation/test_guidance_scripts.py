@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from modules.errors import OptionError
-from modules.media.writing import write_video
-from tests.generation.guided import SAY, STEPS, Script, is_finite, per_step, write_scripts
-from tests.tiny.project import moving_square
+from tests.generation.guided import STEPS, Script, is_finite, per_step, write_scripts
 
 FAMILIES = ("wan", "hunyuan", "framepack")
 KINDS = ("wan", "wan i2v", "hunyuan", "skyreels i2v", "framepack")
@@ -75,16 +73,6 @@ def test_real_values_change_the_result_and_make_no_pass_too_many(
     assert per_step(calls) == passes
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_empty_text_has_the_media_of_the_others(
-    tmp_path: Path, scripts: dict[str, Script], plain: dict[str, torch.Tensor], kind: str
-) -> None:
-    latents, calls = scripts[kind].run(tmp_path, "--perp_neg", 2)
-    assert is_finite(latents)
-    assert not torch.equal(latents[1], plain[kind])
-    assert per_step(calls) == [3] * STEPS
-
-
 @pytest.mark.parametrize("kind", EMBEDDED)
 def test_steps_with_guidance_can_leave_embedded_guidance_out(
     tmp_path: Path, scripts: dict[str, Script], kind: str
@@ -127,51 +115,6 @@ def test_a_batch_equals_passes_one_after_the_other(
     together = scripts["hunyuan"].latents(tmp_path / "a", *options)
     apart = scripts["hunyuan"].latents(tmp_path / "b", *options, "--split_uncond")
     torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)  # sums of another order
-
-
-@pytest.mark.parametrize("kind", EMBEDDED)  # Wan has a text in place of an empty negative prompt
-def test_an_empty_negative_prompt_shares_its_pass_with_the_empty_text(
-    tmp_path: Path, scripts: dict[str, Script], kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    say = [word for word in SAY if word not in {"--negative_prompt", "dull"}]
-    latents, calls = scripts[kind].run(tmp_path / "a", "--perp_neg", 2, say=say)
-    assert "--perp_neg 2 is ignored because the negative prompt is empty" in caplog.text
-    assert per_step(calls) == PLAIN
-    assert torch.equal(latents[1], scripts[kind].run(tmp_path / "b", say=say)[0][1])
-
-
-def test_lines_of_a_file_have_their_own_schedules(tmp_path: Path, scripts: dict[str, Script]) -> None:
-    for kind in FAMILIES:
-        folder = tmp_path / kind
-        folder.mkdir()
-        (folder / "lines.txt").write_text(
-            "a cat --d 1 --n dull --l 3 --cs 1-2:5\na cat --d 2 --n dull --l 3 --cs !1,2-4\n",
-            encoding="utf-8",
-        )
-        more = ("--perp_neg", 1.5)
-        made, _ = scripts[kind].run(folder / "file", "--from_file", folder / "lines.txt", *more, say=())
-        one = scripts[kind].latents(folder / "one", *more, "--cfg_schedule", "1-2:5")
-        two = scripts[kind].latents(folder / "two", *more, "--cfg_schedule", "2-4", "--seed", 2)
-        assert torch.equal(made[1], one)
-        assert torch.equal(made[2], two)
-
-
-def test_first_steps_of_a_video_to_video_are_those_that_are_made(
-    tmp_path: Path, scripts: dict[str, Script]
-) -> None:
-    video = tmp_path / "clip.mp4"
-    write_video(video, moving_square(5, 32, 32, 1), fps=24)
-    half = ("--video_path", video, "--strength", 0.5, "--cfgzerostar_init_steps", 1, "--cfg_schedule", "1-2")
-    latents, calls = scripts["hunyuan"].run(tmp_path / "made", *half)
-    assert per_step(calls) == [0, 2, 0, 0]
-    assert is_finite(latents)
-
-
-def test_each_section_of_a_video_has_all_passes(tmp_path: Path, scripts: dict[str, Script]) -> None:
-    options = ("--video_sections", 2, "--perp_neg", 1.5, "--cfgzerostar_init_steps", 1)
-    latents, calls = scripts["framepack"].run(tmp_path, *options)
-    assert per_step(calls) == [0, 6, 6, 6]
-    assert is_finite(latents)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

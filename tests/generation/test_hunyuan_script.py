@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import hv_generate_video
-from modules.errors import MediaError, OptionError
+from modules.errors import OptionError
 from modules.media.writing import write_video
 from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
 from tests.tiny.project import moving_square
@@ -56,63 +55,6 @@ def test_a_line_may_name_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:
     assert not torch.equal(made[1], plain[1])
 
 
-def test_a_strength_without_any_video_is_said_to_be_ignored_once(
-    tmp_path: Path, t2v: TinyHunyuan, caplog: pytest.LogCaptureFixture
-) -> None:
-    video = tmp_path / "clip.mp4"
-    write_video(video, moving_square(5, 48, 32, 1), fps=24)
-    (tmp_path / "none.txt").write_text("a cat --d 1\na dog --d 2\n", encoding="utf-8")
-    (tmp_path / "some.txt").write_text(f"a cat --d 1\na dog --d 2 --v {video}\n", encoding="utf-8")
-
-    for arguments, expected in (
-        (("--prompt", "a cat", "--strength", 0.5), 1),
-        (("--from_file", tmp_path / "none.txt", "--strength", 0.5), 1),
-        (("--from_file", tmp_path / "some.txt", "--strength", 0.5), 0),
-        (("--prompt", "a cat"), 0),
-    ):
-        caplog.clear()
-        generate(tmp_path / "made", t2v, *arguments)
-        assert caplog.text.count("--strength 0.5 is ignored because --video_path or") == expected
-
-
-def test_a_schedule_counts_the_steps_that_are_made_of_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:
-    video = tmp_path / "clip.mp4"
-    write_video(video, moving_square(5, 48, 32, 1), fps=24)
-    with pytest.raises(OptionError, match="2"):
-        generate(
-            tmp_path,
-            t2v,
-            "--prompt",
-            "a cat",
-            "--video_path",
-            video,
-            "--strength",
-            0.5,
-            "--cfg_schedule",
-            "2:3",
-        )
-
-
-def test_a_video_that_is_too_short_is_refused(tmp_path: Path, t2v: TinyHunyuan) -> None:
-    video = tmp_path / "clip.mp4"
-    write_video(video, moving_square(4, 48, 32, 1), fps=24)
-    with pytest.raises(MediaError, match=r"--video_path .*clip.mp4: it has 4 frames, 5 are needed"):
-        generate(tmp_path, t2v, "--prompt", "a cat", "--video_path", video)
-
-
-def test_the_metadata_says_how_it_was_made(tmp_path: Path, t2v: TinyHunyuan) -> None:
-    generate(tmp_path, t2v, "--prompt", "a cat", "--seed", 7, "--flow_shift", 14.5)
-    (path,) = tmp_path.glob("*_7_latent.safetensors")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert (metadata["bt_model_type"], metadata["bt_embedded_cfg_scale"], metadata["bt_flow_shift"]) == (
-        "hunyuan",
-        "6.0",
-        "14.5",
-    )
-    assert (metadata["bt_height"], metadata["bt_width"], metadata["bt_fps"]) == ("32", "48", "24")
-
-
 def test_latents_are_decoded_with_nothing_but_the_vae(tmp_path: Path, t2v: TinyHunyuan) -> None:
     generate(tmp_path / "latents", t2v, "--prompt", "a cat", "--seed", 7)
     (path,) = (tmp_path / "latents").iterdir()
@@ -129,37 +71,6 @@ def test_latents_are_decoded_with_nothing_but_the_vae(tmp_path: Path, t2v: TinyH
         ]
     )
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".mp4"]
-
-
-def lora(path: Path, *modules: str) -> Path:
-    generator = torch.Generator().manual_seed(4)
-    tensors = {}
-    for module in ("double_blocks_0_img_attn_proj", "single_blocks_1_linear2"):
-        width = 128 if module.startswith("double") else 128 + 320
-        down, up = torch.randn(2, width, generator=generator), torch.randn(128, 2, generator=generator)
-        if module in modules:
-            tensors[f"lora_unet_{module}.lora_down.weight"], tensors[f"lora_unet_{module}.lora_up.weight"] = (
-                down,
-                up,
-            )
-    save_file(tensors, path)
-    return path
-
-
-@pytest.mark.parametrize("more", [(), ("--exclude_patterns", "txt_")])
-def test_single_blocks_may_be_left_out_of_loras(
-    tmp_path: Path, t2v: TinyHunyuan, more: tuple[str, ...]
-) -> None:
-    say = ("--prompt", "a cat", "--seed", 1)
-    both = lora(tmp_path / "both.safetensors", "double_blocks_0_img_attn_proj", "single_blocks_1_linear2")
-    double = lora(tmp_path / "double.safetensors", "double_blocks_0_img_attn_proj")
-
-    without = generate(
-        tmp_path / "without", t2v, *say, "--lora_weight", both, "--exclude_single_blocks", *more
-    )
-
-    assert torch.equal(without[1], generate(tmp_path / "double", t2v, *say, "--lora_weight", double)[1])
-    assert not torch.equal(without[1], generate(tmp_path / "both", t2v, *say, "--lora_weight", both)[1])
 
 
 @pytest.fixture
@@ -191,13 +102,6 @@ def test_one_sample_at_a_time_makes_the_passes_of_guidance_singly(
     assert torch.equal(split[1], singly[1])
     # float32, summed in another order, over the steps
     torch.testing.assert_close(split[1], together[1], atol=1e-4, rtol=1e-4)
-
-
-def test_without_guidance_there_is_nothing_to_split(
-    tmp_path: Path, t2v: TinyHunyuan, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert generate(tmp_path, t2v, "--prompt", "a cat", "--seed", 1, "--split_attn").keys() == {1}
-    assert "--split_uncond" not in caplog.text
 
 
 @pytest.mark.parametrize(

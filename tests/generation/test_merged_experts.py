@@ -56,16 +56,6 @@ def test_the_file_of_each_expert_has_its_own_loras(
     assert "is loaded into the" not in caplog.text
 
 
-def test_an_expert_without_loras_is_not_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files, lora = write_tiny_wan(tmp_path, experts=2), write_lora(tmp_path / "a_low_noise.safetensors")
-
-    merge(files, tmp_path / "m.safetensors", "--lora_weight_high_noise", lora)
-
-    assert merged_files(tmp_path) == ["m_high_noise.safetensors"]
-    assert "There is no LoRA for the low-noise transformer" in caplog.text
-    assert "trained for the low-noise expert, as its name says, and is loaded into the high-no" in caplog.text
-
-
 def test_nothing_is_written_if_one_expert_cannot_be(tmp_path: Path) -> None:
     files = write_tiny_wan(tmp_path, experts=2)
     fits, wide = write_lora(tmp_path / "a.safetensors"), write_lora(tmp_path / "w.safetensors", width=64)

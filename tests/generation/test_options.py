@@ -18,14 +18,6 @@ def read(folder: Path, *arguments: str, defaults: ScriptDefaults = DEFAULTS) -> 
     return read_options(GenerationOptions, read_arguments(parser, ["--save_path", str(folder), *arguments]))
 
 
-def test_defaults_are_read(tmp_path: Path) -> None:
-    options = read(tmp_path, "--prompt", "p")
-    assert options.request.video_size == (256, 256)
-    assert options.request.fps == 16.0
-    assert options.lora.multipliers() == ()
-    assert options.output.format.suffix == ".mp4"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -66,45 +58,12 @@ def test_options_of_fp8_say_how_weights_are_kept(
     assert read(tmp_path, "--prompt", "p", *arguments).speed.fp8.quantisation == expected
 
 
-def test_a_finer_rounding_of_nothing_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    read(tmp_path, "--prompt", "p", "--fp8", "--upcast_quantization")
-    assert "--upcast_quantization is ignored because --fp8_scaled is not given" in caplog.text
-
-
 @pytest.mark.parametrize("source", [["--from_file", __file__], ["--interactive"]])
 def test_a_prompt_beside_other_prompts_is_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, source: list[str]
 ) -> None:
     read(tmp_path, "--prompt", "a cat", *source)
     assert f"--prompt is ignored because the prompts come from {source[0]}" in caplog.text
-
-
-def test_prores_needs_matroska(tmp_path: Path) -> None:
-    assert read(tmp_path, "--prompt", "p", "--codec", "prores").output.format.suffix == ".mkv"
-
-
-def test_a_script_has_the_output_types_that_it_says(tmp_path: Path) -> None:
-    more = ScriptDefaults(fps=16, guidance_scale=5.0, output_types=("video", "latent_images"))
-    output = read(tmp_path, "--prompt", "p", "--output_type", "latent_images", defaults=more).output
-    assert (output.decodes, output.keeps_latents, output.writes_images) == (True, True, True)
-    for said, script in (("latent_images", DEFAULTS), ("both", more)):
-        with pytest.raises(SystemExit):
-            read(tmp_path, "--prompt", "p", "--output_type", said, defaults=script)
-    with pytest.raises(OptionError, match="the latents exist already"):
-        read(tmp_path, "--latent_path", __file__, "--output_type", "latent_images", defaults=more)
-
-
-def test_only_videos_that_come_in_sections_can_be_watched_while_they_grow(tmp_path: Path) -> None:
-    sections = ScriptDefaults(fps=30, guidance_scale=1.0, in_sections=True)
-    assert read(tmp_path, "--prompt", "p", defaults=sections).output.shows_progress
-    assert not read(
-        tmp_path, "--prompt", "p", "--no_progressive_save", defaults=sections
-    ).output.shows_progress
-    assert not read(
-        tmp_path, "--prompt", "p", "--output_type", "latent", defaults=sections
-    ).output.shows_progress
-    with pytest.raises(SystemExit):
-        read(tmp_path, "--prompt", "p", "--no_progressive_save")
 
 
 def test_a_script_may_have_options_about_each_video_of_its_own(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from generation.outputs import (
     drop_tail,
-    free_stem,
     output_stem,
     own_stem,
     save_latents,
@@ -21,7 +20,7 @@ from generation.outputs import (
 from modules.checkpoints.latents import load_latents
 from modules.errors import CheckpointError, OptionError
 from modules.media.pixels import pixels_to_uint8
-from modules.media.reading import read_image, video_frames, video_info
+from modules.media.reading import read_image
 from tests.generation.saving import output_options
 from tests.media_tags import read_tags
 
@@ -38,12 +37,6 @@ def test_names_hold_time_seed_and_origin() -> None:
     when = datetime(2025, 1, 2, 3, 4, 5)
     assert output_stem(when, 7) == "20250102-030405_7"
     assert output_stem(when, 7, Path("a/x_latent.safetensors")) == "20250102-030405_7_x_latent"
-
-
-def test_a_taken_name_gets_underscores(tmp_path: Path) -> None:
-    (tmp_path / "a.mp4").touch()
-    (tmp_path / "a_.png").touch()
-    assert free_stem(tmp_path, "a", [".mp4", ".png"]) == "a__"
 
 
 def test_a_name_that_a_run_has_is_given_to_no_other(tmp_path: Path) -> None:
@@ -66,11 +59,6 @@ def test_latents_come_back_with_their_metadata(tmp_path: Path) -> None:
     assert torch.equal(saved.latents, latents)
     # in both spellings
     assert saved.metadata == {"bt_seeds": "7", "bt_prompt": "ä\n", "seeds": "7", "prompt": "ä\n"}
-
-
-def test_a_pickled_tensor_is_read_too(tmp_path: Path) -> None:
-    torch.save(torch.ones(16, 1, 2, 2, dtype=torch.bfloat16), tmp_path / "x.pt")
-    assert load_latents(tmp_path / "x.pt").latents.dtype == torch.float32
 
 
 class Harmful:
@@ -102,19 +90,6 @@ def test_files_without_latents_are_refused_by_name(tmp_path: Path, kind: str) ->
         load_latents(path)
 
 
-def test_pixels_are_limited_and_rounded() -> None:
-    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]).view(1, 1, 1, 1, 6).repeat(1, 3, 1, 1, 1)
-    assert pixels_to_uint8(pixels)[0, 0, :, 0].tolist() == [0, 0, 128, 191, 255, 255]
-
-
-def test_a_video_has_its_frames_and_rate(tmp_path: Path) -> None:
-    path = save_pixels(output_options(tmp_path), "a", clip(), 16.0, {"bt_seeds": "1"})
-    info = video_info(path)
-    assert path == tmp_path / "a.mp4"
-    assert (info.width, info.height, info.fps) == (32, 16, 16.0)
-    assert len(list(video_frames(path))) == 5
-
-
 def test_videos_and_pictures_hold_the_metadata(tmp_path: Path) -> None:
     metadata = {"bt_prompt": "a\nä", "bt_seeds": "1"}
     matroska = save_pixels(output_options(tmp_path, container="mkv"), "a", clip(), 16.0, metadata)
@@ -126,19 +101,6 @@ def test_videos_and_pictures_hold_the_metadata(tmp_path: Path) -> None:
     assert read_tags(image)["parameters"] == "a\nä\nSeed: 1"
 
 
-def test_a_single_frame_becomes_a_png(tmp_path: Path) -> None:
-    path = save_pixels(output_options(tmp_path), "a", clip(1), 16.0, None)
-    assert path == tmp_path / "a.png"
-    assert read_tags(path) == {}
-    assert read_image(path).shape == (16, 32, 3)
-
-
-def test_images_go_into_a_folder(tmp_path: Path) -> None:
-    path = save_pixels(output_options(tmp_path, "images"), "a", clip(3), 16.0, {"bt_seeds": "1"})
-    assert sorted(file.name for file in path.iterdir()) == ["a_000.png", "a_001.png", "a_002.png"]
-    assert int(read_image(path / "a_002.png")[0, 0, 0]) == round((0.2 / 2 + 0.5) * 255)
-
-
 @pytest.mark.parametrize("output_type", ["video", "images", "latent_images"])
 def test_a_single_picture_may_have_a_number_and_lies_in_no_folder(tmp_path: Path, output_type: str) -> None:
     path = save_pixels(output_options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None)
@@ -147,14 +109,6 @@ def test_a_single_picture_may_have_a_number_and_lies_in_no_folder(tmp_path: Path
         save_pixels(output_options(tmp_path, output_type, numbered=True), "a", clip(1), 16, None)
         == tmp_path / "a__000.png"
     )
-
-
-def test_images_may_come_with_latents(tmp_path: Path) -> None:
-    asked = output_options(tmp_path, "latent_images")
-    assert asked.keeps_latents
-    assert asked.decodes
-    path = save_pixels(asked, "a", clip(), 16, None)
-    assert sorted(each.name for each in path.iterdir()) == [f"a_00{index}.png" for index in range(5)]
 
 
 @pytest.mark.parametrize(
@@ -173,32 +127,12 @@ def test_the_last_frame_is_written_beside_a_video(
     assert read_tags(last)["bt_seeds"] == "7"
 
 
-def test_a_picture_has_no_last_frame_beside_it(tmp_path: Path) -> None:
-    save_pixels(output_options(tmp_path, last=True), "a", clip(1), 16.0, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
 def test_a_last_frame_takes_nobodys_place(tmp_path: Path) -> None:
     (tmp_path / "a_last.png").touch()
     with own_stem(tmp_path, "a") as stem:
         assert stem == "a_"
     save_pixels(output_options(tmp_path, last=True), "a", clip(), 16.0, {})
     assert {path.name for path in tmp_path.iterdir()} == {"a_last.png", "a_.mp4", "a__last.png"}
-
-
-def test_latents_alone_have_no_last_frame(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--save_last_frame with --output_type latent"):
-        output_options(tmp_path, "latent", last=True)
-
-
-def test_prores_is_written_as_matroska(tmp_path: Path) -> None:
-    assert save_pixels(output_options(tmp_path, codec="prores"), "a", clip(), 16.0, None).suffix == ".mkv"
-
-
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    first = save_pixels(output_options(tmp_path), "a", clip(1), 16.0, None)
-    second = save_pixels(output_options(tmp_path), "a", clip(1), 16.0, None)
-    assert (first.name, second.name) == ("a.png", "a_.png")
 
 
 def test_pngs_are_kept_beside_the_video(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from generation.outputs import save_pixels
 from generation.run import generate
-from modules.errors import CheckpointError, NothingFoundError, OptionError, OutputError, UserError
+from modules.errors import CheckpointError, NothingFoundError, OptionError, OutputError
 from modules.media.reading import read_image, video_info
 from modules.media.tags import read_tags
 from post.chain_options import AskedTools, ToolOptions
@@ -18,9 +18,9 @@ from post.contract import Stage
 from post.decoded import PostTools
 from post.stages import NamedStage
 from tests.generation.saving import output_options
-from tests.generation.test_run import only, options, prompts
+from tests.generation.test_run import only, options
 from tests.generation.toy_family import ToyFamily
-from tests.post.stages_here import Black, Larger, Refusing, Smoother, files_in, frames_of, tool_for
+from tests.post.stages_here import Black, Larger, Smoother, frames_of, tool_for
 from tests.tiny.post_faces import write_red_detector
 
 CPU = torch.device("cpu")
@@ -65,18 +65,6 @@ def test_a_video_is_written_once_with_the_size_and_rate_of_the_tools(tmp_path: P
     assert {one.name for one in tmp_path.iterdir()} == {"a.mp4", "b.mp4", "c.mp4"}
 
 
-@pytest.mark.parametrize(("frames", "made"), [(5, "a/a_000.png"), (1, "a/a_000.png")])
-def test_images_and_the_last_frame(frames: int, made: str, tmp_path: Path) -> None:
-    """The last frame is to continue from, so it has the size of the generation."""
-    asked = output_options(tmp_path, "images", last=True)
-
-    path = save_pixels(asked, "a", chunks(frames), 16.0, None, post_of(Larger())[0])
-
-    assert read_image(tmp_path / made).shape == (32, 64, 3)
-    assert len(list(path.iterdir())) == frames
-    assert read_image(tmp_path / "a_last.png").shape == (16, 32, 3)
-
-
 @pytest.mark.parametrize("output_type", ["images", "video"])
 def test_the_last_frame_shows_nothing_that_a_tool_hides(output_type: str, tmp_path: Path) -> None:
     asked = output_options(tmp_path, output_type, last=True)
@@ -86,17 +74,6 @@ def test_the_last_frame_shows_nothing_that_a_tool_hides(output_type: str, tmp_pa
     last = read_image(tmp_path / "a_last.png")
     assert last.shape == (32, 64, 3)
     assert not last.any()
-
-
-def test_a_tool_that_fails_at_the_end_leaves_nothing_half_made(tmp_path: Path) -> None:
-    post = post_of(Refusing(NothingFoundError("nothing")))[0]
-    for output_type in ("video", "images"):
-        with pytest.raises(NothingFoundError, match="^--post refusing: nothing"):
-            save_pixels(
-                output_options(tmp_path, output_type, last=True, pngs=True), "a", chunks(), 16, None, post
-            )
-
-    assert files_in(tmp_path) == set()
 
 
 def test_a_picture_goes_through_tools_for_pictures_only(tmp_path: Path) -> None:
@@ -175,18 +152,6 @@ def test_where_nothing_is_found_the_latents_are_kept_and_decoded_later(
         generate(ToyFamily(), options(tmp_path, "--latent_path", latents, *blur))
     generate(ToyFamily(), options(tmp_path, "--latent_path", latents, blur[0], f"{blur[1]} allow_none"))
     assert len(frames_of(only(tmp_path, "*.mp4"))) == 5
-
-
-def test_where_nothing_is_found_the_other_prompts_go_on(blur: tuple[str, ...], tmp_path: Path) -> None:
-    lines = prompts(tmp_path, "cat --d 1", "dog --d 2")
-
-    with pytest.raises(UserError, match="2 of 2 failed") as caught:
-        generate(ToyFamily(), options(tmp_path / "out", "--from_file", lines, *blur))
-
-    assert caught.value.exit_code == 3
-    kept = sorted((tmp_path / "out").iterdir())
-    assert [path.name[-21:] for path in kept] == ["_1_latent.safetensors", "_2_latent.safetensors"]
-    assert all(f"--latent_path {path} " in str(caught.value) for path in kept)
 
 
 def test_a_video_in_sections_has_no_preview_if_a_tool_hides(

@@ -12,9 +12,7 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.preset import leave_out_missing
-from modules.devices import allow_fp16_accumulation
-from modules.errors import OptionError
+from generation.run import leave_out_missing
 from modules.options import read_options
 from tests.generation.toy_family import ToyFamily
 from tests.tiny.wan import TinyWan, write_tiny_wan
@@ -86,23 +84,6 @@ def test_the_preset_of_each_script(script: ModuleType, expected: dict[str, objec
     assert dict(script.DEFAULTS.optimized) == everywhere | expected
 
 
-def test_the_line_names_values(tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
-        video(tmp_path, t2v, "--optimized", "--compile_args", *EAGER)
-    assert "--optimized sets --compile --fp8_scaled --rope_func comfy; left out" in caplog.text
-
-
-def test_partial_compilation_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--optimized_compile is not supported yet: give --compile"):
-        read(tmp_path, "--optimized_compile")
-
-
-def test_nothing_is_said_without_optimized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = read(tmp_path, "--attn_mode", "sageattn", "--fp16_accumulation")
-    assert leave_out_missing(ToyFamily(), options, CPU) is options
-    assert not caplog.records
-
-
 EAGER = ("eager", "default", "false", "false")  # compiles nothing, so it is quick
 
 
@@ -153,21 +134,3 @@ def test_a_file_in_fp8_stays_as_it_is(tmp_path: Path, t2v: TinyWan, caplog: pyte
     assert (says["bt_fp8"], says.get("bt_fp8_scaled")) == ("True", None)
     assert "--optimized goes without --fp8_scaled here. " in caplog.text
     assert "is in fp8 already" in caplog.text
-
-
-def test_a_video_is_made_and_says_what_was_really_used(tmp_path: Path, t2v: TinyWan) -> None:
-    says = video(tmp_path, t2v, "--optimized", "--compile_args", *EAGER)
-    assert (says["bt_fp8_scaled"], says["bt_compile"], says["bt_rope_func"]) == ("True", "True", "comfy")
-    assert "bt_attn_mode" not in says
-    assert "bt_fp16_accumulation" not in says
-
-
-def test_fp16_sums_on_a_cpu_are_ignored_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_fp16_accumulation
-    assert not allow_fp16_accumulation(CPU)
-    assert matmul.allow_fp16_accumulation == before
-    assert (
-        "--fp16_accumulation is ignored because it is for matrix products on a CUDA GPU, and this run "
-        "computes on cpu" in caplog.text
-    )

@@ -1,6 +1,5 @@
 """Latent previews through the generation scripts: all families and modes, and the same latents with them."""
 
-import builtins
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,17 +21,14 @@ from generation.run import generate
 from modules.contract.data import LatentSpec
 from modules.contract.steps import EncodedPrompts
 from modules.errors import CheckpointError, OptionError
-from modules.media.reading import read_image, video_frames, video_info
-from modules.media.writing import write_video
-from tests.commands import assert_user_error, run_script
+from modules.media.reading import video_frames, video_info
 from tests.generation.test_run import options
-from tests.generation.toy_family import WINDOW, ToyFamily
+from tests.generation.toy_family import ToyFamily
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
-from tests.tiny.project import moving_square, write_image, write_lora
+from tests.tiny.project import write_image
 from tests.tiny.taehv import write_taehv
 from tests.tiny.wan import write_tiny_wan
-from tools import compare
 
 MP4, PNG = "latent_preview.mp4", "latent_preview.png"
 COLOURED = LatentSpec(
@@ -113,51 +109,6 @@ def test_latents_are_the_same_bits_with_previews_in_every_family(
         assert (info.frames, info.fps) == expected
 
 
-def test_steps_of_a_video_that_starts_from_another_are_counted_from_its_first(
-    tmp_path: Path, scripts: dict[str, Script]
-) -> None:
-    """Of 4 steps half are made: the first has a preview, the second is the last."""
-    script = scripts["hunyuan"]
-    write_video(tmp_path / "clip.mp4", moving_square(5, 48, 32, 1), fps=16)
-    say = ("--prompt", "a cat", "--seed", 3, "--output_type", "latent", "--strength", 0.5)
-    say = (*say, "--video_path", tmp_path / "clip.mp4")
-
-    first = script.run(tmp_path / "first", *say, "--preview_latent_every", 1)
-    script.run(tmp_path / "second", *say, "--preview_latent_every", 2)
-    plain = script.run(tmp_path / "plain", *say)
-
-    assert torch.equal(first["3"], plain["3"])
-    assert (tmp_path / "first" / MP4).exists()
-    assert not (tmp_path / "second" / MP4).exists()
-
-
-@pytest.mark.parametrize("order", ["", "--f1"])
-def test_framepack_counts_sections(tmp_path: Path, scripts: dict[str, Script], order: str) -> None:
-    """Of 3 sections the first two are shown while the third is made."""
-    say = ("--prompt", "a cat", "--seed", 3, "--output_type", "latent", *([order] if order else []))
-    for every, frames in ((1, 18), (2, 18), (3, None)):
-        folder = tmp_path / str(every)
-        scripts["framepack"].run(folder, *say, "--preview_latent_every", every)
-        if frames is None:
-            assert not (folder / MP4).exists()
-        else:  # --f1 begins with the start image
-            assert video_info(folder / MP4).frames == frames + bool(order)
-
-
-def test_a_picture_of_framepack_has_previews_of_its_steps(tmp_path: Path, scripts: dict[str, Script]) -> None:
-    say = ("--prompt", "a cat", "--one_frame_inference", "default", "--output_type", "latent")
-    scripts["framepack"].run(tmp_path, *say, "--preview_latent_every", 1)
-    assert read_image(tmp_path / PNG).shape == (32, 48, 3)
-
-
-def test_a_video_of_a_single_section_has_previews_of_its_steps(
-    tmp_path: Path, scripts: dict[str, Script]
-) -> None:
-    say = ("--prompt", "a cat", "--video_sections", 1, "--output_type", "latent")
-    scripts["framepack"].run(tmp_path, *say, "--preview_latent_every", 1)
-    assert video_info(tmp_path / MP4).frames == 9
-
-
 @pytest.mark.parametrize("order", [ANTI_DRIFTING, F1], ids=["anti-drifting", "f1"])
 def test_what_is_shown_of_sections_is_the_part_of_the_video_that_is_finished(order: Order) -> None:
     generator, window = torch.Generator().manual_seed(1), 2
@@ -187,18 +138,6 @@ def test_what_is_shown_of_sections_is_the_part_of_the_video_that_is_finished(ord
         assert torch.equal(part, whole)
 
 
-class Typing:
-    """Lines, then the end of input."""
-
-    def __init__(self, *lines: str) -> None:
-        self.lines = list(lines)
-
-    def __call__(self, sign: str) -> str:
-        if not self.lines:
-            raise EOFError
-        return self.lines.pop(0)
-
-
 def toy(**more: Any) -> ToyFamily:
     return ToyFamily(latent=COLOURED, **more)
 
@@ -220,36 +159,6 @@ def test_a_file_of_prompts_has_one_preview_replaced_by_each(
     assert len(shown) == 2  # 3 steps each
     assert shown[0] != shown[1]
     assert len(list((tmp_path / "out").glob("latent_preview.*"))) == 1
-
-
-def test_prompts_that_are_typed_have_previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builtins, "input", Typing("cat --d 1", "dog --d 2"))
-    generate(toy(), options(tmp_path, "--interactive", "--preview_latent_every", 1))
-    assert (tmp_path / MP4).exists()
-    assert len(list(tmp_path.glob("*.mp4"))) == 3
-
-
-def test_a_comparison_has_previews_and_the_same_clips(tmp_path: Path, scripts: dict[str, Script]) -> None:
-    words = scripts["wan"].words
-    dit = Path(words[words.index("--dit") + 1])
-    write_lora(tmp_path / "style.safetensors", dit)
-    for folder, more in (("plain", []), ("shown", ["--preview_latent_every", "1"])):
-        say = ["--family", "wan", "--lora", str(tmp_path / "style.safetensors"), "--prompt", "a cat"]
-        where = ["--save_path", str(tmp_path / folder), "--device", "cpu", "--output_type", "both"]
-        compare.main([*say, *where, *words, *more])
-    assert (tmp_path / "shown" / MP4).exists()
-    for path in (tmp_path / "plain").glob("*_latent.safetensors"):
-        other = tmp_path / "shown" / path.name
-        assert torch.equal(load_file(path)["latent"], load_file(other)["latent"])
-
-
-@pytest.mark.parametrize("in_front", [True, False])
-def test_previews_of_latents_and_of_decoded_sections_live_together(tmp_path: Path, in_front: bool) -> None:
-    family = toy(sections_made=3, makes_last_first=in_front)
-    generate(family, options(tmp_path, "--prompt", "cat", "--seed", 1, "--preview_latent_every", 1))
-    expected = 2 * WINDOW + (0 if in_front else 1)
-    assert video_info(tmp_path / MP4).frames == expected
-    assert len(list(tmp_path.glob("*_1.mp4"))) == 1
 
 
 def test_a_folder_in_the_way_is_one_warning_for_all_lines(
@@ -276,14 +185,6 @@ def test_a_wrong_file_is_an_error_before_anything_loads(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no map from this model's latents to colours"):
         generate(ToyFamily(diary=family.diary), options(tmp_path, *words[:-1]))
     assert family.diary == []
-
-
-def test_the_script_says_so_in_one_message(tmp_path: Path, scripts: dict[str, Script]) -> None:
-    words = (*scripts["wan"].words, "--prompt", "a cat", "--save_path", tmp_path / "out")
-    script = "wan_generate_video.py"
-    lost = run_script(script, *words, "--preview_latent_every", 1, "--preview_vae", "lost.pth", check=False)
-    assert_user_error(lost, "--preview_vae lost.pth: no such file")
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_plan_counts_the_tiny_vae(

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from generation.progress import Queue, in_short, show_end, show_start
+from generation.progress import Queue, show_end, show_start
 from modules.contract.requests import Request
-from tests.generation.test_run import prompts, run
 from tests.generation.toy_family import ToyFamily
 from tests.preparing import prepare
 
@@ -30,31 +29,6 @@ def test_a_file_of_prompts_says_where_it_is_and_how_long_it_takes(caplog: pytest
     assert caplog.messages[2] == f"3 of 3, about 2 min left (line 4): {size}"
 
 
-def test_a_single_prompt_is_told_by_the_box_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-
-    run(tmp_path / "out", "--prompt", "a [red]cat", "--seed", 7)
-
-    (video,) = (tmp_path / "out").iterdir()
-    start, end = (text for text in caplog.messages if text.startswith(("Generating", "Generation")))
-    assert "  prompt: a [red]cat\n" in start
-    assert "  clip:   48 x 32 (width x height), 5 frames, " in start
-    assert f"  result:      {video} (" in end
-    assert not [text for text in caplog.messages if text.startswith("1 of 1")]
-
-
-def test_the_last_box_counts_what_failed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-
-    with pytest.raises(Exception, match="1 of 3 failed"):
-        run(tmp_path / "out", "--from_file", prompts(tmp_path, "cat", "dog --w x", "cow"))
-
-    assert len([text for text in caplog.messages if text.startswith(("1 of 2", "2 of 2"))]) == 2
-    (end,) = (text for text in caplog.messages if text.startswith("Generation"))
-    assert "failed:      1\n" in end
-    assert f"results:     2 in {tmp_path / 'out'} (" in end
-
-
 def test_boxes_name_loras_and_count_the_files_of_folders(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -68,8 +42,3 @@ def test_boxes_name_loras_and_count_the_files_of_folders(
 
     assert "  LoRAs:  a.safetensors, strength 0.8\n  clips:  2; the first: 48 x 32" in caplog.text
     assert f"  result:      {tmp_path / 'frames'} (6 bytes)" in caplog.text
-
-
-def test_a_long_prompt_is_cut_for_a_line() -> None:
-    assert in_short("a\n  b") == "a b"
-    assert len(in_short("word " * 100)) == 100

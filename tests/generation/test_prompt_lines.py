@@ -64,16 +64,6 @@ def test_lengths_and_images_of_videos_in_sections(line: str, expected: dict[str,
     assert parse_generation_line(line, SECTIONED_GENERATION_OPTIONS) == {"prompt": "p", **expected}
 
 
-def test_a_script_says_what_its_letters_mean() -> None:
-    line = "p --g 3 --f 5"
-    assert parse_generation_line(line) == {"prompt": "p", "guidance_scale": 3.0, "video_length": 5}
-    assert parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS) == {
-        "prompt": "p",
-        "embedded_cfg_scale": 3.0,
-        "video_length": 5,
-    }
-
-
 @pytest.mark.parametrize(("text", "seeds"), SEEDS["cases"])
 def test_text_seeds_are_the_measured_ones(text: str, seeds: dict[str, int]) -> None:
     assert {bits: text_to_seed(text, int(bits)) for bits in seeds} == seeds
@@ -92,19 +82,6 @@ def test_text_seeds_are_the_measured_ones(text: str, seeds: dict[str, int]) -> N
 )
 def test_documented_text_seeds(text: str, seed: int) -> None:
     assert text_to_seed(text) == seed
-
-
-@pytest.mark.parametrize("text", ["a" * 3000, "x\0x\0x\0x\0", "zzzzzzzzzzzzzzz" * 400])
-def test_every_text_has_a_seed_of_32_bits(text: str) -> None:
-    assert 0 <= text_to_seed(text) < 2**32
-
-
-def test_a_prompt_is_not_taken_for_an_option() -> None:
-    assert parse_sample_line("I am here --w 64") == {"prompt": "I am here", "width": 64}
-
-
-def test_numbers_may_be_negative() -> None:
-    assert parse_sample_line("p --l -1.5")["cfg_scale"] == -1.5
 
 
 def test_a_generation_line_with_a_wrong_number_is_refused() -> None:
@@ -164,11 +141,6 @@ def test_a_letter_and_its_long_name_read_a_value_alike(options: dict[str, LineOp
         assert len(by_name) > 1
 
 
-def test_training_samples_know_letters_only(caplog: pytest.LogCaptureFixture) -> None:
-    assert parse_sample_line("p --fps 24") == {"prompt": "p"}
-    assert "--fps 24" in caplog.text
-
-
 def test_unknown_options_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     parse_generation_line("p --zz 3")
     assert "--zz 3" in caplog.text
@@ -226,12 +198,6 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, name: str, text: 
         read_sample_prompts(path)
 
 
-def test_only_line_breaks_part_prompts(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("a cat\u2028in\x0crain --d 1\r\n\r\na dog\n".encode())
-    assert read_generation_lines(path) == [(1, "a cat\u2028in\x0crain --d 1"), (3, "a dog")]
-
-
 @pytest.mark.parametrize(("text", "seed"), [("12abc", 12), ("-3", -3), ("hello", 2475399061)])
 def test_a_sample_of_a_training_may_have_a_text_as_seed(tmp_path: Path, text: str, seed: int) -> None:
     assert parse_sample_line(f"a cat --d {text}")["seed"] == seed
@@ -274,12 +240,3 @@ def test_an_option_behind_another_dash_is_refused_and_a_dash_in_a_text_is_not(da
             parse(f"a cat {dash}w 64 --s 2")
         text = f"a cat {dash} w 64, {dash}i was there, x{dash}w 64, {dash}zz 3"
         assert parse(text)["prompt"] == text
-
-
-@pytest.mark.parametrize(
-    ("name", "text"), [("p.txt", "\n# no\n"), ("p.toml", "[prompt]\nwidth = 64\n"), ("p.json", "[]")]
-)
-def test_a_file_without_a_sample_is_refused(name: str, text: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(OptionError, match="has no prompt. Write"):
-        read_sample_prompts(tmp_path / name)

@@ -1,6 +1,5 @@
 """Weights, wildcards, alternatives and second prompts from the command line to latents, in all families."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,24 +130,6 @@ def test_weights_change_the_video_and_stand_in_the_metadata_as_typed(tiny: Tiny)
     assert not torch.equal(weighed.latents, tiny.one("--prompt", "a (red:3) car").latents)  # marks are text
 
 
-def test_the_negative_prompt_is_weighed_alike(tiny: Tiny) -> None:
-    plain = tiny.one("--prompt", "a red car", *GUIDED)
-    say = ["--prompt", "a red car", "--guidance_scale", 4, "--negative_prompt", "(dull:3) and grey"]
-    weighed = tiny.one(*say, "--prompt_weighting")
-    assert not torch.equal(weighed.latents, plain.latents)
-    assert weighed.said["bt_negative_prompt"] == "(dull:3) and grey"
-
-
-def test_lines_that_differ_in_weights_only_do_not_share_a_text(tiny: Tiny, tmp_path: Path) -> None:
-    lines = {1: "a (red:3) car", 2: "a (red:0.2) car", 3: "a red car"}
-    file = tmp_path / "lines.txt"
-    file.write_text("".join(f"{line} --d {seed}\n" for seed, line in lines.items()), encoding="utf-8")
-    made = tiny.run("--from_file", file, "--prompt_weighting")
-    for seed, line in lines.items():
-        (alone,) = tiny.run("--prompt", line, "--seed", seed, "--prompt_weighting").values()
-        assert torch.equal(made[seed].latents, alone.latents)
-
-
 def test_a_drawn_prompt_is_that_prompt(tiny: Tiny, cards: Path) -> None:
     typed = "a __beast__ on a {mat|{rug|bed}}"
     draw = ["--prompt_wildcards", cards, "--prompt_alternatives"]
@@ -167,45 +148,9 @@ def test_a_drawn_prompt_is_that_prompt(tiny: Tiny, cards: Path) -> None:
     assert again.said["bt_prompt"] == prompt
 
 
-def test_every_line_draws_by_its_own_seed_and_the_negative_prompt_too(
-    tiny: Tiny, cards: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "lines.txt"
-    line = "a __beast__ __beast__ --n __color__ __beast__ --l 3"
-    file.write_text("".join(f"{line} --d {seed}\n" for seed in range(1, 5)), encoding="utf-8")
-    made = tiny.run("--from_file", file, "--prompt_wildcards", cards)
-    assert made.keys() == {1, 2, 3, 4}
-    texts = {(each.said["bt_prompt"], each.said["bt_negative_prompt"]) for each in made.values()}
-    assert len(texts) == 4
-    assert not any("__" in text for pair in texts for text in pair)
-    assert {each.said["bt_original_negative_prompt"] for each in made.values()} == {"__color__ __beast__"}
-    alone = tiny.run("--prompt", "a __beast__ __beast__", "--seed", 3, "--prompt_wildcards", cards)
-    assert alone[3].said["bt_prompt"] == made[3].said["bt_prompt"]  # it draws first
-
-
-def test_lines_that_are_asked_for_draw_and_weigh_too(
-    tiny: Tiny, cards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A line that cannot be drawn is told, and the next one is asked for."""
-    typed = "a __beast__ --d 1\na __no__ --d 2\na (__color__:3) car --d 3\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    made = tiny.run("--interactive", "--prompt_wildcards", cards, "--prompt_weighting")
-    assert made.keys() == {1, 3}
-    assert "__no__ needs the file" in caplog.text
-    (alone,) = tiny.run("--prompt", made[3].said["bt_prompt"], "--seed", 3, "--prompt_weighting").values()
-    assert torch.equal(made[3].latents, alone.latents)
-    assert made[1].said["bt_original_prompt"] == "a __beast__"
-
-
 def test_without_the_switches_all_marks_are_text(tiny: Tiny) -> None:
     text = r"a __color__ {red|blue} (car:1.4) \{"
     assert tiny.one("--prompt", text).said["bt_prompt"] == text
-
-
-def test_drawn_text_may_have_weights(tiny: Tiny, cards: Path) -> None:
-    (cards / "much.txt").write_text("(red:3):2\n", encoding="utf-8")
-    drawn = tiny.one("--prompt", "a __much__ car", "--prompt_wildcards", cards, "--prompt_weighting")
-    assert torch.equal(drawn.latents, tiny.one("--prompt", "a (red:3) car", "--prompt_weighting").latents)
 
 
 @pytest.mark.parametrize(
@@ -241,23 +186,6 @@ def test_a_second_prompt_is_for_clip_and_a_line_may_give_it(with_clip: Tiny, tmp
     assert "bt_prompt_2" not in made[1].said
 
 
-def test_a_second_prompt_draws_third_and_loses_the_marks_of_weights(with_clip: Tiny, cards: Path) -> None:
-    say = ["--prompt", "a __beast__", "--prompt_2", "a (__color__:2) dog", "--prompt_wildcards", cards]
-    drawn = with_clip.one(*say, "--prompt_weighting")
-    second = drawn.said["bt_prompt_2"]
-    assert second.startswith("a (")
-    assert drawn.said["bt_original_prompt_2"] == "a (__color__:2) dog"
-    written = with_clip.one(
-        "--prompt", drawn.said["bt_prompt"], "--prompt_2", second.replace("(", "").replace(":2)", "")
-    )
-    assert torch.equal(drawn.latents, written.latents)
-
-
-def test_wan_has_one_text_encoder(tinies: Callable[[str], Tiny]) -> None:
-    with pytest.raises(SystemExit):
-        tinies("wan").one("--prompt", "a cat", "--prompt_2", "a dog")
-
-
 def test_sections_have_their_weights_and_second_prompts(tinies: Callable[[str], Tiny]) -> None:
     tiny = tinies("framepack")
     two = ["--video_sections", 2, "--prompt", "0:a cat;;;1:a dog"]
@@ -270,15 +198,6 @@ def test_sections_have_their_weights_and_second_prompts(tinies: Callable[[str], 
     # made from the end: the first section that is made, and so all that follow it, differ
     assert not torch.equal(plain.latents, weighed.latents)
     assert weighed.said["bt_prompt"] == "0:a cat;;;1:a (dog:3)"
-
-
-def test_a_drawn_line_may_hold_the_texts_of_sections(tinies: Callable[[str], Tiny], tmp_path: Path) -> None:
-    (tmp_path / "story.txt").write_text("0:a cat;;;1:a dog\n", encoding="utf-8")
-    tiny, two = tinies("framepack"), ["--video_sections", 2]
-    drawn = tiny.one(*two, "--prompt", "__story__", "--prompt_wildcards", tmp_path)
-    assert torch.equal(drawn.latents, tiny.one(*two, "--prompt", "0:a cat;;;1:a dog").latents)
-    with pytest.raises(OptionError, match="3-1 is not a range"):
-        tiny.one("--prompt", "{3|3}-1:a;;;0:b", "--prompt_alternatives")
 
 
 @pytest.mark.parametrize(

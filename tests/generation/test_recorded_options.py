@@ -14,7 +14,7 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from frame_pack import options as frame_pack
-from generation.jobs import GenerationRun
+from generation.making import GenerationRun
 from generation.options import GenerationOptions, generation_parser, read_generation
 from generation.request import make_request
 from generation.script_options import ScriptDefaults

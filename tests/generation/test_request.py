@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from blissful_tuner.guidance_checks import check_guidance
+from blissful_tuner.guidance import check_guidance
 from blissful_tuner.video_to_video_options import NO_SOURCE
 from generation.request import make_request, seed_of
 from generation.request_options import RequestOptions
@@ -35,12 +35,6 @@ OPTIONS = RequestOptions(
     embedded_guidance=None,
     extras={},
 )
-
-
-def test_the_size_is_height_then_width_and_nothing_said_stays_open() -> None:
-    request = make_request(OPTIONS)
-    assert (request.width, request.height) == (832, 480)
-    assert request.frames is request.steps is request.flow_shift is request.negative_prompt is None
 
 
 def test_a_line_wins_over_the_command_line() -> None:
@@ -88,17 +82,6 @@ def test_what_only_the_family_reads_goes_there_as_text() -> None:
     assert request.image_path is None
 
 
-def test_a_line_says_otherwise_there_too() -> None:
-    line = {"image_path": "0:b.png;;;1:c.png", "seconds": None, "one": "default", "controls": ["c"]}
-    request = make_request(replace(OPTIONS, extras=EXTRAS), line)
-    assert request.extra == {"image_path": "0:b.png;;;1:c.png", "one": "default", "controls": "c"}
-    assert request.image_path is None
-
-
-def test_lines_without_a_seed_draw_their_own() -> None:
-    assert len({make_request(OPTIONS).seed for _ in range(8)}) > 1
-
-
 @pytest.mark.parametrize(("text", "seed"), [("42", 42), ("hello", 2475399061)])
 def test_a_given_seed_is_kept_or_hashed(text: str, seed: int) -> None:
     assert make_request(replace(OPTIONS, seed=text)).seed == seed
@@ -110,10 +93,6 @@ def test_the_seed_of_a_text_is_said(caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.messages
         assert seed_of("hello") == 2475399061
     assert caplog.messages == ["Seed of the text 'hello': 2475399061"]
-
-
-def test_vanilla_is_euler() -> None:
-    assert make_request(replace(OPTIONS, sample_solver="vanilla")).solver == "euler"
 
 
 @pytest.mark.parametrize(

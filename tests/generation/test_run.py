@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from generation.run import generate
 from generation.script_options import ScriptDefaults
 from modules.contract.data import MediaEncoders
 from modules.contract.loading import Placement
-from modules.errors import CheckpointError, MediaError, MemoryPlanError, OptionError, OutputError, UserError
+from modules.errors import CheckpointError, MemoryPlanError, OptionError, OutputError, UserError
 from modules.media.reading import video_frames
 from modules.options import read_options
 from tests.generation.toy_family import ToyFamily
@@ -68,10 +67,6 @@ def test_one_prompt_makes_one_video_and_nothing_else(tmp_path: Path) -> None:
     assert [frame.shape for frame in video_frames(path)] == [(32, 48, 3)] * 5
 
 
-def test_without_guidance_the_negative_text_is_not_encoded(tmp_path: Path) -> None:
-    assert "encode bad" not in run(tmp_path, "--prompt", "cat", "--guidance_scale", 1)
-
-
 def test_a_file_loads_each_network_once_and_goes_phase_by_phase(tmp_path: Path) -> None:
     path = prompts(tmp_path, "cat --d 1", "# no", "dog --d 2 --i a.png", "cat --d 3 --n worse")
     diary = run(tmp_path / "out", "--from_file", path, "--output_type", "both")
@@ -101,13 +96,6 @@ def test_failing_lines_are_skipped_and_listed(tmp_path: Path) -> None:
     assert only(tmp_path / "out", "*").name.endswith("_5.mp4")
 
 
-def test_a_single_prompt_fails_with_its_own_error(tmp_path: Path) -> None:
-    with pytest.raises(MediaError):
-        run(tmp_path, "--prompt", "cat", "--image_path", "missing.png")
-    with pytest.raises(OptionError):
-        run(tmp_path, "--prompt", "impossible")
-
-
 def test_latents_stay_where_decoding_fails(tmp_path: Path) -> None:
     with pytest.raises(MemoryPlanError, match=r"(?s)no room\..*--plan.*--latent_path"):
         generate(ToyFamily(can_decode=False), options(tmp_path, "--prompt", "cat", "--seed", 1))
@@ -129,15 +117,6 @@ def test_latents_of_another_model_are_refused(tmp_path: Path) -> None:
     save_file({"latent": torch.zeros(16, 1, 2, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="16 channels, the toy has 2"):
         run(tmp_path, "--latent_path", tmp_path / "x.safetensors")
-
-
-def test_no_metadata_leaves_none(tmp_path: Path) -> None:
-    for name, more in (("with", ()), ("without", ("--no_metadata",))):
-        run(tmp_path / name, "--prompt", "cat", "--output_type", "latent", *more)
-    with safe_open(only(tmp_path / "with", "*"), "pt") as file:
-        assert file.metadata()["bt_prompt"] == "cat"
-    with safe_open(only(tmp_path / "without", "*"), "pt") as file:
-        assert not file.metadata()
 
 
 def test_images_are_images_in_every_mode(tmp_path: Path) -> None:
@@ -179,14 +158,6 @@ def test_blocks_that_are_not_there_cannot_be_skipped(tmp_path: Path) -> None:
     run(tmp_path, *more, "--slg_layers", "0,1")
     with pytest.raises(OptionError, match="no block 2, the model has blocks 0 to 1"):
         run(tmp_path, *more, "--slg_layers", "0,2")
-
-
-def test_the_log_says_which_latents_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        run(tmp_path / "a", "--prompt", "cat")
-        run(tmp_path / "b", "--prompt", "cat", "--output_type", "both")
-    assert caplog.text.count("_latent.safetensors, kept until they are decoded") == 1
-    assert caplog.text.count("_latent.safetensors\n") == 1
 
 
 class Typing:
@@ -247,14 +218,6 @@ def test_products_in_fp8_are_refused_at_start_where_the_device_has_none(tmp_path
     with pytest.raises(OptionError, match=r"--fp8_fast: the device cpu has no fp8 units"):
         generate(family, options(tmp_path, "--prompt", "cat", "--fp8_scaled", "--fp8_fast"))
     assert family.diary == []
-
-
-def test_products_in_fp8_without_fp8_weights_are_told_of_and_left(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert "decode" in run(tmp_path, "--prompt", "cat", "--fp8_fast")
-    assert "--fp8_fast is ignored" in caplog.text
 
 
 class BrokenFamily(ToyFamily):

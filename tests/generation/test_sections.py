@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from generation.denoise import LoopStart, denoise
-from generation.sections import SeededNoise, conditions_to, make_latents
+from generation.denoise import LoopStart, SeededNoise, conditions_to, denoise, make_latents
 from modules.contract.requests import Request
 from modules.contract.steps import EncodedPrompts, Section, Step, StepDone
 from modules.flow.solvers import solver_for
@@ -100,15 +99,6 @@ def test_cpu_noise_is_the_global_generators_stream() -> None:
     assert torch.equal(second, torch.randn(4))
 
 
-def test_the_global_generator_is_left_alone() -> None:
-    torch.manual_seed(1)
-    expected = torch.randn(3)
-    torch.manual_seed(1)
-    dit = ToyDit()
-    make_latents(ToyFamily(), lambda timestep: dit, REQUEST, toy_texts(), {0: {}}, CPU)
-    assert torch.equal(torch.randn(3), expected)
-
-
 @pytest.mark.parametrize("split", [True, False])
 def test_passes_as_a_batch_and_one_by_one_agree(split: bool) -> None:
     dit, family = ToyDit(), ToyFamily()
@@ -116,22 +106,6 @@ def test_passes_as_a_batch_and_one_by_one_agree(split: bool) -> None:
     alone = make_latents(ToyFamily(), lambda timestep: dit, REQUEST, toy_texts(), {0: {}}, CPU)
     torch.testing.assert_close(latents, alone, atol=1e-5, rtol=0)
     assert len(family.diary) == REQUEST.steps * (2 if split else 1)
-
-
-def test_conditions_of_different_shapes_are_not_batched() -> None:
-    family, dit = ToyFamily(), ToyDit()
-    texts = toy_texts()
-    negative = {"letters": [torch.ones(1, 1)], "extra": torch.ones(2)}
-    make_latents(
-        family,
-        lambda timestep: dit,
-        REQUEST,
-        {0: replace(texts[0], negative=negative)},
-        {0: {}},
-        CPU,
-        split=False,
-    )
-    assert len(family.diary) == 2 * REQUEST.steps
 
 
 def test_whole_numbers_stay_where_code_reads_them() -> None:
@@ -148,24 +122,6 @@ def test_whole_numbers_stay_where_code_reads_them() -> None:
     assert isinstance(text, list)
     assert {name for name, value in there.items() if isinstance(value, Tensor) and value.is_meta} == {"image"}
     assert text[0].is_meta
-
-
-def test_the_positive_pass_comes_first() -> None:
-    family, dit = ToyFamily(), ToyDit()
-    make_latents(family, lambda timestep: dit, replace(REQUEST, steps=1), toy_texts(3, 8), {0: {}}, CPU)
-    assert family.diary == ["pass 3", "pass 8"]
-
-
-def test_the_network_of_each_timestep_is_asked_for() -> None:
-    asked: list[float] = []
-    dit = ToyDit()
-
-    def dit_at(timestep: float) -> ToyDit:
-        asked.append(timestep)
-        return dit
-
-    make_latents(ToyFamily(), dit_at, REQUEST, toy_texts(), {0: {}}, CPU)
-    assert asked == [999.0, 899.0, 749.0, 499.0]
 
 
 def test_watchers_see_each_step_and_the_clean_estimate() -> None:
@@ -185,24 +141,6 @@ def test_watchers_see_each_step_and_the_clean_estimate() -> None:
     assert not latents.requires_grad
 
 
-def test_a_step_says_where_it_is_and_what_it_begins_with() -> None:
-    seen: list[StepDone] = []
-    make_latents(
-        ToyFamily(),
-        lambda t: ToyDit(),
-        REQUEST,
-        toy_texts(),
-        {0: {}},
-        CPU,
-        watchers=[lambda done: note(seen, done)],
-    )
-    schedule = solver_for("unipc", 4, 3.0).schedule
-    assert [done.step.sigma for done in seen] == schedule.sigmas[:-1].tolist()
-    assert [done.step.timestep for done in seen] == schedule.timesteps.tolist()
-    assert torch.equal(seen[0].step.noisy, SeededNoise(REQUEST.seed, CPU).draw((1, 2, 2, 4, 4)))
-    assert torch.equal(seen[1].clean, seen[1].step.noisy - seen[1].step.sigma * seen[1].velocity)
-
-
 def test_a_watcher_that_has_enough_makes_the_clean_estimate_the_result() -> None:
     family, told, estimates = ToyFamily(), list[int](), list[Tensor]()
 
@@ -220,16 +158,6 @@ def test_a_watcher_that_has_enough_makes_the_clean_estimate_the_result() -> None
     assert torch.equal(latents, estimates[-1])
     assert told == [0, 1]  # also of the last one, by which another has ended the loop
     assert len(family.diary) == 2 * 2  # passes: no step more
-
-
-def test_a_watcher_that_raises_ends_the_loop() -> None:
-    def stop(done: StepDone) -> bool:
-        raise InterruptedError
-
-    family = ToyFamily()
-    with pytest.raises(InterruptedError):
-        make_latents(family, lambda t: ToyDit(), REQUEST, toy_texts(), {0: {}}, CPU, watchers=[stop])
-    assert len(family.diary) == 2
 
 
 def test_a_start_in_the_middle_makes_only_the_last_steps() -> None:
@@ -258,7 +186,7 @@ def test_a_family_may_have_its_noise_drawn_on_the_cpu(
         made.append(cpu_noise)
         return SeededNoise(seed, device, cpu_noise)
 
-    monkeypatch.setattr("generation.sections.SeededNoise", seeded)
+    monkeypatch.setattr("generation.denoise.SeededNoise", seeded)
     family = ToyFamily()
     family = replace(family, defaults=replace(family.defaults, noise_on_cpu=by_family))
     make_latents(family, lambda _: ToyDit(), REQUEST, toy_texts(), {0: {}}, CPU, cpu_noise=asked)

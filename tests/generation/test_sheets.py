@@ -1,6 +1,5 @@
 """--sheet: grids of all values of one or two options, in every family."""
 
-import builtins
 from itertools import combinations
 from pathlib import Path
 
@@ -9,15 +8,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from generation.expert_memory import all_requests, largest_of
-from generation.grids import EMPTY, HEAD, LINE
+from generation.grid_options import split_values
 from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS
 from generation.run import generate
 from generation.script_options import ScriptDefaults
-from generation.sheet_options import SheetOptions, cells_of, split_values
-from modules.errors import OptionError, UserError
-from modules.media.reading import read_image, video_frames, video_info
+from generation.sheets import EMPTY, HEAD, LINE
+from modules.errors import UserError
+from modules.media.reading import read_image, video_frames
 from modules.options import read_options
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.generation.toy_family import ToyFamily
@@ -174,19 +171,6 @@ def test_a_cell_that_fails_is_empty_and_the_others_are_made(tmp_path: Path) -> N
     assert len(list((tmp_path / "late").glob("*_latent.safetensors"))) == 1  # to decode later
 
 
-def test_without_any_cell_there_is_no_sheet(tmp_path: Path) -> None:
-    family = ToyFamily()
-    with pytest.raises(UserError, match="2 of 2 failed"):
-        generate(family, options(tmp_path, "--prompt", "impossible", "--sheet", "seed=1,2"))
-    assert family.diary == []
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_option_that_no_cell_uses_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run(tmp_path, "--prompt", "cat", "--sheet", "seed=1,2", "--v2v_noise_mode", "direct")
-    assert caplog.text.count("--v2v_noise_mode direct is ignored because --video_path") == 1
-
-
 def test_a_prompt_file_gives_a_sheet_for_each_line_from_one_load(tmp_path: Path) -> None:
     lines = tmp_path / "p.txt"
     lines.write_text("cat --d 1\ndog --d 2 --s 7\nbird --w x\n", encoding="utf-8")
@@ -199,54 +183,11 @@ def test_a_prompt_file_gives_a_sheet_for_each_line_from_one_load(tmp_path: Path)
     assert len(cells_in(sheets[1])) == 2  # the axis takes the place of the line's own steps
 
 
-def test_a_conversation_gives_a_sheet_for_each_prompt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    typed = iter(["cat --d 1", "impossible", "dog"])
-    monkeypatch.setattr(builtins, "input", lambda sign: next(typed, None) or _end())
-    diary = run(tmp_path, "--interactive", "--sheet", "guidance_scale=3,5")
-    assert diary.count("load dit") == 1
-    assert len(list(tmp_path.glob("*_sheet*"))) == 2
-
-
-def _end() -> str:
-    raise EOFError
-
-
-def test_ctrl_c_keeps_finished_cells(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        generate(
-            ToyFamily(interrupt_at="a long one"),
-            options(tmp_path, "--sheet", "prompt=cat|a long one|dog", "--seed", 1),
-        )
-    (kept,) = tmp_path.iterdir()
-    assert kept.name.endswith("_1_latent.safetensors")
-
-
 def test_prompts_are_an_axis_too_and_need_no_other_prompt(tmp_path: Path) -> None:
     run(tmp_path, "--sheet", "prompt=a cat, old|a dog", "seed=1,2")
     sheet = sheet_in(tmp_path)
     assert len(cells_in(sheet)) == 4
     assert ": prompt = a cat, old, seed = 2" in read_tags(sheet)["bt_sheet_cell_2_1"]
-
-
-def test_the_plan_is_made_for_the_largest_cell(tmp_path: Path) -> None:
-    asked = options(tmp_path, "--prompt", "cat", "--sheet", "f=5,13,9", "w=32,64")
-    (largest,) = largest_of(ToyFamily(), all_requests(ToyFamily(), asked))
-    assert (largest.width, largest.frames) == (64, 13)
-
-
-@pytest.mark.parametrize("codec", ["prores", "h265"])
-def test_the_sheet_is_encoded_as_the_cells_are(codec: str, tmp_path: Path) -> None:
-    run(tmp_path, "--prompt", "cat", "--sheet", "seed=1,2", "--codec", codec, "--container", "mkv")
-    assert sheet_in(tmp_path).suffix == ".mkv"
-    assert video_info(sheet_in(tmp_path)).width == 256
-
-
-def test_folders_of_images_are_cells_too(tmp_path: Path) -> None:
-    run(tmp_path, "--prompt", "cat", "--sheet", "seed=1,2", "--output_type", "images")
-    assert sheet_in(tmp_path).suffix == ".mp4"
-    assert len(list(tmp_path.glob("*/*_004.png"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -285,26 +226,6 @@ def test_a_line_with_long_names_makes_what_the_command_line_does(name: str, tmp_
         assert one.metadata()["bt_fps"] == "12"
 
 
-def test_a_length_counts_in_place_of_another_kind_of_length() -> None:
-    def keys(axes: tuple[str, ...], line: dict[str, object]) -> list[dict[str, object]]:
-        read = SheetOptions(sheet=axes).axes(SECTIONED_GENERATION_OPTIONS)
-        return [values for _, values in cells_of(read, line)]
-
-    assert keys(("f=1,2",), {"video_sections": 3}) == [
-        {"video_sections": None, "video_seconds": 1.0},
-        {"video_sections": None, "video_seconds": 2.0},
-    ]
-    assert keys(("f=1", "vs=4"), {}) == [{"video_sections": 4, "video_seconds": 1.0}]
-    assert keys(("ci=a.png,b.png",), {"control_image_path": ["c.png"]}) == [
-        {"control_image_path": ["a.png"]},
-        {"control_image_path": ["b.png"]},
-    ]
-    assert keys(("video_size=32 48,48x32",), {"video_size_width": 64}) == [
-        {"video_size_height": 32, "video_size_width": 48},
-        {"video_size_height": 48, "video_size_width": 32},
-    ]
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -332,14 +253,3 @@ def test_sheets_that_cannot_be_made_are_refused_before_anything_loads(
     assert_one_message(code, said, *words)
     assert code == 2
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("more", [("--latent_path", __file__), ("--save_merged_model", "x.safetensors")])
-def test_a_sheet_needs_new_videos(more: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=f"--sheet and {more[0]} cannot be used together"):
-        options(tmp_path, "--prompt", "x", "--sheet", "seed=1", *more)
-
-
-def test_prompts_of_lines_are_no_axis(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--sheet prompt: the prompts are those of the lines"):
-        options(tmp_path, "--from_file", __file__, "--sheet", "prompt=a,b")

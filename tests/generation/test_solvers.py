@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from generation.denoise import make_latents
 from generation.request_options import SOLVERS
-from generation.sections import make_latents
 from modules.contract.requests import Request
 from modules.contract.steps import EncodedPrompts
 from modules.errors import OptionError
@@ -48,24 +48,6 @@ def test_a_seed_begins_with_the_same_noise_whatever_the_solver(solver: str) -> N
     shape = toy_path("euler")[1][0].shape
     torch.manual_seed(3)
     assert torch.equal(toy_path(solver)[1][0], torch.randn(shape))
-
-
-def test_steps_draw_behind_the_start_of_their_section() -> None:
-    """Two sections of four steps of lcm: start, three draws, start, three draws, of one generator."""
-    _, seen = toy_path("lcm", sections=2)
-    torch.manual_seed(3)
-    drawn = [torch.randn(seen[0].shape) for _ in range(5)]
-    assert torch.equal(seen[0], drawn[0])
-    assert torch.equal(seen[4], drawn[4])
-    assert not any(torch.equal(seen[4], other) for other in drawn[:4])
-
-
-def test_plain_solvers_draw_nothing_between_sections() -> None:
-    _, seen = toy_path("unipc", sections=2)
-    torch.manual_seed(3)
-    drawn = [torch.randn(seen[0].shape) for _ in range(2)]
-    assert torch.equal(seen[0], drawn[0])
-    assert torch.equal(seen[4], drawn[1])
 
 
 @pytest.fixture(scope="module", params=ONE_OF_EACH, ids=lambda one: one.name)
@@ -135,22 +117,6 @@ def hunyuan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hunyuan().prepare(folder)
     write_video(folder / "clip.mp4", moving_square(5, 32, 32, 1), fps=24)
     return folder
-
-
-@pytest.mark.parametrize("solver", NOISY)
-def test_a_video_to_start_from_counts(
-    hunyuan_folder: Path, solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From a later step on; from the first one with sigma 1 nothing of it is left."""
-    monkeypatch.chdir(hunyuan_folder)
-    say = ("--prompt", "a cat", "--seed", 1, "--sample_solver", solver)
-    plain = run(hunyuan(), tmp_path / "plain", *say)[1]
-    half = run(hunyuan(), tmp_path / "half", *say, "--video_path", "clip.mp4", "--strength", 0.5)[1]
-    again = run(hunyuan(), tmp_path / "again", *say, "--video_path", "clip.mp4", "--strength", 0.5)[1]
-    whole = run(hunyuan(), tmp_path / "whole", *say, "--video_path", "clip.mp4", "--strength", 1)[1]
-    assert torch.equal(half, again)
-    assert not torch.equal(half, plain)
-    assert torch.equal(whole, plain)
 
 
 @pytest.mark.parametrize(

@@ -81,31 +81,10 @@ def test_upcast_linear_computes_fp8_layers_in_float32(bfloat16: TinyFamily, tmp_
     assert 1e-6 < apart(wide, scaled) < 0.05
 
 
-def test_upcast_quantization_takes_other_scales(bfloat16: TinyFamily, tmp_path: Path) -> None:
-    scaled = latents(bfloat16, tmp_path / "scaled", "--fp8_scaled")
-    fine = latents(bfloat16, tmp_path / "fine", "--fp8_scaled", "--upcast_quantization")
-    assert 1e-6 < apart(fine, scaled) < 0.05
-
-
-def test_upcasting_a_model_in_float32_changes_no_bit(float32: TinyFamily, tmp_path: Path) -> None:
-    scaled = latents(float32, tmp_path / "scaled", "--fp8_scaled")
-    both = latents(float32, tmp_path / "both", "--fp8_scaled", "--upcast_linear", "--upcast_quantization")
-    assert torch.equal(scaled, both)
-
-
 def test_upcast_linear_without_fp8_is_an_error_in_every_script(float32: TinyFamily, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--upcast_linear needs --fp8_scaled"):
         run(float32, tmp_path, "--upcast_linear")
     assert not list(tmp_path.iterdir())
-
-
-def test_fp16_accumulation_on_a_cpu_warns_and_changes_no_bit(
-    float32: TinyFamily, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    plain = latents(float32, tmp_path / "plain")
-    assert "--fp16_accumulation" not in caplog.text
-    assert torch.equal(plain, latents(float32, tmp_path / "sums", "--fp16_accumulation"))
-    assert "--fp16_accumulation is ignored because it is for matrix products on a CUDA GPU" in caplog.text
 
 
 def test_a_mixed_file_keeps_its_dtypes_where_asked(float32: TinyFamily, tmp_path: Path) -> None:

@@ -1,27 +1,22 @@
 """wan_generate_video.py with two experts: equal numbers however they are loaded, and features with both."""
 
 import logging
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from torch import nn
 
 import wan_generate_video
-from generation.run import generate
-from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from modules.media.tags import read_tags
 from modules.media.writing import write_video
 from networks.loading import read_lora
 from networks.merging import merge_into_file
 from networks.uses import LoraUse
-from tests.generation.guided import SAY, SIZE, STEPS, Script, is_finite
+from tests.generation.guided import STEPS, Script, is_finite
 from tests.tiny.project import moving_square, write_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -150,16 +145,6 @@ def test_the_metadata_tells_the_experts_apart(tmp_path: Path, files: TinyWan, sc
     assert {name: found[name] for name in expected} == expected
 
 
-def test_the_start_says_which_expert_makes_which_steps(
-    tmp_path: Path, script: Script, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    script.run(tmp_path)
-    text = "unipc grid, shift 5, 4 steps: 2 by the high-noise transformer, 2 by the low-noise transformer"
-    assert text in " ".join(caplog.text.split())
-    assert "dit_high.safetensors from timestep 875 on" in caplog.text
-
-
 SLG = ("--slg_layers", "1", "--slg_end", "1", "--slg_mode", "original", "--slg_scale")
 MAG = ("--magcache_mag_ratios", "1", "1", "1", "1", "--magcache_retention_ratio", "0", "--magcache_threshold")
 FEATURES = {  # options with a value that changes nothing, and with one that does
@@ -195,14 +180,6 @@ def test_features_act_with_two_experts_and_neutral_values_change_no_bit(
         assert float((changed - plain).abs().max()) > 1e-4
 
 
-def test_a_video_that_begins_late_never_loads_the_first_expert(
-    tmp_path: Path, files: TinyWan, script: Script, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    script.run(tmp_path, "--video_path", files.dit.parent / "clip.mp4", "--v2v_denoise", "0.5")
-    assert loads(caplog, files) == (1, 0)
-
-
 def test_what_a_step_cache_keeps_of_one_expert_is_not_used_by_the_other(
     tmp_path: Path, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,15 +188,6 @@ def test_what_a_step_cache_keeps_of_one_expert_is_not_used_by_the_other(
     script.run(tmp_path, *MAG, "9", "--magcache_k", "9")
     # step 0 and 2 are the first ones, step 3 the last, which is always computed
     assert "MagCache skipped 2 of 8 passes" in caplog.text
-
-
-def test_calibration_measures_each_expert_against_itself(
-    tmp_path: Path, script: Script, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    script.run(tmp_path, "--magcache_calibration")
-    ratios = caplog.text.partition("--magcache_mag_ratios ")[2].split()[:STEPS]
-    assert [ratio == "1.00000" for ratio in ratios] == [True, False, True, False]
 
 
 def test_a_lora_for_a_file_in_fp8_that_works_late_is_refused_before_anything_loads(
@@ -231,59 +199,6 @@ def test_a_lora_for_a_file_in_fp8_that_works_late_is_refused_before_anything_loa
     with pytest.raises(CheckpointError, match="too coarse to add a LoRA"):
         Script(wan_generate_video.main, words).run(tmp_path, "--fp8")
     assert "Loading" not in caplog.text
-
-
-def test_options_of_two_experts_that_have_no_use_are_told(
-    tmp_path: Path, files: TinyWan, caplog: pytest.LogCaptureFixture
-) -> None:
-    words = ["--dit", str(files.dit), "--vae", str(files.vae), "--t5", str(files.t5), *LENGTH]
-    unused = ["--guidance_scale_high_noise=3", "--offload_inactive_dit", "--lazy_loading"]
-    caplog.set_level(logging.INFO)
-    Script(wan_generate_video.main, words).run(tmp_path, *unused)
-    for option in unused:
-        assert f"{option.partition('=')[0]} is ignored because" in caplog.text
-    assert "without --dit_high_noise --dit makes all steps" in caplog.text
-
-
-@dataclass
-class Counted:
-    """A family that notes how many of its networks are alive when another is loaded."""
-
-    family: Any
-    alive: list[int]
-    loaded: "weakref.WeakSet[nn.Module]" = field(default_factory=weakref.WeakSet)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.family, name)
-
-    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        self.alive.append(len(self.loaded))
-        dit = self.family.load_dit(placement, expert)
-        self.loaded.add(dit)
-        return dit
-
-
-def test_an_expert_is_gone_before_the_next_is_loaded_whatever_stands_around_it(
-    tmp_path: Path, script: Script
-) -> None:
-    alive: list[int] = []
-    more = [
-        "--lazy_loading",
-        "--num_videos",
-        "2",
-        *MAG,
-        "1",
-        "--nag_scale",
-        "4",
-        "--preview_latent_every",
-        "1",
-    ]
-    more += ["--compile", "--compile_args", "eager", "default", "auto", "False", "--blocks_to_swap", "1"]
-    script.main(
-        ["--save_path", str(tmp_path), *SIZE, *script.words, *SAY, *more],
-        make=lambda family, options: generate(Counted(family, alive), options),  # type: ignore[arg-type]
-    )
-    assert alive == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -3,27 +3,23 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
-from blissful_tuner import video_to_video
 from encoders.tiles import posterior_generator
 from frame_pack.inputs import encode_clip
 from hunyuan_model.spec import LATENT as HUNYUAN_LATENT
 from hunyuan_model.vae import load_vae as load_hunyuan_vae
-from modules.checkpoints.latents import SavedLatents, load_latents
-from modules.errors import CheckpointError, MediaError, OptionError, UserError
+from modules.errors import CheckpointError, OptionError, UserError
 from modules.media.pixels import byte_clips, to_pixels
-from modules.media.writing import write_png, write_video
+from modules.media.writing import write_png
 from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
 from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
 from tests.tiny.project import moving_square, write_image
@@ -195,37 +191,6 @@ def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts:
         scripts["wan"].run(tmp_path, *SAY, "--from_latent", path)
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "pt"])
-def test_wan_takes_the_length_of_latents_if_none_is_given(
-    tmp_path: Path, scripts: Scripts, monkeypatch: pytest.MonkeyPatch, ending: str
-) -> None:
-    """Their numbers are read once."""
-    path = tmp_path / f"x.{ending}"
-    (save_file if ending == "safetensors" else torch.save)({"latent": torch.zeros(16, 2, 4, 6)}, path)
-    devices: list[str] = []
-
-    def counting(*args: Any) -> SavedLatents:
-        found = load_latents(*args)
-        devices.append(found.latents.device.type)
-        return found
-
-    monkeypatch.setattr(video_to_video, "load_latents", counting)
-    script = Script(wan_generate_video.main, scripts["wan"].files, ("--task", "t2v-1.3B"))
-    made = script.one(tmp_path / "out", *SAY, "--from_latent", path)
-    assert made.shape == (16, 2, 4, 6)
-    assert devices == ["meta", "meta", "cpu"]
-
-
-def test_without_an_image_framepack_begins_with_the_first_frame(
-    tmp_path: Path, scripts: Scripts, clip: Path
-) -> None:
-    say = ("--latent_window_size", 1, "--video_sections", 2)
-    script = Script(fpack_generate_video.main, scripts["fpack"].files, say)
-    anchored = script.one(tmp_path / "a", *SAY, "--video_path", clip)
-    given = script.one(tmp_path / "b", *SAY, "--video_path", clip, "--image_path", clip / "0.png")
-    assert torch.equal(anchored, given)
-
-
 @pytest.mark.parametrize(("mode", "order"), [("front", [0, 0, 0, 1]), ("end", [0, 1, 1, 1])])
 def test_framepack_fills_up_the_whole_video_and_not_each_section(
     tmp_path: Path, scripts: Scripts, clip: Path, mode: str, order: list[int]
@@ -242,33 +207,6 @@ def test_framepack_fills_up_the_whole_video_and_not_each_section(
     vae = load_hunyuan_vae(scripts["fpack"].files.vae, CPU, torch.float32)
     clean = encode_clip(vae, frames_of(5), 1, 1)[0][:, order]
     assert float((latents - clean)[:, 1:].norm() / clean[:, 1:].norm()) < 0.05
-
-
-def test_a_long_clip_is_encoded_section_by_section(scripts: Scripts) -> None:
-    """Two sections at a time give about what all together do; the VAE's norms see the whole clip."""
-    vae = load_hunyuan_vae(scripts["fpack"].files.vae, CPU, torch.float32)
-    frames = torch.from_numpy(numpy.stack(moving_square(4 * 9 * 3 + 1, 32, 32, 3)))[None]
-    for count in (109, 97, 73, 5, 1):
-        whole = vae.encode(byte_clips(frames[:, :count])) * HUNYUAN_LATENT.scale
-        pieces = encode_clip(_Mean(vae), frames[:, :count], 1, 9)
-        assert pieces.shape == whole.shape
-        if count <= 73:  # two sections
-            assert torch.equal(pieces, whole)
-        else:
-            off = float((pieces - whole)[:, :, 19:].norm() / whole[:, :, 19:].norm())
-            moved = float((pieces[:, :, 19:] - whole[:, :, 18:-1]).norm() / whole[:, :, 19:].norm())
-            assert off < 0.15
-            assert moved > 2 * off, "a frame later is as near"
-
-
-@dataclass(frozen=True)
-class _Mean:
-    """A VAE without its posterior's noise."""
-
-    vae: torch.nn.Module
-
-    def encode(self, pixels: Tensor, generators: object) -> Tensor:
-        return self.vae.encode(pixels)
 
 
 @pytest.mark.parametrize(
@@ -295,16 +233,6 @@ def test_other_tasks_of_wan_start_from_a_video_too(
     assert torch.equal(again, plain)
 
 
-def test_skyreels_starts_from_an_image_and_a_video(tmp_path: Path, clip: Path) -> None:
-    files = write_tiny_hunyuan(tmp_path / "models", "i2v")
-    script = Script(hv_generate_video.main, files, ("--video_length", FRAMES))
-    plain = script.one(tmp_path / "plain", *SAY, "--image_path", clip / "0.png")
-    full = ("--video_path", clip, "--strength", 1)
-    assert torch.equal(plain, script.one(tmp_path / "with", *SAY, *full, "--image_path", clip / "0.png"))
-    assert torch.equal(plain, script.one(tmp_path / "without", *SAY, *full))
-    assert not torch.equal(plain, script.one(tmp_path / "half", *SAY, "--video_path", clip))
-
-
 def test_hunyuan_video_makes_an_image_from_an_image_and_fills_up_if_asked_to(
     tmp_path: Path, scripts: Scripts, clip: Path
 ) -> None:
@@ -312,27 +240,6 @@ def test_hunyuan_video_makes_an_image_from_an_image_and_fills_up_if_asked_to(
     assert image.shape == (16, 1, 4, 6)
     longer = ("--video_path", clip, "--video_length", 13, "--v2v_pad_mode", "end")
     assert scripts["hv"].one(tmp_path / "b", *SAY, *longer).shape == (16, 4, 4, 6)
-
-
-def test_the_metadata_say_what_was_asked_for(tmp_path: Path, scripts: Scripts, clip: Path) -> None:
-    more = ("--v2v_denoise", 0.6, "--v2v_noise_mode", "direct", "--v2v_extra_noise", 0.02)
-    for name, share in (("wan", "v2v_denoise"), ("hv", "strength"), ("fpack", "v2v_denoise")):
-        scripts[name].one(tmp_path / name, *SAY, "--video_path", clip, *more)
-        (path,) = (tmp_path / name).iterdir()
-        with safe_open(path, "pt") as file:
-            said = file.metadata()
-        assert (said["bt_video_path"], said[f"bt_{share}"], said["bt_infer_steps"]) == (clip.name, "0.6", "4")
-        assert (said["bt_v2v_noise_mode"], said["bt_v2v_extra_noise"]) == ("direct", "0.02")
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_plan_counts_the_encoding(
-    tmp_path: Path, scripts: Scripts, clip: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for more in ((), ("--video_path", clip)):
-        capsys.readouterr()
-        scripts[name].run(tmp_path, *SAY, *more, "--plan")
-        assert ("images and videos" in capsys.readouterr().out) == (bool(more) or name == "fpack")
 
 
 @pytest.mark.parametrize(
@@ -374,13 +281,6 @@ def test_mistakes_are_named_before_anything_is_loaded(
     assert "computing in" not in caplog.text
 
 
-def test_a_video_whose_header_lies_is_counted(tmp_path: Path, scripts: Scripts) -> None:
-    write_video(tmp_path / "clip.mkv", moving_square(4, WIDTH, HEIGHT, 1), fps=24)
-    with pytest.raises(MediaError, match=r"clip\.mkv: it has 4 frames, 9 are needed.*--v2v_pad_mode end"):
-        scripts["hv"].run(tmp_path / "out", *SAY, "--video_path", tmp_path / "clip.mkv")
-    assert not (tmp_path / "out").exists()
-
-
 def test_options_that_no_video_uses_are_said_to_be_ignored(
     tmp_path: Path, scripts: Scripts, clip: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -391,24 +291,3 @@ def test_options_that_no_video_uses_are_said_to_be_ignored(
     scripts["wan"].one(tmp_path / "b", *SAY, "--video_path", clip, *given, "--i2_extra_noise", 0.1)
     assert "--i2_extra_noise 0.1 is ignored because --i2i_path is not given" in caplog.text
     assert caplog.text.count("is ignored") == 1
-
-
-def test_a_video_of_other_proportions_is_warned_about(
-    tmp_path: Path, scripts: Scripts, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_image(tmp_path / "tall.png", 32, 64)
-    more = ("--i2i_path", tmp_path / "tall.png", "--video_length", 1)
-    scripts["wan"].one(tmp_path / "a", *SAY, *more)
-    assert "is stretched to 48 x 32 (width x height): --video_size 48 32 would keep" in caplog.text
-
-
-def test_extra_noise_on_the_image_is_neutral_at_0(tmp_path: Path, clip: Path) -> None:
-    """--i2v_extra_noise is drawn behind the start noise, so that a little of it changes little."""
-    say = ("--task", "i2v-14B", "--video_length", FRAMES, "--image_path", clip / "0.png")
-    script = Script(wan_generate_video.main, write_tiny_wan(tmp_path / "models", "i2v"), say)
-    plain = script.one(tmp_path / "plain", *SAY)
-    none, little, much = (
-        script.one(tmp_path / f"{amount}", *SAY, "--i2v_extra_noise", amount) for amount in (0, 1e-4, 0.5)
-    )
-    assert torch.equal(plain, none)
-    assert 0 < float((little - plain).abs().max()) < 0.02 * float((much - plain).abs().max())

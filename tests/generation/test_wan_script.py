@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -98,23 +97,6 @@ def test_a_schedule_sets_the_scale_of_each_step(tmp_path: Path, t2v: TinyWan) ->
     assert float((latents_in(tmp_path) - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
-def test_the_metadata_says_how_it_was_made(tmp_path: Path, t2v: TinyWan) -> None:
-    generate(tmp_path, t2v, "--prompt", "a cat ä", "--seed", "hello", "--output_type", "latent")
-    (path,) = tmp_path.glob("*_2475399061_latent.safetensors")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert metadata["bt_model_type"] == "wan"
-    assert metadata["bt_task"] == "t2v-1.3B"
-    assert metadata["bt_prompt"] == "a cat ä"
-    assert metadata["bt_negative_prompt"] == NEGATIVE_PROMPT
-    assert (metadata["bt_height"], metadata["bt_width"], metadata["bt_video_length"], metadata["bt_fps"]) == (
-        "32",
-        "48",
-        "5",
-        "16",
-    )
-
-
 def test_a_batch_equals_single_runs_and_reports_a_failing_line(tmp_path: Path, t2v: TinyWan) -> None:
     lines = tmp_path / "prompts.txt"
     lines.write_text("a cat --d 1\na dog --d 2 --w 33\na dog --d 3 --f 1\n", encoding="utf-8")
@@ -148,45 +130,6 @@ def test_a_lora_changes_the_result_and_a_merged_model_gives_the_same(tmp_path: P
     generate(tmp_path / "merged", TinyWan(tmp_path / "m.safetensors", t2v.vae, t2v.t5, t2v.clip), *say)
     assert not torch.allclose(latents_in(tmp_path / "plain"), latents_in(tmp_path / "lora"), atol=1e-3)
     assert torch.equal(latents_in(tmp_path / "lora"), latents_in(tmp_path / "merged"))
-
-
-def test_patterns_choose_what_of_a_lora_is_used(tmp_path: Path, t2v: TinyWan) -> None:
-    lora = tmp_path / "style.safetensors"
-    write_lora(lora, t2v.dit)
-    say = ("--prompt", "a cat", "--seed", 1, "--output_type", "latent")
-    generate(tmp_path / "plain", t2v, *say)
-    generate(tmp_path / "none", t2v, *say, "--lora_weight", lora, "--exclude_patterns", "blocks_")
-    assert torch.equal(latents_in(tmp_path / "plain"), latents_in(tmp_path / "none"))
-
-
-def test_a_merged_model_without_lora_is_the_model(tmp_path: Path) -> None:
-    files = write_tiny_wan(tmp_path / "bf16", dtype=torch.bfloat16)
-    generate(tmp_path, files, "--save_merged_model", tmp_path / "m.safetensors")
-    merged, given = load_file(tmp_path / "m.safetensors"), load_file(files.dit)
-    assert merged.keys() == given.keys()
-    assert all(
-        torch.equal(merged[name], given[name]) and merged[name].dtype == given[name].dtype for name in given
-    )
-
-
-@pytest.mark.parametrize("solver", ["unipc", "dpm++", "vanilla"])
-@pytest.mark.parametrize(
-    "more",
-    [
-        ("--slg_mode", "original", "--slg_layers", "1"),
-        ("--cfg_skip_mode", "alternate", "--cfg_apply_ratio", 0.5),
-    ],
-)
-def test_all_solvers_run_with_guidance_ideas(
-    tmp_path: Path, t2v: TinyWan, solver: str, more: tuple[object, ...]
-) -> None:
-    generate(tmp_path, t2v, "--prompt", "a cat", "--sample_solver", solver, "--output_type", "latent", *more)
-    assert latents_in(tmp_path).isfinite().all()
-
-
-def test_one_image_is_a_png(tmp_path: Path, t2v: TinyWan) -> None:
-    generate(tmp_path, t2v, "--prompt", "a cat", "--video_length", 1, task="t2i-14B")
-    assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
 
 
 def test_image_to_video_takes_the_images_aspect(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from generation.denoise import make_latents
 from generation.dressing import dit_loader
 from generation.memory import rehearse_denoising
 from generation.options import read_generation
 from generation.script_options import ScriptDefaults
-from generation.sections import make_latents
 from modules.attention.attend import attend
 from modules.contract.data import Batch
 from modules.contract.requests import Request, settle

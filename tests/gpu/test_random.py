@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from generation.sections import SeededNoise
+from generation.denoise import SeededNoise
 from networks.lora_layer import keep_mask
 from tests.gpu.measuring import equal_bits, relative_error, sent
 from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients

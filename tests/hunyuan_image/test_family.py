@@ -12,8 +12,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
-from generation.denoise import LoopStart, denoise
-from generation.sections import SeededNoise
+from generation.denoise import LoopStart, SeededNoise, denoise
 from hunyuan_image.configs import LATENT, NOISE
 from hunyuan_image.family import GENERATION, SAMPLES, HunyuanImage
 from hunyuan_image.files import HunyuanImageFiles

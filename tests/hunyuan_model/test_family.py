@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from generation.sections import SeededNoise
+from generation.denoise import SeededNoise
 from hunyuan_model import conditioning
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanEncoderPaths, HunyuanFiles

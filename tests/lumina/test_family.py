@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from generation.sections import make_latents
+from generation.denoise import make_latents
 from lumina.family import DEFAULTS, Lumina
 from lumina.files import LuminaFiles
 from lumina.official_options import generation_words, read_minimal

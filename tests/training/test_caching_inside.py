@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dataset.batches.finding import NO_COMMANDS, find_items, require_items
-from dataset.batches.validation_split import split_validation
+from dataset.batches.order import split_validation
 from dataset.cache.checks import CacheChecks
 from dataset.cache.memory import MemoryStore
 from dataset.caching.loop import cache_media, cache_texts

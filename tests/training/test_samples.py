@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from generation.sections import make_latents
+from generation.denoise import make_latents
 from generation.session import Session, wanted_texts
 from modules.contract.loading import Placement
 from modules.errors import OptionError

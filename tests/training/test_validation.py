@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dataset.batches.finding import NO_COMMANDS, find_items
-from dataset.batches.validation_split import split_validation
+from dataset.batches.order import split_validation
 from dataset.config import load_dataset_config
 from modules.contract.loading import Placement
 from modules.errors import DatasetError, OptionError

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from blissful_tuner.guidance import make_guidance
+from blissful_tuner.guidance_formulas import NormalisedGuidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
-from blissful_tuner.nag import NormalisedGuidance
-from generation.denoise import LoopStart, denoise
+from generation.denoise import LoopStart, SeededNoise, denoise
 from generation.request_options import SOLVERS
-from generation.sections import SeededNoise
 from modules.attention.options import AttentionChoice
 from modules.contract.data import Conditions
 from modules.contract.requests import Request

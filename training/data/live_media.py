@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from dataset.batches.finding import CachingCommands
-from dataset.batches.items import TrainingItem
-from dataset.batches.live import LiveParts, LiveTable
+from dataset.batches.items import LiveParts, LiveTable, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.cache.checks import CacheChecks
 from dataset.cache.store import Stores

@@ -1,6 +1,3 @@
-import dataclasses
-import os
-import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,8 @@ from dataset.batches.finding import (
     require_items,
 )
 from dataset.batches.items import ItemKind, TrainingItem
-from dataset.batches.order import BatchOrder
+from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch
-from dataset.batches.validation_split import split_validation
 from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable
@@ -193,12 +189,6 @@ def test_training_needs_no_sources(tmp_path: Path) -> None:
     assert len(read_batch(find_items(config, "toy", LATENT).items, LATENT)) == 2
 
 
-def test_a_copied_dataset_with_new_times_is_still_the_same(tmp_path: Path) -> None:
-    config = cached(tmp_path)
-    os.utime(tmp_path / "clip_0.mp4", ns=(0, 0))
-    assert len(read_batch(find_items(config, "toy", LATENT).items, LATENT)) == 2
-
-
 def test_an_epoch_holds_every_item_as_often_as_it_repeats(tmp_path: Path) -> None:
     table = make_table(tmp_path, batch_size=3, num_repeats=2)
     items = [*made_up(table, 5), *made_up(table, 2, (48, 32, 5), start=5)]
@@ -209,24 +199,6 @@ def test_an_epoch_holds_every_item_as_often_as_it_repeats(tmp_path: Path) -> Non
     assert (order.num_items, order.num_batches, len(batches)) == (14, 6, 6)
     assert sorted(map(len, batches)) == [1, 1, 3, 3, 3, 3]
     assert all(len({item.bucket for item in batch}) == 1 for batch in batches)
-
-
-def test_tables_do_not_share_batches(tmp_path: Path) -> None:
-    first = make_table(tmp_path, batch_size=8)
-    second = dataclasses.replace(first, index=1, batch_size=2)
-    batches = BatchOrder([*made_up(first, 3), *made_up(second, 3)], seed=0).epoch(0)
-    assert sorted(map(len, batches)) == [1, 2, 3]
-
-
-def test_the_order_depends_on_seed_and_epoch_only(tmp_path: Path) -> None:
-    items = made_up(make_table(tmp_path, batch_size=2), 20)
-    state, torch_state = random.getstate(), torch.random.get_rng_state()
-    third = BatchOrder(items, seed=7).epoch(3)
-    assert BatchOrder(reversed(items), seed=7).epoch(3) == third
-    assert BatchOrder(items, seed=7).epoch(2) != third
-    assert BatchOrder(items, seed=8).epoch(3) != third
-    assert random.getstate() == state
-    assert torch.equal(torch.random.get_rng_state(), torch_state)
 
 
 def test_the_order_is_the_one_that_was_recorded(tmp_path: Path) -> None:
@@ -250,13 +222,6 @@ def test_validation_takes_whole_sources(tmp_path: Path) -> None:
 def test_validation_leaves_something_on_both_sides(tmp_path: Path, fraction: float, count: int) -> None:
     items = made_up(make_table(tmp_path), 3)
     assert len(split_validation(items, fraction)[1]) == count
-
-
-def test_tables_for_validation_are_not_trained_on(tmp_path: Path) -> None:
-    table = make_table(tmp_path)
-    held = made_up(dataclasses.replace(table, index=1, validation=True), 2, start=5)
-    training, validation = split_validation([*made_up(table, 3), *held], 0.0)
-    assert (len(training), validation) == (3, tuple(held))
 
 
 RECORDED = [["2", "0"], ["3"], ["4", "1"]]

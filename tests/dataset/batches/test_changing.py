@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from dataset.batches.captions import RunPlace, change_captions, choose_captions
-from dataset.batches.changing import changed_caption
+from dataset.batches.captions import RunPlace, change_captions, changed_caption, choose_captions
 from dataset.batches.items import ItemKind, TrainingItem
 from dataset.cache.files import EMPTY
 from dataset.sources.captions import captions_in
@@ -52,14 +51,6 @@ def test_left_out_parts_are_as_many_as_the_rate_says_and_never_the_kept_one(tmp_
 
     assert all(parts[0] == "a" for parts in texts)
     assert sum(map(len, texts)) / 2000 == pytest.approx(1 + 3 * 0.75, abs=0.06)
-
-
-def test_a_prefix_is_on_every_line(tmp_path: Path) -> None:
-    table = subset_table(tmp_path, enable_wildcard=True, caption_prefix="photo of", caption_suffix="{x|y}")
-
-    assert draw_many(table, "a cat\n\na dog\n") == {
-        f"photo of a {animal} {end}" for animal in ("cat", "dog") for end in "xy"
-    }
 
 
 def test_captions_are_dropped_at_random_and_in_every_nth_epoch(tmp_path: Path) -> None:

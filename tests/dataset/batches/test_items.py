@@ -6,7 +6,6 @@ import pickle
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dataset.batches.items import ItemKind, Items, TrainingItem
@@ -14,7 +13,6 @@ from tests.dataset.making import make_table
 from training.planning.memory import largest_batch
 
 KIND = ItemKind("toy")
-Batches = list[tuple[TrainingItem, ...]]
 
 
 @pytest.fixture
@@ -53,18 +51,6 @@ def test_columns_give_back_the_items(made_up: list[TrainingItem]) -> None:
     assert items != made_up[1:]
     with pytest.raises(IndexError):
         items[150]
-
-
-def test_groups_are_the_buckets_in_the_order_of_their_first_items(made_up: list[TrainingItem]) -> None:
-    expected: dict[tuple[int, ...], list[int]] = {}
-    for place, item in enumerate(made_up):
-        expected.setdefault((item.table.index, *item.bucket), []).append(place)
-    found = Items.of(made_up).groups()
-    assert [(key, places.tolist()) for key, places in found.items()] == list(expected.items())
-    assert Items.of(made_up).take(np.array([4, 2])).groups().keys() == {
-        (made_up[place].table.index, *made_up[place].bucket) for place in (4, 2)
-    }
-    assert Items.of([]).groups() == {}
 
 
 def test_the_largest_batch_is_of_the_first_items_of_its_bucket(made_up: list[TrainingItem]) -> None:

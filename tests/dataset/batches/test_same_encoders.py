@@ -62,22 +62,6 @@ def test_another_dtype_is_no_other_network(tmp_path: Path) -> None:
     assert "Their values differ slightly." in said
 
 
-def test_caches_of_one_run_are_alike(tmp_path: Path) -> None:
-    assert said_of(cached(tmp_path, {"vae": ONE}, {"vae": ONE})) == []
-
-
-def test_tables_may_differ_in_what_lies_beside_their_latents(tmp_path: Path) -> None:
-    """Caches for text-to-video and for image-to-video, of clips and of single pictures: the latents are the
-    same.
-    """
-    for index, beside in enumerate([{"clip": OTHER, "image": "i2v"}, {"sections": "one frame"}]):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        assert (
-            said_of(cached(folder, {"vae": ONE, "sections": "anti-drifting"}, {"vae": ONE, **beside})) == []
-        )
-
-
 def test_check_says_it_and_finds_nothing_wrong(tmp_path: Path) -> None:
     result = check_training(cached(tmp_path, {"vae": ONE}, {"vae": OTHER}), "toy", LATENT, COMMANDS)
     assert "  Not all caches were made by the same encoders:" in result.lines

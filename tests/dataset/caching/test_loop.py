@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from dataset.cache.files import read_entry, read_header, write_tensors
+from dataset.cache.files import read_entry, write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.reports import conclude
 from dataset.config import DatasetConfig
 from modules.errors import CacheError, DatasetError
-from tests.dataset.making import make_clip, make_image, make_table
+from tests.dataset.making import make_clip, make_table
 from tests.dataset.toy_family import ToyFamily, ToyText, options
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,40 +59,12 @@ def test_clips_become_files_of_the_known_format(tmp_path: Path) -> None:
     }
 
 
-def test_images_are_named_by_their_original_size(tmp_path: Path) -> None:
-    make_image(tmp_path / "pic_0.png", (120, 80))
-    table = make_table(tmp_path, "image_directory", resolution=(64, 64), enable_bucket=True)
-    cache_media(ToyFamily(), DatasetConfig(table.config_path, (table,)), options())
-    assert names(tmp_path) == ["pic_0_0120x0080_toy.safetensors"]
-    header = read_header(tmp_path / "cache" / "pic_0_0120x0080_toy.safetensors")
-    assert header.grids == {(1, 6, 10)}  # 80 x 48, the bucket
-    assert "frame_count" not in header.metadata
-
-
 def test_a_second_run_encodes_nothing_and_loads_no_encoder(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     cache_media(ToyFamily(), config, options())
     family = ToyFamily()
     report = cache_media(family, config, options())
     assert (report.written, report.kept, family.loaded, family.seen) == (0, 2, 0, [])
-
-
-def test_a_kept_clip_is_not_decoded_again(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
-    clip = tmp_path / "clip_0.mp4"
-    stat = clip.stat()
-    clip.write_bytes(b"x" * stat.st_size)  # would fail to decode; size and time say it is the same
-    os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert cache_media(ToyFamily(), config, options()).kept == 2
-
-
-def test_how_the_work_is_done_makes_nothing_again(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
-    others = change(config, batch_size=7, num_repeats=3, caption_extension=".cap")
-    report = cache_media(ToyFamily(), others, options(batch_size=5, num_workers=3, skip_existing=True))
-    assert (report.kept, report.written, report.foreign) == (2, 0, 0)
 
 
 def test_caches_beside_the_clips_and_names_of_any_script_do_no_harm(tmp_path: Path) -> None:
@@ -223,17 +195,6 @@ def test_every_section_of_a_clip_is_a_file_and_all_must_be_there(tmp_path: Path)
     assert cache_media(family, config, options()).written == 3
 
 
-def test_captions_become_one_file_for_each_source(tmp_path: Path) -> None:
-    config = make_config(tmp_path, target_frames=(1, 5))
-    report = cache_texts(ToyFamily(), config, options())
-    assert report.written == 2
-    entry = read_entry(tmp_path / "cache" / "clip_1_toy_te.safetensors")
-    assert list(entry.named) == ["varlen_t5_float32"]
-    assert entry.tensors["t5"].shape == (3, 4)
-    assert entry.header.metadata["caption1"] == "clip number 1"
-    assert entry.header.metadata["format_version"] == "1.0.1"
-
-
 def test_texts_that_become_nan_are_refused_by_name(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     with pytest.raises(CacheError, match=r"clip_1: 12 of 12 values of t5 are NaN or infinite"):
@@ -284,16 +245,6 @@ def test_skip_existing_keeps_text_files_of_other_programs_with_the_same_caption(
     )
     report = cache_texts(ToyFamily(), config, options(skip_existing=True))
     assert (report.kept, report.foreign) == (kept, kept)
-
-
-def test_text_files_of_sources_that_are_gone_are_removed(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_texts(ToyFamily(), config, options())
-    cache_media(ToyFamily(), config, options())
-    (tmp_path / "clip_1.mp4").unlink()
-    assert cache_texts(ToyFamily(), config, options()).removed == 1
-    assert cache_media(ToyFamily(), config, options()).removed == 1
-    assert names(tmp_path) == ["clip_0_00000-005_0032x0032_toy.safetensors", "clip_0_toy_te.safetensors"]
 
 
 def test_missing_captions_are_listed_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.check import check_media, check_texts, check_training
 from dataset.config import DatasetConfig
 from dataset.shard_names import INDEX
-from dataset.sources.listing import find_sources
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.making import make_image, make_table
 from tests.dataset.test_two_passes import COMMANDS, KEYS, two
@@ -81,13 +80,6 @@ def copy(undisturbed: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return copied
 
 
-def test_both_forms_hold_the_same_entries_shards_in_two_files(undisturbed: dict[str, Path]) -> None:
-    ours, theirs = (make(undisturbed[form], form) for form in ("shards", "files"))
-    assert entries(ours) == entries(theirs)
-    assert len(files(theirs)) == 2 * COUNT
-    assert len(files(ours)) == 2
-
-
 def test_a_second_run_finds_all_valid_and_changes_no_file(copy: Callable[[str], Path]) -> None:
     config = make(copy("shards"), "shards")
     before = files(config)
@@ -131,15 +123,6 @@ def test_what_changed_is_made_again_and_what_is_gone_is_removed(copy: Callable[[
     assert len(files(config)) == 2
 
 
-def test_shards_beside_the_pictures_are_no_sources(tmp_path: Path) -> None:
-    config = make(tmp_path, "shards", cache_directory=tmp_path)
-    assert cache(config) == (COUNT, COUNT)
-    assert check_media(two(), config, 1, False).lines[-1] == "Nothing is wrong."
-    tars = make_table(tmp_path, "image_directory", directory=None, tars=(str(tmp_path / "*.tar"),))
-    with pytest.raises(DatasetError, match=r"\*\.tar: no such file"):
-        find_sources(tars)
-
-
 # --- damage
 # ------------------------------------------------------------------------------------------------------------
 
@@ -180,14 +163,6 @@ def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
     assert made == 1 if how == "flipped" else 8 < made < 16
     assert files(config) == right
     assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).ok
-
-
-def test_training_tells_that_a_shard_is_gone(copy: Callable[[str], Path]) -> None:
-    config = make(copy("shards"), "shards")
-    shard_of(config).unlink()
-    with pytest.raises(CacheError, match=r"(?s)24 entries with them.*cache_latents\.py.*cache_text\.py"):
-        require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
-    assert cache(config) == (COUNT, COUNT)
 
 
 # --- the other form

@@ -111,34 +111,6 @@ def test_a_shard_removes_nothing_and_the_last_run_what_is_stale(tmp_path: Path) 
     assert not any(path.exists() for path in stale)
 
 
-def test_lists_that_differ_lose_nothing(tmp_path: Path) -> None:
-    """Files are still being copied while the first shard runs: the last run makes what nobody did."""
-    make_config(tmp_path, clips=(5, 5, 5, 5))
-    hidden = (tmp_path / "clip_0.mp4").rename(tmp_path / "later")
-    config = make_config(tmp_path, clips=())
-    cache_media(ToyFamily(), config, options(shard=shard(0, 2)))  # clips 1 and 3
-    hidden.rename(tmp_path / "clip_0.mp4")
-    cache_media(ToyFamily(), config, options(shard=shard(1, 2)))  # clips 1 and 3 again
-
-    report = cache_media(ToyFamily(), config, options())
-
-    assert (report.written, report.kept, report.removed) == (2, 2, 0)
-
-
 def test_a_shard_that_is_not_there_is_refused() -> None:
     with pytest.raises(OptionError, match="--shard_index 4: .*, so with --num_shards 4 give 0 to 3"):
         ShardOptions(num_shards=4, shard_index=4)
-
-
-PROCESS = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.dataset.caching.test_shards import family, into, make_dataset, options, shard
-from dataset.caching.loop import cache_media, cache_texts
-folder = Path({folder!r})
-config = into(make_dataset(folder), folder / "shared")
-for cache in (cache_media, cache_texts):
-    report = cache(family(), config, options(shard=shard({index}, 2)))
-    print(report.share, report.whole, report.removed)
-"""

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-import generation.sections
+import generation.denoise
 import training.loop
 from modules.contract.steps import StepDone
 from tests.gpu.measuring import relative_error
@@ -72,7 +72,7 @@ def _sees(file: str) -> bool:
 def waits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Waits:
     """Steps of training and of denoising are watched."""
     found = Waits(device)
-    take_step, denoise = training.loop.take_step, generation.sections.denoise
+    take_step, denoise = training.loop.take_step, generation.denoise.denoise
 
     def take(*arguments: Any) -> Any:
         with found.noted():
@@ -91,7 +91,7 @@ def waits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Waits:
             return denoise(*call.args, **call.kwargs)
 
     monkeypatch.setattr(training.loop, "take_step", take)
-    monkeypatch.setattr(generation.sections, "denoise", follow)
+    monkeypatch.setattr(generation.denoise, "denoise", follow)
     return found
 
 

@@ -1,0 +1,228 @@
+"""Options of prompts, previews, longer videos and step caches. Standard library only."""
+
+import logging
+from pathlib import Path
+
+from modules.errors import OptionError
+from modules.options import NO_PIXELS, Options, option
+
+
+class PromptOptions(Options, title="prompts"):
+    """How to read the texts of a video: wildcards to draw, and weights of parts."""
+
+    prompt_wildcards: Path | None = option(
+        "folder of text files: __name__ in a prompt becomes a line of name.txt, drawn by the seed"
+    )
+    prompt_alternatives: bool = option(
+        "{red|blue} in a prompt becomes one of them, drawn by the seed; {3::red|blue} draws red 3 times as "
+        "often"
+    )
+    prompt_weighting: bool = option(
+        "(word:1.4) in a prompt multiplies what the model is given for that part; (word) means 1.1, "
+        "\\( a parenthesis"
+    )
+
+    def __post_init__(self) -> None:
+        folder = self.prompt_wildcards
+        if folder is not None and not folder.is_dir():
+            what = "it is not a folder" if folder.exists() else "there is no such folder"
+            raise OptionError(
+                f"--prompt_wildcards {folder}: {what}. Give the folder of the text files that __name__ in a "
+                "prompt draws from"
+            )
+
+    @property
+    def draws(self) -> bool:
+        """Whether parts of prompts may be drawn."""
+        return self.prompt_wildcards is not None or self.prompt_alternatives
+
+
+PLAIN_PROMPTS = PromptOptions()
+
+
+MODES = ("normal", "master")
+
+
+class PromptRewriteOptions(Options, title="prompts that a chat model rewrites"):
+    """How prompts are rewritten before they are encoded."""
+
+    # outputs record the text that came of these
+    prompt_rewrite: str | None = option(
+        "have a chat model describe what the prompt asks for, in English: normal keeps every detail, master "
+        "adds composition, light and camera",
+        choices=MODES,
+        facts=NO_PIXELS,
+        needs="prompt_rewrite_model",
+        hint="the folder of a chat model",
+    )
+    prompt_rewrite_model: Path | None = option(
+        "folder of the chat model; needs the package transformers",
+        facts=NO_PIXELS,
+        needs="prompt_rewrite",
+        hint="normal or master",
+    )
+
+    def __post_init__(self) -> None:
+        model = self.prompt_rewrite_model
+        if model is not None and not (model / "config.json").is_file():
+            raise OptionError(
+                f"--prompt_rewrite_model {model}: no folder with a config.json. Give the folder of a chat "
+                "model in the layout of transformers"
+            )
+
+
+class PreviewOptions(Options, title="previews"):
+    """When to show a preview, and how to decode it."""
+
+    preview_latent_every: int | None = option(
+        "every so many steps show the clip as it is expected to become, in latent_preview.mp4 or .png in "
+        "--save_path; counts sections if a clip is made in several (FramePack)",
+        least=1,
+        hint="leave it out for no previews",
+    )
+    preview_vae: Path | None = option(  # None: a linear map from latents to colours
+        "small VAE (TAEHV: taew2_1 for Wan, taehv for HunyuanVideo and FramePack) for previews that are "
+        "sharp and have all frames; default: blurred colours, at no cost",
+        needs="preview_latent_every",
+    )
+
+    def __post_init__(self) -> None:
+        if self.preview_vae is not None and not self.preview_vae.exists():
+            raise OptionError(
+                f"--preview_vae {self.preview_vae}: no such file. Give a TAEHV file, or leave it out for "
+                "previews without one"
+            )
+
+
+NO_PREVIEW = PreviewOptions()
+
+
+# with the places of: of which videos, the number of frequencies
+RIFLEX = (
+    "RIFLEx, against repetition in long videos{}: which frequency of the frames' positions is slowed down, "
+    "1 to {}; 0 turns it off. Its period becomes 1.1 times the number of frames, as in the known tools "
+    "(the paper counts latent frames)"
+)
+
+
+class SteadierOptions(Options, title="longer videos"):
+    """Which frequency of the frames' positions is slowed down."""
+
+    riflex_index: int = option(  # from 1; 0: none
+        RIFLEX,
+        default=0,
+    )
+    # what the script's family has; no options
+    riflex_frequencies: int = option(default=0, facts=NO_PIXELS)
+    riflex_beyond: int = option(default=0, facts=NO_PIXELS)  # frames: shorter videos are left as they are
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.riflex_index <= self.riflex_frequencies:
+            raise OptionError(
+                f"--riflex_index {self.riflex_index}: the model has {self.riflex_frequencies} frequencies "
+                "for the positions of frames. Give a number from 1 to "
+                f"{self.riflex_frequencies}, or 0 for none"
+            )
+
+
+logger = logging.getLogger(__name__)
+
+RETENTION, THRESHOLD, MOST_SKIPS = 0.2, 0.24, 6  # usual values of --magcache_...
+MOST_RATIO = 100  # a larger one is a slip of the finger
+MOST_COEFFICIENTS = 16
+NOTHING_SKIPPED = "0 skips nothing"
+
+
+class StepCacheOptions(Options, title="step caches: skip passes that resemble those before"):
+    """Which step cache to use; `blissful_tuner.step_cache.choose_step_cache` adds a prompt line's values."""
+
+    magcache_mag_ratios: tuple[float, ...] | None = option(  # None: no MagCache
+        "skip by MagCache, with these ratios as --magcache_calibration prints them; they are resampled to "
+        "the number of steps",
+        metavar="RATIO",
+    )
+    magcache_retention_ratio: float = option(
+        f"share of the steps at the start of which none is skipped; default {RETENTION:g}",
+        default=RETENTION,
+        least=0,
+        most=1,
+    )
+    magcache_threshold: float = option(
+        "largest error of passes skipped in a row: higher is faster and further from the plain video; "
+        f"default {THRESHOLD:g}",
+        default=THRESHOLD,
+        least=0,
+        hint=NOTHING_SKIPPED,
+    )
+    magcache_k: int = option(
+        f"largest number of passes skipped in a row; default {MOST_SKIPS}",
+        default=MOST_SKIPS,
+        least=0,
+        hint=NOTHING_SKIPPED,
+    )
+    magcache_calibration: bool = option(
+        "skip nothing, and print --magcache_mag_ratios as measured", facts=NO_PIXELS
+    )
+    teacache_threshold: float | None = option(  # None and 0: no TeaCache
+        "skip by TeaCache until the predicted change reaches this: 0.1 to 0.15 with the published "
+        "coefficients; higher is faster and further from the plain video",
+        least=0,
+        hint=NOTHING_SKIPPED,
+    )
+    teacache_coefficients: tuple[float, ...] | None = option(
+        "polynomial that predicts the change, highest power first; default: the model's published one, if "
+        "any",
+        nargs="+",
+        metavar="NUMBER",
+    )
+    teacache_calibration: bool = option(
+        "skip nothing, and print --teacache_coefficients as fitted", facts=NO_PIXELS
+    )
+
+    def __post_init__(self) -> None:
+        given = {
+            "--magcache_mag_ratios": self.magcache_mag_ratios is not None,
+            "--magcache_calibration": self.magcache_calibration,
+            "--teacache_threshold": self.teacache_threshold is not None,
+            "--teacache_calibration": self.teacache_calibration,
+        }
+        both = [option for option, is_given in given.items() if is_given]
+        if len(both) > 1:
+            why = (
+                "a calibration computes every step, a cache skips some"
+                if any("calibration" in option for option in both)
+                else "MagCache and TeaCache both decide which steps are skipped"
+            )
+            raise OptionError(f"{' and '.join(both)} cannot be used together: {why}. Give one of them")
+        if self.magcache_mag_ratios is not None:
+            self._check_ratios(self.magcache_mag_ratios)
+        count = 1 if self.teacache_coefficients is None else len(self.teacache_coefficients)
+        if not 1 <= count <= MOST_COEFFICIENTS:
+            raise OptionError(
+                f"--teacache_coefficients: give 1 to {MOST_COEFFICIENTS} numbers, highest power first, as "
+                "--teacache_calibration prints them"
+            )
+        usual = {
+            "--magcache_retention_ratio": (self.magcache_retention_ratio, RETENTION),
+            "--magcache_threshold": (self.magcache_threshold, THRESHOLD),
+            "--magcache_k": (self.magcache_k, MOST_SKIPS),
+        }
+        for flag, (value, default) in usual.items():
+            if self.magcache_mag_ratios is None and value != default:
+                logger.warning("%s %g is ignored because --magcache_mag_ratios is not given", flag, value)
+        if self.teacache_coefficients is not None and self.teacache_threshold is None:
+            logger.warning("--teacache_coefficients is ignored because --teacache_threshold is not given")
+
+    def _check_ratios(self, ratios: tuple[float, ...]) -> None:
+        if ratios in {(), (0.0,)}:
+            raise OptionError(
+                "--magcache_mag_ratios 0 means built-in ratios, and there are none for this model: calibrate "
+                "first. Run the command once with --magcache_calibration in its place, which prints the "
+                "option to give"
+            )
+        for ratio in ratios:
+            if not 0 < ratio <= MOST_RATIO:
+                raise OptionError(
+                    f"--magcache_mag_ratios {ratio:g}: give numbers above 0, one for each step of the "
+                    "calibration, as --magcache_calibration prints them"
+                )
