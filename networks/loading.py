@@ -1,4 +1,4 @@
-"""Read LoRA files of any dialect, and import the modules that build networks."""
+"""Read LoRA files of any dialect."""
 
 import math
 import re
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import regex
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.opening import open_checkpoint
-from modules.command import did_you_mean
-from modules.errors import CheckpointError, OptionError
-from modules.installation import import_user_module
+from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from networks.deltas import Factors, find_fault, group_by_module, rank_of, weight_delta
 from networks.key_formats import OURS, dialect_in_words, other_kind, to_native
@@ -27,13 +24,6 @@ from networks.names.text_encoders import diffusers_path_of_text
 from networks.parts import mend_split_alphas
 
 logger = getLogger(__name__)
-# made for the layers of one model: nothing else can be trained by them
-WITH_RULES = ("networks.lora_flux", "networks.lora_hunyuan_image", "networks.lora_lumina")
-OWN_MODULES = (
-    *("networks.lora", "networks.loha", "networks.lokr"),
-    *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
-    *WITH_RULES,
-)
 SHOWN = 6  # names listed in a message
 # in a name of every kind of network beside a model, read here or not
 _OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
@@ -356,22 +346,3 @@ def _compile_key(key: str) -> "regex.Pattern[str]":
         return regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
     except regex.error as error:
         raise ValueError(f"the key {key!r} is no regular expression: {error}") from None
-
-
-def import_network_module(name: str) -> ModuleType:
-    """Import the module of `--network_module`: ours (`networks.lora_wan`) or any with `create_network(...)`.
-
-    The working folder is searched too. Raises OptionError if it cannot be imported or builds no network.
-    """
-    module = import_user_module(
-        "--network_module",
-        name,
-        "networks.lora_wan",
-        f"{did_you_mean(name, OWN_MODULES)} Install the package, or use one of {', '.join(OWN_MODULES)}.",
-    )
-    if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
-        raise OptionError(
-            f"--network_module {name} offers neither create_arch_network nor create_network, so it builds no "
-            f"network. Use another module, such as one of {', '.join(OWN_MODULES)}"
-        )
-    return module

@@ -1,6 +1,6 @@
-"""The network of LoRAs that a training optimises: in a DiT, and in text encoders that learn."""
+"""The network that a training optimises: LoRAs, LoHas or LoKrs in a DiT, LoRAs in text encoders too."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.atomic_write import save_tensors
 from modules.errors import CheckpointError
 from networks.deltas import LORA, Factors, group_by_module, rank_of
 from networks.key_formats import OURS
@@ -17,7 +16,6 @@ from networks.loading import list_some, read_lora
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import RowStrengths, mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
-from networks.metadata import add_hashes, saved_dtype
 from networks.parts import for_model
 from networks.uses import family_of_network, warn_of_other_family
 from networks.writing import add_missing_alphas
@@ -29,40 +27,31 @@ UNET = OURS.removesuffix("_")
 class OwnNetwork(nn.Module):
     """Layers of a model by our names. The state dict has the tensors of a LoRA file in our dialect."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], multiplier: float) -> None:
-        """layers: each has `attach`, `norm`, `shrink` and a `multiplier`."""
+    def __init__(self, layers: Mapping[str, nn.Module], settings: LoraSettings) -> None:
+        """layers: each has `attach`, `norm`, `shrink`, a `rank` and a `multiplier`."""
         super().__init__()
+        self.settings = settings
         self.names = list(layers)
         self.layers: list[Any] = list(layers.values())
-        for name, layer in layers.items():
+        self._seed = DropoutSeed()
+        for index, (name, layer) in enumerate(layers.items()):
             self.add_module(name, layer)
-        self.set_multiplier(multiplier)
+            if isinstance(layer, LoraLayer):
+                layer.set_dropouts(settings.dropouts, self._seed, index)
+        self._noise = None if settings.perturbation is None else _prepare_noise(layers)
+        ranks = sorted({layer.rank for layer in self.layers})
+        kind = self.layers[0].kind
+        logger.info(f"{kind} on {len(self.layers)} modules, rank {list_some([str(rank) for rank in ranks])}")
 
-    def apply_to(
-        self,
-        text_encoders: object,
-        unet: nn.Module,
-        apply_text_encoder: bool = False,
-        apply_unet: bool = True,
-    ) -> None:
-        """Put the layers into the models they were built for: the DiT, and text encoders if it has some."""
+    def attach(self, in_dit: bool = True) -> None:
+        """Put the layers into the models they were built for. in_dit: into the DiT too."""
         for name, layer in zip(self.names, self.layers, strict=True):
-            if apply_unet if prefix_of(name) == UNET else apply_text_encoder:
+            if in_dit or prefix_of(name) != UNET:
                 layer.attach()
 
     def set_multiplier(self, multiplier: float) -> None:
-        self.multiplier = multiplier
         for layer in self.layers:
             layer.multiplier = multiplier
-
-    def prepare_grad_etc(self, unet: nn.Module) -> None:
-        self.requires_grad_(True)
-
-    def on_epoch_start(self, unet: nn.Module) -> None:
-        self.train()
-
-    def get_trainable_params(self) -> Iterator[nn.Parameter]:
-        return self.parameters()
 
     def load_weights(self, file: str | Path) -> list[str]:
         """Start from a file of any dialect; returns (and warns of) the modules that only one side has.
@@ -73,7 +62,10 @@ class OwnNetwork(nn.Module):
         path, own = Path(file), group_by_module(self.state_dict())
         lora = read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
         warn_of_other_family(lora, family_of_network(own, lora))
-        stored = group_by_module(self._for_modules({**lora.tensors, **lora.text_tensors}, own))
+        heights = {name: len(factors[LORA[1]]) for name, factors in own.items() if LORA[1] in factors}
+        stored = group_by_module(
+            add_missing_alphas(for_model({**lora.tensors, **lora.text_tensors}, heights.get))
+        )
         fitting = {name: factors for name, factors in stored.items() if name in own}
         wrong = [name for name, factors in fitting.items() if _shapes(factors) != _shapes(own[name])]
         if wrong:
@@ -81,7 +73,7 @@ class OwnNetwork(nn.Module):
             lines = [f"  {name} has {theirs}, here {ours}\n" for name, theirs, ours in sizes]
             raise CheckpointError(
                 f"--network_weights {path} does not fit this network in {len(wrong)} of {len(stored)} "
-                f"modules:\n{''.join(lines[:3])}  {self._remedy(stored, own, wrong[0])}",
+                f"modules:\n{''.join(lines[:3])}  {_remedy(stored, own[wrong[0]], wrong[0])}",
                 path,
             )
         if not fitting:
@@ -105,13 +97,6 @@ class OwnNetwork(nn.Module):
             )
         return problems
 
-    def save_weights(
-        self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
-    ) -> None:
-        """Write a LoRA file, completely or not at all, with the hashes of its tensors in the metadata."""
-        tensors = saved_dtype(self.state_dict(), dtype)
-        save_tensors(Path(file), tensors, add_hashes(tensors, metadata or {}))
-
     @torch.no_grad()
     def apply_max_norm_regularization(
         self, max_norm: float, device: torch.device | None = None
@@ -127,30 +112,6 @@ class OwnNetwork(nn.Module):
             layer.shrink(ratio)
         after = norms * ratios
         return (ratios < 1).sum(), after.mean(), after.max()
-
-    def _for_modules(self, tensors: Mapping[str, Tensor], own: Mapping[str, Factors]) -> Mapping[str, Tensor]:
-        """Return the tensors of a file for the modules of this network."""
-        return tensors
-
-    def _remedy(self, stored: Mapping[str, Factors], own: Mapping[str, Factors], wrong: str) -> str:
-        """Return a remedy for a module of a file that does not fit."""
-        return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
-
-
-class LoraNetwork(OwnNetwork):
-    """LoRAs of a model."""
-
-    def __init__(
-        self, layers: Mapping[str, LoraLayer], settings: LoraSettings, multiplier: float = 1.0
-    ) -> None:
-        super().__init__(layers, multiplier)
-        self.settings = settings
-        self._seed = DropoutSeed()
-        for index, layer in enumerate(self.layers):
-            layer.set_dropouts(settings.dropouts, self._seed, index)
-        self._noise = None if settings.perturbation is None else _prepare_noise(layers)
-        ranks = sorted({layer.rank for layer in self.layers})
-        logger.info(f"LoRA on {len(self.layers)} modules, rank {list_some([str(rank) for rank in ranks])}")
 
     def set_dropout_seed(self, seed: int) -> None:
         """Seed all dropout masks until the next call; call before each micro-batch."""
@@ -187,9 +148,8 @@ class LoraNetwork(OwnNetwork):
             ratio = (
                 self.settings.loraplus_lr_ratio if prefix == UNET else self.settings.loraplus_encoder_ratio
             )
-            up = layer.lora_up.weight
             for parameter in layer.parameters():
-                is_fast = ratio is not None and parameter is up
+                is_fast = ratio is not None and parameter is layer.lora_up.weight
                 group = groups.setdefault(f"{label} plus" if is_fast else label, {"params": []})
                 group["params"].append(parameter)
                 if rate is not None:
@@ -208,9 +168,6 @@ class LoraNetwork(OwnNetwork):
             rate = given[min(index, len(given) - 1)] if given else None
             rates[prefix] = unet_lr if rate is None else rate
         return rates
-
-    def on_step_start(self) -> None:
-        """Do nothing; the interface requires this method."""
 
     @property
     def state_beside_file(self) -> dict[str, nn.Module]:
@@ -232,22 +189,22 @@ class LoraNetwork(OwnNetwork):
             strengths = row_strengths(*weights, gradients, layer.scale, base.to(weights[0].device), rule)
             layer.noise.copy_(strengths)
 
-    def _for_modules(self, tensors: Mapping[str, Tensor], own: Mapping[str, Factors]) -> Mapping[str, Tensor]:
-        heights = {name: len(factors[LORA[1]]) for name, factors in own.items()}
-        return add_missing_alphas(for_model(tensors, heights.get))
 
-    def _remedy(self, stored: Mapping[str, Factors], own: Mapping[str, Factors], wrong: str) -> str:
-        if stored[wrong].keys() != own[wrong].keys():
-            return (
-                "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or "
-                "train on with the --network_module that made it, such as lycoris.kohya."
-            )
-        sizes = [(one[LORA[0]].shape[1:], len(one[LORA[1]])) for one in (stored[wrong], own[wrong])]
-        if sizes[0] != sizes[1]:
-            return "Give a LoRA that was trained for a model of this size."
-        ranks = {rank_of(factors) for factors in stored.values()}
-        known = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
-        return f"Give {known}--dim_from_weights."
+def _remedy(stored: Mapping[str, Factors], own: Factors, wrong: str) -> str:
+    """Return a remedy for a module that does not fit. own: the factors that it has in the network."""
+    if LORA[0] not in own:
+        return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
+    if stored[wrong].keys() != own.keys():
+        return (
+            "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or train "
+            "on with the --network_module that made it, such as lycoris.kohya."
+        )
+    sizes = [(one[LORA[0]].shape[1:], len(one[LORA[1]])) for one in (stored[wrong], own)]
+    if sizes[0] != sizes[1]:
+        return "Give a LoRA that was trained for a model of this size."
+    ranks = {rank_of(factors) for factors in stored.values()}
+    known = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
+    return f"Give {known}--dim_from_weights."
 
 
 def prefix_of(name: str) -> str:
@@ -270,7 +227,7 @@ class _NoiseState:
     strengths: RowStrengths
 
 
-def _prepare_noise(layers: Mapping[str, LoraLayer]) -> _NoiseState:
+def _prepare_noise(layers: Mapping[str, Any]) -> _NoiseState:
     """Give the layers on Linear modules a place for their noise, none until the first step."""
     linear = {name: layer.original for name, layer in layers.items() if isinstance(layer.original, nn.Linear)}
     strengths = RowStrengths({name: original.out_features for name, original in linear.items()})

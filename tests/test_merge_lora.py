@@ -11,7 +11,6 @@ import merge_lora
 from frame_pack.checkpoints import load_dit as load_framepack
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from networks import lora_framepack
 from networks.apply import LoraPatch
 from networks.loading import read_lora
 from networks.uses import LoraUse
@@ -20,6 +19,7 @@ from tests.frame_pack.making import tiny_model as tiny_framepack
 from tests.networks.making import randomize, tiny_dit, wan_network
 from tests.networks.making_hunyuan import saved as saved_hunyuan_lora
 from tests.tiny import framepack_dit
+from tests.tiny.loras import make_lora, save_network
 from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit
 
 
@@ -30,7 +30,7 @@ def merge(*arguments: object) -> None:
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
     path = tmp_path / "lora.safetensors"
-    wan_network(tiny_dit(tmp_path / "model")).save_weights(path, torch.bfloat16, {})
+    save_network(wan_network(tiny_dit(tmp_path / "model")), path, torch.bfloat16)
     return path
 
 
@@ -148,8 +148,8 @@ print(merge(8192) / (8192 * 8192 * 2))
 
 def test_a_lora_of_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = write_dit(tmp_path, tiny_state("t2v"))
-    wan_network(tiny_dit(tmp_path / "large", dim=256, num_heads=2)).save_weights(
-        tmp_path / "lora.safetensors", None, {}
+    save_network(
+        wan_network(tiny_dit(tmp_path / "large", dim=256, num_heads=2)), tmp_path / "lora.safetensors", None
     )
 
     with pytest.raises(
@@ -179,9 +179,9 @@ def test_fp8_weights_are_refused(tmp_path: Path, lora: Path, dialect: str) -> No
 def test_framepacks_and_hunyuans_loras_are_merged_into_every_layout_of_framepack(
     tmp_path: Path, dialect: str, dtype: torch.dtype
 ) -> None:
-    own = lora_framepack.create_arch_network(1.0, 4, 3.0, None, None, tiny_framepack())
+    own = make_lora("lora_framepack", 4, 3.0, tiny_framepack())
     randomize(own)
-    own.save_weights(tmp_path / "own.safetensors", torch.bfloat16, {"ss_base_model_version": "framepack"})
+    save_network(own, tmp_path / "own.safetensors", torch.bfloat16, {"ss_base_model_version": "framepack"})
     saved_hunyuan_lora(tmp_path / "hv.safetensors", dtype=torch.bfloat16)
     state = framepack_dit.tiny_state(dtype=dtype)
     model = framepack_dit.write_dit(tmp_path / "model", state, dialect)

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from modules.errors import CheckpointError, OptionError
 from networks.adapter import NormReport, TrainableNetwork, make_network
 from networks.loading import read_lora
-from networks.lora_network import LoraNetwork
+from networks.lora_network import OwnNetwork
 from networks.metadata import model_hashes
 from networks.options import NetworkOptions
 from tests.networks.making import inputs, tiny_dit, wan_network
+from tests.tiny.loras import save_network
 
 OURS, FOREIGN = "networks.lora_wan", "tests.networks.foreign_network"
 FULL = "tests.networks.full_network"  # which takes the model's weights away
@@ -143,13 +144,13 @@ def test_weights_that_do_not_fit_a_foreign_network_are_refused(tmp_path: Path, w
 def test_without_a_module_the_familys_own_is_used(tmp_path: Path) -> None:
     network = make_network(options(), OURS, tiny_dit(tmp_path), seed=1)
 
-    assert isinstance(network.module, LoraNetwork)
+    assert isinstance(network.module, OwnNetwork)
 
 
 def test_ranks_come_from_the_weights_on_request(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     path = tmp_path / "x.safetensors"
-    wan_network(dit, rank=6, alpha=3.0).save_weights(path, None, {})
+    save_network(wan_network(dit, rank=6, alpha=3.0), path, None)
 
     network: Any = make_network(options(network_weights=path, dim_from_weights=True), OURS, dit, seed=1)
 
@@ -197,7 +198,7 @@ def test_foreign_modules_report_scaled_norms_as_plain_numbers(tmp_path: Path) ->
 
 def test_dim_from_weights_is_refused_where_the_module_lacks_it(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
-    wan_network(dit).save_weights(tmp_path / "x.safetensors", None, {})
+    save_network(wan_network(dit), tmp_path / "x.safetensors", None)
 
     with pytest.raises(OptionError, match="--dim_from_weights cannot be used"):
         make_network(

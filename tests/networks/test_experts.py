@@ -25,6 +25,7 @@ from networks.names.wan import WAN
 from networks.uses import LoraUse, warn_of_other_expert
 from tests.networks.making import inputs, randomize, tiny_dit, wan_network
 from tests.networks.test_interoperability import TOLERANCE, run_there
+from tests.tiny.loras import save_network
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.wan.making import in_diffusers
 from wan.model import WanModel
@@ -133,7 +134,7 @@ class Pair:
             randomize(network, seed=seed)
             self.paths[expert] = folder / f"x_{expert}.safetensors"
             metadata = {"ss_base_model_version": "wan", "ss_wan_expert": expert.removesuffix("_noise")}
-            network.save_weights(self.paths[expert], torch.float32, {**metadata, "ss_output_name": expert})
+            save_network(network, self.paths[expert], torch.float32, {**metadata, "ss_output_name": expert})
 
     @torch.no_grad()
     def here(self, expert: str, lora: LoraFile) -> Tensor:

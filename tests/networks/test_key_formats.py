@@ -14,6 +14,7 @@ from networks.writing import add_missing_alphas, to_diffusers, to_other
 from tests.golden_cases import read_case
 from tests.manifests import manifest_names, tensor_list
 from tests.networks.making import golden_dit, golden_lora
+from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import diffusers_name
 
 
@@ -26,12 +27,9 @@ def factors(name: str, rank: int = 2) -> dict[str, Tensor]:
 
 
 def golden_tensors() -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    from networks import lora_wan
 
     description, expected = read_case("lora_merge_convert")
-    network = lora_wan.create_arch_network(
-        1.0, description["rank"], description["alpha"], None, None, golden_dit(description)
-    )
+    network = make_lora("lora_wan", description["rank"], description["alpha"], golden_dit(description))
     return (
         description,
         golden_lora(network, description["lora_weights_model_key"], description["lora_up_extra_scale"]),

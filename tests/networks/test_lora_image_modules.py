@@ -11,16 +11,16 @@ from torch import nn
 
 from modules.contract.family import DitSpec
 from modules.errors import OptionError
-from networks import lora_flux, lora_hunyuan_image, lora_lumina
-from networks.lora_network import LoraNetwork
+from networks.lora_network import OwnNetwork
 from tests.golden_cases import read_case
 from tests.manifests import tensor_list
+from tests.tiny.loras import make_lora
 
 MODULES: dict[str, Any] = {
-    "flux": lora_flux,
-    "chroma": lora_flux,
-    "hunyuan_image": lora_hunyuan_image,
-    "lumina": lora_lumina,
+    "flux": "lora_flux",
+    "chroma": "lora_flux",
+    "hunyuan_image": "lora_hunyuan_image",
+    "lumina": "lora_lumina",
 }
 PUBLISHED = {
     "flux": ("flux1-dev-dit", 304),
@@ -88,10 +88,10 @@ def encoders(which: str) -> dict[str, nn.Module]:
     return {}
 
 
-def network(family: str, which: str, arguments: list[str]) -> LoraNetwork:
+def network(family: str, which: str, arguments: list[str]) -> OwnNetwork:
     pairs = dict(argument.split("=", 1) for argument in arguments)
     texts = encoders(which)
-    return MODULES[family].create_arch_network(1.0, 4, 1.0, None, texts, dit(family, 2), **pairs)
+    return make_lora(MODULES[family], 4, 1.0, texts=texts, dit=dit(family, 2), **pairs)
 
 
 RECORDED = read_case("image_lora_modules")[0]["families"]
@@ -117,7 +117,7 @@ def test_modules_and_ranks_are_the_recorded_ones(family: str, which: str) -> Non
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_a_published_model_has_the_known_number_of_modules(family: str) -> None:
-    made = MODULES[family].create_arch_network(1.0, 1, 1.0, None, None, dit(family))
+    made = make_lora(MODULES[family], 1, 1.0, dit(family))
 
     assert len(made.layers) == PUBLISHED[family][1]
 
@@ -139,7 +139,7 @@ def test_a_published_model_has_the_known_number_of_modules(family: str) -> None:
 )
 def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, str], words: str) -> None:
     with pytest.raises(OptionError, match=re.escape(words).replace(r"\ ", " ")):
-        lora_flux.create_arch_network(1.0, 4, 1.0, None, None, dit("flux"), **arguments)
+        make_lora("lora_flux", 4, 1.0, dit("flux"), **arguments)
 
 
 def test_the_last_pattern_that_fits_counts_and_overlaps_are_logged(caplog: pytest.LogCaptureFixture) -> None:
