@@ -43,17 +43,10 @@ class Baking:
     models: Sequence[Path] = ()  # its transformer, then its text encoders
 
 
-@dataclass(frozen=True)
-class Baked:
-    """A plain LoRA, and in words the loss by its rank."""
-
-    lora: LoraFile
-    words: str
-
-
 @torch.no_grad()
-def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
-    """Replace each LoHa, LoKr and DoRA by the best LoRA of a rank for its change at multiplier 1.
+def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[LoraFile, str]:
+    """Replace each LoHa, LoKr and DoRA by the best LoRA of a rank for its change at multiplier 1; return the
+    LoRA, and in words the loss by its rank.
 
     Other modules stay as they are. Memory: the LoRA, and one weight with its change in float32. Raises
     OptionError if there is nothing to replace, or a DoRA without its model, CheckpointError if the model does
@@ -85,7 +78,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     tensors = {name: one for name, one in plain.items() if name not in texts}
     metadata = _metadata(lora.metadata, modules)
     made = replace(lora, tensors=tensors, text_tensors=texts, metadata=metadata)
-    return Baked(made, _in_words(losses, len(modules), baking.rank))
+    return made, _in_words(losses, len(modules), baking.rank)
 
 
 def _as_lora(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError
-from networks.deltas import LORA, Factors, group_by_module, rank_of
+from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, rank_of
 from networks.key_formats import OURS
 from networks.loading import list_some, read_lora
 from networks.lora_layer import DropoutSeed, LoraLayer
@@ -18,7 +18,6 @@ from networks.lora_products import RowStrengths, mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.parts import for_model
 from networks.uses import family_of_network, warn_of_other_family
-from networks.writing import add_missing_alphas
 
 logger = getLogger(__name__)
 UNET = OURS.removesuffix("_")

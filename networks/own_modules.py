@@ -18,7 +18,7 @@ from networks.choosing import (
     choose_modules,
     named_modules_of,
 )
-from networks.deltas import DORA, LORA, Factors, group_by_module, rank_of
+from networks.deltas import DORA, LORA, Factors, add_missing_alphas, group_by_module, rank_of
 from networks.factored import FactoredLayer, MakeShapes, loha_shapes, lokr_shapes
 from networks.loading import list_some
 from networks.lora_layer import LoraLayer
@@ -26,7 +26,6 @@ from networks.lora_network import OwnNetwork
 from networks.lora_products import diagonal_blocks
 from networks.lora_settings import LoraRules, LoraSettings, read_settings
 from networks.parts import for_model
-from networks.writing import add_missing_alphas
 
 logger = getLogger(__name__)
 _IN_BLOCKS = ("double_blocks.", "single_blocks.")
