@@ -6,7 +6,7 @@ import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.families import identify
 from modules.parser import parse_options
-from networks.options import MERGE_CHANNELS_UNCHECKED, MergeOptions
+from networks.tool_options import MERGE_CHANNELS_UNCHECKED, MergeOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,7 +4,6 @@ adapter: the trainer's interface to a network, ours or foreign
 added: LoRAs around modules that act at times
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
-averaging_options: options of `lora_post_hoc_ema.py`: files and average
 baking: plain LoRAs from LoHas, LoKrs and DoRAs
 choosing: which modules of a model get a LoRA
 convert: LoRA files in another dialect; join, split experts
@@ -17,7 +16,6 @@ extracting: the low-rank change of a fine-tuned model
 factored: layers of LoHa and LoKr: products of factors
 flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
 flux_merge_lora: command: merge LoRAs of FLUX.1 or Chroma
-image_tools_options: options of the LoRA tools of image families
 key_formats: dialects of tensor names: recognise, bring into ours
 loading: read LoRA files of any dialect
 lora_layer: one LoRA layer: its addition and its dropouts
@@ -28,11 +26,12 @@ merging: add LoRAs to model files or to each other
 metadata: metadata of LoRA files: experts and checksums
 module_names: modules by their names in LoRA files
 names/: module names of each family in every layout
-options: options to train, use, merge and convert LoRAs
+options: options to train and to use LoRAs
 own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
+tool_options: options to merge, convert, average and extract LoRAs
 uses: strengths and parts of LoRA files in commands
 writing: write the dialects of ComfyUI and diffusers
 """

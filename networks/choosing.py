@@ -16,7 +16,7 @@ from modules.run_blocks import spec_of
 from networks.key_formats import OURS
 from networks.lora_settings import LoraRules, LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import replace_dots
-from networks.names.text_encoders import published_path
+from networks.names.stable_diffusion import published_path
 
 logger = getLogger(__name__)
 LoraModule = nn.Linear | nn.Conv2d

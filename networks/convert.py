@@ -27,10 +27,10 @@ from networks.module_names import (
     likely_family,
     read_family,
 )
-from networks.names.framepack import FRAMEPACK
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON, FamilyNames
-from networks.options import ConvertOptions
+from networks.names.video import FRAMEPACK
 from networks.parts import fuse
+from networks.tool_options import ConvertOptions
 from networks.uses import warn_of_other_expert
 from networks.writing import in_dialect, rename_to_aliases, texts_to_diffusers
 

@@ -20,7 +20,7 @@ from networks.key_formats import OURS, dialect_in_words, other_kind, to_native
 from networks.metadata import NETWORKS, expert_of, in_words, is_damaged, metadata_of, split_names
 from networks.module_names import FAMILIES, choose_family, read_family
 from networks.names.layouts import IN_DIFFUSERS, UNET_IN_DIFFUSERS, FamilyNames
-from networks.names.text_encoders import diffusers_path_of_text
+from networks.names.stable_diffusion import diffusers_path_of_text
 from networks.parts import mend_split_alphas
 
 logger = getLogger(__name__)

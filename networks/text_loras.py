@@ -16,7 +16,7 @@ from networks.apply import LoraPatch
 from networks.key_formats import OURS
 from networks.loading import LoraFile, list_some
 from networks.lora_network import prefix_of
-from networks.names.text_encoders import published_path
+from networks.names.stable_diffusion import published_path
 from networks.uses import LoraUse
 
 logger = getLogger(__name__)

@@ -28,7 +28,7 @@ from networks.lora_products import diagonal_blocks, fused_heights
 from networks.metadata import STALE, add_hashes
 from networks.module_names import alias, diffusers_path, module_path, parts_of, to_alias
 from networks.names.layouts import IN_DIFFUSERS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
-from networks.names.text_encoders import diffusers_path_of_text
+from networks.names.stable_diffusion import diffusers_path_of_text
 
 _UNKNOWN = "no known model has a module with this name"
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors

@@ -21,7 +21,7 @@ from networks.loading import LoraFile, read_lora
 from networks.metadata import STALE, expert_of, expert_of_model, join_metadata, metadata_of
 from networks.module_names import read_family
 from networks.names.layouts import FOR_BOTH
-from networks.names.wan import WAN
+from networks.names.video import WAN
 from networks.uses import LoraUse, warn_of_other_expert
 from tests.networks.making import inputs, randomize, tiny_dit, wan_network
 from tests.networks.test_interoperability import TOLERANCE, run_there

@@ -7,9 +7,7 @@ from torch import Tensor
 from networks.deltas import add_missing_alphas
 from networks.key_formats import module_of_tensor, to_native
 from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path, replace_dots
-from networks.names.framepack import FRAMEPACK
-from networks.names.hunyuan import HUNYUAN_VIDEO
-from networks.names.wan import WAN
+from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
 from networks.parts import for_model
 from networks.writing import Written, in_dialect
 from tests.golden_cases import read_case

@@ -15,8 +15,7 @@ from networks.deltas import weight_delta
 from networks.key_formats import to_native
 from networks.loading import LoraFile, read_lora
 from networks.module_names import choose_family, module_path, relatives, replace_dots
-from networks.names.framepack import FRAMEPACK
-from networks.names.hunyuan import HUNYUAN_VIDEO
+from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO
 from networks.parts import cut, for_model
 from networks.uses import LoraUse
 from tests.frame_pack.making import tiny_inputs, tiny_model

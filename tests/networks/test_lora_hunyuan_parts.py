@@ -17,7 +17,7 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.module_names import module_path, replace_dots
-from networks.names.hunyuan import HUNYUAN_VIDEO
+from networks.names.video import HUNYUAN_VIDEO
 from networks.parts import fuse
 from networks.uses import LoraUse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
