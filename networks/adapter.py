@@ -1,4 +1,4 @@
-"""The trainer's interface to a network built by any `--network_module`, ours or foreign (such as LyCORIS)."""
+"""Build the network of any `--network_module`, ours or another package's (such as LyCORIS)."""
 
 import inspect
 import math
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from modules.atomic_write import save_tensors
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import open_checkpoint
 from modules.command import did_you_mean
@@ -23,7 +22,6 @@ from modules.installation import import_user_module
 from networks.loading import read_lora
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import DEFAULT_RANK
-from networks.metadata import add_hashes, saved_dtype
 from networks.options import NetworkOptions
 from networks.own_modules import OWN_MODULES, build_from_tensors, build_network, check_own
 
@@ -42,20 +40,21 @@ class NormReport:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> "NormReport":
-        """Build the report from the numbers of `TrainableNetwork.scale_norms`, read from the device."""
+        """Build the report from the numbers of `scale_norms`, read from the device."""
         keys_scaled, mean_norm, max_norm = numbers
         return cls(int(keys_scaled), mean_norm, max_norm)
 
 
 @dataclass(frozen=True)
-class TrainableNetwork:
-    """A network inside the DiT it was built for.
+class ForeignNetwork:
+    """A network of another package inside the DiT it was built for; its methods are those of `OwnNetwork`.
 
     `module` holds the parameters; its state dict has the tensors of a LoRA file.
     """
 
-    module: nn.Module
+    module: Any
     dit: nn.Module
+    state_beside_file: ClassVar[Mapping[str, nn.Module]] = {}
 
     def parameter_groups(
         self,
@@ -63,72 +62,46 @@ class TrainableNetwork:
         unet_lr: float | None = None,
         text_encoder_lr: Sequence[float] | None = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return parameter groups for the optimizer, and a name of each for logs.
-
-        unet_lr: of the DiT's part; None: `learning_rate`. text_encoder_lr: of each text encoder, the last one
-        for those without; None: `learning_rate`.
-        """
-        in_dit = learning_rate if unet_lr is None else unet_lr
-        prepare = getattr(self.module, "prepare_optimizer_params", None)
-        if prepare is None:
-            return [{"params": self.parameters(), "lr": learning_rate}], ["unet"]
+        """Return parameter groups for the optimizer, and a name of each for logs, as `OwnNetwork` does."""
+        if not hasattr(self.module, "prepare_optimizer_params"):
+            learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            return [{"params": learning, "lr": learning_rate}], ["unet"]
         result = _call(
-            prepare,
+            self.module.prepare_optimizer_params,
             text_encoder_lr=[learning_rate] if text_encoder_lr is None else list(text_encoder_lr),
-            unet_lr=in_dit,
+            unet_lr=learning_rate if unet_lr is None else unet_lr,
             learning_rate=learning_rate,
             default_lr=learning_rate,
             lr=learning_rate,
         )
         groups, names = result if isinstance(result, tuple) else (result, None)
         groups = [{**group, "params": list(group["params"])} for group in groups]
-        names = (
-            list(names)
-            if names
-            else ["unet"]
-            if len(groups) == 1
-            else [f"group {index}" for index in range(len(groups))]
-        )
-        return groups, names
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that are trained."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        usual = ["unet"] if len(groups) == 1 else [f"group {index}" for index in range(len(groups))]
+        return groups, list(names or usual)
 
     def set_dropout_seed(self, seed: int) -> None:
         """Seed all dropout until the next call.
 
-        A foreign network draws from torch's global generators, so these are seeded for it.
+        The network draws from torch's global generators, so these are seeded for it.
         """
-        own = getattr(self.module, "set_dropout_seed", None)
-        if own is None:
-            torch.manual_seed(seed)
-        else:
-            own(seed)
+        getattr(self.module, "set_dropout_seed", torch.manual_seed)(seed)
 
     def set_multiplier(self, multiplier: float) -> None:
         """Set the strength of the network; 1 during training."""
-        own = getattr(self.module, "set_multiplier", None)
-        if own is not None:
-            own(multiplier)
+        if hasattr(self.module, "set_multiplier"):
+            self.module.set_multiplier(multiplier)
             return
         for part in self.module.modules():
             if hasattr(part, "multiplier"):
                 setattr(part, "multiplier", multiplier)  # noqa: B010
 
     def on_epoch_start(self) -> None:
-        self.module.train()
         if hasattr(self.module, "on_epoch_start"):
             _call(self.module.on_epoch_start, text_encoder=None, unet=self.dit, transformer=self.dit)
 
     def on_step_start(self) -> None:
         if hasattr(self.module, "on_step_start"):
             self.module.on_step_start()
-
-    @property
-    def state_beside_file(self) -> Mapping[str, nn.Module]:
-        """Return the tensors that a training saves beside those of a LoRA file, by names."""
-        return getattr(self.module, "state_beside_file", {})
 
     def before_optimizer_step(self) -> None:
         """Call after gradients are clipped, before each optimizer step."""
@@ -138,29 +111,23 @@ class TrainableNetwork:
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """After an optimizer step, scale modules above this norm down to it (`--scale_weight_norms`).
 
-        Returns the three numbers of a `NormReport` on `device`; they may still be computed there.
+        Returns the three numbers of a `NormReport` on `device`.
         """
-        scale: Any = self.module.apply_max_norm_regularization
-        report: Sequence[Any] = scale(max_norm, device)
+        report: Sequence[Any] = self.module.apply_max_norm_regularization(max_norm, device)
         if all(isinstance(number, Tensor) for number in report):
             return torch.stack([number.to(device, torch.float32) for number in report])
         return numbers_on(device, [float(number) for number in report], torch.float32)
 
-    def load_weights(self, path: Path) -> None:
-        """Start from a file; modules that only one side has are listed in the log.
+    def load_weights(self, path: Path) -> object:
+        """Start from a file; return what the network says of it.
 
         Raises CheckpointError if the file is damaged or of other sizes, or if nothing in it is of this
         network.
         """
-        own = getattr(self.module, "load_weights", None)
-        if not isinstance(self.module, OwnNetwork):  # it compares more
-            self._check_weights(path)
-        result = (
-            self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
-            if own is None
-            else own(str(path))
-        )
-        logger.info(f"{path}: loaded, {result or 'everything fits'}")
+        self._check_weights(path)
+        if hasattr(self.module, "load_weights"):
+            return self.module.load_weights(str(path))
+        return self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
 
     def _check_weights(self, path: Path) -> None:
         """Compare a file with the tensors that a foreign network would save, by common names."""
@@ -188,13 +155,8 @@ class TrainableNetwork:
                 path,
             )
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Write the network to a file, completely or not at all, with hashes added to the metadata.
 
-        dtype: of the tensors in the file; None: as trained.
-        """
-        tensors = saved_dtype(self.module.state_dict(), dtype)
-        save_tensors(path, tensors, add_hashes(tensors, metadata))
+TrainableNetwork = OwnNetwork | ForeignNetwork  # inside a DiT
 
 
 def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int]) -> None:
@@ -228,27 +190,29 @@ def make_network(
     builder = None if name in OWN_MODULES else import_network_module(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
+        network: TrainableNetwork
         if builder is not None:
-            module = _build_foreign(builder, options, dit, encoders, in_dit)
+            network = ForeignNetwork(_build_foreign(builder, options, dit, encoders, in_dit), dit)
         elif options.dim_from_weights:
             tensors = _tensors_of(options, encoders)
-            module = build_from_tensors(name, tensors, *_settings(options)[2:], dit, encoders)
+            network = build_from_tensors(name, tensors, *_settings(options)[2:], dit, encoders)
         else:
-            module = build_network(name, *_settings(options), dit if in_dit else None, encoders)
-    if builder is None:
-        module.attach(in_dit)
-    network = TrainableNetwork(module, dit)
-    if options.scale_weight_norms is not None and not hasattr(module, "apply_max_norm_regularization"):
+            network = build_network(name, *_settings(options), dit if in_dit else None, encoders)
+    if isinstance(network, OwnNetwork):
+        network.attach(in_dit)
+    elif options.scale_weight_norms is not None and not hasattr(
+        network.module, "apply_max_norm_regularization"
+    ):
         raise OptionError(
             f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
         )
     if options.network_weights is not None:
-        network.load_weights(options.network_weights)
-    prepare = getattr(module, "prepare_grad_etc", None)
-    if prepare is None:
-        module.requires_grad_(True)
+        found = network.load_weights(options.network_weights)
+        logger.info(f"{options.network_weights}: loaded, {found or 'everything fits'}")
+    if hasattr(network.module, "prepare_grad_etc"):
+        _call(network.module.prepare_grad_etc, text_encoder=None, unet=dit, transformer=dit)
     else:
-        _call(prepare, text_encoder=None, unet=dit, transformer=dit)
+        network.module.requires_grad_(True)
     return network
 
 

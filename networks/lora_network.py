@@ -1,7 +1,6 @@
 """The network that a training optimises: LoRAs, LoHas or LoKrs in a DiT, LoRAs in text encoders too."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,11 @@ class OwnNetwork(nn.Module):
             self.add_module(name, layer)
             if isinstance(layer, LoraLayer):
                 layer.set_dropouts(settings.dropouts, self._seed, index)
-        self._noise = None if settings.perturbation is None else _prepare_noise(layers)
+        # of LoRA-GGPO: the mean norm of the frozen weight's rows by layer, and the noise on them
+        self._bases: dict[str, Tensor] = {}
+        self.state_beside_file: dict[str, nn.Module] = {}  # what a training saves beside the file, by names
+        if settings.perturbation is not None:
+            self._prepare_noise(layers)
         ranks = sorted({layer.rank for layer in self.layers})
         kind = self.layers[0].kind
         logger.info(f"{kind} on {len(self.layers)} modules, rank {list_some([str(rank) for rank in ranks])}")
@@ -48,17 +51,23 @@ class OwnNetwork(nn.Module):
             if in_dit or prefix_of(name) != UNET:
                 layer.attach()
 
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds the parameters, as other packages' networks have one."""
+        return self
+
     def set_multiplier(self, multiplier: float) -> None:
+        """Set the strength of the network; 1 during training."""
         for layer in self.layers:
             layer.multiplier = multiplier
 
-    def load_weights(self, file: str | Path) -> list[str]:
+    def load_weights(self, path: Path) -> list[str]:
         """Start from a file of any dialect; returns (and warns of) the modules that only one side has.
 
         The file's alphas come along. Raises CheckpointError if a module has other factors or sizes here, or
         none is here.
         """
-        path, own = Path(file), group_by_module(self.state_dict())
+        own = group_by_module(self.state_dict())
         lora = read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
         warn_of_other_family(lora, family_of_network(own, lora))
         heights = {name: len(factors[LORA[1]]) for name, factors in own.items() if LORA[1] in factors}
@@ -97,20 +106,19 @@ class OwnNetwork(nn.Module):
         return problems
 
     @torch.no_grad()
-    def apply_max_norm_regularization(
-        self, max_norm: float, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale down each layer whose change of the weight has a norm above `max_norm`.
+    def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
+        """After an optimizer step, scale down each layer whose change of the weight has a larger norm.
 
-        Returns the number of scaled layers, and mean and largest norm afterwards, as tensors on the network's
-        device, so that the host need not wait for them. `device` is ignored.
+        Returns the number of scaled layers, and mean and largest norm afterwards, on the device, where they
+        may still be computed.
         """
         norms = torch.stack([layer.norm() for layer in self.layers])
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
         for layer, ratio in zip(self.layers, ratios, strict=True):
             layer.shrink(ratio)
         after = norms * ratios
-        return (ratios < 1).sum(), after.mean(), after.max()
+        numbers = (ratios < 1).sum(), after.mean(), after.max()
+        return torch.stack([number.to(device, torch.float32) for number in numbers])
 
     def set_dropout_seed(self, seed: int) -> None:
         """Seed all dropout masks until the next call; call before each micro-batch."""
@@ -120,19 +128,23 @@ class OwnNetwork(nn.Module):
             for layer, table in zip(self.layers, tables.unbind(), strict=True):
                 layer.seed_table = table
 
-    def prepare_optimizer_params(
+    def parameter_groups(
         self,
+        learning_rate: float,
         unet_lr: float | None = None,
-        text_encoder_lr: float | Sequence[float] | None = None,
-        **_: Any,
+        text_encoder_lr: Sequence[float] | None = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups for the optimizer, and a name of each for logs.
 
-        text_encoder_lr: one rate, or one for each text encoder that learns, in their order (the last one for
-        those without); None: `unet_lr`. A part whose rate is 0 is in no group. With LoRA+ the up matrices are
-        groups of their own; the last pattern of network_reg_lrs that fits a module is its rate.
+        unet_lr: of the DiT's part; None: `learning_rate`. text_encoder_lr: of each text encoder that learns,
+        in their order, the last one for those without; None: `learning_rate`. A part whose rate is 0 is in no
+        group. With LoRA+ the up matrices are groups of their own; the last pattern of network_reg_lrs that
+        fits a module is its rate.
         """
-        rates = self._rates(unet_lr, text_encoder_lr)
+        texts = [learning_rate] if text_encoder_lr is None else text_encoder_lr
+        encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
+        rates = {prefix: texts[min(index, len(texts) - 1)] for index, prefix in enumerate(encoders)}
+        rates[UNET] = learning_rate if unet_lr is None else unet_lr
         found = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
         log_overlaps("network_reg_lrs", self.settings.reg_rates, found)
         groups: dict[str, dict[str, Any]] = {}
@@ -148,38 +160,29 @@ class OwnNetwork(nn.Module):
                 self.settings.loraplus_lr_ratio if prefix == UNET else self.settings.loraplus_encoder_ratio
             )
             for parameter in layer.parameters():
-                is_fast = ratio is not None and parameter is layer.lora_up.weight
-                group = groups.setdefault(f"{label} plus" if is_fast else label, {"params": []})
+                if ratio is not None and parameter is layer.lora_up.weight:
+                    group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * ratio})
+                else:
+                    group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
-                if rate is not None:
-                    group["lr"] = rate * ratio if is_fast and ratio is not None else rate
         order = sorted(groups, key=lambda name: (_base(groups, name), name.endswith(" plus")))
         return [groups[name] for name in order], order
 
-    def _rates(
-        self, unet_lr: float | None, text_encoder_lr: float | Sequence[float] | None
-    ) -> dict[str, float | None]:
-        """Return the learning rate of each part by its prefix."""
-        given = text_encoder_lr if isinstance(text_encoder_lr, Sequence) else [text_encoder_lr]
-        rates: dict[str, float | None] = {UNET: unet_lr}
-        encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
-        for index, prefix in enumerate(encoders):
-            rate = given[min(index, len(given) - 1)] if given else None
-            rates[prefix] = unet_lr if rate is None else rate
-        return rates
-
-    @property
-    def state_beside_file(self) -> dict[str, nn.Module]:
-        """Return the tensors to save beside those of the file, by names: the noise of LoRA-GGPO."""
-        return {} if self._noise is None else {"ggpo": self._noise.strengths}
+    def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
+        """Give the layers on Linear modules a place for their noise, none until the first step."""
+        linear = {name: one.original for name, one in layers.items() if isinstance(one.original, nn.Linear)}
+        strengths = RowStrengths({name: original.out_features for name, original in linear.items()})
+        for index, (name, original) in enumerate(linear.items()):
+            self._bases[name] = mean_row_norm(original, index)
+            layers[name].noise_of = strengths, name
+        self.state_beside_file = {"ggpo": strengths}
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
         """Set the noise of LoRA-GGPO from weights and gradients; call after clipping, before the step."""
         rule = self.settings.perturbation
-        if rule is None or self._noise is None:
-            return
-        for name, base in self._noise.bases.items():
+        for name, base in self._bases.items():
+            assert rule is not None
             layer = getattr(self, name)
             gradients = layer.lora_down.weight.grad, layer.lora_up.weight.grad
             if gradients[0] is None or gradients[1] is None:
@@ -216,25 +219,6 @@ def _base(groups: Mapping[str, object], name: str) -> int:
     order = list(groups)
     plain = name.removesuffix(" plus")
     return order.index(plain) if plain in groups else order.index(name)
-
-
-@dataclass(frozen=True)
-class _NoiseState:
-    """State of LoRA-GGPO beside the factors."""
-
-    bases: Mapping[str, Tensor]  # by name of the layer: the mean norm of the frozen weight's rows
-    strengths: RowStrengths
-
-
-def _prepare_noise(layers: Mapping[str, Any]) -> _NoiseState:
-    """Give the layers on Linear modules a place for their noise, none until the first step."""
-    linear = {name: layer.original for name, layer in layers.items() if isinstance(layer.original, nn.Linear)}
-    strengths = RowStrengths({name: original.out_features for name, original in linear.items()})
-    bases = {}
-    for index, (name, original) in enumerate(linear.items()):
-        bases[name] = mean_row_norm(original, index)
-        layers[name].noise_of = strengths, name
-    return _NoiseState(bases, strengths)
 
 
 def _shapes(factors: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from modules.atomic_write import save_tensors
 from modules.contract.rules import expert_of_file, named_expert
 from modules.text_files import parse_json
 from networks.module_names import FAMILIES
@@ -136,6 +137,14 @@ def is_damaged(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         return hashlib.file_digest(file, "sha256").hexdigest() != metadata["sshs_model_hash"]
 
 
-def saved_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Copy tensors to the CPU in the file's dtype; None keeps the dtype of each."""
-    return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+def save_network(
+    module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+) -> None:
+    """Write a network to a file, completely or not at all, with hashes added to the metadata.
+
+    dtype: of the tensors in the file; None: as trained.
+    """
+    tensors = {
+        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()
+    }
+    save_tensors(path, tensors, add_hashes(tensors, metadata))

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import convert_lora
 from modules.errors import CheckpointError
-from networks.metadata import model_hashes
+from networks.metadata import model_hashes, save_network
 from tests.commands import assert_user_error, run_script
 from tests.frame_pack.making import tiny_model
 from tests.networks.making import randomize, tiny_dit, wan_network
-from tests.tiny.loras import make_lora, save_network
+from tests.tiny.loras import make_lora
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

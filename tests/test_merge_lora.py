@@ -13,13 +13,14 @@ from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.loading import read_lora
+from networks.metadata import save_network
 from networks.uses import LoraUse
 from tests.commands import assert_user_error, run_script
 from tests.frame_pack.making import tiny_model as tiny_framepack
 from tests.networks.making import randomize, tiny_dit, wan_network
 from tests.networks.making_hunyuan import saved as saved_hunyuan_lora
 from tests.tiny import framepack_dit
-from tests.tiny.loras import make_lora, save_network
+from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit
 
 
@@ -30,7 +31,7 @@ def merge(*arguments: object) -> None:
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
     path = tmp_path / "lora.safetensors"
-    save_network(wan_network(tiny_dit(tmp_path / "model")), path, torch.bfloat16)
+    save_network(wan_network(tiny_dit(tmp_path / "model")), path, torch.bfloat16, {})
     return path
 
 
@@ -148,9 +149,8 @@ print(merge(8192) / (8192 * 8192 * 2))
 
 def test_a_lora_of_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = write_dit(tmp_path, tiny_state("t2v"))
-    save_network(
-        wan_network(tiny_dit(tmp_path / "large", dim=256, num_heads=2)), tmp_path / "lora.safetensors", None
-    )
+    large = wan_network(tiny_dit(tmp_path / "large", dim=256, num_heads=2))
+    save_network(large, tmp_path / "lora.safetensors", None, {})
 
     with pytest.raises(
         CheckpointError, match=r"lora.safetensors does not fit .*wan.safetensors: for blocks.0.cross_attn"

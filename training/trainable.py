@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.nn import Parameter
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
 from modules.errors import OptionError
-from networks.adapter import TrainableNetwork, tie_network
+from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
+from networks.metadata import save_network
 
 AsBase = Callable[[], AbstractContextManager[object]]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
@@ -66,11 +68,14 @@ class Trainable:
 
     def start_epoch(self) -> None:
         for network in (*self.networks, *self.tied):
-            network.on_epoch_start()
+            network.module.train()
+            if isinstance(network, ForeignNetwork):
+                network.on_epoch_start()
 
     def start_step(self) -> None:
         for network in (*self.networks, *self.tied):
-            network.on_step_start()
+            if isinstance(network, ForeignNetwork):
+                network.on_step_start()
 
     def before_step(self) -> None:
         """Call once gradients are clipped."""
@@ -128,7 +133,14 @@ def train_network(
             "--network_args"
         )
     modules = {"network": network.module, **network.state_beside_file}
-    return Trainable(modules, groups, tuple(names), {"": network.save}, [network], max_norm=max_norm)
+    return Trainable(
+        modules,
+        groups,
+        tuple(names),
+        {"": partial(save_network, network.module)},
+        [network],
+        max_norm=max_norm,
+    )
 
 
 def share_network(trainable: Trainable, network: TrainableNetwork, device: torch.device) -> Trainable:

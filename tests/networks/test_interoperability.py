@@ -15,12 +15,12 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.lora_network import OwnNetwork
+from networks.metadata import save_network
 from networks.uses import LoraUse
 from tests.frame_pack import making as framepack
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import inputs, tiny_dit, wan_network
 from tests.networks.test_lora_framepack import load_there as load_framepack_there
-from tests.tiny.loras import save_network
 from tests.wan.making import in_diffusers
 from wan.model import WanModel
 
@@ -73,7 +73,7 @@ def test_a_lora_on_all_modules_acts_in_diffusers_as_here(tmp_path: Path, kind: s
 def test_a_filtered_lora_acts_in_diffusers_once_converted(tmp_path: Path, patterns: str) -> None:
     dit = tiny_dit(tmp_path, "i2v")
     network = wan_network(dit, rank=4, alpha=3.0, exclude_patterns=patterns)
-    save_network(network, tmp_path / "lora.safetensors", torch.float32)
+    save_network(network, tmp_path / "lora.safetensors", torch.float32, {})
     convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
     other = in_diffusers(dit.config, dit.state_dict())
 

@@ -13,10 +13,11 @@ from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
 from modules.offload.checkpointing import checkpoint_blocks
 from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer, halves, keep_mask
+from networks.metadata import save_network
 from networks.own_modules import OWN_MODULES
 from tests.golden_cases import make_input, read_case
 from tests.networks.making import golden_dit, golden_lora, inputs, join_all, randomize, tiny_dit, wan_network
-from tests.tiny.loras import lora_like, make_lora, save_network
+from tests.tiny.loras import lora_like, make_lora
 
 BLOCKS = DitSpec(block_lists=("blocks",))
 
@@ -251,7 +252,7 @@ def test_dropout_keeps_the_mean_in_bf16_too() -> None:
 def test_loraplus_puts_the_up_factors_into_a_faster_group(tmp_path: Path) -> None:
     network = wan_network(tiny_dit(tmp_path), loraplus_lr_ratio="4")
 
-    groups, names = network.prepare_optimizer_params(unet_lr=0.5)
+    groups, names = network.parameter_groups(0.5)
 
     assert names == ["unet", "unet plus"]
     assert [group["lr"] for group in groups] == [0.5, 2.0]
@@ -273,7 +274,7 @@ def test_norms_above_the_limit_are_scaled_down_to_it(tmp_path: Path) -> None:
 
     before = norms()
     limit = sorted(before)[len(before) // 2]
-    scaled, mean, largest = network.apply_max_norm_regularization(limit)
+    scaled, mean, largest = network.scale_norms(limit, torch.device("cpu"))
 
     expected = [min(norm, limit) for norm in before]
     assert norms() == pytest.approx(expected, rel=1e-5)
@@ -333,7 +334,7 @@ def test_saved_file_has_the_dtype_asked_for_and_its_hashes(tmp_path: Path) -> No
 def test_weights_and_alphas_come_back_from_a_file(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     saved = wan_network(dit, alpha=3.0)
-    save_network(saved, tmp_path / "x.safetensors", None)
+    save_network(saved, tmp_path / "x.safetensors", None, {})
     network = make_lora("lora_wan", 4, 1.0, dit)
 
     assert network.load_weights(tmp_path / "x.safetensors") == []
@@ -359,7 +360,7 @@ def test_alphas_as_other_tools_store_them_count(tmp_path: Path, alpha: torch.Ten
 
 def test_what_does_not_fit_a_network_is_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dit = tiny_dit(tmp_path)
-    save_network(wan_network(tiny_dit(tmp_path / "i2v", "i2v")), tmp_path / "x.safetensors", None)
+    save_network(wan_network(tiny_dit(tmp_path / "i2v", "i2v")), tmp_path / "x.safetensors", None, {})
     network = wan_network(dit, exclude_patterns="[r'.*ffn.*']")
 
     with caplog.at_level(logging.WARNING):
@@ -373,7 +374,7 @@ def test_what_does_not_fit_a_network_is_listed(tmp_path: Path, caplog: pytest.Lo
 
 def test_a_file_of_another_rank_is_refused_with_the_way_out(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
-    save_network(wan_network(dit, rank=8), tmp_path / "x.safetensors", None)
+    save_network(wan_network(dit, rank=8), tmp_path / "x.safetensors", None, {})
 
     with pytest.raises(
         CheckpointError,

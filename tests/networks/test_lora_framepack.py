@@ -15,13 +15,14 @@ from modules.contract.loading import Placement
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import read_lora
+from networks.metadata import save_network
 from networks.uses import LoraUse
 from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS, read_case
 from tests.networks.making import golden_lora, randomize
 from tests.networks.making_dialects import saved_by_diffusers
 from tests.tiny.framepack_dit import tiny_state, write_dit
-from tests.tiny.loras import make_lora, save_network
+from tests.tiny.loras import make_lora
 
 NEAR = 5e-6  # of the largest value; float32, summed in another order
 

@@ -14,6 +14,7 @@ from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.key_formats import to_native
 from networks.loading import LoraFile, read_lora
+from networks.metadata import save_network
 from networks.module_names import choose_family, module_path, relatives, replace_dots
 from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO
 from networks.parts import cut, for_model
@@ -26,7 +27,7 @@ from tests.networks.making_hunyuan import saved
 from tests.tiny import hunyuan_dit
 from tests.tiny.framepack_dit import tiny_state, write_dit
 from tests.tiny.hunyuan_dit import comfy_state, diffusers_parts, diffusers_state
-from tests.tiny.loras import lora_like, make_lora, save_network
+from tests.tiny.loras import lora_like, make_lora
 
 CPU = torch.device("cpu")
 TRUNK = hunyuan_dit.tiny_state()  # HunyuanVideo's weights, which the tiny FramePack below has too
@@ -121,7 +122,7 @@ def test_hunyuan_loras_of_diffusion_pipe_add_the_same_to_framepack(
 def test_framepacks_own_names_with_points_act_as_with_underscores(tmp_path: Path, start: str) -> None:
     network = make_lora("lora_framepack", 4, 4.0, tiny_model())
     randomize(network)
-    save_network(network, tmp_path / "ours.safetensors", torch.float32)
+    save_network(network, tmp_path / "ours.safetensors", torch.float32, {})
     saved_with_points(network, tmp_path / "theirs.safetensors", FRAMEPACK, start)
 
     found, expected = (

@@ -16,9 +16,10 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import read_lora
 from networks.lora_network import OwnNetwork
+from networks.metadata import save_network
 from networks.uses import LoraUse
 from tests.golden_cases import make_weights, read_case
-from tests.tiny.loras import make_lora, save_network
+from tests.tiny.loras import make_lora
 from tests.tiny.lumina import tiny_state
 
 Both = Callable[[nn.Module, nn.Module], tuple[Tensor, Tensor]]  # ours, theirs -> their predictions

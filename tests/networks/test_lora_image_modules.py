@@ -109,7 +109,7 @@ def test_modules_and_ranks_are_the_recorded_ones(family: str, which: str) -> Non
         case["modules"]
     )
     if "learning_rates" in case:
-        groups, _ = made.prepare_optimizer_params(**case["given"])
+        groups, _ = made.parameter_groups(**case["given"])
         names = {id(parameter): name for name, parameter in made.named_parameters()}
         rates = {names[id(one)]: group["lr"] for group in groups for one in group["params"]}
         assert rates == pytest.approx(case["learning_rates"])
@@ -164,7 +164,7 @@ def test_each_text_encoder_has_its_learning_rate_and_lora_plus_its_ratio() -> No
         ["train_t5xxl=True", "loraplus_unet_lr_ratio=2", "loraplus_text_encoder_lr_ratio=3"],
     )
 
-    groups, names = made.prepare_optimizer_params(unet_lr=1.0, text_encoder_lr=[0.5, 0.25])
+    groups, names = made.parameter_groups(1.0, text_encoder_lr=[0.5, 0.25])
 
     rates = {name: group["lr"] for name, group in zip(names, groups, strict=True)}
     assert rates == {
@@ -176,6 +176,6 @@ def test_each_text_encoder_has_its_learning_rate_and_lora_plus_its_ratio() -> No
 def test_a_part_with_learning_rate_0_is_not_trained() -> None:
     made = network("flux", "CLIP-L", [])
 
-    _, names = made.prepare_optimizer_params(unet_lr=1.0, text_encoder_lr=[0.0])
+    _, names = made.parameter_groups(1.0, text_encoder_lr=[0.0])
 
     assert names == ["unet"]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from networks.deltas import group_by_module, weight_delta
 from networks.loading import read_lora
 from networks.lora_network import OwnNetwork
+from networks.metadata import save_network
 from tests.golden_cases import read_case
 from tests.networks.test_lora_image_modules import skeleton
-from tests.tiny.loras import make_lora, save_network
+from tests.tiny.loras import make_lora
 
 QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def test_each_part_learns_with_factors_of_its_own(path: str) -> None:
 
 def test_a_file_with_split_factors_goes_back_into_them(tmp_path: Path) -> None:
     _, made = small(split_qkv="True")
-    save_network(made, tmp_path / "lora.safetensors", None)
+    save_network(made, tmp_path / "lora.safetensors", None, {})
     _, other = small(split_qkv="True")
     with torch.no_grad():
         other.get_parameter("lora_unet_single_blocks_0_linear1.lora_up.weight").zero_()
@@ -119,7 +120,7 @@ def test_keys_and_values_with_fewer_heads_are_parts_too() -> None:
 def test_norms_of_split_layers_are_limited_by_their_whole_change() -> None:
     _, made = small(split_qkv="True")
     with torch.no_grad():
-        made.apply_max_norm_regularization(0.5)
+        made.scale_norms(0.5, torch.device("cpu"))
 
     for factors in group_by_module(made.state_dict()).values():
         delta = weight_delta(factors, CPU)

@@ -13,11 +13,12 @@ from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.loading import LoraFile, read_lora
+from networks.metadata import save_network
 from networks.options import LoraOptions, LoraPatternOptions
 from networks.uses import LoraUse, lora_uses
 from tests.golden_cases import read_case
 from tests.networks.making import golden_dit, golden_lora, inputs, tiny_dit, wan_network
-from tests.tiny.loras import make_lora, save_network
+from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
 
@@ -49,7 +50,7 @@ def test_merged_weights_equal_the_recorded_ones() -> None:
 def test_a_model_loaded_with_a_lora_equals_one_with_the_network_attached(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     network = wan_network(dit)
-    save_network(network, tmp_path / "x.safetensors", None)
+    save_network(network, tmp_path / "x.safetensors", None, {})
     network.attach()
     expected = dit(**inputs(dit))
     patch = LoraPatch([LoraUse(read_lora(tmp_path / "x.safetensors"))])

@@ -16,10 +16,11 @@ from networks.apply import LoraPatch
 from networks.describing import describe_lora
 from networks.loading import read_lora
 from networks.lora_network import OwnNetwork
+from networks.metadata import save_network
 from networks.text_loras import TextLoras
 from networks.uses import LoraUse
 from tests.flux.making import tiny_model
-from tests.tiny.loras import make_lora, save_network
+from tests.tiny.loras import make_lora
 from tests.tiny.picture_encoders import write_clip_l
 
 CPU = torch.device("cpu")

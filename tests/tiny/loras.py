@@ -1,13 +1,10 @@
-"""Networks of ours by their module's name, built and saved as a training does."""
+"""Networks of ours by their module's name, built as a training does."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from networks.adapter import TrainableNetwork
 from networks.lora_network import OwnNetwork
 from networks.own_modules import build_from_tensors, build_network
 
@@ -28,10 +25,3 @@ def make_lora(
 def lora_like(name: str, tensors: Mapping[str, Tensor], dit: nn.Module, **arguments: Any) -> OwnNetwork:
     """A network with the modules, ranks and alphas of a file's tensors, not their values."""
     return build_from_tensors(f"networks.{name}", tensors, None, arguments, dit, {})
-
-
-def save_network(
-    network: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a network's file."""
-    TrainableNetwork(network, network).save(path, dtype, metadata or {})
