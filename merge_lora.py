@@ -13,9 +13,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_options(__doc__, argv, MergeOptions)
 
     from modules.devices import choose_device
+    from networks.loading import lora_uses
     from networks.merging import merge_into_file
     from networks.metadata import expert_of_model
-    from networks.uses import lora_uses
 
     expert = options.expert or expert_of_model(options.dit)
     merge_into_file(

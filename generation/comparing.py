@@ -46,7 +46,7 @@ from modules.media.tags import read_tags
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import room_on, too_little
 from networks.apply import OriginalWeights
-from networks.uses import LoraUse
+from networks.loading import LoraUse
 
 logger = logging.getLogger(__name__)
 

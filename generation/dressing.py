@@ -17,7 +17,7 @@ from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.offload.turns import HostCopy, HostPlaceOf
 from networks.apply import LoraPatch, OriginalWeights
-from networks.uses import LoraUse
+from networks.loading import LoraUse
 
 LorasByExpert = Sequence[Sequence[LoraUse]]  # of each of `Family.experts`, in their order
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from generation.options import GenerationOptions
 from modules.contract.rules import HIGH_NOISE, Expert
 from modules.errors import OptionError
+from networks.loading import LoraUse, lora_uses
 from networks.names.layouts import FOR_BOTH
 from networks.options import LoraOptions
-from networks.uses import LoraUse, lora_uses
 
 logger = logging.getLogger(__name__)
 

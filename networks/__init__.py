@@ -10,20 +10,19 @@ convert: LoRA files in another dialect; join, split experts
 convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' names
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
 deltas: what a LoRA, LoHa or LoKr adds to a weight
-describing: a LoRA file in a line, and its checksums
 extract_lora_from_models: command: a LoRA from a fine-tuned Stable Diffusion checkpoint
 extracting: the low-rank change of a fine-tuned model
 factored: layers of LoHa and LoKr: products of factors
 flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
 flux_merge_lora: command: merge LoRAs of FLUX.1 or Chroma
 key_formats: dialects of tensor names: recognise, bring into ours
-loading: read LoRA files of any dialect
+loading: read LoRA files of any dialect, with strength and patterns
 lora_layer: one LoRA layer: its addition and its dropouts
 lora_network: the LoRAs of a training, in DiT and encoders
 lora_products: the computation of LoRA layers: products, noise
 lora_settings: dimension, alpha, dropout and arguments of a network
 merging: add LoRAs to model files or to each other
-metadata: metadata of LoRA files: experts and checksums
+metadata: experts, checksums, PEFT's settings and description of files
 module_names: modules by their names in LoRA files
 names/: module names of each family in every layout
 options: options to train and to use LoRAs
@@ -32,6 +31,5 @@ parts: LoRAs of split fused weights: split and join
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
 tool_options: options to merge, convert, average and extract LoRAs
-uses: strengths and parts of LoRA files in commands
 writing: write the dialects of ComfyUI and diffusers
 """

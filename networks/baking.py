@@ -20,13 +20,12 @@ from networks.apply import Change
 from networks.deltas import DORA, LORA, Factors, bias_delta, group_by_module, weight_delta
 from networks.extracting import decompose_change
 from networks.key_formats import OURS, module_of_tensor
-from networks.loading import LoraFile
+from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
 from networks.module_names import alias
 from networks.names.layouts import SWAPPED, FamilyNames, tensor_patterns
 from networks.parts import fuse
 from networks.text_loras import is_whole, pieces_of
-from networks.uses import LoraUse
 
 logger = getLogger(__name__)
 OTHER_KINDS = {DORA, "hada_w1_a", "lokr_w1", "lokr_w1_a", "lora_mid.weight"}

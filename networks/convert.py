@@ -20,8 +20,8 @@ from networks.deltas import (
     group_by_module,
 )
 from networks.key_formats import OURS, dialect_in_words
-from networks.loading import PEFT_SETTINGS, LoraFile, list_some, read_lora
-from networks.metadata import NETWORKS, STALE, add_hashes, join_metadata
+from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
+from networks.metadata import NETWORKS, PEFT_SETTINGS, STALE, add_hashes, join_metadata
 from networks.module_names import (
     choose_family,
     likely_family,
@@ -31,7 +31,6 @@ from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON, FamilyNames
 from networks.names.video import FRAMEPACK
 from networks.parts import fuse
 from networks.tool_options import ConvertOptions
-from networks.uses import warn_of_other_expert
 from networks.writing import in_dialect, rename_to_aliases, texts_to_diffusers
 
 logger = getLogger(__name__)

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from modules.errors import CheckpointError
 from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, rank_of
 from networks.key_formats import OURS
-from networks.loading import list_some, read_lora
+from networks.loading import family_of_network, list_some, read_lora, warn_of_other_family
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import RowStrengths, mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.parts import for_model
-from networks.uses import family_of_network, warn_of_other_family
 
 logger = getLogger(__name__)
 UNET = OURS.removesuffix("_")

@@ -12,9 +12,8 @@ from frame_pack.checkpoints import load_dit as load_framepack
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.metadata import save_network
-from networks.uses import LoraUse
 from tests.commands import assert_user_error, run_script
 from tests.frame_pack.making import tiny_model as tiny_framepack
 from tests.networks.making import randomize, tiny_dit, wan_network
@@ -130,7 +129,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from benchmarks.process_memory import peak, start_of_peak
 from networks.loading import LoraFile
-from networks.uses import LoraUse
+from networks.loading import LoraUse
 from networks.merging import merge_into_file
 
 def merge(rows):

@@ -17,11 +17,10 @@ from modules.planning.dry_run import quiet
 from networks.adapter import check_network
 from networks.added import refuse_dora
 from networks.apply import check_loras_fit
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
 from networks.own_modules import OWN_MODULES, smallest_lora_bytes
-from networks.uses import LoraUse
 from training.experts import check_experts, network_for, read_lora_for
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer

@@ -12,11 +12,10 @@ from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.errors import OptionError
 from modules.offload.turns import HostCopy
 from networks.adapter import OWN_NETWORKS
-from networks.loading import LoraFile, read_lora
+from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
 from networks.own_modules import OWN_MODULES
-from networks.uses import warn_of_other_expert
 from training.data.options import NUM_TIMESTEPS
 from training.data.timesteps import check_reaches, levels_reached
 from training.options import TrainingOptions

@@ -22,7 +22,7 @@ from modules.planning.memory_plan import gib
 from networks.adapter import make_network
 from networks.added import AddedLoras, add_loras
 from networks.apply import LoraPatch
-from networks.uses import LoraUse
+from networks.loading import LoraUse
 from training.averages import make_average
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.live_text import NO_TEXTS, LiveTexts
@@ -225,9 +225,9 @@ def _rates(options: TrainingOptions, texts: LiveTexts | None) -> Rates:
     """Return the learning rates of the network's parts."""
     rate, parts = options.optimizer.learning_rate, options.parts
     if parts is None or texts is None:
-        return Rates(rate, None if parts is None else parts.unet_lr)
+        return rate, None if parts is None else parts.unet_lr, None
     given = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
-    return Rates(rate, parts.unet_lr, [given[encoder.lora_prefix] for encoder in texts.learning] or None)
+    return rate, parts.unet_lr, [given[encoder.lora_prefix] for encoder in texts.learning] or None
 
 
 def _make_stepping(

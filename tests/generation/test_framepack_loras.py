@@ -14,8 +14,7 @@ import fpack_generate_video
 import merge_lora
 from modules.media.writing import write_png
 from networks.apply import LoraPatch
-from networks.loading import read_lora
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
 from tests.networks.making_hunyuan import saved
 from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
 

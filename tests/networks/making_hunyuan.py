@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from networks.apply import LoraPatch
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
-from networks.uses import LoraUse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making import randomize
 from tests.networks.making_dialects import saved_by_diffusers

@@ -16,9 +16,8 @@ from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, dequantise, quantise
 from networks.apply import LoraPatch
 from networks.deltas import decompose, weight_delta
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.lora_layer import LoraLayer
-from networks.uses import LoraUse
 from tests.tiny.loras import lora_like
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network

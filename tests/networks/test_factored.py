@@ -17,8 +17,7 @@ from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.factored import FactoredLayer, loha_shapes, lokr_shapes, split_size
-from networks.loading import read_lora
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
 from tests.networks.making import inputs, tiny_dit
 from tests.tiny.loras import lora_like, make_lora
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
-from networks.uses import LoraUse
 from tests.frame_pack import making as framepack
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import inputs, tiny_dit, wan_network

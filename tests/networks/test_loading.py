@@ -13,9 +13,8 @@ from networks.adapter import import_network_module
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.deltas import strength
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.metadata import save_network
-from networks.uses import LoraUse
 from tests.networks.making import tiny_dit, wan_network
 from tests.tiny.wan_dit import tiny_state
 

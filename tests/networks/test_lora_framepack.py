@@ -14,9 +14,8 @@ from frame_pack.checkpoints import load_dit
 from modules.contract.loading import Placement
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.metadata import save_network
-from networks.uses import LoraUse
 from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS, read_case
 from tests.networks.making import golden_lora, randomize

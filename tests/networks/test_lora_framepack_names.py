@@ -13,12 +13,11 @@ from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.key_formats import to_native
-from networks.loading import LoraFile, read_lora
+from networks.loading import LoraFile, LoraUse, read_lora
 from networks.metadata import save_network
 from networks.module_names import choose_family, module_path, relatives, replace_dots
 from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO
 from networks.parts import cut, for_model
-from networks.uses import LoraUse
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.manifests import tensor_list
 from tests.networks.making import randomize

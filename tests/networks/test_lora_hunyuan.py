@@ -13,11 +13,10 @@ from hunyuan_model.model import HunyuanVideoModel
 from modules.contract.loading import Placement
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
 from networks.module_names import alias, choose_family, module_path, relatives, replace_dots
 from networks.names.video import HUNYUAN_VIDEO
-from networks.uses import LoraUse
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, tiny_inputs, tiny_model
 from tests.manifests import tensor_list

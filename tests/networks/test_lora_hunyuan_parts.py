@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.module_names import module_path, replace_dots
 from networks.names.video import HUNYUAN_VIDEO
 from networks.parts import fuse
-from networks.uses import LoraUse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved
 from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state, tiny_state

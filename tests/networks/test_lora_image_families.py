@@ -14,10 +14,9 @@ import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
-from networks.uses import LoraUse
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.loras import make_lora
 from tests.tiny.lumina import tiny_state

@@ -12,10 +12,9 @@ from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.deltas import weight_delta
-from networks.loading import LoraFile, read_lora
+from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.metadata import save_network
 from networks.options import LoraOptions, LoraPatternOptions
-from networks.uses import LoraUse, lora_uses
 from tests.golden_cases import read_case
 from tests.networks.making import golden_dit, golden_lora, inputs, tiny_dit, wan_network
 from tests.tiny.loras import make_lora

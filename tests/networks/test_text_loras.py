@@ -13,12 +13,10 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
-from networks.describing import describe_lora
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
-from networks.metadata import save_network
+from networks.metadata import describe_lora, save_network
 from networks.text_loras import TextLoras
-from networks.uses import LoraUse
 from tests.flux.making import tiny_model
 from tests.tiny.loras import make_lora
 from tests.tiny.picture_encoders import write_clip_l

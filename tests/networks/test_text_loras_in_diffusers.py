@@ -8,11 +8,10 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from networks.convert import convert_file
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from networks.text_loras import TextLoras
-from networks.uses import LoraUse
 from tests.networks.test_text_loras import encoder
 from tests.tiny.loras import make_lora
 from tests.tiny.picture_encoders import write_clip_l
