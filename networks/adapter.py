@@ -17,8 +17,8 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.command import did_you_mean
 from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
-from modules.seeds import derive_seed
 from modules.installation import import_user_module
+from modules.seeds import derive_seed
 from networks.loading import read_lora
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import DEFAULT_RANK
