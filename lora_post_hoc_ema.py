@@ -6,7 +6,7 @@ import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.families import identify
 from modules.parser import parse_options
-from networks.averaging_options import AveragingOptions
+from networks.tool_options import AveragingOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

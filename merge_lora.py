@@ -6,16 +6,16 @@ import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.families import identify
 from modules.parser import parse_options
-from networks.options import MERGE_CHANNELS_UNCHECKED, MergeOptions
+from networks.tool_options import MERGE_CHANNELS_UNCHECKED, MergeOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_options(__doc__, argv, MergeOptions)
 
     from modules.devices import choose_device
+    from networks.loading import lora_uses
     from networks.merging import merge_into_file
     from networks.metadata import expert_of_model
-    from networks.uses import lora_uses
 
     expert = options.expert or expert_of_model(options.dit)
     merge_into_file(

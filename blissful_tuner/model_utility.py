@@ -23,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_options(__doc__, argv, ModelUtilityOptions)
 
     from blissful_tuner.model_work import Knowledge, work
-    from networks.describing import describe_lora, lora_hashes
-    from networks.metadata import STALE
+    from networks.metadata import STALE, describe_lora, lora_hashes
 
     work(options, Knowledge(identify, describe_lora, lora_hashes, STALE))
 

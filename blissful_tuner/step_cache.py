@@ -54,7 +54,7 @@ def choose_step_cache(
         if getattr(options, switch) is None:
             logger.warning("%s %g is ignored because --%s is not given", letters, value, switch)
             del says[name]
-    chosen: StepCacheOptions = replace(options, **says) if says else options  # type: ignore[arg-type]
+    chosen: StepCacheOptions = replace(options, **says) if says else options
     made: StepCaching | None = None
     if chosen.magcache_calibration:
         made = MagCalibration()

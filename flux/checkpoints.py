@@ -10,7 +10,7 @@ from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
-from networks.names.flux import FLUX
+from networks.names.image import FLUX
 from networks.names.layouts import tensor_patterns
 
 WHAT = "a FLUX.1 or Chroma transformer"

@@ -51,7 +51,7 @@ from modules.media.tags import read_tags
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import room_on
 from networks.apply import OriginalWeights
-from networks.uses import LoraUse
+from networks.loading import LoraUse
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.offload.turns import HostCopy, HostPlaceOf
 from networks.apply import LoraPatch, OriginalWeights
+from networks.loading import LoraUse, lora_uses
 from networks.names.layouts import FOR_BOTH
 from networks.options import LoraOptions
-from networks.uses import LoraUse, lora_uses
 
 LorasByExpert = Sequence[Sequence[LoraUse]]  # of each of `Family.experts`, in their order
 

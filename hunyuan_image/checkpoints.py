@@ -11,9 +11,9 @@ from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
-from networks.names.hunyuan import COMFYUI_TENSORS
-from networks.names.hunyuan_image import HUNYUAN_IMAGE
+from networks.names.image import HUNYUAN_IMAGE
 from networks.names.layouts import swapped_tensors, tensor_patterns
+from networks.names.video import COMFYUI_TENSORS
 
 WHAT = "a HunyuanImage-2.1 transformer"
 RELEASE = "dit/hunyuanimage2.1.safetensors of tencent/HunyuanImage-2.1 or hunyuanimage2.1_bf16.safetensors"

@@ -19,8 +19,8 @@ from modules.contract.family import DitSpec
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, store_scale
-from networks.names.hunyuan import COMFYUI_TENSORS, HUNYUAN_VIDEO
 from networks.names.layouts import swapped_tensors, tensor_patterns
+from networks.names.video import COMFYUI_TENSORS, HUNYUAN_VIDEO
 
 TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns
 

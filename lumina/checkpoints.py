@@ -9,8 +9,8 @@ from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
+from networks.names.image import LUMINA
 from networks.names.layouts import tensor_patterns
-from networks.names.lumina import LUMINA
 
 WHAT = "a Lumina-Image-2.0 transformer"
 FILES = (

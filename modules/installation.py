@@ -26,14 +26,14 @@ IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml
 
 
 def import_own(name: str) -> ModuleType:
-    """Import a module of ours by the name that it has in a checkout, such as `networks.lora_wan`."""
+    """Import a module of ours by the name that it has in a checkout, such as `wan.family`."""
     return importlib.import_module(PREFIX + name)
 
 
 def own_name(name: str) -> str:
     """Return the name to import a module by that is ours or somebody else's.
 
-    name: as a user types it: `networks.lora_wan`, `lycoris.kohya`.
+    name: as a user types it: `tests.my_network`, `lycoris.kohya`.
     """
     if not PREFIX or not re.fullmatch(r"\w+(\.\w+)*", name):
         return name

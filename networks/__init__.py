@@ -4,42 +4,32 @@ adapter: the trainer's interface to a network, ours or foreign
 added: LoRAs around modules that act at times
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
-averaging_options: options of `lora_post_hoc_ema.py`: files and average
 baking: plain LoRAs from LoHas, LoKrs and DoRAs
+choosing: which modules of a model get a LoRA
 convert: LoRA files in another dialect; join, split experts
 convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' names
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
 deltas: what a LoRA, LoHa or LoKr adds to a weight
-describing: a LoRA file in a line, and its checksums
 extract_lora_from_models: command: a LoRA from a fine-tuned Stable Diffusion checkpoint
 extracting: the low-rank change of a fine-tuned model
-factored: LoHa and LoKr: changes as products of factors
+factored: layers of LoHa and LoKr: products of factors
 flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
 flux_merge_lora: command: merge LoRAs of FLUX.1 or Chroma
-image_tools_options: options of the LoRA tools of image families
 key_formats: dialects of tensor names: recognise, bring into ours
-loading: read LoRA files of any dialect, import network modules
-loha: `--network_module networks.loha`: LoHa for every family
-lokr: `--network_module networks.lokr`: LoKr for every family
-lora: `--network_module networks.lora`: LoRA for every family
-lora_flux: `--network_module networks.lora_flux`: FLUX.1 and Chroma, with modulation
-lora_framepack: `--network_module networks.lora_framepack`: LoRA for FramePack
-lora_hunyuan: `--network_module networks.lora_hunyuan`: HunyuanVideo and SkyReels V1
-lora_hunyuan_image: `--network_module networks.lora_hunyuan_image`: HunyuanImage-2.1, with modulation
+loading: read LoRA files of any dialect, with strength and patterns
 lora_layer: one LoRA layer: its addition and its dropouts
-lora_lumina: `--network_module networks.lora_lumina`: LoRA for Lumina-Image-2.0
 lora_network: the LoRAs of a training, in DiT and encoders
 lora_products: the computation of LoRA layers: products, noise
 lora_settings: dimension, alpha, dropout and arguments of a network
-lora_wan: `--network_module networks.lora_wan`: LoRA for Wan
 merging: add LoRAs to model files or to each other
-metadata: metadata of LoRA files: experts and checksums
+metadata: experts, checksums, PEFT's settings and description of files
 module_names: modules by their names in LoRA files
 names/: module names of each family in every layout
-options: options to train, use, merge and convert LoRAs
+options: options to train and to use LoRAs
+own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
-uses: strengths and parts of LoRA files in commands
+tool_options: options to merge, convert, average and extract LoRAs
 writing: write the dialects of ComfyUI and diffusers
 """

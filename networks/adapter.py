@@ -1,4 +1,4 @@
-"""The trainer's interface to a network built by any `--network_module`, ours or foreign (such as LyCORIS)."""
+"""Build the network of any `--network_module`, ours or another package's (such as LyCORIS)."""
 
 import inspect
 import math
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from modules.atomic_write import save_tensors
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import open_checkpoint
+from modules.command import did_you_mean
 from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
+from modules.installation import import_user_module
 from modules.seeds import derive_seed
-from networks.factored import FactoredNetwork
-from networks.loading import OWN_MODULES, import_network_module, read_lora
-from networks.lora_network import LoraNetwork
+from networks.loading import read_lora
+from networks.lora_network import OwnNetwork
 from networks.lora_settings import DEFAULT_RANK
-from networks.metadata import add_hashes, saved_dtype
 from networks.options import NetworkOptions
+from networks.own_modules import OWN_MODULES, build_from_tensors, build_network, check_own
 
 logger = getLogger(__name__)
 
@@ -40,20 +40,21 @@ class NormReport:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> "NormReport":
-        """Build the report from the numbers of `TrainableNetwork.scale_norms`, read from the device."""
+        """Build the report from the numbers of `scale_norms`, read from the device."""
         keys_scaled, mean_norm, max_norm = numbers
         return cls(int(keys_scaled), mean_norm, max_norm)
 
 
 @dataclass(frozen=True)
-class TrainableNetwork:
-    """A network inside the DiT it was built for.
+class ForeignNetwork:
+    """A network of another package inside the DiT it was built for; its methods are those of `OwnNetwork`.
 
     `module` holds the parameters; its state dict has the tensors of a LoRA file.
     """
 
-    module: nn.Module
+    module: Any
     dit: nn.Module
+    state_beside_file: ClassVar[Mapping[str, nn.Module]] = {}
 
     def parameter_groups(
         self,
@@ -61,108 +62,72 @@ class TrainableNetwork:
         unet_lr: float | None = None,
         text_encoder_lr: Sequence[float] | None = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return parameter groups for the optimizer, and a name of each for logs.
-
-        unet_lr: of the DiT's part; None: `learning_rate`. text_encoder_lr: of each text encoder, the last one
-        for those without; None: `learning_rate`.
-        """
-        in_dit = learning_rate if unet_lr is None else unet_lr
-        prepare = self._find_offered("prepare_optimizer_params")
-        if prepare is None:
-            return [{"params": self.parameters(), "lr": learning_rate}], ["unet"]
+        """Return parameter groups for the optimizer, and a name of each for logs, as `OwnNetwork` does."""
+        if not hasattr(self.module, "prepare_optimizer_params"):
+            learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            return [{"params": learning, "lr": learning_rate}], ["unet"]
         result = _call(
-            prepare,
+            self.module.prepare_optimizer_params,
             text_encoder_lr=[learning_rate] if text_encoder_lr is None else list(text_encoder_lr),
-            unet_lr=in_dit,
+            unet_lr=learning_rate if unet_lr is None else unet_lr,
             learning_rate=learning_rate,
             default_lr=learning_rate,
             lr=learning_rate,
         )
         groups, names = result if isinstance(result, tuple) else (result, None)
         groups = [{**group, "params": list(group["params"])} for group in groups]
-        names = (
-            list(names)
-            if names
-            else ["unet"]
-            if len(groups) == 1
-            else [f"group {index}" for index in range(len(groups))]
-        )
-        return groups, names
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that are trained."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        usual = ["unet"] if len(groups) == 1 else [f"group {index}" for index in range(len(groups))]
+        return groups, list(names or usual)
 
     def set_dropout_seed(self, seed: int) -> None:
         """Seed all dropout until the next call.
 
-        A foreign network draws from torch's global generators, so these are seeded for it.
+        The network draws from torch's global generators, so these are seeded for it.
         """
-        own = self._find_offered("set_dropout_seed")
-        if own is None:
-            torch.manual_seed(seed)
-        else:
-            own(seed)
+        getattr(self.module, "set_dropout_seed", torch.manual_seed)(seed)
 
     def set_multiplier(self, multiplier: float) -> None:
         """Set the strength of the network; 1 during training."""
-        own = self._find_offered("set_multiplier")
-        if own is not None:
-            own(multiplier)
+        if hasattr(self.module, "set_multiplier"):
+            self.module.set_multiplier(multiplier)
             return
         for part in self.module.modules():
             if hasattr(part, "multiplier"):
                 setattr(part, "multiplier", multiplier)  # noqa: B010
 
     def on_epoch_start(self) -> None:
-        self.module.train()
-        own = self._find_offered("on_epoch_start")
-        if own is not None:
-            _call(own, text_encoder=None, unet=self.dit, transformer=self.dit)
+        if hasattr(self.module, "on_epoch_start"):
+            _call(self.module.on_epoch_start, text_encoder=None, unet=self.dit, transformer=self.dit)
 
     def on_step_start(self) -> None:
-        own = self._find_offered("on_step_start")
-        if own is not None:
-            own()
-
-    @property
-    def state_beside_file(self) -> Mapping[str, nn.Module]:
-        """Return the tensors that a training saves beside those of a LoRA file, by names."""
-        return getattr(self.module, "state_beside_file", {})
+        if hasattr(self.module, "on_step_start"):
+            self.module.on_step_start()
 
     def before_optimizer_step(self) -> None:
         """Call after gradients are clipped, before each optimizer step."""
-        own = self._find_offered("before_optimizer_step")
-        if own is not None:
-            own()
+        if hasattr(self.module, "before_optimizer_step"):
+            self.module.before_optimizer_step()
 
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """After an optimizer step, scale modules above this norm down to it (`--scale_weight_norms`).
 
-        Returns the three numbers of a `NormReport` on `device`; they may still be computed there.
+        Returns the three numbers of a `NormReport` on `device`.
         """
-        scale = self._find_offered("apply_max_norm_regularization")
-        assert scale is not None  # make_network refuses the option without it
-        report: Sequence[Any] = scale(max_norm, device)
+        report: Sequence[Any] = self.module.apply_max_norm_regularization(max_norm, device)
         if all(isinstance(number, Tensor) for number in report):
             return torch.stack([number.to(device, torch.float32) for number in report])
         return numbers_on(device, [float(number) for number in report], torch.float32)
 
-    def load_weights(self, path: Path) -> None:
-        """Start from a file; modules that only one side has are listed in the log.
+    def load_weights(self, path: Path) -> object:
+        """Start from a file; return what the network says of it.
 
         Raises CheckpointError if the file is damaged or of other sizes, or if nothing in it is of this
         network.
         """
-        own = self._find_offered("load_weights")
-        if not isinstance(self.module, (LoraNetwork, FactoredNetwork)):  # these compare more
-            self._check_weights(path)
-        result = (
-            self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
-            if own is None
-            else own(str(path))
-        )
-        logger.info(f"{path}: loaded, {result or 'everything fits'}")
+        self._check_weights(path)
+        if hasattr(self.module, "load_weights"):
+            return self.module.load_weights(str(path))
+        return self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
 
     def _check_weights(self, path: Path) -> None:
         """Compare a file with the tensors that a foreign network would save, by common names."""
@@ -190,30 +155,19 @@ class TrainableNetwork:
                 path,
             )
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Write the network to a file, completely or not at all, with hashes added to the metadata.
 
-        dtype: of the tensors in the file; None: as trained.
-        """
-        tensors = saved_dtype(self.module.state_dict(), dtype)
-        save_tensors(path, tensors, add_hashes(tensors, metadata))
-
-    def _find_offered(self, name: str) -> Callable[..., Any] | None:
-        """Return an optional method of the network, or None."""
-        method: Callable[..., Any] | None = getattr(self.module, name, None)
-        return method
+TrainableNetwork = OwnNetwork | ForeignNetwork  # inside a DiT
 
 
-def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int] | None = None) -> None:
+def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int]) -> None:
     """Raise OptionError if a module cannot be imported, or a setting of one of ours has no sense.
 
     name: of the module. depths: how many blocks the model's lists have, as far as that is known.
     """
-    builder = import_network_module(name)
-    if name not in OWN_MODULES:
-        return
-    given = options.network_dim, options.network_alpha, options.network_dropout, options.arguments()
-    builder.check_settings(*given, depths)
+    if name in OWN_MODULES:
+        check_own(name, *_settings(options), depths)
+    else:
+        import_network_module(name)
 
 
 def make_network(
@@ -233,34 +187,45 @@ def make_network(
     """
     encoders = encoders or {}
     name = options.network_module or default_module
-    builder = import_network_module(name)
+    builder = None if name in OWN_MODULES else import_network_module(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
-        module = (
-            _build_from_weights(builder, options, dit, encoders)
-            if options.dim_from_weights
-            else _build(builder, options, dit if in_dit else None, encoders)
-        )
-        models = [dit, *encoders.values()]
-        frozen = [dict(model.named_parameters()) for model in models]
-        module.apply_to(
-            list(encoders.values()) or None, dit, apply_text_encoder=bool(encoders), apply_unet=in_dit
-        )
-    for model, parameters in zip(models, frozen, strict=True):
-        _put_back(model, parameters)
-    network = TrainableNetwork(module, dit)
-    if options.scale_weight_norms is not None and not hasattr(module, "apply_max_norm_regularization"):
+        network: TrainableNetwork
+        if builder is not None:
+            network = ForeignNetwork(_build_foreign(builder, options, dit, encoders, in_dit), dit)
+        elif options.dim_from_weights:
+            tensors = _tensors_of(options, encoders)
+            network = build_from_tensors(name, tensors, *_settings(options)[2:], dit, encoders)
+        else:
+            network = build_network(name, *_settings(options), dit if in_dit else None, encoders)
+    if isinstance(network, OwnNetwork):
+        network.attach(in_dit)
+    elif options.scale_weight_norms is not None and not hasattr(
+        network.module, "apply_max_norm_regularization"
+    ):
         raise OptionError(
             f"--scale_weight_norms cannot be used with --network_module {name}, which cannot scale its norms"
         )
     if options.network_weights is not None:
-        network.load_weights(options.network_weights)
-    prepare = network._find_offered("prepare_grad_etc")
-    if prepare is None:
-        network.module.requires_grad_(True)
-    else:
+        found = network.load_weights(options.network_weights)
+        logger.info(f"{options.network_weights}: loaded, {found or 'everything fits'}")
+    prepare: Any = getattr(network.module, "prepare_grad_etc", None)
+    if prepare is not None:
         _call(prepare, text_encoder=None, unet=dit, transformer=dit)
+    else:
+        network.module.requires_grad_(True)
     return network
+
+
+def _settings(options: NetworkOptions) -> tuple[int | None, float, float | None, dict[str, str]]:
+    """Return rank, alpha, dropout and arguments, as our modules take them."""
+    return options.network_dim, options.network_alpha, options.network_dropout, options.arguments()
+
+
+def _tensors_of(options: NetworkOptions, encoders: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    assert options.network_weights is not None
+    lora = read_lora(options.network_weights, with_texts=bool(encoders))
+    return {**lora.tensors, **lora.text_tensors}
 
 
 def tie_network(network: nn.Module, other: nn.Module) -> None:
@@ -281,6 +246,67 @@ def tie_network(network: nn.Module, other: nn.Module) -> None:
         (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
 
 
+def import_network_module(name: str) -> ModuleType:
+    """Import another package's module with `create_network(...)`. The working folder is searched too.
+
+    Raises OptionError if it cannot be imported or builds no network.
+    """
+    ours = ", ".join(OWN_MODULES)
+    module = import_user_module(
+        "--network_module",
+        name,
+        "networks.lora_wan",
+        f"{did_you_mean(name, OWN_MODULES)} Install the package, or use one of {ours}.",
+    )
+    if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
+        raise OptionError(
+            f"--network_module {name} offers neither create_arch_network nor create_network, so it builds no "
+            f"network. Use another module, such as one of {ours}"
+        )
+    return module
+
+
+def _build_foreign(
+    builder: ModuleType,
+    options: NetworkOptions,
+    dit: nn.Module,
+    encoders: Mapping[str, nn.Module],
+    in_dit: bool,
+) -> Any:
+    """Build another package's network and put it into the models, as LoRA tuners call these modules."""
+    texts = list(encoders.values()) or None
+    if options.dim_from_weights:
+        create = getattr(builder, "create_arch_network_from_weights", None)
+        create = create or getattr(builder, "create_network_from_weights", None)
+        if create is None:
+            raise OptionError(
+                f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
+                "support it"
+            )
+        given = {"multiplier": 1.0, "weights_sd": _tensors_of(options, encoders), "unet": dit, "vae": None}
+        given |= {"file": str(options.network_weights), "text_encoder": texts, "text_encoders": texts}
+        made = _call(create, **given, neuron_dropout=options.network_dropout, **options.arguments())
+        module = made[0] if isinstance(made, tuple) else made
+    else:
+        rank, alpha, dropout, arguments = _settings(options)
+        create, dropouts = getattr(builder, "create_arch_network", None), {"neuron_dropout": dropout}
+        if create is None:
+            create, dropouts = builder.create_network, {}
+            if dropout is not None:
+                logger.warning(
+                    f"--network_dropout is ignored because {builder.__name__} takes its own settings; try "
+                    "--network_args dropout=..."
+                )
+        into = dit if in_dit else None
+        module = create(1.0, rank or DEFAULT_RANK, alpha, None, texts, into, **dropouts, **arguments)
+    models = [dit, *encoders.values()]
+    frozen = [dict(model.named_parameters()) for model in models]
+    module.apply_to(texts, dit, apply_text_encoder=bool(encoders), apply_unet=in_dit)
+    for model, parameters in zip(models, frozen, strict=True):
+        _put_back(model, parameters)
+    return module
+
+
 def _put_back(dit: nn.Module, frozen: Mapping[str, nn.Parameter]) -> None:
     """Give layers back the frozen weights that a network took from them.
 
@@ -292,74 +318,6 @@ def _put_back(dit: nn.Module, frozen: Mapping[str, nn.Parameter]) -> None:
         layer = dit.get_submodule(path)
         if layer._parameters.get(leaf) is None:
             layer.register_parameter(leaf, parameter)
-
-
-def _encoders_for(builder: ModuleType, encoders: Mapping[str, nn.Module]) -> Any:
-    """Return text encoders as a module takes them: ours by prefix, others as a list."""
-    if not encoders:
-        return None
-    return encoders if builder.__name__.endswith(OWN_MODULES) else list(encoders.values())
-
-
-def _build(
-    builder: ModuleType, options: NetworkOptions, dit: nn.Module | None, encoders: Mapping[str, nn.Module]
-) -> Any:
-    rank = options.network_dim or DEFAULT_RANK
-    arguments = options.arguments()
-    if hasattr(builder, "create_arch_network"):
-        return builder.create_arch_network(
-            1.0,
-            rank,
-            options.network_alpha,
-            None,
-            _encoders_for(builder, encoders),
-            dit,
-            neuron_dropout=options.network_dropout,
-            **arguments,
-        )
-    if options.network_dropout is not None:
-        logger.warning(
-            f"--network_dropout is ignored because {builder.__name__} takes its own settings; try "
-            "--network_args dropout=..."
-        )
-    texts = _encoders_for(builder, encoders)
-    return builder.create_network(1.0, rank, options.network_alpha, None, texts, dit, **arguments)
-
-
-def _build_from_weights(
-    builder: ModuleType, options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
-) -> Any:
-    assert options.network_weights is not None
-    create: Callable[..., Any] | None = next(
-        (
-            getattr(builder, name)
-            for name in ("create_arch_network_from_weights", "create_network_from_weights")
-            if hasattr(builder, name)
-        ),
-        None,
-    )
-    if create is None:
-        raise OptionError(
-            f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
-            "support it"
-        )
-    lora = read_lora(options.network_weights, with_texts=bool(encoders))
-    tensors: Mapping[str, Tensor] = {**lora.tensors, **lora.text_tensors}
-    given: dict[str, Any] = {
-        "multiplier": 1.0,
-        "weights_sd": tensors,
-        "file": str(options.network_weights),
-        "unet": dit,
-    }
-    texts = _encoders_for(builder, encoders)
-    given |= {"vae": None, "text_encoder": texts, "text_encoders": texts}
-    result = _call(
-        create,
-        **given,
-        neuron_dropout=options.network_dropout,
-        **options.arguments(),
-    )
-    return result[0] if isinstance(result, tuple) else result
 
 
 def _call(function: Callable[..., Any], **values: Any) -> Any:

@@ -30,12 +30,11 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS
-from networks.loading import LoraFile, list_some, warn_of_rest
+from networks.loading import LoraFile, LoraUse, list_some, warn_of_absent, warn_of_other_family, warn_of_rest
 from networks.lora_products import add_product
 from networks.module_names import choose_family, replace_dots
 from networks.names.layouts import FIRST_LAYERS
 from networks.parts import for_model
-from networks.uses import LoraUse, warn_of_absent, warn_of_other_family
 
 logger = getLogger(__name__)
 _MID = "lora_mid.weight"

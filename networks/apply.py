@@ -28,11 +28,10 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS, module_of_tensor, rename_modules
-from networks.loading import LoraFile, list_some
+from networks.loading import LoraFile, LoraUse, list_some, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, FamilyNames
 from networks.parts import part_rows
-from networks.uses import LoraUse, warn_of_absent, warn_of_other_family
 
 logger = getLogger(__name__)
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more

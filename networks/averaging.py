@@ -17,9 +17,9 @@ from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.checkpoints.writing import stream_tensors
 from modules.errors import CheckpointError
-from networks.averaging_options import AveragingOptions
 from networks.loading import list_some
 from networks.metadata import STALE, add_hashes, expert_of
+from networks.tool_options import AveragingOptions
 
 logger = getLogger(__name__)
 

@@ -20,13 +20,12 @@ from networks.apply import Change
 from networks.deltas import DORA, LORA, Factors, bias_delta, group_by_module, weight_delta
 from networks.extracting import decompose_change
 from networks.key_formats import OURS, module_of_tensor
-from networks.loading import LoraFile
+from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
 from networks.module_names import alias
 from networks.names.layouts import SWAPPED, FamilyNames, tensor_patterns
 from networks.parts import fuse
 from networks.text_loras import is_whole, pieces_of
-from networks.uses import LoraUse
 
 logger = getLogger(__name__)
 OTHER_KINDS = {DORA, "hada_w1_a", "lokr_w1", "lokr_w1_a", "lora_mid.weight"}
@@ -43,17 +42,10 @@ class Baking:
     models: Sequence[Path] = ()  # its transformer, then its text encoders
 
 
-@dataclass(frozen=True)
-class Baked:
-    """A plain LoRA, and in words the loss by its rank."""
-
-    lora: LoraFile
-    words: str
-
-
 @torch.no_grad()
-def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
-    """Replace each LoHa, LoKr and DoRA by the best LoRA of a rank for its change at multiplier 1.
+def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[LoraFile, str]:
+    """Replace each LoHa, LoKr and DoRA by the best LoRA of a rank for its change at multiplier 1; return the
+    LoRA, and in words the loss by its rank.
 
     Other modules stay as they are. Memory: the LoRA, and one weight with its change in float32. Raises
     OptionError if there is nothing to replace, or a DoRA without its model, CheckpointError if the model does
@@ -85,7 +77,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     tensors = {name: one for name, one in plain.items() if name not in texts}
     metadata = _metadata(lora.metadata, modules)
     made = replace(lora, tensors=tensors, text_tensors=texts, metadata=metadata)
-    return Baked(made, _in_words(losses, len(modules), baking.rank))
+    return made, _in_words(losses, len(modules), baking.rank)
 
 
 def _as_lora(

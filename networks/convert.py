@@ -1,7 +1,6 @@
 """Rewrite LoRA files in another dialect; put the LoRAs of two experts into one file, and take them apart."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 
@@ -15,37 +14,28 @@ from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
 from modules.output_files import refuse_replacing
 from networks.baking import OTHER_KINDS, Baking, bake
-from networks.deltas import LORA, group_by_module
-from networks.key_formats import OURS, dialect_in_words
-from networks.loading import PEFT_SETTINGS, LoraFile, list_some, read_lora
-from networks.metadata import NETWORKS, STALE, add_hashes, join_metadata
-from networks.module_names import choose_family, likely_family, read_family
-from networks.names.framepack import FRAMEPACK
-from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON, UNET_IN_DIFFUSERS, FamilyNames
-from networks.options import ConvertOptions
-from networks.parts import fuse
-from networks.uses import warn_of_other_expert
-from networks.writing import (
+from networks.deltas import (
+    LORA,
     add_missing_alphas,
-    rename_to_aliases,
-    texts_to_diffusers,
-    to_diffusers,
-    to_diffusers_parts,
-    to_other,
-    to_other_parts,
+    group_by_module,
 )
+from networks.key_formats import OURS, dialect_in_words
+from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
+from networks.metadata import NETWORKS, PEFT_SETTINGS, STALE, add_hashes, join_metadata
+from networks.module_names import (
+    choose_family,
+    likely_family,
+    read_family,
+)
+from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON, FamilyNames
+from networks.names.video import FRAMEPACK
+from networks.parts import fuse
+from networks.tool_options import ConvertOptions
+from networks.writing import in_dialect, rename_to_aliases, texts_to_diffusers
 
 logger = getLogger(__name__)
 # HunyuanVideo's names in diffusers' layout are FramePack's own; whose a file is that does not say so
 LIKELY_FAMILY = dict.fromkeys(("diffusers", "PEFT", "OneTrainer", "without prefix"), "hunyuan_video")
-
-
-@dataclass(frozen=True)
-class ConvertedLora:
-    """A LoRA in another dialect, with its metadata."""
-
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
 
 
 def convert(options: ConvertOptions) -> None:
@@ -136,87 +126,78 @@ def _convert_one(
     lora: LoraFile, output: Path, target: str, family_name: str | None = None, baking: Baking | None = None
 ) -> None:
     lora, words = _baked(lora, baking, family_name)
-    _save(output, converted(lora, target, family_name=family_name), [lora], words)
+    _save(output, *converted(lora, target, family_name=family_name), [lora], words)
 
 
 def _convert_parts(parts: Mapping[str, LoraFile], output: Path, baking: Baking | None) -> None:
     """Write one file of diffusers' dialect with a LoRA for each expert. parts: by expert."""
     found = {expert: _baked(lora, baking) for expert, lora in parts.items()}
-    parts, words = {expert: lora for expert, (lora, _) in found.items()}, [each for _, each in found.values()]
     starts = {expert: start for start, expert in NETWORKS.items()}
-    each = {expert: converted(lora, "diffusers", starts[expert]) for expert, lora in parts.items()}
-    tensors = {name: tensor for one in each.values() for name, tensor in one.tensors.items()}
-    metadata = join_metadata({expert: _lasting(one.metadata) for expert, one in each.items()})
-    _save(output, ConvertedLora(tensors, metadata), list(parts.values()), "\n".join(filter(None, words)))
+    each = {expert: converted(lora, "diffusers", starts[expert]) for expert, (lora, _) in found.items()}
+    tensors = {name: tensor for one, _ in each.values() for name, tensor in one.items()}
+    # without the hashes of the files that they are from
+    lasting = {
+        expert: {key: value for key, value in metadata.items() if not key.startswith(STALE)}
+        for expert, (_, metadata) in each.items()
+    }
+    words = "\n".join(words for _, words in found.values() if words)
+    _save(output, tensors, join_metadata(lasting), [lora for lora, _ in found.values()], words)
 
 
 def _baked(lora: LoraFile, baking: Baking | None, family_name: str | None = None) -> tuple[LoraFile, str]:
     """Return a LoRA with plain factors alone if the options ask for it, and in words the loss."""
-    if baking is None:
-        return lora, ""
-    baked = bake(lora, _family_of(lora, family_name)[0], baking)
-    return baked.lora, baked.words
+    return (lora, "") if baking is None else bake(lora, _family_of(lora, family_name), baking)
 
 
 def converted(
     lora: LoraFile, target: str, start: str = IN_DIFFUSERS, family_name: str | None = None
-) -> ConvertedLora:
-    """Return a LoRA in another dialect; warn of parts without a form in it.
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """Return a LoRA's tensors in another dialect, and their metadata; warn of parts without a form in it.
 
     start: of the names in diffusers' dialect. family_name: whose LoRA it is, if the caller knows; metadata
     say it better. Raises CheckpointError if no part of it can be written.
     """
-    source = lora.path
-    family, hint = _family_of(lora, family_name)
+    family = _family_of(lora, family_name)
     native = fuse(lora.tensors, family=family) if family is not None and family.parts else lora.tensors
-    if target != "diffusers" and family is not None and family.always_underscored:
-        ours = add_missing_alphas(native)
-        tensors = ours if family.always_underscored == "ours" else rename_to_aliases(ours, family)
-    elif target == "default":
+    names = "" if family is None or target == "diffusers" else family.always_underscored
+    if target == "other" and family is not None and family.underscored:
+        names = "aliases"
+    if names or target == "default":
         tensors = add_missing_alphas(native)
-    elif target == "other" and family is not None and family.underscored:
-        tensors = rename_to_aliases(add_missing_alphas(native), family)
+        if names == "aliases" and family is not None:
+            tensors = rename_to_aliases(tensors, family)
     else:
-        if family is not None and family.parts and target == "diffusers":
-            other = to_diffusers_parts(native, family, start)
-        elif family is not None and family.parts and family.start == IN_DIFFUSERS:
-            other = to_other_parts(native, family)
-        else:
-            begin = UNET_IN_DIFFUSERS if family is not None and family.start == UNET_IN_DIFFUSERS else start
-            other = to_diffusers(native, hint, begin) if target == "diffusers" else to_other(native, hint)
-        reasons = [f"{module} ({reason})" for module, reason in other.left_out.items()]
+        tensors, left_out = in_dialect(native, family, target, start)
         modules = group_by_module(native)
-        is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in other.left_out)
-        help_ = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
-        if not other.tensors and not lora.text_tensors:
-            raise CheckpointError(f"{source} cannot be converted: {list_some(reasons, 3)}.{help_}", source)
-        if reasons:
-            logger.warning(f"{source}: {len(reasons)} modules are left out: {list_some(reasons)}{help_}")
-        tensors = other.tensors
-    tensors = {**tensors, **_texts_in(lora, target)}
+        is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in left_out)
+        remedy = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
+        if not tensors and not lora.text_tensors:
+            reasons = list_some([f"{module} ({reason})" for module, reason in left_out.items()], 3)
+            raise CheckpointError(f"{lora.path} cannot be converted: {reasons}.{remedy}", lora.path)
+        _warn_of_left_out(lora.path, left_out, remedy)
+    # only diffusers has other names for text encoders
+    texts, left_out = add_missing_alphas(lora.text_tensors), {}
+    if target == "diffusers":
+        texts, left_out = texts_to_diffusers(lora.text_tensors)
+    _warn_of_left_out(lora.path, left_out)
     # its alphas are in the tensors now
     metadata = {key: value for key, value in lora.metadata.items() if key != PEFT_SETTINGS}
     if family is FRAMEPACK and read_family(lora.metadata) is None:
         metadata[TRAINED_ON] = family.name  # HunyuanVideo's names in diffusers' layout are the same
-    return ConvertedLora(tensors, metadata)
+    return {**tensors, **texts}, metadata
 
 
-def _texts_in(lora: LoraFile, target: str) -> Mapping[str, Tensor]:
-    """Return a LoRA's tensors for text encoders, in another dialect; only diffusers has other names."""
-    if target != "diffusers":
-        return add_missing_alphas(lora.text_tensors)
-    other = texts_to_diffusers(lora.text_tensors)
-    if other.left_out:
-        reasons = [f"{module} ({reason})" for module, reason in other.left_out.items()]
-        logger.warning(f"{lora.path}: {len(reasons)} modules are left out: {list_some(reasons)}")
-    return other.tensors
+def _warn_of_left_out(path: Path, left_out: Mapping[str, str], remedy: str = "") -> None:
+    if left_out:
+        reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
+        logger.warning(f"{path}: {len(reasons)} modules are left out: {list_some(reasons)}{remedy}")
 
 
-def _family_of(lora: LoraFile, name: str | None) -> tuple[FamilyNames | None, str | None]:
-    """Return whose names a LoRA's modules have, and the name of the family that it is probably for."""
+def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
+    """Return whose names a LoRA's modules have. name: of the family that the caller expects."""
     made = read_family(lora.metadata)
     hint = (name or _likely_family(lora)) if made is None else made.name
-    return choose_family((name.removeprefix(OURS) for name in lora.modules()), hint), hint
+    return choose_family((name.removeprefix(OURS) for name in lora.modules()), hint)
 
 
 def _likely_family(lora: LoraFile) -> str | None:
@@ -232,17 +213,18 @@ def _likely_family(lora: LoraFile) -> str | None:
     return LIKELY_FAMILY[lora.dialect] if found is None else found.name
 
 
-def _lasting(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without hashes of the file that they are from."""
-    return {key: value for key, value in metadata.items() if not key.startswith(STALE)}
-
-
-def _save(output: Path, result: ConvertedLora, sources: list[LoraFile], baked: str = "") -> None:
-    save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
+def _save(
+    output: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    sources: list[LoraFile],
+    baked: str = "",
+) -> None:
+    save_tensors(output, tensors, add_hashes(tensors, metadata))
     rows = [
         ("from", "\n".join(f"{lora.path}, {dialect_in_words(lora.dialect)}" for lora in sources)),
         ("to", f"{output} ({as_size(output.stat().st_size)})"),
-        ("tensors", f"{len(result.tensors)} written"),
+        ("tensors", f"{len(tensors)} written"),
         ("made plain", baked),
     ]
     show_box("The LoRA is converted", rows)

@@ -14,7 +14,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.parser import parse_options
-from networks.image_tools_options import FluxConvertOptions
+from networks.tool_options import FluxConvertOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

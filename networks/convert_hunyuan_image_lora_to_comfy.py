@@ -14,13 +14,13 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.parser import parse_options
-from networks.image_tools_options import ComfyConvertOptions
+from networks.tool_options import ComfyConvertOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_options(__doc__, argv, ComfyConvertOptions)
 
-    from networks.names.hunyuan_image import HUNYUAN_IMAGE
+    from networks.names.image import HUNYUAN_IMAGE
     from networks.writing import rename_file
 
     rename_file(options.src_path, options.dst_path, HUNYUAN_IMAGE, options.reverse)

@@ -45,6 +45,16 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
     return modules
 
 
+def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors in our order; a LoRA without alpha gets alpha = rank, an integer."""
+    completed = {}
+    for module, factors in group_by_module(tensors).items():
+        if "alpha" not in factors and LORA[0] in factors:
+            completed[f"{module}.alpha"] = torch.tensor(rank_of(factors), dtype=torch.int64)
+        completed.update({f"{module}.{part}": tensor for part, tensor in factors.items()})
+    return completed
+
+
 def find_fault(factors: Factors) -> str | None:
     """Say why these factors define no change of a weight; return None if they do."""
     for pair in _PAIRS:

@@ -20,7 +20,6 @@ from modules.devices import choose_device
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
 from networks.deltas import LORA
-from networks.image_tools_options import ExtractOptions
 from networks.key_formats import OURS, module_of_tensor
 from networks.merging import DTYPES, as_known
 from networks.metadata import add_hashes
@@ -28,6 +27,7 @@ from networks.module_names import alias, choose_family, replace_dots
 from networks.names.layouts import FamilyNames
 from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.text_loras import TensorPiece, is_whole, pieces_of
+from networks.tool_options import ExtractOptions
 
 logger = getLogger(__name__)
 OVERSAMPLING, POWERS = 16, 4  # of the randomised decomposition

@@ -9,28 +9,14 @@ Source: Yeh et al. 2023, arXiv 2309.14859.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from logging import getLogger
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from modules.errors import CheckpointError, OptionError
-from networks.deltas import group_by_module, rank_of
-from networks.key_formats import OURS
-from networks.loading import list_some
-from networks.lora import choose_modules
-from networks.lora_network import OwnNetwork
-from networks.lora_settings import LoraSettings, read_settings
-from networks.module_names import replace_dots
-
-logger = getLogger(__name__)
 Shapes = Mapping[str, tuple[int, ...]]
 MakeShapes = Callable[[int, int, int], Shapes]  # out, in, rank -> factors
-# takes the settings that only this kind has out of the arguments. Raises OptionError
-ReadShapes = Callable[[dict[str, Any]], MakeShapes]
 
 
 class FactoredLayer(nn.Module):
@@ -51,7 +37,8 @@ class FactoredLayer(nn.Module):
             _fill(name, self.get_parameter(name), shapes)
         self.rank, self.multiplier = rank, 1.0
         self.factors = tuple(shapes)
-        self._add: Callable[..., Tensor] = add_loha if "hada_w1_a" in shapes else add_lokr
+        self.kind = "LoHa" if "hada_w1_a" in shapes else "LoKr"
+        self._add: Callable[..., Tensor] = add_loha if self.kind == "LoHa" else add_lokr
         self._original = (original,)  # in a tuple, so that the frozen module is no part of this one
         self._before: Callable[[Tensor], Tensor] = original.forward
         self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
@@ -187,130 +174,3 @@ def _fill(name: str, weight: Tensor, shapes: Shapes) -> None:
         nn.init.normal_(weight, std=0.1 if name == "hada_w1_a" else 1.0)
     else:
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-
-
-class FactoredNetwork(OwnNetwork):
-    """LoHa or LoKr of a model. The state dict has the tensors of LyCORIS' files, under our prefix."""
-
-    def set_dropout_seed(self, seed: int) -> None:
-        """Do nothing: there is no dropout."""
-
-    def prepare_optimizer_params(
-        self, unet_lr: float | None = None, **_: Any
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return one parameter group for the optimizer, and its name for logs."""
-        return [{"params": list(self.parameters()), **({} if unet_lr is None else {"lr": unet_lr})}], ["unet"]
-
-
-def module_of_kind(
-    read_shapes: ReadShapes, first: tuple[str, ...]
-) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Return the functions of a module of these networks: `check_settings`, `create_arch_network` and
-    `create_arch_network_from_weights`, called as LoRA tuners call them.
-
-    first: names of factors; each module in a file has one of them.
-    """
-
-    def check(
-        rank: int | None,
-        alpha: float | None,
-        dropout: float | None,
-        arguments: Mapping[str, Any],
-        depths: Mapping[str, int] | None = None,
-    ) -> None:
-        """Raise OptionError if a setting cannot be used. Nothing of the model is needed."""
-        rest = dict(arguments)
-        read_shapes(rest)
-        _check_factored(rank, alpha, dropout, rest)
-
-    def create(
-        multiplier: float,
-        network_dim: int | None,
-        network_alpha: float | None,
-        vae: object,
-        text_encoders: object,
-        unet: nn.Module,
-        neuron_dropout: float | None = None,
-        **arguments: Any,
-    ) -> FactoredNetwork:
-        """Build a network on the Linear layers that the DiT's spec and the patterns choose.
-
-        `vae` and `text_encoders` are not used. Raises OptionError if no module is left, or for a setting that
-        only LoRAs have.
-        """
-        make_shapes = read_shapes(arguments)
-        settings = _check_factored(network_dim, network_alpha, neuron_dropout, arguments)
-        layers = {}
-        for name, target in choose_modules(unet, replace(settings, conv_rank=None)).items():
-            if isinstance(module := target.module, nn.Linear):
-                shapes = make_shapes(module.out_features, module.in_features, target.rank)
-                layers[name] = FactoredLayer(module, shapes, target.rank, target.alpha)
-        return FactoredNetwork(layers, multiplier)
-
-    def create_from_weights(
-        multiplier: float,
-        weights_sd: Mapping[str, Tensor],
-        text_encoders: object = None,
-        unet: nn.Module | None = None,
-        **_: Any,
-    ) -> FactoredNetwork:
-        """Build a network with the modules, factors and alphas of a file's tensors, but not their values."""
-        return _rebuild_factored(unet, multiplier, weights_sd, first)
-
-    return check, create, create_from_weights
-
-
-def _rebuild_factored(
-    unet: nn.Module | None, multiplier: float, weights: Mapping[str, Tensor], first: tuple[str, ...]
-) -> FactoredNetwork:
-    """Build a network with the modules, factors and alphas of a file's tensors (under our names).
-
-    first: names of factors; each module has one of them. Raises CheckpointError if nothing fits.
-    """
-    if unet is None:
-        raise TypeError("create_arch_network_from_weights needs unet")
-    known = {
-        OURS + replace_dots(path): module
-        for path, module in unet.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    layers, missed = {}, []
-    for name, factors in group_by_module(weights).items():
-        shapes = {part: tuple(tensor.shape) for part, tensor in factors.items() if part != "alpha"}
-        if not any(part in shapes for part in first) or any(len(shape) != 2 for shape in shapes.values()):
-            raise CheckpointError(
-                f"--dim_from_weights: {name} has {', '.join(shapes)}, which is another kind of network.\n"
-                "  Give the --network_module that the file was trained with."
-            )
-        if name not in known:
-            missed.append(name)
-            continue
-        rank = rank_of(factors) or 1
-        alpha = float(factors["alpha"]) if "alpha" in factors and rank_of(factors) else rank
-        layers[name] = FactoredLayer(known[name], shapes, rank, alpha)
-    if not layers:
-        raise CheckpointError(
-            "--dim_from_weights: the model has none of the file's modules, such as "
-            f"{list_some(missed, 3)}.\n  Give a file that was trained for this model."
-        )
-    if missed:
-        logger.warning(
-            f"--dim_from_weights: {len(missed)} modules are not in this model: {list_some(missed)}"
-        )
-    return FactoredNetwork(layers, multiplier)
-
-
-def _check_factored(
-    rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
-) -> LoraSettings:
-    """Read the settings. Raises OptionError for one that cannot be used, or that only LoRAs have."""
-    settings = read_settings(rank, alpha, dropout, arguments)
-    ratios = settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio
-    others = settings.dropouts, settings.decomposes, settings.reg_rates, settings.perturbation
-    if any(others) or any(ratio is not None for ratio in ratios):
-        raise OptionError(
-            "--network_dropout, and rank_dropout, module_dropout, dora_wd, loraplus_..., network_reg_lrs and "
-            "ggpo_... of --network_args, are for LoRAs only: leave them out, or use --network_module "
-            "networks.lora"
-        )
-    return settings

@@ -16,13 +16,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from networks.deltas import (
-    DORA,
-    PARTS,
-)
-from networks.module_names import alias, choose_family, replace_dots
+from networks.deltas import DORA, PARTS, Factors, weight_delta
+from networks.module_names import FAMILIES, alias, choose_family, replace_dots
 from networks.names.layouts import FIRST_ENCODER, FamilyNames
 
 OURS = "lora_unet_"
@@ -246,3 +244,22 @@ def _as_ours(key: str, tensor: Tensor) -> Tensor:
     else as it is.
     """
     return tensor.reshape(-1, *[1] * max(tensor.ndim - 1, 1)) if ".lora_magnitude_vector" in key else tensor
+
+
+def family_of(modules: Mapping[str, Factors]) -> FamilyNames | None:
+    """Return the family of a LoRA's modules by their names, and by sizes if several have these names."""
+    family = choose_family(name.removeprefix(OURS) for name in modules)
+    if family is None or not family.text_width:
+        return family
+    return family_by_text_width(modules) or family
+
+
+def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
+    """Return the family whose released models take texts as wide as a U-Net's cross-attention does here."""
+    widths = set()
+    for name, factors in modules.items():
+        if name.endswith(("attn2_to_k", "attn2_to_v")):
+            sizes = {part: one for part, one in factors.items() if part != "alpha"}
+            delta = weight_delta(sizes, torch.device("meta"))
+            widths |= set() if delta is None else {delta.numel() // len(delta)}
+    return next((one for one in FAMILIES if {one.text_width} == widths), None)

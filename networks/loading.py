@@ -1,48 +1,38 @@
-"""Read LoRA files of any dialect, and import the modules that build networks."""
+"""Read LoRA files of any dialect; their strength and patterns, and warnings of parts that a model lacks."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import regex
-import torch
 from torch import Tensor
 
 from modules.checkpoints.opening import open_checkpoint
-from modules.command import did_you_mean
 from modules.errors import CheckpointError, OptionError
-from modules.installation import import_user_module
-from modules.text_files import parse_json, read_text
-from networks.deltas import Factors, find_fault, group_by_module, rank_of, weight_delta
-from networks.key_formats import OURS, dialect_in_words, other_kind, to_native
-from networks.metadata import NETWORKS, expert_of, in_words, is_damaged, metadata_of, split_names
-from networks.module_names import FAMILIES, choose_family, read_family
-from networks.names.layouts import IN_DIFFUSERS, UNET_IN_DIFFUSERS, FamilyNames
-from networks.names.text_encoders import diffusers_path_of_text
+from networks.deltas import find_fault, group_by_module
+from networks.key_formats import OURS, dialect_in_words, family_of, other_kind, to_native
+from networks.metadata import (
+    NETWORKS,
+    expert_of,
+    in_words,
+    is_damaged,
+    metadata_of,
+    peft_alphas,
+    peft_config,
+    split_names,
+    text_alphas,
+)
+from networks.module_names import choose_family, is_optional, read_family
+from networks.names.layouts import FOR_BOTH, IN_DIFFUSERS, FamilyNames
+from networks.options import LoraOptions, LoraPatternOptions
 from networks.parts import mend_split_alphas
 
 logger = getLogger(__name__)
-# made for the layers of one model: nothing else can be trained by them
-WITH_RULES = ("networks.lora_flux", "networks.lora_hunyuan_image", "networks.lora_lumina")
-OWN_MODULES = (
-    *("networks.lora", "networks.loha", "networks.lokr"),
-    *("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"),
-    *WITH_RULES,
-)
 SHOWN = 6  # names listed in a message
 # in a name of every kind of network beside a model, read here or not
 _OF_NETWORKS = re.compile(r"lora|hada|lokr|oft|dora|vera|ia3|alpha|magnitude|diff(_[bm])?$|norm$")
-MAX_EXPRESSIONS = 1_000  # characters of all regular expressions in a file's settings together
-SECONDS = 0.5  # that a search for one path may take: a hostile one keeps Python's `re` busy for years
-_PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 A_FEW = 0.1  # share of a file that may be unused with only a plain warning
-# where diffusers keeps the adapter's settings among a file's metadata
-PEFT_SETTINGS = "lora_adapter_metadata"
 # what of a model's uses a LoRA has learned, in words: `Family.metadata` as trained_for
 TRAINED_FOR = "reelsmith_trained_for"
 
@@ -91,25 +81,6 @@ class LoraFile:
         """Return the family it was trained for, by metadata, else by names and sizes; None if unknown."""
         one = next(iter(self.parts.values()), self)
         return read_family(one.metadata) or family_of(one.modules())
-
-
-def family_of(modules: Mapping[str, Factors]) -> FamilyNames | None:
-    """Return the family of a LoRA's modules by their names, and by sizes if several have these names."""
-    family = choose_family(name.removeprefix(OURS) for name in modules)
-    if family is None or not family.text_width:
-        return family
-    return family_by_text_width(modules) or family
-
-
-def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
-    """Return the family whose released models take texts as wide as a U-Net's cross-attention does here."""
-    widths = set()
-    for name, factors in modules.items():
-        if name.endswith(("attn2_to_k", "attn2_to_v")):
-            sizes = {part: one for part, one in factors.items() if part != "alpha"}
-            delta = weight_delta(sizes, torch.device("meta"))
-            widths |= set() if delta is None else {delta.numel() // len(delta)}
-    return next((one for one in FAMILIES if {one.text_width} == widths), None)
 
 
 def _several(path: Path) -> CheckpointError:
@@ -202,8 +173,8 @@ def _read_part(
             )
     try:
         modules = group_by_module(native.tensors)
-        alphas = _peft_alphas(modules, native.paths, _peft_config(path, metadata, start))
-        text_alphas = _text_alphas(texts, path, metadata)
+        alphas = peft_alphas(modules, native.paths, peft_config(path, metadata, start))
+        alphas_of_texts = text_alphas(texts, path, metadata)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
@@ -217,7 +188,7 @@ def _read_part(
     )
     logger.info(f"{path}: {count}, {dialect_in_words(native.dialect)}{use}")
     tensors = mend_split_alphas(path, native.tensors | alphas, metadata)
-    return LoraFile(path, tensors, metadata, native.dialect, text_tensors={**texts, **text_alphas})
+    return LoraFile(path, tensors, metadata, native.dialect, text_tensors={**texts, **alphas_of_texts})
 
 
 def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
@@ -250,128 +221,122 @@ def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None
         )
 
 
-def _peft_config(path: Path, metadata: Mapping[str, str], start: str) -> dict[str, Any]:
-    """The adapter's settings that diffusers keeps in the metadata and PEFT in a file beside the weights; {}
-    without them.
+@dataclass(frozen=True)
+class LoraUse:
+    """One LoRA file and how it is used.
 
-    start: of the names of the network that they are for, in the metadata.
-    """
-    folder = path if path.is_dir() else path.parent
-    config_path = folder / "adapter_config.json"
-    if PEFT_SETTINGS in metadata:
-        entries = parse_json(metadata[PEFT_SETTINGS])
-        others = tuple(one for one in NETWORKS if one != start)
-        return {
-            key.removeprefix(start).removeprefix(UNET_IN_DIFFUSERS): value
-            for key, value in entries.items()
-            if not key.startswith(others)
-        }
-    if (path.is_dir() or path.name.startswith("adapter_model")) and config_path.is_file():
-        return dict(parse_json(read_text(config_path)))
-    return {}
-
-
-def _text_alphas(texts: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """Alphas of LoRAs for text encoders that stand in diffusers' metadata, as `_peft_alphas`."""
-    alphas: dict[str, Tensor] = {}
-    if PEFT_SETTINGS not in metadata:
-        return alphas
-    modules = group_by_module(texts)
-    paths = {name: found for name in modules if (found := diffusers_path_of_text(name)) is not None}
-    entries = parse_json(metadata[PEFT_SETTINGS])
-    for start in {each.partition(".")[0] + "." for each in paths.values()}:
-        config = {key.removeprefix(start): value for key, value in entries.items() if key.startswith(start)}
-        own = {name: found.removeprefix(start) for name, found in paths.items() if found.startswith(start)}
-        alphas |= _peft_alphas({name: modules[name] for name in own}, own, config)
-    return alphas
-
-
-def _peft_alphas(
-    modules: Mapping[str, Factors], paths: Mapping[str, str], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Alphas that stand in PEFT's settings rather than beside the factors.
-
-    modules: factors by name. paths: of these modules, as the file writes them. Raises ValueError if the
-    settings cannot be used.
-    """
-    patterns = PeftPatterns(
-        {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
-    )
-    default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
-    alphas = {}
-    for module, factors in modules.items():
-        rank = rank_of(factors)
-        if rank is None or "alpha" in factors:
-            continue
-        alpha = patterns.find(paths[module])
-        alpha = default if alpha is None else alpha
-        if alpha is None:
-            continue
-        if config.get("use_rslora"):
-            alpha = alpha * rank**0.5  # PEFT scales by alpha / sqrt(rank) then
-        alphas[f"{module}.alpha"] = torch.tensor(alpha)
-    return alphas
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"an alpha is {number}")
-    return number
-
-
-class PeftPatterns:
-    """The keys of PEFT's `alpha_pattern` with their values; of several that match, PEFT takes the first.
-
-    A key is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for it.
+    Patterns are regular expressions searched in its tensor names (ours). Where the model calls a module
+    otherwise, as FramePack does HunyuanVideo's, its name counts too: a pattern may be written for either, and
+    choose a part of a fused module.
     """
 
-    def __init__(self, values: Mapping[str, float]) -> None:
-        """Raises ValueError if a key is no expression, or if these are too long."""
-        self._values = values
-        self._places = {key: place for place, key in enumerate(values)}
-        expressions = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
-        if sum(map(len, expressions)) > MAX_EXPRESSIONS:
-            raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
-        self._expressions = {key: _compile_key(key) for key in expressions}
+    lora: LoraFile
+    multiplier: float = 1.0
+    include: str | None = None
+    exclude: str | None = None
 
-    def find(self, path: str) -> float | None:
-        """Return the value for a module path (`blocks.0.attn1.to_q`), or None if no key matches.
+    def for_expert(self, expert: str | None) -> "LoraUse":
+        """Return the same for an expert's part of the file, if it has parts, and warn if it is another one's.
 
-        Raises ValueError if an expression takes too long.
+        Raises as `LoraFile.for_expert`.
         """
-        ends = [path, *(path[index + 1 :] for index, char in enumerate(path) if char == ".")]
-        found = [end for end in ends if end in self._places]
-        for key, pattern in self._expressions.items():
-            try:
-                if pattern.match(path, timeout=SECONDS):
-                    found.append(key)
-            except TimeoutError:
-                raise ValueError(f"the key {key!r} takes too long to search {path} for") from None
-        return self._values[min(found, key=self._places.__getitem__)] if found else None
+        lora = self.lora.for_expert(expert)
+        warn_of_other_expert(lora, expert)
+        return replace(self, lora=lora)
+
+    def keeps(self, factors: Iterable[str], *names: str) -> bool:
+        """Whether the patterns keep one of a module's factors; names: the module's names in the file and in
+        the model.
+        """
+        for factor in factors:
+            tensor = [f"{name}.{factor}" for name in names]
+            included = self.include is None or any(re.search(self.include, name) for name in tensor)
+            if included and not (
+                self.exclude is not None and any(re.search(self.exclude, name) for name in tensor)
+            ):
+                return True
+        return False
 
 
-def _compile_key(key: str) -> "regex.Pattern[str]":
-    try:
-        return regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
-    except regex.error as error:
-        raise ValueError(f"the key {key!r} is no regular expression: {error}") from None
+def lora_uses(
+    loras: LoraOptions, patterns: LoraPatternOptions | None = None, with_texts: bool = False
+) -> list[LoraUse]:
+    """Read the files of `--lora_weight`; return each with its multiplier and patterns.
 
-
-def import_network_module(name: str) -> ModuleType:
-    """Import the module of `--network_module`: ours (`networks.lora_wan`) or any with `create_network(...)`.
-
-    The working folder is searched too. Raises OptionError if it cannot be imported or builds no network.
+    with_texts: with their changes of text encoders.
     """
-    module = import_user_module(
-        "--network_module",
-        name,
-        "networks.lora_wan",
-        f"{did_you_mean(name, OWN_MODULES)} Install the package, or use one of {', '.join(OWN_MODULES)}.",
-    )
-    if not hasattr(module, "create_arch_network") and not hasattr(module, "create_network"):
+    files = loras.lora_weight or ()
+    includes = _per_file(files, patterns.include_patterns if patterns else None, "--include_patterns")
+    excludes = _per_file(files, patterns.exclude_patterns if patterns else None, "--exclude_patterns")
+    rows = zip(files, loras.multipliers(), includes, excludes, strict=True)
+    return [
+        LoraUse(read_lora(path, by_expert=True, with_texts=with_texts), multiplier, include, exclude)
+        for path, multiplier, include, exclude in rows
+    ]
+
+
+def _per_file(files: Sequence[Path], patterns: Sequence[str] | None, option: str) -> list[str | None]:
+    """Return one pattern per file; None for files without one."""
+    given = list(patterns or ())
+    if len(given) > len(files):
         raise OptionError(
-            f"--network_module {name} offers neither create_arch_network nor create_network, so it builds no "
-            f"network. Use another module, such as one of {', '.join(OWN_MODULES)}"
+            f"{option} has {len(given)} patterns for {len(files)} LoRA files: give one per file, in the same "
+            "order"
         )
-    return module
+    return [*given, *[None] * (len(files) - len(given))]
+
+
+def warn_of_absent(
+    path: Path, absent: Sequence[str], whole: int, what: str, model: FamilyNames | None
+) -> None:
+    """Warn of parts of a LoRA that a model does not have, as `warn_of_rest`.
+
+    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. Parts that only some
+    models of the family have get their own warning: the others still work without them.
+    """
+    optional = [
+        name
+        for name in absent
+        if model is not None and is_optional(name.removeprefix(OURS).partition(".")[0], model)
+    ]
+    if optional and model is not None:
+        logger.warning(
+            f"{path}: {len(optional)} of {whole} {what}: they are for {model.optional_words}; the rest is "
+            f"used without them: {list_some(optional)}"
+        )
+    warn_of_rest(path, [name for name in absent if name not in set(optional)], whole, what)
+
+
+def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:
+    """Warn if a LoRA fits by its names but its metadata say that it was trained for another model."""
+    made = read_family(lora.metadata)
+    if made is None or model is None or made is model or made.name in model.takes:
+        return
+    logger.warning(
+        f"{lora.path} was trained for {made.name}, as its metadata say, and is used on a {model.name} model. "
+        "The names are the same, what it has learned is not: do not expect much of it."
+    )
+
+
+def family_of_network(names: Iterable[str], lora: LoraFile) -> FamilyNames | None:
+    """Return the family that a network was built for, by the names of its modules (ours, with our prefix).
+
+    These are only some of a model's: if they are names of the LoRA's family too, it is taken for that.
+    """
+    made = read_family(lora.metadata)
+    return choose_family((name.removeprefix(OURS) for name in names), None if made is None else made.name)
+
+
+def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
+    """Warn if a LoRA was trained for another expert than the one it is added to.
+
+    expert: name of the latter; empty or None if the model has no experts or it is unknown which one it is.
+    """
+    if not expert or lora.expert in (None, FOR_BOTH, expert):
+        return
+    says = "name says" if expert_of(lora.metadata, Path()) is None else "metadata say"
+    logger.warning(
+        f"{lora.path} was trained for the {in_words(lora.expert)}, as its {says}, and is loaded into the "
+        f"{in_words(expert)}: what it has learned is about other noise levels. Give the file for the "
+        f"{in_words(expert)}, if there is one."
+    )

@@ -67,6 +67,7 @@ class LoraLayer(nn.Module):
     without autocast.
     """
 
+    kind = "LoRA"
     alpha: Tensor
     squares: Tensor  # of the norms of the frozen weight's rows, for DoRA
     lora_down: nn.Linear | nn.Conv2d

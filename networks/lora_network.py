@@ -1,7 +1,6 @@
-"""The network of LoRAs that a training optimises: in a DiT, and in text encoders that learn."""
+"""The network that a training optimises: LoRAs, LoHas or LoKrs in a DiT, LoRAs in text encoders too."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.atomic_write import save_tensors
 from modules.errors import CheckpointError
-from networks.deltas import LORA, Factors, group_by_module, rank_of
+from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, rank_of
 from networks.key_formats import OURS
-from networks.loading import list_some, read_lora
+from networks.loading import family_of_network, list_some, read_lora, warn_of_other_family
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import RowStrengths, mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
-from networks.metadata import add_hashes, saved_dtype
 from networks.parts import for_model
-from networks.uses import family_of_network, warn_of_other_family
-from networks.writing import add_missing_alphas
 
 logger = getLogger(__name__)
 UNET = OURS.removesuffix("_")
@@ -29,51 +24,55 @@ UNET = OURS.removesuffix("_")
 class OwnNetwork(nn.Module):
     """Layers of a model by our names. The state dict has the tensors of a LoRA file in our dialect."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], multiplier: float) -> None:
-        """layers: each has `attach`, `norm`, `shrink` and a `multiplier`."""
+    def __init__(self, layers: Mapping[str, nn.Module], settings: LoraSettings) -> None:
+        """layers: each has `attach`, `norm`, `shrink`, a `rank` and a `multiplier`."""
         super().__init__()
+        self.settings = settings
         self.names = list(layers)
         self.layers: list[Any] = list(layers.values())
-        for name, layer in layers.items():
+        self._seed = DropoutSeed()
+        for index, (name, layer) in enumerate(layers.items()):
             self.add_module(name, layer)
-        self.set_multiplier(multiplier)
+            if isinstance(layer, LoraLayer):
+                layer.set_dropouts(settings.dropouts, self._seed, index)
+        # of LoRA-GGPO: the mean norm of the frozen weight's rows by layer, and the noise on them
+        self._bases: dict[str, Tensor] = {}
+        self.state_beside_file: dict[str, nn.Module] = {}  # what a training saves beside the file, by names
+        if settings.perturbation is not None:
+            self._prepare_noise(layers)
+        ranks = sorted({layer.rank for layer in self.layers})
+        kind = self.layers[0].kind
+        logger.info(f"{kind} on {len(self.layers)} modules, rank {list_some([str(rank) for rank in ranks])}")
 
-    def apply_to(
-        self,
-        text_encoders: object,
-        unet: nn.Module,
-        apply_text_encoder: bool = False,
-        apply_unet: bool = True,
-    ) -> None:
-        """Put the layers into the models they were built for: the DiT, and text encoders if it has some."""
+    def attach(self, in_dit: bool = True) -> None:
+        """Put the layers into the models they were built for. in_dit: into the DiT too."""
         for name, layer in zip(self.names, self.layers, strict=True):
-            if apply_unet if prefix_of(name) == UNET else apply_text_encoder:
+            if in_dit or prefix_of(name) != UNET:
                 layer.attach()
 
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds the parameters, as other packages' networks have one."""
+        return self
+
     def set_multiplier(self, multiplier: float) -> None:
-        self.multiplier = multiplier
+        """Set the strength of the network; 1 during training."""
         for layer in self.layers:
             layer.multiplier = multiplier
 
-    def prepare_grad_etc(self, unet: nn.Module) -> None:
-        self.requires_grad_(True)
-
-    def on_epoch_start(self, unet: nn.Module) -> None:
-        self.train()
-
-    def get_trainable_params(self) -> Iterator[nn.Parameter]:
-        return self.parameters()
-
-    def load_weights(self, file: str | Path) -> list[str]:
+    def load_weights(self, path: Path) -> list[str]:
         """Start from a file of any dialect; returns (and warns of) the modules that only one side has.
 
         The file's alphas come along. Raises CheckpointError if a module has other factors or sizes here, or
         none is here.
         """
-        path, own = Path(file), group_by_module(self.state_dict())
+        own = group_by_module(self.state_dict())
         lora = read_lora(path, with_texts=any(prefix_of(name) != UNET for name in own))
         warn_of_other_family(lora, family_of_network(own, lora))
-        stored = group_by_module(self._for_modules({**lora.tensors, **lora.text_tensors}, own))
+        heights = {name: len(factors[LORA[1]]) for name, factors in own.items() if LORA[1] in factors}
+        stored = group_by_module(
+            add_missing_alphas(for_model({**lora.tensors, **lora.text_tensors}, heights.get))
+        )
         fitting = {name: factors for name, factors in stored.items() if name in own}
         wrong = [name for name, factors in fitting.items() if _shapes(factors) != _shapes(own[name])]
         if wrong:
@@ -81,7 +80,7 @@ class OwnNetwork(nn.Module):
             lines = [f"  {name} has {theirs}, here {ours}\n" for name, theirs, ours in sizes]
             raise CheckpointError(
                 f"--network_weights {path} does not fit this network in {len(wrong)} of {len(stored)} "
-                f"modules:\n{''.join(lines[:3])}  {self._remedy(stored, own, wrong[0])}",
+                f"modules:\n{''.join(lines[:3])}  {_remedy(stored, own[wrong[0]], wrong[0])}",
                 path,
             )
         if not fitting:
@@ -105,52 +104,20 @@ class OwnNetwork(nn.Module):
             )
         return problems
 
-    def save_weights(
-        self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
-    ) -> None:
-        """Write a LoRA file, completely or not at all, with the hashes of its tensors in the metadata."""
-        tensors = saved_dtype(self.state_dict(), dtype)
-        save_tensors(Path(file), tensors, add_hashes(tensors, metadata or {}))
-
     @torch.no_grad()
-    def apply_max_norm_regularization(
-        self, max_norm: float, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale down each layer whose change of the weight has a norm above `max_norm`.
+    def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
+        """After an optimizer step, scale down each layer whose change of the weight has a larger norm.
 
-        Returns the number of scaled layers, and mean and largest norm afterwards, as tensors on the network's
-        device, so that the host need not wait for them. `device` is ignored.
+        Returns the number of scaled layers, and mean and largest norm afterwards, on the device, where they
+        may still be computed.
         """
         norms = torch.stack([layer.norm() for layer in self.layers])
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
         for layer, ratio in zip(self.layers, ratios, strict=True):
             layer.shrink(ratio)
         after = norms * ratios
-        return (ratios < 1).sum(), after.mean(), after.max()
-
-    def _for_modules(self, tensors: Mapping[str, Tensor], own: Mapping[str, Factors]) -> Mapping[str, Tensor]:
-        """Return the tensors of a file for the modules of this network."""
-        return tensors
-
-    def _remedy(self, stored: Mapping[str, Factors], own: Mapping[str, Factors], wrong: str) -> str:
-        """Return a remedy for a module of a file that does not fit."""
-        return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
-
-
-class LoraNetwork(OwnNetwork):
-    """LoRAs of a model."""
-
-    def __init__(
-        self, layers: Mapping[str, LoraLayer], settings: LoraSettings, multiplier: float = 1.0
-    ) -> None:
-        super().__init__(layers, multiplier)
-        self.settings = settings
-        self._seed = DropoutSeed()
-        for index, layer in enumerate(self.layers):
-            layer.set_dropouts(settings.dropouts, self._seed, index)
-        self._noise = None if settings.perturbation is None else _prepare_noise(layers)
-        ranks = sorted({layer.rank for layer in self.layers})
-        logger.info(f"LoRA on {len(self.layers)} modules, rank {list_some([str(rank) for rank in ranks])}")
+        numbers = (ratios < 1).sum(), after.mean(), after.max()
+        return torch.stack([number.to(device, torch.float32) for number in numbers])
 
     def set_dropout_seed(self, seed: int) -> None:
         """Seed all dropout masks until the next call; call before each micro-batch."""
@@ -160,19 +127,23 @@ class LoraNetwork(OwnNetwork):
             for layer, table in zip(self.layers, tables.unbind(), strict=True):
                 layer.seed_table = table
 
-    def prepare_optimizer_params(
+    def parameter_groups(
         self,
+        learning_rate: float,
         unet_lr: float | None = None,
-        text_encoder_lr: float | Sequence[float] | None = None,
-        **_: Any,
+        text_encoder_lr: Sequence[float] | None = None,
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups for the optimizer, and a name of each for logs.
 
-        text_encoder_lr: one rate, or one for each text encoder that learns, in their order (the last one for
-        those without); None: `unet_lr`. A part whose rate is 0 is in no group. With LoRA+ the up matrices are
-        groups of their own; the last pattern of network_reg_lrs that fits a module is its rate.
+        unet_lr: of the DiT's part; None: `learning_rate`. text_encoder_lr: of each text encoder that learns,
+        in their order, the last one for those without; None: `learning_rate`. A part whose rate is 0 is in no
+        group. With LoRA+ the up matrices are groups of their own; the last pattern of network_reg_lrs that
+        fits a module is its rate.
         """
-        rates = self._rates(unet_lr, text_encoder_lr)
+        texts = [learning_rate] if text_encoder_lr is None else text_encoder_lr
+        encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
+        rates = {prefix: texts[min(index, len(texts) - 1)] for index, prefix in enumerate(encoders)}
+        rates[UNET] = learning_rate if unet_lr is None else unet_lr
         found = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
         log_overlaps("network_reg_lrs", self.settings.reg_rates, found)
         groups: dict[str, dict[str, Any]] = {}
@@ -187,43 +158,30 @@ class LoraNetwork(OwnNetwork):
             ratio = (
                 self.settings.loraplus_lr_ratio if prefix == UNET else self.settings.loraplus_encoder_ratio
             )
-            up = layer.lora_up.weight
             for parameter in layer.parameters():
-                is_fast = ratio is not None and parameter is up
-                group = groups.setdefault(f"{label} plus" if is_fast else label, {"params": []})
+                if ratio is not None and parameter is layer.lora_up.weight:
+                    group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * ratio})
+                else:
+                    group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
-                if rate is not None:
-                    group["lr"] = rate * ratio if is_fast and ratio is not None else rate
         order = sorted(groups, key=lambda name: (_base(groups, name), name.endswith(" plus")))
         return [groups[name] for name in order], order
 
-    def _rates(
-        self, unet_lr: float | None, text_encoder_lr: float | Sequence[float] | None
-    ) -> dict[str, float | None]:
-        """Return the learning rate of each part by its prefix."""
-        given = text_encoder_lr if isinstance(text_encoder_lr, Sequence) else [text_encoder_lr]
-        rates: dict[str, float | None] = {UNET: unet_lr}
-        encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
-        for index, prefix in enumerate(encoders):
-            rate = given[min(index, len(given) - 1)] if given else None
-            rates[prefix] = unet_lr if rate is None else rate
-        return rates
-
-    def on_step_start(self) -> None:
-        """Do nothing; the interface requires this method."""
-
-    @property
-    def state_beside_file(self) -> dict[str, nn.Module]:
-        """Return the tensors to save beside those of the file, by names: the noise of LoRA-GGPO."""
-        return {} if self._noise is None else {"ggpo": self._noise.strengths}
+    def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
+        """Give the layers on Linear modules a place for their noise, none until the first step."""
+        linear = {name: one.original for name, one in layers.items() if isinstance(one.original, nn.Linear)}
+        strengths = RowStrengths({name: original.out_features for name, original in linear.items()})
+        for index, (name, original) in enumerate(linear.items()):
+            self._bases[name] = mean_row_norm(original, index)
+            layers[name].noise_of = strengths, name
+        self.state_beside_file = {"ggpo": strengths}
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
         """Set the noise of LoRA-GGPO from weights and gradients; call after clipping, before the step."""
         rule = self.settings.perturbation
-        if rule is None or self._noise is None:
-            return
-        for name, base in self._noise.bases.items():
+        for name, base in self._bases.items():
+            assert rule is not None
             layer = getattr(self, name)
             gradients = layer.lora_down.weight.grad, layer.lora_up.weight.grad
             if gradients[0] is None or gradients[1] is None:
@@ -232,22 +190,22 @@ class LoraNetwork(OwnNetwork):
             strengths = row_strengths(*weights, gradients, layer.scale, base.to(weights[0].device), rule)
             layer.noise.copy_(strengths)
 
-    def _for_modules(self, tensors: Mapping[str, Tensor], own: Mapping[str, Factors]) -> Mapping[str, Tensor]:
-        heights = {name: len(factors[LORA[1]]) for name, factors in own.items()}
-        return add_missing_alphas(for_model(tensors, heights.get))
 
-    def _remedy(self, stored: Mapping[str, Factors], own: Mapping[str, Factors], wrong: str) -> str:
-        if stored[wrong].keys() != own[wrong].keys():
-            return (
-                "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or "
-                "train on with the --network_module that made it, such as lycoris.kohya."
-            )
-        sizes = [(one[LORA[0]].shape[1:], len(one[LORA[1]])) for one in (stored[wrong], own[wrong])]
-        if sizes[0] != sizes[1]:
-            return "Give a LoRA that was trained for a model of this size."
-        ranks = {rank_of(factors) for factors in stored.values()}
-        known = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
-        return f"Give {known}--dim_from_weights."
+def _remedy(stored: Mapping[str, Factors], own: Factors, wrong: str) -> str:
+    """Return a remedy for a module that does not fit. own: the factors that it has in the network."""
+    if LORA[0] not in own:
+        return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
+    if stored[wrong].keys() != own.keys():
+        return (
+            "This network trains plain LoRAs. Add the file to the model instead (--base_weights), or train "
+            "on with the --network_module that made it, such as lycoris.kohya."
+        )
+    sizes = [(one[LORA[0]].shape[1:], len(one[LORA[1]])) for one in (stored[wrong], own)]
+    if sizes[0] != sizes[1]:
+        return "Give a LoRA that was trained for a model of this size."
+    ranks = {rank_of(factors) for factors in stored.values()}
+    known = f"--network_dim {ranks.pop()}, or " if len(ranks) == 1 else ""
+    return f"Give {known}--dim_from_weights."
 
 
 def prefix_of(name: str) -> str:
@@ -260,25 +218,6 @@ def _base(groups: Mapping[str, object], name: str) -> int:
     order = list(groups)
     plain = name.removesuffix(" plus")
     return order.index(plain) if plain in groups else order.index(name)
-
-
-@dataclass(frozen=True)
-class _NoiseState:
-    """State of LoRA-GGPO beside the factors."""
-
-    bases: Mapping[str, Tensor]  # by name of the layer: the mean norm of the frozen weight's rows
-    strengths: RowStrengths
-
-
-def _prepare_noise(layers: Mapping[str, LoraLayer]) -> _NoiseState:
-    """Give the layers on Linear modules a place for their noise, none until the first step."""
-    linear = {name: layer.original for name, layer in layers.items() if isinstance(layer.original, nn.Linear)}
-    strengths = RowStrengths({name: original.out_features for name, original in linear.items()})
-    bases = {}
-    for index, (name, original) in enumerate(linear.items()):
-        bases[name] = mean_row_norm(original, index)
-        layers[name].noise_of = strengths, name
-    return _NoiseState(bases, strengths)
 
 
 def _shapes(factors: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -23,16 +23,15 @@ from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing
 from networks.apply import LoraPatch
 from networks.deltas import LORA, Factors, group_by_module, strength
-from networks.image_tools_options import FluxMergeOptions, WholeMergeOptions
-from networks.key_formats import OURS
-from networks.loading import LoraFile, family_of, read_lora
+from networks.key_formats import OURS, family_of
+from networks.loading import LoraFile, LoraUse, read_lora
 from networks.lora_network import prefix_of
 from networks.metadata import add_hashes
 from networks.module_names import choose_family, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.parts import fuse
 from networks.text_loras import WholePatch, is_whole, uses_for_text, warn_of_texts
-from networks.uses import LoraUse
+from networks.tool_options import FluxMergeOptions, WholeMergeOptions
 from networks.writing import rename_to_aliases
 
 logger = getLogger(__name__)

@@ -1,18 +1,30 @@
-"""Metadata of LoRA files: the expert of a file, checksums that model browsers look up."""
+"""What LoRA files say of themselves: their expert, checksums that model browsers look up, PEFT's settings; a
+description in a line.
+"""
 
 import hashlib
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import regex
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from modules.atomic_write import save_tensors
+from modules.checkpoints.opening import Checkpoint
 from modules.contract.rules import expert_of_file, named_expert
-from modules.text_files import parse_json
-from networks.module_names import FAMILIES
-from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, IN_DIFFUSERS, TRAINED_EXPERT
+from modules.text_files import parse_json, read_text
+from networks.deltas import DORA, Factors, group_by_module, rank_of
+from networks.key_formats import OURS, dialect_in_words, family_of, other_kind, to_native
+from networks.module_names import FAMILIES, read_family
+from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, IN_DIFFUSERS, TRAINED_EXPERT, UNET_IN_DIFFUSERS
+from networks.names.stable_diffusion import diffusers_path_of_text
 
 # what a LoRA file with a part for each expert says of single parts: {"high_noise": {...}, ...} as JSON
 PARTS_METADATA = "reelsmith_experts"
@@ -136,6 +148,218 @@ def is_damaged(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         return hashlib.file_digest(file, "sha256").hexdigest() != metadata["sshs_model_hash"]
 
 
-def saved_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Copy tensors to the CPU in the file's dtype; None keeps the dtype of each."""
-    return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+def save_network(
+    module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+) -> None:
+    """Write a network to a file, completely or not at all, with hashes added to the metadata.
+
+    dtype: of the tensors in the file; None: as trained.
+    """
+    tensors = {
+        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in module.state_dict().items()
+    }
+    save_tensors(path, tensors, add_hashes(tensors, metadata))
+
+
+# where diffusers keeps the adapter's settings among a file's metadata
+PEFT_SETTINGS = "lora_adapter_metadata"
+MAX_EXPRESSIONS = 1_000  # characters of all regular expressions in a file's settings together
+SECONDS = 0.5  # that a search for one path may take: a hostile one keeps Python's `re` busy for years
+_PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+
+
+def peft_config(path: Path, metadata: Mapping[str, str], start: str) -> dict[str, Any]:
+    """The adapter's settings that diffusers keeps in the metadata and PEFT in a file beside the weights; {}
+    without them.
+
+    start: of the names of the network that they are for, in the metadata.
+    """
+    folder = path if path.is_dir() else path.parent
+    config_path = folder / "adapter_config.json"
+    if PEFT_SETTINGS in metadata:
+        entries = parse_json(metadata[PEFT_SETTINGS])
+        others = tuple(one for one in NETWORKS if one != start)
+        return {
+            key.removeprefix(start).removeprefix(UNET_IN_DIFFUSERS): value
+            for key, value in entries.items()
+            if not key.startswith(others)
+        }
+    if (path.is_dir() or path.name.startswith("adapter_model")) and config_path.is_file():
+        return dict(parse_json(read_text(config_path)))
+    return {}
+
+
+def text_alphas(texts: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Alphas of LoRAs for text encoders that stand in diffusers' metadata, as `peft_alphas`."""
+    alphas: dict[str, Tensor] = {}
+    if PEFT_SETTINGS not in metadata:
+        return alphas
+    modules = group_by_module(texts)
+    paths = {name: found for name in modules if (found := diffusers_path_of_text(name)) is not None}
+    entries = parse_json(metadata[PEFT_SETTINGS])
+    for start in {each.partition(".")[0] + "." for each in paths.values()}:
+        config = {key.removeprefix(start): value for key, value in entries.items() if key.startswith(start)}
+        own = {name: found.removeprefix(start) for name, found in paths.items() if found.startswith(start)}
+        alphas |= peft_alphas({name: modules[name] for name in own}, own, config)
+    return alphas
+
+
+def peft_alphas(
+    modules: Mapping[str, Factors], paths: Mapping[str, str], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Alphas that stand in PEFT's settings rather than beside the factors.
+
+    modules: factors by name. paths: of these modules, as the file writes them. Raises ValueError if the
+    settings cannot be used.
+    """
+    patterns = PeftPatterns(
+        {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+    )
+    default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
+    alphas = {}
+    for module, factors in modules.items():
+        rank = rank_of(factors)
+        if rank is None or "alpha" in factors:
+            continue
+        alpha = patterns.find(paths[module])
+        alpha = default if alpha is None else alpha
+        if alpha is None:
+            continue
+        if config.get("use_rslora"):
+            alpha = alpha * rank**0.5  # PEFT scales by alpha / sqrt(rank) then
+        alphas[f"{module}.alpha"] = torch.tensor(alpha)
+    return alphas
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"an alpha is {number}")
+    return number
+
+
+class PeftPatterns:
+    """The keys of PEFT's `alpha_pattern` with their values; of several that match, PEFT takes the first.
+
+    A key is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for it.
+    """
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        """Raises ValueError if a key is no expression, or if these are too long."""
+        self._values = values
+        self._places = {key: place for place, key in enumerate(values)}
+        expressions = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
+        if sum(map(len, expressions)) > MAX_EXPRESSIONS:
+            raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
+        self._expressions = {key: _compile_key(key) for key in expressions}
+
+    def find(self, path: str) -> float | None:
+        """Return the value for a module path (`blocks.0.attn1.to_q`), or None if no key matches.
+
+        Raises ValueError if an expression takes too long.
+        """
+        ends = [path, *(path[index + 1 :] for index, char in enumerate(path) if char == ".")]
+        found = [end for end in ends if end in self._places]
+        for key, pattern in self._expressions.items():
+            try:
+                if pattern.match(path, timeout=SECONDS):
+                    found.append(key)
+            except TimeoutError:
+                raise ValueError(f"the key {key!r} takes too long to search {path} for") from None
+        return self._values[min(found, key=self._places.__getitem__)] if found else None
+
+
+def _compile_key(key: str) -> "regex.Pattern[str]":
+    try:
+        return regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
+    except regex.error as error:
+        raise ValueError(f"the key {key!r} is no regular expression: {error}") from None
+
+
+KINDS = {
+    "hada_w1_a": "LoHa",
+    "lokr_w1": "LoKr",
+    "lokr_w1_a": "LoKr",
+    DORA: "DoRA",
+    "lora_down.weight": "LoRA",
+}
+LISTED = 8  # kinds of layers, ranks
+LARGEST = 4 << 30  # bytes of tensors that are hashed in memory
+
+
+def describe_lora(checkpoint: Checkpoint) -> str | None:
+    """Describe the LoRA in an open file: kind, model, ranks, layers; None if it is no LoRA.
+
+    Only scales are read.
+    """
+    unsupported = other_kind(checkpoint.tensors)
+    if unsupported is not None:
+        return f"a network of the kind {unsupported[0]}, which is not supported"
+    parts = []
+    for expert, names in split_names(checkpoint.tensors).items():
+        one = _describe_part(checkpoint, names)
+        if one is None:
+            return None
+        parts.append(one if expert is None else f"{one}, for the {in_words(expert)}")
+    return "; ".join(parts) or None
+
+
+def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the checksums that model browsers look a LoRA up by, as training writes them into its metadata.
+
+    Empty if the file is no LoRA, or too large to be one.
+    """
+    size = sum(info.size_bytes for info in checkpoint.tensors.values())
+    if size > LARGEST or describe_lora(checkpoint) is None:
+        return {}
+    return model_hashes({name: checkpoint.read(name) for name in checkpoint.tensors}, checkpoint.metadata)
+
+
+def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
+    hollow = {
+        name: torch.empty(checkpoint.tensors[name].shape, dtype=checkpoint.tensors[name].dtype, device="meta")
+        for name in names
+    }
+    made = read_family(checkpoint.metadata)
+    native = to_native(hollow, None if made is None else made.name)
+    modules = group_by_module({**native.tensors, **native.texts})
+    in_texts = len(group_by_module(native.texts))
+    kinds = {name for factors in modules.values() for part, name in KINDS.items() if part in factors}
+    if not modules or 2 * len(native.unknown) > len(names):  # a whole model may have a LoRA's names in it
+        return None
+    family = made or family_of(group_by_module(native.tensors))
+    what = "DoRA" if "DoRA" in kinds else " and ".join(sorted(kinds)) or "whole differences of weights"
+    model = f" for {family.name}" if family is not None else ""
+    ranks = Counter(rank for factors in modules.values() if (rank := rank_of(factors)) is not None)
+    alphas = {float(checkpoint.read(name)) for name in names if _is_alpha(checkpoint, name)}
+    expert = expert_of(checkpoint.metadata, checkpoint.path)
+    words = [
+        f"a {what}{model}, {dialect_in_words(native.dialect)}",
+        _of_numbers("rank", ranks),
+        _of_numbers("alpha", Counter(alphas)),
+        f"{len(modules)} layers: {_layers(modules)}",
+        f"{in_texts} of them in text encoders" if in_texts else "",
+        "" if expert in (None, FOR_BOTH) else f"trained for the {in_words(str(expert))}",
+    ]
+    return ", ".join(word for word in words if word)
+
+
+def _is_alpha(checkpoint: Checkpoint, name: str) -> bool:
+    info = checkpoint.tensors[name]
+    return name.endswith(".alpha") and info.size_bytes == info.dtype.itemsize
+
+
+def _of_numbers(word: str, numbers: "Counter[int] | Counter[float]") -> str:
+    if not numbers:
+        return ""
+    if len(numbers) > LISTED:
+        return f"{word} {min(numbers):g} to {max(numbers):g}"
+    return f"{word} {', '.join(f'{number:g}' for number in sorted(numbers))}"
+
+
+def _layers(modules: Mapping[str, Factors]) -> str:
+    """`blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
+    counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
+    shown = [f"{name} ({number})" for name, number in counts.most_common(LISTED)]
+    more = f" and {len(counts) - LISTED} kinds more" if len(counts) > LISTED else ""
+    return ", ".join(shown) + more

@@ -6,14 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from networks.names.flux import FLUX
-from networks.names.framepack import FRAMEPACK
-from networks.names.hunyuan import HUNYUAN_VIDEO
-from networks.names.hunyuan_image import HUNYUAN_IMAGE
+from networks.names.image import FLUX, HUNYUAN_IMAGE, LUMINA
 from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
-from networks.names.lumina import LUMINA
 from networks.names.stable_diffusion import SD1, SD2, SDXL
-from networks.names.wan import WAN
+from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
 
 # of several with equal names the first is chosen, if nothing else tells
 FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, HUNYUAN_IMAGE, LUMINA, SD1, SDXL, SD2)

@@ -1,4 +1,4 @@
-"""Options to train a LoRA network, add LoRAs to a model, merge and convert files. Standard library only."""
+"""Options to train a LoRA network, and to add LoRAs to a model. Standard library only."""
 
 import logging
 import math
@@ -10,13 +10,11 @@ from pathlib import Path
 from modules.errors import OptionError
 from modules.option_values import split_pairs
 from modules.options import FREE, HABIT, IDENTITY, Options, option
-from modules.output_files import check_output_file, refuse_replacing
 from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
 
 MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
-MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
 
 
 class NetworkOptions(Options, title="network"):
@@ -140,95 +138,6 @@ class LoraPatternOptions(Options):
         return replace(
             self, exclude_patterns=tuple(pattern if one is None else f"(?:{one})|{pattern}" for one in given)
         )
-
-
-class MergeOptions(Options):
-    """Options of `merge_lora.py`."""
-
-    dit: Path = option(
-        "checkpoint of the model: a file, one of its shards, an index, or a folder", required=True
-    )
-    dit_in_channels: int = option(
-        "refuse a checkpoint whose first layer takes another number of channels; the default, 16, "
-        "accepts any",
-        default=MERGE_CHANNELS_UNCHECKED,
-    )
-    lora: LoraOptions
-    expert: str | None = option(
-        "which expert of Wan2.2 A14B --dit is: chooses the part of a LoRA file for both, and warns of a "
-        "LoRA for the other; default: as the name of the file or folder says",
-        choices=("high_noise", "low_noise"),
-    )
-    save_merged_model: Path = option("safetensors file to write", required=True)
-    device: str | None = option("device that computes the deltas; default: CUDA if available, else the CPU")
-
-    def __post_init__(self) -> None:
-        require_files("--dit", [self.dit])
-        check_output_file("--save_merged_model", self.save_merged_model)
-
-
-class ConvertOptions(Options):
-    """Options of `convert_lora.py`."""
-
-    input: Path = option(
-        "LoRA file, any dialect; of two experts that of low noise, or of both", required=True
-    )
-    input_high_noise: Path | None = option(
-        "LoRA file of the high-noise expert of Wan2.2, to be written beside --input", excludes="expert"
-    )
-    output: Path = option("safetensors file to write", required=True)
-    output_high_noise: Path | None = option(
-        "safetensors file for the LoRA of the high-noise expert; --output then gets that of low noise",
-        excludes="expert",
-    )
-    expert: str | None = option(
-        "of a file with a LoRA for each expert, take this one alone", choices=("high_noise", "low_noise")
-    )
-    target: str = option(
-        "other: as ComfyUI and most tools read it: diffusion_model. (FramePack, FLUX: transformer.) with "
-        "lora_A and lora_B, alpha folded in; HunyuanImage: lora_unet_ with ComfyUI's names; "
-        "default: lora_unet_ with lora_down and lora_up; "
-        "diffusers: transformer. with diffusers' module names, both experts in one file as transformer. "
-        "(high noise) and transformer_2. (low noise)",
-        required=True,
-        choices=("other", "default", "diffusers"),
-    )
-    bake: int | None = option(
-        "make a plain LoRA of this rank of each LoHa, LoKr and DoRA, for tools that do not know them; "
-        "says how much of the change is lost",
-        least=1,
-        hint="a rank",
-    )
-    dit: tuple[Path, ...] | None = option(
-        "with --bake, the model that a DoRA was trained for; after it text encoders that it changes",
-        nargs="+",
-        needs="bake",
-        excludes=("input_high_noise", "output_high_noise"),
-        hint="each expert has its own model: --expert takes one LoRA out of a file for both",
-    )
-    device: str | None = option(
-        "device that --bake computes on; default: CUDA if available, else MPS, else the CPU", needs="bake"
-    )
-
-    def __post_init__(self) -> None:
-        require_files("--dit", self.dit or ())
-        inputs = [self.input, *([] if self.input_high_noise is None else [self.input_high_noise])]
-        require_files("--input", inputs[:1])
-        require_files("--input_high_noise", inputs[1:])
-        outputs = {"--output": self.output}
-        if self.output_high_noise is not None:
-            outputs["--output_high_noise"] = self.output_high_noise
-        for name, output in outputs.items():
-            check_output_file(name, output)
-            refuse_replacing(name, output, [*inputs, *(self.dit or ())])
-        if self.output_high_noise is not None and self.output.resolve() == self.output_high_noise.resolve():
-            raise OptionError(f"--output and --output_high_noise are both {self.output}: give two names")
-        is_joined = self.input_high_noise is not None and self.output_high_noise is None
-        if is_joined and self.target != "diffusers":
-            raise OptionError(
-                f"--target {self.target} has no form for two LoRAs in one file: use --target diffusers, or "
-                "add --output_high_noise FILE"
-            )
 
 
 def require_files(option: str, paths: Sequence[Path], folders: str | None = None) -> None:

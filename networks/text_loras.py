@@ -14,10 +14,9 @@ from modules.contract.family import TextEncoder, can_learn
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.key_formats import OURS
-from networks.loading import LoraFile, list_some
+from networks.loading import LoraFile, LoraUse, list_some
 from networks.lora_network import prefix_of
-from networks.names.text_encoders import published_path
-from networks.uses import LoraUse
+from networks.names.stable_diffusion import published_path
 
 logger = getLogger(__name__)
 

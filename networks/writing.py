@@ -1,8 +1,8 @@
 """Write LoRAs in the dialects of ComfyUI and diffusers, or rename their modules alone."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,92 +26,52 @@ from networks.deltas import (
 from networks.key_formats import OTHER, OURS
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.metadata import STALE, add_hashes
-from networks.module_names import alias, choose_family, diffusers_path, module_path, parts_of, to_alias
-from networks.names.layouts import IN_DIFFUSERS, SWAPPED, FamilyNames, WeightPart
-from networks.names.text_encoders import diffusers_path_of_text
+from networks.module_names import alias, diffusers_path, module_path, parts_of, to_alias
+from networks.names.layouts import IN_DIFFUSERS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
+from networks.names.stable_diffusion import diffusers_path_of_text
 
 _UNKNOWN = "no known model has a module with this name"
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
 Form = dict[str, Tensor] | str  # tensors of a module by the ends of their names, or why there are none
+# a LoRA in another dialect, and the modules that have no form there, each with the reason
+Written = tuple[dict[str, Tensor], dict[str, str]]
 
 
-def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors in our order; a LoRA without alpha gets alpha = rank, an integer."""
-    completed = {}
-    for module, factors in group_by_module(tensors).items():
-        if "alpha" not in factors and LORA[0] in factors:
-            completed[f"{module}.alpha"] = torch.tensor(rank_of(factors), dtype=torch.int64)
-        completed.update({f"{module}.{part}": tensor for part, tensor in factors.items()})
-    return completed
+def in_dialect(
+    tensors: Mapping[str, Tensor], family: FamilyNames | None, target: str, start: str = IN_DIFFUSERS
+) -> Written:
+    """Name ours as ComfyUI ("other") or diffusers do, `diffusion_model.<path>.lora_A/lora_B.weight`.
 
+    Both factors are multiplied by sqrt(alpha / rank), alpha is left out; LoHa and LoKr keep their factors and
+    alphas, and ComfyUI alone reads them. A whole difference of a matrix becomes a LoRA of full rank for
+    diffusers, which is exact. Module paths come from the list of the family's real modules.
+    start: of the names in diffusers, by the network of the pipeline.
 
-@dataclass(frozen=True)
-class OtherTensors:
-    """A LoRA in another dialect, and the modules that have no form there, each with the reason."""
-
-    tensors: dict[str, Tensor]
-    left_out: dict[str, str]
-
-
-def to_other(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> OtherTensors:
-    """Rename ours to `diffusion_model.<path>.lora_A/lora_B.weight`; both factors times sqrt(alpha / rank),
-    alpha left out.
-
-    LoHa and LoKr keep their factors and alphas. FramePack's names begin with `transformer.`, as diffusers
-    reads them. Module paths come from the lists of the families' real modules; a name outside them is left
-    out and reported.
+    Of families whose fused weights diffusers cuts up, such as FLUX, the parts share the down factor, or have
+    their own if the up factor is block-diagonal; alpha / rank is folded in by powers of two there, which
+    change no digit. ai-toolkit and ComfyUI read FLUX's plain LoRAs so too, all else in the weights of ours.
     """
-    family = _family_of(tensors, family_hint)
-    if family is None or family.is_as_in_diffusers:
-        return to_diffusers(tensors, family_hint)
-    return _to_comfyui(tensors, family)
-
-
-def to_diffusers(
-    tensors: Mapping[str, Tensor], family_hint: str | None = None, start: str = IN_DIFFUSERS
-) -> OtherTensors:
-    """Our names -> `transformer.<path in diffusers>.lora_A/lora_B.weight`, as `to_other`.
-
-    A whole difference of a matrix becomes a LoRA of full rank, which is exact; of other parameters there is
-    no form. start: of the names, by the network of the pipeline. Not for families with `parts`.
-    """
-    family = _family_of(tensors, family_hint)
-
     if family is None:
-        return OtherTensors({}, dict.fromkeys(group_by_module(tensors), _UNKNOWN))
-    return _write(tensors, start, lambda name, one: _alone(diffusers_path(name, family), one), _in_diffusers)
-
-
-def to_diffusers_parts(
-    tensors: Mapping[str, Tensor], family: FamilyNames, start: str = IN_DIFFUSERS
-) -> OtherTensors:
-    """Our names -> `transformer.<path in diffusers>.lora_A/lora_B.weight`, as ai-toolkit writes, for families
-    whose fused weights diffusers cuts up, as FLUX's.
-
-    The parts of a fused weight share the down factor, or have their own if the up factor is block-diagonal.
-    alpha / rank is folded in by powers of two, which change no digit. Other parts are left out.
-    """
-    return _write(tensors, start, lambda name, factors: _pieces(name, factors, family), _in_toolkit)
-
-
-def to_other_parts(tensors: Mapping[str, Tensor], family: FamilyNames) -> OtherTensors:
-    """Our names -> diffusers' for plain LoRAs, `diffusion_model.<our path>. ...` for all else.
-
-    ai-toolkit and ComfyUI read the former. A LoHa, a LoKr or a DoRA is read by ComfyUI alone, which has the
-    fused weights as they are here: nothing is cut then.
-    """
+        return {}, dict.fromkeys(group_by_module(tensors), _UNKNOWN)
+    if target == "diffusers" or family.is_as_in_diffusers:
+        begin = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
+        form = _in_toolkit if family.parts else _in_diffusers
+        return _write(tensors, begin, lambda name, factors: _pieces(name, factors, family), form)
     plain: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
+    cuts = family.parts and family.start == IN_DIFFUSERS
     for name, factors in group_by_module(tensors).items():
-        into = plain if factors.keys() <= {"alpha", *LORA, "lora_up.bias", "diff_b"} else others
-        into.update({f"{name}.{part}": one for part, one in factors.items()})
-    cut = to_diffusers_parts(plain, family)
-    others |= {name: one for name, one in plain.items() if name.partition(".")[0] in cut.left_out}
-    whole = _to_comfyui(others, family)
-    return OtherTensors({**cut.tensors, **whole.tensors}, whole.left_out)
+        is_plain = cuts and factors.keys() <= {"alpha", *LORA, "lora_up.bias", "diff_b"}
+        (plain if is_plain else others).update({f"{name}.{part}": one for part, one in factors.items()})
+    written, left_out = in_dialect(plain, family, "diffusers")
+    others |= {name: one for name, one in plain.items() if name.partition(".")[0] in left_out}
+    whole, left_out = _write(
+        others, OTHER, lambda name, factors: _alone(module_path(name, family), factors), _in_comfyui
+    )
+    return {**written, **whole}, left_out
 
 
-def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> OtherTensors:
+def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> Written:
     """`lora_te1_text_model_...` -> `text_encoder.text_model. ... .lora_A/lora_B.weight`, as diffusers has it.
 
     CLIP-L is `text_encoder`, T5 `text_encoder_2`. Encoders that no pipeline of diffusers takes LoRAs for are
@@ -119,15 +79,6 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> OtherTensors:
     """
     why = "diffusers has no such text encoder"
     return _write(tensors, "", lambda name, one: _alone(diffusers_path_of_text(name), one, why), _in_toolkit)
-
-
-def _to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames) -> OtherTensors:
-    """Rename ours -> `diffusion_model.<path>. ...`, whole modules of any kind, as `to_other`."""
-    return _write(tensors, OTHER, lambda name, one: _alone(module_path(name, family), one), _in_comfyui)
-
-
-def _family_of(tensors: Mapping[str, Tensor], hint: str | None) -> FamilyNames | None:
-    return choose_family((name.removeprefix(OURS) for name in group_by_module(tensors)), hint)
 
 
 def _alone(path: str | None, factors: Factors, why: str = _UNKNOWN) -> Pieces | str:
@@ -139,7 +90,7 @@ def _write(
     start: str,
     pieces_of: Callable[[str, Factors], Pieces | str],
     form_of: Callable[[Factors], Form],
-) -> OtherTensors:
+) -> Written:
     """Return the tensors in a dialect. pieces_of: module, without our prefix, and its factors -> factors by
     path there, or why there are none.
     """
@@ -147,16 +98,15 @@ def _write(
     left_out: dict[str, str] = {}
     for name, factors in group_by_module(tensors).items():
         pieces = pieces_of(name.removeprefix(OURS), factors)
-        found = {} if isinstance(pieces, str) else pieces
-        forms = {path: form_of(one) for path, one in found.items()} or {"": str(pieces)}
-        reason = next((form for form in forms.values() if isinstance(form, str)), None)
-        if reason is not None:
-            left_out[name] = reason
+        forms = {} if isinstance(pieces, str) else {path: form_of(one) for path, one in pieces.items()}
+        reasons = [form for form in (pieces, *forms.values()) if isinstance(form, str)]
+        if reasons:
+            left_out[name] = reasons[0]
             continue
         for path, form in forms.items():
             assert not isinstance(form, str)
             written.update({f"{start}{path}.{part}": tensor for part, tensor in form.items()})
-    return OtherTensors(written, left_out)
+    return written, left_out
 
 
 def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
@@ -223,65 +173,60 @@ def _fold(factors: Factors) -> dict[str, Tensor]:
 
 
 def _in_toolkit(factors: Factors) -> Form:
-    return _in_diffusers(_folded(factors))
-
-
-def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
-    """Return the factors of each part of a module by its path in diffusers, or why there are none."""
-    path, parts = module_path(name, family), parts_of(name, family)
-    if path is None:
-        return _UNKNOWN
-    if not parts:
-        return {path: factors}  # the same in both layouts
-    (theirs, part), *others = parts
-    if not others:
-        if part.index != SWAPPED:
-            return {theirs: factors}
-        whole = next((len(factors[one]) for one in (LORA[1], "diff", "diff_b") if one in factors), 0)
-        swapped = rows_of(factors, torch.arange(whole).roll(whole // 2)) if whole else None
-        return "it has no rows to swap" if swapped is None else {theirs: swapped}
-    return _cut(factors, parts)
-
-
-def _cut(factors: Factors, parts: list[tuple[str, WeightPart]]) -> Pieces | str:
-    if LORA[0] not in factors or factors[LORA[1]].ndim != 2:
-        return "only plain LoRAs can be cut into the parts of a weight"
-    heights = fused_heights(len(parts), len(factors[LORA[1]]), factors[LORA[0]].shape[1])
-    if not heights:
-        return f"its {len(factors[LORA[1]])} rows are not those of {len(parts)} parts"
-    blocks = None if len(factors) > 3 else diagonal_blocks(factors[LORA[1]], heights)
-    downs, rank = factors[LORA[0]].chunk(len(parts)), len(factors[LORA[0]]) // len(parts)
-    pieces: dict[str, Factors] = {}
-    start = 0
-    for index, ((theirs, _), height) in enumerate(zip(parts, heights, strict=True)):
-        if blocks is None:
-            piece = rows_of(factors, slice(start, start + height))
-            if piece is None:
-                return "its magnitudes belong to the whole weight"
-            pieces[theirs] = piece
-        else:
-            alpha = torch.tensor(strength(factors) * rank)
-            pieces[theirs] = {LORA[0]: downs[index], LORA[1]: blocks[index], "alpha": alpha}
-        start += height
-    return pieces
-
-
-def _folded(factors: Factors) -> Factors:
-    """Return LoRA factors with alpha / rank multiplied into them, alpha = rank; others as they are.
+    """Return the tensors as `_in_diffusers`, with alpha / rank folded in by powers of two.
 
     The down factor takes it, and powers of two go over to the up factor until they are about as large.
     """
     if LORA[0] not in factors:
-        return factors
+        return _in_diffusers(factors)
     down, up = strength(factors), 1.0
     while 0 < abs(down) * 2 < up:
         down, up = down * 2, up / 2
-    folded = {LORA[0]: down, LORA[1]: up}
-    scaled = {part: (factors[part].float() * by).to(factors[part].dtype) for part, by in folded.items()}
-    if "lora_up.bias" in factors:
-        bias = factors["lora_up.bias"]
-        scaled["lora_up.bias"] = (bias.float() * strength(factors)).to(bias.dtype)
-    return {**{part: one.contiguous() for part, one in factors.items() if part != "alpha"}, **scaled}
+    by = {LORA[0]: down, LORA[1]: up, "lora_up.bias": strength(factors)}
+    scaled = {
+        part: (one.float() * by[part]).to(one.dtype) if part in by else one.contiguous()
+        for part, one in factors.items()
+        if part != "alpha"
+    }
+    return _in_diffusers(scaled)
+
+
+def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
+    """Return the factors of each part of a module by its path in diffusers, or why there are none."""
+    path = module_path(name, family) if family.parts else diffusers_path(name, family)
+    if path is None:
+        return _UNKNOWN
+    parts = parts_of(name, family)
+    if not parts:
+        return {path: factors}  # the same in both layouts
+    (theirs, part), *others = parts
+    if others:
+        return _cut(factors, [path for path, _ in parts])
+    if part.index != SWAPPED:
+        return {theirs: factors}
+    whole = next((len(factors[one]) for one in (LORA[1], "diff", "diff_b") if one in factors), 0)
+    swapped = rows_of(factors, torch.arange(whole).roll(whole // 2)) if whole else None
+    return "it has no rows to swap" if swapped is None else {theirs: swapped}
+
+
+def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
+    if LORA[0] not in factors or factors[LORA[1]].ndim != 2:
+        return "only plain LoRAs can be cut into the parts of a weight"
+    heights = fused_heights(len(paths), len(factors[LORA[1]]), factors[LORA[0]].shape[1])
+    if not heights:
+        return f"its {len(factors[LORA[1]])} rows are not those of {len(paths)} parts"
+    blocks = None if len(factors) > 3 else diagonal_blocks(factors[LORA[1]], heights)
+    if blocks is not None:
+        downs = factors[LORA[0]].chunk(len(paths))
+        alpha = torch.tensor(strength(factors) * (len(factors[LORA[0]]) // len(paths)))
+        return {
+            path: {LORA[0]: down, LORA[1]: up, "alpha": alpha}
+            for path, down, up in zip(paths, downs, blocks, strict=True)
+        }
+    places = zip(paths, itertools.accumulate(heights, initial=0), heights, strict=False)
+    pieces = {path: rows_of(factors, slice(start, start + height)) for path, start, height in places}
+    found = {path: piece for path, piece in pieces.items() if piece is not None}
+    return found if len(found) == len(pieces) else "its magnitudes belong to the whole weight"
 
 
 def rename_to_aliases(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:

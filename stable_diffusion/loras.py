@@ -20,10 +20,10 @@ from modules.errors import CheckpointError, OptionError
 from networks.added import AddedPart, attach_parts, fitting, places
 from networks.apply import LoraPatch, OriginalWeights
 from networks.deltas import group_by_module
-from networks.loading import LoraFile, family_by_text_width, list_some, read_lora
+from networks.key_formats import family_by_text_width
+from networks.loading import LoraFile, LoraUse, list_some, read_lora
 from networks.module_names import read_family
 from networks.text_loras import text_part
-from networks.uses import LoraUse
 from stable_diffusion.contract import KINDS, Model, ModelKind
 from stable_diffusion.loading import OpenedCheckpoint
 from stable_diffusion.network_options import AddedNetworkOptions

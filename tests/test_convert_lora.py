@@ -11,11 +11,11 @@ from torch import Tensor
 
 import convert_lora
 from modules.errors import CheckpointError
-from networks import lora_framepack
-from networks.metadata import model_hashes
+from networks.metadata import model_hashes, save_network
 from tests.commands import assert_user_error, run_script
 from tests.frame_pack.making import tiny_model
 from tests.networks.making import randomize, tiny_dit, wan_network
+from tests.tiny.loras import make_lora
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -30,8 +30,11 @@ def convert(source: Path, output: Path, target: str) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "lora.safetensors"
-    wan_network(tiny_dit(tmp_path)).save_weights(
-        path, torch.bfloat16, {"ss_output_name": "lora", "modelspec.title": "A title"}
+    save_network(
+        wan_network(tiny_dit(tmp_path)),
+        path,
+        torch.bfloat16,
+        {"ss_output_name": "lora", "modelspec.title": "A title"},
     )
     return path
 
@@ -86,9 +89,11 @@ def test_a_lokr_cannot_become_diffusers_but_by_baking(tmp_path: Path) -> None:
 
 
 def test_a_framepack_lora_has_the_models_own_names_and_comes_back_the_same(tmp_path: Path) -> None:
-    network = lora_framepack.create_arch_network(1.0, 4, 3.0, None, None, tiny_model())
+    network = make_lora("lora_framepack", 4, 3.0, tiny_model())
     randomize(network)
-    network.save_weights(tmp_path / "lora.safetensors", torch.float32, {"ss_base_model_version": "framepack"})
+    save_network(
+        network, tmp_path / "lora.safetensors", torch.float32, {"ss_base_model_version": "framepack"}
+    )
     modules = {path for path, module in tiny_model().named_modules() if isinstance(module, torch.nn.Linear)}
 
     for source, output, target in (

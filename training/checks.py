@@ -21,11 +21,10 @@ from modules.planning.dry_run import quiet
 from networks.adapter import check_network
 from networks.added import refuse_dora
 from networks.apply import check_loras_fit
-from networks.loading import OWN_MODULES, WITH_RULES, read_lora
-from networks.lora import smallest_lora_bytes
+from networks.loading import LoraUse, read_lora
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
-from networks.uses import LoraUse
+from networks.own_modules import OWN_MODULES, smallest_lora_bytes
 from training.experts import check_experts, network_for, read_lora_for
 from training.learning_options import LrScheduleOptions
 from training.noise_options import MIXTURES, NOTHING, SIZE_SHIFTS, WEIGHTS_OF_LOSS
@@ -73,7 +72,8 @@ def _check_networks(family: Family, options: TrainingOptions) -> None:
         if network is None:
             return
         module = network.network_module or family.lora_module
-        if module in WITH_RULES and module != family.lora_module:
+        own = OWN_MODULES.get(module)
+        if own is not None and own.rules is not None and module != family.lora_module:
             # its rules name layers of another model: only those that happen to be called the same would learn
             raise OptionError(
                 f"--network_module {module} is for another model than this script trains. Give "
@@ -83,7 +83,7 @@ def _check_networks(family: Family, options: TrainingOptions) -> None:
         with quiet():  # all warnings come again when it is made
             check_network(network, module, depths)
             uses = [_use(path, expert, multiplier) for path, multiplier in files]
-            if network.network_weights is not None and module in OWN_MODULES:
+            if network.network_weights is not None and own is not None:
                 uses.append(LoraUse(read_lora(network.network_weights, with_texts=True)))
             if file is not None:
                 check_loras_fit(file, uses)

@@ -20,10 +20,10 @@ from modules.fp8.options import Quantisation
 from modules.offload.block_swap import HostWeights
 from modules.offload.turns import HostCopy
 from networks.adapter import OWN_NETWORKS
-from networks.loading import OWN_MODULES, LoraFile, read_lora
+from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
-from networks.uses import warn_of_other_expert
+from networks.own_modules import OWN_MODULES
 from training.data.timesteps import check_reaches, levels_reached
 from training.noise_options import NUM_TIMESTEPS
 from training.options import TrainingOptions

@@ -176,8 +176,8 @@ class NextSteps:
             start = "network_weights" if is_network else "dit"
             starts = [f"{start}_{HIGH_NOISE}" if part == HIGH_NOISE else start for part in parts] or [start]
             without, ending = RESUMING | STARTING | {*starts}, []
-            for option, file in zip(starts, self.names.files(self.names.name).values(), strict=False):
-                ending += [f"--{option}", str(file)]
+            for start, file in zip(starts, self.names.files(self.names.name).values(), strict=False):
+                ending += [f"--{start}", str(file)]
             saving = self.options.saving
             if not (saving.save_state or saving.save_state_on_train_end):
                 ending.append("--save_state_on_train_end")
@@ -314,7 +314,7 @@ def list_memory(device: torch.device, watch: MemoryWatch | NoMemoryWatch) -> Seq
     host = ("most host memory of this process so far, measured", f"{gib(host_peak())} GiB")
     if device.type != "cuda":
         return [host, ("device", f"{device.type}: a prediction is made for CUDA devices (--plan)")]
-    sizes = (None, None, None)
+    sizes: tuple[int | None, ...] = (None, None, None)
     if isinstance(watch, MemoryWatch):
         sizes = watch.predicted, watch.measured, watch.highest
     labels = (

@@ -22,7 +22,7 @@ from modules.planning.memory_plan import gib
 from networks.adapter import make_network
 from networks.added import AddedLoras, add_loras
 from networks.apply import LoraPatch
-from networks.uses import LoraUse
+from networks.loading import LoraUse
 from training.averages import make_average
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.data.live_text import NO_TEXTS
@@ -225,10 +225,10 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
         learners[0] = share_network(learners[0], network, device)
         return
     rate, parts = options.optimizer.learning_rate, options.parts
-    rates = Rates(rate, None if parts is None else parts.unet_lr)
+    rates: Rates = (rate, None if parts is None else parts.unet_lr, None)
     if parts is not None and texts is not None:
         of_texts = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
-        rates = Rates(rate, parts.unet_lr, [of_texts[each.lora_prefix] for each in texts.learning] or None)
+        rates = (rate, parts.unet_lr, [of_texts[each.lora_prefix] for each in texts.learning] or None)
     learners.append(train_network(network, rates, given.scale_weight_norms, device))
 
 

@@ -9,7 +9,7 @@ from dataset.caching.work import npz_names
 from dataset.config import DatasetConfig
 from modules.contract.family import Family, LearningEncoder, TextEncoder, can_learn
 from modules.errors import OptionError
-from networks.loading import OWN_MODULES, import_network_module
+from networks.own_modules import OWN_MODULES
 from training.caching_inside import TextUse
 from training.data.live_text import LiveTexts
 from training.options import TrainingOptions
@@ -117,14 +117,13 @@ def _learning(
         return []
     options.parts.text_rates(len(able), options.optimizer.learning_rate)  # too many are refused here
     name = options.network.network_module or family.lora_module
-    if able and name in OWN_MODULES and not name.startswith("networks.lora"):
+    own = OWN_MODULES.get(name)
+    if able and own is not None and own.kind != "LoRA":
         raise OptionError(
             f"--network_module {name} has no part for text encoders: add {UNET_ONLY}, or use a LoRA module"
         )
-    builder = import_network_module(name)
     arguments = options.network.arguments()
-    rules = getattr(builder, "RULES", None)  # of our modules for families
-    switches: Mapping[str, str] = {} if rules is None else rules.encoders
+    switches: Mapping[str, str] = {} if own is None or own.rules is None else own.rules.encoders
     off = {prefix for name, prefix in switches.items() if arguments.get(name, "").lower() != "true"}
     learning = [encoder for encoder in able if encoder.lora_prefix not in off]
     if not learning and not options.parts.trains_dit:

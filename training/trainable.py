@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch.nn import Parameter
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
 from modules.errors import OptionError
-from networks.adapter import TrainableNetwork, tie_network
+from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
+from networks.metadata import save_network
 
 AsBase = Callable[[], AbstractContextManager[object]]
+# learning rates: of all; of the DiT's part and of each text encoder that learns, None: as all
+Rates = tuple[float, float | None, Sequence[float] | None]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
 
 
@@ -59,28 +63,33 @@ class Trainable:
             for name, parameter in module.named_parameters()
         }
 
+    @property
+    def all_networks(self) -> tuple[TrainableNetwork, ...]:
+        return (*self.networks, *self.tied)
+
     def set_dropout_seed(self, seed: int) -> None:
         """Call before each micro-batch."""
-        for network in (*self.networks, *self.tied):
+        for network in self.all_networks:
             network.set_dropout_seed(seed)
 
     def start_epoch(self) -> None:
-        for network in (*self.networks, *self.tied):
-            network.on_epoch_start()
+        for network in self.all_networks:
+            network.module.train()
+            if isinstance(network, ForeignNetwork):
+                network.on_epoch_start()
 
     def start_step(self) -> None:
-        for network in (*self.networks, *self.tied):
-            network.on_step_start()
+        for network in self.all_networks:
+            if isinstance(network, ForeignNetwork):
+                network.on_step_start()
 
     def before_step(self) -> None:
         """Call once gradients are clipped."""
-        for network in (*self.networks, *self.tied):
+        for network in self.all_networks:
             network.before_optimizer_step()
 
     def limit_norms(self, device: torch.device) -> list[Tensor]:
-        """Limit norms after an optimizer step; return the numbers of a `NormReport`, or nothing if none is
-        limited.
-        """
+        """Limit norms after an optimizer step; return the numbers of a `NormReport`, if any is limited."""
         if self.max_norm is None or not self.networks:
             return []
         found = [network.scale_norms(self.max_norm, device) for network in self.networks]
@@ -94,23 +103,13 @@ class Trainable:
 
     @contextlib.contextmanager
     def _without_networks(self) -> Iterator[None]:
-        networks = (*self.networks, *self.tied)
-        for network in networks:
+        for network in self.all_networks:
             network.set_multiplier(0.0)
         try:
             yield
         finally:
-            for network in networks:
+            for network in self.all_networks:
                 network.set_multiplier(1.0)
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates of a network's parts."""
-
-    learning_rate: float
-    unet: float | None = None  # of the DiT's part; None: learning_rate
-    texts: Sequence[float] | None = None  # of each text encoder that learns; None: learning_rate
 
 
 def train_network(
@@ -121,14 +120,21 @@ def train_network(
     Raises OptionError if it has no parameters to train.
     """
     network.module.to(device=device, dtype=torch.float32)
-    groups, names = network.parameter_groups(rates.learning_rate, rates.unet, rates.texts)
+    groups, names = network.parameter_groups(*rates)
     if not any(group["params"] for group in groups):
         raise OptionError(
             "the network has no parameters to train: check include_patterns and exclude_patterns in "
             "--network_args"
         )
     modules = {"network": network.module, **network.state_beside_file}
-    return Trainable(modules, groups, tuple(names), {"": network.save}, [network], max_norm=max_norm)
+    return Trainable(
+        modules,
+        groups,
+        tuple(names),
+        {"": partial(save_network, network.module)},
+        [network],
+        max_norm=max_norm,
+    )
 
 
 def share_network(trainable: Trainable, network: TrainableNetwork, device: torch.device) -> Trainable:
@@ -186,9 +192,5 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
         infos = {name: TensorInfo(kept(name), tuple(tensor.shape)) for name, tensor in tensors.items()}
         stream_tensors(path, infos, lambda name: tensors[name].to(kept(name)), metadata)
 
-    return Trainable(
-        modules={"dit": dit},
-        groups=[{"params": learning, "lr": learning_rate}],
-        group_names=("dit",),
-        writes={"": write},
-    )
+    groups = [{"params": learning, "lr": learning_rate}]
+    return Trainable({"dit": dit}, groups, ("dit",), writes={"": write})

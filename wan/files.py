@@ -18,7 +18,7 @@ from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
-from networks.names.wan import WAN
+from networks.names.video import WAN
 from wan.checkpoints import check_alike, check_task, read_dit_header
 from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, VaeRelease, WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5

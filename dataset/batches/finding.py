@@ -111,11 +111,11 @@ def find_items(
         _keep_with_text(table, column, names, cache_tag, missing, unfinished)
         found.append(column)
     facts = [one for column in found for one in column.facts]
-    stems = Stems([stem for column in found for stem in column.stems])
+    all_stems = Stems([stem for column in found for stem in column.stems])
     starts = itertools.accumulate((len(column.facts) for column in found), initial=0)
     which = [np.array(column.which, np.int32) + start for column, start in zip(found, starts, strict=False)]
     return FoundItems(
-        Items(facts, stems, np.concatenate([np.zeros(0, np.int32), *which]).astype(np.int32)),
+        Items(facts, all_stems, np.concatenate([np.zeros(0, np.int32), *which]).astype(np.int32)),
         tuple(missing),
         tuple(empty),
         tuple(path.with_name(part_name(path.name)) for path in unfinished),

@@ -392,8 +392,8 @@ class _Planning:
         if not self.source.origins:
             return image_size(self.source.path)
         for file, name in self.existing.items():
-            record = self._record_of(file)
-            if record is not None and record.files and is_unchanged(record.files[0], *self.source.parts[0]):
+            read = self._record_of(file)
+            if read is not None and read.files and is_unchanged(read.files[0], *self.source.parts[0]):
                 return name.size
         return None
 

@@ -162,6 +162,9 @@ class Described(Protocol):
     def name(self) -> str: ...  # "wan": architecture in cache and LoRA metadata
 
     @property
+    def cache_tag(self) -> str: ...  # "wan": at the end of cache file names
+
+    @property
     def latent(self) -> LatentSpec: ...
 
     @property
@@ -186,9 +189,6 @@ class Described(Protocol):
 
 class Encodes(Protocol):
     """Texts and media encoded: for caches, for generation and for training samples."""
-
-    @property
-    def cache_tag(self) -> str: ...  # "wan": at the end of cache file names
 
     # raises if a file that an option names is missing or of another kind, needed or not; loads nothing
     def check_given_files(self) -> None: ...

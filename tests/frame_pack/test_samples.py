@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from modules.contract.loading import Placement
-from networks import lora_framepack
 from tests.frame_pack.projects import CPU, ProjectOf, generated_latents, sample_latents
 from tests.parity.reference import relative_error
+from tests.tiny.loras import make_lora
 
 NEAR = 1e-4  # of the largest value, float32: the LoRA is beside the weights in one, in them in the other
 
@@ -23,7 +23,7 @@ NEAR = 1e-4  # of the largest value, float32: the LoRA is beside the weights in 
 def lora(project_of: ProjectOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA with an effect; the transformers of all variants are the same."""
     family = FramePack(FramePackFiles(project_of("framepack")[1] / "model" / "dit.safetensors"))
-    network = lora_framepack.create_arch_network(1.0, 4, 4.0, None, None, family.load_dit(Placement(CPU)))
+    network = make_lora("lora_framepack", 4, 4.0, family.load_dit(Placement(CPU)))
     generator = torch.Generator().manual_seed(3)
     drawn = {
         name: torch.randn(tensor.shape, generator=generator) * 0.1 if tensor.ndim == 2 else tensor

@@ -12,9 +12,8 @@ import wan_generate_video
 from generation.dressing import expert_loras
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.options import LoraOptions, LoraPatternOptions
-from networks.uses import LoraUse
 from tests.tiny.wan import TinyWan
 
 BOTH = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 875.0))

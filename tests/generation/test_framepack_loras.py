@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 
 import fpack_generate_video
 from networks.apply import LoraPatch
-from networks.loading import read_lora
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
 from tests.networks.making_hunyuan import saved
 from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
 

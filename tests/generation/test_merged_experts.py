@@ -11,8 +11,7 @@ import wan_generate_video
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
-from networks.loading import read_lora
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan
 
 

@@ -13,9 +13,8 @@ import wan_generate_video
 from modules.errors import CheckpointError, OptionError
 from modules.media.tags import read_tags
 from modules.media.writing import write_video
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
-from networks.uses import LoraUse
 from tests.generation.guided import STEPS, Script, is_finite
 from tests.tiny.project import moving_square, write_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan

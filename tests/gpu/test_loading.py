@@ -12,8 +12,7 @@ from modules.offload.block_swap import host_weights
 from modules.offload.swap_plan import SwapPlan
 from modules.offload.turns import HostPlaceOf
 from networks.apply import LoraPatch
-from networks.loading import read_lora
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
 from tests.gpu.measuring import equal_bits, poison, relative_error
 from tests.tiny.project import write_lora
 from tests.tiny.wan_dit import tiny_state, write_dit

@@ -13,8 +13,7 @@ from modules.contract.loading import Placement
 from modules.offload.block_swap import host_weights, swap_blocks
 from modules.offload.swap_plan import SwapPlan
 from networks.apply import LoraPatch
-from networks.loading import read_lora
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
 from tests.gpu.measuring import sent
 from tests.modules.swap_cases import CASES
 from wan.checkpoints import load_dit

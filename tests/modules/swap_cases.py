@@ -19,11 +19,11 @@ from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from modules.offload.host_memory import Transfer
 from modules.offload.options import SLOTS
 from modules.offload.swap_plan import SwapPlan
-from networks import lora_framepack, lora_hunyuan, lora_wan
 from tests.gpu.measuring import sent
 from tests.hunyuan_model import making
 from tests.modules.fake_device import FakeDevice, hide
 from tests.tiny import dits, framepack_dit, hunyuan_dit, wan_dit
+from tests.tiny.loras import make_lora
 from tests.wan.test_model import tiny_inputs as wan_inputs
 from wan.configs import DIT as WAN
 from wan.model import WanModel
@@ -91,14 +91,14 @@ def _framepack_inputs(seed: int) -> dict[str, Any]:
     }
 
 
-def _lora(builder: Any) -> Callable[[nn.Module], nn.Module]:
+def _lora(name: str) -> Callable[[nn.Module], nn.Module]:
     def build(dit: nn.Module) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
-            network = builder.create_arch_network(1.0, 2, 2.0, None, None, dit)
-            network.apply_to(None, dit)
-            for name, weight in network.named_parameters():
-                if "lora_up" in name:
+            network = make_lora(name, 2, 2.0, dit)
+            network.attach()
+            for parameter, weight in network.named_parameters():
+                if "lora_up" in parameter:
                     nn.init.normal_(weight, std=0.02)
         return network.requires_grad_(True)
 
@@ -106,9 +106,9 @@ def _lora(builder: Any) -> Callable[[nn.Module], nn.Module]:
 
 
 CASES = (
-    Case("wan", WAN, _wan, _wan_inputs, _lora(lora_wan), (5,), 4),
-    Case("hunyuan", HUNYUAN, _hunyuan, _hunyuan_inputs, _lora(lora_hunyuan), (3, 7), 4),
-    Case("framepack", FRAMEPACK, _framepack, _framepack_inputs, _lora(lora_framepack), (3, 7), 4),
+    Case("wan", WAN, _wan, _wan_inputs, _lora("lora_wan"), (5,), 4),
+    Case("hunyuan", HUNYUAN, _hunyuan, _hunyuan_inputs, _lora("lora_hunyuan"), (3, 7), 4),
+    Case("framepack", FRAMEPACK, _framepack, _framepack_inputs, _lora("lora_framepack"), (3, 7), 4),
 )
 
 

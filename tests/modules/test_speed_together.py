@@ -14,6 +14,7 @@ from tests.modules.offload.test_activations import away
 from tests.modules.swap_cases import CASES, Case, swapped
 from tests.networks.making import randomize
 from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
+from tests.tiny.loras import make_lora
 
 ROWS = Quantisation("rows")
 TINY = dict(zip(("wan", "hunyuan", "framepack"), ONE_OF_EACH, strict=True))
@@ -40,9 +41,9 @@ def test_gradients_are_those_of_a_network_that_stays_on_the_device(case: Case, c
     for saves in (False, True):
         dit = quantised(tiny)
         with torch.random.fork_rng():
-            network = tiny.add_lora(1.0, 4, 2.0, None, None, dit, neuron_dropout=0.2)
+            network = make_lora(tiny.lora, 4, 2.0, dit, neuron_dropout=0.2)
         randomize(network)
-        network.apply_to(None, dit)
+        network.attach()
         if compiled:
             compile_blocks(dit, tiny.spec, Compilation("eager", fullgraph=True))
         checkpoint_blocks(dit, tiny.spec, keep_attention=saves, offload=away()[0] if saves else None)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.loading import Placement
-from networks import lora_wan
 from networks.lora_layer import LoraLayer
-from networks.lora_network import LoraNetwork
+from networks.lora_network import OwnNetwork
 from tests.golden_cases import make_weights
+from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
 from wan.configs import WanConfig
@@ -44,7 +44,7 @@ def golden_dit(description: dict[str, Any]) -> WanModel:
     return dit.requires_grad_(False)
 
 
-def golden_lora(network: LoraNetwork, model_key: str, up_scale: float) -> dict[str, Tensor]:
+def golden_lora(network: OwnNetwork, model_key: str, up_scale: float) -> dict[str, Tensor]:
     """Fill a network by the golden rule; returns its tensors."""
     own = network.state_dict()
     table = [[name, list(tensor.shape)] for name, tensor in own.items() if not name.endswith(".alpha")]
@@ -67,9 +67,9 @@ def tiny_dit(folder: Path, kind: str = "t2v", **sizes: int) -> WanModel:
 
 def wan_network(
     dit: nn.Module, rank: int = 4, alpha: float = 2.0, dropout: float | None = None, **arguments: Any
-) -> LoraNetwork:
+) -> OwnNetwork:
     """A LoRA for a Wan transformer with random up factors, not attached yet."""
-    network = lora_wan.create_arch_network(1.0, rank, alpha, None, None, dit, dropout, **arguments)
+    network = make_lora("lora_wan", rank, alpha, dit, dropout, **arguments)
     randomize(network)
     return network
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from networks.lora_network import LoraNetwork
+from networks.lora_network import OwnNetwork
 from networks.module_names import module_path
 from networks.names.layouts import FamilyNames
 
@@ -38,7 +38,7 @@ def saved_by_diffusers(
 
 
 def saved_with_points(
-    network: LoraNetwork,
+    network: OwnNetwork,
     path: Path,
     family: FamilyNames,
     start: str,

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks import lora_hunyuan
 from networks.apply import LoraPatch
-from networks.loading import read_lora
-from networks.lora_network import LoraNetwork
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
+from networks.lora_network import OwnNetwork
+from networks.metadata import save_network
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making import randomize
 from tests.networks.making_dialects import saved_by_diffusers
+from tests.tiny.loras import make_lora
 
 NEAR = 5e-6  # of the largest value; float32, summed in another order
 IN_DIFFUSERS = {
@@ -25,16 +25,16 @@ IN_DIFFUSERS = {
 }
 
 
-def network_of(dit: nn.Module, rank: int = 4, alpha: float = 3.0, **arguments: Any) -> LoraNetwork:
+def network_of(dit: nn.Module, rank: int = 4, alpha: float = 3.0, **arguments: Any) -> OwnNetwork:
     """A LoRA with random up factors, not attached yet."""
-    network = lora_hunyuan.create_arch_network(1.0, rank, alpha, None, None, dit, **arguments)
+    network = make_lora("lora_hunyuan", rank, alpha, dit, **arguments)
     randomize(network)
     return network
 
 
-def saved(path: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32, **arguments: Any) -> LoraNetwork:
+def saved(path: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32, **arguments: Any) -> OwnNetwork:
     network = network_of(tiny_model(kind), **arguments)
-    network.save_weights(path, dtype, {"ss_base_model_version": "hunyuan_video"})
+    save_network(network, path, dtype, {"ss_base_model_version": "hunyuan_video"})
     return network
 
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modules.errors import CheckpointError, OptionError
-from networks.adapter import NormReport, TrainableNetwork, make_network
+from networks.adapter import ForeignNetwork, NormReport, make_network
 from networks.loading import read_lora
-from networks.lora_network import LoraNetwork
-from networks.metadata import model_hashes
+from networks.lora_network import OwnNetwork
+from networks.metadata import model_hashes, save_network
 from networks.options import NetworkOptions
 from tests.networks.making import inputs, tiny_dit, wan_network
 
@@ -30,10 +30,9 @@ def test_a_network_of_any_module_learns(tmp_path: Path, module: str) -> None:
     network = make_network(options(network_module=module, network_dim=8), OURS, dit, seed=1)
     groups, names = network.parameter_groups(1e-2)
     optimizer = torch.optim.AdamW(groups)
-    network.on_epoch_start()
+    network.module.train()
     losses = []
     for step in range(8):
-        network.on_step_start()
         network.set_dropout_seed(step)
         loss = dit(**inputs(dit)).square().mean()
         loss.backward()
@@ -57,7 +56,7 @@ def test_initial_values_and_dropout_follow_the_seeds(tmp_path: Path, module: str
             options(network_module=module, network_dropout=0.3 if module == OURS else None), OURS, dit, seed=1
         )
         with torch.no_grad():
-            for parameter in network.parameters():
+            for parameter in network.module.parameters():
                 parameter.add_(0.05)
         network.set_dropout_seed(seed)
         outputs.append(dit(**inputs(dit)))
@@ -93,7 +92,7 @@ def test_a_foreign_network_is_saved_with_hashes_and_loaded_again(tmp_path: Path)
     dit = tiny_dit(tmp_path)
     network = make_network(options(network_module=FOREIGN), OURS, dit, seed=1)
 
-    network.save(tmp_path / "x.safetensors", torch.bfloat16, {"ss_seed": "1"})
+    save_network(network.module, tmp_path / "x.safetensors", torch.bfloat16, {"ss_seed": "1"})
 
     stored = load_file(tmp_path / "x.safetensors")
     assert stored.keys() == network.module.state_dict().keys()
@@ -118,7 +117,7 @@ def test_a_model_keeps_the_weights_that_a_network_takes_away(tmp_path: Path) -> 
 def test_weights_that_do_not_fit_a_foreign_network_are_refused(tmp_path: Path, wrong: str) -> None:
     dit = tiny_dit(tmp_path)
     network = make_network(options(network_module=FOREIGN), OURS, dit, seed=1)
-    network.save(tmp_path / "x.safetensors", None, {})
+    save_network(network.module, tmp_path / "x.safetensors", None, {})
     tensors = load_file(tmp_path / "x.safetensors")
     if wrong == "names":
         tensors = {f"lora_unet_{name}.diff_b": tensor for name, tensor in tensors.items()}
@@ -143,13 +142,13 @@ def test_weights_that_do_not_fit_a_foreign_network_are_refused(tmp_path: Path, w
 def test_without_a_module_the_familys_own_is_used(tmp_path: Path) -> None:
     network = make_network(options(), OURS, tiny_dit(tmp_path), seed=1)
 
-    assert isinstance(network.module, LoraNetwork)
+    assert isinstance(network.module, OwnNetwork)
 
 
 def test_ranks_come_from_the_weights_on_request(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     path = tmp_path / "x.safetensors"
-    wan_network(dit, rank=6, alpha=3.0).save_weights(path, None, {})
+    save_network(wan_network(dit, rank=6, alpha=3.0), path, None, {})
 
     network: Any = make_network(options(network_weights=path, dim_from_weights=True), OURS, dit, seed=1)
 
@@ -162,7 +161,7 @@ def test_scaling_norms_reports_and_is_refused_where_it_is_not_offered(tmp_path: 
     dit = tiny_dit(tmp_path)
     network = make_network(options(scale_weight_norms=0.5), OURS, dit, seed=1)
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in network.module.parameters():
             parameter.fill_(0.1)
 
     report = NormReport.of(network.scale_norms(0.5, torch.device("cpu")).tolist())
@@ -190,14 +189,14 @@ def test_foreign_modules_report_scaled_norms_as_plain_numbers(tmp_path: Path) ->
         ) -> tuple[int, float, float]:
             return 2, max_norm / 2, max_norm
 
-    network = TrainableNetwork(Scaling(), tiny_dit(tmp_path))
+    network = ForeignNetwork(Scaling(), tiny_dit(tmp_path))
 
     assert NormReport.of(network.scale_norms(0.5, torch.device("cpu")).tolist()) == NormReport(2, 0.25, 0.5)
 
 
 def test_dim_from_weights_is_refused_where_the_module_lacks_it(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
-    wan_network(dit).save_weights(tmp_path / "x.safetensors", None, {})
+    save_network(wan_network(dit), tmp_path / "x.safetensors", None, {})
 
     with pytest.raises(OptionError, match="--dim_from_weights cannot be used"):
         make_network(

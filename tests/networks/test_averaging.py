@@ -13,9 +13,9 @@ from torch import Tensor
 from modules.atomic_write import save_tensors
 from networks import averaging
 from networks.averaging import exponent_of, file_weights
-from networks.averaging_options import LARGEST_SIGMA, AveragingOptions
 from networks.loading import read_lora
 from networks.metadata import add_hashes, model_hashes
+from networks.tool_options import LARGEST_SIGMA, AveragingOptions
 from tests.faults.messages import assert_one_message, run_here
 
 NAME = "lora_unet_blocks_0_self_attn_q"

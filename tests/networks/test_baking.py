@@ -13,9 +13,8 @@ from torch import Tensor
 import convert_lora
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
-from networks.loading import LoraFile, read_lora
+from networks.loading import LoraFile, LoraUse, read_lora
 from networks.text_loras import WholePatch
-from networks.uses import LoraUse
 from tests.networks.test_read_by_comfyui import MODELS, factors, write_lora
 from tests.tiny import framepack_dit, hunyuan_dit, stable_diffusion
 

@@ -19,9 +19,8 @@ from modules.offload.options import SwapOptions
 from networks.added import add_loras
 from networks.apply import LoraPatch, OriginalWeights, check_loras_fit
 from networks.convert import convert_file
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
-from networks.uses import LoraUse
 from tests.networks.making import inputs, tiny_dit
 from tests.networks.test_interoperability import TOLERANCE, load_there, run_there
 from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit

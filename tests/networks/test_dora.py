@@ -13,9 +13,8 @@ from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.deltas import decompose, find_fault
-from networks.loading import LoraFile, read_lora
+from networks.loading import LoraFile, LoraUse, read_lora
 from networks.parts import for_model
-from networks.uses import LoraUse
 from tests.frame_pack import making as framepack
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import inputs, tiny_dit

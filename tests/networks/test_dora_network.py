@@ -14,12 +14,11 @@ from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, dequantise, quantise
-from networks import lora
 from networks.apply import LoraPatch
 from networks.deltas import decompose, weight_delta
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.lora_layer import LoraLayer
-from networks.uses import LoraUse
+from tests.tiny.loras import lora_like
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
 
@@ -110,8 +109,8 @@ def test_what_was_trained_is_what_generation_adds(tmp_path: Path) -> None:
     merged = ToyFamily().load_dit(Placement(CPU, patch=patch))
     patch.check()
     dit = ToyFamily().load_dit(Placement(CPU))
-    network = lora.create_arch_network_from_weights(1.0, read_lora(path).tensors, unet=dit)
-    network.apply_to(None, dit)
+    network = lora_like("lora", read_lora(path).tensors, dit)
+    network.attach()
     assert network.load_weights(path) == []
     assert same(network.state_dict(), tensors)
     x = torch.randn(1, 2, 1, 4, 4), torch.tensor([500.0]), [torch.ones(1, 1)]

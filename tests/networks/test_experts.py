@@ -17,12 +17,11 @@ import merge_lora
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
-from networks.loading import LoraFile, read_lora
-from networks.metadata import STALE, expert_of, expert_of_model, join_metadata, metadata_of
+from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
+from networks.metadata import STALE, expert_of, expert_of_model, join_metadata, metadata_of, save_network
 from networks.module_names import read_family
 from networks.names.layouts import FOR_BOTH
-from networks.names.wan import WAN
-from networks.uses import LoraUse, warn_of_other_expert
+from networks.names.video import WAN
 from tests.networks.making import inputs, randomize, tiny_dit, wan_network
 from tests.networks.test_interoperability import TOLERANCE, run_there
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -133,7 +132,7 @@ class Pair:
             randomize(network, seed=seed)
             self.paths[expert] = folder / f"x_{expert}.safetensors"
             metadata = {"ss_base_model_version": "wan", "ss_wan_expert": expert.removesuffix("_noise")}
-            network.save_weights(self.paths[expert], torch.float32, {**metadata, "ss_output_name": expert})
+            save_network(network, self.paths[expert], torch.float32, {**metadata, "ss_output_name": expert})
 
     @torch.no_grad()
     def here(self, expert: str, lora: LoraFile) -> Tensor:

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from networks import loha, lokr
 from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.factored import FactoredLayer, loha_shapes, lokr_shapes, split_size
-from networks.loading import read_lora
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
 from tests.networks.making import inputs, tiny_dit
+from tests.tiny.loras import lora_like, make_lora
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
 
@@ -141,9 +140,8 @@ def test_what_was_trained_is_what_generation_adds(tmp_path: Path, kind: str) -> 
     merged = ToyFamily().load_dit(Placement(torch.device("cpu"), patch=patch))
     patch.check()
     dit = ToyFamily().load_dit(Placement(torch.device("cpu")))
-    builder = loha if kind == "loha" else lokr
-    network = builder.create_arch_network_from_weights(1.0, read_lora(path).tensors, unet=dit)
-    network.apply_to(None, dit)
+    network = lora_like("loha" if kind == "loha" else "lokr", read_lora(path).tensors, dit)
+    network.attach()
     assert network.load_weights(path) == []
     x = torch.randn(1, 2, 1, 4, 4), torch.tensor([500.0]), [torch.ones(1, 1)]
 
@@ -191,10 +189,8 @@ def test_a_run_resumes_and_continues_from_a_file(tmp_path: Path, kind: str) -> N
 def test_patterns_and_a_model_choose_the_modules(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     before = dit(**inputs(dit))
-    network = lokr.create_arch_network(
-        1.0, 4, 1.0, None, None, dit, exclude_patterns="[r'.*ffn.*']", factor="4"
-    )
-    network.apply_to(None, dit)
+    network = make_lora("lokr", 4, 1.0, dit, exclude_patterns="[r'.*ffn.*']", factor="4")
+    network.attach()
 
     names = {name.partition(".")[0] for name in network.state_dict()}
     assert "lora_unet_blocks_0_self_attn_q" in names

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import read_lora
-from networks.lora_network import LoraNetwork
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
+from networks.lora_network import OwnNetwork
+from networks.metadata import save_network
 from tests.frame_pack import making as framepack
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import inputs, tiny_dit, wan_network
@@ -34,8 +34,8 @@ def run_there(other: WanTransformer3DModel, dit: WanModel) -> Tensor:
 
 
 @torch.no_grad()
-def run_here(dit: WanModel, network: LoraNetwork) -> Tensor:
-    network.apply_to(None, dit)
+def run_here(dit: WanModel, network: OwnNetwork) -> Tensor:
+    network.attach()
     out = dit(**inputs(dit))
     network.set_multiplier(0.0)
     return out
@@ -52,7 +52,7 @@ def test_a_lora_on_all_modules_acts_in_diffusers_as_here(tmp_path: Path, kind: s
     dit = tiny_dit(tmp_path, kind)
     network = wan_network(dit, rank=4, alpha=3.0)
     path = tmp_path / "lora.safetensors"
-    network.save_weights(path, torch.float32, {"ss_base_model_version": "wan"})
+    save_network(network, path, torch.float32, {"ss_base_model_version": "wan"})
     if converted:
         convert_file(path, tmp_path / "other.safetensors", "other")
         path = tmp_path / "other.safetensors"
@@ -72,7 +72,7 @@ def test_a_lora_on_all_modules_acts_in_diffusers_as_here(tmp_path: Path, kind: s
 def test_a_filtered_lora_acts_in_diffusers_once_converted(tmp_path: Path, patterns: str) -> None:
     dit = tiny_dit(tmp_path, "i2v")
     network = wan_network(dit, rank=4, alpha=3.0, exclude_patterns=patterns)
-    network.save_weights(tmp_path / "lora.safetensors", torch.float32, {})
+    save_network(network, tmp_path / "lora.safetensors", torch.float32, {})
     convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
     other = in_diffusers(dit.config, dit.state_dict())
 

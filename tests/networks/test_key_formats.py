@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from networks.deltas import add_missing_alphas
 from networks.key_formats import module_of_tensor, to_native
 from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path, replace_dots
-from networks.names.framepack import FRAMEPACK
-from networks.names.hunyuan import HUNYUAN_VIDEO
-from networks.names.wan import WAN
+from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
 from networks.parts import for_model
-from networks.writing import add_missing_alphas, to_diffusers, to_other
+from networks.writing import Written, in_dialect
 from tests.golden_cases import read_case
 from tests.manifests import manifest_names, tensor_list
 from tests.networks.making import golden_dit, golden_lora
+from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import diffusers_name
 
 
@@ -25,13 +25,15 @@ def factors(name: str, rank: int = 2) -> dict[str, Tensor]:
     }
 
 
+def to_other(tensors: dict[str, Tensor], target: str = "other") -> Written:
+    family = choose_family(name.removeprefix("lora_unet_").partition(".")[0] for name in tensors)
+    return in_dialect(tensors, family, target)
+
+
 def golden_tensors() -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    from networks import lora_wan
 
     description, expected = read_case("lora_merge_convert")
-    network = lora_wan.create_arch_network(
-        1.0, description["rank"], description["alpha"], None, None, golden_dit(description)
-    )
+    network = make_lora("lora_wan", description["rank"], description["alpha"], golden_dit(description))
     return (
         description,
         golden_lora(network, description["lora_weights_model_key"], description["lora_up_extra_scale"]),
@@ -42,20 +44,20 @@ def golden_tensors() -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
 def test_conversion_to_the_other_dialect_equals_the_recorded_one() -> None:
     description, tensors, expected = golden_tensors()
 
-    other = to_other(tensors)
+    other, left_out = to_other(tensors)
 
-    assert other.left_out == {}
-    assert {name: list(tensor.shape) for name, tensor in other.tensors.items()} == dict(
+    assert left_out == {}
+    assert {name: list(tensor.shape) for name, tensor in other.items()} == dict(
         map(tuple, description["other_keys"])
     )
     for name in (name for name in expected if name.startswith("other.")):
-        torch.testing.assert_close(other.tensors[name[6:]], expected[name], atol=0, rtol=1e-6)
+        torch.testing.assert_close(other[name[6:]], expected[name], atol=0, rtol=1e-6)
 
 
 def test_conversion_back_equals_the_recorded_one() -> None:
     _, tensors, expected = golden_tensors()
 
-    back = add_missing_alphas(to_native(to_other(tensors).tensors).tensors)
+    back = add_missing_alphas(to_native(to_other(tensors)[0]).tensors)
 
     assert back.keys() == tensors.keys()
     for name in (name for name in expected if name.startswith("back.")):
@@ -65,10 +67,10 @@ def test_conversion_back_equals_the_recorded_one() -> None:
 
 def test_from_the_other_dialect_and_back_is_exact() -> None:
     _, tensors, _ = golden_tensors()
-    other = to_other(tensors).tensors
+    other, _ = to_other(tensors)
 
     there = add_missing_alphas(to_native(other).tensors)
-    again = to_other(there).tensors
+    again, _ = to_other(there)
 
     assert list(again) == list(other)
     assert all(torch.equal(tensor, other[name]) for name, tensor in again.items())
@@ -81,7 +83,7 @@ def test_both_ways_keep_what_a_lora_adds() -> None:
     _, tensors, _ = golden_tensors()
     name = "lora_unet_blocks_1_ffn_0"
 
-    other = to_other(tensors).tensors
+    other, _ = to_other(tensors)
 
     theirs = (
         other["diffusion_model.blocks.1.ffn.0.lora_B.weight"]
@@ -95,7 +97,7 @@ def test_both_ways_keep_what_a_lora_adds() -> None:
 def test_module_paths_are_the_recorded_ones(family: str) -> None:
     description, _ = read_case("lora_merge_convert")
     for name, expected in description["name_maps"][f"{family}_default_to_other"]:
-        assert list(to_other(factors(name)).tensors) == expected
+        assert list(to_other(factors(name))[0]) == expected
 
 
 @pytest.mark.parametrize(
@@ -252,12 +254,12 @@ def test_what_has_no_form_in_the_other_dialect_is_named_with_its_reason() -> Non
     lokr = {"lokr_w1": torch.ones(1, 1), "lokr_w2": torch.ones(3, 3)}
     tensors |= {f"lora_unet_blocks_0_ffn_2.{part}": tensor for part, tensor in lokr.items()}
 
-    other, diffusers = to_other(tensors), to_diffusers(tensors)
+    other, left_out = to_other(tensors)
 
-    assert len(other.tensors) == 4
-    assert other.left_out.keys() == {"lora_unet_blocks_0_unheard_of"}
-    assert "no known model" in other.left_out["lora_unet_blocks_0_unheard_of"]
-    assert "lokr_w1, lokr_w2" in diffusers.left_out["lora_unet_blocks_0_ffn_2"]
+    assert len(other) == 4
+    assert left_out.keys() == {"lora_unet_blocks_0_unheard_of"}
+    assert "no known model" in left_out["lora_unet_blocks_0_unheard_of"]
+    assert "lokr_w1, lokr_w2" in to_other(tensors, "diffusers")[1]["lora_unet_blocks_0_ffn_2"]
 
 
 def test_names_in_checkpoints_lose_their_prefix() -> None:

@@ -12,11 +12,12 @@ from torch import nn
 from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
 from modules.offload.checkpointing import checkpoint_blocks
-from networks import lora, lora_wan
-from networks.loading import import_network_module
 from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer, halves, keep_mask
+from networks.metadata import save_network
+from networks.own_modules import OWN_MODULES
 from tests.golden_cases import make_input, read_case
 from tests.networks.making import golden_dit, golden_lora, inputs, join_all, randomize, tiny_dit, wan_network
+from tests.tiny.loras import lora_like, make_lora
 
 BLOCKS = DitSpec(block_lists=("blocks",))
 
@@ -27,14 +28,13 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str, joins: bo
     description, tensors = read_case(case)
     settings = description["lora"]
     dit = golden_dit(description)
-    network = lora_wan.create_arch_network(
-        settings["multiplier"], settings["rank"], settings["alpha"], None, None, dit
-    )
+    network = make_lora("lora_wan", settings["rank"], settings["alpha"], dit)
+    network.set_multiplier(settings["multiplier"])
     assert [[name, list(t.shape), str(t.dtype)[6:]] for name, t in network.state_dict().items()] == settings[
         "tensors"
     ]
     golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
-    network.apply_to(None, dit)
+    network.attach()
     if joins:
         join_all(network)
     sigmas = torch.tensor(description["t_in_0_1"]).view(-1, 1, 1, 1, 1)
@@ -76,9 +76,7 @@ def test_patterns_choose_the_recorded_modules(which: str) -> None:
     description, _ = read_case("lora_merge_convert")
     expected = description["module_lists"][which]
 
-    network = lora_wan.create_arch_network(
-        1.0, 4, 2.0, None, None, golden_dit(description), **expected["network_args"]
-    )
+    network = make_lora("lora_wan", 4, 2.0, golden_dit(description), **expected["network_args"])
 
     assert list(dict.fromkeys(name.partition(".")[0] for name in network.state_dict())) == expected["modules"]
 
@@ -109,10 +107,8 @@ def modules_of(network: nn.Module) -> list[str]:
 
 
 def test_a_network_states_which_of_its_modules_a_lora_takes() -> None:
-    plain = lora.create_arch_network(1.0, 4, 1.0, None, None, NewDit())
-    more = lora.create_arch_network(
-        1.0, 4, 1.0, None, None, NewDit(), include_patterns=[r"single_blocks\.1\.modulation"]
-    )
+    plain = make_lora("lora", 4, 1.0, NewDit())
+    more = make_lora("lora", 4, 1.0, NewDit(), include_patterns=[r"single_blocks\.1\.modulation"])
 
     assert modules_of(plain) == ["single_blocks_0_linear", "single_blocks_1_linear", "double_blocks_0_linear"]
     assert set(modules_of(more)) - set(modules_of(plain)) == {"single_blocks_1_modulation_1"}
@@ -120,24 +116,21 @@ def test_a_network_states_which_of_its_modules_a_lora_takes() -> None:
 
 def test_patterns_that_leave_no_module_are_refused() -> None:
     with pytest.raises(OptionError, match="the LoRA has no module left"):
-        lora.create_arch_network(1.0, 4, 1.0, None, None, NewDit(), exclude_patterns=[".*blocks"])
+        make_lora("lora", 4, 1.0, NewDit(), exclude_patterns=[".*blocks"])
 
 
 @pytest.mark.parametrize(
     "name", ["networks.lora", "networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"]
 )
 def test_all_names_of_our_network_module_build_the_same(name: str) -> None:
-    module = import_network_module(name)
-
-    assert module.create_arch_network is lora.create_arch_network
-    assert module.create_arch_network_from_weights is lora.create_arch_network_from_weights
+    assert OWN_MODULES[name] == OWN_MODULES["networks.lora"]
 
 
 def test_a_new_lora_changes_nothing(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     plain = dit(**inputs(dit))
 
-    lora_wan.create_arch_network(1.0, 4, 1.0, None, None, dit).apply_to(None, dit)
+    make_lora("lora_wan", 4, 1.0, dit).attach()
 
     assert torch.equal(dit(**inputs(dit)), plain)
 
@@ -146,7 +139,7 @@ def test_multiplier_zero_gives_the_plain_model_back(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     plain = dit(**inputs(dit))
     network = wan_network(dit)
-    network.apply_to(None, dit)
+    network.attach()
     assert not torch.equal(dit(**inputs(dit)), plain)
 
     network.set_multiplier(0.0)
@@ -160,11 +153,11 @@ def test_float32_factors_train_with_any_model_dtype_and_with_autocast(
 ) -> None:
     dit = tiny_dit(tmp_path)
     exact = wan_network(dit)
-    exact.apply_to(None, dit)
+    exact.attach()
     expected = dit(**inputs(dit))
     dit = tiny_dit(tmp_path).to(dtype)
     network = wan_network(dit)
-    network.apply_to(None, dit)
+    network.attach()
 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = dit(**inputs(dit))
@@ -185,7 +178,7 @@ def test_recomputation_of_checkpointed_blocks_draws_the_same_dropout(
     for checkpointed in (False, True):
         dit = tiny_dit(tmp_path).train()
         network = wan_network(dit, **arguments)
-        network.apply_to(None, dit)
+        network.attach()
         if checkpointed:
             checkpoint_blocks(dit, BLOCKS)
         network.train()
@@ -201,7 +194,7 @@ def test_recomputation_of_checkpointed_blocks_draws_the_same_dropout(
 def test_dropout_follows_the_seed_and_rests_in_eval_mode(tmp_path: Path, arguments: dict[str, float]) -> None:
     dit = tiny_dit(tmp_path)
     network = wan_network(dit, **arguments)
-    network.apply_to(None, dit)
+    network.attach()
     outputs = []
     for seed in (1, 1, 2):
         network.train()
@@ -259,7 +252,7 @@ def test_dropout_keeps_the_mean_in_bf16_too() -> None:
 def test_loraplus_puts_the_up_factors_into_a_faster_group(tmp_path: Path) -> None:
     network = wan_network(tiny_dit(tmp_path), loraplus_lr_ratio="4")
 
-    groups, names = network.prepare_optimizer_params(unet_lr=0.5)
+    groups, names = network.parameter_groups(0.5)
 
     assert names == ["unet", "unet plus"]
     assert [group["lr"] for group in groups] == [0.5, 2.0]
@@ -281,7 +274,7 @@ def test_norms_above_the_limit_are_scaled_down_to_it(tmp_path: Path) -> None:
 
     before = norms()
     limit = sorted(before)[len(before) // 2]
-    scaled, mean, largest = network.apply_max_norm_regularization(limit)
+    scaled, mean, largest = network.scale_norms(limit, torch.device("cpu"))
 
     expected = [min(norm, limit) for norm in before]
     assert norms() == pytest.approx(expected, rel=1e-5)
@@ -303,17 +296,15 @@ def test_convolutions_larger_than_one_take_part_only_with_conv_dim() -> None:
 
     dit = Convolutions()
     three = dit.blocks[0]["three"]
-    plain = lora_wan.create_arch_network(1.0, 2, 1.0, None, None, dit)
-    network = lora_wan.create_arch_network(1.0, 2, 1.0, None, None, dit, conv_dim="3", conv_alpha="1")
+    plain = make_lora("lora_wan", 2, 1.0, dit)
+    network = make_lora("lora_wan", 2, 1.0, dit, conv_dim="3", conv_alpha="1")
     randomize(network)
     pixels = torch.randn(1, 4, 8, 8)
     before = three(pixels)
-    network.apply_to(None, dit)
+    network.attach()
 
     assert len(plain.layers) == 1
-    whole = lora_wan.create_arch_network(
-        1.0, 2, 1.0, None, None, Convolutions(), conv_dim="3", conv_alpha="0"
-    )
+    whole = make_lora("lora_wan", 2, 1.0, Convolutions(), conv_dim="3", conv_alpha="0")
     assert [layer.scale for layer in whole.layers] == [0.5, 1.0]  # alpha 0 means the rank
     factors = network.state_dict()
     assert factors["lora_unet_blocks_0_three.lora_down.weight"].shape == (3, 4, 3, 3)
@@ -330,7 +321,7 @@ def test_convolutions_larger_than_one_take_part_only_with_conv_dim() -> None:
 def test_saved_file_has_the_dtype_asked_for_and_its_hashes(tmp_path: Path) -> None:
     network = wan_network(tiny_dit(tmp_path))
 
-    network.save_weights(tmp_path / "x.safetensors", torch.bfloat16, {"ss_seed": "1"})
+    save_network(network, tmp_path / "x.safetensors", torch.bfloat16, {"ss_seed": "1"})
 
     stored = load_file(tmp_path / "x.safetensors")
     assert stored.keys() == network.state_dict().keys()
@@ -343,8 +334,8 @@ def test_saved_file_has_the_dtype_asked_for_and_its_hashes(tmp_path: Path) -> No
 def test_weights_and_alphas_come_back_from_a_file(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     saved = wan_network(dit, alpha=3.0)
-    saved.save_weights(tmp_path / "x.safetensors", None, {})
-    network = lora_wan.create_arch_network(1.0, 4, 1.0, None, None, dit)
+    save_network(saved, tmp_path / "x.safetensors", None, {})
+    network = make_lora("lora_wan", 4, 1.0, dit)
 
     assert network.load_weights(tmp_path / "x.safetensors") == []
 
@@ -369,7 +360,7 @@ def test_alphas_as_other_tools_store_them_count(tmp_path: Path, alpha: torch.Ten
 
 def test_what_does_not_fit_a_network_is_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dit = tiny_dit(tmp_path)
-    wan_network(tiny_dit(tmp_path / "i2v", "i2v")).save_weights(tmp_path / "x.safetensors", None, {})
+    save_network(wan_network(tiny_dit(tmp_path / "i2v", "i2v")), tmp_path / "x.safetensors", None, {})
     network = wan_network(dit, exclude_patterns="[r'.*ffn.*']")
 
     with caplog.at_level(logging.WARNING):
@@ -383,7 +374,7 @@ def test_what_does_not_fit_a_network_is_listed(tmp_path: Path, caplog: pytest.Lo
 
 def test_a_file_of_another_rank_is_refused_with_the_way_out(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
-    wan_network(dit, rank=8).save_weights(tmp_path / "x.safetensors", None, {})
+    save_network(wan_network(dit, rank=8), tmp_path / "x.safetensors", None, {})
 
     with pytest.raises(
         CheckpointError,
@@ -429,9 +420,7 @@ def test_ranks_and_alphas_can_come_from_a_file(tmp_path: Path, caplog: pytest.Lo
     del tensors["lora_unet_blocks_1_self_attn_o.alpha"]  # no alpha: that of the rank
 
     with caplog.at_level(logging.WARNING):
-        network = lora_wan.create_arch_network_from_weights(
-            1.0, tensors, unet=dit, conv_dim="4", rank_dropout="0.5", file="x"
-        )
+        network = lora_like("lora_wan", tensors, dit, conv_dim="4", rank_dropout="0.5")
 
     assert "conv_dim is ignored" in caplog.text
     assert network.settings.dropouts.rank == 0.5

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from frame_pack.checkpoints import load_dit
 from modules.contract.loading import Placement
-from networks import lora_framepack
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import import_network_module, read_lora
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
+from networks.metadata import save_network
 from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS, read_case
 from tests.networks.making import golden_lora, randomize
 from tests.networks.making_dialects import saved_by_diffusers
 from tests.tiny.framepack_dit import tiny_state, write_dit
+from tests.tiny.loras import make_lora
 
 NEAR = 5e-6  # of the largest value; float32, summed in another order
 
@@ -30,14 +30,14 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
     description, tensors = read_case("framepack_lora")
     settings, sigma = description["lora"], description["t_in_0_1"]
     dit, inputs, _ = golden_model()
-    network = lora_framepack.create_arch_network(1.0, settings["rank"], settings["alpha"], None, None, dit)
+    network = make_lora("lora_framepack", settings["rank"], settings["alpha"], dit)
     found = [
         [name, layer.lora_down.in_features, layer.lora_up.out_features]
         for name, layer in network.named_children()
     ]
     assert found == settings["modules_name_in_out"]
     golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
-    network.apply_to(None, dit)
+    network.attach()
     inputs |= {
         "noisy": (1 - sigma) * tensors["latents"] + sigma * tensors["noise"],
         "timesteps": tensors["timestep"],
@@ -63,11 +63,12 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
 
 def test_a_model_loaded_with_a_lora_equals_one_with_the_network_attached(tmp_path: Path) -> None:
     dit = tiny_model()
-    module = import_network_module("networks.lora_framepack")
-    network = module.create_arch_network(1.0, 4, 3.0, None, None, dit)
+    network = make_lora("lora_framepack", 4, 3.0, dit)
     randomize(network)
-    network.save_weights(tmp_path / "lora.safetensors", torch.float32, {"ss_base_model_version": "framepack"})
-    network.apply_to(None, dit)
+    save_network(
+        network, tmp_path / "lora.safetensors", torch.float32, {"ss_base_model_version": "framepack"}
+    )
+    network.attach()
 
     patch = LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"), 1.0)])
     loaded = load_dit(
@@ -132,9 +133,11 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     "arguments", [{}, {"exclude_patterns": r"[r'.*ff.*', r'single_transformer_blocks\.1\..*']"}]
 )
 def test_a_lora_made_here_acts_in_diffusers_as_here(tmp_path: Path, arguments: dict[str, str]) -> None:
-    network = lora_framepack.create_arch_network(1.0, 4, 3.0, None, None, tiny_model(), **arguments)
+    network = make_lora("lora_framepack", 4, 3.0, tiny_model(), **arguments)
     randomize(network)
-    network.save_weights(tmp_path / "lora.safetensors", torch.float32, {"ss_base_model_version": "framepack"})
+    save_network(
+        network, tmp_path / "lora.safetensors", torch.float32, {"ss_base_model_version": "framepack"}
+    )
     convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
     theirs = in_diffusers()
 

@@ -10,16 +10,14 @@ from torch import Tensor, nn
 from frame_pack.checkpoints import load_dit
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
-from networks import lora_framepack
 from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.key_formats import to_native
-from networks.loading import LoraFile, read_lora
+from networks.loading import LoraFile, LoraUse, read_lora
+from networks.metadata import save_network
 from networks.module_names import choose_family, module_path, relatives, replace_dots
-from networks.names.framepack import FRAMEPACK
-from networks.names.hunyuan import HUNYUAN_VIDEO
+from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO
 from networks.parts import cut, for_model
-from networks.uses import LoraUse
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.manifests import tensor_list
 from tests.networks.making import randomize
@@ -28,6 +26,7 @@ from tests.networks.making_hunyuan import saved
 from tests.tiny import hunyuan_dit
 from tests.tiny.framepack_dit import tiny_state, write_dit
 from tests.tiny.hunyuan_dit import comfy_state, diffusers_parts, diffusers_state
+from tests.tiny.loras import lora_like, make_lora
 
 CPU = torch.device("cpu")
 TRUNK = hunyuan_dit.tiny_state()  # HunyuanVideo's weights, which the tiny FramePack below has too
@@ -120,9 +119,9 @@ def test_hunyuan_loras_of_diffusion_pipe_add_the_same_to_framepack(
 
 @pytest.mark.parametrize("start", ["diffusion_model.", "transformer.", "base_model.model."])
 def test_framepacks_own_names_with_points_act_as_with_underscores(tmp_path: Path, start: str) -> None:
-    network = lora_framepack.create_arch_network(1.0, 4, 4.0, None, None, tiny_model())
+    network = make_lora("lora_framepack", 4, 4.0, tiny_model())
     randomize(network)
-    network.save_weights(tmp_path / "ours.safetensors", torch.float32, {})
+    save_network(network, tmp_path / "ours.safetensors", torch.float32, {})
     saved_with_points(network, tmp_path / "theirs.safetensors", FRAMEPACK, start)
 
     found, expected = (
@@ -149,7 +148,7 @@ def test_a_model_loaded_with_a_hunyuan_lora_is_the_merged_one(tmp_path: Path) ->
 def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None:
     saved(tmp_path / "lora.safetensors", alpha=3)
     lora, dit = read_lora(tmp_path / "lora.safetensors"), tiny_model()
-    network = lora_framepack.create_arch_network_from_weights(1.0, lora.tensors, unet=dit)
+    network = lora_like("lora_framepack", lora.tensors, dit)
 
     problems = network.load_weights(tmp_path / "lora.safetensors")
 
@@ -169,7 +168,7 @@ def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None
 def test_a_network_without_some_parts_takes_what_it_has_of_a_hunyuan_lora(tmp_path: Path) -> None:
     saved(tmp_path / "lora.safetensors", alpha=3)
     arguments = {"exclude_patterns": "[r'.*to_k', r'single_transformer_blocks.*']"}
-    network = lora_framepack.create_arch_network(1.0, 4, 3.0, None, None, tiny_model(), **arguments)
+    network = make_lora("lora_framepack", 4, 3.0, tiny_model(), **arguments)
 
     problems = network.load_weights(tmp_path / "lora.safetensors")
 
@@ -316,15 +315,14 @@ def test_a_hunyuan_lora_on_framepack_is_as_it_should_be(
 def test_training_hunyuan_video_from_a_framepack_lora_is_warned_about(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from networks import lora_hunyuan
     from tests.hunyuan_model.making import tiny_model as tiny_hunyuan
 
-    network = lora_framepack.create_arch_network(1.0, 4, 4.0, None, None, tiny_model())
-    network.save_weights(tmp_path / "fp.safetensors", torch.float32, {"ss_base_model_version": "framepack"})
+    network = make_lora("lora_framepack", 4, 4.0, tiny_model())
+    save_network(network, tmp_path / "fp.safetensors", torch.float32, {"ss_base_model_version": "framepack"})
 
     path = tmp_path / "fp.safetensors"
     tensors = read_lora(path).tensors  # four of rank 4 become one of 16
-    lora_hunyuan.create_arch_network_from_weights(1.0, tensors, unet=tiny_hunyuan("t2v")).load_weights(path)
+    lora_like("lora_hunyuan", tensors, tiny_hunyuan("t2v")).load_weights(path)
 
     assert "was trained for framepack" in caplog.text
 
@@ -346,7 +344,7 @@ def test_a_lora_of_wan_is_refused_with_both_models_named(tmp_path: Path) -> None
 def test_names_that_fit_nothing_are_counted_and_many_of_them_are_said_loudly(
     damaged: int, is_loud: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    network = lora_framepack.create_arch_network(1.0, 4, 4.0, None, None, tiny_model())
+    network = make_lora("lora_framepack", 4, 4.0, tiny_model())
     randomize(network)
     wrong = tuple(name for name, _ in network.named_children())[:damaged]
     tensors = {
@@ -431,7 +429,7 @@ def test_only_framepack_has_modules_for_finished_latents() -> None:
 @pytest.mark.parametrize("knows_attention", [False, True], ids=["before", "since it knows Qwen-Image"])
 def test_the_odd_names_of_the_known_tuners_conversion_are_read(knows_attention: bool, start: str) -> None:
     """It replaces underscores after HunyuanVideo's rules, but for modules of another model of equal names."""
-    network = lora_framepack.create_arch_network(1.0, 4, 3.0, None, None, tiny_model())
+    network = make_lora("lora_framepack", 4, 3.0, tiny_model())
 
     def odd(name: str) -> str:
         path = name.removeprefix("lora_unet_")

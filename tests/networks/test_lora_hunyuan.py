@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.model import HunyuanVideoModel
 from modules.contract.loading import Placement
-from networks import lora_hunyuan
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
 from networks.module_names import alias, choose_family, module_path, relatives, replace_dots
-from networks.names.hunyuan import HUNYUAN_VIDEO
-from networks.uses import LoraUse
+from networks.names.video import HUNYUAN_VIDEO
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, tiny_inputs, tiny_model
 from tests.manifests import tensor_list
@@ -26,6 +24,7 @@ from tests.networks.making import golden_lora
 from tests.networks.making_dialects import saved_with_points
 from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, network_of, run_here, saved
 from tests.tiny.hunyuan_dit import comfy_state, diffusers_parts, tiny_state, write_dit
+from tests.tiny.loras import make_lora
 
 CPU = torch.device("cpu")
 
@@ -34,14 +33,14 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
     description, tensors = read_case("hv_lora")
     settings = description["lora"]
     dit, inputs, _ = golden_model("hv_dit_guidance")
-    network = lora_hunyuan.create_arch_network(1.0, settings["rank"], settings["alpha"], None, None, dit)
+    network = make_lora("lora_hunyuan", settings["rank"], settings["alpha"], dit)
     found = [
         [name, layer.lora_down.in_features, layer.lora_up.out_features]
         for name, layer in network.named_children()
     ]
     assert found == settings["modules_name_in_out"]
     golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
-    network.apply_to(None, dit)
+    network.attach()
     sigmas = torch.tensor(description["t_in_0_1"]).view(-1, 1, 1, 1, 1)
     inputs |= {
         "noisy": (1 - sigmas) * tensors["latents"] + sigmas * tensors["noise"],
@@ -76,7 +75,7 @@ def test_a_model_loaded_with_a_lora_equals_one_with_the_network_attached(tmp_pat
     dit = tiny_model(kind)
     attached = network_of(dit)
     attached.load_state_dict(network.state_dict())
-    attached.apply_to(None, dit)
+    attached.attach()
 
     with torch.no_grad():
         expected = dit(**tiny_inputs(kind))

@@ -13,17 +13,16 @@ from diffusers.loaders import HunyuanVideoLoraLoaderMixin, lora_pipeline
 from safetensors.torch import load_file, save_file
 
 from modules.errors import CheckpointError
-from networks import lora_hunyuan
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.module_names import module_path, replace_dots
-from networks.names.hunyuan import HUNYUAN_VIDEO
+from networks.names.video import HUNYUAN_VIDEO
 from networks.parts import fuse
-from networks.uses import LoraUse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved
 from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state, tiny_state
+from tests.tiny.loras import lora_like
 
 PUBLISHED_WIDTH = 3072
 
@@ -286,11 +285,11 @@ def test_training_can_start_from_a_lora_of_diffusers(tmp_path: Path) -> None:
         tmp_path, "t2v", r".*_blocks\.\d+\..*(to_q|to_v|add_k_proj|net\.2|proj_mlp)", alpha=3
     )
     dit = tiny_model("t2v")
-    network = lora_hunyuan.create_arch_network_from_weights(1.0, read_lora(path).tensors, unet=dit)
+    network = lora_like("lora_hunyuan", read_lora(path).tensors, dit)
 
     problems = network.load_weights(path)
 
-    network.apply_to(None, dit)
+    network.attach()
     assert problems == []
     with torch.no_grad():
         assert_near(dit(**tiny_inputs("t2v")), expected)

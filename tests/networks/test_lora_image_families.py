@@ -12,25 +12,25 @@ from torch import Tensor, nn
 import tests.flux.making as flux
 import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
-from networks import lora_flux, lora_hunyuan_image, lora_lumina
 from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import read_lora
-from networks.lora_network import LoraNetwork
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
+from networks.lora_network import OwnNetwork
+from networks.metadata import save_network
 from tests.golden_cases import make_weights, read_case
+from tests.tiny.loras import make_lora
 from tests.tiny.lumina import tiny_state
 
 Both = Callable[[nn.Module, nn.Module], tuple[Tensor, Tensor]]  # ours, theirs -> their predictions
 MODULES: dict[str, Any] = {
-    "flux": lora_flux,
-    "chroma": lora_flux,
-    "hunyuan_image": lora_hunyuan_image,
-    "lumina": lora_lumina,
+    "flux": "lora_flux",
+    "chroma": "lora_flux",
+    "hunyuan_image": "lora_hunyuan_image",
+    "lumina": "lora_lumina",
 }
 
 
-def golden_lora(network: LoraNetwork, settings: dict[str, Any]) -> None:
+def golden_lora(network: OwnNetwork, settings: dict[str, Any]) -> None:
     """Fill the factors by the rule of the recorded cases; split layers part by part."""
     key, extra = settings["weights_model_key"], settings["lora_up_extra_scale"]
 
@@ -48,7 +48,7 @@ def golden_lora(network: LoraNetwork, settings: dict[str, Any]) -> None:
             drawn(f"{name}.lora_up", [up for _, up in pairs], number)
 
 
-def gradients(network: LoraNetwork) -> dict[str, Tensor]:
+def gradients(network: OwnNetwork) -> dict[str, Tensor]:
     """By the recorded names: those of split layers part by part."""
     found = {}
     for name, layer in zip(network.names, network.layers, strict=True):
@@ -105,12 +105,10 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones(
     dit, run = build(model_of, given)
     settings, tolerance = description["lora"], description["tolerance"]
     module = next(module for name, module in MODULES.items() if name in case)
-    network = module.create_arch_network(
-        1.0, settings["rank"], settings["alpha"], None, None, dit, **arguments
-    )
+    network = make_lora(module, settings["rank"], settings["alpha"], dit, **arguments)
     golden_lora(network, settings)
     hooked = {layer: layer.forward for layer in dit.modules() if isinstance(layer, nn.Linear)}
-    network.apply_to(None, dit)
+    network.attach()
     s = given["s"].view(-1, 1, 1, 1)
     velocity = given["noise"] - given["latents"]
 
@@ -176,15 +174,15 @@ def test_a_converted_lora_predicts_in_diffusers_what_it_predicts_here(
     tmp_path: Path, family: str, split: bool
 ) -> None:
     ours, theirs, both = models(family)
-    network = MODULES[family].create_arch_network(
-        1.0, 4, 2.0, None, None, ours, **EVERYTHING[family], **({"split_qkv": "True"} if split else {})
+    network = make_lora(
+        MODULES[family], 4, 2.0, ours, **EVERYTHING[family], **({"split_qkv": "True"} if split else {})
     )
     generator = torch.Generator().manual_seed(3)
     for parameter in network.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    network.save_weights(tmp_path / "lora.safetensors", None, {"ss_base_model_version": family})
+    save_network(network, tmp_path / "lora.safetensors", None, {"ss_base_model_version": family})
     plain, _ = both(ours, theirs)
-    network.apply_to(None, ours)
+    network.attach()
 
     convert_file(tmp_path / "lora.safetensors", tmp_path / "there.safetensors", "diffusers")
     theirs.load_lora_adapter(load_file(tmp_path / "there.safetensors"), prefix="transformer")
@@ -199,11 +197,11 @@ def test_a_converted_lora_predicts_in_diffusers_what_it_predicts_here(
 @torch.no_grad()
 def test_every_dialect_changes_a_model_as_the_network_did(tmp_path: Path, family: str, dialect: str) -> None:
     ours, _, _ = models(family)
-    network = MODULES[family].create_arch_network(1.0, 4, 2.0, None, None, ours, **EVERYTHING[family])
+    network = make_lora(MODULES[family], 4, 2.0, ours, **EVERYTHING[family])
     generator = torch.Generator().manual_seed(3)
     for parameter in network.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    network.save_weights(tmp_path / "lora.safetensors", None, {"ss_base_model_version": family})
+    save_network(network, tmp_path / "lora.safetensors", None, {"ss_base_model_version": family})
     convert_file(tmp_path / "lora.safetensors", tmp_path / "converted.safetensors", dialect)
 
     found = []

@@ -11,16 +11,16 @@ from torch import nn
 
 from modules.contract.family import DitSpec
 from modules.errors import OptionError
-from networks import lora_flux, lora_hunyuan_image, lora_lumina
-from networks.lora_network import LoraNetwork
+from networks.lora_network import OwnNetwork
 from tests.golden_cases import read_case
 from tests.manifests import tensor_list
+from tests.tiny.loras import make_lora
 
 MODULES: dict[str, Any] = {
-    "flux": lora_flux,
-    "chroma": lora_flux,
-    "hunyuan_image": lora_hunyuan_image,
-    "lumina": lora_lumina,
+    "flux": "lora_flux",
+    "chroma": "lora_flux",
+    "hunyuan_image": "lora_hunyuan_image",
+    "lumina": "lora_lumina",
 }
 PUBLISHED = {
     "flux": ("flux1-dev-dit", 304),
@@ -88,10 +88,10 @@ def encoders(which: str) -> dict[str, nn.Module]:
     return {}
 
 
-def network(family: str, which: str, arguments: list[str]) -> LoraNetwork:
+def network(family: str, which: str, arguments: list[str]) -> OwnNetwork:
     pairs = dict(argument.split("=", 1) for argument in arguments)
     texts = encoders(which)
-    return MODULES[family].create_arch_network(1.0, 4, 1.0, None, texts, dit(family, 2), **pairs)
+    return make_lora(MODULES[family], 4, 1.0, texts=texts, dit=dit(family, 2), **pairs)
 
 
 RECORDED = read_case("image_lora_modules")[0]["families"]
@@ -109,7 +109,7 @@ def test_modules_and_ranks_are_the_recorded_ones(family: str, which: str) -> Non
         case["modules"]
     )
     if "learning_rates" in case:
-        groups, _ = made.prepare_optimizer_params(**case["given"])
+        groups, _ = made.parameter_groups(**case["given"])
         names = {id(parameter): name for name, parameter in made.named_parameters()}
         rates = {names[id(one)]: group["lr"] for group in groups for one in group["params"]}
         assert rates == pytest.approx(case["learning_rates"])
@@ -117,7 +117,7 @@ def test_modules_and_ranks_are_the_recorded_ones(family: str, which: str) -> Non
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_a_published_model_has_the_known_number_of_modules(family: str) -> None:
-    made = MODULES[family].create_arch_network(1.0, 1, 1.0, None, None, dit(family))
+    made = make_lora(MODULES[family], 1, 1.0, dit(family))
 
     assert len(made.layers) == PUBLISHED[family][1]
 
@@ -139,7 +139,7 @@ def test_a_published_model_has_the_known_number_of_modules(family: str) -> None:
 )
 def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, str], words: str) -> None:
     with pytest.raises(OptionError, match=re.escape(words).replace(r"\ ", " ")):
-        lora_flux.create_arch_network(1.0, 4, 1.0, None, None, dit("flux"), **arguments)
+        make_lora("lora_flux", 4, 1.0, dit("flux"), **arguments)
 
 
 def test_the_last_pattern_that_fits_counts_and_overlaps_are_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -164,7 +164,7 @@ def test_each_text_encoder_has_its_learning_rate_and_lora_plus_its_ratio() -> No
         ["train_t5xxl=True", "loraplus_unet_lr_ratio=2", "loraplus_text_encoder_lr_ratio=3"],
     )
 
-    groups, names = made.prepare_optimizer_params(unet_lr=1.0, text_encoder_lr=[0.5, 0.25])
+    groups, names = made.parameter_groups(1.0, text_encoder_lr=[0.5, 0.25])
 
     rates = {name: group["lr"] for name, group in zip(names, groups, strict=True)}
     assert rates == {
@@ -176,6 +176,6 @@ def test_each_text_encoder_has_its_learning_rate_and_lora_plus_its_ratio() -> No
 def test_a_part_with_learning_rate_0_is_not_trained() -> None:
     made = network("flux", "CLIP-L", [])
 
-    _, names = made.prepare_optimizer_params(unet_lr=1.0, text_encoder_lr=[0.0])
+    _, names = made.parameter_groups(1.0, text_encoder_lr=[0.0])
 
     assert names == ["unet"]

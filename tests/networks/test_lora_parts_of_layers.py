@@ -9,28 +9,29 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from networks import lora_flux, lora_lumina
 from networks.deltas import group_by_module, weight_delta
 from networks.loading import read_lora
-from networks.lora_network import LoraNetwork
+from networks.lora_network import OwnNetwork
+from networks.metadata import save_network
 from tests.golden_cases import read_case
 from tests.networks.test_lora_image_modules import skeleton
+from tests.tiny.loras import make_lora
 
 QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"
 CPU = torch.device("cpu")
 
 
-def small(**arguments: str) -> tuple[nn.Module, LoraNetwork]:
+def small(**arguments: str) -> tuple[nn.Module, OwnNetwork]:
     """A network of three layers, 6 wide, and its LoRA of rank 2 and alpha 1 with random factors."""
     shapes = {QKV: (18, 6), LINEAR1: (42, 6), "single_blocks.0.linear2": (6, 30)}
     dit = skeleton(shapes).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for parameter in dit.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
-    made: LoraNetwork = lora_flux.create_arch_network(1.0, 2, 1.0, None, None, dit, **arguments)
+    made: OwnNetwork = make_lora("lora_flux", 2, 1.0, dit, **arguments)
     for parameter in made.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
-    made.apply_to(None, dit)
+    made.attach()
     return dit, made
 
 
@@ -50,7 +51,7 @@ def test_files_have_the_recorded_tensors_and_alphas() -> None:
         }
     )
 
-    made = lora_flux.create_arch_network(1.0, 4, 2.0, None, None, dit, split_qkv="True")
+    made = make_lora("lora_flux", 4, 2.0, dit, split_qkv="True")
 
     stored = made.state_dict()
     assert {name: list(tensor.shape) for name, tensor in stored.items()} == dict(case["file"]["tensors"])
@@ -80,7 +81,7 @@ def test_each_part_learns_with_factors_of_its_own(path: str) -> None:
 
 def test_a_file_with_split_factors_goes_back_into_them(tmp_path: Path) -> None:
     _, made = small(split_qkv="True")
-    made.save_weights(tmp_path / "lora.safetensors", None, None)
+    save_network(made, tmp_path / "lora.safetensors", None, {})
     _, other = small(split_qkv="True")
     with torch.no_grad():
         other.get_parameter("lora_unet_single_blocks_0_linear1.lora_up.weight").zero_()
@@ -111,7 +112,7 @@ def test_split_files_of_sd_scripts_have_the_strength_that_they_were_trained_with
 def test_keys_and_values_with_fewer_heads_are_parts_too() -> None:
     dit = skeleton({"layers.0.attention.qkv": (10, 6)})
 
-    made = lora_lumina.create_arch_network(1.0, 2, 1.0, None, None, dit, split_qkv="True")
+    made = make_lora("lora_lumina", 2, 1.0, dit, split_qkv="True")
 
     assert made.layers[0].lora_up.heights == (6, 2, 2)
 
@@ -119,7 +120,7 @@ def test_keys_and_values_with_fewer_heads_are_parts_too() -> None:
 def test_norms_of_split_layers_are_limited_by_their_whole_change() -> None:
     _, made = small(split_qkv="True")
     with torch.no_grad():
-        made.apply_max_norm_regularization(0.5)
+        made.scale_norms(0.5, torch.device("cpu"))
 
     for factors in group_by_module(made.state_dict()).values():
         delta = weight_delta(factors, CPU)

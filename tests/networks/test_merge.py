@@ -10,14 +10,14 @@ from torch import Tensor
 
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from networks import lora_wan
 from networks.apply import LoraPatch
 from networks.deltas import weight_delta
-from networks.loading import LoraFile, read_lora
+from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
+from networks.metadata import save_network
 from networks.options import LoraOptions, LoraPatternOptions
-from networks.uses import LoraUse, lora_uses
 from tests.golden_cases import read_case
 from tests.networks.making import golden_dit, golden_lora, inputs, tiny_dit, wan_network
+from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
 
@@ -29,7 +29,7 @@ def lora_file(tensors: dict[str, Tensor], name: str = "x.safetensors") -> LoraFi
 def test_merged_weights_equal_the_recorded_ones() -> None:
     description, expected = read_case("lora_merge_convert")
     dit = golden_dit(description)
-    network = lora_wan.create_arch_network(1.0, description["rank"], description["alpha"], None, None, dit)
+    network = make_lora("lora_wan", description["rank"], description["alpha"], dit)
     tensors = golden_lora(network, description["lora_weights_model_key"], description["lora_up_extra_scale"])
     patch = LoraPatch([LoraUse(lora_file(tensors), description["multiplier"])])
 
@@ -49,8 +49,8 @@ def test_merged_weights_equal_the_recorded_ones() -> None:
 def test_a_model_loaded_with_a_lora_equals_one_with_the_network_attached(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     network = wan_network(dit)
-    network.save_weights(tmp_path / "x.safetensors", None, {})
-    network.apply_to(None, dit)
+    save_network(network, tmp_path / "x.safetensors", None, {})
+    network.attach()
     expected = dit(**inputs(dit))
     patch = LoraPatch([LoraUse(read_lora(tmp_path / "x.safetensors"))])
 

@@ -15,13 +15,9 @@ from diffusers import (
 from networks.apply import LIKELY_MODEL
 from networks.key_formats import module_of_tensor
 from networks.module_names import choose_family
-from networks.names.flux import FLUX
-from networks.names.framepack import FRAMEPACK
-from networks.names.hunyuan import HUNYUAN_VIDEO
-from networks.names.hunyuan_image import HUNYUAN_IMAGE
+from networks.names.image import FLUX, HUNYUAN_IMAGE, LUMINA
 from networks.names.layouts import FamilyNames, tensor_patterns
-from networks.names.lumina import LUMINA
-from networks.names.wan import WAN
+from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
 from tests.manifests import tensor_list
 
 UNUSED = {"norm_final.weight"}  # of Lumina's published file: no code reads it

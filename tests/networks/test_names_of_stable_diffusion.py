@@ -9,8 +9,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import nn
 
-from networks.key_formats import to_native
-from networks.loading import family_of
+from networks.key_formats import family_of, to_native
 from networks.module_names import alias, choose_family, diffusers_path, module_path, to_alias
 from networks.names.layouts import FamilyNames
 from networks.names.stable_diffusion import SD1, SD2, SDXL

@@ -5,7 +5,7 @@ import time
 import pytest
 from peft.utils.other import get_pattern_key
 
-from networks.loading import MAX_EXPRESSIONS, PeftPatterns
+from networks.metadata import MAX_EXPRESSIONS, PeftPatterns
 
 PATHS = [
     *("blocks.0.attn1.to_q", "blocks.10.attn2.to_out.0", "blocks.3.ffn.net.0.proj", "blocks.1.ffn.net.2"),

@@ -11,9 +11,8 @@ from torch import Tensor
 
 import convert_lora
 from networks.apply import LoraPatch
-from networks.loading import read_lora
+from networks.loading import LoraUse, read_lora
 from networks.module_names import FAMILIES
-from networks.uses import LoraUse
 from tests.networks.making_comfyui import Places, places_of, read, text_places
 from tests.tiny import flux, hunyuan_dit, hunyuan_image, lumina, wan_dit
 

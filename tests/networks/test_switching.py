@@ -9,8 +9,7 @@ from torch import nn
 
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch, OriginalWeights
-from networks.loading import read_lora
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
 
 NAME = "blocks.0.self_attn.q.weight"
 

@@ -12,14 +12,13 @@ from encoders.clip_l import ClipTextEncoder
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
-from networks import lora_flux
 from networks.apply import LoraPatch
-from networks.describing import describe_lora
-from networks.loading import read_lora
-from networks.lora_network import LoraNetwork
+from networks.loading import LoraUse, read_lora
+from networks.lora_network import OwnNetwork
+from networks.metadata import describe_lora, save_network
 from networks.text_loras import TextLoras
-from networks.uses import LoraUse
 from tests.flux.making import tiny_model
+from tests.tiny.loras import make_lora
 from tests.tiny.picture_encoders import write_clip_l
 
 CPU = torch.device("cpu")
@@ -40,14 +39,14 @@ def pooled(clip: ClipTextEncoder) -> Tensor:
     return value
 
 
-def trained(clip: ClipTextEncoder, path: Path, dit: nn.Module | None) -> LoraNetwork:
+def trained(clip: ClipTextEncoder, path: Path, dit: nn.Module | None) -> OwnNetwork:
     """A LoRA with random factors in the encoder (and the DiT), saved."""
     texts = {clip.lora_prefix: clip.network}
-    network: LoraNetwork = lora_flux.create_arch_network(1.0, 2, 2.0, None, texts, dit)
+    network: OwnNetwork = make_lora("lora_flux", 2, 2.0, texts=texts, dit=dit)
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    network.save_weights(path, None, {"ss_base_model_version": "flux"})
+    save_network(network, path, None, {"ss_base_model_version": "flux"})
     return network
 
 
@@ -56,7 +55,7 @@ def test_texts_are_encoded_as_in_training(tmp_path: Path, with_dit: bool) -> Non
     clip = encoder(tmp_path / "clip")
     plain = pooled(clip)
     network = trained(clip, tmp_path / "lora.safetensors", tiny_model("dev") if with_dit else None)
-    network.apply_to([clip.network], tiny_model("dev"), apply_text_encoder=True, apply_unet=with_dit)
+    network.attach()
     expected = pooled(clip)
     lora = read_lora(tmp_path / "lora.safetensors", with_texts=True)
     fresh = encoder(tmp_path / "clip")

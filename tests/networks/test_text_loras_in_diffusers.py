@@ -7,13 +7,13 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from networks import lora_flux
 from networks.convert import convert_file
-from networks.loading import read_lora
-from networks.lora_network import LoraNetwork
+from networks.loading import LoraUse, read_lora
+from networks.lora_network import OwnNetwork
+from networks.metadata import save_network
 from networks.text_loras import TextLoras
-from networks.uses import LoraUse
 from tests.networks.test_text_loras import encoder
+from tests.tiny.loras import make_lora
 from tests.tiny.picture_encoders import write_clip_l
 
 
@@ -39,11 +39,11 @@ def in_transformers(folder: Path) -> CLIPTextModel:
 def test_a_converted_lora_encodes_texts_in_diffusers_as_here(tmp_path: Path) -> None:
     clip, theirs = encoder(tmp_path / "clip"), in_transformers(tmp_path / "theirs")
     texts = {clip.lora_prefix: clip.network}
-    network: LoraNetwork = lora_flux.create_arch_network(1.0, 2, 1.0, None, texts, None)
+    network: OwnNetwork = make_lora("lora_flux", 2, 1.0, texts=texts, dit=None)
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    network.save_weights(tmp_path / "lora.safetensors", None, {"ss_base_model_version": "flux"})
+    save_network(network, tmp_path / "lora.safetensors", None, {"ss_base_model_version": "flux"})
     convert_file(tmp_path / "lora.safetensors", tmp_path / "there.safetensors", "diffusers", "flux")
     ids = torch.tensor([[5, 9, 2, 11, 7]])
     plain = theirs(ids).last_hidden_state

@@ -116,12 +116,12 @@ def test_the_package_runs_in_an_empty_folder_and_names_its_own_commands(installe
     bare = {"PYTHONPATH": str(installed.packages)}  # with -S: no other package
     start = "from reelsmith.merge_lora import run; run()"
     lacking = installed.run("python", "-S", "-c", start, environment=bare, check=False)
-    names = ("networks.lora_wan", "networks.mine", "lycoris.kohya")
+    names = ("modules.seeds", "networks.mine", "lycoris.kohya")
     ask = f"from reelsmith.modules.installation import own_name; print(*map(own_name, {names}))"
     resolved = installed.run("python", "-c", ask).stdout.split()
     shown = installed.run("python", "-c", SHOW).stdout.splitlines()
 
-    assert resolved == ["reelsmith.networks.lora_wan", "networks.mine", "lycoris.kohya"]
+    assert resolved == ["reelsmith.modules.seeds", "networks.mine", "lycoris.kohya"]
     assert shown == [
         "wan_generate_video --prompt merge_lora.py",
         "accelerate launch --num_processes 2 -m reelsmith.wan_train_network --seed 1",

@@ -13,8 +13,7 @@ from modules.errors import CheckpointError, OptionError
 from networks import extract_lora_from_models, sdxl_merge_lora
 from networks.apply import LoraPatch
 from networks.deltas import group_by_module, weight_delta
-from networks.loading import read_lora
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
 from stable_diffusion.contract import Model
 from tests.stable_diffusion.loaded import load
 from tests.stable_diffusion.making_loras import in_places, put_in, results, write_kohya

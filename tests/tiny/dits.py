@@ -14,17 +14,10 @@ from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
 from lumina.model import LuminaModel
 from modules.contract.family import DitSpec
-from networks import (
-    lora_flux,
-    lora_framepack,
-    lora_hunyuan,
-    lora_hunyuan_image,
-    lora_lumina,
-    lora_wan,
-)
-from networks.lora_network import LoraNetwork
+from networks.lora_network import OwnNetwork
 from tests.networks.making import randomize
 from tests.tiny import flux, framepack_dit, hunyuan_dit, hunyuan_image, lumina, wan_dit
+from tests.tiny.loras import make_lora
 from wan.model import WanModel
 
 Size = tuple[int, int, int, int]  # latent frames, rows, columns, tokens of the text
@@ -40,17 +33,17 @@ class TinyDit:
     name: str
     spec: DitSpec
     make: Callable[[int], nn.Module]  # number of blocks in each list
-    add_lora: Callable[..., LoraNetwork]
+    lora: str  # its module's name
     inputs: Callable[[Size, int], dict[str, Any]]
 
-    def with_lora(self, blocks: int = 3, **arguments: Any) -> tuple[nn.Module, LoraNetwork]:
+    def with_lora(self, blocks: int = 3, **arguments: Any) -> tuple[nn.Module, OwnNetwork]:
         """A transformer and a LoRA in it with random factors; both the same at every call."""
         dit = self.make(blocks)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            network = self.add_lora(1.0, 4, 2.0, None, None, dit, **arguments)
+            network = make_lora(self.lora, 4, 2.0, dit, **arguments)
         randomize(network)
-        network.apply_to(None, dit)
+        network.attach()
         return dit, network
 
 
@@ -89,7 +82,7 @@ def _wan(kind: str) -> TinyDit:
             given["image_embeds"] = torch.randn(batch, 257, config.image_dim, generator=generator)
         return given
 
-    return TinyDit(f"wan {kind}", WanModel.spec, make, lora_wan.create_arch_network, inputs)
+    return TinyDit(f"wan {kind}", WanModel.spec, make, "lora_wan", inputs)
 
 
 def _hunyuan(kind: str) -> TinyDit:
@@ -113,7 +106,7 @@ def _hunyuan(kind: str) -> TinyDit:
             "guidance": torch.linspace(1000.0, 6000.0, batch),
         }
 
-    return TinyDit(f"hunyuan {kind}", HunyuanVideoModel.spec, make, lora_hunyuan.create_arch_network, inputs)
+    return TinyDit(f"hunyuan {kind}", HunyuanVideoModel.spec, make, "lora_hunyuan", inputs)
 
 
 def _framepack() -> TinyDit:
@@ -148,7 +141,7 @@ def _framepack() -> TinyDit:
             start += count
         return given
 
-    return TinyDit("framepack", FramePackModel.spec, make, lora_framepack.create_arch_network, inputs)
+    return TinyDit("framepack", FramePackModel.spec, make, "lora_framepack", inputs)
 
 
 def _flux(kind: str) -> TinyDit:
@@ -174,7 +167,7 @@ def _flux(kind: str) -> TinyDit:
             given["guidance"] = torch.linspace(1.0, 6.0, batch)
         return given
 
-    return TinyDit(f"flux {kind}", dit_spec(kind), make, lora_flux.create_arch_network, inputs)
+    return TinyDit(f"flux {kind}", dit_spec(kind), make, "lora_flux", inputs)
 
 
 def _lumina() -> TinyDit:
@@ -195,7 +188,7 @@ def _lumina() -> TinyDit:
             "caption_mask": (torch.arange(text) < lengths[:, None]).long(),
         }
 
-    return TinyDit("lumina", LuminaModel.spec, make, lora_lumina.create_arch_network, inputs)
+    return TinyDit("lumina", LuminaModel.spec, make, "lora_lumina", inputs)
 
 
 def _hunyuan_image() -> TinyDit:
@@ -220,9 +213,7 @@ def _hunyuan_image() -> TinyDit:
             "glyph_mask": (torch.arange(4) < glyphs).long(),
         }
 
-    return TinyDit(
-        "hunyuan_image", HunyuanImageModel.spec, make, lora_hunyuan_image.create_arch_network, inputs
-    )
+    return TinyDit("hunyuan_image", HunyuanImageModel.spec, make, "lora_hunyuan_image", inputs)
 
 
 DITS = (

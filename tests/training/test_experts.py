@@ -33,7 +33,7 @@ from tests.training.toy import (
 from training.experts import ExpertNetworks, Turns
 from training.loop import take_step
 from training.run import prepare_run, train_network
-from training.trainable import Rates, share_network
+from training.trainable import share_network
 from training.trainable import train_network as make_trainable
 
 BOTH = ToyFamily(experts=TWO_EXPERTS)
@@ -77,7 +77,7 @@ def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module
     )
     first, second = (make_network(options, BOTH.lora_module, dit, seed=3) for dit in (low, high))
 
-    trainable = make_trainable(first, Rates(1e-2), None, torch.device("cpu"))
+    trainable = make_trainable(first, (1e-2, None, None), None, torch.device("cpu"))
     trainable = share_network(trainable, second, torch.device("cpu"))
 
     theirs = dict(second.module.named_parameters())

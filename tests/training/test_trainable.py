@@ -10,7 +10,7 @@ from modules.contract.loading import Placement
 from modules.errors import OptionError
 from networks.adapter import make_network
 from tests.training.toy import ToyFamily, toy_options
-from training.trainable import Rates, train_dit, train_network
+from training.trainable import train_dit, train_network
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def test_a_network_learns_in_float32_and_the_dit_stays_as_it_is(tmp_path: Path) 
     dit = toy_dit()
     network = make_network(toy_options(tmp_path).network, "networks.lora_wan", dit, seed=1)
 
-    trainable = train_network(network, Rates(0.5), None, CPU)
+    trainable = train_network(network, (0.5, None, None), None, CPU)
 
     assert {parameter.dtype for parameter in trainable.parameters} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in dit.parameters())
@@ -37,7 +37,7 @@ def test_lora_plus_is_a_second_group_with_a_name_and_a_rate(tmp_path: Path) -> N
     options = toy_options(tmp_path, "--network_args", "loraplus_lr_ratio=4").network
     network = make_network(options, "networks.lora_wan", toy_dit(), seed=1)
 
-    trainable = train_network(network, Rates(0.5), 1.0, CPU)
+    trainable = train_network(network, (0.5, None, None), 1.0, CPU)
 
     assert [group["lr"] for group in trainable.groups] == [0.5, 2.0]
     assert len(trainable.group_names) == 2

@@ -10,7 +10,7 @@ import pytest
 from generation.options import read_generation
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
 from modules.errors import CheckpointError, OptionError
-from networks.names.wan import WAN
+from networks.names.video import WAN
 from wan.files import WanFiles, add_release, check_names, files_and_boundary, read_release
 from wan.options import WanGenerationOptions
 from wan.spec import LATENT, LATENT_5B

@@ -15,8 +15,7 @@ from modules.offload.host_memory import ALIGNMENT, allocate
 from modules.offload.swap_plan import SwapPlan
 from modules.offload.turns import allocate_for
 from networks.apply import LoraPatch
-from networks.loading import read_lora
-from networks.uses import LoraUse
+from networks.loading import LoraUse, read_lora
 from tests.commands import ROOT, run_python
 from tests.modules.swap_cases import CASES, CPU
 from tests.tiny.project import write_lora

@@ -19,6 +19,7 @@ from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from tests.networks.making import randomize
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
+from tests.tiny.loras import make_lora
 
 SIZE = (3, 8, 8, 7)  # 48 video tokens
 PIECE = 17  # three pieces of 16
@@ -39,9 +40,9 @@ def results(
         dit, network = tiny.with_lora(**arguments)
     else:
         with torch.random.fork_rng():
-            network = tiny.add_lora(1.0, 4, 2.0, None, None, dit, **arguments)
+            network = make_lora(tiny.lora, 4, 2.0, dit, **arguments)
         randomize(network)
-        network.apply_to(None, dit)
+        network.attach()
     if pieces:
         compute_in_pieces(dit, tiny.spec, PIECE)
     if backend:

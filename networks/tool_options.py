@@ -1,12 +1,16 @@
-"""Options of the LoRA tools of image families: extract, merge, convert. Standard library only."""
+"""Options of the LoRA tools: merge, convert, average, extract. Standard library only."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, not_needed, option, unsupported
 from modules.output_files import check_output_file, refuse_replacing
-from networks.options import multipliers_for, require_files
+from networks.options import LoraOptions, multipliers_for, require_files
 
+MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
+# of a profile that weighs all files alike; Karras et al. 2023, arXiv 2312.02696, equation 123 at gamma = 0
+LARGEST_SIGMA = 12**-0.5
 PRECISIONS = ("float", "fp16", "bf16")
 DIALECTS = ("sd-scripts", "ai-toolkit")
 BY_TENSOR = "models are always read and written tensor by tensor."
@@ -18,6 +22,146 @@ EXACT_SUM = (
 OF_LORAS = "it is for merging LoRAs into one"
 NO_SHUFFLE = not_needed("the merged LoRA is exact, in whatever order its ranks are.")
 OF_WHOLE = ("conv_dim", "min_diff")  # of `ExtractOptions`: what a DiT has no use for
+
+
+class MergeOptions(Options):
+    """Options of `merge_lora.py`."""
+
+    dit: Path = option(
+        "checkpoint of the model: a file, one of its shards, an index, or a folder", required=True
+    )
+    dit_in_channels: int = option(
+        "refuse a checkpoint whose first layer takes another number of channels; the default, 16, "
+        "accepts any",
+        default=MERGE_CHANNELS_UNCHECKED,
+    )
+    lora: LoraOptions
+    expert: str | None = option(
+        "which expert of Wan2.2 A14B --dit is: chooses the part of a LoRA file for both, and warns of a "
+        "LoRA for the other; default: as the name of the file or folder says",
+        choices=("high_noise", "low_noise"),
+    )
+    save_merged_model: Path = option("safetensors file to write", required=True)
+    device: str | None = option("device that computes the deltas; default: CUDA if available, else the CPU")
+
+    def __post_init__(self) -> None:
+        require_files("--dit", [self.dit])
+        check_output_file("--save_merged_model", self.save_merged_model)
+
+
+class ConvertOptions(Options):
+    """Options of `convert_lora.py`."""
+
+    input: Path = option(
+        "LoRA file, any dialect; of two experts that of low noise, or of both", required=True
+    )
+    input_high_noise: Path | None = option(
+        "LoRA file of the high-noise expert of Wan2.2, to be written beside --input", excludes="expert"
+    )
+    output: Path = option("safetensors file to write", required=True)
+    output_high_noise: Path | None = option(
+        "safetensors file for the LoRA of the high-noise expert; --output then gets that of low noise",
+        excludes="expert",
+    )
+    expert: str | None = option(
+        "of a file with a LoRA for each expert, take this one alone", choices=("high_noise", "low_noise")
+    )
+    target: str = option(
+        "other: as ComfyUI and most tools read it: diffusion_model. (FramePack, FLUX: transformer.) with "
+        "lora_A and lora_B, alpha folded in; HunyuanImage: lora_unet_ with ComfyUI's names; "
+        "default: lora_unet_ with lora_down and lora_up; "
+        "diffusers: transformer. with diffusers' module names, both experts in one file as transformer. "
+        "(high noise) and transformer_2. (low noise)",
+        required=True,
+        choices=("other", "default", "diffusers"),
+    )
+    bake: int | None = option(
+        "make a plain LoRA of this rank of each LoHa, LoKr and DoRA, for tools that do not know them; "
+        "says how much of the change is lost",
+        least=1,
+        hint="a rank",
+    )
+    dit: tuple[Path, ...] | None = option(
+        "with --bake, the model that a DoRA was trained for; after it text encoders that it changes",
+        nargs="+",
+        needs="bake",
+        excludes=("input_high_noise", "output_high_noise"),
+        hint="each expert has its own model: --expert takes one LoRA out of a file for both",
+    )
+    device: str | None = option(
+        "device that --bake computes on; default: CUDA if available, else MPS, else the CPU", needs="bake"
+    )
+
+    def __post_init__(self) -> None:
+        require_files("--dit", self.dit or ())
+        inputs = [one for one in (self.input, self.input_high_noise) if one is not None]
+        require_files("--input", inputs[:1])
+        require_files("--input_high_noise", inputs[1:])
+        outputs = {"--output": self.output, "--output_high_noise": self.output_high_noise}
+        for name, output in outputs.items():
+            if output is not None:
+                check_output_file(name, output)
+                refuse_replacing(name, output, [*inputs, *(self.dit or ())])
+        if self.output_high_noise is not None and self.output.resolve() == self.output_high_noise.resolve():
+            raise OptionError(f"--output and --output_high_noise are both {self.output}: give two names")
+        is_joined = self.input_high_noise is not None and self.output_high_noise is None
+        if is_joined and self.target != "diffusers":
+            raise OptionError(
+                f"--target {self.target} has no form for two LoRAs in one file: use --target diffusers, or "
+                "add --output_high_noise FILE"
+            )
+
+
+class AveragingOptions(Options):
+    """Options of `lora_post_hoc_ema.py`."""
+
+    path: tuple[Path, ...] = option(
+        "saved files of one run, from any of its epochs or steps", positional=True, nargs="+"
+    )
+    no_sort: bool = option(
+        "take the files in the order given; else by their step, or by time if they do not say it"
+    )
+    beta: float = option(
+        "share of the average so far at each further file; the first file keeps a large share",
+        default=0.95,
+        least=0,
+        most=1,
+        hint="such as 0.9",
+    )
+    beta2: float | None = option(
+        "that share at the last file; it changes evenly from --beta to this",
+        least=0,
+        most=1,
+        hint="such as 0.9",
+    )
+    sigma_rel: float | None = option(
+        "instead of --beta: width of the average as a share of the run, 0.05 to 0.28 (power function)",
+        above=0,
+        most=LARGEST_SIGMA,
+        hint="there all files count alike; 0.2 is a good start",
+    )
+    output_file: Path = option("safetensors file to write", required=True)
+
+    def __post_init__(self) -> None:
+        files = self.files()
+        if len(files) < 2:
+            raise OptionError(f"{files[0]} is a single file: give two or more of one run")
+        require_files("path", files, folders="its files end in .safetensors")
+        refuse_replacing("--output_file", self.output_file, files)
+        check_output_file("--output_file", self.output_file)
+
+    def files(self) -> list[Path]:
+        """Return the files, each once; patterns such as `x-*.safetensors` are expanded: not all shells do."""
+        found: dict[Path, None] = {}
+        for path in self.path:
+            if path.exists():
+                found[path] = None
+                continue
+            named = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            if not named:
+                raise OptionError(f"{path}: no such file. Give files that a training has saved")
+            found |= dict.fromkeys(named)
+        return list(found)
 
 
 class ExtractOptions(Options):
@@ -96,13 +240,7 @@ class FluxMergeOptions(Options):
     def __post_init__(self) -> None:
         if not self.models:
             raise OptionError("--models names no LoRA: give the files to merge")
-        require_files("--models", self.models)
-        if len(self.models) != len(self.ratios or ()):
-            raise OptionError(
-                f"--ratios has {len(self.ratios or ())} numbers for {len(self.models)} files of --models: "
-                "give one for each, in the same order"
-            )
-        multipliers_for(self.models, self.ratios or (), "--ratios")
+        _check_ratios(self.models, self.ratios or ())
         for name, path in self.targets.items():
             require_files(name, [path])
         if self.save_to is None and not self.into_models:
@@ -157,19 +295,22 @@ class WholeMergeOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        require_files("--models", self.models)
-        if len(self.models) != len(self.ratios):
-            raise OptionError(
-                f"--ratios has {len(self.ratios)} numbers for {len(self.models)} files of --models: give one "
-                "for each, in the same order"
-            )
-        multipliers_for(self.models, self.ratios, "--ratios")
-        if self.sd_model is not None:
-            require_files("--sd_model", [self.sd_model])
+        _check_ratios(self.models, self.ratios)
+        models = [] if self.sd_model is None else [self.sd_model]
+        require_files("--sd_model", models)
         check_output_file("--save_to", self.save_to)
-        refuse_replacing(
-            "--save_to", self.save_to, [*self.models, *([] if self.sd_model is None else [self.sd_model])]
+        refuse_replacing("--save_to", self.save_to, [*self.models, *models])
+
+
+def _check_ratios(models: Sequence[Path], ratios: Sequence[float]) -> None:
+    """Raise OptionError if a LoRA does not exist, or if there is not one strength for each."""
+    require_files("--models", models)
+    if len(models) != len(ratios):
+        raise OptionError(
+            f"--ratios has {len(ratios)} numbers for {len(models)} files of --models: give one for each, in "
+            "the same order"
         )
+    multipliers_for(models, ratios, "--ratios")
 
 
 class FluxConvertOptions(Options):

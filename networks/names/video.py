@@ -1,10 +1,87 @@
-"""Module names of HunyuanVideo and SkyReels V1, in ComfyUI's and in diffusers' layout.
+"""Module names of the video models, as published or in ComfyUI's layout, and in diffusers' layout."""
 
-`BLOCK_...`: those of its blocks and its text refiner, which HunyuanImage has too.
-"""
+from modules.contract.rules import HIGH_NOISE, LOW_NOISE
+from networks.names.layouts import (
+    IN_DIFFUSERS,
+    REST,
+    SWAPPED,
+    FamilyNames,
+    WeightPart,
+    each,
+    renamed_parts,
+    stacked_parts,
+)
 
-from networks.names.layouts import REST, SWAPPED, FamilyNames, WeightPart, each, renamed_parts, stacked_parts
+_WAN_BLOCK = (
+    *each("blocks.{n}.self_attn.", "q k v o norm_q norm_k"),
+    *each("blocks.{n}.cross_attn.", "q k v o k_img v_img norm_q norm_k norm_k_img"),
+    *each("blocks.{n}.", "ffn.0 ffn.2 norm3"),
+)
+_WAN_REST = (
+    "patch_embedding",
+    "time_projection.1",
+    "head.head",
+    "ref_conv",
+    "img_emb.proj.0",
+    "img_emb.proj.1",
+    "img_emb.proj.3",
+    "img_emb.proj.4",
+)
 
+_IMAGE_ATTENTION = (
+    *each("blocks.{n}.cross_attn.", "k_img v_img norm_k_img"),
+    *each("img_emb.proj.", "0 1 3 4"),
+    "img_emb.emb_pos",
+)
+
+_DIFFUSERS_ATTENTION = (
+    *(("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o")),
+    *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
+)
+
+WAN = FamilyNames(
+    "wan",
+    "wan2.1",
+    (*_WAN_BLOCK, *_WAN_REST, *each("text_embedding.", "0 2"), *each("time_embedding.", "0 2")),
+    # diffusers layout
+    (
+        *(
+            (f"blocks.{{n}}.attn1.{theirs}", f"blocks.{{n}}.self_attn.{ours}")
+            for theirs, ours in _DIFFUSERS_ATTENTION
+        ),
+        *(
+            (f"blocks.{{n}}.attn2.{theirs}", f"blocks.{{n}}.cross_attn.{ours}")
+            for theirs, ours in _DIFFUSERS_ATTENTION
+        ),
+        ("blocks.{n}.attn2.add_k_proj", "blocks.{n}.cross_attn.k_img"),
+        ("blocks.{n}.attn2.add_v_proj", "blocks.{n}.cross_attn.v_img"),
+        ("blocks.{n}.attn2.norm_added_k", "blocks.{n}.cross_attn.norm_k_img"),
+        ("blocks.{n}.ffn.net.0.proj", "blocks.{n}.ffn.0"),
+        ("blocks.{n}.ffn.net.2", "blocks.{n}.ffn.2"),
+        ("blocks.{n}.norm2", "blocks.{n}.norm3"),
+        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        ("condition_embedder.time_proj", "time_projection.1"),
+        ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+        ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+        ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+        ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+        ("proj_out", "head.head"),
+    ),
+    versions=("wan2", "wan-2", "wan_2"),
+    experts=(("transformer", HIGH_NOISE), ("transformer_2", LOW_NOISE)),
+    optional=_IMAGE_ATTENTION,
+    optional_words="the attention to images of Wan2.1's image-to-video models",
+    parameters=(
+        ("blocks.{n}.scale_shift_table", "blocks.{n}.modulation"),
+        ("scale_shift_table", "head.modulation"),
+        ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
+    ),
+)
+
+# HunyuanVideo and SkyReels V1. `BLOCK_...`: of its blocks and its text refiner, which HunyuanImage has too
 _MLPS = tuple(
     (stream, theirs, ours) for stream in ("img", "txt") for theirs, ours in (("0", "fc1"), ("2", "fc2"))
 )
@@ -126,4 +203,45 @@ HUNYUAN_VIDEO = FamilyNames(
     converted_for="ComfyUI",
     depths=(("transformer_blocks", 20), ("single_transformer_blocks", 40)),
     width=3072,
+)
+
+# whose own layout is that of diffusers
+FRAMEPACK = FamilyNames(
+    "framepack",
+    "framepack",
+    (
+        *each(
+            "transformer_blocks.{n}.attn.",
+            "to_q to_k to_v add_q_proj add_k_proj add_v_proj to_out.0 to_add_out",
+        ),
+        *each("transformer_blocks.{n}.attn.", "norm_q norm_k norm_added_q norm_added_k"),
+        *each(
+            "transformer_blocks.{n}.",
+            "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2 norm1.linear norm1_context.linear",
+        ),
+        *each(
+            "single_transformer_blocks.{n}.",
+            "attn.to_q attn.to_k attn.to_v proj_mlp proj_out norm.linear attn.norm_q attn.norm_k",
+        ),
+        *each(
+            "context_embedder.token_refiner.refiner_blocks.{n}.",
+            "attn.to_q attn.to_k attn.to_v attn.to_out.0",
+        ),
+        *each("context_embedder.token_refiner.refiner_blocks.{n}.", "ff.net.0.proj ff.net.2 norm_out.linear"),
+        "context_embedder.proj_in",
+        *each("context_embedder.time_text_embed.timestep_embedder.", "linear_1 linear_2"),
+        *each("context_embedder.time_text_embed.text_embedder.", "linear_1 linear_2"),
+        *(
+            f"time_text_embed.{vector}_embedder.{layer}"
+            for vector in ("timestep", "guidance", "text")
+            for layer in ("linear_1", "linear_2")
+        ),
+        *each("clean_x_embedder.", "proj proj_2x proj_4x"),
+        *each("", "x_embedder.proj image_projection.up image_projection.down norm_out.linear proj_out"),
+    ),
+    takes=("hunyuan_video",),
+    # as diffusers' HunyuanVideoFramepackPipeline needs it; with another start it loads no layer
+    start=IN_DIFFUSERS,
+    converted_for="diffusers",
+    is_as_in_diffusers=True,
 )

@@ -1,7 +1,0 @@
-"""LoRA for FramePack: `networks.lora` under the name that LoRA tuners know: `--network_module
-networks.lora_framepack`.
-"""
-
-from networks.lora import check_settings, create_arch_network, create_arch_network_from_weights
-
-__all__ = ["check_settings", "create_arch_network", "create_arch_network_from_weights"]

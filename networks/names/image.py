@@ -1,0 +1,181 @@
+"""Module names of the image models, as published, and in diffusers' layout."""
+
+from networks.names.layouts import (
+    BEFORE_REST,
+    IN_DIFFUSERS,
+    REST,
+    SWAPPED,
+    FamilyNames,
+    WeightPart,
+    each,
+    renamed_parts,
+    stacked_parts,
+)
+from networks.names.video import BLOCK_ALIASES, BLOCK_MODULES, BLOCK_PARTS
+
+# FLUX.1 and Chroma as Black Forest Labs publish them; ComfyUI and sd-scripts use these names. Chroma has no
+# modulation layers and no embedding of time, pooled text and guidance, but `distilled_guidance_layer`; its
+# other names are FLUX's.
+_STREAMS = (("img", "norm1", "ff", "to_out.0"), ("txt", "norm1_context", "ff_context", "to_add_out"))
+_FLUX_DOUBLE = tuple(
+    pair
+    for ours, modulation, mlp, out in _STREAMS
+    for pair in (
+        (f"{modulation}.linear", f"{ours}_mod.lin"),
+        (f"attn.{out}", f"{ours}_attn.proj"),
+        (f"{mlp}.net.0.proj", f"{ours}_mlp.0"),
+        (f"{mlp}.net.2", f"{ours}_mlp.2"),
+    )
+)
+_VECTORS = (("timestep", "time_in"), ("text", "vector_in"), ("guidance", "guidance_in"))
+_FLUX_REST = (
+    *(("x_embedder", "img_in"), ("context_embedder", "txt_in"), ("proj_out", "final_layer.linear")),
+    *(
+        (f"time_text_embed.{theirs}_embedder.linear_{number}", f"{ours}.{layer}")
+        for theirs, ours in _VECTORS
+        for number, layer in ((1, "in_layer"), (2, "out_layer"))
+    ),
+    *((f"distilled_guidance_layer.{name}",) * 2 for name in ("in_proj", "out_proj")),
+    ("distilled_guidance_layer.layers.{n}.linear_1", "distilled_guidance_layer.layers.{n}.in_layer"),
+    ("distilled_guidance_layer.layers.{n}.linear_2", "distilled_guidance_layer.layers.{n}.out_layer"),
+)
+
+FLUX = FamilyNames(
+    "flux",
+    "flux-1-dev",
+    (
+        *each("double_blocks.{n}.img_", "mod.lin attn.qkv attn.proj mlp.0 mlp.2"),
+        *each("double_blocks.{n}.txt_", "mod.lin attn.qkv attn.proj mlp.0 mlp.2"),
+        *each("single_blocks.{n}.", "linear1 linear2 modulation.lin"),
+        *each("", "img_in txt_in"),
+        *(f"{name}.{layer}" for _, name in _VECTORS for layer in ("in_layer", "out_layer")),
+        *each("distilled_guidance_layer.", "in_proj out_proj layers.{n}.in_layer layers.{n}.out_layer"),
+        *each("final_layer.", "linear adaLN_modulation.1"),
+    ),
+    parts=(
+        *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn.qkv"),
+        *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn.qkv"),
+        *renamed_parts("transformer_blocks.{n}.", "double_blocks.{n}.", _FLUX_DOUBLE),
+        *stacked_parts("single_transformer_blocks.{n}.attn.to_{x}", "single_blocks.{n}.linear1"),
+        WeightPart(
+            "single_transformer_blocks.{n}.proj_mlp", "single_blocks.{n}.linear1", REST, usual_height=4
+        ),
+        *renamed_parts(
+            "single_transformer_blocks.{n}.",
+            "single_blocks.{n}.",
+            (("proj_out", "linear2"), ("norm.linear", "modulation.lin")),
+        ),
+        *renamed_parts("", "", _FLUX_REST),
+        WeightPart("norm_out.linear", "final_layer.adaLN_modulation.1", SWAPPED),
+    ),
+    start=IN_DIFFUSERS,
+    # of norms, whose only tensor is called `scale`
+    parameters=(
+        *(
+            (
+                f"transformer_blocks.{{n}}.attn.norm_{added}{x}.weight",
+                f"double_blocks.{{n}}.{ours}_norm.scale",
+            )
+            for added, stream in (("", "img"), ("added_", "txt"))
+            for x, ours in (("q", f"{stream}_attn.norm.query"), ("k", f"{stream}_attn.norm.key"))
+        ),
+        (
+            "single_transformer_blocks.{n}.attn.norm_q.weight",
+            "single_blocks.{n}.norm.query_norm.scale",
+        ),
+        ("single_transformer_blocks.{n}.attn.norm_k.weight", "single_blocks.{n}.norm.key_norm.scale"),
+        ("distilled_guidance_layer.norms.{n}.weight", "distilled_guidance_layer.norms.{n}.scale"),
+    ),
+    versions=("flux", "chroma"),
+    depths=(("transformer_blocks", 19), ("single_transformer_blocks", 38)),
+    width=3072,
+)
+
+# HunyuanImage-2.1, whose blocks are HunyuanVideo's
+_HUNYUAN_REST = (
+    ("x_embedder.proj", "img_in.proj"),
+    ("proj_out", "final_layer.linear"),
+    ("context_embedder_2.norm", "byt5_in.layernorm"),
+    *((f"context_embedder_2.linear_{number}", f"byt5_in.fc{number}") for number in (1, 2, 3)),
+    *(
+        (f"time_guidance_embed.{theirs}.linear_{number}", f"{ours}.mlp.{layer}")
+        for theirs, ours in (
+            ("timestep_embedder", "time_in"),
+            ("timestep_embedder_r", "time_r_in"),
+            ("guidance_embedder", "guidance_in"),
+        )
+        for number, layer in ((1, 0), (2, 2))
+    ),
+)
+
+HUNYUAN_IMAGE = FamilyNames(
+    "hunyuan_image",
+    "hunyuan-image-2.1",
+    (*BLOCK_MODULES, *each("byt5_in.", "layernorm fc1 fc2 fc3"), *each("time_r_in.mlp.", "0 2")),
+    (*BLOCK_ALIASES, ("time_r_in.in_layer", "time_r_in.mlp.0"), ("time_r_in.out_layer", "time_r_in.mlp.2")),
+    (
+        *BLOCK_PARTS,
+        *renamed_parts(
+            "context_embedder.token_refiner.refiner_blocks.{n}.",
+            "txt_in.individual_token_refiner.blocks.{n}.",
+            (("norm1", "norm1"), ("norm2", "norm2")),
+        ),
+        *renamed_parts("", "", _HUNYUAN_REST),
+    ),
+    underscored=True,
+    converted_for="ComfyUI",
+    versions=("hunyuan-image", "hunyuan_image", "hunyuanimage"),
+    depths=(("transformer_blocks", 20), ("single_transformer_blocks", 40)),
+    width=3584,
+)
+
+# Lumina-Image-2.0 (NextDiT)
+_LUMINA_BLOCKS = ("noise_refiner.{n}.", "context_refiner.{n}.", "layers.{n}.")
+_LUMINA_BLOCK = (
+    ("attn.to_out.0", "attention.out"),
+    *((f"attn.norm_{x}", f"attention.{x}_norm") for x in "qk"),
+    *((f"feed_forward.linear_{number}", f"feed_forward.w{number}") for number in (1, 2, 3)),
+    ("norm2", "attention_norm2"),
+    *(("ffn_norm1", "ffn_norm1"), ("ffn_norm2", "ffn_norm2")),
+)
+_LUMINA_MODULATED = (("norm1.linear", "adaLN_modulation.1"), ("norm1.norm", "attention_norm1"))
+_LUMINA_REST = (
+    ("x_embedder", "x_embedder"),
+    *(
+        (f"time_caption_embed.timestep_embedder.linear_{number}", f"t_embedder.mlp.{layer}")
+        for number, layer in ((1, 0), (2, 2))
+    ),
+    *((f"time_caption_embed.caption_embedder.{layer}", f"cap_embedder.{layer}") for layer in (0, 1)),
+    *(("norm_out.linear_1", "final_layer.adaLN_modulation.1"), ("norm_out.linear_2", "final_layer.linear")),
+)
+
+LUMINA = FamilyNames(
+    "lumina",
+    "lumina-2",
+    (
+        *(
+            module
+            for block in _LUMINA_BLOCKS
+            for module in each(
+                block, "attention.qkv attention.out feed_forward.w1 feed_forward.w2 feed_forward.w3"
+            )
+        ),
+        *each("", "noise_refiner.{n}.adaLN_modulation.1 layers.{n}.adaLN_modulation.1"),
+        *each("", "x_embedder t_embedder.mlp.0 t_embedder.mlp.2 cap_embedder.0 cap_embedder.1"),
+        *each("final_layer.", "linear adaLN_modulation.1"),
+    ),
+    parts=(
+        # several queries share one key and value: k and v are the last rows, q all before them
+        *(
+            WeightPart(f"{block}attn.to_{x}", f"{block}attention.qkv", index, usual_height)
+            for block in _LUMINA_BLOCKS
+            for x, index, usual_height in (("q", 0, 3), ("k", BEFORE_REST, 1), ("v", REST, 1))
+        ),
+        *(part for block in _LUMINA_BLOCKS for part in renamed_parts(block, block, _LUMINA_BLOCK)),
+        *renamed_parts(_LUMINA_BLOCKS[0], _LUMINA_BLOCKS[0], _LUMINA_MODULATED),
+        *renamed_parts(_LUMINA_BLOCKS[1], _LUMINA_BLOCKS[1], (("norm1", "attention_norm1"),)),
+        *renamed_parts(_LUMINA_BLOCKS[2], _LUMINA_BLOCKS[2], _LUMINA_MODULATED),
+        *renamed_parts("", "", _LUMINA_REST),
+    ),
+    versions=("lumina2", "lumina-2", "lumina-image-2"),
+)

@@ -1,0 +1,270 @@
+"""Our network modules: build what `--network_module networks.lora_wan` and the like name."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from modules.checkpoints.opening import open_checkpoint
+from modules.errors import CheckpointError, OptionError
+from networks.choosing import (
+    LoraModule,
+    check_blocks,
+    choose_encoder_modules,
+    choose_modules,
+    named_modules_of,
+)
+from networks.deltas import DORA, LORA, Factors, add_missing_alphas, group_by_module, rank_of
+from networks.factored import FactoredLayer, MakeShapes, loha_shapes, lokr_shapes
+from networks.loading import list_some
+from networks.lora_layer import LoraLayer
+from networks.lora_network import OwnNetwork
+from networks.lora_products import diagonal_blocks
+from networks.lora_settings import LoraRules, LoraSettings, read_settings
+from networks.parts import for_model
+
+logger = getLogger(__name__)
+_IN_BLOCKS = ("double_blocks.", "single_blocks.")
+_REFINERS = ("context_refiner.", "noise_refiner.")
+# FLUX.1 and Chroma, also the modulation of blocks
+FLUX_RULES = LoraRules(
+    targets=_IN_BLOCKS,
+    types=(
+        *(
+            (f"{stream}_{kind}_dim", ((f"{stream}_{kind}",),))
+            for kind in ("attn", "mlp", "mod")
+            for stream in ("img", "txt")
+        ),
+        ("single_dim", (("single_blocks", "linear"),)),
+        ("single_mod_dim", (("single_blocks", "modulation"),)),
+    ),
+    choices={"all": _IN_BLOCKS, "double": _IN_BLOCKS[:1], "single": _IN_BLOCKS[1:]},
+    indices={"train_double_block_indices": "double_blocks", "train_single_block_indices": "single_blocks"},
+    outside="in_dims",
+    outside_paths=("img_in", "time_in", "vector_in", "guidance_in", "txt_in"),
+    fused={"attn.qkv": 3, "linear1": 4},
+    encoders={"train_t5xxl": "lora_te3"},
+)
+# HunyuanImage-2.1, whose blocks' modulation it takes too
+HUNYUAN_IMAGE_RULES = LoraRules(targets=_IN_BLOCKS, fused={"attn_qkv": 3, "linear1": 4})
+# Lumina-Image-2.0: blocks, refiners and the last layer
+LUMINA_RULES = LoraRules(
+    targets=(*_REFINERS, "layers.", "final_layer."),
+    types=(
+        ("attn_dim", (("attention",),)),
+        ("mlp_dim", (("mlp",), ("feed_forward",))),
+        ("mod_dim", (("modulation",),)),
+        ("refiner_dim", (("refiner",),)),
+    ),
+    choices={
+        "all": (*_REFINERS, "layers.", "final_layer."),
+        "transformer": ("layers.",),
+        "refiners": _REFINERS,
+        "noise_refiner": _REFINERS[1:],
+        "context_refiner": _REFINERS[:1],
+    },
+    outside="embedder_dims",
+    outside_paths=("x_embedder", "t_embedder", "cap_embedder"),
+    fused={"attention.qkv": 3},
+)
+
+
+@dataclass(frozen=True)
+class OwnModule:
+    """One of our network modules: a LoRA, or a network of another kind."""
+
+    rules: LoraRules | None = None  # of a family; None: the network's `DitSpec` alone decides
+    kind: str = "LoRA"
+    first: tuple[str, ...] = LORA[:1]  # each module of a file has one of these factors
+
+
+OWN_MODULES = {
+    "networks.lora": OwnModule(),
+    "networks.loha": OwnModule(kind="LoHa", first=("hada_w1_a",)),
+    "networks.lokr": OwnModule(kind="LoKr", first=("lokr_w1", "lokr_w1_a")),
+    # plain LoRAs under the names that other LoRA tuners have
+    **dict.fromkeys(("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"), OwnModule()),
+    "networks.lora_flux": OwnModule(FLUX_RULES),
+    "networks.lora_hunyuan_image": OwnModule(HUNYUAN_IMAGE_RULES),
+    "networks.lora_lumina": OwnModule(LUMINA_RULES),
+}
+_SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+# settings that go beside what a file says with --dim_from_weights
+_BESIDE_FILE = {
+    *("rank_dropout", "module_dropout", "verbose", "split_qkv", "network_reg_lrs", "ggpo_sigma", "ggpo_beta"),
+    *("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
+}
+
+
+def read_own(
+    name: str, rank: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, Any]
+) -> tuple[LoraSettings, MakeShapes]:
+    """Read the settings of one of our modules, and how a LoHa or LoKr makes its factors.
+
+    Raises OptionError for a setting that is unknown or out of range, or that only LoRAs have.
+    """
+    own, rest = OWN_MODULES[name], dict(arguments)
+    make_shapes = _lokr_settings(rest) if own.kind == "LoKr" else loha_shapes
+    settings = read_settings(rank, alpha, dropout, rest, own.rules)
+    ratios = settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio
+    others = settings.dropouts, settings.decomposes, settings.reg_rates, settings.perturbation
+    if own.kind != "LoRA" and (any(others) or any(ratio is not None for ratio in ratios)):
+        raise OptionError(
+            "--network_dropout, and rank_dropout, module_dropout, dora_wd, loraplus_..., network_reg_lrs and "
+            "ggpo_... of --network_args, are for LoRAs only: leave them out, or use --network_module "
+            "networks.lora"
+        )
+    return settings, make_shapes
+
+
+def _lokr_settings(arguments: dict[str, Any]) -> MakeShapes:
+    """Take `factor` and `decompose_both` out of the arguments; return module -> factors of a LoKr.
+
+    `factor=8` splits sizes into 8 and the rest (-1, the default: as equal as can be); `decompose_both=True`
+    gives the smaller matrix two factors too. A `--network_dim` of half the larger matrix's side or more keeps
+    that matrix whole. Raises OptionError if they cannot be used.
+    """
+    factor, decompose_both = arguments.pop("factor", -1), arguments.pop("decompose_both", False)
+    try:
+        size = int(factor)
+    except ValueError:
+        size = 0
+    if size < 1 and size != -1:
+        raise OptionError(
+            f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
+        )
+    if str(decompose_both) not in _SWITCH:
+        raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
+    return functools.partial(lokr_shapes, factor=size, decompose_both=_SWITCH[str(decompose_both)])
+
+
+def check_own(
+    name: str,
+    rank: int | None,
+    alpha: float | None,
+    dropout: float | None,
+    arguments: Mapping[str, Any],
+    depths: Mapping[str, int],
+) -> None:
+    """Raise OptionError if a setting cannot be used. depths: by list of blocks, as far as known."""
+    check_blocks(read_own(name, rank, alpha, dropout, arguments)[0], depths)
+
+
+def build_network(
+    name: str,
+    rank: int | None,
+    alpha: float | None,
+    dropout: float | None,
+    arguments: Mapping[str, Any],
+    dit: nn.Module | None,
+    encoders: Mapping[str, nn.Module],
+) -> OwnNetwork:
+    """Build one of our networks on the modules that the settings choose.
+
+    name: of the module, in OWN_MODULES. dit: None if only encoders learn. encoders: text encoders that learn,
+    by their `lora_prefix`. Raises OptionError for wrong settings, or if no module is left.
+    """
+    settings, make_shapes = read_own(name, rank, alpha, dropout, arguments)
+    layers: dict[str, nn.Module] = {}
+    if OWN_MODULES[name].kind != "LoRA":
+        assert dit is not None  # they have no part for text encoders
+        for path, target in choose_modules(dit, replace(settings, conv_rank=None)).items():
+            if isinstance(module := target.module, nn.Linear):
+                shapes = make_shapes(module.out_features, module.in_features, target.rank)
+                layers[path] = FactoredLayer(module, shapes, target.rank, target.alpha)
+        return OwnNetwork(layers, settings)
+    targets = {} if dit is None else choose_modules(dit, settings)
+    for prefix, encoder in encoders.items():
+        if prefix not in settings.encoders_off:
+            targets |= choose_encoder_modules(encoder, prefix, settings)
+    for path, each in targets.items():
+        layers[path] = LoraLayer(each.module, each.rank, each.alpha, settings.decomposes, each.heights)
+    return OwnNetwork(layers, settings)
+
+
+def build_from_tensors(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    dropout: float | None,
+    arguments: Mapping[str, Any],
+    dit: nn.Module,
+    encoders: Mapping[str, nn.Module],
+) -> OwnNetwork:
+    """Build one of our networks with the modules, ranks and alphas of a file's tensors, not their values.
+
+    tensors: under our names. Modules that the model does not have are logged. Raises CheckpointError if
+    nothing fits, or if the file holds another kind of network.
+    """
+    own = OWN_MODULES[name]
+    given = {key for key, value in arguments.items() if value is not None}
+    from_file = given - {*_BESIDE_FILE, *({} if own.rules is None else own.rules.encoders)}
+    read_own(name, None, None, None, {key: value for key, value in arguments.items() if key in from_file})
+    for key in sorted(from_file):
+        logger.warning(
+            f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "
+            "the file"
+        )
+    others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
+    settings, _ = read_own(name, None, None, dropout, others)
+    known = named_modules_of(dit, encoders)
+    fitted = for_model(tensors, lambda path: known[path].weight.shape[0] if path in known else None)
+    layers: dict[str, nn.Module] = {}
+    missed = []
+    for path, factors in group_by_module(add_missing_alphas(fitted)).items():
+        if not any(part in factors for part in own.first):
+            raise CheckpointError(
+                f"--dim_from_weights: {path} has {', '.join(factors)}, which is another kind of network.\n"
+                "  Give the --network_module that the file was trained with."
+            )
+        if path not in known:
+            missed.append(path)
+        elif own.kind == "LoRA":
+            layers[path] = _layer_of_file(known[path], path, factors, settings)
+        else:
+            layers[path] = _factored_of_file(known[path], path, factors)
+    if not layers:
+        raise CheckpointError(
+            "--dim_from_weights: the model has none of the file's modules, such as "
+            f"{list_some(missed, 3)}.\n  Give a file that was trained for this model."
+        )
+    if missed:
+        logger.warning(
+            f"--dim_from_weights: {len(missed)} modules of the file are not in this model: "
+            f"{list_some(missed)}"
+        )
+    return OwnNetwork(layers, settings)
+
+
+def _factored_of_file(module: LoraModule, name: str, factors: Factors) -> FactoredLayer:
+    """Return a layer with a file's factors and alpha. Raises CheckpointError if they are no matrices."""
+    shapes = {part: tuple(tensor.shape) for part, tensor in factors.items() if part != "alpha"}
+    if not isinstance(module, nn.Linear) or any(len(shape) != 2 for shape in shapes.values()):
+        raise CheckpointError(f"--dim_from_weights: {name} has {shapes}, and only matrices can be trained")
+    rank = rank_of(factors) or 1
+    alpha = float(factors["alpha"]) if "alpha" in factors and rank_of(factors) else rank
+    return FactoredLayer(module, shapes, rank, alpha)
+
+
+def smallest_lora_bytes(model: Path, rank: int) -> int:
+    """Return how large a LoRA of this rank for a model is at least, from the header of its file.
+
+    It counts the matrices of the blocks with one byte a number: a LoRA has two or four, but leaves some out.
+    """
+    with open_checkpoint(model) as checkpoint:
+        shapes = [info.shape for name, info in checkpoint.tensors.items() if "blocks." in name]
+    return sum(rank * sum(shape) for shape in shapes if len(shape) == 2 and min(shape) > rank)
+
+
+def _layer_of_file(module: LoraModule, name: str, factors: Factors, settings: LoraSettings) -> LoraLayer:
+    """Return a layer of a file's rank and alpha; split if that is asked for and its up factor has blocks."""
+    rank, alpha = factors[LORA[0]].shape[0], float(factors["alpha"])
+    if settings.splits and settings.rules is not None and isinstance(module, nn.Linear):
+        heights = settings.rules.heights(name, module.out_features, module.in_features)
+        if heights and diagonal_blocks(factors[LORA[1]], heights) is not None:
+            parts = len(heights)
+            return LoraLayer(module, rank // parts, alpha / parts, heights=heights)
+    return LoraLayer(module, rank, alpha, DORA in factors)

@@ -1,0 +1,27 @@
+"""Networks of ours by their module's name, built as a training does."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from networks.lora_network import OwnNetwork
+from networks.own_modules import build_from_tensors, build_network
+
+
+def make_lora(
+    name: str,
+    rank: int | None,
+    alpha: float | None,
+    dit: nn.Module | None,
+    neuron_dropout: float | None = None,
+    texts: Mapping[str, nn.Module] | None = None,
+    **arguments: Any,
+) -> OwnNetwork:
+    """A network by the last part of its module's name, `lora_wan`, not attached yet."""
+    return build_network(f"networks.{name}", rank, alpha, neuron_dropout, arguments, dit, texts or {})
+
+
+def lora_like(name: str, tensors: Mapping[str, Tensor], dit: nn.Module, **arguments: Any) -> OwnNetwork:
+    """A network with the modules, ranks and alphas of a file's tensors, not their values."""
+    return build_from_tensors(f"networks.{name}", tensors, None, arguments, dit, {})
