@@ -4,8 +4,8 @@ Any model that transformers loads as `AutoModelForImageTextToText` will do. Noth
 run: no code of its own, no pickle.
 """
 
+import hashlib
 import importlib.util
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,30 +14,23 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from data_tools.captions.answers import Answer, Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
-from data_tools.captions.drawing import draw_words
+from data_tools.captions.asking import Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
 from data_tools.captions.options import AskOptions, CaptionModelOptions
-from data_tools.captions.planning import CaptionJob
-from data_tools.captions.processors import image_token, load_processor
+from data_tools.captions.places import CaptionPlace
 from dataset.caching.prefetch import run_ahead
 from modules.checkpoints.model_files import find_model_folder
 from modules.control_codes import shorten
 from modules.devices import choose_compute_dtype, choose_device
-from modules.errors import (
-    CheckpointError,
-    InstallationError,
-    MemoryPlanError,
-    OptionError,
-    UserError,
-)
-
-logger = logging.getLogger(__name__)
+from modules.errors import CheckpointError, InstallationError, MemoryPlanError, OptionError, UserError
 
 AHEAD_BYTES = 1 << 30  # of frames that wait for the model
 WORKERS = 4
 # of a repository, what is fetched: no code
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+Shown = tuple[CaptionPlace, Frames]
 
 
 @dataclass(frozen=True)
@@ -49,26 +42,26 @@ class LocalModel:
     ask: AskOptions
     batch_size: int
 
-    def answer(self, jobs: Sequence[CaptionJob], look: Look) -> Answers:
-        """Yield a caption, or why there is none, for each job, in order.
+    def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
+        """Yield a caption, or why there is none, for each place, in order.
 
         Threads read files ahead. If a batch fails, its images and clips are asked about one by one. Raises
         MemoryPlanError if the device's memory is too small.
         """
         frame_bytes = 3 * self.ask.max_pixels * self.ask.num_frames
         workers = min(WORKERS, os.cpu_count() or 1)
-        batch: list[tuple[CaptionJob, Frames]] = []
-        for job, frames in run_ahead(jobs, look, workers, lambda _: frame_bytes, AHEAD_BYTES):
+        batch: list[Shown] = []
+        for place, frames in run_ahead(places, look, workers, lambda _: frame_bytes, AHEAD_BYTES):
             if isinstance(frames, Exception):
-                yield job, frames
+                yield place, frames
                 continue
-            batch.append((job, frames))
+            batch.append((place, frames))
             if len(batch) == self.batch_size:
                 yield from self._answer_batch(batch)
                 batch = []
         yield from self._answer_batch(batch)
 
-    def _answer_batch(self, batch: Sequence[tuple[CaptionJob, Frames]]) -> Iterator[Answer]:
+    def _answer_batch(self, batch: Sequence[Shown]) -> Iterator[tuple[CaptionPlace, str | Exception]]:
         if not batch:
             return
         try:
@@ -85,46 +78,44 @@ class LocalModel:
             for one in batch:
                 yield from self._answer_batch([one])
             return
-        for (job, _), (text, was_cut) in zip(batch, answers, strict=True):
+        for (place, _), (text, was_cut) in zip(batch, answers, strict=True):
             try:
-                yield job, caption_in(text, was_cut)
+                yield place, caption_in(text, was_cut)
             except NoCaptionError as error:
-                yield job, error
+                yield place, error
 
     @torch.no_grad()
-    def describe(self, batch: Sequence[tuple[CaptionJob, Frames]]) -> list[tuple[str, bool]]:
+    def describe(self, batch: Sequence[Shown]) -> list[tuple[str, bool]]:
         """Return for each image or clip the model's answer, and whether it was cut."""
-        texts = [self.message(prompt_for(job, self.ask), len(frames)) for job, frames in batch]
+        texts = [self.message(prompt_for(place, self.ask), len(frames)) for place, frames in batch]
         images = [[Image.fromarray(frame) for frame in frames] for _, frames in batch]
-        inputs = self.inputs(texts, images).to(self.model.device, self.model.dtype)
-        names = [job.place.name for job, _ in batch]
+        tokenizer = self.processor.tokenizer
+        start = tokenizer.bos_token
+        # templates of some models put it there themselves
+        own = {"add_special_tokens": False} if start and texts[0].startswith(start) else {}
+        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt", **own)
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        noise = RowNoise(self.ask.temperature, self.ask.seed, [place.name for place, _ in batch])
         made = self.model.generate(
             **inputs,
             max_new_tokens=self.ask.max_new_tokens,
             num_beams=1,
-            # words are drawn by `draw_words`, by which a caption depends on no other of its batch
+            # words are drawn by `RowNoise`, by which a caption depends on no other of its batch
             do_sample=False,
             temperature=None,
             top_p=None,
             top_k=None,
-            logits_processor=draw_words(self.ask, names),
+            logits_processor=[noise] if self.ask.temperature else None,
         )
         answers = made[:, inputs["input_ids"].shape[1] :]
         thinks = [text.rstrip().endswith("<think>") for text in texts]  # templates may begin the thought
-        decoded = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        ends = end_tokens(self.model)
+        decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        ends = self.model.generation_config.eos_token_id  # the tokens that end an answer
+        ends = frozenset(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
         return [
             (f"<think>{text}" if thinking else text, ends.isdisjoint(tokens.tolist()))
             for text, thinking, tokens in zip(decoded, thinks, answers, strict=True)
         ]
-
-    def inputs(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
-        """Return the tensors of texts and of each one's images."""
-        start = self.processor.tokenizer.bos_token
-        # templates of some models put it there themselves
-        has_start = bool(start) and texts[0].startswith(start)
-        own: dict[str, Any] = {"add_special_tokens": False} if has_start else {}
-        return self.processor(text=list(texts), images=list(images), padding=True, return_tensors="pt", **own)
 
     def message(self, prompt: str, num_images: int) -> str:
         """Return the text that the model reads: by its chat template, or image marks and the prompt.
@@ -133,7 +124,7 @@ class LocalModel:
         """
         system = self.ask.system_prompt
         content = [*[{"type": "image"}] * num_images, {"type": "text", "text": prompt}]
-        plain = image_token(self.processor) * num_images + "\n" + prompt
+        plain = getattr(self.processor, "image_token", "<image>") * num_images + "\n" + prompt
         turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if getattr(self.processor, "chat_template", None) is not None:
             if system:
@@ -153,10 +144,27 @@ class LocalModel:
         return text
 
 
-def end_tokens(model: Any) -> frozenset[int]:
-    """Return the tokens that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return frozenset(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+class RowNoise:
+    """Adds noise to the scores of the next word, so that the best one is a random draw.
+
+    With Gumbel noise, the largest of `scores / temperature + noise` is a draw from their softmax (Maddison et
+    al. 2014, arXiv 1411.0030). Each row has a generator of its own, seeded by its name, so that its words
+    depend neither on the other rows nor on their number.
+    """
+
+    def __init__(self, temperature: float, seed: int, names: Sequence[str]) -> None:
+        self._temperature = temperature
+        texts = [f"{seed}\n{name}".encode("utf-8", "surrogateescape") for name in names]
+        seeds = [int.from_bytes(hashlib.sha256(text).digest()[:8], "little") - 2**63 for text in texts]
+        self._generators = [torch.Generator().manual_seed(one) for one in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # scores: B V
+        uniform = torch.stack(
+            [torch.rand(scores.shape[1], generator=one, dtype=torch.float64) for one in self._generators]
+        )
+        noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
+        return scores.float() / self._temperature + noise.to(scores.device, torch.float32)
 
 
 def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
@@ -173,17 +181,24 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     device = choose_device(options.device)
     dtype = choose_compute_dtype(options.dtype, "--dtype", None)
     assert options.model is not None
-    folder = _find_folder(options.model)
+    folder = find_model_folder("--model", options.model, FETCHED)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"--model {folder}: there is no config.json in this folder. Give the folder of a model as "
+            "transformers saves it.",
+            folder,
+        )
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        processor = load_processor(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
+        processor = _load_processor(folder, config.model_type)
         processor.tokenizer.padding_side = "left"  # answers follow the prompt of each row
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-        model = _read_model(folder, dtype)
+        model = _load_network(folder, config, dtype)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files raise errors of many libraries
@@ -200,23 +215,71 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     return loaded
 
 
-def _read_model(folder: Path, dtype: torch.dtype | None) -> Any:
-    from transformers import AutoConfig, AutoModelForImageTextToText
+def _load_processor(folder: Path, model_type: str) -> Any:
+    """Return the processor of a model, which makes its inputs from texts and images.
 
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(folder, **local)
+    Raises CheckpointError if it takes no images, InstallationError if it needs a package that is missing.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, **LOCAL)
+    except ImportError as error:
+        processor = _without_videos(folder, model_type)
+        if processor is None:
+            raise InstallationError(
+                f"--model {folder}: its processor needs a package that is missing here: "
+                f"{' '.join(str(error).split())}"
+            ) from None
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise CheckpointError(
+            f"--model {folder}: its processor takes no images. Give a vision-language model, with "
+            "preprocessor_config.json or processor_config.json.",
+            folder,
+        )
+    return processor
+
+
+def _without_videos(folder: Path, model_type: str) -> Any:
+    """Return the processor without its part for videos, the only one that needs torchvision.
+
+    Clips are shown as images. None if another part is missing.
+    """
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    kind = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(model_type, ""), None)
+    if importlib.util.find_spec("torchvision") is not None or kind is None:
+        return None
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        is_left_out = name == "video_processor" and part is None
+        return None if is_left_out else kind.check_argument_for_proper_class(self, name, part)
+
+    images_only = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+    found, others = kind.get_processor_dict(folder, **LOCAL)  # the template is in one of them
+    try:
+        return images_only(
+            image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL),
+            tokenizer=tokenizer,
+            video_processor=None,
+            chat_template={**others, **found}.get("chat_template") or tokenizer.chat_template,
+        )
+    except (ImportError, TypeError):  # it has no such part, or others are missing too
+        return None
+
+
+def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
+    from transformers import AutoModelForImageTextToText
+
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
             f"--model {folder}: its weights are quantised, for which transformers may fetch code. Give the "
             "model in 16 or 32 bits, or let a server run it: --api_base.",
             folder,
         )
-    settings = {
-        "config": config,
-        "dtype": "auto" if dtype is None else dtype,
-        "use_safetensors": True,
-        **local,
-    }
+    settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **LOCAL}
     try:
         # named, as config.json may name an attention whose code is fetched from the hub and run
         return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa", **settings)
@@ -224,15 +287,3 @@ def _read_model(folder: Path, dtype: torch.dtype | None) -> Any:
         if "attn_implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):
             raise
         return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", **settings)
-
-
-def _find_folder(name: str) -> Path:
-    """Return the folder of a model; one of a hub is fetched first, without code."""
-    folder = find_model_folder("--model", name, FETCHED)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"--model {folder}: there is no config.json in this folder. Give the folder of a model as "
-            "transformers saves it.",
-            folder,
-        )
-    return folder

@@ -5,8 +5,10 @@ server and of libraries are searched for it before they are shown.
 """
 
 import base64
+import contextlib
 import io
 import logging
+import math
 import os
 import queue
 import socket
@@ -21,9 +23,9 @@ import requests
 import urllib3
 from PIL import Image
 
-from data_tools.captions.answers import Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
+from data_tools.captions.asking import Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
 from data_tools.captions.options import ApiOptions, AskOptions
-from data_tools.captions.planning import CaptionJob
+from data_tools.captions.places import CaptionPlace
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.text_files import parse_json
@@ -57,7 +59,7 @@ OTHER_NAMES: Mapping[str, str | None] = {
 class _TryAgain(Exception):
     """The server could not answer this time. seconds: that it asks to wait."""
 
-    def __init__(self, reason: str, seconds: float | None = None) -> None:
+    def __init__(self, reason: str, seconds: float = math.nan) -> None:
         super().__init__(reason)
         self.seconds = seconds
 
@@ -85,57 +87,68 @@ class ApiServer:
     _told: set[str] = field(default_factory=set, init=False)  # why it was asked again
     _replaced: set[str] = field(default_factory=set, init=False)  # parameters that the model refuses
 
-    def answer(self, jobs: Sequence[CaptionJob], look: Look) -> Answers:
-        """Yield a caption, or why there is none, for each job, as they arrive.
+    def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
+        """Yield a caption, or why there is none, for each place, as they arrive.
 
         Requests that wait for their answer when the caller ends are left to themselves.
         """
-        done: queue.SimpleQueue[tuple[CaptionJob, str | BaseException]] = queue.SimpleQueue()
-        waiting, lock = iter(jobs), threading.Lock()
+        done: queue.SimpleQueue[tuple[CaptionPlace, Any]] = queue.SimpleQueue()
+        waiting: queue.SimpleQueue[CaptionPlace] = queue.SimpleQueue()
 
         def work() -> None:
-            while not self._stop.is_set():
-                with lock:
-                    job = next(waiting, None)
-                if job is None:
-                    return
-                try:
-                    done.put((job, self.describe(job, look(job))))
-                except (MediaError, NoCaptionError) as error:
-                    done.put((job, error))
-                except BaseException as error:  # ends the run: nothing more is asked
-                    done.put((job, error))
-                    self._stop.set()
+            with contextlib.suppress(queue.Empty):
+                while not self._stop.is_set():
+                    place = waiting.get_nowait()
+                    try:
+                        done.put((place, self.describe(place, look(place))))
+                    except BaseException as error:
+                        if not isinstance(error, (MediaError, NoCaptionError)):
+                            self._stop.set()  # it ends the run: nothing more is asked
+                        done.put((place, error))
 
         self._stop.clear()
-        for number in range(min(self.workers, len(jobs))):
+        for place in places:
+            waiting.put(place)
+        for number in range(min(self.workers, len(places))):
             threading.Thread(target=work, name=f"request-{number}", daemon=True).start()
         try:
-            for _ in jobs:
-                job, result = _take(done)
-                if isinstance(result, BaseException) and not isinstance(result, Exception):
-                    raise result
-                yield job, result
+            num_left = len(places)
+            while num_left:
+                try:
+                    place, result = done.get(timeout=0.5)  # on Windows, Ctrl-C is noticed between two calls
+                except queue.Empty:
+                    continue
+                num_left -= 1
+                yield place, result
         finally:
             self._stop.set()
 
-    def describe(self, job: CaptionJob, frames: Frames) -> str:
+    def describe(self, place: CaptionPlace, frames: Frames) -> str:
         """Return the caption of an image or clip.
 
         Raises NoCaptionError if the server gives none, UserError if it refuses the key or the model, or if
         there is no server.
         """
-        body = self.body(prompt_for(job, self.ask), frames)
+        images = [{"type": "image_url", "image_url": {"url": _data_url(frame)}} for frame in frames]
+        content = [*images, {"type": "text", "text": prompt_for(place, self.ask)}]
+        system = [{"role": "system", "content": self.ask.system_prompt}] if self.ask.system_prompt else []
+        body = {
+            "model": self.model,
+            "messages": [*system, {"role": "user", "content": content}],
+            "max_tokens": self.ask.max_new_tokens,
+            "temperature": self.ask.temperature,
+            **({"seed": self.ask.seed} if self.ask.temperature else {}),
+        }
         reason = ""
         for number in range(TRIES):
             try:
                 return self._request(body)
             except _TryAgain as error:
                 reason = str(error)
-                usual = min(self.first_wait * 2**number, LONGEST_WAIT)
-                seconds = usual if error.seconds is None else min(error.seconds, LONGEST_WAIT)
+                seconds = error.seconds if error.seconds >= 0 else self.first_wait * 2**number
             if number + 1 == TRIES:
                 break
+            seconds = min(seconds, LONGEST_WAIT)
             if reason not in self._told:
                 self._told.add(reason)
                 logger.warning("%s; it is asked again after %.1f s, %d times at most", reason, seconds, TRIES)
@@ -143,31 +156,16 @@ class ApiServer:
                 raise NoCaptionError("the run has ended")
         raise NoCaptionError(f"{TRIES} requests failed, the last because {reason}", server_failed=True)
 
-    def body(self, prompt: str, frames: Frames) -> dict[str, Any]:
-        """Return the request about frames, each H W 3."""
-        content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": _data_url(frame)}} for frame in frames
-        ]
-        content.append({"type": "text", "text": prompt})
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if self.ask.system_prompt:
-            messages.insert(0, {"role": "system", "content": self.ask.system_prompt})
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "max_tokens": self.ask.max_new_tokens,
-            "temperature": self.ask.temperature,
-        }
-        return body | ({"seed": self.ask.seed} if self.ask.temperature else {})
-
     def _request(self, body: Mapping[str, Any]) -> str:
         """Make one request. Raises _TryAgain if another one may succeed, else as `describe`."""
         renamed = {OTHER_NAMES[key] if key in self._replaced else key: value for key, value in body.items()}
-        sent: Any = {key: value for key, value in renamed.items() if key is not None}
+        sent = {key: value for key, value in renamed.items() if key is not None}
         try:
-            status, wait, text = self._ask_in_time(sent)
+            status, wait, text = self._post(sent)
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-            cause = _cause(error)
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the innermost reason is the system's
+                cause = cause.__context__
             why = self._hide(getattr(cause, "strerror", None) or str(cause))
             is_refused = isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_SERVER)
             if is_refused and not self._has_answered:
@@ -183,7 +181,7 @@ class ApiServer:
             return self._caption_in(text)
         said = self._hide(_error_text(text))
         if status in RETRIED:
-            raise _TryAgain(f"the server answers {status}: {said}", _seconds(wait))
+            raise _TryAgain(f"the server answers {status}: {said}", wait)
         if status in REFUSED:
             key = f"set {KEY}" if self.key is None else f"check {KEY}"
             remedy = "check --api_base and --api_model" if status == 404 else key
@@ -198,31 +196,12 @@ class ApiServer:
             )
         raise NoCaptionError(f"the server answers {status}: {said}")
 
-    def _ask_in_time(self, sent: Any) -> tuple[int, str, str]:
-        """Return status, Retry-After and text of an answer that is whole within `timeout` seconds.
+    def _post(self, sent: Any) -> tuple[int, float, str]:
+        """Make a request; return status, the seconds to wait if it says some, else NaN, and the text.
 
-        The timeouts of the library begin anew with each byte, so a thread asks and is left to itself when the
-        time is over. Raises requests.ReadTimeout then, else as `_ask`.
+        Raises the library's errors, NoCaptionError if the answer is too long.
         """
-        done: queue.SimpleQueue[tuple[int, str, str] | Exception] = queue.SimpleQueue()
-
-        def ask() -> None:
-            try:
-                done.put(self._ask(sent))
-            except Exception as error:
-                done.put(error)
-
-        threading.Thread(target=ask, name=f"{threading.current_thread().name}-asks", daemon=True).start()
-        try:
-            result = done.get(timeout=self.timeout)
-        except queue.Empty:
-            raise requests.ReadTimeout from None
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def _ask(self, sent: Any) -> tuple[int, str, str]:
-        """Make a request. Raises the library's errors, NoCaptionError if the answer is too long."""
+        is_local = urlsplit(self.address).hostname in LOCAL_HOSTS
         with (
             _Session() as session,
             session.post(
@@ -230,11 +209,28 @@ class ApiServer:
                 json=sent,
                 auth=self._authorize,
                 timeout=(min(CONNECT_SECONDS, self.timeout), self.timeout),
-                proxies=NO_PROXIES if urlsplit(self.address).hostname in LOCAL_HOSTS else None,
+                proxies=NO_PROXIES if is_local else None,
                 stream=True,
             ) as answer,
         ):
-            return answer.status_code, answer.headers.get("Retry-After", ""), _read_answer(answer)
+            if "," in answer.headers.get("Content-Encoding", ""):  # a few bytes packed twice may be gigabytes
+                raise NoCaptionError("the server's answer is packed more than once")
+            content = b""
+            for piece in answer.iter_content(1 << 16):
+                content += piece
+                if len(content) > MOST_BYTES:
+                    raise NoCaptionError(f"the server's answer is longer than {MOST_BYTES >> 20} MiB")
+            try:
+                wait = float(answer.headers.get("Retry-After", "nan"))
+            except ValueError:  # a date, or other words
+                wait = math.nan
+            return answer.status_code, wait, content.decode("utf-8", "replace")
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Put the key into a request. Given as `auth`, so that no entry of netrc is sent."""
+        if self.key is not None:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
 
     def _caption_in(self, text: str) -> str:
         """Return the caption in a server's answer. Raises NoCaptionError if there is none."""
@@ -249,17 +245,10 @@ class ApiServer:
             content = " ".join(part for part in texts if isinstance(part, str))
         return caption_in(content if isinstance(content, str) else "", was_cut)
 
-    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Put the key into a request. Given as `auth`, so that no entry of netrc is sent."""
-        if self.key is not None:
-            request.headers["Authorization"] = f"Bearer {self.key}"
-        return request
-
     def _adapt(self, text: str, sent: Mapping[str, Any]) -> bool:
         """Leave out settings that an error's text refuses. Returns whether the request held it."""
         for name, other in OTHER_NAMES.items():
-            is_named = f"'{name}'" in text or f'"{name}"' in text or f"`{name}`" in text
-            if is_named and name in sent:
+            if name in sent and any(f"{mark}{name}{mark}" in text for mark in "'\"`"):
                 if name not in self._replaced:  # else another thread has been told
                     self._replaced.add(name)
                     what = f"{other} is sent instead" if other else "its own is used"
@@ -293,40 +282,14 @@ def make_server(
     parts = urlsplit(address)
     if key is not None and parts.scheme == "http" and parts.hostname not in LOCAL_HOSTS:
         logger.warning("The key in %s is sent to %s without encryption (http).", KEY, parts.hostname)
-    return ApiServer(
-        address,
-        options.api_model,
-        key,
-        ask,
-        options.api_workers or WORKERS,
-        options.api_timeout or TIMEOUT,
-    )
-
-
-def _take(done: Any) -> Any:
-    while True:
-        try:
-            return done.get(timeout=0.5)  # on Windows, Ctrl-C is noticed only between two calls
-        except queue.Empty:
-            continue
+    workers, timeout = options.api_workers or WORKERS, options.api_timeout or TIMEOUT
+    return ApiServer(address, options.api_model, key, ask, workers, timeout)
 
 
 def _data_url(frame: Any) -> str:
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-
-
-def _read_answer(answer: requests.Response) -> str:
-    """Return an answer's text. Raises NoCaptionError if it has more than MOST_BYTES."""
-    if "," in answer.headers.get("Content-Encoding", ""):  # a few bytes packed twice may be gigabytes
-        raise NoCaptionError("the server's answer is packed more than once")
-    content = b""
-    for piece in answer.iter_content(1 << 16):
-        content += piece
-        if len(content) > MOST_BYTES:
-            raise NoCaptionError(f"the server's answer is longer than {MOST_BYTES >> 20} MiB")
-    return content.decode("utf-8", "replace")
 
 
 def _error_text(text: str) -> str:
@@ -336,18 +299,3 @@ def _error_text(text: str) -> str:
         return str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, LookupError, TypeError):
         return text or "nothing more"
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the innermost reason of a failed connection, which is the system's."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
-def _seconds(text: str) -> float | None:
-    """Return the seconds of a Retry-After header; None for a date, nothing, or other words."""
-    try:
-        return float(text) if float(text) >= 0 else None
-    except ValueError:
-        return None

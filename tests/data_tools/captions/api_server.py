@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ def caption(text: Any, finish: str = "stop") -> tuple[int, str]:
 
 
 @contextmanager
-def run_raw_server(answer: bytes, seconds_a_byte: float = 0.0) -> Iterator[str]:
+def run_raw_server(answer: bytes) -> Iterator[str]:
     """Answer every request with these bytes until the block ends; yields the address."""
 
     class Handler(StreamRequestHandler):
@@ -44,10 +43,7 @@ def run_raw_server(answer: bytes, seconds_a_byte: float = 0.0) -> Iterator[str]:
                     length = int(line.partition(b":")[2])
             self.rfile.read(length)
             with suppress(OSError):  # the program that asked may be gone
-                for byte in answer if seconds_a_byte else ():
-                    self.wfile.write(bytes([byte]))
-                    time.sleep(seconds_a_byte)
-                self.wfile.write(b"" if seconds_a_byte else answer)
+                self.wfile.write(answer)
 
     server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

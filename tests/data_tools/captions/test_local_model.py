@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.captions.answers import Frames
+from data_tools.captions.asking import Frames
 from data_tools.captions.local_model import LocalModel, load_model
 from data_tools.captions.options import AskOptions, CaptionModelOptions
-from data_tools.captions.places import find_places
-from data_tools.captions.planning import CaptionJob
+from data_tools.captions.places import CaptionPlace, find_places
 from data_tools.captions.run import run_captioning
 from dataset.config import load_dataset_config
 from modules.errors import CheckpointError, DownloadError, MemoryPlanError
@@ -41,15 +40,12 @@ def load(folder: Path, batch_size: int = 1, **ask: Any) -> LocalModel:
     return load_model(options, dataclasses.replace(ASK, **ask))
 
 
-def make_jobs(folder: Path) -> list[tuple[CaptionJob, Frames]]:
+def make_jobs(folder: Path) -> list[tuple[CaptionPlace, Frames]]:
     """Three sources with one, two and three frames of noise."""
-    places = find_places(load_dataset_config(make_folder(folder)), False).all
+    places = find_places(load_dataset_config(make_folder(folder)), False)
     rng = np.random.default_rng(0)
     return [
-        (
-            CaptionJob(place, "missing"),
-            tuple(rng.integers(0, 256, (24 + 8 * count, 32, 3), np.uint8) for _ in range(count)),
-        )
+        (place, tuple(rng.integers(0, 256, (24 + 8 * count, 32, 3), np.uint8) for _ in range(count)))
         for count, place in enumerate(places, 1)
     ]
 
@@ -104,10 +100,10 @@ def test_messages_are_made_by_the_template_that_is_there(llava: Path, tmp_path: 
 def test_one_that_fails_in_a_batch_costs_only_itself(llava: Path, tmp_path: Path) -> None:
     model = load(llava, batch_size=3)
     jobs = make_jobs(tmp_path)
-    frames = {job.path: shown for job, shown in jobs}
-    frames[jobs[1][0].path] = (np.zeros((0, 4, 3), np.uint8),)
+    frames = dict(jobs)
+    frames[jobs[1][0]] = (np.zeros((0, 4, 3), np.uint8),)
 
-    answers = list(model.answer([job for job, _ in jobs], lambda job: frames[job.path]))
+    answers = list(model.answer([job for job, _ in jobs], frames.__getitem__))
     assert [isinstance(text, str) for _, text in answers] == [True, False, True]
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_tools.captions.answers import NoCaptionError
+from data_tools.captions.asking import NoCaptionError
 from data_tools.captions.places import find_places
-from data_tools.captions.planning import CaptionJob
 from data_tools.captions.run import run_captioning
 from data_tools.captions.server import make_server
 from dataset.config import load_dataset_config
@@ -79,9 +78,6 @@ def test_a_busy_server_is_asked_again(status: int, tmp_path: Path) -> None:
     assert len(read_captions(tmp_path)) == 3
 
 
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
-
-
 REDIRECTS = ["http://[::::", "http://host:port/", "//", "\x80", "http://\xad.com/", "http://a\x00b/"]
 
 
@@ -117,11 +113,7 @@ def test_a_broken_answer_costs_its_caption_only(answer: bytes, tmp_path: Path) -
 def _ask(address: str, config: Path, timeout: float = 20.0) -> str:
     options = options_of(config, "--api_base", address, "--api_model", "m")
     server = replace(make_server(options.api, options.ask, {}), timeout=timeout, first_wait=0.001)
-    return server.describe(job_of(config), ())
-
-
-def job_of(config: Path) -> Any:
-    return CaptionJob(find_places(load_dataset_config(config), False).all[0], "missing")
+    return server.describe(find_places(load_dataset_config(config), False)[0], ())
 
 
 def test_where_no_server_is_the_message_says_so_at_once(tmp_path: Path) -> None:
