@@ -1,16 +1,20 @@
 """Find where scenes end and begin, picture by picture, with a bounded number of pictures in memory."""
 
+import importlib
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import cv2
 import numpy as np
 
-from data_tools.cutting.changes import CUT, DISSOLVE, PLAIN, ChangeDetector, SceneChange
-from data_tools.cutting.options import OWN, SceneOptions
-from data_tools.cutting.pyscenedetect import load_pyscenedetect
-from modules.media.depth import Pixels
+from data_tools.cutting.options import CONTENT, OWN, SceneOptions
+from modules.errors import InstallationError
+from modules.media.depth import Pixels, in_eight_bits
 from modules.media.scenes import FLAT, Thumbnail, scene_distance, thumbnail
 
+CUT, DISSOLVE, PLAIN = "cut", "dissolve", "plain"  # kinds of changes
 FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged picture
 PLAIN_SECONDS = 0.1  # pictures of one colour for that long are the end of a scene
 # from the middle of a dissolve to its ends, about; longer ones are found by their steepest part
@@ -21,16 +25,83 @@ DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
 DIPS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
 SHARE_OFF = 0.2  # how far the share of the second scene may be from an even rise
 BEGUN = 0.08  # share of the other scene from which a picture belongs to a dissolve
+WIDTH = 256  # to which PySceneDetect itself reduces pictures
+
+
+@dataclass(frozen=True)
+class SceneChange:
+    """Frames from `begin` to before `end` belong to no scene.
+
+    At a hard cut both are the number of the first frame of the new scene.
+    """
+
+    begin: int
+    end: int
+    kind: str
+
+
+class ChangeDetector(Protocol):
+    """Finds the changes of a video whose pictures, H W 3, it is shown in order."""
+
+    def see(self, pixels: Pixels) -> None:
+        """Look at the next picture."""
+
+    def changes(self) -> list[SceneChange]:
+        """Return all changes, in order, after the last picture."""
 
 
 def load_detector(options: SceneOptions) -> Callable[[float], ChangeDetector]:
     """Return a function that makes a detector for a video of so many pictures a second.
 
-    Raises InstallationError if a package is missing.
+    Raises InstallationError if PySceneDetect is asked for and missing, or older than 0.7.
     """
     if options.detector == OWN:
         return lambda rate: OwnDetector(options.threshold, rate)
-    return load_pyscenedetect(options.detector, options.threshold)
+    try:
+        package: Any = importlib.import_module("scenedetect")
+    except ImportError:
+        raise InstallationError(
+            f"--detector {options.detector} needs PySceneDetect: pip install scenedetect-headless (not "
+            "scenedetect: it brings opencv-python, which clashes with opencv-python-headless). Or use "
+            "--detector own."
+        ) from None
+    if not hasattr(package, "TimecodeLike"):
+        raise InstallationError(
+            f"--detector {options.detector} needs PySceneDetect 0.7 or newer, here is {package.__version__}: "
+            "pip install -U scenedetect-headless"
+        )
+    return lambda rate: PySceneDetect(package, options, rate)
+
+
+class PySceneDetect:
+    """Shows pictures to a detector of PySceneDetect, with its own defaults but for the threshold."""
+
+    def __init__(self, package: Any, options: SceneOptions, rate: float) -> None:
+        self._detector: Any = (
+            package.ContentDetector(threshold=options.threshold)
+            if options.detector == CONTENT
+            else package.AdaptiveDetector(adaptive_threshold=options.threshold)
+        )
+        # times of an even rate, whatever those in the file are, stand for the numbers of the pictures
+        self._time = lambda number: package.FrameTimecode(number, rate)
+        self._count = 0
+        self._found: list[Any] = []
+
+    def see(self, pixels: Pixels) -> None:
+        """Look at the next picture."""
+        factor = min(1.0, WIDTH / pixels.shape[1])
+        size = max(1, round(pixels.shape[1] * factor)), max(1, round(pixels.shape[0] * factor))
+        small = cv2.resize(in_eight_bits(pixels), size, interpolation=cv2.INTER_AREA)
+        blue_first = np.ascontiguousarray(small[..., ::-1])
+        self._found += self._detector.process_frame(self._time(self._count), blue_first)
+        self._count += 1
+
+    def changes(self) -> list[SceneChange]:
+        """Return the cuts, in order."""
+        if self._count:
+            self._found += self._detector.post_process(self._time(self._count - 1))
+        numbers = sorted({int(time.frame_num) for time in self._found})
+        return [SceneChange(number, number, CUT) for number in numbers]
 
 
 class OwnDetector:
@@ -56,7 +127,7 @@ class OwnDetector:
         self._dissolves = _Dissolves(threshold, rate)
 
     def see(self, pixels: Pixels) -> None:
-        """Look at the next picture, H W 3."""
+        """Look at the next picture."""
         now, number = thumbnail(pixels), self._count
         self._count += 1
         is_break = self._see_plain(now, number)

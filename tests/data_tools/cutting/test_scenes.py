@@ -8,10 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from data_tools.cutting.changes import CUT, DISSOLVE, PLAIN, SceneChange
+from data_tools.cutting.clips import scenes_of
 from data_tools.cutting.options import SceneOptions
-from data_tools.cutting.planning import scenes_of
-from data_tools.cutting.scenes import load_detector
+from data_tools.cutting.scenes import CUT, DISSOLVE, PLAIN, SceneChange, load_detector
 from modules.errors import InstallationError
 from modules.media.streams import shown_frames
 from tests.data_tools.cutting.films import Frame, Light, dissolve, fade, plain, scene, to_bytes

@@ -7,10 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.cutting.changes import CUT, DISSOLVE, SceneChange
-from data_tools.cutting.looking import PictureMeasures, VideoLook
+from data_tools.cutting.clips import (
+    BLACK,
+    BLURRED,
+    SHORT,
+    STATIC,
+    PictureMeasures,
+    PlannedClip,
+    VideoLook,
+    plan_clips,
+)
 from data_tools.cutting.options import ChoiceOptions, LengthOptions
-from data_tools.cutting.planning import BLACK, BLURRED, SHORT, STATIC, PlannedClip, plan_clips
+from data_tools.cutting.scenes import CUT, DISSOLVE, SceneChange
 from modules.errors import OptionError
 from modules.media.measures import BLACK_PIXEL, STATIC_CHANGE
 from modules.media.measures import BLURRED as BLURRED_BELOW
@@ -30,10 +38,10 @@ def look_of(times: list[float], *cuts: int | tuple[int, int], **sample: Any) -> 
     changes = [
         SceneChange(one, one, CUT) if isinstance(one, int) else SceneChange(*one, DISSOLVE) for one in cuts
     ]
-    look = VideoLook(64, 48, 1 / (times[1] - times[0]), array("d", times[:-1]), times[-1], changes=changes)
+    look = VideoLook(64, 48, array("d", times[:-1]), times[-1], changes=changes)
     for number in range(0, len(times) - 1, 6):
         cells = np.full((4, 4), number % 200, np.uint8)
-        look.samples.add(PictureMeasures(**{**USUAL, "cells": cells, **sample, "number": number}))
+        look.samples.append(PictureMeasures(**{**USUAL, "cells": cells, **sample, "number": number}))
     return look
 
 

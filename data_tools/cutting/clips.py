@@ -1,20 +1,98 @@
-"""Choose the clips of a video: its scenes, in pieces of the wanted length, without empty parts."""
+"""Look at all pictures of a video once, and choose its clips: scenes, in pieces of the wanted length."""
 
 import math
+from array import array
 from bisect import bisect_left, bisect_right
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 
-from data_tools.cutting.changes import SceneChange
-from data_tools.cutting.looking import PictureMeasures, VideoLook
-from data_tools.cutting.options import ChoiceOptions, LengthOptions
-from modules.media.measures import is_static, motion
+import cv2
+import numpy as np
+from numpy.typing import NDArray
 
+from data_tools.cutting.options import ChoiceOptions, LengthOptions
+from data_tools.cutting.scenes import ChangeDetector, SceneChange
+from modules.media.depth import Pixels, in_eight_bits
+from modules.media.measures import CELLS, brightness, is_black, is_flat, is_static, motion, sharpness
+from modules.media.streams import ShownFrame, SourceInfo
+
+SAMPLE_SECONDS = 0.25  # between two pictures that are measured
 SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # why a clip is left out
 ROUNDING = 1e-6  # seconds: times are sums of fractions
 BLACK_PART = 0.5  # of the pictures of a clip
+
+
+@dataclass(frozen=True, slots=True)
+class PictureMeasures:
+    """Measures of one picture."""
+
+    number: int
+    brightness: float
+    sharpness: float
+    is_black: bool
+    is_flat: bool
+    cells: NDArray[np.uint8]  # h w: luma, 32 cells along the shorter side
+
+    @property
+    def reduced(self) -> NDArray[np.uint8]:
+        """The cells as a frame, h w 3."""
+        return np.broadcast_to(self.cells[..., None], (*self.cells.shape, 3))
+
+
+@dataclass
+class VideoLook:
+    """Facts about a video after all of it was read. Two hours take some 60 MB, most of it for the samples."""
+
+    width: int
+    height: int
+    starts: "array[float]" = field(default_factory=lambda: array("d"))  # of each picture, in seconds
+    end: float = 0.0
+    samples: list[PictureMeasures] = field(default_factory=list)
+    changes: list[SceneChange] = field(default_factory=list)
+
+    def time(self, number: int) -> float:
+        """Return when a frame begins; for the number behind the last one, when the last ends."""
+        return self.starts[number] if number < len(self.starts) else self.end
+
+    def samples_between(self, begin: int, end: int) -> list[PictureMeasures]:
+        """Return the samples of the frames from `begin` to before `end`."""
+        first, last = (bisect_left(self.samples, one, key=lambda found: found.number) for one in (begin, end))
+        return self.samples[first:last]
+
+
+def look_at(
+    info: SourceInfo, frames: Iterable[ShownFrame], detector: ChangeDetector, black_threshold: float
+) -> VideoLook:
+    """Read all pictures of a video, and find its changes."""
+    look = VideoLook(info.width, info.height)
+    due = 0.0
+    for number, frame in enumerate(frames):
+        start = float(frame.start)
+        look.starts.append(start)
+        look.end = float(frame.start + frame.seconds)
+        detector.see(frame.pixels)
+        if start >= due:
+            look.samples.append(_measure(number, frame.pixels, black_threshold))
+            due = start + SAMPLE_SECONDS
+    look.changes = detector.changes()
+    return look
+
+
+def _measure(number: int, pixels: Pixels, black_threshold: float) -> PictureMeasures:
+    frame = in_eight_bits(pixels)
+    height, width = frame.shape[:2]
+    factor = min(1.0, CELLS / min(height, width))
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    cells = cv2.cvtColor(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
+    return PictureMeasures(
+        number,
+        brightness(frame),
+        sharpness(frame),
+        is_black(frame, black_threshold),
+        is_flat(frame),
+        np.asarray(cells, np.uint8),
+    )
 
 
 @dataclass(frozen=True)
@@ -58,11 +136,6 @@ def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, in
     return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
 
 
-def count_reasons(clips: Sequence[PlannedClip]) -> Counter[str]:
-    """Return how many clips are left out, by the reason."""
-    return Counter(clip.dropped for clip in clips if clip.dropped)
-
-
 def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
     """Yield a scene in as few equal pieces as the longest length allows.
 
@@ -83,7 +156,10 @@ def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> It
                 return
             break
     while first < end:
-        last = _farthest(look, first, end, lengths)
+        last = min(end, first + lengths.max_frames) if lengths.max_frames else end
+        if not _is_short_enough(look, first, last, lengths):
+            limit = look.time(first) + lengths.max_seconds + ROUNDING
+            last = max(bisect_right(look.starts, limit, first, last) - 1, first + 1)
         yield first, last
         first = last
 
@@ -96,15 +172,6 @@ def _even_borders(look: VideoLook, first: int, end: int, count: int) -> list[int
         for place in range(1, count)
     ]
     return [first, *(border for border in dict.fromkeys(inner) if first < border < end), end]
-
-
-def _farthest(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> int:
-    """Return the end of the longest piece from `first` on; one frame at least."""
-    last = min(end, first + lengths.max_frames) if lengths.max_frames else end
-    if not _is_short_enough(look, first, last, lengths):
-        limit = look.time(first) + lengths.max_seconds + ROUNDING
-        last = bisect_right(look.starts, limit, first, last) - 1
-    return max(last, first + 1)
 
 
 def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
@@ -121,7 +188,7 @@ def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOption
 
 def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
     """Return why a clip is left out for its content; empty if it is kept."""
-    samples = look.samples.between(first, end)
+    samples = look.samples_between(first, end)
     if not samples:
         return ""
     if sum(one.is_black for one in samples) >= BLACK_PART * len(samples):
@@ -129,17 +196,12 @@ def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -
     frames = [one.reduced for one in samples]
     if not choice.keep_static and len(frames) > 1 and is_static(frames, choice.static_threshold):
         return STATIC
-    if choice.drop_blurred and 2 * sum(_is_blurred(one, choice) for one in samples) > len(samples):
-        return BLURRED
-    return ""
-
-
-def _is_blurred(sample: PictureMeasures, choice: ChoiceOptions) -> bool:
-    return not sample.is_flat and sample.sharpness < choice.blur_threshold
+    blurred = sum(not one.is_flat and one.sharpness < choice.blur_threshold for one in samples)
+    return BLURRED if choice.drop_blurred and 2 * blurred > len(samples) else ""
 
 
 def _measured(look: VideoLook, scene: int, first: int, end: int, dropped: str) -> PlannedClip:
-    samples = look.samples.between(first, end)
+    samples = look.samples_between(first, end)
     return PlannedClip(
         *(scene, first, end, look.time(first), look.time(end) - look.time(first)),
         brightness=fmean(one.brightness for one in samples) if samples else 0.0,
