@@ -1,16 +1,14 @@
-"""All about datasets: configuration, sources, caches, captions and checks; read loop.py in caching/ first.
+"""All about datasets: configuration, sources, caches and checks; read loop.py in caching/ first.
 
 batches/: cached items in the order of training
 cache/: cache files: names, contents, and what they were made from
 caching/: the caching loop and its two halves
-captioning/: write and edit captions with a vision-language model
 check: `--check`: report totals and faults of a configuration
 checking/: faults of each table, page of items, repaired captions
 cogvideox/: prepare clips in CogVideoX form, encoded
 commands: run a caching script after its options are read
 config: read a dataset configuration to frozen tables
 config_keys: keys of a configuration: values, defaults, tables
-cutting/: find scenes in footage, and write clips of them
 debug_views: show the frames that a model will see
 key_reading: read the keys of a configuration, explain wrong ones
 options: options of all caching scripts

@@ -20,7 +20,7 @@ from modules.media.reading import Frame  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 from tests.browser import open_page  # noqa: E402
-from tests.dataset.cutting.films import landscape  # noqa: E402
+from tests.data_tools.cutting.films import landscape  # noqa: E402
 from tests.pictures import picture  # noqa: E402
 from tools import dataset_report  # noqa: E402
 

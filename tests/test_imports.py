@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "modules": set(),
     "dataset": {"modules"},
+    "data_tools": {"modules", "dataset"},
     "networks": {"modules"},
     "post": {"modules"},
     "blissful_tuner": {"modules"},
@@ -58,11 +59,12 @@ FLOORS = {
         {"sources"},
         {"cache"},
         {"batches", "caching"},
-        {"captioning", "checking", "cogvideox", "cutting"},
+        {"checking", "cogvideox"},
         {"check", "debug_views"},
         {"commands", "reporting"},
         {"scripts"},
     ),
+    "data_tools": ({"captions", "cutting"},),
     "post": (
         {"contract", "model_places", "run_options", "streaming", "tiling"},
         {"pixels", "precision"},

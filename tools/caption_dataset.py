@@ -15,7 +15,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from dataset.captioning.options import CaptioningOptions
+from data_tools.captions.options import CaptioningOptions
 from dataset.config import load_dataset_config
 from modules.command import command_line
 from modules.parser import parse_options
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_options(__doc__, argv, CaptioningOptions)
     config = load_dataset_config(options.dataset_config)
 
-    from dataset.captioning.run import run_captioning  # torch loads here, after every option has been read
+    from data_tools.captions.run import run_captioning  # torch loads here, after every option has been read
 
     run_captioning(config, options)
 

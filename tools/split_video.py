@@ -9,7 +9,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from dataset.cutting.options import CuttingOptions
+from data_tools.cutting.options import CuttingOptions
 from modules.command import command_line
 from modules.parser import parse_options
 
@@ -17,7 +17,7 @@ from modules.parser import parse_options
 def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_options(__doc__, argv, CuttingOptions)
 
-    from dataset.cutting.run import cut_footage  # what reads videos loads here
+    from data_tools.cutting.run import cut_footage  # what reads videos loads here
 
     cut_footage(options)
 

@@ -1,0 +1,9 @@
+"""Captions written by a vision-language model, and edited: where they go, who makes them, what they say.
+
+asking: frames, question, answer: what all makers share
+local_model: describe media with a vision-language model here
+options: options of tools/caption_dataset.py: frames, question, words
+places: places of captions, their writers, captions to make
+run: write or edit captions after the options are read
+server: describe media through an OpenAI-compatible server
+"""

@@ -1,0 +1,130 @@
+"""What makers of captions share: frames of a file, the question about them, and the caption in an answer."""
+
+import math
+import re
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+
+from data_tools.captions.options import AskOptions, WordingOptions
+from data_tools.captions.places import CaptionPlace
+from dataset.sources.captions import add_trigger, lines_of
+from modules.answers import take_answer
+from modules.errors import MediaError
+from modules.media.reading import Frame, folder_images, read_image, resize_stretched, video_frames, video_info
+from modules.text_files import MAX_CAPTION_BYTES
+
+Frames = tuple[Frame, ...]  # each H W 3
+Look = Callable[[CaptionPlace], Frames]
+# the caption, or why there is none; other errors end the run
+Answers = Generator[tuple[CaptionPlace, str | Exception], None, None]
+Answerer = Callable[[Sequence[CaptionPlace], Look], Answers]
+
+PROMPTS = {
+    "image": "Describe this image in one paragraph of plain English, for a model that learns to make images "
+    "from text: who or what is seen and how it looks, what happens, the surroundings, the light and the "
+    "style. Begin with the subject. Say nothing that is not seen, and answer with the description alone.",
+    "video": "These are frames of one video, in order. Describe the video in one paragraph of plain English, "
+    "for a model that learns to make videos from text: who or what is seen and how it looks, what it does "
+    "from beginning to end, the surroundings, how the camera moves, the light and the style. Begin with the "
+    "subject. Say nothing that is not seen, do not mention frames, and answer with the description alone.",
+}
+TRIES = 3  # of reading a clip: a header may have a wrong number of frames
+# what servers and tokenizers leave in an answer: <|im_end|>, </s>, <end_of_turn>
+_TOKENS = re.compile(
+    r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:pad|unk|bos|eos|end_of_turn|end_of_utterance|end_of_text)>"
+)
+_MOST_CHARACTERS = MAX_CAPTION_BYTES // 4  # in UTF-8 a character has up to four bytes
+
+
+class NoCaptionError(Exception):
+    """An image or clip for which no caption was made, and why. The run goes on with the others."""
+
+    def __init__(self, reason: str, server_failed: bool = False) -> None:
+        """server_failed: the server did not answer, again and again."""
+        super().__init__(reason)
+        self.server_failed = server_failed
+
+
+def choose_frames(num_frames: int, wanted: int) -> tuple[int, ...]:
+    """Return which of `num_frames` frames to show: the middle one of each of `wanted` equal parts.
+
+    All of them if there are fewer. As segments are sampled in Wang et al. 2016, arXiv 1608.00859, section
+    3.1.
+    """
+    if num_frames <= wanted:
+        return tuple(range(num_frames))
+    return tuple((2 * part + 1) * num_frames // (2 * wanted) for part in range(wanted))
+
+
+def read_shown(path: Path, is_image: bool, wanted: int, max_pixels: int) -> Frames:
+    """Return the frames of a file to show, each H W 3: one of an image, `wanted` of a clip, evenly spaced.
+
+    Frames with more than `max_pixels` pixels are scaled down. Raises MediaError if the file cannot be read.
+    """
+    if is_image:
+        return (_shrink(read_image(path), max_pixels),)
+    if path.is_dir():
+        images = folder_images(path)
+        shown = choose_frames(len(images), wanted)
+        return tuple(_shrink(read_image(images[index]), max_pixels) for index in shown)
+    num_frames = video_info(path).frames or 0
+    for _ in range(TRIES):
+        shown, found, frames = choose_frames(num_frames, wanted), 0, []
+        for found, frame in enumerate(video_frames(path), 1):
+            if found - 1 in shown:
+                frames.append(_shrink(frame, max_pixels))
+        if found == num_frames:
+            return tuple(frames)
+        num_frames = found  # the header says nothing, or another number
+    raise MediaError(f"{path} has another number of frames each time it is read. Is it being written?")
+
+
+def _shrink(frame: Frame, max_pixels: int) -> Frame:
+    """Return a frame in its proportions with at most `max_pixels` pixels; a smaller one as it is."""
+    height, width = frame.shape[:2]
+    if height * width <= max_pixels:
+        return frame
+    scale = math.sqrt(max_pixels / (height * width))
+    return resize_stretched(frame, (max(1, int(width * scale)), max(1, int(height * scale))))
+
+
+def prompt_for(place: CaptionPlace, ask: AskOptions) -> str:
+    """Return the question about an image or a clip."""
+    return ask.prompt if ask.prompt is not None else PROMPTS[place.source.table.kind]
+
+
+def caption_in(answer: str, was_cut: bool) -> str:
+    """Return the caption in a model's answer: one line without thoughts, quotation marks and special tokens.
+
+    was_cut: the answer was ended by --max_new_tokens. Raises NoCaptionError if it is empty.
+    """
+    caption = take_answer(_TOKENS.sub(" ", answer), _MOST_CHARACTERS)
+    if not caption:
+        why = ", and --max_new_tokens ended it: raise that" if was_cut else ""
+        raise NoCaptionError(f"the model's answer holds no text{why}")
+    return caption
+
+
+def reword(caption: str, wording: WordingOptions) -> str:
+    """Return "prefix trigger, caption suffix" after replacing, as the keys of a dataset table do.
+
+    Words already in the caption are not put in again.
+    """
+    for old, new in wording.replace:
+        caption = caption.replace(old, new)
+    for pattern, new in wording.replace_regex:
+        caption = re.sub(pattern, new, caption)
+    caption = add_trigger(caption.strip(), wording.trigger_word.strip())
+    prefix, suffix = wording.caption_prefix.strip(), wording.caption_suffix.strip()
+    if prefix and not caption.startswith(prefix):
+        caption = f"{prefix} {caption}"
+    if suffix and not caption.endswith(suffix):
+        caption = f"{caption} {suffix}"
+    return caption
+
+
+def reword_lines(caption: str, wording: WordingOptions, is_several: bool) -> str:
+    """Reword a caption that is there. is_several: each line is a caption (multi_caption)."""
+    if not is_several:
+        return reword(caption, wording)
+    return "\n".join(line for line in (reword(line, wording) for line in lines_of(caption)) if line)

@@ -1,0 +1,289 @@
+"""Have a vision-language model that runs here describe images and clips.
+
+Any model that transformers loads as `AutoModelForImageTextToText` will do. Nothing that comes with a model is
+run: no code of its own, no pickle.
+"""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data_tools.captions.asking import Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
+from data_tools.captions.options import AskOptions, CaptionModelOptions
+from data_tools.captions.places import CaptionPlace
+from dataset.caching.prefetch import run_ahead
+from modules.checkpoints.model_files import find_model_folder
+from modules.control_codes import shorten
+from modules.devices import choose_compute_dtype, choose_device
+from modules.errors import CheckpointError, InstallationError, MemoryPlanError, OptionError, UserError
+
+AHEAD_BYTES = 1 << 30  # of frames that wait for the model
+WORKERS = 4
+# of a repository, what is fetched: no code
+FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+Shown = tuple[CaptionPlace, Frames]
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A loaded model with its processor."""
+
+    model: Any
+    processor: Any
+    ask: AskOptions
+    batch_size: int
+
+    def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
+        """Yield a caption, or why there is none, for each place, in order.
+
+        Threads read files ahead. If a batch fails, its images and clips are asked about one by one. Raises
+        MemoryPlanError if the device's memory is too small.
+        """
+        frame_bytes = 3 * self.ask.max_pixels * self.ask.num_frames
+        workers = min(WORKERS, os.cpu_count() or 1)
+        batch: list[Shown] = []
+        for place, frames in run_ahead(places, look, workers, lambda _: frame_bytes, AHEAD_BYTES):
+            if isinstance(frames, Exception):
+                yield place, frames
+                continue
+            batch.append((place, frames))
+            if len(batch) == self.batch_size:
+                yield from self._answer_batch(batch)
+                batch = []
+        yield from self._answer_batch(batch)
+
+    def _answer_batch(self, batch: Sequence[Shown]) -> Iterator[tuple[CaptionPlace, str | Exception]]:
+        if not batch:
+            return
+        try:
+            answers = self.describe(batch)
+        except torch.OutOfMemoryError:
+            raise MemoryPlanError(
+                f"{len(batch)} at a time with up to {self.ask.num_frames} frames do not fit into the memory. "
+                "Lower --batch_size, --num_frames or --max_pixels; what is written already stays."
+            ) from None
+        except Exception as error:  # of the processor or the model, about inputs they do not take
+            if len(batch) == 1:
+                yield batch[0][0], NoCaptionError(f"the model fails: {shorten(str(error), 300)}")
+                return
+            for one in batch:
+                yield from self._answer_batch([one])
+            return
+        for (place, _), (text, was_cut) in zip(batch, answers, strict=True):
+            try:
+                yield place, caption_in(text, was_cut)
+            except NoCaptionError as error:
+                yield place, error
+
+    @torch.no_grad()
+    def describe(self, batch: Sequence[Shown]) -> list[tuple[str, bool]]:
+        """Return for each image or clip the model's answer, and whether it was cut."""
+        texts = [self.message(prompt_for(place, self.ask), len(frames)) for place, frames in batch]
+        images = [[Image.fromarray(frame) for frame in frames] for _, frames in batch]
+        tokenizer = self.processor.tokenizer
+        start = tokenizer.bos_token
+        # templates of some models put it there themselves
+        own = {"add_special_tokens": False} if start and texts[0].startswith(start) else {}
+        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt", **own)
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        noise = RowNoise(self.ask.temperature, self.ask.seed, [place.name for place, _ in batch])
+        made = self.model.generate(
+            **inputs,
+            max_new_tokens=self.ask.max_new_tokens,
+            num_beams=1,
+            # words are drawn by `RowNoise`, by which a caption depends on no other of its batch
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            logits_processor=[noise] if self.ask.temperature else None,
+        )
+        answers = made[:, inputs["input_ids"].shape[1] :]
+        thinks = [text.rstrip().endswith("<think>") for text in texts]  # templates may begin the thought
+        decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        ends = self.model.generation_config.eos_token_id  # the tokens that end an answer
+        ends = frozenset(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+        return [
+            (f"<think>{text}" if thinking else text, ends.isdisjoint(tokens.tolist()))
+            for text, thinking, tokens in zip(decoded, thinks, answers, strict=True)
+        ]
+
+    def message(self, prompt: str, num_images: int) -> str:
+        """Return the text that the model reads: by its chat template, or image marks and the prompt.
+
+        Raises OptionError if the template does not take the system prompt.
+        """
+        system = self.ask.system_prompt
+        content = [*[{"type": "image"}] * num_images, {"type": "text", "text": prompt}]
+        plain = getattr(self.processor, "image_token", "<image>") * num_images + "\n" + prompt
+        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if getattr(self.processor, "chat_template", None) is not None:
+            if system:
+                turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+            render = self.processor.apply_chat_template
+        elif self.processor.tokenizer.chat_template is not None:  # of a model for texts: contents are texts
+            turns = [{"role": "system", "content": system}] if system else []
+            turns.append({"role": "user", "content": plain})
+            render = self.processor.tokenizer.apply_chat_template
+        else:
+            return f"{system}\n{plain}" if system else plain
+        try:
+            text: str = render(turns, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # of jinja2, or what the template itself raises
+            why = "; does it know system messages? Try without --system_prompt" if system else ""
+            raise OptionError(f"--model: its chat template fails: {shorten(str(error), 200)}{why}") from None
+        return text
+
+
+class RowNoise:
+    """Adds noise to the scores of the next word, so that the best one is a random draw.
+
+    With Gumbel noise, the largest of `scores / temperature + noise` is a draw from their softmax (Maddison et
+    al. 2014, arXiv 1411.0030). Each row has a generator of its own, seeded by its name, so that its words
+    depend neither on the other rows nor on their number.
+    """
+
+    def __init__(self, temperature: float, seed: int, names: Sequence[str]) -> None:
+        self._temperature = temperature
+        texts = [f"{seed}\n{name}".encode("utf-8", "surrogateescape") for name in names]
+        seeds = [int.from_bytes(hashlib.sha256(text).digest()[:8], "little") - 2**63 for text in texts]
+        self._generators = [torch.Generator().manual_seed(one) for one in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # scores: B V
+        uniform = torch.stack(
+            [torch.rand(scores.shape[1], generator=one, dtype=torch.float64) for one in self._generators]
+        )
+        noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
+        return scores.float() / self._temperature + noise.to(scores.device, torch.float32)
+
+
+def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
+    """Load the model that --model names.
+
+    Raises InstallationError if transformers is missing, CheckpointError if the folder holds another model,
+    DownloadError as `find_model_folder`.
+    """
+    if importlib.util.find_spec("transformers") is None:  # importing it takes seconds
+        raise InstallationError(
+            "--model needs the package transformers. Install it: pip install transformers, or use a server: "
+            "--api_base"
+        )
+    device = choose_device(options.device)
+    dtype = choose_compute_dtype(options.dtype, "--dtype", None)
+    assert options.model is not None
+    folder = find_model_folder("--model", options.model, FETCHED)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"--model {folder}: there is no config.json in this folder. Give the folder of a model as "
+            "transformers saves it.",
+            folder,
+        )
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
+        processor = _load_processor(folder, config.model_type)
+        processor.tokenizer.padding_side = "left"  # answers follow the prompt of each row
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        model = _load_network(folder, config, dtype)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged files raise errors of many libraries
+        raise CheckpointError(
+            f"--model {folder}: transformers cannot load it as a vision-language model: "
+            f"{shorten(str(error), 400)}",
+            folder,
+        ) from None
+    model.eval().requires_grad_(False)
+    if dtype is None and device.type == "cpu":  # few CPUs are fast in 16 bits
+        model.float()
+    loaded = LocalModel(model.to(device), processor, ask, options.batch_size or 1)
+    loaded.message("a", 1)  # a template that fails does so now
+    return loaded
+
+
+def _load_processor(folder: Path, model_type: str) -> Any:
+    """Return the processor of a model, which makes its inputs from texts and images.
+
+    Raises CheckpointError if it takes no images, InstallationError if it needs a package that is missing.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, **LOCAL)
+    except ImportError as error:
+        processor = _without_videos(folder, model_type)
+        if processor is None:
+            raise InstallationError(
+                f"--model {folder}: its processor needs a package that is missing here: "
+                f"{' '.join(str(error).split())}"
+            ) from None
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise CheckpointError(
+            f"--model {folder}: its processor takes no images. Give a vision-language model, with "
+            "preprocessor_config.json or processor_config.json.",
+            folder,
+        )
+    return processor
+
+
+def _without_videos(folder: Path, model_type: str) -> Any:
+    """Return the processor without its part for videos, the only one that needs torchvision.
+
+    Clips are shown as images. None if another part is missing.
+    """
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    kind = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(model_type, ""), None)
+    if importlib.util.find_spec("torchvision") is not None or kind is None:
+        return None
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        is_left_out = name == "video_processor" and part is None
+        return None if is_left_out else kind.check_argument_for_proper_class(self, name, part)
+
+    images_only = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+    found, others = kind.get_processor_dict(folder, **LOCAL)  # the template is in one of them
+    try:
+        return images_only(
+            image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL),
+            tokenizer=tokenizer,
+            video_processor=None,
+            chat_template={**others, **found}.get("chat_template") or tokenizer.chat_template,
+        )
+    except (ImportError, TypeError):  # it has no such part, or others are missing too
+        return None
+
+
+def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"--model {folder}: its weights are quantised, for which transformers may fetch code. Give the "
+            "model in 16 or 32 bits, or let a server run it: --api_base.",
+            folder,
+        )
+    settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **LOCAL}
+    try:
+        # named, as config.json may name an attention whose code is fetched from the hub and run
+        return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa", **settings)
+    except ValueError as error:
+        if "attn_implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):
+            raise
+        return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", **settings)

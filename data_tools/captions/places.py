@@ -1,0 +1,340 @@
+"""Where the captions of a dataset stand, which of them this program wrote, and which are to be made.
+
+A caption is a text file beside its image or clip, or the "caption" in a line of a JSONL list. A hidden file
+beside the captions, `.captions_made.jsonl`, has the hash of each text that was written for a name: a caption
+whose text has no line there was written, or has been edited since, by a person. The line is written before
+the caption: after a kill between the two it names a text that is not there, which changes nothing.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.captions.options import CaptioningOptions
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.sources.captions import read_caption
+from dataset.sources.listing import find_all_sources
+from dataset.sources.media_source import MediaSource
+from dataset.sources.rows import RowReader
+from modules.atomic_write import append_text, atomic_path, write_text
+from modules.errors import DatasetError
+from modules.paths import address_identity, expand_path, is_address, short_hash
+from modules.text_files import bad_character, parse_json, read_lines
+
+EXTENSION = ".txt"  # of tables that name none
+MADE = ".captions_made.jsonl"
+BACKUP = ".bak"
+MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "hand-written"
+
+
+def keep_backup(path: Path) -> None:
+    """Copy a file to the first free name of NAME.bak, NAME.2.bak, NAME.3.bak, ...
+
+    No older backup is replaced. Raises OutputError if the copy cannot be written.
+    """
+    names = itertools.chain([path.name], (f"{path.name}.{number}" for number in itertools.count(2)))
+    backup = next(place for name in names if not (place := path.with_name(name + BACKUP)).exists())
+    with atomic_path(backup, path.stat().st_size) as temporary:
+        shutil.copyfile(path, temporary)
+
+
+class CaptionList:
+    """A JSONL list whose captions are written one by one; at any moment the file is whole.
+
+    Only changed lines are written anew, and these keep their other values. Lines that somebody writes
+    meanwhile stay.
+    """
+
+    def __init__(self, table: DatasetTable) -> None:
+        """Read the list of a table, which has been read before, without faults."""
+        assert table.jsonl_file is not None
+        self.path, self._key = table.jsonl_file, f"{table.kind}_path"
+        self._read()
+        self._has_backup = False  # of the state before this run
+        self._entries: dict[Path, str] = {}
+        rows = RowReader(table, self.path, self._key, is_list=True)
+        for entry in self._numbers:
+            if is_address(entry):  # `rows` would do for paths too, but takes several times as long
+                source = rows.read(self.record(entry), str(self.path))
+                self._entries |= {} if source is None else {source.path: entry}
+            else:
+                self._entries[expand_path(entry)] = entry
+
+    def entry_of(self, source: MediaSource) -> str:
+        """Return the path of a source as it stands in its line. Raises DatasetError if it has none."""
+        if source.path not in self._entries:
+            raise DatasetError(f"{self.path}: the line of {source.path} cannot be found again. Run again.")
+        return self._entries[source.path]
+
+    def record(self, entry: str) -> dict[str, Any]:
+        """Return the values of a line; none if it is there no more."""
+        number = self._numbers.get(entry)
+        return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
+
+    def put(self, entry: str, caption: str, old: str | None, is_foreign: bool) -> bool:
+        """Write the caption of a line, unless somebody has changed it meanwhile; returns whether it was.
+
+        entry: the path in the line. old: the caption that is to be replaced. is_foreign: a person wrote it:
+        then, and if there is no .bak yet, the list is kept as .bak. Raises OutputError.
+        """
+        self._read_changes()
+        if entry not in self._numbers or self.record(entry).get("caption") != old:
+            return False
+        if is_foreign or not self.path.with_name(self.path.name + BACKUP).exists():
+            self.keep_once()
+        self.write({entry: {"caption": caption}})
+        return True
+
+    def keep_once(self) -> None:
+        """Keep the list as .bak, if that was not done in this run."""
+        if not self._has_backup:
+            keep_backup(self.path)
+        self._has_backup = True
+
+    def write(self, changes: Mapping[str, dict[str, Any]]) -> None:
+        """Write other values into lines. changes: by the path in the line."""
+        self._read_changes()
+        for entry in changes.keys() & self._numbers.keys():
+            number = self._numbers[entry]
+            line = self._lines[number]
+            text = json.dumps(self.record(entry) | changes[entry], ensure_ascii=False)
+            if bad_character(text):  # another value has half a character, as an escape
+                text = json.dumps(self.record(entry) | changes[entry])
+            self._lines[number] = line.replace(line.strip("\ufeff\r\n"), text)
+        path = self.path.resolve()  # a link stays one
+        with atomic_path(path, path.stat().st_size) as temporary:
+            temporary.write_bytes("".join(self._lines).encode("utf-8"))
+            shutil.copymode(path, temporary)
+        self._stamp = _stamp_of(self.path)
+
+    def _read_changes(self) -> None:
+        if _stamp_of(self.path) != self._stamp:
+            self._read()
+
+    def _read(self) -> None:
+        self._stamp = _stamp_of(self.path)
+        with self.path.open(encoding="utf-8", newline="") as file:
+            self._lines = file.readlines()
+        self._numbers: dict[str, int] = {}  # path in the line -> its place
+        for number, line in enumerate(self._lines):
+            # a line may be half written by somebody else
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                self._numbers[str(parse_json(line.strip("\ufeff"))[self._key])] = number
+
+
+def _stamp_of(path: Path) -> tuple[int, int]:
+    state = path.stat()
+    return state.st_mtime_ns, state.st_size
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionPlace:
+    """Where the caption of a source stands, or would."""
+
+    source: MediaSource
+    file: Path  # a text file, or the list
+    lines: CaptionList | None  # the list; None: the file has nothing but this caption
+    entry: str  # the path in the line of the list
+    caption: str | None  # as it stands there; None: missing, or in a file and not read
+    has_caption: bool
+
+    @property
+    def name(self) -> str:
+        """Return the caption's name in the record of its folder; for an address, which is secret, a hash."""
+        if self.lines is None:
+            return self.file.name
+        key = short_hash(address_identity(self.entry)) if is_address(self.entry) else self.entry
+        return f"{self.file.name}: {key}"
+
+    def __str__(self) -> str:
+        return str(self.file) if self.lines is None else f"a line of {self.file}"
+
+    def write(self, text: str, is_foreign: bool, made: "MadeCaptions") -> bool:
+        """Write a caption at once and whole, and return True; False if somebody has written one meanwhile.
+
+        is_foreign: a person wrote the one that is replaced. Raises OutputError if it cannot be written.
+        """
+        if self.lines is not None:
+            made.add(self.name, text)
+            return self.lines.put(self.entry, text, self.caption, is_foreign)
+        try:
+            has_changed = read_caption(self.file) != self.caption
+        except DatasetError:
+            has_changed = True
+        if has_changed:
+            return False
+        if is_foreign:
+            keep_backup(self.file)
+        made.add(self.name, text)
+        write_text(self.file, text)
+        return True
+
+
+def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
+    """Return where the captions of all sources stand, each once. texts: also read those in files.
+
+    Sources are listed as for caching, but for control media and masks. A caption that several tables share is
+    one place. Raises DatasetError if the dataset cannot be used, or has tables whose captions cannot be
+    written.
+    """
+    others = [table.name for table in config.datasets if not (table.directory or table.jsonl_file)]
+    if others:
+        raise DatasetError(
+            f"{', '.join(others)}: captions are written beside the files of a folder, or into a JSONL list, "
+            "and this table is neither. Use a configuration with video_directory, image_directory, "
+            "video_jsonl_file or image_jsonl_file over the same media."
+        )
+    media_only = {"control_directory": None, "mask_directory": None, "class_tokens": None}
+    tables = [
+        dataclasses.replace(table, caption_extension=table.caption_extension or EXTENSION, **media_only)
+        for table in config.datasets
+    ]
+    sources = find_all_sources(dataclasses.replace(config, datasets=tuple(tables)))
+    lists = {table.jsonl_file: CaptionList(table) for table in tables if table.jsonl_file is not None}
+    places: dict[tuple[Path, str], CaptionPlace] = {}
+    for source in sources:
+        has_caption, file = source.caption is not None, source.caption_path
+        if file is not None:
+            text = read_caption(file) if texts and has_caption else None
+            place = CaptionPlace(source, file, None, "", text, has_caption)
+        else:
+            lines = lists[source.table.jsonl_file]
+            entry = lines.entry_of(source)
+            text = lines.record(entry).get("caption")
+            place = CaptionPlace(source, lines.path, lines, entry, text, has_caption)
+        places.setdefault((place.file, place.entry), place)
+    return list(places.values())
+
+
+def say_missing_keys(config: DatasetConfig) -> list[str]:
+    """Return a text for each table that needs a key for the place of its captions."""
+    return [
+        f"{table.name} has no caption_extension, so its captions are {EXTENSION} files beside its "
+        f"{table.kind}s. "
+        f'For caching, add this line to the table (or to [general]): caption_extension = "{EXTENSION}"'
+        for table in config.datasets
+        if table.directory and not table.caption_extension
+    ]
+
+
+class MadeCaptions:
+    """The captions of a folder that this program wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the list of a folder, if there is one. Raises DatasetError if it cannot be read."""
+        self.path = folder / MADE
+        self._written: set[tuple[str, str]] = set()  # names, and hashes of texts
+        self._pass: str | None = None  # of a run that makes captions anew and has not come to its end
+        self._of_pass: set[str] = set()
+        self._start = "\n"  # of the next line: the last one may be an unfinished one of a killed run
+        try:
+            for line in read_lines(self.path):
+                with contextlib.suppress(ValueError):
+                    self._take(parse_json(line))
+        except FileNotFoundError:
+            pass
+        except (OSError, UnicodeDecodeError) as error:
+            raise DatasetError(
+                f"{self.path} cannot be read: {error}. It says which captions this program wrote. Move it "
+                "away: then all of them count as hand-written and are kept."
+            ) from None
+
+    def _take(self, entry: Any) -> None:
+        if "begin" in entry:
+            self._pass, self._of_pass = entry["begin"], set()
+        elif "end" in entry:
+            self._pass = None
+        else:
+            self._written.add((entry["name"], entry["sha256"]))
+            self._of_pass.add(entry["name"])
+
+    def has(self, name: str, text: str) -> bool:
+        """Return whether this program wrote a text as the caption of that name."""
+        return (name, _hash_of(text)) in self._written
+
+    def add(self, name: str, text: str) -> None:
+        """Note that a caption is about to be written. Raises OutputError if that fails."""
+        self._append({"name": name, "sha256": _hash_of(text)})
+
+    def done_before(self, what: str) -> set[str]:
+        """Return the names that an earlier pass, which did not come to its end, has made anew.
+
+        what: identifies equal passes.
+        """
+        return self._of_pass if self._pass == what else set()
+
+    def begin_pass(self, what: str) -> None:
+        """Begin to make captions anew, or go on with the pass that did not come to its end."""
+        if self._pass != what:
+            self._append({"begin": what})
+
+    def end_pass(self) -> None:
+        """Note that all captions have been made anew. Without a pass that has begun, do nothing."""
+        if self._pass is not None:
+            self._append({"end": True})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        append_text(self.path, f"{self._start}{json.dumps(entry)}\n")
+        self._start = ""
+        self._take(entry)
+
+
+def _hash_of(text: str) -> str:
+    """Return the SHA-256 of a caption, without white space at its ends."""
+    return hashlib.sha256(text.strip().encode("utf-8")).hexdigest()
+
+
+def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
+    """Return this program's captions by folder."""
+    return {folder: MadeCaptions(folder) for folder in {place.file.parent for place in places}}
+
+
+def pass_of(options: CaptioningOptions) -> str:
+    """Return a text that is equal for runs that make the same captions anew."""
+    facts = [options.overwrite_all, options.model.model, options.api.api_base, options.api.api_model]
+    values = json.dumps([*facts, asdict(options.ask), asdict(options.wording)])
+    return hashlib.sha256(values.encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True)
+class CaptionPlan:
+    """Captions that a run makes, and how many it leaves."""
+
+    jobs: Mapping[CaptionPlace, str]  # and why: MISSING, EMPTY, OURS, or FOREIGN, of which the old is kept
+    num_kept: int
+    num_done_before: int  # of an earlier run that makes captions anew and was interrupted
+
+
+def plan_captions(
+    places: Sequence[CaptionPlace], made: Mapping[Path, MadeCaptions], options: CaptioningOptions
+) -> CaptionPlan:
+    """Return which captions are made. Nothing is written."""
+    what = pass_of(options)
+    jobs, num_done = {}, 0
+    for place in places:
+        ours = made[place.file.parent]
+        why = _why(place, ours, options)
+        if why in (OURS, FOREIGN) and place.name in ours.done_before(what):
+            num_done += 1
+        elif why is not None:
+            jobs[place] = why
+    return CaptionPlan(jobs, len(places) - len(jobs) - num_done, num_done)
+
+
+def _why(place: CaptionPlace, made: MadeCaptions, options: CaptioningOptions) -> str | None:
+    if not place.has_caption:
+        return MISSING
+    if place.caption is None:  # not read, or a line with a list of captions, which a person wrote
+        return None
+    if not place.caption.strip():
+        return EMPTY if options.fill_empty or options.overwrite_all else None
+    if made.has(place.name, place.caption):
+        return OURS if options.overwrite or options.overwrite_all else None
+    return FOREIGN if options.overwrite_all else None

@@ -1,0 +1,277 @@
+"""Run tools/caption_dataset.py after its options are read: name missing captions, write or edit them."""
+
+import contextlib
+import logging
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data_tools.captions.asking import Answerer, Frames, NoCaptionError, read_shown, reword, reword_lines
+from data_tools.captions.local_model import load_model
+from data_tools.captions.options import CaptioningOptions, WordingOptions
+from data_tools.captions.places import (
+    FOREIGN,
+    OURS,
+    CaptionList,
+    CaptionPlace,
+    CaptionPlan,
+    MadeCaptions,
+    find_places,
+    keep_backup,
+    pass_of,
+    plan_captions,
+    read_made,
+    say_missing_keys,
+)
+from data_tools.captions.server import make_server
+from dataset.caching.reports import Failure
+from dataset.config import DatasetConfig
+from dataset.sources.fetching import fetch
+from modules.atomic_write import write_text
+from modules.bars import Bar
+from modules.console import Row, count_of, in_words, show_box
+from modules.control_codes import escape_control_codes, shorten
+from modules.errors import DatasetError, MediaError, OptionError, UserError
+from modules.paths import hide_secrets
+
+logger = logging.getLogger(__name__)
+
+LISTED = 50  # of what is missing, and of what failed
+LISTED_EDITS = 20
+SHOWN = 160  # characters of a caption
+GIVE_UP = 20  # failures without one caption, after which something else is wrong than the files
+SERVER_GONE = 5  # images or clips in a row for which a server failed again and again
+
+
+def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
+    """Do the options' work. Raises UserError if something cannot be used, or failed at last."""
+    for table in config.datasets:
+        for name in ("caption_prefix", "caption_suffix"):
+            text = getattr(options.wording, name).strip()
+            if text and getattr(table, name) == text:
+                raise OptionError(
+                    f"--{name} {text!r}: {table.name} has {name} = {text!r}, which does this without "
+                    "touching files; it would be there twice. Leave out one of the two."
+                )
+    if options.edit_only:
+        edit_captions(config, options.wording, options.dry_run)
+    else:
+        write_captions(config, options)
+
+
+def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
+    """Write the captions of a dataset that are missing, or all that the options name.
+
+    The model is loaded only if there is something to write. Each caption is written as soon as it is made, so
+    the same command goes on after a kill. Raises DatasetError if the dataset cannot be used, and at the end
+    if there are sources without a caption.
+    """
+    start = time.monotonic()
+    is_again = options.overwrite or options.overwrite_all
+    places = find_places(config, texts=is_again or options.fill_empty)
+    made = read_made(places)
+    plan = plan_captions(places, made, options)
+    if options.dry_run:
+        jobs = [f"{place.source.path} ({why}): {place}" for place, why in plan.jobs.items()]
+        head = (
+            f"{count_of(len(jobs), 'caption')} would be made, {plan.num_kept} are kept. Nothing is written."
+        )
+        _say([head, *_first(jobs, LISTED), *say_missing_keys(config)])
+        return
+    api = options.api
+    engine = str(options.model.model) if api.api_base is None else f"{api.api_model} at {api.api_base}"
+    show_box("Captioning", [("data", str(config.path)), ("captions", _counts(plan)), ("made by", engine)])
+    for text in say_missing_keys(config):
+        logger.warning("%s", text)
+    run = _Run(options, plan.jobs, made)
+    folders = made.values() if is_again else ()
+    if plan.jobs:
+        is_local = api.api_base is None
+        engine_of = load_model(options.model, options.ask) if is_local else make_server(api, options.ask)
+        for folder in folders:
+            folder.begin_pass(pass_of(options))
+        run.make(engine_of.answer)
+    # with failures the pass goes on: the same command tries these again, not all
+    for folder in folders if not run.failures else ():
+        folder.end_pass()
+    kept, changed = plan.num_kept + plan.num_done_before, run.num_changed
+    rows: list[Row] = [
+        ("captions", f"{run.num_written} written, {kept + changed} kept"),
+        ("kept", f"{changed} of them were written by somebody else meanwhile" if changed else None),
+        ("time", in_words(time.monotonic() - start)),
+    ]
+    show_box("Captioning is finished", rows)
+    if run.failures:
+        lines = _first(list(map(str, run.failures)), LISTED)
+        raise DatasetError(
+            f"{len(run.failures)} of {len(plan.jobs)} got no caption; all others are done:\n"
+            + "\n".join(lines)
+            + "\n  Repair or remove these files, or try other options, then run the same command again."
+        )
+
+
+@dataclass
+class _Run:
+    """Captions that are being made."""
+
+    options: CaptioningOptions
+    jobs: Mapping[CaptionPlace, str]
+    made: Mapping[Path, MadeCaptions]
+    failures: list[Failure] = field(default_factory=list)
+    num_written: int = 0
+    num_changed: int = 0  # left alone because a person has written them meanwhile
+    _has_answer: bool = False
+    _num_failed: int = 0  # though their files can be read
+    _server_failed: int = 0  # in a row
+
+    def make(self, answerer: Answerer) -> None:
+        """Have captions made, and write each one as it comes."""
+        answers = answerer(list(self.jobs), self._look)
+        with contextlib.closing(answers), Bar(len(self.jobs), "captions", unit="caption") as bar:
+            for place, answer in answers:
+                if isinstance(answer, str):
+                    self._write(place, answer)
+                elif isinstance(answer, (MediaError, NoCaptionError)):
+                    self._fail(place, answer)
+                else:
+                    raise answer
+                bar.update()
+
+    def _look(self, place: CaptionPlace) -> Frames:
+        ask, source = self.options.ask, place.source
+        media = replace(source, control=(), mask=None, origins=source.origins[:1])
+        with fetch(media) as fetched:
+            return read_shown(fetched.path, source.table.kind == "image", ask.num_frames, ask.max_pixels)
+
+    def _write(self, place: CaptionPlace, answer: str) -> None:
+        self._has_answer, self._server_failed = True, 0
+        caption = reword(answer, self.options.wording)
+        if not caption:
+            self._fail(place, NoCaptionError(f"--replace leaves nothing of the answer {answer!r}"))
+        elif place.write(caption, self.jobs[place] == FOREIGN, self.made[place.file.parent]):
+            self.num_written += 1
+        else:
+            self.num_changed += 1
+
+    def _fail(self, place: CaptionPlace, error: Exception) -> None:
+        self.failures.append(Failure.of(place.source, error))
+        logger.warning("%s", self.failures[-1])
+        if not isinstance(error, NoCaptionError):
+            return
+        self._num_failed += 1
+        self._server_failed = self._server_failed + 1 if error.server_failed else 0
+        if self._server_failed == SERVER_GONE:
+            raise UserError(
+                f"The server fails again and again: {error}. What is written stays: run again later."
+            )
+        if not self._has_answer and self._num_failed == GIVE_UP:
+            raise UserError(
+                f"None of the first {GIVE_UP} got a caption, the last one because {error}. Nothing more is "
+                "tried. Try another model, or other options."
+            )
+
+
+def _counts(plan: CaptionPlan) -> str:
+    whys = list(plan.jobs.values())
+    parts = [f"{len(whys)} to make", f"{plan.num_kept} kept"]
+    again, foreign = whys.count(OURS), whys.count(FOREIGN)
+    parts += [f"{again} of these anew"] if again else []
+    parts += [f"{foreign} of these in place of hand-written ones, which become .bak"] if foreign else []
+    parts += [f"{plan.num_done_before} made anew by the run before"] if plan.num_done_before else []
+    return ", ".join(parts)
+
+
+def _first(lines: Sequence[str], most: int) -> list[str]:
+    """Return the first lines, each behind two spaces, and how many more there are."""
+    more = [f"  ... and {len(lines) - most} more"] if len(lines) > most else []
+    return [*(f"  {line}" for line in lines[:most]), *more]
+
+
+def _say(lines: Sequence[str]) -> None:
+    sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
+
+
+@dataclass(frozen=True)
+class CaptionEdit:
+    """A caption and its new text."""
+
+    place: CaptionPlace
+    old: str
+    new: str  # empty: the caption, or one of several, would be
+    values: dict[str, Any]  # of the line of a list
+
+    def __str__(self) -> str:
+        old, new = (shorten(" / ".join(text.split("\n")), SHOWN) for text in (self.old, self.new))
+        return f"{self.media}: {old!r} -> {new!r}"
+
+    @property
+    def media(self) -> str:
+        """Return the image or clip, as it is shown."""
+        return str(self.place.source.path) if self.place.lines is None else hide_secrets(self.place.entry)
+
+
+def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool) -> None:
+    """Apply `wording` to all captions of a dataset; each file that changes is kept as .bak.
+
+    dry_run: print the changes instead. A caption that would become empty stays as it is. Raises DatasetError
+    if the dataset cannot be used, or at the end if captions would become empty.
+    """
+    places = find_places(config, texts=True)
+    made = read_made(places)
+    found = list(_edits(places, wording))
+    edits, emptied = [edit for edit in found if edit.new], [edit for edit in found if not edit.new]
+    if dry_run:
+        head = f"{count_of(len(edits), 'caption')} would be changed. Nothing is written."
+        _say([head, *_first(list(map(str, edits)), LISTED_EDITS)])
+    else:
+        changes: dict[CaptionList, dict[str, dict[str, Any]]] = defaultdict(dict)
+        for edit in edits:
+            place, record = edit.place, made[edit.place.file.parent]
+            if record.has(place.name, edit.old):  # it stays one of this program
+                record.add(place.name, edit.new)
+            if place.lines is None:
+                keep_backup(place.file)
+                write_text(place.file, edit.new)
+            else:
+                changes[place.lines][place.entry] = edit.values
+        for lines, values in changes.items():
+            lines.keep_once()
+            lines.write(values)
+        rest = f"{len(places) - len(edits)} are as they were"
+        show_box("Editing is finished", [("captions", f"{len(edits)} changed, {rest}")])
+    if emptied:
+        raise DatasetError(
+            f"{count_of(len(emptied), 'caption')} would be empty and stay as they are, such as "
+            f"{emptied[0].media}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, or remove them and "
+            "have new ones made."
+        )
+
+
+def _edits(places: Sequence[CaptionPlace], wording: WordingOptions) -> Iterator[CaptionEdit]:
+    for place in places:
+        several = place.source.table.multi_caption
+        if place.lines is not None:
+            record = place.lines.record(place.entry)
+            keys = ("caption", "captions") if several else ("caption",)
+            old = {key: record[key] for key in keys if record.get(key) is not None}
+            new = {key: _reworded(value, wording) for key, value in old.items()}
+            new = {key: value for key, value in new.items() if value != old[key]}
+            texts, words = ([text for key in new for text in _texts(one[key])] for one in (old, new))
+            if new:
+                yield CaptionEdit(place, "\n".join(texts), "\n".join(words) if all(words) else "", new)
+        elif place.caption is not None:
+            text = reword_lines(place.caption, wording, several)
+            if text != place.caption:
+                yield CaptionEdit(place, place.caption, text, {})
+
+
+def _reworded(value: str | list[str], wording: WordingOptions) -> str | list[str]:
+    return reword(value, wording) if isinstance(value, str) else [reword(text, wording) for text in value]
+
+
+def _texts(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value

@@ -1,0 +1,301 @@
+"""Have a server with an OpenAI-compatible interface describe images and clips.
+
+Frames are sent in the request as JPEG. The key, if there is one, is in no message of this file: texts of the
+server and of libraries are searched for it before they are shown.
+"""
+
+import base64
+import contextlib
+import io
+import logging
+import math
+import os
+import queue
+import socket
+import ssl
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+import urllib3
+from PIL import Image
+
+from data_tools.captions.asking import Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
+from data_tools.captions.options import ApiOptions, AskOptions
+from data_tools.captions.places import CaptionPlace
+from modules.control_codes import shorten
+from modules.errors import MediaError, OptionError, UserError
+from modules.text_files import parse_json
+
+logger = logging.getLogger(__name__)
+
+KEY = "OPENAI_API_KEY"  # environment variable
+WORKERS, TIMEOUT = 4, 120.0
+CONNECT_SECONDS = 20.0
+TRIES = 6  # of a request
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two
+RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})
+REFUSED = {
+    401: "the key is missing or wrong",
+    403: "the key has no right to this",
+    404: "it knows no such model or path",
+}
+MOST_BYTES = 1 << 24  # of an answer
+JPEG_QUALITY = 92
+NO_PROXIES: Any = {"http": None, "https": None}
+_NO_SERVER = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+# parameters that some models refuse -> by what they are replaced, or None
+OTHER_NAMES: Mapping[str, str | None] = {
+    "max_tokens": "max_completion_tokens",
+    "temperature": None,
+    "seed": None,
+}
+
+
+class _TryAgain(Exception):
+    """The server could not answer this time. seconds: that it asks to wait."""
+
+    def __init__(self, reason: str, seconds: float = math.nan) -> None:
+        super().__init__(reason)
+        self.seconds = seconds
+
+
+class _Session(requests.Session):
+    """Follows no answer to another address, which would get the key, and does not look at that address."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
+
+
+@dataclass
+class ApiServer:
+    """A server and how it is asked. Threads share it."""
+
+    address: str  # ends in /chat/completions
+    model: str
+    key: str | None = field(repr=False)
+    ask: AskOptions
+    workers: int = WORKERS
+    timeout: float = TIMEOUT
+    first_wait: float = FIRST_WAIT
+    _stop: threading.Event = field(default_factory=threading.Event, init=False)
+    _has_answered: bool = field(default=False, init=False)
+    _told: set[str] = field(default_factory=set, init=False)  # why it was asked again
+    _replaced: set[str] = field(default_factory=set, init=False)  # parameters that the model refuses
+
+    def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
+        """Yield a caption, or why there is none, for each place, as they arrive.
+
+        Requests that wait for their answer when the caller ends are left to themselves.
+        """
+        done: queue.SimpleQueue[tuple[CaptionPlace, Any]] = queue.SimpleQueue()
+        waiting: queue.SimpleQueue[CaptionPlace] = queue.SimpleQueue()
+
+        def work() -> None:
+            with contextlib.suppress(queue.Empty):
+                while not self._stop.is_set():
+                    place = waiting.get_nowait()
+                    try:
+                        done.put((place, self.describe(place, look(place))))
+                    except BaseException as error:
+                        if not isinstance(error, (MediaError, NoCaptionError)):
+                            self._stop.set()  # it ends the run: nothing more is asked
+                        done.put((place, error))
+
+        self._stop.clear()
+        for place in places:
+            waiting.put(place)
+        for number in range(min(self.workers, len(places))):
+            threading.Thread(target=work, name=f"request-{number}", daemon=True).start()
+        try:
+            num_left = len(places)
+            while num_left:
+                try:
+                    place, result = done.get(timeout=0.5)  # on Windows, Ctrl-C is noticed between two calls
+                except queue.Empty:
+                    continue
+                num_left -= 1
+                yield place, result
+        finally:
+            self._stop.set()
+
+    def describe(self, place: CaptionPlace, frames: Frames) -> str:
+        """Return the caption of an image or clip.
+
+        Raises NoCaptionError if the server gives none, UserError if it refuses the key or the model, or if
+        there is no server.
+        """
+        images = [{"type": "image_url", "image_url": {"url": _data_url(frame)}} for frame in frames]
+        content = [*images, {"type": "text", "text": prompt_for(place, self.ask)}]
+        system = [{"role": "system", "content": self.ask.system_prompt}] if self.ask.system_prompt else []
+        body = {
+            "model": self.model,
+            "messages": [*system, {"role": "user", "content": content}],
+            "max_tokens": self.ask.max_new_tokens,
+            "temperature": self.ask.temperature,
+            **({"seed": self.ask.seed} if self.ask.temperature else {}),
+        }
+        reason = ""
+        for number in range(TRIES):
+            try:
+                return self._request(body)
+            except _TryAgain as error:
+                reason = str(error)
+                seconds = error.seconds if error.seconds >= 0 else self.first_wait * 2**number
+            if number + 1 == TRIES:
+                break
+            seconds = min(seconds, LONGEST_WAIT)
+            if reason not in self._told:
+                self._told.add(reason)
+                logger.warning("%s; it is asked again after %.1f s, %d times at most", reason, seconds, TRIES)
+            if self._stop.wait(seconds):
+                raise NoCaptionError("the run has ended")
+        raise NoCaptionError(f"{TRIES} requests failed, the last because {reason}", server_failed=True)
+
+    def _request(self, body: Mapping[str, Any]) -> str:
+        """Make one request. Raises _TryAgain if another one may succeed, else as `describe`."""
+        renamed = {OTHER_NAMES[key] if key in self._replaced else key: value for key, value in body.items()}
+        sent = {key: value for key, value in renamed.items() if key is not None}
+        try:
+            status, wait, text = self._post(sent)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the innermost reason is the system's
+                cause = cause.__context__
+            why = self._hide(getattr(cause, "strerror", None) or str(cause))
+            is_refused = isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_SERVER)
+            if is_refused and not self._has_answered:
+                raise UserError(
+                    f"--api_base: nothing answers at {self.address}: {why}. Start the server, or correct the "
+                    "address."
+                ) from None
+            if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
+                why = f"there is no whole answer within {self.timeout:g} s (--api_timeout)"
+            raise _TryAgain(f"the connection broke: {why}") from None
+        self._has_answered = True
+        if status == 200:
+            return self._caption_in(text)
+        said = self._hide(_error_text(text))
+        if status in RETRIED:
+            raise _TryAgain(f"the server answers {status}: {said}", wait)
+        if status in REFUSED:
+            key = f"set {KEY}" if self.key is None else f"check {KEY}"
+            remedy = "check --api_base and --api_model" if status == 404 else key
+            raise UserError(
+                f"{self.address} answers {status}, {REFUSED[status]}: {said}. Give what it wants: {remedy}."
+            )
+        if status == 400 and self._adapt(text, sent):
+            return self._request(body)
+        if 300 <= status < 400:
+            raise UserError(
+                f"--api_base: {self.address} answers {status} and names another address. Give that one."
+            )
+        raise NoCaptionError(f"the server answers {status}: {said}")
+
+    def _post(self, sent: Any) -> tuple[int, float, str]:
+        """Make a request; return status, the seconds to wait if it says some, else NaN, and the text.
+
+        Raises the library's errors, NoCaptionError if the answer is too long.
+        """
+        is_local = urlsplit(self.address).hostname in LOCAL_HOSTS
+        with (
+            _Session() as session,
+            session.post(
+                self.address,
+                json=sent,
+                auth=self._authorize,
+                timeout=(min(CONNECT_SECONDS, self.timeout), self.timeout),
+                proxies=NO_PROXIES if is_local else None,
+                stream=True,
+            ) as answer,
+        ):
+            if "," in answer.headers.get("Content-Encoding", ""):  # a few bytes packed twice may be gigabytes
+                raise NoCaptionError("the server's answer is packed more than once")
+            content = b""
+            for piece in answer.iter_content(1 << 16):
+                content += piece
+                if len(content) > MOST_BYTES:
+                    raise NoCaptionError(f"the server's answer is longer than {MOST_BYTES >> 20} MiB")
+            try:
+                wait = float(answer.headers.get("Retry-After", "nan"))
+            except ValueError:  # a date, or other words
+                wait = math.nan
+            return answer.status_code, wait, content.decode("utf-8", "replace")
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Put the key into a request. Given as `auth`, so that no entry of netrc is sent."""
+        if self.key is not None:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
+
+    def _caption_in(self, text: str) -> str:
+        """Return the caption in a server's answer. Raises NoCaptionError if there is none."""
+        try:
+            choice = parse_json(text)["choices"][0]
+            content = choice["message"].get("content")
+            was_cut = choice.get("finish_reason") == "length"
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise NoCaptionError(f"the server's answer is of another form: {self._hide(text)!r}") from None
+        if isinstance(content, list):  # of parts
+            texts = [part.get("text") for part in content if isinstance(part, dict)]
+            content = " ".join(part for part in texts if isinstance(part, str))
+        return caption_in(content if isinstance(content, str) else "", was_cut)
+
+    def _adapt(self, text: str, sent: Mapping[str, Any]) -> bool:
+        """Leave out settings that an error's text refuses. Returns whether the request held it."""
+        for name, other in OTHER_NAMES.items():
+            if name in sent and any(f"{mark}{name}{mark}" in text for mark in "'\"`"):
+                if name not in self._replaced:  # else another thread has been told
+                    self._replaced.add(name)
+                    what = f"{other} is sent instead" if other else "its own is used"
+                    logger.warning("%s does not take %s: %s", self.model, name, what)
+                return True
+        return False
+
+    def _hide(self, text: str) -> str:
+        if self.key is not None:
+            text = text.replace(self.key, "(the key)")
+        return shorten(" ".join(text.split()), 300)
+
+
+def make_server(
+    options: ApiOptions, ask: AskOptions, environment: Mapping[str, str] = os.environ
+) -> ApiServer:
+    """Return the server that --api_base names. No request is made.
+
+    Raises OptionError if the key in OPENAI_API_KEY can be none.
+    """
+    assert options.api_base is not None
+    assert options.api_model is not None
+    key = environment.get(KEY, "").strip() or None
+    if key is not None and not all("!" <= letter <= "~" for letter in key):
+        raise OptionError(
+            f"{KEY} holds a blank, a line break or a letter that no key has. Set it to the key alone."
+        )
+    address = options.api_base.rstrip("/")
+    if not address.endswith("/chat/completions"):
+        address += "/chat/completions"
+    parts = urlsplit(address)
+    if key is not None and parts.scheme == "http" and parts.hostname not in LOCAL_HOSTS:
+        logger.warning("The key in %s is sent to %s without encryption (http).", KEY, parts.hostname)
+    workers, timeout = options.api_workers or WORKERS, options.api_timeout or TIMEOUT
+    return ApiServer(address, options.api_model, key, ask, workers, timeout)
+
+
+def _data_url(frame: Any) -> str:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def _error_text(text: str) -> str:
+    """Return a server's error message: from OpenAI's form, or the text itself."""
+    try:
+        error = parse_json(text)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, LookupError, TypeError):
+        return text or "nothing more"

@@ -1,0 +1,211 @@
+"""Look at all pictures of a video once, and choose its clips: scenes, in pieces of the wanted length."""
+
+import math
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.cutting.options import ChoiceOptions, LengthOptions
+from data_tools.cutting.scenes import ChangeDetector, SceneChange
+from modules.media.depth import Pixels, in_eight_bits
+from modules.media.measures import CELLS, brightness, is_black, is_flat, is_static, motion, sharpness
+from modules.media.streams import ShownFrame, SourceInfo
+
+SAMPLE_SECONDS = 0.25  # between two pictures that are measured
+SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # why a clip is left out
+ROUNDING = 1e-6  # seconds: times are sums of fractions
+BLACK_PART = 0.5  # of the pictures of a clip
+
+
+@dataclass(frozen=True, slots=True)
+class PictureMeasures:
+    """Measures of one picture."""
+
+    number: int
+    brightness: float
+    sharpness: float
+    is_black: bool
+    is_flat: bool
+    cells: NDArray[np.uint8]  # h w: luma, 32 cells along the shorter side
+
+    @property
+    def reduced(self) -> NDArray[np.uint8]:
+        """The cells as a frame, h w 3."""
+        return np.broadcast_to(self.cells[..., None], (*self.cells.shape, 3))
+
+
+@dataclass
+class VideoLook:
+    """Facts about a video after all of it was read. Two hours take some 60 MB, most of it for the samples."""
+
+    width: int
+    height: int
+    starts: "array[float]" = field(default_factory=lambda: array("d"))  # of each picture, in seconds
+    end: float = 0.0
+    samples: list[PictureMeasures] = field(default_factory=list)
+    changes: list[SceneChange] = field(default_factory=list)
+
+    def time(self, number: int) -> float:
+        """Return when a frame begins; for the number behind the last one, when the last ends."""
+        return self.starts[number] if number < len(self.starts) else self.end
+
+    def samples_between(self, begin: int, end: int) -> list[PictureMeasures]:
+        """Return the samples of the frames from `begin` to before `end`."""
+        first, last = (bisect_left(self.samples, one, key=lambda found: found.number) for one in (begin, end))
+        return self.samples[first:last]
+
+
+def look_at(
+    info: SourceInfo, frames: Iterable[ShownFrame], detector: ChangeDetector, black_threshold: float
+) -> VideoLook:
+    """Read all pictures of a video, and find its changes."""
+    look = VideoLook(info.width, info.height)
+    due = 0.0
+    for number, frame in enumerate(frames):
+        start = float(frame.start)
+        look.starts.append(start)
+        look.end = float(frame.start + frame.seconds)
+        detector.see(frame.pixels)
+        if start >= due:
+            look.samples.append(_measure(number, frame.pixels, black_threshold))
+            due = start + SAMPLE_SECONDS
+    look.changes = detector.changes()
+    return look
+
+
+def _measure(number: int, pixels: Pixels, black_threshold: float) -> PictureMeasures:
+    frame = in_eight_bits(pixels)
+    height, width = frame.shape[:2]
+    factor = min(1.0, CELLS / min(height, width))
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    cells = cv2.cvtColor(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
+    return PictureMeasures(
+        number,
+        brightness(frame),
+        sharpness(frame),
+        is_black(frame, black_threshold),
+        is_flat(frame),
+        np.asarray(cells, np.uint8),
+    )
+
+
+@dataclass(frozen=True)
+class PlannedClip:
+    """Frames from `first` to before `end` of a video, which become a clip or are left out."""
+
+    scene: int  # from 1
+    first: int
+    end: int
+    start: float  # seconds
+    seconds: float
+    brightness: float  # these three: means of some pictures; 0..1, and of `measures.sharpness`
+    motion: float
+    sharpness: float
+    dropped: str = ""  # why it is left out
+
+    @property
+    def frames(self) -> int:
+        """How many frames it has."""
+        return self.end - self.first
+
+
+def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -> list[PlannedClip]:
+    """Return all clips of a video in order, those that are left out too."""
+    clips = []
+    for number, (begin, end) in enumerate(scenes_of(look.changes, len(look.starts)), 1):
+        first, last = begin + lengths.trim_frames, end - lengths.trim_frames
+        if first >= last:
+            clips.append(_measured(look, number, begin, end, SHORT))
+            continue
+        for piece in _pieces(look, first, last, lengths):
+            reason = "" if _is_long_enough(look, *piece, lengths) else SHORT
+            clips.append(_measured(look, number, *piece, reason or _look_reason(look, *piece, choice)))
+    return clips
+
+
+def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, int]]:
+    """Return the scenes between changes: the first frame of each, and the one behind its last."""
+    begins = [0, *(change.end for change in changes)]
+    ends = [*(change.begin for change in changes), frames]
+    return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
+
+
+def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
+    """Yield a scene in as few equal pieces as the longest length allows.
+
+    If those would be too short, in pieces of the longest length, and the rest.
+    """
+    seconds, frames = look.time(end) - look.time(first), end - first
+    least = max(
+        math.ceil(seconds / lengths.max_seconds - ROUNDING) if lengths.max_seconds else 1,
+        math.ceil(frames / lengths.max_frames) if lengths.max_frames else 1,
+        1,
+    )
+    for count in range(least, frames + 1):
+        borders = _even_borders(look, first, end, count)
+        pieces = list(zip(borders, borders[1:], strict=False))
+        if all(_is_short_enough(look, *piece, lengths) for piece in pieces):
+            if all(_is_long_enough(look, *piece, lengths) for piece in pieces) or count == 1:
+                yield from pieces
+                return
+            break
+    while first < end:
+        last = min(end, first + lengths.max_frames) if lengths.max_frames else end
+        if not _is_short_enough(look, first, last, lengths):
+            limit = look.time(first) + lengths.max_seconds + ROUNDING
+            last = max(bisect_right(look.starts, limit, first, last) - 1, first + 1)
+        yield first, last
+        first = last
+
+
+def _even_borders(look: VideoLook, first: int, end: int, count: int) -> list[int]:
+    """Return the first frames of equal pieces, and the end: equal in time, so that any rate will do."""
+    start, stop = look.time(first), look.time(end)
+    inner = [
+        bisect_left(look.starts, start + (stop - start) * place / count - ROUNDING, first, end)
+        for place in range(1, count)
+    ]
+    return [first, *(border for border in dict.fromkeys(inner) if first < border < end), end]
+
+
+def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
+    seconds = look.time(end) - look.time(first)
+    is_short = not lengths.max_seconds or seconds <= lengths.max_seconds + ROUNDING
+    # a single frame cannot be cut
+    return end - first == 1 or (is_short and (not lengths.max_frames or end - first <= lengths.max_frames))
+
+
+def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
+    seconds = look.time(end) - look.time(first)
+    return end - first >= lengths.min_frames and seconds >= lengths.min_seconds - ROUNDING
+
+
+def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
+    """Return why a clip is left out for its content; empty if it is kept."""
+    samples = look.samples_between(first, end)
+    if not samples:
+        return ""
+    if sum(one.is_black for one in samples) >= BLACK_PART * len(samples):
+        return "" if choice.keep_black else BLACK
+    frames = [one.reduced for one in samples]
+    if not choice.keep_static and len(frames) > 1 and is_static(frames, choice.static_threshold):
+        return STATIC
+    blurred = sum(not one.is_flat and one.sharpness < choice.blur_threshold for one in samples)
+    return BLURRED if choice.drop_blurred and 2 * blurred > len(samples) else ""
+
+
+def _measured(look: VideoLook, scene: int, first: int, end: int, dropped: str) -> PlannedClip:
+    samples = look.samples_between(first, end)
+    return PlannedClip(
+        *(scene, first, end, look.time(first), look.time(end) - look.time(first)),
+        brightness=fmean(one.brightness for one in samples) if samples else 0.0,
+        motion=motion([one.reduced for one in samples]),
+        sharpness=fmean(one.sharpness for one in samples) if samples else 0.0,
+        dropped=dropped,
+    )

@@ -1,0 +1,229 @@
+"""Remember how each source was cut, and list its clips, so that a rerun goes on where the last one ended.
+
+A record is a JSON file in a hidden folder beside the clips. It is written before the first clip, with the
+names of all that follow: named files are ours, and any other file belongs to the user.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data_tools.cutting.clips import PlannedClip, VideoLook
+from data_tools.cutting.options import CuttingOptions
+from modules.atomic_write import make_storable, write_bytes, write_text
+from modules.errors import DatasetError, OutputError
+from modules.options import option_values
+from modules.text_files import parse_json, read_lines, read_text
+
+MARK = ".split_video"  # folder of the records, beside the clips
+VERSION = 1
+LIST_SECONDS = 10.0  # at least between two times that the list is written during a run
+
+
+@dataclass(frozen=True)
+class WrittenClip:
+    """A clip of a record."""
+
+    name: str
+    clip: PlannedClip
+    size_bytes: int = 0  # of the file, once all are written
+
+
+@dataclass(frozen=True)
+class CutRecord:
+    """How a source was cut, or is being cut."""
+
+    stem: str  # of its clips' names
+    source: str
+    size_bytes: int
+    modified: int  # nanoseconds
+    width: int  # these two: of the clips
+    height: int
+    options: dict[str, Any]
+    clips: tuple[WrittenClip, ...]
+    is_done: bool = False
+    lists: tuple[str, ...] = ()  # that have had its lines
+
+    def is_of(self, source: Path) -> bool:
+        """Return whether the source is the file that was cut."""
+        found = source.stat()
+        return (self.size_bytes, self.modified) == (found.st_size, found.st_mtime_ns)
+
+    def changes(self, source: Path, options: CuttingOptions) -> str:
+        """Return why a source has to be cut anew: `--min_seconds 2 (was 1)`; empty if it has not."""
+        now = _deciding(options)
+        changed = [
+            f"--{name} {value} (was {self.options.get(name)})"
+            for name, value in now.items()
+            if self.options.get(name) != value
+        ]
+        return ", ".join(changed) or ("" if self.is_of(source) else "the file is another one")
+
+
+def start_record(
+    source: Path, stem: str, options: CuttingOptions, look: VideoLook, clips: Sequence[PlannedClip]
+) -> CutRecord:
+    """Return the record of a source that is about to be cut."""
+    found = source.stat()
+    kept = [clip for clip in clips if not clip.dropped]
+    return CutRecord(
+        stem,
+        str(source),
+        found.st_size,
+        found.st_mtime_ns,
+        look.width // 2 * 2,  # an odd row or column cannot be encoded
+        look.height // 2 * 2,
+        _deciding(options),
+        tuple(
+            WrittenClip(f"{stem}_{number:05d}{options.form.suffix}", clip)
+            for number, clip in enumerate(kept, 1)
+        ),
+    )
+
+
+def _deciding(options: CuttingOptions) -> dict[str, Any]:
+    """Return the options that decide number and content of the clips."""
+    values: dict[str, Any] = {}
+    for group in (options.scenes, options.lengths, options.choice, options.form):
+        values |= option_values(group)
+    return values | {"scene_threshold": options.scenes.threshold}
+
+
+def read_records(output: Path) -> dict[str, CutRecord]:
+    """Return the records of an output folder by the path of their source.
+
+    Raises DatasetError if one is damaged.
+    """
+    paths = sorted(path for path in (output / MARK).glob("*.json") if not path.name.startswith("."))
+    return {record.source: record for record in map(_read_cut_record, paths)}
+
+
+def _read_cut_record(path: Path) -> CutRecord:
+    try:
+        content = parse_json(read_text(path, 1 << 28))
+        if content.pop("version") != VERSION:
+            raise ValueError("it is of another version")
+        clips = tuple(
+            WrittenClip(one["name"], PlannedClip(**one["clip"]), one["size_bytes"])
+            for one in content.pop("clips")
+        )
+        record = CutRecord(**{**content, "lists": tuple(content["lists"])}, clips=clips)
+        # names are joined to the output folder, where files of these names are removed
+        names = [record.stem, *(one.name for one in clips)]
+        if any(Path(name).name != name or name == ".." for name in names):
+            raise ValueError("it names files in other folders")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DatasetError(
+            f"{path}, which says what was cut before, cannot be read: {error}. Choose another --output, or "
+            "remove this file and the clips whose names begin with its name."
+        ) from error
+    return record
+
+
+def write_record(output: Path, record: CutRecord) -> None:
+    """Write a record, completely or not at all. Raises OutputError."""
+    content = {"version": VERSION, **asdict(record)}
+    # in ASCII: a path may hold bytes that are no text
+    write_text(output / MARK / f"{record.stem}.json", json.dumps(content) + "\n")
+
+
+class ClipList:
+    """The list of clips, JSONL: one line a clip, as `video_jsonl_file` tables read it.
+
+    Lines that are there stay as they are, with what users have added to them. Cutting takes hours, in which
+    captions may be written into the list: it is read anew whenever it is written. Records say which lists
+    have had their lines, so that a line which a user removes stays away.
+    """
+
+    def __init__(self, path: Path, output: Path) -> None:
+        """Read the list if there is one. Raises OutputError if it cannot be read."""
+        self._path, self._output = path, output
+        self._was_there = path.exists()
+        # clips whose line has a caption
+        self.captioned = {one for one, line in self._read() if one and "caption" in parse_json(line)}
+        self._removed: set[str] = set()  # paths of clips
+        self._added: dict[int, dict[str, str]] = {}  # place of the source -> path of a clip -> line
+        self._written: set[str] = set()  # paths of clips whose lines were added to the file
+        self._unlisted: list[CutRecord] = []  # their lines are added, but not written yet
+        self._last = time.monotonic()
+
+    def remove(self, record: CutRecord, clips: Sequence[Path]) -> None:
+        """Leave out the lines of clips that are cut anew."""
+        write_record(self._output, replace(record, lists=()))
+        self._removed |= set(map(str, clips))
+
+    def add(self, place: int, record: CutRecord, is_new: bool) -> None:
+        """Add the lines of a source, and write them now and then; a clip that has a line keeps it.
+
+        place: of the source among all. is_new: whether it was cut in this run; else a user may have removed
+        clips.
+        """
+        if str(self._path) in record.lists and self._was_there:
+            return
+        there = [one for one in record.clips if is_new or (self._output / one.name).exists()]
+        facts = [_line_of(self._output, record, one) for one in there]
+        self._added[place] = {one["video_path"]: json.dumps(one, ensure_ascii=False) for one in facts}
+        self._removed -= self._added[place].keys()
+        self._unlisted.append(record)
+        if time.monotonic() - self._last >= LIST_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write additions and removals since the last time: the list completely or not at all.
+
+        Lines of this run stand in the order of their sources. Raises OutputError, also if the list cannot be
+        read again.
+        """
+        if not (self._unlisted or self._removed):
+            return
+        there = list(self._read())
+        ours = {path: line for place in sorted(self._added) for path, line in self._added[place].items()}
+        kept = [(path, line) for path, line in there if path not in self._removed and ours.get(path) != line]
+        # what was written and is not there any more was removed by a user
+        others = {path for path, _ in kept} | (self._written - {path for path, _ in there})
+        lines = [*(line for _, line in kept), *(line for path, line in ours.items() if path not in others)]
+        write_bytes(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
+        for record in self._unlisted:
+            lists = tuple(dict.fromkeys([*record.lists, str(self._path)]))
+            write_record(self._output, replace(record, lists=lists))
+        self._written, self._unlisted, self._last = set(ours), [], time.monotonic()
+
+    def _read(self) -> Iterator[tuple[str, str]]:
+        """Yield the path of the clip of each line, empty if it is of none, and the line."""
+        try:
+            for line in read_lines(self._path):
+                try:
+                    path = parse_json(line)["video_path"]
+                except (ValueError, LookupError, TypeError):
+                    path = None
+                yield path if isinstance(path, str) else "", line
+        except FileNotFoundError:
+            return
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise OutputError(
+                f"--jsonl {self._path} is there and cannot be read: {reason}. Give another name."
+            ) from error
+
+
+def _line_of(output: Path, record: CutRecord, written: WrittenClip) -> dict[str, Any]:
+    """Return the line of a clip: its path, from anywhere, and facts. Captions are for others to add."""
+    clip = written.clip
+    return {
+        "video_path": str(output / written.name),
+        "source": make_storable(record.source),
+        "scene": clip.scene,
+        "first_frame": clip.first,
+        "start_seconds": round(clip.start, 6),
+        "end_seconds": round(clip.start + clip.seconds, 6),
+        "frames": clip.frames,
+        "fps": round(clip.frames / clip.seconds, 6) if clip.seconds else 0.0,
+        "width": record.width,
+        "height": record.height,
+        "brightness": round(clip.brightness, 4),
+        "motion": round(clip.motion, 4),
+        "sharpness": round(clip.sharpness, 6),
+    }

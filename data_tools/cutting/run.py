@@ -1,0 +1,379 @@
+"""Cut all videos that a command names, several at once if wanted, and list their clips."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from threading import Event
+
+from data_tools.cutting.clips import PlannedClip, look_at, plan_clips
+from data_tools.cutting.options import CuttingOptions
+from data_tools.cutting.records import (
+    MARK,
+    ClipList,
+    CutRecord,
+    read_records,
+    start_record,
+    write_record,
+)
+from data_tools.cutting.scenes import load_detector
+from dataset.sources.stems import readable_stem
+from modules.atomic_write import make_folder
+from modules.bars import FRAMES, Bar
+from modules.console import count_of, in_words, show_box
+from modules.control_codes import escape_control_codes
+from modules.errors import DatasetError, MediaError, OptionError, OutputError, UserError
+from modules.media.encoding import settle_codec
+from modules.media.reading import VIDEO_SUFFIXES
+from modules.media.scenes import clock_time
+from modules.media.sections import VideoSection
+from modules.media.streams import ShownFrame, shown_frames, source_info
+from modules.media.writing import write_shown
+from modules.text_files import bad_character
+
+logger = logging.getLogger(__name__)
+
+# with what phones, cameras and broadcasts have
+SUFFIXES = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
+WAIT_SECONDS = 0.5  # Windows tells a waiting thread of Ctrl-C only then
+NAMED = 3  # files that a message names
+MICRO = 1_000_000
+
+
+class CuttingStopped(Exception):
+    """End of work that another thread asked for."""
+
+
+@dataclass(frozen=True)
+class CuttingJob:
+    """A source, the name of its clips, and the record of an earlier run."""
+
+    source: Path  # absolute
+    stem: str
+    record: CutRecord | None
+
+
+@dataclass(frozen=True)
+class CutResult:
+    """Result for a source."""
+
+    record: CutRecord | None  # None: of a dry run
+    clips: Sequence[PlannedClip]  # those that are left out too
+    is_new: bool = True  # whether anything was to be done
+    written: int = 0  # clips of this run
+
+
+def cut_footage(options: CuttingOptions) -> None:
+    """Run the work of a command line.
+
+    Raises UserError if nothing can be done, and DatasetError at the end if some sources could not be cut.
+    """
+    started = time.monotonic()
+    load_detector(options.scenes)  # which says what is missing before anything is read
+    sources = find_videos(options.input, options.output)
+    output = options.output.resolve()
+    if bad_character(str(output)):
+        raise OptionError(f"--output {ascii(str(output))}: the list of clips cannot hold this name")
+    jobs = _name_jobs(sources, {} if options.dry_run else read_records(output))
+    shop = Workshop(options, output, options.num_workers == 1 or len(jobs) == 1)
+    failures: dict[Path, Exception] = {}
+    if options.dry_run:
+        for job, result in _each(jobs, shop, failures):
+            lines = [f"{job.source}: {_in_words(result.clips)}", *map(_scene_line, result.clips)]
+            sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
+    else:
+        list_path = options.list_path.resolve()
+        make_folder(output, "--output")
+        make_folder(list_path.parent, "--jsonl")
+        clip_list = ClipList(list_path, output)
+        jobs = _check(jobs, shop, clip_list, failures)
+        results = []
+        try:
+            for job, result in _each(jobs, shop, failures):
+                results.append(result)
+                assert result.record is not None
+                clip_list.add(jobs.index(job), result.record, result.is_new)
+                if result.is_new:
+                    logger.info("%s: %s", job.source, _in_words(result.clips))
+        finally:
+            clip_list.write()
+        if results:
+            _show_results(results, list_path, time.monotonic() - started)
+    if len(failures) == len(sources) == 1:
+        (error,) = failures.values()
+        raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
+    if failures:
+        said = ((path, str(error)) for path, error in sorted(failures.items()))
+        lines = [f"  {text}" if str(path) in text else f"  {path}: {text}" for path, text in said]
+        raise DatasetError(
+            f"{len(failures)} of {count_of(len(sources), 'video')} could not be cut; all others are done:\n"
+            + "\n".join(lines)
+            + "\n  Repair or remove these files, then run the same command again."
+        )
+
+
+def find_videos(given: Path, output: Path) -> dict[Path, str]:
+    """Return the videos of a folder and of the folders in it, by name, or the given one, each with a stem.
+
+    The stem is the name its clips would have by its place below `given`, if no other source has it. Files in
+    `output` are left out, if that is inside the folder, and so are clips that were cut into another folder
+    there. Raises MediaError without any video.
+    """
+    if not given.is_dir():
+        return {given.resolve(): readable_stem(given.stem)}
+    root, own = given.resolve(), output.resolve()
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and here / name != own)
+        if here == root or not (here / MARK).is_dir():
+            paths = [here / name for name in sorted(names) if not name.startswith(".")]
+            found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if not found:
+        raise MediaError(
+            f"--input {given} is a folder without videos (clips of this command do not count). Their names "
+            f"end in {', '.join(sorted(SUFFIXES))}."
+        )
+    return {path: readable_stem("_".join(path.relative_to(root).with_suffix("").parts)) for path in found}
+
+
+def _name_jobs(sources: dict[Path, str], records: dict[str, CutRecord]) -> list[CuttingJob]:
+    """Return the jobs: a source keeps the earlier name of its clips, a taken name gets a number."""
+    # without capitals, because file systems of Windows and macOS ignore them
+    taken = {record.stem.casefold() for record in records.values()}
+    jobs = []
+    for path, wanted in sources.items():
+        record, number = records.get(str(path)), 1
+        stem = wanted if record is None else record.stem
+        while record is None and stem.casefold() in taken:
+            number += 1
+            stem = f"{wanted}-{number}"
+        taken.add(stem.casefold())
+        jobs.append(CuttingJob(path, stem, record))
+    return jobs
+
+
+def _check(
+    jobs: Sequence[CuttingJob], shop: "Workshop", clip_list: ClipList, failures: dict[Path, Exception]
+) -> list[CuttingJob]:
+    """Return the jobs that can be done; lines of clips that will be cut anew are taken out before."""
+    kept = []
+    for job in jobs:
+        with _reported(job, len(jobs), failures):
+            old = _old_clips(job, shop, clip_list.captioned)
+            if old and job.record is not None:
+                clip_list.remove(job.record, old)
+            kept.append(job)
+    clip_list.write()
+    return kept
+
+
+def _old_clips(job: CuttingJob, shop: "Workshop", captioned: set[str]) -> list[Path]:
+    """Return the clips of an earlier cut that have to go, because options or the source are others now.
+
+    captioned: clips with a caption in the list. Raises OutputError if a user has put work into them: captions
+    beside them or in the list, another file.
+    """
+    output, options = shop.output, shop.options
+    why = "" if job.record is None else job.record.changes(job.source, options)
+    if job.record is None or not why:
+        return []
+    sizes = {output / one.name: one.size_bytes for one in job.record.clips}
+    there = [path for path in sizes if os.path.lexists(path)]
+    stems = {path.stem for path in there}
+    beside = sorted(path for path in output.iterdir() if path.stem in stems and path not in sizes)
+    touched = [path for path in there if sizes[path] and path.stat().st_size != sizes[path]]
+    with_words = [path for path in there if str(path) in captioned]
+    if touched or beside or with_words:
+        work = (
+            f"{count_of(len(with_words), 'clip')} with a caption in {options.list_path.name}, such as "
+            f"{with_words[0].name}"
+            if with_words
+            else f"files that belong to its clips, such as {beside[0].name}"
+            if beside
+            else f"clips that were changed, such as {touched[0].name}"
+        )
+        raise OutputError(
+            f"{job.source} was cut in another way ({why}), and there are {work}. Cutting anew would make "
+            "them wrong: move them away, or choose another --output."
+        )
+    return there
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Tools that all sources are cut with."""
+
+    options: CuttingOptions
+    output: Path  # absolute
+    shows_bars: bool
+    stop: Event = field(default_factory=Event)
+
+    def cut(self, job: CuttingJob) -> CutResult:
+        """Cut a video, or finish the work of an interrupted run. Raises UserError."""
+        record, path, options = job.record, job.source, self.options
+        why = "" if record is None else record.changes(path, options)
+        if record is not None and record.is_done and not why:
+            return CutResult(record, (), is_new=False)
+        if record is None or why:
+            if record is not None:
+                logger.warning("%s is cut anew: %s", path, why)
+            info = source_info(path)
+            detector = load_detector(options.scenes)(float(info.rate))
+            with contextlib.closing(self._frames(path, "scenes of")) as frames:
+                look = look_at(info, frames, detector, options.choice.black_threshold)
+            clips = plan_clips(look, options.lengths, options.choice)
+            if options.dry_run:
+                return CutResult(None, clips)
+            new = start_record(path, job.stem, options, look, clips)
+            self._make_way(new, record)
+            write_record(self.output, new)
+            record = new
+        else:
+            clips = [one.clip for one in record.clips]
+            logger.info("%s: going on where the last run ended", path)
+        written = self._write_clips(path, record)
+        if not record.is_of(path):
+            raise MediaError(f"{path} has changed while it was cut. Run the same command again.")
+        done = [replace(one, size_bytes=(self.output / one.name).stat().st_size) for one in record.clips]
+        record = replace(record, clips=tuple(done), is_done=True)
+        write_record(self.output, record)
+        return CutResult(record, clips, written=written)
+
+    def _frames(self, path: Path, what: str, deep: bool = False) -> Iterator[ShownFrame]:
+        """Yield the pictures of a video, with a bar. Raises MediaError."""
+        with Bar(source_info(path).frames, f"{what} {path.name}", FRAMES, self.shows_bars) as bar:
+            for frame in shown_frames(path, deep):
+                yield frame
+                if self.stop.is_set():
+                    raise CuttingStopped
+                bar.update()
+
+    def _make_way(self, new: CutRecord, old: CutRecord | None) -> None:
+        """Remove the clips of an earlier cut; `_old_clips` has found nothing in them that is a user's.
+
+        Raises OutputError if a clip would take the name of a file that is not ours.
+        """
+        ours = set() if old is None else {one.name for one in old.clips}
+        names = [one.name for one in new.clips if os.path.lexists(self.output / one.name)]
+        strangers = [name for name in names if name not in ours]
+        if strangers:
+            raise OutputError(
+                f"{', '.join(strangers[:NAMED])} in {self.output} would be written, and there are files of "
+                "these names that this command has not made. Move them away, or choose another --output."
+            )
+        if old is not None:
+            # first of all it says that they are not complete: a run that ends here is followed by another
+            write_record(self.output, replace(old, options={}, is_done=False, lists=()))
+            for name in ours:
+                (self.output / name).unlink(missing_ok=True)
+
+    def _write_clips(self, source: Path, record: CutRecord) -> int:
+        """Write the clips that are not there yet, in one pass over the pictures; return how many.
+
+        Each has its name once it is complete. The frames are those of the source, at its times: also of a
+        variable rate. Raises MediaError, OutputError.
+        """
+        clips = [(self.output / one.name, one.clip) for one in record.clips]
+        missing = [(path, clip) for path, clip in clips if not os.path.lexists(path)]
+        if not missing:
+            return 0
+        form, info = self.options.form, source_info(source)
+        codec = settle_codec(form.codec, info.width, info.height)
+        with contextlib.closing(self._frames(source, "clips of", form.is_deep)) as frames:
+            numbered = enumerate(frames)
+            for path, clip in missing:
+                start, seconds = (Fraction(round(one * MICRO), MICRO) for one in (clip.start, clip.seconds))
+                write_shown(
+                    *(path, _frames_of(numbered, source, clip), info.rate, codec),
+                    crf=form.crf,
+                    preset=form.preset,
+                    section_of=VideoSection(source, start, seconds, not form.no_audio),
+                )
+        return len(missing)
+
+
+def _frames_of(
+    frames: Iterator[tuple[int, ShownFrame]], source: Path, clip: PlannedClip
+) -> Iterator[ShownFrame]:
+    """Yield the frames of a clip, from 0 s on. Frames before it are passed over, none behind it is taken."""
+    origin: Fraction | None = None
+    for number, frame in frames:
+        if number < clip.first:
+            continue
+        origin = frame.start if origin is None else origin
+        yield replace(frame, start=frame.start - origin)
+        if number == clip.end - 1:
+            return
+    raise MediaError(f"{source} has changed while it was cut: it has fewer frames than before. Run again.")
+
+
+def _each(
+    jobs: Sequence[CuttingJob], shop: Workshop, failures: dict[Path, Exception]
+) -> Iterator[tuple[CuttingJob, CutResult]]:
+    """Yield the result of each job as they end; errors go to `failures`."""
+    pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
+    try:
+        waiting: dict[Future[CutResult], CuttingJob] = {pool.submit(shop.cut, job): job for job in jobs}
+        while waiting:
+            done, _ = wait(waiting, WAIT_SECONDS, FIRST_COMPLETED)
+            for future in [one for one in waiting if one in done]:
+                job = waiting.pop(future)
+                with _reported(job, len(jobs), failures):
+                    yield job, future.result()
+    finally:
+        shop.stop.set()  # if this ends early, so do the threads: at the next frame
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _reported(job: CuttingJob, total: int, failures: dict[Path, Exception]) -> Iterator[None]:
+    """Put an error into `failures`; of several videos, say at once which one fails."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        failures[job.source] = error
+        if total > 1:
+            logger.error("%s is skipped: %s", job.source, error)
+
+
+def _scene_line(clip: PlannedClip) -> str:
+    times = " to ".join(clock_time(Fraction(time)) for time in (clip.start, clip.start + clip.seconds))
+    kept = f"left out: {clip.dropped}" if clip.dropped else "clip"
+    return (
+        f"  scene {clip.scene}, {times}, {clip.seconds:.3f} s, frames {clip.first} to {clip.end - 1} "
+        f"({clip.frames}): {kept}"
+    )
+
+
+def _in_words(clips: Sequence[PlannedClip]) -> str:
+    scenes = count_of(len({clip.scene for clip in clips}), "scene")
+    left_out = _reasons(clips)
+    kept = count_of(sum(not clip.dropped for clip in clips), "clip")
+    return f"{scenes}, {kept}{f'; left out: {left_out}' if left_out else ''}"
+
+
+def _reasons(clips: Sequence[PlannedClip]) -> str:
+    """Return how many clips are left out, by the reason."""
+    counts = Counter(clip.dropped for clip in clips if clip.dropped)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def _show_results(results: Sequence[CutResult], list_path: Path, seconds: float) -> None:
+    new = [result for result in results if result.is_new]
+    clips = sum(len(result.record.clips) for result in results if result.record is not None)
+    rows = [
+        ("videos", f"{len(new)} cut, {len(results) - len(new)} done before"),
+        ("clips", f"{clips}, {sum(result.written for result in new)} of them written now"),
+        ("left out", _reasons([clip for result in new for clip in result.clips])),
+        ("time", in_words(seconds)),
+        ("list", f'video_jsonl_file = "{list_path.as_posix()}"'),
+    ]
+    show_box("Cutting is finished", rows)

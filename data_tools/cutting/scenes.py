@@ -1,0 +1,263 @@
+"""Find where scenes end and begin, picture by picture, with a bounded number of pictures in memory."""
+
+import importlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+
+from data_tools.cutting.options import CONTENT, OWN, SceneOptions
+from modules.errors import InstallationError
+from modules.media.depth import Pixels, in_eight_bits
+from modules.media.scenes import FLAT, Thumbnail, scene_distance, thumbnail
+
+CUT, DISSOLVE, PLAIN = "cut", "dissolve", "plain"  # kinds of changes
+FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged picture
+PLAIN_SECONDS = 0.1  # pictures of one colour for that long are the end of a scene
+# from the middle of a dissolve to its ends, about; longer ones are found by their steepest part
+DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
+# place in a dissolve, which is also the share of the second scene there; and the most variance that is left,
+# as a part of the mean of both scenes, in theory 1/2 and 5/8. With these, 51 of 52 dissolves between filmed
+# scenes that move are found, and none within them
+DIPS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
+SHARE_OFF = 0.2  # how far the share of the second scene may be from an even rise
+BEGUN = 0.08  # share of the other scene from which a picture belongs to a dissolve
+WIDTH = 256  # to which PySceneDetect itself reduces pictures
+
+
+@dataclass(frozen=True)
+class SceneChange:
+    """Frames from `begin` to before `end` belong to no scene.
+
+    At a hard cut both are the number of the first frame of the new scene.
+    """
+
+    begin: int
+    end: int
+    kind: str
+
+
+class ChangeDetector(Protocol):
+    """Finds the changes of a video whose pictures, H W 3, it is shown in order."""
+
+    def see(self, pixels: Pixels) -> None:
+        """Look at the next picture."""
+
+    def changes(self) -> list[SceneChange]:
+        """Return all changes, in order, after the last picture."""
+
+
+def load_detector(options: SceneOptions) -> Callable[[float], ChangeDetector]:
+    """Return a function that makes a detector for a video of so many pictures a second.
+
+    Raises InstallationError if PySceneDetect is asked for and missing, or older than 0.7.
+    """
+    if options.detector == OWN:
+        return lambda rate: OwnDetector(options.threshold, rate)
+    try:
+        package: Any = importlib.import_module("scenedetect")
+    except ImportError:
+        raise InstallationError(
+            f"--detector {options.detector} needs PySceneDetect: pip install scenedetect-headless (not "
+            "scenedetect: it brings opencv-python, which clashes with opencv-python-headless). Or use "
+            "--detector own."
+        ) from None
+    if not hasattr(package, "TimecodeLike"):
+        raise InstallationError(
+            f"--detector {options.detector} needs PySceneDetect 0.7 or newer, here is {package.__version__}: "
+            "pip install -U scenedetect-headless"
+        )
+    return lambda rate: PySceneDetect(package, options, rate)
+
+
+class PySceneDetect:
+    """Shows pictures to a detector of PySceneDetect, with its own defaults but for the threshold."""
+
+    def __init__(self, package: Any, options: SceneOptions, rate: float) -> None:
+        self._detector: Any = (
+            package.ContentDetector(threshold=options.threshold)
+            if options.detector == CONTENT
+            else package.AdaptiveDetector(adaptive_threshold=options.threshold)
+        )
+        # times of an even rate, whatever those in the file are, stand for the numbers of the pictures
+        self._time = lambda number: package.FrameTimecode(number, rate)
+        self._count = 0
+        self._found: list[Any] = []
+
+    def see(self, pixels: Pixels) -> None:
+        """Look at the next picture."""
+        factor = min(1.0, WIDTH / pixels.shape[1])
+        size = max(1, round(pixels.shape[1] * factor)), max(1, round(pixels.shape[0] * factor))
+        small = cv2.resize(in_eight_bits(pixels), size, interpolation=cv2.INTER_AREA)
+        blue_first = np.ascontiguousarray(small[..., ::-1])
+        self._found += self._detector.process_frame(self._time(self._count), blue_first)
+        self._count += 1
+
+    def changes(self) -> list[SceneChange]:
+        """Return the cuts, in order."""
+        if self._count:
+            self._found += self._detector.post_process(self._time(self._count - 1))
+        numbers = sorted({int(time.frame_num) for time in self._found})
+        return [SceneChange(number, number, CUT) for number in numbers]
+
+
+class OwnDetector:
+    """Finds hard cuts, dissolves, and pictures of one colour between scenes.
+
+    Hard cuts: neighbours whose `scene_distance` reaches the threshold, unless the earlier scene comes back
+    within FLASH_SECONDS. Plain pictures: the part between fades out and in is a scene of its own. Dissolves:
+    see `_Dissolves`. Not found: wipes, dissolves of more than 2 seconds, cuts between pictures of the same
+    structure or the same colours.
+    """
+
+    def __init__(self, threshold: float, rate: float) -> None:
+        """rate: pictures a second."""
+        self._threshold = threshold
+        self._flash = max(1, round(rate * FLASH_SECONDS))
+        self._plain = max(2, round(rate * PLAIN_SECONDS))
+        self._count = 0
+        self._before: Thumbnail | None = None
+        self._jump: tuple[int, Thumbnail] | None = None  # a cut that may be a flash; what was before it
+        self._structured: Thumbnail | None = None  # the last picture that was not plain
+        self._plain_since: int | None = None
+        self._found: list[SceneChange] = []
+        self._dissolves = _Dissolves(threshold, rate)
+
+    def see(self, pixels: Pixels) -> None:
+        """Look at the next picture."""
+        now, number = thumbnail(pixels), self._count
+        self._count += 1
+        is_break = self._see_plain(now, number)
+        if self._before is not None and scene_distance(self._before, now, self._threshold) >= self._threshold:
+            self._see_jump(now, number, self._before)
+            is_break = True
+        elif self._jump is not None and number - self._jump[0] > self._flash:
+            self._confirm()
+        self._before = now
+        self._dissolves.see(now, number, is_break)
+
+    def changes(self) -> list[SceneChange]:
+        """Return the changes, in order."""
+        self._confirm()
+        if self._plain_since is not None:
+            self._end_plain(self._count, is_other=True)
+        found = sorted([*self._found, *self._dissolves.changes()], key=lambda one: (one.begin, one.end))
+        return _without_overlaps([one for one in found if one.end > 0 and one.begin < self._count])
+
+    def _see_jump(self, now: Thumbnail, number: int, before: Thumbnail) -> None:
+        if self._jump is not None:
+            first, scene = self._jump
+            is_short = number - first <= self._flash
+            if is_short and scene_distance(scene, now, self._threshold) < self._threshold:
+                self._jump = None  # the scene goes on
+                return
+            self._confirm()
+        self._jump = number, before
+
+    def _confirm(self) -> None:
+        if self._jump is not None:
+            self._found.append(SceneChange(self._jump[0], self._jump[0], CUT))
+        self._jump = None
+
+    def _see_plain(self, now: Thumbnail, number: int) -> bool:
+        """Note a picture of one colour, or the end of some. Returns whether it is one."""
+        if _is_plain(now):
+            if self._plain_since is None:
+                self._plain_since = number
+            return True
+        if self._plain_since is not None:
+            earlier = self._structured
+            distance = 1.0 if earlier is None else scene_distance(earlier, now, self._threshold)
+            self._end_plain(number, is_other=distance >= self._threshold)
+        self._structured = now
+        return False
+
+    def _end_plain(self, end: int, is_other: bool) -> None:
+        """Plain pictures before `end` are over. is_other: whether another scene follows."""
+        begin, self._plain_since = self._plain_since, None
+        assert begin is not None
+        if is_other or end - begin >= self._plain:
+            # a scene of its own: too short for a clip, as a rule, or black
+            self._found += [SceneChange(begin, begin, PLAIN), SceneChange(end, end, PLAIN)]
+
+
+def _is_plain(now: Thumbnail) -> bool:
+    """Return whether a picture has one colour besides white: `scene_distance` cannot judge it."""
+    seen = now.grey[~now.is_white]
+    return not seen.size or float(seen.std()) < FLAT
+
+
+class _Dissolves:
+    """Finds where one scene turns into another by mixing them.
+
+    Two pictures that have nothing in common have less contrast when they are mixed: their variances add up by
+    the squares of their shares, to half of the mean in the middle. And the way from one to the other is half
+    done in the middle of the time. Motion does neither. Only if the pictures at both ends differ by the
+    threshold is there a new scene.
+    """
+
+    def __init__(self, threshold: float, rate: float) -> None:
+        self._threshold = threshold
+        steps = (max(2, round(rate * seconds / 2) * 2) for seconds in DISSOLVE_SECONDS)
+        self._reaches = tuple(dict.fromkeys(steps))  # frames from the middle to the ends, even
+        most = 2 * max(self._reaches) + 1
+        self._pictures: deque[Thumbnail] = deque(maxlen=most)
+        self._variances: deque[float] = deque(maxlen=most)
+        self._last_break = -1
+        self._found: list[SceneChange] = []
+
+    def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
+        """Look at picture `number`. is_break: a cut comes before it, or it has one colour."""
+        self._pictures.append(now)
+        self._variances.append(float(now.grey.var()))
+        if is_break:
+            self._last_break = number
+        for reach in self._reaches:
+            first = number - 2 * reach
+            if first >= 0 and self._last_break <= first:
+                self._look(first, reach)
+
+    def changes(self) -> list[SceneChange]:
+        """Return the dissolves: those that overlap are one."""
+        joined: list[SceneChange] = []
+        for one in sorted(self._found, key=lambda one: one.begin):
+            if joined and one.begin <= joined[-1].end:
+                last = joined.pop()
+                one = SceneChange(last.begin, max(last.end, one.end), DISSOLVE)
+            joined.append(one)
+        return joined
+
+    def _look(self, first: int, reach: int) -> None:
+        """Look whether the last 2 * reach + 1 pictures, from number `first` on, are a dissolve."""
+        offset = len(self._pictures) - 2 * reach - 1
+        for part, most in DIPS:
+            mean = (1 - part) * self._variances[offset] + part * self._variances[-1]
+            if self._variances[offset + round(2 * reach * part)] > most * mean:
+                return
+        begin, end = self._pictures[offset], self._pictures[-1]
+        way = end.grey - begin.grey
+        length = max(float(np.square(way).sum()), 1e-12)
+        pictures = (self._pictures[offset + place] for place in range(2 * reach + 1))
+        # of the second scene in each picture
+        shares = [float(((one.grey - begin.grey) * way).sum()) / length for one in pictures]
+        is_even = all(abs(shares[round(2 * reach * part)] - part) <= SHARE_OFF for part, _ in DIPS)
+        if not is_even or scene_distance(begin, end, self._threshold) < self._threshold:
+            return
+        mixed = [place for place, share in enumerate(shares) if BEGUN < share < 1 - BEGUN]
+        self._found.append(SceneChange(first + mixed[0], first + mixed[-1] + 1, DISSOLVE))
+
+
+def _without_overlaps(changes: list[SceneChange]) -> list[SceneChange]:
+    """Return changes in order, without those that lie inside others."""
+    kept: list[SceneChange] = []
+    for one in changes:
+        if kept and one.begin < kept[-1].end:
+            last = kept.pop()
+            one = SceneChange(last.begin, max(last.end, one.end), last.kind)
+        elif kept and (one.begin, one.end) == (kept[-1].begin, kept[-1].end):
+            continue
+        kept.append(one)
+    return kept

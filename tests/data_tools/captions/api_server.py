@@ -1,0 +1,105 @@
+"""A server with an OpenAI-compatible interface, in a thread of the test."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import StreamRequestHandler, ThreadingTCPServer
+from typing import Any
+
+# the number of the request, from 0, and what it asks -> status and JSON text, or a caption
+Reply = Callable[[int, dict[str, Any]], tuple[int, str] | str]
+
+
+@dataclass
+class FakeServer:
+    """Remembers what it was asked."""
+
+    address: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    at_once: int = 0
+    most_at_once: int = 0
+
+
+def caption(text: Any, finish: str = "stop") -> tuple[int, str]:
+    """The answer of a server with a caption."""
+    message = {"role": "assistant", "content": text}
+    return 200, json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": finish}]})
+
+
+@contextmanager
+def run_raw_server(answer: bytes) -> Iterator[str]:
+    """Answer every request with these bytes until the block ends; yields the address."""
+
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            length = 0
+            while (line := self.rfile.readline().lower()) not in (b"", b"\r\n"):
+                if line.startswith(b"content-length:"):
+                    length = int(line.partition(b":")[2])
+            self.rfile.read(length)
+            with suppress(OSError):  # the program that asked may be gone
+                self.wfile.write(answer)
+
+    server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def run_server(reply: Reply, retry_after: str | None = None) -> Iterator[FakeServer]:
+    """Answer requests until the block ends. retry_after: a header of answers that are errors."""
+    seen = FakeServer()
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                number = len(seen.bodies)
+                seen.bodies.append(body)
+                seen.headers.append(dict(self.headers))
+                seen.paths.append(self.path)
+                seen.at_once += 1
+                seen.most_at_once = max(seen.most_at_once, seen.at_once)
+            answer = reply(number, body)
+            with lock:
+                seen.at_once -= 1
+            status, text = caption(answer) if isinstance(answer, str) else answer
+            with suppress(OSError):  # the program that asked may be gone
+                self._send(status, text)
+
+        def _send(self, status: int, text: str) -> None:
+            self.send_response(status)
+            if status != 200 and retry_after is not None:
+                self.send_header("Retry-After", retry_after)
+            if 300 <= status < 400:
+                self.send_header("Location", "/elsewhere")
+            content = text.encode()
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    seen.address = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,71 @@
+"""Captions in a JSONL list: all else stays, also what somebody writes meanwhile."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_tools.captions.places import CaptionList
+from tests.dataset.making import make_table
+
+
+def open_list(folder: Path, text: str) -> CaptionList:
+    path = folder / "list.jsonl"
+    path.write_bytes(text.encode("utf-8"))
+    return CaptionList(make_table(folder, "video_jsonl_file"))
+
+
+def texts_in(path: Path) -> list[str]:
+    return [json.loads(line).get("caption") for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"video_path": "a", "n": [1.0, {"b": "}"}], "c": 123456789012345678901234567890}',
+        '{ "caption" : null , "video_path": "a", "half": "\\ud800" }',
+        '{"caption": "first", "video_path": "a", "caption": null}',
+    ],
+)
+def test_a_changed_line_keeps_its_other_values(line: str, tmp_path: Path) -> None:
+    captions = open_list(tmp_path, line)
+
+    assert captions.put("a", 'é "x"', None, False)
+
+    assert json.loads(captions.path.read_text(encoding="utf-8")) == {**json.loads(line), "caption": 'é "x"'}
+
+
+def test_a_list_keeps_its_other_lines_its_ends_its_mark_and_its_first_state(tmp_path: Path) -> None:
+    text = '\ufeff{"video_path": "a", "z": 1.0}\r\n{"video_path":"b","caption":"hand"}\r\n{"video_path": "c"}'
+    captions = open_list(tmp_path, text)
+
+    captions.put("a", "new a", None, False)
+    captions.put("c", "new c", None, False)
+
+    assert captions.path.read_bytes().decode("utf-8") == (
+        '\ufeff{"video_path": "a", "z": 1.0, "caption": "new a"}\r\n'
+        '{"video_path":"b","caption":"hand"}\r\n{"video_path": "c", "caption": "new c"}'
+    )
+    assert (tmp_path / "list.jsonl.bak").read_bytes().decode("utf-8") == text
+    assert sorted(one.name for one in tmp_path.glob("*list*")) == ["list.jsonl", "list.jsonl.bak"]
+
+
+def test_each_replaced_hand_written_caption_is_in_a_backup(tmp_path: Path) -> None:
+    for old, new in (("first", "second"), ("second", "third")):
+        captions = open_list(tmp_path, json.dumps({"video_path": "a", "caption": old}))
+        captions.put("a", new, old, is_foreign=True)
+
+    assert texts_in(captions.path) == ["third"]
+    assert texts_in(tmp_path / "list.jsonl.bak") == ["first"]
+    assert texts_in(tmp_path / "list.jsonl.2.bak") == ["second"]
+
+
+def test_what_is_written_into_a_list_meanwhile_stays(tmp_path: Path) -> None:
+    captions = open_list(tmp_path, '{"video_path": "a"}\n{"video_path": "b"}\n')
+    more = '{"video_path": "new"}\n{"video_path": "b", "n": 1}\n{"video_path": "a", "caption": "hand"}\n{"vid'
+    captions.path.write_text(more, encoding="utf-8")
+
+    assert captions.put("b", "x", None, False)
+    assert not captions.put("a", "x", None, False)
+
+    assert captions.path.read_text(encoding="utf-8") == more.replace('"n": 1', '"n": 1, "caption": "x"')

@@ -1,0 +1,345 @@
+"""The whole command: frames, times and sound of clips, their list, and what a second run does."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from dataset.caching.loop import cache_media
+from dataset.config import load_dataset_config
+from dataset.sources.listing import find_sources
+from modules.errors import DatasetError, MediaError, OptionError, OutputError
+from modules.media.streams import shown_frames, source_info
+from tests.commands import QUIET, ROOT
+from tests.data_tools.cutting.films import find_frame, plain, scene, write_film
+from tests.dataset.toy_family import ToyFamily, options
+from tests.modules.media.test_sections import clicks_in, sound_of
+from tests.modules.media.test_sections import write_film as write_clicks
+from tools.split_video import main
+
+NTSC = Fraction(24000, 1001)
+# a film: two scenes that move, one that stands, black, and one that is too short
+FILM = (*scene(1, 30), *scene(2, 26), *scene(3, 25, 0), *plain(0, 25), *scene(5, 9))
+KEPT = [(0, 30), (30, 56)]
+
+
+def run(source: Path, output: Path, *more: object) -> list[Path]:
+    """Run the command in this process; returns the clips that are there."""
+    words = ["--input", source, "--output", output, "--preset", "ultrafast", *more]
+    main([str(word) for word in words])
+    return clips_in(output)
+
+
+def clips_in(output: Path) -> list[Path]:
+    return sorted(path for path in output.iterdir() if path.suffix in {".mp4", ".mkv"})
+
+
+def lines_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "clips.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def numbers_in(clip: Path, film: Path) -> list[int]:
+    """Which frames of a film are in a clip."""
+    frames = [frame.pixels for frame in shown_frames(film)]
+    return [find_frame(frame.pixels, frames) for frame in shown_frames(clip)]
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Path:
+    return write_film(tmp_path / "a film.mp4", FILM, NTSC)
+
+
+@pytest.mark.parametrize("rate", [NTSC, Fraction(25)])
+def test_clips_hold_the_frames_of_their_scenes_at_the_rate_of_the_source(
+    tmp_path: Path, rate: Fraction
+) -> None:
+    source = write_film(tmp_path / "film.mkv", FILM, rate)
+
+    clips = run(source, tmp_path / "out", "--crf", 0)
+
+    assert [clip.name for clip in clips] == ["film_00001.mp4", "film_00002.mp4"]
+    original = list(shown_frames(source))
+    for clip, (first, end) in zip(clips, KEPT, strict=True):
+        shown = list(shown_frames(clip))
+        assert numbers_in(clip, source) == list(range(first, end))
+        assert [frame.start for frame in shown] == [number / rate for number in range(end - first)]
+        assert source_info(clip).rate == rate
+        for ours, theirs in zip(shown, original[first:end], strict=True):
+            # without loss but for the conversion of colours
+            assert np.abs(ours.pixels.astype(int) - theirs.pixels).mean() < 1.5
+
+
+def test_times_of_a_variable_rate_are_kept(tmp_path: Path) -> None:
+    lights = [*scene(1, 20), *scene(2, 20)]
+    steps = [Fraction(1, 25)] * 20 + [Fraction(1, 10), Fraction(1, 5)] * 10
+    times = [sum(steps[:number], Fraction(0)) for number in range(len(steps) + 1)]
+    source = write_film(tmp_path / "phone.mp4", lights, times)
+
+    clips = run(source, tmp_path / "out", "--min_seconds", 0.5)
+
+    first, second = ([frame.start for frame in shown_frames(clip)] for clip in clips)
+    assert first == times[:20]
+    assert second == [time - times[20] for time in times[20:40]]
+    line = lines_of(tmp_path / "out")[1]
+    assert (line["start_seconds"], line["end_seconds"], line["frames"]) == (0.8, 3.8, 20)
+
+
+@pytest.mark.parametrize("more", [[], ["--no_audio"]])
+def test_clips_have_the_sound_of_the_source_unless_it_is_not_wanted(tmp_path: Path, more: list[str]) -> None:
+    source = write_clicks(tmp_path / "clicks.mp4", "aac")
+
+    clips = run(source, tmp_path / "out", "--keep_static", "--keep_black", "--max_seconds", 2, *more)
+
+    assert len(clips) == 2
+    if more:
+        for clip in clips:
+            with av.open(str(clip)) as container:
+                assert not container.streams.audio
+    else:
+        assert clicks_in(sound_of(clips[0])) == pytest.approx([0.7], abs=0.002)
+        assert clicks_in(sound_of(clips[1])) == pytest.approx([0.2, 1.1], abs=0.002)
+
+
+def test_the_list_is_a_table_that_is_cached_from_any_folder(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    run(Path(film.name), Path("out"))
+    monkeypatch.chdir(elsewhere)
+    (tmp_path / "data.toml").write_text(
+        f"""[general]
+resolution = [64, 32]
+[[datasets]]
+video_jsonl_file = {str(tmp_path / "out" / "clips.jsonl")!r}
+cache_directory = {str(tmp_path / "cache")!r}
+target_frames = [17]
+source_fps = "auto"
+""",
+        encoding="utf-8",
+    )
+
+    config = load_dataset_config(tmp_path / "data.toml")
+
+    sources = find_sources(config.datasets[0])
+    assert [source.path.name for source in sources] == ["a film_00001.mp4", "a film_00002.mp4"]
+    assert {source.caption for source in sources} == {None}
+    assert cache_media(ToyFamily(), config, options()).written == 2
+    line = lines_of(tmp_path / "out")[1]
+    assert "caption" not in line
+    facts = {"scene": 2, "first_frame": 30, "frames": 26, "fps": 23.976024, "width": 128, "height": 72}
+    assert facts.items() <= line.items()
+    assert line["source"] == str(film)
+
+
+def test_a_second_run_does_nothing_and_keeps_what_users_changed(film: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    clips = run(film, output)
+    lines = lines_of(output)
+    lines[0]["caption"] = "a hill"
+    text = "\n".join([json.dumps(lines[0]), "# a remark", ""])  # the second line is taken out
+    (output / "clips.jsonl").write_text(text, encoding="utf-8")
+    clips[1].unlink()
+    before = state_of(output)
+
+    run(film, output)
+
+    assert state_of(output) == before
+
+
+def test_changed_options_cut_anew_what_is_ours(
+    film: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "out"
+    run(film, output)
+    own = output / "notes.mp4"
+    own.write_bytes(b"mine")
+
+    clips = run(film, output, "--max_frames", 28, "--min_seconds", 0.5)
+
+    assert "is cut anew: --min_seconds 0.5 (was 1.0), --max_frames 28 (was 0)" in caplog.text
+    assert [clip.name for clip in clips] == [
+        *(f"a film_0000{number}.mp4" for number in (1, 2, 3)),
+        "notes.mp4",
+    ]
+    assert [line["frames"] for line in lines_of(output)] == [15, 15, 26]
+    assert own.read_bytes() == b"mine"
+    assert [clip.name for clip in run(film, output)] == ["a film_00001.mp4", "a film_00002.mp4", "notes.mp4"]
+
+
+@pytest.mark.parametrize("work", ["sidecar", "line", "clip"])
+def test_clips_with_work_of_the_user_are_not_cut_anew(film: Path, tmp_path: Path, work: str) -> None:
+    output = tmp_path / "out"
+    clips = run(film, output)
+    if work == "sidecar":
+        clips[1].with_suffix(".txt").write_text("a hill", encoding="utf-8")
+    elif work == "line":
+        lines = [{**line, "caption": "a hill"} for line in lines_of(output)]
+        (output / "clips.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    else:
+        clips[1].write_bytes(b"cut by hand")
+    before = state_of(output)
+
+    with pytest.raises(OutputError, match=r"--max_frames 28 \(was 0\).*a film_0000"):
+        run(film, output, "--max_frames", 28)
+
+    assert state_of(output) == before
+
+
+def test_a_file_of_the_user_is_never_replaced(film: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    own = output / "a film_00002.mp4"
+    own.write_bytes(b"mine")
+
+    with pytest.raises(OutputError, match="this command has not made"):
+        run(film, output)
+
+    assert own.read_bytes() == b"mine"
+    assert clips_in(output) == [own]
+
+
+def test_a_damaged_video_is_reported_and_the_others_are_cut(
+    film: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    content = film.read_bytes()
+    (folder / "b.mp4").write_bytes(content)
+    (folder / "a.mp4").write_bytes(content[: len(content) // 2])
+    (folder / "c.mp4").write_bytes(b"no video")
+
+    with pytest.raises(DatasetError, match="2 of 3 videos could not be cut; all others are done"):
+        run(folder, tmp_path / "out")
+
+    assert [clip.name for clip in clips_in(tmp_path / "out")] == ["b_00001.mp4", "b_00002.mp4"]
+    assert len(lines_of(tmp_path / "out")) == 2
+    assert caplog.text.count("is skipped") == 2
+
+
+KILLED = """
+import os, sys, itertools
+sys.path.insert(0, {root!r})
+import modules.atomic_write as writing
+calls, real = itertools.count(), os.replace
+def replace(source, target):
+    # die at the given change of a name: before it is made, or after
+    number = next(calls)
+    if number == {at} and {before}: os._exit(9)
+    real(source, target)
+    if number == {at}: os._exit(9)
+os.replace = writing.os.replace = replace
+from tools.split_video import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "before"),
+    [
+        (1, True),
+        (4, True),
+        *(pytest.param(*point, marks=pytest.mark.slow) for point in ((0, False), (2, True), (2, False))),
+        *(pytest.param(*point, marks=pytest.mark.slow) for point in ((3, True), (3, False), (5, True))),
+    ],
+)
+def test_a_run_that_is_killed_leaves_whole_clips_and_the_next_one_finishes_it(
+    film: Path, undisturbed: dict[str, bytes], tmp_path: Path, at: int, before: bool
+) -> None:
+    """Names are given in this order: record, clip 1, clip 2, record, list, record."""
+    output = tmp_path / "out"
+    code = KILLED.format(root=str(ROOT), at=at, before=before)
+
+    assert start(film, output, "-c", code).wait() == 9
+
+    assert_finished_by_a_rerun(film, output, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_moment_is_finished_by_the_next_one(
+    film: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    times = random.Random(17)
+    output, killed = tmp_path / "out", 0
+    for _ in range(12):
+        process = start(film, output, ROOT / "tools/split_video.py")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(times.uniform(1.5, 3.5))  # the libraries take a second or two
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+        for clip in clips_in(output) if output.exists() else []:
+            assert clip.read_bytes() == undisturbed[clip.name]
+        if (output / "clips.jsonl").exists():
+            shutil.rmtree(output)
+    assert killed > 2
+
+    assert_finished_by_a_rerun(film, output, undisturbed)
+
+
+def start(film: Path, output: Path, *program: object) -> "subprocess.Popen[bytes]":
+    words = [*program, "--input", film, "--output", output, "--preset", "ultrafast"]
+    return subprocess.Popen([sys.executable, *map(str, words)], env={**os.environ, **QUIET}, cwd=ROOT)
+
+
+def assert_finished_by_a_rerun(film: Path, output: Path, undisturbed: dict[str, bytes]) -> None:
+    """Clips that are there are whole and stay; the rest follows; no other file is left."""
+    there = clips_in(output) if output.exists() else []
+    assert {clip.name: clip.read_bytes() for clip in there}.items() <= undisturbed.items()
+    kept = {clip.name: clip.stat().st_mtime_ns for clip in there}
+
+    clips = run(film, output)
+
+    assert {clip.name: clip.read_bytes() for clip in clips} == undisturbed
+    assert {name: (output / name).stat().st_mtime_ns for name in kept} == kept
+    assert [Path(line["video_path"]).name for line in lines_of(output)] == list(undisturbed)
+    assert {path.name for path in output.iterdir()} == {*undisturbed, "clips.jsonl", ".split_video"}
+
+
+@pytest.fixture
+def undisturbed(film: Path, tmp_path: Path) -> dict[str, bytes]:
+    return {clip.name: clip.read_bytes() for clip in run(film, tmp_path / "reference")}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scene_threshold", "2"], "--scene_threshold 2: --detector own takes numbers above 0 and up to 1"),
+        (["--max_seconds", "0.5"], "--max_seconds 0.5 is less than --min_seconds 1"),
+        (["--crf", "60"], "--crf 60"),
+        (["--black_threshold", "0"], "--black_threshold 0"),
+        (["--jsonl", "clips.toml"], "ends in .jsonl"),
+    ],
+)
+def test_mistakes_end_before_anything_is_read(tmp_path: Path, words: Sequence[str], message: str) -> None:
+    (tmp_path / "film.mp4").write_bytes(b"never opened")
+
+    with pytest.raises(OptionError, match=message):
+        main(["--input", str(tmp_path / "film.mp4"), "--output", str(tmp_path / "out"), *words])
+
+
+def test_clips_cannot_go_into_the_folder_of_their_sources(film: Path) -> None:
+    with pytest.raises(OptionError, match="is --input too"):
+        main(["--input", str(film.parent), "--output", str(film.parent)])
+
+
+def test_a_folder_without_videos_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="is a folder without videos"):
+        main(["--input", str(tmp_path), "--output", str(tmp_path / "out")])

@@ -1,0 +1,110 @@
+"""Records of earlier cuts, and the list of clips: nothing of a user's is lost or touched."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.cutting.clips import PlannedClip
+from data_tools.cutting.records import MARK, ClipList, CutRecord, WrittenClip, read_records, write_record
+from modules.errors import DatasetError
+
+CLIP = PlannedClip(1, 0, 24, 0.0, 1.0, 0.5, 0.1, 0.01)
+RECORD = CutRecord(
+    *("film", "/footage/film.mp4", 1000, 1, 64, 48, {"min_seconds": 1.0}),
+    clips=(WrittenClip("film_00001.mp4", CLIP, 10),),
+    lists=("/clips/clips.jsonl",),
+)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_record(tmp_path, RECORD)
+
+    assert read_records(tmp_path) == {RECORD.source: RECORD}
+
+
+@pytest.mark.parametrize("name", ["../film.mp4", "/etc/passwd", ".."])
+@pytest.mark.parametrize("place", ["stem", "name"])
+def test_a_record_that_names_files_in_other_folders_is_refused(place: str, name: str, tmp_path: Path) -> None:
+    """Clips of a record are removed when a source is cut anew."""
+    clip = {**change(tmp_path, {})["clips"][0], place: name}
+    change(tmp_path, {"clips": [clip]} if place == "name" else {"stem": name})
+
+    with pytest.raises(DatasetError, match="names files in other folders"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"version": 2}, {"clips": [{}]}, {"more": 1}])
+def test_a_damaged_record_is_an_error_that_names_it(changes: dict[str, Any], tmp_path: Path) -> None:
+    change(tmp_path, changes)
+
+    with pytest.raises(DatasetError, match=r"film\.json, which says what was cut before, cannot be read"):
+        read_records(tmp_path)
+
+
+def change(output: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Write RECORD with other values, and return all of them."""
+    write_record(output, RECORD)
+    path = output / MARK / "film.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return content
+
+
+def record_of(name: str) -> CutRecord:
+    return replace(RECORD, stem=name, source=name, clips=(WrittenClip(f"{name}.mp4", CLIP),), lists=())
+
+
+class Lines:
+    """The list in a folder: the captions of clips by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "clips.jsonl"
+
+    def write(self, **captions: str) -> None:
+        lines = [
+            {"video_path": str(self.folder / f"{name}.mp4"), **({"caption": text} if text else {})}
+            for name, text in captions.items()
+        ]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def read(self) -> list[tuple[str, str]]:
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return [(Path(line["video_path"]).stem, line.get("caption", "")) for line in lines]
+
+
+def test_captions_written_during_a_run_stay(tmp_path: Path) -> None:
+    lines = Lines(tmp_path)
+    lines.write(a="")
+    clips = ClipList(lines.path, tmp_path)
+    clips.add(1, record_of("c"), is_new=True)
+
+    lines.write(a="by hand")
+    clips.write()
+    assert lines.read() == [("a", "by hand"), ("c", "")]
+
+    clips.add(0, record_of("b"), is_new=True)
+    clips.write()
+    assert lines.read() == [("a", "by hand"), ("b", ""), ("c", "")]  # in the order of the sources
+
+    lines.write(b="this too")
+    clips.add(2, record_of("d"), is_new=True)
+    clips.write()
+    assert lines.read() == [("b", "this too"), ("d", "")]
+
+
+def test_lines_of_clips_that_are_cut_anew_are_not_read_again(tmp_path: Path) -> None:
+    lines = Lines(tmp_path)
+    lines.write(a="", b="")
+    clips = ClipList(lines.path, tmp_path)
+    clips.remove(record_of("a"), [tmp_path / "a.mp4"])
+
+    lines.write(a="", b="by hand")
+    clips.write()
+    assert lines.read() == [("b", "by hand")]
+
+    clips.add(0, record_of("a"), is_new=True)
+    clips.write()
+    assert lines.read() == [("b", "by hand"), ("a", "")]
