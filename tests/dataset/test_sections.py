@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from data_tools.report.check import check_media
 from dataset.batches.finding import CachingCommands, find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.check import check_media
 from dataset.config import DatasetConfig
 from modules.errors import CacheError, DatasetError
 from tests.dataset.caching.test_loop import change, make_config, names
@@ -80,7 +80,7 @@ def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_
         cache_media(family, config, options())
     assert (family.loaded, family.seen, (tmp_path / "cache").exists()) == (0, [], False)
     result = check_media(family, config, workers=1, skip_existing=False)
-    assert not result.ok
+    assert result.exit_code == 1
     assert "it is no good" in "\n".join(result.lines)
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.check import check_media, check_texts
-from dataset.checking.captions import load_counters
-from dataset.checking.findings import TableFindings, join_findings
-from dataset.checking.looks import draw_crop, look_at
-from dataset.checking.page import choose_sources, write_check_page
+from data_tools.report.check import check_media, check_texts
+from data_tools.report.findings import TableFindings, join_findings, load_counters
+from data_tools.report.looks import draw_crop, show
+from data_tools.report.page import CHECK_STRIP, choose_sources, write_check_page
 from dataset.config import DatasetConfig
 from dataset.sources.faults import Fault
 from dataset.sources.listing import find_sources
@@ -49,7 +48,7 @@ def test_hostile_names_and_captions_are_shown_and_run_nothing(tmp_path: Path) ->
     with open_page(write_page(tmp_path, make_config(tmp_path, resolution=(32, 32)))) as page:
         assert page.problems == []
         assert page.locator("script, iframe, article b > b").count() == 0
-        assert page.locator("h3").nth(1).inner_text() == f"{name}.mp4"
+        assert page.locator(".card h4").nth(1).inner_text() == f"{name}.mp4"
         caption = page.locator(".caption").nth(1).inner_text()
         assert caption.startswith("<script>alert(1)</script>")
         assert "\\u202e" in caption
@@ -80,11 +79,9 @@ def test_the_page_says_what_is_cut_off_and_left_out_and_why(tmp_path: Path) -> N
     assert "a.mp4: 7 frames, too few" in given
 
 
-@pytest.mark.parametrize(
-    ("most", "shown"), [(2, ["3", "7"]), (3, ["3", "7", "5"]), (5, ["3", "7", "5", "0", "9"])]
-)
+@pytest.mark.parametrize(("most", "shown"), [(2, [3, 7]), (3, [3, 7, 5]), (5, [3, 7, 5, 0, 9])])
 def test_files_with_faults_are_shown_first_then_an_even_choice(
-    tmp_path: Path, most: int, shown: list[str]
+    tmp_path: Path, most: int, shown: list[int]
 ) -> None:
     table = make_table(tmp_path)
     sources = [MediaSource(Path(f"{i}.mp4"), str(i), "", None, (), table) for i in range(10)]
@@ -92,7 +89,7 @@ def test_files_with_faults_are_shown_first_then_an_even_choice(
     found.faults = [Fault("cannot be read", name, name) for name in ("3", "7")]
     found.remarks = [Fault("have an empty caption", "5", "5")]
 
-    assert [one.stem for one in choose_sources([found], most)[0]] == list(shown)
+    assert choose_sources([found], most)[0] == list(shown)
 
 
 def test_the_crop_is_drawn_where_the_model_cuts() -> None:
@@ -112,7 +109,7 @@ def test_a_damaged_clip_shows_what_could_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(content[: len(content) - 200])
     (source,) = find_sources(make_table(tmp_path, resolution=(32, 32), target_frames=(5,)))
 
-    look = look_at(source, 16.0, LATENT)
+    look = show(source, 16.0, LATENT, CHECK_STRIP)
 
     assert look.problem is not None
     assert "a.mp4" in look.problem

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.debug_views import show_datasets
+from data_tools.report.views import show_datasets
 from dataset.options import DebugOptions
 from modules.media.reading import image_size, read_image, video_frames
 from tests.dataset.caching.test_loop import make_config

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.report.check import check_media
 from dataset.caching.loop import cache_media
-from dataset.check import check_media
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError
-from tests.dataset.making import make_clip, make_frames, make_image
-from tests.dataset.reporting.making import (
+from tests.data_tools.report.making import (
     names,
     report,
     save_clip,
@@ -22,6 +21,7 @@ from tests.dataset.reporting.making import (
     save_still_clip,
     write_config,
 )
+from tests.dataset.making import make_clip, make_frames, make_image
 from tests.dataset.toy_family import ToyFamily, options
 from tests.pictures import picture
 from tools import dataset_report

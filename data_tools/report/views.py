@@ -1,21 +1,22 @@
 """Show the frames that the model will see, as pictures, clips or coloured text, without encoding them."""
 
+import contextlib
 import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.report.looks import choose_evenly
 from dataset.batches.changing import changed_caption
 from dataset.caching.reports import CacheReport, Failure
 from dataset.caching.source_jobs import decode_ahead
-from dataset.checking.looks import choose_evenly
-from dataset.config import DatasetConfig, DatasetTable
+from dataset.config import DatasetConfig
 from dataset.options import COLOURS, DebugOptions
 from dataset.sources.decoding import DecodedSource, Item, decode_source
 from dataset.sources.listing import find_sources
@@ -39,32 +40,45 @@ Show = Callable[[Item, NDArray[np.uint8]], str]  # an item and its frames F H W 
 
 def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
     """Show every item as --debug_mode says. Sources that cannot be read become failures of the report."""
-    show = _viewer(family, config, debug)
+    show, latent, fps = _viewer(family, config, debug), family.latent, family.defaults.fps
     failures: list[Failure] = []
     dropped: list[Failure] = []
+    most = debug.console_num_images if debug.debug_mode == "console" else None
+
+    def decode(source: MediaSource) -> DecodedSource:
+        # a picture that is another each time is shown as it may be trained once
+        return decode_source(source, fps, latent.pixel_step, latent.frame_step, _numbers(source))
+
+    def show_items(media: DecodedSource) -> str:
+        """Show the items of a source until the answer is another than the next one."""
+        nonlocal shown
+        for item in media.items:
+            if shown == most:
+                return NEXT_DATASET
+            logger.info("%s: %s", _title(item), _caption(item.source) or "(no caption)")
+            shown += 1
+            answer = show(item, side_by_side(media, item))
+            if answer != NEXT:
+                return answer
+        return NEXT
+
     for table in config.datasets:
         logger.info("%s", table.name)
         shown = 0
-        for result in _decode(family, table, workers):
-            if isinstance(result, Failure):
-                failures.append(result)
-                continue
-            if result.reason is not None:
-                dropped.append(Failure.of(result.source, result.reason))
-            answer = NEXT
-            for item in result.items:
-                if shown == (debug.console_num_images if debug.debug_mode == "console" else None):
-                    answer = NEXT_DATASET
+        sources = find_sources(table)
+        bar = Bar(len(sources), "Decoding", "source", shown=False)
+        with contextlib.closing(decode_ahead(sources, lambda one: one, decode, workers, bar)) as decoded:
+            for source, result in decoded:
+                if isinstance(result, Failure):
+                    failures.append(result)
+                    continue
+                if result.reason is not None:
+                    dropped.append(Failure.of(source, result.reason))
+                answer = show_items(result)
+                if answer == QUIT:
+                    return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
+                if answer == NEXT_DATASET:
                     break
-                logger.info("%s: %s", _title(item), _caption(item.source) or "(no caption)")
-                answer = show(item, side_by_side(result, item))
-                shown += 1
-                if answer != NEXT:
-                    break
-            if answer == QUIT:
-                return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
-            if answer == NEXT_DATASET:
-                break
     return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
 
 
@@ -101,11 +115,8 @@ def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
     if background is None:
         small = cv2.resize(picture, (columns, 2 * rows), interpolation=cv2.INTER_AREA)
         cells = [
-            [
-                f"\033[38;2;{_rgb(upper)};48;2;{_rgb(lower)}m▀"
-                for upper, lower in zip(small[row], small[row + 1], strict=True)
-            ]
-            for row in range(0, 2 * rows, 2)
+            [f"\033[38;2;{_rgb(above)};48;2;{_rgb(below)}m▀" for above, below in zip(*pair, strict=True)]
+            for pair in zip(small[::2], small[1::2], strict=True)
         ]
     else:
         small = cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_AREA)
@@ -118,22 +129,6 @@ def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
             for row in small
         ]
     return "\n".join("".join(row) + "\033[0m" for row in cells) + "\n"
-
-
-def _decode(family: Described, table: DatasetTable, workers: int) -> Iterator[DecodedSource | Failure]:
-    latent, fps = family.latent, family.defaults.fps
-    sources = find_sources(table)
-    bar = Bar(len(sources), "Decoding", "source", shown=False)
-    found = decode_ahead(
-        sources,
-        lambda one: one,
-        # a picture that is another each time is shown as it may be trained once
-        lambda one: decode_source(one, fps, latent.pixel_step, latent.frame_step, _numbers(one)),
-        workers,
-        bar,
-    )
-    for _, result in found:
-        yield result
 
 
 def _viewer(family: Described, config: DatasetConfig, debug: DebugOptions) -> Show:

@@ -2,9 +2,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
+from data_tools.report.check import check_media, check_texts, check_training
 from dataset.batches.finding import CachingCommands
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.check import check_media, check_texts, check_training
 from modules.errors import OptionError
 from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.toy_family import LATENT, ToyFamily, options
@@ -51,7 +51,7 @@ def test_without_the_encoder_the_rest_is_checked(tmp_path: Path) -> None:
             raise OptionError("--vae is missing")
 
     result = check_media(cast(Any, NoFiles()), make_config(tmp_path), workers=1, skip_existing=False)
-    assert result.ok
+    assert result.exit_code == 0
     assert any("caches are not compared: --vae is missing" in line for line in result.lines)
 
 
@@ -62,7 +62,7 @@ def test_text_caches_are_counted(tmp_path: Path) -> None:
     result = check_texts(ToyFamily(), config, skip_existing=False)
     assert "  caches of t5: 1 are valid, 1 captions need encoding" in result.lines
     (tmp_path / "clip_1.txt").unlink()
-    assert not check_texts(ToyFamily(), config, skip_existing=False).ok
+    assert check_texts(ToyFamily(), config, skip_existing=False).exit_code == 1
 
 
 def test_training_is_told_its_batches_and_steps(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_training_is_told_its_batches_and_steps(tmp_path: Path) -> None:
         config, "toy", LATENT, COMMANDS, accumulation=2, processes=2, files=["--dit: a tiny model"]
     )
     text = "\n".join(result.lines)
-    assert result.ok
+    assert result.exit_code == 0
     assert "10 items with repeats, 10 batches, 3 steps" in text
     assert "--dit: a tiny model" in text
 

@@ -1,9 +1,25 @@
 """`--check`: report totals and all faults of a configuration, before a long run."""
 
 import itertools
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from data_tools.report.findings import (
+    NO_COUNTERS,
+    CheckResult,
+    Counters,
+    TableFindings,
+    balance,
+    check_captions,
+    count_batches,
+    find_table,
+    indent,
+    join_findings,
+    load_counters,
+)
+from data_tools.report.page import write_check_page
+from data_tools.report.repair import repair_captions
 from dataset.batches.finding import NO_COMMANDS, CachingCommands, FoundItems, find_items
 from dataset.batches.items import Items
 from dataset.batches.order import BatchOrder
@@ -11,42 +27,69 @@ from dataset.batches.reading import read_batch, stores_for
 from dataset.batches.same_encoders import SameEncoders, describe_identity
 from dataset.cache.files import EMPTY
 from dataset.cache.forms import other_form
-from dataset.cache.store import CacheStore, Stores
+from dataset.cache.store import Stores
 from dataset.caching.caption_files import list_caption_files
 from dataset.caching.existing import LatentNames, names_of
 from dataset.caching.given_tensors import use_moments
-from dataset.caching.planning import (
-    Caches,
-    Recipe,
-    SourcePlan,
-    complete,
-    latent_index,
-    media_table,
-    plan_all,
-)
+from dataset.caching.planning import Caches, Recipe, SourcePlan, complete, latent_index, media_table, plan_all
 from dataset.caching.reports import Failure
 from dataset.caching.source_jobs import decode_ahead
 from dataset.caching.text_plans import KnownTexts, plan_text, text_index
-from dataset.caching.work import npz_names
-from dataset.checking.captions import Counters, check_captions, load_counters
-from dataset.checking.findings import CheckResult, TableFindings, balance, count_batches, indent
-from dataset.checking.folders import check_unused
-from dataset.config import DatasetConfig, DatasetTable
+from dataset.caching.work import npz_names, workers_of
+from dataset.config import DatasetConfig
+from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.faults import Fault
-from dataset.sources.left_out import folder_id
-from dataset.sources.listing import find_sources, unsearched_folders
-from dataset.sources.media_source import MediaSource
 from dataset.sources.rates import find_wrong_rates
 from modules.bars import Bar
 from modules.contract.data import LatentSpec, MediaTable
+from modules.contract.family import Described
+from modules.control_codes import escape_control_codes
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.paths import is_address
 
-NO_COUNTERS = Counters(())
-OTHER_FORM = "cache folders are in the other form"
-UNUSABLE = "tables cannot be used"
 NO_ITEM = "tables have no item to train on"
+TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
+
+
+def check_latent_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
+    """Run --check of a script that caches latents; returns the exit code."""
+    _repair(config, options)
+    result = check_media(family, config, workers_of(options), options.skip_existing, verify=options.verify)
+    return tell_check(result, family, config, options.page, TOKENS_ELSEWHERE, workers_of(options))
+
+
+def check_text_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
+    """Run --check of a script that caches texts; returns the exit code."""
+    _repair(config, options)
+    skip, verify, workers = options.skip_existing, options.verify, workers_of(options)
+    result = check_texts(family, config, skip, verify)
+    if options.page.html is not None:  # it shows the media too
+        media = check_media(family, config, workers, skip, encodes_media=False, verify=verify)
+        result = join_findings(media, result)
+    return tell_check(result, family, config, options.page, load_counters(family.text_encoders), workers)
+
+
+def tell_check(
+    result: CheckResult,
+    family: Described,
+    config: DatasetConfig,
+    page: CheckPageOptions,
+    counters: Counters,
+    workers: int,
+) -> int:
+    """Print the findings, and write the page if it is asked for; returns the exit code."""
+    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
+    if page.html is not None:
+        fps, most = family.defaults.fps, page.html_items
+        write_check_page(page.html, config, result, counters, family.latent, fps, most, workers)
+    return result.exit_code
+
+
+def _repair(config: DatasetConfig, options: CachingOptions) -> None:
+    if options.repair_captions is not None:
+        lines, _ = repair_captions(config, options.repair_captions)
+        sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
 
 
 def check_media(
@@ -79,22 +122,28 @@ def check_media(
     latent, fps, index = family.latent, family.defaults.fps, latent_index(verify)
     stores = Stores(npz_names(family))
     recipe = Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, stores, index)
-    head, tables = ("Files recognised:", *indent(files)), []
+    tables = []
     for table in config.datasets:
         found = find_table(config, table)
         if encodes_media:
-            found.faults += [Fault(OTHER_FORM, line) for line in other_form(table, family.cache_tag)]
+            _check_form(found, family)
         if found.sources:
-            if _is_usable(family, found, encodes_media):
+            try:
+                check_resolution(table, latent.pixel_step)
+                if encodes_media:
+                    family.check_table(media_table(table, any(source.control for source in found.sources)))
+                    found.sources = use_moments(family, found.sources)
                 _check_sources(found, recipe, workers)
+            except DatasetError as error:
+                found.unusable(error)
             found.faults += find_wrong_rates(found.sources)
-            check_captions(found, NO_COUNTERS)
+            check_captions(found)
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s, {found.num_items} items"
         tables.append(found)
     balance(tables)
     batches = count_batches(tables)
     tail = f"Training on all of it: {batches} batches an epoch, as many steps without accumulation"
-    return CheckResult(head, tuple(tables), (tail,))
+    return CheckResult(("Files recognised:", *indent(files)), tuple(tables), (tail,))
 
 
 def check_texts(
@@ -111,10 +160,10 @@ def check_texts(
     except OptionError:  # an encoder was not given: `counters` says which
         encoders = []
     files = [line for _, identity in encoders for line in describe_identity(identity)]
-    head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
+    tables = []
     for table in config.datasets:
         found = find_table(config, table)
-        found.faults += [Fault(OTHER_FORM, line) for line in other_form(table, family.cache_tag)]
+        _check_form(found, family)
         texts = list_caption_files(found.sources, family.cache_tag)
         stores = Stores(npz_names(family))
         store, known = stores.of(table), KnownTexts(stores, text_index(verify))
@@ -125,11 +174,11 @@ def check_texts(
             to_do = missing[encoder.name]
             kept = len(texts) - to_do
             found.caches.append(f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding")
-        found.remarks += _store_remarks(store)
+        _check_store(found, stores)
         check_captions(found, counters)
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s"
         tables.append(found)
-    return CheckResult(head, tuple(tables))
+    return CheckResult(("Files recognised:", *indent([*files, *counters.missing])), tuple(tables))
 
 
 def check_training(
@@ -161,67 +210,51 @@ def check_training(
         found.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(found)
     trained = cached.items.where([not facts.table.validation for facts in cached.items.facts])
-    order = BatchOrder(trained, seed=0)
-    steps = -(-order.num_batches // (accumulation * processes))
-    tail = [
-        f"An epoch: {order.num_items} items with repeats, {order.num_batches} batches, {steps} steps"
-        + (f" of {accumulation * processes} batches" if accumulation * processes > 1 else "")
-    ]
+    order, batches = BatchOrder(trained, seed=0), accumulation * processes
+    steps = f"{-(-order.num_batches // batches)} steps" + (f" of {batches} batches" if batches > 1 else "")
+    tail = [f"An epoch: {order.num_items} items with repeats, {order.num_batches} batches, {steps}"]
     if any(found.faults for found in tables):
         tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
     return CheckResult(head, tuple(tables), tuple(tail))
 
 
-def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
-    """List the sources of a table with all faults of the listing, and the files beside them."""
-    found = TableFindings(table)
-    try:
-        found.sources = find_sources(table, faults=found.faults)
-    except DatasetError as error:
-        found.faults.append(Fault(UNUSABLE, str(error)))
-        return found
-    others = {folder_id(one.directory) for one in config.datasets if one.directory and one is not table}
-    check_unused(found, others)
-    if table is config.datasets[0]:
-        found.remarks += [Fault("folders are not searched", line) for line in unsearched_folders(config)]
-    return found
+def _check_form(found: TableFindings, family: Caches) -> None:
+    lines = other_form(found.table, family.cache_tag)
+    found.faults += [Fault("cache folders are in the other form", line) for line in lines]
 
 
-def _store_remarks(store: CacheStore) -> list[Fault]:
-    """Return remarks on the faults of a store as a whole, which caching mends."""
-    return [Fault("shards or folders are not whole; caching mends them", line) for line in store.faults()]
-
-
-def _is_usable(family: Caches, found: TableFindings, encodes_media: bool) -> bool:
-    """Return whether the table can be cached; if not, add why."""
-    try:
-        check_resolution(found.table, family.latent.pixel_step)
-        if encodes_media:
-            family.check_table(media_table(found.table, any(source.control for source in found.sources)))
-            found.sources = use_moments(family, found.sources)
-    except DatasetError as error:
-        found.faults.append(Fault(UNUSABLE, str(error)))
-        return False
-    return True
+def _check_store(found: TableFindings, stores: Stores) -> None:
+    """Add remarks on the faults of a store as a whole."""
+    kind = "shards or folders are not whole; caching mends them"
+    found.remarks += [Fault(kind, line) for line in stores.of(found.table).faults()]
 
 
 def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
     """Compare the sources with their caches; decode those with too few known facts."""
     table = found.table
-    try:
-        plans, unreadable = _look_at(table, found.sources, recipe, workers)
-    except DatasetError as error:
-        found.faults.append(Fault(UNUSABLE, str(error)))
-        return
+    existing = {table.index: LatentNames(recipe.stores.of(table), recipe.tag, table.kind)}
+    looked, unreadable = plan_all(found.sources, existing, recipe, workers)
+
+    def decoded(plan: SourcePlan) -> SourcePlan:
+        media = decode_source(plan.source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+        return complete(plan, media, names_of(existing, plan.source), recipe)
+
+    plans = [plan for plan in looked if plan.missing is not None]
+    unknown = [plan for plan in looked if plan.missing is None]
+    bar = Bar(len(unknown), "Decoding", "source")
+    for _, result in decode_ahead(unknown, lambda plan: plan.source, decoded, workers, bar):
+        if isinstance(result, Failure):
+            unreadable.append(result)
+        else:
+            plans.append(result)
     found.buckets = Counter(item for plan in plans for item in plan.items)
     found.faults += [Fault("cannot be read", str(one), one.stem) for one in unreadable]
     for kind, lines in (
-        ("give no item", [(plan, plan.reason) for plan in plans if plan.reason is not None]),
-        ("give no item of some lengths", [(plan, plan.short) for plan in plans if plan.short is not None]),
+        ("give no item", [(plan.source, plan.reason) for plan in plans]),
+        ("give no item of some lengths", [(plan.source, plan.short) for plan in plans]),
     ):
-        found.remarks += [
-            Fault(kind, f"{plan.source.path}: {line}", plan.source.stem) for plan, line in lines
-        ]
+        told = [(one, line) for one, line in lines if line is not None]
+        found.remarks += [Fault(kind, f"{one.path}: {line}", one.stem) for one, line in told]
     if plans and not found.buckets:
         text = f"{table.name}: not one of its {len(plans)} {table.kind}s gives an item"
         found.faults.append(Fault(NO_ITEM, text))
@@ -232,37 +265,11 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
         kept = sum(len(plan.kept) for plan in plans)
         to_encode = sum(len(plan.missing or ()) for plan in plans)
         found.caches.append(f"caches: {kept} files are valid, {to_encode} items need encoding")
-        found.remarks += _store_remarks(recipe.stores.of(table))
-
-
-def _look_at(
-    table: DatasetTable, sources: Sequence[MediaSource], recipe: Recipe, workers: int
-) -> tuple[list[SourcePlan], list[Failure]]:
-    existing = {table.index: LatentNames(recipe.stores.of(table), recipe.tag, table.kind)}
-    plans, unreadable = plan_all(sources, existing, recipe, workers)
-
-    def decoded(plan: SourcePlan) -> SourcePlan:
-        media = decode_source(plan.source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
-        return complete(plan, media, names_of(existing, plan.source), recipe)
-
-    known = [plan for plan in plans if plan.missing is not None]
-    unknown = [plan for plan in plans if plan.missing is None]
-    for _, result in decode_ahead(
-        unknown, lambda plan: plan.source, decoded, workers, Bar(len(unknown), "Decoding", "source")
-    ):
-        if isinstance(result, Failure):
-            unreadable.append(result)
-        else:
-            known.append(result)
-    return known, unreadable
+        _check_store(found, recipe.stores)
 
 
 def _check_caches(
-    found: TableFindings,
-    items: Items,
-    cached: FoundItems,
-    latent: LatentSpec,
-    encoders: SameEncoders,
+    found: TableFindings, items: Items, cached: FoundItems, latent: LatentSpec, encoders: SameEncoders
 ) -> None:
     """Read every item of a table; add why some cannot be trained on."""
     folder = found.table.cache_directory
@@ -276,19 +283,19 @@ def _check_caches(
     ]
     if not items:
         found.faults.append(Fault(NO_ITEM, f"{found.table.name}: look in {folder}"))
-    remarks, stores = [], None if not items else stores_for(items[0], latent)
-    drops = [EMPTY] if items and items[0].table.drops_captions else []
+        return
+    stores = stores_for(items[0], latent)
+    drops = [EMPTY] if items[0].table.drops_captions else []
     # each caption, and the empty prompt once
     pairs = ((item, number) for item in items for number in range(item.captions))
-    for item, number in itertools.chain(pairs, ((item, number) for item in items[:1] for number in drops)):
+    for item, number in itertools.chain(pairs, ((items[0], number) for number in drops)):
         try:
             batch = read_batch([item], latent, encoders.commands, captions=[number], stores=stores)
-            said = encoders.difference(batch.made_by)
         except CacheError as error:
             found.faults.append(Fault("cannot be used", str(error).splitlines()[0], item.source_stem))
         else:
-            remarks += [] if said is None else said.splitlines()
-    found.caches += remarks
+            said = encoders.difference(batch.made_by)
+            found.caches += [] if said is None else said.splitlines()
 
 
 def _compare_sources(config: DatasetConfig, found: TableFindings, items: Items, counters: Counters) -> None:
@@ -302,10 +309,6 @@ def _compare_sources(config: DatasetConfig, found: TableFindings, items: Items, 
         return
     found.sources = sources.sources
     check_captions(sources, counters)
+    stems, kind = set(items.stems), "have no cache: too short, unreadable, or not cached yet"
     found.remarks += [*sources.faults, *sources.remarks]
-    stems = set(items.stems)
-    found.remarks += [
-        Fault("have no cache: too short, unreadable, or not cached yet", str(one.path), one.stem)
-        for one in found.sources
-        if one.stem not in stems
-    ]
+    found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if one.stem not in stems]

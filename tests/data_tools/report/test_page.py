@@ -8,7 +8,7 @@ import pytest
 
 from modules.pages.page import share_page
 from tests.browser import open_page
-from tests.dataset.reporting.making import (
+from tests.data_tools.report.making import (
     report,
     save_clip,
     save_copy,

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from dataset.reporting.copies import SAME_FLAT, group_copies
-from dataset.reporting.measuring import Measures
+from data_tools.report.copies import SAME_FLAT, group_copies
+from data_tools.report.looks import Measures
 from modules.media.measures import NEAR
 from tests.modules.media.hash_distance import hash_distance
 

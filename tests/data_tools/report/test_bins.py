@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dataset.reporting.bins import count_bins, summarise
+from data_tools.report.numbers import count_bins, summarise
 
 
 @pytest.mark.parametrize(

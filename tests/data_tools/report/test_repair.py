@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.checking.repair import repair_captions
+from data_tools.report.repair import repair_captions
 from dataset.config import DatasetConfig
 from dataset.options import GUESS
 from tests.dataset.making import make_image, make_table
@@ -22,10 +22,10 @@ def make_config(folder: Path, captions: dict[str, bytes]) -> DatasetConfig:
 
 def test_captions_are_converted_and_the_old_files_kept(tmp_path: Path) -> None:
     old = {"a": GERMAN.encode("cp1252"), "b": GERMAN.encode("utf-16"), "c": GERMAN.encode()}
-    repairs = repair_captions(make_config(tmp_path, old), GUESS)
+    lines, left = repair_captions(make_config(tmp_path, old), GUESS)
 
-    assert repairs.num_left == 0
-    assert repairs.lines[0].startswith("2 captions converted")
+    assert left == 0
+    assert lines[0].startswith("2 captions converted")
     for name in old:
         assert (tmp_path / f"{name}.txt").read_text(encoding="utf-8") == GERMAN
     assert (tmp_path / "a.txt.bak").read_bytes() == old["a"]
@@ -36,20 +36,20 @@ def test_captions_are_converted_and_the_old_files_kept(tmp_path: Path) -> None:
 def test_an_unsure_guess_is_left_and_named_and_can_be_given(tmp_path: Path) -> None:
     config = make_config(tmp_path, {"a": "naïve".encode("cp1252")})
 
-    repairs = repair_captions(config, GUESS)
+    lines, left = repair_captions(config, GUESS)
 
-    assert repairs.num_left == 1
-    assert "--repair_captions cp1252" in repairs.lines[1]
+    assert left == 1
+    assert "--repair_captions cp1252" in lines[1]
     assert (tmp_path / "a.txt").read_bytes() == "naïve".encode("cp1252")
-    assert repair_captions(config, "cp1252").num_left == 0
+    assert repair_captions(config, "cp1252")[1] == 0
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "naïve"
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00\xd8", b"\x89PNG\r\n\x1a\n\x00\x00\xff"])
 def test_what_is_no_text_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
-    repairs = repair_captions(make_config(tmp_path, {"a": content}), GUESS)
+    lines, left = repair_captions(make_config(tmp_path, {"a": content}), GUESS)
 
-    assert repairs.num_left == 1
+    assert left == 1
     assert (tmp_path / "a.txt").read_bytes() == content
 
 
@@ -57,8 +57,8 @@ def test_an_older_backup_is_never_replaced(tmp_path: Path) -> None:
     config = make_config(tmp_path, {"a": GERMAN.encode("cp1252")})
     (tmp_path / "a.txt.bak").write_bytes(b"older")
 
-    repairs = repair_captions(config, GUESS)
+    lines, left = repair_captions(config, GUESS)
 
-    assert "a.txt.bak is there already" in repairs.lines[1]
+    assert "a.txt.bak is there already" in lines[1]
     assert (tmp_path / "a.txt").read_bytes() == GERMAN.encode("cp1252")
     assert (tmp_path / "a.txt.bak").read_bytes() == b"older"
