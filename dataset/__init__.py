@@ -3,7 +3,6 @@
 batches/: cached items in the order of training
 cache/: cache files: names, contents, and what they were made from
 caching/: the caching loop and its two halves
-cogvideox/: prepare clips in CogVideoX form, encoded
 commands: run a caching script after its options are read
 config: read a dataset configuration to frozen tables
 config_keys: keys of a configuration: values, defaults, tables

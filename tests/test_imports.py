@@ -59,11 +59,10 @@ FLOORS = {
         {"sources"},
         {"cache"},
         {"batches", "caching"},
-        {"cogvideox"},
         {"commands"},
         {"scripts"},
     ),
-    "data_tools": ({"captions", "cutting", "report"},),
+    "data_tools": ({"captions", "cogvideox", "cutting", "report"},),
     "post": (
         {"contract", "model_places", "run_options", "streaming", "tiling"},
         {"pixels", "precision"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT, run_script
-from tests.dataset.cogvideox.making import write_data, write_wan_pipeline
+from tests.data_tools.cogvideox.making import write_data, write_wan_pipeline
 
 SETTINGS = [
     *("--height_buckets", "64", "--width_buckets", "64", "--frame_buckets", "13", "--device", "cpu"),

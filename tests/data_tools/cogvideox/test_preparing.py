@@ -23,7 +23,7 @@ from hunyuan_model.vae import load_vae as load_hunyuan_vae
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
-from tests.dataset.cogvideox.making import (
+from tests.data_tools.cogvideox.making import (
     NAMES,
     write_config,
     write_data,

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.cogvideox.options import SIDES, ShapeOptions
-from dataset.cogvideox.shapes import (
-    Draws,
+from data_tools.cogvideox.clips import (
     batches_by_shape,
     choose_frames,
     choose_size,
-    frame_indices,
     read_clip,
     shape_frame,
 )
+from data_tools.cogvideox.options import SIDES, ShapeOptions
 from modules.errors import MediaError
 from tests.dataset.making import frame_numbers, make_clip, make_frames
 
@@ -55,12 +53,6 @@ def test_a_clip_takes_the_nearest_number_of_frames_that_it_has(
     assert choose_frames(available, buckets, most) == expected
 
 
-@pytest.mark.parametrize(("available", "count"), [(49, 49), (98, 49), (97, 49), (200, 49), (17, 4)])
-def test_frames_are_evenly_spaced_from_the_first(available: int, count: int) -> None:
-    plain = list(range(0, available, available // count))[:count]
-    assert list(frame_indices(available, count)) == plain
-
-
 @pytest.mark.parametrize("size", [(1920, 1080), (300, 200), (1000, 1000), (448, 352), (5000, 10)])
 def test_the_size_is_the_nearest_of_all_pairs(size: tuple[int, int]) -> None:
     pairs = list(itertools.product(SIDES, SIDES))
@@ -76,7 +68,7 @@ def test_without_a_mode_a_frame_is_resized_whatever_its_proportions() -> None:
     frame = picture(50, 30)
     plain = np.array(Image.fromarray(frame).resize((32, 64), Image.Resampling.BICUBIC))
 
-    shaped = shape_frame(frame, (32, 64), shape(), Draws((0.5, 0.5), False))
+    shaped = shape_frame(frame, (32, 64), shape(), ((0.5, 0.5), False))
 
     assert np.array_equal(shaped, plain)
 
@@ -88,8 +80,8 @@ def test_with_a_mode_it_is_resized_to_cover_and_cut(mode: str, place: tuple[floa
     frame = picture(106, 64)  # half of it covers 32 x 32, and 21 columns are too many
     plain = cv2.resize(frame, (53, 32), interpolation=cv2.INTER_AREA)[:, left : left + 32]
 
-    shaped = shape_frame(frame, (32, 32), shape(video_reshape_mode=mode), Draws(place, False))
-    flipped = shape_frame(frame, (32, 32), shape(video_reshape_mode=mode), Draws(place, True))
+    shaped = shape_frame(frame, (32, 32), shape(video_reshape_mode=mode), (place, False))
+    flipped = shape_frame(frame, (32, 32), shape(video_reshape_mode=mode), (place, True))
 
     assert np.array_equal(shaped, plain)
     assert np.array_equal(flipped, plain[:, ::-1])

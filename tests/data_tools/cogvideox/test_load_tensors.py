@@ -16,7 +16,7 @@ from hunyuan_model.vae import load_vae as load_hunyuan_vae
 from modules.errors import DatasetError, UserError
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
-from tests.dataset.cogvideox.making import NAMES, save, write_config, write_data
+from tests.data_tools.cogvideox.making import NAMES, save, write_config, write_data
 from tests.tiny.hunyuan_vae import write_vae
 from tests.tiny.wan_encoders import vae22_tensors, vae_tensors
 from wan.vae import load_vae as load_wan_vae

@@ -10,11 +10,11 @@ import transformers
 
 import prepare_dataset
 import wan_cache_latents
-from dataset.cogvideox.pipeline import CogTextEncoder, usable_frames
+from data_tools.cogvideox.models import CogTextEncoder, usable_frames
 from modules.errors import DatasetError
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
-from tests.dataset.cogvideox.making import NAMES, write_config, write_data
+from tests.data_tools.cogvideox.making import NAMES, write_config, write_data
 from tests.tiny.project import CAPTIONS
 from tests.tiny.wan_encoders import vae_tensors, write_tokenizer
 
