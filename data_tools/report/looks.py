@@ -114,7 +114,7 @@ def cut_percent(fit: Fit) -> float:
 def measure(source: MediaSource, fps: float, steps: Steps) -> Look:
     """Decode a source as caching does, with its control media and mask, and measure its used frames."""
     sample = EvenFrames(_reducer())
-    found = _read(source, fps, steps, sample.add)
+    found = _look_over(source, fps, steps, sample.add)
     if "problem" not in found and (source.control or source.mask_from is not None):
         try:
             decode_source(source, fps, steps.pixel_step, steps.frame_step)
@@ -140,7 +140,7 @@ def show(source: MediaSource, fps: float, steps: Steps, shown: StripSize) -> Loo
         return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
 
     sample = EvenFrames(reduce)
-    found = _read(source, fps, steps, sample.add)
+    found = _look_over(source, fps, steps, sample.add)
     if sample.frames:
         widest = max(frame.shape[1] for frame in sample.frames)
         most = min(MOST_FRAMES, (shown.width + GAP) // (widest + GAP))
@@ -169,7 +169,9 @@ def read_header(source: MediaSource, fps: float, steps: Steps) -> Look:
     )
 
 
-def _read(source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None]) -> dict[str, Any]:
+def _look_over(
+    source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None]
+) -> dict[str, Any]:
     """Hand each used frame of a source to `take`, at its own size; return what was found, for `Look`."""
     found: dict[str, Any] = {"used": 0, "spans": ()}
     table = source.table
