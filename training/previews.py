@@ -74,13 +74,14 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
             counters,
         )
     else:  # some are yet to be encoded by the training itself
-        result = checks.check_media(family, config, workers, skip_existing=False, encodes_media=False)
+        result = checks.check_caching(family, config, workers, False, parts=[checks.MEDIA])
         places = [
             f"{plan.table.name}: latents are {plan.latents.value}, embeddings of captions {plan.texts.value}"
             for plan in plans
         ]
-        result = replace(result, head=("Where the training has them:", *findings.indent(places)))
-    code: int = checks.tell_check(result, family, config, options.loop.page, counters, workers)
+        head = ("Where the training has them:", *findings.indent(places))
+        result = replace(result, head=head, counters=counters)
+    code: int = checks.tell_check(result, family, config, options.loop.page, workers)
     return code
 
 

@@ -1,9 +1,11 @@
 """`--check`: report totals and all faults of a configuration, before a long run."""
 
+import contextlib
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from data_tools.report.findings import (
     NO_COUNTERS,
@@ -15,7 +17,6 @@ from data_tools.report.findings import (
     count_batches,
     find_table,
     indent,
-    join_findings,
     load_counters,
 )
 from data_tools.report.page import write_check_page
@@ -43,11 +44,12 @@ from dataset.sources.faults import Fault
 from dataset.sources.rates import find_wrong_rates
 from modules.bars import Bar
 from modules.contract.data import LatentSpec, MediaTable
-from modules.contract.family import Described
+from modules.contract.family import Described, TextEncoder
 from modules.control_codes import escape_control_codes
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.paths import is_address
 
+MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # what there is to check
 NO_ITEM = "tables have no item to train on"
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
 
@@ -55,34 +57,29 @@ TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the te
 def check_latent_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
     """Run --check of a script that caches latents; returns the exit code."""
     _repair(config, options)
-    result = check_media(family, config, workers_of(options), options.skip_existing, verify=options.verify)
-    return tell_check(result, family, config, options.page, TOKENS_ELSEWHERE, workers_of(options))
+    workers = workers_of(options)
+    result = check_caching(family, config, workers, options.skip_existing, options.verify)
+    result = replace(result, counters=TOKENS_ELSEWHERE)
+    return tell_check(result, family, config, options.page, workers)
 
 
 def check_text_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
     """Run --check of a script that caches texts; returns the exit code."""
     _repair(config, options)
-    skip, verify, workers = options.skip_existing, options.verify, workers_of(options)
-    result = check_texts(family, config, skip, verify)
-    if options.page.html is not None:  # it shows the media too
-        media = check_media(family, config, workers, skip, encodes_media=False, verify=verify)
-        result = join_findings(media, result)
-    return tell_check(result, family, config, options.page, load_counters(family.text_encoders), workers)
+    workers = workers_of(options)
+    parts = (TEXTS,) if options.page.html is None else (MEDIA, TEXTS)  # the page shows the media too
+    result = check_caching(family, config, workers, options.skip_existing, options.verify, parts)
+    return tell_check(result, family, config, options.page, workers)
 
 
 def tell_check(
-    result: CheckResult,
-    family: Described,
-    config: DatasetConfig,
-    page: CheckPageOptions,
-    counters: Counters,
-    workers: int,
+    result: CheckResult, family: Described, config: DatasetConfig, page: CheckPageOptions, workers: int
 ) -> int:
     """Print the findings, and write the page if it is asked for; returns the exit code."""
     sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
     if page.html is not None:
-        fps, most = family.defaults.fps, page.html_items
-        write_check_page(page.html, config, result, counters, family.latent, fps, most, workers)
+        fps = family.defaults.fps
+        write_check_page(page.html, config, result, family.latent, fps, page.html_items, workers)
     return result.exit_code
 
 
@@ -92,93 +89,79 @@ def _repair(config: DatasetConfig, options: CachingOptions) -> None:
         sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
 
 
-def check_media(
+def check_caching(
     family: Caches,
     config: DatasetConfig,
     workers: int,
     skip_existing: bool,
-    encodes_media: bool = True,
     verify: bool = False,
+    parts: Sequence[str] = (MEDIA, LATENTS),
 ) -> CheckResult:
-    """Report the plan of latent caching. verify: read all cache files again.
+    """Report what caching would do. Nothing is encoded or written, and no encoder is loaded.
 
-    Sources whose records are missing or outdated are decoded; nothing is encoded or written. encodes_media:
-    False if the family was made for another script, without the options of latent caching.
+    verify: read all cache files again. parts: MEDIA for what the sources give; those whose records are
+    missing or outdated are decoded. LATENTS for their caches, unless the family was made for another script,
+    without the options of latent caching. TEXTS for caches of captions, and those longer than an encoder
+    reads; without the encoders' files only the captions are checked.
     """
-    encoder: dict[str, str] = {}
+    media, latents, texts = (part in parts for part in (MEDIA, LATENTS, TEXTS))
+    identity: dict[str, str] = {}
+    encoders: list[tuple[TextEncoder, dict[str, str]]] = []
     files: list[str] = []
-    if encodes_media:
-        try:
-            encoder = dict(family.media_identity)
-            files = describe_identity(encoder)
-        except OptionError as error:
-            files = [f"caches are not compared: {error}"]
+    counters = load_counters(family.text_encoders) if texts else NO_COUNTERS
+    try:
+        if latents:
+            identity = dict(family.media_identity)
+            files += describe_identity(identity)
+    except OptionError as error:
+        files.append(f"caches are not compared: {error}")
+    if texts:
+        with contextlib.suppress(OptionError):  # an encoder was not given: `counters` says which
+            encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
+        files += [line for _, one in encoders for line in describe_identity(one)]
 
     def sections(table: MediaTable, frames: int) -> int | None:
         # whether images are taken alone is an option of latent caching
-        is_whole = table.kind == "image" and not encodes_media
-        return None if is_whole else family.sections_of(table, frames)
+        return None if table.kind == "image" and not latents else family.sections_of(table, frames)
 
-    latent, fps, index = family.latent, family.defaults.fps, latent_index(verify)
-    stores = Stores(npz_names(family))
-    recipe = Recipe(family.cache_tag, encoder, latent, fps, skip_existing, sections, stores, index)
-    tables = []
+    latent, stores, tables = family.latent, Stores(npz_names(family)), []
+    given = latent, family.defaults.fps, skip_existing, sections, stores, latent_index(verify)
+    recipe = Recipe(family.cache_tag, identity, *given)
     for table in config.datasets:
         found = find_table(config, table)
-        if encodes_media:
-            _check_form(found, family)
-        if found.sources:
+        forms = other_form(table, family.cache_tag) if latents or texts else ()
+        found.faults += [Fault("cache folders are in the other form", line) for line in forms]
+        if media and found.sources:
             try:
                 check_resolution(table, latent.pixel_step)
-                if encodes_media:
+                if latents:
                     family.check_table(media_table(table, any(source.control for source in found.sources)))
                     found.sources = use_moments(family, found.sources)
                 _check_sources(found, recipe, workers)
             except DatasetError as error:
                 found.unusable(error)
             found.faults += find_wrong_rates(found.sources)
-            check_captions(found)
-        found.title = f"{table.name}: {len(found.sources)} {table.kind}s, {found.num_items} items"
+        if texts:
+            captions = list_caption_files(found.sources, family.cache_tag)
+            known, missing = KnownTexts(stores, text_index(verify)), Counter[str]()
+            for text in captions:
+                missing.update(plan_text(stores.of(table), text, encoders, skip_existing, known).missing)
+            for encoder, _ in encoders:
+                valid, to_do = len(captions) - missing[encoder.name], missing[encoder.name]
+                line = f"caches of {encoder.name}: {valid} are valid, {to_do} captions need encoding"
+                found.caches.append(line)
+        if texts or (found.sources and identity):
+            kind = "shards or folders are not whole; caching mends them"
+            found.remarks += [Fault(kind, line) for line in stores.of(table).faults()]
+        check_captions(found, counters)
+        items = f", {found.num_items} items" if media else ""
+        found.title = f"{table.name}: {len(found.sources)} {table.kind}s{items}"
         tables.append(found)
     balance(tables)
-    batches = count_batches(tables)
-    tail = f"Training on all of it: {batches} batches an epoch, as many steps without accumulation"
-    return CheckResult(("Files recognised:", *indent(files)), tuple(tables), (tail,))
-
-
-def check_texts(
-    family: Caches, config: DatasetConfig, skip_existing: bool, verify: bool = False
-) -> CheckResult:
-    """Report the plan of text caching, and captions longer than an encoder reads.
-
-    No encoder is loaded. Without the encoders' files only the captions are checked. verify: read all cache
-    files again.
-    """
-    counters = load_counters(family.text_encoders)
-    try:
-        encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
-    except OptionError:  # an encoder was not given: `counters` says which
-        encoders = []
-    files = [line for _, identity in encoders for line in describe_identity(identity)]
-    tables = []
-    for table in config.datasets:
-        found = find_table(config, table)
-        _check_form(found, family)
-        texts = list_caption_files(found.sources, family.cache_tag)
-        stores = Stores(npz_names(family))
-        store, known = stores.of(table), KnownTexts(stores, text_index(verify))
-        missing: Counter[str] = Counter()
-        for text in texts:
-            missing.update(plan_text(store, text, encoders, skip_existing, known).missing)
-        for encoder, _ in encoders:
-            to_do = missing[encoder.name]
-            kept = len(texts) - to_do
-            found.caches.append(f"caches of {encoder.name}: {kept} are valid, {to_do} captions need encoding")
-        _check_store(found, stores)
-        check_captions(found, counters)
-        found.title = f"{table.name}: {len(found.sources)} {table.kind}s"
-        tables.append(found)
-    return CheckResult(("Files recognised:", *indent([*files, *counters.missing])), tuple(tables))
+    batches = f"{count_batches(tables)} batches an epoch, as many steps without accumulation"
+    tail = (f"Training on all of it: {batches}",) if media else ()
+    head = ("Files recognised:", *indent([*files, *counters.missing]))
+    return CheckResult(head, tuple(tables), tail, counters)
 
 
 def check_training(
@@ -215,18 +198,7 @@ def check_training(
     tail = [f"An epoch: {order.num_items} items with repeats, {order.num_batches} batches, {steps}"]
     if any(found.faults for found in tables):
         tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
-    return CheckResult(head, tuple(tables), tuple(tail))
-
-
-def _check_form(found: TableFindings, family: Caches) -> None:
-    lines = other_form(found.table, family.cache_tag)
-    found.faults += [Fault("cache folders are in the other form", line) for line in lines]
-
-
-def _check_store(found: TableFindings, stores: Stores) -> None:
-    """Add remarks on the faults of a store as a whole."""
-    kind = "shards or folders are not whole; caching mends them"
-    found.remarks += [Fault(kind, line) for line in stores.of(found.table).faults()]
+    return CheckResult(head, tuple(tables), tuple(tail), counters)
 
 
 def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
@@ -265,7 +237,6 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
         kept = sum(len(plan.kept) for plan in plans)
         to_encode = sum(len(plan.missing or ()) for plan in plans)
         found.caches.append(f"caches: {kept} files are valid, {to_encode} items need encoding")
-        _check_store(found, recipe.stores)
 
 
 def _check_caches(

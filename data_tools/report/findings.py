@@ -4,7 +4,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.report.looks import Look
@@ -76,12 +76,27 @@ class TableFindings:
 
 
 @dataclass(frozen=True)
+class Counters:
+    """How the text encoders count tokens, and why some cannot."""
+
+    by_name: tuple[tuple[str, CountTokens], ...] = ()
+    missing: tuple[str, ...] = ()  # lines
+
+    def count(self, caption: str) -> list[tuple[str, TokenCount]]:
+        return [(name, count(caption)) for name, count in self.by_name]
+
+
+NO_COUNTERS = Counters()
+
+
+@dataclass(frozen=True)
 class CheckResult:
     """Findings in each table, with lines to print before and after."""
 
     head: tuple[str, ...]
-    tables: tuple[TableFindings, ...] = ()
-    tail: tuple[str, ...] = ()
+    tables: tuple[TableFindings, ...]
+    tail: tuple[str, ...]
+    counters: Counters  # for the page
 
     @property
     def num_faults(self) -> int:
@@ -106,23 +121,6 @@ class CheckResult:
         verdict = f"Something is wrong: see above. Faults: {faults}." if faults else "Nothing is wrong."
         tables = [line for found in self.tables for line in found.lines()]
         return [*self.head, *tables, *self.tail, verdict + (f" Remarks above: {remarks}." if remarks else "")]
-
-
-def join_findings(first: CheckResult, second: CheckResult) -> CheckResult:
-    """Return the findings of two checks of one configuration, each fault once."""
-    tables = [
-        replace(
-            one,
-            sources=one.sources or other.sources,
-            buckets=one.buckets or other.buckets,
-            faults=list(dict.fromkeys([*one.faults, *other.faults])),
-            remarks=list(dict.fromkeys([*one.remarks, *other.remarks])),
-            caches=[*one.caches, *other.caches],
-        )
-        for one, other in zip(first.tables, second.tables, strict=True)
-    ]
-    head = (*first.head, *(line for line in second.head if line not in first.head))
-    return CheckResult(head, tuple(tables), (*first.tail, *second.tail))
 
 
 def balance(tables: Sequence[TableFindings]) -> None:
@@ -205,20 +203,6 @@ def _check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None
 
 # --- captions
 # ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Counters:
-    """How the text encoders count tokens, and why some cannot."""
-
-    by_name: tuple[tuple[str, CountTokens], ...] = ()
-    missing: tuple[str, ...] = ()  # lines
-
-    def count(self, caption: str) -> list[tuple[str, TokenCount]]:
-        return [(name, count(caption)) for name, count in self.by_name]
-
-
-NO_COUNTERS = Counters()
 
 
 def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counters:

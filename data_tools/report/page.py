@@ -89,7 +89,6 @@ def write_check_page(
     path: Path,
     config: DatasetConfig,
     result: CheckResult,
-    counters: Counters,
     latent: Steps,
     fps: float,
     most: int,
@@ -99,7 +98,7 @@ def write_check_page(
 
     Raises OutputError if the page cannot be written.
     """
-    cards = _make_cards(result.tables, counters, latent, fps, most, workers, CHECK_STRIP)
+    cards = _make_cards(result.tables, result.counters, latent, fps, most, workers, CHECK_STRIP)
     files = sum(len(found.sources) for found in result.tables)
     values = {
         "result": result,
@@ -115,7 +114,7 @@ def write_check_page(
             )
             for found in result.tables
         ],
-        "missing": list(map(escape_control_codes, counters.missing)),
+        "missing": list(map(escape_control_codes, result.counters.missing)),
         "tail": list(map(escape_control_codes, result.tail)),
         "files": files,
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_tools.report.check import check_media
+from data_tools.report.check import check_caching
 from dataset.batches.finding import CachingCommands, find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import write_tensors
@@ -79,7 +79,7 @@ def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_
     with pytest.raises(DatasetError, match=r"data\.toml, \[\[datasets\]\] 1 .*: it is no good"):
         cache_media(family, config, options())
     assert (family.loaded, family.seen, (tmp_path / "cache").exists()) == (0, [], False)
-    result = check_media(family, config, workers=1, skip_existing=False)
+    result = check_caching(family, config, 1, False)
     assert result.exit_code == 1
     assert "it is no good" in "\n".join(result.lines)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_tools.report.check import check_media
+from data_tools.report.check import check_caching
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry
@@ -177,7 +177,7 @@ def test_a_rerun_needs_no_download_and_a_changed_caption_makes_its_text_only(
     asked, family = len(site.asked), ToyFamily()
 
     assert cache_media(family, config, options()).kept == 3
-    assert check_media(family, config, 1, False).exit_code == 0
+    assert check_caching(family, config, 1, False).exit_code == 0
     assert cache_texts(family, config, options()).written == 1
 
     assert len(site.asked) == asked

@@ -2,7 +2,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
-from data_tools.report.check import check_media, check_texts, check_training
+from data_tools.report.check import check_caching, check_training
 from dataset.batches.finding import CachingCommands
 from dataset.caching.loop import cache_media, cache_texts
 from modules.errors import OptionError
@@ -15,7 +15,7 @@ COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py 
 def test_a_sound_dataset_is_described(tmp_path: Path) -> None:
     config = make_config(tmp_path, clips=(9, 9, 12), target_frames=(5, 9), batch_size=2, num_repeats=3)
     family = ToyFamily()
-    result = check_media(family, config, workers=1, skip_existing=False)
+    result = check_caching(family, config, 1, False)
     text = "\n".join(result.lines)
     assert result.exit_code == 0
     assert "3 videos, 6 items" in text
@@ -31,7 +31,7 @@ def test_everything_wrong_is_listed_with_its_reason(tmp_path: Path) -> None:
     config = make_config(tmp_path, clips=(9, 3, 9, 9))
     (tmp_path / "clip_2.txt").unlink()
     (tmp_path / "clip_3.mp4").write_bytes(b"no video")
-    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
+    result = check_caching(ToyFamily(), config, 1, False)
     text = "\n".join(result.lines)
     assert result.exit_code == 1
     assert "clip_1.mp4: 3 frames, the shortest of target_frames is 5" in text
@@ -50,7 +50,7 @@ def test_without_the_encoder_the_rest_is_checked(tmp_path: Path) -> None:
         def media_identity(self) -> dict[str, str]:
             raise OptionError("--vae is missing")
 
-    result = check_media(cast(Any, NoFiles()), make_config(tmp_path), workers=1, skip_existing=False)
+    result = check_caching(cast(Any, NoFiles()), make_config(tmp_path), workers=1, skip_existing=False)
     assert result.exit_code == 0
     assert any("caches are not compared: --vae is missing" in line for line in result.lines)
 
@@ -59,10 +59,10 @@ def test_text_caches_are_counted(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     cache_texts(ToyFamily(), config, options())
     (tmp_path / "clip_0.txt").write_text("new", encoding="utf-8")
-    result = check_texts(ToyFamily(), config, skip_existing=False)
+    result = check_caching(ToyFamily(), config, 1, False, parts=["texts"])
     assert "  caches of t5: 1 are valid, 1 captions need encoding" in result.lines
     (tmp_path / "clip_1.txt").unlink()
-    assert check_texts(ToyFamily(), config, skip_existing=False).exit_code == 1
+    assert check_caching(ToyFamily(), config, 1, False, parts=["texts"]).exit_code == 1
 
 
 def test_training_is_told_its_batches_and_steps(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> Non
     absent = dataclasses.replace(config.datasets[0], index=1, directory=tmp_path / "absent")
     config = dataclasses.replace(config, datasets=(*config.datasets, absent))
 
-    result = check_media(ToyFamily(), config, workers=1, skip_existing=False)
+    result = check_caching(ToyFamily(), config, 1, False)
 
     text = "\n".join(result.lines)
     for part in (

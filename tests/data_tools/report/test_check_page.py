@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.report.check import check_media, check_texts
-from data_tools.report.findings import TableFindings, join_findings, load_counters
+from data_tools.report.check import check_caching
+from data_tools.report.findings import TableFindings
 from data_tools.report.looks import draw_crop, show
 from data_tools.report.page import CHECK_STRIP, choose_sources, write_check_page
 from dataset.config import DatasetConfig
@@ -25,11 +25,9 @@ HOSTILE = "<script>alert(1)</script> \"'><img src=x onerror=alert(2)> {{ 7 * 7 }
 
 def write_page(folder: Path, config: DatasetConfig, most: int = 500) -> Path:
     family = ToyFamily()
-    media = check_media(family, config, workers=1, skip_existing=False)
-    result = join_findings(media, check_texts(family, config, skip_existing=False))
+    result = check_caching(family, config, 1, False, parts=["media", "latents", "texts"])
     path = folder / "check.html"
-    counters = load_counters(family.text_encoders)
-    write_check_page(path, config, result, counters, LATENT, 16.0, most, workers=1)
+    write_check_page(path, config, result, LATENT, 16.0, most, workers=1)
     return path
 
 

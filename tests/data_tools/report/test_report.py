@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.report.check import check_media
+from data_tools.report.check import check_caching
 from dataset.caching.loop import cache_media
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError
@@ -166,7 +166,7 @@ def test_items_are_those_that_caching_makes(tmp_path: Path) -> None:
     broken = {(one["path"], one["table"]) for one in result["broken"]}
     assert broken == {(str(one.path), one.table + 1) for one in cached.failures}
     assert sorted(Path(path).name for path, _ in broken) == ["none.mp4", "small.png", "y.png"]
-    checked = check_media(ToyFamily(), loaded, workers=1, skip_existing=False)
+    checked = check_caching(ToyFamily(), loaded, 1, False)
     for table, expected in zip(result["tables"][:3], checked.tables, strict=False):
         sizes = {(one["width"], one["height"], one["frames"]): one["items"] for one in table["buckets"]}
         assert sizes == expected.buckets

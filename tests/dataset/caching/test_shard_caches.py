@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_tools.report.check import check_media, check_texts, check_training
+from data_tools.report.check import check_caching, check_training
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.catalog import list_shards
@@ -96,9 +96,12 @@ def test_a_second_run_finds_all_valid_and_changes_no_file(copy: Callable[[str], 
     assert cache_texts(family, config, options()).kept == COUNT
     assert (family.loaded, family.seen) == (0, [])
     assert files(config) == before
-    assert "  caches: 12 files are valid, 0 items need encoding" in check_media(two(), config, 1, False).lines
     assert (
-        "  caches of llm: 12 are valid, 0 captions need encoding" in check_texts(two(), config, False).lines
+        "  caches: 12 files are valid, 0 items need encoding" in check_caching(two(), config, 1, False).lines
+    )
+    assert (
+        "  caches of llm: 12 are valid, 0 captions need encoding"
+        in check_caching(two(), config, 1, False, parts=["texts"]).lines
     )
 
 
@@ -134,7 +137,7 @@ def test_what_changed_is_made_again_and_what_is_gone_is_removed(copy: Callable[[
 def test_shards_beside_the_pictures_are_no_sources(tmp_path: Path) -> None:
     config = make(tmp_path, "shards", cache_directory=tmp_path)
     assert cache(config) == (COUNT, COUNT)
-    assert check_media(two(), config, 1, False).lines[-1] == "Nothing is wrong."
+    assert check_caching(two(), config, 1, False).lines[-1] == "Nothing is wrong."
     tars = make_table(tmp_path, "image_directory", directory=None, tars=(str(tmp_path / "*.tar"),))
     with pytest.raises(DatasetError, match=r"\*\.tar: no such file"):
         find_sources(tars)
@@ -173,7 +176,10 @@ def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
         read_batch(require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS), LATENT, COMMANDS)
 
     if how == "cut":
-        for planned in (check_media(two(), config, 1, False), check_texts(two(), config, False)):
+        for planned in (
+            check_caching(two(), config, 1, False),
+            check_caching(two(), config, 1, False, parts=["texts"]),
+        ):
             assert planned.exit_code == 0
             assert f"    {path} has no end: it was cut" in "\n".join(planned.lines)
     made = sum(cache(config))
