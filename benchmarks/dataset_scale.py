@@ -168,8 +168,8 @@ def _commands() -> "object":
 
 def plan(path: Path, phase: str) -> None:
     """Run caching or a check over items that are all valid."""
+    from data_tools.report.check import check_caching, check_training
     from dataset.caching.loop import cache_media, cache_texts
-    from dataset.check import check_media, check_texts, check_training
     from dataset.config import load_dataset_config
     from tests.dataset.toy_family import LATENT, ToyFamily, options
 
@@ -180,8 +180,8 @@ def plan(path: Path, phase: str) -> None:
         assert (report.written, report.removed) == (0, 0), report
         return
     checks: dict[str, Callable[[], object]] = {
-        "check_latents": lambda: check_media(family, config, 1, False),
-        "check_texts": lambda: check_texts(family, config, False),
+        "check_latents": lambda: check_caching(family, config, 1, False),
+        "check_texts": lambda: check_caching(family, config, 1, False, parts=["texts"]),
         "check_training": lambda: check_training(config, "toy", LATENT, text_keys=frozenset({"t5"})),
     }
     result = checks[phase]()
@@ -190,7 +190,7 @@ def plan(path: Path, phase: str) -> None:
 
 def measure(path: Path, phase: str) -> None:
     """Print what a phase costs. For a process of its own."""
-    import dataset.check  # noqa: F401
+    import data_tools.report.check  # noqa: F401
     import training.planning.memory  # noqa: F401
     from tests.dataset.toy_family import ToyFamily  # noqa: F401
     from tests.training.toy import toy_options  # noqa: F401

@@ -1,5 +1,7 @@
-"""Tools round a dataset, used before caching: captions, and clips cut from footage.
+"""Tools round a dataset, used before caching: captions, clips cut from footage, reports.
 
 captions/: write and edit captions with a vision-language model
+cogvideox/: prepare clips in CogVideoX form, encoded
 cutting/: find scenes in footage, and write clips of them
+report/: faults and pages of a dataset, frames a model sees
 """

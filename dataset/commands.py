@@ -1,27 +1,17 @@
 """Run a caching script after its options are read: show the model's inputs, check, or cache."""
 
-import sys
 import time
-from collections.abc import Sequence
 
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.planning import Caches
 from dataset.caching.reports import CacheReport, conclude
 from dataset.caching.work import workers_of
-from dataset.check import check_media, check_texts
-from dataset.checking.captions import Counters, load_counters
-from dataset.checking.findings import CheckResult, join_findings
-from dataset.checking.page import write_check_page
-from dataset.checking.repair import repair_captions
 from dataset.config import DatasetConfig
-from dataset.debug_views import show_datasets
 from dataset.options import CachingOptions, DebugOptions
 from modules.console import Row, in_words
-from modules.control_codes import escape_control_codes
 from modules.devices import choose_device, leave_cudnn_out
+from modules.installation import import_own
 from modules.planning.device_memory import peak_in_words
-
-TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
 
 
 def run_latent_caching(
@@ -32,14 +22,10 @@ def run_latent_caching(
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
     if debug.debug_mode is not None:
-        conclude(show_datasets(family, config, debug, workers_of(options)))
+        views = import_own("data_tools.report.views")
+        conclude(views.show_datasets(family, config, debug, workers_of(options)))
     elif options.check:
-        _repair(config, options)
-        workers = workers_of(options)
-        result = check_media(family, config, workers, options.skip_existing, verify=options.verify)
-        _say(result.lines)
-        _write_page(family, config, options, result, TOKENS_ELSEWHERE)
-        raise SystemExit(result.exit_code)
+        raise SystemExit(import_own("data_tools.report.check").check_latent_caching(family, config, options))
     else:
         _prepare(options)
         start = time.monotonic()
@@ -55,17 +41,7 @@ def run_text_caching(
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
     if options.check:
-        _repair(config, options)
-        result = check_texts(family, config, options.skip_existing, options.verify)
-        if options.page.html is not None:  # it shows the media too
-            workers = workers_of(options)
-            media = check_media(
-                family, config, workers, options.skip_existing, encodes_media=False, verify=options.verify
-            )
-            result = join_findings(media, result)
-        _say(result.lines)
-        _write_page(family, config, options, result, load_counters(family.text_encoders))
-        raise SystemExit(result.exit_code)
+        raise SystemExit(import_own("data_tools.report.check").check_text_caching(family, config, options))
     _prepare(options)
     start = time.monotonic()
     report = cache_texts(family, config, options)
@@ -98,22 +74,3 @@ def _costs(options: CachingOptions, start: float) -> list[Row]:
     """Return the rows of a box about time and memory. start: of `time.monotonic`."""
     memory = peak_in_words(choose_device(options.device))
     return [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
-
-
-def _repair(config: DatasetConfig, options: CachingOptions) -> None:
-    if options.repair_captions is not None:
-        _say(repair_captions(config, options.repair_captions).lines)
-
-
-def _write_page(
-    family: Caches, config: DatasetConfig, options: CachingOptions, result: CheckResult, counters: Counters
-) -> None:
-    page, fps = options.page, family.defaults.fps
-    if page.html is not None:
-        write_check_page(
-            page.html, config, result, counters, family.latent, fps, page.html_items, workers_of(options)
-        )
-
-
-def _say(lines: Sequence[str]) -> None:
-    sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")

@@ -12,7 +12,7 @@ from modules.options import Options, option, read_options
 from modules.parser import Parser, add_options
 
 LATENT_SCRIPTS = tuple(f"{entry.cache}_latents" for entry in WITH_SCRIPTS.values())
-TEXT_SCRIPTS = tuple(f"{entry.cache}_text_encoder_outputs" for entry in WITH_SCRIPTS.values())
+SCRIPTS = (*LATENT_SCRIPTS, *(f"{entry.cache}_text_encoder_outputs" for entry in WITH_SCRIPTS.values()))
 
 
 class RayOptions(Options, title="cluster"):
@@ -62,11 +62,10 @@ class RayOptions(Options, title="cluster"):
                 "which command is to run on the cluster? Add it behind the options, such as "
                 "wan_cache_latents.py --dataset_config data.toml --vae VAE"
             )
-        if self.script not in (*LATENT_SCRIPTS, *TEXT_SCRIPTS):
+        if self.script not in SCRIPTS:
             raise OptionError(
-                f"{self.command[0]} is none of the scripts that cache: "
-                f"{', '.join((*LATENT_SCRIPTS, *TEXT_SCRIPTS))}."
-                + did_you_mean(self.script, (*LATENT_SCRIPTS, *TEXT_SCRIPTS))
+                f"{self.command[0]} is none of the scripts that cache: {', '.join(SCRIPTS)}."
+                + did_you_mean(self.script, SCRIPTS)
             )
 
     @property
@@ -86,11 +85,12 @@ def read_ray_options(description: str | None, argv: Sequence[str] | None) -> Ray
     add_options(parser, RayOptions)
     words = sys.argv[1:] if argv is None else list(argv)
     # what stands behind the script is the script's own
-    place = next((index for index, word in enumerate(words) if _is_script(word)), len(words))
+    places = (
+        index
+        for index, word in enumerate(words)
+        if not word.startswith("-") and (word.endswith(".py") or word in SCRIPTS)
+    )
+    place = next(places, len(words))
     args = parser.parse_args(words[:place])
     args.command = [*args.command, *words[place:]]
     return read_options(RayOptions, args)
-
-
-def _is_script(word: str) -> bool:
-    return not word.startswith("-") and (word.endswith(".py") or word in (*LATENT_SCRIPTS, *TEXT_SCRIPTS))

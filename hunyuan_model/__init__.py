@@ -11,7 +11,6 @@ llama: Llama 3 or Qwen 2.5 as a text encoder
 model: the transformer, with the names of published checkpoints
 official_options: the release's command line, in our words
 options: own options for caching, training and generation
-preparing: VAE and text encoders for prepare_dataset.py
 spec: latents, guidance and names in the transformer
 text_checkpoints: files of the language model: dialects, dimensions
 text_encoders: a language model and CLIP-L, for the shared loops

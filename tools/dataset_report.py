@@ -12,8 +12,8 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
+from data_tools.report.options import ReportOptions
 from dataset.config import load_dataset_config
-from dataset.reporting.options import ReportOptions
 from modules.command import command_line
 from modules.parser import parse_options
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_options(__doc__, argv, ReportOptions)
     config = load_dataset_config(options.dataset_config)
 
-    from dataset.reporting.run import run_report  # the libraries that read media load here
+    from data_tools.report.run import run_report  # the libraries that read media load here
 
     run_report(config, options)
 

@@ -14,21 +14,16 @@ from dataset.batches.finding import CachingCommands, find_items, require_items
 from dataset.batches.order import split_validation
 from dataset.batches.reading import check_channels
 from dataset.caching.reports import conclude
-from dataset.check import check_media, check_training
-from dataset.checking.captions import Counters, load_counters
-from dataset.checking.findings import CheckResult, indent
-from dataset.checking.page import write_check_page
-from dataset.debug_views import show_datasets
 from dataset.options import DebugOptions
-from dataset.table import DatasetConfig
 from modules.atomic_write import write_bytes
 from modules.contract.family import FLOW, Family, NoiseSpec
 from modules.contract.rules import ONE_EXPERT, Expert
 from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
 from modules.errors import OptionError
+from modules.installation import import_own
 from modules.seeds import derive_seed
-from training.caching_inside import TablePlan, TextUse, list_live_tables, open_stores, plan_tables
+from training.caching_inside import TextUse, list_live_tables, open_stores, plan_tables
 from training.data.live_media import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights, spans_of
 from training.live_choice import find_live_texts, text_use
@@ -57,7 +52,8 @@ def show_preview(
         show_timesteps(timesteps, options.loop.seed or 0, folder, family.noise, family.experts)
         return 0
     if options.subset is not None and options.subset.debug_dataset:
-        conclude(show_datasets(family, read_config(options), DEBUG_VIEW, max(1, os.cpu_count() or 1)))
+        views, workers = import_own("data_tools.report.views"), max(1, os.cpu_count() or 1)
+        conclude(views.show_datasets(family, read_config(options), DEBUG_VIEW, workers))
         return 0
     if options.loop.check:
         return _check(family, options, commands)
@@ -68,55 +64,34 @@ def show_preview(
 
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
-    """Print the items that would be trained on (--check)."""
-    config = read_config(options)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    files = [f"{name}: {value}" for name, value in family.metadata.items()]
-    accumulation = options.loop.gradient_accumulation_steps
-    counters = load_counters(family.text_encoders)
-    plans = plan_tables(family, config, options.caching, _use(family, options, config))
-    workers = max(1, os.cpu_count() or 1)
-    if not all(plan.is_own for plan in plans):
-        return _conclude_check(_check_sources(family, config, plans, workers), family, options, counters)
-    result = check_training(
-        config,
-        family.cache_tag,
-        family.latent,
-        commands,
-        accumulation,
-        processes,
-        files,
-        family.text_keys,
-        counters,
-    )
-    return _conclude_check(result, family, options, counters)
-
-
-def _use(family: Family, options: TrainingOptions, config: DatasetConfig) -> TextUse:
-    return text_use(family, find_live_texts(family, options, config))
-
-
-def _check_sources(
-    family: Family, config: DatasetConfig, plans: Sequence[TablePlan], workers: int
-) -> CheckResult:
-    """Return the items to train on, if some are yet to be encoded by the training itself."""
-    result = check_media(family, config, workers, skip_existing=False, encodes_media=False)
-    places = [
-        f"{plan.table.name}: latents are {plan.latents.value}, embeddings of captions {plan.texts.value}"
-        for plan in plans
-    ]
-    return replace(result, head=("Where the training has them:", *indent(places)))
-
-
-def _conclude_check(result: CheckResult, family: Family, options: TrainingOptions, counters: Counters) -> int:
-    """Print the findings and write the page; returns the exit code."""
-    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
-    config, page, workers = read_config(options), options.loop.page, max(1, os.cpu_count() or 1)
-    if page.html is not None:
-        write_check_page(
-            page.html, config, result, counters, family.latent, family.defaults.fps, page.html_items, workers
+    """Print the items that would be trained on, and write the page (--check); returns the exit code."""
+    checks, findings = import_own("data_tools.report.check"), import_own("data_tools.report.findings")
+    config, workers = read_config(options), max(1, os.cpu_count() or 1)
+    counters = findings.load_counters(family.text_encoders)
+    use = text_use(family, find_live_texts(family, options, config))
+    plans = plan_tables(family, config, options.caching, use)
+    if all(plan.is_own for plan in plans):
+        result = checks.check_training(
+            config,
+            family.cache_tag,
+            family.latent,
+            commands,
+            options.loop.gradient_accumulation_steps,
+            int(os.environ.get("WORLD_SIZE", "1")),
+            [f"{name}: {value}" for name, value in family.metadata.items()],
+            family.text_keys,
+            counters,
         )
-    return result.exit_code
+    else:  # some are yet to be encoded by the training itself
+        result = checks.check_caching(family, config, workers, False, parts=[checks.MEDIA])
+        places = [
+            f"{plan.table.name}: latents are {plan.latents.value}, embeddings of captions {plan.texts.value}"
+            for plan in plans
+        ]
+        head = ("Where the training has them:", *findings.indent(places))
+        result = replace(result, head=head, counters=counters)
+    code: int = checks.tell_check(result, family, config, options.loop.page, workers)
+    return code
 
 
 def _plan(

@@ -10,7 +10,6 @@ files: paths of a run, whole releases, what options choose
 inputs: images and videos as conditions of the transformer
 model: the transformer, with the names of published checkpoints
 options: own options for caching, training and generation
-preparing: VAE and text encoder for prepare_dataset.py
 spec: latents, names inside, what blocks get besides video
 t5: umT5: each prompt to a list of vectors
 vae: the video VAEs: pixels to latents and back

@@ -246,9 +246,10 @@ def _without_videos(folder: Path, model_type: str) -> Any:
     Clips are shown as images. None if another part is missing.
     """
     import transformers
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto import processing_auto
 
-    kind = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(model_type, ""), None)
+    names: Any = getattr(processing_auto, "PROCESSOR_MAPPING_NAMES")  # noqa: B009, it is not exported
+    kind = getattr(transformers, names.get(model_type, ""), None)
     if importlib.util.find_spec("torchvision") is not None or kind is None:
         return None
 

@@ -121,7 +121,7 @@ class CaptionList:
     def _read(self) -> None:
         self._stamp = _stamp_of(self.path)
         with self.path.open(encoding="utf-8", newline="") as file:
-            self._lines = file.readlines()
+            self._lines: list[str] = file.readlines()
         self._numbers: dict[str, int] = {}  # path in the line -> its place
         for number, line in enumerate(self._lines):
             # a line may be half written by somebody else
@@ -191,7 +191,7 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
             "and this table is neither. Use a configuration with video_directory, image_directory, "
             "video_jsonl_file or image_jsonl_file over the same media."
         )
-    media_only = {"control_directory": None, "mask_directory": None, "class_tokens": None}
+    media_only: dict[str, Any] = {"control_directory": None, "mask_directory": None, "class_tokens": None}
     tables = [
         dataclasses.replace(table, caption_extension=table.caption_extension or EXTENSION, **media_only)
         for table in config.datasets
@@ -205,6 +205,7 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
             text = read_caption(file) if texts and has_caption else None
             place = CaptionPlace(source, file, None, "", text, has_caption)
         else:
+            assert source.table.jsonl_file is not None  # a source without a caption file is of a list
             lines = lists[source.table.jsonl_file]
             entry = lines.entry_of(source)
             text = lines.record(entry).get("caption")

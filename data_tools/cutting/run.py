@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -247,7 +247,7 @@ class Workshop:
         write_record(self.output, record)
         return CutResult(record, clips, written=written)
 
-    def _frames(self, path: Path, what: str, deep: bool = False) -> Iterator[ShownFrame]:
+    def _frames(self, path: Path, what: str, deep: bool = False) -> Generator[ShownFrame, None, None]:
         """Yield the pictures of a video, with a bar. Raises MediaError."""
         with Bar(source_info(path).frames, f"{what} {path.name}", FRAMES, self.shows_bars) as bar:
             for frame in shown_frames(path, deep):

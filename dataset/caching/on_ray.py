@@ -19,6 +19,8 @@ from dataset.caching.work import MediaWork
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, ShardOptions
 from dataset.ray_options import RayOptions
+from modules.command import as_typed
+from modules.console import show_box
 from modules.devices import choose_device, leave_cudnn_out
 from modules.errors import DatasetError, InstallationError, OptionError, UserError
 from modules.installation import PREFIX, ROOT
@@ -62,8 +64,7 @@ class CachingActor:
         return {column: [row[column] for row in rows] for column in rows[0]}
 
     def _row(self, index: int) -> dict[str, Any]:
-        error = ""
-        report = CacheReport()
+        error, report = "", CacheReport()
         try:
             if self._work is None:
                 if self._folder is not None and Path(self._folder).is_dir():
@@ -99,26 +100,37 @@ class CachingActor:
             self._work = TextWork(family, config, options, device)
 
 
-def run_on_ray(main: Main, options: RayOptions) -> list[dict[str, Any]]:
-    """Cache all shards on a cluster; return the rows that `CachingActor` gave, by shard.
+def run_on_ray(main: Main, options: RayOptions) -> None:
+    """Cache all shards on a cluster, and show the results.
 
     Raises InstallationError if Ray is missing, OptionError if the command cannot be run on a cluster,
-    DatasetError if the cluster cannot be reached or a shard could not be done.
+    DatasetError if the cluster cannot be reached, a shard could not be done or a source not be used.
     """
     words = options.command[1:]
     main(words, _refuse_looks)  # a wrong option is found before anything starts
-    ray = _import_ray()
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InstallationError(
+            f"Ray is not installed ({error}). Install it with: pip install 'ray[data]' (or the extra [ray])"
+        ) from error
     try:
         _join_cluster(ray, options)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise DatasetError(f"the Ray cluster {options.address or 'of this machine'}: {error}") from error
     try:
         available = ray.cluster_resources()
-        gpus = options.gpus_per_actor
+        gpus, cpus = options.gpus_per_actor, options.cpus_per_actor
         if gpus is None:
             gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0
         actors = options.num_actors or (max(1, int(available.get("GPU", 0) / gpus)) if gpus else 1)
-        _check_room(available, actors, gpus, options.cpus_per_actor)
+        for name, needed in (("GPU", actors * gpus), ("CPU", actors * cpus)):
+            if needed > available.get(name, 0):  # Ray would wait for them forever
+                raise DatasetError(
+                    f"{actors} actors need {needed:g} {name}s, the cluster has {available.get(name, 0):g}. "
+                    f"Give a smaller --num_actors or --{name.lower()}s_per_actor."
+                )
         count = options.num_shards or actors * (SHARDS_PER_ACTOR if options.is_latents else 1)
         logger.info("%d actors cache %d shards", actors, count)
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -130,40 +142,37 @@ def run_on_ray(main: Main, options: RayOptions) -> list[dict[str, Any]]:
             CachingActor,
             batch_size=1,
             concurrency=actors,
-            num_cpus=options.cpus_per_actor,
+            num_cpus=cpus,
             num_gpus=gpus or None,
-            fn_constructor_args=(
-                main,
-                words,
-                options.is_latents,
-                count,
-                options.cpus_per_actor,
-                str(Path.cwd()),
-            ),
+            fn_constructor_args=(main, words, options.is_latents, count, cpus, str(Path.cwd())),
         )
         rows = []
         for row in reports.iter_rows():
             rows.append(row)
             logger.info("shard %d is done: %d of %d", row["shard_index"], len(rows), count)
-        return sorted(rows, key=lambda row: int(row["shard_index"]))
     finally:
         ray.shutdown()
+    conclude_shards(sorted(rows, key=lambda row: int(row["shard_index"])), options)
 
 
-def require_done(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raise DatasetError with the failures, in the words of the actors."""
+def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> None:
+    """Show what the actors gave, by shard. Raises DatasetError with their failures, in their words."""
+    done = [row for row in rows if not row["error"]]
+    files = ", ".join(f"{sum(row[count] for row in done)} {count}" for count in ("written", "kept"))
+    command = as_typed(["python", f"{options.script}.py", *options.command[1:]])
+    show_box(
+        "Caching on Ray is finished",
+        [("cache files", files), ("shards", f"{len(done)} of {len(rows)} are done")],
+        [("Last, check everything and remove what is stale", command)],
+    )
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
     failures = [text for row in rows for text in json.loads(row["failures"])]
-    if errors:
-        raise DatasetError(
-            f"{len(errors)} of {len(rows)} shards could not be done; all others are:\n  "
-            + "\n  ".join(errors)
-        )
-    if failures:
-        raise DatasetError(
-            f"{len(failures)} of the sources could not be used; all others are done:\n  "
-            + "\n  ".join(failures)
-        )
+    for what, lines in (
+        (f"{len(rows)} shards could not be done; all others are:", errors),
+        ("the sources could not be used; all others are done:", failures),
+    ):
+        if lines:
+            raise DatasetError("\n  ".join([f"{len(lines)} of {what}", *lines]))
 
 
 def _refuse_looks(family: Caches, config: DatasetConfig, options: CachingOptions, *more: Any) -> None:
@@ -176,36 +185,14 @@ def _refuse_looks(family: Caches, config: DatasetConfig, options: CachingOptions
 def _join_cluster(ray: Any, options: RayOptions) -> None:
     # actors import our modules as this process does; the package is found without
     paths = [] if PREFIX else [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}} if paths else {}
-    if options.address is not None:
-        ray.init(address=options.address, runtime_env=environment)
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-    place = {} if options.temp_dir is None else {"_temp_dir": str(options.temp_dir.resolve())}
-    cpus = (
-        None
-        if options.num_actors is None
-        else max(os.cpu_count() or 1, options.num_actors * options.cpus_per_actor)
-    )
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **place)
-
-
-def _check_room(available: Mapping[str, float], actors: int, gpus: float, cpus: int) -> None:
-    """Raise DatasetError if the cluster cannot start so many actors, which Ray would wait for forever."""
-    for name, needed in (("GPU", actors * gpus), ("CPU", actors * cpus)):
-        if needed > available.get(name, 0):
-            raise DatasetError(
-                f"{actors} actors need {needed:g} {name}s, the cluster has {available.get(name, 0):g}. Give "
-                f"a smaller --num_actors or --{name.lower()}s_per_actor."
-            )
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise InstallationError(
-            f"Ray is not installed ({error}). Install it with: pip install 'ray[data]' (or the extra [ray])"
-        ) from error
-    return ray
+    settings: dict[str, Any] = {"address": options.address or "local"}
+    settings["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}} if paths else {}
+    if options.address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        settings["include_dashboard"] = False
+        if options.num_actors is not None:
+            needed = options.num_actors * options.cpus_per_actor
+            settings["num_cpus"] = max(os.cpu_count() or 1, needed)
+        if options.temp_dir is not None:
+            settings["_temp_dir"] = str(options.temp_dir.resolve())
+    ray.init(**settings)

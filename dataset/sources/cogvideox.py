@@ -1,6 +1,5 @@
 """List the clips of a data set in CogVideoX form: two lists, or a table; and tensors computed before."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,18 +58,14 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
         table.id_token,
     )
     sources: list[MediaSource] = []
-    folders: dict[str, TensorFolder] = {}
+    missing: set[Path] = set()
     for row in read_rows(data, faults):
         (caption,) = complete_captions([row.caption], table)
-        video, stem, tensors = row.video, row.video.stem, None
-        if table.load_tensors:
-            tensors = _find_tensors(row, stem, folders, faults)
-            if tensors is None:
-                continue
-        elif not video.exists():
-            faults.append(_missing(data, row))
+        tensors = _find_tensors(row, missing, faults) if table.load_tensors else None
+        if tensors is None and (table.load_tensors or not row.video.exists()):
+            faults += [] if table.load_tensors else missing_clips(data, [row])
             continue
-        sources.append(MediaSource(video, stem, caption, None, (), table, tensors=tensors))
+        sources.append(MediaSource(row.video, row.video.stem, caption, None, (), table, tensors=tensors))
     return sources
 
 
@@ -98,11 +93,10 @@ def read_rows(data: CogData, faults: list[Fault]) -> Iterator[CogRow]:
 
 def missing_clips(data: CogData, rows: list[CogRow]) -> list[Fault]:
     """Return a fault for each clip that does not exist."""
-    return [_missing(data, row) for row in rows if not row.video.exists()]
-
-
-def _missing(data: CogData, row: CogRow) -> Fault:
-    return Fault(f"clips of {data.name} do not exist", f"{row.video} ({row.where})", row.video.stem)
+    kind = f"clips of {data.name} do not exist"
+    return [
+        Fault(kind, f"{row.video} ({row.where})", row.video.stem) for row in rows if not row.video.exists()
+    ]
 
 
 def _fault_of(caption: str, video: str) -> str | None:
@@ -204,43 +198,22 @@ def _place_of(file: Path, data: CogData) -> Path:
 # ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TensorFolder:
-    """A folder X with video_latents and prompt_embeds: the names in them; None for a missing folder."""
-
-    path: Path
-    moments: frozenset[str] | None
-    embeds: frozenset[str] | None
-
-
-def _list_tensors(folder: str) -> TensorFolder:
-    """List the names once: a million files are not asked for one by one."""
-    found: list[frozenset[str] | None] = []
-    for inner in (MOMENTS, EMBEDS):
-        place = os.path.join(folder, inner)  # noqa: PTH118  # as the caller has it
-        found.append(frozenset(os.listdir(place)) if os.path.isdir(place) else None)  # noqa: PTH208, PTH112
-    return TensorFolder(Path(folder), *found)
-
-
-def _find_tensors(
-    row: CogRow, stem: str, folders: dict[str, TensorFolder], faults: list[Fault]
-) -> GivenTensors | None:
+def _find_tensors(row: CogRow, missing: set[Path], faults: list[Fault]) -> GivenTensors | None:
     """Return the computed tensors' files for X/videos/NAME.mp4: X/video_latents/NAME.pt and others.
 
-    Without a folder of embeddings, captions are encoded as always. folders: by X, those that are known. Adds
-    to `faults` and returns None if a file is missing.
+    Without a folder of embeddings, captions are encoded as always. missing: folders that were told. Adds to
+    `faults` and returns None if a file is missing.
     """
-    x = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path for each takes three times as long
-    folder = folders.get(x)
-    if folder is None:
-        folder = folders[x] = _list_tensors(x)
-        if folder.moments is None:
-            faults.append(Fault("folders are missing, which load_tensors needs", str(folder.path / MOMENTS)))
-    if folder.moments is None:
+    folder, stem = row.video.parent.parent, row.video.stem
+    given = GivenTensors(folder, stem, (folder / EMBEDS).is_dir())
+    if given.moments.exists() and (given.embeds is None or given.embeds.exists()):
+        return given
+    latents = folder / MOMENTS
+    if not latents.is_dir():
+        if latents not in missing:
+            faults.append(Fault("folders are missing, which load_tensors needs", str(latents)))
+        missing.add(latents)
         return None
-    for inner, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):
-        if names is not None and f"{stem}.pt" not in names:
-            kind = "files are missing, which load_tensors needs"
-            faults.append(Fault(kind, f"{folder.path / inner / stem}.pt ({row.where})", stem))
-            return None
-    return GivenTensors(folder.path, stem, folder.embeds is not None)
+    path = given.embeds if given.embeds is not None and given.moments.exists() else given.moments
+    faults.append(Fault("files are missing, which load_tensors needs", f"{path} ({row.where})", stem))
+    return None

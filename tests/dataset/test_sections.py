@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from data_tools.report.check import check_caching
 from dataset.batches.finding import find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.check import check_media
 from dataset.config import DatasetConfig
 from modules.errors import CacheError, DatasetError
 from tests.dataset.caching.test_loop import change, make_config
@@ -61,8 +61,8 @@ def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_
     with pytest.raises(DatasetError, match=r"data\.toml, \[\[datasets\]\] 1 .*: it is no good"):
         cache_media(family, config, options())
     assert (family.loaded, family.seen, (tmp_path / "cache").exists()) == (0, [], False)
-    result = check_media(family, config, workers=1, skip_existing=False)
-    assert not result.ok
+    result = check_caching(family, config, 1, False)
+    assert result.exit_code == 1
     assert "it is no good" in "\n".join(result.lines)
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.report.check import check_training
 from dataset.batches.captions import choose_captions
 from dataset.batches.finding import CachingCommands, find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.check import check_training
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.sources.captions import captions_in
 from dataset.sources.listing import find_sources
@@ -115,7 +115,7 @@ def test_batches_hold_the_chosen_texts(tmp_path: Path) -> None:
 
     assert batch.captions == ("three", "")
     assert [tuple(one.shape) for one in batch.tensors["t5"]] == [(1, 4), (0, 4)]
-    assert check_training(config, "toy", LATENT).ok
+    assert check_training(config, "toy", LATENT).exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_tools.report.check import check_caching
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry
 from dataset.cache.records import latent_record, text_records
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.check import check_media
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.contract.data import LOSS_MASK
 from tests.dataset.making import make_clip, make_image
@@ -177,7 +177,7 @@ def test_a_rerun_needs_no_download_and_a_changed_caption_makes_its_text_only(
     asked, family = len(site.asked), ToyFamily()
 
     assert cache_media(family, config, options()).kept == 3
-    assert check_media(family, config, 1, False).ok
+    assert check_caching(family, config, 1, False).exit_code == 0
     assert cache_texts(family, config, options()).written == 1
 
     assert len(site.asked) == asked

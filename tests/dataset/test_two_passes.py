@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from data_tools.report.check import check_training
 from dataset.batches.finding import CachingCommands, find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry, write_tensors
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.check import check_training
 from dataset.config import DatasetConfig
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
@@ -175,7 +175,7 @@ def test_training_refuses_unfinished_files_with_the_command(tmp_path: Path) -> N
     assert result.exit_code == 1
     assert "1 text caches are unfinished" in "\n".join(result.lines)
     cache_texts(two(), config, options())
-    assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).ok
+    assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).exit_code == 0
     items = require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
     assert read_batch(items, LATENT).tensor("llm").shape == (2, 3, 2)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.data_tools.cogvideox.making import write_data, write_wan_pipeline
 from tests.data_tools.cutting import films
-from tests.dataset.cogvideox.making import write_data, write_wan_pipeline
 from tests.tiny.project import CAPTIONS
 from tests.tiny.vision_model import write_llava
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from data_tools.report.check import check_caching
 from dataset.batches.finding import find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.index import INDEX_NAME
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.reports import CacheReport
-from dataset.check import check_media, check_texts
 from dataset.config import DatasetConfig
 from modules.errors import CacheError
 from tests.dataset.making import make_clip, make_image, make_table
@@ -72,8 +72,11 @@ def test_what_has_not_changed_is_not_read(tmp_path: Path, cache: Cache, end: str
     index = (tmp_path / "cache" / INDEX_NAME).read_bytes()
     report = cache(ToyFamily(), config, options())
     assert (report.kept, report.written) == (3, 0)  # the byte is not looked for
-    for result in (check_media(ToyFamily(), config, 1, False), check_texts(ToyFamily(), config, False)):
-        assert result.ok
+    for result in (
+        check_caching(ToyFamily(), config, 1, False),
+        check_caching(ToyFamily(), config, 1, False, parts=["texts"]),
+    ):
+        assert result.exit_code == 0
         assert any("3" in line and "valid, 0" in line for line in result.lines)
     assert (tmp_path / "cache" / INDEX_NAME).read_bytes() == index  # there was nothing new
     report = cache(ToyFamily(), config, options(verify=True))

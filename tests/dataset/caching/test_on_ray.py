@@ -1,6 +1,5 @@
 """Caching on a Ray cluster: the actor by itself, and a cluster of two workers with a real script."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import pytest
 
 import cache_on_ray
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.on_ray import CachingActor, require_done
-from dataset.ray_options import LATENT_SCRIPTS, TEXT_SCRIPTS, read_ray_options
+from dataset.caching.on_ray import CachingActor, conclude_shards
+from dataset.ray_options import SCRIPTS, read_ray_options
 from modules.errors import DatasetError
 from tests.commands import ROOT
 from tests.dataset.caching.test_shards import contents, family, into, make_dataset
@@ -26,6 +25,15 @@ def main_of(used: ToyFamily, config: Any, **changes: Any) -> Callable[..., None]
         run(used, config, options(**changes), "following")
 
     return main
+
+
+OPTIONS = read_ray_options(None, ["wan_cache_latents.py", "--vae", "V"])
+
+
+def run_actor(used: ToyFamily, config: Any) -> dict[str, Any]:
+    """The row of an actor that does the only shard."""
+    row = CachingActor(main_of(used, config), ("--words",), True, 1, 1)({"shard_index": [0]})
+    return {column: value for column, (value,) in row.items()}
 
 
 @pytest.mark.parametrize("is_latents", [True, False], ids=["latents", "texts"])
@@ -53,23 +61,19 @@ def test_an_actor_loads_the_encoders_once_and_gives_the_bytes_of_a_plain_run(
 def test_what_an_actor_cannot_do_is_told_in_its_row(tmp_path: Path) -> None:
     config = make_dataset(tmp_path)
     refused = ToyFamily(refuses="no such thing")
-    row = CachingActor(main_of(refused, config), ("--words",), True, 1, 1)({"shard_index": [0]})
-    assert "no such thing" in row["error"][0]
-    rows = [{key: value[0] for key, value in row.items()}]
+    row = run_actor(refused, config)
+    assert "no such thing" in row["error"]
     with pytest.raises(DatasetError, match=r"1 of 1 shards could not be done(.|\n)*shard 0: .*no such thing"):
-        require_done(rows)
+        conclude_shards([row], OPTIONS)
 
     (tmp_path / "clip_1.mp4").write_bytes(b"no clip")
-    row = CachingActor(main_of(family(), config), ("--words",), True, 1, 1)({"shard_index": [0]})
-    (failure,) = json.loads(row["failures"][0])
-    assert "clip_1.mp4" in failure
     with pytest.raises(DatasetError, match=r"1 of the sources(.|\n)*clip_1"):
-        require_done([{key: value[0] for key, value in row.items()}])
+        conclude_shards([run_actor(family(), config)], OPTIONS)
 
 
 def test_all_caching_scripts_run_on_a_cluster_and_no_others() -> None:
     scripts = {path.stem for path in ROOT.glob("*cache_*.py")} - {"cache_on_ray"}
-    assert scripts == {*LATENT_SCRIPTS, *TEXT_SCRIPTS}
+    assert scripts == set(SCRIPTS)
     read = read_ray_options(None, ["--num_actors", "2", "some/wan_cache_latents.py", "--vae", "V"])
     assert (read.script, read.is_latents, read.command[1:]) == ("wan_cache_latents", True, ("--vae", "V"))
 

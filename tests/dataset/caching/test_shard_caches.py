@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_tools.report.check import check_caching, check_training
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.catalog import list_shards
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import open_store
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.check import check_media, check_texts, check_training
 from dataset.config import DatasetConfig
 from dataset.shard_names import INDEX
 from modules.errors import CacheError
@@ -88,9 +88,12 @@ def test_a_second_run_finds_all_valid_and_changes_no_file(copy: Callable[[str], 
     assert cache_texts(family, config, options()).kept == COUNT
     assert (family.loaded, family.seen) == (0, [])
     assert files(config) == before
-    assert "  caches: 12 files are valid, 0 items need encoding" in check_media(two(), config, 1, False).lines
     assert (
-        "  caches of llm: 12 are valid, 0 captions need encoding" in check_texts(two(), config, False).lines
+        "  caches: 12 files are valid, 0 items need encoding" in check_caching(two(), config, 1, False).lines
+    )
+    assert (
+        "  caches of llm: 12 are valid, 0 captions need encoding"
+        in check_caching(two(), config, 1, False, parts=["texts"]).lines
     )
 
 
@@ -98,7 +101,7 @@ def test_batches_are_the_same_from_both_forms(undisturbed: dict[str, Path]) -> N
     batches = []
     for form in FORMS:
         config = make(undisturbed[form], form)
-        assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).ok
+        assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).exit_code == 0
         items = require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
         batches.append(read_batch(items, LATENT, COMMANDS))
     ours, theirs = batches
@@ -151,18 +154,21 @@ def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
         (path.parent / INDEX).unlink()
 
     result = check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS)
-    assert not result.ok
+    assert result.exit_code == 1
     with pytest.raises(CacheError, match=r"(?s)(cut|do not match).*cache_latents\.py --x"):
         read_batch(require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS), LATENT, COMMANDS)
 
     if how == "cut":
-        for planned in (check_media(two(), config, 1, False), check_texts(two(), config, False)):
-            assert planned.ok
+        for planned in (
+            check_caching(two(), config, 1, False),
+            check_caching(two(), config, 1, False, parts=["texts"]),
+        ):
+            assert planned.exit_code == 0
             assert f"    {path} has no end: it was cut" in "\n".join(planned.lines)
     made = sum(cache(config))
     assert made == 1 if how == "flipped" else 8 < made < 16
     assert files(config) == right
-    assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).ok
+    assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).exit_code == 0
 
 
 # --- the other form

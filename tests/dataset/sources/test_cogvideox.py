@@ -10,7 +10,7 @@ from dataset.sources.cogvideox import list_cogvideox
 from dataset.sources.faults import Fault
 from dataset.sources.listing import find_sources
 from modules.errors import DatasetError
-from tests.dataset.cogvideox.making import NAMES, read_table, save, write_data, write_lists
+from tests.data_tools.cogvideox.making import NAMES, read_table, save, write_data, write_lists
 from tests.dataset.making import make_table
 from tests.tiny.project import CAPTIONS
 

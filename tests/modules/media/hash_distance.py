@@ -1,4 +1,4 @@
-"""The distance that NEAR is about, written out; dataset/reporting/copies.py has it for many pairs at once."""
+"""The distance that NEAR is about, written out; data_tools/report/copies.py has it for many pairs at once."""
 
 from collections.abc import Sequence
 

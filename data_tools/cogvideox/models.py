@@ -1,0 +1,272 @@
+"""The VAE and text encoders of a diffusers pipeline, in a folder or on the hub; nothing is loaded yet."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_tools.cogvideox.options import MAX_TOKENS, EncodingOptions
+from modules.checkpoints.model_files import find_model_folder
+from modules.checkpoints.opening import fingerprint
+from modules.contract.data import Conditions, LatentSpec
+from modules.contract.family import TextEncoder
+from modules.contract.requests import Prompt
+from modules.contract.rules import CountTokens, TokenCount, kept_characters
+from modules.devices import dtype_name
+from modules.errors import CheckpointError, InstallationError, OptionError
+from modules.families import FAMILIES
+from modules.parser import parse_options
+from modules.text_files import parse_json, read_text
+
+PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names in options
+LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)  # of CogVideoX
+KEY = "prompt_embeds"
+
+# by the class of a pipeline's VAE: the family, options of its text encoders by their parts, and what its text
+# encoders do about numbers of tokens
+KNOWN: Mapping[str, tuple[str, Mapping[str, str], str]] = {
+    "AutoencoderKLWan": (
+        "wan",
+        {"text_encoder": "--t5", "tokenizer": "--t5_tokenizer"},
+        "the text encoder of Wan reads 512 tokens and returns as many rows as a caption has",
+    ),
+    "AutoencoderKLHunyuanVideo": (
+        "hunyuan_video",
+        {
+            "text_encoder": "--text_encoder1",
+            "text_encoder_2": "--text_encoder2",
+            "tokenizer": "--text_encoder1_tokenizer",
+            "tokenizer_2": "--text_encoder2_tokenizer",
+        },
+        "the text encoders of HunyuanVideo read 256 and 77 tokens, which its transformer expects",
+    ),
+}
+COGVIDEOX = "AutoencoderKLCogVideoX"
+
+# pixels B 3 F H W in -1..1 -> moments B 2C f h w: means, then logarithms of variances, before normalisation
+EncodeMoments = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PipelineNetworks:
+    """The networks of one model; none is loaded yet."""
+
+    architecture: str  # `Family.name` of the model
+    latent: LatentSpec
+    identity: Mapping[str, str]  # of the VAE: what moments depend on besides the pixels
+    usable_frames: Callable[[int], int]  # the most frames that the VAE takes, up to a number
+    load: Callable[[torch.device], EncodeMoments]
+    text_encoders: Sequence[TextEncoder]
+
+
+def find_maker(options: EncodingOptions) -> PipelineNetworks:
+    """Describe the networks of the pipeline --model_id. Of one on the hub the transformer is not downloaded.
+
+    Raises CheckpointError if a part is missing or another model's, OptionError for a number of tokens,
+    InstallationError if a package is missing, DownloadError.
+    """
+    patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
+    folder = find_model_folder("--model_id", str(options.model_id), patterns)
+    name = read_vae_class(folder)
+    if name == COGVIDEOX:
+        return make_cogvideox(folder, options)
+    if name not in KNOWN:
+        known = ", ".join((*KNOWN, COGVIDEOX))
+        raise CheckpointError(f"--model_id {options.model_id}: its VAE is {name}; known are {known}", folder)
+    family, texts, tokens = KNOWN[name]
+    if options.max_sequence_length != MAX_TOKENS:
+        raise OptionError(
+            f"--max_sequence_length {options.max_sequence_length}: {tokens}. Leave the option out."
+        )
+    return _make_of_family(family, folder, options, texts)
+
+
+def read_vae_class(folder: Path) -> str:
+    """Return the class of a pipeline's VAE, as vae/config.json names it.
+
+    Raises CheckpointError if the file is missing or says nothing, or if there is no text encoder.
+    """
+    hint = "Give the folder of a diffusers pipeline, with vae, text_encoder and tokenizer."
+    if not (folder / "text_encoder").is_dir():
+        raise CheckpointError(f"--model_id {folder} has no folder text_encoder. {hint}", folder)
+    path = folder / "vae" / "config.json"
+    try:
+        return str(parse_json(read_text(path))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{path} does not say what the VAE is ({type(error).__name__}: {error})"
+        raise CheckpointError(f"--model_id {folder}: {why}. {hint}", path) from error
+
+
+def _make_of_family(
+    name: str, folder: Path, options: EncodingOptions, texts: Mapping[str, str]
+) -> PipelineNetworks:
+    """Describe the networks as the caching scripts of a family would, with their options."""
+    entry = FAMILIES[name]
+    dtype = dtype_name(DTYPES[options.dtype])
+    words = ["--vae", str(folder / "vae"), "--vae_dtype", dtype]
+    words += ["--vae_tiling"] if options.use_tiling else []
+    media = entry.make_family(
+        "latent_caching", *parse_options(None, words, entry.options_record("LatentCaching"))
+    )
+    words = [
+        word
+        for part, option in texts.items()
+        if part.startswith("text") or (folder / part).exists()
+        for word in (option, str(folder / part))
+    ]
+    texts_of = entry.make_family(
+        "text_caching", *parse_options(None, words, entry.options_record("TextCaching"))
+    )
+    media.check_given_files()
+    texts_of.check_given_files()
+    step = media.latent.frame_step
+    return PipelineNetworks(
+        architecture=media.name,
+        latent=media.latent,
+        identity=media.media_identity,
+        usable_frames=lambda frames: (frames - 1) // step * step + 1,
+        load=lambda device: media.media_encoders(device).vae.moments,
+        text_encoders=texts_of.text_encoders(),
+    )
+
+
+# --- CogVideoX's own networks, from the packages diffusers and transformers
+# ------------------------------------------------------------------------------------------------------------
+
+
+def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
+    """Describe the networks of a CogVideoX pipeline.
+
+    Raises CheckpointError if a part is missing, InstallationError if a package is.
+    """
+    for part in ("vae", "text_encoder", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise CheckpointError(f"--model_id {folder} has no folder {part}", folder)
+    diffusers, _ = _packages()
+    dtype = DTYPES[options.dtype]
+
+    def load(device: torch.device) -> EncodeMoments:
+        vae = (
+            _load_part(diffusers.AutoencoderKLCogVideoX, folder / "vae", torch_dtype=dtype).to(device).eval()
+        )
+        if options.use_tiling:
+            vae.enable_tiling()
+        return lambda pixels: vae.encode(pixels.to(dtype)).latent_dist.parameters
+
+    return PipelineNetworks(
+        architecture="cogvideox",
+        latent=LATENT,
+        identity={
+            "vae": fingerprint(folder / "vae"),
+            "vae_dtype": dtype_name(dtype),
+            "tile": str(options.use_tiling),
+        },
+        usable_frames=usable_frames,
+        load=load,
+        text_encoders=(CogTextEncoder(folder, dtype, options.max_sequence_length),),
+    )
+
+
+def usable_frames(frames: int) -> int:
+    """Return the most frames of the form 4n or 4n + 1 up to a number; 1 at least."""
+    return frames if frames % 4 < 2 else frames // 4 * 4 or 1
+
+
+class CogTextEncoder:
+    """T5 with its tokenizer, as the shared loops use it: load, encode, free."""
+
+    name = "t5_xxl"
+    keys = frozenset({KEY})
+    variable_length: frozenset[str] = frozenset()
+
+    def __init__(self, folder: Path, dtype: torch.dtype, max_tokens: int) -> None:
+        """Set up the encoder of a pipeline's folder; `load` reads the files."""
+        self.folder = folder
+        self.dtype = dtype
+        self.max_tokens = max_tokens
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Return the fingerprint of the checkpoint, its dtype and the number of tokens."""
+        return {
+            "t5_xxl": fingerprint(self.folder / "text_encoder"),
+            "t5_xxl_dtype": dtype_name(self.dtype),
+            "t5_xxl_tokens": str(self.max_tokens),
+        }
+
+    def token_counter(self) -> CountTokens:
+        """Return a function that counts a text's tokens with the end token; only the tokenizer is loaded.
+
+        Raises CheckpointError if it does not give the places of tokens in a text.
+        """
+        tokenizer = self._load_tokenizer()
+        if not tokenizer.is_fast:
+            raise CheckpointError(f"{self.folder / 'tokenizer'} does not say where its tokens are")
+
+        def count(text: str) -> TokenCount:
+            ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
+            kept = kept_characters(ends[:-1], self.max_tokens - 1, len(text))
+            return TokenCount(text, len(ends), self.max_tokens, kept)
+
+        return count
+
+    def load(self, device: torch.device) -> None:
+        """Load encoder and tokenizer."""
+        _, transformers = _packages()
+        self._tokenizer = self._load_tokenizer()
+        model = _load_part(transformers.T5EncoderModel, self.folder / "text_encoder", torch_dtype=self.dtype)
+        self._model = model.to(device).eval()
+
+    def _load_tokenizer(self) -> Any:
+        return _load_part(_packages()[1].AutoTokenizer, self.folder / "tokenizer")
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Return {"prompt_embeds": T C} on the CPU for each prompt; T: `max_tokens`, padding included."""
+        ids = self._tokenizer(
+            [prompt.text for prompt in prompts],
+            padding="max_length",
+            max_length=self.max_tokens,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        ).input_ids
+        # without a mask: the model was trained with embeddings of padding
+        states = self._model(ids.to(self._model.device))[0].to(self.dtype).cpu()
+        return [{KEY: state.clone()} for state in states]
+
+    def free(self) -> None:
+        """Release the encoder and its memory."""
+        self._model = self._tokenizer = None
+
+
+def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
+    """Load a part of a pipeline from its folder, and nothing that could run code.
+
+    Raises CheckpointError if it cannot be read.
+    """
+    weights = {"use_safetensors": True} if settings else {}
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **weights, **settings)
+    except Exception as error:  # the packages raise nothing more precise
+        lines = str(error).strip().splitlines()
+        why = lines[0] if lines else type(error).__name__
+        raise CheckpointError(f"{folder} cannot be loaded: {why}", folder) from error
+
+
+def _packages() -> tuple[Any, Any]:
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise InstallationError(
+            f"CogVideoX's own models need a package that is missing ({error}): pip install diffusers "
+            "transformers sentencepiece. Wan and HunyuanVideo need none."
+        ) from error
+    return diffusers, transformers

@@ -1,0 +1,250 @@
+"""Prepare a data set: captions, then clips, then the lists that name them; a rerun continues.
+
+Every file is complete or missing. An item is skipped if all its files are there; lists are written last, by
+the first of several processes, in the order of the input.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_tools.cogvideox.clips import prepare_clips
+from data_tools.cogvideox.items import (
+    FOLDERS,
+    PROMPTS,
+    PreparedItem,
+    list_texts,
+    name_items,
+    save_pickled,
+    write_texts,
+)
+from data_tools.cogvideox.models import PipelineNetworks, find_maker
+from data_tools.cogvideox.options import PrepareOptions, ShapeOptions
+from dataset.cache.records import difference
+from dataset.caching.loop import Share, join_processes
+from dataset.caching.prefetch import WriteBehind
+from dataset.caching.reports import Failure, failure_error
+from dataset.caching.texts import warn_cut_captions
+from dataset.sources.cogvideox import CogData, missing_clips, read_rows
+from dataset.sources.faults import Fault, raise_faults
+from dataset.sources.media_source import EMBEDS
+from dataset.sources.prepared import PreparedFolder, read_prepared, write_prepared
+from modules.atomic_write import make_folder, remove_leftovers, write_text
+from modules.bars import Bar
+from modules.checkpoints.containers import load_pickled
+from modules.console import count_of, show_box
+from modules.contract.data import Conditions
+from modules.contract.requests import Prompt
+from modules.devices import choose_device, free_memory
+from modules.errors import DatasetError, OptionError
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(options: PrepareOptions) -> None:
+    """Prepare missing files, write the lists, and show the results.
+
+    A clip that cannot be read does not stop the others, and is told at the end. Raises DatasetError if the
+    data cannot be used or a clip failed, OptionError if the folder was made with other settings,
+    CheckpointError if a model cannot be loaded, OutputError if a file cannot be written; in processes other
+    than the main one, SystemExit if a clip failed.
+    """
+    encoding, folder = options.encoding, options.output_dir
+    maker = find_maker(encoding) if encoding.save_latents_and_embeddings else None
+    if maker is None and encoding.model_id is not None:
+        logger.info(
+            "--model_id %s is not loaded: without --save_latents_and_embeddings nothing is encoded",
+            encoding.model_id,
+        )
+    options = dataclasses.replace(options, shape=usable_shape(options.shape, maker))
+    items = _find_items(options)
+    make_folder(folder, "--output_dir")
+    wants_latents, wants_images = maker is not None, encoding.save_image_latents
+    with join_processes() as share:
+        if share.is_main:
+            _settle(options, maker)
+            for name in FOLDERS:
+                (folder / name).mkdir(exist_ok=True)
+        share.gather(None)  # the others wait until the folder is known to fit
+        mine = share.of(items)
+        untexted = [item for item in mine if not item.has_texts(wants_latents)]
+        unmade = [item for item in mine if not item.has_media(wants_latents, wants_images)]
+        to_do = len({item.name for item in [*untexted, *unmade]})
+        if share.is_main:
+            who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
+            where = f"{options.source.data_root} -> {folder}"
+            show_box("Preparing", [("data", where), (who, f"{len(items)} clips, {to_do} of them to do")])
+        gathered = share.gather((to_do, _prepare_share(options, maker, share, untexted, unmade)))
+        failures = [failure for _, found in gathered for failure in found]
+        if not share.is_main:
+            if failures:
+                raise SystemExit(DatasetError.exit_code)
+            return
+        done = [item for item in items if item.has_texts(wants_latents)]
+        done = [item for item in done if item.has_media(wants_latents, wants_images)]
+        for name, text in list_texts([(item, item.read_facts()) for item in done]).items():
+            write_text(folder / name, text)
+        logger.info("%s in the lists of %s", count_of(len(done), "item"), folder)
+    prepared = sum(count for count, _ in gathered) - len(failures)
+    rows = [
+        ("items", f"{len(done)}, {prepared} of them prepared by this run"),
+        ("lists", f"prompts.txt, videos.txt, data.jsonl in {folder}"),
+    ]
+    show_box("Preparing is finished", rows)
+    if failures:
+        raise failure_error(sorted(failures, key=lambda one: str(one.path)), "clips")
+
+
+def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOptions:
+    """Return frame buckets that the VAE takes, rounded down, with a warning.
+
+    Raises OptionError if it does not take a height or width.
+    """
+    if maker is None:
+        return shape
+    step = maker.latent.pixel_step
+    for option, sides in (
+        ("--height_buckets", shape.height_buckets),
+        ("--width_buckets", shape.width_buckets),
+    ):
+        wrong = [str(side) for side in sides if side % step]
+        if wrong:
+            raise OptionError(f"{option} {', '.join(wrong)}: the model takes multiples of {step}")
+    rounded = tuple(dict.fromkeys(maker.usable_frames(frames) for frames in shape.frame_buckets))
+    if rounded != tuple(dict.fromkeys(shape.frame_buckets)):
+        logger.warning(
+            "--frame_buckets %s become %s, which the VAE takes",
+            " ".join(map(str, shape.frame_buckets)),
+            " ".join(map(str, rounded)),
+        )
+    return dataclasses.replace(shape, frame_buckets=rounded)
+
+
+def _find_items(options: PrepareOptions) -> list[PreparedItem]:
+    """List the clips. Raises DatasetError with all that is wrong: every clip must be there."""
+    given = options.source
+    data = CogData(
+        f"--data_root {given.data_root}",
+        given.data_root,
+        given.dataset_file,
+        given.caption_column,
+        given.video_column,
+        (given.id_token or "").strip(),
+    )
+    faults: list[Fault] = []
+    rows = list(read_rows(data, faults))
+    raise_faults([*faults, *missing_clips(data, rows)])
+    if not rows:
+        raise DatasetError(f"{data.name} has no clips")
+    return name_items(rows, given.data_root, options.output_dir, options.shape.seed)
+
+
+def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
+    """Write down how the folder is made. Raises OptionError if it was begun in another way."""
+    settings: dict[str, Any] = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(options.shape).items()
+    }
+    earlier = read_prepared(options.output_dir)
+    now = PreparedFolder(None, {}, settings)
+    if maker is not None:
+        now = PreparedFolder(maker.architecture, maker.identity, settings)
+    if earlier is not None:
+        changed = difference(earlier.settings, now.settings)
+        if changed is None and earlier.architecture is not None:
+            if maker is None:
+                now = dataclasses.replace(now, architecture=earlier.architecture, vae=earlier.vae)
+            changed = difference(_model_of(earlier), _model_of(now))
+        if changed is not None:
+            raise OptionError(
+                f"--output_dir {options.output_dir} was begun with other settings: {changed}. Use the same "
+                "ones to continue, or another folder."
+            )
+    write_prepared(options.output_dir, now)
+    for name in FOLDERS:  # of runs that were killed; no other process has begun
+        if (options.output_dir / name).is_dir():
+            remove_leftovers(options.output_dir / name, lambda _: True, older_seconds=0)
+
+
+def _model_of(prepared: PreparedFolder) -> Mapping[str, Any]:
+    return {"architecture": prepared.architecture, **prepared.vae}
+
+
+def _prepare_share(
+    options: PrepareOptions,
+    maker: PipelineNetworks | None,
+    share: Share,
+    untexted: Sequence[PreparedItem],
+    unmade: Sequence[PreparedItem],
+) -> list[Failure]:
+    """Do this process's share; models are loaded only if there is work for them."""
+    threads = options.workers.num_artifact_workers
+    device = choose_device(share.device_name(options.encoding.device))
+    if maker is not None:
+        _encode_captions(untexted, maker, device, options.encoding.batch_size, threads, share.is_main)
+    else:
+        bar = Bar(len(untexted), "Writing captions", "caption", share.is_main)
+        with WriteBehind(threads) as writer, bar:
+            for item in untexted:
+                writer.submit(partial(write_texts, item, "", {}, {}))
+                bar.update()
+    encode = None if maker is None or not unmade else maker.load(device)
+    failures = prepare_clips(unmade, encode, device, options, share.is_main)
+    if encode is not None:
+        free_memory(device)
+    return failures
+
+
+def _encode_captions(
+    items: Sequence[PreparedItem],
+    maker: PipelineNetworks,
+    device: torch.device,
+    batch_size: int,
+    threads: int,
+    show_progress: bool,
+) -> None:
+    """Encode the captions of `items`, one text encoder after the other, and write their files.
+
+    A file that not all encoders have added to has no caption beside it. Raises CheckpointError if an encoder
+    cannot be loaded.
+    """
+    identities = {encoder.name: dict(encoder.identity) for encoder in maker.text_encoders if items}
+    for number, encoder in enumerate(maker.text_encoders if items else (), 1):
+
+        def write(item: PreparedItem, conditions: Conditions, number: int = number) -> None:
+            # each in memory of its own: a view would be stored whole
+            tensors = {key: _alone(value).detach().cpu().clone() for key, value in conditions.items()}
+            if number > 1:
+                earlier = load_pickled(item.file(EMBEDS))
+                tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
+            if number == len(maker.text_encoders):
+                write_texts(item, maker.architecture, identities, tensors)
+            else:
+                item.file(PROMPTS).unlink(missing_ok=True)
+                save_pickled(item.file(EMBEDS), tensors)
+
+        encoder.load(device)
+        warn_cut_captions(encoder, [(item.source, item.caption) for item in items])
+        try:
+            with (
+                WriteBehind(threads) as writer,
+                torch.no_grad(),
+                Bar(len(items), f"Encoding with {encoder.name}", "caption", show_progress) as bar,
+            ):
+                for start in range(0, len(items), batch_size):
+                    batch = items[start : start + batch_size]
+                    encoded = encoder.encode([Prompt(item.caption) for item in batch])
+                    for item, conditions in zip(batch, encoded, strict=True):
+                        writer.submit(partial(write, item, conditions))
+                    bar.update(len(batch))
+        finally:
+            encoder.free()
+
+
+def _alone(value: Tensor | list[Tensor]) -> Tensor:
+    return value[0] if isinstance(value, list) else value

@@ -1,0 +1,13 @@
+"""Look at a dataset: --check, its page, the page of dataset_report.py, and the frames that a model sees.
+
+check: plans of caching and caches of a training, verified
+copies: find nearly equal pictures and clips by hashes
+findings: faults, remarks and totals of each table
+looks: read a source once: frames, crop, numbers, measures
+numbers: all numbers of a dataset as one JSON object
+options: options of tools/dataset_report.py: dataset, page, hashes
+page: the page of a check and of the report
+repair: rewrite captions as UTF-8; old files stay as .bak
+run: measure a dataset, then write page and JSON
+views: show the frames that a model will see
+"""

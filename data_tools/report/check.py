@@ -1,0 +1,284 @@
+"""`--check`: report totals and all faults of a configuration, before a long run."""
+
+import contextlib
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from data_tools.report.findings import (
+    NO_COUNTERS,
+    CheckResult,
+    Counters,
+    TableFindings,
+    balance,
+    check_captions,
+    count_batches,
+    find_table,
+    indent,
+    load_counters,
+)
+from data_tools.report.page import write_check_page
+from data_tools.report.repair import repair_captions
+from dataset.batches.finding import NO_COMMANDS, CachingCommands, FoundItems, find_items
+from dataset.batches.items import Items
+from dataset.batches.order import BatchOrder
+from dataset.batches.reading import read_batch, stores_for
+from dataset.batches.same_encoders import SameEncoders, describe_identity
+from dataset.cache.files import EMPTY
+from dataset.cache.forms import other_form
+from dataset.cache.store import Stores
+from dataset.caching.existing import LatentNames, names_of
+from dataset.caching.given_tensors import use_moments
+from dataset.caching.planning import Caches, Recipe, SourcePlan, complete, media_table, plan_all
+from dataset.caching.prefetch import decode_ahead
+from dataset.caching.reports import Failure
+from dataset.caching.text_plans import TextRecipe, list_caption_files
+from dataset.caching.work import npz_names, workers_of
+from dataset.config import DatasetConfig
+from dataset.options import CachingOptions, CheckPageOptions
+from dataset.sources.decoding import check_resolution, decode_source
+from dataset.sources.faults import Fault
+from dataset.sources.rates import find_wrong_rates
+from modules.bars import Bar
+from modules.contract.data import LatentSpec, MediaTable
+from modules.contract.family import Described, TextEncoder
+from modules.control_codes import escape_control_codes
+from modules.errors import CacheError, DatasetError, OptionError
+from modules.paths import is_address
+
+MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # what there is to check
+NO_ITEM = "tables have no item to train on"
+TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
+
+
+def check_latent_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
+    """Run --check of a script that caches latents; returns the exit code."""
+    _repair(config, options)
+    workers = workers_of(options)
+    result = check_caching(family, config, workers, options.skip_existing, options.verify)
+    result = replace(result, counters=TOKENS_ELSEWHERE)
+    return tell_check(result, family, config, options.page, workers)
+
+
+def check_text_caching(family: Caches, config: DatasetConfig, options: CachingOptions) -> int:
+    """Run --check of a script that caches texts; returns the exit code."""
+    _repair(config, options)
+    workers = workers_of(options)
+    parts = (TEXTS,) if options.page.html is None else (MEDIA, TEXTS)  # the page shows the media too
+    result = check_caching(family, config, workers, options.skip_existing, options.verify, parts)
+    return tell_check(result, family, config, options.page, workers)
+
+
+def tell_check(
+    result: CheckResult, family: Described, config: DatasetConfig, page: CheckPageOptions, workers: int
+) -> int:
+    """Print the findings, and write the page if it is asked for; returns the exit code."""
+    sys.stdout.write(escape_control_codes("\n".join(result.lines)) + "\n")
+    if page.html is not None:
+        fps = family.defaults.fps
+        write_check_page(page.html, config, result, family.latent, fps, page.html_items, workers)
+    return result.exit_code
+
+
+def _repair(config: DatasetConfig, options: CachingOptions) -> None:
+    if options.repair_captions is not None:
+        lines, _ = repair_captions(config, options.repair_captions)
+        sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
+
+
+def check_caching(
+    family: Caches,
+    config: DatasetConfig,
+    workers: int,
+    skip_existing: bool,
+    verify: bool = False,
+    parts: Sequence[str] = (MEDIA, LATENTS),
+) -> CheckResult:
+    """Report what caching would do. Nothing is encoded or written, and no encoder is loaded.
+
+    verify: read all cache files again. parts: MEDIA for what the sources give; those whose records are
+    missing or outdated are decoded. LATENTS for their caches, unless the family was made for another script,
+    without the options of latent caching. TEXTS for caches of captions, and those longer than an encoder
+    reads; without the encoders' files only the captions are checked.
+    """
+    media, latents, texts = (part in parts for part in (MEDIA, LATENTS, TEXTS))
+    identity: dict[str, str] = {}
+    encoders: list[tuple[TextEncoder, dict[str, str]]] = []
+    files: list[str] = []
+    counters = load_counters(family.text_encoders) if texts else NO_COUNTERS
+    try:
+        if latents:
+            identity = dict(family.media_identity)
+            files += describe_identity(identity)
+    except OptionError as error:
+        files.append(f"caches are not compared: {error}")
+    if texts:
+        with contextlib.suppress(OptionError):  # an encoder was not given: `counters` says which
+            encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
+        files += [line for _, one in encoders for line in describe_identity(one)]
+
+    def sections(table: MediaTable, frames: int) -> int | None:
+        # whether images are taken alone is an option of latent caching
+        return None if table.kind == "image" and not latents else family.sections_of(table, frames)
+
+    latent, stores, tables = family.latent, Stores(npz_names(family)), []
+    given = latent, family.defaults.fps, skip_existing, sections, stores, verify
+    recipe = Recipe(family.cache_tag, identity, *given)
+    of_texts = TextRecipe(encoders, skip_existing, stores, verify)
+    for table in config.datasets:
+        found = find_table(config, table)
+        forms = other_form(table, family.cache_tag) if latents or texts else ()
+        found.faults += [Fault("cache folders are in the other form", line) for line in forms]
+        if media and found.sources:
+            try:
+                check_resolution(table, latent.pixel_step)
+                if latents:
+                    family.check_table(media_table(table, any(source.control for source in found.sources)))
+                    found.sources = use_moments(family, found.sources)
+                _check_sources(found, recipe, workers)
+            except DatasetError as error:
+                found.unusable(error)
+            found.faults += find_wrong_rates(found.sources)
+        if texts:
+            captions = list_caption_files(found.sources, family.cache_tag)
+            plans = [plan for plan in map(of_texts.plan, captions) if plan is not None]
+            missing = Counter(name for plan in plans for name in plan.missing)
+            for encoder, _ in encoders:
+                valid, to_do = len(captions) - missing[encoder.name], missing[encoder.name]
+                line = f"caches of {encoder.name}: {valid} are valid, {to_do} captions need encoding"
+                found.caches.append(line)
+        if texts or (found.sources and identity):
+            kind = "shards or folders are not whole; caching mends them"
+            found.remarks += [Fault(kind, line) for line in stores.of(table).faults()]
+        check_captions(found, counters)
+        items = f", {found.num_items} items" if media else ""
+        found.title = f"{table.name}: {len(found.sources)} {table.kind}s{items}"
+        tables.append(found)
+    balance(tables)
+    batches = f"{count_batches(tables)} batches an epoch, as many steps without accumulation"
+    tail = (f"Training on all of it: {batches}",) if media else ()
+    head = ("Files recognised:", *indent([*files, *counters.missing]))
+    return CheckResult(head, tuple(tables), tail, counters)
+
+
+def check_training(
+    config: DatasetConfig,
+    cache_tag: str,
+    latent: LatentSpec,
+    commands: CachingCommands = NO_COMMANDS,
+    accumulation: int = 1,
+    processes: int = 1,
+    files: Iterable[str] = (),
+    text_keys: frozenset[str] = frozenset(),
+    counters: Counters = NO_COUNTERS,
+) -> CheckResult:
+    """Report the caches that a training run would see; every cache file is read and verified.
+
+    accumulation, processes: their product is the number of batches per optimizer step. files: lines about the
+    checkpoints that the caller recognised. text_keys: keys of a complete text cache.
+    """
+    cached = find_items(config, cache_tag, latent, text_keys)
+    encoders = SameEncoders(commands)
+    head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
+    for table in config.datasets:
+        found = TableFindings(table)
+        items = cached.items.where([facts.table.index == table.index for facts in cached.items.facts])
+        found.buckets.update({group[1:]: len(places) for group, places in items.groups().items()})
+        _check_caches(found, items, cached, latent, encoders)
+        _compare_sources(config, found, items, counters)
+        is_held_back = ", for validation" if table.validation else ""
+        found.title = f"{table.name}: {len(items)} cached items{is_held_back}"
+        tables.append(found)
+    trained = cached.items.where([not facts.table.validation for facts in cached.items.facts])
+    order, batches = BatchOrder(trained, seed=0), accumulation * processes
+    steps = f"{-(-order.num_batches // batches)} steps" + (f" of {batches} batches" if batches > 1 else "")
+    tail = [f"An epoch: {order.num_items} items with repeats, {order.num_batches} batches, {steps}"]
+    if any(found.faults for found in tables):
+        tail += ["Caches are made by:", *indent([commands.latents, commands.text])]
+    return CheckResult(head, tuple(tables), tuple(tail), counters)
+
+
+def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
+    """Compare the sources with their caches; decode those with too few known facts."""
+    table = found.table
+    existing = {table.index: LatentNames(recipe.stores.of(table), recipe.tag, table.kind)}
+    looked, unreadable = plan_all(found.sources, existing, recipe, workers)
+
+    def decoded(plan: SourcePlan) -> SourcePlan:
+        media = decode_source(plan.source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+        return complete(plan, media, names_of(existing, plan.source), recipe)
+
+    plans = [plan for plan in looked if plan.missing is not None]
+    unknown = [plan for plan in looked if plan.missing is None]
+    bar = Bar(len(unknown), "Decoding", "source")
+    for _, result in decode_ahead(unknown, lambda plan: plan.source, decoded, workers, bar):
+        if isinstance(result, Failure):
+            unreadable.append(result)
+        else:
+            plans.append(result)
+    found.buckets = Counter(item for plan in plans for item in plan.items)
+    found.faults += [Fault("cannot be read", str(one), one.stem) for one in unreadable]
+    for kind, lines in (
+        ("give no item", [(plan.source, plan.reason) for plan in plans]),
+        ("give no item of some lengths", [(plan.source, plan.short) for plan in plans]),
+    ):
+        told = [(one, line) for one, line in lines if line is not None]
+        found.remarks += [Fault(kind, f"{one.path}: {line}", one.stem) for one, line in told]
+    if plans and not found.buckets:
+        text = f"{table.name}: not one of its {len(plans)} {table.kind}s gives an item"
+        found.faults.append(Fault(NO_ITEM, text))
+    masked = sum(source.mask is not None for source in found.sources)
+    if masked:
+        found.caches.append(f"{masked} of {len(found.sources)} have a mask; the others are learned whole")
+    if recipe.encoder:
+        kept = sum(len(plan.kept) for plan in plans)
+        to_encode = sum(len(plan.missing or ()) for plan in plans)
+        found.caches.append(f"caches: {kept} files are valid, {to_encode} items need encoding")
+
+
+def _check_caches(
+    found: TableFindings, items: Items, cached: FoundItems, latent: LatentSpec, encoders: SameEncoders
+) -> None:
+    """Read every item of a table; add why some cannot be trained on."""
+    folder = found.table.cache_directory
+    for kind, paths in (
+        ("text caches are missing", (*cached.missing_text, *cached.missing_empty)),
+        ("text caches are unfinished", cached.unfinished_text),
+    ):
+        found.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]
+    found.faults += [
+        Fault("caches may be incomplete", line) for table, line in cached.unsound if table is found.table
+    ]
+    if not items:
+        found.faults.append(Fault(NO_ITEM, f"{found.table.name}: look in {folder}"))
+        return
+    stores = stores_for(items[0], latent)
+    drops = [EMPTY] if items[0].table.drops_captions else []
+    # each caption, and the empty prompt once
+    pairs = ((item, number) for item in items for number in range(item.captions))
+    for item, number in itertools.chain(pairs, ((items[0], number) for number in drops)):
+        try:
+            batch = read_batch([item], latent, encoders.commands, captions=[number], stores=stores)
+        except CacheError as error:
+            found.faults.append(Fault("cannot be used", str(error).splitlines()[0], item.source_stem))
+        else:
+            said = encoders.difference(batch.made_by)
+            found.caches += [] if said is None else said.splitlines()
+
+
+def _compare_sources(config: DatasetConfig, found: TableFindings, items: Items, counters: Counters) -> None:
+    """Add remarks about sources without a cache or a caption, if the sources exist: they are not needed."""
+    if any(map(is_address, found.table.tars or ())):  # listing them would download them
+        found.caches.append("its sources are not checked: they are in tars at addresses")
+        return
+    sources = find_table(config, found.table)
+    if not sources.sources:
+        found.caches += [f"its sources are not checked: {fault.text}" for fault in sources.faults[:1]]
+        return
+    found.sources = sources.sources
+    check_captions(sources, counters)
+    stems, kind = set(items.stems), "have no cache: too short, unreadable, or not cached yet"
+    found.remarks += [*sources.faults, *sources.remarks]
+    found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if one.stem not in stems]

@@ -1,0 +1,243 @@
+"""Collect what is found in each table: totals, faults, remarks; captions and files without a use."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_tools.report.looks import Look
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.shard_names import is_of_shards
+from dataset.sources.captions import describe_cut
+from dataset.sources.faults import Fault, list_faults
+from dataset.sources.left_out import folder_id
+from dataset.sources.listing import find_sources, is_file, missing_captions, unsearched_folders
+from dataset.sources.media_source import MediaSource
+from modules.contract.family import TextEncoder
+from modules.contract.rules import CountTokens, TokenCount
+from modules.errors import CheckpointError, DatasetError, OptionError
+from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.paths import path_exists
+
+LISTED = 50  # at most so many lines of one kind
+UNUSABLE = "tables cannot be used"
+NO_CAPTION = "have no caption"
+PROMPTS = "prompts.txt"  # of samples, as `new` writes it
+# are left alone in a folder of clips
+USUAL = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db"})
+
+
+@dataclass
+class TableFindings:
+    """Findings in one table; filled as a check goes on."""
+
+    table: DatasetTable
+    title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
+    sources: Sequence[MediaSource] = ()
+    buckets: Counter[tuple[int, ...]] = field(default_factory=Counter)  # items by (width, height[, frames])
+    faults: list[Fault] = field(default_factory=list)  # must be mended
+    remarks: list[Fault] = field(default_factory=list)  # left out, or cut off: good to know
+    caches: list[str] = field(default_factory=list)  # lines about its cache files
+    times: float = 1.0  # how often its repeats come: regularisation images are as many as the others
+    looks: list[Look] = field(default_factory=list)  # at its sources, if they were measured
+
+    def unusable(self, error: DatasetError) -> None:
+        """Note that nothing of the table can be used."""
+        self.faults.append(Fault(UNUSABLE, str(error)))
+
+    @property
+    def num_items(self) -> int:
+        return self.buckets.total()
+
+    def bucket_rows(self) -> list[tuple[tuple[int, ...], int, int, int]]:
+        """Return (bucket, items, batches in an epoch, items in the last batch) of each bucket, ascending."""
+        size = self.table.batch_size
+        rows = []
+        for bucket, count in sorted(self.buckets.items()):
+            shown = round(count * self.table.num_repeats * self.times)
+            batches = -(-shown // size)
+            rows.append((bucket, count, batches, shown - (batches - 1) * size if shown else size))
+        return rows
+
+    def lines(self) -> list[str]:
+        """Return all of it as lines to print."""
+        size, repeats = self.table.batch_size, self.table.num_repeats * self.times
+        times = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
+        lines = []
+        for bucket, count, batches, last in self.bucket_rows():
+            frames = "" if len(bucket) == 2 else f", {bucket[2]} frames"
+            remainder = f" (the last has {last})" if last < size else ""
+            sizes = f"{bucket[0]}x{bucket[1]}{frames}"
+            lines.append(f"{sizes}: {count} items x {times}, {batches} batches of {size}{remainder}")
+        found = list_faults([*self.faults, *self.remarks], LISTED)
+        return [self.title, *indent([*lines, *self.caches, *found])]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """How the text encoders count tokens, and why some cannot."""
+
+    by_name: tuple[tuple[str, CountTokens], ...] = ()
+    missing: tuple[str, ...] = ()  # lines
+
+    def count(self, caption: str) -> list[tuple[str, TokenCount]]:
+        return [(name, count(caption)) for name, count in self.by_name]
+
+
+NO_COUNTERS = Counters()
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Findings in each table, with lines to print before and after."""
+
+    head: tuple[str, ...]
+    tables: tuple[TableFindings, ...]
+    tail: tuple[str, ...]
+    counters: Counters  # for the page
+
+    @property
+    def num_faults(self) -> int:
+        return sum(len(found.faults) for found in self.tables)
+
+    @property
+    def num_remarks(self) -> int:
+        return sum(len(found.remarks) for found in self.tables)
+
+    @property
+    def num_batches(self) -> int:
+        return count_batches(self.tables)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.num_faults else 0
+
+    @property
+    def lines(self) -> list[str]:
+        """Return all lines to print; the last one is the verdict."""
+        faults, remarks = self.num_faults, self.num_remarks
+        verdict = f"Something is wrong: see above. Faults: {faults}." if faults else "Nothing is wrong."
+        tables = [line for found in self.tables for line in found.lines()]
+        return [*self.head, *tables, *self.tail, verdict + (f" Remarks above: {remarks}." if remarks else "")]
+
+
+def balance(tables: Sequence[TableFindings]) -> None:
+    """Set how often the regularisation images of each dataset come. tables: all of a configuration."""
+    learned, raw = Counter[int](), Counter[int]()
+    for found in tables:
+        counts = raw if found.table.is_reg else learned
+        counts[found.table.batch_group] += found.num_items * found.table.num_repeats
+    for found in tables:
+        group = found.table.batch_group
+        if found.table.is_reg and raw[group]:
+            found.times = learned[group] / raw[group]
+
+
+def count_batches(tables: Iterable[TableFindings]) -> int:
+    """Return the batches of an epoch. Subsets of a dataset share them.
+
+    With regularisation images it may differ by a few, as these are taken to be spread over their sizes.
+    """
+    counts: dict[tuple[int, ...], float] = {}
+    sizes: dict[tuple[int, ...], int] = {}
+    for found in tables:
+        table = found.table
+        for bucket, count in found.buckets.items():
+            key = (table.batch_group, *bucket)
+            counts[key] = counts.get(key, 0) + count * table.num_repeats * found.times
+            sizes[key] = table.batch_size
+    return sum(math.ceil(round(count, 6) / sizes[key]) for key, count in counts.items())
+
+
+def indent(lines: Iterable[str]) -> list[str]:
+    """Return the lines, each two characters further right."""
+    return [f"  {line}" for line in lines]
+
+
+def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
+    """List the sources of a table with all faults of the listing, and the files beside them."""
+    found = TableFindings(table)
+    try:
+        found.sources = find_sources(table, faults=found.faults)
+    except DatasetError as error:
+        found.unusable(error)
+        return found
+    others = {folder_id(one.directory) for one in config.datasets if one.directory and one is not table}
+    _check_unused(found, others)
+    if table is config.datasets[0]:
+        found.remarks += [Fault("folders are not searched", line) for line in unsearched_folders(config)]
+    return found
+
+
+def _check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None:
+    """Add remarks about files beside the sources that look as if they were meant to be used.
+
+    folders_in_use: `folder_id` of the folders of other tables, whose files are used there.
+    """
+    table = found.table
+    if table.directory is None or folder_id(table.directory) in folders_in_use:
+        return
+    used = {str(path) for source in found.sources for path in (source.path, source.caption_path)}
+    before = str(table.directory / "x")[:-1]
+    names: Counter[str] = Counter()
+    with os.scandir(table.directory) as entries:
+        for entry in entries:
+            if before + entry.name in used or entry.name[0] == "." or is_of_shards(entry.name):
+                continue
+            suffix = Path(entry.name).suffix.lower()
+            if entry.name != PROMPTS and suffix not in USUAL and is_file(entry):
+                names[suffix] += 1
+    other = "video" if table.kind == "image" else "image"
+    for suffix, count in sorted(names.items()):
+        if suffix in (VIDEO_SUFFIXES if other == "video" else image_suffixes()):
+            why = f"{other}s: give them a table with {other}_directory"
+        elif suffix == table.caption_extension:
+            why = f"captions without {'an image' if table.kind == 'image' else 'a clip'} of the same name"
+        else:
+            why = f"neither {table.kind}s nor captions"
+        line = f"{table.directory}: {count} of {suffix or 'no suffix'}, {why}"
+        found.remarks.append(Fault("kinds of files are not used", line))
+
+
+# --- captions
+# ------------------------------------------------------------------------------------------------------------
+
+
+def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counters:
+    """Load the tokenizers that are here. No encoder is loaded and nothing is downloaded."""
+    found, missing = [], []
+    try:
+        encoders = text_encoders()
+    except (OptionError, CheckpointError) as error:
+        return Counters((), (f"tokens are not counted: {error}",))
+    for encoder in encoders:
+        try:
+            found.append((encoder.name, encoder.token_counter()))
+        except CheckpointError as error:
+            missing.append(f"tokens of {encoder.name} are not counted: {error}")
+    return Counters(tuple(found), tuple(missing))
+
+
+def check_captions(found: TableFindings, counters: Counters = NO_COUNTERS) -> None:
+    """Add the faults of the captions of a table's sources, except for unreadable ones."""
+    missing = [source for source in found.sources if source.caption is None and not is_unread(source)]
+    for line, source in zip(missing_captions(missing), missing, strict=True):
+        found.faults.append(Fault(NO_CAPTION, line, source.stem))
+    for source in found.sources:
+        if source.caption == "":
+            kind = "have an empty caption"
+            found.remarks.append(Fault(kind, str(source.caption_path or source.path), source.stem))
+    for source in found.sources if counters.by_name else ():
+        place = source.caption_path or source.path
+        for caption in (source.caption or "", *source.more_captions):
+            for name, count in counters.count(caption):
+                if count.is_cut:
+                    kind, text = f"have a caption longer than {name} reads", describe_cut(place, name, count)
+                    found.remarks.append(Fault(kind, text, source.stem))
+
+
+def is_unread(source: MediaSource) -> bool:
+    """Return whether the caption is there but could not be read: the listing has reported that."""
+    return source.caption_path is not None and path_exists(source.caption_path)

@@ -1,0 +1,311 @@
+"""Read a source once, as caching does: its numbers, measures of its frames, a strip of them."""
+# Letters: H, W height and width of a frame
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from markupsafe import Markup
+
+from dataset.sources.decoding import decode_source, fit_of, plan_source, source_frames, spans_or_reason
+from dataset.sources.fetching import fetch
+from dataset.sources.frames import Span, describe_short
+from dataset.sources.media_source import MediaSource
+from dataset.sources.moments import measure_source
+from dataset.sources.rates import compare_rates
+from dataset.sources.steps import Steps
+from modules.control_codes import escape_control_codes
+from modules.errors import DatasetError, MediaError
+from modules.media.animations import is_animation
+from modules.media.buckets import Fit, fit_cover
+from modules.media.measures import (
+    BLURRED,
+    SHARP_SIDE,
+    brightness,
+    clip_hash,
+    hashed_frames,
+    is_black,
+    is_flat,
+    is_static,
+    motion,
+    sharpness,
+)
+from modules.media.reading import Frame, video_info
+from modules.pages.page import embed_picture
+
+MOST_FRAMES = 12  # of a clip that are measured or shown
+GAP = 4  # pixels between frames
+EDGE = np.array((255, 140, 0), np.uint8)  # of the part that is kept
+SHADE = 0.3  # brightness of what is cut off
+SMALL = 150  # longer side in a group of copies
+COLOUR_SIDE = 4  # of the small pictures that tell copies from pictures of one shape and other colours
+DIGITS = 4  # of measures
+
+
+@dataclass(frozen=True)
+class StripSize:
+    """How large a page shows sources, in pixels."""
+
+    clip_height: int
+    picture_height: int
+    width: int  # of all frames of a clip side by side
+    quality: int  # of JPEG
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """Measures of the used frames of a source. Of a clip, the mean over some frames."""
+
+    brightness: float  # 0..1
+    motion: float  # 0..1; 0 of a picture
+    sharpness: float  # the median over the frames
+    is_black: bool  # all frames are
+    is_static: bool  # a clip in which nothing moves, and which is not black
+    is_blurred: bool  # most frames are
+    is_flat: bool  # all frames have one colour, so that their hash says nothing
+    hashes: tuple[int, ...]  # one of a picture, four of a clip
+    colours: bytes  # the same frames as 4 x 4 RGB, one after the other
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What reading a source tells. Whatever could not be read is None or empty; there may be a million."""
+
+    fit: Fit | None = None  # how a frame of `size` becomes what the model sees
+    size: tuple[int, int] | None = None  # width, height
+    bytes: int | None = None
+    fps: float | None = None  # of the file
+    frames: int | None = None  # in the file, as its header says
+    used: int = 0  # frames that are used at the model's rate, as far as they are needed
+    lengths: tuple[tuple[int, int], ...] = ()  # frames of an item, how many such items
+    short: str | None = None  # for which target_frames it is too short
+    none: str | None = None  # why it gives no item although it can be read
+    problem: str | None = None  # why it cannot be read
+    rate_remark: str | None = None  # if the table's source_fps does not fit the file's rate
+    measures: Measures | None = None
+    # only of what a page shows
+    spans: tuple[Span, ...] = ()
+    strip: Markup | None = None
+    small: Markup | None = None
+
+    @property
+    def cut_percent(self) -> float:
+        """Return how much of the picture's area is cut off."""
+        return 0.0 if self.fit is None else cut_percent(self.fit)
+
+    @property
+    def enlarged(self) -> float:
+        """Return by how much a frame is enlarged; below 1 if it is reduced."""
+        return 1.0 if self.fit is None or self.size is None else self.fit.resized[0] / self.size[0]
+
+    @property
+    def seconds(self) -> float | None:
+        return self.frames / self.fps if self.frames and self.fps else None
+
+
+def cut_percent(fit: Fit) -> float:
+    """Return how much of a picture's area a fit cuts off."""
+    return 100 * (1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1]))
+
+
+def measure(source: MediaSource, fps: float, steps: Steps) -> Look:
+    """Decode a source as caching does, with its control media and mask, and measure its used frames."""
+    sample = EvenFrames(_reducer())
+    found = _look_over(source, fps, steps, sample.add)
+    if "problem" not in found and (source.control or source.mask_from is not None):
+        try:
+            decode_source(source, fps, steps.pixel_step, steps.frame_step)
+        except (MediaError, DatasetError, OSError) as error:  # caching would refuse it
+            found |= {"problem": str(error), "lengths": (), "none": None}
+    if "problem" not in found and sample.frames:
+        frames = choose_evenly(sample.frames, MOST_FRAMES)
+        found["measures"] = _measure_frames(frames, source.table.kind == "video")
+    del found["spans"]
+    return Look(**found)
+
+
+def show(source: MediaSource, fps: float, steps: Steps, shown: StripSize) -> Look:
+    """Decode a source and draw its frames; only a few small ones are kept in memory.
+
+    `problem` says what cannot be read; the frames before it are shown.
+    """
+    height = shown.clip_height if source.table.kind == "video" else shown.picture_height
+
+    def reduce(frame: Frame) -> Frame:
+        width = min(max(1, round(frame.shape[1] * height / frame.shape[0])), shown.width)
+        method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
+        return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
+
+    sample = EvenFrames(reduce)
+    found = _look_over(source, fps, steps, sample.add)
+    if sample.frames:
+        widest = max(frame.shape[1] for frame in sample.frames)
+        most = min(MOST_FRAMES, (shown.width + GAP) // (widest + GAP))
+        strip = draw_strip(choose_evenly(sample.frames, most), found.get("fit"))
+        middle, name = sample.frames[len(sample.frames) // 2], escape_control_codes(source.path.name)
+        found["strip"] = embed_picture(strip, name, shown.width, quality=shown.quality)
+        found["small"] = embed_picture(middle, name, SMALL, quality=70)
+    return Look(**found)
+
+
+def read_header(source: MediaSource, fps: float, steps: Steps) -> Look:
+    """Return the facts in the header of a source; a clip whose header has no number of frames is decoded."""
+    try:
+        with fetch(source) as here:
+            plan = plan_source(here, fps, steps.pixel_step, steps.frame_step)
+            info = video_info(here.path) if source.table.kind == "video" else None
+    except (MediaError, DatasetError, OSError) as error:
+        return Look(problem=str(error))
+    return Look(
+        fit_of(source.table, plan.size, steps.pixel_step, source.path),
+        plan.size,
+        fps=info.fps if info else None,
+        frames=info.frames if info else None,
+        lengths=_count_lengths(plan.spans),
+        none=plan.reason,
+    )
+
+
+def _look_over(
+    source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None]
+) -> dict[str, Any]:
+    """Hand each used frame of a source to `take`, at its own size; return what was found, for `Look`."""
+    found: dict[str, Any] = {"used": 0, "spans": ()}
+    table = source.table
+    try:
+        if source.tensors is not None:  # its clip, which need not be there, is not read
+            given = measure_source(source, steps)
+            spans = (given.span(steps.frame_step),)
+            found |= {"size": given.size, "fit": fit_cover(given.size, given.size), "frames": given.frames}
+            found |= {"bytes": _size_bytes(source), "used": given.frames, "spans": spans}
+        else:
+            with fetch(source) as here:
+                _read_frames(here, fps, steps, take, found)
+            is_clip = table.kind == "video"
+            found["spans"], found["none"] = (
+                spans_or_reason(table, found["used"], steps.frame_step) if is_clip else (((0, 1),), None)
+            )
+            found["short"] = describe_short(table, found["spans"], found["used"])
+        found["lengths"] = _count_lengths(found["spans"])
+    except (MediaError, DatasetError, OSError) as error:
+        found["problem"] = str(error)
+    return found
+
+
+def _read_frames(
+    source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None], found: dict[str, Any]
+) -> None:
+    """Hand the frames of a source on disk to `take`; add facts found on the way to `found`."""
+    found["bytes"] = _size_bytes(source)
+    if source.table.kind == "video":
+        info = video_info(source.path)
+        found |= {"fps": info.fps, "frames": info.frames}
+        if not is_animation(source.path):  # these are played by the times in the file
+            found["rate_remark"] = compare_rates(info.fps, source.table.source_fps, fps)
+    for frame in source_frames(source, fps):
+        if "fit" not in found:
+            size = (frame.shape[1], frame.shape[0])
+            found |= {"size": size, "fit": fit_of(source.table, size, steps.pixel_step, source.path)}
+        take(frame)
+        found["used"] += 1
+
+
+def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
+    return tuple(sorted(Counter(length for _, length in spans).items()))
+
+
+def _size_bytes(source: MediaSource) -> int | None:
+    try:
+        path = source.path if source.tensors is None else source.tensors.moments
+        return None if path.is_dir() else path.stat().st_size
+    except OSError:
+        return None
+
+
+class EvenFrames:
+    """Evenly spaced frames of a stream of unknown length, from its first on; at most 2 * MOST_FRAMES."""
+
+    def __init__(self, reduce: Callable[[Frame], Frame]) -> None:
+        """reduce: turns a frame into its kept form; only called for kept ones."""
+        self.frames: list[Frame] = []
+        self._count = 0
+        self._reduce = reduce
+        self._step = 1
+
+    def add(self, frame: Frame) -> None:
+        if self._count % self._step == 0:
+            self.frames.append(self._reduce(frame))
+            if len(self.frames) > 2 * MOST_FRAMES:
+                self.frames = self.frames[::2]
+                self._step *= 2
+        self._count += 1
+
+
+def choose_evenly(frames: Sequence[Frame], most: int) -> list[Frame]:
+    """Return at least one and at most `most` frames, evenly from the first to the last."""
+    count = max(1, min(most, len(frames)))
+    return [frames[index] for index in np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
+
+
+def draw_strip(frames: Sequence[Frame], fit: Fit | None) -> Frame:
+    """Return frames of one height side by side, with white gaps; `fit` draws the parts cut off."""
+    parts: list[Frame] = []
+    for frame in frames:
+        if parts:
+            parts.append(np.full((frame.shape[0], GAP, 3), 255, np.uint8))
+        parts.append(frame if fit is None else draw_crop(frame, fit))
+    return np.concatenate(parts, axis=1)
+
+
+def draw_crop(frame: Frame, fit: Fit) -> Frame:
+    """Return a copy of a frame (H W 3, of any scale) with the part that is cut off dark, behind a line."""
+    height, width = frame.shape[:2]
+    left, top = fit.crop[0] / fit.resized[0] * width, fit.crop[1] / fit.resized[1] * height
+    right = left + fit.bucket[0] / fit.resized[0] * width
+    bottom = top + fit.bucket[1] / fit.resized[1] * height
+    x0, y0 = max(0, round(left)), max(0, round(top))
+    x1, y1 = min(width, round(right)), min(height, round(bottom))
+    drawn = np.asarray(frame * SHADE, np.uint8)
+    drawn[y0:y1, x0:x1] = EDGE
+    drawn[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2] = frame[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2]
+    return drawn
+
+
+def _reducer() -> Callable[[Frame], Frame]:
+    """Return a function that reduces the frames of a source for measuring, all to the size of the first."""
+    size: tuple[int, int] | None = None
+
+    def reduce(frame: Frame) -> Frame:
+        nonlocal size
+        height, width = frame.shape[:2]
+        if size is None:
+            factor = min(1.0, SHARP_SIDE / max(height, width))
+            size = (max(1, round(width * factor)), max(1, round(height * factor)))
+        if (width, height) == size:
+            return frame
+        return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+    return reduce
+
+
+def _measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
+    """Return the measures of a picture, or of frames of a clip, all of one size."""
+    black = all(map(is_black, frames))
+    flat, sharp = [is_flat(frame) for frame in frames], [sharpness(frame) for frame in frames]
+    blurred = sum(not one and value < BLURRED for one, value in zip(flat, sharp, strict=True))
+    side = (COLOUR_SIDE, COLOUR_SIDE)
+    small = [cv2.resize(frame, side, interpolation=cv2.INTER_AREA) for frame in hashed_frames(frames)]
+    return Measures(
+        round(float(np.mean([brightness(frame) for frame in frames])), DIGITS),
+        round(motion(frames), DIGITS),
+        round(float(np.median(sharp)), DIGITS),
+        black,
+        is_clip and len(frames) > 1 and not black and is_static(frames),
+        2 * blurred > len(frames),
+        all(flat),
+        clip_hash(frames),
+        b"".join(np.asarray(one, np.uint8).tobytes() for one in small),
+    )

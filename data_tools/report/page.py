@@ -1,0 +1,351 @@
+"""Write the page of --check or of the report: one HTML file that fetches nothing and runs no script."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.report.findings import NO_COUNTERS, CheckResult, Counters, TableFindings
+from data_tools.report.looks import Look, StripSize, show
+from data_tools.report.numbers import Numbers, count_fits
+from data_tools.report.options import ReportOptions
+from dataset.caching.prefetch import read_ahead
+from dataset.caching.reports import Failure
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.sources.faults import Fault
+from dataset.sources.media_source import MediaSource
+from dataset.sources.steps import Steps
+from modules.bars import Bar
+from modules.console import count_of, in_words
+from modules.contract.rules import TokenCount
+from modules.control_codes import escape_control_codes
+from modules.media.buckets import Fit, Size
+from modules.pages.page import write_page
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).resolve().parent / "report.html"
+CHECK_STRIP = StripSize(clip_height=104, picture_height=240, width=1180, quality=80)
+REPORT_STRIP = StripSize(clip_height=120, picture_height=260, width=660, quality=78)
+MOST_CHARACTERS = 20_000  # of a caption
+MOST_LOST = 1000  # of what no encoder reads
+MOST_SPANS = 120  # of one length in the drawing of a clip
+MOST_BUCKETS = 60  # sizes of a table
+MOST_OUTLINES = 40  # different sizes that are drawn in a bucket
+MARGIN = 3  # percent of the drawing
+# lines of a list, rows of sizes and rates, groups of near copies, files in one
+MOST = {"most_lines": 200, "most_rows": 7, "most_groups": 60, "most_in_group": 12}
+FILTERS = (
+    ("faulty", "with faults"),
+    ("told", "with remarks"),
+    ("copy", "near-duplicates"),
+    ("black", "black"),
+    ("static", "static"),
+    ("blurred", "blurred"),
+    ("cut", "a fifth or more cut off"),
+)
+
+
+@dataclass(frozen=True)
+class CaptionPart:
+    """A part of a caption, and who does not read it."""
+
+    text: str
+    unread_by: tuple[str, ...]
+    is_lost: bool  # no encoder reads it
+
+
+@dataclass(frozen=True)
+class Card:
+    """One file as the page shows it."""
+
+    name: str
+    place: str  # names the card in links
+    source: MediaSource
+    look: Look
+    faults: Sequence[str]
+    remarks: Sequence[str]
+    counts: Sequence[tuple[str, TokenCount]]
+    texts: Sequence[Sequence[CaptionPart]]  # the captions as each group of encoders reads them
+    windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # length, (start, width) in %, how many
+    marks: Sequence[str]  # classes by which the page filters
+
+
+@dataclass(frozen=True)
+class CropDrawing:
+    """The outlines of the sources fitted to a bucket, around what is kept of them."""
+
+    rows: Sequence[Numbers]  # the buckets of this size
+    view: str
+    text: str
+    boxes: Sequence[tuple[int, int, int, int, int]]  # x, y, width and height of an outline, how many files
+
+
+def write_check_page(
+    path: Path,
+    config: DatasetConfig,
+    result: CheckResult,
+    latent: Steps,
+    fps: float,
+    most: int,
+    workers: int,
+) -> None:
+    """Write the page of a check: at most `most` files, each read once, in `workers` threads.
+
+    Raises OutputError if the page cannot be written.
+    """
+    cards = _make_cards(result.tables, result.counters, latent, fps, most, workers, CHECK_STRIP)
+    files = sum(len(found.sources) for found in result.tables)
+    values = {
+        "result": result,
+        "sections": [
+            (
+                found,
+                escape_control_codes(str(found.table.source)),
+                _describe(found.table),
+                list(map(escape_control_codes, found.caches)),
+                _escape(found.faults),
+                _escape(found.remarks),
+                [card for card in cards if card.source.table is found.table],
+            )
+            for found in result.tables
+        ],
+        "missing": list(map(escape_control_codes, result.counters.missing)),
+        "tail": list(map(escape_control_codes, result.tail)),
+        "files": files,
+    }
+    title = f"{config.path.name}: {count_of(files, 'file')} checked"
+    _write_page(path, title, values, cards, fps)
+
+
+def write_report_page(
+    path: Path,
+    config: DatasetConfig,
+    tables: Sequence[TableFindings],
+    numbers: Numbers,
+    options: ReportOptions,
+    steps: Steps,
+    workers: int,
+) -> None:
+    """Write the page of the report. numbers: the result of `collect_numbers`; the page shows nothing else.
+
+    Raises OutputError if the page cannot be written.
+    """
+    copies = {path for group in numbers["near_duplicates"] for path in group}
+    cards = _make_cards(tables, NO_COUNTERS, steps, options.fps, options.items, workers, REPORT_STRIP, copies)
+    shown = _escape_texts(numbers)
+    by_path = {escape_control_codes(str(card.source.path)): card for card in cards}
+    values = {
+        "result": None,
+        "report": shown,
+        "sections": [
+            (table, *_draw_table(table, found), [card for card in cards if card.source.table is found.table])
+            for table, found in zip(shown["tables"], tables, strict=True)
+        ],
+        "links": by_path,
+        "number": _number,
+        "in_words": in_words,
+    }
+    _write_page(path, escape_control_codes(config.path.name), values, cards, options.fps)
+
+
+def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequence[Card], fps: float) -> None:
+    filters = [(mark, words, sum(mark in card.marks for card in cards)) for mark, words in FILTERS]
+    name_of = lambda path: escape_control_codes(Path(path).name)  # noqa: E731
+    shared = {
+        "name_of": name_of,
+        "fps": fps,
+        "cards": len(cards),
+        "filters": [one for one in filters if one[2]],
+        **MOST,
+    }
+    write_page(path, TEMPLATE, title, {**shared, **values})
+    logger.info("wrote %s", path)
+
+
+# --- cards
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _make_cards(
+    tables: Sequence[TableFindings],
+    counters: Counters,
+    steps: Steps,
+    fps: float,
+    most: int,
+    workers: int,
+    shown: StripSize,
+    copies: frozenset[str] | set[str] = frozenset(),
+) -> list[Card]:
+    """Read at most `most` files once more and return their cards, in the order of their tables."""
+    chosen = choose_sources(tables, most)
+    pairs = [(found, place) for found, places in zip(tables, chosen, strict=True) for place in places]
+    told: dict[tuple[bool, int, str | None], list[str]] = {}
+    for found in tables:
+        for is_fault, ones in ((True, found.faults), (False, found.remarks)):
+            for one in _escape(ones):
+                told.setdefault((is_fault, found.table.index, one.stem), []).append(one.text)
+
+    def work(pair: tuple[TableFindings, int]) -> Card:
+        found, place = pair
+        source = found.sources[place]
+        look = show(source, fps, steps, shown)
+        paths = {escape_control_codes(str(path)) for path in (source.path, source.caption_path)}
+        faults, remarks = (
+            # that a caption is empty is a path alone: the card shows it
+            [text for text in told.get((is_fault, found.table.index, source.stem), []) if text not in paths]
+            for is_fault in (True, False)
+        )
+        if look.problem is not None and not faults:
+            faults = [escape_control_codes(look.problem)]
+        measures = found.looks[place].measures if found.looks else None
+        captions = [] if source.caption is None else [source.caption, *source.more_captions]
+        counts = [counters.count(caption) if caption else [] for caption in captions]
+        flags = {
+            "faulty": bool(faults),
+            "told": bool(remarks),
+            "black": measures is not None and measures.is_black,
+            "static": measures is not None and measures.is_static,
+            "blurred": measures is not None and measures.is_blurred,
+            "copy": str(source.path) in copies,
+            "cut": look.cut_percent > 20,
+        }
+        return Card(
+            escape_control_codes(source.path.name),
+            f"file-{found.table.index + 1}-{place}",
+            source,
+            replace(look, measures=measures),
+            faults,
+            remarks,
+            counts[0] if counts else [],
+            [text for one in zip(captions, counts, strict=True) for text in caption_segments(*one)],
+            _windows(look),
+            [mark for mark, is_set in flags.items() if is_set],
+        )
+
+    cards = []
+    bar = Bar(len(pairs), "Reading pictures", "file")
+    for _, card in read_ahead(pairs, lambda pair: pair[0].sources[pair[1]], work, workers, bar):
+        assert not isinstance(card, Failure)  # what cannot be read is told on the card
+        cards.append(card)
+    return cards
+
+
+def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]]:
+    """Choose at most `most` sources: those with faults, those with remarks, then evenly from the others.
+
+    Returns the places of each table's sources in this order.
+    """
+    ranked: list[list[tuple[int, int]]] = [[], [], []]  # table and place of: faults, remarks, all others
+    for index, found in enumerate(tables):
+        wrong, remarked = ({one.stem for one in ones} for ones in (found.faults, found.remarks))
+        for place, source in enumerate(found.sources):
+            ranked[0 if source.stem in wrong else 1 if source.stem in remarked else 2].append((index, place))
+    chosen: list[list[int]] = [[] for _ in tables]
+    left = most
+    for places in ranked:
+        count = min(left, len(places))
+        evenly = np.linspace(0, len(places) - 1, count).round().astype(int) if count else ()
+        for index, place in (places[one] for one in evenly):
+            chosen[index].append(place)
+        left -= count
+    return chosen
+
+
+def _escape(faults: Sequence[Fault]) -> list[Fault]:
+    """Write control codes out: they would hide or reorder the text."""
+    return [Fault(one.kind, escape_control_codes(one.text), one.stem) for one in faults]
+
+
+def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
+    """Split a caption where encoders stop reading. Encoders that read the same text share one entry."""
+    if not counts:
+        return [[CaptionPart(_shorten(caption, MOST_CHARACTERS), (), False)]]
+    by_text: dict[str, list[tuple[str, TokenCount]]] = {}
+    for name, count in counts:
+        by_text.setdefault(count.text, []).append((name, count))
+    found = []
+    for text, readers in by_text.items():
+        places = sorted({0, len(text), *(count.kept for _, count in readers)})
+        segments = []
+        for start, end in zip(places, places[1:], strict=False):
+            unread = tuple(name for name, count in readers if count.kept <= start)
+            is_lost = len(unread) == len(readers)
+            text_shown = _shorten(text[start:end], MOST_LOST if is_lost else MOST_CHARACTERS)
+            segments.append(CaptionPart(text_shown, unread, is_lost))
+        found.append(segments)
+    return found
+
+
+def _shorten(text: str, most: int) -> str:
+    """Return the beginning of a text, with control codes written out, and how much is left out."""
+    more = f" [... and {len(text) - most:,} more characters]" if len(text) > most else ""
+    return escape_control_codes(text[:most]) + more
+
+
+def _windows(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
+    """Return the spans of each length, as parts of the frames that are used, in percent."""
+    by_length: dict[int, list[tuple[float, float]]] = {}
+    for start, length in look.spans:
+        place = (100 * start / max(look.used, 1), 100 * length / max(look.used, 1))
+        by_length.setdefault(length, []).append(place)
+    return [(length, places[:MOST_SPANS], len(places)) for length, places in sorted(by_length.items())]
+
+
+def _describe(table: DatasetTable) -> str:
+    width, height = table.resolution
+    buckets = "one size" if not table.enable_bucket else "buckets"
+    parts = [f"{width}x{height}, {buckets}", f"batch_size {table.batch_size}"]
+    parts += [f"num_repeats {table.num_repeats}"] if table.num_repeats != 1 else []
+    if table.kind == "video":
+        targets = f": {', '.join(map(str, table.target_frames))} frames"
+        parts.append(table.frame_extraction + ("" if table.frame_extraction == "full" else targets))
+        parts += [f"source_fps {table.source_fps}"] if table.source_fps is not None else []
+    return "; ".join([*parts, *(["for validation"] if table.validation else [])])
+
+
+# --- drawings
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[CropDrawing], int]:
+    """Return drawings of what the buckets of most items cut off, and how many sizes are not drawn."""
+    by_size: dict[Size, list[Numbers]] = {}
+    for bucket in table["buckets"]:
+        by_size.setdefault((bucket["width"], bucket["height"]), []).append(bucket)
+    most = sorted(by_size, key=lambda size: -sum(row["items"] for row in by_size[size]))[:MOST_BUCKETS]
+    fits = count_fits(found)
+    drawn = [_draw_crops(size, rows, fits[size]) for size, rows in by_size.items() if size in set(most)]
+    return drawn, len(by_size) - len(drawn)
+
+
+def _draw_crops(bucket: Size, rows: Sequence[Numbers], fits: Counter[Fit]) -> CropDrawing:
+    """Draw a bucket; of very many different outlines the most frequent are drawn."""
+    # where the edges of the whole source lie, if the bucket's corner is 0, 0
+    boxes = [
+        (-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in fits.most_common(MOST_OUTLINES)
+    ]
+    left, top = min(x for x, *_ in boxes), min(y for _, y, *_ in boxes)
+    width, height = max(x + w for x, _, w, *_ in boxes) - left, max(y + h for _, y, _, h, _ in boxes) - top
+    pad = MARGIN * max(width, height) / 100
+    view = f"{left - pad:g} {top - pad:g} {width + 2 * pad:g} {height + 2 * pad:g}"
+    text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
+    return CropDrawing(rows, view, f"{bucket[0]} x {bucket[1]}: {text}", boxes)
+
+
+def _number(value: float) -> str:
+    """Return a number as short text."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _escape_texts(value: Any) -> Any:
+    """Write out the control codes in all texts of JSON values."""
+    if isinstance(value, str):
+        return escape_control_codes(value)
+    if isinstance(value, dict):
+        return {key: _escape_texts(one) for key, one in value.items()}
+    return [_escape_texts(one) for one in value] if isinstance(value, list) else value

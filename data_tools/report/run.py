@@ -1,0 +1,157 @@
+"""Run tools/dataset_report.py after its options are read: measure the dataset, then write page and JSON."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_tools.report.copies import group_copies
+from data_tools.report.findings import TableFindings, balance, check_captions, find_table
+from data_tools.report.looks import Look, Measures, measure, read_header
+from data_tools.report.numbers import CANNOT_BE_READ, collect_numbers
+from data_tools.report.options import ReportOptions
+from data_tools.report.page import write_report_page
+from dataset.caching.prefetch import decode_ahead, read_ahead
+from dataset.caching.reports import Failure
+from dataset.config import FRAME_STEP, DatasetConfig, DatasetTable
+from dataset.sources.decoding import check_resolution
+from dataset.sources.faults import Fault, list_faults
+from dataset.sources.media_source import MediaSource
+from dataset.sources.steps import Steps
+from modules.atomic_write import write_text
+from modules.bars import Bar
+from modules.control_codes import escape_control_codes
+from modules.errors import DatasetError
+from modules.media.buckets import Fit
+
+logger = logging.getLogger(__name__)
+
+NAMED = 10  # faults of one kind in the log
+# channels of the latents and the pixels of each, by --pixel_step: those of Wan2.2 TI2V-5B, and of all others
+LATENTS = {32: (48, (4, 16, 16))}
+USUAL = (16, (4, 8, 8))
+
+
+@dataclass(frozen=True)
+class ModelSteps:
+    """Sizes, lengths and latents that the model takes."""
+
+    pixel_step: int
+    channels: int
+    stride: tuple[int, int, int]
+    frame_step: int = FRAME_STEP  # of all families
+
+
+def run_report(config: DatasetConfig, options: ReportOptions) -> None:
+    """Read the dataset, then write the page and the JSON as asked for. Faults go to the log.
+
+    Raises DatasetError if there is nothing to report on, OutputError if a file cannot be written.
+    """
+    workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
+    steps = ModelSteps(options.pixel_step, *LATENTS.get(options.pixel_step, USUAL))
+    decodes = not options.no_decode
+    tables = [
+        _measure_table(config, table, options.fps, steps, decodes, workers) for table in config.datasets
+    ]
+    faults = [fault for found in tables for fault in found.faults]
+    if not any(found.sources for found in tables):
+        lines = (fault.text for fault in faults)
+        raise DatasetError("\n  ".join([f"{config.path}: there is nothing to report on", *lines]))
+    balance(tables)
+    copies = [group for kind in ("image", "video") for group in _find_copies(tables, kind)]
+    numbers = collect_numbers(config, tables, copies, options.fps, options.pixel_step, decodes)
+    if faults:
+        text = "\n  ".join(list_faults(faults, NAMED))
+        logger.warning("Faults were found:\n  %s", escape_control_codes(text))
+    if options.output is not None:
+        write_report_page(options.output, config, tables, numbers, options, steps, workers)
+    if options.json is not None:
+        # ASCII, so that no text from outside reaches a terminal as it is
+        text = json.dumps(numbers, indent=2) + "\n"
+        if options.prints:
+            sys.stdout.write(text)
+        else:
+            write_text(options.json, text)
+            logger.info("wrote %s", options.json)
+
+
+def _measure_table(
+    config: DatasetConfig, table: DatasetTable, fps: float, steps: Steps, decodes: bool, workers: int
+) -> TableFindings:
+    """Read all sources of a table once. decodes: False reads headers only, and measures nothing."""
+    found = find_table(config, table)
+    if not found.sources:
+        return found
+    check_captions(found)
+    try:
+        check_resolution(table, steps.pixel_step)
+    except DatasetError as error:
+        found.unusable(error)
+        return found
+
+    def work(source: MediaSource) -> Look:
+        # of given tensors the header is all that is read
+        return (measure if decodes or source.tensors is not None else read_header)(source, fps, steps)
+
+    fits: dict[Fit | None, Fit | None] = {}  # each once: there are few
+    bar = Bar(len(found.sources), "Measuring" if decodes else "Reading headers", "file")
+    ahead = decode_ahead if decodes else read_ahead
+    for source, result in ahead(found.sources, lambda source: source, work, workers, bar):
+        look = Look(problem=str(result)) if isinstance(result, Failure) else result
+        found.looks.append(replace(look, fit=fits.setdefault(look.fit, look.fit)))
+        _count_look(found, source, found.looks[-1])
+    return found
+
+
+def _count_look(found: TableFindings, source: MediaSource, look: Look) -> None:
+    """Add the items of a source to the buckets of its table, and what there is to say to the findings."""
+    if look.problem is not None:
+        line = look.problem if str(source.path) in look.problem else f"{source.path}: {look.problem}"
+        found.faults.append(Fault(CANNOT_BE_READ, line, source.stem))
+        return
+    assert look.fit is not None  # what can be read has a size
+    for length, count in look.lengths:
+        key = look.fit.bucket if found.table.kind == "image" else (*look.fit.bucket, length)
+        found.buckets[key] += count
+    told = {"give no item": look.none, "give no item of some lengths": look.short}
+    if look.measures is not None:
+        told["are black"] = "black" if look.measures.is_black else None
+        told["do not move"] = "nothing moves" if look.measures.is_static else None
+        sharpness = f"blurred: sharpness {look.measures.sharpness:g}"
+        told["are blurred"] = sharpness if look.measures.is_blurred else None
+    found.remarks += [Fault(kind, text, source.stem) for kind, text in told.items() if text is not None]
+
+
+def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]:
+    """Return groups of files of a kind that are nearly the same, and add a remark to each file of a group.
+
+    A file of several tables counts once; one of them may name it by a relative path.
+    """
+    places: dict[Path, tuple[Path, Measures]] = {}
+    own = [found for found in tables if found.table.kind == kind]
+    for found in own:
+        for source, look in zip(found.sources, found.looks, strict=False):
+            if look.measures is not None:
+                places.setdefault(source.path.absolute(), (source.path, look.measures))
+    by_length: dict[int, list[tuple[Path, Measures]]] = {}  # clips of one frame have one hash
+    for path, measures in sorted(places.values(), key=lambda one: str(one[0])):
+        by_length.setdefault(len(measures.hashes), []).append((path, measures))
+    groups = [
+        [files[place][0] for place in group]
+        for _, files in sorted(by_length.items())
+        for group in group_copies([measures for _, measures in files])
+    ]
+    group_of = {path.absolute(): group for group in groups for path in group}
+    for found in own:
+        for source in found.sources:
+            path = source.path.absolute()
+            group = group_of.get(path, [])
+            other = next((one for one in group if one.absolute() != path), None)
+            if other is not None:
+                more = f" and {len(group) - 2} more" if len(group) > 2 else ""
+                text = f"nearly the same as {other.name}{more}"
+                found.remarks.append(Fault("are nearly the same as another", text, source.stem))
+    return sorted(groups, key=lambda group: str(group[0]))

@@ -1,0 +1,216 @@
+"""Show the frames that the model will see, as pictures, clips or coloured text, without encoding them."""
+
+import contextlib
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.report.looks import choose_evenly
+from dataset.batches.captions import changed_caption
+from dataset.caching.prefetch import decode_ahead
+from dataset.caching.reports import CacheReport, Failure
+from dataset.config import DatasetConfig
+from dataset.options import COLOURS, DebugOptions
+from dataset.sources.decoding import DecodedSource, Item, decode_source
+from dataset.sources.listing import find_sources
+from dataset.sources.media_source import MediaSource
+from modules.bars import Bar
+from modules.contract.family import Described
+from modules.media.reading import Frame
+from modules.media.writing import write_png, write_video
+from modules.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+SHEET_FRAMES = 8  # frames of a clip in one picture
+WINDOW_WIDTH = 1600  # pixels
+CONSOLE_FRAMES = 4
+SHADES = " .:-=+*#%@"  # dark to light, for text on a background
+
+NEXT, NEXT_DATASET, QUIT = "next", "next dataset", "quit"
+Show = Callable[[Item, NDArray[np.uint8]], str]  # an item and its frames F H W 3 -> one of the three above
+
+
+def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
+    """Show every item as --debug_mode says. Sources that cannot be read become failures of the report."""
+    show, latent, fps = _viewer(family, config, debug), family.latent, family.defaults.fps
+    failures: list[Failure] = []
+    dropped: list[Failure] = []
+    shown = 0
+    most = debug.console_num_images if debug.debug_mode == "console" else None
+
+    def decode(source: MediaSource) -> DecodedSource:
+        # a picture that is another each time is shown as it may be trained once
+        return decode_source(source, fps, latent.pixel_step, latent.frame_step, _numbers(source))
+
+    def show_items(media: DecodedSource) -> str:
+        """Show the items of a source until the answer is another than the next one."""
+        nonlocal shown
+        for item in media.items:
+            if shown == most:
+                return NEXT_DATASET
+            logger.info("%s: %s", _title(item), _caption(item.source) or "(no caption)")
+            shown += 1
+            answer = show(item, side_by_side(media, item))
+            if answer != NEXT:
+                return answer
+        return NEXT
+
+    for table in config.datasets:
+        logger.info("%s", table.name)
+        shown = 0
+        sources = find_sources(table)
+        bar = Bar(len(sources), "Decoding", "source", shown=False)
+        with contextlib.closing(decode_ahead(sources, lambda one: one, decode, workers, bar)) as decoded:
+            for source, result in decoded:
+                if isinstance(result, Failure):
+                    failures.append(result)
+                    continue
+                if result.reason is not None:
+                    dropped.append(Failure.of(source, result.reason))
+                answer = show_items(result)
+                if answer == QUIT:
+                    return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
+                if answer == NEXT_DATASET:
+                    break
+    return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
+
+
+def _caption(source: MediaSource) -> str:
+    """Return a source's caption, as it may be trained once: if it is another each time, one is drawn."""
+    table = source.table
+    return changed_caption(source.caption or "", table.changes, table, 1, 1, _numbers(source))
+
+
+def _numbers(source: MediaSource) -> random.Random:
+    return random.Random(derive_seed(0, source.stem))
+
+
+def side_by_side(media: DecodedSource, item: Item) -> NDArray[np.uint8]:
+    """Return an item's frames (F H W 3), to the right control media and the mask; transparent is grey."""
+    parts = [media.crop(item.span), *map(_opaque, media.control_crops(item.span))]
+    mask = media.mask_crop(item.span)
+    parts += [] if mask is None else [np.repeat(mask[..., None], 3, axis=3)]
+    return np.concatenate(parts, axis=2)
+
+
+def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
+    """Return at most `most` frames, evenly spread from the first to the last, in one row."""
+    return np.concatenate(choose_evenly(list(frames), most), axis=1)
+
+
+def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
+    """Return a picture as lines for a terminal with 24-bit colours.
+
+    Without a background, a character shows two pixels, one above the other; with one, it is a character of
+    SHADES, denser for lighter pixels.
+    """
+    rows = max(round(picture.shape[0] / picture.shape[1] * columns / 2), 1)
+    if background is None:
+        small = cv2.resize(picture, (columns, 2 * rows), interpolation=cv2.INTER_AREA)
+        cells = [
+            [f"\033[38;2;{_rgb(above)};48;2;{_rgb(below)}m▀" for above, below in zip(*pair, strict=True)]
+            for pair in zip(small[::2], small[1::2], strict=True)
+        ]
+    else:
+        small = cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_AREA)
+        back = 40 + COLOURS.index(background.lower())
+        cells = [
+            [
+                f"\033[{back};38;2;{_rgb(pixel)}m{SHADES[int(pixel.mean()) * len(SHADES) // 256]}"
+                for pixel in row
+            ]
+            for row in small
+        ]
+    return "\n".join("".join(row) + "\033[0m" for row in cells) + "\n"
+
+
+def _viewer(family: Described, config: DatasetConfig, debug: DebugOptions) -> Show:
+    folder = config.path.absolute().parent / "debug_views"
+    match debug.debug_mode:
+        case "console":
+            return lambda item, frames: _to_console(frames, debug)
+        case "video":
+            logger.info("writing clips to %s", folder)
+            return lambda item, frames: _to_clip(_file(folder, item), frames, family.defaults.fps)
+        case "image" if _has_window():
+            logger.info("keys in the window: d for the next dataset, q to quit, any other for the next item")
+            return lambda item, frames: _to_window(frames)
+        case _:
+            logger.info("pictures cannot be shown in a window here; writing them to %s", folder)
+            return lambda item, frames: _to_picture(_file(folder, item), sheet(frames))
+
+
+def _file(folder: Path, item: Item) -> Path:
+    return folder / f"{item.source.table.index}_{item.key}"
+
+
+def _title(item: Item) -> str:
+    width, height = item.bucket
+    size = f"{width}x{height} from {item.size[0]}x{item.size[1]}"
+    return (
+        f"{item.key}, {size}"
+        if item.source.table.kind == "image"
+        else f"{item.key}, {item.span[1]} frames of {size}"
+    )
+
+
+def _to_console(frames: NDArray[np.uint8], debug: DebugOptions) -> str:
+    sys.stdout.write(coloured_text(sheet(frames, CONSOLE_FRAMES), debug.console_width, debug.console_back))
+    sys.stdout.flush()
+    return NEXT
+
+
+def _to_clip(path: Path, frames: NDArray[np.uint8], fps: float) -> str:
+    if len(frames) == 1:
+        return _to_picture(path, frames[0])
+    write_video(path.with_name(f"{path.name}.mp4"), frames, fps)
+    return NEXT
+
+
+def _to_picture(path: Path, picture: Frame) -> str:
+    write_png(path.with_name(f"{path.name}.png"), picture)
+    return NEXT
+
+
+def _to_window(frames: NDArray[np.uint8]) -> str:
+    picture = sheet(frames)
+    scale = min(1.0, WINDOW_WIDTH / picture.shape[1])
+    small = (
+        cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture
+    )
+    cv2.imshow("dataset", cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
+    key = cv2.waitKey(0) & 0xFF
+    return {ord("d"): NEXT_DATASET, ord("q"): QUIT}.get(key, NEXT)
+
+
+def _has_window() -> bool:
+    """Return whether OpenCV can open a window: the headless build cannot, and without a display it aborts."""
+    if sys.platform.startswith("linux") and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
+        return False
+    try:
+        cv2.namedWindow("dataset")
+    except cv2.error:
+        return False
+    return True
+
+
+def _opaque(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return F H W 3, with alpha, if there is any, blended over grey."""
+    if frames.shape[-1] == 3:
+        return frames
+    alpha = frames[..., 3:].astype(np.float32) / 255
+    return np.asarray(frames[..., :3] * alpha + 127.5 * (1 - alpha)).round().astype(np.uint8)
+
+
+def _rgb(pixel: NDArray[np.uint8]) -> str:
+    return ";".join(str(int(value)) for value in pixel)

@@ -1,0 +1,257 @@
+"""prepare_dataset.py, and what it writes read back as a dataset."""
+
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import cache_latents
+import cache_text_encoder_outputs
+import prepare_dataset
+import wan_cache_latents
+import wan_cache_text_encoder_outputs
+import wan_train_network
+from hunyuan_model.vae import load_vae as load_hunyuan_vae
+from modules.errors import DatasetError, OptionError
+from modules.media.pixels import to_pixels
+from modules.media.reading import video_frames
+from tests.data_tools.cogvideox.making import (
+    NAMES,
+    write_config,
+    write_data,
+    write_hunyuan_pipeline,
+    write_lists,
+    write_wan_pipeline,
+)
+from tests.tiny.project import CAPTIONS
+from tests.tiny.wan_dit import tiny_state, write_dit
+from wan.vae import load_vae as load_wan_vae
+
+SMALL = ["--height_buckets", "32", "--width_buckets", "32", "--frame_buckets", "13"]
+FOLDERS = ("images", "image_latents", "videos", "video_latents", "prompts", "prompt_embeds")
+Models = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("pipelines")
+    return {"wan": write_wan_pipeline(folder / "wan"), "hv": write_hunyuan_pipeline(folder / "hv")}
+
+
+def run(data: Path, output: Path, *words: object) -> None:
+    given = ["--data_root", data, "--output_dir", output, *SMALL, *words]
+    prepare_dataset.main([*map(str, given), "--device", "cpu"])
+
+
+def encode(data: Path, output: Path, model: Path, *words: object) -> None:
+    run(data, output, "--model_id", model, "--save_latents_and_embeddings", *words)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files by name, of videos their pictures: a busy machine's encoder writes other bytes for them."""
+    return {
+        path.relative_to(folder).as_posix(): b"".join(frame.tobytes() for frame in video_frames(path))
+        if path.suffix == ".mp4"
+        else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_folders_and_lists_are_those_of_the_form(models: Models, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "my data", frames=26)
+    output = tmp_path / "prepared"
+
+    encode(data, output, models["wan"], "--save_image_latents", "--id_token", "BW", "--target_fps", "12")
+
+    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == sorted(FOLDERS)
+    records = [json.loads(line) for line in (output / "data.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["prompt"] for record in records] == [f"BW {caption}" for caption in CAPTIONS[:3]]
+    assert (output / "prompts.txt").read_text(encoding="utf-8").splitlines() == [
+        record["prompt"] for record in records
+    ]
+    assert (output / "videos.txt").read_text(encoding="utf-8").splitlines() == [
+        record["video"] for record in records
+    ]
+    for record, name in zip(records, NAMES, strict=True):
+        stems = {Path(record[key]).stem for key in ("video", "video_latent", "image", "prompt_embed")}
+        assert len(stems) == 1
+        assert uuid.UUID(stems.pop()).version == 4
+        assert record["metadata"] == {"num_frames": 13, "height": 32, "width": 32}
+        facts = (output / record["video"]).with_suffix(".txt").read_text(encoding="utf-8")
+        assert json.loads(facts) == record["metadata"]
+        assert (output / "prompts" / Path(record["video"]).name).with_suffix(".txt").read_text(
+            encoding="utf-8"
+        ) == record["prompt"]
+        assert torch.load(output / record["video_latent"]).shape == (32, 4, 4, 4)
+        assert torch.load(output / record["image_latent"]).shape == (32, 1, 4, 4)
+        assert torch.load(output / record["prompt_embed"]).dtype == torch.float32
+        original = list(video_frames(data / "videos" / f"{name}.mp4"))[:26:2]
+        assert np.array_equal(np.asarray(Image.open(output / record["image"])), original[0])
+        written = list(video_frames(output / record["video"]))
+        assert len(written) == 13
+        assert np.abs(np.stack(written).astype(int) - np.stack(original)).mean() < 3
+
+
+@pytest.mark.parametrize("family", ["wan", "hv"])
+def test_the_moments_are_those_of_the_vae(family: str, models: Models, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", count=2)
+    encode(data, tmp_path / "one", models[family], "--batch_size", 2, "--use_slicing")
+    if family == "wan":
+        encode(data, tmp_path / "half", models[family], "--dtype", "bf16")
+
+    load: Callable[..., torch.nn.Module] = load_wan_vae if family == "wan" else load_hunyuan_vae
+    vae = load(models[family] / "vae", torch.device("cpu"), torch.float32)
+    lines = (tmp_path / "one" / "data.jsonl").read_text(encoding="utf-8").splitlines()
+    for record, name in zip(map(json.loads, lines), NAMES[:2], strict=True):
+        frames = [torch.from_numpy(frame) for frame in video_frames(data / "videos" / f"{name}.mp4")]
+        moments = vae.moments(to_pixels(torch.stack(frames)[None, :13]))[0]
+        assert torch.equal(torch.load(tmp_path / "one" / record["video_latent"]), moments)
+        if family == "wan":
+            half = torch.load(tmp_path / "half" / record["video_latent"])
+            assert half.dtype == torch.bfloat16
+            assert (half.float() - moments).abs().mean() < 0.05 * moments.abs().mean()
+
+
+@pytest.mark.parametrize("family", ["wan", "hv"])
+def test_caches_of_prepared_tensors_equal_those_of_the_clips_and_load_no_encoder(
+    family: str, models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_data(tmp_path / "data", count=2)
+    output = tmp_path / "prepared"
+    encode(data, output, models[family], "--id_token", "BW")
+    # our own encoding of the clips that were prepared, under the names that they got
+    clips = tmp_path / "clips"
+    (clips / "videos").mkdir(parents=True)
+    videos = (output / "videos.txt").read_text(encoding="utf-8").splitlines()
+    for name, video in zip(NAMES, videos, strict=False):
+        os.link(data / "videos" / f"{name}.mp4", clips / video)
+    write_lists(clips, CAPTIONS[:2], videos)
+    for path in (output / "videos").iterdir():
+        path.unlink()
+    own = write_config(
+        tmp_path, clips, "target_frames = [13]", 'id_token = "BW"', name="own.toml", cache="own"
+    )
+    given = write_config(tmp_path, output, "load_tensors = true", name="given.toml", cache="given")
+    model = models[family]
+    if family == "wan":
+        latents = lambda config: wan_cache_latents.main(  # noqa: E731
+            ["--dataset_config", str(config), "--vae", str(model / "vae"), "--vae_dtype", "float32"]
+        )
+        texts = lambda config: wan_cache_text_encoder_outputs.main(  # noqa: E731
+            ["--dataset_config", str(config), "--t5", str(model / "text_encoder")]
+        )
+    else:
+        latents = lambda config: cache_latents.main(  # noqa: E731
+            ["--dataset_config", str(config), "--vae", str(model / "vae"), "--vae_dtype", "float32"]
+        )
+        texts = lambda config: cache_text_encoder_outputs.main(  # noqa: E731
+            [
+                *("--dataset_config", str(config), "--text_encoder1", str(model / "text_encoder")),
+                *("--text_encoder2", str(model / "text_encoder_2")),
+            ]
+        )
+    latents(own)
+    texts(own)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        latents(given)
+        texts(given)
+
+    assert "computing in" not in caplog.text  # what each encoder logs when it is loaded
+    assert "says which VAE" not in caplog.text
+    expected, found = contents(tmp_path / "own"), contents(tmp_path / "given")
+    assert found.keys() == expected.keys()
+    assert len(found) == 4
+    for name in found:
+        ours, theirs = load_file(tmp_path / "own" / name), load_file(tmp_path / "given" / name)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), key
+
+
+def test_tensors_of_another_model_are_refused_by_its_name(models: Models, tmp_path: Path) -> None:
+    output = tmp_path / "prepared"
+    encode(write_data(tmp_path / "data", count=1), output, models["hv"])
+    config = write_config(tmp_path, output, "load_tensors = true")
+
+    with pytest.raises(DatasetError, match=r"was made by the VAE of hunyuan_video \(.*json\), this is wan"):
+        wan_cache_latents.main(["--dataset_config", str(config), "--vae", str(models["wan"] / "vae")])
+
+
+def test_a_lora_is_trained_on_tensors_without_clips(models: Models, tmp_path: Path) -> None:
+    output, model = tmp_path / "prepared", models["wan"]
+    encode(write_data(tmp_path / "data"), output, model)
+    for path in (output / "videos").iterdir():
+        path.unlink()
+    config = str(write_config(tmp_path, output, "load_tensors = true", 'dataset_file = "data.jsonl"'))
+    dit = write_dit(tmp_path, tiny_state("t2v"), name="dit")
+    encoders = ["--vae", str(model / "vae"), "--t5", str(model / "text_encoder")]
+
+    wan_cache_latents.main(["--dataset_config", config, *encoders[:2]])
+    wan_cache_text_encoder_outputs.main(["--dataset_config", config, *encoders[2:]])
+    wan_train_network.main(
+        [
+            *("--dataset_config", config, "--task", "t2v-1.3B", "--dit", str(dit), *encoders, "--sdpa"),
+            *("--network_module", "networks.lora_wan", "--network_dim", "4", "--max_train_steps", "2"),
+            *("--learning_rate", "1e-2", "--output_dir", str(tmp_path / "out"), "--output_name", "lora"),
+        ]
+    )
+
+    assert (tmp_path / "out" / "lora.safetensors").exists()
+
+
+def test_a_rerun_continues_what_was_stopped_and_equals_an_undisturbed_run(
+    models: Models, tmp_path: Path
+) -> None:
+    data, output = write_data(tmp_path / "data"), tmp_path / "prepared"
+    words = ("--random_flip", "0.5", "--video_reshape_mode", "random")
+    encode(data, output, models["wan"], *words)
+    whole = contents(output)
+    times = {path: path.stat().st_mtime_ns for path in output.rglob("*.pt")}
+    encode(data, output, models["wan"], *words)
+    assert contents(output) == whole
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.pt")} == times
+
+    names = sorted(path.stem for path in (output / "videos").glob("*.mp4"))
+    (output / "videos" / f"{names[0]}.txt").unlink()  # stopped before it was done
+    (output / "prompts" / f"{names[1]}.txt").unlink()
+    (output / "video_latents" / f".{names[2]}.pt.0123abcd.tmp").write_bytes(b"half")
+    for name in ("prompts.txt", "videos.txt", "data.jsonl"):
+        (output / name).unlink()
+    encode(data, output, models["wan"], *words)
+
+    assert contents(output) == whole
+    again = {path: path.stat().st_mtime_ns for path in output.rglob("*.pt")}
+    changed = {path.relative_to(output).as_posix() for path in times if again[path] != times[path]}
+    assert changed == {f"video_latents/{names[0]}.pt", f"prompt_embeds/{names[1]}.pt"}
+
+
+def test_a_changed_caption_or_clip_is_prepared_again_and_other_settings_are_refused(tmp_path: Path) -> None:
+    data, output = write_data(tmp_path / "data", count=2), tmp_path / "prepared"
+    run(data, output)
+    before = contents(output)
+    write_lists(data, ("another text", CAPTIONS[1]), [f"videos/{name}.mp4" for name in NAMES[:2]])
+    newer = (output / "data.jsonl").stat().st_mtime + 5
+    os.utime(data / "videos" / f"{NAMES[1]}.mp4", (newer, newer))
+    times = {path.name: path.stat().st_mtime_ns for path in (output / "videos").glob("*.mp4")}
+    run(data, output)
+
+    assert (output / "prompts.txt").read_text(encoding="utf-8") == f"another text\n{CAPTIONS[1]}\n"
+    (record, _) = map(json.loads, (output / "data.jsonl").read_text(encoding="utf-8").splitlines())
+    assert record["video_latent"] is record["prompt_embed"] is None
+    assert contents(output).keys() == before.keys()
+    again = {path.name: path.stat().st_mtime_ns for path in (output / "videos").glob("*.mp4")}
+    assert [times[name] != again[name] for name in sorted(times)].count(True) == 1
+    with pytest.raises(OptionError, match="was begun with other settings: target_fps was 8, is now 9"):
+        run(data, output, "--target_fps", 9)
+    with pytest.raises(OptionError, match="is --data_root: its lists would be written over"):
+        run(output, output)

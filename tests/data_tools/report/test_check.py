@@ -1,0 +1,121 @@
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+from data_tools.report.check import check_caching, check_training
+from dataset.batches.finding import CachingCommands
+from dataset.caching.loop import cache_media, cache_texts
+from modules.errors import OptionError
+from tests.dataset.caching.test_loop import change, make_config
+from tests.dataset.toy_family import LATENT, ToyFamily, options
+
+COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
+
+
+def test_a_sound_dataset_is_described(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9, 9, 12), target_frames=(5, 9), batch_size=2, num_repeats=3)
+    family = ToyFamily()
+    result = check_caching(family, config, 1, False)
+    text = "\n".join(result.lines)
+    assert result.exit_code == 0
+    assert "3 videos, 6 items" in text
+    assert "32x32, 9 frames: 3 items x 3, 5 batches of 2" in text
+    assert "10 batches an epoch" in text
+    assert "vae: first" in text
+    assert "0 files are valid, 6 items need encoding" in text
+    assert not (tmp_path / "cache").exists()
+    assert family.loaded == 0
+
+
+def test_everything_wrong_is_listed_with_its_reason(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9, 3, 9, 9))
+    (tmp_path / "clip_2.txt").unlink()
+    (tmp_path / "clip_3.mp4").write_bytes(b"no video")
+    result = check_caching(ToyFamily(), config, 1, False)
+    text = "\n".join(result.lines)
+    assert result.exit_code == 1
+    assert "clip_1.mp4: 3 frames, the shortest of target_frames is 5" in text
+    assert "clip_3.mp4 cannot be read" in text
+    assert "clip_2.mp4: no clip_2.txt beside it" in text
+
+
+def test_without_the_encoder_the_rest_is_checked(tmp_path: Path) -> None:
+    class NoFiles:
+        """A family whose encoder was not named on the command line."""
+
+        cache_tag, latent, defaults = "toy", LATENT, ToyFamily().defaults
+        check_table, sections_of = ToyFamily().check_table, ToyFamily().sections_of
+
+        @property
+        def media_identity(self) -> dict[str, str]:
+            raise OptionError("--vae is missing")
+
+    result = check_caching(cast(Any, NoFiles()), make_config(tmp_path), workers=1, skip_existing=False)
+    assert result.exit_code == 0
+    assert any("caches are not compared: --vae is missing" in line for line in result.lines)
+
+
+def test_text_caches_are_counted(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_texts(ToyFamily(), config, options())
+    (tmp_path / "clip_0.txt").write_text("new", encoding="utf-8")
+    result = check_caching(ToyFamily(), config, 1, False, parts=["texts"])
+    assert "  caches of t5: 1 are valid, 1 captions need encoding" in result.lines
+    (tmp_path / "clip_1.txt").unlink()
+    assert check_caching(ToyFamily(), config, 1, False, parts=["texts"]).exit_code == 1
+
+
+def test_training_is_told_its_batches_and_steps(tmp_path: Path) -> None:
+    config = make_config(tmp_path, num_repeats=5)
+    cache_media(ToyFamily(), config, options())
+    cache_texts(ToyFamily(), config, options())
+    result = check_training(
+        config, "toy", LATENT, COMMANDS, accumulation=2, processes=2, files=["--dit: a tiny model"]
+    )
+    text = "\n".join(result.lines)
+    assert result.exit_code == 0
+    assert "10 items with repeats, 10 batches, 3 steps" in text
+    assert "--dit: a tiny model" in text
+
+
+def test_training_is_told_what_it_cannot_use_and_what_to_run(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    cache_media(ToyFamily(), config, options())
+    result = check_training(change(config, resolution=(64, 64)), "toy", LATENT, COMMANDS)
+    text = "\n".join(result.lines)
+    assert result.exit_code == 1
+    assert "2 text caches are missing" in text
+    assert "python cache_text.py --y" in text
+    cache_texts(ToyFamily(), config, options())
+    text = "\n".join(check_training(change(config, resolution=(64, 64)), "toy", LATENT, COMMANDS).lines)
+    assert "made for 32x32 pixels" in text
+
+
+def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> None:
+    config = make_config(tmp_path, clips=(9, 7, 9, 9), target_frames=(5, 9))
+    (tmp_path / "clip_0.txt").write_bytes("Käse auf der Straße".encode("cp1252"))
+    (tmp_path / "clip_2.txt").unlink()
+    (tmp_path / "clip_3.txt").write_text("", encoding="utf-8")
+    (tmp_path / "clip_3.mp4").write_bytes(b"")
+    (tmp_path / "cover.png").write_bytes(b"x")
+    (tmp_path / "nobody.txt").write_text("x", encoding="utf-8")
+    absent = dataclasses.replace(config.datasets[0], index=1, directory=tmp_path / "absent")
+    config = dataclasses.replace(config, datasets=(*config.datasets, absent))
+
+    result = check_caching(ToyFamily(), config, 1, False)
+
+    text = "\n".join(result.lines)
+    for part in (
+        "1 have a caption that cannot be used:",
+        "Windows-1252 (Western European): 'Käse auf der Straße'",
+        "clip_2.mp4: no clip_2.txt beside it",
+        "clip_3.mp4 is empty (0 bytes)",
+        "absent: No such file or directory",
+        "clip_1.mp4: 7 frames, too few for 9 of target_frames",
+        "1 have an empty caption:",
+        "1 of .png, images: give them a table with image_directory",
+        "1 of .txt, captions without a clip of the same name",
+    ):
+        assert part in text
+    assert result.lines[-1] == "Something is wrong: see above. Faults: 4. Remarks above: 4."
+    assert result.exit_code == 1

@@ -1,0 +1,90 @@
+"""Groups of near-duplicates: what the search by parts finds is what comparing all pairs finds."""
+
+import itertools
+import random
+
+import pytest
+
+from data_tools.report.copies import SAME_FLAT, group_copies
+from data_tools.report.looks import Measures
+from modules.media.measures import NEAR
+from tests.modules.media.hash_distance import hash_distance
+
+GREY = bytes([100] * 48)
+
+
+def measures(hashes: tuple[int, ...], colours: bytes = GREY, **changes: bool) -> Measures:
+    flags = {"is_black": False, "is_static": False, "is_blurred": False, "is_flat": False} | changes
+    return Measures(0.5, 0.0, 0.1, hashes=hashes, colours=colours * len(hashes), **flags)
+
+
+def flipped(value: int, bits: int, generator: random.Random) -> int:
+    for bit in generator.sample(range(63), bits):
+        value ^= 1 << bit
+    return value
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_by_parts_finds_what_all_pairs_find(frames: int, seed: int) -> None:
+    generator = random.Random(seed)
+    found = []
+    for _ in range(40):  # copies at all distances around the limit
+        base = tuple(generator.getrandbits(63) for _ in range(frames))
+        found.append(measures(base))
+        for bits in (NEAR - 1, NEAR, NEAR + 1, NEAR + 2):
+            found.append(measures(tuple(flipped(value, bits, generator) for value in base)))
+    generator.shuffle(found)
+    labels = list(range(len(found)))
+    for one, other in itertools.combinations(range(len(found)), 2):
+        if hash_distance(found[one].hashes, found[other].hashes) <= NEAR:
+            labels = [labels[one] if label == labels[other] else label for label in labels]
+    expected = [
+        [place for place, own in enumerate(labels) if own == label] for label in dict.fromkeys(labels)
+    ]
+
+    groups = group_copies(found)
+
+    assert groups == [group for group in expected if len(group) > 1]
+    assert len(groups) == 40
+    assert max(map(len, groups)) < 6
+
+
+def test_groups_are_chains_in_order() -> None:
+    steps = [0, (1 << 6) - 1, (1 << 12) - 1, (1 << 18) - 1]
+    others = [0b101010101010101 << 40, 0b110011001100110011 << 30]
+    found = [measures((value,)) for value in (others[0], steps[2], steps[0], others[1], steps[3], steps[1])]
+
+    assert group_copies(found) == [[1, 2, 4, 5]]
+
+
+def test_one_shape_in_other_colours_is_no_copy() -> None:
+    red, blue = bytes([200, 40, 40] * 16), bytes([40, 40, 200] * 16)
+    brighter = bytes(value + 30 for value in red)
+    assert group_copies([measures((5,), red), measures((5,), blue)]) == []
+    assert group_copies([measures((5,), red), measures((5,), brighter)]) == [[0, 1]]
+
+
+def test_brightness_and_contrast_do_not_count_but_one_cell_does() -> None:
+    generator = random.Random(0)
+    picture = bytes(generator.randrange(20, 200) for _ in range(48))
+    darker = bytes(round(0.7 * value) for value in picture)
+    other = bytes([*picture[:3], 250, 20, 250, *picture[6:]])
+    assert group_copies([measures((5,), picture), measures((5,), darker)]) == [[0, 1]]
+    assert group_copies([measures((5,), picture), measures((5,), other)]) == []
+
+
+def test_flat_pictures_are_copies_if_they_have_one_colour() -> None:
+    off = bytes([100 + round(255 * SAME_FLAT) + 2] * 48)
+    found = [
+        measures((0,), GREY, is_flat=True),
+        measures((0,), off, is_flat=True),
+        measures((0,), bytes([101] * 48), is_flat=True),
+        measures((0,), GREY),
+    ]
+    assert group_copies(found) == [[0, 2]]
+
+
+def test_black_ones_are_left_out() -> None:
+    assert group_copies([measures((7,), is_black=True), measures((7,), is_black=True)]) == []
+    assert group_copies([]) == []

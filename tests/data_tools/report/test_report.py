@@ -1,0 +1,234 @@
+"""The numbers of the report against sets that were counted by hand, and against --check."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.report.check import check_caching
+from dataset.caching.loop import cache_media
+from dataset.config import load_dataset_config
+from modules.errors import DatasetError, OptionError
+from tests.data_tools.report.making import (
+    names,
+    report,
+    save_clip,
+    save_copy,
+    save_picture,
+    save_still_clip,
+    write_config,
+)
+from tests.dataset.making import make_clip, make_frames, make_image
+from tests.dataset.toy_family import ToyFamily, options
+from tests.pictures import picture
+from tools import dataset_report
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """5 pictures, one of them broken, 3 times an epoch; 4 clips; one clip for validation."""
+    folder = tmp_path_factory.mktemp("a set \u00fc")
+    for name in ("pictures", "clips", "held back"):
+        (folder / name).mkdir()
+    save_picture(folder / "pictures/a.png", 1, caption="A red cat, sitting")
+    save_copy(folder / "pictures/a.png", folder / "pictures/b.jpg", (64, 48), caption="")
+    save_picture(folder / "pictures/c.png", 2, (72, 96), caption="a dog's red ball")
+    save_picture(folder / "pictures/d.png", 3, (96, 32), caption="a dog's red ball")
+    (folder / "pictures/e.png").write_bytes(b"no picture")
+    save_clip(folder / "clips/long.mp4", 4, 11)
+    save_clip(folder / "clips/short.mp4", 5, 6)
+    save_still_clip(folder / "clips/night.mp4", 0, 9, caption=None)
+    save_still_clip(folder / "clips/tiny.mp4", picture(6, (96, 72)), 3)
+    save_clip(folder / "held back/v.mp4", 7, 5)
+    config = write_config(
+        folder,
+        "image_directory = '{folder}/pictures'\nnum_repeats = 3",
+        "video_directory = '{folder}/clips'\ntarget_frames = [5, 9]",
+        "video_directory = '{folder}/held back'\ntarget_frames = [5]\nvalidation = true",
+    )
+    return report(config)
+
+
+def test_tables_count_files_items_and_their_share_of_the_epoch(found: dict[str, Any]) -> None:
+    keys = ("kind", "sources", "items", "items_per_epoch", "share_percent", "batches_per_epoch", "broken")
+    assert [[table[key] for key in keys] for table in found["tables"]] == [
+        ["image", 5, 4, 12, 70.59, 7, 1],
+        ["video", 4, 5, 5, 29.41, 3, 0],
+        ["video", 1, 1, 0, 0.0, 0, 0],
+    ]
+    totals = ("sources", "items", "items_per_epoch", "batches_per_epoch")
+    assert [found[key] for key in totals] == [10, 10, 17, 10]
+
+
+def test_buckets_count_items_by_size_and_frames(found: dict[str, Any]) -> None:
+    assert [list(bucket.values()) for bucket in found["buckets"]] == [
+        [48, 64, 1, 1],
+        [64, 48, 1, 2],
+        [64, 48, 5, 4],
+        [64, 48, 9, 2],
+        [96, 32, 1, 1],
+    ]
+    assert found["tables"][0]["buckets"][1] == {
+        "width": 64,
+        "height": 48,
+        "frames": 1,
+        "items": 2,
+        "batches_per_epoch": 3,
+        "last_batch": 2,
+        "cut_percent_mean": 0,
+        "cut_percent_max": 0,
+    }
+
+
+def test_broken_files_and_those_without_items_have_a_reason(found: dict[str, Any]) -> None:
+    (broken,) = found["broken"]
+    assert Path(broken["path"]).name == "e.png"
+    assert "e.png" in broken["reason"]
+    (none,) = found["without_items"]
+    assert Path(none["path"]).name == "tiny.mp4"
+    assert none["reason"] == "3 frames, the shortest of target_frames is 5"
+
+
+def test_captions_are_counted(found: dict[str, Any]) -> None:
+    captions = found["captions"]
+    keys = ("total", "empty", "missing", "duplicates", "distinct_words")
+    assert [captions[key] for key in keys] == [8, 1, 2, 4, 7]
+    assert names(captions["missing_paths"]) == ["e.png", "night.mp4"]
+    assert names(captions["empty_paths"]) == ["b.jpg"]
+    assert captions["words"] == {"count": 7, "min": 2, "median": 2, "mean": 2.857143, "max": 4, "total": 20}
+    words = [(one["word"], one["captions"]) for one in captions["frequent_words"]]
+    assert words == [("dog", 4), ("red", 3), ("ball", 2), ("dog's", 2), ("cat", 1), ("sitting", 1)]
+    groups = [(one["text"], names(one["paths"])) for one in captions["duplicate_texts"]]
+    assert groups == [
+        ("a dog", ["long.mp4", "short.mp4", "tiny.mp4", "v.mp4"]),
+        ("a dog's red ball", ["c.png", "d.png"]),
+    ]
+
+
+def test_black_static_and_copied_files_are_found(found: dict[str, Any]) -> None:
+    assert names(found["black"]) == ["night.mp4"]
+    assert names(found["static"]) == ["tiny.mp4"]
+    assert [names(group) for group in found["near_duplicates"]] == [["a.png", "b.jpg"]]
+
+
+def test_durations_rates_and_sizes_are_those_of_the_files(found: dict[str, Any]) -> None:
+    assert found["durations"]["seconds"]["total"] == pytest.approx((11 + 6 + 9 + 3 + 5) / 16)
+    assert found["rates"] == [{"fps": 16, "count": 5}]
+    sizes = {(one["width"], one["height"]): one["count"] for one in found["resolutions"]}
+    assert sizes == {(96, 72): 6, (64, 48): 1, (72, 96): 1, (96, 32): 1}
+
+
+def test_all_that_was_asked_for_is_there(found: dict[str, Any]) -> None:
+    assert {"tables", "buckets", "broken", "captions", "near_duplicates", "black"} <= found.keys()
+
+
+def make_mixed_set(folder: Path) -> Path:
+    for name in ("clips", "pictures", "control"):
+        (folder / name).mkdir()
+    make_clip(folder / "clips/a.mp4", 30, (64, 32))
+    make_clip(folder / "clips/b.mp4", 7)
+    make_frames(folder / "frames", 12)
+    gif = [Image.new("RGB", (32, 48), (8 * index, 0, 0)) for index in range(9)]
+    gif[0].save(folder / "clips/c.gif", save_all=True, append_images=gif[1:], duration=100)
+    for name in ("x", "y", "z"):
+        make_image(folder / f"pictures/{name}.png", (40, 50))
+        make_image(folder / f"control/{name}.png", (40, 50))
+    (folder / "control/y.png").write_bytes(b"damaged")
+    make_image(folder / "pictures/small.png", (8, 8))
+    make_image(folder / "control/small.png", (8, 8))
+    listed = ("clips/a.mp4", "clips/none.mp4", "frames")
+    lines = [{"video_path": str(folder / name), "caption": name} for name in listed]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    clips = "video_directory = '{folder}/clips'\ntarget_frames = [1, 5, 9]"
+    return write_config(
+        folder,
+        f"{clips}\nframe_extraction = 'chunk'\nsource_fps = 24.0\nnum_repeats = 2",
+        f"{clips}\nframe_extraction = 'slide'\nframe_stride = 3\nsource_fps = 'auto'",
+        "video_jsonl_file = '{folder}/list.jsonl'\nframe_extraction = 'full'\nmax_frames = 21",
+        "image_directory = '{folder}/pictures'\ncontrol_directory = '{folder}/control'\n"
+        "bucket_no_upscale = true\nresolution = [96, 96]",
+    )
+
+
+def test_items_are_those_that_caching_makes(tmp_path: Path) -> None:
+    config = make_mixed_set(tmp_path)
+
+    result = report(config)
+
+    loaded = load_dataset_config(config)
+    cached = cache_media(ToyFamily(), loaded, options())
+    files = [len(list(table.cache_directory.glob("*.safetensors"))) for table in loaded.datasets]
+    assert [table["items"] for table in result["tables"]] == files
+    assert min(files) > 0
+    broken = {(one["path"], one["table"]) for one in result["broken"]}
+    assert broken == {(str(one.path), one.table + 1) for one in cached.failures}
+    assert sorted(Path(path).name for path, _ in broken) == ["none.mp4", "small.png", "y.png"]
+    checked = check_caching(ToyFamily(), loaded, 1, False)
+    for table, expected in zip(result["tables"][:3], checked.tables, strict=False):
+        sizes = {(one["width"], one["height"], one["frames"]): one["items"] for one in table["buckets"]}
+        assert sizes == expected.buckets
+
+
+def test_blurred_pictures_are_told_from_sharp_ones(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    save_picture(tmp_path / "p/sharp.png", 1, (512, 384))
+    small = Image.fromarray(picture(2, (512, 384))).resize((40, 30), Image.Resampling.BOX)
+    small.resize((512, 384), Image.Resampling.BICUBIC).save(tmp_path / "p/soft.png")
+    Image.fromarray(np.full((48, 64, 3), 128, np.uint8)).save(tmp_path / "p/flat.png")
+
+    result = report(write_config(tmp_path, "image_directory = '{folder}/p'"))
+
+    assert names(result["blurred"]) == ["soft.png"]
+
+
+def test_a_trigger_word_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    save_picture(tmp_path / "p/a.png", 1, caption="ohwx on a chair")
+    save_picture(tmp_path / "p/b.png", 2, caption="a chair")
+
+    result = report(write_config(tmp_path, "image_directory = '{folder}/p'\ntrigger_word = 'ohwx'"))
+
+    assert result["captions"]["trigger_words"] == [{"word": "ohwx", "captions": 2, "present": 2}]
+
+
+def test_a_table_that_cannot_be_used_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "p").mkdir()
+    save_picture(tmp_path / "p/a.png", 1)
+    (tmp_path / "p/a.txt").write_bytes("Käse".encode("cp1252"))
+    tables = ["image_directory = '{folder}/p'", "video_directory = '{folder}/nothing'\ntarget_frames = [5]"]
+    odd = "image_directory = '{folder}/p'\nenable_bucket = false\nresolution = [50, 50]"
+
+    result = report(write_config(tmp_path, *tables, odd))
+
+    assert [table["items"] for table in result["tables"]] == [1, 0, 0]
+    assert result["captions"]["unreadable"] == 2
+    kinds = [(one["table"], one["kind"]) for one in result["faults"]]
+    caption = "have a caption that cannot be used"
+    assert kinds == [(1, caption), (2, "tables cannot be used"), (3, caption), (3, "tables cannot be used")]
+    assert "is not a multiple of 16" in caplog.text
+
+    with pytest.raises(DatasetError, match="nothing to report on"):
+        report(write_config(tmp_path, tables[1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing would be written"),
+        (["--json", "data.toml"], "ends in .json"),
+        (["--output", "page.txt"], "ends in .html"),
+        (["--output", f"{__file__}/page.html"], "is a file, not a folder"),
+        (["--output", "page.html", "--fps", "0"], "--fps 0"),
+        (["--output", "page.html", "--pixel_step", "0"], "--pixel_step 0"),
+        (["--output", "page.html", "--items", "-1"], "--items -1"),
+        (["--output", "page.html", "--num_workers", "0"], "--num_workers 0"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_read(options: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        dataset_report.main(["--dataset_config", "none.toml", *options])
