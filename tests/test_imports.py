@@ -51,9 +51,8 @@ FLOORS = {
         {"plan_advice"},
     ),
     "dataset": (
-        {"config_keys", "shard_names", "options", "subset_records"},
-        {"key_reading", "subset_keys", "table"},
-        {"subset_options"},
+        {"config_keys", "shard_names", "options", "subset_options"},
+        {"key_reading", "table"},
         {"subsets"},
         {"config", "ray_options"},
         {"sources"},
@@ -111,10 +110,7 @@ LIGHT_FILES = {
     "dataset/config.py",
     "dataset/config_keys.py",
     "dataset/key_reading.py",
-    "dataset/subset_keys.py",
-    "dataset/subset_records.py",
-    "dataset/subsets/fallbacks.py",
-    "dataset/subsets/reading.py",
+    "dataset/subsets.py",
     "dataset/table.py",
 } | {"frame_pack/section_syntax.py", "downloads/catalogue.py", "post/model_places.py"}
 HEAVY = (

@@ -17,7 +17,7 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
 from dataset.sources.masks import Mask, is_still, read_moving, read_still, stack_alphas
 from dataset.sources.media_source import MediaSource
-from dataset.subset_records import BucketRule
+from dataset.table import BucketRule
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.config import DatasetTable
-from dataset.config_keys import FROM_ALPHA, FROM_FILE
 from dataset.sources.origin import Origin
+from dataset.table import FROM_ALPHA, FROM_FILE
 
 # folders beside that of the clips, in CogVideoX form
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
