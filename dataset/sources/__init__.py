@@ -26,6 +26,5 @@ stems: unique stems for sources without a file name
 steps: sizes, lengths and latents that a model takes
 tables: sources of an image_table_file or video_table_file
 tar_index: samples of a tar, kept for the next run
-tar_reading: read the headers of a tar, without unpacking
 tars: sources of image_tars or video_tars, in place
 """

@@ -18,13 +18,13 @@ from dataset.sources.origin import Origin, TarMember
 from dataset.sources.rows import check_controls, download_folder, first_and_more
 from dataset.sources.stems import readable_stem, unique_stems
 from dataset.sources.tables import CAPTION_COLUMNS
-from dataset.sources.tar_index import CONTROL, MASK, TarRules, TarSample, read_index
-from dataset.sources.tar_reading import Member, name_parts
+from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
+from modules.addresses import hide_secrets, is_address, protocol_of, split_address
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
-from modules.paths import expand_path, hide_secrets, is_address, protocol_of, split_address
+from modules.paths import expand_path
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +130,11 @@ def _source(table: DatasetTable, tar: Path, sample: TarSample, path: Path, stem:
 
 def _origin(tar: Path, member: Member) -> Origin:
     return TarMember(tar, member.offset, member.size_bytes)
+
+
+def name_parts(path: Path, name: str) -> Path:
+    """Return the name of a member in messages: the tar's path, then the parts of its name."""
+    return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
 
 
 def readable_path(name: str) -> str:
