@@ -32,7 +32,7 @@ from dataset.checking.folders import check_unused
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.faults import Fault
-from dataset.sources.left_out import folder_id
+from dataset.sources.folders import folder_id
 from dataset.sources.listing import find_sources, unsearched_folders
 from dataset.sources.media_source import MediaSource
 from dataset.sources.rates import find_wrong_rates

@@ -8,8 +8,7 @@ from pathlib import Path
 from dataset.checking.findings import TableFindings
 from dataset.shard_names import is_of_shards
 from dataset.sources.faults import Fault
-from dataset.sources.left_out import folder_id
-from dataset.sources.listing import is_file
+from dataset.sources.folders import folder_id, is_file
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 
 USUAL = frozenset(

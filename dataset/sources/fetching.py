@@ -10,9 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from dataset.sources.downloading import download
-from dataset.sources.media_source import MediaSource
-from dataset.sources.origin import ParquetCell, Remote, TarMember, member_pieces
-from dataset.sources.parquet_cells import cell_suffix, read_cell
+from dataset.sources.media_source import MediaSource, ParquetCell, Remote, TarMember, member_pieces
+from dataset.sources.parquet import cell_suffix, read_cell
 from modules.errors import MediaError
 
 PREFIX = "reelsmith-extracted-"  # of folders of copies

@@ -12,8 +12,7 @@ from dataset.config import DatasetTable
 from dataset.sources.captions import caption_lines, complete_captions
 from dataset.sources.downloading import local_name, protocol_problem, split_name
 from dataset.sources.faults import Fault
-from dataset.sources.media_source import MediaSource
-from dataset.sources.origin import Origin, Remote
+from dataset.sources.media_source import MediaSource, Origin, Remote
 from dataset.sources.stems import unique_stems
 from modules.control_codes import shorten
 from modules.errors import DatasetError
@@ -25,13 +24,17 @@ MOST_CAPTIONS = 100  # of an item; each has a cache file
 DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other
 
 
-class _Refused(Exception):
-    """An address that the table does not allow, or that cannot be read here; the text says why."""
+class RefusedAddress(DatasetError):
+    """An address that the table does not allow, or that cannot be read here."""
+
+    def __init__(self, reason: str, shown: str) -> None:
+        super().__init__(f"{shown}: {reason}")
+        self.reason, self.shown = reason, shown
 
 
 @dataclass
 class RowReader:
-    """Make the sources of one list or table, and collect the refusals of many of its rows."""
+    """Make the sources of one list or table."""
 
     table: DatasetTable
     file: Path  # for messages
@@ -40,23 +43,18 @@ class RowReader:
     is_list: bool = False  # a JSONL list, whose texts are captions as they stand and whose names are unique
     base: Path | None = None  # where relative paths start; None: in the working folder
     _texts: list[str] = field(default_factory=list)  # of each source made, what tells it from others
-    _refused: dict[str, list[str]] = field(default_factory=dict)  # by reason: where
 
-    def read(self, values: Mapping[str, Any], where: str) -> MediaSource | None:
-        """Return the source of a row; None if its address is refused, which `finish` reports.
+    def read(self, values: Mapping[str, Any], where: str) -> MediaSource:
+        """Return the source of a row. where: `list.jsonl, line 3`.
 
-        where: `list.jsonl, line 3`. Raises DatasetError if a value cannot be used.
+        Raises DatasetError if a value cannot be used, RefusedAddress for an address that is not followed.
         """
         text = self._path_text(values, where)
         captions = complete_captions(found, self.table) if (found := self._captions(values, where)) else None
         first, more = first_and_more(captions, where)
         control_texts, mask_text = self._control_texts(values, where), self._mask_text(values, where)
-        try:
-            places = [self._locate(one, where) for one in (text, *control_texts)]
-            mask = None if mask_text is None else self._locate(mask_text, where)
-        except _Refused as refused:
-            self._refused.setdefault(str(refused), []).append(f"{where}: {hide_secrets(text)}")
-            return None
+        places = [self._locate(one, where) for one in (text, *control_texts)]
+        mask = None if mask_text is None else self._locate(mask_text, where)
         (path, origin), *controls = places
         is_remote = isinstance(origin, Remote)
         stem = split_name(origin.address)[0] if isinstance(origin, Remote) else path.stem
@@ -76,14 +74,9 @@ class RowReader:
 
     def finish(self, sources: Sequence[MediaSource], faults: list[Fault]) -> list[MediaSource]:
         """Return the sources with stems of their own where theirs clash; add faults of all rows to `faults`.
+
         sources: all that `read` made, in order.
         """
-        unit = "lines" if self.is_list else "rows"
-        for reason, places in self._refused.items():
-            text = (
-                f"{self.table.name}: {len(places)} {unit} cannot be used: {reason}. The first: {places[0]}."
-            )
-            faults.append(Fault("kinds of addresses are refused", text))
         stems = unique_stems([source.stem for source in sources], self._texts)
         named = [
             source
@@ -91,7 +84,12 @@ class RowReader:
             else replace(source, stem=stem)
             for source, stem in zip(sources, stems, strict=True)
         ]
-        return check_controls(self.table, named, faults, f"{unit} of {self.file}")
+        return check_controls(self.table, named, faults, f"{self.unit}s of {self.file}")
+
+    @property
+    def unit(self) -> str:
+        """Return what a source stands in."""
+        return "line" if self.is_list else "row"
 
     def _path_text(self, values: Mapping[str, Any], where: str) -> str:
         text = values.get(self.path_column)
@@ -110,16 +108,15 @@ class RowReader:
             except ValueError as error:
                 raise DatasetError(f"{where}: {shorten(text, MOST_SHOWN)!r}: {error}.") from None
         table, protocol = self.table, protocol_of(text)
-        if not table.allow_urls:
-            raise _Refused("addresses are read only with allow_urls = true in the table")
-        if "::" in text.split("/", 1)[0]:
-            raise _Refused("chains of addresses (::) are not followed")
-        if protocol == "file":
+        refused = None if table.allow_urls else "addresses are read only with allow_urls = true in the table"
+        if refused is None and "::" in text.split("/", 1)[0]:
+            refused = "chains of addresses (::) are not followed"
+        if refused is None and protocol == "file":
             # a path in other words, and as one only opened as an image or a clip
             return Path(url2pathname(split_address(text).path)), None
-        problem = protocol_problem(protocol)
-        if problem is not None:
-            raise _Refused(problem)
+        refused = refused or protocol_problem(protocol)
+        if refused is not None:
+            raise RefusedAddress(refused, f"{where}: {hide_secrets(text)}")
         return download_folder(table) / local_name(text), Remote(text)
 
     def _captions(self, values: Mapping[str, Any], where: str) -> list[str]:

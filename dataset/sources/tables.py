@@ -1,12 +1,15 @@
-"""List the sources of a table with image_table_file or video_table_file: Parquet, CSV, TSV, JSONL."""
+"""List the sources that a file names: a JSONL list, a table of any format, or a metadata JSON."""
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dataset.config import DatasetTable
+from dataset.sources.captions import captions_in, lines_of, not_utf8
 from dataset.sources.columns import (
     JSONL,
     PARQUET,
@@ -14,16 +17,21 @@ from dataset.sources.columns import (
     column_names,
     parquet_parts,
     read_columns,
+    read_jsonl,
     table_format,
 )
 from dataset.sources.faults import Fault
-from dataset.sources.media_source import MediaSource
-from dataset.sources.origin import ParquetCell
-from dataset.sources.parquet_cells import cell_column, cells_of
-from dataset.sources.rows import RowReader, control_number
-from dataset.sources.stems import readable_stem
+from dataset.sources.media_source import MediaSource, ParquetCell
+from dataset.sources.parquet import cell_column, cells_of
+from dataset.sources.rows import RefusedAddress, RowReader, control_number
+from dataset.sources.stems import readable_stem, unique_stems
+from modules.addresses import is_address
 from modules.errors import DatasetError
-from modules.paths import expand_path, is_address
+from modules.media.reading import image_suffixes
+from modules.paths import check_length, expand_path
+from modules.text_files import bad_character, parse_json, read_text
+
+logger = logging.getLogger(__name__)
 
 # in order; the first that a table has is used. Behind them all: a column `image` or `video`, of paths or of
 # whole files
@@ -31,16 +39,52 @@ PATH_COLUMNS = ("path", "file_name", "url")  # behind image_path or video_path
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 FIRST_ROWS = 100  # of which one shows where relative paths start
 MOST_SHOWN = 20  # columns in a message
+MOST_BYTES = 1 << 30  # of a metadata JSON: some million pictures
+SIZE_KEY = "train_resolution"  # in one, written by the preparing scripts of image trainers
 
 
-def list_table(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of the table, in any order; add errors to `faults`, with the numbers of rows.
+def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
+    """Return the sources of a list or a table, in any order; add errors to `faults`, with numbers of rows.
 
-    Relative paths start in the working folder, as in lists, or in the folder of the table: the one with the
-    first file. Raises DatasetError if the table cannot be read or has no paths.
+    Relative paths start in the working folder; those of a table also in its own, if the first file is there.
+    Raises DatasetError if the file cannot be read or has no paths.
     """
-    path = table.table_file
+    path = table.jsonl_file or table.table_file
     assert path is not None
+    if not path.exists():
+        raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file. Correct the path.")
+    if table.jsonl_file is not None:
+        name = f"{table.kind}_path"
+        rows, cells = RowReader(table, path, name, is_list=True), None
+        found = read_jsonl(path, None, example=f'{{"{name}": "...", "caption": "..."}}')
+    else:
+        rows, cells, wanted = _open_table(table, path)
+        found = read_columns(path, wanted)
+    sources = []
+    for row in found:
+        try:
+            if row.fault is not None:
+                raise DatasetError(f"{row.where}: {row.fault}")
+            if cells is None:
+                sources.append(rows.read(row.values, row.where))
+            else:
+                source = rows.read({**row.values, rows.path_column: _cell_name(row)}, row.where)
+                sources.append(_with_cell(source, row, cells(row)))
+        except RefusedAddress as refused:
+            faults.append(Fault(f"{rows.unit}s of {path} cannot be used: {refused.reason}", refused.shown))
+        except DatasetError as error:
+            kind = f"{rows.unit}s of {path} cannot be used"
+            faults.append(Fault(kind, f"{str(error).rstrip('.')}."))
+    return rows.finish(sources, faults)
+
+
+Cells = Callable[[TableRow], ParquetCell]
+
+
+def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, Cells | None, set[str] | None]:
+    """Return what reads the rows of a table; if a column holds files, where each is; and the columns to read
+    (None: all).
+    """
     columns = column_names(path)
     path_column = _choose(table, "path_column", (f"{table.kind}_path", *PATH_COLUMNS), columns)
     cells = _cells(path, path_column or table.kind)
@@ -49,28 +93,14 @@ def list_table(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     caption_column = _choose(table, "caption_column", CAPTION_COLUMNS, columns)
     path_column = path_column or table.kind
     base = None if cells else _base_of(path, path_column)
-    rows = RowReader(table, path, path_column, caption_column, base=base)
     wanted = {"mask_path", *(name for name in columns if control_number(name) is not None)}
     wanted |= {"captions"} if table.multi_caption else set()
     wanted |= {one for one in (caption_column, None if cells else path_column) if one is not None}
-    sources = []
-    kind = f"rows of {path} cannot be used"
-    for row in read_columns(path, None if table_format(path) == JSONL else wanted):
-        try:
-            if row.fault is not None:
-                raise DatasetError(f"{row.where}: {row.fault}")
-            if cells is None:
-                source = rows.read(row.values, row.where)
-            else:
-                source = rows.read({**row.values, path_column: _cell_name(row)}, row.where)
-                source = source and _with_cell(source, row, cells(row))
-            sources += [] if source is None else [source]
-        except DatasetError as error:
-            faults.append(Fault(kind, f"{str(error).rstrip('.')}."))
-    return rows.finish(sources, faults)
+    rows = RowReader(table, path, path_column, caption_column, base=base)
+    return rows, cells, None if table_format(path) == JSONL else wanted
 
 
-def _cells(path: Path, name: str) -> Callable[[TableRow], ParquetCell] | None:
+def _cells(path: Path, name: str) -> Cells | None:
     """Return a function row -> place of its file if the column `name` holds files; None if it does not."""
     if table_format(path) != PARQUET:
         return None
@@ -131,3 +161,111 @@ def _base_of(path: Path, column: str) -> Path | None:
             if expand_path(text, beside).exists():
                 return beside
     return None
+
+
+# --- a metadata JSON of image trainers
+# ------------------------------------------------------------------------------------------------------------
+
+
+def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
+    """Return a source for each picture that a table's metadata_file names, with its captions and tags.
+
+        {"cat.png": {"caption": "a cat", "tags": "red, chair"}, "sub/dog": {"tags": "dog"}}
+
+    A key is a path, or a name in the table's folder of pictures, with or without its suffix. Raises
+    DatasetError if the file cannot be read. Faults of single entries are added to `faults`.
+    """
+    path = table.metadata_file
+    assert path is not None
+    content = _read_metadata_file(table, path)
+    pictures = _Pictures(table.image_folder)
+    found: list[tuple[Path, str | None]] = []
+    for key, entry in content.items():
+        try:
+            picture = pictures.find(key)
+            text = _caption(entry, table)
+        except (ValueError, OSError) as error:
+            faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
+            continue
+        found.append((picture, text))
+    if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in content.values()):
+        logger.info(
+            "%s: %s is not needed: the sizes of pictures are read from themselves", table.name, SIZE_KEY
+        )
+    stems = unique_stems([picture.stem for picture, _ in found], [str(picture) for picture, _ in found])
+    return [
+        MediaSource(picture, stem, None if text is None else captions_in(text, table)[0], None, (), table)
+        for (picture, text), stem in zip(found, stems, strict=True)
+    ]
+
+
+def _read_metadata_file(table: DatasetTable, path: Path) -> Mapping[str, Any]:
+    try:
+        content = parse_json(read_text(path, MOST_BYTES))
+    except UnicodeDecodeError:
+        raise not_utf8(path, 0) from None
+    except OSError as error:
+        raise DatasetError(
+            f"{table.name}: metadata_file = {path}: {error.strerror}. Correct the path."
+        ) from error
+    except ValueError as error:
+        raise DatasetError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DatasetError(
+            f'{path}: the top level must be an object with a picture for each key: {{"cat": {{"caption": '
+            '"a cat"}}'
+        )
+    return content
+
+
+@dataclass
+class _Pictures:
+    """Finds pictures by the keys of a metadata file; each folder is listed once."""
+
+    folder: Path | None
+    _listed: dict[Path, dict[str, Path]] = field(default_factory=dict)  # by name without suffix
+
+    def find(self, key: str) -> Path:
+        """Return the picture of a key. Raises ValueError if there is none."""
+        if bad_character(key) or not key.strip():
+            raise ValueError("this is not a path")
+        there = Path(key) if self.folder is None else self.folder / key
+        check_length(there)
+        if there.suffix.lower() in image_suffixes() and there.is_file():
+            return there
+        found = self._stems(there.parent).get(there.name)
+        if found is None:
+            raise ValueError(f"there is no such picture{'' if self.folder is None else f' in {self.folder}'}")
+        return found
+
+    def _stems(self, folder: Path) -> Mapping[str, Path]:
+        if folder not in self._listed:
+            entries = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+            pictures = [path for path in entries if path.suffix.lower() in image_suffixes()]
+            self._listed[folder] = {path.stem: path for path in pictures}
+        return self._listed[folder]
+
+
+def _caption(entry: Any, table: DatasetTable) -> str | None:
+    """Return the text of an entry: its caption, then its tags; with wildcards the tags end every line.
+
+    Raises ValueError if a value is not a text.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError("its value is not an object with caption or tags")
+    caption, tags = (_text(entry, name) for name in ("caption", "tags"))
+    separator = table.changes.separator
+    if caption and tags:
+        tags = separator.join(lines_of(tags)) if table.changes.wildcards else tags
+        lines = lines_of(caption) if table.changes.wildcards else [caption]
+        return "\n".join(f"{line}{separator} {tags}" for line in lines)
+    return caption or tags or table.class_tokens
+
+
+def _text(entry: Mapping[str, Any], name: str) -> str:
+    value = entry.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str) or bad_character(value):
+        raise ValueError(f"{name} is not a text")
+    return value.strip()

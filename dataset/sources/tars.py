@@ -13,8 +13,7 @@ from dataset.shard_names import is_of_shards
 from dataset.sources.captions import captions_in
 from dataset.sources.downloading import HTTP, download, find_remote, local_name
 from dataset.sources.faults import Fault
-from dataset.sources.media_source import MediaSource
-from dataset.sources.origin import Origin, TarMember
+from dataset.sources.media_source import MediaSource, Origin, TarMember
 from dataset.sources.rows import check_controls, download_folder, first_and_more
 from dataset.sources.stems import readable_stem, unique_stems
 from dataset.sources.tables import CAPTION_COLUMNS

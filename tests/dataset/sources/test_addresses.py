@@ -184,7 +184,7 @@ def test_a_table_from_elsewhere_asks_for_no_address_unless_it_is_told_to(
     )
     for source in ("image_jsonl_file", "image_table_file"):
         table = make_table(tmp_path, source)
-        with pytest.raises(DatasetError, match=r"2 (lines|rows) cannot .*allow_urls = true") as caught:
+        with pytest.raises(DatasetError, match=r"2 (lines|rows) of .* cannot .*allow_urls = true") as caught:
             find_sources(table)
         assert "host.org/a/cat%201.png?..." in str(caught.value)
         assert "pa55word" not in str(caught.value) + caplog.text
