@@ -10,13 +10,14 @@ from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
 from dataset.sources.captions import caption_lines, complete_captions
-from dataset.sources.downloading import local_name, protocol_problem, split_name
+from dataset.sources.downloading import protocol_problem
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource, Origin, Remote
-from dataset.sources.stems import unique_stems
+from dataset.sources.stems import local_name, split_name, unique_stems
+from modules.addresses import address_identity, hide_secrets, is_address, protocol_of, split_address
 from modules.control_codes import shorten
 from modules.errors import DatasetError
-from modules.paths import address_identity, expand_path, hide_secrets, is_address, protocol_of, split_address
+from modules.paths import expand_path
 from modules.text_files import MAX_CAPTION_BYTES, bad_character
 
 MOST_SHOWN = 80  # characters of a path in a message
