@@ -3,12 +3,10 @@
 captions: caption files, and a table's additions to their text
 cogvideox: clips of a dataset in CogVideoX form
 columns: read Parquet, CSV, TSV and JSONL row by row
-control: match control files with images or clips
 decoding: turn a source into items to encode
 faults: faults of a dataset's files, collected for one report
-downloading: download files at addresses, each once
-fetching: make the bytes of a source a file meanwhile
-folders: list a folder, and what is unused in it
+fetching: make the bytes of a source a file; downloads
+folders: list a folder, its control media, what is unused
 frames: drop frames to a rate, then cut spans
 listing: find the sources of a table, and check them
 masks: masks of the loss: white is learned, black not

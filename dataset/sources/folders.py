@@ -1,16 +1,16 @@
 """List what a table's folder holds: images or clips, captions, control media; and what in it is not used."""
 
+import difflib
 import itertools
 import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
 
 from dataset.config import DatasetTable
 from dataset.sources.captions import captions_in, explain_captions, read_caption
-from dataset.sources.control import ControlFolder, list_entries
 from dataset.sources.faults import Fault
 from dataset.sources.masks import find_masks
 from dataset.sources.media_source import MediaSource
@@ -23,6 +23,7 @@ from modules.text_files import bad_character, require_regular_file
 
 logger = logging.getLogger(__name__)
 
+MOST_NAMES = 10_000  # of a folder, among which one like a missing one is searched
 LOOKED_INTO = 1000  # names of a folder inside a folder
 
 
@@ -36,7 +37,10 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     controls = _folder_controls(table, paths, faults)
     masks: Mapping[Path, Path] = {}
     try:
-        masks = find_masks(table, paths)
+        folder = table.mask_directory
+        if folder is not None:
+            entries = [folder / entry.name for entry in list_entries(folder, "mask_directory")]
+            masks = find_masks(table, paths, entries)
     except DatasetError as error:
         faults.append(Fault(f"problems with the masks of {table.name}", str(error)))
     sources = []
@@ -121,6 +125,108 @@ def _folder_controls(
                 table.control_count,
             )
     return controls
+
+
+class ControlFolder:
+    """Contents of a `control_directory`, listed once, so that a file is found without a scan."""
+
+    def __init__(self, folder: Path, stems: Container[str]) -> None:
+        """stems: of all images or clips of the table. Raises DatasetError if the folder cannot be listed."""
+        self._folder = folder
+        self._stems = stems
+        entries = [folder / entry.name for entry in list_entries(folder, "control_directory")]
+        self._by_name = {path.name: path for path in entries}
+        # of equal names the first is kept
+        self._clips = {
+            path.stem: path
+            for suffixes in (ANIMATION_SUFFIXES, VIDEO_SUFFIXES)
+            for path in reversed(entries)
+            if path.suffix.lower() in suffixes
+        }
+        self._images: dict[str, list[Path]] = {}  # by the stem that they belong to
+        for path in entries:
+            if path.suffix.lower() in image_suffixes():
+                name = path.stem
+                # not `pic` if there is `pic_10`, but `pic_1` is also the first of `pic`
+                longest = next((name[:end] for end in range(len(name), 0, -1) if name[:end] in stems), "")
+                first, _, number = name.rpartition("_")
+                for owner in {longest, first if number.isdecimal() else longest}:
+                    self._images.setdefault(owner, []).append(path)
+
+    def for_image(self, stem: str, count: int) -> tuple[Path, ...]:
+        """Return the first `count` control images of an image.
+
+        `<stem>.*` comes first, the others follow by the number after the last underscore. Raises DatasetError
+        if there are fewer, or if a name that begins with `stem` has no number.
+        """
+        ranked = self._images_of(stem)
+        if len(ranked) < count:
+            wanted = f"{stem}.png" if count == 1 else f"{count} images {stem}_0.png, {stem}_1.png, ..."
+            raise DatasetError(
+                f"{self._folder} has {len(ranked)} control images for {stem}; needed: {wanted} (or another "
+                "image type)"
+            )
+        return tuple(ranked[:count])
+
+    def beyond(self, stem: str, count: int) -> list[Path]:
+        """Return an image's control images after the first `count`, except those named like another image."""
+        return [path for path in self._images_of(stem)[count:] if path.stem not in self._stems]
+
+    def _images_of(self, stem: str) -> list[Path]:
+        ranked = []
+        for path in self._images.get(stem, ()):
+            number = path.stem.rsplit("_", 1)[-1]
+            if path.stem != stem and not number.isdecimal():
+                raise DatasetError(
+                    f"{path}: a control image of {stem} must be named {stem}{path.suffix} or "
+                    f"{stem}_<number>{path.suffix}"
+                )
+            ranked.append((-1 if path.stem == stem else int(number), path))
+        return [path for _, path in sorted(ranked)]
+
+    def for_video(self, video: Path) -> Path:
+        """Return the control clip of a video.
+
+        It has the same file name, or is a folder `<stem>` of images, or `<stem>` with another video suffix,
+        in this order. Raises DatasetError if there is none.
+        """
+        same, folder = self._by_name.get(video.name), self._by_name.get(video.stem)
+        found = same or (folder if folder is not None and folder.is_dir() else self._clips.get(video.stem))
+        if found is None:
+            raise DatasetError(
+                f"{self._folder} has no control clip for {video.name}: neither {video.name} nor a folder "
+                f"{video.stem}"
+            )
+        return found
+
+
+def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
+    """List a folder, sorted, without names that begin with a dot, and without a Path for each: there may be
+    a million.
+
+    Raises DatasetError, naming `key`, if the folder cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if entry.name[0] != "."]
+        return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
+        near = _near_name(folder) if isinstance(error, FileNotFoundError) else None
+        hint = "Correct the path." if near is None else f"Did you mean {near}?"
+        raise DatasetError(f"{key} = {folder}: {error.strerror}{looked}. {hint}") from error
+
+
+def _near_name(folder: Path) -> Path | None:
+    """Return the existing folder whose name is most like that of a missing one, if there is one."""
+    missing = next((one for one in (folder, *folder.parents) if one.parent.is_dir()), folder)
+    try:
+        with os.scandir(missing.parent) as entries:
+            names = [entry.name for entry in itertools.islice(entries, MOST_NAMES) if entry.is_dir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(missing.name, names, 1)
+    return missing.with_name(near[0]) / folder.relative_to(missing) if near else None
 
 
 # --- the files of its kind

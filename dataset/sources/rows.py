@@ -10,8 +10,8 @@ from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
 from dataset.sources.captions import caption_lines, complete_captions
-from dataset.sources.downloading import protocol_problem
 from dataset.sources.faults import Fault
+from dataset.sources.fetching import protocol_problem
 from dataset.sources.media_source import MediaSource, Origin, Remote
 from dataset.sources.stems import local_name, split_name, unique_stems
 from modules.addresses import address_identity, hide_secrets, is_address, protocol_of, split_address

@@ -11,8 +11,8 @@ from urllib.request import url2pathname
 from dataset.config import DatasetTable
 from dataset.shard_names import is_of_shards
 from dataset.sources.captions import captions_in
-from dataset.sources.downloading import HTTP, download, find_remote
 from dataset.sources.faults import Fault
+from dataset.sources.fetching import HTTP, download, find_remote
 from dataset.sources.media_source import MediaSource, Origin, TarMember
 from dataset.sources.rows import check_controls, download_folder, first_and_more
 from dataset.sources.stems import local_name, readable_stem, unique_stems

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 import requests
 
-from dataset.sources.downloading import download, protocol_problem
+from dataset.sources.fetching import download, protocol_problem
 from dataset.sources.listing import find_sources
 from dataset.sources.stems import local_name
 from modules.addresses import address_identity, hide_secrets, is_address
