@@ -103,7 +103,7 @@ def find_other_kind(path: Path, name: str) -> str | None:
     Headers are read, and files of torch without running code. Other kinds of names are not judged.
     """
     from modules.checkpoints.containers import ONNX, PICKLE, ZIP, open_file  # torch loads here
-    from modules.checkpoints.tokenizer_growth import check_sentencepiece
+    from modules.checkpoints.tokenizers import check_sentencepiece
 
     kind = name.rpartition(".")[2]
     try:

@@ -19,8 +19,8 @@ from pathlib import Path
 import requests
 import urllib3
 
-from modules.addresses import protocol_of
 from modules.control_codes import shorten
+from modules.paths import protocol_of
 
 logger = logging.getLogger(__name__)
 

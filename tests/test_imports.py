@@ -32,14 +32,14 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"addresses", "control_codes", "errors", "flow", "interpreter", "seeds"}
+        {"control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"private_torch"}
         | {"text_encodings", "text_files", "varints", "version"},
         {"paths"},
-        {"answers", "atomic_write", "devices", "failures", "file_locks", "installation", "option_values"},
+        {"answers", "atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"options"},
-        {"command", "console", "environment", "families", "fp8", "output_files", "user_modules"},
-        {"downloading", "parser", "scripts"},
+        {"command", "console", "environment", "families", "fp8", "output_files"},
+        {"downloading", "parser"},
         {"console_options"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}
         | {"minimal_options"},
@@ -95,7 +95,7 @@ LIGHT_FILES = {
     "modules/option_values.py",
     "modules/parser.py",
     "modules/command.py",
-    "modules/addresses.py",
+    "modules/paths.py",
     "modules/errors.py",
     "modules/families.py",
     "modules/control_codes.py",
@@ -103,7 +103,6 @@ LIGHT_FILES = {
     "modules/interpreter.py",
     "modules/version.py",
     "modules/output_files.py",
-    "modules/paths.py",
     "modules/text_files.py",
     "modules/text_encodings.py",
     "modules/contract/rules.py",

@@ -20,10 +20,10 @@ from filelock import FileLock
 
 from dataset.sources.media_source import MediaSource, ParquetCell, Remote, TarMember, member_pieces
 from dataset.sources.parquet import cell_suffix, read_cell
-from modules.addresses import hide_secrets, protocol_of, short_hash
 from modules.atomic_write import atomic_path, check_space
 from modules.downloading import PIECE, Answer, BrokenTry, RefusedBySite, ask_http, receive
 from modules.errors import MediaError, OutputError
+from modules.paths import hide_secrets, protocol_of, short_hash
 
 PREFIX = "reelsmith-extracted-"  # of folders of copies
 LEFTOVER_SECONDS = 86_400.0  # no clip is decoded for a day

@@ -14,10 +14,9 @@ from dataset.sources.faults import Fault
 from dataset.sources.fetching import protocol_problem
 from dataset.sources.media_source import MediaSource, Origin, Remote
 from dataset.sources.stems import local_name, split_name, unique_stems
-from modules.addresses import address_identity, hide_secrets, is_address, protocol_of, split_address
 from modules.control_codes import shorten
 from modules.errors import DatasetError
-from modules.paths import expand_path
+from modules.paths import address_identity, expand_path, hide_secrets, is_address, protocol_of, split_address
 from modules.text_files import MAX_CAPTION_BYTES, bad_character
 
 MOST_SHOWN = 80  # characters of a path in a message

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
-from modules.addresses import address_identity, address_name, short_hash, split_address
+from modules.paths import address_identity, address_name, short_hash, split_address
 
 # what Windows allows in no name, separators of folders, and control characters
 _UNFIT = re.compile(r'[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff/\\:*?"<>|]')

@@ -25,10 +25,9 @@ from dataset.sources.media_source import MediaSource, ParquetCell
 from dataset.sources.parquet import cell_column, cells_of
 from dataset.sources.rows import RefusedAddress, RowReader, control_number
 from dataset.sources.stems import readable_stem, unique_stems
-from modules.addresses import is_address
 from modules.errors import DatasetError
 from modules.media.reading import image_suffixes
-from modules.paths import check_length, expand_path
+from modules.paths import check_length, expand_path, is_address
 from modules.text_files import bad_character, parse_json, read_text
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from modules.addresses import short_hash
 from modules.atomic_write import atomic_path
 from modules.errors import DatasetError, OutputError
+from modules.paths import short_hash
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, require_regular_file
 
 logger = logging.getLogger(__name__)

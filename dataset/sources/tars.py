@@ -18,12 +18,11 @@ from dataset.sources.rows import check_controls, download_folder, first_and_more
 from dataset.sources.stems import local_name, readable_stem, unique_stems
 from dataset.sources.tables import CAPTION_COLUMNS
 from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
-from modules.addresses import hide_secrets, is_address, protocol_of, split_address
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
-from modules.paths import expand_path
+from modules.paths import expand_path, hide_secrets, is_address, protocol_of, split_address
 
 logger = logging.getLogger(__name__)
 
