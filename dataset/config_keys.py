@@ -235,7 +235,7 @@ _STRENGTH = _number(
     lambda value: value == 1, "1.0; another strength of the LoRA for one dataset is not supported"
 )
 _ATTRIBUTES = _form(dict, lambda value: len(value) <= MOST_ATTRIBUTES, "a table of keys")
-_FACES = Form(_two_numbers, 'two ascending numbers above 0, such as "2.0,4.0": sides of the crop in faces')
+FACES = Form(_two_numbers, 'two ascending numbers above 0, such as "2.0,4.0": sides of the crop in faces')
 
 SUBSET_KEYS: Mapping[str, SubsetKey] = {
     # where pictures are
@@ -284,7 +284,7 @@ SUBSET_KEYS: Mapping[str, SubsetKey] = {
     "flip_aug": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.flip"),
     "color_aug": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.color"),
     "random_crop": SubsetKey(YES_NO, False, ANYWHERE, "augmentation.random_crop"),
-    "face_crop_aug_range": SubsetKey(_FACES, None, ANYWHERE, "augmentation.face_crop_range"),
+    "face_crop_aug_range": SubsetKey(FACES, None, ANYWHERE, "augmentation.face_crop_range"),
 }
 # other names of keys, as the guides, or their scripts, spell them
 OTHER_NAMES: Mapping[str, str] = {

@@ -51,8 +51,8 @@ FLOORS = {
         {"plan_advice"},
     ),
     "dataset": (
-        {"config_keys", "shard_names", "options", "subset_options"},
-        {"key_reading", "table"},
+        {"config_keys", "shard_names", "options"},
+        {"key_reading", "subset_options", "table"},
         {"subsets"},
         {"config", "ray_options"},
         {"sources"},

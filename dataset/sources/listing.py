@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
@@ -35,15 +35,23 @@ def find_sources(
     """
     found: list[Fault] = []
     with pause_collection():
-        sources = _list(table, captions, found)
+        if table.directory is not None:
+            sources = list_table_folder(table, captions, found)
+        elif table.tars is not None:
+            sources = list_tars(table, found)
+        elif table.metadata_file is not None:
+            sources = list_metadata(table, found)
+        elif table.cogvideox_root is not None:
+            sources = list_cogvideox(table, found)
+        else:
+            sources = list_rows(table, found)
     if not sources and not found:
         holds = describe_entries(table) if table.directory is not None else "has no lines"
         holds = f"holds no {table.kind}s" if table.tars is not None else holds
         raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.")
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
-    found += _same_stems(table, sources)
-    found += _long_stems(table, sources)
+    found += _bad_stems(table, sources)
     if faults is None:
         raise_faults(found)
         warn_skipped(found)
@@ -57,18 +65,6 @@ def warn_skipped(faults: Sequence[Fault]) -> None:
     lines = list_faults([fault for fault in faults if not fault.ends_run], LISTED)
     if lines:
         logger.warning("%s", "\n".join(lines))
-
-
-def _list(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
-    if table.directory is not None:
-        return list_table_folder(table, captions, faults)
-    if table.jsonl_file is not None or table.table_file is not None:
-        return list_rows(table, faults)
-    if table.tars is not None:
-        return list_tars(table, faults)
-    if table.metadata_file is not None:
-        return list_metadata(table, faults)
-    return list_cogvideox(table, faults)
 
 
 def find_all_sources(
@@ -122,21 +118,17 @@ def require_captions(sources: Sequence[MediaSource]) -> None:
 
 def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
     """Warn about sources without a caption file: text caching will refuse them. No caption is read."""
-    folders: dict[Path, frozenset[str]] = {}
-
-    def has_file(source: MediaSource) -> bool:
-        folder = source.table.directory
-        if source.table.class_tokens is not None:
-            return True
-        if source.caption_path is None:
-            return False
-        if folder is not None and folder not in folders:
-            folders[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
-        if folder is not None and f"{source.stem}{source.table.caption_extension}" in folders[folder]:
-            return True
-        return path_exists(source.caption_path)
-
-    missing = [source for source in sources if source.caption is None and not has_file(source)]
+    folders = {source.table.directory for source in sources}
+    names: dict[Path | None, Collection[str]] = {
+        folder: frozenset(os.listdir(folder)) for folder in folders if folder is not None and folder.is_dir()
+    }
+    missing = []
+    for source in sources:
+        table, path = source.table, source.caption_path
+        if source.caption is None and table.class_tokens is None:
+            is_listed = f"{source.stem}{table.caption_extension}" in names.get(table.directory, ())
+            if path is None or not (is_listed or path_exists(path)):
+                missing.append(source)
     if missing:
         logger.warning(
             "%d of %d have no caption, and text caching needs one for each. The first: %s",
@@ -178,22 +170,18 @@ def _where_caption(source: MediaSource) -> str:
     return "no caption_extension in its table, such as .txt"
 
 
-def _same_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fault]:
+def _bad_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fault]:
+    """Return the faults of stems that are equal, or too long for the names of caches."""
     first: dict[str, MediaSource] = {}
-    kind = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
-    clashes = []
+    same = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
+    long = f"names of {table.name} are too long for the names of their caches; rename the files"
+    faults = []
     for source in sources:
         other = first.setdefault(os.path.normcase(source.stem), source)
         if other is not source:
-            clashes.append(Fault(kind, f"{other.path} and {source.path}", source.stem))
-    return clashes
-
-
-def _long_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fault]:
-    kind = f"names of {table.name} are too long for the names of their caches; rename the files"
-    return [
-        Fault(kind, f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room", source.stem)
-        for source in sources
-        if len(source.stem) * 4 > MOST_OF_STEM  # no character takes more bytes
-        and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM
-    ]
+            faults.append(Fault(same, f"{other.path} and {source.path}", source.stem))
+        # no character takes more than four bytes
+        if len(source.stem) * 4 > MOST_OF_STEM and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM:
+            text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
+            faults.append(Fault(long, text, source.stem))
+    return faults
