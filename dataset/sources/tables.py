@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,11 @@ def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
         try:
             if row.fault is not None:
                 raise DatasetError(f"{row.where}: {row.fault}")
-            if cells is None:
-                sources.append(rows.read(row.values, row.where))
-            else:
-                source = rows.read({**row.values, rows.path_column: _cell_name(row)}, row.where)
-                sources.append(_with_cell(source, row, cells(row)))
+            held = None
+            if cells is not None:  # `train-00000-of-00002_00000012`
+                name = f"{readable_stem(row.file.stem).replace('.', '_')}_{row.number:08d}"
+                held = name, (row.file / f"{row.number:08d}", cells(row))
+            sources.append(rows.read(row.values, row.where, held))
         except RefusedAddress as refused:
             faults.append(Fault(f"{rows.unit}s of {path} cannot be used: {refused.reason}", refused.shown))
         except DatasetError as error:
@@ -88,7 +88,11 @@ def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, Cells | Non
     path_column = _choose(table, "path_column", (f"{table.kind}_path", *PATH_COLUMNS), columns)
     cells = _cells(path, path_column or table.kind)
     if path_column is None and table.kind not in columns:
-        raise DatasetError(_no_column(table, columns))
+        usual = ", ".join((f"{table.kind}_path", *PATH_COLUMNS, table.kind))
+        raise DatasetError(
+            f"{table.name}: none of the columns {usual} is there. Name the one with the paths: "
+            f"path_column = ... It has {_shown(columns)}."
+        )
     caption_column = _choose(table, "caption_column", CAPTION_COLUMNS, columns)
     path_column = path_column or table.kind
     base = None if cells else _base_of(path, path_column)
@@ -111,16 +115,6 @@ def _cells(path: Path, name: str) -> Cells | None:
     return lambda row: places[row.file](row.number)
 
 
-def _cell_name(row: TableRow) -> str:
-    """Return the name of a file in a row: `train-00000-of-00002_00000012`."""
-    return f"{readable_stem(row.file.stem).replace('.', '_')}_{row.number:08d}"
-
-
-def _with_cell(source: MediaSource, row: TableRow, cell: ParquetCell) -> MediaSource:
-    others = source.origins[1:] or (None,) * (len(source.parts) - 1)
-    return replace(source, path=row.file / f"{row.number:08d}", origins=(cell, *others))
-
-
 def _choose(table: DatasetTable, key: str, usual: Sequence[str], columns: Sequence[str]) -> str | None:
     """Return the column that a key names, or the first of the usual ones; None if they are missing."""
     named: str | None = getattr(table, key)
@@ -129,14 +123,6 @@ def _choose(table: DatasetTable, key: str, usual: Sequence[str], columns: Sequen
     if named not in columns:
         raise DatasetError(f"{table.name}: {key} = {named!r} is not a column. It has {_shown(columns)}.")
     return named
-
-
-def _no_column(table: DatasetTable, columns: Sequence[str]) -> str:
-    usual = ", ".join((f"{table.kind}_path", *PATH_COLUMNS, table.kind))
-    return (
-        f"{table.name}: none of the columns {usual} is there. Name the one with the paths: "
-        f"path_column = ... It has {_shown(columns)}."
-    )
 
 
 def _shown(columns: Sequence[str]) -> str:
