@@ -5,16 +5,14 @@ cache/: cache files: names, contents, and what they were made from
 caching/: the caching loop and its two halves
 commands: run a caching script after its options are read
 config: read a dataset configuration to frozen tables
-config_keys: keys of a configuration: values, defaults, tables
+config_keys: how values of keys are read; keys of subsets
 key_reading: read the keys of a configuration, explain wrong ones
 options: options of all caching scripts
 ray_options: options of caching on a Ray cluster
 scripts: make the caching scripts of a family
 shard_names: names of the files of a cache in shards
 sources/: media and captions on disk
-subset_keys: keys of the image guides' configuration
 subset_options: options that describe an image dataset without a file
-subset_records: further facts of the image guides' subsets
-subsets/: the image guides' form of a dataset, as tables
+subsets: the image guides' form of a dataset, as tables
 table: one table: a `[[datasets]]` entry or a subset
 """

@@ -1,4 +1,7 @@
-"""Read the keys of a dataset configuration, and explain wrong ones. Standard library only."""
+"""Read a dataset configuration's file and the keys of its tables, and explain wrong ones.
+
+Standard library only.
+"""
 
 import difflib
 import json
@@ -6,20 +9,30 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from dataset.config_keys import MODES, Unfit
+from dataset.config_keys import MODES, Form, Unfit
 from modules.errors import DatasetError
 from modules.paths import NOTHING, explain_missing, hide_secrets
 from modules.text_encodings import guess_encoding
 from modules.text_files import parse_json, parse_toml, read_text
 
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a table",
+}
+
+
+BAD = object()  # marks a value that has been reported
+
 
 class Key(Protocol):
-    """Facts about a key for reading its value."""
+    """What reading needs of a key."""
 
     @property
-    def read(self) -> Callable[[Any], Any]: ...
-    @property
-    def allowed(self) -> str: ...
+    def form(self) -> Form: ...
 
 
 def parse_config(path: Path) -> dict[str, Any]:
@@ -44,7 +57,7 @@ def parse_config(path: Path) -> dict[str, Any]:
             "file's path."
         ) from error
     try:
-        content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, no_repeats)
+        content = parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, _no_repeats)
     except ValueError as error:  # both parsers' errors are ValueErrors with line and column
         raise DatasetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict):
@@ -52,51 +65,74 @@ def parse_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(
-            f"key {next(name for name in names if names.count(name) > 1)!r} occurs twice in one object"
-        )
-    return content
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} occurs twice in one object")
+    return dict(pairs)
 
 
 def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:
     """Return a table without the keys whose value is null, which JSON has; {} if it is no table."""
-    if table is None:
-        return {}
-    if not isinstance(table, dict):
+    if isinstance(table, dict):
+        return {key: value for key, value in table.items() if value is not None}
+    if table is not None:
         is_doubled = name == "[general]" and isinstance(table, list)
         problems.append(
             "[[general]] needs one pair of brackets: write [general]"
             if is_doubled
             else f"{name} = {show(table)} is not a table of keys"
         )
-        return {}
-    return {key: value for key, value in table.items() if value is not None}
+    return {}
 
 
-BAD = object()  # marks a value that has been reported
+def read_keys(
+    keys: Mapping[str, Key],
+    table: Mapping[str, Any],
+    where: str,
+    problems: list[str],
+    misplaced: Callable[[str], str | None] = lambda _: None,
+    names: Mapping[str, str] | None = None,
+    more: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Return the values of the keys in a table, by the keys' own names; BAD for one that is not allowed.
+
+    Each mistake adds a line to `problems`.
+
+    misplaced: why a key cannot stand in this table, behind its value; None: it can. names: other names of
+    keys. more: keys that are read elsewhere.
+    """
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        real = (names or {}).get(name, name)
+        if name in more:
+            continue
+        if real not in keys:
+            allowed = [one for one in keys if misplaced(one) is None]
+            problems.append(f"{where}: {unknown(name, value, [*more, *allowed])}")
+        elif (why := misplaced(real)) is not None:
+            problems.append(f"{where}: {name} = {show(value)} {why}")
+        elif real != name and real in table:
+            problems.append(f"{where}: {name} and {real} are the same key; leave out one")
+        else:
+            try:
+                values[real] = keys[real].form.read(value)
+            except Unfit as unfit:
+                values[real] = BAD
+                problems.append(f"{where}: {_explain(real, value, keys[real].form.allowed, str(unfit))}")
+    return values
 
 
-def read_value(keys: Mapping[str, Key], name: str, value: Any, where: str, problems: list[str]) -> Any:
-    """Return the value of a key as its field has it; BAD, with a line in `problems`, if it is not allowed."""
-    key = keys[name]
-    try:
-        return key.read(value)
-    except Unfit as unfit:
-        near = (
-            difflib.get_close_matches(value, MODES, 1)
-            if name == "frame_extraction" and isinstance(value, str)
-            else []
-        )
+def _explain(name: str, value: Any, allowed: str, why: str) -> str:
+    hint = f"; but {why}" if why else ""
+    if not why and name == "frame_extraction" and isinstance(value, str):
+        near = difflib.get_close_matches(value, MODES, 1)
         hint = f'. Did you mean "{near[0]}"?' if near else ""
-        hint = f"; but {unfit}" if str(unfit) else hint
-        if not hint and str(value).strip().lower() in NOTHING:
-            hint = ". For nothing, leave the key out"
-        problems.append(f"{where}: {name} = {show(value)} ({kind_of(value)}); allowed: {key.allowed}{hint}")
-        return BAD
+    if not hint and str(value).strip().lower() in NOTHING:
+        hint = ". For nothing, leave the key out"
+    kind = KINDS.get(type(value), type(value).__name__)
+    return f"{name} = {show(value)} ({kind}); allowed: {allowed}{hint}"
 
 
 def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
@@ -111,16 +147,3 @@ def show(value: Any) -> str:
     """Return a value as a line reports it: short, without passwords."""
     text = hide_secrets(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def kind_of(value: Any) -> str:
-    """Return the type of a value in words."""
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "a table",
-    }
-    return names.get(type(value), type(value).__name__)

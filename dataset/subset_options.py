@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dataset.config_keys import FACES, Unfit
 from modules.errors import OptionError
 from modules.option_values import require
 from modules.options import Options, option, unsupported
@@ -88,7 +89,14 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
             raise OptionError(
                 f"--min_bucket_reso {self.min_bucket_reso} is above --max_bucket_reso {self.max_bucket_reso}"
             )
-        _ = self.size, self.face_crop_range
+        _ = self.size  # which may be wrong
+        try:
+            _ = self.face_crop_aug_range is None or FACES.read(self.face_crop_aug_range)
+        except Unfit:
+            raise OptionError(
+                f"--face_crop_aug_range {self.face_crop_aug_range}: give two numbers, the smaller one first, "
+                "as 2.0,4.0"
+            ) from None
         if self.replaces_toml:
             require(self.resolution, "--resolution", "the size of the pictures, such as 1024 or 768,1024")
 
@@ -106,19 +114,3 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         if not all(side.isdecimal() and 0 < int(side) <= MOST_SIDE for side in sides) or len(sides) > 2:
             raise OptionError(f"--resolution {self.resolution}: give 512, or width and height, as 768,1024")
         return int(sides[0]), int(sides[-1])
-
-    @property
-    def face_crop_range(self) -> tuple[float, float] | None:
-        """Return both numbers of --face_crop_aug_range; None if it is not given."""
-        if self.face_crop_aug_range is None:
-            return None
-        try:
-            least, most = (float(text) for text in self.face_crop_aug_range.split(","))
-        except ValueError:
-            least, most = 1.0, 0.0
-        if not 0 < least <= most:
-            raise OptionError(
-                f"--face_crop_aug_range {self.face_crop_aug_range}: give two numbers, the smaller one first, "
-                "as 2.0,4.0"
-            )
-        return least, most

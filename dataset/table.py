@@ -4,92 +4,177 @@ Standard library only.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dataset.config_keys import CAPTION_DEFAULTS, LEARNING_DEFAULTS, SECTION_DEFAULTS
-from dataset.subset_records import (
-    NO_AUGMENTATION,
-    PLAIN_CAPTIONS,
-    Augmentation,
-    BucketRule,
-    CaptionChanges,
+from dataset.config_keys import (
+    BOTH,
+    CACHE_FORMAT,
+    COLUMN,
+    COUNT,
+    COUNTS,
+    EXTENSION,
+    LIST_PATH,
+    MODE,
+    PATH,
+    PLACE,
+    PLACES,
+    REPEATS,
+    SAMPLES,
+    SHARE,
+    SIZE,
+    SOURCE_FPS,
+    SUBSET_KEYS,
+    TARS,
+    WEIGHT,
+    WORDS,
+    YES_NO,
+    Form,
+    TableKey,
+    key,
+    source,
 )
 from modules.paths import hide_secrets
 
 Table = Mapping[str, Any]
+OF_COGVIDEOX = ("cogvideox_root",)
+OF_TABLES = ("table_file", "tars", "jsonl_file")
+OF_FOLDERS = ("directory", "jsonl_file")
+VIDEO, IMAGE = ("video",), ("image",)
 
-# fields of the records of subsets -> keys
-CHANGE_KEYS = {
-    "shuffle": "shuffle_caption",
-    "separator": "caption_separator",
-    "keep_tokens": "keep_tokens",
-    "keep_tokens_separator": "keep_tokens_separator",
-    "secondary_separator": "secondary_separator",
-    "wildcards": "enable_wildcard",
-    "dropout_every_n_epochs": "caption_dropout_every_n_epochs",
-    "part_dropout_rate": "caption_tag_dropout_rate",
-    "warmup_min": "token_warmup_min",
-    "warmup_step": "token_warmup_step",
-}
-DRAW_KEYS = {
-    "flip": "flip_aug",
-    "color": "color_aug",
-    "random_crop": "random_crop",
-    "face_crop_range": "face_crop_aug_range",
-}
+
+@dataclass(frozen=True)
+class CaptionChanges:
+    """How a caption differs each time its picture is trained; parts stand between separators."""
+
+    shuffle: bool = False
+    separator: str = ","
+    keep_tokens: int = 0  # parts in front that stay in place
+    keep_tokens_separator: str = ""  # at most three parts: fixed, shuffled, fixed; "": none
+    secondary_separator: str = ""  # joins what is shuffled as one part; "": none
+    wildcards: bool = False  # {a|b}; of several lines one is drawn
+    dropout_every_n_epochs: int = 0  # in these epochs all captions are empty; 0: in none
+    part_dropout_rate: float = 0.0
+    warmup_min: int = 1  # parts that are there from the start
+    warmup_step: float = 0.0  # until when the number of parts grows: steps, below 1 a share of all; 0: no
+    is_raw: bool = False  # sources have the text of a caption file as it stands, to be changed each time
+
+    @property
+    def varying_keys(self) -> tuple[str, ...]:
+        """Return the keys for which a caption is not always the same, so that its embeddings are not cached.
+
+        Not caption_dropout_every_n_epochs: the empty prompt is cached.
+        """
+        keys = {
+            "shuffle_caption": self.shuffle,
+            "enable_wildcard": self.wildcards,
+            "caption_tag_dropout_rate": self.part_dropout_rate > 0,
+            "token_warmup_step": self.warmup_step > 0,
+        }
+        return tuple(key for key, is_set in keys.items() if is_set)
+
+    @property
+    def varies(self) -> bool:
+        """Whether a caption is not always the same."""
+        return bool(self.varying_keys)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a picture differs each time it is trained."""
+
+    flip: bool = False  # latents of both sides are cached
+    color: bool = False  # hue and gamma
+    random_crop: bool = False
+    face_crop_range: tuple[float, float] | None = None
+
+    @property
+    def varying_keys(self) -> tuple[str, ...]:
+        """Return the keys for which pictures must be encoded each time; of flip_aug both sides are cached."""
+        keys = {
+            "color_aug": self.color,
+            "random_crop": self.random_crop,
+            "face_crop_aug_range": self.face_crop_range is not None,
+        }
+        return tuple(key for key, is_set in keys.items() if is_set)
+
+    @property
+    def excludes_caches(self) -> bool:
+        """Whether pictures must be encoded each time."""
+        return bool(self.varying_keys)
+
+
+@dataclass(frozen=True)
+class BucketRule:
+    """The buckets of image trainers; all sizes in pixels."""
+
+    minimum: int = 256
+    maximum: int = 1024
+    step: int = 64
+    interpolation: str | None = None  # None: area when shrinking, else lanczos
+
+
+PLAIN_CAPTIONS = CaptionChanges()
+NO_AUGMENTATION = Augmentation()
 
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """One `[[datasets]]` entry with all defaults filled in, also of keys for the other kind of table."""
+    """One `[[datasets]]` entry with all defaults filled in, also of keys for the other kind of table.
+
+    A field made by `key` is declared here with all that its key in a file may be.
+    """
 
     config_path: Path
     index: int  # place in the file, from 0
     kind: Literal["image", "video"]
     # exactly one of these five is set, or metadata_file
-    directory: Path | None  # image_directory or video_directory
-    jsonl_file: Path | None  # image_jsonl_file or video_jsonl_file
-    table_file: Path | None  # image_table_file or video_table_file
-    tars: tuple[str, ...] | None  # image_tars or video_tars: paths, globs or addresses
-    cogvideox_root: Path | None
-    control_directory: Path | None
-    cache_directory: Path
-    cache_format: Literal["files", "shards", "npz"]
-    resolution: tuple[int, int]  # width, height
-    caption_extension: str | None
-    trigger_word: str  # these three: "" for none
-    caption_prefix: str
-    caption_suffix: str
-    multi_caption: bool  # each line of a caption file is a caption
-    caption_dropout_rate: float
-    batch_size: int
-    num_repeats: int
-    enable_bucket: bool
-    bucket_no_upscale: bool  # always False if enable_bucket is False
-    mask_directory: Path | None
-    alpha_mask: bool  # transparent parts are not learned
-    validation: bool  # not trained on
-    prior_loss_weight: float  # factor on the loss of its items in training
-    target_frames: tuple[int, ...]  # ascending, each 4n + 1
-    frame_extraction: str
-    frame_stride: int
-    frame_sample: int
-    max_frames: int
-    source_fps: float | str | None  # AUTO: by the times in each file
-    dataset_file: Path | None  # of cogvideox_root
-    path_column: str | None  # of table_file; None: the usual names
-    caption_column: str | None  # of table_file and cogvideox_root; None: the usual names
-    video_column: str | None  # of cogvideox_root
-    id_token: str  # of cogvideox_root; "" for none
-    load_tensors: bool  # of cogvideox_root: latents are computed already
-    allow_urls: bool  # sources may lie elsewhere
-    download_directory: Path | None  # where these are kept; None: in the cache directory
-    fp_latent_window_size: int
-    fp_1f_clean_indices: tuple[int, ...] | None
-    fp_1f_target_index: int | None
-    fp_1f_no_post: bool
+    directory: Path | None = source(PATH)
+    jsonl_file: Path | None = source(LIST_PATH)
+    table_file: Path | None = source(LIST_PATH)
+    tars: tuple[str, ...] | None = source(TARS)  # paths, globs or addresses
+    cogvideox_root: Path | None = key(PATH, kinds=VIDEO)
+    resolution: tuple[int, int] = key(SIZE, (960, 544), in_general=True)  # width, height
+    caption_extension: str | None = key(EXTENSION, in_general=True)
+    # these three: "" for none
+    trigger_word: str = key(WORDS, "", in_general=True)
+    caption_prefix: str = key(WORDS, "", in_general=True)
+    caption_suffix: str = key(WORDS, "", in_general=True)
+    multi_caption: bool = key(YES_NO, False, in_general=True)  # each line of a caption file is a caption
+    caption_dropout_rate: float = key(SHARE, 0.0, in_general=True)
+    batch_size: int = key(COUNT, 1, in_general=True)
+    num_repeats: int = key(REPEATS, 1, in_general=True)
+    enable_bucket: bool = key(YES_NO, False, in_general=True)
+    bucket_no_upscale: bool = key(YES_NO, False, in_general=True)  # never without enable_bucket
+    cache_format: Literal["files", "shards", "npz"] = key(CACHE_FORMAT, "files", in_general=True)
+    cache_directory: Path = key(PATH)  # None only while the file is read
+    dataset_file: Path | None = key(PATH, kinds=VIDEO, only_with=OF_COGVIDEOX)
+    path_column: str | None = key(COLUMN, only_with=("table_file",))  # None: the usual names
+    # None: the usual names
+    caption_column: str | None = key(COLUMN, only_with=("table_file", "tars", *OF_COGVIDEOX))
+    video_column: str | None = key(COLUMN, kinds=VIDEO, only_with=OF_COGVIDEOX)
+    id_token: str = key(WORDS, "", kinds=VIDEO, only_with=OF_COGVIDEOX)  # "" for none
+    # latents are computed already
+    load_tensors: bool = key(YES_NO, False, kinds=VIDEO, only_with=OF_COGVIDEOX)
+    allow_urls: bool = key(YES_NO, False, only_with=OF_TABLES)  # sources may lie elsewhere
+    # where these are kept; None: in the cache directory
+    download_directory: Path | None = key(PATH, only_with=OF_TABLES)
+    control_directory: Path | None = key(PATH, only_with=OF_FOLDERS)
+    mask_directory: Path | None = key(PATH, only_with=OF_FOLDERS)
+    alpha_mask: bool = key(YES_NO, False)  # transparent parts are not learned
+    validation: bool = key(YES_NO, False)  # not trained on
+    prior_loss_weight: float = key(WEIGHT, 1.0)  # factor on the loss of its items in training
+    target_frames: tuple[int, ...] = key(COUNTS, (1,), kinds=VIDEO)  # ascending, each 4n + 1
+    frame_extraction: str = key(MODE, "head", kinds=VIDEO)
+    frame_stride: int = key(COUNT, 1, kinds=VIDEO)
+    frame_sample: int = key(SAMPLES, 1, kinds=VIDEO)
+    max_frames: int = key(COUNT, 129, kinds=VIDEO)
+    source_fps: float | str | None = key(SOURCE_FPS, kinds=VIDEO)  # AUTO: by the times in each file
+    fp_latent_window_size: int = key(COUNT, 9)
+    fp_1f_clean_indices: tuple[int, ...] | None = key(PLACES, kinds=IMAGE)
+    fp_1f_target_index: int | None = key(PLACE, kinds=IMAGE)
+    fp_1f_no_post: bool = key(YES_NO, False, kinds=IMAGE)
     # --- of a subset of the image guides' form; our own tables have the defaults
     group: int | None = None  # index of its dataset, whose subsets share batches; None: it shares none
     subset: int | None = None  # place in its dataset, from 0
@@ -156,8 +241,7 @@ class DatasetTable:
             return "cogvideox_root"
         if self.metadata_file is not None:
             return "metadata_file"
-        ends = ("directory", "jsonl_file", "table_file", "tars")
-        return f"{self.kind}_{next(end for end in ends if getattr(self, end) is not None)}"
+        return f"{self.kind}_{next(end for end in SOURCE_FIELDS if getattr(self, end) is not None)}"
 
     @property
     def control_count(self) -> int:
@@ -190,15 +274,12 @@ class DatasetTable:
     @property
     def changing_keys(self) -> dict[str, Any]:
         """Return the names of keys that make captions and pictures differ each time."""
-        records = (
-            (self.changes, PLAIN_CAPTIONS, CHANGE_KEYS),
-            (self.augmentation, NO_AUGMENTATION, DRAW_KEYS),
-        )
+        places = {name: key.field.split(".") for name, key in SUBSET_KEYS.items()}
         return {
-            key: list(value) if isinstance(value, tuple) else value
-            for record, usual, keys in records
-            for name, key in keys.items()
-            if (value := getattr(record, name)) != getattr(usual, name)
+            name: list(value) if isinstance(value, tuple) else value
+            for name, (record, *inner) in places.items()
+            if record in ("changes", "augmentation")
+            if (value := getattr(getattr(self, record), *inner)) != SUBSET_KEYS[name].default
         }
 
     def _changed(self, defaults: Table) -> dict[str, Any]:
@@ -242,3 +323,30 @@ class DatasetConfig:
 
     path: Path
     datasets: tuple[DatasetTable, ...]
+
+
+_FORMS: dict[str, Form] = {
+    one.name: one.metadata["source"] for one in fields(DatasetTable) if "source" in one.metadata
+}
+SOURCE_FIELDS = tuple(_FORMS)
+# of these a table has one; it says what kind of source the others of the table must fit
+SOURCES = (*(f"{kind}_{name}" for kind in BOTH for name in SOURCE_FIELDS), "cogvideox_root")
+KEYS: Mapping[str, TableKey] = {
+    **{f"{kind}_{name}": TableKey(form, None, (kind,)) for kind in BOTH for name, form in _FORMS.items()},
+    **{one.name: one.metadata["key"] for one in fields(DatasetTable) if "key" in one.metadata},
+}
+# what the latents of a family with sections depend on besides the frames
+SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}
+# which frames of a clip are taken
+FRAME_KEYS = ("target_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
+# what text caches depend on besides the caption files
+CAPTION_DEFAULTS = {
+    name: KEYS[name].default for name in ("trigger_word", "caption_prefix", "caption_suffix", "multi_caption")
+}
+# what a run depends on besides names, sizes and order of its items
+LEARNING_DEFAULTS = {
+    **CAPTION_DEFAULTS,
+    **{name: KEYS[name].default for name in ("caption_dropout_rate", "prior_loss_weight", "alpha_mask")},
+}
+# `mask` of a latent record: where the mask of its loss is from
+FROM_FILE, FROM_ALPHA = "file", "alpha"

@@ -1,10 +1,9 @@
 """Released model files: which there are, their licences, and how they are downloaded.
 
 catalogue: reads the list of released files, catalogue.toml
-fetching: downloads a file, continued, with size and checksum
+fetching: downloads a file, continued, with size, checksum and kind
 hubs: asks a site for address, size and checksum
-kinds: whether a file that arrived is what it should
-listing: the list as text, and tables for docs
+listing: the list as text for a terminal
 options: options of tools/download.py and what they choose
 run: downloads all that a task needs
 """

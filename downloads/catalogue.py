@@ -127,17 +127,6 @@ def families() -> list[str]:
     return list(_read_catalogue()["family"])
 
 
-def describe_family(family: str) -> tuple[str, str]:
-    """Return the name of a family for people and its page in docs/."""
-    entry = _read_catalogue()["family"][family]
-    return entry["title"], entry["page"]
-
-
-def known_licences() -> list[Licence]:
-    """Return the licences that occur, in the order of the list."""
-    return [Licence(**entry) for entry in _read_catalogue()["licence"].values()]
-
-
 def download_hint(path: Path) -> str | None:
     """Return the command that downloads a file that does not exist, if it is a released one."""
     for in_fp8 in (False, True):

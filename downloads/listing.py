@@ -1,21 +1,13 @@
-"""The list of released files as text for a terminal, and as the tables of the pages in docs/.
+"""The list of released files as text for a terminal.
 
 Standard library only, so that --list answers at once.
 """
 
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from downloads.catalogue import (
-    Component,
-    ModelSet,
-    describe_family,
-    families,
-    known_licences,
-    model_sets,
-)
+from downloads.catalogue import Component, ModelSet
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 
@@ -86,79 +78,3 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
         "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-
-
-def family_table(family: str) -> list[str]:
-    """Return the table of a family's page: the files of its tasks."""
-    columns = ("what", "option", "repository", "file", "size", "licence")
-    rows = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    tasks = {one.task for one in model_sets() if one.family == family}
-    for component, needed_by in sorted(_components_of(family).items(), key=lambda item: _order(item[0])):
-        which = "" if tasks == set(needed_by) else f" ({', '.join(needed_by)})"
-        rows.append(_row(f"{component.role}{which}", component))
-    return rows
-
-
-def _components_of(family: str) -> dict[Component, list[str]]:
-    """Return the components of a family's tasks, each with the tasks that need it."""
-    found: dict[Component, list[str]] = {}
-    for one in [*model_sets(), *model_sets(fp8_encoders=True)]:
-        for component in one.components if one.family == family else ():
-            names = found.setdefault(component, [])
-            names += [] if one.task in names else [one.task]
-    return found
-
-
-def _order(component: Component) -> tuple[int, str]:
-    """Return the place of a row: by the option's place in a command; tokenizers and 8 bits behind theirs."""
-    places = (
-        *("--ckpt", "--dit", "--dit_high_noise", "--lora_weight", "--lora_weight_high_noise"),
-        *("--vae", "--ae", "--t5", "--t5xxl", "--text_encoder", "--byt5", "--gemma2"),
-        *("--text_encoder1", "--clip_l", "--text_encoder2", "--clip"),
-        *("--image_encoder", "--model"),
-    )
-    if component.option is not None:
-        return places.index(component.option), ""
-    beside = {
-        "clip_l": "--text_encoder2",
-        "facefix": "--model",
-        "qwen_2.5_vl": "--text_encoder",
-        "t5xxl": "--t5xxl",
-        "tokenizer": "--gemma2",
-    }
-    return places.index(beside.get(component.path.parent.name, "--text_encoder1")), "beside it"
-
-
-def _row(what: str, component: Component) -> str:
-    files = component.files
-    start = os.path.commonprefix([file.file for file in files])
-    names = [f"{start}*"] if len(files) > 1 and start else [file.file for file in files]
-    cells = (
-        what,
-        f"`{component.option}`" if component.option else "found by itself",
-        f"`{files[0].repository}`",
-        ", ".join(f"`{name}`" for name in names),
-        describe_size(component),
-        component.licence.name,
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def models_tables() -> str:
-    """Return the part of docs/models.md from the first family on: all files, and the licences."""
-    lines: list[str] = []
-    for family in families():
-        title, page = describe_family(family)
-        lines += [f"## {title}", "", f"`--family {family}`; how to use them: [{page}]({page})", ""]
-        lines += ["| `--task` | what it does | released by | all files |", "|---|---|---|---|"]
-        lines += [
-            f"| `{one.task}` | {one.about} | `{one.released_by}` | {gigabytes(total_bytes(one.components))} |"
-            for one in model_sets()
-            if one.family == family
-        ]
-        lines += ["", *family_table(family), ""]
-    lines += ["## Licences", "", "| licence | terms to know |", "|---|---|"]
-    for licence in known_licences():
-        mark = "" if licence.verified else f" ({UNVERIFIED})"
-        lines.append(f"| [{licence.name}]({licence.url}){mark} | {licence.terms} |")
-    return "\n".join(lines) + "\n"

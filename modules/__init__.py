@@ -14,6 +14,7 @@ contract/: what a model family tells the shared loops
 control_codes: text for a console
 devices: choose a device, name dtypes, send tensors, free memory
 dit_options: the option for the dtype of a transformer
+downloading: receive a file from a site, continued and bounded
 dressing: put features around a loaded transformer, in order
 environment: the virtual environment of quickstart.py and run_tests.py
 errors: errors that a user can correct

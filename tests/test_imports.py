@@ -39,7 +39,7 @@ FLOORS = {
         {"answers", "atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"options"},
         {"command", "console", "environment", "families", "fp8", "output_files"},
-        {"parser"},
+        {"downloading", "parser"},
         {"console_options"},
         {"attention", "bars", "compile_options", "layers", "media", "vae_options", "dit_options"}
         | {"minimal_options"},
@@ -51,9 +51,8 @@ FLOORS = {
         {"plan_advice"},
     ),
     "dataset": (
-        {"config_keys", "shard_names", "options", "subset_records"},
-        {"key_reading", "subset_keys", "table"},
-        {"subset_options"},
+        {"config_keys", "shard_names", "options"},
+        {"key_reading", "subset_options", "table"},
         {"subsets"},
         {"config", "ray_options"},
         {"sources"},
@@ -109,10 +108,7 @@ LIGHT_FILES = {
     "dataset/config.py",
     "dataset/config_keys.py",
     "dataset/key_reading.py",
-    "dataset/subset_keys.py",
-    "dataset/subset_records.py",
-    "dataset/subsets/fallbacks.py",
-    "dataset/subsets/reading.py",
+    "dataset/subsets.py",
     "dataset/table.py",
 } | {"frame_pack/section_syntax.py", "downloads/catalogue.py", "post/model_places.py"}
 HEAVY = (

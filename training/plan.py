@@ -15,7 +15,7 @@ from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import check_channels
 from dataset.batches.same_encoders import SameEncoders
 from dataset.config import DatasetConfig, load_dataset_config
-from dataset.subsets.folders import folders_config
+from dataset.subsets import folders_config
 from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.errors import DatasetError, OptionError, OutputError

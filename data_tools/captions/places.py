@@ -62,8 +62,7 @@ class CaptionList:
         rows = RowReader(table, self.path, self._key, is_list=True)
         for entry in self._numbers:
             if is_address(entry):  # `rows` would do for paths too, but takes several times as long
-                source = rows.read(self.record(entry), str(self.path))
-                self._entries |= {} if source is None else {source.path: entry}
+                self._entries[rows.read(self.record(entry), str(self.path)).path] = entry
             else:
                 self._entries[expand_path(entry)] = entry
 

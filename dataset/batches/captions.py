@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from dataset.batches.items import TrainingItem
 from dataset.cache.files import EMPTY
 from dataset.sources.captions import add_ends, join_parts, lines_of
-from dataset.subset_records import CaptionChanges
-from dataset.table import DatasetTable
+from dataset.table import CaptionChanges, DatasetTable
 from modules.seeds import derive_seed
 
 _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # {{ and }} stand for the braces themselves

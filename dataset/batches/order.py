@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dataset.batches.items import Items, Places, TrainingItem
 from dataset.config import DatasetTable
-from dataset.subset_records import NO_AUGMENTATION
+from dataset.table import NO_AUGMENTATION
 from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)

@@ -25,9 +25,9 @@ from dataset.cache.records import (
     verify_tensors,
 )
 from dataset.cache.store import CacheStore, Stores
-from dataset.config_keys import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from dataset.sources.decoding import bucket_of
 from dataset.sources.masks import has_mask
+from dataset.table import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, LatentSpec, MadeBy
 from modules.errors import CacheError
 

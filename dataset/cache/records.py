@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from dataset.cache.files import Entry, Header, checksum
-from dataset.config_keys import SECTION_DEFAULTS
-from dataset.sources.origin import Origin, ParquetCell, Remote, TarMember, hash_member, origin_stamp
-from dataset.sources.parquet_cells import read_cell
+from dataset.sources.media_source import Origin, ParquetCell, Remote, TarMember, hash_member, origin_stamp
+from dataset.sources.parquet import read_cell
+from dataset.table import SECTION_DEFAULTS
 from modules.contract.data import LatentSpec
 from modules.errors import CacheError
 from modules.media.reading import folder_images

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dataset.config import DatasetTable
-from dataset.subset_records import CaptionChanges
+from dataset.table import CaptionChanges
 from modules.contract.rules import TokenCount
 from modules.errors import DatasetError
 from modules.text_encodings import EncodingGuess, guess_encodings

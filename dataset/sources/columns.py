@@ -4,7 +4,6 @@ Only the rows of one batch are in memory. Values are those of the file: texts in
 Parquet and JSONL.
 """
 
-import contextlib
 import csv
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,13 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from dataset.sources.captions import not_utf8
-from dataset.sources.parquet_pages import ROW_BYTES, VALUE_BYTES, Unpacking, largest_value
+from dataset.sources.parquet import (
+    ROW_BYTES,
+    SUFFIXES,
+    VALUE_BYTES,
+    Unpacking,
+    largest_value,
+    open_parquet,
+    parquet_parts,
+)
 from modules.errors import DatasetError
-from modules.text_files import MAX_LINE_CHARACTERS, parse_json, read_lines, require_regular_file
+from modules.text_files import MAX_LINE_CHARACTERS, parse_json, read_lines
 
 PARQUET, CSV, TSV, JSONL = "Parquet", "CSV", "TSV", "JSONL"
 FORMATS: Mapping[str, str] = {
-    **dict.fromkeys((".parquet", ".pq"), PARQUET),
+    **dict.fromkeys(SUFFIXES, PARQUET),
     ".csv": CSV,
     **dict.fromkeys((".tsv", ".tab"), TSV),
     **dict.fromkeys((".jsonl", ".ndjson"), JSONL),
@@ -67,10 +74,10 @@ def column_names(path: Path) -> tuple[str, ...]:
     """
     kind = table_format(path)
     if kind == PARQUET:
-        return _parquet_names(parquet_parts(path)[0])
+        return _parquet_columns(parquet_parts(path)[0], None)[0]
     if kind == JSONL:
         found: dict[str, None] = {}
-        for row, _ in zip(_jsonl_rows(path, None), range(FIRST_LINES), strict=False):
+        for row, _ in zip(read_jsonl(path, None), range(FIRST_LINES), strict=False):
             found |= dict.fromkeys(row.values)
         return tuple(found)
     return _csv_header(path, kind)[0]
@@ -88,7 +95,7 @@ def read_columns(path: Path, wanted: Collection[str] | None = None) -> Iterator[
         for part in parquet_parts(path):
             yield from _parquet_rows(part, wanted)
     elif kind == JSONL:
-        yield from _jsonl_rows(path, wanted)
+        yield from read_jsonl(path, wanted)
     else:
         yield from _csv_rows(path, kind, wanted)
 
@@ -109,24 +116,27 @@ def _lines(path: Path) -> Iterator[str]:
         raise DatasetError(f"{path} cannot be read: {error.strerror}. Correct the path.") from error
 
 
-def _jsonl_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableRow]:
+def read_jsonl(path: Path, wanted: Collection[str] | None, example: str = "") -> Iterator[TableRow]:
+    """Yield the rows of a JSONL file, whatever its suffix is.
+
+    example: of a line, which faults then show; an empty line is one too.
+    """
+    each = f". Each line is one object such as {example}" if example else ""
     for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
         fault = None
         try:
-            record = parse_json(line)
+            record = parse_json(line) if line.strip() else None
         except ValueError as error:
-            record, fault = None, f"invalid JSON: {error}"
+            record, fault = None, f"invalid JSON: {error}{each}"
         if fault is None and not isinstance(record, dict):
-            fault = "it is not an object of columns and values"
-        if fault is not None:
-            yield TableRow(path, "line", number, {}, fault)
-            continue
-        keys = record if wanted is None else wanted
-        yield TableRow(
-            path, "line", number, {key: record[key] for key in keys if record.get(key) is not None}
-        )
+            if not example and not line.strip():
+                continue
+            what = "it is not an object of columns and values" if line.strip() else "an empty line"
+            fault = f"{what}{each}"
+        found: Mapping[str, Any] = {} if fault is not None else record or {}
+        keys = found if wanted is None else wanted
+        values = {key: found[key] for key in keys if found.get(key) is not None}
+        yield TableRow(path, "line", number, values, fault)
 
 
 def _csv_header(path: Path, kind: str) -> tuple[tuple[str, ...], str]:
@@ -193,57 +203,14 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def parquet_parts(path: Path) -> list[Path]:
-    """Return the file itself, or the parts in a folder, by name. Raises DatasetError if it has none."""
-    if not path.is_dir():
-        return [path]
-    parts = sorted(
-        part
-        for part in path.iterdir()
-        if FORMATS.get(part.suffix.lower()) == PARQUET and not part.name.startswith((".", "_"))
-    )
-    if not parts:
-        raise DatasetError(
-            f"{path} is a folder without .parquet files. Name a .parquet, .csv, .tsv or .jsonl file, or a "
-            "folder of .parquet parts."
-        )
-    return parts
-
-
-@contextlib.contextmanager
-def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
-    """Open a Parquet file (a pyarrow `ParquetFile`). repeating: columns whose equal texts are held once.
-
-    Raises DatasetError if it cannot be read, there or in the block.
-    """
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise DatasetError(f"{path} needs the package pyarrow: pip install pyarrow") from None
-    try:
-        require_regular_file(path)
-        with parquet.ParquetFile(path, read_dictionary=repeating) as file:
-            yield file
-    except (OSError, ArrowException, ValueError) as error:  # ValueErrors: damaged data, names not in UTF-8
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> DatasetError:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return DatasetError(f"{path} cannot be read as Parquet: {reason}. Correct the path, or write it again.")
-
-
-def _parquet_names(path: Path) -> tuple[str, ...]:
-    with open_parquet(path) as file:
-        names = tuple(file.schema_arrow.names)
-    _check_names(path, names)
-    return names
-
-
 def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableRow]:
-    columns = [name for name in _parquet_names(path) if wanted is None or name in wanted]
+    columns, nested, lists = _parquet_columns(path, wanted)
+    for name, kind in nested.items():  # whose size is unknown
+        raise DatasetError(
+            f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
+        )
     number = 0
-    with open_parquet(path, _list_columns(path, columns)) as file:
+    with open_parquet(path, lists) as file:
         limit = Unpacking.of(path)
         if not columns:
             limit.add(ROW_BYTES * file.metadata.num_rows)
@@ -263,26 +230,27 @@ def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableR
                     yield TableRow(path, "row", number, values)
 
 
-def _list_columns(path: Path, columns: Sequence[str]) -> list[str]:
-    """Return which columns of Parquet are lists of texts, by the names of their texts.
-
-    Raises DatasetError for a column of other nested values, whose size is unknown.
+def _parquet_columns(
+    path: Path, wanted: Collection[str] | None
+) -> tuple[tuple[str, ...], dict[str, Any], list[str]]:
+    """Return the wanted columns; those of them that hold nested values, with their types; and of lists of
+    texts the names of their texts, whose equal ones are then held once.
     """
-    from pyarrow import types
-
     with open_parquet(path) as file:
         schema, leaves = file.schema_arrow, [file.schema.column(n).path for n in range(len(file.schema))]
-    found = []
+    from pyarrow import types
+
+    _check_names(path, schema.names)
+    columns = tuple(name for name in schema.names if wanted is None or name in wanted)
+    nested, lists = {}, []
     for name in columns:
         kind = schema.field(name).type
         if types.is_list(kind) or types.is_large_list(kind):
             kind = kind.value_type
-            found += [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
+            lists += [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
         if types.is_nested(kind):
-            raise DatasetError(
-                f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
-            )
-    return found
+            nested[name] = kind
+    return columns, nested, lists
 
 
 def _values(array: Any, limit: Unpacking) -> list[Any]:

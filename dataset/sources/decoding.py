@@ -17,7 +17,6 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
 from dataset.sources.masks import Mask, is_still, read_moving, read_still, stack_alphas
 from dataset.sources.media_source import MediaSource
-from dataset.subset_records import BucketRule
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
@@ -93,15 +92,15 @@ class DecodedSource:
 
     def crop(self, span: Span) -> Clip:
         """Return the frames of a span, F H W 3, not copied."""
-        return _cut(self.frames, span)
+        return self.frames[span[0] : sum(span)]
 
     def mask_crop(self, span: Span) -> Mask | None:
         """Return the masks of a span, F H W, not copied."""
-        return None if self.mask is None else _cut(self.mask, span)
+        return None if self.mask is None else self.mask[span[0] : sum(span)]
 
     def control_crops(self, span: Span) -> tuple[Clip, ...]:
         """Return the frames of a span for each control, F H W C, not copied."""
-        return tuple(_cut(frames, span) for frames in self.control)
+        return tuple(frames[span[0] : sum(span)] for frames in self.control)
 
 
 def decode_source(
@@ -135,10 +134,7 @@ def _decode(
     first = next(decoded)
     size = (first.shape[1], first.shape[0])
     bucket = bucket_of(table, size, step, source.path)
-    alphas: list[NDArray[np.uint8] | None] = []
-    colours = _split_alphas(itertools.chain([first], decoded), bucket, alphas)
-    frames = _gather(colours, bucket, frames_wanted(table))
-    mask = stack_alphas(alphas)
+    frames, mask = _gather(itertools.chain([first], decoded), bucket, frames_wanted(table))
     if source.mask is not None:
         mask = _mask_of_clip(source.mask, table, fps, bucket, size, len(frames))
     found, reason = spans_or_reason(table, len(frames), frame_step)
@@ -235,13 +231,32 @@ def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = No
     """
     if table.load_tensors:
         return size
+    (width, height), rule = table.resolution, table.buckets
     if not table.enable_bucket:
-        _check_whole(table, step)
-        return table.resolution
+        return _whole_size(table, step)
+    if rule is not None and rule.step % step:
+        raise DatasetError(
+            f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
+            f"needs. Use {-(-rule.step // step) * step}."
+        )
+    sizes: tuple[Size, ...] = ()
+    if rule is None or not table.bucket_no_upscale:
+        try:
+            sizes = (
+                _bucket_sizes(width, height, step)
+                if rule is None
+                else _image_sizes(table.resolution, rule.minimum, rule.maximum, rule.step)
+            )
+        except ValueError as error:
+            raise DatasetError(
+                f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it."
+            ) from None
     try:
-        if table.buckets is not None:
-            return _image_bucket(table, table.buckets, size, step)
-        return _video_bucket(table, size, step)
+        if rule is None:
+            return choose_bucket(size, sizes, width * height, step, table.bucket_no_upscale)
+        if table.bucket_no_upscale:
+            return fit_without_enlarging(size, width * height, rule.step).bucket
+        return choose_image_bucket(size, sizes)
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
 
@@ -257,44 +272,18 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
     return dataclasses.replace(fit, interpolation=how if how == "none" else rule.interpolation or how)
 
 
-def _check_whole(table: DatasetTable, step: int) -> None:
+def _whole_size(table: DatasetTable, step: int) -> Size:
+    """Return the resolution of a table without buckets. Raises DatasetError if it is no multiple."""
     width, height = table.resolution
     if width % step or height % step:
-        down, up = (
-            (width // step * step, height // step * step),
-            (-(-width // step) * step, -(-height // step) * step),
-        )
+        down = width // step * step, height // step * step
+        up = -(-width // step) * step, -(-height // step) * step
         options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
         raise DatasetError(
             f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
             f"enable_bucket is false. Use {options}, or enable_bucket = true."
         )
-
-
-def _video_bucket(table: DatasetTable, size: Size, step: int) -> Size:
-    width, height = table.resolution
-    sizes = _sizes_or_error(table, functools.partial(_bucket_sizes, width, height, step))
-    return choose_bucket(size, sizes, width * height, step, table.bucket_no_upscale)
-
-
-def _image_bucket(table: DatasetTable, rule: BucketRule, size: Size, step: int) -> Size:
-    if rule.step % step:
-        raise DatasetError(
-            f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
-            f"needs. Use {-(-rule.step // step) * step}."
-        )
-    if table.bucket_no_upscale:
-        return fit_without_enlarging(size, table.resolution[0] * table.resolution[1], rule.step).bucket
-    make = functools.partial(_image_sizes, table.resolution, rule.minimum, rule.maximum, rule.step)
-    return choose_image_bucket(size, _sizes_or_error(table, make))
-
-
-def _sizes_or_error(table: DatasetTable, make: Callable[[], tuple[Size, ...]]) -> tuple[Size, ...]:
-    try:
-        return make()
-    except ValueError as error:
-        width, height = table.resolution
-        raise DatasetError(f"{table.name}: resolution = [{width}, {height}]: {error}. Enlarge it.") from None
+    return table.resolution
 
 
 def check_resolution(table: DatasetTable, step: int) -> None:
@@ -309,45 +298,33 @@ _image_sizes = functools.cache(image_bucket_sizes)
 def _kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[Frame]:
     """Yield the frames kept at `fps`, at their own size, no more than the table needs.
 
-    alpha: with their transparency, if they have any.
+    With source_fps = "auto", and of GIF and WebP, those shown at that rate. These are played at the
+    source_fps of their table if it is a number, as if they were clips of that rate. A folder of images has no
+    times: all of them are frames. alpha: with their transparency, if they have any.
     """
-    frames = _played_frames(path, table, fps, alpha)
+    is_timed = is_animation(path) or (table.source_fps == AUTO and not path.is_dir())
+    frames = frames_at_rate(path, table.stated_fps or fps, alpha) if is_timed else video_frames(path, alpha)
     kept = (frame for frame, keep in zip(frames, keep_pattern(table.stated_fps, fps), strict=False) if keep)
     return itertools.islice(kept, frames_wanted(table))
 
 
-def _played_frames(path: Path, table: DatasetTable, fps: float, alpha: bool) -> Iterator[Frame]:
-    """Yield all frames of a clip, or those shown at `fps`: with source_fps = "auto", and of GIF and WebP.
-
-    These are played at the source_fps of their table if it is a number, as if they were clips of that rate. A
-    folder of images has no times: all of them are frames.
+def _gather(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> tuple[Clip, Mask | None]:
+    """Collect frames at bucket size in one growing array, so that a clip is never copied; and their
+    transparency, if they have any.
     """
-    is_timed = is_animation(path) or (table.source_fps == AUTO and not path.is_dir())
-    return frames_at_rate(path, table.stated_fps or fps, alpha) if is_timed else video_frames(path, alpha)
-
-
-def _gather(frames: Iterable[Frame], bucket: Size, wanted: int | None) -> Clip:
-    """Collect frames at bucket size in one growing array, so that a clip is never copied."""
     width, height = bucket
     clip, count = np.empty((min(wanted or GROWTH, GROWTH), height, width, 3), np.uint8), 0
+    alphas = []
     for frame in frames:
         if count == len(clip):
             # no other reference to the array exists yet
             clip.resize((count + max(GROWTH, count // 4), height, width, 3), refcheck=False)
-        clip[count] = resize_cover(frame, bucket)
-        count += 1
-    clip.resize((count, height, width, 3), refcheck=False)
-    return clip
-
-
-def _split_alphas(
-    frames: Iterable[Frame], bucket: Size, alphas: list[NDArray[np.uint8] | None]
-) -> Iterator[Frame]:
-    """Yield the colours of frames; add the alpha of each one that has it, at bucket size, to `alphas`."""
-    for frame in frames:
         colours, alpha = _colours_and_alpha(frame)
         alphas.append(None if alpha is None else resize_cover(alpha, bucket))
-        yield colours
+        clip[count] = resize_cover(colours, bucket)
+        count += 1
+    clip.resize((count, height, width, 3), refcheck=False)
+    return clip, stack_alphas(alphas)
 
 
 def _mask_of_clip(
@@ -379,12 +356,9 @@ def _control_image(image: Frame, place: Callable[[Frame], Frame]) -> Clip:
 def _control_clip(path: Path, table: DatasetTable, fps: float, bucket: Size, num_frames: int) -> Clip:
     """Read `num_frames` control frames; a longer clip is cut, a shorter one repeats its last frame."""
     kept = itertools.islice(_kept_frames(path, table, fps), num_frames)
-    frames = _gather(kept, bucket, num_frames)
-    return (
-        np.concatenate([frames, *[frames[-1:]] * (num_frames - len(frames))])
-        if len(frames) < num_frames
-        else frames
-    )
+    frames, _ = _gather(kept, bucket, num_frames)
+    missing = num_frames - len(frames)
+    return np.concatenate([frames, *[frames[-1:]] * missing]) if missing else frames
 
 
 def spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tuple[Span, ...], str | None]:
@@ -397,8 +371,3 @@ def spans_or_reason(table: DatasetTable, kept: int, frame_step: int) -> tuple[tu
     if table.source_fps == AUTO:
         rate = ' at the rate of the model (source_fps = "auto")'
     return (), f"{kept} frames{rate}, the shortest of target_frames is {min(table.target_frames)}"
-
-
-def _cut(frames: NDArray[np.uint8], span: Span) -> NDArray[np.uint8]:
-    start, length = span
-    return frames[start : start + length]

@@ -1,35 +1,20 @@
-"""Find the files of a dataset table: images or clips, captions and control media, by folder or JSONL list."""
+"""Find the sources of a dataset table, whatever its source is, and check what holds for all of them."""
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.animations import animation_suffixes, find_animations
-from dataset.sources.captions import (
-    captions_in,
-    explain_captions,
-    not_utf8,
-    read_caption,
-)
+from dataset.sources.captions import explain_captions, read_caption
 from dataset.sources.cogvideox import list_cogvideox
-from dataset.sources.control import ControlFolder, list_entries
 from dataset.sources.faults import LISTED, Fault, list_faults, raise_faults
-from dataset.sources.left_out import explain_entries, find_folders_of_media, leave_out_results
-from dataset.sources.masks import find_masks
+from dataset.sources.folders import describe_entries, find_folders_of_media, list_table_folder, media_suffixes
 from dataset.sources.media_source import MediaSource, pause_collection
-from dataset.sources.metadata_files import list_metadata
-from dataset.sources.rows import RowReader, first_and_more
-from dataset.sources.tables import list_table
+from dataset.sources.tables import list_metadata, list_rows
 from dataset.sources.tars import list_tars
 from modules.errors import DatasetError
-from modules.media.animations import ANIMATION_SUFFIXES
-from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.paths import path_exists
-from modules.text_files import bad_character, parse_json, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +35,23 @@ def find_sources(
     """
     found: list[Fault] = []
     with pause_collection():
-        sources = _list(table, captions, found)
+        if table.directory is not None:
+            sources = list_table_folder(table, captions, found)
+        elif table.tars is not None:
+            sources = list_tars(table, found)
+        elif table.metadata_file is not None:
+            sources = list_metadata(table, found)
+        elif table.cogvideox_root is not None:
+            sources = list_cogvideox(table, found)
+        else:
+            sources = list_rows(table, found)
     if not sources and not found:
-        holds = _describe_entries(table) if table.directory is not None else "has no lines"
+        holds = describe_entries(table) if table.directory is not None else "has no lines"
         holds = f"holds no {table.kind}s" if table.tars is not None else holds
         raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.")
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
-    found += _same_stems(table, sources)
-    found += _long_stems(table, sources)
+    found += _bad_stems(table, sources)
     if faults is None:
         raise_faults(found)
         warn_skipped(found)
@@ -72,20 +65,6 @@ def warn_skipped(faults: Sequence[Fault]) -> None:
     lines = list_faults([fault for fault in faults if not fault.ends_run], LISTED)
     if lines:
         logger.warning("%s", "\n".join(lines))
-
-
-def _list(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
-    if table.directory is not None:
-        return _from_folder(table, captions, faults)
-    if table.jsonl_file is not None:
-        return _from_list(table, faults)
-    if table.table_file is not None:
-        return list_table(table, faults)
-    if table.tars is not None:
-        return list_tars(table, faults)
-    if table.metadata_file is not None:
-        return list_metadata(table, faults)
-    return list_cogvideox(table, faults)
 
 
 def find_all_sources(
@@ -122,7 +101,7 @@ def unsearched_folders(config: DatasetConfig) -> list[str]:
     return [
         f"{folder}: its {table.kind}s are not used: folders inside a folder are not searched. Give it a table"
         for table in config.datasets
-        for folder in find_folders_of_media(table, _suffixes(table), others)
+        for folder in find_folders_of_media(table, media_suffixes(table.kind), others)
     ]
 
 
@@ -139,21 +118,17 @@ def require_captions(sources: Sequence[MediaSource]) -> None:
 
 def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
     """Warn about sources without a caption file: text caching will refuse them. No caption is read."""
-    folders: dict[Path, frozenset[str]] = {}
-
-    def has_file(source: MediaSource) -> bool:
-        folder = source.table.directory
-        if source.table.class_tokens is not None:
-            return True
-        if source.caption_path is None:
-            return False
-        if folder is not None and folder not in folders:
-            folders[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
-        if folder is not None and f"{source.stem}{source.table.caption_extension}" in folders[folder]:
-            return True
-        return path_exists(source.caption_path)
-
-    missing = [source for source in sources if source.caption is None and not has_file(source)]
+    folders = {source.table.directory for source in sources}
+    names: dict[Path | None, Collection[str]] = {
+        folder: frozenset(os.listdir(folder)) for folder in folders if folder is not None and folder.is_dir()
+    }
+    missing = []
+    for source in sources:
+        table, path = source.table, source.caption_path
+        if source.caption is None and table.class_tokens is None:
+            is_listed = f"{source.stem}{table.caption_extension}" in names.get(table.directory, ())
+            if path is None or not (is_listed or path_exists(path)):
+                missing.append(source)
     if missing:
         logger.warning(
             "%d of %d have no caption, and text caching needs one for each. The first: %s",
@@ -195,204 +170,18 @@ def _where_caption(source: MediaSource) -> str:
     return "no caption_extension in its table, such as .txt"
 
 
-def _suffixes(table: DatasetTable) -> frozenset[str]:
-    """Return the suffixes of a folder's files. For those of `find_animations` the content counts too."""
-    return _suffixes_of(table.kind)
-
-
-def _suffixes_of(kind: str) -> frozenset[str]:
-    return image_suffixes() if kind == "image" else VIDEO_SUFFIXES
-
-
-def _same_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fault]:
+def _bad_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fault]:
+    """Return the faults of stems that are equal, or too long for the names of caches."""
     first: dict[str, MediaSource] = {}
-    kind = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
-    clashes = []
+    same = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
+    long = f"names of {table.name} are too long for the names of their caches; rename the files"
+    faults = []
     for source in sources:
         other = first.setdefault(os.path.normcase(source.stem), source)
         if other is not source:
-            clashes.append(Fault(kind, f"{other.path} and {source.path}", source.stem))
-    return clashes
-
-
-def _long_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Fault]:
-    kind = f"names of {table.name} are too long for the names of their caches; rename the files"
-    return [
-        Fault(kind, f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room", source.stem)
-        for source in sources
-        if len(source.stem) * 4 > MOST_OF_STEM  # no character takes more bytes
-        and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM
-    ]
-
-
-# --- folders
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _from_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
-    assert table.directory is not None
-    there = leave_out_results(table, _media_in(table, faults))
-    bad_names = {path for path in there if not path.name.isascii() and bad_character(path.name)}
-    paths = [path for path in there if path not in bad_names] if bad_names else there
-    kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
-    faults += [Fault(kind, ascii(str(path))) for path in there if path in bad_names]
-    controls = _folder_controls(table, paths, faults)
-    masks = _folder_masks(table, paths, faults)
-    sources = []
-    bad: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
-    for path, control in zip(paths, controls, strict=True):
-        stem = path.stem
-        text_path = table.directory / (stem + table.caption_extension) if table.caption_extension else None
-        first: str | None = None
-        more: tuple[str, ...] = ()
-        if captions and text_path is not None:
-            try:
-                text = read_caption(text_path)
-                text = table.class_tokens if text is None else text
-                first, more = first_and_more(None if text is None else captions_in(text, table), text_path)
-            except DatasetError as error:
-                bad[text_path] = stem, str(error)
-        mask = masks.get(path) if masks else None
-        sources.append(MediaSource(path, stem, first, text_path, control, table, more, mask))
-    messages = explain_captions(list(bad), [message for _, message in bad.values()])
-    kind = "have a caption that cannot be used"
-    faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
-    return sources
-
-
-def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
-    """Return a table folder's images or clips, sorted; add those that are no regular file."""
-    assert table.directory is not None
-    suffixes, animated = _suffixes(table), animation_suffixes(table)
-    key = f"{table.kind}_directory" if table.group is None else "image_dir"
-    entries = list_entries(table.directory, f"{table.name}: {key}")
-    ends = [_suffix_of(entry.name) for entry in entries]
-    there: list[Path] = []
-    no_files: list[Path] = []
-    for entry, end in zip(entries, ends, strict=True):
-        if end in suffixes:
-            (there if is_file(entry) else no_files).append(table.directory / entry.name)
-    faults += explain_entries(table, no_files)
-    if ANIMATION_SUFFIXES.isdisjoint(ends):
-        return there
-    others = [
-        table.directory / entry.name for entry, end in zip(entries, ends, strict=True) if end in animated
-    ]
-    return sorted([*there, *find_animations(table, others, there)], key=str)
-
-
-def _suffix_of(name: str) -> str:
-    """Return the suffix in lower case."""
-    place = name.rfind(".")
-    return name[place:].lower() if 0 < place < len(name) - 1 else ""
-
-
-def is_file(entry: "os.DirEntry[str]") -> bool:
-    """Return whether an entry is a file, from the listing alone."""
-    try:
-        return entry.is_file()
-    except OSError:
-        return False
-
-
-def _folder_masks(table: DatasetTable, paths: Sequence[Path], faults: list[Fault]) -> Mapping[Path, Path]:
-    try:
-        return find_masks(table, paths)
-    except DatasetError as error:
-        faults.append(Fault(f"problems with the masks of {table.name}", str(error)))
-        return {}
-
-
-def _describe_entries(table: DatasetTable) -> str:
-    """Describe the content of a folder without usable files."""
-    assert table.directory is not None
-    suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
-    other = "image" if table.kind == "video" else "video"
-    there = sum(suffix in _suffixes_of(other) for suffix in suffixes)
-    if there:
-        return f"has no {table.kind}s but {there} {other}s, for which the key is {other}_directory"
-    folders = [path.name for path in table.directory.iterdir() if path.is_dir()]
-    found = ", ".join(
-        f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(suffixes).most_common(3)
-    )
-    what = f"it has {found}" if found else f"only folders, such as {folders[0]}" if folders else "it is empty"
-    kinds = ", ".join(sorted(_suffixes(table) | animation_suffixes(table)))
-    return f"has no {table.kind}s ({what}; folders inside it are not searched; the suffixes are {kinds})"
-
-
-def _folder_controls(
-    table: DatasetTable, paths: Sequence[Path], faults: list[Fault]
-) -> list[tuple[Path, ...]]:
-    if table.control_directory is None:
-        return [()] * len(paths)
-    folder = ControlFolder(table.control_directory, {path.stem for path in paths})
-    controls: list[tuple[Path, ...]] = []
-    kind = f"problems with the control media of {table.name}"
-    for path in paths:
-        try:
-            controls.append(
-                folder.for_image(path.stem, table.control_count)
-                if table.kind == "image"
-                else (folder.for_video(path),)
-            )
-        except DatasetError as error:
-            controls.append(())
-            faults.append(Fault(kind, str(error), path.stem))
-    if table.kind == "image" and all(controls):
-        _tell_unused(
-            table, [unused for path in paths for unused in folder.beyond(path.stem, table.control_count)]
-        )
-    return controls
-
-
-def _tell_unused(table: DatasetTable, unused: Sequence[Path]) -> None:
-    if unused:
-        logger.warning(
-            "%s: %d control images are ignored, such as %s, because each image takes %d. For FramePack, "
-            "fp_1f_clean_indices gives the index of each one that is used.",
-            table.name,
-            len(unused),
-            unused[0],
-            table.control_count,
-        )
-
-
-# --- JSONL lists
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _from_list(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    path = table.jsonl_file
-    assert path is not None
-    rows = RowReader(table, path, f"{table.kind}_path", is_list=True)
-    sources = []
-    number = 0
-    try:
-        for number, line in enumerate(read_lines(path), 1):
-            try:
-                source = rows.read(
-                    _parse_line(table, f"{path}, line {number}", line), f"{path}, line {number}"
-                )
-                sources += [] if source is None else [source]
-            except DatasetError as error:
-                faults.append(Fault(f"lines of {path} cannot be used", f"{str(error).rstrip('.')}."))
-    except UnicodeDecodeError:
-        raise not_utf8(path, number) from None
-    except OSError as error:
-        raise DatasetError(
-            f"{table.name}: {table.kind}_jsonl_file = {path}: {error.strerror}. Correct the path."
-        ) from error
-    return rows.finish(sources, faults)
-
-
-def _parse_line(table: DatasetTable, where: str, line: str) -> dict[str, Any]:
-    name = f"{table.kind}_path"
-    example = f'{{"{name}": "...", "caption": "..."}}'
-    try:
-        record = parse_json(line)
-    except ValueError as error:
-        found = "an empty line" if not line.strip() else f"invalid JSON: {error}"
-        raise DatasetError(f"{where}: {found}. Each line is one object such as {example}") from None
-    if not isinstance(record, dict):
-        raise DatasetError(f"{where}: {name} is missing. Each line is one object such as {example}")
-    return record
+            faults.append(Fault(same, f"{other.path} and {source.path}", source.stem))
+        # no character takes more than four bytes
+        if len(source.stem) * 4 > MOST_OF_STEM and (size := len(os.fsencode(source.stem))) > MOST_OF_STEM:
+            text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
+            faults.append(Fault(long, text, source.stem))
+    return faults

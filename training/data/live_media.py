@@ -22,8 +22,7 @@ from dataset.caching.latents import Crop, EncodersOnDemand, batch_media, cut
 from dataset.caching.planning import Caches
 from dataset.sources.decoding import IMAGE_SPANS, decode_source
 from dataset.sources.masks import shrink_mask
-from dataset.subset_records import NO_AUGMENTATION
-from dataset.table import DatasetTable
+from dataset.table import NO_AUGMENTATION, DatasetTable
 from modules.contract.data import LOSS_MASK, Batch, LatentSpec
 from modules.errors import DatasetError
 from modules.seeds import derive_seed

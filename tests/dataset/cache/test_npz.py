@@ -19,8 +19,7 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.work import EntryPlaces, npz_names
 from dataset.config import load_dataset_config
 from dataset.options import ConvertCacheOptions
-from dataset.subset_records import Augmentation
-from dataset.table import DatasetConfig
+from dataset.table import Augmentation, DatasetConfig
 from modules.contract.data import LOSS_MASK
 from modules.errors import CacheError, DatasetError, OptionError
 from tests.dataset.cache.killing import needs_fork, run_to_step

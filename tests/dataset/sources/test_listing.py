@@ -157,7 +157,7 @@ def test_a_list_without_a_caption_is_missing_one(tmp_path: Path) -> None:
         ('{"image_path": "a.png", "caption": ""}\n\n{"image_path": "b.png"}', "line 2: an empty line"),
         ('{"image_path": "a.png"', "line 1: invalid JSON"),
         ('{"video_path": "a.png", "caption": ""}', "line 1: image_path is missing"),
-        ('["a.png"]', "line 1: image_path is missing"),
+        ('["a.png"]', "line 1: it is not an object"),
         ('{"image_path": "a.png", "caption": 3}', "line 1: caption = 3 is not a text"),
         (
             '{"image_path": "a.png", "control_path": "x", "control_path_0": "y"}',

@@ -12,10 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataset.sources import parquet_cells
+from dataset.sources import parquet
 from dataset.sources.columns import read_columns
-from dataset.sources.parquet_cells import cells_of, read_cell
-from dataset.sources.parquet_pages import Unpacking, _walk
+from dataset.sources.parquet import Unpacking, _walk, cells_of, read_cell
 from modules.errors import DatasetError, MediaError
 
 MIB = 1 << 20
@@ -29,7 +28,7 @@ def pool() -> Iterator[pa.MemoryPool]:
     counted = pa.proxy_memory_pool(before)
     pa.set_memory_pool(counted)
     yield counted
-    parquet_cells._group.cache_clear()  # what it holds is of this pool
+    parquet._group.cache_clear()  # what it holds is of this pool
     pa.set_memory_pool(before)
 
 

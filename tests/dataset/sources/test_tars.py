@@ -16,8 +16,7 @@ from dataset.sources.faults import Fault
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
-from dataset.sources.tar_index import FOLDER, LEAST_SAMPLES
-from dataset.sources.tar_reading import TarDamage, read_members
+from dataset.sources.tar_index import FOLDER, LEAST_SAMPLES, TarDamage, read_members
 from dataset.sources.tars import expand_braces
 from modules.errors import DatasetError, MediaError
 from tests.dataset.making import make_table

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dataset.sources.listing import find_sources
-from dataset.subsets.folders import folders_config
+from dataset.subsets import folders_config
 from tests.dataset.making import make_image
 from tests.dataset.subsets.making import given, load
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.subset_records import Augmentation, BucketRule, CaptionChanges
+from dataset.table import Augmentation, BucketRule, CaptionChanges
 from modules.errors import DatasetError
 from tests.dataset.subsets.making import load
 

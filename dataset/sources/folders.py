@@ -1,0 +1,376 @@
+"""List what a table's folder holds: images or clips, captions, control media; and what in it is not used."""
+
+import difflib
+import itertools
+import logging
+import os
+import stat
+from collections import Counter
+from collections.abc import Collection, Container, Mapping, Sequence
+from pathlib import Path
+
+from dataset.config import DatasetTable
+from dataset.sources.captions import captions_in, explain_captions, read_caption
+from dataset.sources.faults import Fault
+from dataset.sources.masks import find_masks
+from dataset.sources.media_source import MediaSource
+from dataset.sources.rows import first_and_more
+from modules.errors import DatasetError, MediaError
+from modules.media.animations import ANIMATION_SUFFIXES, is_animation
+from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.media.tags import TOOL_TAG, read_tags
+from modules.text_files import bad_character, require_regular_file
+
+logger = logging.getLogger(__name__)
+
+MOST_NAMES = 10_000  # of a folder, among which one like a missing one is searched
+LOOKED_INTO = 1000  # names of a folder inside a folder
+
+
+def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
+    assert table.directory is not None
+    there = _leave_out_results(table, _media_in(table, faults))
+    bad_names = {path for path in there if not path.name.isascii() and bad_character(path.name)}
+    paths = [path for path in there if path not in bad_names] if bad_names else there
+    kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
+    faults += [Fault(kind, ascii(str(path))) for path in there if path in bad_names]
+    controls = _folder_controls(table, paths, faults)
+    masks: Mapping[Path, Path] = {}
+    try:
+        folder = table.mask_directory
+        if folder is not None:
+            entries = [folder / entry.name for entry in list_entries(folder, "mask_directory")]
+            masks = find_masks(table, paths, entries)
+    except DatasetError as error:
+        faults.append(Fault(f"problems with the masks of {table.name}", str(error)))
+    sources = []
+    bad: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
+    for path, control in zip(paths, controls, strict=True):
+        stem = path.stem
+        text_path = table.directory / (stem + table.caption_extension) if table.caption_extension else None
+        first: str | None = None
+        more: tuple[str, ...] = ()
+        if captions and text_path is not None:
+            try:
+                text = read_caption(text_path)
+                text = table.class_tokens if text is None else text
+                first, more = first_and_more(None if text is None else captions_in(text, table), text_path)
+            except DatasetError as error:
+                bad[text_path] = stem, str(error)
+        mask = masks.get(path) if masks else None
+        sources.append(MediaSource(path, stem, first, text_path, control, table, more, mask))
+    messages = explain_captions(list(bad), [message for _, message in bad.values()])
+    kind = "have a caption that cannot be used"
+    faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
+    return sources
+
+
+def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
+    """Return a table folder's images or clips, sorted; add those that are no regular file."""
+    assert table.directory is not None
+    suffixes, animated = media_suffixes(table.kind), animation_suffixes(table)
+    key = f"{table.kind}_directory" if table.group is None else "image_dir"
+    entries = list_entries(table.directory, f"{table.name}: {key}")
+    # as Path.suffix, which takes longer
+    ends = [os.path.splitext(entry.name)[1].lower() for entry in entries]  # noqa: PTH122
+    there: list[Path] = []
+    no_files: list[Path] = []
+    for entry, end in zip(entries, ends, strict=True):
+        if end in suffixes:
+            (there if is_file(entry) else no_files).append(table.directory / entry.name)
+    faults += _explain_entries(table, no_files)
+    if ANIMATION_SUFFIXES.isdisjoint(ends):
+        return there
+    others = [
+        table.directory / entry.name for entry, end in zip(entries, ends, strict=True) if end in animated
+    ]
+    return sorted([*there, *_find_animations(table, others, there)], key=str)
+
+
+def is_file(entry: "os.DirEntry[str]") -> bool:
+    """Return whether an entry is a file, from the listing alone."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _folder_controls(
+    table: DatasetTable, paths: Sequence[Path], faults: list[Fault]
+) -> list[tuple[Path, ...]]:
+    if table.control_directory is None:
+        return [()] * len(paths)
+    folder = ControlFolder(table.control_directory, {path.stem for path in paths})
+    controls: list[tuple[Path, ...]] = []
+    kind = f"problems with the control media of {table.name}"
+    for path in paths:
+        try:
+            controls.append(
+                folder.for_image(path.stem, table.control_count)
+                if table.kind == "image"
+                else (folder.for_video(path),)
+            )
+        except DatasetError as error:
+            controls.append(())
+            faults.append(Fault(kind, str(error), path.stem))
+    if table.kind == "image" and all(controls):
+        unused = [one for path in paths for one in folder.beyond(path.stem, table.control_count)]
+        if unused:
+            logger.warning(
+                "%s: %d control images are ignored, such as %s, because each image takes %d. For FramePack, "
+                "fp_1f_clean_indices gives the index of each one that is used.",
+                table.name,
+                len(unused),
+                unused[0],
+                table.control_count,
+            )
+    return controls
+
+
+class ControlFolder:
+    """Contents of a `control_directory`, listed once, so that a file is found without a scan."""
+
+    def __init__(self, folder: Path, stems: Container[str]) -> None:
+        """stems: of all images or clips of the table. Raises DatasetError if the folder cannot be listed."""
+        self._folder = folder
+        self._stems = stems
+        entries = [folder / entry.name for entry in list_entries(folder, "control_directory")]
+        self._by_name = {path.name: path for path in entries}
+        # of equal names the first is kept
+        self._clips = {
+            path.stem: path
+            for suffixes in (ANIMATION_SUFFIXES, VIDEO_SUFFIXES)
+            for path in reversed(entries)
+            if path.suffix.lower() in suffixes
+        }
+        self._images: dict[str, list[Path]] = {}  # by the stem that they belong to
+        for path in entries:
+            if path.suffix.lower() in image_suffixes():
+                name = path.stem
+                # not `pic` if there is `pic_10`, but `pic_1` is also the first of `pic`
+                longest = next((name[:end] for end in range(len(name), 0, -1) if name[:end] in stems), "")
+                first, _, number = name.rpartition("_")
+                for owner in {longest, first if number.isdecimal() else longest}:
+                    self._images.setdefault(owner, []).append(path)
+
+    def for_image(self, stem: str, count: int) -> tuple[Path, ...]:
+        """Return the first `count` control images of an image.
+
+        `<stem>.*` comes first, the others follow by the number after the last underscore. Raises DatasetError
+        if there are fewer, or if a name that begins with `stem` has no number.
+        """
+        ranked = self._images_of(stem)
+        if len(ranked) < count:
+            wanted = f"{stem}.png" if count == 1 else f"{count} images {stem}_0.png, {stem}_1.png, ..."
+            raise DatasetError(
+                f"{self._folder} has {len(ranked)} control images for {stem}; needed: {wanted} (or another "
+                "image type)"
+            )
+        return tuple(ranked[:count])
+
+    def beyond(self, stem: str, count: int) -> list[Path]:
+        """Return an image's control images after the first `count`, except those named like another image."""
+        return [path for path in self._images_of(stem)[count:] if path.stem not in self._stems]
+
+    def _images_of(self, stem: str) -> list[Path]:
+        ranked = []
+        for path in self._images.get(stem, ()):
+            number = path.stem.rsplit("_", 1)[-1]
+            if path.stem != stem and not number.isdecimal():
+                raise DatasetError(
+                    f"{path}: a control image of {stem} must be named {stem}{path.suffix} or "
+                    f"{stem}_<number>{path.suffix}"
+                )
+            ranked.append((-1 if path.stem == stem else int(number), path))
+        return [path for _, path in sorted(ranked)]
+
+    def for_video(self, video: Path) -> Path:
+        """Return the control clip of a video.
+
+        It has the same file name, or is a folder `<stem>` of images, or `<stem>` with another video suffix,
+        in this order. Raises DatasetError if there is none.
+        """
+        same, folder = self._by_name.get(video.name), self._by_name.get(video.stem)
+        found = same or (folder if folder is not None and folder.is_dir() else self._clips.get(video.stem))
+        if found is None:
+            raise DatasetError(
+                f"{self._folder} has no control clip for {video.name}: neither {video.name} nor a folder "
+                f"{video.stem}"
+            )
+        return found
+
+
+def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
+    """List a folder, sorted, without names that begin with a dot, and without a Path for each: there may be
+    a million.
+
+    Raises DatasetError, naming `key`, if the folder cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if entry.name[0] != "."]
+        return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
+        near = _near_name(folder) if isinstance(error, FileNotFoundError) else None
+        hint = "Correct the path." if near is None else f"Did you mean {near}?"
+        raise DatasetError(f"{key} = {folder}: {error.strerror}{looked}. {hint}") from error
+
+
+def _near_name(folder: Path) -> Path | None:
+    """Return the existing folder whose name is most like that of a missing one, if there is one."""
+    missing = next((one for one in (folder, *folder.parents) if one.parent.is_dir()), folder)
+    try:
+        with os.scandir(missing.parent) as entries:
+            names = [entry.name for entry in itertools.islice(entries, MOST_NAMES) if entry.is_dir()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(missing.name, names, 1)
+    return missing.with_name(near[0]) / folder.relative_to(missing) if near else None
+
+
+# --- the files of its kind
+# ------------------------------------------------------------------------------------------------------------
+
+
+def media_suffixes(kind: str) -> frozenset[str]:
+    """Return the suffixes of images or clips. For those of `_find_animations` the content counts too."""
+    return image_suffixes() if kind == "image" else VIDEO_SUFFIXES
+
+
+def describe_entries(table: DatasetTable) -> str:
+    """Describe the content of a folder without usable files."""
+    assert table.directory is not None
+    suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
+    other = "image" if table.kind == "video" else "video"
+    there = sum(suffix in media_suffixes(other) for suffix in suffixes)
+    if there:
+        return f"has no {table.kind}s but {there} {other}s, for which the key is {other}_directory"
+    folders = [path.name for path in table.directory.iterdir() if path.is_dir()]
+    found = ", ".join(
+        f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(suffixes).most_common(3)
+    )
+    what = f"it has {found}" if found else f"only folders, such as {folders[0]}" if folders else "it is empty"
+    kinds = ", ".join(sorted(media_suffixes(table.kind) | animation_suffixes(table)))
+    return f"has no {table.kind}s ({what}; folders inside it are not searched; the suffixes are {kinds})"
+
+
+def animation_suffixes(table: DatasetTable) -> frozenset[str]:
+    """Return the suffixes that a table takes besides those of its kind; of images: .webp is one anyway."""
+    return ANIMATION_SUFFIXES if table.kind == "video" else ANIMATION_SUFFIXES - {".webp"}
+
+
+def _find_animations(table: DatasetTable, entries: Sequence[Path], others: Sequence[Path]) -> list[Path]:
+    """Return the GIF and WebP files among `entries` that belong to the table, besides `others`.
+
+    A table of clips takes animations only; a table of images takes the first frame of each GIF. A file named
+    like one of `others` but for the suffix is left out with a warning: both would have the same cache.
+    """
+    taken = {os.path.normcase(path.stem) for path in others}
+    files = [path for path in entries if path.suffix.lower() in animation_suffixes(table) and path.is_file()]
+    if table.kind == "image":
+        animated = [path for path in (*others, *files) if _is_moving(path, if_damaged=False)]
+        _warn(table, animated, "animated: only the first frame of each is used. video_directory takes clips")
+    else:
+        files = [path for path in files if _is_moving(path, if_damaged=True)]
+    named = {path: os.path.normcase(path.stem) for path in files}
+    hidden = [path for path in files if named[path] in taken]
+    _warn(table, hidden, "ignored, because another file of the folder has the same name but for its suffix")
+    return [path for path in files if named[path] not in taken]
+
+
+def _is_moving(path: Path, if_damaged: bool) -> bool:
+    """Return whether a file is an animation; `if_damaged` if it cannot be read, which decoding reports."""
+    try:
+        return is_animation(path)
+    except MediaError:
+        return if_damaged
+
+
+def _warn(table: DatasetTable, paths: Sequence[Path], what: str) -> None:
+    if paths:
+        logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], what)
+
+
+def _explain_entries(table: DatasetTable, entries: Sequence[Path]) -> list[Fault]:
+    """Return a fault for each entry with the name of a picture or clip that is no file: it is skipped."""
+    kind = f"{table.kind}s of {table.name} are no files"
+    return [Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False) for path in entries]
+
+
+def _explain(path: Path) -> str:
+    try:
+        require_regular_file(path)
+    except FileNotFoundError:
+        return f"the link leads to {path.readlink() if path.is_symlink() else path}, which is not there"
+    except OSError as error:
+        return "it is a folder" if path.is_dir() else str(error.strerror or error)
+    return "it can be read now"
+
+
+def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
+    """Return the paths without results of our tools: clip_SWINIR.mkv beside clip.mp4.
+
+    A warning says so. Only files whose names begin with another's are opened.
+    """
+    stems = {path.stem for path in paths}
+    results = {path for path in paths if _has_source(path.stem, stems) and _is_result(path)}
+    if results:
+        logger.warning(
+            "%s: %d files, such as %s, are left out: a tool made them of other files of this folder. Move "
+            "the ones to train on into a folder of their own.",
+            table.name,
+            len(results),
+            min(results),
+        )
+    return [path for path in paths if path not in results] if results else list(paths)
+
+
+def _has_source(stem: str, stems: Collection[str]) -> bool:
+    parts = stem.split("_")
+    return len(parts) > 1 and any(one in stems for one in itertools.accumulate(parts[:-1], "{}_{}".format))
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        return any(TOOL_TAG.fullmatch(name) for name in read_tags(path))
+    except (MediaError, OSError):
+        return False  # reading it says what is wrong
+
+
+def folder_id(folder: "os.PathLike[str]") -> str:
+    """Return a text that is the same for all ways to write a folder's path."""
+    return os.path.normcase(os.path.realpath(folder))
+
+
+def find_folders_of_media(
+    table: DatasetTable, suffixes: Collection[str], others: Sequence[Path]
+) -> list[Path]:
+    """Return the folders inside a table's folder that hold pictures or clips, which are not searched.
+
+    others: folders that tables name.
+    """
+    if table.directory is None or not table.directory.is_dir():
+        return []
+    in_use = set(map(folder_id, others))
+    with os.scandir(table.directory) as entries:
+        folders = sorted(Path(entry) for entry in entries if entry.name[0] != "." and _is_folder(entry))
+    return [
+        folder for folder in folders if folder_id(folder) not in in_use and _holds_media(folder, suffixes)
+    ]
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return stat.S_ISDIR(entry.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _holds_media(folder: Path, suffixes: Collection[str]) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in itertools.islice(entries, LOOKED_INTO)]
+    except OSError:
+        return False
+    return any(Path(name).suffix.lower() in suffixes for name in names)

@@ -1,0 +1,284 @@
+"""Parquet files that others made: opened, bounded in what they unpack to, and files in their columns.
+
+A few bytes may stand for a gigabyte of text in each row. Sizes in the metadata may be wrong; the header of
+each page decides the memory. Source: github.com/apache/parquet-format, parquet.thrift (Apache-2.0), and
+Thrift's compact protocol.
+"""
+
+import bisect
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from dataset.sources.media_source import ParquetCell
+from modules.errors import DatasetError, MediaError
+from modules.text_files import require_regular_file
+from modules.varints import read_varint
+
+SUFFIXES = (".parquet", ".pq")
+LEAST_BYTES = 1 << 26  # that any file may unpack to
+MOST_TIMES = 1000  # its size, that a larger one may; texts that are all alike shrink that far
+ROW_BYTES, VALUE_BYTES = 256, 16  # in memory of a row, and of a value, besides what it says
+# bytes of a page's header, with the statistics in it: usual ones, and at most, which is pyarrow's own limit
+_HEADERS = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
+_DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7
+# numbers of fields in a page's header: type, sizes, and the structs of the kinds of pages
+_TYPE, _UNPACKED, _PACKED, _DATA, _DATA_V2 = 1, 2, 3, 5, 8
+_ENCODINGS = {_DATA: 2, _DATA_V2: 4}  # field in that struct
+_BINARY, _STRUCT = 8, 12  # kinds of fields
+_NUMBERS = (4, 5, 6)
+_SWITCHES = (1, 2)
+MOST_GROUP_BYTES = 1 << 31  # of a column in a row group, which is read as a whole
+_ONE_AT_A_TIME = threading.Lock()  # else all threads that begin would read, and hold, the same row group
+_MAGIC = ((b"GIF8", ".gif"), (b"RIFF", ".webp"))  # of files whose name counts: they may be animations
+
+
+def parquet_parts(path: Path) -> list[Path]:
+    """Return the file itself, or the parts in a folder, by name. Raises DatasetError if it has none."""
+    if not path.is_dir():
+        return [path]
+    parts = sorted(
+        part
+        for part in path.iterdir()
+        if part.suffix.lower() in SUFFIXES and not part.name.startswith((".", "_"))
+    )
+    if not parts:
+        raise DatasetError(
+            f"{path} is a folder without .parquet files. Name a .parquet, .csv, .tsv or .jsonl file, or a "
+            "folder of .parquet parts."
+        )
+    return parts
+
+
+@contextlib.contextmanager
+def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
+    """Open a Parquet file (a pyarrow `ParquetFile`). repeating: columns whose equal texts are held once.
+
+    Raises DatasetError if it cannot be read, there or in the block.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DatasetError(f"{path} needs the package pyarrow: pip install pyarrow") from None
+    try:
+        require_regular_file(path)
+        with parquet.ParquetFile(path, read_dictionary=repeating) as file:
+            yield file
+    except (OSError, ArrowException, ValueError) as error:  # ValueErrors: damaged data, names not in UTF-8
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DatasetError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return DatasetError(f"{path} cannot be read as Parquet: {reason}. Correct the path, or write it again.")
+
+
+# --- what a file unpacks to
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Unpacking:
+    """Counter of the bytes unpacked from a file."""
+
+    path: Path
+    most_bytes: int
+    found_bytes: int = 0
+
+    @staticmethod
+    def of(path: Path) -> "Unpacking":
+        """Begin for a file. Raises OSError if it is gone."""
+        return Unpacking(path, LEAST_BYTES + MOST_TIMES * path.stat().st_size)
+
+    def add(self, size_bytes: int) -> None:
+        """Count bytes about to be unpacked. Raises DatasetError if they are far too many for the file."""
+        self.found_bytes += size_bytes
+        if self.found_bytes > self.most_bytes:
+            raise DatasetError(
+                f"{self.path}: a file of {self.path.stat().st_size:,} bytes that unpacks to more than "
+                f"{self.most_bytes >> 20:,} MiB is damaged, or made to fill the memory. Write it again from "
+                "its source."
+            )
+
+
+def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[str]) -> int:
+    """Return the size in bytes of the largest page whose values are used again: of a dictionary, or of
+    prefixes. 0: there is none. Each row may hold a value as large as that page.
+
+    file: a `ParquetFile`. pages: counter for the pages of this row group. columns: with all that is in them.
+    Raises DatasetError if that is too much, ValueError if pages are damaged, OSError.
+    """
+    chunks, largest, wanted = file.metadata.row_group(group), 0, set(columns)
+    with pages.path.open("rb") as content:
+        for number in range(chunks.num_columns):
+            chunk = chunks.column(number)
+            if not wanted.isdisjoint(accumulate(chunk.path_in_schema.split("."), "{}.{}".format)):
+                pages.add(chunk.num_values * VALUE_BYTES)
+                largest = max(largest, file.schema.column(number).length, _walk(content, chunk, pages))
+    return largest
+
+
+def _walk(content: Any, chunk: Any, pages: Unpacking) -> int:
+    """Count the pages of a column in a row group; return the size as `largest_value` does."""
+    largest, values = 0, 0
+    place = min(one for one in (chunk.data_page_offset, chunk.dictionary_page_offset) if one is not None)
+    end = place + chunk.total_compressed_size
+    while place < end and values < chunk.num_values:
+        header, size = _read_header(content, place)
+        unpacked, packed = _number(header, _UNPACKED), _number(header, _PACKED)
+        pages.add(unpacked)
+        repeats = header.get(_TYPE) == _DICTIONARY_PAGE
+        kind = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
+        if kind is not None:
+            count = _number(header[kind], 1)
+            pages.add(max(0, count - chunk.num_values) * VALUE_BYTES)
+            values += count
+            repeats |= header[kind].get(_ENCODINGS[kind]) == _DELTA_BYTE_ARRAY
+        if repeats:
+            largest = max(largest, unpacked)
+        place += size + packed
+    return largest
+
+
+def _number(fields: dict[int, Any], field: int) -> int:
+    number = fields.get(field)
+    if not isinstance(number, int) or number < 0:
+        raise ValueError("a page without a size")
+    return number
+
+
+def _read_header(content: Any, place: int) -> tuple[dict[int, Any], int]:
+    """Return the fields of a page's header, and its size in bytes."""
+    for most in _HEADERS:
+        content.seek(place)
+        data = content.read(most)
+        try:
+            return _read_struct(memoryview(data), 0)
+        except IndexError:
+            if len(data) < most:
+                break
+    raise ValueError("a page is cut short")
+
+
+def _read_struct(data: memoryview, place: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """Return the numbers and structs in a struct by the numbers of their fields, and where it ends."""
+    if depth > 4:  # a page's header, its kind, its statistics
+        raise ValueError("a page's header is damaged")
+    found: dict[int, Any] = {}
+    field = 0
+    while data[place]:
+        step, kind = data[place] >> 4, data[place] & 15
+        place += 1
+        if step:
+            field += step
+        else:
+            field, place = _signed(data, place)
+        if kind == _STRUCT:
+            found[field], place = _read_struct(data, place, depth + 1)
+        elif kind in _NUMBERS:
+            found[field], place = _signed(data, place)
+        elif kind == _BINARY:
+            size, place = read_varint(data, place)
+            place += size
+        elif kind not in _SWITCHES:
+            raise ValueError("a page's header is damaged")
+    return found, place + 1
+
+
+def _signed(data: memoryview, place: int) -> tuple[int, int]:
+    number, place = read_varint(data, place)
+    return (number >> 1) ^ -(number & 1), place
+
+
+# --- images and clips in a column, as the Hugging Face hub stores them
+# ------------------------------------------------------------------------------------------------------------
+
+
+def cell_column(path: Path, name: str) -> str | None:
+    """Return which column holds the bytes of `name`: itself, or `name.bytes`; None if there are none."""
+    from pyarrow import types
+
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+        if name not in schema.names:
+            return None
+        kind = schema.field(name).type
+        if types.is_binary(kind) or types.is_large_binary(kind):
+            return name
+        if not types.is_struct(kind):
+            return None
+        inner = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
+        held = inner.get("bytes")
+        return (
+            f"{name}.bytes"
+            if held is not None and (types.is_binary(held) or types.is_large_binary(held))
+            else None
+        )
+
+
+def cells_of(path: Path, column: str) -> Callable[[int], ParquetCell]:
+    """Return the function row, counted from 1 -> its place in a Parquet file. column: of `cell_column`.
+
+    Raises DatasetError if its row groups are too large to read one at a time.
+    """
+    with open_parquet(path) as file:
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        for group in groups:
+            sizes = [group.column(index) for index in range(group.num_columns)]
+            size = sum(one.total_uncompressed_size for one in sizes if one.path_in_schema == column)
+            if size > MOST_GROUP_BYTES:
+                raise DatasetError(
+                    f"{path}: a row group holds {size / 1e9:.1f} GB of {column}, at most "
+                    f"{MOST_GROUP_BYTES / 1e9:.1f} GB are read at a time. Write it again with "
+                    "row_group_size=100."
+                )
+        starts = list(accumulate((group.num_rows for group in groups), initial=0))
+
+    def place(number: int) -> ParquetCell:
+        group = bisect.bisect_right(starts, number - 1) - 1
+        return ParquetCell(path, group, number - 1 - starts[group], column)
+
+    return place
+
+
+def read_cell(origin: ParquetCell) -> bytes:
+    """Return the bytes of a cell. Raises MediaError if it is empty or cannot be read."""
+    where = f"{origin.file}, row {origin.row + 1} of row group {origin.group + 1}"
+    try:
+        stamp = origin.file.stat().st_mtime_ns
+        with _ONE_AT_A_TIME:
+            group = _group(origin.file, origin.group, origin.column, stamp)
+        content = group[origin.row].as_py()
+    except OSError as error:
+        raise MediaError(f"{where}: it cannot be read: {error.strerror or error}") from error
+    except (DatasetError, ValueError, IndexError) as error:
+        raise MediaError(f"{where}: it cannot be read: {error}") from error
+    if not content:
+        raise MediaError(f"{where}: {origin.column} is empty there")
+    return bytes(content)
+
+
+def cell_suffix(content: bytes) -> str:
+    """Return the suffix of a file with this content if it counts, or ""."""
+    return next((suffix for magic, suffix in _MAGIC if content.startswith(magic)), "")
+
+
+@lru_cache(maxsize=2)  # sources are read in the order of rows
+def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
+    """Return a column of a row group. mtime_ns: so that a file that was written again is read again."""
+    with open_parquet(path, [column]) as file:
+        pages = Unpacking.of(path)
+        pages.most_bytes = min(pages.most_bytes, MOST_GROUP_BYTES)
+        largest_value(file, pages, group, [column])
+        found = file.read_row_group(group, columns=[column], use_threads=False).column(0)
+    if "." in column and hasattr(found.type, "num_fields") and found.type.num_fields:
+        import pyarrow.compute as pc
+
+        found = pc.struct_field(found, column.rpartition(".")[2])
+    found.validate(full=True)  # places in a dictionary are not looked at else
+    return found

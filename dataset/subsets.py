@@ -1,0 +1,274 @@
+"""Read the image guides' form of a dataset to tables: `[[datasets.subsets]]`, or folders without a file.
+
+A value is that of the subset, else of its `[[datasets]]`, else of `[general]`, else of the command line.
+Standard library only.
+"""
+
+import dataclasses
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dataset.config_keys import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS
+from dataset.key_reading import BAD, read_keys, without_nulls
+from dataset.subset_options import SubsetOptions
+from dataset.table import (
+    Augmentation,
+    BucketRule,
+    CaptionChanges,
+    DatasetConfig,
+    DatasetTable,
+    Table,
+)
+from modules.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)  # of a folder: repeats and class
+
+
+def has_subsets(content: Mapping[str, Any]) -> bool:
+    """Return whether a file is in the image guides' form: one of its datasets has subsets."""
+    entries = content.get("datasets")
+    entries = entries if isinstance(entries, list) else [entries]
+    return any(key.startswith("subset") for entry in entries if isinstance(entry, dict) for key in entry)
+
+
+def read_subsets(
+    path: Path, content: Mapping[str, Any], given: SubsetOptions | None, problems: list[str]
+) -> tuple[DatasetTable, ...]:
+    """Return the tables of a file's subsets, in order. Errors are added to `problems`.
+
+    given: the values of the command line; None: the keys' defaults.
+    """
+    usual = {name: key.default for name, key in SUBSET_KEYS.items()}
+    usual |= read_keys(SUBSET_KEYS, _given_values(given), "the command line", problems, names=OTHER_NAMES)
+    general = without_nulls(content.get("general"), "[general]", problems)
+    entries = content.get("datasets")
+    if not isinstance(entries, list):
+        problems.append(
+            "[datasets] needs two pairs of brackets: write [[datasets]], once for each resolution"
+        )
+        entries = [entries]
+    usual |= _read_level(general, "[general]", problems, DATASET)
+    tables: list[DatasetTable] = []
+    for number, entry in enumerate(entries):
+        place = f"[[datasets]] {number + 1}"
+        dataset = without_nulls(entry, place, problems)
+        subsets = dataset.get("subsets")
+        shared = usual | _read_level(dataset, place, problems, DATASET, ("subsets",))
+        if not isinstance(subsets, list) or not subsets:
+            problems.append(
+                f"{place}: [datasets.subsets] needs two pairs of brackets: write [[datasets.subsets]]"
+                if isinstance(subsets, dict)
+                else f"{place} has no [[datasets.subsets]]; each folder of pictures needs one"
+            )
+            continue
+        for order, subset in enumerate(subsets):
+            where = f"{place}, subset {order + 1}"
+            inner = without_nulls(subset, where, problems)
+            values = shared | _read_level(inner, where, problems, SUBSET)
+            if any(value is BAD for value in values.values()):
+                continue
+            is_masked = given is not None and given.masked_loss
+            found = [*_source_problems(values), *_size_problems(values), *_mask_problems(values, is_masked)]
+            problems += [f"{where}: {line}" for line in found]
+            if not found:
+                fields = _table_fields(values, where, is_masked)
+                numbers: dict[str, Any] = {"group": number, "subset": order}
+                tables.append(DatasetTable(path, len(tables), "image", **numbers, **fields))
+    return _with_cache_directories(tables)
+
+
+def _given_values(given: SubsetOptions | None) -> dict[str, Any]:
+    """Return the command line's values of keys, in the form of a dataset file."""
+    if given is None:
+        return {}
+    options = {one.name: getattr(given, one.name) for one in dataclasses.fields(given)}
+    names = {name: name if key.option is None else key.option for name, key in SUBSET_KEYS.items()}
+    names |= {other: other for other in OTHER_NAMES}
+    found = {name: options.get(option) for name, option in names.items()}
+    found["resolution"] = None if given.size is None else list(given.size)
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def _read_level(
+    table: Table, where: str, problems: list[str], level: str, more: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Read the keys of one table. level: SUBSET, or DATASET for the others."""
+    there = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
+
+    def misplaced(name: str) -> str | None:
+        return None if SUBSET_KEYS[name].place in (level, ANYWHERE) else f"is for {there}; move it there"
+
+    return read_keys(SUBSET_KEYS, table, where, problems, misplaced, OTHER_NAMES, more)
+
+
+def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
+    """Return the fields of a table by the keys of a subset."""
+    if values["cache_info"]:
+        logger.info("cache_info is not needed: sizes and captions are kept with the caches")
+    parts: dict[str, dict[str, Any]] = {"changes": {}, "augmentation": {}, "buckets": {}, "": {}}
+    for name, key in SUBSET_KEYS.items():
+        record, _, inner = key.field.rpartition(".")
+        if key.field:
+            parts[record][name if inner == SAME else inner] = values[name]
+    fields = parts[""]
+    changes = CaptionChanges(**parts["changes"])
+    from_json, conditioning = values["metadata_file"] is not None, values["conditioning_data_dir"]
+    return fields | {
+        "directory": None if from_json else values["image_dir"],
+        "image_folder": values["image_dir"] if from_json else None,
+        "control_directory": None if is_masked else conditioning,
+        "mask_directory": (conditioning if is_masked else None) or values["mask_directory"],
+        "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
+        "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
+        "buckets": _buckets(values, BucketRule(**parts["buckets"]), where),
+        "changes": dataclasses.replace(changes, is_raw=changes.varies),
+        "augmentation": Augmentation(**parts["augmentation"]),
+    }
+
+
+def _source_problems(values: Table) -> list[str]:
+    if values["image_dir"] is None and values["metadata_file"] is None:
+        return [
+            "image_dir, the folder of its pictures, is missing (or metadata_file, a JSON that names them)"
+        ]
+    return []
+
+
+def _size_problems(values: Table) -> list[str]:
+    size = values["resolution"]
+    if size is None:
+        return ["resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"]
+    if not values["enable_bucket"] or values["bucket_no_upscale"]:
+        return []
+    low, high = values["min_bucket_reso"], values["max_bucket_reso"]
+    problems = []
+    if min(size) < low:
+        problems.append(
+            f"min_bucket_reso = {low} is above the resolution {_sides(size)}; set at most {min(size)}"
+        )
+    if max(size) > high:
+        problems.append(
+            f"max_bucket_reso = {high} is below the resolution {_sides(size)}; set at least {max(size)}"
+        )
+    return problems
+
+
+def _mask_problems(values: Table, is_masked: bool) -> list[str]:
+    masks = {
+        "alpha_mask": values["alpha_mask"],
+        "mask_directory": values["mask_directory"] is not None,
+        "conditioning_data_dir with --masked_loss": is_masked and values["conditioning_data_dir"] is not None,
+    }
+    given = [name for name, is_given in masks.items() if is_given]
+    if len(given) > 1:
+        return [f"{' and '.join(given)}: both say where the masks of the loss are from; leave out one"]
+    if values["metadata_file"] is not None and (values["conditioning_data_dir"] or values["mask_directory"]):
+        return ["conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"]
+    return []
+
+
+def _buckets(values: Table, rule: BucketRule, where: str) -> BucketRule:
+    """Return the rule of the buckets with sides that are multiples of its step."""
+    step, low, high = rule.step, rule.minimum, rule.maximum
+    used = max(step, low // step * step), -(-high // step) * step
+    if values["enable_bucket"] and not values["bucket_no_upscale"] and used != (low, high):
+        logger.warning(
+            "%s: sides of buckets run from %d to %d, multiples of bucket_reso_steps = %d", where, *used, step
+        )
+    return BucketRule(*used, step, rule.interpolation)
+
+
+def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, ...]:
+    """Give each table without a cache_directory its own folder: `1024x768` beside its pictures.
+
+    Several datasets may have one folder of pictures; where their resolutions are equal too, the later one
+    gets `1024x768_2`. npz files, which hold many resolutions, are beside the pictures.
+    """
+    used: Counter[tuple[str, str]] = Counter()
+    found = []
+    for table in tables:
+        if table.cache_directory is None:
+            folder = table.picture_folder
+            if table.cache_format == "npz":
+                found.append(dataclasses.replace(table, cache_directory=folder))
+                continue
+            name = _sides(table.resolution)
+            key = (os.path.normcase(folder.resolve()), name)
+            used[key] += 1
+            name += f"_{used[key]}" if used[key] > 1 else ""
+            table = dataclasses.replace(table, cache_directory=folder / name)
+        found.append(table)
+    return tuple(found)
+
+
+def _sides(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+# --- folders without a file
+# ------------------------------------------------------------------------------------------------------------
+
+
+def folders_config(given: SubsetOptions) -> DatasetConfig:
+    """Return the dataset that --train_data_dir and its companions describe: one group of tables.
+
+    Raises DatasetError if there is no folder to train on, or with all values that are not allowed.
+    """
+    folder = given.train_data_dir
+    assert folder is not None  # `given.replaces_toml`
+    if given.in_json is not None:
+        subsets: list[dict[str, Any]] = [
+            {
+                "image_dir": str(folder),
+                "metadata_file": str(given.in_json),
+                "num_repeats": given.dataset_repeats,
+            }
+        ]
+    else:
+        subsets = _subsets(folder, "--train_data_dir", is_reg=False)
+        if given.reg_data_dir is not None:
+            subsets += _subsets(given.reg_data_dir, "--reg_data_dir", is_reg=True)
+    problems: list[str] = []
+    tables = read_subsets(folder, {"datasets": [{"subsets": subsets}]}, given, problems)
+    if problems:
+        raise DatasetError("\n  ".join([f"{folder} cannot be used:", *problems]))
+    return DatasetConfig(folder, tables)
+
+
+def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
+    """Return a subset for each folder whose name begins with a number of repeats; warn about the others."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(one.name for one in entries if one.is_dir() and not one.name.startswith("."))
+    except OSError as error:
+        raise DatasetError(f"{option} {folder}: {error.strerror}. Correct the path.") from error
+    found = []
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match is None or int(match[1]) == 0:
+            logger.warning(
+                "%s: %s is left out because its name does not begin with a number of repeats, such as 10_%s",
+                option,
+                folder / name,
+                match[2] if match else name,
+            )
+            continue
+        subset = {"image_dir": str(folder / name), "num_repeats": int(match[1]), "class_tokens": match[2]}
+        found.append({**subset, "is_reg": is_reg})
+    if not found:
+        raise DatasetError(
+            f"{option} {folder} has no folder whose name begins with a number of repeats, such as 10_cat. "
+            "Move the pictures into one."
+        )
+    return found

@@ -1,0 +1,209 @@
+"""Receive a file from a site: continued where the connection broke, bounded, and of one version only.
+
+Every downloader asks in its own way (`Ask`) and says what an error means to its user. `urllib3.Retry` would
+repeat a request, but not continue the data of one that broke.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import requests
+import urllib3
+
+from modules.control_codes import shorten
+from modules.paths import protocol_of
+
+logger = logging.getLogger(__name__)
+
+LONGEST_WAIT = 60.0  # seconds that a site may ask for
+TIMEOUTS = (20.0, 30.0)  # seconds to connect, and without any data
+PIECE = 1 << 16  # bytes; a broken connection loses the last one
+SLOW_SECONDS, SLOW_BYTES = 60.0, 1 << 16  # a connection that brings less in that time is given up
+# one at most: packed twice, a few bytes may be gigabytes
+ENCODINGS = frozenset({"", "identity", "gzip", "x-gzip", "deflate"})
+AGAIN = frozenset({408, 425, 429})  # answers of a site that may change soon; so may those from 500
+
+
+class BrokenTry(Exception):
+    """A try that failed and may succeed later; the text says how, without the address."""
+
+    def __init__(self, reason: str, wait_seconds: float = 0.0, from_start: bool = False) -> None:
+        super().__init__(reason)
+        self.wait_seconds = wait_seconds
+        self.from_start = from_start  # what has arrived cannot be continued
+
+
+class RefusedBySite(Exception):
+    """A site does not give the file, and will not; the text says why, without the address."""
+
+    def __init__(self, reason: str, status: int | None = None) -> None:
+        super().__init__(reason)
+        self.status = status  # of its answer, if that is why
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer of a site."""
+
+    start: int  # place in the file of the first byte
+    size_bytes: int | None  # of the whole file; None: not told
+    version: str | None  # of the file; None: not told, so that a rest may be of another file
+    pieces: Iterator[bytes]
+
+
+# what is there of the file in bytes, and of which version -> a site's answer, from there on or from the start
+Ask = Callable[[int, str | None], AbstractContextManager[Answer]]
+
+
+def receive(
+    ask: Ask,
+    path: Path,
+    tries: int,
+    wait: Callable[[float], None],
+    first_wait: float,
+    most_bytes: int,
+    size_bytes: int | None = None,
+    check: Callable[[Answer], None] = lambda _: None,
+    seen: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Fill `path`, which may hold the beginning of a file of known size; a byte more than allowed ends it.
+
+    tries: in a row that bring little. wait: called with seconds before another one. first_wait: doubled with
+    each such try. size_bytes: of the file; None: the site says it. check: looks at each answer before it is
+    read. seen: called with the number of bytes that are there. Raises BrokenTry after the last try,
+    RefusedBySite, OSError if the file cannot be written.
+    """
+    path.touch()  # also of an empty file
+    failures, most, version = 0, path.stat().st_size, None
+    while True:
+        have = path.stat().st_size if version is not None or size_bytes is not None else 0
+        try:
+            if size_bytes is not None and have >= size_bytes:
+                return
+            with ask(have, version) as answer:
+                version = answer.version
+                check(answer)
+                found = _write(path, answer, most_bytes, seen)
+            expected = answer.size_bytes if size_bytes is None else size_bytes
+            if found > most_bytes or expected in (None, found):
+                return
+            raise BrokenTry(f"{found:,} of {expected:,} bytes arrived")
+        except BrokenTry as error:
+            if error.from_start:
+                version = None
+                os.truncate(path, 0)
+            # what is sent again is not new, nor are a few bytes: a site could go on so without end
+            have = path.stat().st_size
+            failures, most = (0, have) if have >= most + PIECE else (failures + 1, most)
+            if failures == tries:
+                raise
+            seconds = max(first_wait * 2 ** max(0, failures - 1), min(error.wait_seconds, LONGEST_WAIT))
+            logger.debug("%s: %s; again in %.1f s", path.name, error, seconds)
+            wait(seconds)
+
+
+def _write(path: Path, answer: Answer, most_bytes: int, seen: Callable[[int], object]) -> int:
+    """Write a site's answer at its place; return where it ends. Raises BrokenTry if it comes too slowly."""
+    with path.open("r+b") as file:
+        file.truncate(answer.start)
+        file.seek(answer.start)
+        seen(answer.start)
+        since, at_start = time.monotonic(), file.tell()
+        try:
+            for piece in answer.pieces:
+                file.write(piece)
+                seen(file.tell())
+                if file.tell() > most_bytes:
+                    break
+                if time.monotonic() - since > SLOW_SECONDS:
+                    if file.tell() - at_start < SLOW_BYTES:
+                        raise BrokenTry(f"less than {SLOW_BYTES >> 10} KiB arrived in {SLOW_SECONDS:.0f} s")
+                    since, at_start = time.monotonic(), file.tell()
+        finally:
+            file.flush()
+            os.fsync(file.fileno())
+        return file.tell()
+
+
+@lru_cache(maxsize=256)
+def _session(thread: int) -> requests.Session:
+    """Return a thread's connections, kept open between files. thread: its number."""
+    return requests.Session()
+
+
+@contextlib.contextmanager
+def ask_http(
+    address: str, have: int, version: str | None, headers: Mapping[str, str] | None = None
+) -> Iterator[Answer]:
+    """Ask for a file by http or https, as `Ask`. headers: further ones, such as a token."""
+    asked = {**(headers or {}), "accept-encoding": "identity"}
+    if have:
+        asked |= {"range": f"bytes={have}-"} | ({} if version is None else {"if-range": version})
+    try:
+        session = _session(threading.get_ident())
+        with session.get(address, headers=asked, stream=True, timeout=TIMEOUTS) as answer:
+            _check_answer(address, answer)
+            start = _first_byte(answer, have)
+            # an encoded answer has another length than the file; a weak version may be of other bytes
+            length = None if answer.headers.get("content-encoding") else _number(answer, "content-length")
+            etag = answer.headers.get("etag", "")
+            known = etag if etag.startswith('"') else answer.headers.get("last-modified")
+            if start and version is not None and known not in (None, version):  # some pay no heed to if-range
+                raise BrokenTry("the file has changed meanwhile", from_start=True)
+            yield Answer(
+                start,
+                None if length is None else start + length,
+                known or (version if start else None),  # the rest of a file need not say it again
+                answer.iter_content(PIECE),
+            )
+    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+        # the library lets some through as they are: redirects to no address, chunks of negative length
+        if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
+            raise RefusedBySite("it is no address that can be asked for") from None
+        # not its text: it may hold the address
+        what = "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
+        raise BrokenTry(f"the {what} ({type(error).__name__})") from None
+
+
+def _check_answer(address: str, answer: requests.Response) -> None:
+    """Raise BrokenTry or RefusedBySite if the answer is not the file."""
+    code = answer.status_code
+    hops = [one.url.lower() for one in (*answer.history, answer)]
+    if protocol_of(address) == "https" and not all(url.startswith("https:") for url in hops):
+        raise RefusedBySite("the site passes it on without encryption")
+    if code in AGAIN or code >= 500:
+        raise BrokenTry(f"the site answers {code}", _number(answer, "retry-after") or 0.0)
+    if code == 416:  # what is there now is shorter than what is here
+        raise BrokenTry("the site cannot continue the file", from_start=True)
+    if code not in (200, 206):
+        meaning = {401: ": a password is needed", 403: ": not allowed", 404: ": nothing is there"}
+        raise RefusedBySite(f"the site answers {code}{meaning.get(code, '')}", code)
+    if answer.headers.get("content-encoding", "").strip().lower() not in ENCODINGS:
+        raise RefusedBySite("the site packs it in a way that was not asked for")
+
+
+def _first_byte(answer: requests.Response, have: int) -> int:
+    """Return where an answer's data begin: behind the `have` bytes that are here, or at 0."""
+    if answer.status_code != 206:
+        return 0
+    sent = answer.headers.get("content-range", "")
+    if sent.startswith(f"bytes {have}-"):
+        return have
+    whole = re.fullmatch(r"bytes 0-(\d{1,15})/(\d{1,15})", sent, re.ASCII)
+    if whole and int(whole[1]) + 1 == int(whole[2]):  # not asked for
+        return 0
+    raise RefusedBySite(f"asked for a file from byte {have} on, the site sends {shorten(sent, 60)!r}")
+
+
+def _number(answer: requests.Response, name: str) -> int | None:
+    text = answer.headers.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
