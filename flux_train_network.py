@@ -2,7 +2,7 @@
 
 import modules.interpreter  # noqa: F401
 from flux.options import USUAL_GUIDANCE
-from modules.vae_options import take_ae
+from modules.speed_options import take_ae
 from training.image_options import ImageTrainerDefaults
 from training.scripts import training_script
 

@@ -81,7 +81,7 @@ def _load(path: Path, target: str) -> None:
 
     from modules.checkpoints.opening import open_checkpoint
     from modules.contract.loading import Placement
-    from modules.fp8.options import Quantisation
+    from modules.speed_options import Quantisation
     from wan.checkpoints import load_dit
 
     load_dit(path, Placement(torch.device("meta")))  # so that what a first call imports does not count

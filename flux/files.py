@@ -27,7 +27,7 @@ from modules.checkpoints.opening import Checkpoint
 from modules.contract.family import TextEncoder
 from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
-from modules.vae_options import VaeOptions
+from modules.speed_options import VaeOptions
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from flux.spec import GUIDANCE_UNIT, dit_spec
 from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
 from hunyuan_model.model import real_tokens, rotary_widths
 from modules.attention.attend import Lengths, lengths_on
-from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, ScaleNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, sinusoid, table_maker
 from modules.run_blocks import Hidden, run_blocks
+from modules.speed_options import SDPA, AttentionChoice
 
 
 class ApproximatorLayer(nn.Module):

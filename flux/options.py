@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from modules.command import as_typed
-from modules.dit_options import dit_dtype_option
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option, unsupported
-from modules.vae_options import AE, AE_HELP, VaeOptions
+from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option
 
 FLUX, CHROMA = "flux", "chroma"  # values of --model_type
 USUAL_GUIDANCE = 3.5  # default of the embedded guidance, in training and in generation

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from hunyuan_model.blocks import HunyuanModulation, HunyuanTokens, attend_jointly, attend_turned
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join
 from modules.attention.attend import Lengths, attend
-from modules.attention.options import AttentionChoice
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
+from modules.speed_options import AttentionChoice
 
 
 class FramePackAttention(nn.Module):

@@ -57,7 +57,7 @@ from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import send
 from modules.errors import DatasetError
 from modules.options import NO_OPTIONS
-from modules.vae_options import VAE_TILE
+from modules.speed_options import VAE_TILE
 
 logger = logging.getLogger(__name__)
 

@@ -30,12 +30,12 @@ from hunyuan_model.model import (
     rotary_widths,
 )
 from hunyuan_model.token_refiner import VectorEmbedding, mean_text, refine_tokens
-from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable, sinusoid
 from modules.run_blocks import Hidden, run_blocks
+from modules.speed_options import SDPA, AttentionChoice
 
 
 class ConditionEmbedding(nn.Module):

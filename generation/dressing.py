@@ -16,9 +16,9 @@ from modules.contract.rules import HIGH_NOISE, Expert
 from modules.devices import own_stream
 from modules.dressing import dress, swapped_weights
 from modules.errors import OptionError
-from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.offload.turns import HostCopy, HostPlaceOf
+from modules.speed_options import Quantisation
 from networks.apply import LoraPatch, OriginalWeights
 from networks.loading import LoraUse, lora_uses
 from networks.names.layouts import FOR_BOTH

@@ -25,11 +25,11 @@ from hunyuan_model.blocks import (
 from hunyuan_model.model import HunyuanFinalLayer, real_tokens
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.attend import Lengths, lengths_on
-from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.run_blocks import Hidden, run_blocks
+from modules.speed_options import SDPA, AttentionChoice
 
 GLYPH_EPS = 1e-5  # of the norm before the glyph layers
 

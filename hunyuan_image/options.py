@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.attention.options import GENERATION_VALUES, TRAINING_FLAGS
 from modules.command import as_typed
-from modules.dit_options import dit_dtype_option
 from modules.errors import OptionError
 from modules.option_values import check_at_least
 from modules.options import FREE, NO_PIXELS, OF_DECODING, Options, option
-from modules.vae_options import VaeOptions
+from modules.speed_options import GENERATION_VALUES, TRAINING_FLAGS, VaeOptions, dit_dtype_option
 
 logger = logging.getLogger(__name__)
 

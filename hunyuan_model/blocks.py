@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from modules.attention.attend import Lengths, attend
-from modules.attention.options import AttentionChoice
 from modules.attention.second_text import SecondText, Steer
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
+from modules.speed_options import AttentionChoice
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 

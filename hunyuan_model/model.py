@@ -23,12 +23,12 @@ from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.spec import DIT
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.attend import Lengths, lengths_on
-from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.run_blocks import Hidden, run_blocks
+from modules.speed_options import SDPA, AttentionChoice
 
 
 class PatchEmbedding(nn.Module):

@@ -7,10 +7,9 @@ from typing import Any
 
 from hunyuan_model.configs import SKIP_LAYERS
 from modules.command import as_typed
-from modules.dit_options import dit_dtype_option
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option
-from modules.vae_options import VAE_TILE, VaeOptions
+from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option
 
 INPUT_CHANNELS = (16, 32)  # of the two kinds of transformer
 # settings of `VaeOptions` where the VAE always works in tiles

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from hunyuan_model.blocks import Mlp, split_heads
 from modules.attention.attend import Lengths, attend, lengths_on
-from modules.attention.options import SDPA, AttentionChoice
 from modules.devices import numbers_on
 from modules.layers.modulation import add_gated
 from modules.layers.norms import Float32LayerNorm, in_own_dtype, run_float32
 from modules.layers.rope import sinusoid
+from modules.speed_options import SDPA, AttentionChoice
 
 
 class RefinerConfig(Protocol):

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lumina.configs import LuminaConfig
 from modules.attention.attend import Lengths, attend
-from modules.attention.options import AttentionChoice
 from modules.attention.second_text import SecondText
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype, run_float32
 from modules.layers.rope import rotate, sinusoid
+from modules.speed_options import AttentionChoice
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 

@@ -22,7 +22,7 @@ from modules.checkpoints.encoders import check_state_width, dtype_beside
 from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import Checkpoint
 from modules.devices import choose_compute_dtype
-from modules.vae_options import VaeOptions
+from modules.speed_options import VaeOptions
 
 USUAL = torch.bfloat16  # of the encoders; Gemma 2 overflows float16
 

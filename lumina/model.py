@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import DIT, LuminaConfig
 from modules.attention.attend import Lengths, lengths_on
-from modules.attention.options import SDPA, AttentionChoice
 from modules.attention.second_text import SecondText
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, turns
 from modules.run_blocks import Hidden, run_blocks
+from modules.speed_options import SDPA, AttentionChoice
 
 
 class TokenLayout(NamedTuple):

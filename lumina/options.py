@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from modules.command import as_typed
-from modules.dit_options import dit_dtype_option
 from modules.errors import OptionError
 from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
-from modules.vae_options import AE, AE_HELP, VaeOptions, take_ae
+from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
 
 MAX_TOKENS = 256  # of a caption, with the system prompt, where nothing is said
 MOST_TOKENS = 8192  # that Gemma 2 was trained with

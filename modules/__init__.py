@@ -13,7 +13,6 @@ console_options: options of log lines: how many, and where they go
 contract/: what a model family tells the shared loops
 control_codes: text for a console
 devices: choose a device, name dtypes, send tensors, free memory
-dit_options: the option for the dtype of a transformer
 downloading: receive a file from a site, continued and bounded
 dressing: put features around a loaded transformer, in order
 environment: the virtual environment of quickstart.py and run_tests.py
@@ -39,11 +38,10 @@ planning/: the memory of a run, predicted before it starts
 private_torch: everything private of torch that is used
 run_blocks: the one loop over a transformer's blocks
 seeds: seeds for independent random streams, derived from names and numbers
-speed_options: options of attention, fp8, block swap, compilation
+speed_options: options of attention, fp8, block swap, VAE, plan
 step_cache/: rules decide which passes to skip; a runner skips
 text_encodings: guess the encoding of a file not in UTF-8
 text_files: text files that a user names, read safely
-vae_options: options of the VAE that all families share
 varints: read whole numbers of varying length
 version: the version of Reelsmith
 """

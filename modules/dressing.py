@@ -13,8 +13,8 @@ from modules.compile_options import Compilation
 from modules.contract.family import DitSpec
 from modules.offload.block_swap import HostWeights, host_weights, swap_blocks
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces, offload_to_host
-from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan
+from modules.speed_options import SwapOptions
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,309 @@
-"""Options that trade speed, memory and precision: attention, fp8 weights, block swap, compilation."""
+"""Options of transformer and VAE: attention, fp8 weights, block swap, compilation, tiles, and --plan.
 
-from dataclasses import replace
-from typing import TypeVar
+Training has one flag for each back end of attention and other names for fp8 than generation.
+"""
 
-from modules.attention.options import GenerationAttentionOptions, TrainingAttentionOptions
+import argparse
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
 from modules.compile_options import GenerationCompileOptions, TrainingCompileOptions
-from modules.fp8.options import GenerationFp8Options, TrainingFp8Options
-from modules.offload.options import SwapOptions
+from modules.errors import OptionError
+from modules.option_values import show_number
 from modules.options import FREE, HABIT, NO_PIXELS, Options, not_needed, option
-from modules.planning.options import PlanOptions
+
+VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
+LEAST_TILE, MOST_TILE, TILE_STEP = 32, 16384, 16
+AE_HELP = "FLUX's autoencoder (also --vae)"
+# settings of `VaeOptions` where FLUX's autoencoder is the VAE
+AE: Mapping[str, Any] = {"vae": {"flags": ("--ae",)}}
+
+
+class VaeOptions(Options):
+    """File of the VAE, its compute dtype, and the size of tiles."""
+
+    vae: Path | None = option("VAE checkpoint", often=True)
+    vae_dtype: str | None = option("dtype of the VAE")
+    vae_spatial_tile_sample_min_size: int | None = option("edge of a tile in pixels; implies tiling")
+    vae_tiling: bool = option(f"encode and decode in tiles of {VAE_TILE} pixels: less memory")
+
+    def __post_init__(self) -> None:
+        size = self.vae_spatial_tile_sample_min_size
+        if size is not None and (not LEAST_TILE <= size <= MOST_TILE or size % TILE_STEP):
+            raise OptionError(
+                f"--vae_spatial_tile_sample_min_size {show_number(size)}: give a multiple of {TILE_STEP}, at "
+                f"least {LEAST_TILE} and at most {MOST_TILE}"
+            )
+
+    @property
+    def tile(self) -> int | None:
+        """Return the edge of a tile in pixels, None for no tiling. A size implies tiling."""
+        if self.vae_spatial_tile_sample_min_size is not None:
+            return self.vae_spatial_tile_sample_min_size
+        return VAE_TILE if self.vae_tiling else None
+
+
+def take_ae(args: argparse.Namespace) -> None:
+    """Put --ae into --vae. Raises OptionError if both are given and differ."""
+    if args.ae is not None and args.vae not in (None, args.ae):
+        raise OptionError(f"--ae {args.ae} and --vae {args.vae} name two autoencoders: give one of them")
+    args.vae = args.ae if args.vae is None else args.vae
+
+
+def dit_dtype_option() -> Any:
+    """Return the field of a family's options that `modules.devices.choose_compute_dtype` reads."""
+    return option("dtype that the transformer computes in; default: that of its file", facts=HABIT)
+
+
+def refuse_for_whole(dit_dtype: str | None) -> None:
+    """Raise OptionError if --dit_dtype is given to the training of a whole transformer."""
+    if dit_dtype is not None:
+        raise OptionError(
+            "--dit_dtype: trained weights are kept in float32, or in bfloat16 with --full_bf16; leave it out"
+        )
+
+
+TRAINING_FLAGS = {  # mode -> flag of the training scripts; if several are given, the first counts
+    "sdpa": "--sdpa",
+    "flash": "--flash_attn",
+    "sage": "--sage_attn",
+    "xformers": "--xformers",
+    "flash3": "--flash3",
+}
+GENERATION_VALUES = {  # value of --attn_mode -> mode
+    "flash": "flash",
+    "flash2": "flash",
+    "flash3": "flash3",
+    "torch": "sdpa",
+    "sageattn": "sage",
+    "xformers": "xformers",
+    "sdpa": "sdpa",
+}
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """Settings that models pass to `modules.attention.attend.attend`."""
+
+    mode: str  # a key of `modules.attention.attend.BACKENDS`
+    split: bool = False  # one sample at a time
+
+
+SDPA = AttentionChoice("sdpa")
+
+_SPLIT = "compute attention one sample at a time"
+
+
+class TrainingAttentionOptions(Options, title="attention"):
+    """The back end of training."""
+
+    sdpa: bool = option("torch's own kernels, the best one for the device (the default)")
+    flash_attn: bool = option("FlashAttention 2, from the package flash_attn", often=True)
+    sage_attn: bool = option("SageAttention: for generation only, it has no backward pass")
+    xformers: bool = option("xFormers' memory-efficient attention")
+    flash3: bool = option("FlashAttention 3, for Hopper GPUs")
+    split_attn: bool = option(_SPLIT)
+
+    @property
+    def choice(self) -> AttentionChoice:
+        """Return the first back end given, in the order of `TRAINING_FLAGS`; torch's own if there is none."""
+        return AttentionChoice(next(iter(self._given), "sdpa"), self.split_attn)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Return the flags that an earlier one overrides."""
+        return tuple(TRAINING_FLAGS[mode] for mode in self._given[1:])
+
+    @property
+    def _given(self) -> list[str]:
+        return [mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--"))]
+
+
+class GenerationAttentionOptions(Options):
+    """The back end of generation. Some scripts have no --split_attn."""
+
+    attn_mode: str = option(
+        "attention back end; torch or sdpa: torch's own kernels; flash or flash2, flash3, sageattn, "
+        "xformers: packages",
+        default="torch",
+        choices=tuple(GENERATION_VALUES),
+        often=True,
+    )
+    split_attn: bool = option(_SPLIT)
+
+    @property
+    def choice(self) -> AttentionChoice:
+        """Return the back end that --attn_mode names."""
+        return AttentionChoice(GENERATION_VALUES[self.attn_mode], self.split_attn)
+
+
+def flag_of(mode: str, training: bool) -> str:
+    """Return the option that selects a back end: `--flash_attn`, or `--attn_mode flash`."""
+    if training:
+        return TRAINING_FLAGS[mode]
+    return f"--attn_mode {next(name for name, meant in GENERATION_VALUES.items() if meant == mode)}"
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How weights are stored in 8 bits, and how layers compute with them."""
+
+    # cast: rounded as they are; tensor, rows: first divided by a scale, one per weight or one per row
+    kind: str
+    float32_scales: bool = False  # scales and quotients in float32 instead of the weight's dtype
+    float32_linear: bool = False  # the layers compute in float32
+    fp8_matmul: bool = False  # the layers should multiply in 8 bits
+    # the 8-bit product, a modules.fp8.products.Product; None: multiply in 16 bits
+    product: Callable[..., Any] | None = None
+
+
+_BASE = (
+    "keep the linear layers of the model's blocks in fp8: half the memory of bf16; weights already in fp8 "
+    "stay as they are"
+)
+_SCALED = (
+    "first divide each row of a weight by its own scale: much closer to the file's weights than a plain cast"
+)
+_FAST = (
+    "also multiply the linear layers of the blocks in fp8{when}, with a scale for each token: up to twice as "
+    "fast, a little less exact; for NVIDIA RTX 40, L4, H100 and later"
+)
+_UPCAST = "with --fp8_scaled: compute scales and rounding in float32 instead of the file's dtype"
+
+
+class TrainingFp8Options(Options):
+    """How training stores the frozen model."""
+
+    fp8_base: bool = option(_BASE, often=True)
+    fp8_scaled: bool = option(f"with --fp8_base: {_SCALED}", needs="fp8_base", often=True)
+    fp8_fast: bool = option(
+        "with --fp8_base: " + _FAST.format(when=", both forward and for the gradient of their input"),
+        needs="fp8_base",
+    )
+    upcast_quantization: bool = option(_UPCAST)
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """Return how to store the weights in 8 bits; None if they keep the dtype that other options set."""
+        if not self.fp8_base:
+            return None
+        kind = "rows" if self.fp8_scaled else "cast"
+        return Quantisation(kind, float32_scales=self.upcast_quantization, fp8_matmul=self.fp8_fast)
+
+
+class GenerationFp8Options(Options):
+    """How generation stores the model."""
+
+    fp8: bool = option(_BASE, often=True)
+    fp8_scaled: bool = option(f"the same, but {_SCALED}; replaces --fp8", often=True)
+    fp8_fast: bool = option(f"with --fp8_scaled or --fp8: {_FAST.format(when='')}")
+    upcast_linear: bool = option(
+        "with --fp8_scaled: compute these layers in float32; slow", needs="fp8_scaled"
+    )
+    upcast_quantization: bool = option(_UPCAST)
+
+    def __post_init__(self) -> None:
+        if self.upcast_quantization and not self.fp8_scaled:
+            logger.warning("--upcast_quantization is ignored because --fp8_scaled is not given")
+        if self.fp8_fast and not (self.fp8 or self.fp8_scaled):
+            logger.warning("--fp8_fast is ignored because neither --fp8_scaled nor --fp8 is given")
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """Return how to store the weights in 8 bits, None if neither option is given.
+
+        --fp8_scaled replaces --fp8.
+        """
+        if self.fp8_scaled:
+            return Quantisation("rows", self.upcast_quantization, self.upcast_linear, self.fp8_fast)
+        return Quantisation("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None
+
+
+AUTO = "auto"
+SLOTS = 2  # slots of a list of blocks on the device: for the block that computes and for the next one
+
+
+def number_or_auto(text: str) -> int | str:
+    """Parse the value of --blocks_to_swap. Raises ArgumentTypeError if it is neither."""
+    if text.strip().lower() == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of blocks nor {AUTO}. Give one of them"
+        ) from None
+
+
+class SwapOptions(Options):
+    """How much of the transformer stays in host memory."""
+
+    # None and 0: none. `AUTO`: as many as memory requires
+    blocks_to_swap: int | str | None = option(
+        "keep that many of the transformer's blocks in host memory and copy each to the device before it "
+        "runs; a number, or auto; at most all but one. Exact, and costs little time if a block computes "
+        "longer than its copy takes",
+        type=number_or_auto,
+        metavar="N",
+        least=0,
+        often=True,
+    )
+    img_in_txt_in_offloading: bool = option(
+        "keep the weights of the input layers in host memory except while they run: saves little memory, "
+        "costs little time"
+    )
+    block_swap_ring_size: int = option(
+        "how many swapped blocks are on the device at a time, the one that computes among them; they count "
+        "towards the blocks that --blocks_to_swap leaves there. More than 2 help if copies take unevenly "
+        "long",
+        default=SLOTS,
+        least=SLOTS,
+        hint="one block computes while the next one is copied",
+    )
+    use_pinned_memory_for_block_swap = not_needed(
+        "for a CUDA device swapped blocks always wait in pinned memory"
+    )
+    block_swap_h2d_only = not_needed("frozen weights are copied to the device only, never back")
+
+    @property
+    def is_auto(self) -> bool:
+        """Return whether the number of blocks is not chosen yet; `dataclasses.replace` sets it."""
+        return self.blocks_to_swap == AUTO
+
+    @property
+    def number(self) -> int:
+        """Return how many blocks to swap. Raises OptionError if the number is not chosen yet."""
+        if isinstance(self.blocks_to_swap, str):
+            raise OptionError(
+                "--blocks_to_swap auto: the number of blocks is not chosen yet. Give one, such as 20"
+            )
+        return self.blocks_to_swap or 0
+
+
+class PlanOptions(Options):
+    """Whether to plan only, and for how much memory."""
+
+    plan: float | None = option(  # 0: this machine's card; None: run
+        "print the predicted peak of device and host memory by part, and exit; GIB: for a card of that size",
+        nargs="?",
+        const=0.0,
+        metavar="GIB",
+        least=0,
+        hint="the GiB of a card, or no number for this machine's card",
+        often=True,
+    )
+
+    @property
+    def is_asked(self) -> bool:
+        """Return whether to print the plan and exit."""
+        return self.plan is not None
+
 
 _READ_IN_PIECES = not_needed("safetensors files are read in pieces, never mapped")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modules.checkpoints.dits import refuse_fp8_file
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
-from modules.fp8.options import Quantisation
+from modules.speed_options import Quantisation
 from networks.deltas import (
     DORA,
     Factors,

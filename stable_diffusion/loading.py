@@ -18,13 +18,13 @@ from torch import Tensor
 from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText, check_activation
 from modules.attention.attend import check_backend
-from modules.attention.options import AttentionChoice
 from modules.checkpoints.dialects import LoadPlan, load_planned
 from modules.checkpoints.model_files import find_model_folder
 from modules.checkpoints.opening import SUFFIXES, open_checkpoint
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing
+from modules.speed_options import AttentionChoice
 from stable_diffusion.contract import SD2, SDXL, Model, ModelKind, TextTower
 from stable_diffusion.folders import (
     PATTERNS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.attention.options import AttentionChoice
+from modules.speed_options import AttentionChoice
 from tests.modules.attention_packages import PACKAGES, put_in
 from tests.tiny.dits import DITS, Size, TinyDit
 

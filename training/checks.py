@@ -11,13 +11,13 @@ from torch.nn import Parameter
 
 from blissful_tuner.latent_preview import check_preview
 from modules.atomic_write import check_space
-from modules.attention.options import TRAINING_FLAGS
 from modules.contract.family import Family
 from modules.contract.rules import Expert
 from modules.errors import OptionError
 from modules.offload.swap_plan import check_swap
 from modules.options import is_given, option_name
 from modules.planning.dry_run import quiet
+from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
 from networks.added import refuse_dora
 from networks.apply import check_loras_fit

@@ -16,9 +16,9 @@ from modules.contract.loading import Placement
 from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.devices import dtype_name
 from modules.errors import OptionError
-from modules.fp8.options import Quantisation
 from modules.offload.block_swap import HostWeights
 from modules.offload.turns import HostCopy
+from modules.speed_options import Quantisation
 from networks.adapter import OWN_NETWORKS
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT

@@ -15,10 +15,10 @@ from modules.contract.rules import Expert
 from modules.dressing import swapped_weights
 from modules.errors import MemoryPlanError
 from modules.offload.host_memory import machine_of
-from modules.offload.options import SwapOptions
 from modules.offload.turns import HostCopy, HostPlaceOf
 from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from modules.planning.memory_plan import gib
+from modules.speed_options import SwapOptions
 from networks.adapter import make_network
 from networks.added import AddedLoras, add_loras
 from networks.apply import LoraPatch

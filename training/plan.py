@@ -19,9 +19,9 @@ from dataset.subsets import folders_config
 from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.errors import DatasetError, OptionError, OutputError
-from modules.fp8.options import Quantisation
 from modules.fp8.products import add_product
 from modules.option_values import require
+from modules.speed_options import Quantisation
 from training.caching_inside import prepare_sources
 from training.checks import check_before_loading, list_unused_options
 from training.data.live_media import BatchSources

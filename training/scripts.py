@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from modules.dit_options import refuse_for_whole
 from modules.families import FAMILIES, Script
 from modules.installation import import_own
 from modules.options import Options, option_values
 from modules.parser import declare
+from modules.speed_options import refuse_for_whole
 from networks.options import NetworkOptions
 from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
 from training.learning_options import WholeDitOptions

@@ -17,12 +17,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from modules.attention.attend import attend
-from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import TABLES, Grid, GridTable, rotate, sinusoid, table_maker
 from modules.run_blocks import Hidden, run_blocks
+from modules.speed_options import SDPA, AttentionChoice
 from wan.configs import WanConfig
 from wan.spec import DIT, WanText, WanTokens, pad_texts, see_one
 

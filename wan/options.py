@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from modules.command import as_typed
-from modules.dit_options import dit_dtype_option
 from modules.errors import OptionError
 from modules.options import (
     FREE,
@@ -19,7 +18,7 @@ from modules.options import (
     option,
     unsupported,
 )
-from modules.vae_options import VaeOptions
+from modules.speed_options import VaeOptions, dit_dtype_option
 from wan.configs import TASKS
 
 NOT_BUILT = {

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.data import LatentSpec
 from modules.contract.family import DitSpec
+from modules.speed_options import SDPA, AttentionChoice
 
 # Least squares fit of latents in model space to colours (R, G, B), which all known tools use
 PREVIEW_FACTORS = (

@@ -1,7 +1,6 @@
 """One function of attention over a table of back ends.
 
 attend: the only entry: back ends, packages, packed samples
-options: options that choose the kernels of attention
 sdpa: torch's scaled_dot_product_attention, with the best kernels
 second_text: steer attention away from a second text
 """

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.attention.options import SDPA, AttentionChoice, flag_of
 from modules.attention.sdpa import cudnn_note, sdpa
 from modules.devices import dtype_name, numbers_on
 from modules.errors import OptionError
+from modules.speed_options import SDPA, AttentionChoice, flag_of
 
 # Letters: B batch, L query tokens, S key tokens, T real tokens of all samples together, N heads, D head width
 

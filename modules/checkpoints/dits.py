@@ -16,8 +16,8 @@ from modules.contract.family import DitSpec
 from modules.contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import linear_weights
+from modules.speed_options import Quantisation
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from modules.contract.loading import TensorInfo, TensorSource
 from modules.errors import CheckpointError, OptionError
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import E4M3, dequantise, linear_weights, quantise
+from modules.speed_options import Quantisation
 
 logger = logging.getLogger(__name__)
 

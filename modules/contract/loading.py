@@ -8,9 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from modules.attention.options import SDPA, AttentionChoice
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import is_fp8
+from modules.speed_options import SDPA, AttentionChoice, Quantisation
 
 
 @dataclass(frozen=True)

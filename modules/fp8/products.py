@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from modules.errors import OptionError
-from modules.fp8.options import Quantisation
 from modules.private_torch import scaled_product
+from modules.speed_options import Quantisation
 
 logger = logging.getLogger(__name__)
 

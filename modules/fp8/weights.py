@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from modules.fp8.options import Quantisation
 from modules.fp8.products import fp8_linear, suits_fp8
+from modules.speed_options import Quantisation
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn; larger values would become NaN

@@ -3,7 +3,6 @@
 block_swap: copy blocks from host memory before they run
 checkpointing: gradient checkpointing, of blocks and pieces of tokens
 host_memory: pinned and shared memory, copies, loaded networks
-options: options that keep blocks in host memory
 swap_plan: choose which weights stay in host memory
 turns: networks take turns on a device
 """

@@ -12,7 +12,7 @@ from torch import nn
 
 from modules.contract.family import DitSpec
 from modules.errors import OptionError
-from modules.offload.options import SLOTS
+from modules.speed_options import SLOTS
 
 
 @dataclass(frozen=True)

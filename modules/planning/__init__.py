@@ -4,5 +4,4 @@ device_memory: measure a CUDA device's memory and its peak
 dry_run: run real code without data, count bytes
 kernels: stand-ins for fused kernels in a dry run
 memory_plan: peaks of memory by part, as a table
-options: --plan: print the memory that a run needs
 """

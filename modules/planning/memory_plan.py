@@ -11,7 +11,6 @@ from torch import nn
 from modules.contract.family import DitSpec
 from modules.control_codes import escape_control_codes
 from modules.errors import MemoryPlanError, OptionError
-from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan, big_weights, most_blocks
 from modules.planning.dry_run import (
     ATTENTION,
@@ -26,6 +25,7 @@ from modules.planning.dry_run import (
     Moment,
     round_up_bytes,
 )
+from modules.speed_options import SwapOptions
 
 GIB = 1 << 30
 # Device memory outside torch's tensors: the CUDA context with its kernels, a few hundred MB on every driver.

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from flux.checkpoints import identify, load_dit, read_dit_header
-from modules.attention.options import SDPA
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
+from modules.speed_options import SDPA
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.flux import CONFIGS, tiny_state, write_dit
 

@@ -20,7 +20,7 @@ from modules.contract.requests import Request
 from modules.contract.steps import EncodedPrompts
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.schedule import make_schedule
-from modules.vae_options import VaeOptions
+from modules.speed_options import VaeOptions
 from tests.flux.making import tiny_inputs, tiny_model
 from tests.golden_cases import DRAWN, make_weights, read_case
 from tests.tiny.flux import CONFIGS, tiny_state, write_dit, write_tiny_flux

@@ -19,7 +19,7 @@ from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from hunyuan_model.options import HunyuanVaeOptions
 from hunyuan_model.vae import load_vae
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
-from modules.vae_options import VaeOptions
+from modules.speed_options import VaeOptions
 from tests.tiny.framepack import write_siglip
 from tests.tiny.hunyuan_vae import write_vae
 

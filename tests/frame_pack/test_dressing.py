@@ -17,7 +17,7 @@ from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
 from modules.contract.loading import Placement
-from modules.fp8.options import Quantisation
+from modules.speed_options import Quantisation
 from tests.fp8_reference import emulated_product
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit

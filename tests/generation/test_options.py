@@ -7,8 +7,8 @@ import pytest
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
-from modules.fp8.options import Quantisation
 from modules.options import read_options
+from modules.speed_options import Quantisation
 
 DEFAULTS = ScriptDefaults(fps=16, guidance_scale=5.0)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.attention.attend import BACKENDS, attend, check_backend, lengths_on
-from modules.attention.options import SDPA, AttentionChoice
 from modules.attention.sdpa import kernels
+from modules.speed_options import SDPA, AttentionChoice
 from tests.gpu.measuring import relative_error
 
 FORWARD = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from encoders.t5_network import T5Config, T5Network, relative_bucket
 from modules.attention.attend import attend
-from modules.attention.options import SDPA
 from modules.attention.sdpa import attend_with_bias
+from modules.speed_options import SDPA
 from tests.gpu.measuring import relative_error
 
 HALVES = (torch.bfloat16, torch.float16)

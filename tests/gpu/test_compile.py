@@ -15,11 +15,11 @@ from modules.attention.attend import attend
 from modules.attention.sdpa import kernels
 from modules.compile import check_compilation, compile_blocks
 from modules.compile_options import Compilation
-from modules.fp8.options import Quantisation
 from modules.fp8.products import choose_product, supports_fp8
 from modules.fp8.weights import attach, quantise
 from modules.offload.block_swap import move_network
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
+from modules.speed_options import Quantisation
 from tests.gpu.measuring import no_waits, relative_error, sent
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, same, swapped

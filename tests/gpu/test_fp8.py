@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from modules.errors import OptionError
-from modules.fp8.options import Quantisation
 from modules.fp8.products import (
     EXACT_SUMS,
     FAST_SUMS,
@@ -25,6 +24,7 @@ from modules.fp8.products import (
     tensor_scaled_product,
 )
 from modules.fp8.weights import attach, dequantise, quantise
+from modules.speed_options import Quantisation
 from tests.gpu.measuring import equal_bits, relative_error
 
 E4M3 = torch.float8_e4m3fn

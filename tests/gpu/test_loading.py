@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from modules.contract.loading import Placement
-from modules.fp8.options import Quantisation
 from modules.offload.block_swap import host_weights
 from modules.offload.swap_plan import SwapPlan
 from modules.offload.turns import HostPlaceOf
+from modules.speed_options import Quantisation
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from tests.gpu.measuring import equal_bits, poison, relative_error

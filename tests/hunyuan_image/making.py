@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
-from modules.attention.options import SDPA, AttentionChoice
+from modules.speed_options import SDPA, AttentionChoice
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.hunyuan_image import CONFIG, GLYPH_DIM, TEXT_DIM, diffusers_state, tiny_state
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hunyuan_model.model import HunyuanVideoModel
-from modules.attention.options import SDPA, AttentionChoice
 from modules.contract.steps import Tweaks
+from modules.speed_options import SDPA, AttentionChoice
 from tests.golden_cases import FLOAT32_POWERS
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.modules.attention_packages import PACKAGES, put_in

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from frame_pack.model import FramePackRefiner as FramePackRefiner
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.token_refiner import FRAMEPACK_REFINER, HUNYUAN_REFINER, TokenRefiner, multiply_text
-from modules.attention.options import SDPA
+from modules.speed_options import SDPA
 from tests.tiny import framepack_dit
 
 CONFIG = HunyuanVideoConfig(

@@ -17,8 +17,8 @@ from modules.contract.family import DitSpec
 from modules.offload.block_swap import HostWeights, host_weights, move_network, swap_blocks
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from modules.offload.host_memory import Transfer
-from modules.offload.options import SLOTS
 from modules.offload.swap_plan import SwapPlan
+from modules.speed_options import SLOTS
 from tests.gpu.measuring import sent
 from tests.hunyuan_model import making
 from tests.modules.fake_device import FakeDevice, hide

@@ -14,9 +14,9 @@ from modules.compile import RECOMPILE_LIMIT, check_compilation, compile_blocks
 from modules.compile_options import Compilation
 from modules.contract.family import DitSpec
 from modules.errors import OptionError
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
+from modules.speed_options import Quantisation
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 
 # torch's own kernels, called by what Dynamo has captured: an error where it cannot

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks
+from modules.speed_options import Quantisation
 from tests.modules.fake_device import FakeDevice
 from tests.modules.offload.test_activations import away
 from tests.modules.swap_cases import CASES, Case, swapped

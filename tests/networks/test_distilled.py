@@ -13,9 +13,8 @@ from torch import Tensor
 
 from modules.contract.loading import Placement
 from modules.dressing import dress, swapped_weights
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import dequantise, quantise
-from modules.offload.options import SwapOptions
+from modules.speed_options import Quantisation, SwapOptions
 from networks.added import add_loras
 from networks.apply import LoraPatch, OriginalWeights, check_loras_fit
 from networks.convert import convert_file

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from modules.contract.loading import Placement
 from modules.errors import OptionError
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, dequantise, quantise
+from modules.speed_options import Quantisation
 from networks.apply import LoraPatch
 from networks.deltas import decompose, weight_delta
 from networks.loading import LoraUse, read_lora

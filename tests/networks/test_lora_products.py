@@ -8,9 +8,9 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
+from modules.speed_options import Quantisation
 from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer
 from networks.lora_products import add_product, add_up, branch, hold
 from tests.fp8_reference import emulated_product

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from modules.attention.options import SDPA
 from modules.errors import OptionError, UserError
 from modules.options import read_options
 from modules.parser import add_options
+from modules.speed_options import SDPA
 from training.learning_options import ExpertTrainingOptions
 from training.options import TrainingOptions, read_arguments, training_parser
 from wan.options import WanTrainingOptions

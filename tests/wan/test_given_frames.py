@@ -15,12 +15,12 @@ from blissful_tuner.guidance_formulas import NormalisedGuidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, SeededNoise, denoise
 from generation.request_options import SOLVERS
-from modules.attention.options import AttentionChoice
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.steps import Away, Section, StepDone, Tweaks
 from modules.flow.solvers import solver_for
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
+from modules.speed_options import AttentionChoice
 from tests.modules.fake_device import FakeDevice
 from tests.modules.offload import test_token_pieces as pieces
 from tests.modules.swap_cases import swapped

@@ -17,8 +17,8 @@ from modules.attention.attend import (
     try_out,
     unpack,
 )
-from modules.attention.options import SDPA, AttentionChoice
 from modules.errors import OptionError
+from modules.speed_options import SDPA, AttentionChoice
 from tests.modules.attention_packages import PACKAGES, Call, packed, put_in
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

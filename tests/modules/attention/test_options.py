@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from modules.attention.options import (
+from modules.parser import parse_options
+from modules.speed_options import (
     GENERATION_VALUES,
     SDPA,
     AttentionChoice,
@@ -12,7 +13,6 @@ from modules.attention.options import (
     TrainingAttentionOptions,
     flag_of,
 )
-from modules.parser import parse_options
 from tests.commands import assert_user_error, run_script
 
 TRAIN = (

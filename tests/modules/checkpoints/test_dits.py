@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modules.contract.loading import Placement
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import E4M3
+from modules.speed_options import Quantisation
 from pocket.measure import POCKET
 from tests.fp8_reference import emulated_product, quantised_layers
 from tests.tiny.wan_dit import tiny_state, write_dit

@@ -24,8 +24,8 @@ from hunyuan_model.spec import DIT as HUNYUAN_DIT
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import E4M3, dequantise, quantise, scale_of
+from modules.speed_options import Quantisation
 from tests.commands import ROOT, run_python
 from tests.fp8_reference import quantised_layers
 from tests.manifests import tensor_list, write_hollow
@@ -296,7 +296,7 @@ import re, sys, threading
 from dataclasses import replace
 from pathlib import Path
 import torch
-from modules.fp8.options import Quantisation
+from modules.speed_options import Quantisation
 from modules.contract.loading import Placement
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit

@@ -2,12 +2,12 @@
 
 import pytest
 
-from modules.fp8.options import (
+from modules.parser import parse_options
+from modules.speed_options import (
     GenerationFp8Options,
     Quantisation,
     TrainingFp8Options,
 )
-from modules.parser import parse_options
 
 
 def training(*arguments: str) -> TrainingFp8Options:

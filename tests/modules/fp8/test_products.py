@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.errors import OptionError
-from modules.fp8.options import Quantisation
 from modules.fp8.products import (
     FEW_TOKENS,
     FEWEST_ROWS,
@@ -36,6 +35,7 @@ from modules.fp8.products import (
     tensor_scaled_product,
 )
 from modules.fp8.weights import attach, quantise
+from modules.speed_options import Quantisation
 from tests.fp8_reference import emulated_product
 
 CPU = torch.device("cpu")

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import (
     E4M3,
     attach,
@@ -17,6 +16,7 @@ from modules.fp8.weights import (
     scale_of,
     store_scale,
 )
+from modules.speed_options import Quantisation
 from tests.fp8_reference import is_quantised, quantised_layers
 from tests.golden_cases import read_case
 

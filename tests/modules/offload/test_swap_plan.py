@@ -3,9 +3,9 @@ from torch import nn
 
 from hunyuan_model.spec import DIT as HUNYUAN
 from modules.errors import OptionError
-from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan, most_blocks, plan_list
 from modules.parser import parse_options
+from modules.speed_options import SwapOptions
 from tests.modules.swap_cases import CASES
 from wan.configs import DIT as WAN
 

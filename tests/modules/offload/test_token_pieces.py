@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
 from modules.contract.family import DitSpec
-from modules.fp8.options import Quantisation
 from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
+from modules.speed_options import Quantisation
 from tests.networks.making import randomize
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
 from tests.tiny.loras import make_lora

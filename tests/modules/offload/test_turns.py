@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.loading import Placement
-from modules.fp8.options import Quantisation
 from modules.offload.block_swap import host_weights, swap_blocks, swap_of
 from modules.offload.swap_plan import SwapPlan
 from modules.offload.turns import HostCopy, HostPlaceOf
+from modules.speed_options import Quantisation
 from tests.modules.fake_device import CountedMemory, FakeDevice, hide
 from tests.modules.swap_cases import CASES, CPU, Case, same, swapped
 from tests.tiny.wan_dit import tiny_state, write_dit

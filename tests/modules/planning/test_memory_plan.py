@@ -11,7 +11,6 @@ from torch import nn
 from hunyuan_model.checkpoints import load_dit as load_hunyuan
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
-from modules.offload.options import SwapOptions
 from modules.offload.swap_plan import SwapPlan
 from modules.planning.dry_run import KEPT, WEIGHTS, WORKING
 from modules.planning.memory_plan import (
@@ -32,6 +31,7 @@ from modules.planning.memory_plan import (
     swaps_of,
     verdict,
 )
+from modules.speed_options import SwapOptions
 from tests.manifests import tensor_list, write_hollow
 from wan.checkpoints import load_dit as load_wan
 
