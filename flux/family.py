@@ -3,15 +3,12 @@
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
-from encoders.tiles import posterior_generator
-from flux.checkpoints import load_dit
+from encoders.pictures import ModelOfPictures
 from flux.configs import (
     ARCHITECTURES,
     BASE_VERSIONS,
@@ -21,9 +18,8 @@ from flux.configs import (
     RELEASES,
     SCHNELL,
     STEPS,
-    T5_TOKENS,
 )
-from flux.files import AE, FluxEncoderPaths, FluxFiles
+from flux.files import FluxFiles
 from flux.model import unpack
 from flux.options import CHROMA as SAYS_CHROMA
 from flux.options import (
@@ -31,23 +27,18 @@ from flux.options import (
     FluxGenerationOptions,
     FluxLatentCachingOptions,
     FluxTextCachingOptions,
-    FluxTextOptions,
     FluxTrainingOptions,
 )
 from flux.spec import LATENT, NOISE, dit_spec, size_shift, tokens_of
-from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
     Conditions,
     LatentSpec,
     MediaEncoders,
-    MediaTable,
-    MomentsRules,
     SamplingDefaults,
     name_texts,
 )
 from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
-from modules.contract.loading import Placement
 from modules.contract.requests import (
     NO_MEDIA,
     Prepared,
@@ -57,11 +48,10 @@ from modules.contract.requests import (
     settle,
     size_of,
 )
-from modules.contract.rules import IMAGE, LATENTS, ONE_EXPERT, Expert, ModelRelease, SourceRules
+from modules.contract.rules import IMAGE, LATENTS, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import choose_compute_dtype, send_ahead
 from modules.errors import CacheError
-from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
@@ -82,9 +72,6 @@ class Flux(ModelOfPictures):
     """
 
     files: FluxFiles
-    masks_text: bool = False  # --apply_t5_attn_mask; always so for Chroma
-    dit_dtype: torch.dtype | None = None  # None: as the file says
-    noise_dtype: torch.dtype | None = None  # None: that of the transformer
     trained_guidance: float = USUAL_GUIDANCE  # what training feeds the model's guidance input
     # generation: without a negative prompt it is empty; training samples: then no guidance
     negative_is_empty: bool = True
@@ -94,8 +81,7 @@ class Flux(ModelOfPictures):
     cache_tag: str = field(default="flux", init=False)
     lora_module: str = field(default="networks.lora_flux", init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
-    experts: tuple[Expert, ...] = field(default=ONE_EXPERT, init=False)
-    moments: MomentsRules = field(default=NO_MOMENTS, init=False)
+    called: str = field(default=NAME, init=False)
 
     @property
     def latent(self) -> LatentSpec:
@@ -103,8 +89,8 @@ class Flux(ModelOfPictures):
         text, of zeros if the model takes none.
         """
         assert LATENT.npz is not None
-        zeros = {**LATENT.npz.zeros, **({} if self._has_pooled else {POOLED: ("", CLIP_L_WIDTH)})}
-        constants = {"apply_t5_attn_mask": self._uses_mask}
+        zeros = {**LATENT.npz.zeros, **({} if self.files.has_pooled else {POOLED: ("", CLIP_L_WIDTH)})}
+        constants = {"apply_t5_attn_mask": self.files.uses_mask}
         return replace(LATENT, npz=replace(LATENT.npz, constants=constants, zeros=zeros))
 
     @property
@@ -115,7 +101,7 @@ class Flux(ModelOfPictures):
     @property
     def text_keys(self) -> frozenset[str]:
         """Return the names of all tensors of a text cache."""
-        return frozenset({STATES, MASK, POOLED} if self._has_pooled else {STATES, MASK})
+        return frozenset({STATES, MASK, POOLED} if self.files.has_pooled else {STATES, MASK})
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -144,9 +130,8 @@ class Flux(ModelOfPictures):
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
         kind = self.files.kind
-        names = {"sd_model_name": self.files.dit, "vae_name": self.files.encoders.vae}
         is_chroma = kind == CHROMA
-        return {
+        names = {
             "architecture": ARCHITECTURES[kind],
             "base_model_version": BASE_VERSIONS[kind],
             "implementation": "https://huggingface.co/lodestones/Chroma1-HD"
@@ -154,66 +139,23 @@ class Flux(ModelOfPictures):
             else "https://github.com/black-forest-labs/flux",
             "model_type": "chroma" if is_chroma else "flux",
             **({} if is_chroma else {"task": kind}),
-            **{key: path.name for key, path in names.items() if path is not None},
         }
+        return self.metadata_of(names)
 
     # encoding
 
-    def check_given_files(self) -> None:
-        """Check every file that an option names, needed or not. Loads nothing."""
-        if self.files.dit is not None:
-            self.files.check_encoders()
-        else:
-            self.files.encoders.check()
-
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return CLIP-L (not of Chroma) and T5; their files are opened when they are loaded."""
-        kind = self.files.kind
-        return self.files.encoders.text_encoders(
-            self._dit_dtype(), self._has_pooled, T5_TOKENS[kind], self._uses_mask
-        )
-
-    @property
-    def media_identity(self) -> Mapping[str, str]:
-        """Autoencoder and switches that cached latents depend on."""
-        return self.files.encoders.vae_identity(self._dit_dtype())
-
-    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Return the autoencoder."""
-        return MediaEncoders(self.files.encoders.load_vae(device, self._dit_dtype()))
-
-    def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has clips or control images."""
-        check_pictures(table, NAME)
+        return self.files.text_encoders()
 
     # the network
-
-    @property
-    def dit_files(self) -> tuple[Path, ...]:
-        """Path of the transformer's checkpoint, checked against --model_type."""
-        self.files.dit_header()
-        return (self.files.dit_path,)
-
-    def block_counts(self) -> tuple[int, ...]:
-        """Return the numbers of double and of single blocks; the file's header says them."""
-        config = self.files.dit_header().config
-        return config.double_blocks, config.single_blocks
-
-    def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
-        return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.dit_dtype))
-
-    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer. --dit_dtype applies if the caller sets no dtype."""
-        (path,) = self.dit_files
-        return load_dit(path, with_dtype(placement, self.dit_dtype))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, and guidance (B)."""
         remedy = "flux_cache_text_encoder_outputs.py"
         batch.check(dict.fromkeys(sorted(self.text_keys), remedy), "the transformer")
         config = self.files.dit_header().config
-        widths = {STATES: config.text_dim} | ({POOLED: config.pooled_dim} if self._has_pooled else {})
+        widths = {STATES: config.text_dim} | ({POOLED: config.pooled_dim} if self.files.has_pooled else {})
         batch.check_widths(widths, self.files.dit_path, f"{remedy} and the text encoders of FLUX.1")
         self._check_t5(batch, remedy)
         return {
@@ -241,23 +183,15 @@ class Flux(ModelOfPictures):
 
     # generation
 
-    def check_files(self, media: bool) -> None:
-        """Check the files that every generation needs. media: also that of the autoencoder.
-
-        Raises OptionError if one is not given or does not fit, CheckpointError if it is missing or of another
-        kind.
-        """
-        self.files.check_encoders(*self.files.text_parts, *((AE,) if media else ()))
-
     def prepare(self, request: Request) -> Prepared:
         """Fill open fields of the request and check sizes and files. Nothing is loaded.
 
         Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
         """
-        self.files.check_encoders()
+        self.files.check(("dit",))
         kind = self.files.kind
         request = keep_usable_media(request, NO_MEDIA, f"{self.files.dit_path} does not take it")
-        if request.second_prompt is not None and not self._has_pooled:
+        if request.second_prompt is not None and not self.files.has_pooled:
             logger.warning("--prompt_2 is ignored because Chroma has no second text encoder")
         usual = self.defaults
         asked = request.embedded_guidance
@@ -282,10 +216,6 @@ class Flux(ModelOfPictures):
         """Return the rules for starts of denoising; other models have the same autoencoder."""
         return SourceRules((IMAGE, LATENTS), "FLUX.1", False, LATENTS_OF)
 
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
-        return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)])
-
     def sections(
         self,
         prepared: Prepared,
@@ -299,7 +229,7 @@ class Flux(ModelOfPictures):
         """
         _, channels, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
         rows, columns = height // 2, width // 2
-        dtype = self.noise_dtype or self._dit_dtype() or torch.float32
+        dtype = self.files.compute_dtype() or torch.float32
         drawn = noise.draw((1, rows * columns, 4 * channels), dtype).float()
         conditions = dict(inputs.get(0, {}))
         conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance or 0.0])
@@ -313,14 +243,14 @@ class Flux(ModelOfPictures):
         """Raise CacheError if T5 read captions otherwise than in this training, or states have no mask."""
         for made in batch.made_by:
             mask = made.encoder.get("t5_mask")
-            if mask not in (None, "used" if self._uses_mask else "not used"):
+            if mask not in (None, "used" if self.files.uses_mask else "not used"):
                 option = CHROMA if self.files.kind == CHROMA else "--apply_t5_attn_mask"
-                how = f"for {option}" if self._uses_mask else "without --apply_t5_attn_mask"
+                how = f"for {option}" if self.files.uses_mask else "without --apply_t5_attn_mask"
                 raise CacheError(
                     f"{made.path}: T5's mask of padding was {mask} when it was made, and this training is "
                     f"{how}. Cache again with {remedy} and the same --model_type and --apply_t5_attn_mask."
                 )
-        most = self.files.encoders.t5_tokens or T5_TOKENS[self.files.kind]
+        most = self.files.t5_tokens
         length = batch.tensor(STATES).shape[1]
         if batch.tensor(MASK).shape != batch.tensor(STATES).shape[:2]:
             raise CacheError(
@@ -338,64 +268,39 @@ class Flux(ModelOfPictures):
         """Return the value of the model's guidance input; Chroma is made for 0."""
         return 0.0 if self.files.kind == CHROMA else asked
 
-    def _dit_dtype(self) -> torch.dtype | None:
-        """Return the transformer's compute dtype; None if there is no transformer."""
-        return self.dit_dtype or (None if self.files.dit is None else self.files.dit_header().compute_dtype)
-
     @property
     def _text_inputs(self) -> Mapping[str, str]:
         """Arguments of the network and their names in caches. Without a mask padding counts as text."""
-        pooled = {"pooled": POOLED} if self._has_pooled else {}
-        return {"t5": STATES, **pooled, **({"t5_mask": MASK} if self._uses_mask else {})}
-
-    @property
-    def _has_pooled(self) -> bool:
-        return self.files.kind != CHROMA
-
-    @property
-    def _uses_mask(self) -> bool:
-        return self.masks_text or self.files.kind == CHROMA
-
-
-def _files(
-    dit: Path | None, vae: FluxEncoderPaths, text: FluxTextOptions | None, model_type: str
-) -> FluxFiles:
-    encoders = vae if text is None else vae.add_text(text)
-    return FluxFiles(dit, encoders, model_type == SAYS_CHROMA)
+        pooled = {"pooled": POOLED} if self.files.has_pooled else {}
+        return {"t5": STATES, **pooled, **({"t5_mask": MASK} if self.files.uses_mask else {})}
 
 
 def family_for_latent_caching(options: FluxLatentCachingOptions) -> Flux:
     """Describe the family for flux_cache_latents.py."""
-    return Flux(FluxFiles(encoders=FluxEncoderPaths().add_vae(options.vae)))
+    return Flux(FluxFiles().add_vae(options.vae))
 
 
 def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
     """Describe the family for flux_cache_text_encoder_outputs.py."""
-    return Flux(
-        _files(None, FluxEncoderPaths(), options.text, options.model_type),
-        masks_text=options.text.apply_t5_attn_mask,
-    )
+    return Flux(FluxFiles(says_chroma=options.model_type == SAYS_CHROMA).add_text(options.text))
 
 
 def family_for_training(options: FluxTrainingOptions) -> Flux:
     """Describe the family for flux_train_network.py."""
     return Flux(
-        _files(options.dit, FluxEncoderPaths().add_vae(options.vae), options.text, options.model_type),
-        masks_text=options.text.apply_t5_attn_mask,
-        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
-        trained_guidance=options.embedded_guidance,
-        negative_is_empty=False,
-        options=options,
+        _files(options), trained_guidance=options.embedded_guidance, negative_is_empty=False, options=options
     )
 
 
 def family_for_generation(options: FluxGenerationOptions) -> Flux:
     """Describe the family for flux_generate_image.py."""
-    return Flux(
-        _files(options.dit, FluxEncoderPaths().add_vae(options.vae), options.text, options.model_type),
-        masks_text=options.text.apply_t5_attn_mask,
-        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
-    )
+    return Flux(_files(options))
+
+
+def _files(options: FluxTrainingOptions | FluxGenerationOptions) -> FluxFiles:
+    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
+    files = FluxFiles(options.dit, dtype, says_chroma=options.model_type == SAYS_CHROMA)
+    return files.add_vae(options.vae).add_text(options.text)
 
 
 _: type[Family] = Flux

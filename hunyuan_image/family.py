@@ -2,15 +2,12 @@
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
-from encoders.tiles import posterior_generator
-from hunyuan_image.checkpoints import load_dit
+from encoders.pictures import ModelOfPictures
 from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles
 from hunyuan_image.options import (
@@ -23,34 +20,22 @@ from hunyuan_image.options import (
     ProjectedGuidanceOptions,
 )
 from hunyuan_image.text_encoders import GlyphTextEncoder, QwenTextEncoder, find_quoted
-from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
     Conditions,
     LatentSpec,
     MediaEncoders,
-    MediaTable,
-    MomentsRules,
     SamplingDefaults,
     name_texts,
 )
 from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
-from modules.contract.loading import Placement
 from modules.contract.requests import (
-    NO_MEDIA,
     Prepared,
     Request,
-    check_size,
-    keep_usable_media,
-    settle,
-    size_of,
-    whole_patches,
 )
 from modules.contract.rules import (
     IMAGE,
     LATENTS,
-    ONE_EXPERT,
-    Expert,
     GuidanceRules,
     ModelRelease,
     Projection,
@@ -58,7 +43,6 @@ from modules.contract.rules import (
 )
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import choose_compute_dtype
-from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
 TEXT_KEYS = QwenTextEncoder.keys | GlyphTextEncoder.keys
@@ -104,63 +88,26 @@ class HunyuanImage(ModelOfPictures):
     dit: DitSpec = field(default=DIT, init=False)
     release: ModelRelease = field(default=HUNYUAN_IMAGE, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
-    experts: tuple[Expert, ...] = field(default=ONE_EXPERT, init=False)
-    moments: MomentsRules = field(default=NO_MOMENTS, init=False)
+    called: str = field(default=NAME, init=False)
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
-        names = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
-        return {
+        names = {
             "architecture": "hunyuan-image-2.1",
             "implementation": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
             "model_type": "hunyuan_image",
             "base_model_version": "hunyuan-image-2.1",
-            **{key: path.name for key, path in names.items() if path is not None},
         }
+        return self.metadata_of(names)
 
     # encoding
-
-    def check_given_files(self) -> None:
-        """Check every file that an option names, needed or not. Loads nothing."""
-        self.files.check()
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return Qwen2.5-VL's language model and the encoder of letters; files are opened when loaded."""
         return [self.files.qwen(), self.files.glyphs()]
 
-    @property
-    def media_identity(self) -> Mapping[str, str]:
-        """Encoder and switches that cached latents depend on."""
-        return self.files.vae_identity()
-
-    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Return the VAE."""
-        return MediaEncoders(self.files.load_vae(device))
-
-    def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has clips or control images."""
-        check_pictures(table, NAME)
-
     # the network
-
-    @property
-    def dit_files(self) -> tuple[Path, ...]:
-        """Path of the transformer's checkpoint."""
-        return (self.files.dit_path,)
-
-    def block_counts(self) -> tuple[int, ...]:
-        """Return the numbers of double and of single blocks; the file's header says them."""
-        config = self.files.dit_header().config
-        return config.double_blocks, config.single_blocks
-
-    def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
-        return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
-
-    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer. --dit_dtype applies if the caller sets no dtype."""
-        return load_dit(self.files.dit_path, with_dtype(placement, self.files.dit_dtype))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: states and masks of both texts."""
@@ -188,25 +135,12 @@ class HunyuanImage(ModelOfPictures):
 
     # generation
 
-    def check_files(self, media: bool) -> None:
-        """Check the files that every generation needs. media: also that of the VAE.
-
-        Raises OptionError if one is not given, CheckpointError if it is missing or of another kind.
-        """
-        self.files.check(("dit", "texts", *(("vae",) if media else ())))
-
     def prepare(self, request: Request) -> Prepared:
         """Fill open fields of the request, cut the size to whole latents, check files. Nothing is loaded.
 
         Raises OptionError if a size cannot be made, CheckpointError if a file is missing or of another kind.
         """
-        self.files.check()
-        request = keep_usable_media(request, NO_MEDIA, f"{NAME} does not take it")
-        width, height, _ = size_of(request, self.defaults)
-        size = *whole_patches(width, height, LATENT), 1
-        check_size(size, LATENT)
-        shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
-        prepared = settle(request, self.defaults, size, shift, "")
+        prepared = self.settle_picture(request, FLOW_SHIFT)
         rules = GuidanceRules(projection=self._projection(bool(find_quoted(request.prompt))))
         return replace(prepared, rules=rules)
 
@@ -226,10 +160,6 @@ class HunyuanImage(ModelOfPictures):
         """Return the rules for starts of denoising."""
         return SourceRules((IMAGE, LATENTS), NAME, False, frozenset({"hunyuan_image"}))
 
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
-        return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)]) * LATENT.scale
-
     def sections(
         self,
         prepared: Prepared,
@@ -248,7 +178,7 @@ class HunyuanImage(ModelOfPictures):
 
 def family_for_latent_caching(options: HunyuanImageLatentCachingOptions) -> HunyuanImage:
     """Describe the family for hunyuan_image_cache_latents.py."""
-    return HunyuanImage(HunyuanImageFiles().add_vae(options.vae))
+    return HunyuanImage(HunyuanImageFiles().add_rows(options.vae))
 
 
 def family_for_text_caching(options: HunyuanImageTextCachingOptions) -> HunyuanImage:
@@ -260,14 +190,14 @@ def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
     """Describe the family for hunyuan_image_train_network.py."""
     dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
     files = HunyuanImageFiles(options.dit, dtype, "--pretrained_model_name_or_path")
-    files = files.add_vae(options.vae).add_text(options.text)
+    files = files.add_rows(options.vae).add_text(options.text)
     return HunyuanImage(files, defaults=SAMPLES, options=options)
 
 
 def family_for_generation(options: HunyuanImageGenerationOptions) -> HunyuanImage:
     """Describe the family for hunyuan_image_generate_image.py."""
     dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
-    files = HunyuanImageFiles(options.dit, dtype).add_vae(options.vae).add_text(options.text)
+    files = HunyuanImageFiles(options.dit, dtype).add_rows(options.vae).add_text(options.text)
     return HunyuanImage(files, options.projection)
 
 

@@ -2,15 +2,12 @@
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import NO_MOMENTS, ModelOfPictures, check_pictures
-from encoders.tiles import posterior_generator
-from lumina.checkpoints import load_dit
+from encoders.pictures import ModelOfPictures
 from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
 from lumina.files import LuminaFiles
 from lumina.options import (
@@ -24,35 +21,23 @@ from lumina.options import (
     check_trunc_ratio,
 )
 from lumina.text_encoder import GemmaTextEncoder
-from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
     Conditions,
     LatentSpec,
     MediaEncoders,
-    MediaTable,
-    MomentsRules,
     SamplingDefaults,
     name_texts,
 )
 from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
-from modules.contract.loading import Placement
 from modules.contract.requests import (
-    NO_MEDIA,
     Prepared,
     Prompt,
     Request,
-    check_size,
-    keep_usable_media,
-    settle,
-    size_of,
-    whole_patches,
 )
 from modules.contract.rules import (
     IMAGE,
     LATENTS,
-    ONE_EXPERT,
-    Expert,
     GuidanceRules,
     ModelRelease,
     SourceRules,
@@ -60,7 +45,6 @@ from modules.contract.rules import (
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
-from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
 NAME = "Lumina-Image-2.0"
@@ -98,62 +82,30 @@ class Lumina(ModelOfPictures):
     defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
     release: ModelRelease = field(default=LUMINA_2, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
-    experts: tuple[Expert, ...] = field(default=ONE_EXPERT, init=False)
-    moments: MomentsRules = field(default=NO_MOMENTS, init=False)
+    called: str = field(default=NAME, init=False)
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
-        names = {"sd_model_name": self.files.dit, "vae_name": self.files.ae}
-        return {
+        names = {
             "architecture": "lumina-2",
             "implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
             "model_type": "lumina",
             "base_model_version": "lumina2",
-            **{key: path.name for key, path in names.items() if path is not None},
         }
+        return self.metadata_of(names)
 
     # encoding
-
-    def check_given_files(self) -> None:
-        """Check every file that an option names, needed or not. Loads nothing."""
-        self.files.check()
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return Gemma 2; its file is opened when it is loaded."""
         return [self.files.text_encoder()]
 
-    @property
-    def media_identity(self) -> Mapping[str, str]:
-        """Encoder and switches that cached latents depend on."""
-        return self.files.ae_identity()
-
-    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Return the autoencoder."""
-        return MediaEncoders(self.files.load_ae(device))
-
-    def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has clips or control images."""
-        check_pictures(table, NAME)
-
     # the network
-
-    @property
-    def dit_files(self) -> tuple[Path, ...]:
-        """Path of the transformer's checkpoint."""
-        return (self.files.dit_path,)
 
     def block_counts(self) -> tuple[int, ...]:
         """Return the number of main layers; the file's header says it."""
         return (self.files.dit_header().config.num_layers,)
-
-    def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
-        return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
-
-    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer. --dit_dtype applies if the caller sets no dtype."""
-        return load_dit(self.files.dit_path, with_dtype(placement, self.files.dit_dtype))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: the caption's states and their mask."""
@@ -180,26 +132,13 @@ class Lumina(ModelOfPictures):
 
     # generation
 
-    def check_files(self, media: bool) -> None:
-        """Check the files that every generation needs. media: also that of the autoencoder.
-
-        Raises OptionError if one is not given, CheckpointError if it is missing or of another kind.
-        """
-        self.files.check(("dit", "gemma2", *(("ae",) if media else ())))
-
     def prepare(self, request: Request) -> Prepared:
         """Fill open fields of the request, cut the size to whole patches, check files. Nothing is loaded.
 
         Raises OptionError if a size or a number cannot be, CheckpointError if a file is missing or of another
         kind.
         """
-        self.files.check()
-        request = keep_usable_media(request, NO_MEDIA, f"{NAME} does not take it")
-        width, height, _ = size_of(request, self.defaults)
-        size = *whole_patches(width, height, LATENT), 1
-        check_size(size, LATENT)
-        shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
-        prepared = settle(request, self.defaults, size, shift, "")
+        prepared = self.settle_picture(request, FLOW_SHIFT)
         texts = prepared.prompts[0]
         # the system prompt does not stand before these
         negative = Prompt(prepared.negative_prompt, is_negative=True)
@@ -220,10 +159,6 @@ class Lumina(ModelOfPictures):
     def source(self) -> SourceRules:
         """Return the rules for starts of denoising; FLUX and Chroma have the same autoencoder."""
         return SourceRules((IMAGE, LATENTS), NAME, False, frozenset({"lumina", "flux", "chroma"}))
-
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
-        return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)])
 
     def sections(
         self,

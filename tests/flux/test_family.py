@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux.family import Flux, family_for_text_caching, family_for_training
-from flux.files import FluxEncoderPaths, FluxFiles
+from flux.files import FluxFiles
 from flux.model import pack
 from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOptions
 from flux.spec import LATENT, size_shift, tokens_of
@@ -45,7 +45,7 @@ def golden_family(folder: Path, case: str, masks_text: bool = False) -> Flux:
     save_file(
         make_weights(description["weights_model_key"], description["weights"]), folder / "dit.safetensors"
     )
-    return Flux(FluxFiles(folder / "dit.safetensors"), masks_text=masks_text)
+    return Flux(FluxFiles(folder / "dit.safetensors", masks_text=masks_text))
 
 
 @pytest.mark.parametrize(
@@ -164,13 +164,13 @@ def test_model_type_chroma_is_checked_against_the_file(tmp_path: Path) -> None:
 def test_encoders_of_another_width_are_refused(tmp_path: Path) -> None:
     models = write_tiny_flux(tmp_path)
     other = write_dit(tmp_path / "other", tiny_state("dev"))
-    encoders = FluxEncoderPaths(clip_l=models.clip_l, t5xxl=models.t5xxl)
+    files = FluxFiles(models.dit, clip_l=models.clip_l, t5xxl=models.t5xxl)
 
     with pytest.raises(CheckpointError, match="--clip_l .* gives states of"):
-        Flux(FluxFiles(other, encoders)).check_files(media=False)
-    Flux(FluxFiles(models.dit, encoders)).check_files(media=False)
+        Flux(replace(files, dit=other)).check_files(media=False)
+    Flux(files).check_files(media=False)
     with pytest.raises(OptionError, match="--ae"):
-        Flux(FluxFiles(models.dit, encoders)).check_files(media=True)
+        Flux(files).check_files(media=True)
 
 
 def test_captions_for_chroma_need_no_clip() -> None:
@@ -233,7 +233,7 @@ def test_caches_of_a_t5_that_read_otherwise_are_refused(tmp_path: Path) -> None:
 
     dev.batch_conditions(latents, batch)
     with pytest.raises(CacheError, match="mask of padding was not used .* for --apply_t5_attn_mask"):
-        replace(dev, masks_text=True).batch_conditions(latents, batch)
+        replace(dev, files=replace(dev.files, masks_text=True)).batch_conditions(latents, batch)
     for name, wrong, says in (
         ("t5_attn_mask", torch.ones(1, 9), "of another length than t5_out"),
         ("l_pooled", torch.zeros(1, 24, dtype=torch.int64), "whole numbers"),
