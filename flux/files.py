@@ -108,7 +108,7 @@ class FluxFiles(PictureFiles):
         return [*clip, t5]
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check CLIP-L and T5: `PictureFiles.check_texts`."""
+        """Check CLIP-L and T5: `ModelFiles.check_texts`."""
         pooled_dim, text_dim = (
             (None, None) if config is None else (config.pooled_dim or None, config.text_dim)
         )

@@ -3,15 +3,14 @@
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from encoders.files import OneTransformer
 from frame_pack import caching
 from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, conditions_of
-from frame_pack.checkpoints import load_dit
 from frame_pack.configs import DIT, FRAMEPACK, FRAMEPACK_F1
 from frame_pack.files import FramePackFiles
 from frame_pack.generating import decode_video, one_frame_section, video_sections
@@ -31,10 +30,8 @@ from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_p
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_frames
 from frame_pack.text_encoders import framepack_clip, framepack_llama
 from hunyuan_model.configs import SKIP_LAYERS
-from hunyuan_model.files import HunyuanEncoderPaths, beside
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from hunyuan_model.token_refiner import FRAMEPACK_REFINER, multiply_text
-from modules.checkpoints.dits import choose_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import (
     Batch,
@@ -52,7 +49,7 @@ from modules.contract.data import (
 from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
-from modules.contract.rules import LATENTS, ONE_EXPERT, VIDEO, Expert, ModelRelease, SourceRules
+from modules.contract.rules import LATENTS, VIDEO, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import send
 from modules.errors import DatasetError
@@ -83,7 +80,7 @@ UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
 
 
 @dataclass(frozen=True)
-class FramePack:
+class FramePack(OneTransformer):
     """Description of FramePack for one run, built by the `family_for_...` functions below.
 
     FramePack-F1 has the same networks and another order of sections; files do not show the difference.
@@ -115,7 +112,6 @@ class FramePack:
     noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
-    experts: tuple[Expert, ...] = field(default=ONE_EXPERT, init=False)
 
     @property
     def order(self) -> Order:
@@ -146,29 +142,21 @@ class FramePack:
     @property
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
-        names = {"sd_model_name": self.files.dit, "vae_name": self.files.encoders.vae}
-        return {
+        names = {
             "architecture": "framepack",
             "implementation": "https://github.com/lllyasviel/FramePack",
             "model_type": "framepack",
             "trained_for": "single pictures"
             if self.one_frame is not None
             else f"videos of FramePack{'-F1' if self.is_f1 else ''}",
-            **{key: path.name for key, path in names.items() if path is not None},
         }
+        return self.metadata_of(names)
 
     # encoding
 
-    def check_given_files(self) -> None:
-        """Check every file that an option names, needed or not. Loads nothing."""
-        if self.files.dit is not None:
-            self._check_dit()
-        self.files.check_encoders()
-
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
-        given = self.files.encoders
-        dtype = beside(given.text_dtype, self._dit_dtype())
+        given, dtype = self.files, self.files.beside(self.files.text_dtype)
         return [
             framepack_llama(
                 given.text_encoder1_path,
@@ -186,17 +174,18 @@ class FramePack:
     def media_identity(self) -> Mapping[str, str]:
         """Encoders and switches that cached latents depend on."""
         return {
-            **self.files.encoders.vae_identity(self._dit_dtype()),
+            **self.files.vae_identity(),
             "image_encoder": fingerprint(self.files.image_encoder_path),
-            "tile_frames": str(self.files.encoders.vae_tile_frames),
+            "tile_frames": str(self.files.vae_tile_frames),
             "sections": self._kind_of_sections(),
         }
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         """Return the VAE, and SigLIP if images are encoded."""
-        dtype = self._dit_dtype()
-        siglip = load_siglip(self.files.image_encoder_path, device, beside(None, dtype)) if images else None
-        return MediaEncoders(self.files.encoders.load_vae(device, dtype), siglip)
+        path, dtype = self.files.image_encoder_path, self.files.beside(None)
+        return MediaEncoders(
+            self.files.load_vae(device), load_siglip(path, device, dtype) if images else None
+        )
 
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError unless a table has long clips, or for --one_frame images with control images."""
@@ -229,24 +218,9 @@ class FramePack:
 
     # the network
 
-    @property
-    def dit_files(self) -> tuple[Path, ...]:
-        """Path of the transformer's checkpoint."""
-        self._check_dit()
-        return (self.files.dit_path,)
-
-    def block_counts(self) -> tuple[int, ...]:
-        """Return the numbers of double and of single blocks; the file's header says them."""
-        config = self.files.dit_header().config
-        return config.double_blocks, config.single_blocks
-
-    def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
-        return choose_dtype(self.files.dit_header().block_dtype, placement)
-
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer."""
-        dit = load_dit(self.files.dit_path, placement)
+        dit = super().load_dit(placement, expert)
         if self.text_multipliers is not None:
             multiply_text(dit, FRAMEPACK_REFINER, *self.text_multipliers)
         return dit
@@ -304,10 +278,7 @@ class FramePack:
 
         Raises OptionError if one is not given, CheckpointError if it is missing or of another kind.
         """
-        self._check_dit()
-        self.files.check_encoders(
-            "text_encoder1", "text_encoder2", *(("vae", "image_encoder") if media else ())
-        )
+        self.files.check(("dit", "texts", *(("vae", "image_encoder") if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
         """Fill open fields of the request and check sizes, images and files. Nothing is loaded.
@@ -317,8 +288,7 @@ class FramePack:
         """
         if self.one_frame is not None:  # samples of a training of pictures
             request = replace(request, extra={"one_frame": "default", **request.extra})
-        self._check_dit()
-        self.files.check_encoders("image_encoder")
+        self.files.check(("dit", "image_encoder"))
         usual_negative = "" if self.negative_is_empty else None
         prepared = prepare_request(
             request, self.defaults, LATENT, self.window, self.is_f1, usual_negative, self.takes_shape
@@ -358,7 +328,7 @@ class FramePack:
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield each section for the denoising loop, in the order of generation; an image has one."""
         guidance = torch.full(
-            (1,), GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0), dtype=self._dit_dtype()
+            (1,), GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0), dtype=self.files.compute_dtype()
         )
         own: FramePackRequest = prepared.own
         if own.one_frame is not None:
@@ -381,9 +351,6 @@ class FramePack:
             if is_on
         )
 
-    def _check_dit(self) -> None:
-        self.files.dit_header()  # opens the file
-
     def _kind_of_sections(self) -> str:
         """Describe the kind of caches."""
         if self.one_frame is None:
@@ -391,19 +358,13 @@ class FramePack:
         left_out = {"no 2x": not self.one_frame.has_2x, "no 4x": not self.one_frame.has_4x}
         return ", ".join(["one frame", *(name for name, is_so in left_out.items() if is_so)])
 
-    def _dit_dtype(self) -> torch.dtype | None:
-        """Return the transformer's compute dtype; None if there is no transformer."""
-        return None if self.files.dit is None else self.files.dit_header().compute_dtype
-
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:
     """Describe the family for fpack_cache_latents.py."""
-    encoders = replace(
-        _check_tiled(HunyuanEncoderPaths().add_vae(options.vae)), vae_tile_frames=caching.WHOLE_FRAMES
-    )
+    files = _tiled(FramePackFiles(image_encoder=options.image_encoder).add_chunks(options.vae))
     one_frame = OneFrame(has_2x=not options.one_frame_no_2x, has_4x=not options.one_frame_no_4x)
     return FramePack(
-        FramePackFiles(encoders=encoders, image_encoder=options.image_encoder),
+        replace(files, vae_tile_frames=caching.WHOLE_FRAMES),
         is_f1=options.f1,
         one_frame=one_frame if options.one_frame else None,
     )
@@ -411,7 +372,7 @@ def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePa
 
 def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
     """Describe the family for fpack_cache_text_encoder_outputs.py."""
-    return FramePack(FramePackFiles(encoders=HunyuanEncoderPaths().add_text(options.text)))
+    return FramePack(FramePackFiles().add_text(options.text))
 
 
 def family_for_training(options: FramePackTrainingOptions) -> FramePack:
@@ -452,9 +413,9 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
     )
 
 
-def _check_tiled(encoders: HunyuanEncoderPaths) -> HunyuanEncoderPaths:
+def _tiled(files: FramePackFiles) -> FramePackFiles:
     """Turn on tiling of the VAE, because FramePack's clips are long."""
-    return replace(encoders, vae_tile=encoders.vae_tile or VAE_TILE)
+    return replace(files, vae_tile=files.vae_tile or VAE_TILE)
 
 
 def _all_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -> FramePackFiles:
@@ -462,8 +423,8 @@ def _all_files(options: FramePackTrainingOptions | FramePackGenerationOptions) -
 
     Clips that are decoded together are not tiled in time, because sections have their own transitions.
     """
-    encoders = _check_tiled(HunyuanEncoderPaths().add_vae(options.vae).add_text(options.text))
-    return FramePackFiles(options.dit, replace(encoders, vae_tile_frames=UNCUT), options.image_encoder)
+    files = FramePackFiles(options.dit, image_encoder=options.image_encoder, vae_tile_frames=UNCUT)
+    return _tiled(files.add_encoders(options.vae, options.text))
 
 
 _: type[Family] = FramePack

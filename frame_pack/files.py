@@ -1,15 +1,14 @@
 """Files of a FramePack run: their paths, and the check that each fits its option."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from frame_pack.checkpoints import read_dit_header
-from frame_pack.configs import FramePackConfig
+from frame_pack.checkpoints import FORMAT
 from frame_pack.image_checkpoints import FILES, OPTION, read_siglip
-from hunyuan_model.files import HunyuanEncoderPaths
-from modules.checkpoints.dits import DitHeader
+from hunyuan_model.files import HunyuanFiles
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
@@ -17,19 +16,12 @@ from modules.errors import OptionError
 
 
 @dataclass(frozen=True)
-class FramePackFiles:
-    """Paths as the options give them.
+class FramePackFiles(HunyuanFiles):
+    """Files of a run with HunyuanVideo's encoders and SigLIP."""
 
-    The properties return an existing path, or raise OptionError or CheckpointError naming the option.
-    """
-
-    dit: Path | None = None
-    encoders: HunyuanEncoderPaths = HunyuanEncoderPaths()
     image_encoder: Path | None = None
 
-    @property
-    def dit_path(self) -> Path:
-        return require_file(self.dit, "--dit", "the transformer checkpoint")
+    format: ClassVar = FORMAT
 
     @property
     def image_encoder_path(self) -> Path:
@@ -38,20 +30,14 @@ class FramePackFiles:
             "image_encoder",
         )
 
-    def dit_header(self) -> DitHeader[FramePackConfig]:
-        """Read dimensions and dtype of the transformer file."""
-        return read_once(self.dit_path, read_dit_header)
-
-    def check_encoders(self, *needed: str) -> None:
-        """Check the files of encoders that are given or needed, against the transformer if there is one."""
-        dims: tuple[int | None, ...] = (None, None, None)
-        if self.dit is not None:
-            config = self.dit_header().config
-            dims = config.text_dim, config.pooled_dim, config.image_dim
-        self.encoders.check(needed, self.dit, *dims[:2])
+    def check(self, needed: Collection[str] = ()) -> None:
+        """Check the files that are given or needed ("image_encoder" too): `ModelFiles.check`."""
+        super().check(needed)
         if self.image_encoder is not None or "image_encoder" in needed:
-            path = self.image_encoder_path
-            check_state_width(OPTION, path, read_once(path, _siglip_width), self.dit, dims[2], FILES)
+            path, takes = self.image_encoder_path, None
+            if self.dit is not None:
+                takes = self.dit_header().config.image_dim
+            check_state_width(OPTION, path, read_once(path, _siglip_width), self.dit, takes, FILES)
 
 
 def saved_window(paths: Sequence[Path], otherwise: int) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator
-from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.conditioning import (
     encode_latents,
     first_frame_condition,
@@ -18,7 +18,7 @@ from hunyuan_model.conditioning import (
     sample_moments,
 )
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKIP_LAYERS, SKYREELS_I2V
-from hunyuan_model.files import HunyuanEncoderPaths, HunyuanFiles, beside
+from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.options import (
     HunyuanGenerationOptions,
     HunyuanLatentCachingOptions,
@@ -28,7 +28,6 @@ from hunyuan_model.options import (
 from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
 from hunyuan_model.text_encoders import CLIP, LlavaTextEncoder, clip_text_encoder, template_of
 from hunyuan_model.token_refiner import HUNYUAN_REFINER, multiply_text
-from modules.checkpoints.dits import choose_dtype, with_dtype
 from modules.contract.data import (
     Batch,
     CacheEntry,
@@ -53,7 +52,7 @@ from modules.contract.requests import (
     size_of,
     whole_frames,
 )
-from modules.contract.rules import IMAGE, LATENTS, ONE_EXPERT, VIDEO, Expert, ModelRelease, SourceRules
+from modules.contract.rules import IMAGE, LATENTS, VIDEO, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import choose_compute_dtype, send
 from modules.errors import DatasetError, OptionError
@@ -71,7 +70,7 @@ FLOW_SHIFT = 7.0  # likewise
 
 
 @dataclass(frozen=True)
-class HunyuanVideo:
+class HunyuanVideo(OneTransformer):
     """Description of HunyuanVideo for one run, built by the `family_for_...` functions below.
 
     SkyReels V1 has the same networks; its image-to-video transformer is recognised by its input channels.
@@ -82,7 +81,6 @@ class HunyuanVideo:
     final_norm: bool = False
     system_prompt: str | None = None  # None: the release's
     text_multipliers: tuple[float, float] | None = None
-    dit_dtype: torch.dtype | None = None  # None: as the file says
     dit_channels: int | None = None  # that the transformer has to take
     caches_image: bool = False  # caching: also the first frame alone
     trained_guidance: float = 1.0  # what training feeds the model's guidance input
@@ -97,7 +95,6 @@ class HunyuanVideo:
     noise: NoiseSpec = field(default=FLOW, init=False)
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=TEXT_KEYS, init=False)
-    experts: tuple[Expert, ...] = field(default=ONE_EXPERT, init=False)
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -123,13 +120,12 @@ class HunyuanVideo:
     @property
     def metadata(self) -> Mapping[str, str]:
         """Name of this model in saved files."""
-        names = {"sd_model_name": self.files.dit, "vae_name": self.files.encoders.vae}
-        return {
+        names = {
             "architecture": "hunyuan-video",
             "implementation": "https://github.com/Tencent/HunyuanVideo",
             "model_type": "hunyuan",
-            **{key: path.name for key, path in names.items() if path is not None},
         }
+        return self.metadata_of(names)
 
     # encoding
 
@@ -137,12 +133,11 @@ class HunyuanVideo:
         """Check every file that an option names, needed or not. Loads nothing."""
         if self.files.dit is not None:
             self._check_dit()
-        self.files.check_encoders()
+        self.files.check()
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
-        files = self.files.encoders
-        dtype = beside(files.text_dtype, self._dit_dtype())
+        files, dtype = self.files, self.files.beside(self.files.text_dtype)
         return [
             LlavaTextEncoder(
                 files.text_encoder1_path,
@@ -159,12 +154,8 @@ class HunyuanVideo:
     @property
     def media_identity(self) -> Mapping[str, str]:
         """Encoder and switches that cached latents depend on."""
-        identity = self.files.encoders.vae_identity(self._dit_dtype())
+        identity = self.files.vae_identity()
         return {**identity, "image": "first frame"} if self.caches_image else identity
-
-    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Return the VAE, which encodes images too."""
-        return MediaEncoders(self.files.encoders.load_vae(device, self._dit_dtype()))
 
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError if a table has control media, which HunyuanVideo does not use."""
@@ -193,7 +184,7 @@ class HunyuanVideo:
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Samples of the posteriors, seeded as those of clips that are encoded here."""
-        return sample_moments(media, beside(self.files.encoders.vae_dtype, self._dit_dtype()))
+        return sample_moments(media, self.files.beside(self.files.vae_dtype))
 
     # the network
 
@@ -213,22 +204,9 @@ class HunyuanVideo:
                 "checkpoint to --dit."
             )
 
-    def block_counts(self) -> tuple[int, ...]:
-        """Return the numbers of double and of single blocks; the file's header says them."""
-        config = self.files.dit_header().config
-        return config.double_blocks, config.single_blocks
-
-    def compute_dtype(self, placement: Placement) -> torch.dtype:
-        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
-        return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.dit_dtype))
-
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer, checked against --dit_in_channels.
-
-        --dit_dtype applies if the caller sets no dtype.
-        """
-        (path,) = self.dit_files
-        dit = load_dit(path, with_dtype(placement, self.dit_dtype))
+        """Load the transformer: `OneTransformer.load_dit`."""
+        dit = super().load_dit(placement, expert)
         if self.text_multipliers is not None:
             multiply_text(dit, HUNYUAN_REFINER, *self.text_multipliers)
         return dit
@@ -287,7 +265,7 @@ class HunyuanVideo:
         kind.
         """
         self._check_dit()
-        self.files.check_encoders("text_encoder1", "text_encoder2", *(("vae",) if media else ()))
+        super().check_files(media)
 
     def prepare(self, request: Request) -> Prepared:
         """Fill open fields of the request and check sizes, images and files. Nothing is loaded.
@@ -296,7 +274,7 @@ class HunyuanVideo:
         missing or of another kind.
         """
         self._check_dit()
-        self.files.check_encoders()
+        self.files.check()
         taken = {
             "image_path": self._starts_from_image,
             "end_image_path": False,
@@ -370,16 +348,12 @@ class HunyuanVideo:
         ]
         conditions = dict(inputs.get(0, {}))
         guidance = GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0)
-        conditions["guidance"] = torch.full((1,), guidance, dtype=self._dit_dtype())
+        conditions["guidance"] = torch.full((1,), guidance, dtype=self.files.compute_dtype())
         return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 F H W in -1..1, chunk by chunk in playing order."""
         yield from encoders.vae.decode(latents / LATENT.scale)
-
-    def _dit_dtype(self) -> torch.dtype | None:
-        """Return the transformer's compute dtype; None if there is no transformer."""
-        return self.dit_dtype or (None if self.files.dit is None else self.files.dit_header().compute_dtype)
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
@@ -393,21 +367,19 @@ class HunyuanVideo:
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
     """Describe the family for cache_latents.py."""
-    return HunyuanVideo(
-        HunyuanFiles(encoders=HunyuanEncoderPaths().add_vae(options.vae)), caches_image=options.i2v
-    )
+    return HunyuanVideo(HunyuanFiles().add_chunks(options.vae), caches_image=options.i2v)
 
 
 def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
     """Describe the family for cache_text_encoder_outputs.py."""
-    return HunyuanVideo(HunyuanFiles(encoders=HunyuanEncoderPaths().add_text(options.text)))
+    return HunyuanVideo(HunyuanFiles().add_text(options.text))
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
     """Describe the family for hv_train_network.py and hv_train.py."""
+    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
     return HunyuanVideo(
-        HunyuanFiles(options.dit, HunyuanEncoderPaths().add_vae(options.vae).add_text(options.text)),
-        dit_dtype=choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
+        HunyuanFiles(options.dit, dtype).add_encoders(options.vae, options.text),
         # 16 is the option's default and checks nothing
         dit_channels=options.dit_in_channels if options.dit_in_channels != LATENT.channels else None,
         trained_guidance=options.embedded_guidance,
@@ -419,7 +391,7 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
 def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
     """Describe the family for hv_generate_video.py."""
     return HunyuanVideo(
-        HunyuanFiles(options.dit, HunyuanEncoderPaths().add_vae(options.vae).add_text(options.text)),
+        HunyuanFiles(options.dit).add_encoders(options.vae, options.text),
         dit_channels=options.dit_in_channels,
         skip_layers=options.reading.hidden_state_skip_layer,
         final_norm=options.reading.apply_final_norm,

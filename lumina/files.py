@@ -54,7 +54,7 @@ class LuminaFiles(PictureFiles):
         )
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders: `PictureFiles.check_texts`."""
+        """Check the text encoders: `ModelFiles.check_texts`."""
         if self.gemma2 is not None or needed:
             path, takes = self.text_encoder().path, None if config is None else config.text_dim
             check_state_width(OPTION, path, read_once(path, _gemma_width), self.dit, takes, FILES)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from generation.denoise import SeededNoise
 from hunyuan_model import conditioning
 from hunyuan_model.family import HunyuanVideo
-from hunyuan_model.files import HunyuanEncoderPaths, HunyuanFiles
+from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.vae import load_vae
 from modules.contract.data import Batch, MediaBatch, MediaEncoders, MediaTable
 from modules.contract.loading import Placement
@@ -41,9 +41,13 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> FamilyOf:
         if (kind, dtype) not in made:
             files = write_tiny_hunyuan(root / f"{kind} {dtype}", kind, dtype)
             made[kind, dtype] = HunyuanFiles(
-                files.dit, HunyuanEncoderPaths(files.vae, files.text_encoder1, files.text_encoder2)
+                files.dit,
+                vae=files.vae,
+                text_encoder1=files.text_encoder1,
+                text_encoder2=files.text_encoder2,
             )
-        return HunyuanVideo(made[kind, dtype], **settings)  # type: ignore[arg-type]
+        files_there = replace(made[kind, dtype], dit_dtype=settings.pop("dit_dtype", None))
+        return HunyuanVideo(files_there, **settings)  # type: ignore[arg-type]
 
     return make
 

@@ -1,0 +1,152 @@
+"""What families with one transformer share: their files, and the description that follows from these.
+
+A family derives its files from `ModelFiles` and itself from `OneTransformer`.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import torch
+from torch import nn
+
+from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
+from modules.checkpoints.encoders import dtype_beside
+from modules.checkpoints.model_files import read_once, require_file
+from modules.contract.data import MediaEncoders
+from modules.contract.loading import Placement
+from modules.contract.rules import ONE_EXPERT, Expert
+from modules.devices import choose_compute_dtype
+from modules.speed_options import VaeOptions
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Paths and dtypes of a transformer and a VAE, as the options give them.
+
+    The path properties raise OptionError or CheckpointError, naming the option. Encoders have the usual
+    dtype, or float32 beside a float32 transformer.
+    """
+
+    dit: Path | None = None
+    dit_dtype: torch.dtype | None = None  # None: as the file says
+    dit_option: str = "--dit"
+    vae: Path | None = None
+    vae_dtype: torch.dtype | None = None
+    vae_tile: int | None = None
+    text_dtype: torch.dtype | None = None
+
+    format: ClassVar[DitFormat[Any, Any]]  # of the transformer's file
+    vae_option: ClassVar[str] = "--vae"
+    usual: ClassVar[torch.dtype] = torch.bfloat16  # of encoders, as released
+
+    def add_vae(self, options: VaeOptions) -> Self:
+        """Return a copy with the options of the VAE."""
+        dtype = choose_compute_dtype(options.vae_dtype, "--vae_dtype", None)
+        return replace(self, vae=options.vae, vae_dtype=dtype, vae_tile=options.tile)
+
+    @property
+    def dit_path(self) -> Path:
+        return require_file(self.dit, self.dit_option, "the transformer checkpoint")
+
+    @property
+    def vae_path(self) -> Path:
+        return require_file(self.vae, self.vae_option, "it turns pixels into latents and back")
+
+    def dit_header(self) -> DitHeader[Any]:
+        """Read dimensions, dialect and dtype of the transformer file."""
+        return read_once(self.dit_path, self.format.read_header)
+
+    def compute_dtype(self) -> torch.dtype | None:
+        """Return the transformer's compute dtype; None if there is no transformer."""
+        return self.dit_dtype or (None if self.dit is None else self.dit_header().compute_dtype)
+
+    def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
+        """Return an encoder's dtype: `chosen`, else the usual one, or float32 if the transformer is."""
+        return dtype_beside(chosen, self.compute_dtype(), usual or self.usual)
+
+    def load_vae(self, device: torch.device) -> Any:
+        """Load the VAE."""
+        raise NotImplementedError
+
+    def vae_identity(self) -> Mapping[str, str]:
+        """Return the facts that latents depend on besides the pixels."""
+        raise NotImplementedError
+
+    def check_vae(self) -> None:
+        """Raise CheckpointError if the file is no VAE of the model."""
+        raise NotImplementedError
+
+    def check_texts(self, config: Any, needed: bool) -> None:
+        """Check the text encoders that are given, or all if needed. config: of the transformer, or None."""
+        raise NotImplementedError
+
+    def check(self, needed: Collection[str] = ()) -> None:
+        """Check the files that are given or needed ("dit", "vae", "texts"). Loads nothing.
+
+        Raises OptionError if a needed one is not given, CheckpointError if a file is missing, or another kind
+        or size of network than the transformer takes.
+        """
+        config = self.dit_header().config if self.dit is not None or "dit" in needed else None
+        if self.vae is not None or "vae" in needed:
+            self.check_vae()
+        self.check_texts(config, "texts" in needed)
+
+
+class OneTransformer(Protocol):
+    """The part of a family that follows from the files of its one transformer; families derive from it."""
+
+    experts: tuple[Expert, ...] = ONE_EXPERT
+
+    if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
+
+        @property
+        def files(self) -> ModelFiles: ...
+
+    def check_given_files(self) -> None:
+        """Check every file that an option names, needed or not. Loads nothing."""
+        self.files.check()
+
+    @property
+    def media_identity(self) -> Mapping[str, str]:
+        """Encoder and switches that cached latents depend on."""
+        return self.files.vae_identity()
+
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        """Return the VAE."""
+        return MediaEncoders(self.files.load_vae(device))
+
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        """Path of the transformer's checkpoint, checked against the options."""
+        self.files.dit_header()
+        return (self.files.dit_path,)
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Return the numbers of double and of single blocks; the file's header says them."""
+        config = self.files.dit_header().config
+        return config.double_blocks, config.single_blocks
+
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """Return the dtype that the transformer computes in without autocast; its file is not loaded."""
+        return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer. --dit_dtype applies if the caller sets no dtype."""
+        (path,) = self.dit_files
+        network: nn.Module = self.files.format.load(path, with_dtype(placement, self.files.dit_dtype))
+        return network
+
+    def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the names of a model in saved files, with those of its files."""
+        files = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
+        return {**names, **{key: path.name for key, path in files.items() if path is not None}}
+
+    def check_files(self, media: bool) -> None:
+        """Check the files that every generation needs. media: also that of the VAE.
+
+        Raises OptionError if one is not given or does not fit, CheckpointError if it is missing or of another
+        kind.
+        """
+        self.files.check(("dit", "texts", *(("vae",) if media else ())))
