@@ -88,7 +88,7 @@ def _measure(number: int, pixels: Pixels, black_threshold: float) -> PictureMeas
     return PictureMeasures(
         number,
         brightness(frame),
-        sharpness(frame),
+        float(np.float32(sharpness(frame))),  # as it was kept when thresholds were chosen
         is_black(frame, black_threshold),
         is_flat(frame),
         np.asarray(cells, np.uint8),

@@ -21,8 +21,6 @@ class FakeServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
-    at_once: int = 0
-    most_at_once: int = 0
 
 
 def caption(text: Any, finish: str = "stop") -> tuple[int, str]:
@@ -70,11 +68,7 @@ def run_server(reply: Reply, retry_after: str | None = None) -> Iterator[FakeSer
                 seen.bodies.append(body)
                 seen.headers.append(dict(self.headers))
                 seen.paths.append(self.path)
-                seen.at_once += 1
-                seen.most_at_once = max(seen.most_at_once, seen.at_once)
             answer = reply(number, body)
-            with lock:
-                seen.at_once -= 1
             status, text = caption(answer) if isinstance(answer, str) else answer
             with suppress(OSError):  # the program that asked may be gone
                 self._send(status, text)

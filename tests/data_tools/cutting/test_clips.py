@@ -19,7 +19,6 @@ from data_tools.cutting.clips import (
 )
 from data_tools.cutting.options import ChoiceOptions, LengthOptions
 from data_tools.cutting.scenes import CUT, DISSOLVE, SceneChange
-from modules.errors import OptionError
 from modules.media.measures import BLACK_PIXEL, STATIC_CHANGE
 from modules.media.measures import BLURRED as BLURRED_BELOW
 
@@ -54,14 +53,6 @@ def at_rate(rate: float, frames: int) -> list[float]:
 
 def spans(clips: list[PlannedClip]) -> list[tuple[int, int]]:
     return [(clip.first, clip.end) for clip in clips if not clip.dropped]
-
-
-def test_a_video_without_cuts_is_one_scene() -> None:
-    clips = plan_clips(look_of(at_rate(25, 100)), lengths(), CHOICE)
-
-    assert [(clip.scene, clip.first, clip.end, clip.start, clip.seconds) for clip in clips] == [
-        (1, 0, 100, 0, 4)
-    ]
 
 
 def test_scenes_are_parted_at_cuts_and_lose_dissolves_and_what_is_trimmed() -> None:
@@ -120,16 +111,3 @@ def test_blurred_clips_are_left_out_on_demand() -> None:
     assert [clip.dropped for clip in plan_clips(look, lengths(), CHOICE)] == [""]
     choice = replace(CHOICE, drop_blurred=True)
     assert [clip.dropped for clip in plan_clips(look, lengths(), choice)] == [BLURRED]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"min_seconds": 5.0, "max_seconds": 4.0}, "--max_seconds 4 is less than --min_seconds 5"),
-        ({"min_frames": 50, "max_frames": 49}, "--max_frames 49 is less than --min_frames 50"),
-        ({"trim_frames": -1}, "--trim_frames -1"),
-    ],
-)
-def test_lengths_that_no_clip_can_have_are_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(OptionError, match=words):
-        lengths(**changes)
