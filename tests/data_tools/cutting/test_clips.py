@@ -18,7 +18,6 @@ from data_tools.cutting.clips import (
     plan_clips,
 )
 from data_tools.cutting.options import ChoiceOptions, LengthOptions
-from data_tools.cutting.scenes import CUT, DISSOLVE, SceneChange
 from modules.media.measures import BLACK_PIXEL, STATIC_CHANGE
 from modules.media.measures import BLURRED as BLURRED_BELOW
 
@@ -34,12 +33,10 @@ def lengths(**changes: Any) -> LengthOptions:
 
 def look_of(times: list[float], *cuts: int | tuple[int, int], **sample: Any) -> VideoLook:
     """A video whose frames begin at these times, the last of which is its end."""
-    changes = [
-        SceneChange(one, one, CUT) if isinstance(one, int) else SceneChange(*one, DISSOLVE) for one in cuts
-    ]
+    changes = [(one, one) if isinstance(one, int) else one for one in cuts]
     look = VideoLook(64, 48, array("d", times[:-1]), times[-1], changes=changes)
     for number in range(0, len(times) - 1, 6):
-        cells = np.full((4, 4), number % 200, np.uint8)
+        cells = np.full((4, 4, 3), number % 200, np.uint8)
         look.samples.append(PictureMeasures(**{**USUAL, "cells": cells, **sample, "number": number}))
     return look
 
@@ -93,7 +90,7 @@ def test_pieces_of_a_variable_rate_are_equal_in_time() -> None:
     ("sample", "keep", "reason"),
     [
         ({"is_black": True}, {"keep_black": True}, BLACK),
-        ({"cells": np.full((4, 4), 90, np.uint8)}, {"keep_static": True}, STATIC),
+        ({"cells": np.full((4, 4, 3), 90, np.uint8)}, {"keep_static": True}, STATIC),
     ],
 )
 def test_black_and_static_clips_are_left_out_unless_wanted(
