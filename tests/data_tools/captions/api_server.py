@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
-# the number of the request, from 0, and what it asks -> status and JSON text, or a caption
-Reply = Callable[[int, dict[str, Any]], tuple[int, str] | str]
+# the number of the request, from 0, and what it asks -> status and JSON text, a caption, or the raw answer
+Reply = Callable[[int, dict[str, Any]], tuple[int, str] | str | bytes]
 
 
 @dataclass
@@ -30,31 +29,6 @@ def caption(text: Any, finish: str = "stop") -> tuple[int, str]:
 
 
 @contextmanager
-def run_raw_server(answer: bytes) -> Iterator[str]:
-    """Answer every request with these bytes until the block ends; yields the address."""
-
-    class Handler(StreamRequestHandler):
-        def handle(self) -> None:
-            length = 0
-            while (line := self.rfile.readline().lower()) not in (b"", b"\r\n"):
-                if line.startswith(b"content-length:"):
-                    length = int(line.partition(b":")[2])
-            self.rfile.read(length)
-            with suppress(OSError):  # the program that asked may be gone
-                self.wfile.write(answer)
-
-    server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@contextmanager
 def run_server(reply: Reply, retry_after: str | None = None) -> Iterator[FakeServer]:
     """Answer requests until the block ends. retry_after: a header of answers that are errors."""
     seen = FakeServer()
@@ -69,9 +43,11 @@ def run_server(reply: Reply, retry_after: str | None = None) -> Iterator[FakeSer
                 seen.headers.append(dict(self.headers))
                 seen.paths.append(self.path)
             answer = reply(number, body)
-            status, text = caption(answer) if isinstance(answer, str) else answer
             with suppress(OSError):  # the program that asked may be gone
-                self._send(status, text)
+                if isinstance(answer, bytes):
+                    self.wfile.write(answer)
+                else:
+                    self._send(*(caption(answer) if isinstance(answer, str) else answer))
 
         def _send(self, status: int, text: str) -> None:
             self.send_response(status)

@@ -16,7 +16,7 @@ from data_tools.captions.run import run_captioning
 from data_tools.captions.server import ApiServer
 from dataset.config import load_dataset_config
 from modules.errors import UserError
-from tests.data_tools.captions.api_server import run_raw_server, run_server
+from tests.data_tools.captions.api_server import run_server
 from tests.data_tools.captions.making import make_folder, options_of, read_captions
 
 SECRET = "sk-test-0123456789"
@@ -82,8 +82,8 @@ REDIRECTS = ["http://[::::", "http://host:port/", "http://a\x00b/"]
 @pytest.mark.parametrize("target", REDIRECTS, ids=ascii)
 def test_another_address_is_neither_read_nor_followed(target: str, tmp_path: Path) -> None:
     answer = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 2\r\n\r\nno".encode("latin-1")
-    with run_raw_server(answer) as address, pytest.raises(UserError, match="answers 302 and names another"):
-        _ask(address, make_folder(tmp_path))
+    with run_server(lambda *_: answer) as server, pytest.raises(UserError, match="302 and names another"):
+        _ask(server.address, make_folder(tmp_path))
 
 
 BROKEN = {
@@ -101,8 +101,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN)
 def test_a_broken_answer_costs_its_caption_only(answer: bytes, tmp_path: Path) -> None:
-    with run_raw_server(answer) as address, pytest.raises(NoCaptionError):
-        _ask(address, make_folder(tmp_path))
+    with run_server(lambda *_: answer) as server, pytest.raises(NoCaptionError):
+        _ask(server.address, make_folder(tmp_path))
 
 
 def _ask(address: str, config: Path) -> str:
