@@ -140,7 +140,7 @@ class CaptionPlace:
 
     @property
     def name(self) -> str:
-        """Return the caption's name in the record of its folder; for an address, which is secret, a hash."""
+        """Return the caption's name in the record of its folder: no address, as that may hold a secret."""
         if self.lines is None:
             return self.file.name
         key = short_hash(address_identity(self.entry)) if is_address(self.entry) else self.entry

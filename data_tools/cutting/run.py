@@ -85,8 +85,8 @@ def cut_footage(options: CuttingOptions) -> None:
     shop = Workshop(options, output, options.num_workers == 1 or len(jobs) == 1)
     failures: dict[Path, Exception] = {}
     if options.dry_run:
-        for job, result in _each(jobs, shop, failures):
-            lines = [f"{job.source}: {_in_words(result.clips)}", *map(_scene_line, result.clips)]
+        for place, result in _each(jobs, shop, failures):
+            lines = [f"{jobs[place].source}: {_in_words(result.clips)}", *map(_scene_line, result.clips)]
             sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
     else:
         list_path = options.list_path.resolve()
@@ -96,12 +96,12 @@ def cut_footage(options: CuttingOptions) -> None:
         jobs = _check(jobs, shop, clip_list, failures)
         results = []
         try:
-            for job, result in _each(jobs, shop, failures):
+            for place, result in _each(jobs, shop, failures):
                 results.append(result)
                 assert result.record is not None
-                clip_list.add(jobs.index(job), result.record, result.is_new)
+                clip_list.add(place, result.record, result.is_new)
                 if result.is_new:
-                    logger.info("%s: %s", job.source, _in_words(result.clips))
+                    logger.info("%s: %s", jobs[place].source, _in_words(result.clips))
         finally:
             clip_list.write()
         if results:
@@ -317,17 +317,19 @@ def _frames_of(
 
 def _each(
     jobs: Sequence[CuttingJob], shop: Workshop, failures: dict[Path, Exception]
-) -> Iterator[tuple[CuttingJob, CutResult]]:
-    """Yield the result of each job as they end; errors go to `failures`."""
+) -> Iterator[tuple[int, CutResult]]:
+    """Yield the place of each job and its result, as they end; errors go to `failures`."""
     pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
     try:
-        waiting: dict[Future[CutResult], CuttingJob] = {pool.submit(shop.cut, job): job for job in jobs}
+        waiting: dict[Future[CutResult], int] = {
+            pool.submit(shop.cut, job): place for place, job in enumerate(jobs)
+        }
         while waiting:
             done, _ = wait(waiting, WAIT_SECONDS, FIRST_COMPLETED)
-            for future in [one for one in waiting if one in done]:
-                job = waiting.pop(future)
-                with _reported(job, len(jobs), failures):
-                    yield job, future.result()
+            for future in sorted(done, key=waiting.__getitem__):
+                place = waiting.pop(future)
+                with _reported(jobs[place], len(jobs), failures):
+                    yield place, future.result()
     finally:
         shop.stop.set()  # if this ends early, so do the threads: at the next frame
         pool.shutdown(wait=True, cancel_futures=True)
