@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -85,8 +85,8 @@ def cut_footage(options: CuttingOptions) -> None:
     shop = Workshop(options, output, options.num_workers == 1 or len(jobs) == 1)
     failures: dict[Path, Exception] = {}
     if options.dry_run:
-        for place, result in _each(jobs, shop, failures):
-            lines = [f"{jobs[place].source}: {_in_words(result.clips)}", *map(_scene_line, result.clips)]
+        for job, result in _each(jobs, shop, failures):
+            lines = [f"{job.source}: {_in_words(result.clips)}", *map(_scene_line, result.clips)]
             sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
     else:
         list_path = options.list_path.resolve()
@@ -96,12 +96,12 @@ def cut_footage(options: CuttingOptions) -> None:
         jobs = _check(jobs, shop, clip_list, failures)
         results = []
         try:
-            for place, result in _each(jobs, shop, failures):
+            for job, result in _each(jobs, shop, failures):
                 results.append(result)
                 assert result.record is not None
-                clip_list.add(place, result.record, result.is_new)
+                clip_list.add(result.record, result.is_new)
                 if result.is_new:
-                    logger.info("%s: %s", jobs[place].source, _in_words(result.clips))
+                    logger.info("%s: %s", job.source, _in_words(result.clips))
         finally:
             clip_list.write()
         if results:
@@ -164,14 +164,15 @@ def _check(
     jobs: Sequence[CuttingJob], shop: "Workshop", clip_list: ClipList, failures: dict[Path, Exception]
 ) -> list[CuttingJob]:
     """Return the jobs that can be done; lines of clips that will be cut anew are taken out before."""
-    kept = []
+    kept, stale = [], []
     for job in jobs:
         with _reported(job, len(jobs), failures):
             old = _old_clips(job, shop, clip_list.captioned)
             if old and job.record is not None:
-                clip_list.remove(job.record, old)
+                write_record(shop.output, replace(job.record, lists=()))
+            stale += old
             kept.append(job)
-    clip_list.write()
+    clip_list.write(removed=stale)
     return kept
 
 
@@ -317,19 +318,21 @@ def _frames_of(
 
 def _each(
     jobs: Sequence[CuttingJob], shop: Workshop, failures: dict[Path, Exception]
-) -> Iterator[tuple[int, CutResult]]:
-    """Yield the place of each job and its result, as they end; errors go to `failures`."""
+) -> Iterator[tuple[CuttingJob, CutResult]]:
+    """Yield each job and its result, in order; errors go to `failures`."""
+
+    def work(job: CuttingJob) -> CutResult | None:
+        with _reported(job, len(jobs), failures):
+            return shop.cut(job)
+        return None
+
     pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
     try:
-        waiting: dict[Future[CutResult], int] = {
-            pool.submit(shop.cut, job): place for place, job in enumerate(jobs)
-        }
-        while waiting:
-            done, _ = wait(waiting, WAIT_SECONDS, FIRST_COMPLETED)
-            for future in sorted(done, key=waiting.__getitem__):
-                place = waiting.pop(future)
-                with _reported(jobs[place], len(jobs), failures):
-                    yield place, future.result()
+        for job, future in [(job, pool.submit(work, job)) for job in jobs]:
+            while not future.done():
+                wait([future], WAIT_SECONDS)
+            if (result := future.result()) is not None:
+                yield job, result
     finally:
         shop.stop.set()  # if this ends early, so do the threads: at the next frame
         pool.shutdown(wait=True, cancel_futures=True)

@@ -79,32 +79,28 @@ def test_captions_written_during_a_run_stay(tmp_path: Path) -> None:
     lines = Lines(tmp_path)
     lines.write(a="")
     clips = ClipList(lines.path, tmp_path)
-    clips.add(1, record_of("c"), is_new=True)
+    clips.add(record_of("b"), is_new=True)
 
     lines.write(a="by hand")
     clips.write()
-    assert lines.read() == [("a", "by hand"), ("c", "")]
-
-    clips.add(0, record_of("b"), is_new=True)
-    clips.write()
-    assert lines.read() == [("a", "by hand"), ("b", ""), ("c", "")]  # in the order of the sources
+    assert lines.read() == [("a", "by hand"), ("b", "")]
 
     lines.write(b="this too")
-    clips.add(2, record_of("d"), is_new=True)
+    clips.add(record_of("b"), is_new=True)
+    clips.add(record_of("c"), is_new=True)
     clips.write()
-    assert lines.read() == [("b", "this too"), ("d", "")]
+    assert lines.read() == [("b", "this too"), ("c", "")]
 
 
 def test_lines_of_clips_that_are_cut_anew_are_not_read_again(tmp_path: Path) -> None:
     lines = Lines(tmp_path)
     lines.write(a="", b="")
     clips = ClipList(lines.path, tmp_path)
-    clips.remove(record_of("a"), [tmp_path / "a.mp4"])
 
     lines.write(a="", b="by hand")
-    clips.write()
+    clips.write(removed=[tmp_path / "a.mp4"])
     assert lines.read() == [("b", "by hand")]
 
-    clips.add(0, record_of("a"), is_new=True)
+    clips.add(record_of("a"), is_new=True)
     clips.write()
     assert lines.read() == [("b", "by hand"), ("a", "")]
