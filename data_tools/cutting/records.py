@@ -15,6 +15,7 @@ from data_tools.cutting.clips import PlannedClip, VideoLook
 from data_tools.cutting.options import CuttingOptions
 from modules.atomic_write import make_storable, write_bytes, write_text
 from modules.errors import DatasetError, OutputError
+from modules.media.options import suffix_of
 from modules.options import option_values
 from modules.text_files import parse_json, read_lines, read_text
 
@@ -69,6 +70,7 @@ def start_record(
     """Return the record of a source that is about to be cut."""
     found = source.stat()
     kept = [clip for clip in clips if not clip.dropped]
+    suffix = suffix_of(options.form.codec, options.form.container)
     return CutRecord(
         stem,
         str(source),
@@ -77,10 +79,7 @@ def start_record(
         look.width // 2 * 2,  # an odd row or column cannot be encoded
         look.height // 2 * 2,
         _deciding(options),
-        tuple(
-            WrittenClip(f"{stem}_{number:05d}{options.form.suffix}", clip)
-            for number, clip in enumerate(kept, 1)
-        ),
+        tuple(WrittenClip(f"{stem}_{number:05d}{suffix}", clip) for number, clip in enumerate(kept, 1)),
     )
 
 
