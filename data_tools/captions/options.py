@@ -28,11 +28,6 @@ class CaptionModelOptions(Options, title="a model that runs here"):
     )
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available")
 
-    @property
-    def given(self) -> list[str]:
-        """Return the options that are given and mean nothing without --model."""
-        return [f"--{name}" for name in ("batch_size", "dtype", "device") if getattr(self, name) is not None]
-
 
 class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
     """A server with an OpenAI-compatible interface."""
@@ -176,8 +171,9 @@ class CaptioningOptions(Options, title="what to do"):
     def __post_init__(self) -> None:
         if self.model.model is not None and self.api.api_base is not None:
             raise OptionError("--model and --api_base exclude each other: give one of the two")
-        if self.api.api_base is not None and self.model.given:
-            raise OptionError(f"{self.model.given[0]} is for --model: leave it out with --api_base")
+        for name in ("batch_size", "dtype", "device") if self.api.api_base is not None else ():
+            if getattr(self.model, name) is not None:
+                raise OptionError(f"--{name} is for --model: leave it out with --api_base")
         if self.edit_only:
             self._check_edit_only()
         elif not self.dry_run and self.model.model is None and self.api.api_base is None:

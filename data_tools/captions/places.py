@@ -25,7 +25,7 @@ from dataset.sources.media_source import MediaSource
 from dataset.sources.rows import RowReader
 from modules.atomic_write import append_text, atomic_path, write_text
 from modules.errors import DatasetError
-from modules.paths import address_identity, expand_path, is_address, short_hash
+from modules.paths import address_identity, expand_path, hide_secrets, is_address, short_hash
 from modules.text_files import bad_character, parse_json, read_lines
 
 EXTENSION = ".txt"  # of tables that name none
@@ -58,19 +58,13 @@ class CaptionList:
         self.path, self._key = table.jsonl_file, f"{table.kind}_path"
         self._read()
         self._has_backup = False  # of the state before this run
-        self._entries: dict[Path, str] = {}
+        self.entries: dict[Path, str] = {}  # of each source, its path as it stands in its line
         rows = RowReader(table, self.path, self._key, is_list=True)
         for entry in self._numbers:
             if is_address(entry):  # `rows` would do for paths too, but takes several times as long
-                self._entries[rows.read(self.record(entry), str(self.path)).path] = entry
+                self.entries[rows.read(self.record(entry), str(self.path)).path] = entry
             else:
-                self._entries[expand_path(entry)] = entry
-
-    def entry_of(self, source: MediaSource) -> str:
-        """Return the path of a source as it stands in its line. Raises DatasetError if it has none."""
-        if source.path not in self._entries:
-            raise DatasetError(f"{self.path}: the line of {source.path} cannot be found again. Run again.")
-        return self._entries[source.path]
+                self.entries[expand_path(entry)] = entry
 
     def record(self, entry: str) -> dict[str, Any]:
         """Return the values of a line; none if it is there no more."""
@@ -146,11 +140,16 @@ class CaptionPlace:
 
     @property
     def name(self) -> str:
-        """Return the caption's name in the record of its folder; for an address, which is secret, a hash."""
+        """Return the caption's name in the record of its folder: no address, as that may hold a secret."""
         if self.lines is None:
             return self.file.name
         key = short_hash(address_identity(self.entry)) if is_address(self.entry) else self.entry
         return f"{self.file.name}: {key}"
+
+    @property
+    def media(self) -> str:
+        """Return the image or clip, as it is shown."""
+        return str(self.source.path) if self.lines is None else hide_secrets(self.entry)
 
     def __str__(self) -> str:
         return str(self.file) if self.lines is None else f"a line of {self.file}"
@@ -206,7 +205,11 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
         else:
             assert source.table.jsonl_file is not None  # a source without a caption file is of a list
             lines = lists[source.table.jsonl_file]
-            entry = lines.entry_of(source)
+            entry = lines.entries.get(source.path)
+            if entry is None:
+                raise DatasetError(
+                    f"{lines.path}: the line of {source.path} cannot be found again. Run again."
+                )
             text = lines.record(entry).get("caption")
             place = CaptionPlace(source, lines.path, lines, entry, text, has_caption)
         places.setdefault((place.file, place.entry), place)
@@ -303,19 +306,13 @@ def pass_of(options: CaptioningOptions) -> str:
     return hashlib.sha256(values.encode("utf-8")).hexdigest()
 
 
-@dataclass(frozen=True)
-class CaptionPlan:
-    """Captions that a run makes, and how many it leaves."""
-
-    jobs: Mapping[CaptionPlace, str]  # and why: MISSING, EMPTY, OURS, or FOREIGN, of which the old is kept
-    num_kept: int
-    num_done_before: int  # of an earlier run that makes captions anew and was interrupted
-
-
 def plan_captions(
     places: Sequence[CaptionPlace], made: Mapping[Path, MadeCaptions], options: CaptioningOptions
-) -> CaptionPlan:
-    """Return which captions are made. Nothing is written."""
+) -> tuple[dict[CaptionPlace, str], int]:
+    """Return the captions to make, each with the reason, and how many an interrupted run has made anew.
+
+    Reasons: MISSING, EMPTY, OURS, or FOREIGN, of which the old one is kept. Nothing is written.
+    """
     what = pass_of(options)
     jobs, num_done = {}, 0
     for place in places:
@@ -325,7 +322,7 @@ def plan_captions(
             num_done += 1
         elif why is not None:
             jobs[place] = why
-    return CaptionPlan(jobs, len(places) - len(jobs) - num_done, num_done)
+    return jobs, num_done
 
 
 def _why(place: CaptionPlace, made: MadeCaptions, options: CaptioningOptions) -> str | None:

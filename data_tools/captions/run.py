@@ -18,7 +18,6 @@ from data_tools.captions.places import (
     OURS,
     CaptionList,
     CaptionPlace,
-    CaptionPlan,
     MadeCaptions,
     find_places,
     keep_backup,
@@ -27,7 +26,7 @@ from data_tools.captions.places import (
     read_made,
     say_missing_keys,
 )
-from data_tools.captions.server import make_server
+from data_tools.captions.server import ApiServer
 from dataset.caching.reports import Failure
 from dataset.config import DatasetConfig
 from dataset.sources.fetching import fetch
@@ -36,7 +35,6 @@ from modules.bars import Bar
 from modules.console import Row, count_of, in_words, show_box
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import DatasetError, MediaError, OptionError, UserError
-from modules.paths import hide_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -74,31 +72,31 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
     is_again = options.overwrite or options.overwrite_all
     places = find_places(config, texts=is_again or options.fill_empty)
     made = read_made(places)
-    plan = plan_captions(places, made, options)
+    jobs, num_done = plan_captions(places, made, options)
+    num_kept = len(places) - len(jobs) - num_done
     if options.dry_run:
-        jobs = [f"{place.source.path} ({why}): {place}" for place, why in plan.jobs.items()]
-        head = (
-            f"{count_of(len(jobs), 'caption')} would be made, {plan.num_kept} are kept. Nothing is written."
-        )
-        _say([head, *_first(jobs, LISTED), *say_missing_keys(config)])
+        lines = [f"{place.source.path} ({why}): {place}" for place, why in jobs.items()]
+        counts = f"{count_of(len(jobs), 'caption')} would be made, {num_kept} are kept"
+        _say([f"{counts}. Nothing is written.", *_first(lines, LISTED), *say_missing_keys(config)])
         return
     api = options.api
     engine = str(options.model.model) if api.api_base is None else f"{api.api_model} at {api.api_base}"
-    show_box("Captioning", [("data", str(config.path)), ("captions", _counts(plan)), ("made by", engine)])
+    counts = _counts(list(jobs.values()), num_kept, num_done)
+    show_box("Captioning", [("data", str(config.path)), ("captions", counts), ("made by", engine)])
     for text in say_missing_keys(config):
         logger.warning("%s", text)
-    run = _Run(options, plan.jobs, made)
+    run = _Run(options, jobs, made)
     folders = made.values() if is_again else ()
-    if plan.jobs:
+    if jobs:
         is_local = api.api_base is None
-        engine_of = load_model(options.model, options.ask) if is_local else make_server(api, options.ask)
+        engine_of = load_model(options.model, options.ask) if is_local else ApiServer(api, options.ask)
         for folder in folders:
             folder.begin_pass(pass_of(options))
         run.make(engine_of.answer)
     # with failures the pass goes on: the same command tries these again, not all
     for folder in folders if not run.failures else ():
         folder.end_pass()
-    kept, changed = plan.num_kept + plan.num_done_before, run.num_changed
+    kept, changed = num_kept + num_done, run.num_changed
     rows: list[Row] = [
         ("captions", f"{run.num_written} written, {kept + changed} kept"),
         ("kept", f"{changed} of them were written by somebody else meanwhile" if changed else None),
@@ -108,7 +106,7 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
     if run.failures:
         lines = _first(list(map(str, run.failures)), LISTED)
         raise DatasetError(
-            f"{len(run.failures)} of {len(plan.jobs)} got no caption; all others are done:\n"
+            f"{len(run.failures)} of {len(jobs)} got no caption; all others are done:\n"
             + "\n".join(lines)
             + "\n  Repair or remove these files, or try other options, then run the same command again."
         )
@@ -175,13 +173,12 @@ class _Run:
             )
 
 
-def _counts(plan: CaptionPlan) -> str:
-    whys = list(plan.jobs.values())
-    parts = [f"{len(whys)} to make", f"{plan.num_kept} kept"]
+def _counts(whys: Sequence[str], num_kept: int, num_done: int) -> str:
+    parts = [f"{len(whys)} to make", f"{num_kept} kept"]
     again, foreign = whys.count(OURS), whys.count(FOREIGN)
     parts += [f"{again} of these anew"] if again else []
     parts += [f"{foreign} of these in place of hand-written ones, which become .bak"] if foreign else []
-    parts += [f"{plan.num_done_before} made anew by the run before"] if plan.num_done_before else []
+    parts += [f"{num_done} made anew by the run before"] if num_done else []
     return ", ".join(parts)
 
 
@@ -195,25 +192,6 @@ def _say(lines: Sequence[str]) -> None:
     sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
 
 
-@dataclass(frozen=True)
-class CaptionEdit:
-    """A caption and its new text."""
-
-    place: CaptionPlace
-    old: str
-    new: str  # empty: the caption, or one of several, would be
-    values: dict[str, Any]  # of the line of a list
-
-    def __str__(self) -> str:
-        old, new = (shorten(" / ".join(text.split("\n")), SHOWN) for text in (self.old, self.new))
-        return f"{self.media}: {old!r} -> {new!r}"
-
-    @property
-    def media(self) -> str:
-        """Return the image or clip, as it is shown."""
-        return str(self.place.source.path) if self.place.lines is None else hide_secrets(self.place.entry)
-
-
 def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool) -> None:
     """Apply `wording` to all captions of a dataset; each file that changes is kept as .bak.
 
@@ -223,54 +201,62 @@ def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool)
     places = find_places(config, texts=True)
     made = read_made(places)
     found = list(_edits(places, wording))
-    edits, emptied = [edit for edit in found if edit.new], [edit for edit in found if not edit.new]
+    edits, emptied = [edit for edit in found if edit[2]], [edit for edit in found if not edit[2]]
     if dry_run:
+        shown = (
+            (place.media, *(shorten(" / ".join(text.split("\n")), SHOWN) for text in (old, new)))
+            for place, old, new, _ in edits
+        )
+        lines = [f"{media}: {old!r} -> {new!r}" for media, old, new in shown]
         head = f"{count_of(len(edits), 'caption')} would be changed. Nothing is written."
-        _say([head, *_first(list(map(str, edits)), LISTED_EDITS)])
+        _say([head, *_first(lines, LISTED_EDITS)])
     else:
         changes: dict[CaptionList, dict[str, dict[str, Any]]] = defaultdict(dict)
-        for edit in edits:
-            place, record = edit.place, made[edit.place.file.parent]
-            if record.has(place.name, edit.old):  # it stays one of this program
-                record.add(place.name, edit.new)
+        for place, old, new, values in edits:
+            record = made[place.file.parent]
+            if record.has(place.name, old):  # it stays one of this program
+                record.add(place.name, new)
             if place.lines is None:
                 keep_backup(place.file)
-                write_text(place.file, edit.new)
+                write_text(place.file, new)
             else:
-                changes[place.lines][place.entry] = edit.values
-        for lines, values in changes.items():
-            lines.keep_once()
-            lines.write(values)
+                changes[place.lines][place.entry] = values
+        for captions, by_entry in changes.items():
+            captions.keep_once()
+            captions.write(by_entry)
         rest = f"{len(places) - len(edits)} are as they were"
         show_box("Editing is finished", [("captions", f"{len(edits)} changed, {rest}")])
     if emptied:
         raise DatasetError(
             f"{count_of(len(emptied), 'caption')} would be empty and stay as they are, such as "
-            f"{emptied[0].media}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, or remove them and "
-            "have new ones made."
+            f"{emptied[0][0].media}: {shorten(emptied[0][1], SHOWN)!r}. Write them by hand, or remove them "
+            "and have new ones made."
         )
 
 
-def _edits(places: Sequence[CaptionPlace], wording: WordingOptions) -> Iterator[CaptionEdit]:
+def _edits(
+    places: Sequence[CaptionPlace], wording: WordingOptions
+) -> Iterator[tuple[CaptionPlace, str, str, dict[str, Any]]]:
+    """Yield captions that change: place, old and new text, and of a line of a list the new values.
+
+    The new text is empty if it, or one of several, would be.
+    """
     for place in places:
         several = place.source.table.multi_caption
         if place.lines is not None:
             record = place.lines.record(place.entry)
             keys = ("caption", "captions") if several else ("caption",)
-            old = {key: record[key] for key in keys if record.get(key) is not None}
-            new = {key: _reworded(value, wording) for key, value in old.items()}
-            new = {key: value for key, value in new.items() if value != old[key]}
-            texts, words = ([text for key in new for text in _texts(one[key])] for one in (old, new))
-            if new:
-                yield CaptionEdit(place, "\n".join(texts), "\n".join(words) if all(words) else "", new)
+            old = {key: _texts(record[key]) for key in keys if record.get(key) is not None}
+            new = {key: [reword(text, wording) for text in texts] for key, texts in old.items()}
+            changed = [key for key in new if new[key] != old[key]]
+            before, after = ([text for key in changed for text in one[key]] for one in (old, new))
+            values = {key: new[key] if isinstance(record[key], list) else new[key][0] for key in changed}
+            if changed:
+                yield place, "\n".join(before), "\n".join(after) if all(after) else "", values
         elif place.caption is not None:
             text = reword_lines(place.caption, wording, several)
             if text != place.caption:
-                yield CaptionEdit(place, place.caption, text, {})
-
-
-def _reworded(value: str | list[str], wording: WordingOptions) -> str | list[str]:
-    return reword(value, wording) if isinstance(value, str) else [reword(text, wording) for text in value]
+                yield place, place.caption, text, {}
 
 
 def _texts(value: str | list[str]) -> list[str]:

@@ -15,7 +15,6 @@ import socket
 import ssl
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,7 +35,7 @@ KEY = "OPENAI_API_KEY"  # environment variable
 WORKERS, TIMEOUT = 4, 120.0
 CONNECT_SECONDS = 20.0
 TRIES = 6  # of a request
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two
+LONGEST_WAIT = 60.0  # seconds between two
 RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})
 REFUSED = {
     401: "the key is missing or wrong",
@@ -71,21 +70,35 @@ class _Session(requests.Session):
         return None
 
 
-@dataclass
 class ApiServer:
     """A server and how it is asked. Threads share it."""
 
-    address: str  # ends in /chat/completions
-    model: str
-    key: str | None = field(repr=False)
-    ask: AskOptions
-    workers: int = WORKERS
-    timeout: float = TIMEOUT
-    first_wait: float = FIRST_WAIT
-    _stop: threading.Event = field(default_factory=threading.Event, init=False)
-    _has_answered: bool = field(default=False, init=False)
-    _told: set[str] = field(default_factory=set, init=False)  # why it was asked again
-    _replaced: set[str] = field(default_factory=set, init=False)  # parameters that the model refuses
+    def __init__(
+        self, options: ApiOptions, ask: AskOptions, environment: Mapping[str, str] = os.environ
+    ) -> None:
+        """Take the server that --api_base names; no request is made.
+
+        Raises OptionError if the key in OPENAI_API_KEY can be none.
+        """
+        self.ask, self.timeout = ask, options.api_timeout or TIMEOUT
+        self.first_wait = 1.0  # seconds between two requests
+        self._model, self._workers = options.api_model, options.api_workers or WORKERS
+        assert options.api_base is not None
+        base, parts = options.api_base.rstrip("/"), urlsplit(options.api_base)
+        self._address = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+        self._is_local = parts.hostname in LOCAL_HOSTS
+        key = environment.get(KEY, "").strip()
+        if not all("!" <= letter <= "~" for letter in key):
+            raise OptionError(
+                f"{KEY} holds a blank, a line break or a letter that no key has. Set it to the key alone."
+            )
+        if key and parts.scheme == "http" and not self._is_local:
+            logger.warning("The key in %s is sent to %s without encryption (http).", KEY, parts.hostname)
+        self._key = key
+        self._stop = threading.Event()
+        self._has_answered = False
+        self._told: set[str] = set()  # why it was asked again
+        self._replaced: set[str] = set()  # parameters that the model refuses
 
     def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
         """Yield a caption, or why there is none, for each place, as they arrive.
@@ -109,7 +122,7 @@ class ApiServer:
         self._stop.clear()
         for place in places:
             waiting.put(place)
-        for number in range(min(self.workers, len(places))):
+        for number in range(min(self._workers, len(places))):
             threading.Thread(target=work, name=f"request-{number}", daemon=True).start()
         try:
             num_left = len(places)
@@ -133,7 +146,7 @@ class ApiServer:
         content = [*images, {"type": "text", "text": prompt_for(place, self.ask)}]
         system = [{"role": "system", "content": self.ask.system_prompt}] if self.ask.system_prompt else []
         body = {
-            "model": self.model,
+            "model": self._model,
             "messages": [*system, {"role": "user", "content": content}],
             "max_tokens": self.ask.max_new_tokens,
             "temperature": self.ask.temperature,
@@ -170,8 +183,8 @@ class ApiServer:
             is_refused = isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_SERVER)
             if is_refused and not self._has_answered:
                 raise UserError(
-                    f"--api_base: nothing answers at {self.address}: {why}. Start the server, or correct the "
-                    "address."
+                    f"--api_base: nothing answers at {self._address}: {why}. Start the server, or correct "
+                    "the address."
                 ) from None
             if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
                 why = f"there is no whole answer within {self.timeout:g} s (--api_timeout)"
@@ -183,16 +196,16 @@ class ApiServer:
         if status in RETRIED:
             raise _TryAgain(f"the server answers {status}: {said}", wait)
         if status in REFUSED:
-            key = f"set {KEY}" if self.key is None else f"check {KEY}"
+            key = f"check {KEY}" if self._key else f"set {KEY}"
             remedy = "check --api_base and --api_model" if status == 404 else key
             raise UserError(
-                f"{self.address} answers {status}, {REFUSED[status]}: {said}. Give what it wants: {remedy}."
+                f"{self._address} answers {status}, {REFUSED[status]}: {said}. Give what it wants: {remedy}."
             )
         if status == 400 and self._adapt(text, sent):
             return self._request(body)
         if 300 <= status < 400:
             raise UserError(
-                f"--api_base: {self.address} answers {status} and names another address. Give that one."
+                f"--api_base: {self._address} answers {status} and names another address. Give that one."
             )
         raise NoCaptionError(f"the server answers {status}: {said}")
 
@@ -201,15 +214,14 @@ class ApiServer:
 
         Raises the library's errors, NoCaptionError if the answer is too long.
         """
-        is_local = urlsplit(self.address).hostname in LOCAL_HOSTS
         with (
             _Session() as session,
             session.post(
-                self.address,
+                self._address,
                 json=sent,
                 auth=self._authorize,
                 timeout=(min(CONNECT_SECONDS, self.timeout), self.timeout),
-                proxies=NO_PROXIES if is_local else None,
+                proxies=NO_PROXIES if self._is_local else None,
                 stream=True,
             ) as answer,
         ):
@@ -228,8 +240,8 @@ class ApiServer:
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Put the key into a request. Given as `auth`, so that no entry of netrc is sent."""
-        if self.key is not None:
-            request.headers["Authorization"] = f"Bearer {self.key}"
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
         return request
 
     def _caption_in(self, text: str) -> str:
@@ -252,38 +264,14 @@ class ApiServer:
                 if name not in self._replaced:  # else another thread has been told
                     self._replaced.add(name)
                     what = f"{other} is sent instead" if other else "its own is used"
-                    logger.warning("%s does not take %s: %s", self.model, name, what)
+                    logger.warning("%s does not take %s: %s", self._model, name, what)
                 return True
         return False
 
     def _hide(self, text: str) -> str:
-        if self.key is not None:
-            text = text.replace(self.key, "(the key)")
+        if self._key:
+            text = text.replace(self._key, "(the key)")
         return shorten(" ".join(text.split()), 300)
-
-
-def make_server(
-    options: ApiOptions, ask: AskOptions, environment: Mapping[str, str] = os.environ
-) -> ApiServer:
-    """Return the server that --api_base names. No request is made.
-
-    Raises OptionError if the key in OPENAI_API_KEY can be none.
-    """
-    assert options.api_base is not None
-    assert options.api_model is not None
-    key = environment.get(KEY, "").strip() or None
-    if key is not None and not all("!" <= letter <= "~" for letter in key):
-        raise OptionError(
-            f"{KEY} holds a blank, a line break or a letter that no key has. Set it to the key alone."
-        )
-    address = options.api_base.rstrip("/")
-    if not address.endswith("/chat/completions"):
-        address += "/chat/completions"
-    parts = urlsplit(address)
-    if key is not None and parts.scheme == "http" and parts.hostname not in LOCAL_HOSTS:
-        logger.warning("The key in %s is sent to %s without encryption (http).", KEY, parts.hostname)
-    workers, timeout = options.api_workers or WORKERS, options.api_timeout or TIMEOUT
-    return ApiServer(address, options.api_model, key, ask, workers, timeout)
 
 
 def _data_url(frame: Any) -> str:

@@ -32,12 +32,7 @@ class PictureMeasures:
     sharpness: float
     is_black: bool
     is_flat: bool
-    cells: NDArray[np.uint8]  # h w: luma, 32 cells along the shorter side
-
-    @property
-    def reduced(self) -> NDArray[np.uint8]:
-        """The cells as a frame, h w 3."""
-        return np.broadcast_to(self.cells[..., None], (*self.cells.shape, 3))
+    cells: NDArray[np.uint8]  # h w 3, all three the luma: a frame of 32 cells along the shorter side
 
 
 @dataclass
@@ -88,10 +83,10 @@ def _measure(number: int, pixels: Pixels, black_threshold: float) -> PictureMeas
     return PictureMeasures(
         number,
         brightness(frame),
-        sharpness(frame),
+        float(np.float32(sharpness(frame))),  # as it was kept when thresholds were chosen
         is_black(frame, black_threshold),
         is_flat(frame),
-        np.asarray(cells, np.uint8),
+        np.broadcast_to(cells[..., None], (*cells.shape, 3)),
     )
 
 
@@ -131,8 +126,8 @@ def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -
 
 def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, int]]:
     """Return the scenes between changes: the first frame of each, and the one behind its last."""
-    begins = [0, *(change.end for change in changes)]
-    ends = [*(change.begin for change in changes), frames]
+    begins = [0, *(end for _, end in changes)]
+    ends = [*(begin for begin, _ in changes), frames]
     return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
 
 
@@ -193,7 +188,7 @@ def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -
         return ""
     if sum(one.is_black for one in samples) >= BLACK_PART * len(samples):
         return "" if choice.keep_black else BLACK
-    frames = [one.reduced for one in samples]
+    frames = [one.cells for one in samples]
     if not choice.keep_static and len(frames) > 1 and is_static(frames, choice.static_threshold):
         return STATIC
     blurred = sum(not one.is_flat and one.sharpness < choice.blur_threshold for one in samples)
@@ -205,7 +200,7 @@ def _measured(look: VideoLook, scene: int, first: int, end: int, dropped: str) -
     return PlannedClip(
         *(scene, first, end, look.time(first), look.time(end) - look.time(first)),
         brightness=fmean(one.brightness for one in samples) if samples else 0.0,
-        motion=motion([one.reduced for one in samples]),
+        motion=motion([one.cells for one in samples]),
         sharpness=fmean(one.sharpness for one in samples) if samples else 0.0,
         dropped=dropped,
     )

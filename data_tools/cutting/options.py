@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.media.options import holds_depth, suffix_of
 from modules.options import Options, option
 
 OWN, CONTENT, ADAPTIVE = "own", "pyscenedetect", "pyscenedetect-adaptive"
@@ -31,23 +30,17 @@ class SceneOptions(Options, title="scenes"):
     )
 
     def __post_init__(self) -> None:
-        if self.scene_threshold is not None:
-            most = THRESHOLDS[self.detector][1]
-            if not 0 < self.scene_threshold <= most:
-                raise OptionError(
-                    f"--scene_threshold {self.scene_threshold:g}: --detector {self.detector} takes numbers "
-                    f"above 0 and up to {most:g}; {self.threshold_usual:g} is usual, a lower one finds more"
-                )
-
-    @property
-    def threshold_usual(self) -> float:
-        """The detector's usual threshold."""
-        return THRESHOLDS[self.detector][0]
+        usual, most = THRESHOLDS[self.detector]
+        if not 0 < self.threshold <= most:
+            raise OptionError(
+                f"--scene_threshold {self.threshold:g}: --detector {self.detector} takes numbers "
+                f"above 0 and up to {most:g}; {usual:g} is usual, a lower one finds more"
+            )
 
     @property
     def threshold(self) -> float:
         """The threshold to use."""
-        return self.threshold_usual if self.scene_threshold is None else self.scene_threshold
+        return THRESHOLDS[self.detector][0] if self.scene_threshold is None else self.scene_threshold
 
 
 class LengthOptions(Options, title="lengths"):
@@ -119,16 +112,6 @@ class ClipFormat(Options, title="video format"):
     )
     preset: str = option("speed of h264 and h265; slower is smaller", default="medium", choices=PRESETS)
     no_audio: bool = option("write no sound; else the main sound of a source is cut with it")
-
-    @property
-    def suffix(self) -> str:
-        """Suffix of a clip."""
-        return suffix_of(self.codec, self.container)
-
-    @property
-    def is_deep(self) -> bool:
-        """Whether clips hold more than 8 bits a channel."""
-        return holds_depth(self.codec)
 
 
 class CuttingOptions(Options, title="input and output"):

@@ -6,7 +6,7 @@ names of all that follow: named files are ours, and any other file belongs to th
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from data_tools.cutting.clips import PlannedClip, VideoLook
 from data_tools.cutting.options import CuttingOptions
 from modules.atomic_write import make_storable, write_bytes, write_text
 from modules.errors import DatasetError, OutputError
+from modules.media.options import suffix_of
 from modules.options import option_values
 from modules.text_files import parse_json, read_lines, read_text
 
@@ -69,6 +70,7 @@ def start_record(
     """Return the record of a source that is about to be cut."""
     found = source.stat()
     kept = [clip for clip in clips if not clip.dropped]
+    suffix = suffix_of(options.form.codec, options.form.container)
     return CutRecord(
         stem,
         str(source),
@@ -77,10 +79,7 @@ def start_record(
         look.width // 2 * 2,  # an odd row or column cannot be encoded
         look.height // 2 * 2,
         _deciding(options),
-        tuple(
-            WrittenClip(f"{stem}_{number:05d}{options.form.suffix}", clip)
-            for number, clip in enumerate(kept, 1)
-        ),
+        tuple(WrittenClip(f"{stem}_{number:05d}{suffix}", clip) for number, clip in enumerate(kept, 1)),
     )
 
 
@@ -144,52 +143,40 @@ class ClipList:
         self._was_there = path.exists()
         # clips whose line has a caption
         self.captioned = {one for one, line in self._read() if one and "caption" in parse_json(line)}
-        self._removed: set[str] = set()  # paths of clips
-        self._added: dict[int, dict[str, str]] = {}  # place of the source -> path of a clip -> line
-        self._written: set[str] = set()  # paths of clips whose lines were added to the file
-        self._unlisted: list[CutRecord] = []  # their lines are added, but not written yet
+        self._unlisted: list[tuple[CutRecord, bool]] = []  # whose lines are not written yet
         self._last = time.monotonic()
 
-    def remove(self, record: CutRecord, clips: Sequence[Path]) -> None:
-        """Leave out the lines of clips that are cut anew."""
-        write_record(self._output, replace(record, lists=()))
-        self._removed |= set(map(str, clips))
-
-    def add(self, place: int, record: CutRecord, is_new: bool) -> None:
+    def add(self, record: CutRecord, is_new: bool) -> None:
         """Add the lines of a source, and write them now and then; a clip that has a line keeps it.
 
-        place: of the source among all. is_new: whether it was cut in this run; else a user may have removed
-        clips.
+        is_new: whether it was cut in this run; else a user may have removed clips.
         """
         if str(self._path) in record.lists and self._was_there:
             return
-        there = [one for one in record.clips if is_new or (self._output / one.name).exists()]
-        facts = [_line_of(self._output, record, one) for one in there]
-        self._added[place] = {one["video_path"]: json.dumps(one, ensure_ascii=False) for one in facts}
-        self._removed -= self._added[place].keys()
-        self._unlisted.append(record)
+        self._unlisted.append((record, is_new))
         if time.monotonic() - self._last >= LIST_SECONDS:
             self.write()
 
-    def write(self) -> None:
-        """Write additions and removals since the last time: the list completely or not at all.
+    def write(self, removed: Collection[Path] = ()) -> None:
+        """Write additions since the last time, without lines of `removed` clips; completely or not at all.
 
-        Lines of this run stand in the order of their sources. Raises OutputError, also if the list cannot be
-        read again.
+        Raises OutputError, also if the list cannot be read again.
         """
-        if not (self._unlisted or self._removed):
+        if not (self._unlisted or removed):
             return
-        there = list(self._read())
-        ours = {path: line for place in sorted(self._added) for path, line in self._added[place].items()}
-        kept = [(path, line) for path, line in there if path not in self._removed and ours.get(path) != line]
-        # what was written and is not there any more was removed by a user
-        others = {path for path, _ in kept} | (self._written - {path for path, _ in there})
-        lines = [*(line for _, line in kept), *(line for path, line in ours.items() if path not in others)]
+        names = set(map(str, removed))
+        there = [(path, line) for path, line in self._read() if path not in names]
+        lines, known = [line for _, line in there], {path for path, _ in there}
+        for record, is_new in self._unlisted:
+            for one in record.clips:
+                facts = _line_of(self._output, record, one)
+                if facts["video_path"] not in known and (is_new or (self._output / one.name).exists()):
+                    lines.append(json.dumps(facts, ensure_ascii=False))
         write_bytes(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
-        for record in self._unlisted:
+        for record, _ in self._unlisted:
             lists = tuple(dict.fromkeys([*record.lists, str(self._path)]))
             write_record(self._output, replace(record, lists=lists))
-        self._written, self._unlisted, self._last = set(ours), [], time.monotonic()
+        self._unlisted, self._last = [], time.monotonic()
 
     def _read(self) -> Iterator[tuple[str, str]]:
         """Yield the path of the clip of each line, empty if it is of none, and the line."""

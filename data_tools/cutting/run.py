@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +31,7 @@ from modules.console import count_of, in_words, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError, OptionError, OutputError, UserError
 from modules.media.encoding import settle_codec
+from modules.media.options import holds_depth
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.media.scenes import clock_time
 from modules.media.sections import VideoSection
@@ -99,7 +100,7 @@ def cut_footage(options: CuttingOptions) -> None:
             for job, result in _each(jobs, shop, failures):
                 results.append(result)
                 assert result.record is not None
-                clip_list.add(jobs.index(job), result.record, result.is_new)
+                clip_list.add(result.record, result.is_new)
                 if result.is_new:
                     logger.info("%s: %s", job.source, _in_words(result.clips))
         finally:
@@ -164,14 +165,15 @@ def _check(
     jobs: Sequence[CuttingJob], shop: "Workshop", clip_list: ClipList, failures: dict[Path, Exception]
 ) -> list[CuttingJob]:
     """Return the jobs that can be done; lines of clips that will be cut anew are taken out before."""
-    kept = []
+    kept, stale = [], []
     for job in jobs:
         with _reported(job, len(jobs), failures):
             old = _old_clips(job, shop, clip_list.captioned)
             if old and job.record is not None:
-                clip_list.remove(job.record, old)
+                write_record(shop.output, replace(job.record, lists=()))
+            stale += old
             kept.append(job)
-    clip_list.write()
+    clip_list.write(removed=stale)
     return kept
 
 
@@ -287,7 +289,7 @@ class Workshop:
             return 0
         form, info = self.options.form, source_info(source)
         codec = settle_codec(form.codec, info.width, info.height)
-        with contextlib.closing(self._frames(source, "clips of", form.is_deep)) as frames:
+        with contextlib.closing(self._frames(source, "clips of", holds_depth(form.codec))) as frames:
             numbered = enumerate(frames)
             for path, clip in missing:
                 start, seconds = (Fraction(round(one * MICRO), MICRO) for one in (clip.start, clip.seconds))
@@ -318,16 +320,20 @@ def _frames_of(
 def _each(
     jobs: Sequence[CuttingJob], shop: Workshop, failures: dict[Path, Exception]
 ) -> Iterator[tuple[CuttingJob, CutResult]]:
-    """Yield the result of each job as they end; errors go to `failures`."""
+    """Yield each job and its result, in order; errors go to `failures`."""
+
+    def work(job: CuttingJob) -> CutResult | None:
+        with _reported(job, len(jobs), failures):
+            return shop.cut(job)
+        return None
+
     pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
     try:
-        waiting: dict[Future[CutResult], CuttingJob] = {pool.submit(shop.cut, job): job for job in jobs}
-        while waiting:
-            done, _ = wait(waiting, WAIT_SECONDS, FIRST_COMPLETED)
-            for future in [one for one in waiting if one in done]:
-                job = waiting.pop(future)
-                with _reported(job, len(jobs), failures):
-                    yield job, future.result()
+        for job, future in [(job, pool.submit(work, job)) for job in jobs]:
+            while not future.done():
+                wait([future], WAIT_SECONDS)
+            if (result := future.result()) is not None:
+                yield job, result
     finally:
         shop.stop.set()  # if this ends early, so do the threads: at the next frame
         pool.shutdown(wait=True, cancel_futures=True)

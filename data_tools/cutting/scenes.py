@@ -3,8 +3,7 @@
 import importlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -14,7 +13,9 @@ from modules.errors import InstallationError
 from modules.media.depth import Pixels, in_eight_bits
 from modules.media.scenes import FLAT, Thumbnail, scene_distance, thumbnail
 
-CUT, DISSOLVE, PLAIN = "cut", "dissolve", "plain"  # kinds of changes
+# frames from the first number to before the second belong to no scene; at a hard cut both are that of the
+# first frame of the new scene
+SceneChange = tuple[int, int]
 FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged picture
 PLAIN_SECONDS = 0.1  # pictures of one colour for that long are the end of a scene
 # from the middle of a dissolve to its ends, about; longer ones are found by their steepest part
@@ -28,29 +29,7 @@ BEGUN = 0.08  # share of the other scene from which a picture belongs to a disso
 WIDTH = 256  # to which PySceneDetect itself reduces pictures
 
 
-@dataclass(frozen=True)
-class SceneChange:
-    """Frames from `begin` to before `end` belong to no scene.
-
-    At a hard cut both are the number of the first frame of the new scene.
-    """
-
-    begin: int
-    end: int
-    kind: str
-
-
-class ChangeDetector(Protocol):
-    """Finds the changes of a video whose pictures, H W 3, it is shown in order."""
-
-    def see(self, pixels: Pixels) -> None:
-        """Look at the next picture."""
-
-    def changes(self) -> list[SceneChange]:
-        """Return all changes, in order, after the last picture."""
-
-
-def load_detector(options: SceneOptions) -> Callable[[float], ChangeDetector]:
+def load_detector(options: SceneOptions) -> Callable[[float], "ChangeDetector"]:
     """Return a function that makes a detector for a video of so many pictures a second.
 
     Raises InstallationError if PySceneDetect is asked for and missing, or older than 0.7.
@@ -88,7 +67,7 @@ class PySceneDetect:
         self._found: list[Any] = []
 
     def see(self, pixels: Pixels) -> None:
-        """Look at the next picture."""
+        """Look at the next picture, H W 3."""
         factor = min(1.0, WIDTH / pixels.shape[1])
         size = max(1, round(pixels.shape[1] * factor)), max(1, round(pixels.shape[0] * factor))
         small = cv2.resize(in_eight_bits(pixels), size, interpolation=cv2.INTER_AREA)
@@ -100,8 +79,7 @@ class PySceneDetect:
         """Return the cuts, in order."""
         if self._count:
             self._found += self._detector.post_process(self._time(self._count - 1))
-        numbers = sorted({int(time.frame_num) for time in self._found})
-        return [SceneChange(number, number, CUT) for number in numbers]
+        return [(number, number) for number in sorted({int(time.frame_num) for time in self._found})]
 
 
 class OwnDetector:
@@ -127,7 +105,7 @@ class OwnDetector:
         self._dissolves = _Dissolves(threshold, rate)
 
     def see(self, pixels: Pixels) -> None:
-        """Look at the next picture."""
+        """Look at the next picture, H W 3."""
         now, number = thumbnail(pixels), self._count
         self._count += 1
         is_break = self._see_plain(now, number)
@@ -140,12 +118,17 @@ class OwnDetector:
         self._dissolves.see(now, number, is_break)
 
     def changes(self) -> list[SceneChange]:
-        """Return the changes, in order."""
+        """Return the changes, in order, after the last picture."""
         self._confirm()
         if self._plain_since is not None:
             self._end_plain(self._count, is_other=True)
-        found = sorted([*self._found, *self._dissolves.changes()], key=lambda one: (one.begin, one.end))
-        return _without_overlaps([one for one in found if one.end > 0 and one.begin < self._count])
+        joined: list[SceneChange] = []
+        for begin, end in sorted({*self._found, *self._dissolves.found}):
+            if joined and begin < joined[-1][1]:  # they overlap
+                begin, last = joined.pop()
+                end = max(last, end)
+            joined.append((begin, end))
+        return [one for one in joined if one[1] > 0 and one[0] < self._count]
 
     def _see_jump(self, now: Thumbnail, number: int, before: Thumbnail) -> None:
         if self._jump is not None:
@@ -159,7 +142,7 @@ class OwnDetector:
 
     def _confirm(self) -> None:
         if self._jump is not None:
-            self._found.append(SceneChange(self._jump[0], self._jump[0], CUT))
+            self._found.append((self._jump[0], self._jump[0]))
         self._jump = None
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
@@ -181,7 +164,7 @@ class OwnDetector:
         assert begin is not None
         if is_other or end - begin >= self._plain:
             # a scene of its own: too short for a clip, as a rule, or black
-            self._found += [SceneChange(begin, begin, PLAIN), SceneChange(end, end, PLAIN)]
+            self._found += [(begin, begin), (end, end)]
 
 
 def _is_plain(now: Thumbnail) -> bool:
@@ -207,7 +190,7 @@ class _Dissolves:
         self._pictures: deque[Thumbnail] = deque(maxlen=most)
         self._variances: deque[float] = deque(maxlen=most)
         self._last_break = -1
-        self._found: list[SceneChange] = []
+        self.found: list[SceneChange] = []  # those of one dissolve overlap
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
         """Look at picture `number`. is_break: a cut comes before it, or it has one colour."""
@@ -219,16 +202,6 @@ class _Dissolves:
             first = number - 2 * reach
             if first >= 0 and self._last_break <= first:
                 self._look(first, reach)
-
-    def changes(self) -> list[SceneChange]:
-        """Return the dissolves: those that overlap are one."""
-        joined: list[SceneChange] = []
-        for one in sorted(self._found, key=lambda one: one.begin):
-            if joined and one.begin <= joined[-1].end:
-                last = joined.pop()
-                one = SceneChange(last.begin, max(last.end, one.end), DISSOLVE)
-            joined.append(one)
-        return joined
 
     def _look(self, first: int, reach: int) -> None:
         """Look whether the last 2 * reach + 1 pictures, from number `first` on, are a dissolve."""
@@ -247,17 +220,7 @@ class _Dissolves:
         if not is_even or scene_distance(begin, end, self._threshold) < self._threshold:
             return
         mixed = [place for place, share in enumerate(shares) if BEGUN < share < 1 - BEGUN]
-        self._found.append(SceneChange(first + mixed[0], first + mixed[-1] + 1, DISSOLVE))
+        self.found.append((first + mixed[0], first + mixed[-1] + 1))
 
 
-def _without_overlaps(changes: list[SceneChange]) -> list[SceneChange]:
-    """Return changes in order, without those that lie inside others."""
-    kept: list[SceneChange] = []
-    for one in changes:
-        if kept and one.begin < kept[-1].end:
-            last = kept.pop()
-            one = SceneChange(last.begin, max(last.end, one.end), last.kind)
-        elif kept and (one.begin, one.end) == (kept[-1].begin, kept[-1].end):
-            continue
-        kept.append(one)
-    return kept
+ChangeDetector: TypeAlias = OwnDetector | PySceneDetect

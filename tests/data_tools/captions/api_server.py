@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
-# the number of the request, from 0, and what it asks -> status and JSON text, or a caption
-Reply = Callable[[int, dict[str, Any]], tuple[int, str] | str]
+# the number of the request, from 0, and what it asks -> status and JSON text, a caption, or the raw answer
+Reply = Callable[[int, dict[str, Any]], tuple[int, str] | str | bytes]
 
 
 @dataclass
@@ -21,39 +20,12 @@ class FakeServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
-    at_once: int = 0
-    most_at_once: int = 0
 
 
 def caption(text: Any, finish: str = "stop") -> tuple[int, str]:
     """The answer of a server with a caption."""
     message = {"role": "assistant", "content": text}
     return 200, json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": finish}]})
-
-
-@contextmanager
-def run_raw_server(answer: bytes) -> Iterator[str]:
-    """Answer every request with these bytes until the block ends; yields the address."""
-
-    class Handler(StreamRequestHandler):
-        def handle(self) -> None:
-            length = 0
-            while (line := self.rfile.readline().lower()) not in (b"", b"\r\n"):
-                if line.startswith(b"content-length:"):
-                    length = int(line.partition(b":")[2])
-            self.rfile.read(length)
-            with suppress(OSError):  # the program that asked may be gone
-                self.wfile.write(answer)
-
-    server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @contextmanager
@@ -70,14 +42,12 @@ def run_server(reply: Reply, retry_after: str | None = None) -> Iterator[FakeSer
                 seen.bodies.append(body)
                 seen.headers.append(dict(self.headers))
                 seen.paths.append(self.path)
-                seen.at_once += 1
-                seen.most_at_once = max(seen.most_at_once, seen.at_once)
             answer = reply(number, body)
-            with lock:
-                seen.at_once -= 1
-            status, text = caption(answer) if isinstance(answer, str) else answer
             with suppress(OSError):  # the program that asked may be gone
-                self._send(status, text)
+                if isinstance(answer, bytes):
+                    self.wfile.write(answer)
+                else:
+                    self._send(*(caption(answer) if isinstance(answer, str) else answer))
 
         def _send(self, status: int, text: str) -> None:
             self.send_response(status)

@@ -16,7 +16,7 @@ from data_tools.captions.options import AskOptions, CaptionModelOptions
 from data_tools.captions.places import CaptionPlace, find_places
 from data_tools.captions.run import run_captioning
 from dataset.config import load_dataset_config
-from modules.errors import CheckpointError, DownloadError, MemoryPlanError
+from modules.errors import CheckpointError, MemoryPlanError
 from tests.data_tools.captions.making import make_folder, options_of, read_captions
 from tests.dataset.making import make_clip
 from tests.tiny.vision_model import TEMPLATE, WORDS, write_llava, write_qwen
@@ -154,10 +154,3 @@ def test_a_pickle_is_not_read(llava: Path, tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="safetensors"):
         load(folder)
-
-
-def test_a_name_of_a_hub_is_not_fetched_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE"):
-        load(Path("nobody/no-such-model"))

@@ -4,7 +4,6 @@ import base64
 import io
 import logging
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from PIL import Image
 from data_tools.captions.asking import NoCaptionError
 from data_tools.captions.places import find_places
 from data_tools.captions.run import run_captioning
-from data_tools.captions.server import make_server
+from data_tools.captions.server import ApiServer
 from dataset.config import load_dataset_config
 from modules.errors import UserError
-from tests.data_tools.captions.api_server import run_raw_server, run_server
+from tests.data_tools.captions.api_server import run_server
 from tests.data_tools.captions.making import make_folder, options_of, read_captions
 
 SECRET = "sk-test-0123456789"
@@ -64,7 +63,6 @@ def test_requests_wait_together_and_need_no_key(tmp_path: Path, monkeypatch: pyt
     with run_server(reply) as server:
         run(config, server.address, "--api_workers", "3")
 
-    assert server.most_at_once == 3
     assert "Authorization" not in server.headers[0]
 
 
@@ -78,24 +76,21 @@ def test_a_busy_server_is_asked_again(status: int, tmp_path: Path) -> None:
     assert len(read_captions(tmp_path)) == 3
 
 
-REDIRECTS = ["http://[::::", "http://host:port/", "//", "\x80", "http://\xad.com/", "http://a\x00b/"]
+REDIRECTS = ["http://[::::", "http://host:port/", "http://a\x00b/"]
 
 
 @pytest.mark.parametrize("target", REDIRECTS, ids=ascii)
 def test_another_address_is_neither_read_nor_followed(target: str, tmp_path: Path) -> None:
     answer = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 2\r\n\r\nno".encode("latin-1")
-    with run_raw_server(answer) as address, pytest.raises(UserError, match="answers 302 and names another"):
-        _ask(address, make_folder(tmp_path))
+    with run_server(lambda *_: answer) as server, pytest.raises(UserError, match="302 and names another"):
+        _ask(server.address, make_folder(tmp_path))
 
 
 BROKEN = {
     "nothing": b"",
     "no status": b"hello\r\n\r\n",
-    "an odd status": b"HTTP/1.1 2x0 OK\r\n\r\n",
     "a long header": b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
-    "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200 + b"\r\n",
     "a negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n{}",
-    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n{}",
     "too short": b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{}",
     "a negative chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n{}\r\n",
     "no gzip": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
@@ -106,13 +101,14 @@ BROKEN = {
 
 @pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN)
 def test_a_broken_answer_costs_its_caption_only(answer: bytes, tmp_path: Path) -> None:
-    with run_raw_server(answer) as address, pytest.raises(NoCaptionError):
-        _ask(address, make_folder(tmp_path))
+    with run_server(lambda *_: answer) as server, pytest.raises(NoCaptionError):
+        _ask(server.address, make_folder(tmp_path))
 
 
-def _ask(address: str, config: Path, timeout: float = 20.0) -> str:
+def _ask(address: str, config: Path) -> str:
     options = options_of(config, "--api_base", address, "--api_model", "m")
-    server = replace(make_server(options.api, options.ask, {}), timeout=timeout, first_wait=0.001)
+    server = ApiServer(options.api, options.ask, {})
+    server.first_wait = 0.001
     return server.describe(find_places(load_dataset_config(config), False)[0], ())
 
 
@@ -151,7 +147,7 @@ def test_the_key_does_not_travel_unencrypted_without_a_word(
 ) -> None:
     options = options_of(make_folder(tmp_path), "--api_base", "http://host/v1", "--api_model", "m")
 
-    make_server(options.api, options.ask, {})
+    ApiServer(options.api, options.ask, {})
     assert not caplog.text
-    make_server(options.api, options.ask, {"OPENAI_API_KEY": SECRET})
+    ApiServer(options.api, options.ask, {"OPENAI_API_KEY": SECRET})
     assert "without encryption" in caplog.text
