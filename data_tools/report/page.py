@@ -18,9 +18,9 @@ from dataset.caching.reports import Failure
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
-from dataset.sources.steps import Steps
 from modules.bars import Bar
 from modules.console import count_of, in_words
+from modules.contract.data import LatentSpec
 from modules.contract.rules import TokenCount
 from modules.control_codes import escape_control_codes
 from modules.media.buckets import Fit, Size
@@ -89,7 +89,7 @@ def write_check_page(
     path: Path,
     config: DatasetConfig,
     result: CheckResult,
-    latent: Steps,
+    latent: LatentSpec,
     fps: float,
     most: int,
     workers: int,
@@ -128,7 +128,7 @@ def write_report_page(
     tables: Sequence[TableFindings],
     numbers: Numbers,
     options: ReportOptions,
-    steps: Steps,
+    latent: LatentSpec,
     workers: int,
 ) -> None:
     """Write the page of the report. numbers: the result of `collect_numbers`; the page shows nothing else.
@@ -136,7 +136,9 @@ def write_report_page(
     Raises OutputError if the page cannot be written.
     """
     copies = {path for group in numbers["near_duplicates"] for path in group}
-    cards = _make_cards(tables, NO_COUNTERS, steps, options.fps, options.items, workers, REPORT_STRIP, copies)
+    cards = _make_cards(
+        tables, NO_COUNTERS, latent, options.fps, options.items, workers, REPORT_STRIP, copies
+    )
     shown = _escape_texts(numbers)
     by_path = {escape_control_codes(str(card.source.path)): card for card in cards}
     values = {
@@ -174,7 +176,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
 def _make_cards(
     tables: Sequence[TableFindings],
     counters: Counters,
-    steps: Steps,
+    latent: LatentSpec,
     fps: float,
     most: int,
     workers: int,
@@ -193,7 +195,7 @@ def _make_cards(
     def work(pair: tuple[TableFindings, int]) -> Card:
         found, place = pair
         source = found.sources[place]
-        look = show(source, fps, steps, shown)
+        look = show(source, fps, latent, shown)
         paths = {escape_control_codes(str(path)) for path in (source.path, source.caption_path)}
         faults, remarks = (
             # that a caption is empty is a path alone: the card shows it

@@ -18,9 +18,8 @@ import cache_text_encoder_outputs
 import prepare_dataset
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
-import wan_train_network
 from hunyuan_model.vae import load_vae as load_hunyuan_vae
-from modules.errors import DatasetError, OptionError
+from modules.errors import OptionError
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
 from tests.data_tools.cogvideox.making import (
@@ -32,7 +31,6 @@ from tests.data_tools.cogvideox.making import (
     write_wan_pipeline,
 )
 from tests.tiny.project import CAPTIONS
-from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.vae import load_vae as load_wan_vae
 
 SMALL = ["--height_buckets", "32", "--width_buckets", "32", "--frame_buckets", "13"]
@@ -176,37 +174,6 @@ def test_caches_of_prepared_tensors_equal_those_of_the_clips_and_load_no_encoder
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             assert torch.equal(tensor, theirs[key]), key
-
-
-def test_tensors_of_another_model_are_refused_by_its_name(models: Models, tmp_path: Path) -> None:
-    output = tmp_path / "prepared"
-    encode(write_data(tmp_path / "data", count=1), output, models["hv"])
-    config = write_config(tmp_path, output, "load_tensors = true")
-
-    with pytest.raises(DatasetError, match=r"was made by the VAE of hunyuan_video \(.*json\), this is wan"):
-        wan_cache_latents.main(["--dataset_config", str(config), "--vae", str(models["wan"] / "vae")])
-
-
-def test_a_lora_is_trained_on_tensors_without_clips(models: Models, tmp_path: Path) -> None:
-    output, model = tmp_path / "prepared", models["wan"]
-    encode(write_data(tmp_path / "data"), output, model)
-    for path in (output / "videos").iterdir():
-        path.unlink()
-    config = str(write_config(tmp_path, output, "load_tensors = true", 'dataset_file = "data.jsonl"'))
-    dit = write_dit(tmp_path, tiny_state("t2v"), name="dit")
-    encoders = ["--vae", str(model / "vae"), "--t5", str(model / "text_encoder")]
-
-    wan_cache_latents.main(["--dataset_config", config, *encoders[:2]])
-    wan_cache_text_encoder_outputs.main(["--dataset_config", config, *encoders[2:]])
-    wan_train_network.main(
-        [
-            *("--dataset_config", config, "--task", "t2v-1.3B", "--dit", str(dit), *encoders, "--sdpa"),
-            *("--network_module", "networks.lora_wan", "--network_dim", "4", "--max_train_steps", "2"),
-            *("--learning_rate", "1e-2", "--output_dir", str(tmp_path / "out"), "--output_name", "lora"),
-        ]
-    )
-
-    assert (tmp_path / "out" / "lora.safetensors").exists()
 
 
 def test_a_rerun_continues_what_was_stopped_and_equals_an_undisturbed_run(
