@@ -11,6 +11,7 @@ from torch import Tensor
 from data_tools.cogvideox.options import MAX_TOKENS, EncodingOptions
 from modules.checkpoints.model_files import find_model_folder
 from modules.checkpoints.opening import fingerprint
+from modules.checkpoints.tokenizers import first_line
 from modules.contract.data import Conditions, LatentSpec
 from modules.contract.family import TextEncoder
 from modules.contract.requests import Prompt
@@ -255,9 +256,7 @@ def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True, **weights, **settings)
     except Exception as error:  # the packages raise nothing more precise
-        lines = str(error).strip().splitlines()
-        why = lines[0] if lines else type(error).__name__
-        raise CheckpointError(f"{folder} cannot be loaded: {why}", folder) from error
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}", folder) from error
 
 
 def _packages() -> tuple[Any, Any]:

@@ -14,9 +14,9 @@ from dataset.sources.decoding import decode_source, fit_of, plan_source, source_
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, describe_short
 from dataset.sources.media_source import MediaSource
-from dataset.sources.moments import measure_source
+from dataset.sources.prepared import measure_source
 from dataset.sources.rates import compare_rates
-from dataset.sources.steps import Steps
+from modules.contract.data import LatentSpec
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
@@ -111,13 +111,13 @@ def cut_percent(fit: Fit) -> float:
     return 100 * (1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1]))
 
 
-def measure(source: MediaSource, fps: float, steps: Steps) -> Look:
+def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     """Decode a source as caching does, with its control media and mask, and measure its used frames."""
     sample = EvenFrames(_reducer())
-    found = _look_over(source, fps, steps, sample.add)
+    found = _look_over(source, fps, latent, sample.add)
     if "problem" not in found and (source.control or source.mask_from is not None):
         try:
-            decode_source(source, fps, steps.pixel_step, steps.frame_step)
+            decode_source(source, fps, latent.pixel_step, latent.frame_step)
         except (MediaError, DatasetError, OSError) as error:  # caching would refuse it
             found |= {"problem": str(error), "lengths": (), "none": None}
     if "problem" not in found and sample.frames:
@@ -127,7 +127,7 @@ def measure(source: MediaSource, fps: float, steps: Steps) -> Look:
     return Look(**found)
 
 
-def show(source: MediaSource, fps: float, steps: Steps, shown: StripSize) -> Look:
+def show(source: MediaSource, fps: float, latent: LatentSpec, shown: StripSize) -> Look:
     """Decode a source and draw its frames; only a few small ones are kept in memory.
 
     `problem` says what cannot be read; the frames before it are shown.
@@ -140,7 +140,7 @@ def show(source: MediaSource, fps: float, steps: Steps, shown: StripSize) -> Loo
         return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
 
     sample = EvenFrames(reduce)
-    found = _look_over(source, fps, steps, sample.add)
+    found = _look_over(source, fps, latent, sample.add)
     if sample.frames:
         widest = max(frame.shape[1] for frame in sample.frames)
         most = min(MOST_FRAMES, (shown.width + GAP) // (widest + GAP))
@@ -151,16 +151,16 @@ def show(source: MediaSource, fps: float, steps: Steps, shown: StripSize) -> Loo
     return Look(**found)
 
 
-def read_header(source: MediaSource, fps: float, steps: Steps) -> Look:
+def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     """Return the facts in the header of a source; a clip whose header has no number of frames is decoded."""
     try:
         with fetch(source) as here:
-            plan = plan_source(here, fps, steps.pixel_step, steps.frame_step)
+            plan = plan_source(here, fps, latent.pixel_step, latent.frame_step)
             info = video_info(here.path) if source.table.kind == "video" else None
     except (MediaError, DatasetError, OSError) as error:
         return Look(problem=str(error))
     return Look(
-        fit_of(source.table, plan.size, steps.pixel_step, source.path),
+        fit_of(source.table, plan.size, latent.pixel_step, source.path),
         plan.size,
         fps=info.fps if info else None,
         frames=info.frames if info else None,
@@ -170,23 +170,23 @@ def read_header(source: MediaSource, fps: float, steps: Steps) -> Look:
 
 
 def _look_over(
-    source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None]
+    source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None]
 ) -> dict[str, Any]:
     """Hand each used frame of a source to `take`, at its own size; return what was found, for `Look`."""
     found: dict[str, Any] = {"used": 0, "spans": ()}
     table = source.table
     try:
         if source.tensors is not None:  # its clip, which need not be there, is not read
-            given = measure_source(source, steps)
-            spans = (given.span(steps.frame_step),)
+            given = measure_source(source, latent)
+            spans = (given.span(latent.frame_step),)
             found |= {"size": given.size, "fit": fit_cover(given.size, given.size), "frames": given.frames}
             found |= {"bytes": _size_bytes(source), "used": given.frames, "spans": spans}
         else:
             with fetch(source) as here:
-                _read_frames(here, fps, steps, take, found)
+                _read_frames(here, fps, latent, take, found)
             is_clip = table.kind == "video"
             found["spans"], found["none"] = (
-                spans_or_reason(table, found["used"], steps.frame_step) if is_clip else (((0, 1),), None)
+                spans_or_reason(table, found["used"], latent.frame_step) if is_clip else (((0, 1),), None)
             )
             found["short"] = describe_short(table, found["spans"], found["used"])
         found["lengths"] = _count_lengths(found["spans"])
@@ -196,7 +196,7 @@ def _look_over(
 
 
 def _read_frames(
-    source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None], found: dict[str, Any]
+    source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None], found: dict[str, Any]
 ) -> None:
     """Hand the frames of a source on disk to `take`; add facts found on the way to `found`."""
     found["bytes"] = _size_bytes(source)
@@ -208,7 +208,7 @@ def _read_frames(
     for frame in source_frames(source, fps):
         if "fit" not in found:
             size = (frame.shape[1], frame.shape[0])
-            found |= {"size": size, "fit": fit_of(source.table, size, steps.pixel_step, source.path)}
+            found |= {"size": size, "fit": fit_of(source.table, size, latent.pixel_step, source.path)}
         take(frame)
         found["used"] += 1
 

@@ -16,13 +16,11 @@ from data_tools.report.options import ReportOptions
 from dataset.caching.prefetch import read_ahead
 from dataset.caching.reports import Failure
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
-from dataset.sources.steps import Steps
 from modules.bars import Bar
 from modules.console import count_of, in_words
+from modules.contract.data import LatentSpec
 from modules.contract.rules import TokenCount
-from modules.control_codes import escape_control_codes
 from modules.media.buckets import Fit, Size
 from modules.pages.page import write_page
 
@@ -63,7 +61,6 @@ class CaptionPart:
 class Card:
     """One file as the page shows it."""
 
-    name: str
     place: str  # names the card in links
     source: MediaSource
     look: Look
@@ -89,7 +86,7 @@ def write_check_page(
     path: Path,
     config: DatasetConfig,
     result: CheckResult,
-    latent: Steps,
+    latent: LatentSpec,
     fps: float,
     most: int,
     workers: int,
@@ -103,19 +100,9 @@ def write_check_page(
     values = {
         "result": result,
         "sections": [
-            (
-                found,
-                escape_control_codes(str(found.table.source)),
-                _describe(found.table),
-                list(map(escape_control_codes, found.caches)),
-                _escape(found.faults),
-                _escape(found.remarks),
-                [card for card in cards if card.source.table is found.table],
-            )
+            (found, _describe(found.table), [card for card in cards if card.source.table is found.table])
             for found in result.tables
         ],
-        "missing": list(map(escape_control_codes, result.counters.missing)),
-        "tail": list(map(escape_control_codes, result.tail)),
         "files": files,
     }
     title = f"{config.path.name}: {count_of(files, 'file')} checked"
@@ -128,7 +115,7 @@ def write_report_page(
     tables: Sequence[TableFindings],
     numbers: Numbers,
     options: ReportOptions,
-    steps: Steps,
+    latent: LatentSpec,
     workers: int,
 ) -> None:
     """Write the page of the report. numbers: the result of `collect_numbers`; the page shows nothing else.
@@ -136,33 +123,32 @@ def write_report_page(
     Raises OutputError if the page cannot be written.
     """
     copies = {path for group in numbers["near_duplicates"] for path in group}
-    cards = _make_cards(tables, NO_COUNTERS, steps, options.fps, options.items, workers, REPORT_STRIP, copies)
-    shown = _escape_texts(numbers)
-    by_path = {escape_control_codes(str(card.source.path)): card for card in cards}
+    cards = _make_cards(
+        tables, NO_COUNTERS, latent, options.fps, options.items, workers, REPORT_STRIP, copies
+    )
     values = {
         "result": None,
-        "report": shown,
+        "report": numbers,
         "sections": [
             (table, *_draw_table(table, found), [card for card in cards if card.source.table is found.table])
-            for table, found in zip(shown["tables"], tables, strict=True)
+            for table, found in zip(numbers["tables"], tables, strict=True)
         ],
-        "links": by_path,
+        "links": {str(card.source.path): card for card in cards},
         "number": _number,
         "in_words": in_words,
     }
-    _write_page(path, escape_control_codes(config.path.name), values, cards, options.fps)
+    _write_page(path, config.path.name, values, cards, options.fps)
 
 
 def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequence[Card], fps: float) -> None:
     filters = [(mark, words, sum(mark in card.marks for card in cards)) for mark, words in FILTERS]
-    name_of = lambda path: escape_control_codes(Path(path).name)  # noqa: E731
-    shared = {
-        "name_of": name_of,
+    shared: dict[str, Any] = {
         "fps": fps,
         "cards": len(cards),
         "filters": [one for one in filters if one[2]],
         **MOST,
     }
+    shared["name_of"] = lambda path: Path(path).name
     write_page(path, TEMPLATE, title, {**shared, **values})
     logger.info("wrote %s", path)
 
@@ -174,7 +160,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
 def _make_cards(
     tables: Sequence[TableFindings],
     counters: Counters,
-    steps: Steps,
+    latent: LatentSpec,
     fps: float,
     most: int,
     workers: int,
@@ -187,21 +173,21 @@ def _make_cards(
     told: dict[tuple[bool, int, str | None], list[str]] = {}
     for found in tables:
         for is_fault, ones in ((True, found.faults), (False, found.remarks)):
-            for one in _escape(ones):
+            for one in ones:
                 told.setdefault((is_fault, found.table.index, one.stem), []).append(one.text)
 
     def work(pair: tuple[TableFindings, int]) -> Card:
         found, place = pair
         source = found.sources[place]
-        look = show(source, fps, steps, shown)
-        paths = {escape_control_codes(str(path)) for path in (source.path, source.caption_path)}
+        look = show(source, fps, latent, shown)
+        paths = {str(path) for path in (source.path, source.caption_path)}
         faults, remarks = (
             # that a caption is empty is a path alone: the card shows it
             [text for text in told.get((is_fault, found.table.index, source.stem), []) if text not in paths]
             for is_fault in (True, False)
         )
         if look.problem is not None and not faults:
-            faults = [escape_control_codes(look.problem)]
+            faults = [look.problem]
         measures = found.looks[place].measures if found.looks else None
         captions = [] if source.caption is None else [source.caption, *source.more_captions]
         counts = [counters.count(caption) if caption else [] for caption in captions]
@@ -215,7 +201,6 @@ def _make_cards(
             "cut": look.cut_percent > 20,
         }
         return Card(
-            escape_control_codes(source.path.name),
             f"file-{found.table.index + 1}-{place}",
             source,
             replace(look, measures=measures),
@@ -256,11 +241,6 @@ def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]
     return chosen
 
 
-def _escape(faults: Sequence[Fault]) -> list[Fault]:
-    """Write control codes out: they would hide or reorder the text."""
-    return [Fault(one.kind, escape_control_codes(one.text), one.stem) for one in faults]
-
-
 def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
     """Split a caption where encoders stop reading. Encoders that read the same text share one entry."""
     if not counts:
@@ -282,9 +262,8 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
 
 
 def _shorten(text: str, most: int) -> str:
-    """Return the beginning of a text, with control codes written out, and how much is left out."""
-    more = f" [... and {len(text) - most:,} more characters]" if len(text) > most else ""
-    return escape_control_codes(text[:most]) + more
+    """Return the beginning of a text, and how much is left out."""
+    return text if len(text) <= most else f"{text[:most]} [... and {len(text) - most:,} more characters]"
 
 
 def _windows(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
@@ -340,12 +319,3 @@ def _draw_crops(bucket: Size, rows: Sequence[Numbers], fits: Counter[Fit]) -> Cr
 def _number(value: float) -> str:
     """Return a number as short text."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
-
-
-def _escape_texts(value: Any) -> Any:
-    """Write out the control codes in all texts of JSON values."""
-    if isinstance(value, str):
-        return escape_control_codes(value)
-    if isinstance(value, dict):
-        return {key: _escape_texts(one) for key, one in value.items()}
-    return [_escape_texts(one) for one in value] if isinstance(value, list) else value

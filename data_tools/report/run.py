@@ -4,8 +4,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from data_tools.report.copies import group_copies
@@ -20,9 +20,9 @@ from dataset.config import FRAME_STEP, DatasetConfig, DatasetTable
 from dataset.sources.decoding import check_resolution
 from dataset.sources.faults import Fault, list_faults
 from dataset.sources.media_source import MediaSource
-from dataset.sources.steps import Steps
 from modules.atomic_write import write_text
 from modules.bars import Bar
+from modules.contract.data import LatentSpec
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 from modules.media.buckets import Fit
@@ -31,18 +31,8 @@ logger = logging.getLogger(__name__)
 
 NAMED = 10  # faults of one kind in the log
 # channels of the latents and the pixels of each, by --pixel_step: those of Wan2.2 TI2V-5B, and of all others
-LATENTS = {32: (48, (4, 16, 16))}
+LATENTS: Mapping[int, tuple[int, tuple[int, int, int]]] = {32: (48, (4, 16, 16))}
 USUAL = (16, (4, 8, 8))
-
-
-@dataclass(frozen=True)
-class ModelSteps:
-    """Sizes, lengths and latents that the model takes."""
-
-    pixel_step: int
-    channels: int
-    stride: tuple[int, int, int]
-    frame_step: int = FRAME_STEP  # of all families
 
 
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
@@ -51,10 +41,10 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     Raises DatasetError if there is nothing to report on, OutputError if a file cannot be written.
     """
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
-    steps = ModelSteps(options.pixel_step, *LATENTS.get(options.pixel_step, USUAL))
+    latent = LatentSpec(*LATENTS.get(options.pixel_step, USUAL), options.pixel_step, FRAME_STEP)
     decodes = not options.no_decode
     tables = [
-        _measure_table(config, table, options.fps, steps, decodes, workers) for table in config.datasets
+        _measure_table(config, table, options.fps, latent, decodes, workers) for table in config.datasets
     ]
     faults = [fault for found in tables for fault in found.faults]
     if not any(found.sources for found in tables):
@@ -67,7 +57,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         text = "\n  ".join(list_faults(faults, NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
     if options.output is not None:
-        write_report_page(options.output, config, tables, numbers, options, steps, workers)
+        write_report_page(options.output, config, tables, numbers, options, latent, workers)
     if options.json is not None:
         # ASCII, so that no text from outside reaches a terminal as it is
         text = json.dumps(numbers, indent=2) + "\n"
@@ -79,7 +69,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
 
 
 def _measure_table(
-    config: DatasetConfig, table: DatasetTable, fps: float, steps: Steps, decodes: bool, workers: int
+    config: DatasetConfig, table: DatasetTable, fps: float, latent: LatentSpec, decodes: bool, workers: int
 ) -> TableFindings:
     """Read all sources of a table once. decodes: False reads headers only, and measures nothing."""
     found = find_table(config, table)
@@ -87,14 +77,14 @@ def _measure_table(
         return found
     check_captions(found)
     try:
-        check_resolution(table, steps.pixel_step)
+        check_resolution(table, latent.pixel_step)
     except DatasetError as error:
         found.unusable(error)
         return found
 
     def work(source: MediaSource) -> Look:
         # of given tensors the header is all that is read
-        return (measure if decodes or source.tensors is not None else read_header)(source, fps, steps)
+        return (measure if decodes or source.tensors is not None else read_header)(source, fps, latent)
 
     fits: dict[Fit | None, Fit | None] = {}  # each once: there are few
     bar = Bar(len(found.sources), "Measuring" if decodes else "Reading headers", "file")

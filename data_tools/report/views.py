@@ -5,7 +5,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -34,38 +34,30 @@ WINDOW_WIDTH = 1600  # pixels
 CONSOLE_FRAMES = 4
 SHADES = " .:-=+*#%@"  # dark to light, for text on a background
 
-NEXT, NEXT_DATASET, QUIT = "next", "next dataset", "quit"
-Show = Callable[[Item, NDArray[np.uint8]], str]  # an item and its frames F H W 3 -> one of the three above
+NEXT, NEXT_DATASET, QUIT = "next", "next dataset", "quit"  # answers to an item that is shown
+WINDOW = "window"  # a way to show, besides the values of --debug_mode
 
 
 def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions, workers: int) -> CacheReport:
     """Show every item as --debug_mode says. Sources that cannot be read become failures of the report."""
-    show, latent, fps = _viewer(family, config, debug), family.latent, family.defaults.fps
+    latent, fps, folder = family.latent, family.defaults.fps, config.path.absolute().parent / "debug_views"
+    way = _choose_way(debug, folder)
     failures: list[Failure] = []
     dropped: list[Failure] = []
-    shown = 0
-    most = debug.console_num_images if debug.debug_mode == "console" else None
 
     def decode(source: MediaSource) -> DecodedSource:
         # a picture that is another each time is shown as it may be trained once
         return decode_source(source, fps, latent.pixel_step, latent.frame_step, _numbers(source))
 
-    def show_items(media: DecodedSource) -> str:
-        """Show the items of a source until the answer is another than the next one."""
-        nonlocal shown
-        for item in media.items:
-            if shown == most:
-                return NEXT_DATASET
+    def show_items(media: DecodedSource, most: int | None) -> Iterator[str]:
+        """Show the items of a source, at most so many; yield the answer to each."""
+        for item in media.items[:most]:
             logger.info("%s: %s", _title(item), _caption(item.source) or "(no caption)")
-            shown += 1
-            answer = show(item, side_by_side(media, item))
-            if answer != NEXT:
-                return answer
-        return NEXT
+            yield _show(way, folder, item, side_by_side(media, item), fps, debug)
 
     for table in config.datasets:
         logger.info("%s", table.name)
-        shown = 0
+        left = debug.console_num_images if way == "console" else None
         sources = find_sources(table)
         bar = Bar(len(sources), "Decoding", "source", shown=False)
         with contextlib.closing(decode_ahead(sources, lambda one: one, decode, workers, bar)) as decoded:
@@ -75,12 +67,49 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
                     continue
                 if result.reason is not None:
                     dropped.append(Failure.of(source, result.reason))
-                answer = show_items(result)
+                answer = next((one for one in show_items(result, left) if one != NEXT), NEXT)
+                left = None if left is None else left - len(result.items)
                 if answer == QUIT:
                     return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
-                if answer == NEXT_DATASET:
+                if answer == NEXT_DATASET or (left is not None and left <= 0):
                     break
     return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
+
+
+def _choose_way(debug: DebugOptions, folder: Path) -> str:
+    """Return how items are shown, and tell where."""
+    way = str(debug.debug_mode)
+    if way == "video":
+        logger.info("writing clips to %s", folder)
+    elif way == "image" and _has_window():
+        logger.info("keys in the window: d for the next dataset, q to quit, any other for the next item")
+        return WINDOW
+    elif way == "image":
+        logger.info("pictures cannot be shown in a window here; writing them to %s", folder)
+    return way
+
+
+def _show(
+    way: str, folder: Path, item: Item, frames: NDArray[np.uint8], fps: float, debug: DebugOptions
+) -> str:
+    """Show frames F H W 3 of an item; return what the user wants to see now."""
+    name = f"{item.source.table.index}_{item.key}"
+    if way == "console":
+        picture = sheet(frames, CONSOLE_FRAMES)
+        sys.stdout.write(coloured_text(picture, debug.console_width, debug.console_back))
+        sys.stdout.flush()
+    elif way == "video" and len(frames) > 1:
+        write_video(folder / f"{name}.mp4", frames, fps)
+    elif way == WINDOW:
+        picture = sheet(frames)
+        scale = min(1.0, WINDOW_WIDTH / picture.shape[1])
+        if scale < 1:
+            picture = np.asarray(cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+        cv2.imshow("dataset", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        return {ord("d"): NEXT_DATASET, ord("q"): QUIT}.get(cv2.waitKey(0) & 0xFF, NEXT)
+    else:
+        write_png(folder / f"{name}.png", sheet(frames))
+    return NEXT
 
 
 def _caption(source: MediaSource) -> str:
@@ -132,26 +161,6 @@ def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
     return "\n".join("".join(row) + "\033[0m" for row in cells) + "\n"
 
 
-def _viewer(family: Described, config: DatasetConfig, debug: DebugOptions) -> Show:
-    folder = config.path.absolute().parent / "debug_views"
-    match debug.debug_mode:
-        case "console":
-            return lambda item, frames: _to_console(frames, debug)
-        case "video":
-            logger.info("writing clips to %s", folder)
-            return lambda item, frames: _to_clip(_file(folder, item), frames, family.defaults.fps)
-        case "image" if _has_window():
-            logger.info("keys in the window: d for the next dataset, q to quit, any other for the next item")
-            return lambda item, frames: _to_window(frames)
-        case _:
-            logger.info("pictures cannot be shown in a window here; writing them to %s", folder)
-            return lambda item, frames: _to_picture(_file(folder, item), sheet(frames))
-
-
-def _file(folder: Path, item: Item) -> Path:
-    return folder / f"{item.source.table.index}_{item.key}"
-
-
 def _title(item: Item) -> str:
     width, height = item.bucket
     size = f"{width}x{height} from {item.size[0]}x{item.size[1]}"
@@ -160,35 +169,6 @@ def _title(item: Item) -> str:
         if item.source.table.kind == "image"
         else f"{item.key}, {item.span[1]} frames of {size}"
     )
-
-
-def _to_console(frames: NDArray[np.uint8], debug: DebugOptions) -> str:
-    sys.stdout.write(coloured_text(sheet(frames, CONSOLE_FRAMES), debug.console_width, debug.console_back))
-    sys.stdout.flush()
-    return NEXT
-
-
-def _to_clip(path: Path, frames: NDArray[np.uint8], fps: float) -> str:
-    if len(frames) == 1:
-        return _to_picture(path, frames[0])
-    write_video(path.with_name(f"{path.name}.mp4"), frames, fps)
-    return NEXT
-
-
-def _to_picture(path: Path, picture: Frame) -> str:
-    write_png(path.with_name(f"{path.name}.png"), picture)
-    return NEXT
-
-
-def _to_window(frames: NDArray[np.uint8]) -> str:
-    picture = sheet(frames)
-    scale = min(1.0, WINDOW_WIDTH / picture.shape[1])
-    small = (
-        cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else picture
-    )
-    cv2.imshow("dataset", cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
-    key = cv2.waitKey(0) & 0xFF
-    return {ord("d"): NEXT_DATASET, ord("q"): QUIT}.get(key, NEXT)
 
 
 def _has_window() -> bool:

@@ -14,8 +14,7 @@ from dataset.caching.text_plans import CaptionFile
 from dataset.config import DatasetTable
 from dataset.sources.faults import Fault, raise_faults
 from dataset.sources.media_source import MediaSource
-from dataset.sources.moments import explain_channels, read_tensor
-from dataset.sources.prepared import PREPARED, read_prepared
+from dataset.sources.prepared import PREPARED, explain_channels, read_prepared, read_tensor
 from modules.checkpoints.containers import load_pickled
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder

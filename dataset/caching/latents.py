@@ -33,7 +33,7 @@ from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted
 from dataset.sources.masks import shrink_mask
-from dataset.sources.moments import measure, read_moments
+from dataset.sources.prepared import measure, read_moments
 from modules.bars import Bar
 from modules.checkpoints.finite import is_finite
 from modules.contract.data import LOSS_MASK, CacheEntry, MediaBatch, MediaEncoders, MomentsBatch

@@ -32,7 +32,7 @@ from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
-from dataset.sources.moments import GivenClip, measure_source
+from dataset.sources.prepared import GivenClip, measure_source
 from modules.bars import Bar
 from modules.contract.data import LOSS_MASK, LatentSpec, MediaTable
 from modules.contract.family import Described, Encodes

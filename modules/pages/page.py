@@ -23,6 +23,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from modules.atomic_write import write_text
+from modules.control_codes import escape_control_codes
 from modules.errors import UserError
 from modules.media.reading import Frame
 from modules.media.writing import write_video
@@ -45,10 +46,12 @@ _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
 
 def mark_folders(value: Any) -> Any:
-    """Return a value of a page with the folders of absolute paths marked as private."""
+    """Return a value of a page with the folders of absolute paths marked as private, control codes written
+    out: they would hide or reorder the text.
+    """
     if isinstance(value, Markup) or not isinstance(value, (str, Path)):
         return value
-    text, end = str(value), 0
+    text, end = escape_control_codes(str(value)), 0
     parts = []
     for found in _FOLDERS.finditer(text):
         parts += [escape(text[end : found.start()]), PRIVATE, escape(found[0]), END]
@@ -90,7 +93,9 @@ def render_page(template: Path, title: str, values: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         finalize=mark_folders,
     )
-    return environment.get_template(template.name).render({**values, "title": title, "policy": POLICY})
+    return environment.get_template(template.name).render(
+        {**values, "title": escape_control_codes(title), "policy": POLICY}
+    )
 
 
 def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:

@@ -59,7 +59,7 @@ def latents_in(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize(
     ("tag", "switches", "dtype"),
-    [("wan", (), "float32"), ("hv", (), "float32"), ("hv", ("--i2v",), "float32"), ("wan", (), "bfloat16")],
+    [("hv", ("--i2v",), "float32"), ("wan", (), "bfloat16")],
 )
 def test_latents_of_moments_equal_those_of_the_clip(
     tag: str, switches: Sequence[str], dtype: str, project: Path, tmp_path: Path
@@ -73,14 +73,11 @@ def test_latents_of_moments_equal_those_of_the_clip(
     expected, found = latents_in(tmp_path / "own"), latents_in(tmp_path / "given")
     assert len(found) == 3
     assert found.keys() == expected.keys()
+    most = 0.0 if dtype == "float32" else 2**-7
     for name, tensors in found.items():
-        ours = list(expected[name].values())
-        for mine, theirs in zip(tensors.values(), ours, strict=True):
+        for mine, theirs in zip(tensors.values(), expected[name].values(), strict=True):
             assert mine.dtype == getattr(torch, dtype)
-            if dtype == "float32":
-                assert torch.equal(mine, theirs)
-            else:
-                torch.testing.assert_close(mine.float(), theirs, rtol=2**-7, atol=2**-7)
+            torch.testing.assert_close(mine.float(), theirs, rtol=most, atol=most)
     if tag == "hv":  # a sample, not the mean
         mean = torch.load(project / tag / "video_latents" / f"{NAMES[0]}.pt")[:16]
         assert not torch.equal(next(iter(found.values()))[next(iter(next(iter(found.values()))))], mean)

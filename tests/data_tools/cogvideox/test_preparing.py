@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,7 @@ import cache_text_encoder_outputs
 import prepare_dataset
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
-import wan_train_network
-from hunyuan_model.vae import load_vae as load_hunyuan_vae
-from modules.errors import DatasetError, OptionError
+from modules.errors import OptionError
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
 from tests.data_tools.cogvideox.making import (
@@ -32,12 +29,16 @@ from tests.data_tools.cogvideox.making import (
     write_wan_pipeline,
 )
 from tests.tiny.project import CAPTIONS
-from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.vae import load_vae as load_wan_vae
 
 SMALL = ["--height_buckets", "32", "--width_buckets", "32", "--frame_buckets", "13"]
 FOLDERS = ("images", "image_latents", "videos", "video_latents", "prompts", "prompt_embeds")
 Models = dict[str, Path]
+HV_TEXTS = ("--text_encoder1", "{}/text_encoder", "--text_encoder2", "{}/text_encoder_2")
+SCRIPTS = {
+    "wan": (wan_cache_latents, wan_cache_text_encoder_outputs, ("--t5", "{}/text_encoder")),
+    "hv": (cache_latents, cache_text_encoder_outputs, HV_TEXTS),
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,24 +102,20 @@ def test_the_folders_and_lists_are_those_of_the_form(models: Models, tmp_path: P
         assert np.abs(np.stack(written).astype(int) - np.stack(original)).mean() < 3
 
 
-@pytest.mark.parametrize("family", ["wan", "hv"])
-def test_the_moments_are_those_of_the_vae(family: str, models: Models, tmp_path: Path) -> None:
+def test_the_moments_are_those_of_the_vae(models: Models, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", count=2)
-    encode(data, tmp_path / "one", models[family], "--batch_size", 2, "--use_slicing")
-    if family == "wan":
-        encode(data, tmp_path / "half", models[family], "--dtype", "bf16")
+    encode(data, tmp_path / "one", models["wan"], "--batch_size", 2, "--use_slicing")
+    encode(data, tmp_path / "half", models["wan"], "--dtype", "bf16")
 
-    load: Callable[..., torch.nn.Module] = load_wan_vae if family == "wan" else load_hunyuan_vae
-    vae = load(models[family] / "vae", torch.device("cpu"), torch.float32)
+    vae = load_wan_vae(models["wan"] / "vae", torch.device("cpu"), torch.float32)
     lines = (tmp_path / "one" / "data.jsonl").read_text(encoding="utf-8").splitlines()
     for record, name in zip(map(json.loads, lines), NAMES[:2], strict=True):
         frames = [torch.from_numpy(frame) for frame in video_frames(data / "videos" / f"{name}.mp4")]
         moments = vae.moments(to_pixels(torch.stack(frames)[None, :13]))[0]
         assert torch.equal(torch.load(tmp_path / "one" / record["video_latent"]), moments)
-        if family == "wan":
-            half = torch.load(tmp_path / "half" / record["video_latent"])
-            assert half.dtype == torch.bfloat16
-            assert (half.float() - moments).abs().mean() < 0.05 * moments.abs().mean()
+        half = torch.load(tmp_path / "half" / record["video_latent"])
+        assert half.dtype == torch.bfloat16
+        assert (half.float() - moments).abs().mean() < 0.05 * moments.abs().mean()
 
 
 @pytest.mark.parametrize("family", ["wan", "hv"])
@@ -141,30 +138,17 @@ def test_caches_of_prepared_tensors_equal_those_of_the_clips_and_load_no_encoder
         tmp_path, clips, "target_frames = [13]", 'id_token = "BW"', name="own.toml", cache="own"
     )
     given = write_config(tmp_path, output, "load_tensors = true", name="given.toml", cache="given")
-    model = models[family]
-    if family == "wan":
-        latents = lambda config: wan_cache_latents.main(  # noqa: E731
-            ["--dataset_config", str(config), "--vae", str(model / "vae"), "--vae_dtype", "float32"]
-        )
-        texts = lambda config: wan_cache_text_encoder_outputs.main(  # noqa: E731
-            ["--dataset_config", str(config), "--t5", str(model / "text_encoder")]
-        )
-    else:
-        latents = lambda config: cache_latents.main(  # noqa: E731
-            ["--dataset_config", str(config), "--vae", str(model / "vae"), "--vae_dtype", "float32"]
-        )
-        texts = lambda config: cache_text_encoder_outputs.main(  # noqa: E731
-            [
-                *("--dataset_config", str(config), "--text_encoder1", str(model / "text_encoder")),
-                *("--text_encoder2", str(model / "text_encoder_2")),
-            ]
-        )
-    latents(own)
-    texts(own)
+    latents, texts, words = SCRIPTS[family]
+
+    def cache(config: Path) -> None:
+        dataset, model = ["--dataset_config", str(config)], models[family]
+        latents.main([*dataset, "--vae", str(model / "vae"), "--vae_dtype", "float32"])
+        texts.main([*dataset, *(word.format(model) for word in words)])
+
+    cache(own)
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        latents(given)
-        texts(given)
+        cache(given)
 
     assert "computing in" not in caplog.text  # what each encoder logs when it is loaded
     assert "says which VAE" not in caplog.text
@@ -176,37 +160,6 @@ def test_caches_of_prepared_tensors_equal_those_of_the_clips_and_load_no_encoder
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             assert torch.equal(tensor, theirs[key]), key
-
-
-def test_tensors_of_another_model_are_refused_by_its_name(models: Models, tmp_path: Path) -> None:
-    output = tmp_path / "prepared"
-    encode(write_data(tmp_path / "data", count=1), output, models["hv"])
-    config = write_config(tmp_path, output, "load_tensors = true")
-
-    with pytest.raises(DatasetError, match=r"was made by the VAE of hunyuan_video \(.*json\), this is wan"):
-        wan_cache_latents.main(["--dataset_config", str(config), "--vae", str(models["wan"] / "vae")])
-
-
-def test_a_lora_is_trained_on_tensors_without_clips(models: Models, tmp_path: Path) -> None:
-    output, model = tmp_path / "prepared", models["wan"]
-    encode(write_data(tmp_path / "data"), output, model)
-    for path in (output / "videos").iterdir():
-        path.unlink()
-    config = str(write_config(tmp_path, output, "load_tensors = true", 'dataset_file = "data.jsonl"'))
-    dit = write_dit(tmp_path, tiny_state("t2v"), name="dit")
-    encoders = ["--vae", str(model / "vae"), "--t5", str(model / "text_encoder")]
-
-    wan_cache_latents.main(["--dataset_config", config, *encoders[:2]])
-    wan_cache_text_encoder_outputs.main(["--dataset_config", config, *encoders[2:]])
-    wan_train_network.main(
-        [
-            *("--dataset_config", config, "--task", "t2v-1.3B", "--dit", str(dit), *encoders, "--sdpa"),
-            *("--network_module", "networks.lora_wan", "--network_dim", "4", "--max_train_steps", "2"),
-            *("--learning_rate", "1e-2", "--output_dir", str(tmp_path / "out"), "--output_name", "lora"),
-        ]
-    )
-
-    assert (tmp_path / "out" / "lora.safetensors").exists()
 
 
 def test_a_rerun_continues_what_was_stopped_and_equals_an_undisturbed_run(

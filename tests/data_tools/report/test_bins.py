@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from data_tools.report.numbers import count_bins, summarise
+from data_tools.report.numbers import count_bins
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,3 @@ def test_every_number_lies_in_its_bin(seed: int) -> None:
         inside = [one["from"] <= value < one["to"] or is_last and value == one["to"] for value in values]
         assert abs(sum(inside) - one["count"]) <= 1  # an edge such as 0.3 is rounded
         assert is_last or one["to"] == bins[place + 1]["from"]
-
-
-def test_a_summary() -> None:
-    found = summarise([1, 2, 6])
-    assert found == {"count": 3, "min": 1, "median": 2, "mean": 3, "max": 6, "total": 9}
-    assert summarise([]) is None

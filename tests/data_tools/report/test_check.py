@@ -27,18 +27,6 @@ def test_a_sound_dataset_is_described(tmp_path: Path) -> None:
     assert family.loaded == 0
 
 
-def test_everything_wrong_is_listed_with_its_reason(tmp_path: Path) -> None:
-    config = make_config(tmp_path, clips=(9, 3, 9, 9))
-    (tmp_path / "clip_2.txt").unlink()
-    (tmp_path / "clip_3.mp4").write_bytes(b"no video")
-    result = check_caching(ToyFamily(), config, 1, False)
-    text = "\n".join(result.lines)
-    assert result.exit_code == 1
-    assert "clip_1.mp4: 3 frames, the shortest of target_frames is 5" in text
-    assert "clip_3.mp4 cannot be read" in text
-    assert "clip_2.mp4: no clip_2.txt beside it" in text
-
-
 def test_without_the_encoder_the_rest_is_checked(tmp_path: Path) -> None:
     class NoFiles:
         """A family whose encoder was not named on the command line."""

@@ -1,6 +1,5 @@
-"""Groups of near-duplicates: what the search by parts finds is what comparing all pairs finds."""
+"""Groups of near-duplicates: how far hashes and colours of copies may differ."""
 
-import itertools
 import random
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from data_tools.report.copies import SAME_FLAT, group_copies
 from data_tools.report.looks import Measures
 from modules.media.measures import NEAR
-from tests.modules.media.hash_distance import hash_distance
 
 GREY = bytes([100] * 48)
 
@@ -18,36 +16,24 @@ def measures(hashes: tuple[int, ...], colours: bytes = GREY, **changes: bool) ->
     return Measures(0.5, 0.0, 0.1, hashes=hashes, colours=colours * len(hashes), **flags)
 
 
-def flipped(value: int, bits: int, generator: random.Random) -> int:
-    for bit in generator.sample(range(63), bits):
-        value ^= 1 << bit
-    return value
-
-
 @pytest.mark.parametrize("frames", [1, 4])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_search_by_parts_finds_what_all_pairs_find(frames: int, seed: int) -> None:
-    generator = random.Random(seed)
+def test_copies_differ_in_few_bits_on_average(frames: int) -> None:
+    generator = random.Random(frames)
     found = []
-    for _ in range(40):  # copies at all distances around the limit
-        base = tuple(generator.getrandbits(63) for _ in range(frames))
-        found.append(measures(base))
-        for bits in (NEAR - 1, NEAR, NEAR + 1, NEAR + 2):
-            found.append(measures(tuple(flipped(value, bits, generator) for value in base)))
-    generator.shuffle(found)
-    labels = list(range(len(found)))
-    for one, other in itertools.combinations(range(len(found)), 2):
-        if hash_distance(found[one].hashes, found[other].hashes) <= NEAR:
-            labels = [labels[one] if label == labels[other] else label for label in labels]
-    expected = [
-        [place for place, own in enumerate(labels) if own == label] for label in dict.fromkeys(labels)
-    ]
+    for _ in range(40):  # a picture, and others at all distances around the limit
+        base = [generator.getrandbits(63) for _ in range(frames)]
+        for bits in (0, NEAR * frames - 1, NEAR * frames, NEAR * frames + 1):
+            hashes = list(base)
+            for bit in generator.sample(range(63 * frames), bits):
+                hashes[bit // 63] ^= 1 << bit % 63
+            found.append(measures(tuple(hashes)))
 
-    groups = group_copies(found)
+    near = [group for group in group_copies(found) if group[0] % 4 == 0]
 
-    assert groups == [group for group in expected if len(group) > 1]
-    assert len(groups) == 40
-    assert max(map(len, groups)) < 6
+    assert len(near) == 40
+    assert all(group[:3] == [group[0], group[0] + 1, group[0] + 2] for group in near)
+    alone = [group_copies([found[place], found[place + 3]]) for place in range(0, 160, 4)]
+    assert not any(alone)
 
 
 def test_groups_are_chains_in_order() -> None:

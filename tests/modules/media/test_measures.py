@@ -1,6 +1,7 @@
 """Measures of pictures and clips: what they say of made pictures, and which copies the hashes find."""
 
 import io
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -20,8 +21,12 @@ from modules.media.measures import (
     sharpness,
 )
 from modules.media.reading import Frame
-from tests.modules.media.hash_distance import hash_distance
 from tests.pictures import picture
+
+
+def hash_distance(first: Sequence[int], second: Sequence[int]) -> float:
+    """In how many bits of 63 the hashes of two pictures or clips differ, the mean over their frames."""
+    return sum((one ^ other).bit_count() for one, other in zip(first, second, strict=True)) / len(first)
 
 
 def is_blurred(frame: Frame) -> bool:
