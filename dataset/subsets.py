@@ -75,7 +75,7 @@ def read_subsets(
             if any(value is BAD for value in values.values()):
                 continue
             is_masked = given is not None and given.masked_loss
-            found = [*_source_problems(values), *_size_problems(values), *_mask_problems(values, is_masked)]
+            found = _contradictions(values, is_masked)
             problems += [f"{where}: {line}" for line in found]
             if not found:
                 fields = _table_fields(values, where, is_masked)
@@ -137,45 +137,42 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
     }
 
 
-def _source_problems(values: Table) -> list[str]:
-    if values["image_dir"] is None and values["metadata_file"] is None:
-        return [
-            "image_dir, the folder of its pictures, is missing (or metadata_file, a JSON that names them)"
-        ]
-    return []
-
-
-def _size_problems(values: Table) -> list[str]:
-    size = values["resolution"]
-    if size is None:
-        return ["resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"]
-    if not values["enable_bucket"] or values["bucket_no_upscale"]:
-        return []
-    low, high = values["min_bucket_reso"], values["max_bucket_reso"]
+def _contradictions(values: Table, is_masked: bool) -> list[str]:
+    """Return a line for each thing that a subset lacks, and for keys that do not go together."""
     problems = []
-    if min(size) < low:
+    conditioning, masks = values["conditioning_data_dir"], values["mask_directory"]
+    from_json = values["metadata_file"] is not None
+    if values["image_dir"] is None and not from_json:
         problems.append(
-            f"min_bucket_reso = {low} is above the resolution {_sides(size)}; set at most {min(size)}"
+            "image_dir, the folder of its pictures, is missing (or metadata_file, a JSON that names them)"
         )
-    if max(size) > high:
+    size, low, high = values["resolution"], values["min_bucket_reso"], values["max_bucket_reso"]
+    if size is None:
         problems.append(
-            f"max_bucket_reso = {high} is below the resolution {_sides(size)}; set at least {max(size)}"
+            "resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"
+        )
+    elif values["enable_bucket"] and not values["bucket_no_upscale"]:
+        if min(size) < low:
+            found = f"min_bucket_reso = {low} is above the resolution {_sides(size)}"
+            problems.append(f"{found}; set at most {min(size)}")
+        if max(size) > high:
+            found = f"max_bucket_reso = {high} is below the resolution {_sides(size)}"
+            problems.append(f"{found}; set at least {max(size)}")
+    sources = {
+        "alpha_mask": values["alpha_mask"],
+        "mask_directory": masks is not None,
+        "conditioning_data_dir with --masked_loss": is_masked and conditioning is not None,
+    }
+    given = [name for name, is_given in sources.items() if is_given]
+    if len(given) > 1:
+        problems.append(
+            f"{' and '.join(given)}: both say where the masks of the loss are from; leave out one"
+        )
+    elif from_json and (conditioning or masks):
+        problems.append(
+            "conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"
         )
     return problems
-
-
-def _mask_problems(values: Table, is_masked: bool) -> list[str]:
-    masks = {
-        "alpha_mask": values["alpha_mask"],
-        "mask_directory": values["mask_directory"] is not None,
-        "conditioning_data_dir with --masked_loss": is_masked and values["conditioning_data_dir"] is not None,
-    }
-    given = [name for name, is_given in masks.items() if is_given]
-    if len(given) > 1:
-        return [f"{' and '.join(given)}: both say where the masks of the loss are from; leave out one"]
-    if values["metadata_file"] is not None and (values["conditioning_data_dir"] or values["mask_directory"]):
-        return ["conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"]
-    return []
 
 
 def _buckets(values: Table, rule: BucketRule, where: str) -> BucketRule:

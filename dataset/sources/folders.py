@@ -1,10 +1,10 @@
 """List what a table's folder holds: images or clips, captions, control media; and what in it is not used."""
 
+import contextlib
 import difflib
 import itertools
 import logging
 import os
-import stat
 from collections import Counter
 from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
@@ -34,13 +34,15 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     paths = [path for path in there if path not in bad_names] if bad_names else there
     kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
     faults += [Fault(kind, ascii(str(path))) for path in there if path in bad_names]
-    controls = _folder_controls(table, paths, faults)
+    controls: list[tuple[Path, ...]] = [()] * len(paths)
+    if table.control_directory is not None:
+        folder = ControlFolder(table.control_directory, {path.stem for path in paths})
+        controls = _folder_controls(table, folder, paths, faults)
     masks: Mapping[Path, Path] = {}
     try:
-        folder = table.mask_directory
-        if folder is not None:
-            entries = [folder / entry.name for entry in list_entries(folder, "mask_directory")]
-            masks = find_masks(table, paths, entries)
+        if table.mask_directory is not None:
+            entries = list_entries(table.mask_directory, "mask_directory")
+            masks = find_masks(table, paths, [Path(entry.path) for entry in entries])
     except DatasetError as error:
         faults.append(Fault(f"problems with the masks of {table.name}", str(error)))
     sources = []
@@ -59,9 +61,10 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
                 bad[text_path] = stem, str(error)
         mask = masks.get(path) if masks else None
         sources.append(MediaSource(path, stem, first, text_path, control, table, more, mask))
-    messages = explain_captions(list(bad), [message for _, message in bad.values()])
-    kind = "have a caption that cannot be used"
-    faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
+    if bad:
+        messages = explain_captions(list(bad), [message for _, message in bad.values()])
+        kind = "have a caption that cannot be used"
+        faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
     return sources
 
 
@@ -78,7 +81,8 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     for entry, end in zip(entries, ends, strict=True):
         if end in suffixes:
             (there if is_file(entry) else no_files).append(table.directory / entry.name)
-    faults += _explain_entries(table, no_files)
+    kind = f"{table.kind}s of {table.name} are no files"
+    faults += [Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False) for path in no_files]
     if ANIMATION_SUFFIXES.isdisjoint(ends):
         return there
     others = [
@@ -96,11 +100,9 @@ def is_file(entry: "os.DirEntry[str]") -> bool:
 
 
 def _folder_controls(
-    table: DatasetTable, paths: Sequence[Path], faults: list[Fault]
+    table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], faults: list[Fault]
 ) -> list[tuple[Path, ...]]:
-    if table.control_directory is None:
-        return [()] * len(paths)
-    folder = ControlFolder(table.control_directory, {path.stem for path in paths})
+    """Return the control media of each path; those that are not used are told."""
     controls: list[tuple[Path, ...]] = []
     kind = f"problems with the control media of {table.name}"
     for path in paths:
@@ -292,13 +294,8 @@ def _warn(table: DatasetTable, paths: Sequence[Path], what: str) -> None:
         logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], what)
 
 
-def _explain_entries(table: DatasetTable, entries: Sequence[Path]) -> list[Fault]:
-    """Return a fault for each entry with the name of a picture or clip that is no file: it is skipped."""
-    kind = f"{table.kind}s of {table.name} are no files"
-    return [Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False) for path in entries]
-
-
 def _explain(path: Path) -> str:
+    """Say what an entry with the name of a picture or clip is, if it is no file."""
     try:
         require_regular_file(path)
     except FileNotFoundError:
@@ -314,7 +311,13 @@ def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]
     A warning says so. Only files whose names begin with another's are opened.
     """
     stems = {path.stem for path in paths}
-    results = {path for path in paths if _has_source(path.stem, stems) and _is_result(path)}
+    results = set()
+    for path in paths:
+        parts = path.stem.split("_")[:-1]
+        if any(one in stems for one in itertools.accumulate(parts, "{}_{}".format)):
+            with contextlib.suppress(MediaError, OSError):  # reading it says what is wrong
+                if any(TOOL_TAG.fullmatch(name) for name in read_tags(path)):
+                    results.add(path)
     if results:
         logger.warning(
             "%s: %d files, such as %s, are left out: a tool made them of other files of this folder. Move "
@@ -326,19 +329,7 @@ def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]
     return [path for path in paths if path not in results] if results else list(paths)
 
 
-def _has_source(stem: str, stems: Collection[str]) -> bool:
-    parts = stem.split("_")
-    return len(parts) > 1 and any(one in stems for one in itertools.accumulate(parts[:-1], "{}_{}".format))
-
-
-def _is_result(path: Path) -> bool:
-    try:
-        return any(TOOL_TAG.fullmatch(name) for name in read_tags(path))
-    except (MediaError, OSError):
-        return False  # reading it says what is wrong
-
-
-def folder_id(folder: "os.PathLike[str]") -> str:
+def folder_id(folder: "str | os.PathLike[str]") -> str:
     """Return a text that is the same for all ways to write a folder's path."""
     return os.path.normcase(os.path.realpath(folder))
 
@@ -352,25 +343,14 @@ def find_folders_of_media(
     """
     if table.directory is None or not table.directory.is_dir():
         return []
-    in_use = set(map(folder_id, others))
+    in_use, found = set(map(folder_id, others)), []
     with os.scandir(table.directory) as entries:
-        folders = sorted(Path(entry) for entry in entries if entry.name[0] != "." and _is_folder(entry))
-    return [
-        folder for folder in folders if folder_id(folder) not in in_use and _holds_media(folder, suffixes)
-    ]
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return stat.S_ISDIR(entry.stat().st_mode)
-    except OSError:
-        return False
-
-
-def _holds_media(folder: Path, suffixes: Collection[str]) -> bool:
-    try:
-        with os.scandir(folder) as entries:
+        folders = sorted(entry.path for entry in entries if entry.name[0] != "." and not is_file(entry))
+    for folder in folders:
+        names: list[str] = []
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:  # also of what is no folder
             names = [entry.name for entry in itertools.islice(entries, LOOKED_INTO)]
-    except OSError:
-        return False
-    return any(Path(name).suffix.lower() in suffixes for name in names)
+        holds_media = any(Path(name).suffix.lower() in suffixes for name in names)
+        if holds_media and folder_id(folder) not in in_use:
+            found.append(Path(folder))
+    return found

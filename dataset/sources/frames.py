@@ -3,7 +3,7 @@
 A span is (first frame, number of frames), counted in kept frames. Plain numbers only.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from dataset.config import DatasetTable
 
@@ -19,28 +19,24 @@ def spans(table: DatasetTable, kept_frames: int, frame_step: int = 4) -> tuple[S
     if table.frame_extraction == "full":
         length = min(kept_frames, table.max_frames)
         return ((0, (length - 1) // frame_step * frame_step + 1),) if length > 0 else ()
-    found = [
-        (start, target)
-        for target in table.target_frames
-        if target <= kept_frames
-        for start in _starts(table, kept_frames, target)
-    ]
-    return tuple(dict.fromkeys(found))
-
-
-def _starts(table: DatasetTable, kept_frames: int, target: int) -> Iterator[int]:
-    last = kept_frames - target
-    match table.frame_extraction:
-        case "head":
-            yield 0
-        case "chunk":
-            yield from range(0, last + 1, target)
-        case "slide":
-            yield from range(0, last + 1, table.frame_stride)
-        case "uniform":
-            yield from _even_starts(last, table.frame_sample)
-        case mode:
-            raise ValueError(f"unknown frame extraction {mode!r}")
+    found: dict[Span, None] = {}
+    for target in table.target_frames:
+        if target <= kept_frames:
+            last = kept_frames - target
+            starts: Iterable[int]
+            match table.frame_extraction:
+                case "head":
+                    starts = (0,)
+                case "chunk":
+                    starts = range(0, last + 1, target)
+                case "slide":
+                    starts = range(0, last + 1, table.frame_stride)
+                case "uniform":
+                    starts = _even_starts(last, table.frame_sample)
+                case mode:
+                    raise ValueError(f"unknown frame extraction {mode!r}")
+            found |= dict.fromkeys((start, target) for start in starts)
+    return tuple(found)
 
 
 def _even_starts(last: int, count: int) -> Iterator[int]:
