@@ -46,15 +46,3 @@ def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
 def test_a_spreadsheet_may_separate_by_semicolons(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path;caption\na.png;one, two\n", encoding="utf-8")
     assert rows_of(tmp_path / "t.csv") == [("line", 2, {"path": "a.png", "caption": "one, two"}, None)]
-
-
-def test_a_folder_of_parts_is_one_table_of_which_only_wanted_columns_are_read(tmp_path: Path) -> None:
-    for number in range(2):
-        row = {"path": f"{number}.png", "caption": "x", "score": 0.5}
-        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"part-{number}.parquet")
-    (tmp_path / "_SUCCESS").touch()
-
-    found = list(read_columns(tmp_path, ["path"]))
-
-    assert [dict(row.values) for row in found] == [{"path": "0.png"}, {"path": "1.png"}]
-    assert found[1].where == f"{tmp_path / 'part-1.parquet'}, row 1"

@@ -1,6 +1,5 @@
 """Masks of the loss: where they are from, what is cached, and what is refused."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -140,19 +139,6 @@ def test_transparent_parts_of_clips_are_not_learned(tmp_path: Path) -> None:
     assert mask is not None
     assert (mask.shape, int(mask[2, 8, 20]), int(mask[2, 8, 8])) == ((5, 32, 32), 0, 255)
     assert decode_source(masked, 16.0).frames.shape == (5, 32, 32, 3)
-
-
-def test_a_list_names_masks_in_its_lines(tmp_path: Path) -> None:
-    half(tmp_path / "mask.png")
-    make_image(tmp_path / "a.png")
-    line = {"image_path": str(tmp_path / "a.png"), "mask_path": str(tmp_path / "mask.png")}
-    (tmp_path / "list.jsonl").write_text(json.dumps(line), encoding="utf-8")
-    (source,) = find_sources(make_table(tmp_path, "image_jsonl_file", resolution=(32, 32)))
-
-    mask = decode_source(source, 16.0).mask
-
-    assert mask is not None
-    assert mask[0, 0].tolist() == [255] * 16 + [0] * 16
 
 
 def test_only_items_whose_mask_changed_are_encoded_again(tmp_path: Path) -> None:
