@@ -46,7 +46,7 @@ def read_subsets(
     given: the values of the command line; None: the keys' defaults.
     """
     usual = {name: key.default for name, key in SUBSET_KEYS.items()}
-    usual |= read_keys(SUBSET_KEYS, _given_values(given), "the command line", problems, names=OTHER_NAMES)
+    usual |= read_keys(SUBSET_KEYS, _given_values(given), "the command line", problems, {}, OTHER_NAMES)
     general = without_nulls(content.get("general"), "[general]", problems)
     entries = content.get("datasets")
     if not isinstance(entries, list):
@@ -105,10 +105,11 @@ def _read_level(
 ) -> dict[str, Any]:
     """Read the keys of one table. level: SUBSET, or DATASET for the others."""
     there = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
-
-    def misplaced(name: str) -> str | None:
-        return None if SUBSET_KEYS[name].place in (level, ANYWHERE) else f"is for {there}; move it there"
-
+    misplaced = {
+        name: f"is for {there}; move it there"
+        for name, key in SUBSET_KEYS.items()
+        if key.place not in (level, ANYWHERE)
+    }
     return read_keys(SUBSET_KEYS, table, where, problems, misplaced, OTHER_NAMES, more)
 
 
@@ -132,7 +133,7 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
         "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
         "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
         "buckets": _buckets(values, BucketRule(**parts["buckets"]), where),
-        "changes": dataclasses.replace(changes, is_raw=changes.varies),
+        "changes": dataclasses.replace(changes, is_raw=bool(changes.varying_keys)),
         "augmentation": Augmentation(**parts["augmentation"]),
     }
 

@@ -6,10 +6,10 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from dataset.config import DatasetTable
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import captions_in, explain_captions, read_caption
 from dataset.sources.faults import Fault
 from dataset.sources.masks import find_masks
@@ -71,7 +71,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return a table folder's images or clips, sorted; add those that are no regular file."""
     assert table.directory is not None
-    suffixes, animated = media_suffixes(table.kind), animation_suffixes(table)
+    suffixes, animated = media_suffixes(table.kind), media_suffixes(table.kind, animated=True)
     key = f"{table.kind}_directory" if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}")
     # as Path.suffix, which takes longer
@@ -235,8 +235,13 @@ def _near_name(folder: Path) -> Path | None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def media_suffixes(kind: str) -> frozenset[str]:
-    """Return the suffixes of images or clips. For those of `_find_animations` the content counts too."""
+def media_suffixes(kind: str, animated: bool = False) -> frozenset[str]:
+    """Return the suffixes of images or clips.
+
+    animated: those of files whose content counts too; of images .webp is one anyway.
+    """
+    if animated:
+        return ANIMATION_SUFFIXES if kind == "video" else ANIMATION_SUFFIXES - {".webp"}
     return image_suffixes() if kind == "image" else VIDEO_SUFFIXES
 
 
@@ -253,13 +258,8 @@ def describe_entries(table: DatasetTable) -> str:
         f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(suffixes).most_common(3)
     )
     what = f"it has {found}" if found else f"only folders, such as {folders[0]}" if folders else "it is empty"
-    kinds = ", ".join(sorted(media_suffixes(table.kind) | animation_suffixes(table)))
+    kinds = ", ".join(sorted(media_suffixes(table.kind) | media_suffixes(table.kind, animated=True)))
     return f"has no {table.kind}s ({what}; folders inside it are not searched; the suffixes are {kinds})"
-
-
-def animation_suffixes(table: DatasetTable) -> frozenset[str]:
-    """Return the suffixes that a table takes besides those of its kind; of images: .webp is one anyway."""
-    return ANIMATION_SUFFIXES if table.kind == "video" else ANIMATION_SUFFIXES - {".webp"}
 
 
 def _find_animations(table: DatasetTable, entries: Sequence[Path], others: Sequence[Path]) -> list[Path]:
@@ -269,7 +269,11 @@ def _find_animations(table: DatasetTable, entries: Sequence[Path], others: Seque
     like one of `others` but for the suffix is left out with a warning: both would have the same cache.
     """
     taken = {os.path.normcase(path.stem) for path in others}
-    files = [path for path in entries if path.suffix.lower() in animation_suffixes(table) and path.is_file()]
+    files = [
+        path
+        for path in entries
+        if path.suffix.lower() in media_suffixes(table.kind, animated=True) and path.is_file()
+    ]
     if table.kind == "image":
         animated = [path for path in (*others, *files) if _is_moving(path, if_damaged=False)]
         _warn(table, animated, "animated: only the first frame of each is used. video_directory takes clips")
@@ -334,23 +338,22 @@ def folder_id(folder: "str | os.PathLike[str]") -> str:
     return os.path.normcase(os.path.realpath(folder))
 
 
-def find_folders_of_media(
-    table: DatasetTable, suffixes: Collection[str], others: Sequence[Path]
-) -> list[Path]:
-    """Return the folders inside a table's folder that hold pictures or clips, which are not searched.
-
-    others: folders that tables name.
-    """
-    if table.directory is None or not table.directory.is_dir():
-        return []
-    in_use, found = set(map(folder_id, others)), []
-    with os.scandir(table.directory) as entries:
-        folders = sorted(entry.path for entry in entries if entry.name[0] != "." and not is_file(entry))
-    for folder in folders:
-        names: list[str] = []
-        with contextlib.suppress(OSError), os.scandir(folder) as entries:  # also of what is no folder
-            names = [entry.name for entry in itertools.islice(entries, LOOKED_INTO)]
-        holds_media = any(Path(name).suffix.lower() in suffixes for name in names)
-        if holds_media and folder_id(folder) not in in_use:
-            found.append(Path(folder))
-    return found
+def unsearched_folders(config: DatasetConfig) -> list[str]:
+    """Return a line for each folder inside a table's folder that holds its kind of media and is not read."""
+    keys = ("directory", "cache_directory", "control_directory", "mask_directory", "download_directory")
+    others = {folder_id(path) for table in config.datasets for key in keys if (path := getattr(table, key))}
+    lines = []
+    for table in config.datasets:
+        if table.directory is None or not table.directory.is_dir():
+            continue
+        with os.scandir(table.directory) as entries:
+            folders = sorted(entry.path for entry in entries if entry.name[0] != "." and not is_file(entry))
+        for folder in folders:
+            names: list[str] = []
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:  # also of what is no folder
+                names = [entry.name for entry in itertools.islice(entries, LOOKED_INTO)]
+            holds_media = any(Path(name).suffix.lower() in media_suffixes(table.kind) for name in names)
+            if holds_media and folder_id(folder) not in others:
+                unused = f"its {table.kind}s are not used: folders inside a folder are not searched"
+                lines.append(f"{folder}: {unused}. Give it a table")
+    return lines
