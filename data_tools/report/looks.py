@@ -12,11 +12,10 @@ from markupsafe import Markup
 
 from dataset.sources.decoding import decode_source, fit_of, plan_source, source_frames, spans_or_reason
 from dataset.sources.fetching import fetch
-from dataset.sources.frames import Span, describe_short
+from dataset.sources.frames import Span, compare_rates, describe_short
 from dataset.sources.media_source import MediaSource
 from dataset.sources.moments import measure_source
-from dataset.sources.rates import compare_rates
-from dataset.sources.steps import Steps
+from modules.contract.data import LatentSpec
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
@@ -111,7 +110,7 @@ def cut_percent(fit: Fit) -> float:
     return 100 * (1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1]))
 
 
-def measure(source: MediaSource, fps: float, steps: Steps) -> Look:
+def measure(source: MediaSource, fps: float, steps: LatentSpec) -> Look:
     """Decode a source as caching does, with its control media and mask, and measure its used frames."""
     sample = EvenFrames(_reducer())
     found = _look_over(source, fps, steps, sample.add)
@@ -127,7 +126,7 @@ def measure(source: MediaSource, fps: float, steps: Steps) -> Look:
     return Look(**found)
 
 
-def show(source: MediaSource, fps: float, steps: Steps, shown: StripSize) -> Look:
+def show(source: MediaSource, fps: float, steps: LatentSpec, shown: StripSize) -> Look:
     """Decode a source and draw its frames; only a few small ones are kept in memory.
 
     `problem` says what cannot be read; the frames before it are shown.
@@ -151,7 +150,7 @@ def show(source: MediaSource, fps: float, steps: Steps, shown: StripSize) -> Loo
     return Look(**found)
 
 
-def read_header(source: MediaSource, fps: float, steps: Steps) -> Look:
+def read_header(source: MediaSource, fps: float, steps: LatentSpec) -> Look:
     """Return the facts in the header of a source; a clip whose header has no number of frames is decoded."""
     try:
         with fetch(source) as here:
@@ -170,7 +169,7 @@ def read_header(source: MediaSource, fps: float, steps: Steps) -> Look:
 
 
 def _look_over(
-    source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None]
+    source: MediaSource, fps: float, steps: LatentSpec, take: Callable[[Frame], None]
 ) -> dict[str, Any]:
     """Hand each used frame of a source to `take`, at its own size; return what was found, for `Look`."""
     found: dict[str, Any] = {"used": 0, "spans": ()}
@@ -196,7 +195,7 @@ def _look_over(
 
 
 def _read_frames(
-    source: MediaSource, fps: float, steps: Steps, take: Callable[[Frame], None], found: dict[str, Any]
+    source: MediaSource, fps: float, steps: LatentSpec, take: Callable[[Frame], None], found: dict[str, Any]
 ) -> None:
     """Hand the frames of a source on disk to `take`; add facts found on the way to `found`."""
     found["bytes"] = _size_bytes(source)

@@ -18,9 +18,9 @@ from dataset.caching.reports import Failure
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
-from dataset.sources.steps import Steps
 from modules.bars import Bar
 from modules.console import count_of, in_words
+from modules.contract.data import LatentSpec
 from modules.contract.rules import TokenCount
 from modules.control_codes import escape_control_codes
 from modules.media.buckets import Fit, Size
@@ -89,7 +89,7 @@ def write_check_page(
     path: Path,
     config: DatasetConfig,
     result: CheckResult,
-    latent: Steps,
+    latent: LatentSpec,
     fps: float,
     most: int,
     workers: int,
@@ -128,7 +128,7 @@ def write_report_page(
     tables: Sequence[TableFindings],
     numbers: Numbers,
     options: ReportOptions,
-    steps: Steps,
+    steps: LatentSpec,
     workers: int,
 ) -> None:
     """Write the page of the report. numbers: the result of `collect_numbers`; the page shows nothing else.
@@ -174,7 +174,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
 def _make_cards(
     tables: Sequence[TableFindings],
     counters: Counters,
-    steps: Steps,
+    steps: LatentSpec,
     fps: float,
     most: int,
     workers: int,

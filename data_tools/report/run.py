@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from data_tools.report.copies import group_copies
@@ -20,9 +20,9 @@ from dataset.config import FRAME_STEP, DatasetConfig, DatasetTable
 from dataset.sources.decoding import check_resolution
 from dataset.sources.faults import Fault, list_faults
 from dataset.sources.media_source import MediaSource
-from dataset.sources.steps import Steps
 from modules.atomic_write import write_text
 from modules.bars import Bar
+from modules.contract.data import LatentSpec
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 from modules.media.buckets import Fit
@@ -35,23 +35,14 @@ LATENTS = {32: (48, (4, 16, 16))}
 USUAL = (16, (4, 8, 8))
 
 
-@dataclass(frozen=True)
-class ModelSteps:
-    """Sizes, lengths and latents that the model takes."""
-
-    pixel_step: int
-    channels: int
-    stride: tuple[int, int, int]
-    frame_step: int = FRAME_STEP  # of all families
-
-
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     """Read the dataset, then write the page and the JSON as asked for. Faults go to the log.
 
     Raises DatasetError if there is nothing to report on, OutputError if a file cannot be written.
     """
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
-    steps = ModelSteps(options.pixel_step, *LATENTS.get(options.pixel_step, USUAL))
+    channels, stride = LATENTS.get(options.pixel_step, USUAL)
+    steps = LatentSpec(channels, stride, options.pixel_step, FRAME_STEP)
     decodes = not options.no_decode
     tables = [
         _measure_table(config, table, options.fps, steps, decodes, workers) for table in config.datasets
@@ -79,7 +70,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
 
 
 def _measure_table(
-    config: DatasetConfig, table: DatasetTable, fps: float, steps: Steps, decodes: bool, workers: int
+    config: DatasetConfig, table: DatasetTable, fps: float, steps: LatentSpec, decodes: bool, workers: int
 ) -> TableFindings:
     """Read all sources of a table once. decodes: False reads headers only, and measures nothing."""
     found = find_table(config, table)

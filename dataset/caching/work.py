@@ -24,9 +24,9 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
 from dataset.sources.faults import LISTED, Fault, list_faults
+from dataset.sources.frames import find_wrong_rates
 from dataset.sources.listing import find_all_sources, warn_captions
 from dataset.sources.media_source import MediaSource
-from dataset.sources.rates import find_wrong_rates
 from modules.atomic_write import free_bytes
 from modules.console import Row, as_size, show_box
 from modules.control_codes import escape_control_codes

@@ -7,17 +7,15 @@ decoding: turn a source into items to encode
 faults: faults of a dataset's files, collected for one report
 fetching: make the bytes of a source a file; downloads
 folders: list a folder, its control media, what is unused
-frames: drop frames to a rate, then cut spans
+frames: drop frames to a rate, cut spans; wrong rates
 listing: find the sources of a table, and check them
 masks: masks of the loss: white is learned, black not
 media_source: an image or clip, its caption, place of its bytes
 moments: moments of a VAE, one .pt file per clip
 parquet: bounded reading of Parquet files, files in columns
 prepared: the file prepare_dataset.py leaves: models and settings
-rates: compare the frame rates of clips with their table
 rows: turn rows of lists and tables into sources
 stems: unique stems for sources without a file name
-steps: sizes, lengths and latents that a model takes
 tables: sources of JSONL lists, tables and metadata JSON files
 tar_index: samples of a tar, kept for the next run
 tars: sources of image_tars or video_tars, in place

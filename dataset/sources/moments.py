@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dataset.sources.frames import Span
 from dataset.sources.media_source import MediaSource
-from dataset.sources.steps import Steps
 from modules.checkpoints.containers import load_pickled
+from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError, MediaError
 from modules.media.buckets import Size
 
@@ -44,7 +44,7 @@ def read_tensor(path: Path) -> Tensor:
     return content
 
 
-def read_moments(path: Path, latent: Steps) -> Tensor:
+def read_moments(path: Path, latent: LatentSpec) -> Tensor:
     """Read moments 2C F h w, mapped. latent: of the model that they are for.
 
     A first axis of 1 is a batch, as some tools leave it. Raises MediaError as `read_tensor`, and if they are
@@ -66,7 +66,7 @@ def read_moments(path: Path, latent: Steps) -> Tensor:
     return moments
 
 
-def explain_channels(found: int, latent: Steps) -> str:
+def explain_channels(found: int, latent: LatentSpec) -> str:
     """Say which channels are wanted instead of `found`."""
     plain = " These look like latents, not like moments." if found == latent.channels else ""
     return (
@@ -75,7 +75,7 @@ def explain_channels(found: int, latent: Steps) -> str:
     )
 
 
-def measure(moments: Tensor, latent: Steps, path: Path) -> GivenClip:
+def measure(moments: Tensor, latent: LatentSpec, path: Path) -> GivenClip:
     """Return the clip of moments 2C F h w.
 
     Its frames are those that the form states: four for each latent frame if there is an even number of
@@ -91,7 +91,7 @@ def measure(moments: Tensor, latent: Steps, path: Path) -> GivenClip:
     return GivenClip((width, height), count * step if count % 2 == 0 else (count - 1) * step + 1)
 
 
-def measure_source(source: MediaSource, latent: Steps) -> GivenClip:
+def measure_source(source: MediaSource, latent: LatentSpec) -> GivenClip:
     """Return the clip of a source with tensors, from the header of its file. Raises as `read_moments`."""
     assert source.tensors is not None
     path = source.tensors.moments
