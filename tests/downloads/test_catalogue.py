@@ -96,8 +96,11 @@ def test_a_file_is_named_and_measured_plausibly(file: ReleasedFile) -> None:
     assert file.size_bytes is None or file.sha256 is not None  # both come from the same list
 
 
-def test_no_two_files_have_the_same_place() -> None:
+def test_no_two_files_have_the_same_place_and_each_is_where_its_option_says() -> None:
     assert len({file.name.lower() for file in FILES}) == len(FILES)
+    for component in known_components().values():
+        for file in component.files:
+            assert PurePosixPath(file.name).is_relative_to(component.path)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +238,8 @@ def test_commands_after_a_download_are_valid(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_downloads_that_a_page_shows_are_valid(page: Path) -> None:
-    for command in re.findall(r"^python download\.py (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+    text = page.read_text(encoding="utf-8")
+    for command in re.findall(r"^python tools/download\.py (.*)$", text, re.MULTILINE):
         read_download(shlex.split(command, comments=True))
 
 
