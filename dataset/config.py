@@ -40,7 +40,9 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     else:
         general = without_nulls(content.get("general"), "[general]", problems)
         entries = _entries(content, problems)
-        general = read_keys(KEYS, general, "[general]", problems, _not_in_general)
+        elsewhere = "is allowed only in a [[datasets]] table; move it there"
+        misplaced = {name: elsewhere for name, key in KEYS.items() if not key.in_general}
+        general = read_keys(KEYS, general, "[general]", problems, misplaced)
         read = [_read_table(path, index, entry, general, problems) for index, entry in enumerate(entries)]
         tables = tuple(table for table in read if table is not None)
     _check_cache_directories(tables, problems)
@@ -64,10 +66,6 @@ def _entries(content: Table, problems: list[str]) -> list[Any]:
     return []
 
 
-def _not_in_general(name: str) -> str | None:
-    return None if KEYS[name].in_general else "is allowed only in a [[datasets]] table; move it there"
-
-
 def _read_table(
     path: Path, index: int, entry: Any, general: dict[str, Any], problems: list[str]
 ) -> DatasetTable | None:
@@ -79,15 +77,13 @@ def _read_table(
         return None
     kind: Literal["image", "video"] = "image" if source_key.startswith("image") else "video"
 
-    def misplaced(name: str) -> str | None:
-        key = KEYS[name]
+    misplaced = {}
+    for name, key in KEYS.items():
         if kind not in key.kinds:
-            return f"is for {key.kinds[0]} tables; {source_key} makes this one {kind}s"
-        if key.only_with and not source_key.endswith(key.only_with):
+            misplaced[name] = f"is for {key.kinds[0]} tables; {source_key} makes this one {kind}s"
+        elif key.only_with and not source_key.endswith(key.only_with):
             sources = [one for one in SOURCES if kind in KEYS[one].kinds and one.endswith(key.only_with)]
-            return f"is for tables with {' or '.join(sources)}, not {source_key}"
-        return None
-
+            misplaced[name] = f"is for tables with {' or '.join(sources)}, not {source_key}"
     values = {name: key.default for name, key in KEYS.items()}
     values |= general | read_keys(KEYS, entry, where, problems, misplaced)
     if len(problems) > before or any(value is BAD for value in values.values()):

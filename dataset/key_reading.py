@@ -5,7 +5,7 @@ Standard library only.
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,7 +92,7 @@ def read_keys(
     table: Mapping[str, Any],
     where: str,
     problems: list[str],
-    misplaced: Callable[[str], str | None] = lambda _: None,
+    misplaced: Mapping[str, str],
     names: Mapping[str, str] | None = None,
     more: tuple[str, ...] = (),
 ) -> dict[str, Any]:
@@ -100,8 +100,8 @@ def read_keys(
 
     Each mistake adds a line to `problems`.
 
-    misplaced: why a key cannot stand in this table, behind its value; None: it can. names: other names of
-    keys. more: keys that are read elsewhere.
+    misplaced: keys that cannot stand in this table, and why, which is said behind the value. names: other
+    names of keys. more: keys that are read elsewhere.
     """
     values: dict[str, Any] = {}
     for name, value in table.items():
@@ -109,10 +109,10 @@ def read_keys(
         if name in more:
             continue
         if real not in keys:
-            allowed = [one for one in keys if misplaced(one) is None]
+            allowed = [one for one in keys if one not in misplaced]
             problems.append(f"{where}: {unknown(name, value, [*more, *allowed])}")
-        elif (why := misplaced(real)) is not None:
-            problems.append(f"{where}: {name} = {show(value)} {why}")
+        elif real in misplaced:
+            problems.append(f"{where}: {name} = {show(value)} {misplaced[real]}")
         elif real != name and real in table:
             problems.append(f"{where}: {name} and {real} are the same key; leave out one")
         else:

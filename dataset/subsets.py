@@ -46,7 +46,7 @@ def read_subsets(
     given: the values of the command line; None: the keys' defaults.
     """
     usual = {name: key.default for name, key in SUBSET_KEYS.items()}
-    usual |= read_keys(SUBSET_KEYS, _given_values(given), "the command line", problems, names=OTHER_NAMES)
+    usual |= read_keys(SUBSET_KEYS, _given_values(given), "the command line", problems, {}, OTHER_NAMES)
     general = without_nulls(content.get("general"), "[general]", problems)
     entries = content.get("datasets")
     if not isinstance(entries, list):
@@ -75,7 +75,7 @@ def read_subsets(
             if any(value is BAD for value in values.values()):
                 continue
             is_masked = given is not None and given.masked_loss
-            found = [*_source_problems(values), *_size_problems(values), *_mask_problems(values, is_masked)]
+            found = _contradictions(values, is_masked)
             problems += [f"{where}: {line}" for line in found]
             if not found:
                 fields = _table_fields(values, where, is_masked)
@@ -105,10 +105,11 @@ def _read_level(
 ) -> dict[str, Any]:
     """Read the keys of one table. level: SUBSET, or DATASET for the others."""
     there = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
-
-    def misplaced(name: str) -> str | None:
-        return None if SUBSET_KEYS[name].place in (level, ANYWHERE) else f"is for {there}; move it there"
-
+    misplaced = {
+        name: f"is for {there}; move it there"
+        for name, key in SUBSET_KEYS.items()
+        if key.place not in (level, ANYWHERE)
+    }
     return read_keys(SUBSET_KEYS, table, where, problems, misplaced, OTHER_NAMES, more)
 
 
@@ -132,50 +133,47 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
         "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
         "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
         "buckets": _buckets(values, BucketRule(**parts["buckets"]), where),
-        "changes": dataclasses.replace(changes, is_raw=changes.varies),
+        "changes": dataclasses.replace(changes, is_raw=bool(changes.varying_keys)),
         "augmentation": Augmentation(**parts["augmentation"]),
     }
 
 
-def _source_problems(values: Table) -> list[str]:
-    if values["image_dir"] is None and values["metadata_file"] is None:
-        return [
-            "image_dir, the folder of its pictures, is missing (or metadata_file, a JSON that names them)"
-        ]
-    return []
-
-
-def _size_problems(values: Table) -> list[str]:
-    size = values["resolution"]
-    if size is None:
-        return ["resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"]
-    if not values["enable_bucket"] or values["bucket_no_upscale"]:
-        return []
-    low, high = values["min_bucket_reso"], values["max_bucket_reso"]
+def _contradictions(values: Table, is_masked: bool) -> list[str]:
+    """Return a line for each thing that a subset lacks, and for keys that do not go together."""
     problems = []
-    if min(size) < low:
+    conditioning, masks = values["conditioning_data_dir"], values["mask_directory"]
+    from_json = values["metadata_file"] is not None
+    if values["image_dir"] is None and not from_json:
         problems.append(
-            f"min_bucket_reso = {low} is above the resolution {_sides(size)}; set at most {min(size)}"
+            "image_dir, the folder of its pictures, is missing (or metadata_file, a JSON that names them)"
         )
-    if max(size) > high:
+    size, low, high = values["resolution"], values["min_bucket_reso"], values["max_bucket_reso"]
+    if size is None:
         problems.append(
-            f"max_bucket_reso = {high} is below the resolution {_sides(size)}; set at least {max(size)}"
+            "resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"
+        )
+    elif values["enable_bucket"] and not values["bucket_no_upscale"]:
+        if min(size) < low:
+            found = f"min_bucket_reso = {low} is above the resolution {_sides(size)}"
+            problems.append(f"{found}; set at most {min(size)}")
+        if max(size) > high:
+            found = f"max_bucket_reso = {high} is below the resolution {_sides(size)}"
+            problems.append(f"{found}; set at least {max(size)}")
+    sources = {
+        "alpha_mask": values["alpha_mask"],
+        "mask_directory": masks is not None,
+        "conditioning_data_dir with --masked_loss": is_masked and conditioning is not None,
+    }
+    given = [name for name, is_given in sources.items() if is_given]
+    if len(given) > 1:
+        problems.append(
+            f"{' and '.join(given)}: both say where the masks of the loss are from; leave out one"
+        )
+    elif from_json and (conditioning or masks):
+        problems.append(
+            "conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"
         )
     return problems
-
-
-def _mask_problems(values: Table, is_masked: bool) -> list[str]:
-    masks = {
-        "alpha_mask": values["alpha_mask"],
-        "mask_directory": values["mask_directory"] is not None,
-        "conditioning_data_dir with --masked_loss": is_masked and values["conditioning_data_dir"] is not None,
-    }
-    given = [name for name, is_given in masks.items() if is_given]
-    if len(given) > 1:
-        return [f"{' and '.join(given)}: both say where the masks of the loss are from; leave out one"]
-    if values["metadata_file"] is not None and (values["conditioning_data_dir"] or values["mask_directory"]):
-        return ["conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"]
-    return []
 
 
 def _buckets(values: Table, rule: BucketRule, where: str) -> BucketRule:

@@ -74,11 +74,6 @@ class CaptionChanges:
         }
         return tuple(key for key, is_set in keys.items() if is_set)
 
-    @property
-    def varies(self) -> bool:
-        """Whether a caption is not always the same."""
-        return bool(self.varying_keys)
-
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -98,11 +93,6 @@ class Augmentation:
             "face_crop_aug_range": self.face_crop_range is not None,
         }
         return tuple(key for key, is_set in keys.items() if is_set)
-
-    @property
-    def excludes_caches(self) -> bool:
-        """Whether pictures must be encoded each time."""
-        return bool(self.varying_keys)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from downloads.catalogue import ModelSet, ReleasedFile
@@ -18,14 +18,6 @@ logger = logging.getLogger(__name__)
 SPARE_BYTES = 1 << 30  # left free on the disk
 
 
-@dataclass(frozen=True)
-class PlannedFile:
-    """A file to download, and where to."""
-
-    remote: RemoteFile
-    target: Path
-
-
 def run_download(options: DownloadOptions) -> None:
     """Download the files of a task and print its commands.
 
@@ -36,19 +28,19 @@ def run_download(options: DownloadOptions) -> None:
     planned = [one for one in (_plan(file, options) for file in files) if one is not None]
     _check_space(planned, options.to)
     print_lines(describe_licences(chosen))  # before anything is downloaded
-    for one in planned:
-        logger.info("%s (%s) from %s", one.target, gigabytes(one.remote.size_bytes), one.remote.page)
+    for remote, target in planned:
+        logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
         try:
-            download_file(one.remote, one.target)
+            download_file(remote, target)
         except OSError as error:
             raise OutputError(
-                f"{one.target} cannot be written: {error.strerror or error}. Choose another --to."
+                f"{target} cannot be written: {error.strerror or error}. Choose another --to."
             ) from error
     _report(chosen, options)
 
 
-def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedFile | None:
-    """Return the download for a file, or None if it is there and complete."""
+def _plan(file: ReleasedFile, options: DownloadOptions) -> tuple[RemoteFile, Path] | None:
+    """Return where a file is and where it goes to, or None if it is there and complete."""
     target = options.to / file.name
     if not target.parent.resolve().is_relative_to(options.to.resolve()):
         raise OutputError(
@@ -65,12 +57,8 @@ def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedFile | None:
     if not options.accept_changed:
         remote = _compare(file, remote)
     if not is_there:
-        return PlannedFile(remote, target)
-    damage = (
-        find_damage(target, remote)
-        if options.verify
-        else _other_size(target.stat().st_size, remote.size_bytes)
-    )
+        return remote, target
+    damage = find_damage(target, remote if options.verify else replace(remote, sha256=None, git_sha1=None))
     if damage is not None:
         raise OutputError(
             f"{target} exists and is another file, or damaged: {damage}.\n  Move it away and run again, or "
@@ -78,10 +66,6 @@ def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedFile | None:
         )
     logger.info("%s is there and complete%s", target, ", SHA-256 compared" if options.verify else "")
     return None
-
-
-def _other_size(found: int, expected: int) -> str | None:
-    return None if found == expected else f"it has {found:,} bytes instead of {expected:,}"
 
 
 def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
@@ -94,24 +78,16 @@ def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
             f"{remote.page} has another {file.file} than the one known to this program (size or SHA-256).\n"
             "  If the page says that it was replaced, add --accept_changed."
         )
-    return RemoteFile(
-        remote.url,
-        remote.size_bytes,
-        file.sha256 or remote.sha256,
-        remote.git_sha1,
-        remote.headers,
-        remote.page,
-    )
+    return replace(remote, sha256=file.sha256 or remote.sha256)
 
 
-def _check_space(planned: list[PlannedFile], folder: Path) -> None:
+def _check_space(planned: list[tuple[RemoteFile, Path]], folder: Path) -> None:
     """Raise OutputError if the disk of `folder` has no room for the missing files."""
-    missing = 0
-    for one in planned:
-        partial = partial_path(one.remote, one.target)
-        missing += one.remote.size_bytes - (partial.stat().st_size if partial.exists() else 0)
     if not planned:
         return
+    parts = [partial_path(*one) for one in planned]
+    missing = sum(remote.size_bytes for remote, _ in planned)
+    missing -= sum(part.stat().st_size for part in parts if part.exists())
     make_folder(folder, "--to")
     free = shutil.disk_usage(folder).free
     if free < missing + SPARE_BYTES:

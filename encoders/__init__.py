@@ -5,7 +5,7 @@ autoencoder_blocks: layers of FLUX's autoencoder
 clip_checkpoints: files of CLIP's text and image towers
 clip_l: CLIP-L for the shared loops, and its tokenizer
 clip_layers: CLIP's towers, and layers shared with SigLIP
-files: files of a family with one transformer, what follows from them
+files: files of one transformer, and what follows
 pictures: cache entries of single pictures, colours of latents
 piece_tokenizers: tokenizers of SentencePiece and T5, rows of ids
 t5: T5-XXL for the shared loops, and ByT5 for letters

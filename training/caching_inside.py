@@ -166,7 +166,7 @@ def _place_texts(options: CachingInRunOptions | None, use: TextUse) -> Where:
 
 
 def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOptions | None) -> Where:
-    if table.augmentation.excludes_caches:
+    if table.augmentation.varying_keys:
         if options is not None and options.caches_latents:
             raise DatasetError(
                 f"{table.name}: color_aug, random_crop and face_crop_aug_range change pictures each time, so "

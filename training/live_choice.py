@@ -26,7 +26,7 @@ def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetC
     that change, or if an encoder that is needed is not given.
     """
     asked = options.caching is not None and options.caching.caches_texts
-    varying = next((table for table in config.datasets if table.changes.varies), None)
+    varying = next((table for table in config.datasets if table.changes.varying_keys), None)
     if varying is not None and asked:
         raise OptionError(
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "

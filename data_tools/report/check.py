@@ -40,7 +40,7 @@ from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.faults import Fault
-from dataset.sources.rates import find_wrong_rates
+from dataset.sources.frames import find_wrong_rates
 from modules.bars import Bar
 from modules.contract.data import LatentSpec, MediaTable
 from modules.contract.family import Described, TextEncoder

@@ -24,9 +24,9 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
 from dataset.sources.faults import LISTED, Fault, list_faults
-from dataset.sources.listing import find_all_sources, warn_missing_captions, warn_unreadable_captions
+from dataset.sources.frames import find_wrong_rates
+from dataset.sources.listing import find_all_sources, warn_captions
 from dataset.sources.media_source import MediaSource
-from dataset.sources.rates import find_wrong_rates
 from modules.atomic_write import free_bytes
 from modules.console import Row, as_size, show_box
 from modules.control_codes import escape_control_codes
@@ -81,8 +81,7 @@ class MediaWork:
         }
         sources, self.not_listed, self.whole_tables = list_sources(config, captions=False)
         _check_tables(family, config, sources)
-        warn_missing_captions(sources)
-        warn_unreadable_captions(sources)
+        warn_captions(sources)
         family.check_given_files()
         self.pieces: Sequence[MediaSource] = use_moments(family, sources)
         places.require_form(config, family.cache_tag)

@@ -7,13 +7,12 @@ decoding: turn a source into items to encode
 faults: faults of a dataset's files, collected for one report
 fetching: make the bytes of a source a file; downloads
 folders: list a folder, its control media, what is unused
-frames: drop frames to a rate, then cut spans
+frames: drop frames to a rate, cut spans; wrong rates
 listing: find the sources of a table, and check them
 masks: masks of the loss: white is learned, black not
 media_source: an image or clip, its caption, place of its bytes
 parquet: bounded reading of Parquet files, files in columns
 prepared: moments of a VAE, and who made them
-rates: compare the frame rates of clips with their table
 rows: turn rows of lists and tables into sources
 stems: unique stems for sources without a file name
 tables: sources of JSONL lists, tables and metadata JSON files

@@ -55,9 +55,11 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     With multi_caption each line that is not empty is one. Of image trainers it is one: if it is not always
     the same, the whole text, which `dataset.batches.captions` changes, else its first line.
     """
-    if table.group is not None:
-        return (text if table.changes.is_raw else _fixed_caption(text, table),)
-    return complete_captions(caption_lines(text, table), table)
+    if table.group is None:
+        return complete_captions(caption_lines(text, table), table)
+    if table.changes.is_raw:
+        return (text,)
+    return (join_parts(add_ends(next(iter(lines_of(text)), ""), table), table.changes),)
 
 
 def caption_lines(text: str, table: DatasetTable) -> list[str]:
@@ -68,13 +70,12 @@ def caption_lines(text: str, table: DatasetTable) -> list[str]:
 
 
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
-    """Return captions with trigger word, prefix and suffix of their table, equal ones once."""
-    return tuple(dict.fromkeys(_complete(caption, table) for caption in captions))
+    """Return captions with trigger word, prefix and suffix of their table, equal ones once.
 
-
-def _complete(caption: str, table: DatasetTable) -> str:
-    """Return "prefix trigger, caption suffix"; a caption that has the trigger word keeps it where it is."""
-    return add_ends(add_trigger(caption, table.trigger_word), table)
+    "prefix trigger, caption suffix"; one that has the trigger word keeps it where it is.
+    """
+    whole = (add_ends(add_trigger(caption, table.trigger_word), table) for caption in captions)
+    return tuple(dict.fromkeys(whole))
 
 
 def add_ends(caption: str, table: DatasetTable) -> str:
@@ -95,11 +96,6 @@ def join_parts(text: str, changes: CaptionChanges) -> str:
     return text.replace(second, changes.separator) if second else text
 
 
-def _fixed_caption(text: str, table: DatasetTable) -> str:
-    """Return the caption of an image trainer's table whose captions are always the same."""
-    return join_parts(add_ends(next(iter(lines_of(text)), ""), table), table.changes)
-
-
 def add_trigger(caption: str, trigger: str) -> str:
     """Return "trigger, caption"; the caption itself if it has the trigger word, or if that is empty."""
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
@@ -112,7 +108,13 @@ def guess_captions(paths: Sequence[Path]) -> list[EncodingGuess | None]:
 
     None for a file that is probably no text, or cannot be read.
     """
-    return guess_encodings([_content(path) for path in paths])
+    contents = []
+    for path in paths:
+        try:
+            contents.append(read_content(path, MAX_CAPTION_BYTES))
+        except OSError:
+            contents.append(b"")
+    return guess_encodings(contents)
 
 
 def not_utf8(path: Path, number: int) -> DatasetError:
@@ -138,10 +140,3 @@ def describe_cut(place: Path | str, encoder: str, count: TokenCount) -> str:
     words = " ".join(count.cut_text.split())
     lost = words if len(words) <= SHOWN else f"{words[:SHOWN]}... ({len(words)} characters)"
     return f"{place}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return read_content(path, MAX_CAPTION_BYTES)
-    except OSError:
-        return b""

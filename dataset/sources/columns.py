@@ -5,6 +5,7 @@ Parquet and JSONL.
 """
 
 import csv
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ def column_names(path: Path) -> tuple[str, ...]:
         for row, _ in zip(read_jsonl(path, None), range(FIRST_LINES), strict=False):
             found |= dict.fromkeys(row.values)
         return tuple(found)
-    return _csv_header(path, kind)[0]
+    return tuple(_open_csv(path, kind)[0])
 
 
 def read_columns(path: Path, wanted: Collection[str] | None = None) -> Iterator[TableRow]:
@@ -139,35 +140,27 @@ def read_jsonl(path: Path, wanted: Collection[str] | None, example: str = "") ->
         yield TableRow(path, "line", number, values, fault)
 
 
-def _csv_header(path: Path, kind: str) -> tuple[tuple[str, ...], str]:
-    """Return the columns of a CSV or TSV file, and the separator of its cells."""
+def _open_csv(path: Path, kind: str) -> tuple[list[str], Any]:
+    """Return the columns of a CSV or TSV file, and the reader of the rows behind the first line."""
     lines = _lines(path)
     first = next(lines, None)
     if first is None:
         raise DatasetError(f"{path} is empty; its first line names the columns")
     # spreadsheets write semicolons where the comma stands in numbers
     mark = "\t" if kind == TSV else ";" if "," not in first and ";" in first else ","
-    rows = csv.reader(_with_ends([first], lines), delimiter=mark, strict=True)
+    ended = (f"{line}\n" for line in itertools.chain([first], lines))
+    rows = csv.reader(ended, delimiter=mark, strict=True)
     try:
         names = [name.strip() for name in next(rows)]
     except (csv.Error, StopIteration) as error:
         raise DatasetError(f"{path}, line 1: the names of the columns cannot be read: {error}") from None
     _check_names(path, names)
-    return tuple(names), mark
-
-
-def _with_ends(first: Sequence[str], lines: Iterator[str]) -> Iterator[str]:
-    for line in first:
-        yield line + "\n"
-    for line in lines:
-        yield line + "\n"
+    return names, rows
 
 
 def _csv_rows(path: Path, kind: str, wanted: Collection[str] | None) -> Iterator[TableRow]:
-    names, mark = _csv_header(path, kind)
+    names, rows = _open_csv(path, kind)
     places = [(name, place) for place, name in enumerate(names) if wanted is None or name in wanted]
-    rows = csv.reader(_with_ends([], _lines(path)), delimiter=mark, strict=True)
-    next(rows)
     while True:
         number = rows.line_num + 1
         try:
@@ -182,13 +175,11 @@ def _csv_rows(path: Path, kind: str, wanted: Collection[str] | None) -> Iterator
                 ) from None
             yield TableRow(path, "line", number, {}, f"it is not valid {kind}: {error}")
             continue
-        if not cells:  # an empty line
-            continue
-        if len(cells) != len(names):
+        if len(cells) == len(names):
+            yield TableRow(path, "line", number, {name: cells[place] for name, place in places})
+        elif cells:  # else an empty line
             fault = f"it has {len(cells)} cells, the header has {len(names)}"
             yield TableRow(path, "line", number, {}, fault)
-            continue
-        yield TableRow(path, "line", number, {name: cells[place] for name, place in places})
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:

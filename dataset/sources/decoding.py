@@ -15,7 +15,7 @@ from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
-from dataset.sources.masks import Mask, is_still, read_moving, read_still, stack_alphas
+from dataset.sources.masks import Mask, read_moving, read_still, stack_alphas
 from dataset.sources.media_source import MediaSource
 from modules.errors import DatasetError, MediaError
 from modules.media.animations import is_animation
@@ -37,6 +37,7 @@ from modules.media.reading import (
     fit_frame,
     frames_at_rate,
     image_size,
+    image_suffixes,
     read_image,
     resize_cover,
     video_frames,
@@ -233,7 +234,15 @@ def bucket_of(table: DatasetTable, size: Size, step: int, path: Path | None = No
         return size
     (width, height), rule = table.resolution, table.buckets
     if not table.enable_bucket:
-        return _whole_size(table, step)
+        if width % step or height % step:
+            down = width // step * step, height // step * step
+            up = -(-width // step) * step, -(-height // step) * step
+            options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
+            raise DatasetError(
+                f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
+                f"enable_bucket is false. Use {options}, or enable_bucket = true."
+            )
+        return table.resolution
     if rule is not None and rule.step % step:
         raise DatasetError(
             f"{table.name}: bucket_reso_steps = {rule.step} is not a multiple of {step}, which this model "
@@ -270,20 +279,6 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
     fit = fit_without_enlarging(size, area, rule.step) if table.bucket_no_upscale else fit_cover(size, bucket)
     how = how_to_resize(size, fit.resized)
     return dataclasses.replace(fit, interpolation=how if how == "none" else rule.interpolation or how)
-
-
-def _whole_size(table: DatasetTable, step: int) -> Size:
-    """Return the resolution of a table without buckets. Raises DatasetError if it is no multiple."""
-    width, height = table.resolution
-    if width % step or height % step:
-        down = width // step * step, height // step * step
-        up = -(-width // step) * step, -(-height // step) * step
-        options = " or ".join(str(list(option)) for option in dict.fromkeys((down, up)) if min(option))
-        raise DatasetError(
-            f"{table.name}: resolution = [{width}, {height}] is not a multiple of {step}, and "
-            f"enable_bucket is false. Use {options}, or enable_bucket = true."
-        )
-    return table.resolution
 
 
 def check_resolution(table: DatasetTable, step: int) -> None:
@@ -332,7 +327,7 @@ def _mask_of_clip(
 ) -> Mask:
     """Read the mask of a clip: one image for all frames, or a clip at the same rate."""
     place = functools.partial(resize_cover, bucket=bucket)
-    if is_still(path) and not is_animation(path):
+    if path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path):
         return read_still(path, place, size, num_frames)
     return read_moving(path, _kept_frames(path, table, fps), place, size, num_frames)
 

@@ -59,7 +59,9 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
             if isinstance(origin, (TarMember, ParquetCell)):
                 if not places:
                     _sweep(tempfile.gettempdir())
-                    folder = Path(stack.enter_context(_temporary_folder()))
+                    # Windows removes no file that is still open somewhere: the next run does
+                    made = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+                    folder = Path(stack.enter_context(made))
                 copy = _extract(origin, path, folder / str(len(places)))
                 places[copy] = path
                 paths.append(copy)
@@ -68,17 +70,15 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                     download(origin.address, path)
                 paths.append(path)
         try:
-            yield _with_paths(source, paths)
+            count = 1 + len(source.control)
+            mask = None if source.mask is None else paths[count]
+            control = tuple(paths[1:count])
+            yield dataclasses.replace(source, path=paths[0], control=control, mask=mask, origins=())
         except MediaError as error:
             text = str(error)
             for copy, path in places.items():
                 text = text.replace(str(copy), str(path))
             raise MediaError(text) from error
-
-
-def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
-    # Windows removes no file that is still open somewhere: the next run does
-    return tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
 
 
 @lru_cache(maxsize=4)
@@ -88,14 +88,6 @@ def _sweep(folder: str) -> None:
         with contextlib.suppress(OSError):
             if left.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def _with_paths(source: MediaSource, paths: list[Path]) -> MediaSource:
-    count = len(source.control)
-    mask = None if source.mask is None else paths[1 + count]
-    return dataclasses.replace(
-        source, path=paths[0], control=tuple(paths[1 : 1 + count]), mask=mask, origins=()
-    )
 
 
 def _extract(origin: TarMember | ParquetCell, path: Path, copy: Path) -> Path:

@@ -1,15 +1,15 @@
 """List what a table's folder holds: images or clips, captions, control media; and what in it is not used."""
 
+import contextlib
 import difflib
 import itertools
 import logging
 import os
-import stat
 from collections import Counter
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from dataset.config import DatasetTable
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import captions_in, explain_captions, read_caption
 from dataset.sources.faults import Fault
 from dataset.sources.masks import find_masks
@@ -34,13 +34,15 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     paths = [path for path in there if path not in bad_names] if bad_names else there
     kind = f"names of {table.name} are not UTF-8, so that no cache can name them; rename the files"
     faults += [Fault(kind, ascii(str(path))) for path in there if path in bad_names]
-    controls = _folder_controls(table, paths, faults)
+    controls: list[tuple[Path, ...]] = [()] * len(paths)
+    if table.control_directory is not None:
+        folder = ControlFolder(table.control_directory, {path.stem for path in paths})
+        controls = _folder_controls(table, folder, paths, faults)
     masks: Mapping[Path, Path] = {}
     try:
-        folder = table.mask_directory
-        if folder is not None:
-            entries = [folder / entry.name for entry in list_entries(folder, "mask_directory")]
-            masks = find_masks(table, paths, entries)
+        if table.mask_directory is not None:
+            entries = list_entries(table.mask_directory, "mask_directory")
+            masks = find_masks(table, paths, [Path(entry.path) for entry in entries])
     except DatasetError as error:
         faults.append(Fault(f"problems with the masks of {table.name}", str(error)))
     sources = []
@@ -59,16 +61,17 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
                 bad[text_path] = stem, str(error)
         mask = masks.get(path) if masks else None
         sources.append(MediaSource(path, stem, first, text_path, control, table, more, mask))
-    messages = explain_captions(list(bad), [message for _, message in bad.values()])
-    kind = "have a caption that cannot be used"
-    faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
+    if bad:
+        messages = explain_captions(list(bad), [message for _, message in bad.values()])
+        kind = "have a caption that cannot be used"
+        faults += [Fault(kind, text, stem) for text, (stem, _) in zip(messages, bad.values(), strict=True)]
     return sources
 
 
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return a table folder's images or clips, sorted; add those that are no regular file."""
     assert table.directory is not None
-    suffixes, animated = media_suffixes(table.kind), animation_suffixes(table)
+    suffixes, animated = media_suffixes(table.kind), media_suffixes(table.kind, animated=True)
     key = f"{table.kind}_directory" if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}")
     # as Path.suffix, which takes longer
@@ -78,7 +81,8 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     for entry, end in zip(entries, ends, strict=True):
         if end in suffixes:
             (there if is_file(entry) else no_files).append(table.directory / entry.name)
-    faults += _explain_entries(table, no_files)
+    kind = f"{table.kind}s of {table.name} are no files"
+    faults += [Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False) for path in no_files]
     if ANIMATION_SUFFIXES.isdisjoint(ends):
         return there
     others = [
@@ -96,11 +100,9 @@ def is_file(entry: "os.DirEntry[str]") -> bool:
 
 
 def _folder_controls(
-    table: DatasetTable, paths: Sequence[Path], faults: list[Fault]
+    table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], faults: list[Fault]
 ) -> list[tuple[Path, ...]]:
-    if table.control_directory is None:
-        return [()] * len(paths)
-    folder = ControlFolder(table.control_directory, {path.stem for path in paths})
+    """Return the control media of each path; those that are not used are told."""
     controls: list[tuple[Path, ...]] = []
     kind = f"problems with the control media of {table.name}"
     for path in paths:
@@ -233,8 +235,13 @@ def _near_name(folder: Path) -> Path | None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def media_suffixes(kind: str) -> frozenset[str]:
-    """Return the suffixes of images or clips. For those of `_find_animations` the content counts too."""
+def media_suffixes(kind: str, animated: bool = False) -> frozenset[str]:
+    """Return the suffixes of images or clips.
+
+    animated: those of files whose content counts too; of images .webp is one anyway.
+    """
+    if animated:
+        return ANIMATION_SUFFIXES if kind == "video" else ANIMATION_SUFFIXES - {".webp"}
     return image_suffixes() if kind == "image" else VIDEO_SUFFIXES
 
 
@@ -251,13 +258,8 @@ def describe_entries(table: DatasetTable) -> str:
         f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(suffixes).most_common(3)
     )
     what = f"it has {found}" if found else f"only folders, such as {folders[0]}" if folders else "it is empty"
-    kinds = ", ".join(sorted(media_suffixes(table.kind) | animation_suffixes(table)))
+    kinds = ", ".join(sorted(media_suffixes(table.kind) | media_suffixes(table.kind, animated=True)))
     return f"has no {table.kind}s ({what}; folders inside it are not searched; the suffixes are {kinds})"
-
-
-def animation_suffixes(table: DatasetTable) -> frozenset[str]:
-    """Return the suffixes that a table takes besides those of its kind; of images: .webp is one anyway."""
-    return ANIMATION_SUFFIXES if table.kind == "video" else ANIMATION_SUFFIXES - {".webp"}
 
 
 def _find_animations(table: DatasetTable, entries: Sequence[Path], others: Sequence[Path]) -> list[Path]:
@@ -267,7 +269,11 @@ def _find_animations(table: DatasetTable, entries: Sequence[Path], others: Seque
     like one of `others` but for the suffix is left out with a warning: both would have the same cache.
     """
     taken = {os.path.normcase(path.stem) for path in others}
-    files = [path for path in entries if path.suffix.lower() in animation_suffixes(table) and path.is_file()]
+    files = [
+        path
+        for path in entries
+        if path.suffix.lower() in media_suffixes(table.kind, animated=True) and path.is_file()
+    ]
     if table.kind == "image":
         animated = [path for path in (*others, *files) if _is_moving(path, if_damaged=False)]
         _warn(table, animated, "animated: only the first frame of each is used. video_directory takes clips")
@@ -292,13 +298,8 @@ def _warn(table: DatasetTable, paths: Sequence[Path], what: str) -> None:
         logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], what)
 
 
-def _explain_entries(table: DatasetTable, entries: Sequence[Path]) -> list[Fault]:
-    """Return a fault for each entry with the name of a picture or clip that is no file: it is skipped."""
-    kind = f"{table.kind}s of {table.name} are no files"
-    return [Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False) for path in entries]
-
-
 def _explain(path: Path) -> str:
+    """Say what an entry with the name of a picture or clip is, if it is no file."""
     try:
         require_regular_file(path)
     except FileNotFoundError:
@@ -314,7 +315,13 @@ def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]
     A warning says so. Only files whose names begin with another's are opened.
     """
     stems = {path.stem for path in paths}
-    results = {path for path in paths if _has_source(path.stem, stems) and _is_result(path)}
+    results = set()
+    for path in paths:
+        parts = path.stem.split("_")[:-1]
+        if any(one in stems for one in itertools.accumulate(parts, "{}_{}".format)):
+            with contextlib.suppress(MediaError, OSError):  # reading it says what is wrong
+                if any(TOOL_TAG.fullmatch(name) for name in read_tags(path)):
+                    results.add(path)
     if results:
         logger.warning(
             "%s: %d files, such as %s, are left out: a tool made them of other files of this folder. Move "
@@ -326,51 +333,27 @@ def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]
     return [path for path in paths if path not in results] if results else list(paths)
 
 
-def _has_source(stem: str, stems: Collection[str]) -> bool:
-    parts = stem.split("_")
-    return len(parts) > 1 and any(one in stems for one in itertools.accumulate(parts[:-1], "{}_{}".format))
-
-
-def _is_result(path: Path) -> bool:
-    try:
-        return any(TOOL_TAG.fullmatch(name) for name in read_tags(path))
-    except (MediaError, OSError):
-        return False  # reading it says what is wrong
-
-
-def folder_id(folder: "os.PathLike[str]") -> str:
+def folder_id(folder: "str | os.PathLike[str]") -> str:
     """Return a text that is the same for all ways to write a folder's path."""
     return os.path.normcase(os.path.realpath(folder))
 
 
-def find_folders_of_media(
-    table: DatasetTable, suffixes: Collection[str], others: Sequence[Path]
-) -> list[Path]:
-    """Return the folders inside a table's folder that hold pictures or clips, which are not searched.
-
-    others: folders that tables name.
-    """
-    if table.directory is None or not table.directory.is_dir():
-        return []
-    in_use = set(map(folder_id, others))
-    with os.scandir(table.directory) as entries:
-        folders = sorted(Path(entry) for entry in entries if entry.name[0] != "." and _is_folder(entry))
-    return [
-        folder for folder in folders if folder_id(folder) not in in_use and _holds_media(folder, suffixes)
-    ]
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return stat.S_ISDIR(entry.stat().st_mode)
-    except OSError:
-        return False
-
-
-def _holds_media(folder: Path, suffixes: Collection[str]) -> bool:
-    try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in itertools.islice(entries, LOOKED_INTO)]
-    except OSError:
-        return False
-    return any(Path(name).suffix.lower() in suffixes for name in names)
+def unsearched_folders(config: DatasetConfig) -> list[str]:
+    """Return a line for each folder inside a table's folder that holds its kind of media and is not read."""
+    keys = ("directory", "cache_directory", "control_directory", "mask_directory", "download_directory")
+    others = {folder_id(path) for table in config.datasets for key in keys if (path := getattr(table, key))}
+    lines = []
+    for table in config.datasets:
+        if table.directory is None or not table.directory.is_dir():
+            continue
+        with os.scandir(table.directory) as entries:
+            folders = sorted(entry.path for entry in entries if entry.name[0] != "." and not is_file(entry))
+        for folder in folders:
+            names: list[str] = []
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:  # also of what is no folder
+                names = [entry.name for entry in itertools.islice(entries, LOOKED_INTO)]
+            holds_media = any(Path(name).suffix.lower() in media_suffixes(table.kind) for name in names)
+            if holds_media and folder_id(folder) not in others:
+                unused = f"its {table.kind}s are not used: folders inside a folder are not searched"
+                lines.append(f"{folder}: {unused}. Give it a table")
+    return lines

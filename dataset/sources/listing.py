@@ -9,7 +9,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import explain_captions, read_caption
 from dataset.sources.cogvideox import list_cogvideox
 from dataset.sources.faults import LISTED, Fault, list_faults, raise_faults
-from dataset.sources.folders import describe_entries, find_folders_of_media, list_table_folder, media_suffixes
+from dataset.sources.folders import describe_entries, list_table_folder, unsearched_folders
 from dataset.sources.media_source import MediaSource, pause_collection
 from dataset.sources.tables import list_metadata, list_rows
 from dataset.sources.tars import list_tars
@@ -94,17 +94,6 @@ def find_all_sources(
     return sources
 
 
-def unsearched_folders(config: DatasetConfig) -> list[str]:
-    """Return a line for each folder inside a table's folder that holds its kind of media and is not read."""
-    keys = ("directory", "cache_directory", "control_directory", "mask_directory", "download_directory")
-    others = [getattr(table, key) for table in config.datasets for key in keys if getattr(table, key)]
-    return [
-        f"{folder}: its {table.kind}s are not used: folders inside a folder are not searched. Give it a table"
-        for table in config.datasets
-        for folder in find_folders_of_media(table, media_suffixes(table.kind), others)
-    ]
-
-
 def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
     """Return one line per source without a caption: the file, and where its caption was searched."""
     return [f"{source.path}: {_where_caption(source)}" for source in sources if source.caption is None]
@@ -116,8 +105,10 @@ def require_captions(sources: Sequence[MediaSource]) -> None:
     raise_faults([Fault(kind, line) for line in missing_captions(sources)])
 
 
-def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
-    """Warn about sources without a caption file: text caching will refuse them. No caption is read."""
+def warn_captions(sources: Sequence[MediaSource]) -> None:
+    """Warn about captions that are missing or cannot be used, which text caching will refuse, before hours of
+    encoding clips. At most MOST_READ are read.
+    """
     folders = {source.table.directory for source in sources}
     names: dict[Path | None, Collection[str]] = {
         folder: frozenset(os.listdir(folder)) for folder in folders if folder is not None and folder.is_dir()
@@ -136,13 +127,6 @@ def warn_missing_captions(sources: Sequence[MediaSource]) -> None:
             len(sources),
             missing_captions(missing[:1])[0],
         )
-
-
-def warn_unreadable_captions(sources: Sequence[MediaSource]) -> None:
-    """Warn about caption files that text caching will refuse, before hours of encoding clips.
-
-    At most MOST_READ are read.
-    """
     bad: dict[Path, str] = {}
     paths = [source.caption_path for source in sources if source.caption is None and source.caption_path]
     for path in paths[:MOST_READ]:

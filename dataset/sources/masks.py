@@ -75,11 +75,6 @@ def _masks_by_stem(kind: str, entries: Iterable[Path]) -> dict[str, list[Path]]:
     return there
 
 
-def is_still(path: Path) -> bool:
-    """Return whether a mask of a clip is one image, for all of its frames."""
-    return path.suffix.lower() in image_suffixes() and not path.is_dir()
-
-
 def read_still(path: Path, place: Place, size: Size, num_frames: int) -> Mask:
     """Read an image as the mask of `num_frames` frames. size: of the item; its shape has to be the same.
 

@@ -70,12 +70,10 @@ def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
         with parquet.ParquetFile(path, read_dictionary=repeating) as file:
             yield file
     except (OSError, ArrowException, ValueError) as error:  # ValueErrors: damaged data, names not in UTF-8
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> DatasetError:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return DatasetError(f"{path} cannot be read as Parquet: {reason}. Correct the path, or write it again.")
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DatasetError(
+            f"{path} cannot be read as Parquet: {reason}. Correct the path, or write it again."
+        ) from error
 
 
 # --- what a file unpacks to
@@ -208,17 +206,9 @@ def cell_column(path: Path, name: str) -> str | None:
         if name not in schema.names:
             return None
         kind = schema.field(name).type
-        if types.is_binary(kind) or types.is_large_binary(kind):
-            return name
-        if not types.is_struct(kind):
-            return None
-        inner = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
-        held = inner.get("bytes")
-        return (
-            f"{name}.bytes"
-            if held is not None and (types.is_binary(held) or types.is_large_binary(held))
-            else None
-        )
+        if types.is_struct(kind) and "bytes" in (inner := [one.name for one in kind]):
+            name, kind = f"{name}.bytes", kind.field(inner.index("bytes")).type
+        return name if types.is_binary(kind) or types.is_large_binary(kind) else None
 
 
 def cells_of(path: Path, column: str) -> Callable[[int], ParquetCell]:

@@ -66,8 +66,9 @@ class RowReader:
         controls = [self._locate(one, where) for one in self._control_texts(values, where)]
         mask_text = self._text("mask_path", values, where)
         mask = None if mask_text is None else self._locate(mask_text, where)
+        source = make_source(self.table, where, stem, media, captions, controls, mask)
         self._identities.append(identity)
-        return make_source(self.table, where, stem, media, captions, controls, mask)
+        return source
 
     def finish(self, sources: Sequence[MediaSource], faults: list[Fault]) -> list[MediaSource]:
         """Return the sources with stems of their own where theirs clash; add faults of all rows to `faults`.

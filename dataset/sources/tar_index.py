@@ -128,7 +128,9 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
     last = ""
     try:
         for member in read_members(file, size_bytes):
-            key, end = _split(member.name)
+            folder, mark, base = member.name.removeprefix("./").rpartition("/")
+            key, _, end = base.partition(".")
+            key, end = f"{folder}{mark}{key}", end.lower()
             if not end or not key.rpartition("/")[2]:  # also what begins with a dot
                 continue
             group, last = groups.setdefault(key, {}), key
@@ -152,15 +154,17 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
             lost = f"{last} and what follows"
         index.damage = f"{damage}. {len(groups)} samples before that are used, {lost} cannot be read"
     for key, group in groups.items():
-        _add(index, key, group, rules)
+        try:
+            sample = _sample(key, group, rules)
+        except ValueError as error:
+            index.faults.append((key, str(error)))
+            continue
+        if sample is not None:
+            index.samples.append(sample)
+        else:
+            index.num_others += 1
+            index.others = index.others or [key]
     return index
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Return a member's key and the part behind its first dot, in lower case."""
-    folder, mark, base = name.removeprefix("./").rpartition("/")
-    key, _, end = base.partition(".")
-    return f"{folder}{mark}{key}", end.lower()
 
 
 def _read_text(file: BinaryIO, member: Member) -> str:
@@ -176,39 +180,29 @@ def _read_text(file: BinaryIO, member: Member) -> str:
     return f"\0holds {found}" if found else text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _add(index: TarIndex, key: str, group: dict[str, Member | str], rules: TarRules) -> None:
-    """Add the sample of a group of files to the index, or its fault."""
+def _sample(key: str, group: dict[str, Member | str], rules: TarRules) -> TarSample | None:
+    """Return the sample of a group of files; None if none is to learn. Raises ValueError for its fault."""
     files = {end: one for end, one in group.items() if isinstance(one, Member)}
-    roles = {end: role for end in files if (role := _role(end, rules)) is not None}
-    found = _media(files.keys() - roles.keys(), rules)
-    if not found:
-        index.num_others += 1
-        if not index.others:
-            index.others.append(key)
-        return
-    if len(found) > 1:
-        index.faults.append((key, f"it has several files to learn: {', '.join(found)}; keep one"))
-        return
     texts = {end: one for end, one in group.items() if isinstance(one, str)}
-    try:
-        caption = _caption(texts, rules)
-    except ValueError as error:
-        index.faults.append((key, str(error)))
-        return
-    extras = sorted((*roles[end], end) for end in roles)
-    if len({extra[:2] for extra in extras}) < len(extras):
-        index.faults.append((key, f"it has two files of one kind among {', '.join(roles)}; keep one"))
-        return
-    beside = tuple((role, number, files[end]) for role, number, end in extras)
-    index.samples.append(TarSample(key, files[found[0]], caption, beside))
-
-
-def _role(end: str, rules: TarRules) -> tuple[str, int] | None:
-    """Return the role of `mask.png` or `control_1.png`, and its number; None for other files."""
-    match = _ROLE.fullmatch(end)
-    if match is None or match[3] not in rules.beside or (match[1] == MASK and match[2] is not None):
+    beside: dict[tuple[str, int], list[str]] = {}  # by roles, `mask.png` or `control_1.png`
+    others = []
+    for end in files:
+        match = _ROLE.fullmatch(end)
+        if match is None or match[3] not in rules.beside or (match[1] == MASK and match[2] is not None):
+            others.append(end)
+        else:
+            beside.setdefault((match[1], int(match[2] or 0)), []).append(end)
+    found = _media(others, rules)
+    if not found:
         return None
-    return match[1], int(match[2] or 0)
+    if len(found) > 1:
+        raise ValueError(f"it has several files to learn: {', '.join(found)}; keep one")
+    caption = _caption(texts, rules)
+    for ends in beside.values():
+        if len(ends) > 1:
+            raise ValueError(f"it has two files of one kind among {', '.join(ends)}; keep one")
+    extras = tuple((*role, files[ends[0]]) for role, ends in sorted(beside.items()))
+    return TarSample(key, files[found[0]], caption, extras)
 
 
 def _media(ends: Collection[str], rules: TarRules) -> list[str]:

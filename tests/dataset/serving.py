@@ -30,14 +30,9 @@ class Site:
     heeds_version: bool = True  # else the rest of another file is sent as if it were that of the first
     asked: list[str] = field(default_factory=list)  # names, with `@9` if from byte 9 on
     auth: list[str] = field(default_factory=list)
-    says: dict[str, bytes] = field(default_factory=dict)  # whole answers, with their headers
 
     def answer(self, handler: Any) -> None:
         name = unquote(urlsplit(handler.path).path).lstrip("/")
-        if name in self.says:
-            handler.wfile.write(b"HTTP/1.1 " + self.says[name])
-            handler.close_connection = True
-            return
         start = handler.headers.get("range", "").removeprefix("bytes=").removesuffix("-")
         self.asked.append(f"{name}@{start}" if start else name)
         if self.heeds_version and handler.headers.get("if-range", self.version) != self.version:

@@ -1,6 +1,7 @@
 """The list of released files, the pages and the commands say the same."""
 
 import functools
+import importlib
 import os
 import re
 import shlex
@@ -10,14 +11,6 @@ from typing import Any
 
 import pytest
 
-import flux_generate_image
-import flux_train_network
-import hunyuan_image_generate_image
-import hunyuan_image_train_network
-import hv_generate_video
-import lumina_generate_image
-import lumina_train_network
-import wan_generate_video
 from dataset.options import read_latent_caching, read_text_caching
 from docs.model_tables import FIRST, family_table, models_tables, page_of
 from downloads.catalogue import (
@@ -30,20 +23,15 @@ from downloads.catalogue import (
 )
 from downloads.listing import describe_set
 from downloads.options import DownloadOptions
-from flux import options as flux
 from flux.configs import RELEASES
-from fpack_generate_video import DEFAULTS as FRAMEPACK_DEFAULTS
-from frame_pack import options as frame_pack
 from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
 from generation.options import read_generation
-from hunyuan_image import options as hunyuan_image
 from hunyuan_image.configs import HUNYUAN_IMAGE
-from hunyuan_model import options as hunyuan_model
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
-from lumina import options as lumina
 from lumina.configs import LUMINA_2
 from modules.command import as_typed
 from modules.errors import UserError
+from modules.families import WITH_SCRIPTS
 from modules.parser import parse_options
 from post.chain_options import TOOLS as TOOLS_ON_VIDEOS
 from post.chain_options import read_chain
@@ -53,96 +41,33 @@ from tests.manifests import WIDTHS, tensor_list
 from tests.test_docs import PAGES
 from training.image_options import read_image_training
 from training.options import read_training
-from wan import options as wan
 from wan.configs import TASKS
 
 SETS = [*model_sets(), *model_sets(fp8_encoders=True)]
 FILES = [file for component in known_components().values() for file in component.files]
-TOOLS = {f"blissful_tuner/{tool.name}.py": tool.name for tool in TOOLS_ON_VIDEOS}
-READERS: dict[str, Callable[[list[str]], Any]] = {
-    **{script: functools.partial(read_chain, name, "") for script, name in TOOLS.items()},
-    "wan_cache_latents.py": lambda argv: read_latent_caching("", wan.WanLatentCachingOptions, argv),
-    "wan_cache_text_encoder_outputs.py": lambda argv: read_text_caching("", wan.WanTextCachingOptions, argv),
-    "wan_train_network.py": lambda argv: read_training("", wan.WanTrainingOptions, argv),
-    "wan_generate_video.py": lambda argv: read_generation(
-        "",
-        wan_generate_video.DEFAULTS,
-        wan.WanGenerationOptions,
-        argv,
-    ),
-    "cache_latents.py": lambda argv: read_latent_caching("", hunyuan_model.HunyuanLatentCachingOptions, argv),
-    "cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", hunyuan_model.HunyuanTextCachingOptions, argv
-    ),
-    "hv_train_network.py": lambda argv: read_training("", hunyuan_model.HunyuanTrainingOptions, argv),
-    "hv_generate_video.py": lambda argv: read_generation(
-        "",
-        hv_generate_video.DEFAULTS,
-        hunyuan_model.HunyuanGenerationOptions,
-        argv,
-    ),
-    "hunyuan_image_cache_latents.py": lambda argv: read_latent_caching(
-        "", hunyuan_image.HunyuanImageLatentCachingOptions, argv
-    ),
-    "hunyuan_image_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", hunyuan_image.HunyuanImageTextCachingOptions, argv
-    ),
-    "hunyuan_image_train_network.py": lambda argv: read_image_training(
-        "",
-        hunyuan_image.HunyuanImageTrainingOptions,
-        hunyuan_image_train_network.DEFAULTS,
-        argv,
-    ),
-    "hunyuan_image_generate_image.py": lambda argv: read_generation(
-        "",
-        hunyuan_image_generate_image.DEFAULTS,
-        hunyuan_image.HunyuanImageGenerationOptions,
-        argv,
-    ),
-    "flux_cache_latents.py": lambda argv: read_latent_caching("", flux.FluxLatentCachingOptions, argv),
-    "flux_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", flux.FluxTextCachingOptions, argv
-    ),
-    "flux_train_network.py": lambda argv: read_image_training(
-        "", flux.FluxTrainingOptions, flux_train_network.DEFAULTS, argv
-    ),
-    "flux_generate_image.py": lambda argv: read_generation(
-        "",
-        flux_generate_image.DEFAULTS,
-        flux.FluxGenerationOptions,
-        argv,
-    ),
-    "lumina_cache_latents.py": lambda argv: read_latent_caching("", lumina.LuminaLatentCachingOptions, argv),
-    "lumina_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", lumina.LuminaTextCachingOptions, argv
-    ),
-    "lumina_train_network.py": lambda argv: read_image_training(
-        "",
-        lumina.LuminaTrainingOptions,
-        lumina_train_network.DEFAULTS,
-        argv,
-    ),
-    "lumina_generate_image.py": lambda argv: read_generation(
-        "",
-        lumina_generate_image.DEFAULTS,
-        lumina.LuminaGenerationOptions,
-        argv,
-    ),
-    "gen_img.py": lambda argv: read_gen_img("", argv),
-    "fpack_cache_latents.py": lambda argv: read_latent_caching(
-        "", frame_pack.FramePackLatentCachingOptions, argv
-    ),
-    "fpack_cache_text_encoder_outputs.py": lambda argv: read_text_caching(
-        "", hunyuan_model.HunyuanTextCachingOptions, argv
-    ),
-    "fpack_train_network.py": lambda argv: read_training("", frame_pack.FramePackTrainingOptions, argv),
-    "fpack_generate_video.py": lambda argv: read_generation(
-        "",
-        FRAMEPACK_DEFAULTS,
-        frame_pack.FramePackGenerationOptions,
-        argv,
-    ),
-}
+
+
+def _readers() -> dict[str, Callable[[list[str]], Any]]:
+    """Return for each script what reads its options."""
+    found: dict[str, Callable[[list[str]], Any]] = {"gen_img.py": lambda argv: read_gen_img("", argv)}
+    for tool in TOOLS_ON_VIDEOS:
+        found[f"blissful_tuner/{tool.name}.py"] = functools.partial(read_chain, tool.name, "")
+    for entry in WITH_SCRIPTS.values():
+        latents, texts = entry.options_record("LatentCaching"), entry.options_record("TextCaching")
+        found[f"{entry.cache}_latents.py"] = functools.partial(read_latent_caching, "", latents)
+        found[f"{entry.cache}_text_encoder_outputs.py"] = functools.partial(read_text_caching, "", texts)
+        training = f"{entry.script}_train_network"
+        record, images = entry.options_record("Training"), entry.makes == "image"
+        defaults = (importlib.import_module(training).DEFAULTS,) if images else ()
+        read = read_image_training if images else read_training
+        found[f"{training}.py"] = functools.partial(read, "", record, *defaults)
+        defaults = importlib.import_module(entry.generation_script).DEFAULTS
+        record = entry.options_record("Generation")
+        found[f"{entry.generation_script}.py"] = functools.partial(read_generation, "", defaults, record)
+    return found
+
+
+READERS = _readers()
 
 
 def _split(command: str) -> list[str]:
@@ -171,8 +96,11 @@ def test_a_file_is_named_and_measured_plausibly(file: ReleasedFile) -> None:
     assert file.size_bytes is None or file.sha256 is not None  # both come from the same list
 
 
-def test_no_two_files_have_the_same_place() -> None:
+def test_no_two_files_have_the_same_place_and_each_is_where_its_option_says() -> None:
     assert len({file.name.lower() for file in FILES}) == len(FILES)
+    for component in known_components().values():
+        for file in component.files:
+            assert PurePosixPath(file.name).is_relative_to(component.path)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +238,8 @@ def test_commands_after_a_download_are_valid(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_downloads_that_a_page_shows_are_valid(page: Path) -> None:
-    for command in re.findall(r"^python download\.py (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+    text = page.read_text(encoding="utf-8")
+    for command in re.findall(r"^python tools/download\.py (.*)$", text, re.MULTILINE):
         read_download(shlex.split(command, comments=True))
 
 

@@ -210,7 +210,7 @@ def test_validated_pictures_are_not_changed(tmp_path: Path) -> None:
     assert sorted([*training.stems, *validation.stems]) == list("01234")
     table = validation[0].table
     assert (table.num_repeats, table.caption_dropout_rate) == (1, 0.0)
-    assert not table.augmentation.excludes_caches
+    assert not table.augmentation.varying_keys
     one, two = (
         sources.read(validation[:1], made.latent, NO_COMMANDS, CacheChecks(), (number,)) for number in (1, 2)
     )

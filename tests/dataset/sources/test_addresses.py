@@ -1,8 +1,6 @@
 """Addresses: what may be shown of them, and that each is downloaded once, whole, and by one process."""
 
 import logging
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -135,24 +133,7 @@ def test_fsspec_reads_all_other_addresses(tmp_path: Path) -> None:
     assert "s3fs" in str(protocol_problem("s3")) or protocol_problem("s3") is None
 
 
-# as another process that downloads: it holds the locks, then puts the file there
-OTHER = """
-import sys, time
-from pathlib import Path
-from filelock import FileLock
-folder, content = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
-locks = [FileLock(folder / f".downloads-{number:02d}.lock") for number in range(64)]
-for lock in locks:
-    lock.acquire()
-print("locked", flush=True)
-time.sleep(0.3)
-(folder / "b.png").write_bytes(content)
-for lock in locks:
-    lock.release()
-"""
-
-
-def test_threads_and_processes_that_want_the_same_file_download_it_once(tmp_path: Path, site: Site) -> None:
+def test_threads_that_want_the_same_file_download_it_once(tmp_path: Path, site: Site) -> None:
     (site.folder / "a.png").write_bytes(CONTENT)
     folder = tmp_path / "kept"
     threads = [
@@ -164,15 +145,6 @@ def test_threads_and_processes_that_want_the_same_file_download_it_once(tmp_path
         thread.join()
     assert site.asked == ["a.png"]
     assert (folder / "a.png").read_bytes() == CONTENT
-
-    command = [sys.executable, "-c", OTHER, str(folder), str(site.folder / "a.png")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "locked\n"
-        download(f"{site.url}/b.png", folder / "b.png")
-    assert other.returncode == 0
-    assert (folder / "b.png").read_bytes() == CONTENT
-    assert site.asked == ["a.png"]
 
 
 def test_a_table_from_elsewhere_asks_for_no_address_unless_it_is_told_to(

@@ -1,14 +1,23 @@
-"""Tables that others made, row by row."""
+"""Tables that others made, row by row; Parquet files of a few kB that say gigabytes are refused."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from dataset.sources import parquet
 from dataset.sources.columns import column_names, read_columns
+from dataset.sources.parquet import cells_of, read_cell
+from modules.errors import DatasetError, MediaError
 
 ROWS = [{"path": "a.png", "caption": "one,\ntwo"}, {"path": "b c.png", "caption": 'say "ü"'}]
+MIB = 1 << 20
+LONG = "x" * MIB
 
 
 def rows_of(path: Path, *wanted: str) -> list[tuple[str, int, dict[str, Any], str | None]]:
@@ -48,13 +57,83 @@ def test_a_spreadsheet_may_separate_by_semicolons(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "t.csv") == [("line", 2, {"path": "a.png", "caption": "one, two"}, None)]
 
 
-def test_a_folder_of_parts_is_one_table_of_which_only_wanted_columns_are_read(tmp_path: Path) -> None:
-    for number in range(2):
-        row = {"path": f"{number}.png", "caption": "x", "score": 0.5}
-        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"part-{number}.parquet")
-    (tmp_path / "_SUCCESS").touch()
+# --- Parquet
 
-    found = list(read_columns(tmp_path, ["path"]))
 
-    assert [dict(row.values) for row in found] == [{"path": "0.png"}, {"path": "1.png"}]
-    assert found[1].where == f"{tmp_path / 'part-1.parquet'}, row 1"
+@pytest.fixture
+def pool() -> Iterator[pa.MemoryPool]:
+    """What Arrow takes in a test."""
+    before = pa.default_memory_pool()
+    counted = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(counted)
+    yield counted
+    parquet._group.cache_clear()  # what it holds is of this pool
+    pa.set_memory_pool(before)
+
+
+def repeated(value: Any, count: int) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([value]))
+
+
+def write(path: Path, columns: dict[str, Any], **options: Any) -> Path:
+    pq.write_table(pa.table(columns), path, **{"compression": "zstd", "store_schema": False, **options})
+    assert path.stat().st_size < 200_000
+    return path
+
+
+def lists_of(value: str, count: int, each: int) -> pa.Array:
+    offsets = pa.array(np.arange(0, count * each + 1, each, dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, repeated(value, count * each))
+
+
+@pytest.mark.parametrize(
+    ("column", "options"),
+    [
+        (lambda: repeated(LONG, 4000), {}),
+        (lambda: repeated("a.png", 1_000_000), {}),
+        (lambda: lists_of(LONG, 2, 2000), {}),
+        (lambda: lists_of("", 2, 8_000_000), {}),
+        (lambda: pa.array([LONG] * 100), {"use_dictionary": False, "data_page_size": 1 << 30}),
+        (lambda: pa.array([LONG] * 100), {"column_encoding": "DELTA_BYTE_ARRAY", "use_dictionary": False}),
+        (lambda: pa.array([bytes(MIB)] * 100, pa.binary(MIB)), {}),
+    ],
+    ids=["a long text", "many rows", "lists", "long lists", "zstd", "prefixes", "of a fixed size"],
+)
+def test_a_small_file_of_much_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, pool: pa.MemoryPool, column: Any, options: dict[str, Any]
+) -> None:
+    path = write(tmp_path / "t.parquet", {"caption": column()}, **options)
+    before = pool.max_memory()  # of writing
+
+    with pytest.raises(DatasetError, match=r"unpacks to more than \d+ MiB"):
+        list(read_columns(path, ["caption"]))
+
+    assert pool.max_memory() - before < 200 * MIB
+
+
+def test_a_usual_table_is_read_whole(tmp_path: Path) -> None:
+    rows = [
+        {"path": f"{number}.png", "caption": "a picture of a cat " * 20, "captions": ["a", None, "b"]}
+        for number in range(3000)
+    ]
+    for compression in ("zstd", "none"):
+        pq.write_table(
+            pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=1000, compression=compression
+        )
+        assert [dict(row.values) for row in read_columns(tmp_path / "t.parquet")] == rows
+
+
+def test_damaged_pages_are_one_message(tmp_path: Path) -> None:
+    rows = [{"path": f"{number}.png", "captions": ["a", "b"], "image": b"abc"} for number in range(50)]
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    content, numbers = path.read_bytes(), np.random.default_rng(0)
+    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # behind it pyarrow itself may abort
+    for _ in range(100):
+        damaged = bytearray(content)
+        for place in numbers.integers(4, end, 3):
+            damaged[place] = numbers.integers(0, 256)
+        path.write_bytes(bytes(damaged))
+        for read in (lambda: list(read_columns(path)), lambda: read_cell(cells_of(path, "image")(7))):
+            with contextlib.suppress(DatasetError, MediaError):
+                read()

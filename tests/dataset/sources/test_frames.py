@@ -46,20 +46,6 @@ def test_a_family_with_another_frame_step_rounds_full_clips_by_it(tmp_path: Path
     assert spans(make_table(tmp_path, frame_extraction="full"), 40, frame_step=8) == ((0, 33),)
 
 
-@pytest.mark.parametrize(
-    ("count", "source", "target", "first"),
-    [
-        (60, 30.0, 16.0, (0, 2, 4, 6, 8, 10, 12, 14, 16, 17, 19, 21, 23, 25, 27, 29, 31, 32, 34)),
-        (60, 30.0, 24.0, (0, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14, 15)),
-        (60, 60.0, 24.0, (0, 3, 5, 8, 11, 13, 15, 18, 20, 23, 25, 28, 30, 33, 35, 38, 40, 43, 45, 48, 51)),
-    ],
-)
-def test_frames_are_dropped_as_the_format_says(
-    count: int, source: float, target: float, first: tuple[int, ...]
-) -> None:
-    assert resample_indices(count, source, target)[: len(first)] == first
-
-
 @pytest.mark.parametrize("source", [None, 8.0, 16.0])
 def test_nothing_is_dropped_or_doubled_without_need(source: float | None) -> None:
     assert resample_indices(20, source, 16.0) == tuple(range(20))

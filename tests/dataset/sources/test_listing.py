@@ -62,26 +62,11 @@ def test_captions_lie_beside_their_files(tmp_path: Path) -> None:
         require_captions(sources)
 
 
-def test_a_caption_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    touch(tmp_path, "a.png")
-    (tmp_path / "a.txt").write_bytes("Käse".encode("latin-1"))
-
-    with pytest.raises(DatasetError, match="a.txt: this caption is not UTF-8 text"):
-        find_sources(make_table(tmp_path, "image_directory", caption_extension=".txt"))
-
-
 def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "a.jpg", "b.png")
 
     with pytest.raises(DatasetError, match="a.jpg and .*a.png"):
         find_sources(make_table(tmp_path, "image_directory"))
-
-
-def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="has no videos"):
-        find_sources(make_table(tmp_path))
-    with pytest.raises(DatasetError, match="absent: No such file"):
-        find_sources(make_table(tmp_path, directory=tmp_path / "absent"))
 
 
 def test_control_images_go_by_stem_and_number(tmp_path: Path) -> None:
@@ -143,18 +128,9 @@ def test_a_list_names_files_captions_and_control(tmp_path: Path) -> None:
     assert (second.stem, second.caption, second.control) == ("b", "zwei ü", (Path("/c/b.png"),))
 
 
-def test_a_list_without_a_caption_is_missing_one(tmp_path: Path) -> None:
-    write_list(tmp_path, {"video_path": "/x/b.mp4"})
-
-    sources = find_sources(make_table(tmp_path, "video_jsonl_file"))
-
-    assert missing_captions(sources) == [f'{Path("/x/b.mp4")}: no "caption" in its line']
-
-
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"image_path": "a.png", "caption": ""}\n\n{"image_path": "b.png"}', "line 2: an empty line"),
         ('{"image_path": "a.png"', "line 1: invalid JSON"),
         ('{"video_path": "a.png", "caption": ""}', "line 1: image_path is missing"),
         ('["a.png"]', "line 1: it is not an object"),
@@ -167,7 +143,6 @@ def test_a_list_without_a_caption_is_missing_one(tmp_path: Path) -> None:
             '{"image_path": "a.png", "control_path": "x"}\n{"image_path": "b.png"}',
             "1 lines of .* have no control_path, while others have",
         ),
-        ("", "has no lines"),
     ],
 )
 def test_a_list_that_makes_no_sense_is_refused_with_its_line(tmp_path: Path, text: str, reason: str) -> None:

@@ -1,6 +1,6 @@
 """Masks of the loss: where they are from, what is cached, and what is refused."""
 
-import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from dataset.sources.listing import find_sources
 from dataset.sources.masks import shrink_mask
 from modules.contract.data import LOSS_MASK
 from modules.errors import CacheError, DatasetError, MediaError
-from tests.dataset.making import make_clip, make_frames, make_image, make_table
+from tests.dataset.making import make_clip, make_frames, make_image, make_table, subset_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
 COMMANDS = CachingCommands("latents again", "texts again")
@@ -142,19 +142,6 @@ def test_transparent_parts_of_clips_are_not_learned(tmp_path: Path) -> None:
     assert decode_source(masked, 16.0).frames.shape == (5, 32, 32, 3)
 
 
-def test_a_list_names_masks_in_its_lines(tmp_path: Path) -> None:
-    half(tmp_path / "mask.png")
-    make_image(tmp_path / "a.png")
-    line = {"image_path": str(tmp_path / "a.png"), "mask_path": str(tmp_path / "mask.png")}
-    (tmp_path / "list.jsonl").write_text(json.dumps(line), encoding="utf-8")
-    (source,) = find_sources(make_table(tmp_path, "image_jsonl_file", resolution=(32, 32)))
-
-    mask = decode_source(source, 16.0).mask
-
-    assert mask is not None
-    assert mask[0, 0].tolist() == [255] * 16 + [0] * 16
-
-
 def test_only_items_whose_mask_changed_are_encoded_again(tmp_path: Path) -> None:
     assert cache(make_dataset(tmp_path, "")) == 2
     config = make_dataset(tmp_path, masks(tmp_path))
@@ -222,3 +209,29 @@ def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MediaError, match=r"clip\.png has 64x32 pixels, what it masks has 32x32"):
         decode_source(source, 16.0)
+
+
+def test_a_mask_is_cropped_and_mirrored_as_its_picture(tmp_path: Path) -> None:
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "masks").mkdir()
+    grey = np.random.default_rng(0).integers(0, 256, (64, 96), np.uint8)
+    for folder in ("pics", "masks"):
+        Image.fromarray(np.repeat(grey[..., None], 3, axis=2)).save(tmp_path / folder / "a.png")
+    masks = str(tmp_path / "masks")
+    table = subset_table(tmp_path, random_crop=True, flip_aug=True, mask_directory=masks)
+    (source,) = find_sources(table, captions=False)
+
+    drawn = [decode_source(source, 1.0, numbers=random.Random(seed)) for seed in range(40)]
+    plain = decode_source(source, 1.0)
+
+    for one in (plain, *drawn):
+        np.testing.assert_array_equal(one.frames[0, ..., 0], one.mask[0])
+    np.testing.assert_array_equal(plain.frames[0, ..., 0], grey[:, 16:80])
+    found = {one.frames.tobytes() for one in drawn}
+    assert len(found) > 20
+    assert found == {decode_source(source, 1.0, numbers=random.Random(n)).frames.tobytes() for n in range(40)}
+    sides = [
+        any(np.array_equal(one.frames[0, ..., 0], grey[:, left : left + 64]) for left in range(33))
+        for one in drawn
+    ]
+    assert 10 < sum(sides) < 30  # the others are mirrored

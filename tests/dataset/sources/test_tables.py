@@ -12,6 +12,7 @@ import pytest
 
 from dataset.cache.records import identify, is_unchanged
 from dataset.config import DatasetTable
+from dataset.sources.faults import Fault
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources
 from modules.errors import DatasetError, MediaError
@@ -112,3 +113,11 @@ def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:
     (one,) = find_sources(table)
     with fetch(one) as here:
         assert (here.path.suffix, here.path.read_bytes()) == (".gif", b"GIF89a")
+
+
+def test_a_row_that_cannot_be_used_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    rows = [{"path": "a.png", "captions": list(map(str, range(101)))}, {"path": "b.png"}, {"path": "x/b.png"}]
+    faults: list[Fault] = []
+    sources = find_sources(table_of(tmp_path, rows, "t.jsonl", multi_caption=True), faults=faults)
+    assert [source.stem.split("-")[0] for source in sources] == ["b", "b"]
+    assert "101 captions, at most 100" in faults[0].text

@@ -59,19 +59,6 @@ def test_ranges_of_names_are_spelled_out() -> None:
             expand_braces(many, "data.toml")
 
 
-@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_every_member_is_found_where_the_standard_library_finds_it(tmp_path: Path, form: int) -> None:
-    files: dict[str, bytes | str] = {f"{index}/a b.{index}": b"x" * (index * 300) for index in range(9)}
-    files |= {"./c.png": b"c", "empty": b""}
-    files |= {} if form == tarfile.USTAR_FORMAT else {LONG: b"long"}
-    files |= {"p/" * 60 + "deep": b"d"}
-    path = write_tar(tmp_path / "t.tar", files, form)
-    with path.open("rb", buffering=0) as file:
-        found = [(one.name, one.offset, one.size_bytes) for one in read_members(file, path.stat().st_size)]
-    with tarfile.open(path) as tar:
-        assert found == [(one.name, one.offset_data, one.size) for one in tar.getmembers()]
-
-
 def test_samples_are_the_files_of_one_name_up_to_the_first_dot(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "a-0.tar",
@@ -160,13 +147,6 @@ def test_hostile_names_lead_nowhere(tmp_path: Path) -> None:
         assert len(one.stem.encode()) <= 140
         assert content_of(one) == b"abc"
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "data.toml"])
-
-
-def changed(header: bytes, place: int, value: bytes) -> bytes:
-    """A header with other bytes at a place, and the sum that fits."""
-    header = header[:place] + value + header[place + len(value) :]
-    header = header[:148] + b" " * 8 + header[156:]
-    return header[:148] + f"{sum(header):06o}\0 ".encode() + header[156:]
 
 
 @pytest.mark.parametrize("seed", range(3))
