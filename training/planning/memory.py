@@ -16,6 +16,7 @@ from dataset.batches.reading import stores_for
 from dataset.cache.checks import CacheChecks
 from modules.contract.data import LatentSpec
 from modules.contract.family import Described
+from modules.offload.options import SwapOptions
 from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import MemoryWatch, host_room
 from modules.planning.memory_plan import MemoryPlan, Phase, Room, gib, print_plan, room_on
@@ -24,7 +25,9 @@ from training.data.live_media import BatchSources
 from training.data.live_text import LiveTexts
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
+from training.plan import TrainingPlan
 from training.planning.prediction import StepPrediction, predict
+from training.processes import largest
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +48,7 @@ def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
         return prod(items[0].bucket) * len(items)
 
     batches = [batch(places) for places in columns.groups().values()]
-    largest = max([one for one in batches if one], key=pixels)
-    return tuple(largest)
+    return tuple(max([one for one in batches if one], key=pixels))
 
 
 def read_largest(
@@ -57,8 +59,8 @@ def read_largest(
     sources: BatchSources | None = None,
 ) -> NoisyBatch:
     """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
-    largest, sources = largest_batch(items), sources or BatchSources(stores_for(items[0], family.latent))
-    batch = sources.read(largest, family.latent, commands, CacheChecks(), ("largest",))
+    found, sources = largest_batch(items), sources or BatchSources(stores_for(items[0], family.latent))
+    batch = sources.read(found, family.latent, commands, CacheChecks(), ("largest",))
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
     return Randomness(options.timesteps, 0, noise, perturbation=options.noise).add(batch, 0, 0)
@@ -108,44 +110,34 @@ def remarks_on_host(prediction: StepPrediction, phase: Phase, host: int | None) 
     return [f"The host has {gib(host)} GiB free, and {gib(phase.host)} are needed: {smaller}."]
 
 
-def prepare_memory(
-    family: Trains,
-    options: TrainingOptions,
-    items: Sequence[TrainingItem],
-    commands: CachingCommands,
-    device: torch.device,
-    sources: BatchSources | None = None,
-    texts: LiveTexts | None = None,
-) -> tuple[TrainingOptions, MemoryWatch | None]:
-    """Resolve --blocks_to_swap auto before anything is loaded; also return a watcher of the memory.
+def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
+    """Resolve --blocks_to_swap auto before anything is loaded, to the same number in all processes.
 
-    A rehearsal is made only if there is a CUDA device. texts: encoded in each step. Raises MemoryPlanError if
-    auto cannot be resolved.
+    Returns a watcher of the memory too, in the main process. A rehearsal is made only if there is a CUDA
+    device. Raises MemoryPlanError if auto cannot be resolved.
     """
-    room = room_on(device)
-    speed, prediction = resolve_swap(
-        options.speed,
-        room,
-        lambda: predict(
-            family,
-            options,
-            read_largest(family, options, items, commands, sources),
-            device,
-            texts=texts,
-        ),
-    )
-    resolved = replace(options, speed=speed)
-    if room is None:
-        return resolved, None
-    if prediction is None:
-        return resolved, MemoryWatch(device)
-    needed = prediction.device(speed.swap.number)
-    logger.info(
-        "Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.",
-        gib(needed),
-        gib(room.usable),
-    )
-    return resolved, MemoryWatch(device, needed, prediction.size)
+    family, options, accelerator = plan.family, plan.options, plan.accelerator
+    device, room = accelerator.device, room_on(accelerator.device)
+
+    def rehearse_largest() -> StepPrediction:
+        noisy_batch = read_largest(family, options, plan.training, plan.commands, plan.sources)
+        return predict(family, options, noisy_batch, device, texts=plan.texts)
+
+    speed, prediction = resolve_swap(options.speed, room, rehearse_largest)
+    swap, watch = speed.swap, None
+    if room is not None and accelerator.is_main_process:
+        watch = MemoryWatch(device)
+        if prediction is not None:
+            needed = prediction.device(swap.number)
+            logger.info(
+                "Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.",
+                gib(needed),
+                gib(room.usable),
+            )
+            watch = MemoryWatch(device, needed, prediction.size)
+    if options.speed.swap.is_auto:  # each looked at its own device, but all share the weights on the host
+        swap = replace(swap, blocks_to_swap=largest(swap.number, accelerator.num_processes, device))
+    return swap, watch
 
 
 def advice(
