@@ -105,7 +105,7 @@ def prepare_run(
             reporter.note_saved(path, progress.step)
 
         run.saver = make_saver(run, publish, uploads.publish_state)
-        with encoding(texts), uploads.finish_uploads(), logs, reporter:
+        with encoding(texts), contextlib.closing(uploads), logs, reporter:
             show_start(run, file_dtype(options, run.dits.networks[0]))
             with _watch_others(plan, following):
                 yield run

@@ -149,7 +149,7 @@ def publish(tmp_path: Path, api: FakeRepository, *more: str) -> FakeRepository:
     uploads = make_uploads(toy_options(tmp_path, "--huggingface_repo_id", "me/loras", *more).hub, api)
     for name in ("x-000001.safetensors", "x.safetensors"):
         uploads.publish(tmp_path / name, card_of())
-    uploads.wait()
+    uploads.close()
     return api
 
 
