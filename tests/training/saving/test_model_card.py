@@ -168,12 +168,6 @@ def test_a_users_own_card_is_kept(tmp_path: Path) -> None:
     assert "x.safetensors" in api.uploaded
 
 
-def test_other_kinds_of_repositories_get_no_card(tmp_path: Path) -> None:
-    api = publish(tmp_path, FakeRepository(tmp_path), "--huggingface_repo_type", "dataset")
-
-    assert sorted(api.uploaded) == ["x-000001.safetensors", "x.safetensors"]
-
-
 def test_a_card_that_fails_costs_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     api = publish(tmp_path, FakeRepository(tmp_path, fails=True))
 
