@@ -13,7 +13,6 @@ from modules.contract.family import Family
 from modules.control_codes import shorten
 from modules.options import option_values
 from modules.planning.memory_plan import too_little
-from modules.speed_options import SwapOptions
 from training.data.live_text import encoding
 from training.following import NO_SCRIPTS, FamilyScripts, NextSteps, make_reporter, plan_next_steps
 from training.learning import load_model

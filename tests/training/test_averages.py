@@ -17,7 +17,7 @@ from tests.training.test_resume import Killed, killed_at
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.averages import make_average
 from training.learning_options import AverageOptions
-from training.planning.prediction import predict
+from training.planning.memory import predict
 from training.run import train_network
 from training.saving.states import SavedState, read_state, write_state
 from training.trainable import Trainable

@@ -20,8 +20,7 @@ from training.learning_options import ExpertTrainingOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
-from training.planning.memory import cheaper
-from training.planning.prediction import predict
+from training.planning.memory import cheaper, predict
 from wan.family import family_for_training
 from wan.options import WanTrainingOptions
 

@@ -14,8 +14,7 @@ from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
 from tests.training.toy import write_caches
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
-from training.planning.memory import advice, cheaper, cut, largest_batch, prepare_memory, shrunk
-from training.planning.prediction import predict
+from training.planning.memory import advice, cheaper, cut, largest_batch, predict, prepare_memory, shrunk
 from wan.spec import LATENT
 
 CPU = torch.device("cpu")

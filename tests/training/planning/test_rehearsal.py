@@ -25,7 +25,7 @@ from training.learning_options import WholeDitOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
-from training.planning.prediction import predict
+from training.planning.memory import predict
 from training.planning.rehearsal import rehearse
 from wan.family import family_for_training as wan_family
 from wan.options import WanTrainingOptions
