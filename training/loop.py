@@ -25,7 +25,7 @@ from training.loss import training_loss
 from training.optimizers.optimizer import evaluation
 from training.processes import is_any, sum_over_processes
 from training.reports.logs import StepReport, name_rates
-from training.reports.readings import Notes, Reading, StepSums, losses_by_expert, places_of_wishes
+from training.reports.readings import Reading, StepSums, losses_by_expert, places_of_wishes
 from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.training_run import SAMPLE, SAVE, TrainingRun
 from training.validation import EPOCH, STEP, describe_validation
@@ -101,8 +101,9 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     run.optimizer.zero_grad(set_to_none=True)
     norms = run.trainable.limit_norms(run.device)
     run.average.after_step()
-    notes = Notes(keys, rates, run.feed.batches.sizes_of(run.progress.epoch, group))
-    reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, *norms, norm.view(1)]), notes)
+    sizes = run.feed.batches.sizes_of(run.progress.epoch, group)
+    step = Reading(run.progress.step + 1, keys, rates, sizes)
+    reading = run.readings.push(step, torch.cat([numbers, *norms, norm.view(1)]))
     if reading is not None:
         _note(run, reading)
     if is_alone:
@@ -174,8 +175,8 @@ def _note(run: TrainingRun, reading: Reading) -> None:
     """
     loss, norm = reading.values[0], reading.values[-1]
     if not (math.isfinite(loss) and math.isfinite(norm)) and not run.scaler.is_enabled():
-        keys = reading.notes.keys
-        items = f" The items of this process in that step: {', '.join(keys)}." if keys else ""
+        keys = ", ".join(reading.keys)
+        items = f" The items of this process in that step: {keys}." if keys else ""
         raise UserError(
             f"step {reading.step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
             f"saved.{items}\n"
@@ -194,12 +195,12 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         reading.step,
         loss,
         average,
-        reading.notes.rates,
+        reading.rates,
         norm,
         norms,
         reading.seconds,
         losses_by_expert(reading.values, run.experts),
-        reading.notes.sizes,
+        reading.sizes,
     )
     run.logs.step(report)
     run.reporter.note_step(report)
