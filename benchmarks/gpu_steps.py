@@ -33,7 +33,7 @@ from networks.adapter import make_network
 from training.experts import dress, placement_of
 from training.loss import NoisyBatch, training_loss
 from training.optimizers.optimizer import make_optimizer, set_training
-from training.planning.prediction import predict
+from training.planning.memory import predict
 from training.planning.rehearsal import autocast_of
 
 SEED = 0

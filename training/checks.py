@@ -23,7 +23,6 @@ from networks.added import refuse_dora
 from networks.apply import check_loras_fit
 from networks.loading import LoraUse, read_lora
 from networks.lora_settings import DEFAULT_RANK
-from networks.options import NetworkOptions
 from networks.own_modules import OWN_MODULES, smallest_lora_bytes
 from training.experts import check_experts, network_for, read_lora_for
 from training.learning_options import LrScheduleOptions
@@ -118,18 +117,13 @@ def _check_room(family: Family, options: TrainingOptions) -> None:
     if options.whole_dit is not None:
         # half: a file in float32 may be saved in 16 bits
         size = sum(file.stat().st_size for file in family.dit_files if file.is_file()) // 2
-    elif options.network is not None and _grows_with_rank(family, options.network):
-        rank = options.network.network_dim or DEFAULT_RANK
+    elif options.network is not None:
+        network, rank = options.network, options.network.network_dim or DEFAULT_RANK
         files = family.dit_files if options.by_expert.lora_per_expert else family.dit_files[:1]
-        size = sum(smallest_lora_bytes(file, rank) for file in files)
+        is_ranked = (network.network_module or family.lora_module).startswith(RANKED_NETWORKS)
+        if is_ranked and not network.arguments() and not network.dim_from_weights:  # in every module
+            size = sum(smallest_lora_bytes(file, rank) for file in files)
     check_space(Path(folder) / f"{name}.safetensors", size)
-
-
-def _grows_with_rank(family: Family, options: NetworkOptions) -> bool:
-    """Return whether a network has at least two factors of --network_dim for each module."""
-    module = options.network_module or family.lora_module
-    takes_all = not options.arguments() and not options.dim_from_weights
-    return takes_all and module.startswith(RANKED_NETWORKS)
 
 
 Rule = tuple[bool, Any, str, str]  # whether they do nothing, their record, public names, and why
@@ -151,25 +145,15 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
         *_of_saving(options.saving),
         *_of_reports(options),
     ]
+    lines = _of_weighting(options)
+    for is_idle, record, names, why in rules:
+        if is_idle:
+            given = {option_name(field) for field in fields(record) if is_given(record, field)}
+            lines += [f"--{name} has no effect: {why}." for name in names.split() if name in given]
     attention = options.speed.attention
-    return [
-        *_of_weighting(options),
-        *(
-            f"--{name} has no effect: {why}."
-            for is_idle, record, names, why in rules
-            if is_idle
-            for name in names.split()
-            if _was_given(record, name)
-        ),
-        *(
-            f"{flag} has no effect: {TRAINING_FLAGS[attention.choice.mode]} comes first."
-            for flag in attention.ignored
-        ),
-    ]
-
-
-def _was_given(record: Any, name: str) -> bool:
-    return any(is_given(record, field) for field in fields(record) if option_name(field) == name)
+    for flag in attention.ignored:
+        lines.append(f"{flag} has no effect: {TRAINING_FLAGS[attention.choice.mode]} comes first.")
+    return lines
 
 
 def _of_weighting(training: TrainingOptions) -> list[str]:

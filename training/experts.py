@@ -1,7 +1,7 @@
 """Dress the transformers of a run; of several (experts): which is at work, which parts learn."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 class Turns:
     """Networks that take turns on the device, while the others wait in host memory."""
 
-    copies: Mapping[nn.Module, HostCopy]
+    copies: dict[nn.Module, HostCopy]
 
     def bring(self, network: nn.Module) -> None:
         """Put a network on the device in place of the current one. Nothing is copied back."""

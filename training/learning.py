@@ -122,28 +122,21 @@ class Loading:
     swap: SwapOptions  # auto is resolved
     has_samples: bool
     sample_loras: list[AddedLoras] = field(default_factory=list)
-    _copies: dict[nn.Module, HostCopy] = field(default_factory=dict)
+    # whether samples are made with networks that are not trained
+    samples_with_others: bool = field(init=False)
+    turns: Turns | None = field(init=False)  # None: all networks are on the device at a time
 
-    @property
-    def samples_with_others(self) -> bool:
-        """Return whether samples are made with networks that are not trained."""
-        return self.has_samples and self.plan.sampled is not self.plan.family
-
-    @property
-    def takes_turns(self) -> bool:
-        """Return whether only one network is on the device at a time."""
-        is_asked = len(self.plan.family.experts) > 1 and self.plan.options.by_expert.offload_inactive_dit
-        return is_asked or self.samples_with_others
-
-    @property
-    def turns(self) -> Turns | None:
-        return Turns(self._copies) if self.takes_turns else None
+    def __post_init__(self) -> None:
+        plan = self.plan
+        self.samples_with_others = self.has_samples and plan.sampled is not plan.family
+        is_asked = len(plan.family.experts) > 1 and plan.options.by_expert.offload_inactive_dit
+        self.turns = Turns({}) if is_asked or self.samples_with_others else None
 
     def load(self, family: Family, index: int, attach: Callable[[nn.Module, Expert], None]) -> nn.Module:
         """Load and dress the network of an expert. attach: adds the trained part."""
         options, device, expert = self.plan.options, self.plan.accelerator.device, family.experts[index]
         host = swapped_weights(family.dit, self.swap, device)
-        place = HostPlaceOf(device, host, machine_of(os.environ)) if self.takes_turns else None
+        place = HostPlaceOf(device, host, machine_of(os.environ)) if self.turns else None
         dit = _load_dit(self.plan, family, index, place or host)
         attach(dit, expert)
         is_compiled = options.speed.compilation.choice is not None
@@ -154,8 +147,8 @@ class Loading:
             ]
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
         dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
-        if place is not None:
-            self._copies[dit] = HostCopy(dit, device, place)
+        if self.turns is not None and place is not None:
+            self.turns.copies[dit] = HostCopy(dit, device, place)
         elif index + 1 < len(family.experts):
             _require_room(dit, device)
         return dit

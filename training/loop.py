@@ -21,11 +21,11 @@ from modules.errors import UserError
 from modules.seeds import derive_seed
 from networks.adapter import NormReport
 from training.data.feed import MicroBatch
-from training.loss import NoisyBatch, training_loss
+from training.loss import training_loss
 from training.optimizers.optimizer import evaluation
 from training.processes import is_any, sum_over_processes
 from training.reports.logs import StepReport, name_rates
-from training.reports.readings import Notes, Reading, StepSums, losses_by_expert, places_of_wishes
+from training.reports.readings import Reading, StepSums, losses_by_expert, places_of_wishes
 from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.training_run import SAMPLE, SAVE, TrainingRun
 from training.validation import EPOCH, STEP, describe_validation
@@ -96,11 +96,14 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     if not is_alone:
         wishes = numbers_on(run.device, [run.stop.asked, here.saves, here.samples], torch.float32)
         numbers = sum_over_processes(reached, torch.cat([numbers, wishes]))
-    norm = _update(run)
+    norm = run.stepping.finish().detach().float()  # of the gradients before clipping
+    run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
     norms = run.trainable.limit_norms(run.device)
     run.average.after_step()
-    notes = Notes(keys, rates, run.feed.batches.sizes_of(run.progress.epoch, group))
-    reading = run.readings.push(run.progress.step + 1, torch.cat([numbers, *norms, norm.view(1)]), notes)
+    sizes = run.feed.batches.sizes_of(run.progress.epoch, group)
+    step = Reading(run.progress.step + 1, keys, rates, sizes)
+    reading = run.readings.push(step, torch.cat([numbers, *norms, norm.view(1)]))
     if reading is not None:
         _note(run, reading)
     if is_alone:
@@ -139,18 +142,15 @@ def _accumulate(
         _seed(run, micro_batch.number)
         run.memory.see_batch(micro_batch.data.noise.numel())
         expert = micro_batch.data.expert
-        dit, noisy_batch = run.dits.at(expert), _with_texts(run, micro_batch.data).to(run.device)
+        dit = run.dits.at(expert)
+        with run.autocast():
+            batch = run.texts.add_to(micro_batch.data.batch)
+        noisy_batch = replace(micro_batch.data, batch=batch).to(run.device)
         loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / len(group)
         run.scaler.scale(loss).backward()
         sums.add(loss.detach(), expert, len(group))
         keys += micro_batch.data.batch.keys
     return sums.row(), keys
-
-
-def _with_texts(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a batch with the loaded text encoders' outputs for its captions."""
-    with run.autocast():
-        return replace(noisy_batch, batch=run.texts.add_to(noisy_batch.batch))
 
 
 def _seed(run: TrainingRun, number: int) -> None:
@@ -168,17 +168,6 @@ def _seed(run: TrainingRun, number: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def _update(run: TrainingRun) -> Tensor:
-    """Clip, step optimizer and schedule, clear the gradients.
-
-    Returns the gradients' norm before clipping, on the device.
-    """
-    norm = run.stepping.finish()
-    run.schedule.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return norm.detach().float()
-
-
 def _note(run: TrainingRun, reading: Reading) -> None:
     """Log a step.
 
@@ -186,8 +175,8 @@ def _note(run: TrainingRun, reading: Reading) -> None:
     """
     loss, norm = reading.values[0], reading.values[-1]
     if not (math.isfinite(loss) and math.isfinite(norm)) and not run.scaler.is_enabled():
-        keys = reading.notes.keys
-        items = f" The items of this process in that step: {', '.join(keys)}." if keys else ""
+        keys = ", ".join(reading.keys)
+        items = f" The items of this process in that step: {keys}." if keys else ""
         raise UserError(
             f"step {reading.step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
             f"saved.{items}\n"
@@ -206,12 +195,12 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         reading.step,
         loss,
         average,
-        reading.notes.rates,
+        reading.rates,
         norm,
         norms,
         reading.seconds,
         losses_by_expert(reading.values, run.experts),
-        reading.notes.sizes,
+        reading.sizes,
     )
     run.logs.step(report)
     run.reporter.note_step(report)

@@ -101,8 +101,11 @@ def make_plan(
     texts = find_live_texts(family, options, config)
     sources = prepare_sources(family, config, options.caching, device, text_use(family, texts))
     training, validation = _find_items(family, options, config, sources, commands, progress.seed)
-    if is_main:
-        _warn_of_no_masks(options, config)
+    takes_masks = is_main and options.subset is not None and options.subset.masked_loss
+    if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
+        logger.warning(
+            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
+        )
     order, processes = BatchOrder(training, progress.seed), accelerator.num_processes
     steps = _plan_steps(options, order, processes, progress)
     check_before_loading(family, options, steps.total_steps, sampling)
@@ -222,15 +225,6 @@ def _find_items(
             "true` in a table"
         )
     return training, validation
-
-
-def _warn_of_no_masks(options: TrainingOptions, config: DatasetConfig) -> None:
-    """Say that --masked_loss has no effect if no table has masks."""
-    is_asked = options.subset is not None and options.subset.masked_loss
-    if is_asked and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
-        logger.warning(
-            "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
-        )
 
 
 def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, progress: Progress) -> StepPlan:

@@ -162,7 +162,7 @@ def is_any(value: bool, processes: int, device: torch.device) -> bool:
     return count.item() > 0
 
 
-def largest(value: int, processes: int, device: torch.device) -> int:
+def largest_of_processes(value: int, processes: int, device: torch.device) -> int:
     """Return the largest value among the processes. All must call it."""
     if processes == 1:
         return value

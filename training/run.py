@@ -3,7 +3,6 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -13,9 +12,7 @@ from dataset.batches.finding import NO_COMMANDS, CachingCommands
 from modules.contract.family import Family
 from modules.control_codes import shorten
 from modules.options import option_values
-from modules.planning.device_memory import MemoryWatch
 from modules.planning.memory_plan import too_little
-from modules.speed_options import SwapOptions
 from training.data.live_text import encoding
 from training.following import NO_SCRIPTS, FamilyScripts, NextSteps, make_reporter, plan_next_steps
 from training.learning import load_model
@@ -24,7 +21,7 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan, make_plan
 from training.planning.memory import prepare_memory
 from training.previews import show_preview
-from training.processes import LostProcessError, describe_loss, find_lost, is_of_processes, largest
+from training.processes import LostProcessError, describe_loss, find_lost, is_of_processes
 from training.reports.logs import TRACKER_NAME, Logs, public_config
 from training.reports.reporter import RunReporter
 from training.samples import NoSampler, Sampler, prepare_samples
@@ -84,7 +81,8 @@ def prepare_run(
         accelerator, texts, progress = plan.accelerator, plan.texts, plan.progress
         sampler = _make_sampler(plan)  # texts and images are encoded while there is no DiT
         following = plan_next_steps(plan, scripts, sampler)
-        swap, memory = _resolve_memory(plan)
+        swap, watch = prepare_memory(plan)
+        memory = watch or NoMemoryWatch()
         if texts is not None:
             texts.load(accelerator.device)
         logs = Logs(
@@ -106,7 +104,7 @@ def prepare_run(
             reporter.note_saved(path, progress.step)
 
         run.saver = make_saver(run, publish, uploads.publish_state)
-        with encoding(texts), uploads.finish_uploads(), logs, reporter:
+        with encoding(texts), contextlib.closing(uploads), logs, reporter:
             show_start(run, file_dtype(options, run.dits.networks[0]))
             with _watch_others(plan, following):
                 yield run
@@ -140,20 +138,6 @@ def _set_earlier_aside(plan: TrainingPlan) -> None:
             inputs += [plan.saved.folder] if plan.saved else []
             set_aside(plan.names, inputs, datetime.now(), plan.options.saving.resume is not None)
     plan.accelerator.wait_for_everyone()  # before any writes samples there
-
-
-def _resolve_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | NoMemoryWatch]:
-    """Resolve --blocks_to_swap auto, to the same number in all processes; also return a watcher of memory."""
-    device, asked = plan.accelerator.device, plan.options.speed.swap
-    options, memory = prepare_memory(
-        plan.family, plan.options, plan.training, plan.commands, device, plan.sources, plan.texts
-    )
-    swap = options.speed.swap
-    # each process looked at its own device, but all share the weights on the host
-    if asked.is_auto:
-        swap = replace(swap, blocks_to_swap=largest(swap.number, plan.accelerator.num_processes, device))
-    is_watched = memory is not None and plan.accelerator.is_main_process
-    return swap, memory if memory is not None and is_watched else NoMemoryWatch()
 
 
 def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:

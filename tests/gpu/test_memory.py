@@ -35,7 +35,7 @@ from training.experts import dress, placement_of
 from training.loss import NoisyBatch, training_loss
 from training.optimizers.optimizer import make_optimizer
 from training.options import read_training
-from training.planning.prediction import predict
+from training.planning.memory import predict
 from training.planning.rehearsal import autocast_of
 from wan.family import family_for_generation, family_for_training
 from wan.options import WanGenerationOptions, WanTrainingOptions

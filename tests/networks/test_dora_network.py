@@ -161,7 +161,7 @@ def test_another_value_is_refused(tmp_path: Path) -> None:
 
 def test_the_memory_plan_counts_it(tmp_path: Path) -> None:
     from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
-    from training.planning.prediction import predict
+    from training.planning.memory import predict
 
     sizes = []
     for more in ((), DORA):

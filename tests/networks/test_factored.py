@@ -233,7 +233,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, kind: str, more: list
 @pytest.mark.parametrize("module", ["networks.loha", "networks.lokr"])
 def test_the_memory_plan_counts_them(tmp_path: Path, module: str) -> None:
     from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
-    from training.planning.prediction import predict
+    from training.planning.memory import predict
 
     sizes = []
     for rank in ("1", "3"):

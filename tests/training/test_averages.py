@@ -17,7 +17,7 @@ from tests.training.test_resume import Killed, killed_at
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.averages import make_average
 from training.learning_options import AverageOptions
-from training.planning.prediction import predict
+from training.planning.memory import predict
 from training.run import train_network
 from training.saving.states import SavedState, read_state, write_state
 from training.trainable import Trainable
@@ -91,11 +91,6 @@ def test_the_average_is_that_of_the_weights_of_each_step(tmp_path: Path, every: 
         assert "sshs_model_hash" in file.metadata()
 
 
-def test_the_run_is_the_same_with_and_without_it(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    assert same(train_toy(tmp_path), train_toy(tmp_path, *EMA, "--save_every_n_steps", 3))
-
-
 @pytest.mark.parametrize("moment", [1, 5])
 def test_a_killed_run_ends_with_the_same_average(tmp_path: Path, moment: int) -> None:
     write_caches(tmp_path, count=5)
@@ -142,16 +137,6 @@ def test_it_begins_with_the_weights_of_a_state_that_has_none(tmp_path: Path) -> 
     average = load_file(tmp_path / "output" / "x-ema.safetensors")
     for name, tensor in state.items():
         torch.testing.assert_close(average[name], tensor + (1 - 2 / 11) * (after[name] - tensor))
-
-
-def test_old_files_go_with_those_they_belong_to(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path, *EMA, "--save_every_n_steps", 2, "--save_last_n_steps", 2)
-
-    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == [
-        *("x-ema.safetensors", "x-step00000006-ema.safetensors", "x-step00000006.safetensors"),
-        *("x-step00000008-ema.safetensors", "x-step00000008.safetensors", "x.safetensors"),
-    ]
 
 
 def test_samples_show_the_average_if_asked(tmp_path: Path) -> None:

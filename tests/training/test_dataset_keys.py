@@ -75,16 +75,6 @@ def test_a_killed_run_goes_on_with_the_same_texts(tmp_path: Path, moment: int) -
     assert same(whole, train_toy(tmp_path / "killed", *settings))
 
 
-@pytest.mark.parametrize("keys", [KEYS.replace("0.3", "0.2"), "multi_caption = true"])
-def test_resuming_with_other_keys_is_refused(tmp_path: Path, keys: str) -> None:
-    write_dataset(tmp_path)
-    train_toy(tmp_path, "--max_train_steps", 2, "--save_state")
-    write_dataset(tmp_path, keys)
-
-    with pytest.raises(OptionError, match=r"batches of an epoch .* in the state, .* now"):
-        train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest"))
-
-
 def two_tables(folder: Path, weight: str) -> None:
     """Three pictures, and two of a second table with `weight`."""
     write_caches(folder)

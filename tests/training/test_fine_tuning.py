@@ -322,20 +322,6 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...]
     assert all(same(ours[part], theirs[part]) for part in ("dit", "optimizer"))
 
 
-def test_a_state_may_go_on_in_the_other_order_of_steps(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_caches(tmp_path)
-    expected = train_dit(tmp_path, *UNCLIPPED, "--max_train_steps", 6)
-    half = ["--output_dir", tmp_path / "half", *UNCLIPPED, "--save_state", "--resume", "latest"]
-
-    train_network(ToyFamily(), toy_options(tmp_path, *half, "--max_train_steps", 3, whole_dit=True))
-    train_network(ToyFamily(), toy_options(tmp_path, *half, "--max_train_steps", 6, FUSED, whole_dit=True))
-
-    assert same(expected, load_file(tmp_path / "half" / "x.safetensors"))
-    assert "--fused_backward_pass was False when the state was saved; it is True" in caplog.text
-
-
 def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) -> None:
     write_caches(tmp_path, count=6)
     (tmp_path / "prompts.txt").write_text("a cat --f 5 --s 2 --d 1\n", encoding="utf-8")

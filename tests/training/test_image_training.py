@@ -153,13 +153,6 @@ def test_a_run_may_begin_later(tmp_path: Path) -> None:
         train_network(TextFamily(), image_toy_options(tmp_path, ONLY, "--initial_epoch", 3))
 
 
-def test_saves_are_spread_over_the_epochs(tmp_path: Path) -> None:
-    write_pictures(tmp_path, texts=True)
-    train_image_toy(tmp_path, ONLY, "--max_train_epochs", 4, "--save_n_epoch_ratio", 2)
-
-    assert sorted(path.stem for path in (tmp_path / "output").glob("x*.safetensors")) == ["x", "x-000002"]
-
-
 def test_metadata_say_how_an_image_lora_was_trained(tmp_path: Path) -> None:
     write_pictures(tmp_path, texts=True)
     train_image_toy(tmp_path, ONLY, "--metadata_trigger_phrase", "red", "--validation_split", 0.25)

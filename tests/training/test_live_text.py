@@ -21,7 +21,7 @@ from tests.training.toy_texts import (
 from training.data.live_text import LiveTexts
 from training.live_choice import choose_live_texts
 from training.plan import read_config
-from training.planning.prediction import predict
+from training.planning.memory import predict
 from training.run import prepare_run, train_network
 
 CPU = torch.device("cpu")

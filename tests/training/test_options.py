@@ -83,14 +83,6 @@ def test_warmup_takes_steps_and_fractions(text: str, expected: float) -> None:
     assert (warmup, type(warmup)) == (expected, type(expected))
 
 
-@pytest.mark.parametrize("text", ["1.5", "-1", "150%", "soon", "nan"])
-def test_warmup_refuses_what_is_neither(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        options("--lr_scheduler", "linear", f"--lr_warmup_steps={text}")
-
-    assert "--lr_warmup_steps" in capsys.readouterr().err
-
-
 def test_optimizer_arguments_are_literals_and_bare_words_are_text() -> None:
     made = options(
         "--optimizer_args", "betas=0.9,0.95", "weight_decay=1e-2", "fused=True", "mode=fast=er", "name='x'"
@@ -189,16 +181,6 @@ def test_a_missing_or_broken_config_file_is_one_clear_error(tmp_path: Path, cont
 
     with pytest.raises(UserError, match=r"--config_file .*c\.toml"):
         options("--config_file", str(file))
-
-
-def test_missing_multipliers_of_base_weights_are_one(tmp_path: Path) -> None:
-    files = [tmp_path / name for name in "ab"]
-    for file in files:
-        file.touch()
-
-    made = options("--base_weights", *map(str, files), "--base_weights_multiplier", "0.5")
-
-    assert made.network.base_multipliers() == (0.5, 1.0)
 
 
 def test_a_text_as_seed_is_the_number_that_generation_makes_of_it(

@@ -16,20 +16,21 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from modules.devices import allow_fp16_accumulation
 from modules.errors import OptionError
+from tests.commands import QUIET, ROOT
+from tests.training.toy import write_caches
 from training.processes import make_accelerator
 from training.run_options import AcceleratorOptions
 
-ROOT = Path(__file__).parents[2]
 SHARE = """
 import torch
 from training.processes import make_accelerator
 from training.run_options import AcceleratorOptions
-from training.processes import largest
+from training.processes import largest_of_processes
 accelerator = make_accelerator(AcceleratorOptions.usual(ddp_timeout=5))
 total = torch.tensor([float(accelerator.process_index + 1)])
 torch.distributed.all_reduce(total)
 # as --blocks_to_swap auto is agreed on
-blocks = largest(10 * accelerator.process_index, 2, accelerator.device)
+blocks = largest_of_processes(10 * accelerator.process_index, 2, accelerator.device)
 print(accelerator.num_processes, torch.distributed.get_backend(), total.item(), blocks)
 """
 
@@ -177,3 +178,84 @@ def test_two_processes_on_a_cpu_meet_through_gloo() -> None:
     outputs = [process.communicate(timeout=120)[0].split() for process in processes]
 
     assert outputs == [["2", "gloo", "3.0", "10"]] * 2
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from modules.command import command_line
+from tests.training.toy import ToyFamily, toy_options
+from training.run import train_network
+
+def watch(passes):
+    if passes == 4 and os.environ["RANK"] == os.environ["TOY_KILLED"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def main():
+    saving = ["--save_every_n_steps", 2, "--save_state", "--max_train_steps", 50]
+    options = toy_options(Path(sys.argv[1]), *saving)
+    train_network(ToyFamily(watch=watch), options)
+
+command_line(main)
+"""
+
+REFUSED = """
+from modules.command import command_line
+from modules.errors import OptionError
+
+def main():
+    raise OptionError("--x 3: give 4")
+
+command_line(main, needs_packages=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [1, 0])
+@pytest.mark.skipif(os.name == "nt", reason="processes meet through gloo, and are killed by a signal")
+def test_a_killed_process_is_told_in_one_message_with_the_command_that_goes_on(
+    tmp_path: Path, killed: int
+) -> None:
+    write_caches(tmp_path)
+    base = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    base |= {"MASTER_PORT": str(20000 + (os.getpid() + killed) % 20000), "TOY_KILLED": str(killed)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path)],
+            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+    said = [process.communicate(timeout=300)[1] for process in processes]
+
+    survivor = 1 - killed
+    assert processes[killed].returncode == -9
+    assert processes[survivor].returncode == 1
+    text = said[survivor]
+    assert "Traceback" not in text
+    assert text.count("LostProcessError: ") == 1
+    # who was lost is known only while what the others met through lives: a launcher, here process 0
+    assert ("process 1 (counted from 0) was lost" if killed == 1 else "another process of this run") in text
+    assert "--resume latest-or-fail" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="torchrun ends processes by a signal")
+def test_an_error_that_all_processes_have_is_told_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(REFUSED, encoding="utf-8")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+
+    done = subprocess.run(
+        [sys.executable, *launch, str(script)],
+        env={**os.environ, **QUIET, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+    assert done.returncode != 0
+    assert done.stderr.count("OptionError: --x 3: give 4") == 1

@@ -457,18 +457,6 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(tmp_path:
     assert train_network(ToyFamily(), toy_options(tmp_path, *alone)) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="each process has its own elsewhere")
-def test_two_processes_train_with_swapped_blocks_that_they_share(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=6)
-    results = []
-    for port, swap in ((29613, ()), (29614, ("--blocks_to_swap", "1", "--gradient_checkpointing"))):
-        train_in_two_processes(tmp_path, port, "--max_train_steps", "4", *swap)
-        results.append(load_file(tmp_path / "output" / "x.safetensors"))
-
-    assert same(*results)
-
-
 def train_in_two_processes(
     folder: Path, port: int, *arguments: object, environment: Mapping[str, str] = MappingProxyType({})
 ) -> None:

@@ -20,14 +20,6 @@ CHECKPOINTS = [
     "attention",
 ]
 COMPILED = ["--compile", "--compile_args", "eager", "default", "auto", "true"]
-FULL = [
-    "--optimizer_type",
-    "Adafactor",
-    "--optimizer_args",
-    "scale_parameter=False",
-    "relative_step=False",
-    "warmup_init=False",
-]
 
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
@@ -45,24 +37,6 @@ def test_a_killed_run_ends_with_the_bytes_of_a_plain_one(tmp_path: Path, moment:
     assert train_network(ToyFamily(), toy_options(tmp_path, *other)) == 0
 
     assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
-
-
-@pytest.mark.parametrize(
-    "precision", [(), ("--mixed_precision", "bf16", "--full_bf16")], ids=["float32", "bf16"]
-)
-@pytest.mark.parametrize(
-    "fused", [(), ("--fused_backward_pass", "--max_grad_norm", 0)], ids=["usual", "fused"]
-)
-@pytest.mark.parametrize("how", [CHECKPOINTS, [*CHECKPOINTS, *COMPILED]], ids=["checkpoints", "compiled"])
-def test_full_fine_tuning_gives_the_same_bits(
-    tmp_path: Path, how: list[str], fused: tuple[object, ...], precision: tuple[str, ...]
-) -> None:
-    write_caches(tmp_path)
-    expected = train_toy(tmp_path, *FULL, *fused, *precision, whole_dit=True)
-
-    found = train_toy(tmp_path, *FULL, *fused, *precision, *how, whole_dit=True)
-
-    assert same(found, expected)
 
 
 def test_a_backend_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -47,21 +47,6 @@ def test_bands_go_from_little_to_much_noise_and_their_mean_is_the_loss(tmp_path:
     assert losses["validation/loss"] == pytest.approx(sum(losses[band] for band in bands) / 5)
 
 
-def test_shares_of_two_processes_cover_all_items_once(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=6)
-    whole, dit = made(tmp_path, split=0.5)
-
-    sums = [
-        [whole._losses(item, whole.sigmas, dit, nullcontext) for item in whole.items[process::2]]
-        for process in range(2)
-    ]
-
-    mean = torch.tensor([*sums[0], *sums[1]], dtype=torch.float64).mean(0)
-    assert mean.mean().item() == pytest.approx(
-        whole.measure(lambda _: dit, nullcontext)["validation/loss"], rel=1e-6
-    )
-
-
 def losses_in(text: str) -> list[tuple[str, str]]:
     return re.findall(r"Step (\d+): validation loss (?:[\d.]+ -> )?([\d.]+)", text)
 

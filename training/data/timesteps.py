@@ -58,17 +58,15 @@ def spans_of(experts: Sequence[Expert]) -> tuple[Span, ...]:
     """Return the range of noise levels of each expert. Levels below the lowest are not trained."""
     begins = sorted(expert.lowest for expert in experts)
     ends = dict(zip(begins, [*begins[1:], math.inf], strict=True))
-    return tuple(Span(expert.lowest, ends[expert.lowest], _called(expert)) for expert in experts)
+    return tuple(
+        Span(expert.lowest, ends[expert.lowest], expert.words if expert.name else "") for expert in experts
+    )
 
 
 def span_of_all(experts: Sequence[Expert]) -> Span:
     """Return the noise levels that any of the experts is trained on."""
     lowest = min(experts, key=lambda expert: expert.lowest)
-    return Span(lowest.lowest, words=_called(lowest))
-
-
-def _called(expert: Expert) -> str:
-    return expert.words if expert.name else ""
+    return Span(lowest.lowest, words=lowest.words if lowest.name else "")
 
 
 def draw(

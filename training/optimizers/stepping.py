@@ -128,22 +128,6 @@ def steps_alone(kind: Callable[..., Optimizer]) -> bool:
     return kind.__name__ in ALONE.get(kind.__module__.partition(".")[0], frozenset())
 
 
-def require_alone(option: str, optimizer_type: str) -> None:
-    """Raise OptionError if `option` cannot be used with the optimizer of that name."""
-    kind = find_optimizer(optimizer_type)
-    if steps_alone(kind):
-        return
-    known = (reason for ending, reason in TOGETHER.items() if kind.__name__.lower().endswith(ending))
-    reason = next(known, "it is not known to step each weight by itself")
-    raise OptionError(
-        f"{option} with --optimizer_type {optimizer_type}: {reason}. Use Adafactor, AdamW, AdamW8bit or "
-        f"Lion, or leave {option} out"
-    )
-
-
-OPTION = "--fused_backward_pass"
-
-
 @dataclass(frozen=True)
 class StepAfterBackward:
     """Clip all gradients together and step all weights, once a step's gradients are summed."""
@@ -217,7 +201,14 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
     """Raise OptionError if --fused_backward_pass cannot be used, before anything large is loaded."""
     if processes > 1:
         raise OptionError(
-            f"{OPTION} with {processes} processes: their gradients would have to be summed before any weight "
-            "is stepped. Use one process, or leave it out"
+            f"--fused_backward_pass with {processes} processes: their gradients would have to be summed "
+            "before any weight is stepped. Use one process, or leave it out"
         )
-    require_alone(OPTION, optimizer_type)
+    kind = find_optimizer(optimizer_type)
+    if not steps_alone(kind):
+        known = (reason for ending, reason in TOGETHER.items() if kind.__name__.lower().endswith(ending))
+        reason = next(known, "it is not known to step each weight by itself")
+        raise OptionError(
+            f"--fused_backward_pass with --optimizer_type {optimizer_type}: {reason}. Use Adafactor, AdamW, "
+            "AdamW8bit or Lion, or leave --fused_backward_pass out"
+        )

@@ -1,6 +1,5 @@
 """The memory of a training run.
 
-memory: rehearse a step of the largest batch
-prediction: predict the memory of a step without data
+memory: predict the memory of a step, advise what fits
 rehearsal: rehearse a training step on tensors without content
 """

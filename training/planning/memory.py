@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -18,17 +18,166 @@ from modules.contract.data import LatentSpec
 from modules.contract.family import Described
 from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import MemoryWatch, host_room
-from modules.planning.memory_plan import MemoryPlan, Phase, Room, gib, print_plan, room_on
+from modules.planning.dry_run import (
+    GRADIENTS,
+    KEPT,
+    NETWORK,
+    OPTIMIZER,
+    WEIGHTS,
+    WORKING,
+    Moment,
+    largest,
+    quiet,
+)
+from modules.planning.memory_plan import (
+    MemoryPart,
+    MemoryPlan,
+    Phase,
+    Room,
+    Swapped,
+    dtypes_of,
+    gib,
+    parts_of,
+    print_plan,
+    room_on,
+    swaps_of,
+    workspace,
+)
+from modules.speed_options import SwapOptions
 from training.data.feed import Randomness
 from training.data.live_media import BatchSources
 from training.data.live_text import LiveTexts
+from training.experts import placement_of
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
-from training.planning.prediction import StepPrediction, predict
+from training.plan import TrainingPlan
+from training.planning.rehearsal import rehearse
+from training.processes import largest_of_processes
 
 logger = logging.getLogger(__name__)
 
 COMPILED = "Compiled blocks usually need less than planned here."
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class StepPrediction:
+    """Hold a step's memory before any block is swapped, and the effect of swapping."""
+
+    options: TrainingOptions
+    batch: str  # the size of the batch, in words
+    size: int  # of the batch: numbers in its latents
+    moments: Mapping[str, Moment]
+    waiting: int  # bytes of activations in host memory
+    weights: str  # their dtypes
+    swaps: Sequence[Swapped]  # by --blocks_to_swap, from 0 to the most that can be
+    workspace: MemoryPart
+    average: int = 0  # bytes of a whole model's average (EMA) in host memory
+    others: int = 0  # further transformers that are trained, each like the one that was rehearsed
+    sampled: int = 0  # those that only samples need
+    texts: LiveTexts | None = None  # encoded in each step
+
+    def phase(self, blocks: int) -> Phase:
+        """Return the largest moment of a step with this many blocks swapped."""
+        (place, moment), swap = largest(self.moments), self.swaps[blocks]
+        notes = {WEIGHTS: self.weights, WORKING: place}
+        if swap.host:
+            notes[WEIGHTS] += f"; {blocks} blocks swapped, {gib(swap.ring)} to pass through"
+        if self.waiting:
+            notes[KEPT] = "the rest waits in host memory"
+        parts = [*parts_of(moment, swap, notes, self.waiting), *self._others(moment, swap)]
+        if self.average:
+            parts.append(MemoryPart("average of the weights (EMA)", 0, self.average))
+        return Phase(f"training step, {self.batch}", (*parts, self.workspace))
+
+    @property
+    def takes_turns(self) -> bool:
+        """Return whether one transformer is on the device at a time."""
+        return self.sampled > 0 or (self.others > 0 and self.options.by_expert.offload_inactive_dit)
+
+    def _others(self, moment: Moment, swap: Swapped) -> tuple[MemoryPart, ...]:
+        """Return the memory of further transformers, and of their trained parts.
+
+        If they take turns, each has all its weights in host memory, also the one at work.
+        """
+        if not self.others + self.sampled:
+            return ()
+        weights, count = moment.get(WEIGHTS, 0), self.others + self.sampled
+        device, host = count * (weights - swap.saved), count * swap.host
+        if self.takes_turns:
+            device, host = 0, (1 + count) * weights - swap.host
+        note = "they take turns on the device" if self.takes_turns else ""
+        parts = [MemoryPart("further transformers", device, host, note)]
+        if self.options.by_expert.lora_per_expert:
+            # a micro-batch goes to one of them, so that only several of them leave gradients in both
+            kinds = [NETWORK, OPTIMIZER] + [GRADIENTS] * (self.options.loop.gradient_accumulation_steps > 1)
+            learning = sum(moment.get(kind, 0) for kind in kinds)
+            parts.append(MemoryPart("what learns in them", self.others * learning))
+        return tuple(parts)
+
+    def device(self, blocks: int) -> int:
+        """Return the bytes of the device with this many blocks swapped."""
+        return self.phase(blocks).device
+
+    @property
+    def most(self) -> int:
+        """Return the largest number of blocks that can be swapped."""
+        return len(self.swaps) - 1
+
+    @property
+    def blocks(self) -> int:
+        """Return how many blocks the options swap; 0 for auto."""
+        swap = self.options.speed.swap
+        return 0 if swap.is_auto else swap.number
+
+
+def predict(
+    family: Trains,
+    options: TrainingOptions,
+    noisy_batch: NoisyBatch,
+    device: torch.device,
+    sampled: int = 0,
+    texts: LiveTexts | None = None,
+) -> StepPrediction:
+    """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
+
+    8-bit products are rehearsed as 16-bit products of the same weights. Raises the errors of loading.
+    """
+    choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
+    placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)
+    with quiet():
+        dit = family.load_dit(placement)
+    weights, swaps = dtypes_of(dit), swaps_of(dit, family.dit, options.speed.swap)
+    average, whole = 0, options.whole_dit
+    if whole is not None and options.average.ema_decay is not None:
+        parts, named = whole.name_parts, dit.named_parameters()
+        learning = [one for name, one in named if not parts or any(part in name for part in parts)]
+        average = 4 * sum(one.numel() for one in learning)
+    count, _, frames, height, width = noisy_batch.noise.shape
+    step, rows, columns = family.latent.stride
+    encoders = () if texts is None else texts.encoders
+    try:
+        with quiet():
+            for encoder in encoders:
+                encoder.load(META)
+            moments, waiting = rehearse(family, options, dit, noisy_batch, texts)
+    finally:
+        for encoder in encoders:
+            encoder.free()
+    return StepPrediction(
+        options,
+        f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}",
+        noisy_batch.noise.numel(),
+        moments,
+        waiting,
+        weights,
+        swaps,
+        workspace(device, is_training=True),
+        average,
+        len(family.experts) - 1,
+        sampled,
+        texts,
+    )
 
 
 def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
@@ -45,8 +194,7 @@ def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
         return prod(items[0].bucket) * len(items)
 
     batches = [batch(places) for places in columns.groups().values()]
-    largest = max([one for one in batches if one], key=pixels)
-    return tuple(largest)
+    return tuple(max([one for one in batches if one], key=pixels))
 
 
 def read_largest(
@@ -57,8 +205,8 @@ def read_largest(
     sources: BatchSources | None = None,
 ) -> NoisyBatch:
     """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
-    largest, sources = largest_batch(items), sources or BatchSources(stores_for(items[0], family.latent))
-    batch = sources.read(largest, family.latent, commands, CacheChecks(), ("largest",))
+    found, sources = largest_batch(items), sources or BatchSources(stores_for(items[0], family.latent))
+    batch = sources.read(found, family.latent, commands, CacheChecks(), ("largest",))
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
     return Randomness(options.timesteps, 0, noise, perturbation=options.noise).add(batch, 0, 0)
@@ -83,8 +231,14 @@ def plan_training(
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
 
     def plan(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
-        phase = prediction.phase(blocks)
-        return MemoryPlan((phase,), (*remarks, *compiled, *remarks_on_host(prediction, phase, host_room())))
+        phase, host = prediction.phase(blocks), host_room()
+        if prediction.takes_turns and host is not None and phase.host > host:
+            smaller = "train one transformer at a time, and make no samples by both"
+            if options.speed.fp8.quantisation is None:
+                smaller = f"--fp8_base --fp8_scaled halves that. Or {smaller}"
+            room = f"The host has {gib(host)} GiB free, and {gib(phase.host)} are needed: {smaller}."
+            return MemoryPlan((phase,), (*remarks, *compiled, room))
+        return MemoryPlan((phase,), (*remarks, *compiled))
 
     print_plan(
         prediction,
@@ -95,57 +249,36 @@ def plan_training(
     )
 
 
-def remarks_on_host(prediction: StepPrediction, phase: Phase, host: int | None) -> list[str]:
-    """Return remedies if transformers that take turns do not fit the host.
+def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
+    """Resolve --blocks_to_swap auto before anything is loaded, to the same number in all processes.
 
-    host: its free bytes; None: unknown.
+    Returns a watcher of the memory too, in the main process. A rehearsal is made only if there is a CUDA
+    device. Raises MemoryPlanError if auto cannot be resolved.
     """
-    if not prediction.takes_turns or host is None or phase.host <= host:
-        return []
-    smaller = "train one transformer at a time, and make no samples by both"
-    if prediction.options.speed.fp8.quantisation is None:
-        smaller = f"--fp8_base --fp8_scaled halves that. Or {smaller}"
-    return [f"The host has {gib(host)} GiB free, and {gib(phase.host)} are needed: {smaller}."]
+    family, options, accelerator = plan.family, plan.options, plan.accelerator
+    device, room = accelerator.device, room_on(accelerator.device)
 
+    def rehearse_largest() -> StepPrediction:
+        noisy_batch = read_largest(family, options, plan.training, plan.commands, plan.sources)
+        return predict(family, options, noisy_batch, device, texts=plan.texts)
 
-def prepare_memory(
-    family: Trains,
-    options: TrainingOptions,
-    items: Sequence[TrainingItem],
-    commands: CachingCommands,
-    device: torch.device,
-    sources: BatchSources | None = None,
-    texts: LiveTexts | None = None,
-) -> tuple[TrainingOptions, MemoryWatch | None]:
-    """Resolve --blocks_to_swap auto before anything is loaded; also return a watcher of the memory.
-
-    A rehearsal is made only if there is a CUDA device. texts: encoded in each step. Raises MemoryPlanError if
-    auto cannot be resolved.
-    """
-    room = room_on(device)
-    speed, prediction = resolve_swap(
-        options.speed,
-        room,
-        lambda: predict(
-            family,
-            options,
-            read_largest(family, options, items, commands, sources),
-            device,
-            texts=texts,
-        ),
-    )
-    resolved = replace(options, speed=speed)
-    if room is None:
-        return resolved, None
-    if prediction is None:
-        return resolved, MemoryWatch(device)
-    needed = prediction.device(speed.swap.number)
-    logger.info(
-        "Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.",
-        gib(needed),
-        gib(room.usable),
-    )
-    return resolved, MemoryWatch(device, needed, prediction.size)
+    speed, prediction = resolve_swap(options.speed, room, rehearse_largest)
+    swap, watch = speed.swap, None
+    if room is not None and accelerator.is_main_process:
+        watch = MemoryWatch(device)
+        if prediction is not None:
+            needed = prediction.device(swap.number)
+            logger.info(
+                "Predicted peak of the device: %s GiB; %s can be used. --plan shows the parts.",
+                gib(needed),
+                gib(room.usable),
+            )
+            watch = MemoryWatch(device, needed, prediction.size)
+    if options.speed.swap.is_auto:  # each looked at its own device, but all share the weights on the host
+        swap = replace(
+            swap, blocks_to_swap=largest_of_processes(swap.number, accelerator.num_processes, device)
+        )
+    return swap, watch
 
 
 def advice(

@@ -9,7 +9,7 @@ not to when the host reads its numbers, which is a step later, or at once if a p
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,21 +61,14 @@ def losses_by_expert(values: Sequence[float], experts: Sequence[Expert]) -> dict
 
 
 @dataclass(frozen=True)
-class Notes:
-    """Hold facts about a step that the host knows at once."""
+class Reading:
+    """Hold what the host knows of a step at once, and its numbers when the next one has begun."""
 
+    step: int
     keys: tuple[str, ...]  # the items this process trained on
     rates: Mapping[str, float]  # learning rates by group
     sizes: Hashable = None  # of the items: steps that share them take as long
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Hold the numbers of a step, known once the next one has begun."""
-
-    step: int
-    values: tuple[float, ...]
-    notes: Notes
+    values: tuple[float, ...] = ()
     seconds: float | None = None  # that the step took; None: the clock was not started
 
 
@@ -98,15 +91,15 @@ class Readings:
     """Hold the numbers of one step. `now` returns seconds."""
 
     now: Callable[[], float] = time.monotonic
-    _waiting: tuple[int, Tensor, Moment | None, Notes] | None = field(default=None, init=False)
+    _waiting: tuple[Reading, Tensor, Moment | None] | None = field(default=None, init=False)
     _last: Moment | None = field(default=None, init=False)  # end of the last step or pause
 
     def restart_clock(self, device: torch.device) -> None:
         """Exclude the time until now (samples, saving, validation) from the next step."""
         self._last = Moment(self.now(), _record_event() if device.type == "cuda" else None)
 
-    def push(self, step: int, numbers: Tensor, notes: Notes) -> Reading | None:
-        """Take the numbers (1-D, on any device) of `step`; returns the reading of the step before."""
+    def push(self, step: Reading, numbers: Tensor) -> Reading | None:
+        """Take the numbers (1-D, on any device) of a step; returns the reading of the step before."""
         ended: Moment | None = None  # on other devices: known when the numbers have arrived
         if numbers.is_cuda:
             host = empty_pinned(numbers.shape, numbers.dtype)
@@ -115,14 +108,14 @@ class Readings:
         elif numbers.device.type == "cpu":
             ended = Moment(self.now())
         before = self.flush() if self._waiting is not None else None
-        self._waiting = (step, numbers, ended, notes)
+        self._waiting = (step, numbers, ended)
         return before
 
     def flush(self) -> Reading | None:
         """Return the reading that is still waiting, if any; the host waits for the device."""
         if self._waiting is None:
             return None
-        (step, numbers, ended, notes), self._waiting = self._waiting, None
+        (step, numbers, ended), self._waiting = self._waiting, None
         if ended is not None and ended.event is not None:
             ended.event.synchronize()
         values = tuple(numbers.tolist())
@@ -130,7 +123,7 @@ class Readings:
             ended = Moment(self.now())
         seconds = None if self._last is None else self._last.seconds_to(ended)
         self._last = ended
-        return Reading(step, values, notes, seconds)
+        return replace(step, values=values, seconds=seconds)
 
 
 def _record_event() -> Any:

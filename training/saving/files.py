@@ -118,38 +118,48 @@ class Saver:
         self._save(self.names.name, self.options.save_state or self.options.save_state_on_train_end)
 
     def tidy_steps(self, step: int) -> None:
-        """Remove files that a save at `step` no longer keeps."""
+        """Remove files that a save at `step` no longer keeps: every 5, last 5, at step 25 those up to 15."""
         options = self.options
         # saves by the clock may be at any step
         every = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
-        for pattern, last_n in self._kinds(
-            r"-step(\d{8,})", options.save_last_n_steps, options.save_last_n_steps_state
-        ):
-            _remove_up_to(self.names.folder, pattern, last_expired_step(step, every, last_n), every)
+        kept = options.save_last_n_steps, options.save_last_n_steps_state
+        self._remove_expired(r"-step(\d{8,})", every, kept, lambda last: step - last - 1)
 
     def tidy_epochs(self, epoch: int) -> None:
         """Remove files that a save at `epoch` no longer keeps."""
         options, every = self.options, self.options.save_every_n_epochs or 1
-        for pattern, last_n in self._kinds(
-            r"-(\d{6,})", options.save_last_n_epochs, options.save_last_n_epochs_state
-        ):
-            _remove_up_to(self.names.folder, pattern, last_expired_epoch(epoch, every, last_n), every)
+        kept = options.save_last_n_epochs, options.save_last_n_epochs_state
+        self._remove_expired(r"-(\d{6,})", every, kept, lambda last: epoch - every * last)
 
-    def _kinds(
-        self, number: str, last_n: int | None, last_n_states: int | None
-    ) -> tuple[tuple[str, int | None], ...]:
-        """Return the pattern of files and that of states, each with how many are kept."""
-        start = re.escape(self.names.name) + number
-        return (start + self.names.pattern, last_n), (
-            start + "-state",
-            last_n if last_n_states is None else last_n_states,
-        )
+    def _remove_expired(
+        self, number: str, every: int, kept: tuple[int | None, int | None], newest: Callable[[int], int]
+    ) -> None:
+        """Remove files and states whose number is a multiple of `every` and expired.
+
+        All of them, not only the newest: a run killed before it could remove one leaves it to the next save.
+        kept: --save_last_n of files, and of states. newest: number of the newest that such an option expires.
+        """
+        start, states = re.escape(self.names.name) + number, kept[0] if kept[1] is None else kept[1]
+        for pattern, last in ((start + self.names.pattern, kept[0]), (f"{start}-state", states)):
+            for entry in [] if last is None else _entries(self.names.folder):
+                match = re.fullmatch(pattern, entry.name)
+                if match is None or last is None or int(match[1]) > newest(last) or int(match[1]) % every:
+                    continue
+                # moved aside first: a folder that is half removed must not look like a state
+                aside = entry.with_name(f".{entry.name}.removed.tmp")
+                try:
+                    os.replace(entry, aside)
+                    _remove(aside)
+                except OSError as error:  # open in another program; that must not end a run
+                    logger.warning("%s is kept for now because it cannot be removed: %s", entry, error)
+                else:
+                    logger.info("Removed %s", entry)
 
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed run of this name left behind."""
         start = rf"\.{re.escape(self.names.name)}(-\d{{6,}}|-step\d{{8,}})?"
         pattern = rf"{start}(-state|{self.names.pattern})\..+\.tmp"
-        for entry in sorted(self.names.folder.iterdir()) if self.names.folder.is_dir() else []:
+        for entry in _entries(self.names.folder):
             if re.fullmatch(pattern, entry.name):
                 _remove(entry)
 
@@ -177,48 +187,6 @@ class NoSaver:
     def save_epoch(self, epoch: int) -> None: ...
 
     def save_final(self) -> None: ...
-
-
-def last_expired_step(step: int, every: int, last_n_steps: int | None) -> int | None:
-    """Return the newest multiple of `every` that a save at `step` no longer keeps.
-
-    Every 5, last 5: at step 25 it is 15, so 20 and 25 remain.
-    """
-    if last_n_steps is None:
-        return None
-    number = step - last_n_steps - 1
-    number -= number % every
-    return number if number > 0 else None
-
-
-def last_expired_epoch(epoch: int, every: int, last_n_epochs: int | None) -> int | None:
-    """Return the newest epoch that a save at `epoch` no longer keeps."""
-    if last_n_epochs is None:
-        return None
-    number = epoch - every * last_n_epochs
-    return number if number > 0 else None
-
-
-def _remove_up_to(folder: Path, pattern: str, number: int | None, every: int) -> None:
-    """Remove entries whose number is a multiple of `every` and at most `number`.
-
-    All of them, not only the newest: a run killed before it could remove one leaves it to the next save.
-    """
-    if number is None or not folder.is_dir():
-        return
-    for entry in sorted(folder.iterdir()):
-        match = re.fullmatch(pattern, entry.name)
-        if match is None or int(match[1]) > number or int(match[1]) % every:
-            continue
-        # moved aside first: a folder that is half removed must not look like a state
-        aside = entry.with_name(f".{entry.name}.removed.tmp")
-        try:
-            os.replace(entry, aside)
-            _remove(aside)
-        except OSError as error:  # open in another program; that must not end a run
-            logger.warning("%s is kept for now because it cannot be removed: %s", entry, error)
-        else:
-            logger.info("Removed %s", entry)
 
 
 def _remove(path: Path) -> None:

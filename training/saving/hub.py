@@ -4,14 +4,13 @@ A failed upload is logged and never ends a run. A card ends with a comment that 
 one that was edited is recognised and kept.
 """
 
-import contextlib
 import hashlib
 import html
 import json
 import logging
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,43 +204,26 @@ class Uploads:
 
     options: HubOptions
     api: Any = None
-    _waiting: list[threading.Thread] = field(default_factory=list)
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _sent_cards: set[str] = field(default_factory=set)
 
     def publish(self, path: Path, card: str | None = None) -> None:
         """Upload a file or a folder, and its model card; with --async_upload in the background."""
         if self.options.huggingface_repo_id is None:
             return
-        if not self.options.async_upload:
+        if self.options.async_upload:
+            self._pool.submit(self._try_upload, path, card)
+        else:
             self._try_upload(path, card)
-            return
-        before = self._waiting[-1] if self._waiting else None
-        thread = threading.Thread(target=self._upload_after, args=(before, path, card), daemon=True)
-        self._waiting.append(thread)
-        thread.start()
 
     def publish_state(self, folder: Path) -> None:
         """Upload a state folder if --save_state_to_huggingface is given."""
         if self.options.save_state_to_huggingface:
             self.publish(folder)
 
-    @contextlib.contextmanager
-    def finish_uploads(self) -> Iterator[None]:
-        """Wait for uploads however the block ends, also after an error: the files are saved."""
-        try:
-            yield
-        finally:
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait until every upload is done or has failed."""
-        while self._waiting:
-            self._waiting.pop(0).join()
-
-    def _upload_after(self, before: threading.Thread | None, path: Path, card: str | None) -> None:
-        if before is not None:
-            before.join()
-        self._try_upload(path, card)
+    def close(self) -> None:
+        """Wait until every upload is done or has failed. Call it after an error too: the files are saved."""
+        self._pool.shutdown()
 
     def _try_upload(self, path: Path, card: str | None) -> None:
         try:
@@ -259,11 +241,7 @@ class Uploads:
             "repo_id": options.huggingface_repo_id,
             "repo_type": options.huggingface_repo_type or "model",
         }
-        target = (
-            path.name
-            if options.huggingface_path_in_repo is None
-            else f"{options.huggingface_path_in_repo}/{path.name}"
-        )
+        target = "/".join(filter(None, (options.huggingface_path_in_repo, path.name)))
         self.api.create_repo(**where, private=options.huggingface_repo_visibility != "public", exist_ok=True)
         if path.is_dir():
             self.api.upload_folder(**where, folder_path=str(path), path_in_repo=target)

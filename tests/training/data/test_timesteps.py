@@ -140,32 +140,6 @@ def test_shifts_follow_width_and_height_of_a_video_but_not_its_length(sampler: s
     assert torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize(
-    ("sampler", "shares"),
-    [
-        ("qinglong_flux", {"flux_shift": 0.79, "logsnr": 0.11, "rare": 0.1}),
-        ("qinglong_qwen", {"qwen_shift": 0.95, "rare": 0.05}),
-    ],
-)
-def test_a_mixture_draws_each_sampler_as_often_as_it_says(sampler: str, shares: dict[str, float]) -> None:
-    """The distribution of a mixture is the mean of its parts', weighted by their shares."""
-    shape, logit = (1, 16, 1, 60, 104), ("--logit_mean", "-1", "--logit_std", "0.5")
-
-    def parts(name: str) -> TimestepOptions:
-        if name == "rare":
-            return options("--timestep_sampling", "logsnr", "--logit_mean", "5.36", "--logit_std", "1")
-        return options("--timestep_sampling", name, *(logit if name == "logsnr" else ()))
-
-    def sampled(made: TimestepOptions) -> Tensor:
-        return draw(made, 200_000, torch.Generator().manual_seed(1), shape=shape).sigmas
-
-    mixed = sampled(options("--timestep_sampling", sampler, *logit))
-    alone = {name: sampled(parts(name)) for name in shares}
-    for bound in (0.05, 0.1, 0.2, 0.4, 0.6, 0.75, 0.9):
-        expected = sum(share * float((alone[name] < bound).double().mean()) for name, share in shares.items())
-        assert float((mixed < bound).double().mean()) == pytest.approx(expected, abs=0.005)
-
-
 @pytest.mark.parametrize("sampler", ["flux2_shift", "ideogram4_shift"])
 def test_a_sampler_without_a_meaning_here_is_refused_by_name(
     sampler: str, capsys: pytest.CaptureFixture[str]

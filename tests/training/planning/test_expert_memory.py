@@ -20,8 +20,7 @@ from training.learning_options import ExpertTrainingOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
-from training.planning.memory import cheaper, remarks_on_host
-from training.planning.prediction import predict
+from training.planning.memory import cheaper, predict
 from wan.family import family_for_training
 from wan.options import WanTrainingOptions
 
@@ -110,20 +109,6 @@ def test_swapped_blocks_of_both_are_on_the_host(tmp_path: Path) -> None:
         assert line(both.phase(blocks), "further") == (here, away)
         assert turns.phase(blocks).host == 2 * device > away > host
         assert turns.phase(blocks).device == both.phase(blocks).device - here
-
-
-def test_one_that_only_samples_need_waits_on_the_host(tmp_path: Path) -> None:
-    family, options = two_experts(tmp_path)
-    alone = replace(family, files=replace(family.files, dit_high_noise=None))  # type: ignore[type-var, attr-defined]
-    one = predict(alone, options, wan_batch(), CPU).phase(0)
-    prediction = predict(alone, options, wan_batch(), CPU, sampled=1)
-    phase = prediction.phase(0)
-
-    assert phase.device == one.device
-    assert one.host == 0
-    assert phase.host == 2 * next(part.device for part in one.parts if part.name.startswith("weights"))
-    assert remarks_on_host(prediction, phase, phase.host) == remarks_on_host(prediction, phase, None) == []
-    assert "--fp8_base" in remarks_on_host(prediction, phase, phase.host - 1)[0]
 
 
 def test_turns_are_advised_first(tmp_path: Path) -> None:

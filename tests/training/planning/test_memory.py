@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -12,8 +14,7 @@ from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
 from tests.training.toy import write_caches
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
-from training.planning.memory import advice, cheaper, cut, largest_batch, prepare_memory, shrunk
-from training.planning.prediction import predict
+from training.planning.memory import advice, cheaper, cut, largest_batch, predict, prepare_memory, shrunk
 from wan.spec import LATENT
 
 CPU = torch.device("cpu")
@@ -87,8 +88,10 @@ def test_cheaper_options_come_one_after_the_other(tmp_path: Path) -> None:
 
 def test_auto_swaps_nothing_on_a_cpu(tmp_path: Path) -> None:
     family, options = wan(tmp_path, "--blocks_to_swap", "auto")
-    chosen, watch = prepare_memory(family, options, [], commands=None, device=CPU)  # type: ignore[arg-type]  # not looked at
-    assert chosen.speed.swap.number == 0
+    accelerator = SimpleNamespace(device=CPU, is_main_process=True, num_processes=1)
+    plan: Any = SimpleNamespace(family=family, options=options, accelerator=accelerator)  # no more is read
+    swap, watch = prepare_memory(plan)
+    assert swap.number == 0
     assert watch is None
 
 

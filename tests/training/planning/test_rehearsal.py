@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from frame_pack.family import family_for_training as framepack_family
-from frame_pack.options import FramePackTrainingOptions
 from hunyuan_model.family import family_for_training as hunyuan_family
 from hunyuan_model.options import HunyuanTrainingOptions
 from modules import dressing
@@ -22,12 +20,12 @@ from modules.planning.dry_run import BATCH, HOST, NETWORK, WEIGHTS, Ledger, Mome
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import GIB
 from tests.manifests import tensor_list, write_hollow
-from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
+from tests.tiny import hunyuan_dit, wan_dit
 from training.learning_options import WholeDitOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
-from training.planning.prediction import predict
+from training.planning.memory import predict
 from training.planning.rehearsal import rehearse
 from wan.family import family_for_training as wan_family
 from wan.options import WanTrainingOptions
@@ -56,16 +54,6 @@ def hunyuan(folder: Path, *more: str, is_whole: bool = False) -> tuple[Family, T
     return hunyuan_family(read_options(HunyuanTrainingOptions, args)), read_options(TrainingOptions, args)
 
 
-def framepack(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
-    state = framepack_dit.tiny_state(dtype=torch.bfloat16, double_blocks=5, single_blocks=LAYERS)
-    path = framepack_dit.write_dit(folder, state)
-    parser = training_parser("")
-    add_options(parser, FramePackTrainingOptions)
-    network = ["--network_module", "networks.lora_framepack", "--network_dim", "4"]
-    args = read_arguments(parser, [*GIVEN, *network, "--dit", str(path), *more], {})
-    return framepack_family(read_options(FramePackTrainingOptions, args)), read_options(TrainingOptions, args)
-
-
 def wan_batch(count: int = 1, size: tuple[int, int, int] = (3, 8, 8)) -> NoisyBatch:
     latents = torch.zeros(count, 16, *size, dtype=torch.bfloat16)
     return noisy(
@@ -87,26 +75,6 @@ def hunyuan_batch(lengths: tuple[int, ...] = (5,), size: tuple[int, int, int] = 
             "clipL": torch.zeros(len(lengths), 24, dtype=torch.float16),
         }
     )
-
-
-def framepack_batch(lengths: tuple[int, ...] = (5,), size: tuple[int, int, int] = (3, 8, 8)) -> NoisyBatch:
-    """The first sample is of another section than the others."""
-    count, (frames, *area), config = len(lengths), size, framepack_dit.CONFIG
-    tensors = {
-        "latents": torch.zeros(count, 16, *size, dtype=torch.float32),
-        "llama_vec": torch.zeros(count, 8, config.text_dim, dtype=torch.float16),
-        "llama_attention_mask": torch.arange(8) < torch.tensor(lengths)[:, None],
-        "clip_l_pooler": torch.zeros(count, config.pooled_dim, dtype=torch.float16),
-        "image_embeddings": torch.zeros(count, 7, config.image_dim, dtype=torch.float16),
-    }
-    start = torch.tensor([[10]] + [[1]] * (count - 1))
-    tensors["latent_indices"] = start + torch.arange(frames)
-    start = start + frames
-    for kind, number in {"": 2, "_2x": 2, "_4x": 16}.items():
-        tensors[f"latents_clean{kind}"] = torch.zeros(count, 16, number, *area, dtype=torch.float32)
-        tensors[f"clean_latent{kind}_indices"] = start + torch.arange(number)
-        start = start + number
-    return noisy(tensors)
 
 
 def noisy(tensors: Mapping[str, Tensor | list[Tensor]]) -> NoisyBatch:
@@ -188,19 +156,6 @@ def test_a_hunyuan_step_takes_what_was_predicted(
 ) -> None:
     family, options = hunyuan(tmp_path, *checkpointing, "--mixed_precision", "bf16")
     for batch in (hunyuan_batch(), hunyuan_batch((8, 3), (2, 12, 8))):
-        with monkeypatch.context() as patch:
-            real = counted(family, options, batch, patch)
-        assert_alike(predicted(family, options, batch), real)
-
-
-@pytest.mark.parametrize(
-    "checkpointing", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"]
-)
-def test_a_framepack_step_takes_what_was_predicted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: list[str]
-) -> None:
-    family, options = framepack(tmp_path, *checkpointing, "--mixed_precision", "bf16")
-    for batch in (framepack_batch(), framepack_batch((8, 3), (2, 12, 8))):
         with monkeypatch.context() as patch:
             real = counted(family, options, batch, patch)
         assert_alike(predicted(family, options, batch), real)

@@ -126,14 +126,6 @@ def test_curves_and_files_fit_on_a_phone_and_a_shared_copy_holds_no_folder_and_n
     assert text.count("<video") == 2
 
 
-def test_the_command_to_go_on_asks_for_auto_again(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-
-    train_toy(tmp_path, "--blocks_to_swap", "auto", "--max_train_steps", 1, has_page=True)
-
-    assert "--blocks_to_swap auto" in text_of(page_of(tmp_path))
-
-
 def test_a_resumed_run_shows_the_whole_history(tmp_path: Path, sampling: list[object]) -> None:
     """The run dies at its seventh step, after a state at the fourth: steps 5 to 7 are trained again."""
     options = [*sampling, "--save_every_n_steps", 4, "--save_state", "--resume", "latest"]

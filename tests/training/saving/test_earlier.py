@@ -136,17 +136,6 @@ def test_without_a_state_a_new_run_names_those_set_aside_and_latest_or_fail_ends
     assert f"That of an earlier run is {aside / 'x-state'}" in caplog.text
 
 
-def test_without_any_state_latest_names_what_was_trained(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    train_toy(folder)
-    train_toy(folder, "--resume", "latest")
-    assert "starting a new run. A run saved its result without --save_state" in caplog.text
-
-    with pytest.raises(OptionError, match="a file, and a state is a folder.* --network_weights FILE"):
-        train_toy(folder, "--resume", folder / "output" / "x.safetensors")
-
-
 def test_what_a_run_left_that_had_saved_nothing_is_not_kept_when_it_is_started_again(folder: Path) -> None:
     class Killed(Exception): ...
 

@@ -149,7 +149,7 @@ def publish(tmp_path: Path, api: FakeRepository, *more: str) -> FakeRepository:
     uploads = make_uploads(toy_options(tmp_path, "--huggingface_repo_id", "me/loras", *more).hub, api)
     for name in ("x-000001.safetensors", "x.safetensors"):
         uploads.publish(tmp_path / name, card_of())
-    uploads.wait()
+    uploads.close()
     return api
 
 
@@ -166,12 +166,6 @@ def test_a_users_own_card_is_kept(tmp_path: Path) -> None:
 
     assert "README.md" not in api.uploaded
     assert "x.safetensors" in api.uploaded
-
-
-def test_other_kinds_of_repositories_get_no_card(tmp_path: Path) -> None:
-    api = publish(tmp_path, FakeRepository(tmp_path), "--huggingface_repo_type", "dataset")
-
-    assert sorted(api.uploaded) == ["x-000001.safetensors", "x.safetensors"]
 
 
 def test_a_card_that_fails_costs_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

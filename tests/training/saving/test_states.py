@@ -200,64 +200,6 @@ def test_weights_of_another_network_are_refused() -> None:
         load_module(module, {"weight": torch.zeros(2, 2)})
 
 
-class Odd(torch.optim.Optimizer):
-    """Keeps float32 and 8-bit tensors for bf16 parameters, shared tables, nested and plain values."""
-
-    table = torch.linspace(0, 1, 256)
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__(
-            parameters, {"betas": (0.9, 0.95), "name": "odd", "k": 3, "scale": torch.tensor(0.1)}
-        )
-
-    def step(self) -> None:  # type: ignore[override]
-        for index, parameter in enumerate(self.param_groups[0]["params"]):
-            self.state[parameter] = {
-                "step": torch.tensor(3.0),
-                "moment": torch.rand_like(parameter, dtype=torch.float32),
-                "bytes": torch.full_like(parameter, index, dtype=torch.uint8),
-                "table": self.table,
-                "nested": {"a": [1, (2.5, None)], 7: torch.ones(2, dtype=torch.float64)},
-            }
-
-
-def test_an_optimizer_state_keeps_every_bit_dtype_and_kind(tmp_path: Path) -> None:
-    def made() -> tuple[Odd, dict[torch.Tensor, str]]:
-        parameters = [
-            nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16)),
-            nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)),
-        ]
-        return Odd(parameters), {parameter: f"p{index}" for index, parameter in enumerate(parameters)}
-
-    saved, names = made()
-    saved.step()
-    saved.param_groups[0]["k"] = 4
-    fresh, fresh_names = made()
-    whole = replace(state(), optimizer=optimizer_state(saved, names))
-    write_state(tmp_path / "x-state", whole)
-    read = read_state(tmp_path / "x-state")
-    assert isinstance(read, SavedState)
-
-    restore_optimizer(fresh, fresh_names, read.optimizer, torch.device("cpu"))
-
-    assert fresh.param_groups[0]["k"] == 4
-    assert fresh.param_groups[0]["betas"] == (0.9, 0.95)
-    assert torch.equal(fresh.param_groups[0]["scale"], torch.tensor(0.1))
-    for before, after in zip(names, fresh_names, strict=True):
-        ours, theirs = saved.state[before], fresh.state[after]
-        assert {
-            key: (value.dtype, value.tolist())
-            for key, value in ours.items()
-            if isinstance(value, torch.Tensor)
-        } == {
-            key: (value.dtype, value.tolist())
-            for key, value in theirs.items()
-            if isinstance(value, torch.Tensor)
-        }
-        assert theirs["nested"]["a"] == [1, (2.5, None)]
-        assert theirs["nested"][7].dtype == torch.float64
-
-
 class Paged(torch.optim.Optimizer):
     """Keeps what is as large as a parameter in buffers of its own, as bitsandbytes' paged optimizers do."""
 

@@ -1,5 +1,6 @@
 """Uploads never end a run; what is fetched from the hub is found where it was put."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def test_nothing_is_sent_without_a_repository(tmp_path: Path) -> None:
     uploads = make_uploads(toy_options(tmp_path).hub, Api())
 
     uploads.publish(tmp_path / "a.safetensors")
-    uploads.wait()
+    uploads.close()
 
 
 @pytest.mark.parametrize("background", [[], ["--async_upload"]])
@@ -54,7 +55,7 @@ def test_files_and_states_go_to_their_place_in_order(tmp_path: Path, background:
 
     uploads.publish(tmp_path / "x.safetensors")
     uploads.publish_state(tmp_path / "x-state")
-    uploads.wait()
+    uploads.close()
 
     assert api.token == "secret"
     assert [name for name, _ in api.calls] == ["create_repo", "upload_file", "create_repo", "upload_folder"]
@@ -75,7 +76,7 @@ def test_a_run_that_fails_still_sends_what_it_saved(tmp_path: Path) -> None:
     )
 
     def run() -> None:
-        with uploads.finish_uploads():
+        with contextlib.closing(uploads):
             uploads.publish(tmp_path / "x.safetensors")
             raise OptionError("something else")
 
