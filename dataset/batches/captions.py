@@ -40,31 +40,29 @@ def changed_caption(
     text = generator.choice(lines) if changes.wildcards else lines[0]
     text = add_ends(text, table)
     if changes.wildcards:
-        text = _draw_wildcards(text, generator)
+        text = _WILDCARD.sub(
+            lambda found: _BRACES.get(found[0]) or generator.choice((found[1] or "").split("|")), text
+        )
     if changes.shuffle or changes.warmup_step or changes.part_dropout_rate:
         text = _change_parts(text, changes, step, total_steps, generator)
     return join_parts(text, changes)
-
-
-def is_dropped(changes: CaptionChanges, epoch: int) -> bool:
-    """Return whether all captions of an epoch, from 0, are empty: those of every n-th."""
-    every = changes.dropout_every_n_epochs
-    return every > 0 and (epoch + 1) % every == 0
-
-
-def _draw_wildcards(text: str, generator: random.Random) -> str:
-    def draw(found: re.Match[str]) -> str:
-        return _BRACES.get(found[0]) or generator.choice((found[1] or "").split("|"))
-
-    return _WILDCARD.sub(draw, text)
 
 
 def _change_parts(
     text: str, changes: CaptionChanges, step: int, total_steps: int, generator: random.Random
 ) -> str:
     """Shuffle the parts between those that are fixed; leave out those that come later, or that are drawn."""
-    first, moving, last = _divide(text, changes)
-    moving = moving[: _count_present(len(moving), changes, step, total_steps)]
+    separator = changes.keep_tokens_separator
+    if separator and separator in text:
+        sections = [_parts(one, changes) for one in text.split(separator, 2)]
+        first, moving, last = ([part for part in one if part] for one in (*sections, [])[:3])
+    else:
+        parts = _parts(text, changes)
+        first, moving, last = parts[: changes.keep_tokens], parts[changes.keep_tokens :], []
+    # of the moving parts those that are there yet: from warmup_min, evenly up to all of them
+    end = math.floor(changes.warmup_step * total_steps) if changes.warmup_step < 1 else changes.warmup_step
+    if step < end:
+        moving = moving[: math.floor(step * (len(moving) - changes.warmup_min) / end) + changes.warmup_min]
     if changes.shuffle:
         generator.shuffle(moving)
     rate = changes.part_dropout_rate
@@ -73,27 +71,8 @@ def _change_parts(
     return ", ".join([*first, *moving, *last])
 
 
-def _divide(text: str, changes: CaptionChanges) -> tuple[list[str], list[str], list[str]]:
-    """Return the parts that are fixed in front, those that move, and those that are fixed at the end."""
-    if changes.keep_tokens_separator and changes.keep_tokens_separator in text:
-        sections = [_parts(one, changes) for one in text.split(changes.keep_tokens_separator, 2)]
-        first, moving, last = ([part for part in one if part] for one in (*sections, [])[:3])
-        return first, moving, last
-    parts = _parts(text, changes)
-    return parts[: changes.keep_tokens], parts[changes.keep_tokens :], []
-
-
 def _parts(text: str, changes: CaptionChanges) -> list[str]:
     return [part.strip() for part in text.split(changes.separator)]
-
-
-def _count_present(count: int, changes: CaptionChanges, step: int, total_steps: int) -> int:
-    """Return how many of the moving parts are there yet: from warmup_min, evenly up to all of them."""
-    end = changes.warmup_step
-    end = math.floor(end * total_steps) if end < 1 else end
-    if step >= end:
-        return count
-    return min(count, math.floor(step * (count - changes.warmup_min) / end) + changes.warmup_min)
 
 
 @dataclass(frozen=True)
@@ -112,10 +91,17 @@ def choose_captions(items: Sequence[TrainingItem], seed: int, number: int, epoch
     number: of the micro-batch, in the whole run. epoch: from 0. EMPTY is chosen with the table's
     caption_dropout_rate, and in epochs whose captions are all empty; captions are equally likely.
     """
-    return tuple(
-        EMPTY if is_dropped(item.table.changes, epoch) else _choose(item, seed, number, place)
-        for place, item in enumerate(items)
-    )
+    chosen = []
+    for place, item in enumerate(items):
+        rate, every = item.table.caption_dropout_rate, item.table.changes.dropout_every_n_epochs
+        which = 0
+        if every > 0 and (epoch + 1) % every == 0:  # all captions of every n-th epoch are empty
+            which = EMPTY
+        elif rate or item.captions > 1:
+            numbers = random.Random(derive_seed(seed, "caption", number, place))
+            which = EMPTY if numbers.random() < rate else numbers.randrange(item.captions)
+        chosen.append(which)
+    return tuple(chosen)
 
 
 def change_captions(
@@ -150,12 +136,3 @@ def choose_sides(items: Sequence[TrainingItem], seed: int, number: int) -> tuple
         and random.Random(derive_seed(seed, "flip", number, place)).random() < 0.5
         for place, item in enumerate(items)
     )
-
-
-def _choose(item: TrainingItem, seed: int, number: int, place: int) -> int:
-    rate = item.table.caption_dropout_rate
-    if not rate and item.captions == 1:
-        return 0
-    numbers = random.Random(derive_seed(seed, "caption", number, place))
-    is_dropped = numbers.random() < rate
-    return EMPTY if is_dropped else numbers.randrange(item.captions)

@@ -5,23 +5,18 @@ run listed its sources.
 """
 
 import logging
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from dataset.cache.files import (
-    PART,
     Header,
     LatentName,
-    is_latent_cache,
-    is_text_cache,
-    is_text_name,
     latent_names,
-    parse_latent_name,
-    parse_more_text_name,
 )
 from dataset.cache.store import CacheStore
 from dataset.sources.media_source import MediaSource
-from modules.contract.family import Described
 from modules.errors import CacheError
+
+logger = logging.getLogger(__name__)
 
 # the latent cache files of one source, with what their names say but for the stem
 Names = Mapping[str, LatentName]
@@ -66,64 +61,8 @@ def names_of(existing: ExistingNames, source: MediaSource) -> Names:
     return existing[source.table.index].of(source.stem)
 
 
-logger = logging.getLogger(__name__)
-
-
-def remove_stale_latents(
-    store: CacheStore,
-    existing: LatentNames,
-    kind: str,
-    family: Described,
-    names: Container[str],
-    failed_stems: Container[str],
-) -> int:
-    """Remove latent caches not in `names`, except those of sources that failed in this run.
-
-    existing: those that were there before the sources were listed. Later additions of others are ignored.
-    kind: of the table, "image" or "video". Returns how many were removed.
-    """
-    tag = family.cache_tag
-    stale = existing.not_in(names, but_of=failed_stems)
-    store.sweep(lambda name: parse_latent_name(name, tag, kind) is not None)
-    return remove_caches(store, stale, family.name)
-
-
-def remove_caches(store: CacheStore, names: Iterable[str], architecture: str) -> int:
-    """Remove those of `names` whose tensor names show that they are latent caches of the family.
-
-    Returns how many were removed.
-    """
-    return _remove(store, names, lambda header: is_latent_cache(header, architecture))
-
-
-def list_texts(store: CacheStore, tag: str) -> frozenset[str]:
-    """Return the names of the family's text caches in a store, also of unfinished ones."""
-    return frozenset(name for name in store.names() if is_text_name(name.removesuffix(PART), tag))
-
-
-def remove_stale_texts(
-    store: CacheStore,
-    existing: Collection[str],
-    family: Described,
-    names: Container[str],
-    surplus_of: Container[str] | None = None,
-) -> int:
-    """Remove text caches not in `names`, also unfinished ones. Returns how many were removed.
-
-    existing: as `list_texts` gave them before the sources were listed; later additions of others are ignored.
-    surplus_of: only further captions of these sources (by stem), which have fewer captions now.
-    """
-    tag = family.cache_tag
-    stale = [name for name in sorted(existing) if name.removesuffix(PART) not in names]
-    if surplus_of is not None:
-        further = [(name, parse_more_text_name(name.removesuffix(PART), tag)) for name in stale]
-        stale = [name for name, parsed in further if parsed is not None and parsed[0] in surplus_of]
-    else:
-        store.sweep(lambda name: is_text_name(name.removesuffix(PART), tag))
-    return _remove(store, stale, lambda header: is_text_cache(header, family.name))
-
-
-def _remove(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header], bool]) -> int:
+def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header], bool]) -> int:
+    """Remove those of `names` whose tensor names show that they are caches; return how many were removed."""
     count = 0
     for name in names:
         if store.is_shared(name):
@@ -133,15 +72,11 @@ def _remove(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header]
         except CacheError as error:
             if not store.has(name):  # another process has just removed it
                 continue
-            if store.holds_only_caches:
-                store.remove(name)
-                count += 1
-                continue
-            logger.warning(
-                "%s. It belongs to no item, but is kept because it may not be a cache file.",
-                error,
-            )
-            continue
+            is_ours = store.holds_only_caches
+            if not is_ours:
+                logger.warning(
+                    "%s. It belongs to no item, but is kept because it may not be a cache file.", error
+                )
         if is_ours:
             store.remove(name)
             count += 1

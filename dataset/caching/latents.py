@@ -13,7 +13,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dataset.cache.files import FLIPPED, FORMAT_VERSION, SUFFIX, LatentName, checksum, tensor_name
+from dataset.cache.files import (
+    FLIPPED,
+    FORMAT_VERSION,
+    SUFFIX,
+    LatentName,
+    checksum,
+    is_latent_cache,
+    tensor_name,
+)
 from dataset.cache.index import fingerprint
 from dataset.cache.records import (
     ClipFacts,
@@ -279,7 +287,11 @@ class LatentEncoding:
         self.written |= {(item.table.index, name) for name in names}
         surplus = [name for name in item.there if name not in names]
         if surplus:
-            self._writer.submit(partial(remove_caches, store, surplus, self._family.name))
+            self._writer.submit(
+                partial(
+                    remove_caches, store, surplus, partial(is_latent_cache, architecture=self._family.name)
+                )
+            )
 
     def _write(self, store: CacheStore, name: LatentName, record: LatentRecord, entry: CacheEntry) -> None:
         """Write one latent cache with its record.

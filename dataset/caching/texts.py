@@ -15,9 +15,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.cache.files import FORMAT_VERSION, Entry, Header, checksum, part_name, tensor_key, tensor_name
+from dataset.cache.files import (
+    FORMAT_VERSION,
+    PART,
+    Entry,
+    Header,
+    checksum,
+    is_text_cache,
+    is_text_name,
+    parse_more_text_name,
+    part_name,
+    tensor_key,
+    tensor_name,
+)
 from dataset.cache.records import TextRecord, identify, text_metadata, text_records
-from dataset.caching.existing import list_texts, remove_stale_texts
+from dataset.caching.existing import remove_caches
 from dataset.caching.given_tensors import read_embeds
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import AT_ONCE, Caches
@@ -77,7 +89,12 @@ class TextWork:
         places = places_of(family, places)
         self.stores = places.stores
         self._existing: Mapping[int, Collection[str]] = {
-            table.index: list_texts(self.stores.of(table), family.cache_tag) for table in config.datasets
+            table.index: [
+                name
+                for name in self.stores.of(table).names()
+                if is_text_name(name.removesuffix(PART), family.cache_tag)
+            ]
+            for table in config.datasets
         }
         for table in config.datasets:
             refuse_changing(table, table.changes.varying_keys, "texts")
@@ -149,8 +166,15 @@ class TextWork:
         """
         stems = {one.stem for one in self._sources if one.table.index == table.index}
         names = {file.file_name for file in self._files if file.table.index == table.index}
-        store, existing = self.stores.of(table), self._existing[table.index]
-        return remove_stale_texts(store, existing, self._family, names, stems if keep_cache else None)
+        store, tag = self.stores.of(table), self._family.cache_tag
+        # unfinished ones too
+        stale = [one for one in sorted(self._existing[table.index]) if one.removesuffix(PART) not in names]
+        if keep_cache:
+            further = [(name, parse_more_text_name(name.removesuffix(PART), tag)) for name in stale]
+            stale = [name for name, parsed in further if parsed is not None and parsed[0] in stems]
+        else:
+            store.sweep(lambda name: is_text_name(name.removesuffix(PART), tag))
+        return remove_caches(store, stale, partial(is_text_cache, architecture=self._family.name))
 
     def free(self) -> None:
         """Free the encoder that is loaded, if any."""

@@ -9,13 +9,15 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from dataset.cache.files import is_latent_cache, parse_latent_name
 from dataset.cache.forms import require_form
 from dataset.cache.npz import NpzNames
 from dataset.cache.store import Stores
-from dataset.caching.existing import ExistingNames, LatentNames, remove_stale_latents
+from dataset.caching.existing import ExistingNames, LatentNames, remove_caches
 from dataset.caching.given_tensors import refuse_moments, use_moments
 from dataset.caching.latents import EncodersOnDemand, LatentEncoding
 from dataset.caching.planning import Caches, Recipe, SourcePlan, media_table, plan_all
@@ -150,8 +152,10 @@ class MediaWork:
         if keep_cache:
             return 0
         belongs = {name for one in done for index, name in one.right if index == table.index}
-        store, existing = self.stores.of(table), self._existing[table.index]
-        return remove_stale_latents(store, existing, table.kind, self._family, belongs, failed)
+        store, family = self.stores.of(table), self._family
+        stale = self._existing[table.index].not_in(belongs, but_of=failed)
+        store.sweep(lambda name: parse_latent_name(name, family.cache_tag, table.kind) is not None)
+        return remove_caches(store, stale, partial(is_latent_cache, architecture=family.name))
 
     def free(self) -> None:
         """Free the encoders."""
