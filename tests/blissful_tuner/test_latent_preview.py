@@ -80,15 +80,6 @@ def test_previews_come_after_every_nth_step_but_not_after_the_last(every: int, e
     assert all(torch.equal(one, steps[index].clean) for one, index in zip(found, expected, strict=True))
 
 
-def test_a_clip_is_a_video_with_a_quarter_of_the_frames_and_of_the_rate(tmp_path: Path) -> None:
-    with preview_clip(previews_in(tmp_path), 24.0) as ((watch,), on_section):
-        watch(step(0, 2, frames=3))
-
-    info = video_info(tmp_path / "latent_preview.mp4")
-    assert (info.width, info.height, info.frames, info.fps) == (48, 32, 3, 6.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["latent_preview.mp4"]
-
-
 def test_a_tiny_vae_shows_every_frame_at_the_rate_of_the_video(tmp_path: Path) -> None:
     from tests.tiny.taehv import write_taehv
 

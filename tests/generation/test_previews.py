@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
-from blissful_tuner.latent_preview import LatentPreviews
 from blissful_tuner.taehv import TaehvConfig, decoding_bytes
 from frame_pack.generating import video_sections
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
@@ -21,7 +20,7 @@ from generation.run import generate
 from modules.contract.data import LatentSpec
 from modules.contract.steps import EncodedPrompts
 from modules.errors import CheckpointError, OptionError
-from modules.media.reading import video_frames, video_info
+from modules.media.reading import video_info
 from tests.generation.test_run import options
 from tests.generation.toy_family import ToyFamily
 from tests.tiny.framepack import write_tiny_framepack
@@ -140,25 +139,6 @@ def test_what_is_shown_of_sections_is_the_part_of_the_video_that_is_finished(ord
 
 def toy(**more: Any) -> ToyFamily:
     return ToyFamily(latent=COLOURED, **more)
-
-
-def test_a_file_of_prompts_has_one_preview_replaced_by_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown: list[float] = []
-    write = LatentPreviews.write
-
-    def noted(self: LatentPreviews, take: Callable[[], Any]) -> None:
-        write(self, take)
-        shown.append(sum(float(frame.mean()) for frame in video_frames(self.folder / MP4)))
-
-    monkeypatch.setattr(LatentPreviews, "write", noted)
-    (tmp_path / "lines.txt").write_text("cat --d 1\ndog --d 2\n", encoding="utf-8")
-    words = ("--from_file", tmp_path / "lines.txt", "--output_type", "latent", "--preview_latent_every", 2)
-    generate(toy(), options(tmp_path / "out", *words))
-    assert len(shown) == 2  # 3 steps each
-    assert shown[0] != shown[1]
-    assert len(list((tmp_path / "out").glob("latent_preview.*"))) == 1
 
 
 def test_a_folder_in_the_way_is_one_warning_for_all_lines(

@@ -14,7 +14,6 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from encoders.tiles import posterior_generator
-from frame_pack.inputs import encode_clip
 from hunyuan_model.spec import LATENT as HUNYUAN_LATENT
 from hunyuan_model.vae import load_vae as load_hunyuan_vae
 from modules.errors import CheckpointError, OptionError, UserError
@@ -191,24 +190,6 @@ def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts:
         scripts["wan"].run(tmp_path, *SAY, "--from_latent", path)
 
 
-@pytest.mark.parametrize(("mode", "order"), [("front", [0, 0, 0, 1]), ("end", [0, 1, 1, 1])])
-def test_framepack_fills_up_the_whole_video_and_not_each_section(
-    tmp_path: Path, scripts: Scripts, clip: Path, mode: str, order: list[int]
-) -> None:
-    short = tmp_path / "short"
-    short.mkdir()
-    for index in range(5):
-        (short / f"{index}.png").write_bytes((clip / f"{index}.png").read_bytes())
-    say = ("--prompt", "a cat", "--seed", 1, "--infer_steps", 400, "--flow_shift", 1, "--v2v_denoise", 0)
-    more = ("--video_path", short, "--v2v_pad_mode", mode, "--video_sections", 3)
-
-    latents = scripts["fpack"].one(tmp_path / "made", *say, *more)
-
-    vae = load_hunyuan_vae(scripts["fpack"].files.vae, CPU, torch.float32)
-    clean = encode_clip(vae, frames_of(5), 1, 1)[0][:, order]
-    assert float((latents - clean)[:, 1:].norm() / clean[:, 1:].norm()) < 0.05
-
-
 @pytest.mark.parametrize(
     ("kind", "task", "more"),
     [
@@ -231,15 +212,6 @@ def test_other_tasks_of_wan_start_from_a_video_too(
     assert found.shape == plain.shape
     assert not torch.equal(found, plain)
     assert torch.equal(again, plain)
-
-
-def test_hunyuan_video_makes_an_image_from_an_image_and_fills_up_if_asked_to(
-    tmp_path: Path, scripts: Scripts, clip: Path
-) -> None:
-    image = scripts["hv"].one(tmp_path / "a", *SAY, "--i2i_path", clip / "0.png", "--video_length", 1)
-    assert image.shape == (16, 1, 4, 6)
-    longer = ("--video_path", clip, "--video_length", 13, "--v2v_pad_mode", "end")
-    assert scripts["hv"].one(tmp_path / "b", *SAY, *longer).shape == (16, 4, 4, 6)
 
 
 @pytest.mark.parametrize(
