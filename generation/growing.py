@@ -82,7 +82,10 @@ class GrowingVideo:
             clip = self._decode_alone(piece)
         with self._optional():
             if clip is not None:
-                final = self._take(clip, piece)
+                if self._grows_in_front not in (None, piece.in_front):
+                    raise ValueError("a video can grow at one end only")
+                self._grows_in_front = piece.in_front
+                final, self._edge = fade_in_clip(self._edge, clip, piece.overlap, piece.in_front)
                 del clip  # frees its memory while files are written
                 self._write(final)
 
@@ -132,14 +135,6 @@ class GrowingVideo:
         """Decode a piece to pixels 1 3 F H W in host memory."""
         with self.session.media(images=False, again=True) as encoders:
             return torch.cat([chunk.to(CPU) for chunk in piece.decode(encoders, piece.latents)], dim=2)
-
-    def _take(self, clip: Tensor, piece: Piece) -> Tensor | None:
-        """Join the newest clip to the waiting frames; return the frames that are final now."""
-        if self._grows_in_front not in (None, piece.in_front):
-            raise ValueError("a video can grow at one end only")
-        self._grows_in_front = piece.in_front
-        final, self._edge = fade_in_clip(self._edge, clip, piece.overlap, piece.in_front)
-        return final
 
     def _write(self, final: Tensor | None) -> None:
         """Encode the final frames, then write them with the waiting ones."""

@@ -337,7 +337,13 @@ def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator
     Raises UserError if some are NaN or infinite.
     """
     chunks = family.decode(encoders, latents)
-    for pixels in track(chunks, "Decoding", frames_in(family, latents), lambda chunk: chunk.shape[2], FRAMES):
+    for pixels in track(
+        chunks,
+        "Decoding",
+        (latents.shape[2] - 1) * family.latent.stride[0] + 1,
+        lambda chunk: chunk.shape[2],
+        FRAMES,
+    ):
         if not bool(is_finite(pixels)):
             raise UserError(
                 "The VAE made values that are NaN or infinite of good latents: nothing would be seen. Give "
@@ -346,17 +352,14 @@ def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator
         yield pixels
 
 
-def frames_in(family: Family, latents: Tensor) -> int:
-    """Return how many frames latents (1 C F h w) are decoded to."""
-    return (latents.shape[2] - 1) * family.latent.stride[0] + 1
-
-
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     """Decode latent files; their metadata are passed on, with the settings of this decoding."""
     saved = [check_latents(run.family, path) for path in paths]
     if run.post is not None:
         for path, one in zip(paths, saved, strict=True):
-            run.post.check_length(frames_in(run.family, one.latents), f"--latent_path {path}")
+            run.post.check_length(
+                (one.latents.shape[2] - 1) * run.family.latent.stride[0] + 1, f"--latent_path {path}"
+            )
     options, output = run.options, run.options.output
     failures = Failures(strict=len(paths) == 1)
     start, results = time.monotonic(), []

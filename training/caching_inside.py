@@ -18,11 +18,11 @@ from dataset.cache.files import parse_latent_name
 from dataset.cache.memory import MemoryStore, SplitStore
 from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, Stores, open_store
-from dataset.caching.loop import Share, cache_media, cache_texts, join_processes
+from dataset.caching.loop import cache_media, cache_texts, join_processes
 from dataset.caching.planning import Caches
-from dataset.caching.reports import CacheReport, conclude
+from dataset.caching.reports import conclude
 from dataset.caching.work import EntryPlaces, npz_names
-from dataset.options import CachingInRunOptions, CachingOptions, CheckPageOptions, ShardOptions
+from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_all_sources, require_captions
 from dataset.sources.media_source import MediaSource
@@ -128,11 +128,13 @@ def _fill(
 
     media = tables(lambda plan: plan.latents.is_made)
     if media.datasets:
-        _conclude(cache_media(family, media, _loop_options(media, device, options.vae_batch_size), places))
+        report = cache_media(family, media, _loop_options(media, device, options.vae_batch_size), places)
+        conclude(replace(report, foreign=0))  # files of other programs are no surprise here
     texts = tables(lambda plan: plan.texts.is_made)
     if texts.datasets:
         batch_size = options.text_encoder_batch_size
-        _conclude(cache_texts(family, texts, _loop_options(texts, device, batch_size), places))
+        report = cache_texts(family, texts, _loop_options(texts, device, batch_size), places)
+        conclude(replace(report, foreign=0))
 
 
 def plan_tables(
@@ -233,24 +235,8 @@ def _size(source: MediaSource) -> Size:
 def _loop_options(config: DatasetConfig, device: torch.device, batch_size: int | None) -> CachingOptions:
     """Return the options of the caching loop; nothing is removed as stale."""
     return CachingOptions(
-        dataset_config=config.path,
-        device=str(device),
-        batch_size=batch_size,
-        num_workers=None,
-        skip_existing=False,
-        keep_cache=True,
-        verify=False,
-        disable_cudnn_backend=False,
-        check=False,
-        repair_captions=None,
-        page=CheckPageOptions(html=None, html_items=1),
-        shard=ShardOptions(num_shards=None, shard_index=None),
+        dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
     )
-
-
-def _conclude(report: CacheReport) -> None:
-    """Show the results. Raises DatasetError, in all processes, if a source failed."""
-    conclude(replace(report, foreign=0))  # files of other programs are no surprise here
 
 
 def _memory_stores(stores: Iterable[CacheStore]) -> list[MemoryStore]:
@@ -262,15 +248,10 @@ def _memory_stores(stores: Iterable[CacheStore]) -> list[MemoryStore]:
 def _share_entries(stores: Sequence[MemoryStore]) -> None:
     """Give the entries of each process to all others, a few at a time."""
     with join_processes() as share:
-        if share.count > 1:
-            for store in stores:
-                _share_store(share, store)
-
-
-def _share_store(share: Share, store: MemoryStore) -> None:
-    mine = list(store.entries.items())
-    rounds = max(share.gather(-(-len(mine) // SENT_AT_ONCE)))
-    for number in range(rounds):
-        some = dict(mine[number * SENT_AT_ONCE : (number + 1) * SENT_AT_ONCE])
-        for theirs in share.gather(some):
-            store.entries.update({name: entry for name, entry in theirs.items() if name not in store.entries})
+        for store in stores if share.count > 1 else ():
+            mine = list(store.entries.items())
+            for number in range(max(share.gather(-(-len(mine) // SENT_AT_ONCE)))):
+                some = dict(mine[number * SENT_AT_ONCE : (number + 1) * SENT_AT_ONCE])
+                for theirs in share.gather(some):
+                    new = {name: entry for name, entry in theirs.items() if name not in store.entries}
+                    store.entries.update(new)

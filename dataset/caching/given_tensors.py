@@ -42,21 +42,16 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     if not given:
         return list(sources)
     refuse_moments(family, given[0].table)
-    folders: dict[Path, MediaSource] = {}
-    for source in given:
-        assert source.tensors is not None
-        folders.setdefault(source.tensors.folder, source)
-    for folder, source in folders.items():
+    for folder, source in {one.tensors.folder: one for one in reversed(given) if one.tensors}.items():
         _check_vae(family, folder, source)
     if family.moments.with_image:
         kind = "moments of first frames are missing, which this model's image-to-video caches hold"
+        images = [(one.stem, one.tensors.image) for one in given if one.tensors is not None]
         raise_faults(
             [
-                Fault(kind, str(source.tensors.image), source.stem)
-                for source in given
-                if source.tensors is not None
-                and source.tensors.image is not None
-                and not source.tensors.image.exists()
+                Fault(kind, str(image), stem)
+                for stem, image in images
+                if image is not None and not image.exists()
             ]
         )
         return list(sources)
