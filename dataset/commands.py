@@ -1,6 +1,7 @@
 """Run a caching script after its options are read: show the model's inputs, check, or cache."""
 
 import time
+from collections.abc import Callable, Sequence
 
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.planning import Caches
@@ -27,10 +28,7 @@ def run_latent_caching(
     elif options.check:
         raise SystemExit(import_own("data_tools.report.check").check_latent_caching(family, config, options))
     else:
-        _prepare(options)
-        start = time.monotonic()
-        report = cache_media(family, config, options)
-        _conclude(report, "sources", options, start, ("Next, cache the captions", following))
+        _cache(cache_media, family, config, options, "sources", ("Next, cache the captions", following))
 
 
 def run_text_caching(
@@ -41,16 +39,36 @@ def run_text_caching(
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
     if options.check:
-        raise SystemExit(import_own("data_tools.report.check").check_text_caching(family, config, options))
-    _prepare(options)
+        _repair(config, options)
+        result = check_texts(family, config, options.skip_existing, options.verify)
+        if options.page.html is not None:  # it shows the media too
+            workers = workers_of(options)
+            media = check_media(
+                family, config, workers, options.skip_existing, encodes_media=False, verify=options.verify
+            )
+            result = join_findings(media, result)
+        _say(result.lines)
+        _write_page(family, config, options, result, load_counters(family.text_encoders))
+        raise SystemExit(result.exit_code)
+    next_command = "Next, check all before training", following
+    _cache(cache_texts, family, config, options, "captions", next_command)
+
+
+def _cache(
+    cache: Callable[[Caches, DatasetConfig, CachingOptions], CacheReport],
+    family: Caches,
+    config: DatasetConfig,
+    options: CachingOptions,
+    what: str,
+    following: Row,
+) -> None:
+    """Cache, and show the results. what: sources or captions. following: shown if no shard is missing."""
+    if options.disable_cudnn_backend:
+        leave_cudnn_out()
     start = time.monotonic()
-    report = cache_texts(family, config, options)
-    _conclude(report, "captions", options, start, ("Next, check all before training", following))
-
-
-def _conclude(report: CacheReport, what: str, options: CachingOptions, start: float, following: Row) -> None:
-    """Show the results. what: the report's sources or captions. following: shown if no shard is missing."""
-    costs = _costs(options, start)
+    report = cache(family, config, options)
+    memory = peak_in_words(choose_device(options.device))
+    costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
     if not options.shard.is_given:
         conclude(report, costs, [following])
         return
@@ -65,12 +83,20 @@ def _conclude(report: CacheReport, what: str, options: CachingOptions, start: fl
     conclude(report, [*rows, *costs])
 
 
-def _prepare(options: CachingOptions) -> None:
-    if options.disable_cudnn_backend:
-        leave_cudnn_out()
+def _repair(config: DatasetConfig, options: CachingOptions) -> None:
+    if options.repair_captions is not None:
+        _say(repair_captions(config, options.repair_captions).lines)
 
 
-def _costs(options: CachingOptions, start: float) -> list[Row]:
-    """Return the rows of a box about time and memory. start: of `time.monotonic`."""
-    memory = peak_in_words(choose_device(options.device))
-    return [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
+def _write_page(
+    family: Caches, config: DatasetConfig, options: CachingOptions, result: CheckResult, counters: Counters
+) -> None:
+    page, fps = options.page, family.defaults.fps
+    if page.html is not None:
+        write_check_page(
+            page.html, config, result, counters, family.latent, fps, page.html_items, workers_of(options)
+        )
+
+
+def _say(lines: Sequence[str]) -> None:
+    sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")

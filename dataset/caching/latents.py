@@ -34,7 +34,7 @@ from dataset.cache.records import (
 from dataset.cache.store import CacheStore
 from dataset.caching.existing import ExistingNames, Names, names_of, remove_caches
 from dataset.caching.planning import Caches, Recipe, SourcePlan, complete, media_table
-from dataset.caching.prefetch import WriteBehind, check_memory, decode_ahead
+from dataset.caching.prefetch import WriteBehind, check_memory, read_ahead
 from dataset.caching.reports import Failure
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
@@ -212,7 +212,7 @@ class LatentEncoding:
             return decode(plan, names_of(existing, plan.source), self._recipe)
 
         bar = Bar(len(plans), "Encoding", "source", show_progress)
-        ahead = decode_ahead(plans, lambda plan: plan.source, work, workers, bar)
+        ahead = read_ahead(plans, lambda plan: plan.source, work, workers, bar, decodes=True)
         with self._writer, contextlib.closing(ahead), torch.no_grad():
             for _, result in ahead:
                 if isinstance(result, Failure):
@@ -227,14 +227,17 @@ class LatentEncoding:
         """Put the missing items of a source into their batches; encode full batches."""
         plan, media, recipe, table = decoded.plan, decoded.media, self._recipe, decoded.plan.source.table
         self.finished.append(plan)
+        of_table = recipe.table_options(plan.source)
         for span in plan.missing or ():
             of_name = (media.size, None) if table.kind == "image" else (media.bucket, span)
-            options = recipe.options(plan.source, media.size, media.bucket, span)
+            options = {"size": [*media.size], "bucket": [*media.bucket], "span": [*span]}
             item = _Pending(
                 table,
                 LatentName(plan.source.stem, *of_name),
                 span,
-                LatentRecord(recipe.encoder, options, decoded.files, decoded.clip, parts=0, crc32={}),
+                LatentRecord(
+                    recipe.encoder, options | of_table, decoded.files, decoded.clip, parts=0, crc32={}
+                ),
                 decoded.crops[span] if span in decoded.crops else cut(media, span),
                 {file: other for file, other in there.items() if (other.size, other.span) == of_name},
             )

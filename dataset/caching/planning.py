@@ -69,10 +69,6 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", Indexes("latents", latent_record_of, not self.verify))
 
-    def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
-        """Return the record of an item without the encoders."""
-        return {"size": [*size], "bucket": [*bucket], "span": [*span], **self.table_options(source)}
-
     def table_options(self, source: MediaSource) -> dict[str, Any]:
         """Return those of a source's options that are the same for most sources of its table."""
         table, mask_from, has_tensors = source.table, source.mask_from, source.tensors is not None
@@ -114,7 +110,8 @@ class Recipe:
         key = (id(record), source.table.index, source.mask_from, size, bucket, span)
         if is_known and key in self._compared:
             return self._compared[key]
-        options, then = self.options(source, size, bucket, span), dict(record.options)
+        options = {"size": [*size], "bucket": [*bucket], "span": [*span], **self.table_options(source)}
+        then = dict(record.options)
         if FLIP not in options:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
         found = difference(record.encoder, self.encoder) or options_difference(then, options, self.latent)

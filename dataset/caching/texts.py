@@ -139,7 +139,10 @@ class TextWork:
                 self._take_given(encoder, identity, files, to_do, writer)
                 if not to_do:
                     continue
-                self._load(encoder)
+                if self._loaded is not encoder:
+                    self.free()
+                    self._loaded = encoder  # before it is loaded: what a failure leaves is freed too
+                    encoder.load(self._device)
                 texts = [file for file in files if file.path in to_do]
                 warn_cut_captions(
                     encoder, [(file.caption_path or file.name, file.caption or "") for file in texts]
@@ -181,13 +184,6 @@ class TextWork:
         if self._loaded is not None:
             self._loaded.free()
             self._loaded = None
-
-    def _load(self, encoder: TextEncoder) -> None:
-        if self._loaded is encoder:
-            return
-        self.free()
-        self._loaded = encoder  # before it is loaded: what a failure leaves is freed too
-        encoder.load(self._device)
 
     def _plan(self, files: Sequence[CaptionFile]) -> list[EncodingPlan]:
         """Compare all texts with their files; finish those that need nothing else. Returns the plans of those

@@ -128,7 +128,13 @@ class MediaWork:
         if to_do:
             encoding.run(to_do, self._existing, workers, shows)
         finished = [plan for plan in plans if plan.missing == ()] + encoding.finished
-        _log_outdated(finished)
+        reasons = [plan.outdated for plan in finished if plan.outdated is not None]
+        if reasons:  # so that the extra work is explained
+            logger.info(
+                "%d sources had outdated cache files, which were made again. The first: %s",
+                len(reasons),
+                reasons[0],
+            )
         report = CacheReport(
             written=len(encoding.written),
             kept=sum(len(plan.kept) for plan in finished),
@@ -222,17 +228,6 @@ def refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None
         raise DatasetError(
             f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "
             "cached. Leave out the keys, or train without caching these."
-        )
-
-
-def _log_outdated(plans: Sequence[SourcePlan]) -> None:
-    """Log why existing files were made again, so that the extra work is explained."""
-    reasons = [plan.outdated for plan in plans if plan.outdated is not None]
-    if reasons:
-        logger.info(
-            "%d sources had outdated cache files, which were made again. The first: %s",
-            len(reasons),
-            reasons[0],
         )
 
 

@@ -63,6 +63,16 @@ def test_lengths_and_images_of_videos_in_sections(line: str, expected: dict[str,
     assert parse_generation_line(line, SECTIONED_GENERATION_OPTIONS) == {"prompt": "p", **expected}
 
 
+def test_a_script_says_what_its_letters_mean() -> None:
+    line = "p --g 3 --f 5"
+    assert parse_generation_line(line) == {"prompt": "p", "guidance_scale": 3.0, "video_length": 5}
+    assert parse_generation_line(line, EMBEDDED_GENERATION_OPTIONS) == {
+        "prompt": "p",
+        "embedded_cfg_scale": 3.0,
+        "video_length": 5,
+    }
+
+
 @pytest.mark.parametrize(("text", "seeds"), SEEDS["cases"])
 def test_text_seeds_are_the_measured_ones(text: str, seeds: dict[str, int]) -> None:
     assert {bits: text_to_seed(text, int(bits)) for bits in seeds} == seeds
