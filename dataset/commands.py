@@ -1,7 +1,7 @@
 """Run a caching script after its options are read: show the model's inputs, check, or cache."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.planning import Caches
@@ -39,17 +39,7 @@ def run_text_caching(
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
     if options.check:
-        _repair(config, options)
-        result = check_texts(family, config, options.skip_existing, options.verify)
-        if options.page.html is not None:  # it shows the media too
-            workers = workers_of(options)
-            media = check_media(
-                family, config, workers, options.skip_existing, encodes_media=False, verify=options.verify
-            )
-            result = join_findings(media, result)
-        _say(result.lines)
-        _write_page(family, config, options, result, load_counters(family.text_encoders))
-        raise SystemExit(result.exit_code)
+        raise SystemExit(import_own("data_tools.report.check").check_text_caching(family, config, options))
     next_command = "Next, check all before training", following
     _cache(cache_texts, family, config, options, "captions", next_command)
 
@@ -81,22 +71,3 @@ def _cache(
         ),
     ]
     conclude(report, [*rows, *costs])
-
-
-def _repair(config: DatasetConfig, options: CachingOptions) -> None:
-    if options.repair_captions is not None:
-        _say(repair_captions(config, options.repair_captions).lines)
-
-
-def _write_page(
-    family: Caches, config: DatasetConfig, options: CachingOptions, result: CheckResult, counters: Counters
-) -> None:
-    page, fps = options.page, family.defaults.fps
-    if page.html is not None:
-        write_check_page(
-            page.html, config, result, counters, family.latent, fps, page.html_items, workers_of(options)
-        )
-
-
-def _say(lines: Sequence[str]) -> None:
-    sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
