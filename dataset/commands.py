@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable
 
+from dataset.caching.existing import Caches
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.planning import Caches
 from dataset.caching.reports import CacheReport, conclude
 from dataset.caching.work import workers_of
 from dataset.config import DatasetConfig

@@ -29,9 +29,8 @@ from dataset.batches.same_encoders import SameEncoders, describe_identity
 from dataset.cache.files import EMPTY
 from dataset.cache.forms import other_form
 from dataset.cache.store import Stores
-from dataset.caching.existing import LatentNames, names_of
-from dataset.caching.given_tensors import use_moments
-from dataset.caching.planning import Caches, Recipe, SourcePlan, complete, media_table, plan_all
+from dataset.caching.existing import Caches, LatentNames, names_of, use_moments
+from dataset.caching.planning import Recipe, SourcePlan, complete, media_table, plan_all
 from dataset.caching.prefetch import decode_ahead
 from dataset.caching.reports import Failure
 from dataset.caching.text_plans import TextRecipe, list_caption_files

@@ -1,7 +1,6 @@
 """The caching loop and its two halves.
 
-existing: existing caches by their sources; remove stale ones
-given_tensors: whether a family can use tensors computed before
+existing: existing caches by their sources; tensors computed before
 latents: encode the items without a valid latent cache
 loop: encode media to latents and captions to embeddings
 on_ray: cache on a Ray cluster, by shards of the work

@@ -32,8 +32,8 @@ from dataset.cache.records import (
     latent_metadata,
 )
 from dataset.cache.store import CacheStore
-from dataset.caching.existing import ExistingNames, Names, names_of, remove_caches
-from dataset.caching.planning import Caches, Recipe, SourcePlan, complete, media_table
+from dataset.caching.existing import Caches, ExistingNames, Names, names_of, remove_caches
+from dataset.caching.planning import Recipe, SourcePlan, complete, media_table
 from dataset.caching.prefetch import WriteBehind, check_memory, read_ahead
 from dataset.caching.reports import Failure
 from dataset.config import DatasetTable

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dataset.caching.planning import Caches
+from dataset.caching.existing import Caches
 from dataset.caching.reports import CacheReport, join_reports
 from dataset.caching.texts import TextWork
 from dataset.caching.work import EntryPlaces, MediaWork

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from dataset.cache.files import Entry, LatentName
 from dataset.cache.index import Indexes, fingerprint
@@ -35,17 +35,12 @@ from dataset.sources.media_source import MediaSource, pause_collection
 from dataset.sources.moments import GivenClip, measure_source
 from modules.bars import Bar
 from modules.contract.data import LOSS_MASK, LatentSpec, MediaTable
-from modules.contract.family import Described, Encodes
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 
 FLIP = "flip"  # in the options of a record: mirrored latents are there too
 AT_ONCE = 64  # sources that a thread compares one after the other: handing each over takes as long
-
-
-class Caches(Described, Encodes, Protocol):
-    """Functions that caching needs of a family."""
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,9 @@ from dataset.cache.files import (
     tensor_name,
 )
 from dataset.cache.records import TextRecord, identify, text_metadata, text_records
-from dataset.caching.existing import remove_caches
-from dataset.caching.given_tensors import read_embeds
+from dataset.caching.existing import Caches, read_embeds, remove_caches
 from dataset.caching.latents import require_finite
-from dataset.caching.planning import AT_ONCE, Caches
+from dataset.caching.planning import AT_ONCE
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.reports import NAMED, CacheReport
 from dataset.caching.text_plans import (

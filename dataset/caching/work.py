@@ -17,10 +17,16 @@ from dataset.cache.files import is_latent_cache, parse_latent_name
 from dataset.cache.forms import require_form
 from dataset.cache.npz import NpzNames
 from dataset.cache.store import Stores
-from dataset.caching.existing import ExistingNames, LatentNames, remove_caches
-from dataset.caching.given_tensors import refuse_moments, use_moments
+from dataset.caching.existing import (
+    Caches,
+    ExistingNames,
+    LatentNames,
+    refuse_moments,
+    remove_caches,
+    use_moments,
+)
 from dataset.caching.latents import EncodersOnDemand, LatentEncoding
-from dataset.caching.planning import Caches, Recipe, SourcePlan, media_table, plan_all
+from dataset.caching.planning import Recipe, SourcePlan, media_table, plan_all
 from dataset.caching.reports import CacheReport, Failure
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.report.check import check_training
-from dataset.batches.captions import choose_captions
 from dataset.batches.finding import CachingCommands, find_items
+from dataset.batches.order import choose_captions
 from dataset.batches.reading import read_batch
 from dataset.cache.files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
