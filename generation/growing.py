@@ -159,11 +159,6 @@ class GrowingVideo:
         return [segment, *self._segments] if self._grows_in_front else [*self._segments, segment]
 
 
-def preview_path(folder: Path, stem: str) -> Path:
-    """Return the path of an output's preview."""
-    return folder / f"{stem}{PREVIEW_SUFFIX}"
-
-
 @contextmanager
 def grow_preview(
     session: Session,
@@ -179,7 +174,7 @@ def grow_preview(
     it leaves during decoding. tags: stored in the preview, which stays; its path is logged if the block
     fails.
     """
-    video = GrowingVideo(session, preview_path(folder, stem), fps, needed, tags or {})
+    video = GrowingVideo(session, folder / f"{stem}{PREVIEW_SUFFIX}", fps, needed, tags or {})
     with name_preview_on_failure(video.path):
         yield video
 

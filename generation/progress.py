@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 
 from generation.experts import experts_by_step
-from modules.bars import Bar
 from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
-from modules.contract.steps import Section, StepDone
 from modules.planning.device_memory import peak_in_words
 
 logger = logging.getLogger(__name__)
@@ -157,33 +155,3 @@ class Queue:
 def work_of(prepared: Prepared) -> float:
     """Return the work of a request, in units of its own: clips of one size take equally long."""
     return prepared.num_steps * prepared.width * prepared.height * prepared.frames
-
-
-@dataclass
-class Bars:
-    """Progress bar over the steps of each section; use it as a context manager."""
-
-    num_steps: int  # of a section
-    _bar: Bar | None = field(default=None, init=False)
-
-    def __enter__(self) -> "Bars":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def begin(self, section: Section) -> None:
-        """Start the bar of a section."""
-        self._bar = Bar(self.num_steps, section.label or "Denoising")
-
-    def advance(self, _: StepDone) -> bool:
-        """Show that one more step of it is done. Never says "enough"."""
-        if self._bar is not None:
-            self._bar.update()
-        return False
-
-    def end(self) -> None:
-        """Close the bar, so that other output can follow."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
