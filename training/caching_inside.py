@@ -7,7 +7,7 @@ that augmentation changes each time are encoded at each step too.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -97,7 +97,11 @@ def prepare_sources(
     stores = open_stores(family, plans)
     if options is not None:
         _fill(family, config, plans, options, device, stores)
-    held = _memory_stores(stores.given.values())
+    # those in memory that have entries, or will have those of other processes
+    parts = [
+        part for store in stores.given.values() if isinstance(store, SplitStore) for part in store.stores
+    ]
+    held = [part for part in parts if isinstance(part, MemoryStore)]
     _share_entries(held)
     if any(store.entries for store in held):
         size_bytes = sum(store.size_bytes for store in held)
@@ -155,16 +159,10 @@ def plan_tables(
     for name, to_disk in asked.items():
         if to_disk and family.latent.npz is None:
             raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
-    texts = _place_texts(options, use)
+    texts = Where.LIVE if use is TextUse.CAPTIONS else Where.OWN
+    if texts is Where.OWN and options is not None and options.caches_texts:
+        texts = Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
     return [TablePlan(table, _place_latents(family, table, options), texts) for table in config.datasets]
-
-
-def _place_texts(options: CachingInRunOptions | None, use: TextUse) -> Where:
-    if use is TextUse.CAPTIONS:
-        return Where.LIVE
-    if options is None or not options.caches_texts:
-        return Where.OWN
-    return Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
 
 
 def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOptions | None) -> Where:
@@ -237,12 +235,6 @@ def _loop_options(config: DatasetConfig, device: torch.device, batch_size: int |
     return CachingOptions(
         dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
     )
-
-
-def _memory_stores(stores: Iterable[CacheStore]) -> list[MemoryStore]:
-    """Return the stores in memory that have entries, or will have those of other processes."""
-    parts = [part for store in stores if isinstance(store, SplitStore) for part in store.stores]
-    return [part for part in parts if isinstance(part, MemoryStore)]
 
 
 def _share_entries(stores: Sequence[MemoryStore]) -> None:

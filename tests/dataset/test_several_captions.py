@@ -95,16 +95,6 @@ def test_further_captions_and_the_empty_prompt_have_files_that_others_ignore(tmp
     assert read_entry(tmp_path / "cache" / "a_toy_te.safetensors").header.metadata["caption1"] == "one two"
 
 
-def test_nothing_changes_for_a_table_without_the_keys(tmp_path: Path) -> None:
-    config = make_dataset(tmp_path, "", {"a": "one two\nthree"})
-    cache(config)
-    record = read_entry(tmp_path / "cache" / "a_toy_te.safetensors").header.metadata["reelsmith_record"]
-
-    assert text_files(tmp_path) == ["a_toy_te.safetensors"]
-    assert "settings" not in record
-    assert not {"trigger_word", "multi_caption"} & config.datasets[0].describe().keys()
-
-
 def test_batches_hold_the_chosen_texts(tmp_path: Path) -> None:
     keys = "multi_caption = true\ncaption_dropout_rate = 0.1\nbatch_size = 2"
     config = make_dataset(tmp_path, keys, {"a": "one two\nthree", "b": "x"})

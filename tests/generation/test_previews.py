@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
-from blissful_tuner.taehv import TaehvConfig, decoding_bytes
 from frame_pack.generating import video_sections
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from generation.run import generate
@@ -165,21 +164,3 @@ def test_a_wrong_file_is_an_error_before_anything_loads(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no map from this model's latents to colours"):
         generate(ToyFamily(diary=family.diary), options(tmp_path, *words[:-1]))
     assert family.diary == []
-
-
-def test_the_plan_counts_the_tiny_vae(
-    tmp_path: Path, scripts: dict[str, Script], capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = TaehvConfig(16, (256, 128, 64, 64), (1, 2, 2))
-    path = write_taehv(tmp_path / "big.pth", config)
-    words = ["--prompt", "a cat", "--save_path", str(tmp_path), "--plan", "24", "--video_size", "256", "256"]
-    said = []
-    for more in ([], ["--preview_latent_every", "1"], ["--preview_vae", str(path)]):
-        words += more
-        scripts["wan"].main([*scripts["wan"].words, *words])
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
-    assert "decoding a preview" not in said[0]
-    needed = decoding_bytes(config, torch.float16, 32, 32) / 2**30
-    (line,) = [line for line in said[2].splitlines() if "decoding a preview" in line]
-    assert f" {needed:.2f} " in line

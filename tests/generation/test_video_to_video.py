@@ -191,30 +191,6 @@ def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts:
 
 
 @pytest.mark.parametrize(
-    ("kind", "task", "more"),
-    [
-        ("fun-control", "t2v-1.3B-FC", ["--control_path", "CLIP"]),
-        ("fun-control", "i2v-14B-FC", ["--control_path", "CLIP"]),
-        ("i2v", "i2v-14B", ["--end_image_path", "CLIP/8.png"]),
-        ("flf2v", "flf2v-14B", ["--end_image_path", "CLIP/8.png"]),
-    ],
-)
-def test_other_tasks_of_wan_start_from_a_video_too(
-    tmp_path: Path, clip: Path, kind: str, task: str, more: list[str]
-) -> None:
-    say = ("--task", task, "--video_length", FRAMES, "--sample_solver", "vanilla")
-    script = Script(wan_generate_video.main, write_tiny_wan(tmp_path / "models", kind), say)
-    more = [word.replace("CLIP", str(clip)) for word in more]
-    found = script.one(tmp_path / "half", *SAY, *more, "--video_path", clip)
-    image = () if task.startswith("t2v") else ("--image_path", clip / "0.png")
-    plain = script.one(tmp_path / "plain", *SAY, *more, *image)
-    again = script.one(tmp_path / "again", *SAY, *more, *image, "--video_path", clip, "--v2v_denoise", 1)
-    assert found.shape == plain.shape
-    assert not torch.equal(found, plain)
-    assert torch.equal(again, plain)
-
-
-@pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         ("wan", "--video_path CLIP --i2i_path CLIP/0.png", "--video_path .* and --i2i_path"),
