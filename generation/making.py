@@ -19,7 +19,6 @@ from blissful_tuner.prompt_rewrite import PromptRewriter, rewrite_prompts
 from blissful_tuner.video_to_video_options import SourceOptions
 from generation.denoise import OnSection, make_latents
 from generation.dressing import loras_of
-from generation.growing import grow_preview, name_preview_on_failure, remove_preview
 from generation.memory import Peaks
 from generation.options import GenerationOptions
 from generation.outputs import (
@@ -33,7 +32,14 @@ from generation.outputs import (
     save_latents,
     save_pixels,
 )
-from generation.progress import Queue, show_end, show_start
+from generation.progress import (
+    Queue,
+    grow_preview,
+    name_preview_on_failure,
+    remove_preview,
+    show_end,
+    show_start,
+)
 from generation.prompt_lines import parse_generation_line
 from generation.request import prepare_line
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs, needs_media, wanted_texts
@@ -250,8 +256,14 @@ def denoise_all(
                             "written. Usual causes: --dit_dtype float16 (give bfloat16), a LoRA whose "
                             "training diverged, a strength or a guidance that is far too high"
                         )
-                    done = keep_latents(run, job, latents, stem)
-                yield done
+                    preview = output.save_path / f"{stem}{PREVIEW_SUFFIX}"  # keeps its name
+                    metadata = job.metadata or run.metadata(job.prepared)
+                    stem = free_stem(output.save_path, stem, [LATENT_SUFFIX])  # taken meanwhile, maybe
+                    path = output.save_path / f"{stem}{LATENT_SUFFIX}"
+                    save_latents(path, latents, metadata)
+                    kept = "" if output.keeps_latents else ", kept until they are decoded"
+                    logger.info("Latents: %s%s", path, kept)
+                yield Denoised(job, latents, path, stem, preview, metadata)
 
 
 @contextmanager
@@ -285,21 +297,6 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             bar.append(bars.enter_context(Bar(prepared.num_steps, section.label or "Denoising")))
 
         yield [advance, *watchers], on_section
-
-
-def keep_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> Denoised:
-    """Write the latents of a job, named `stem` if no other output has taken that name meanwhile.
-
-    The preview keeps its name.
-    """
-    output = run.options.output
-    preview = output.save_path / f"{stem}{PREVIEW_SUFFIX}"
-    stem = free_stem(output.save_path, stem, [LATENT_SUFFIX])
-    path = output.save_path / f"{stem}{LATENT_SUFFIX}"
-    metadata = job.metadata or run.metadata(job.prepared)
-    save_latents(path, latents, metadata)
-    logger.info("Latents: %s%s", path, "" if output.keeps_latents else ", kept until they are decoded")
-    return Denoised(job, latents, path, stem, preview, metadata)
 
 
 def decode_all(

@@ -18,10 +18,9 @@ from dataset.cache.files import parse_latent_name
 from dataset.cache.memory import MemoryStore, SplitStore
 from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, Stores, open_store
-from dataset.caching.existing import Caches
+from dataset.caching.existing import Caches, EntryPlaces, npz_names
 from dataset.caching.loop import cache_media, cache_texts, join_processes
 from dataset.caching.reports import conclude
-from dataset.caching.work import EntryPlaces, npz_names
 from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_all_sources, require_captions

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from dataset.cache.files import text_file_name
 from dataset.cache.store import Stores
-from dataset.caching.work import npz_names
+from dataset.caching.existing import npz_names
 from dataset.config import DatasetConfig
 from modules.contract.family import Family, LearningEncoder, TextEncoder, can_learn
 from modules.errors import OptionError

@@ -7,6 +7,7 @@ listed its sources. Moments and embeddings of other programs (load_tensors) are 
 import dataclasses
 import logging
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,16 +18,18 @@ from dataset.cache.files import (
     LatentName,
     latent_names,
 )
+from dataset.cache.forms import require_form
+from dataset.cache.npz import NpzNames
 from dataset.cache.records import difference
-from dataset.cache.store import CacheStore
+from dataset.cache.store import CacheStore, Stores
 from dataset.caching.text_plans import CaptionFile
-from dataset.config import DatasetTable
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.faults import Fault, raise_faults
 from dataset.sources.media_source import MediaSource
 from dataset.sources.moments import explain_channels, read_tensor
 from dataset.sources.prepared import PREPARED, read_prepared
 from modules.checkpoints.containers import load_pickled
-from modules.contract.data import Conditions
+from modules.contract.data import Conditions, MediaTable
 from modules.contract.family import Described, Encodes, TextEncoder
 from modules.devices import dtype_name
 from modules.errors import CacheError, CheckpointError, DatasetError, MediaError
@@ -37,6 +40,31 @@ logger = logging.getLogger(__name__)
 
 class Caches(Described, Encodes, Protocol):
     """Functions that caching needs of a family."""
+
+
+@dataclass(frozen=True)
+class EntryPlaces:
+    """Where the entries of a run are kept."""
+
+    stores: Stores
+    trusts: bool = False  # shared files that are there are taken to be right, unread
+
+    def require_form(self, config: DatasetConfig, tag: str) -> None:
+        """Raise DatasetError if caches are there in another form than tables say that decide it."""
+        tables = tuple(table for table in config.datasets if table.index not in self.stores.given)
+        require_form(DatasetConfig(config.path, tables), tag)
+
+
+def npz_names(family: Caches) -> NpzNames:
+    """Return how a family's caches are named in npz files."""
+    # the keys may be known only if all encoders are given, which a check does not need
+    has_npz = family.latent.npz is not None
+    return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
+
+
+def places_of(family: Caches, places: EntryPlaces | None) -> EntryPlaces:
+    """Return where entries are kept: as given, else where the tables say."""
+    return places or EntryPlaces(Stores(npz_names(family)))
 
 
 # the latent cache files of one source, with what their names say but for the stem
@@ -245,3 +273,29 @@ def read_embeds(
 
 def _shape_of(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
+
+
+def refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
+    """Raise DatasetError if the items to cache change each time. keys: that make it so."""
+    if keys:
+        raise DatasetError(
+            f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "
+            "cached. Leave out the keys, or train without caching these."
+        )
+
+
+def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
+    """Return a table's facts for families. has_control: whether its items have control media."""
+    return MediaTable(
+        name=table.name,
+        kind=table.kind,
+        has_control=has_control,
+        target_frames=()
+        if table.kind == "image" or table.frame_extraction == "full"
+        else table.target_frames,
+        max_frames=table.max_frames if table.kind == "video" and table.frame_extraction == "full" else None,
+        window=table.fp_latent_window_size,
+        clean_indices=table.fp_1f_clean_indices or (),
+        target_index=table.fp_1f_target_index,
+        has_post=not table.fp_1f_no_post,
+    )

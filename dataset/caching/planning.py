@@ -25,7 +25,7 @@ from dataset.cache.records import (
     verify_tensors,
 )
 from dataset.cache.store import Stores
-from dataset.caching.existing import ExistingNames, Names, names_of
+from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import run_ahead
 from dataset.caching.reports import Failure
 from dataset.config import DatasetTable
@@ -388,20 +388,3 @@ class _Planning:
             if read is not None and read.files and is_unchanged(read.files[0], *self.source.parts[0]):
                 return name.size
         return None
-
-
-def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
-    """Return a table's facts for families. has_control: whether its items have control media."""
-    return MediaTable(
-        name=table.name,
-        kind=table.kind,
-        has_control=has_control,
-        target_frames=()
-        if table.kind == "image" or table.frame_extraction == "full"
-        else table.target_frames,
-        max_frames=table.max_frames if table.kind == "video" and table.frame_extraction == "full" else None,
-        window=table.fp_latent_window_size,
-        clean_indices=table.fp_1f_clean_indices or (),
-        target_index=table.fp_1f_target_index,
-        has_post=not table.fp_1f_no_post,
-    )

@@ -29,7 +29,14 @@ from dataset.cache.files import (
     tensor_name,
 )
 from dataset.cache.records import TextRecord, identify, text_metadata, text_records
-from dataset.caching.existing import Caches, read_embeds, remove_caches
+from dataset.caching.existing import (
+    Caches,
+    EntryPlaces,
+    places_of,
+    read_embeds,
+    refuse_changing,
+    remove_caches,
+)
 from dataset.caching.latents import require_finite
 from dataset.caching.planning import AT_ONCE
 from dataset.caching.prefetch import WriteBehind, run_ahead
@@ -41,14 +48,7 @@ from dataset.caching.text_plans import (
     distinct_texts,
     list_caption_files,
 )
-from dataset.caching.work import (
-    EncodedPart,
-    EntryPlaces,
-    list_sources,
-    places_of,
-    refuse_changing,
-    workers_of,
-)
+from dataset.caching.work import EncodedPart, list_sources, workers_of
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.captions import describe_cut

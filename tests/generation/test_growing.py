@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
 from generation.denoise import make_latents
-from generation.growing import fade_in_clip, grow_preview
 from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.progress import fade_in_clip, grow_preview
 from generation.run import generate
 from generation.script_options import ScriptDefaults
 from generation.session import CPU, Session
