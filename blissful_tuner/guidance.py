@@ -6,7 +6,8 @@ step has. A new one is a function there, and a line here.
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ from modules.contract.requests import Prepared
 from modules.contract.rules import ONE_EXPERT, Expert, expert_at
 from modules.contract.steps import NO_TWEAKS, Guidance, Needs, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
+
+logger = logging.getLogger(__name__)
+
+Number = TypeVar("Number", int, float)
 
 
 def make_guidance(
@@ -199,55 +204,50 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
     scales: dict[int, float] = {}
     excluded: set[int] = set()
     for entry in filter(None, (part.strip() for part in text.split(","))):
-        numbers, colon, scale = entry.removeprefix("!").partition(":")
-        chosen = _steps_of(numbers.strip(), steps, entry)
-        if entry.startswith("!"):
-            excluded.update(chosen)
-        else:
-            scales.update(dict.fromkeys(chosen, _scale(scale, entry) if colon else guidance_scale))
+        numbers, colon, scale_text = entry.removeprefix("!").partition(":")
+        try:
+            chosen = _steps_of(numbers.strip(), steps)
+            if entry.startswith("!"):
+                excluded.update(chosen)
+                continue
+            scale = guidance_scale
+            if colon:
+                scale = read_or_explain(float, scale_text, "the scale {!r} is not a number")
+            if colon and not abs(scale) <= MOST_SCALE:  # nan too
+                raise ValueError(f"give a scale of at most {MOST_SCALE}")
+        except ValueError as error:
+            raise OptionError(
+                f"--cfg_schedule entry {entry!r}: {error}. Write entries such as 1-10, 20, e~3 or 1-10:6.5, "
+                "!5"
+            ) from None
+        scales.update(dict.fromkeys(chosen, scale))
     return {step: scales[step] for step in sorted(scales.keys() - excluded)}
 
 
-def _steps_of(numbers: str, steps: int, entry: str) -> range:
+def _steps_of(numbers: str, steps: int) -> range:
+    whole = "{!r} is not a whole number"
     if numbers.startswith("e~"):
-        every = _whole(numbers[2:], entry)
+        every = read_or_explain(int, numbers[2:], whole)
         if every < 1:
-            raise _problem(entry, "the interval after ~ must be at least 1")
+            raise ValueError("the interval after ~ must be at least 1")
         return range(every, steps + 1, every)
     first_text, dash, last_text = numbers.partition("-")
-    first = _whole(first_text, entry)
-    last = _whole(last_text, entry) if dash else first
+    first = read_or_explain(int, first_text, whole)
+    last = read_or_explain(int, last_text, whole) if dash else first
     if first > last:
-        raise _problem(entry, f"it runs backwards, from {first} to {last}")
+        raise ValueError(f"it runs backwards, from {first} to {last}")
     if first < 1 or last > steps:
-        raise _problem(entry, f"the steps are 1 to {steps}")
+        raise ValueError(f"the steps are 1 to {steps}")
     return range(first, last + 1)
 
 
-def _whole(text: str, entry: str) -> int:
+def read_or_explain(read: Callable[[str], Number], text: str, reason: str) -> Number:
+    """Return a number read from a text. Raises ValueError with the reason, in which the text stands."""
     try:
-        return int(text)
+        return read(text)
     except ValueError:
-        raise _problem(entry, f"{text.strip()!r} is not a whole number") from None
+        raise ValueError(reason.format(text.strip())) from None
 
-
-def _scale(text: str, entry: str) -> float:
-    try:
-        scale = float(text)
-    except ValueError:
-        raise _problem(entry, f"the scale {text.strip()!r} is not a number") from None
-    if not abs(scale) <= MOST_SCALE:  # nan too
-        raise _problem(entry, f"give a scale of at most {MOST_SCALE}")
-    return scale
-
-
-def _problem(entry: str, reason: str) -> OptionError:
-    return OptionError(
-        f"--cfg_schedule entry {entry!r}: {reason}. Write entries such as 1-10, 20, e~3 or 1-10:6.5, !5"
-    )
-
-
-logger = logging.getLogger(__name__)
 
 NO_STEP = "no step uses guidance"
 

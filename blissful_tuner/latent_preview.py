@@ -86,13 +86,8 @@ REST_ON_CPU = 50.0
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Shot:
-    """A preview that is not written yet."""
-
-    frames: Callable[[], Iterator[Frame]]  # H W 3; may wait for the device
-    fps: float
-    is_picture: bool
+# a preview that is not written yet: frames H W 3, which may wait for the device, their rate, is it a picture
+Shot = tuple[Callable[[], Iterator[Frame]], float, bool]
 
 
 @dataclass
@@ -106,21 +101,7 @@ class LatentPreviews:
     has_room: Callable[[int | None], bool]  # whether so many bytes of the device are free beside the network
     vae: TinyVae | None = None
     _has_warned: bool = field(default=False, init=False)
-    _has_ended: bool = field(default=False, init=False)
-
-    @contextmanager
-    def of(self, fps: float, first_step: int = 0) -> Iterator["ClipPreview"]:
-        """Yield the watcher of one clip, for a block that denoises it.
-
-        fps: of the finished clip. first_step: that predicts a clean clip.
-        """
-        writer = LatestWriter(self.write, REST_ON_CPU if self.device.type == "cpu" else 0.0)
-        is_done = False
-        try:
-            yield ClipPreview(self, writer, fps, first_step)
-            is_done = True
-        finally:
-            writer.close(drop=not is_done)
+    has_ended: bool = field(default=False, init=False)  # an error has ended the previews of this run
 
     def take(self, latents: Tensor, fps: float) -> Shot | None:
         """Return a preview of latents (1 C F h w in model space), as far as the device has to compute it.
@@ -132,14 +113,14 @@ class LatentPreviews:
         if vae is not None:
             try:
                 chunks = [bring_home(chunk) for chunk in vae.frames(latents[0], self.device)]
-                return Shot(lambda: (frame for chunk in chunks for frame in chunk().numpy()), fps, is_picture)
+                return lambda: (frame for chunk in chunks for frame in chunk().numpy()), fps, is_picture
             except torch.OutOfMemoryError:
                 self._leave_out_vae("the device ran out of memory")
         if not self.latent.preview_factors:
             return None
         step, rows, columns = self.latent.stride
         colours = bring_home(project(latents[0], self.latent))
-        return Shot(lambda: enlarge(colours(), rows, columns), fps / step, is_picture)
+        return lambda: enlarge(colours(), rows, columns), fps / step, is_picture
 
     @torch.no_grad()
     def write(self, take: Callable[[], Shot | None]) -> None:
@@ -148,11 +129,11 @@ class LatentPreviews:
             shot = take()
             if shot is None:
                 return
-            path = self.folder / f"{NAME}.{'png' if shot.is_picture else 'mp4'}"
-            if shot.is_picture:
-                write_png(path, next(shot.frames()))
+            frames, fps, is_picture = shot
+            if is_picture:
+                write_png(self.folder / f"{NAME}.png", next(frames()))
             else:
-                write_video(path, shot.frames(), shot.fps, crf=CRF, preset=PRESET)
+                write_video(self.folder / f"{NAME}.mp4", frames(), fps, crf=CRF, preset=PRESET)
 
     @contextmanager
     def optional(self) -> Iterator[None]:
@@ -163,17 +144,12 @@ class LatentPreviews:
         try:
             yield
         except Exception as error:
-            self._has_ended |= not isinstance(error, OutputError)
+            self.has_ended |= not isinstance(error, OutputError)
             if not self._has_warned:
                 self._has_warned = True
-                then = "There are no more of this run" if self._has_ended else "It is tried again"
+                then = "There are no more of this run" if self.has_ended else "It is tried again"
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning("A latent preview has failed: %s\n  %s; the generation goes on.", reason, then)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether an error has ended the previews of this run."""
-        return self._has_ended
 
     def _vae_with_room(self, height: int, width: int) -> TinyVae | None:
         """Return the decoder if the device has room for it beside the network. height, width: of latents."""
@@ -186,64 +162,57 @@ class LatentPreviews:
         return self.vae
 
     def _leave_out_vae(self, why: str) -> None:
-        self.vae, self._has_ended = None, not self.latent.preview_factors
-        then = "There are no more previews" if self._has_ended else "Previews are made without --preview_vae"
+        self.vae, self.has_ended = None, not self.latent.preview_factors
+        then = "There are no more previews" if self.has_ended else "Previews are made without --preview_vae"
         logger.warning("%s because %s.", then, why)
-
-
-@dataclass
-class ClipPreview:
-    """Watch one clip. Use it through `LatentPreviews.of`."""
-
-    previews: LatentPreviews
-    writer: LatestWriter[Callable[[], Shot | None]]
-    fps: float
-    first_step: int
-    _sections: int = field(default=0, init=False)
-
-    def watch(self, done: StepDone) -> bool:
-        """Show the clean clip predicted from a step, if it is the turn of that step. Never says "enough"."""
-        made = done.step.index + 1
-        is_shown = self.first_step <= done.step.index and made < done.step.num_steps
-        if done.section.count == 1 and is_shown and self._is_due(made):
-            self._show(lambda: done.clean)
-        return False
-
-    def on_section(self, section: Section) -> None:
-        """Show the finished sections before the next one is denoised, if it is the turn of their number."""
-        if section.made is None:
-            return
-        self._sections += 1
-        if self._is_due(self._sections):
-            so_far = section.made.so_far
-            self._show(lambda: so_far)
-
-    def _is_due(self, count: int) -> bool:
-        return count % self.previews.every == 0 and not self.previews.has_ended
-
-    @torch.no_grad()
-    def _show(self, latents: Callable[[], Tensor]) -> None:
-        with self.previews.optional():
-            if self.previews.device.type == "cpu":  # all in the thread, for those that are really written
-                self.writer.put(lambda: self.previews.take(latents(), self.fps))
-                return
-            shot = self.previews.take(latents(), self.fps)
-            self.writer.put(lambda: shot)
 
 
 @contextmanager
 def preview_clip(
     previews: LatentPreviews | None, fps: float, first_step: int = 0
 ) -> Iterator[tuple[list[Watcher], Callable[[Section], None]]]:
-    """Yield the watchers of a clip's steps and a function for its sections. previews: None: they do nothing.
+    """Yield the watchers of a clip's steps and a function for its sections, for a block that denoises it.
 
-    first_step: the first that predicts a clean clip; before it guidance has scaled the velocity.
+    previews: None: they do nothing. fps: of the finished clip. first_step: the first that predicts a clean
+    clip; before it guidance has scaled the velocity.
     """
     if previews is None:
         yield [], lambda _: None
         return
-    with previews.of(fps, first_step) as clip:
-        yield [clip.watch], clip.on_section
+    on_cpu, made_sections = previews.device.type == "cpu", 0
+    writer = LatestWriter(previews.write, REST_ON_CPU if on_cpu else 0.0)
+
+    def show(latents: Callable[[], Tensor], count: int) -> None:
+        """Show a clip if it is the turn of this number of steps, or of sections."""
+        if count % previews.every or previews.has_ended:
+            return
+        with previews.optional(), torch.no_grad():
+            if on_cpu:  # all in the thread, for those that are really written
+                writer.put(lambda: previews.take(latents(), fps))
+                return
+            shot = previews.take(latents(), fps)
+            writer.put(lambda: shot)
+
+    def watch(done: StepDone) -> bool:
+        """Show the clean clip predicted from a step. Never says "enough"."""
+        if done.section.count == 1 and first_step <= done.step.index < done.step.num_steps - 1:
+            show(lambda: done.clean, done.step.index + 1)
+        return False
+
+    def on_section(section: Section) -> None:
+        """Show the finished sections before the next one is denoised."""
+        nonlocal made_sections
+        if section.made is not None:
+            made_sections += 1
+            so_far = section.made.so_far
+            show(lambda: so_far, made_sections)
+
+    is_done = False
+    try:
+        yield [watch], on_section
+        is_done = True
+    finally:
+        writer.close(drop=not is_done)
 
 
 def bring_home(tensor: Tensor) -> Callable[[], Tensor]:

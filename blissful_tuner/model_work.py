@@ -73,18 +73,6 @@ class Facts:
         return sum(prod(info.shape) for info in self.tensors.values())
 
 
-def facts_of(checkpoint: Checkpoint, what: str) -> Facts:
-    """Return the facts of an open file. what: its kind, in words."""
-    return Facts(
-        checkpoint.path,
-        what,
-        tuple(checkpoint.parts),
-        dict(checkpoint.tensors),
-        dict(checkpoint.metadata),
-        checkpoint.left_out,
-    )
-
-
 def is_safetensors(path: Path) -> bool:
     """Return whether a file, which can be opened, is a safetensors file and no torch file."""
     with path.open("rb") as file:
@@ -227,7 +215,14 @@ def work(
             indexes = list(options.input.glob(f"*{INDEX}")) if options.input.is_dir() else []
             for path in replaced:
                 refuse_replacing(OPTION, path, [*checkpoint.parts, options.input, *indexes])
-            plan = plan_change(checkpoint, change_of(options), knowledge.stale)
+            change = CheckpointChange(
+                None if options.dtype is None else dtype_named(options.dtype, "--dtype"),
+                _selection(options),
+                Selection(options.full_target_keys or (), options.full_exclude_keys or ()),
+                options.strip_prefix or (),
+                options.add_prefix or "",
+            )
+            plan = plan_change(checkpoint, change, knowledge.stale)
             ask_to_replace(replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
         if output is not None and plan is not None:
@@ -253,17 +248,6 @@ def output_name(path: Path, in_shards: bool) -> Path:
     return path
 
 
-def change_of(options: ModelUtilityOptions) -> CheckpointChange:
-    """Return the change that the options ask for."""
-    return CheckpointChange(
-        None if options.dtype is None else dtype_named(options.dtype, "--dtype"),
-        _selection(options),
-        Selection(options.full_target_keys or (), options.full_exclude_keys or ()),
-        options.strip_prefix or (),
-        options.add_prefix or "",
-    )
-
-
 def say_what(checkpoint: Checkpoint, knowledge: Knowledge) -> str:
     """Return the kind of an open file in words."""
     lora = knowledge.describe_lora(checkpoint)
@@ -281,8 +265,20 @@ def _selection(options: ModelUtilityOptions) -> Selection:
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
     """Print the facts of the file."""
-    facts = facts_of(checkpoint, say_what(checkpoint, knowledge))
-    listed = _listed(options, facts)
+    facts = Facts(
+        checkpoint.path,
+        say_what(checkpoint, knowledge),
+        tuple(checkpoint.parts),
+        dict(checkpoint.tensors),
+        dict(checkpoint.metadata),
+        checkpoint.left_out,
+    )
+    listed: dict[str, TensorInfo] | None = None
+    if options.inspect:
+        selection = _selection(options)
+        listed = {name: info for name, info in facts.tensors.items() if selection.takes(name)}
+        if not listed:
+            raise OptionError("--target_keys and --exclude_keys leave no tensor to list: give other names")
     hashes = [file_hashes(file) for file in facts.files] if options.hash else []
     known = dict(knowledge.lora_hashes(checkpoint)) if options.hash else {}
     if options.json:
@@ -292,16 +288,6 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
         lines = [escape_control_codes(line) for line in plain]  # names of files and tensors may hold some
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
-
-
-def _listed(options: ModelUtilityOptions, facts: Facts) -> dict[str, TensorInfo] | None:
-    if not options.inspect:
-        return None
-    selection = _selection(options)
-    found = {name: info for name, info in facts.tensors.items() if selection.takes(name)}
-    if not found:
-        raise OptionError("--target_keys and --exclude_keys leave no tensor to list: give other names")
-    return found
 
 
 def _hash_lines(

@@ -44,11 +44,6 @@ INSTRUCTIONS: Mapping[str, str] = {
 }
 
 
-def instruction(prompt: str, mode: str) -> str:
-    """Return the message to the chat model: `INSTRUCTIONS[mode]`, and the prompt once, at the end."""
-    return f"{INSTRUCTIONS[mode]}\n\nRequest: {prompt}"
-
-
 class PromptRewriter:
     """A chat model with its tokenizer. Equal prompts give equal answers: nothing is drawn."""
 
@@ -118,7 +113,7 @@ class PromptRewriter:
         if not prompt.strip():
             return prompt
         if prompt not in self._known:
-            answer = take_answer(self._ask(instruction(prompt, self.mode)))
+            answer = take_answer(self._ask(f"{INSTRUCTIONS[self.mode]}\n\nRequest: {prompt}"))
             if not answer:
                 logger.warning(
                     "the chat model gave no answer within %d tokens, so this prompt is used as it is: %s",

@@ -349,25 +349,20 @@ def _weight_of(inside: str) -> tuple[str, float] | None:
     return text, weight
 
 
-def weigh(prompt: Prompt) -> Prompt:
-    """Return a prompt with the weights that stand in its text, which loses the marks.
+def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
+    """Return the texts of all sections with the weights that stand in them; they lose the marks.
 
     The second text loses them too, and has no weights: CLIP, which reads it, makes one vector of it all.
     """
-    text, spans = parse_weights(prompt.text)
-    second = None if prompt.second is None else parse_weights(prompt.second)[0]
-    return replace(prompt, text=text, spans=spans, second=second)
 
+    def weighed(prompt: Prompt) -> Prompt:
+        text, spans = parse_weights(prompt.text)
+        second = None if prompt.second is None else parse_weights(prompt.second)[0]
+        return replace(prompt, text=text, spans=spans, second=second)
 
-def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
-    """Return the texts of all sections with the weights that stand in them."""
-
-    def weighed(prompt: Prompt | None) -> Prompt | None:
-        return None if prompt is None else weigh(prompt)
-
-    return {
-        section: Prompts(
-            weigh(texts.positive), weighed(texts.negative), weighed(texts.blank), weighed(texts.away)
-        )
-        for section, texts in by_section.items()
-    }
+    found = {}
+    for section, texts in by_section.items():
+        others = (texts.negative, texts.blank, texts.away)
+        more = [None if prompt is None else weighed(prompt) for prompt in others]
+        found[section] = Prompts(weighed(texts.positive), *more)
+    return found

@@ -138,23 +138,19 @@ class TinyDecoder(nn.Module):
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield chunks F 3 H W of about 0..1, not limited, of latents C F h w in model space, anywhere."""
         weight = next(self.parameters())
-        memory: dict[int, Tensor] = {}
+        memory: dict[int, Tensor] = {}  # the last input of each memory block
+        layers = self.decoder
         for index in range(latents.shape[1]):
             one = send_ahead(latents[:, index], weight.device).to(weight.dtype)
-            chunk = self._decode_frame(one[None], memory)
+            x = relu(layers["1"](torch.tanh(one[None] / LIMIT) * LIMIT))  # 1 C h w
+            for number in STAGES:
+                for block in range(number, number + 3):
+                    x, memory[block] = layers[str(block)](x, memory.get(block))
+                x = layers[str(number + 4)](interpolate(x, scale_factor=2.0, mode="nearest"))
+                x = layers[str(number + 5)](x)
+            x = layers["22"](relu(x))
+            chunk = x if self.config.patch == 1 else pixel_shuffle(x, self.config.patch)
             yield chunk[self.config.frames - 1 :] if index == 0 else chunk
-
-    def _decode_frame(self, x: Tensor, memory: dict[int, Tensor]) -> Tensor:
-        """x: 1 C h w. memory: the last input of each memory block, which is changed."""
-        layers = self.decoder
-        x = relu(layers["1"](torch.tanh(x / LIMIT) * LIMIT))
-        for number in STAGES:
-            for block in range(number, number + 3):
-                x, memory[block] = layers[str(block)](x, memory.get(block))
-            x = layers[str(number + 4)](interpolate(x, scale_factor=2.0, mode="nearest"))
-            x = layers[str(number + 5)](x)
-        x = layers["22"](relu(x))
-        return x if self.config.patch == 1 else pixel_shuffle(x, self.config.patch)
 
 
 @dataclass(frozen=True)

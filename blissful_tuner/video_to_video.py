@@ -23,6 +23,14 @@ from modules.contract.rules import IMAGE, LATENTS, VIDEO, Source, SourceRules
 from modules.contract.steps import Section
 from modules.errors import CheckpointError, MediaError, OptionError
 from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, add_noise, make_schedule
+from modules.media.reading import (
+    image_size,
+    read_image,
+    resize_cover,
+    resize_stretched,
+    video_frames,
+    video_info,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +89,12 @@ def begin_late(prepared: Prepared, family: Family) -> Prepared:
                 f"{(found - 1) * family.latent.stride[0] + 1} frames"
             )
     elif source.pad_mode is None and source.option == VIDEO:
-        _check_length(source, prepared.frames)
+        stated, needed = video_info(source.path).frames, prepared.frames
+        found = stated or 0
+        if found < needed:  # a header may be wrong
+            found = sum(1 for _ in islice(video_frames(source.path), needed))
+        if found < needed:
+            raise _too_short(source, found, needed)
     if source.needs_vae and family.source.stretches:
         _warn_of_stretch(source, prepared, family)
     schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
@@ -103,17 +116,6 @@ def first_step(source: Source, schedule: Schedule) -> int:
     return steps - min(max(int(steps * source.denoise), 1), steps)
 
 
-def _check_length(source: Source, needed: int) -> None:
-    """Raise MediaError if a video is too short. Decodes it if its header does not say how long it is."""
-    from modules.media.reading import video_frames, video_info
-
-    found = video_info(source.path).frames
-    if found is None or found < needed:  # a header may be wrong
-        found = sum(1 for _ in islice(video_frames(source.path), needed))
-    if found < needed:
-        raise _too_short(source, found, needed)
-
-
 def _too_short(source: Source, found: int, needed: int) -> MediaError:
     return MediaError(
         f"--{source.option} {source.path}: it has {found} frames, {needed} are needed. Lower the length, "
@@ -122,8 +124,6 @@ def _too_short(source: Source, found: int, needed: int) -> MediaError:
 
 
 def _warn_of_stretch(source: Source, prepared: Prepared, family: Family) -> None:
-    from modules.media.reading import image_size, video_info
-
     if source.option == IMAGE:
         width, height = image_size(source.path)
     else:
@@ -131,6 +131,8 @@ def _warn_of_stretch(source: Source, prepared: Prepared, family: Family) -> None
         width, height = info.width, info.height
     change = prepared.width * height / (prepared.height * width)
     if max(change, 1 / change) > UNSEEN:
+        # the source's proportions, about the area asked for
+        step, factor = family.latent.pixel_step, (prepared.width * prepared.height / (width * height)) ** 0.5
         logger.warning(
             "--%s %s of %d x %d is stretched to %d x %d (width x height): --video_size %d %d would keep its "
             "proportions",
@@ -140,14 +142,8 @@ def _warn_of_stretch(source: Source, prepared: Prepared, family: Family) -> None
             height,
             prepared.width,
             prepared.height,
-            *size_like(width, height, prepared, family.latent.pixel_step),
+            *(max(step, round(side * factor / step) * step) for side in (height, width)),
         )
-
-
-def size_like(width: int, height: int, prepared: Prepared, step: int) -> tuple[int, int]:
-    """Return height and width, multiples of `step`: the source's proportions, about the area asked for."""
-    factor = (prepared.width * prepared.height / (width * height)) ** 0.5
-    return max(step, round(height * factor / step) * step), max(step, round(width * factor / step) * step)
 
 
 # clean latents
@@ -162,27 +158,17 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     assert source is not None
     wanted = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     if source.option == LATENTS:
-        return resize_latents(
-            _load_saved_latents(source, family.source, family.latent), wanted[-2], wanted[-1]
-        )
-    frames = read_frames(source, prepared, family.source.stretches)
+        saved = _load_saved_latents(source, family.source, family.latent)
+        return resize_latents(saved, wanted[-2], wanted[-1])
+    resize = resize_stretched if family.source.stretches else resize_cover
+    read = [read_image(source.path)] if source.option == IMAGE else video_frames(source.path)
+    size = prepared.width, prepared.height
+    frames = torch.from_numpy(numpy.stack([resize(one, size) for one in islice(read, prepared.frames)]))
     if source.pad_mode is None and len(frames) < prepared.frames:
         raise _too_short(source, len(frames), prepared.frames)
     whole = (len(frames) - 1) // family.latent.frame_step * family.latent.frame_step + 1
     latents = family.encode_source(encoders, frames[None, :whole], prepared.seed).float().cpu()
     return fit_frames(latents, wanted[2], source.pad_mode or "end")
-
-
-def read_frames(source: Source, prepared: Prepared, stretches: bool) -> Tensor:
-    """Read the frames of an image or a video, as many as are wanted at most: F H W 3 uint8 at the size asked
-    for.
-    """
-    from modules.media.reading import read_image, resize_cover, resize_stretched, video_frames
-
-    size = prepared.width, prepared.height
-    resize = resize_stretched if stretches else resize_cover
-    found = [read_image(source.path)] if source.option == IMAGE else video_frames(source.path)
-    return torch.from_numpy(numpy.stack([resize(one, size) for one in islice(found, prepared.frames)]))
 
 
 def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:

@@ -1,9 +1,10 @@
 """Run a caching script after its options are read: show the model's inputs, check, or cache."""
 
 import time
+from collections.abc import Callable
 
+from dataset.caching.existing import Caches
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.planning import Caches
 from dataset.caching.reports import CacheReport, conclude
 from dataset.caching.work import workers_of
 from dataset.config import DatasetConfig
@@ -27,10 +28,7 @@ def run_latent_caching(
     elif options.check:
         raise SystemExit(import_own("data_tools.report.check").check_latent_caching(family, config, options))
     else:
-        _prepare(options)
-        start = time.monotonic()
-        report = cache_media(family, config, options)
-        _conclude(report, "sources", options, start, ("Next, cache the captions", following))
+        _cache(cache_media, family, config, options, "sources", ("Next, cache the captions", following))
 
 
 def run_text_caching(
@@ -42,15 +40,25 @@ def run_text_caching(
     """
     if options.check:
         raise SystemExit(import_own("data_tools.report.check").check_text_caching(family, config, options))
-    _prepare(options)
+    next_command = "Next, check all before training", following
+    _cache(cache_texts, family, config, options, "captions", next_command)
+
+
+def _cache(
+    cache: Callable[[Caches, DatasetConfig, CachingOptions], CacheReport],
+    family: Caches,
+    config: DatasetConfig,
+    options: CachingOptions,
+    what: str,
+    following: Row,
+) -> None:
+    """Cache, and show the results. what: sources or captions. following: shown if no shard is missing."""
+    if options.disable_cudnn_backend:
+        leave_cudnn_out()
     start = time.monotonic()
-    report = cache_texts(family, config, options)
-    _conclude(report, "captions", options, start, ("Next, check all before training", following))
-
-
-def _conclude(report: CacheReport, what: str, options: CachingOptions, start: float, following: Row) -> None:
-    """Show the results. what: the report's sources or captions. following: shown if no shard is missing."""
-    costs = _costs(options, start)
+    report = cache(family, config, options)
+    memory = peak_in_words(choose_device(options.device))
+    costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
     if not options.shard.is_given:
         conclude(report, costs, [following])
         return
@@ -63,14 +71,3 @@ def _conclude(report: CacheReport, what: str, options: CachingOptions, start: fl
         ),
     ]
     conclude(report, [*rows, *costs])
-
-
-def _prepare(options: CachingOptions) -> None:
-    if options.disable_cudnn_backend:
-        leave_cudnn_out()
-
-
-def _costs(options: CachingOptions, start: float) -> list[Row]:
-    """Return the rows of a box about time and memory. start: of `time.monotonic`."""
-    memory = peak_in_words(choose_device(options.device))
-    return [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]

@@ -7,12 +7,11 @@ dressing: how networks and LoRAs are loaded, and features around them
 expert_memory: host memory of experts that wait
 experts: the networks that denoise, and take turns
 grid_options: options of sheets and of tools/compare.py
-growing: preview file that grows with each finished section
 making: make the videos of jobs: texts, denoising, pixels, files
 memory: predict memory by rehearsing each phase
 options: options of the generation scripts that all families share
 outputs: output files: latents, videos, images, and names
-progress: console output: boxes, bars and lines
+progress: boxes, lines, and a preview that grows by sections
 prompt_lines: prompt lines: `a cat --w 832 --d 7`
 request: from options and a prompt line to a request
 request_options: options of each video and of output files

@@ -17,7 +17,6 @@ from pathlib import Path
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
 from generation.dressing import LorasByExpert, dit_loader, expert_loras, key_of, option_of, with_loras
 from generation.grid_options import CompareOptions
-from generation.growing import preview_path
 from generation.making import (
     Denoised,
     GenerationJob,
@@ -32,7 +31,7 @@ from generation.making import (
 )
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
-from generation.outputs import LATENT_SUFFIX, own_stem, words_of
+from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, own_stem, words_of
 from generation.progress import in_short, name_model
 from generation.prompt_lines import read_generation_lines
 from generation.run import check_models, explain_lack, jobs_of_lines, leave_out_missing, make_session
@@ -266,7 +265,7 @@ def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str
     def read_latents(cell: GenerationJob, path: Path) -> Denoised:
         stem = str(cell.stem)
         latents = load_latents(path).latents
-        return Denoised(cell, latents, path, stem, preview_path(path.parent, stem), cell.metadata)
+        return Denoised(cell, latents, path, stem, path.with_name(f"{stem}{PREVIEW_SUFFIX}"), cell.metadata)
 
     missing = [cell for cell in cells if not paths[cell.label][0].exists()]
     if missing:

@@ -92,7 +92,13 @@ def predictor(
     dit, noisy = dit_at(step.timestep), step.noisy
 
     def predict(*conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
-        groups = [[one] for one in conditions] if split or not can_stack(conditions) else [list(conditions)]
+        # a batch needs the same names and shapes; lists may differ in length per sample
+        outlines = [
+            {name: isinstance(value, list) or tuple(value.shape[1:]) for name, value in one.items()}
+            for one in conditions
+        ]
+        can_stack = not split and all(one == outlines[0] for one in outlines)
+        groups = [list(conditions)] if can_stack else [[one] for one in conditions]
         velocities: list[Tensor] = []
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
@@ -105,19 +111,6 @@ def predictor(
         return tuple(velocities)
 
     return predict
-
-
-def can_stack(conditions: Sequence[Conditions]) -> bool:
-    """Whether the conditions have the same names and their tensors the same shapes; lists may differ in
-    length per sample.
-    """
-
-    def outline(one: Conditions) -> dict[str, tuple[int, ...] | None]:
-        return {
-            name: None if isinstance(value, list) else tuple(value.shape[1:]) for name, value in one.items()
-        }
-
-    return all(outline(one) == outline(conditions[0]) for one in conditions)
 
 
 def stack(conditions: Sequence[Conditions]) -> Conditions:
@@ -194,17 +187,15 @@ def make_latents(
                 prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table, noise.draw
             )
             guidance = make_guidance(prepared, guidance_options, family.experts)
+            start, source = LoopStart(section.noise), prepared.asked.source
+            if section.source is not None and source is not None:
+                step = prepared.first_step
+                begun = noisy_source(section.source, section.noise, solver.schedule, step)
+                if extra is not None:
+                    begun = begun + source.extra_noise * extra.draw(begun.shape)
+                start = LoopStart(begun, step)
             with caches.section(dit_at) as cached_at:
-                latents = denoise(
-                    family,
-                    cached_at,
-                    section,
-                    start_of(section, solver, prepared, extra),
-                    solver,
-                    guidance,
-                    watchers,
-                    split,
-                )
+                latents = denoise(family, cached_at, section, start, solver, guidance, watchers, split)
             section = sections.send(latents)
     except StopIteration as end:
         caches.report()
@@ -230,23 +221,6 @@ def sections_of(
             section = sections.send((yield replace(section, source=part_of(source, section))))
     except StopIteration as end:
         return end.value
-
-
-def start_of(
-    section: Section, solver: Solver, prepared: Prepared, extra: NoiseSource | None = None
-) -> LoopStart:
-    """Begin with noise, or with the section's source at a later step.
-
-    extra: where the noise comes from that --v2v_extra_noise adds; None: none is added.
-    """
-    source = prepared.asked.source
-    if section.source is None or source is None:
-        return LoopStart(section.noise)
-    step = prepared.first_step
-    latents = noisy_source(section.source, section.noise, solver.schedule, step)
-    if extra is not None:
-        latents = latents + source.extra_noise * extra.draw(latents.shape)
-    return LoopStart(latents, step)
 
 
 def on_device(section: Section, device: torch.device) -> Section:

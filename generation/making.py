@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,11 +19,11 @@ from blissful_tuner.prompt_rewrite import PromptRewriter, rewrite_prompts
 from blissful_tuner.video_to_video_options import SourceOptions
 from generation.denoise import OnSection, make_latents
 from generation.dressing import loras_of
-from generation.growing import grow_preview, name_preview_on_failure, preview_path, remove_preview
 from generation.memory import Peaks
 from generation.options import GenerationOptions
 from generation.outputs import (
     LATENT_SUFFIX,
+    PREVIEW_SUFFIX,
     FrameTools,
     free_stem,
     name_job,
@@ -32,18 +32,25 @@ from generation.outputs import (
     save_latents,
     save_pixels,
 )
-from generation.progress import Bars, Queue, show_end, show_start
+from generation.progress import (
+    Queue,
+    grow_preview,
+    name_preview_on_failure,
+    remove_preview,
+    show_end,
+    show_start,
+)
 from generation.prompt_lines import parse_generation_line
 from generation.request import prepare_line
 from generation.session import CPU, NO_ENCODERS, Session, encode_inputs, needs_media, wanted_texts
 from modules.atomic_write import make_folder
-from modules.bars import FRAMES, track
+from modules.bars import FRAMES, Bar, track
 from modules.checkpoints.finite import is_finite
 from modules.checkpoints.latents import SavedLatents, load_latents
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
-from modules.contract.steps import DitAt, EncodedPrompts, Section, Watcher
+from modules.contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from modules.devices import Failures, free_memory
 from modules.errors import CheckpointError, UserError
 from modules.planning.memory_plan import comparison
@@ -155,7 +162,17 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         run.family.check_files(media=True)  # before gigabytes are loaded
     if run.options.forces_split and any(has_batches(job.prepared, run.options.guidance) for job in jobs):
         logger.warning("--split_attn runs the guidance passes one after the other, as --split_uncond does.")
-    start, jobs = time.monotonic(), rewrite_jobs(run, jobs)
+    start = time.monotonic()
+    if run.rewriter is not None:  # freed before anything else loads
+        run.rewriter.load(run.session.device)
+        try:
+            jobs = [replace(job, prepared=rewrite_prompts(job.prepared, run.rewriter)) for job in jobs]
+        finally:
+            if run.options.interactive:
+                run.rewriter.load(CPU)  # it moves
+            else:
+                run.rewriter.free()
+            free_memory(run.session.device)
     requests = [job.prepared for job in jobs]
     make_folder(run.options.output.save_path, "--save_path")
     if not run.options.interactive:
@@ -165,7 +182,10 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     ready = [
         (job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs
     ]
-    done = list(denoise_all(run, ready, failures)) if ready else []
+    done: list[Denoised] = []
+    if ready:
+        with run.session.dit([job.prepared for job, _, _ in ready]) as dit_at:
+            done = list(denoise_all(run, ready, failures, [(ready, dit_at)]))
     paths = [one.latent_path for one in done if run.options.output.keeps_latents]
     made: Mapping[str, Path] = {}
     if done and run.options.output.decodes:
@@ -177,21 +197,6 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         most = max(run.predicted.most, run.session.most_beside)
         logger.info(comparison(most, torch.cuda.max_memory_allocated(run.session.device)))
     return made
-
-
-def rewrite_jobs(run: GenerationRun, jobs: Sequence[GenerationJob]) -> Sequence[GenerationJob]:
-    """Have --prompt_rewrite's model write the prompts anew; it is freed before anything else loads."""
-    if run.rewriter is None:
-        return jobs
-    run.rewriter.load(run.session.device)
-    try:
-        return [replace(job, prepared=rewrite_prompts(job.prepared, run.rewriter)) for job in jobs]
-    finally:
-        if run.options.interactive:
-            run.rewriter.load(CPU)  # it moves
-        else:
-            run.rewriter.free()
-        free_memory(run.session.device)
 
 
 def encode_all_inputs(
@@ -213,18 +218,18 @@ def encode_all_inputs(
 
 
 Ready = tuple[GenerationJob, Mapping[int, EncodedPrompts], Mapping[int, Conditions]]
-Networks = Iterator[tuple[Sequence[Ready], DitAt]]  # jobs, and the networks that make them
+Networks = Iterable[tuple[Sequence[Ready], DitAt]]  # jobs, and the networks that make them
 
 
 def denoise_all(
-    run: GenerationRun, ready: Sequence[Ready], failures: Failures, networks: Networks | None = None
+    run: GenerationRun, ready: Sequence[Ready], failures: Failures, networks: Networks
 ) -> Iterator[Denoised]:
     """Yield the latents of each job; each is written when it is done, so a kill loses at most one.
 
-    networks: with their jobs, in the order of `ready`; None: one network makes all.
+    networks: with their jobs, in the order of `ready`.
     """
     output, queue = run.options.output, Queue([job.prepared for job, _, _ in ready])
-    for of_network, dit_at in networks or _one_network(run, ready):
+    for of_network, dit_at in networks:
         for job, texts, inputs in of_network:
             with failures.note_errors(job.label):
                 queue.begin(job.label)
@@ -251,13 +256,14 @@ def denoise_all(
                             "written. Usual causes: --dit_dtype float16 (give bfloat16), a LoRA whose "
                             "training diverged, a strength or a guidance that is far too high"
                         )
-                    done = keep_latents(run, job, latents, stem)
-                yield done
-
-
-def _one_network(run: GenerationRun, ready: Sequence[Ready]) -> Networks:
-    with run.session.dit([job.prepared for job, _, _ in ready]) as dit_at:
-        yield ready, dit_at
+                    preview = output.save_path / f"{stem}{PREVIEW_SUFFIX}"  # keeps its name
+                    metadata = job.metadata or run.metadata(job.prepared)
+                    stem = free_stem(output.save_path, stem, [LATENT_SUFFIX])  # taken meanwhile, maybe
+                    path = output.save_path / f"{stem}{LATENT_SUFFIX}"
+                    save_latents(path, latents, metadata)
+                    kept = "" if output.keeps_latents else ", kept until they are decoded"
+                    logger.info("Latents: %s%s", path, kept)
+                yield Denoised(job, latents, path, stem, preview, metadata)
 
 
 @contextmanager
@@ -273,34 +279,24 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     with (
         grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
         preview_clip(run.previews, prepared.fps, shown_from) as (watchers, preview_section),
-        Bars(prepared.num_steps) as bars,
+        ExitStack() as bars,
     ):
+        bar: list[Bar] = []  # over the steps of each section
+
+        def advance(_: StepDone) -> bool:
+            bar[-1].update()
+            return False
 
         def on_section(section: Section) -> None:
-            bars.end()
+            bars.close()
             preview_section(section)
             if section.made is not None and output.shows_progress and not hides:
                 video.add(section.made)
             elif section.made is None and section.count > 1 and output.shows_progress and hides:
                 logger.info("There is no preview of the video: it would show what a tool of --post hides.")
-            bars.begin(section)
+            bar.append(bars.enter_context(Bar(prepared.num_steps, section.label or "Denoising")))
 
-        yield [bars.advance, *watchers], on_section
-
-
-def keep_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> Denoised:
-    """Write the latents of a job, named `stem` if no other output has taken that name meanwhile.
-
-    The preview keeps its name.
-    """
-    output = run.options.output
-    preview = preview_path(output.save_path, stem)
-    stem = free_stem(output.save_path, stem, [LATENT_SUFFIX])
-    path = output.save_path / f"{stem}{LATENT_SUFFIX}"
-    metadata = job.metadata or run.metadata(job.prepared)
-    save_latents(path, latents, metadata)
-    logger.info("Latents: %s%s", path, "" if output.keeps_latents else ", kept until they are decoded")
-    return Denoised(job, latents, path, stem, preview, metadata)
+        yield [advance, *watchers], on_section
 
 
 def decode_all(
@@ -337,7 +333,13 @@ def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator
     Raises UserError if some are NaN or infinite.
     """
     chunks = family.decode(encoders, latents)
-    for pixels in track(chunks, "Decoding", frames_in(family, latents), lambda chunk: chunk.shape[2], FRAMES):
+    for pixels in track(
+        chunks,
+        "Decoding",
+        (latents.shape[2] - 1) * family.latent.stride[0] + 1,
+        lambda chunk: chunk.shape[2],
+        FRAMES,
+    ):
         if not bool(is_finite(pixels)):
             raise UserError(
                 "The VAE made values that are NaN or infinite of good latents: nothing would be seen. Give "
@@ -346,17 +348,14 @@ def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator
         yield pixels
 
 
-def frames_in(family: Family, latents: Tensor) -> int:
-    """Return how many frames latents (1 C F h w) are decoded to."""
-    return (latents.shape[2] - 1) * family.latent.stride[0] + 1
-
-
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     """Decode latent files; their metadata are passed on, with the settings of this decoding."""
     saved = [check_latents(run.family, path) for path in paths]
     if run.post is not None:
         for path, one in zip(paths, saved, strict=True):
-            run.post.check_length(frames_in(run.family, one.latents), f"--latent_path {path}")
+            run.post.check_length(
+                (one.latents.shape[2] - 1) * run.family.latent.stride[0] + 1, f"--latent_path {path}"
+            )
     options, output = run.options, run.options.output
     failures = Failures(strict=len(paths) == 1)
     start, results = time.monotonic(), []

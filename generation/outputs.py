@@ -150,39 +150,23 @@ def save_pixels(
         playing = last.note(playing)
     del first  # a frame takes megabytes
     if is_picture:
-        return _save_picture(options, stem, playing, metadata)
+        ending = "_000.png" if options.numbers_single else ".png"
+        path = options.save_path / (free_stem(options.save_path, stem, [ending]) + ending)
+        (frame,) = playing
+        write_png(path, frame, as_png_texts(metadata or {}))
+        return path
     beside = [] if last is None else [LAST_FRAME_SUFFIX]
     if options.writes_images:
-        path = plain = _save_images(options, stem, playing, metadata, beside)
+        path = plain = options.save_path / free_stem(options.save_path, stem, ["", *beside])
+        with atomic_folder(path) as folder:
+            name = f"{path.name}_{{:03d}}.png"
+            for _ in write_frames(playing, folder, name, as_png_texts(metadata or {})):
+                pass
     else:
         path = _save_video(options, stem, playing, fps, metadata, beside)
         plain = path.with_suffix("")
     if last is not None:
         last.write(plain, as_png_texts(metadata or {}))
-    return path
-
-
-def _save_picture(
-    options: OutputOptions, stem: str, playing: Iterator[Frame], metadata: Mapping[str, str] | None
-) -> Path:
-    ending = "_000.png" if options.numbers_single else ".png"
-    path = options.save_path / (free_stem(options.save_path, stem, [ending]) + ending)
-    (frame,) = playing
-    write_png(path, frame, as_png_texts(metadata or {}))
-    return path
-
-
-def _save_images(
-    options: OutputOptions,
-    stem: str,
-    playing: Iterator[Frame],
-    metadata: Mapping[str, str] | None,
-    beside: Sequence[str],
-) -> Path:
-    path = options.save_path / free_stem(options.save_path, stem, ["", *beside])
-    with atomic_folder(path) as folder:
-        for _ in write_frames(playing, folder, f"{path.name}_{{:03d}}.png", as_png_texts(metadata or {})):
-            pass
     return path
 
 

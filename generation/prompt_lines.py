@@ -268,7 +268,7 @@ def parse_generation_line(
     Option names are case-sensitive. where: names the line in warnings. Raises OptionError if a value cannot
     be read.
     """
-    return _without_problems(_split_line(line, options, where, lambda word: find_option(word, options)))
+    return _parse(line, options, where, lambda word: find_option(word, options))
 
 
 def parse_line(line: str, options: Mapping[str, LineOption], where: str) -> dict[str, Any]:
@@ -278,16 +278,7 @@ def parse_line(line: str, options: Mapping[str, LineOption], where: str) -> dict
     read.
     """
     by_key = {option.key: option for option in options.values()}
-    return _without_problems(
-        _split_line(line, options, where, lambda word: options.get(word.lower()) or by_key.get(word))
-    )
-
-
-def _without_problems(read: tuple[dict[str, Any], list[str]]) -> dict[str, Any]:
-    values, problems = read
-    if problems:
-        raise OptionError("; ".join(problems))
-    return values
+    return _parse(line, options, where, lambda word: options.get(word.lower()) or by_key.get(word))
 
 
 def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, Any]:
@@ -295,19 +286,18 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
 
     where: names the line. Raises OptionError if a value cannot be read.
     """
-    read = _split_line(line, SAMPLE_OPTIONS, where, find=lambda word: SAMPLE_OPTIONS.get(word.lower()))
     try:
-        return _without_problems(read)
+        return _parse(line, SAMPLE_OPTIONS, where, lambda word: SAMPLE_OPTIONS.get(word.lower()))
     except OptionError as error:
         raise OptionError(f"{where} {line.strip()!r}: {error}. Correct the line") from None
 
 
-def _split_line(
+def _parse(
     line: str,
     options: Mapping[str, LineOption],
     where: str,
     find: Callable[[str], LineOption | None],
-) -> tuple[dict[str, Any], list[str]]:
+) -> dict[str, Any]:
     prompt, *parts = line.split(" --")
     values: dict[str, Any] = {"prompt": prompt.strip()}
     problems = [
@@ -332,7 +322,9 @@ def _split_line(
             store(values, option, option.read(text.strip()))
         except ValueError as error:
             problems.append(f"--{word}: {error}")
-    return values, problems
+    if problems:
+        raise OptionError("; ".join(problems))
+    return values
 
 
 def is_blank(line: str) -> bool:
@@ -345,14 +337,15 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
 
     Raises OptionError if there is none.
     """
-    lines = [
-        (number, line)
-        for number, line in enumerate(_read_text(path, "--from_file").split("\n"), 1)
-        if not is_blank(line)
-    ]
+    lines = _numbered(_read_text(path, "--from_file"))
     if not lines:
         raise OptionError(f"--from_file {path}: the file has no prompt. Write one per line.")
     return lines
+
+
+def _numbered(text: str) -> list[tuple[int, str]]:
+    """Return the lines that have a prompt with their numbers, counted from 1."""
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if not is_blank(line)]
 
 
 def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
@@ -362,25 +355,37 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     share; a subset wins. json: a list of lines and objects. Raises OptionError naming the file, the entry and
     the key if something cannot be read.
     """
-    text = _read_text(path, "--sample_prompts")
-    match path.suffix.lower():
-        case ".txt":
-            lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if not is_blank(line)]
-            if not lines:
-                raise OptionError(f"--sample_prompts {path}: the file has no prompt. Write one per line.")
-            return read_all(lines, lambda one: parse_sample_line(one[1], f"{path}, line {one[0]}"))
-        case ".toml":
-            entries = _toml_entries(path, text)
-        case ".json":
-            entries = _json_entries(path, text)
-        case suffix:
-            raise OptionError(
-                f"--sample_prompts {path}: {suffix or 'a file without suffix'} is not supported. Use .txt, "
-                ".toml or .json"
-            )
+    named, text, kind = f"--sample_prompts {path}", _read_text(path, "--sample_prompts"), path.suffix.lower()
+    place, entries = "entry", list[tuple[int, Any]]()
+    try:
+        if kind == ".txt":
+            place, entries = "line", [*_numbered(text)]
+        elif kind == ".toml":
+            shared = parse_toml(text).get("prompt")
+            subsets = shared.get("subset", []) if isinstance(shared, dict) else None
+            if not isinstance(shared, dict) or not isinstance(subsets, list):
+                raise ValueError("give a table [prompt] with tables [[prompt.subset]]")
+            common = {key: value for key, value in shared.items() if key != "subset"}
+            entries = [*enumerate(({**common, **subset} for subset in subsets), 1)]
+        elif kind == ".json":
+            found = parse_json(text)
+            if not isinstance(found, list) or not all(isinstance(entry, (str, dict)) for entry in found):
+                raise ValueError("give a list of prompts (texts or objects)")
+            entries = [*enumerate(found, 1)]
+        else:
+            told = f"{path.suffix or 'a file without suffix'} is not supported. Use .txt, .toml or .json"
+            raise ValueError(told)
+    except ValueError as error:
+        raise OptionError(f"{named}: {error}") from None
     if not entries:
-        raise OptionError(f"--sample_prompts {path}: the file has no prompt. Write at least one.")
-    return read_all(enumerate(entries, 1), lambda one: _check_entry(one[1], f"{path}, entry {one[0]}"))
+        least = "one per line" if place == "line" else "at least one"
+        raise OptionError(f"{named}: the file has no prompt. Write {least}.")
+
+    def read(one: tuple[int, Any]) -> dict[str, Any]:
+        where, entry = f"{path}, {place} {one[0]}", one[1]
+        return parse_sample_line(entry, where) if isinstance(entry, str) else _check_entry(entry, where)
+
+    return read_all(entries, read)
 
 
 def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
@@ -394,27 +399,6 @@ def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Ma
     if problems:
         raise OptionError("\n  ".join(["--sample_prompts:", *problems] if len(problems) > 1 else problems))
     return made
-
-
-def _toml_entries(path: Path, text: str) -> list[dict[str, Any]]:
-    try:
-        shared = parse_toml(text).get("prompt")
-    except ValueError as error:
-        raise OptionError(f"--sample_prompts {path}: {error}") from None
-    if not isinstance(shared, dict) or not isinstance(shared.get("subset", []), list):
-        raise OptionError(f"--sample_prompts {path}: give a table [prompt] with tables [[prompt.subset]]")
-    common = {key: value for key, value in shared.items() if key != "subset"}
-    return [{**common, **subset} for subset in shared.get("subset", [])]
-
-
-def _json_entries(path: Path, text: str) -> list[dict[str, Any]]:
-    try:
-        entries = parse_json(text)
-    except ValueError as error:
-        raise OptionError(f"--sample_prompts {path}: {error}") from None
-    if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
-        raise OptionError(f"--sample_prompts {path}: give a list of prompts (texts or objects)")
-    return [parse_sample_line(entry) if isinstance(entry, str) else entry for entry in entries]
 
 
 _ALIASES = {"scale": "cfg_scale"}  # what the image guides call the value of --l

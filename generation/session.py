@@ -22,7 +22,7 @@ from modules.bars import track
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family, TextEncoder
 from modules.contract.requests import Prepared, Prompt, Prompts
-from modules.contract.steps import DitAt, EncodedPrompts, Needs
+from modules.contract.steps import DitAt, EncodedPrompts
 from modules.devices import free_memory
 from modules.planning.device_memory import host_room, spare_bytes
 from networks.text_loras import TextLoras
@@ -180,19 +180,16 @@ class Session:
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
     """List the texts to encode, by section: the prompt, and those that guidance needs."""
     needed = needs(prepared, options)
-    return {section: select_texts(texts, needed) for section, texts in prepared.prompts.items()}
-
-
-def select_texts(texts: Prompts, needed: Needs) -> Prompts:
-    """Leave out the texts that are not needed, and put in those that are: the empty one, and as the one to
-    steer away from the negative one if there is no other.
-    """
-    return replace(
-        texts,
-        negative=texts.negative if needed.negative else None,
-        blank=(texts.blank or Prompt("")) if needed.blank else None,
-        away=(texts.away or texts.negative or Prompt("")) if needed.away else None,
-    )
+    return {
+        section: replace(
+            texts,
+            negative=texts.negative if needed.negative else None,
+            blank=(texts.blank or Prompt("")) if needed.blank else None,
+            # away from the negative text if there is no other
+            away=(texts.away or texts.negative or Prompt("")) if needed.away else None,
+        )
+        for section, texts in prepared.prompts.items()
+    }
 
 
 def texts_of(wanted: Sequence[Mapping[int, Prompts]]) -> Iterator[Prompt]:

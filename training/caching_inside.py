@@ -7,7 +7,7 @@ that augmentation changes each time are encoded at each step too.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -18,11 +18,10 @@ from dataset.cache.files import parse_latent_name
 from dataset.cache.memory import MemoryStore, SplitStore
 from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, Stores, open_store
-from dataset.caching.loop import Share, cache_media, cache_texts, join_processes
-from dataset.caching.planning import Caches
-from dataset.caching.reports import CacheReport, conclude
-from dataset.caching.work import EntryPlaces, npz_names
-from dataset.options import CachingInRunOptions, CachingOptions, CheckPageOptions, ShardOptions
+from dataset.caching.existing import Caches, EntryPlaces, npz_names
+from dataset.caching.loop import cache_media, cache_texts, join_processes
+from dataset.caching.reports import conclude
+from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_all_sources, require_captions
 from dataset.sources.media_source import MediaSource
@@ -97,7 +96,11 @@ def prepare_sources(
     stores = open_stores(family, plans)
     if options is not None:
         _fill(family, config, plans, options, device, stores)
-    held = _memory_stores(stores.given.values())
+    # those in memory that have entries, or will have those of other processes
+    parts = [
+        part for store in stores.given.values() if isinstance(store, SplitStore) for part in store.stores
+    ]
+    held = [part for part in parts if isinstance(part, MemoryStore)]
     _share_entries(held)
     if any(store.entries for store in held):
         size_bytes = sum(store.size_bytes for store in held)
@@ -128,11 +131,13 @@ def _fill(
 
     media = tables(lambda plan: plan.latents.is_made)
     if media.datasets:
-        _conclude(cache_media(family, media, _loop_options(media, device, options.vae_batch_size), places))
+        report = cache_media(family, media, _loop_options(media, device, options.vae_batch_size), places)
+        conclude(replace(report, foreign=0))  # files of other programs are no surprise here
     texts = tables(lambda plan: plan.texts.is_made)
     if texts.datasets:
         batch_size = options.text_encoder_batch_size
-        _conclude(cache_texts(family, texts, _loop_options(texts, device, batch_size), places))
+        report = cache_texts(family, texts, _loop_options(texts, device, batch_size), places)
+        conclude(replace(report, foreign=0))
 
 
 def plan_tables(
@@ -153,16 +158,10 @@ def plan_tables(
     for name, to_disk in asked.items():
         if to_disk and family.latent.npz is None:
             raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
-    texts = _place_texts(options, use)
+    texts = Where.LIVE if use is TextUse.CAPTIONS else Where.OWN
+    if texts is Where.OWN and options is not None and options.caches_texts:
+        texts = Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
     return [TablePlan(table, _place_latents(family, table, options), texts) for table in config.datasets]
-
-
-def _place_texts(options: CachingInRunOptions | None, use: TextUse) -> Where:
-    if use is TextUse.CAPTIONS:
-        return Where.LIVE
-    if options is None or not options.caches_texts:
-        return Where.OWN
-    return Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
 
 
 def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOptions | None) -> Where:
@@ -232,45 +231,18 @@ def _size(source: MediaSource) -> Size:
 
 def _loop_options(config: DatasetConfig, device: torch.device, batch_size: int | None) -> CachingOptions:
     """Return the options of the caching loop; nothing is removed as stale."""
-    return CachingOptions(
-        dataset_config=config.path,
-        device=str(device),
-        batch_size=batch_size,
-        num_workers=None,
-        skip_existing=False,
-        keep_cache=True,
-        verify=False,
-        disable_cudnn_backend=False,
-        check=False,
-        repair_captions=None,
-        page=CheckPageOptions(html=None, html_items=1),
-        shard=ShardOptions(num_shards=None, shard_index=None),
+    return CachingOptions.usual(
+        dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
     )
-
-
-def _conclude(report: CacheReport) -> None:
-    """Show the results. Raises DatasetError, in all processes, if a source failed."""
-    conclude(replace(report, foreign=0))  # files of other programs are no surprise here
-
-
-def _memory_stores(stores: Iterable[CacheStore]) -> list[MemoryStore]:
-    """Return the stores in memory that have entries, or will have those of other processes."""
-    parts = [part for store in stores if isinstance(store, SplitStore) for part in store.stores]
-    return [part for part in parts if isinstance(part, MemoryStore)]
 
 
 def _share_entries(stores: Sequence[MemoryStore]) -> None:
     """Give the entries of each process to all others, a few at a time."""
     with join_processes() as share:
-        if share.count > 1:
-            for store in stores:
-                _share_store(share, store)
-
-
-def _share_store(share: Share, store: MemoryStore) -> None:
-    mine = list(store.entries.items())
-    rounds = max(share.gather(-(-len(mine) // SENT_AT_ONCE)))
-    for number in range(rounds):
-        some = dict(mine[number * SENT_AT_ONCE : (number + 1) * SENT_AT_ONCE])
-        for theirs in share.gather(some):
-            store.entries.update({name: entry for name, entry in theirs.items() if name not in store.entries})
+        for store in stores if share.count > 1 else ():
+            mine = list(store.entries.items())
+            for number in range(max(share.gather(-(-len(mine) // SENT_AT_ONCE)))):
+                some = dict(mine[number * SENT_AT_ONCE : (number + 1) * SENT_AT_ONCE])
+                for theirs in share.gather(some):
+                    new = {name: entry for name, entry in theirs.items() if name not in store.entries}
+                    store.entries.update(new)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from dataset.cache.files import text_file_name
 from dataset.cache.store import Stores
-from dataset.caching.work import npz_names
+from dataset.caching.existing import npz_names
 from dataset.config import DatasetConfig
 from modules.contract.family import Family, LearningEncoder, TextEncoder, can_learn
 from modules.errors import OptionError
@@ -47,44 +47,32 @@ def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetC
     if not asked:
         return LiveTexts(encoders, learning, prefixes)
     if len(learning) == len(encoders):
-        _stay_cached(learning, options.parts is not None and options.parts.trains_dit)
+        # they do not learn because all texts are cached, as the guides' commands have it
+        names = ", ".join(encoder.name for encoder in learning)
+        if options.parts is None or not options.parts.trains_dit:
+            raise OptionError(
+                f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it out"
+            )
+        logger.info(
+            "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the transformer "
+            "is trained, as with %s. To train both leave out the caches.",
+            names,
+            UNET_ONLY,
+        )
         return None
     return LiveTexts(learning, learning, prefixes)
-
-
-def _stay_cached(learning: Sequence[LearningEncoder], trains_dit: bool) -> None:
-    """Say that encoders do not learn because all texts are cached, as the guides' commands have it.
-
-    Raises OptionError if nothing else is trained.
-    """
-    names = ", ".join(encoder.name for encoder in learning)
-    if not trains_dit:
-        raise OptionError(
-            f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it out"
-        )
-    logger.info(
-        "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the transformer is "
-        "trained, as with %s. To train both leave out the caches.",
-        names,
-        UNET_ONLY,
-    )
-
-
-def is_uncached(family: Family, options: TrainingOptions, config: DatasetConfig) -> bool:
-    """Return whether an image trainer finds no text caches and was not asked to make them."""
-    if not options.is_for_images or (options.caching is not None and options.caching.caches_texts):
-        return False
-    end = text_file_name("", family.cache_tag)
-    stores = Stores(npz_names(family))
-    return not any(name.endswith(end) for table in config.datasets for name in stores.of(table).names())
 
 
 def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
     """Return the encoders that stay loaded; None if all texts come from caches. Raises OptionError."""
     texts = choose_live_texts(family, options, config)
-    if texts is None and is_uncached(family, options, config):
-        texts = LiveTexts(_encoders(family, "there are no text caches"))
-    return texts
+    is_asked = options.caching is not None and options.caching.caches_texts
+    if texts is not None or is_asked or not options.is_for_images:
+        return texts
+    stores, end = Stores(npz_names(family)), text_file_name("", family.cache_tag)
+    if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):
+        return None
+    return LiveTexts(_encoders(family, "there are no text caches"))
 
 
 def text_use(family: Family, texts: LiveTexts | None) -> TextUse:

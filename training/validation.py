@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from dataset.batches.captions import RunPlace, change_captions
 from dataset.batches.finding import CachingCommands
 from dataset.batches.items import TrainingItem
+from dataset.batches.order import RunPlace, change_captions
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
 from modules.contract.rules import expert_at

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset.caching.given_tensors import describe_embeds, embeds_note
+from dataset.caching.existing import describe_embeds, embeds_note
 from dataset.caching.latents import require_finite
 from dataset.sources.cogvideox import CogRow
 from dataset.sources.media_source import EMBEDS, IMAGE_MOMENTS, MOMENTS

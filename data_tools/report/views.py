@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.report.looks import choose_evenly
-from dataset.batches.captions import changed_caption
+from dataset.batches.order import changed_caption
 from dataset.caching.prefetch import decode_ahead
 from dataset.caching.reports import CacheReport, Failure
 from dataset.config import DatasetConfig

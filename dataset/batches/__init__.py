@@ -1,9 +1,8 @@
 """Cached items in the order of training.
 
-captions: choose and change the text of each sample
 finding: find cached items for training by their file names
 items: training items in columns; tables encoded while training
-order: order of batches, from names and a seed; validation
+order: order of batches, captions of samples, what is validated on
 reading: read, verify and stack cached items when they are needed
 same_encoders: check that the same encoders made all caches
 """

@@ -1,8 +1,7 @@
 """The caching loop and its two halves.
 
-existing: existing caches by their sources; remove stale ones
-given_tensors: whether a family can use tensors computed before
-latents: encode the items without a valid latent cache
+existing: places of caches, existing ones, tensors computed before
+latents: from a source to the batches that families encode
 loop: encode media to latents and captions to embeddings
 on_ray: cache on a Ray cluster, by shards of the work
 planning: cache files of a source, and which are valid
@@ -10,5 +9,5 @@ prefetch: work ahead in threads; write in the background
 reports: report what a caching run did
 text_plans: text caches: valid, unfinished and missing outputs
 texts: encode the captions without a valid text cache
-work: caching in parts that any process can do
+work: encode the items without a valid latent cache
 """

@@ -1,27 +1,70 @@
-"""Existing caches of a table: latents by the stem of their source, from names; those that are stale go.
+"""What is there already: caches of a table by their sources, and tensors that were computed before.
 
-A file is removed only if its tensor names show that it is a cache file, and only if it was there before the
-run listed its sources.
+A cache is removed only if its tensor names show that it is one, and only if it was there before the run
+listed its sources. Moments and embeddings of other programs (load_tensors) are used if the family can.
 """
 
+import dataclasses
 import logging
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from dataset.cache.files import (
-    PART,
     Header,
     LatentName,
-    is_latent_cache,
-    is_text_cache,
-    is_text_name,
     latent_names,
-    parse_latent_name,
-    parse_more_text_name,
 )
-from dataset.cache.store import CacheStore
+from dataset.cache.forms import require_form
+from dataset.cache.npz import NpzNames
+from dataset.cache.records import difference
+from dataset.cache.store import CacheStore, Stores
+from dataset.caching.text_plans import CaptionFile
+from dataset.config import DatasetConfig, DatasetTable
+from dataset.sources.faults import Fault, raise_faults
 from dataset.sources.media_source import MediaSource
-from modules.contract.family import Described
-from modules.errors import CacheError
+from dataset.sources.prepared import PREPARED, explain_channels, read_prepared, read_tensor
+from modules.checkpoints.containers import load_pickled
+from modules.contract.data import Conditions, MediaTable
+from modules.contract.family import Described, Encodes, TextEncoder
+from modules.devices import dtype_name
+from modules.errors import CacheError, CheckpointError, DatasetError, MediaError
+from modules.text_files import parse_json, read_text
+
+logger = logging.getLogger(__name__)
+
+
+class Caches(Described, Encodes, Protocol):
+    """Functions that caching needs of a family."""
+
+
+@dataclass(frozen=True)
+class EntryPlaces:
+    """Where the entries of a run are kept."""
+
+    stores: Stores
+    trusts: bool = False  # shared files that are there are taken to be right, unread
+
+    def require_form(self, config: DatasetConfig, tag: str) -> None:
+        """Raise DatasetError if caches are there in another form than tables say that decide it."""
+        tables = tuple(table for table in config.datasets if table.index not in self.stores.given)
+        require_form(DatasetConfig(config.path, tables), tag)
+
+
+def npz_names(family: Caches) -> NpzNames:
+    """Return how a family's caches are named in npz files."""
+    # the keys may be known only if all encoders are given, which a check does not need
+    has_npz = family.latent.npz is not None
+    return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
+
+
+def places_of(family: Caches, places: EntryPlaces | None) -> EntryPlaces:
+    """Return where entries are kept: as given, else where the tables say."""
+    return places or EntryPlaces(Stores(npz_names(family)))
+
 
 # the latent cache files of one source, with what their names say but for the stem
 Names = Mapping[str, LatentName]
@@ -66,64 +109,8 @@ def names_of(existing: ExistingNames, source: MediaSource) -> Names:
     return existing[source.table.index].of(source.stem)
 
 
-logger = logging.getLogger(__name__)
-
-
-def remove_stale_latents(
-    store: CacheStore,
-    existing: LatentNames,
-    kind: str,
-    family: Described,
-    names: Container[str],
-    failed_stems: Container[str],
-) -> int:
-    """Remove latent caches not in `names`, except those of sources that failed in this run.
-
-    existing: those that were there before the sources were listed. Later additions of others are ignored.
-    kind: of the table, "image" or "video". Returns how many were removed.
-    """
-    tag = family.cache_tag
-    stale = existing.not_in(names, but_of=failed_stems)
-    store.sweep(lambda name: parse_latent_name(name, tag, kind) is not None)
-    return remove_caches(store, stale, family.name)
-
-
-def remove_caches(store: CacheStore, names: Iterable[str], architecture: str) -> int:
-    """Remove those of `names` whose tensor names show that they are latent caches of the family.
-
-    Returns how many were removed.
-    """
-    return _remove(store, names, lambda header: is_latent_cache(header, architecture))
-
-
-def list_texts(store: CacheStore, tag: str) -> frozenset[str]:
-    """Return the names of the family's text caches in a store, also of unfinished ones."""
-    return frozenset(name for name in store.names() if is_text_name(name.removesuffix(PART), tag))
-
-
-def remove_stale_texts(
-    store: CacheStore,
-    existing: Collection[str],
-    family: Described,
-    names: Container[str],
-    surplus_of: Container[str] | None = None,
-) -> int:
-    """Remove text caches not in `names`, also unfinished ones. Returns how many were removed.
-
-    existing: as `list_texts` gave them before the sources were listed; later additions of others are ignored.
-    surplus_of: only further captions of these sources (by stem), which have fewer captions now.
-    """
-    tag = family.cache_tag
-    stale = [name for name in sorted(existing) if name.removesuffix(PART) not in names]
-    if surplus_of is not None:
-        further = [(name, parse_more_text_name(name.removesuffix(PART), tag)) for name in stale]
-        stale = [name for name, parsed in further if parsed is not None and parsed[0] in surplus_of]
-    else:
-        store.sweep(lambda name: is_text_name(name.removesuffix(PART), tag))
-    return _remove(store, stale, lambda header: is_text_cache(header, family.name))
-
-
-def _remove(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header], bool]) -> int:
+def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header], bool]) -> int:
+    """Remove those of `names` whose tensor names show that they are caches; return how many were removed."""
     count = 0
     for name in names:
         if store.is_shared(name):
@@ -133,16 +120,181 @@ def _remove(store: CacheStore, names: Iterable[str], is_cache: Callable[[Header]
         except CacheError as error:
             if not store.has(name):  # another process has just removed it
                 continue
-            if store.holds_only_caches:
-                store.remove(name)
-                count += 1
-                continue
-            logger.warning(
-                "%s. It belongs to no item, but is kept because it may not be a cache file.",
-                error,
-            )
-            continue
+            is_ours = store.holds_only_caches
+            if not is_ours:
+                logger.warning(
+                    "%s. It belongs to no item, but is kept because it may not be a cache file.", error
+                )
         if is_ours:
             store.remove(name)
             count += 1
     return count
+
+
+def refuse_moments(family: Caches, table: DatasetTable) -> None:
+    """Raise DatasetError if the table has load_tensors and the family cannot use moments."""
+    if table.load_tensors and family.moments.refusal is not None:
+        raise DatasetError(f"{table.name}: load_tensors cannot be used: {family.moments.refusal}.")
+
+
+def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:
+    """Return the sources with those of their tensors that the family's latents are made from.
+
+    Raises DatasetError if it cannot use moments, if they are visibly of another model's VAE, or if moments of
+    first frames are needed and missing. A file that cannot be read is left to caching.
+    """
+    given = [source for source in sources if source.tensors is not None]
+    if not given:
+        return list(sources)
+    refuse_moments(family, given[0].table)
+    for folder, source in {one.tensors.folder: one for one in reversed(given) if one.tensors}.items():
+        _check_vae(family, folder, source)
+    if family.moments.with_image:
+        kind = "moments of first frames are missing, which this model's image-to-video caches hold"
+        images = [(one.stem, one.tensors.image) for one in given if one.tensors is not None]
+        raise_faults(
+            [
+                Fault(kind, str(image), stem)
+                for stem, image in images
+                if image is not None and not image.exists()
+            ]
+        )
+        return list(sources)
+    return [
+        source
+        if source.tensors is None
+        else dataclasses.replace(source, tensors=dataclasses.replace(source.tensors, uses_image=False))
+        for source in sources
+    ]
+
+
+def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
+    """Raise DatasetError if the moments in a folder are of another model's VAE."""
+    assert source.tensors is not None
+    path = source.tensors.moments
+    try:
+        channels = next((size for size in read_tensor(path).shape[-4:]), 0)
+    except MediaError:
+        return  # reported with the other files
+    if channels != 2 * family.latent.channels:
+        raise DatasetError(
+            f"{source.table.name}: {path} has {channels} channels, but "
+            f"{explain_channels(channels, family.latent)}."
+        )
+    prepared = read_prepared(folder)
+    if prepared is None or prepared.architecture is None:
+        logger.warning(
+            "%s: nothing in %s says which VAE made %s. They are used as moments of the VAE of %s; of another "
+            "one, the model would learn noise.",
+            source.table.name,
+            folder,
+            path.parent.name,
+            family.name,
+        )
+        return
+    if prepared.architecture != family.name:
+        raise DatasetError(
+            f"{source.table.name}: {path.parent} was made by the VAE of {prepared.architecture} "
+            f"({folder / PREPARED}), this is {family.name}. Prepare the data with this model, or leave out "
+            "load_tensors."
+        )
+    theirs, ours = prepared.vae.get("vae"), family.media_identity.get("vae")
+    if theirs != ours:
+        logger.warning(
+            "%s: %s was made with another file of the VAE of %s than --vae. That is right only if both hold "
+            "the same weights, such as in another format or precision.",
+            source.table.name,
+            path.parent,
+            family.name,
+        )
+
+
+def embeds_note(path: Path) -> Path:
+    """Return the file that names the texts of the embeddings in `path`: NAME.json beside NAME.pt."""
+    return path.with_suffix(".json")
+
+
+def describe_embeds(
+    caption: str,
+    architecture: str,
+    identities: Mapping[str, Mapping[str, str]],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Return the content of that file. identities: of the encoders by name. tensors: by key."""
+    return {
+        "caption": caption,
+        "architecture": architecture,
+        "encoders": {name: dict(identity) for name, identity in identities.items()},
+        "tensors": {key: _shape_of(tensor) for key, tensor in tensors.items()},
+    }
+
+
+def read_embeds(
+    file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
+) -> tuple[Conditions | None, str | None]:
+    """Return the encoder's outputs for a caption, if computed before, or the reason against them.
+
+    Both are None if there is nothing. Only unchanged embeddings of this encoder and this caption are used;
+    others are ignored, as they do not name their origin.
+    """
+    if file.embeds is None:
+        return None, None
+    note = embeds_note(file.embeds)
+    if not note.exists():
+        return None, f"nothing beside it says which encoder made it ({note.name} is missing)"
+    try:
+        content = parse_json(read_text(note))
+        changed = difference(content["encoders"].get(encoder.name, {}), identity)
+        if changed is not None:
+            return None, f"it was made by another encoder: {changed}"
+        if content["caption"] != file.caption:
+            return None, f"it is of the caption {content['caption']!r}, which now is {file.caption!r}"
+        stated = {key: content["tensors"][key] for key in encoder.keys}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"{note.name} cannot be read ({type(error).__name__}: {error})"
+    try:
+        tensors = load_pickled(file.embeds)
+    except CheckpointError as error:
+        return None, str(error)
+    if isinstance(tensors, Tensor) and len(encoder.keys) == 1:
+        tensors = dict.fromkeys(encoder.keys, tensors)
+    if not isinstance(tensors, dict):
+        return None, f"it holds {type(tensors).__name__}, not tensors by name"
+    found: dict[str, Tensor | list[Tensor]] = {}
+    for key in encoder.keys:
+        tensor = tensors.get(key)
+        if not isinstance(tensor, Tensor) or _shape_of(tensor) != stated[key]:
+            return None, f"its {key} is not what {note.name} says"
+        # a copy: a file that is mapped can change
+        found[key] = [tensor.clone()] if key in encoder.variable_length else tensor.clone()
+    return found, None
+
+
+def _shape_of(tensor: Tensor) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
+
+
+def refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
+    """Raise DatasetError if the items to cache change each time. keys: that make it so."""
+    if keys:
+        raise DatasetError(
+            f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "
+            "cached. Leave out the keys, or train without caching these."
+        )
+
+
+def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
+    """Return a table's facts for families. has_control: whether its items have control media."""
+    return MediaTable(
+        name=table.name,
+        kind=table.kind,
+        has_control=has_control,
+        target_frames=()
+        if table.kind == "image" or table.frame_extraction == "full"
+        else table.target_frames,
+        max_frames=table.max_frames if table.kind == "video" and table.frame_extraction == "full" else None,
+        window=table.fp_latent_window_size,
+        clean_indices=table.fp_1f_clean_indices or (),
+        target_index=table.fp_1f_target_index,
+        has_post=not table.fp_1f_no_post,
+    )

@@ -1,42 +1,31 @@
-"""Encode the items without a valid latent cache.
+"""From a source to what a family encodes: decode it, cut its items out, put those of one size together."""
 
-Threads decode ahead, batches hold items of one size, and files are written while later batches are encoded.
-"""
-
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from dataset.cache.files import FLIPPED, FORMAT_VERSION, SUFFIX, LatentName, checksum, tensor_name
-from dataset.cache.index import fingerprint
+from dataset.cache.files import (
+    FLIPPED,
+)
 from dataset.cache.records import (
     ClipFacts,
     FileIdentity,
-    LatentRecord,
     identify,
-    latent_facts,
-    latent_metadata,
 )
-from dataset.cache.store import CacheStore
-from dataset.caching.existing import ExistingNames, Names, names_of, remove_caches
-from dataset.caching.planning import Caches, Recipe, SourcePlan, complete, media_table
-from dataset.caching.prefetch import WriteBehind, check_memory, decode_ahead
-from dataset.caching.reports import Failure
+from dataset.caching.existing import Caches, Names, media_table
+from dataset.caching.planning import Recipe, SourcePlan, complete
+from dataset.caching.prefetch import check_memory
 from dataset.config import DatasetTable
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted
-from dataset.sources.masks import shrink_mask
 from dataset.sources.prepared import measure, read_moments
-from modules.bars import Bar
 from modules.checkpoints.finite import is_finite
-from modules.contract.data import LOSS_MASK, CacheEntry, MediaBatch, MediaEncoders, MomentsBatch
+from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
 
@@ -139,23 +128,6 @@ def cut(media: DecodedSource, span: Span) -> Crop:
     )
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """An item that waits until its batch is full."""
-
-    table: DatasetTable
-    name: LatentName
-    span: Span
-    record: LatentRecord  # without checksums
-    crop: Crop
-    there: Names  # its existing cache files
-
-    @property
-    def size_bytes(self) -> int:
-        mask = 0 if self.crop.mask is None else self.crop.mask.nbytes
-        return mask + sum(tensor.nbytes for tensor in self.crop.tensors)
-
-
 class EncodersOnDemand:
     """The media encoders of a family, loaded when the first item is encoded."""
 
@@ -173,135 +145,6 @@ class EncodersOnDemand:
         """Free the encoders and their memory; the next `get` loads them again."""
         self._loaded = None
         free_memory(self._device)
-
-
-class LatentEncoding:
-    """One run over the sources that need encoding. Its public attributes report the results."""
-
-    def __init__(
-        self, family: Caches, recipe: Recipe, encoders: EncodersOnDemand, batch_size: int | None
-    ) -> None:
-        self.finished: list[SourcePlan] = []
-        self.failures: list[Failure] = []
-        self.written: set[tuple[int, str]] = set()  # table index and name of each file
-        self._family = family
-        self._recipe = recipe
-        self._batch_size = batch_size
-        self._encoders = encoders
-        # by what the items of a batch must have in common
-        self._pending: dict[tuple[object, ...], list[_Pending]] = {}
-        self._writer = WriteBehind()
-
-    def run(
-        self, plans: Sequence[SourcePlan], existing: ExistingNames, workers: int, show_progress: bool
-    ) -> None:
-        """Decode and encode the missing entries of the plans. Sources that cannot be read become failures.
-
-        Raises CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
-        """
-
-        def work(plan: SourcePlan) -> Decoded:
-            return decode(plan, names_of(existing, plan.source), self._recipe)
-
-        bar = Bar(len(plans), "Encoding", "source", show_progress)
-        ahead = decode_ahead(plans, lambda plan: plan.source, work, workers, bar)
-        with self._writer, contextlib.closing(ahead), torch.no_grad():
-            for _, result in ahead:
-                if isinstance(result, Failure):
-                    self.failures.append(result)
-                else:
-                    self._add(result, names_of(existing, result.plan.source))
-                del result  # frees its frames before waiting for the next source
-            for group in list(self._pending):
-                self._encode(group)
-
-    def _add(self, decoded: Decoded, there: Names) -> None:
-        """Put the missing items of a source into their batches; encode full batches."""
-        plan, media, recipe, table = decoded.plan, decoded.media, self._recipe, decoded.plan.source.table
-        self.finished.append(plan)
-        for span in plan.missing or ():
-            of_name = (media.size, None) if table.kind == "image" else (media.bucket, span)
-            options = recipe.options(plan.source, media.size, media.bucket, span)
-            item = _Pending(
-                table,
-                LatentName(plan.source.stem, *of_name),
-                span,
-                LatentRecord(recipe.encoder, options, decoded.files, decoded.clip, parts=0, crc32={}),
-                decoded.crops[span] if span in decoded.crops else cut(media, span),
-                {file: other for file, other in there.items() if (other.size, other.span) == of_name},
-            )
-            group = (table.index, *(tensor.shape for tensor in item.crop.tensors))
-            self._pending.setdefault(group, []).append(item)
-            if len(self._pending[group]) >= (self._batch_size or table.batch_size):
-                self._encode(group)
-        sizes = {group: sum(item.size_bytes for item in items) for group, items in self._pending.items()}
-        if sum(sizes.values()) > PARTIAL_BYTES:
-            self._encode(max(sizes, key=lambda group: sizes[group]))
-
-    def _encode(self, group: tuple[object, ...]) -> None:
-        items = self._pending.pop(group)
-        table, crops = items[0].table, [item.crop for item in items]
-        # the names of the files, but for the sections that the family may make
-        keys = [item.name.file_name(self._recipe.tag).removesuffix(SUFFIX) for item in items]
-        if crops[0].moments:
-            moments = [torch.stack(found) for found in zip(*(crop.moments for crop in crops), strict=True)]
-            given = MomentsBatch(moments[0], tuple(keys), *moments[1:])
-            encoded = [[entry] for entry in self._family.latents_from_moments(given)]
-        else:
-            encoders, media = (
-                self._encoders.get(),
-                batch_media(crops, keys, [item.span for item in items], table),
-            )
-            encoded = self._family.encode_media(encoders, media)
-            if table.augmentation.flip:
-                mirrored = self._family.encode_media(encoders, mirror_media(media))
-                encoded = [
-                    [add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
-                    for sides in zip(encoded, mirrored, strict=True)
-                ]
-        for item, entries in zip(items, encoded, strict=True):
-            self._submit(item, entries)
-
-    def _submit(self, item: _Pending, entries: Sequence[CacheEntry]) -> None:
-        """Have an item's files written, and then its other files removed: sections that it no longer has."""
-        names, crop = set(), item.crop
-        store = self._recipe.stores.of(item.table)
-        mask = None if crop.mask is None else shrink_mask(crop.mask, self._recipe.latent.stride)
-        record = dataclasses.replace(item.record, parts=len(entries))
-        for entry in entries:
-            name = dataclasses.replace(item.name, section=entry.section)
-            tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
-            if mask is not None:
-                tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
-            whole = dataclasses.replace(entry, tensors=tensors)
-            self._writer.submit(partial(self._write, store, name, record, whole))
-            names.add(name.file_name(self._recipe.tag))
-        self.written |= {(item.table.index, name) for name in names}
-        surplus = [name for name in item.there if name not in names]
-        if surplus:
-            self._writer.submit(partial(remove_caches, store, surplus, self._family.name))
-
-    def _write(self, store: CacheStore, name: LatentName, record: LatentRecord, entry: CacheEntry) -> None:
-        """Write one latent cache with its record.
-
-        Raises OutputError, or CacheError if a value is NaN or infinite.
-        """
-        file = name.file_name(self._recipe.tag)
-        for key, tensor in entry.tensors.items():
-            require_finite(tensor, file, key)
-        named = {tensor_name(key, tensor, grid=entry.grid): tensor for key, tensor in entry.tensors.items()}
-        metadata = {
-            "architecture": self._family.name,
-            "width": str(name.size[0]),
-            "height": str(name.size[1]),
-            "format_version": FORMAT_VERSION,
-        }
-        if name.span is not None:
-            metadata["frame_count"] = str(name.span[1])
-        sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
-        store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
-        sources = fingerprint((one.size_bytes, one.mtime_ns) for one in record.files)
-        self._recipe.index.of(store).note_written(file, store.stamp(file), sources, latent_facts(record))
 
 
 def batch_media(

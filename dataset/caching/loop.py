@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dataset.caching.planning import Caches
+from dataset.caching.existing import Caches, EntryPlaces
 from dataset.caching.reports import CacheReport, join_reports
 from dataset.caching.texts import TextWork
-from dataset.caching.work import EntryPlaces, MediaWork
+from dataset.caching.work import MediaWork
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
 from modules.devices import choose_device

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset.caching.planning import Caches
+from dataset.caching.existing import Caches
 from dataset.caching.reports import CacheReport
 from dataset.caching.texts import TextWork
 from dataset.caching.work import MediaWork

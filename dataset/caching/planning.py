@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from dataset.cache.files import Entry, LatentName
 from dataset.cache.index import Indexes, fingerprint
@@ -25,7 +25,7 @@ from dataset.cache.records import (
     verify_tensors,
 )
 from dataset.cache.store import Stores
-from dataset.caching.existing import ExistingNames, Names, names_of
+from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import run_ahead
 from dataset.caching.reports import Failure
 from dataset.config import DatasetTable
@@ -35,17 +35,12 @@ from dataset.sources.media_source import MediaSource, pause_collection
 from dataset.sources.prepared import GivenClip, measure_source
 from modules.bars import Bar
 from modules.contract.data import LOSS_MASK, LatentSpec, MediaTable
-from modules.contract.family import Described, Encodes
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 
 FLIP = "flip"  # in the options of a record: mirrored latents are there too
 AT_ONCE = 64  # sources that a thread compares one after the other: handing each over takes as long
-
-
-class Caches(Described, Encodes, Protocol):
-    """Functions that caching needs of a family."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +63,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", Indexes("latents", latent_record_of, not self.verify))
-
-    def options(self, source: MediaSource, size: Size, bucket: Size, span: Span) -> dict[str, Any]:
-        """Return the record of an item without the encoders."""
-        return {"size": [*size], "bucket": [*bucket], "span": [*span], **self.table_options(source)}
 
     def table_options(self, source: MediaSource) -> dict[str, Any]:
         """Return those of a source's options that are the same for most sources of its table."""
@@ -114,7 +105,8 @@ class Recipe:
         key = (id(record), source.table.index, source.mask_from, size, bucket, span)
         if is_known and key in self._compared:
             return self._compared[key]
-        options, then = self.options(source, size, bucket, span), dict(record.options)
+        options = {"size": [*size], "bucket": [*bucket], "span": [*span], **self.table_options(source)}
+        then = dict(record.options)
         if FLIP not in options:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
         found = difference(record.encoder, self.encoder) or options_difference(then, options, self.latent)
@@ -396,20 +388,3 @@ class _Planning:
             if read is not None and read.files and is_unchanged(read.files[0], *self.source.parts[0]):
                 return name.size
         return None
-
-
-def media_table(table: DatasetTable, has_control: bool = False) -> MediaTable:
-    """Return a table's facts for families. has_control: whether its items have control media."""
-    return MediaTable(
-        name=table.name,
-        kind=table.kind,
-        has_control=has_control,
-        target_frames=()
-        if table.kind == "image" or table.frame_extraction == "full"
-        else table.target_frames,
-        max_frames=table.max_frames if table.kind == "video" and table.frame_extraction == "full" else None,
-        window=table.fp_latent_window_size,
-        clean_indices=table.fp_1f_clean_indices or (),
-        target_index=table.fp_1f_target_index,
-        has_post=not table.fp_1f_no_post,
-    )

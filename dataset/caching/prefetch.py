@@ -143,7 +143,9 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
 
 def check_memory(source: MediaSource) -> None:
     """Raise MediaError if a clip's frames do not fit into memory, before the system kills the program."""
-    needed, limit = estimate_decoded_bytes(source), machine_bytes()
+    needed, limit = estimate_decoded_bytes(source), 0
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # else unknown
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if limit and needed > 0.6 * limit:
         width, height = source.table.resolution
         raise MediaError(
@@ -151,14 +153,6 @@ def check_memory(source: MediaSource) -> None:
             f"has {limit / 1e9:.0f} GB. "
             'Cut it into shorter clips, or use frame_extraction = "head".'
         )
-
-
-def machine_bytes() -> int | None:
-    """Return the bytes of physical memory; None if unknown."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _frames_in_header(source: MediaSource) -> float:

@@ -51,14 +51,19 @@ class CacheReport:
 
 def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool = True) -> CacheReport:
     """Join the reports of several processes to one."""
+
+    def all_of(name: str) -> tuple[Failure, ...]:
+        found = [one for report in reports for one in getattr(report, name)]
+        return tuple(sorted(found, key=lambda failure: str(failure.path)))
+
     return CacheReport(
         written=sum(report.written for report in reports),
         kept=sum(report.kept for report in reports),
         foreign=sum(report.foreign for report in reports),
         removed=removed,
-        failures=tuple(sorted((one for report in reports for one in report.failures), key=_by_path)),
-        dropped=tuple(sorted((one for report in reports for one in report.dropped), key=_by_path)),
-        shortened=tuple(sorted((one for report in reports for one in report.shortened), key=_by_path)),
+        failures=all_of("failures"),
+        dropped=all_of("dropped"),
+        shortened=all_of("shortened"),
         share=sum(report.share for report in reports),
         whole=max((report.whole for report in reports), default=0),
         is_main=is_main,
@@ -107,7 +112,3 @@ def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
         f"{len(failures)} of the {things} could not be used; all others are done:\n  {lines}\n"
         "  Repair or remove these files, then run the same command again."
     )
-
-
-def _by_path(failure: Failure) -> str:
-    return str(failure.path)

@@ -55,32 +55,33 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
 
     First captions come first, so that their batches are those of a table without more texts.
     """
-    tables: dict[int, list[MediaSource]] = {}
+    of_tables: dict[int, list[MediaSource]] = {}
     for source in sources:
-        tables.setdefault(source.table.index, []).append(source)
+        of_tables.setdefault(source.table.index, []).append(source)
+    files: list[CaptionFile] = []
     with pause_collection():
-        return [one for found in tables.values() for one in _files_of_table(found[0].table, found, tag)]
-
-
-def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: str) -> list[CaptionFile]:
-    files = []
-    alone = table.caption_settings
-    for source in sources:
-        captions = (source.caption, *source.more_captions)
-        settings = alone if len(captions) == 1 else {**alone, "captions": len(captions)}
-        for number, caption in enumerate(captions):
-            path = text_file_name(source.stem, tag, number)
-            embeds = None if source.tensors is None or number else source.tensors.embeds
-            pass_over = min(number, 1)
-            files.append(
-                CaptionFile(
-                    table, path, source.stem, caption, source.caption_path, settings, pass_over, embeds
+        for found in of_tables.values():
+            table, passes = found[0].table, (list[CaptionFile](), list[CaptionFile]())
+            for source in found:
+                captions = (source.caption, *source.more_captions)
+                settings = table.caption_settings
+                if len(captions) > 1:
+                    settings = {**settings, "captions": len(captions)}
+                for number, caption in enumerate(captions):
+                    name = text_file_name(source.stem, tag, number)
+                    embeds = None if source.tensors is None or number else source.tensors.embeds
+                    first = min(number, 1)
+                    passes[first].append(
+                        CaptionFile(
+                            table, name, source.stem, caption, source.caption_path, settings, first, embeds
+                        )
+                    )
+            files += [*passes[0], *passes[1]]
+            if table.drops_captions:
+                files.append(
+                    CaptionFile(table, empty_text_name(tag), "the empty prompt", "", None, pass_over=2)
                 )
-            )
-    if table.drops_captions:
-        path = empty_text_name(tag)
-        files.append(CaptionFile(table, path, "the empty prompt", "", None, pass_over=2))
-    return sorted(files, key=lambda file: file.pass_over)
+    return files
 
 
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[CaptionFile]:

@@ -15,12 +15,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.cache.files import FORMAT_VERSION, Entry, Header, checksum, part_name, tensor_key, tensor_name
+from dataset.cache.files import (
+    FORMAT_VERSION,
+    PART,
+    Entry,
+    Header,
+    checksum,
+    is_text_cache,
+    is_text_name,
+    parse_more_text_name,
+    part_name,
+    tensor_key,
+    tensor_name,
+)
 from dataset.cache.records import TextRecord, identify, text_metadata, text_records
-from dataset.caching.existing import list_texts, remove_stale_texts
-from dataset.caching.given_tensors import read_embeds
+from dataset.caching.existing import (
+    Caches,
+    EntryPlaces,
+    places_of,
+    read_embeds,
+    refuse_changing,
+    remove_caches,
+)
 from dataset.caching.latents import require_finite
-from dataset.caching.planning import AT_ONCE, Caches
+from dataset.caching.planning import AT_ONCE
 from dataset.caching.prefetch import WriteBehind, run_ahead
 from dataset.caching.reports import NAMED, CacheReport
 from dataset.caching.text_plans import (
@@ -30,14 +48,7 @@ from dataset.caching.text_plans import (
     distinct_texts,
     list_caption_files,
 )
-from dataset.caching.work import (
-    EncodedPart,
-    EntryPlaces,
-    list_sources,
-    places_of,
-    refuse_changing,
-    workers_of,
-)
+from dataset.caching.work import EncodedPart, list_sources, workers_of
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.captions import describe_cut
@@ -77,7 +88,12 @@ class TextWork:
         places = places_of(family, places)
         self.stores = places.stores
         self._existing: Mapping[int, Collection[str]] = {
-            table.index: list_texts(self.stores.of(table), family.cache_tag) for table in config.datasets
+            table.index: [
+                name
+                for name in self.stores.of(table).names()
+                if is_text_name(name.removesuffix(PART), family.cache_tag)
+            ]
+            for table in config.datasets
         }
         for table in config.datasets:
             refuse_changing(table, table.changes.varying_keys, "texts")
@@ -122,7 +138,10 @@ class TextWork:
                 self._take_given(encoder, identity, files, to_do, writer)
                 if not to_do:
                     continue
-                self._load(encoder)
+                if self._loaded is not encoder:
+                    self.free()
+                    self._loaded = encoder  # before it is loaded: what a failure leaves is freed too
+                    encoder.load(self._device)
                 texts = [file for file in files if file.path in to_do]
                 warn_cut_captions(
                     encoder, [(file.caption_path or file.name, file.caption or "") for file in texts]
@@ -149,21 +168,21 @@ class TextWork:
         """
         stems = {one.stem for one in self._sources if one.table.index == table.index}
         names = {file.file_name for file in self._files if file.table.index == table.index}
-        store, existing = self.stores.of(table), self._existing[table.index]
-        return remove_stale_texts(store, existing, self._family, names, stems if keep_cache else None)
+        store, tag = self.stores.of(table), self._family.cache_tag
+        # unfinished ones too
+        stale = [one for one in sorted(self._existing[table.index]) if one.removesuffix(PART) not in names]
+        if keep_cache:
+            further = [(name, parse_more_text_name(name.removesuffix(PART), tag)) for name in stale]
+            stale = [name for name, parsed in further if parsed is not None and parsed[0] in stems]
+        else:
+            store.sweep(lambda name: is_text_name(name.removesuffix(PART), tag))
+        return remove_caches(store, stale, partial(is_text_cache, architecture=self._family.name))
 
     def free(self) -> None:
         """Free the encoder that is loaded, if any."""
         if self._loaded is not None:
             self._loaded.free()
             self._loaded = None
-
-    def _load(self, encoder: TextEncoder) -> None:
-        if self._loaded is encoder:
-            return
-        self.free()
-        self._loaded = encoder  # before it is loaded: what a failure leaves is freed too
-        encoder.load(self._device)
 
     def _plan(self, files: Sequence[CaptionFile]) -> list[EncodingPlan]:
         """Compare all texts with their files; finish those that need nothing else. Returns the plans of those

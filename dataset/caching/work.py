@@ -5,30 +5,69 @@ Names of existing caches are listed before the sources are: an entry that was th
 was there, so additions meanwhile never count as stale.
 """
 
+import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from dataset.cache.forms import require_form
-from dataset.cache.npz import NpzNames
-from dataset.cache.store import Stores
-from dataset.caching.existing import ExistingNames, LatentNames, remove_stale_latents
-from dataset.caching.given_tensors import refuse_moments, use_moments
-from dataset.caching.latents import EncodersOnDemand, LatentEncoding
-from dataset.caching.planning import Caches, Recipe, SourcePlan, media_table, plan_all
+from dataset.cache.files import (
+    FORMAT_VERSION,
+    SUFFIX,
+    LatentName,
+    checksum,
+    is_latent_cache,
+    parse_latent_name,
+    tensor_name,
+)
+from dataset.cache.index import fingerprint
+from dataset.cache.records import LatentRecord, latent_facts, latent_metadata
+from dataset.cache.store import CacheStore
+from dataset.caching.existing import (
+    Caches,
+    EntryPlaces,
+    ExistingNames,
+    LatentNames,
+    Names,
+    media_table,
+    names_of,
+    places_of,
+    refuse_changing,
+    refuse_moments,
+    remove_caches,
+    use_moments,
+)
+from dataset.caching.latents import (
+    PARTIAL_BYTES,
+    Crop,
+    Decoded,
+    EncodersOnDemand,
+    add_mirrored,
+    batch_media,
+    cut,
+    decode,
+    mirror_media,
+    require_finite,
+)
+from dataset.caching.planning import Recipe, SourcePlan, plan_all
+from dataset.caching.prefetch import WriteBehind, read_ahead
 from dataset.caching.reports import CacheReport, Failure
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
 from dataset.sources.faults import LISTED, Fault, list_faults
-from dataset.sources.frames import find_wrong_rates
+from dataset.sources.frames import Span, find_wrong_rates
 from dataset.sources.listing import find_all_sources, warn_captions
+from dataset.sources.masks import shrink_mask
 from dataset.sources.media_source import MediaSource
 from modules.atomic_write import free_bytes
+from modules.bars import Bar
 from modules.console import Row, as_size, show_box
+from modules.contract.data import LOSS_MASK, CacheEntry, MomentsBatch
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 
@@ -38,24 +77,28 @@ NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 
 @dataclass(frozen=True)
-class EntryPlaces:
-    """Where the entries of a run are kept."""
-
-    stores: Stores
-    trusts: bool = False  # shared files that are there are taken to be right, unread
-
-    def require_form(self, config: DatasetConfig, tag: str) -> None:
-        """Raise DatasetError if caches are there in another form than tables say that decide it."""
-        tables = tuple(table for table in config.datasets if table.index not in self.stores.given)
-        require_form(DatasetConfig(config.path, tables), tag)
-
-
-@dataclass(frozen=True)
 class EncodedPart:
     """Results for a part of the sources."""
 
     report: CacheReport
     right: frozenset[tuple[int, str]]  # table index and name of each valid entry
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An item that waits until its batch is full."""
+
+    table: DatasetTable
+    name: LatentName
+    span: Span
+    record: LatentRecord  # without checksums
+    crop: Crop
+    there: Names  # its existing cache files
+
+    @property
+    def size_bytes(self) -> int:
+        mask = 0 if self.crop.mask is None else self.crop.mask.nbytes
+        return mask + sum(tensor.nbytes for tensor in self.crop.tensors)
 
 
 class MediaWork:
@@ -99,6 +142,9 @@ class MediaWork:
         self.index = self._recipe.index
         self._family, self._config, self._options, self._device = family, config, options, device
         self._encoders = EncodersOnDemand(family, device)
+        # items that wait, by what those of a batch must have in common
+        self._pending: dict[tuple[object, ...], list[_Pending]] = {}
+        self._written: set[tuple[int, str]] = set()  # table index and name of each file of this `encode`
 
     def encode(self, pieces: Sequence[MediaSource], who: str | None) -> EncodedPart:
         """Encode every item of some sources that has no valid entry.
@@ -121,23 +167,31 @@ class MediaWork:
                 ("device", str(self._device)),
             ]
             show_box("Caching latents", rows)
-        encoding = LatentEncoding(self._family, self._recipe, self._encoders, self._options.batch_size)
+        finished = [plan for plan in plans if plan.missing == ()]
+        self._pending.clear()
+        self._written.clear()
         if to_do:
-            encoding.run(to_do, self._existing, workers, shows)
-        finished = [plan for plan in plans if plan.missing == ()] + encoding.finished
-        _log_outdated(finished)
+            more, unreadable = self._encode_all(to_do, workers, shows)
+            finished, failures = finished + more, failures + unreadable
+        reasons = [plan.outdated for plan in finished if plan.outdated is not None]
+        if reasons:  # so that the extra work is explained
+            logger.info(
+                "%d sources had outdated cache files, which were made again. The first: %s",
+                len(reasons),
+                reasons[0],
+            )
         report = CacheReport(
-            written=len(encoding.written),
+            written=len(self._written),
             kept=sum(len(plan.kept) for plan in finished),
             foreign=sum(plan.foreign for plan in finished),
-            failures=(*failures, *encoding.failures),
+            failures=tuple(failures),
             dropped=tuple(Failure.of(one.source, one.reason) for one in finished if one.reason is not None),
             shortened=tuple(Failure.of(one.source, one.short) for one in finished if one.short is not None),
             share=len(pieces),
             whole=len(self.pieces),
         )
         kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
-        return EncodedPart(report, frozenset(kept | encoding.written))
+        return EncodedPart(report, frozenset(kept | self._written))
 
     def remove_stale(
         self, table: DatasetTable, done: Sequence[EncodedPart], failed: Collection[str], keep_cache: bool
@@ -149,12 +203,137 @@ class MediaWork:
         if keep_cache:
             return 0
         belongs = {name for one in done for index, name in one.right if index == table.index}
-        store, existing = self.stores.of(table), self._existing[table.index]
-        return remove_stale_latents(store, existing, table.kind, self._family, belongs, failed)
+        store, family = self.stores.of(table), self._family
+        stale = self._existing[table.index].not_in(belongs, but_of=failed)
+        store.sweep(lambda name: parse_latent_name(name, family.cache_tag, table.kind) is not None)
+        return remove_caches(store, stale, partial(is_latent_cache, architecture=family.name))
 
     def free(self) -> None:
         """Free the encoders."""
         self._encoders.free()
+
+    def _encode_all(
+        self, plans: Sequence[SourcePlan], workers: int, shows: bool
+    ) -> tuple[list[SourcePlan], list[Failure]]:
+        """Decode and encode the missing entries of the plans; return the finished ones.
+
+        Threads decode ahead, batches hold items of one size, and files are written while later batches are
+        encoded. Sources that cannot be read become failures.
+        """
+        finished: list[SourcePlan] = []
+        failures: list[Failure] = []
+
+        def work(plan: SourcePlan) -> Decoded:
+            return decode(plan, names_of(self._existing, plan.source), self._recipe)
+
+        bar = Bar(len(plans), "Encoding", "source", shows)
+        ahead = read_ahead(plans, lambda plan: plan.source, work, workers, bar, decodes=True)
+        with WriteBehind() as writer, contextlib.closing(ahead), torch.no_grad():
+            for _, result in ahead:
+                if isinstance(result, Failure):
+                    failures.append(result)
+                else:
+                    finished.append(result.plan)
+                    self._add(result, writer)
+                del result  # frees its frames before waiting for the next source
+            for group in list(self._pending):
+                self._encode(group, writer)
+        return finished, failures
+
+    def _add(self, decoded: Decoded, writer: WriteBehind) -> None:
+        """Put the missing items of a source into their batches; encode full batches."""
+        plan, media, recipe, table = decoded.plan, decoded.media, self._recipe, decoded.plan.source.table
+        there = names_of(self._existing, plan.source)
+        of_table = recipe.table_options(plan.source)
+        for span in plan.missing or ():
+            of_name = (media.size, None) if table.kind == "image" else (media.bucket, span)
+            options = {"size": [*media.size], "bucket": [*media.bucket], "span": [*span]}
+            item = _Pending(
+                table,
+                LatentName(plan.source.stem, *of_name),
+                span,
+                LatentRecord(
+                    recipe.encoder, options | of_table, decoded.files, decoded.clip, parts=0, crc32={}
+                ),
+                decoded.crops[span] if span in decoded.crops else cut(media, span),
+                {file: other for file, other in there.items() if (other.size, other.span) == of_name},
+            )
+            group = (table.index, *(tensor.shape for tensor in item.crop.tensors))
+            self._pending.setdefault(group, []).append(item)
+            if len(self._pending[group]) >= (self._options.batch_size or table.batch_size):
+                self._encode(group, writer)
+        sizes = {group: sum(item.size_bytes for item in items) for group, items in self._pending.items()}
+        if sum(sizes.values()) > PARTIAL_BYTES:
+            self._encode(max(sizes, key=lambda group: sizes[group]), writer)
+
+    def _encode(self, group: tuple[object, ...], writer: WriteBehind) -> None:
+        items = self._pending.pop(group)
+        table, crops = items[0].table, [item.crop for item in items]
+        # the names of the files, but for the sections that the family may make
+        keys = [item.name.file_name(self._recipe.tag).removesuffix(SUFFIX) for item in items]
+        if crops[0].moments:
+            moments = [torch.stack(found) for found in zip(*(crop.moments for crop in crops), strict=True)]
+            given = MomentsBatch(moments[0], tuple(keys), *moments[1:])
+            encoded = [[entry] for entry in self._family.latents_from_moments(given)]
+        else:
+            encoders, media = (
+                self._encoders.get(),
+                batch_media(crops, keys, [item.span for item in items], table),
+            )
+            encoded = self._family.encode_media(encoders, media)
+            if table.augmentation.flip:
+                mirrored = self._family.encode_media(encoders, mirror_media(media))
+                encoded = [
+                    [add_mirrored(one, other) for one, other in zip(*sides, strict=True)]
+                    for sides in zip(encoded, mirrored, strict=True)
+                ]
+        for item, entries in zip(items, encoded, strict=True):
+            self._submit(item, entries, writer)
+
+    def _submit(self, item: _Pending, entries: Sequence[CacheEntry], writer: WriteBehind) -> None:
+        """Have an item's files written, and then its other files removed: sections that it no longer has."""
+        names, crop = set(), item.crop
+        store = self._recipe.stores.of(item.table)
+        mask = None if crop.mask is None else shrink_mask(crop.mask, self._recipe.latent.stride)
+        record = dataclasses.replace(item.record, parts=len(entries))
+        for entry in entries:
+            name = dataclasses.replace(item.name, section=entry.section)
+            tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
+            if mask is not None:
+                tensors[LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
+            whole = dataclasses.replace(entry, tensors=tensors)
+            writer.submit(partial(self._write, store, name, record, whole))
+            names.add(name.file_name(self._recipe.tag))
+        self._written |= {(item.table.index, name) for name in names}
+        surplus = [name for name in item.there if name not in names]
+        if surplus:
+            writer.submit(
+                partial(
+                    remove_caches, store, surplus, partial(is_latent_cache, architecture=self._family.name)
+                )
+            )
+
+    def _write(self, store: CacheStore, name: LatentName, record: LatentRecord, entry: CacheEntry) -> None:
+        """Write one latent cache with its record.
+
+        Raises OutputError, or CacheError if a value is NaN or infinite.
+        """
+        file = name.file_name(self._recipe.tag)
+        for key, tensor in entry.tensors.items():
+            require_finite(tensor, file, key)
+        named = {tensor_name(key, tensor, grid=entry.grid): tensor for key, tensor in entry.tensors.items()}
+        metadata = {
+            "architecture": self._family.name,
+            "width": str(name.size[0]),
+            "height": str(name.size[1]),
+            "format_version": FORMAT_VERSION,
+        }
+        if name.span is not None:
+            metadata["frame_count"] = str(name.span[1])
+        sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
+        store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
+        sources = fingerprint((one.size_bytes, one.mtime_ns) for one in record.files)
+        self._recipe.index.of(store).note_written(file, store.stamp(file), sources, latent_facts(record))
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Estimate what the latents of some sources take on disk; None if no size is known yet."""
@@ -209,38 +388,6 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             problems.append(f"{error}{MASKS_HINT if is_hint else ''}")
     if problems:
         raise DatasetError("\n".join(problems))
-
-
-def refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
-    """Raise DatasetError if the items to cache change each time. keys: that make it so."""
-    if keys:
-        raise DatasetError(
-            f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "
-            "cached. Leave out the keys, or train without caching these."
-        )
-
-
-def _log_outdated(plans: Sequence[SourcePlan]) -> None:
-    """Log why existing files were made again, so that the extra work is explained."""
-    reasons = [plan.outdated for plan in plans if plan.outdated is not None]
-    if reasons:
-        logger.info(
-            "%d sources had outdated cache files, which were made again. The first: %s",
-            len(reasons),
-            reasons[0],
-        )
-
-
-def npz_names(family: Caches) -> NpzNames:
-    """Return how a family's caches are named in npz files."""
-    # the keys may be known only if all encoders are given, which a check does not need
-    has_npz = family.latent.npz is not None
-    return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
-
-
-def places_of(family: Caches, places: EntryPlaces | None) -> EntryPlaces:
-    """Return where entries are kept: as given, else where the tables say."""
-    return places or EntryPlaces(Stores(npz_names(family)))
 
 
 def workers_of(options: CachingOptions) -> int:

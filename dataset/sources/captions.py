@@ -53,7 +53,7 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     """Return the captions in the text of a caption file, as they are encoded; at least one.
 
     With multi_caption each line that is not empty is one. Of image trainers it is one: if it is not always
-    the same, the whole text, which `dataset.batches.captions` changes, else its first line.
+    the same, the whole text, which `dataset.batches.order` changes, else its first line.
     """
     if table.group is None:
         return complete_captions(caption_lines(text, table), table)

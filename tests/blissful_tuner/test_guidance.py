@@ -13,7 +13,6 @@ from blissful_tuner.guidance_options import (
 )
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
-from modules.contract.rules import Expert
 from modules.contract.steps import NO_TWEAKS, Needs, Section, Step, Tweaks
 from tests.golden_cases import read_case
 from tests.preparing import prepare
@@ -65,18 +64,6 @@ def test_plain_guidance_equals_the_recorded_values() -> None:
 )
 def test_skip_modes_follow_the_documented_pattern(mode: str, expected: str) -> None:
     assert "".join("A" if applied else "S" for applied in choose_applied_steps(mode, 0.6, 10)) == expected
-
-
-def test_each_expert_has_its_own_scale() -> None:
-    guidance = make_guidance(
-        replace(REQUEST, guidance_scale=(5.0, 1.0)),
-        PLAIN_GUIDANCE,
-        experts=(Expert("low", 0.0), Expert("high", 875.0)),
-    )
-    network = passes()
-    assert float(guidance(replace(step(0), timestep=900.0), network, network.section).mean()) == 2.0
-    assert len(network.made) == 1  # the expert of much noise goes without guidance
-    assert float(guidance(replace(step(1), timestep=874.0), network, network.section).mean()) == 6.0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.latent_preview import LatentPreviews, make_previews
+from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.options import PreviewOptions
 from blissful_tuner.taehv import enlarge, project
 from modules.contract.steps import Piece, Section, Step, StepDone
@@ -54,15 +54,15 @@ class Shown(LatentPreviews):
 def shown(every: int, steps: Sequence[StepDone]) -> list[Tensor]:
     """What is shown of these steps, one clip after the other so that none replaces another."""
     previews = Shown(every, Path(), LATENT, torch.device("meta"), lambda _: True)
-    with previews.of(16.0) as clip:
-        assert [clip.watch(done) for done in steps] == [False] * len(steps)
+    with preview_clip(previews, 16.0) as ((watch,), on_section):
+        assert [watch(done) for done in steps] == [False] * len(steps)
     return previews.seen
 
 
 def test_the_clean_clip_is_shown_and_not_the_noisy_one(tmp_path: Path) -> None:
     done = step(0, 4)
-    with previews_in(tmp_path).of(16.0) as clip:
-        clip.watch(done)
+    with preview_clip(previews_in(tmp_path), 16.0) as ((watch,), on_section):
+        watch(done)
 
     picture = read_image(tmp_path / "latent_preview.png")
     clean = done.step.noisy - 0.7 * done.velocity
@@ -80,15 +80,6 @@ def test_previews_come_after_every_nth_step_but_not_after_the_last(every: int, e
     assert all(torch.equal(one, steps[index].clean) for one, index in zip(found, expected, strict=True))
 
 
-def test_a_clip_is_a_video_with_a_quarter_of_the_frames_and_of_the_rate(tmp_path: Path) -> None:
-    with previews_in(tmp_path).of(24.0) as clip:
-        clip.watch(step(0, 2, frames=3))
-
-    info = video_info(tmp_path / "latent_preview.mp4")
-    assert (info.width, info.height, info.frames, info.fps) == (48, 32, 3, 6.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["latent_preview.mp4"]
-
-
 def test_a_tiny_vae_shows_every_frame_at_the_rate_of_the_video(tmp_path: Path) -> None:
     from tests.tiny.taehv import write_taehv
 
@@ -97,8 +88,8 @@ def test_a_tiny_vae_shows_every_frame_at_the_rate_of_the_video(tmp_path: Path) -
         PreviewOptions(preview_latent_every=1, preview_vae=path), LATENT, tmp_path, CPU, lambda _: True
     )
     assert previews is not None
-    with previews.of(24.0) as clip:
-        clip.watch(step(0, 2, frames=3))
+    with preview_clip(previews, 24.0) as ((watch,), on_section):
+        watch(step(0, 2, frames=3))
 
     info = video_info(tmp_path / "latent_preview.mp4")
     assert (info.width, info.height, info.frames, info.fps) == (48, 32, 9, 24.0)
@@ -109,12 +100,12 @@ def test_of_a_video_in_sections_the_finished_ones_are_shown(tmp_path: Path, in_f
     previews = Shown(2, tmp_path, LATENT, torch.device("meta"), lambda _: True)
     so_far = [draw(frames) for frames in (3, 6, 9, 12)]
     pieces = [None, *(Piece(one, 0, in_front, lambda *_: iter(()), one) for one in so_far)]
-    with previews.of(30.0) as clip:
+    with preview_clip(previews, 30.0) as ((watch,), on_section):
         for piece in pieces:
             section = Section(draw(3), {}, made=piece, count=5)
-            clip.on_section(section)
+            on_section(section)
             for index in range(3):
-                clip.watch(step(index, 3, section=section))
+                watch(step(index, 3, section=section))
     assert [one.shape[2] for one in previews.seen] == [6, 12]
     assert torch.equal(previews.seen[0], so_far[1])
 
@@ -127,15 +118,15 @@ def test_an_error_is_one_warning_and_a_file_that_cannot_be_written_is_tried_agai
     previews = previews_in(tmp_path)
     with caplog.at_level(logging.WARNING):
         for index in range(3):
-            with previews.of(16.0) as clip:
-                clip.watch(step(index, 4))
+            with preview_clip(previews, 16.0) as ((watch,), on_section):
+                watch(step(index, 4))
     assert caplog.text.count("A latent preview has failed: OutputError") == 1
     assert "the generation goes on" in caplog.text
 
     (in_the_way / "x").rmdir()
     in_the_way.rmdir()
-    with previews.of(16.0) as clip:
-        clip.watch(step(0, 4))
+    with preview_clip(previews, 16.0) as ((watch,), on_section):
+        watch(step(0, 4))
     assert in_the_way.is_file()
 
 
@@ -143,7 +134,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from blissful_tuner.latent_preview import LatentPreviews, Shot
+from blissful_tuner.latent_preview import LatentPreviews
 from wan.family import LATENT
 
 def frames(killed):
@@ -153,8 +144,8 @@ def frames(killed):
         yield np.full((32, 48, 3), 40 * index, np.uint8)
 
 previews = LatentPreviews(1, Path(sys.argv[1]), LATENT, None, None)
-previews.write(lambda: Shot(lambda: frames(False), 4.0, False))
-previews.write(lambda: Shot(lambda: frames(True), 4.0, False))
+previews.write(lambda: (lambda: frames(False), 4.0, False))
+previews.write(lambda: (lambda: frames(True), 4.0, False))
 """
 
 

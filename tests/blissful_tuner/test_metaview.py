@@ -1,6 +1,5 @@
 """blissful_tuner/metaview.py: what files of every kind say, as lines and as JSON."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,17 +67,6 @@ def test_every_kind_of_output_gives_the_same_lines(name: str, tmp_path: Path) ->
         ["parameters"] if name == "a.png" else []
     )
     assert said.stderr == ""
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.png", "a_latent.safetensors"])
-def test_json_gives_names_and_values_as_they_are_stored(name: str, tmp_path: Path) -> None:
-    path = write(tmp_path, name)
-    said = run_script(SCRIPT, path, "--json").stdout
-    assert said.isascii()
-    found = json.loads(said)
-    assert found["file"] == str(path)
-    stored = METADATA if path.suffix == ".safetensors" else as_tags(METADATA)
-    assert {key: text for key, text in found["metadata"].items() if key in METADATA} == stored
 
 
 def test_a_lora_gives_its_training_notes(tmp_path: Path) -> None:

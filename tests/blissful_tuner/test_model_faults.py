@@ -32,23 +32,6 @@ def test_an_index_leads_to_no_file_outside_its_folder(tmp_path: Path, name: str)
         run(folder)
 
 
-def test_whole_numbers_with_a_scale_stay_as_they_are(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    state = {
-        "l.weight": torch.tensor([[1, 2]], dtype=torch.int8),
-        "l.weight_scale": torch.tensor(0.5),
-        "m.weight": torch.ones(2),
-    }
-    save_file(state, path)
-
-    run(path, "--convert", tmp_path / "b.safetensors", "--dtype", "bf16")
-
-    made = load_file(tmp_path / "b.safetensors")
-    assert torch.equal(made["l.weight"], state["l.weight"])
-    assert torch.equal(made["l.weight_scale"], state["l.weight_scale"])
-    assert made["m.weight"].dtype == torch.bfloat16
-
-
 # --- what would be lost ---
 
 

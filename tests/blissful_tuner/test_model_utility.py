@@ -61,16 +61,6 @@ def test_a_file_is_described_with_its_dtypes_sizes_and_metadata(
     assert max(len(line) for line in out.splitlines()) < 300
 
 
-def test_a_lora_is_described_by_rank_alpha_and_layers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(write(tmp_path / "a.safetensors", lora()), "--json")
-
-    what = said(capsys)["what"]
-    assert what.startswith("a LoRA for wan")
-    assert "rank 4, alpha 2, 3 layers: blocks_N_self_attn_q (3)" in what
-
-
 def test_tensors_are_listed_by_parts_of_their_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,6 @@ import torch
 from blissful_tuner.video_to_video import (
     first_step,
     fit_frames,
-    noisy_source,
     part_of,
 )
 from modules.contract.rules import Source
@@ -58,12 +57,3 @@ def test_each_section_starts_from_its_part() -> None:
     noise = torch.zeros(1, 1, 3, 1, 1)
     for place, expected in ((0, [0, 1, 2]), (1, [1, 2, 3]), (4, [4, 5, 6]), (5, [5, 6, 6])):
         assert part_of(video, Section(noise, {}, place=place)).flatten().tolist() == expected
-
-
-def test_it_begins_with_the_mixture_of_the_first_step() -> None:
-    schedule = make_schedule("euler", 5, 14.5)  # sigmas 1, .98305, .95604, .90625, .78378, 0
-    source, noise = torch.full((1, 2, 1, 2, 2), 10.0), torch.ones(1, 2, 1, 2, 2)
-    assert torch.allclose(
-        noisy_source(source, noise, schedule, 3), torch.tensor(0.90625 + 10 * (1 - 0.90625))
-    )
-    assert torch.equal(noisy_source(source, noise, schedule, 0), noise)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.report.check import check_training
-from dataset.batches.captions import choose_captions
 from dataset.batches.finding import CachingCommands, find_items
+from dataset.batches.order import choose_captions
 from dataset.batches.reading import read_batch
 from dataset.cache.files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
@@ -93,16 +93,6 @@ def test_further_captions_and_the_empty_prompt_have_files_that_others_ignore(tmp
     )
     assert len(known) == 4  # the patterns of other tuners: two latents, two texts
     assert read_entry(tmp_path / "cache" / "a_toy_te.safetensors").header.metadata["caption1"] == "one two"
-
-
-def test_nothing_changes_for_a_table_without_the_keys(tmp_path: Path) -> None:
-    config = make_dataset(tmp_path, "", {"a": "one two\nthree"})
-    cache(config)
-    record = read_entry(tmp_path / "cache" / "a_toy_te.safetensors").header.metadata["reelsmith_record"]
-
-    assert text_files(tmp_path) == ["a_toy_te.safetensors"]
-    assert "settings" not in record
-    assert not {"trigger_word", "multi_caption"} & config.datasets[0].describe().keys()
 
 
 def test_batches_hold_the_chosen_texts(tmp_path: Path) -> None:

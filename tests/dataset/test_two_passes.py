@@ -112,21 +112,6 @@ def stopped(folder: Path, stop_at: str = "clip number 1") -> DatasetConfig:
     return config
 
 
-def test_encoders_are_loaded_one_after_the_other(tmp_path: Path) -> None:
-    diary: list[str] = []
-
-    class Noted(ToyLlm):
-        def load(self, device: torch.device) -> None:
-            diary.append(f"load {self.name}")
-
-        def free(self) -> None:
-            diary.append(f"free {self.name}")
-
-    encoders: list[ToyText] = [Noted(), Noted(name="llm2", identity={"llm2": "x"})]
-    cache_texts(ToyFamily(text=encoders), make_config(tmp_path), options())
-    assert diary == ["load llm", "free llm", "load llm2", "free llm2"]
-
-
 def test_the_first_pass_leaves_an_unfinished_file_that_the_next_run_finishes(tmp_path: Path) -> None:
     config = stopped(tmp_path)
     assert names(tmp_path) == [FILES[0], PARTS[1]]  # the first source was through both

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dataset.options import CachingOptions, CheckPageOptions, ShardOptions
+from dataset.options import CachingOptions
 from modules.contract.data import (
     CacheEntry,
     Conditions,
@@ -26,20 +26,7 @@ from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.errors import DatasetError, MediaError
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
-OPTIONS = CachingOptions(
-    dataset_config=Path("data.toml"),
-    device="cpu",
-    batch_size=None,
-    num_workers=1,
-    skip_existing=False,
-    keep_cache=False,
-    verify=False,
-    disable_cudnn_backend=False,
-    check=False,
-    repair_captions=None,
-    page=CheckPageOptions(html=None, html_items=500),
-    shard=ShardOptions(num_shards=None, shard_index=None),
-)
+OPTIONS = CachingOptions(dataset_config=Path("data.toml"), device="cpu", num_workers=1)
 
 
 def options(**changes: Any) -> CachingOptions:

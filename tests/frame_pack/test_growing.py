@@ -11,7 +11,7 @@ from fpack_generate_video import main
 from frame_pack.family import FramePack
 from frame_pack.sections import video_frames
 from generation.denoise import make_latents
-from generation.growing import fade_in_clip
+from generation.progress import fade_in_clip
 from modules.contract.data import MediaEncoders
 from modules.contract.steps import DecodePart, Piece, Section
 from modules.media.reading import video_frames as frames_in

@@ -192,22 +192,6 @@ def test_what_makes_no_comparison_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_clips_made_at_another_time_are_kept(tmp_path: Path, t2v: TinyWan) -> None:
-    say = ("--prompt", "a cat", "--output_type", "both")
-    run(tmp_path, t2v, *say)
-    latents = next(tmp_path.glob("001_0_without-LoRA*_latent.safetensors"))
-    with safe_open(latents, "pt") as file:
-        earlier = {**file.metadata(), "bt_creation_timestamp": "2020-01-02T03:04:05+00:00"}
-    save_file(load_file(latents), latents, earlier)
-    names = sorted(path.name for path in tmp_path.glob("001_*"))
-
-    run(tmp_path, t2v, *say)
-
-    assert sorted(path.name for path in tmp_path.glob("001_*")) == names
-    with safe_open(latents, "pt") as file:
-        assert file.metadata() == earlier
-
-
 def test_lora_weight_belongs_to_the_columns(
     tmp_path: Path, t2v: TinyWan, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,6 @@
 import random
 import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-import wan_generate_video
 from generation.expert_memory import ExpertTurns
 from generation.experts import Check, DitTurns, TurnRules
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
 from modules.planning.dry_run import WEIGHTS
 from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Room
-from tests.tiny.wan import write_tiny_wan
 
 CUDA = torch.device("cuda")
 EXPERTS = (Expert(LOW_NOISE, 0.0), Expert("middle", 500.0), Expert(HIGH_NOISE, 900.0))
@@ -122,26 +119,3 @@ def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
     assert remarks(two, 1 << 20, 1 << 40) == ""
     assert "loaded again instead of waiting" in remarks(two, 1 << 20, ALL)
     assert phase_of(ExpertTurns((2, 0), TurnRules(lazy=True))).host == SWAPPED
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ((), "experts that wait"),
-        (("--lazy_loading",), "each is loaded when its steps begin"),
-        (("--blocks_to_swap", "auto"), "--blocks_to_swap auto: 0"),
-    ],
-)
-def test_a_plan_for_two_experts_is_printed(
-    tmp_path: Path, words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = write_tiny_wan(tmp_path / "m", dtype=torch.bfloat16, experts=2)
-    size = ["--video_size", "32", "32", "--video_length", "5", "--save_path", "out", "--plan", "2"]
-    asked = ["--task", "t2v-A14B", *files.models, "--prompt", "a cat", *size, *words]
-
-    wan_generate_video.main([*asked, "--device", "cpu"])
-
-    plan = capsys.readouterr().out
-    assert says in plan
-    assert ("they stay there" in plan) == ("--lazy_loading" not in words)
-    assert plan.splitlines()[-1].startswith("Fits: 0.")

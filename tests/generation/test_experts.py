@@ -138,13 +138,6 @@ def test_each_expert_is_loaded_once_and_the_next_is_read_while_the_first_works()
     assert stage.places == {}
 
 
-def test_a_conversation_loads_no_expert_twice() -> None:
-    stage = Stage(keep=True)
-    assert stage.denoise((1, 0), [VIDEO]) == ["load 1", "read 0", "copy 1", "bring 0", "leave 0"]
-    for _ in range(2):
-        assert stage.denoise((1, 0), [VIDEO]) == ["bring 1", "leave 1", "bring 0", "leave 0"]
-
-
 def test_what_the_host_has_no_room_for_is_loaded_when_its_steps_begin(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -152,13 +145,6 @@ def test_what_the_host_has_no_room_for_is_loaded_when_its_steps_begin(
     diary = Stage(host=SIZE - 1).denoise(PLAN)
     assert diary == ["load 1", "free 1", "load 0", "free 0", "load 1", "free 1", "load 0", "free 0"]
     assert caplog.text.count("low-noise transformer is loaded when its steps begin: the host has") == 1
-
-
-def test_lazy_loading_reads_nothing_ahead_and_lets_nothing_wait(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    diary = Stage(spare=SIZE, lazy=True, keep=True).denoise(PLAN)
-    assert diary == ["load 1", "free 1", "load 0", "free 0", "load 1", "free 1", "load 0", "free 0"]
-    assert "as --lazy_loading asks" in caplog.text
 
 
 def test_experts_for_which_there_is_room_stay_on_the_device() -> None:
@@ -235,18 +221,6 @@ def test_ctrl_c_ends_the_reading_and_leaves_usable_networks() -> None:
     assert not threads[0].is_alive()
     assert stage.places == {1: "cpu"}
     assert "bring 1" in stage.denoise((1, 0), [VIDEO])
-
-
-def test_an_expert_that_waits_stays_aside_when_the_others_come_back() -> None:
-    stage = Stage()
-    with stage.turns.phase(PLAN) as dit_at:
-        dit_at(999.0)
-        stage.turns._ahead[1]._join()  # type: ignore[index]
-        dit_at(100.0)
-        stage.diary.clear()
-        with stage.turns.aside():
-            assert set(stage.places.values()) == {"cpu"}
-        assert stage.diary == ["leave 0", "bring 0"]
 
 
 class CountingTransfer(CountedMemory, PlainTransfer):

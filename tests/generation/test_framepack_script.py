@@ -14,7 +14,6 @@ from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_png
 from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
-from tests.tiny.project import write_image
 
 SIZE = ("--video_size", "32", "48", "--infer_steps", "2", "--device", "cpu")
 SAY = ("--prompt", "a cat", "--seed", 1, "--video_sections", 1)
@@ -134,21 +133,6 @@ def test_one_picture_is_a_png_beside_nothing_else(
     assert not any(str(start) in text for text in metadata_of(saved).values())
 
 
-def test_one_picture_may_have_the_shape_of_its_control_image(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
-) -> None:
-    write_image(tmp_path / "tall.png", 30, 50)
-    say = ("--prompt", "a cat", "--seed", 1, "--image_path", pictures[0], "--one_frame_inference", "default")
-    say = (*say, "--control_image_path", tmp_path / "tall.png", pictures[1], "--video_size")
-
-    shaped = latents(tmp_path / "shaped", files, *say, 64, 64, "--one_frame_auto_resize")[1]
-
-    assert shaped.shape == (16, 1, 10, 6)
-    assert torch.equal(shaped, latents(tmp_path / "given", files, *say, 80, 48)[1])  # and the same shift
-    (made,) = (tmp_path / "shaped").glob("*_latent.safetensors")
-    assert (metadata_of(made)["bt_height"], metadata_of(made)["bt_width"]) == ("80", "48")
-
-
 def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
     tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -241,19 +225,6 @@ def test_latents_of_the_known_tool_are_read(tmp_path: Path, files: TinyFramePack
     (video,) = (tmp_path / "out").iterdir()
     assert "_77_theirs" in video.name
     assert len(list(video_frames(video))) == 17
-
-
-def test_saved_latents_with_different_windows_are_decoded_in_runs_of_their_own(
-    tmp_path: Path, files: TinyFramePack
-) -> None:
-    for window in ("2", "4"):
-        said = {"bt_latent_window_size": window}
-        save_file({"latent": torch.zeros(16, 9, 4, 6)}, tmp_path / f"{window}.safetensors", said)
-    both = [str(tmp_path / "2.safetensors"), str(tmp_path / "4.safetensors")]
-    with pytest.raises(OptionError, match="sections of different lengths"):
-        fpack_generate_video.main(
-            ["--latent_path", *both, "--vae", str(files.vae), "--save_path", str(tmp_path / "out")]
-        )
 
 
 @pytest.mark.parametrize(

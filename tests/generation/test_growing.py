@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
 from generation.denoise import make_latents
-from generation.growing import fade_in_clip, grow_preview
 from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.progress import fade_in_clip, grow_preview
 from generation.run import generate
 from generation.script_options import ScriptDefaults
 from generation.session import CPU, Session
@@ -112,15 +112,6 @@ def test_what_grows_in_front_is_the_end_of_the_finished_video_to_the_bit() -> No
     assert final.shape[2] + edge.shape[2] == section_frames(4 * WINDOW)
 
 
-def test_what_grows_behind_is_the_start_of_the_finished_video_but_for_two_sections() -> None:
-    family = ToyFamily(sections_made=5, makes_last_first=False)
-    pieces, latents = pieces_of(family)
-    finished, (final, edge) = clip_of(family, latents), joined(pieces)
-    first = frames_of_video(2, WINDOW)  # the finished video decodes these together, with the start
-    assert torch.equal(final[:, :, first:], finished[:, :, first : final.shape[2]])
-    assert final.shape[2] + edge.shape[2] == frames_of_video(4, WINDOW)
-
-
 @ORDERS
 def test_the_preview_grows_with_each_section_and_shows_all_that_is_there(
     tmp_path: Path, backwards: bool
@@ -205,19 +196,6 @@ def test_a_preview_that_fails_is_told_once_and_the_video_is_made(
     assert caplog.text.count("The preview of the video has failed (OutOfMemoryError: no room)") == 1
 
 
-def test_a_preview_that_cannot_be_written_does_not_end_the_generation(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    pieces, _ = pieces_of(ToyFamily(sections_made=3))
-    (tmp_path / "film_progress.mp4").mkdir()
-    (tmp_path / "film_progress.mp4" / "in the way").touch()
-    with grow_preview(session(ToyFamily(sections_made=3)), tmp_path, "film", 16) as video:
-        for piece in pieces:
-            video.add(piece)
-    assert caplog.text.count("The preview of the video has failed") == 1
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_a_preview_that_a_player_holds_is_replaced_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -248,25 +226,6 @@ def dit_at_work(made: Session) -> Iterator[None]:
     with made.dit():
         yield
         assert made.family.places["dit"] == str(made.device)  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("spare", "needed", "expected"),
-    [(99, 100, "decode"), (100, 100, "decode beside dit"), (100, None, "decode")],
-    ids=["no room", "room", "not known"],
-)
-def test_the_dit_leaves_the_device_unless_both_fit(
-    tmp_path: Path, spare: int, needed: int | None, expected: str
-) -> None:
-    family = ToyFamily(sections_made=4)
-    pieces, _ = pieces_of(family)
-    made = session(family, "cuda", spare)
-    with dit_at_work(made), grow_preview(made, tmp_path, "film", 16, needed) as video:
-        for piece in pieces:
-            video.add(piece)
-            assert family.places == {"dit": "cuda", "vae": "cpu"}
-    notes = [line for line in family.diary if not line.startswith("pass")]
-    assert notes == ["load dit", "load vae", *[expected] * 3]  # the VAE waits on the CPU, it is loaded once
 
 
 @pytest.mark.parametrize(

@@ -108,15 +108,6 @@ def test_hunyuan_video_makes_one_batch_of_the_passes_that_can_be_one(
     assert sorted(call.rows for call in calls if call.step == 0) == rows
 
 
-@pytest.mark.parametrize("options", [("--perp_neg", 1.5), ("--cfgzerostar_scaling",)])
-def test_a_batch_equals_passes_one_after_the_other(
-    tmp_path: Path, scripts: dict[str, Script], options: tuple[object, ...]
-) -> None:
-    together = scripts["hunyuan"].latents(tmp_path / "a", *options)
-    apart = scripts["hunyuan"].latents(tmp_path / "b", *options, "--split_uncond")
-    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)  # sums of another order
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_blocks_that_a_model_lacks_are_refused_before_anything_is_made(
     scripts: dict[str, Script], tmp_path: Path, kind: str

@@ -10,9 +10,7 @@ from torch import Tensor
 
 import hv_generate_video
 from modules.errors import OptionError
-from modules.media.writing import write_video
 from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
-from tests.tiny.project import moving_square
 
 SIZE = ("--video_size", "32", "48", "--video_length", "5", "--infer_steps", "2", "--device", "cpu")
 
@@ -38,21 +36,6 @@ def generate(folder: Path, files: TinyHunyuan, *arguments: object) -> dict[int, 
         int(path.name.split("_")[1]): load_file(path)["latent"]
         for path in folder.glob("*_latent.safetensors")
     }
-
-
-def test_a_line_may_name_a_video(tmp_path: Path, t2v: TinyHunyuan) -> None:
-    video = tmp_path / "clip.mp4"
-    write_video(video, moving_square(5, 48, 32, 1), fps=24)
-    (tmp_path / "lines.txt").write_text(f"a cat --d 1 --v {video}\n", encoding="utf-8")
-
-    made = generate(tmp_path / "file", t2v, "--from_file", tmp_path / "lines.txt", "--strength", 0.5)
-
-    single = generate(
-        tmp_path / "one", t2v, "--prompt", "a cat", "--seed", 1, "--video_path", video, "--strength", 0.5
-    )
-    plain = generate(tmp_path / "plain", t2v, "--prompt", "a cat", "--seed", 1)
-    assert torch.equal(made[1], single[1])
-    assert not torch.equal(made[1], plain[1])
 
 
 def test_latents_are_decoded_with_nothing_but_the_vae(tmp_path: Path, t2v: TinyHunyuan) -> None:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -100,24 +99,6 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path) -> None:
         real = max(sum(moment.values()) for moment in ledger.peaks.values())
     assert phase(0).device == pytest.approx(real, rel=0.02)
     assert phase(most).device < phase(0).device
-
-
-def test_the_plan_counts_the_passes_of_a_step_with_guidance_whichever_that_is(tmp_path: Path) -> None:
-    family, options = tiny_generation(tmp_path)
-
-    def peak(schedule: str | None, **guidance: Any) -> int:
-        request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule=schedule))
-        texts = {0: EncodedPrompts(TEXT, {**TEXT}, {**TEXT})}  # three texts of one size
-        joined = replace(options, split_uncond=False, guidance=replace(options.guidance, **guidance))
-        phase, _ = rehearse_denoising(family, joined, request, texts, {0: {}}, MemoryPart("more", 0))
-        return phase(0).device
-
-    usual = peak(None)
-    assert peak("3") == usual > peak("!3")
-    # its first steps have no batch
-    assert peak(None, slg_mode="uncond", slg_layers="1", slg_end=0.5) == usual
-    assert peak(None, cfgzerostar_init_steps=2) == usual
-    assert peak(None, perp_neg=1.5) > usual
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,6 @@ def test_every_option_has_its_word() -> None:
     assert "--seed" not in " ".join(words)
 
 
-def test_without_guidance_the_negative_prompt_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    assert "--negative_prompt" not in " ".join(official("--prompt", "a", "--neg-prompt", "bad"))
-    assert "--neg-prompt is ignored because --cfg-scale is 1" in caplog.text
-
-
 def test_tools_for_finished_videos_are_passed_on() -> None:
     words = official("--prompt", "a", "--post", "upscaler model=x", "--post", "facefix model=y")
 
@@ -160,8 +155,3 @@ def test_sizes_are_compared_with_those_of_the_release(caplog: pytest.LogCaptureF
     assert "Nearest: 544 960" in caplog.text
     read_official(None, ["--prompt", "a", "--model-resolution", "540p"])
     assert "is a size of --model-resolution 720p, not of 540p" in caplog.text
-
-
-def test_the_folder_of_models_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MODEL_BASE", "elsewhere")
-    assert any(word.startswith("--text_encoder1=elsewhere") for word in official("--prompt", "a"))

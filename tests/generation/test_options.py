@@ -42,30 +42,6 @@ def test_what_cannot_be_done_is_said_at_once(tmp_path: Path, arguments: list[str
         read(tmp_path, *arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ([], None),
-        (["--fp8"], Quantisation("cast")),
-        (["--fp8", "--fp8_scaled"], Quantisation("rows")),
-        (["--fp8_scaled", "--upcast_linear"], Quantisation("rows", float32_linear=True)),
-        (["--fp8_scaled", "--upcast_quantization"], Quantisation("rows", float32_scales=True)),
-    ],
-)
-def test_options_of_fp8_say_how_weights_are_kept(
-    tmp_path: Path, arguments: list[str], expected: Quantisation | None
-) -> None:
-    assert read(tmp_path, "--prompt", "p", *arguments).speed.fp8.quantisation == expected
-
-
-@pytest.mark.parametrize("source", [["--from_file", __file__], ["--interactive"]])
-def test_a_prompt_beside_other_prompts_is_told_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, source: list[str]
-) -> None:
-    read(tmp_path, "--prompt", "a cat", *source)
-    assert f"--prompt is ignored because the prompts come from {source[0]}" in caplog.text
-
-
 def test_a_script_may_have_options_about_each_video_of_its_own(tmp_path: Path) -> None:
     defaults = ScriptDefaults(fps=30, guidance_scale=1.0, has_length=False, extras={"paws": "feet"})
     parser = generation_parser(None, defaults)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from generation.outputs import (
@@ -49,16 +49,6 @@ def test_a_name_that_a_run_has_is_given_to_no_other(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mkv", "a___latent.safetensors"]
     with own_stem(tmp_path, "a") as again:
         assert again == "a_"
-
-
-def test_latents_come_back_with_their_metadata(tmp_path: Path) -> None:
-    latents = torch.randn(1, 16, 2, 3, 4)
-    save_latents(tmp_path / "x_latent.safetensors", latents, {"bt_seeds": "7", "bt_prompt": "ä\n"})
-    assert load_file(tmp_path / "x_latent.safetensors")["latent"].shape == (16, 2, 3, 4)
-    saved = load_latents(tmp_path / "x_latent.safetensors")
-    assert torch.equal(saved.latents, latents)
-    # in both spellings
-    assert saved.metadata == {"bt_seeds": "7", "bt_prompt": "ä\n", "seeds": "7", "prompt": "ä\n"}
 
 
 class Harmful:
@@ -133,17 +123,6 @@ def test_a_last_frame_takes_nobodys_place(tmp_path: Path) -> None:
         assert stem == "a_"
     save_pixels(output_options(tmp_path, last=True), "a", clip(), 16.0, {})
     assert {path.name for path in tmp_path.iterdir()} == {"a_last.png", "a_.mp4", "a__last.png"}
-
-
-def test_pngs_are_kept_beside_the_video(tmp_path: Path) -> None:
-    for _ in range(2):
-        save_pixels(output_options(tmp_path, pngs=True), "a", clip(3), 16.0, None)
-    assert sorted(file.name for file in (tmp_path / "frames").iterdir()) == [
-        "000000.png",
-        "000001.png",
-        "000002.png",
-    ]
-    assert len(list((tmp_path / "frames_").iterdir())) == 3
 
 
 @pytest.mark.parametrize(("count", "left"), [(0, [0, 1, 2]), (1, [0, 1]), (2, [0]), (5, [0])])

@@ -39,14 +39,6 @@ def test_a_picture_script_makes_single_images_of_its_size(tmp_path: Path) -> Non
     assert (options.request.video_length, options.output.output_type) == (1, "images")
 
 
-def test_both_names_of_size_and_number_are_the_same_option(tmp_path: Path) -> None:
-    ours = read(tmp_path, "--image_size", "64", "96", "--num_images", "3")
-    videos = read(tmp_path, "--video_size", "64", "96", "--num_videos", "3")
-
-    assert ours.request.video_size == videos.request.video_size == (64, 96)
-    assert ours.num_videos == videos.num_videos == 3
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -101,10 +93,3 @@ def test_generation_lines_of_the_image_guides_are_read_as_measured() -> None:
         options = {**EMBEDDED_IMAGE_OPTIONS, "g": EMBEDDED_IMAGE_OPTIONS["l"]}  # without embedded guidance
 
         assert parse_generation_line(line, options) == wanted, line
-
-
-def test_the_solver_of_the_image_guides_is_known_by_its_name() -> None:
-    assert parse_generation_line("a cat --ss euler --d 3") == {"prompt": "a cat", "seed": 3}
-    line = parse_generation_line("a cat --ss euler", EMBEDDED_IMAGE_OPTIONS)
-
-    assert line == {"prompt": "a cat", "sample_solver": "vanilla"}

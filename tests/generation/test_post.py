@@ -88,18 +88,6 @@ def test_a_picture_goes_through_tools_for_pictures_only(tmp_path: Path) -> None:
     assert not loaded
 
 
-@pytest.mark.parametrize("words", [("--prompt", "cat"), ("--prompt", "cat", "--output_type", "images")])
-def test_model_files_are_looked_at_before_anything_loads(words: tuple[str, ...], tmp_path: Path) -> None:
-    family, model = ToyFamily(), tmp_path / "model.pth"
-    model.write_bytes(b"no model")
-
-    with pytest.raises((CheckpointError, OptionError), match="^--post upscaler: "):
-        generate(family, options(tmp_path / "out", *words, "--post", f"upscaler 'model={model}'"))
-
-    assert not family.diary
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -5,8 +5,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import fpack_generate_video
 import hv_generate_video
@@ -82,55 +80,3 @@ def test_one_line_says_what_is_set_what_is_missing_and_what_was_given(
 def test_the_preset_of_each_script(script: ModuleType, expected: dict[str, object]) -> None:
     everywhere = {"attn_mode": "sageattn", "compile": True, "fp8_scaled": True}
     assert dict(script.DEFAULTS.optimized) == everywhere | expected
-
-
-EAGER = ("eager", "default", "false", "false")  # compiles nothing, so it is quick
-
-
-def video(folder: Path, files: TinyWan, *arguments: object) -> dict[str, str]:
-    """Run the script; returns what the latent file says of itself."""
-    size = [
-        "--video_size",
-        32,
-        48,
-        "--video_length",
-        5,
-        "--infer_steps",
-        2,
-        "--device",
-        "cpu",
-        "--output_type",
-        "latent",
-    ]
-    words = [
-        "--save_path",
-        folder,
-        "--task",
-        "t2v-1.3B",
-        "--prompt",
-        "a cat",
-        "--seed",
-        1,
-        *size,
-        *files.models,
-        *arguments,
-    ]
-    wan_generate_video.main([str(word) for word in words])
-    (path,) = folder.glob("*_latent.safetensors")
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata())
-
-
-def test_a_file_in_fp8_stays_as_it_is(tmp_path: Path, t2v: TinyWan, caplog: pytest.LogCaptureFixture) -> None:
-    tensors = load_file(t2v.dit)
-    rounded = {
-        name: tensor.to(torch.float8_e4m3fn) if tensor.dim() == 2 else tensor
-        for name, tensor in tensors.items()
-    }
-    save_file(rounded, tmp_path / "fp8.safetensors")
-    says = video(
-        tmp_path, t2v, "--optimized", "--dit", tmp_path / "fp8.safetensors", "--compile_args", *EAGER
-    )
-    assert (says["bt_fp8"], says.get("bt_fp8_scaled")) == ("True", None)
-    assert "--optimized goes without --fp8_scaled here. " in caplog.text
-    assert "is in fp8 already" in caplog.text

@@ -13,15 +13,13 @@ from safetensors.torch import load_file
 import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
-from blissful_tuner.latent_preview import LatentPreviews
-from blissful_tuner.taehv import TaehvConfig, decoding_bytes
 from frame_pack.generating import video_sections
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from generation.run import generate
 from modules.contract.data import LatentSpec
 from modules.contract.steps import EncodedPrompts
 from modules.errors import CheckpointError, OptionError
-from modules.media.reading import video_frames, video_info
+from modules.media.reading import video_info
 from tests.generation.test_run import options
 from tests.generation.toy_family import ToyFamily
 from tests.tiny.framepack import write_tiny_framepack
@@ -142,25 +140,6 @@ def toy(**more: Any) -> ToyFamily:
     return ToyFamily(latent=COLOURED, **more)
 
 
-def test_a_file_of_prompts_has_one_preview_replaced_by_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown: list[float] = []
-    write = LatentPreviews.write
-
-    def noted(self: LatentPreviews, take: Callable[[], Any]) -> None:
-        write(self, take)
-        shown.append(sum(float(frame.mean()) for frame in video_frames(self.folder / MP4)))
-
-    monkeypatch.setattr(LatentPreviews, "write", noted)
-    (tmp_path / "lines.txt").write_text("cat --d 1\ndog --d 2\n", encoding="utf-8")
-    words = ("--from_file", tmp_path / "lines.txt", "--output_type", "latent", "--preview_latent_every", 2)
-    generate(toy(), options(tmp_path / "out", *words))
-    assert len(shown) == 2  # 3 steps each
-    assert shown[0] != shown[1]
-    assert len(list((tmp_path / "out").glob("latent_preview.*"))) == 1
-
-
 def test_a_folder_in_the_way_is_one_warning_for_all_lines(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -185,21 +164,3 @@ def test_a_wrong_file_is_an_error_before_anything_loads(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no map from this model's latents to colours"):
         generate(ToyFamily(diary=family.diary), options(tmp_path, *words[:-1]))
     assert family.diary == []
-
-
-def test_the_plan_counts_the_tiny_vae(
-    tmp_path: Path, scripts: dict[str, Script], capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = TaehvConfig(16, (256, 128, 64, 64), (1, 2, 2))
-    path = write_taehv(tmp_path / "big.pth", config)
-    words = ["--prompt", "a cat", "--save_path", str(tmp_path), "--plan", "24", "--video_size", "256", "256"]
-    said = []
-    for more in ([], ["--preview_latent_every", "1"], ["--preview_vae", str(path)]):
-        words += more
-        scripts["wan"].main([*scripts["wan"].words, *words])
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
-    assert "decoding a preview" not in said[0]
-    needed = decoding_bytes(config, torch.float16, 32, 32) / 2**30
-    (line,) = [line for line in said[2].splitlines() if "decoding a preview" in line]
-    assert f" {needed:.2f} " in line

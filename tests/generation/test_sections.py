@@ -1,13 +1,12 @@
 """From a request to latents: the loop against recorded runs, batched passes, noise."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from generation.denoise import LoopStart, SeededNoise, conditions_to, denoise, make_latents
+from generation.denoise import LoopStart, SeededNoise, denoise, make_latents
 from modules.contract.requests import Request
 from modules.contract.steps import EncodedPrompts, Section, Step, StepDone
 from modules.flow.solvers import solver_for
@@ -99,31 +98,6 @@ def test_cpu_noise_is_the_global_generators_stream() -> None:
     assert torch.equal(second, torch.randn(4))
 
 
-@pytest.mark.parametrize("split", [True, False])
-def test_passes_as_a_batch_and_one_by_one_agree(split: bool) -> None:
-    dit, family = ToyDit(), ToyFamily()
-    latents = make_latents(family, lambda timestep: dit, REQUEST, toy_texts(), {0: {}}, CPU, split=split)
-    alone = make_latents(ToyFamily(), lambda timestep: dit, REQUEST, toy_texts(), {0: {}}, CPU)
-    torch.testing.assert_close(latents, alone, atol=1e-5, rtol=0)
-    assert len(family.diary) == REQUEST.steps * (2 if split else 1)
-
-
-def test_whole_numbers_stay_where_code_reads_them() -> None:
-    given = {
-        "t5": [torch.zeros(2, 3)],
-        "image": torch.zeros(1, 4),
-        "mask": torch.ones(1, 5).bool(),
-        "places": torch.arange(6),
-    }
-
-    there = conditions_to(given, torch.device("meta"))
-    text = there["t5"]
-
-    assert isinstance(text, list)
-    assert {name for name, value in there.items() if isinstance(value, Tensor) and value.is_meta} == {"image"}
-    assert text[0].is_meta
-
-
 def test_watchers_see_each_step_and_the_clean_estimate() -> None:
     seen: list[StepDone] = []
     dit = ToyDit()
@@ -172,22 +146,3 @@ def test_a_start_in_the_middle_makes_only_the_last_steps() -> None:
     start = LoopStart(torch.ones(1, 2, 1, 2, 2), step=3)
     denoise(family, lambda timestep: dit, section, start, solver_for("unipc", 5, 3.0), positive_only)
     assert steps == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("by_family", "asked", "on_cpu"), [(False, False, False), (False, True, True), (True, False, True)]
-)
-def test_a_family_may_have_its_noise_drawn_on_the_cpu(
-    by_family: bool, asked: bool, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[bool] = []
-
-    def seeded(seed: int, device: torch.device, cpu_noise: bool) -> SeededNoise:
-        made.append(cpu_noise)
-        return SeededNoise(seed, device, cpu_noise)
-
-    monkeypatch.setattr("generation.denoise.SeededNoise", seeded)
-    family = ToyFamily()
-    family = replace(family, defaults=replace(family.defaults, noise_on_cpu=by_family))
-    make_latents(family, lambda _: ToyDit(), REQUEST, toy_texts(), {0: {}}, CPU, cpu_noise=asked)
-    assert made == [on_cpu]

@@ -92,15 +92,6 @@ def test_every_cell_is_what_a_single_run_makes(name: str, tmp_path: Path) -> Non
     assert not any(one.shape == other.shape and one.equal(other) for one, other in combinations(made, 2))
 
 
-def test_all_cells_are_one_batch_and_no_text_is_encoded_twice(tmp_path: Path) -> None:
-    diary = run(tmp_path, "--prompt", "cat", "--sheet", "seed=1,2,3", "n=bad|worse")
-    assert diary == [
-        *["load text", "encode cat", "encode bad", "encode worse", "free text"],
-        *["load dit", "load vae", *["decode"] * 6],
-    ]
-    assert len(list(tmp_path.iterdir())) == 7
-
-
 def test_a_sheet_of_videos_plays_them_together_and_holds_last_frames(tmp_path: Path) -> None:
     run(tmp_path, "--prompt", "cat", "--seed", 1, "--sheet", "video_length=1,5,9")
     sheet = sheet_in(tmp_path)
@@ -148,12 +139,6 @@ def test_metadata_tell_what_all_cells_share_the_axes_and_the_files(tmp_path: Pat
     assert not [key for key in read_tags(sheet_in(tmp_path / "bare")) if key.startswith("bt_")]
 
 
-def test_without_a_seed_all_cells_have_the_same_one(tmp_path: Path) -> None:
-    run(tmp_path, "--prompt", "cat", "--sheet", "infer_steps=1,2,3")
-    assert len({path.stem.split("_")[1] for path in tmp_path.glob("*.mp4")} - {"sheet"}) == 1
-    assert "bt_seeds" in read_tags(sheet_in(tmp_path))
-
-
 def test_a_cell_that_fails_is_empty_and_the_others_are_made(tmp_path: Path) -> None:
     family, more = ToyFamily(), ("--prompt", "cat", "--video_length", 1, "--sheet", "fs=3,-1", "d=1,2")
     with pytest.raises(UserError, match="2 of 4 failed:\n  the prompt, flow_shift = -1, seed = 1: Option"):
@@ -169,18 +154,6 @@ def test_a_cell_that_fails_is_empty_and_the_others_are_made(tmp_path: Path) -> N
         generate(decoding, options(tmp_path / "late", "--prompt", "cat", "--sheet", "f=5,9"))
     assert list(cells_in(sheet_in(tmp_path / "late"))) == ["1_1"]
     assert len(list((tmp_path / "late").glob("*_latent.safetensors"))) == 1  # to decode later
-
-
-def test_a_prompt_file_gives_a_sheet_for_each_line_from_one_load(tmp_path: Path) -> None:
-    lines = tmp_path / "p.txt"
-    lines.write_text("cat --d 1\ndog --d 2 --s 7\nbird --w x\n", encoding="utf-8")
-    family = ToyFamily()
-    with pytest.raises(UserError, match="1 of 6 failed:\n  line 3: OptionError"):
-        generate(family, options(tmp_path / "out", "--from_file", lines, "--sheet", "s=1,2"))
-    assert family.diary.count("load dit") == family.diary.count("load text") == 1
-    sheets = sorted((tmp_path / "out").glob("*_sheet*"))
-    assert [read_tags(path)["bt_prompt"] for path in sheets] == ["cat", "dog"]
-    assert len(cells_in(sheets[1])) == 2  # the axis takes the place of the line's own steps
 
 
 def test_prompts_are_an_axis_too_and_need_no_other_prompt(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """--sample_solver in every family and mode: with fresh noise too, videos are the same alone and together."""
 
 import importlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,45 +8,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from generation.denoise import make_latents
-from generation.request_options import SOLVERS
-from modules.contract.requests import Request
-from modules.contract.steps import EncodedPrompts
 from modules.errors import OptionError
 from modules.media.writing import write_video
-from tests.generation.toy_family import ToyDit, ToyFamily
-from tests.preparing import prepare
 from tests.tiny.families import FAMILIES, ONE_OF_EACH, TinyFamily, write_for_anywhere
 from tests.tiny.project import moving_square
 
-CPU = torch.device("cpu")
 NOISY = ("lcm", "dpm++sde")
 SIZE = ["--video_size", "32", "32", "--infer_steps", "3", "--device", "cpu", "--output_type", "latent"]
-TEXTS = {0: EncodedPrompts({"letters": [torch.full((1, 1), 3.0)]}, {"letters": [torch.full((1, 1), 8.0)]})}
-REQUEST = prepare(Request("p", 3, 32, 32, 5, 4, 5.0, None, 3.0, "unipc", 16.0))
-
-
-def toy_path(solver: str, sections: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """The latents of a toy video, and what each of its steps began with."""
-    seen: list[Tensor] = []
-
-    def watch(done: object) -> bool:
-        seen.append(done.step.noisy)  # type: ignore[attr-defined]
-        return False
-
-    dit, family = ToyDit(), ToyFamily(sections_made=sections)
-    request = replace(REQUEST, solver=solver)
-    made = make_latents(
-        family, lambda timestep: dit, request, TEXTS, {0: {}}, CPU, cpu_noise=True, watchers=[watch]
-    )
-    return made, seen
-
-
-@pytest.mark.parametrize("solver", SOLVERS.values())
-def test_a_seed_begins_with_the_same_noise_whatever_the_solver(solver: str) -> None:
-    shape = toy_path("euler")[1][0].shape
-    torch.manual_seed(3)
-    assert torch.equal(toy_path(solver)[1][0], torch.randn(shape))
 
 
 @pytest.fixture(scope="module", params=ONE_OF_EACH, ids=lambda one: one.name)
@@ -96,15 +63,6 @@ def test_lines_of_a_file_and_of_the_console_equal_single_runs(
     for found in (of_file, of_console):
         assert torch.equal(found[1], alone[0])
         assert torch.equal(found[2], alone[1])
-
-
-def test_every_solver_makes_another_video(project: TinyFamily, tmp_path: Path) -> None:
-    made = {solver: single(project, tmp_path, solver, 1) for solver in SOLVERS}
-    assert all(latents.isfinite().all() for latents in made.values())
-    names = list(SOLVERS)
-    for place, one in enumerate(names):
-        for other in names[:place]:
-            assert not torch.equal(made[one], made[other]), (one, other)
 
 
 def hunyuan() -> TinyFamily:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -85,17 +84,6 @@ def test_upcast_linear_without_fp8_is_an_error_in_every_script(float32: TinyFami
     with pytest.raises(OptionError, match="--upcast_linear needs --fp8_scaled"):
         run(float32, tmp_path, "--upcast_linear")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_mixed_file_keeps_its_dtypes_where_asked(float32: TinyFamily, tmp_path: Path) -> None:
-    if "wan" not in float32.name:
-        return  # the other scripts have no such option
-    mixed = rewritten(float32, "mixed", mixed=True)
-    usual = latents(mixed, tmp_path / "usual")
-    kept = latents(mixed, tmp_path / "kept", "--mixed_precision_transformer")
-    assert 1e-6 < apart(kept, usual) < 0.05
-    uniform = latents(float32, tmp_path / "float32")
-    assert torch.equal(uniform, latents(float32, tmp_path / "same", "--mixed_precision_transformer"))
 
 
 def test_the_last_frame_of_a_video_and_of_decoded_latents(float32: TinyFamily, tmp_path: Path) -> None:

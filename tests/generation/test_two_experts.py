@@ -94,21 +94,6 @@ def test_no_expert_is_loaded_twice(
         assert sorted(scales) == ["2.0", "3.0"]
 
 
-LINES = "a cat --d 1\na dog --d 2 --guidance_scale_high_noise 2\na cat --d 3 --s 2\n"
-
-
-def test_a_prompt_file_loads_no_expert_twice_and_equals_single_runs(
-    tmp_path: Path, files: TinyWan, script: Script, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    lines = tmp_path / "lines.txt"
-    lines.write_text(LINES, encoding="utf-8")
-    made, _ = script.run(tmp_path / "file", "--from_file", lines, say=())
-    assert loads(caplog, files) == (1, 1)
-    say = ("--prompt", "a dog", "--seed", "2", "--guidance_scale_high_noise", "2")
-    assert torch.equal(script.run(tmp_path / "one", say=say)[0][2], made[2])
-
-
 def test_each_expert_has_its_own_loras(
     tmp_path: Path, files: TinyWan, script: Script, plain: torch.Tensor
 ) -> None:
@@ -177,16 +162,6 @@ def test_features_act_with_two_experts_and_neutral_values_change_no_bit(
         changed = script.latents(tmp_path / "real", *words)
         assert is_finite({1: changed})
         assert float((changed - plain).abs().max()) > 1e-4
-
-
-def test_what_a_step_cache_keeps_of_one_expert_is_not_used_by_the_other(
-    tmp_path: Path, script: Script, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Each expert computes its first step, so that one step of four can be skipped."""
-    caplog.set_level(logging.INFO)
-    script.run(tmp_path, *MAG, "9", "--magcache_k", "9")
-    # step 0 and 2 are the first ones, step 3 the last, which is always computed
-    assert "MagCache skipped 2 of 8 passes" in caplog.text
 
 
 def test_a_lora_for_a_file_in_fp8_that_works_late_is_refused_before_anything_loads(

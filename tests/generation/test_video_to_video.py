@@ -14,7 +14,6 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from encoders.tiles import posterior_generator
-from frame_pack.inputs import encode_clip
 from hunyuan_model.spec import LATENT as HUNYUAN_LATENT
 from hunyuan_model.vae import load_vae as load_hunyuan_vae
 from modules.errors import CheckpointError, OptionError, UserError
@@ -189,57 +188,6 @@ def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts:
     path.write_text("no tensors", encoding="utf-8")
     with pytest.raises(CheckpointError, match="x.safetensors"):
         scripts["wan"].run(tmp_path, *SAY, "--from_latent", path)
-
-
-@pytest.mark.parametrize(("mode", "order"), [("front", [0, 0, 0, 1]), ("end", [0, 1, 1, 1])])
-def test_framepack_fills_up_the_whole_video_and_not_each_section(
-    tmp_path: Path, scripts: Scripts, clip: Path, mode: str, order: list[int]
-) -> None:
-    short = tmp_path / "short"
-    short.mkdir()
-    for index in range(5):
-        (short / f"{index}.png").write_bytes((clip / f"{index}.png").read_bytes())
-    say = ("--prompt", "a cat", "--seed", 1, "--infer_steps", 400, "--flow_shift", 1, "--v2v_denoise", 0)
-    more = ("--video_path", short, "--v2v_pad_mode", mode, "--video_sections", 3)
-
-    latents = scripts["fpack"].one(tmp_path / "made", *say, *more)
-
-    vae = load_hunyuan_vae(scripts["fpack"].files.vae, CPU, torch.float32)
-    clean = encode_clip(vae, frames_of(5), 1, 1)[0][:, order]
-    assert float((latents - clean)[:, 1:].norm() / clean[:, 1:].norm()) < 0.05
-
-
-@pytest.mark.parametrize(
-    ("kind", "task", "more"),
-    [
-        ("fun-control", "t2v-1.3B-FC", ["--control_path", "CLIP"]),
-        ("fun-control", "i2v-14B-FC", ["--control_path", "CLIP"]),
-        ("i2v", "i2v-14B", ["--end_image_path", "CLIP/8.png"]),
-        ("flf2v", "flf2v-14B", ["--end_image_path", "CLIP/8.png"]),
-    ],
-)
-def test_other_tasks_of_wan_start_from_a_video_too(
-    tmp_path: Path, clip: Path, kind: str, task: str, more: list[str]
-) -> None:
-    say = ("--task", task, "--video_length", FRAMES, "--sample_solver", "vanilla")
-    script = Script(wan_generate_video.main, write_tiny_wan(tmp_path / "models", kind), say)
-    more = [word.replace("CLIP", str(clip)) for word in more]
-    found = script.one(tmp_path / "half", *SAY, *more, "--video_path", clip)
-    image = () if task.startswith("t2v") else ("--image_path", clip / "0.png")
-    plain = script.one(tmp_path / "plain", *SAY, *more, *image)
-    again = script.one(tmp_path / "again", *SAY, *more, *image, "--video_path", clip, "--v2v_denoise", 1)
-    assert found.shape == plain.shape
-    assert not torch.equal(found, plain)
-    assert torch.equal(again, plain)
-
-
-def test_hunyuan_video_makes_an_image_from_an_image_and_fills_up_if_asked_to(
-    tmp_path: Path, scripts: Scripts, clip: Path
-) -> None:
-    image = scripts["hv"].one(tmp_path / "a", *SAY, "--i2i_path", clip / "0.png", "--video_length", 1)
-    assert image.shape == (16, 1, 4, 6)
-    longer = ("--video_path", clip, "--video_length", 13, "--v2v_pad_mode", "end")
-    assert scripts["hv"].one(tmp_path / "b", *SAY, *longer).shape == (16, 4, 4, 6)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataset.caching.planning import Caches
+from dataset.caching.existing import Caches
 from modules.contract.data import (
     Batch,
     CacheEntry,

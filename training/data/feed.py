@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dataset.batches.captions import RunPlace, change_captions, choose_captions, choose_sides
 from dataset.batches.finding import CachingCommands
-from dataset.batches.order import BatchOrder
+from dataset.batches.order import BatchOrder, RunPlace, change_captions, choose_captions, choose_sides
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.checks import CacheChecks
 from modules.contract.data import Batch, LatentSpec

@@ -18,8 +18,8 @@ from dataset.batches.items import LiveParts, LiveTable, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.cache.checks import CacheChecks
 from dataset.cache.store import Stores
+from dataset.caching.existing import Caches
 from dataset.caching.latents import Crop, EncodersOnDemand, batch_media, cut
-from dataset.caching.planning import Caches
 from dataset.sources.decoding import IMAGE_SPANS, decode_source
 from dataset.sources.masks import shrink_mask
 from dataset.table import NO_AUGMENTATION, DatasetTable

@@ -194,7 +194,8 @@ def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
         return prod(items[0].bucket) * len(items)
 
     batches = [batch(places) for places in columns.groups().values()]
-    return tuple(max([one for one in batches if one], key=pixels))
+    filled = [one for one in batches if one]
+    return tuple(max(filled, key=pixels))
 
 
 def read_largest(

@@ -218,10 +218,4 @@ def test_validation_takes_whole_sources(tmp_path: Path) -> None:
     assert split_validation(list(reversed(items)), 0.2)[1] == tuple(reversed(validation))
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.01, 1), (1.0, 2)])
-def test_validation_leaves_something_on_both_sides(tmp_path: Path, fraction: float, count: int) -> None:
-    items = made_up(make_table(tmp_path), 3)
-    assert len(split_validation(items, fraction)[1]) == count
-
-
 RECORDED = [["2", "0"], ["3"], ["4", "1"]]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dataset.batches.captions import RunPlace, change_captions, changed_caption, choose_captions
 from dataset.batches.items import ItemKind, TrainingItem
+from dataset.batches.order import RunPlace, change_captions, changed_caption, choose_captions
 from dataset.cache.files import EMPTY
 from dataset.sources.captions import captions_in
 from dataset.table import DatasetTable

@@ -12,8 +12,8 @@ from PIL import Image
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.store import Stores
+from dataset.caching.existing import npz_names
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.work import npz_names
 from dataset.config import DatasetConfig
 from modules.contract.data import Batch, CacheEntry, LatentSpec, MediaBatch, MediaEncoders
 from modules.contract.rules import NpzFormat

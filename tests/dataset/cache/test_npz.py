@@ -15,8 +15,8 @@ from dataset.cache.converting import convert_caches
 from dataset.cache.files import EMPTY
 from dataset.cache.npz_files import format_array, parse_array, read_arrays, write_members
 from dataset.cache.store import Stores
+from dataset.caching.existing import EntryPlaces, npz_names
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.work import EntryPlaces, npz_names
 from dataset.config import load_dataset_config
 from dataset.options import ConvertCacheOptions
 from dataset.table import Augmentation, DatasetConfig

@@ -202,19 +202,6 @@ def test_texts_that_become_nan_are_refused_by_name(tmp_path: Path) -> None:
     assert not [name for name in names(tmp_path) if name.startswith("clip_1")]
 
 
-def test_only_changed_captions_are_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = make_config(tmp_path)
-    cache_texts(ToyFamily(), config, options())
-    (tmp_path / "clip_1.txt").write_text("another text\n", encoding="utf-8")
-    family = ToyFamily()
-    report = cache_texts(family, config, options())
-    assert (report.written, report.kept, family.text[0].calls) == (1, 1, ["another text"])
-    assert "the caption was 'clip number 1', now it is 'another text'" in caplog.text
-    unchanged = ToyFamily()
-    assert cache_texts(unchanged, config, options()).kept == 2
-    assert unchanged.text[0].loaded == 0
-
-
 def test_each_encoder_adds_to_the_file_and_keeps_what_others_wrote(tmp_path: Path) -> None:
     config = make_config(tmp_path, clips=(5,))
     path = tmp_path / "cache" / "clip_0_toy_te.safetensors"

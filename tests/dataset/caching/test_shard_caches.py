@@ -80,23 +80,6 @@ def copy(undisturbed: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return copied
 
 
-def test_a_second_run_finds_all_valid_and_changes_no_file(copy: Callable[[str], Path]) -> None:
-    config = make(copy("shards"), "shards")
-    before = files(config)
-    family = two()
-    assert cache_media(family, config, options()).kept == COUNT
-    assert cache_texts(family, config, options()).kept == COUNT
-    assert (family.loaded, family.seen) == (0, [])
-    assert files(config) == before
-    assert (
-        "  caches: 12 files are valid, 0 items need encoding" in check_caching(two(), config, 1, False).lines
-    )
-    assert (
-        "  caches of llm: 12 are valid, 0 captions need encoding"
-        in check_caching(two(), config, 1, False, parts=["texts"]).lines
-    )
-
-
 def test_batches_are_the_same_from_both_forms(undisturbed: dict[str, Path]) -> None:
     batches = []
     for form in FORMS:
