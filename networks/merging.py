@@ -30,13 +30,14 @@ from networks.metadata import add_hashes
 from networks.module_names import choose_family, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.parts import fuse
-from networks.text_loras import WholePatch, is_whole, uses_for_text, warn_of_texts
+from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
 from networks.tool_options import FluxMergeOptions, WholeMergeOptions
 from networks.writing import rename_to_aliases
 
 logger = getLogger(__name__)
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ENCODERS = {"--clip_l": "lora_te1", "--t5xxl": "lora_te3"}  # option -> prefix of its part of a LoRA
+# option -> prefix of its part of a LoRA
+ENCODERS = {"--clip_l": "lora_te1", "--t5xxl": "lora_te3", "--flux_model": ""}
 _META = torch.device("meta")
 _WIDE = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
@@ -70,10 +71,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
         "--clip_l": ("--clip_l_save_to", options.clip_l_save_to),
         "--t5xxl": ("--t5xxl_save_to", options.t5xxl_save_to),
     }
-    parts = {option: uses_for_text(uses, prefix) for option, prefix in ENCODERS.items()}
-    parts["--flux_model"] = [
-        replace(use, lora=replace(use.lora, text_tensors={})) for use in uses if use.lora.tensors
-    ]
+    parts = {option: uses_for(uses, prefix) for option, prefix in ENCODERS.items()}
     for option, found in parts.items():
         if found and option not in options.targets:
             logger.warning(
@@ -142,7 +140,7 @@ def merge_into_file(
             _check_in_channels(checkpoint, in_channels)
         whole = is_whole(checkpoint.tensors)
         if not whole:
-            warn_of_texts(uses, model, held=())
+            for_encoders(uses, str(model), held=())
         patch: LoraPatch | WholePatch = (WholePatch if whole else LoraPatch)(uses, checkpoint.tensors, model)
         written: dict[str, TensorInfo] = {}
         # a LoRA of another model is found out before anything is written
