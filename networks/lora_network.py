@@ -187,7 +187,7 @@ class OwnNetwork(nn.Module):
             if gradients[0] is None or gradients[1] is None:
                 continue
             weights = layer.lora_down.weight, layer.lora_up.weight
-            strengths = row_strengths(*weights, gradients, layer.scale, base.to(weights[0].device), rule)
+            strengths = row_strengths(weights, gradients, layer.scale, base.to(weights[0].device), rule)
             layer.noise.copy_(strengths)
 
 
