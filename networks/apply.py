@@ -27,9 +27,9 @@ from networks.deltas import (
     rows_of,
     weight_delta,
 )
-from networks.key_formats import OURS, module_of_tensor, rename_modules
+from networks.key_formats import OURS, module_of_tensor
 from networks.loading import LoraFile, LoraUse, list_some, warn_of_absent, warn_of_other_family
-from networks.module_names import Relative, choose_family, relatives
+from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, FamilyNames
 from networks.parts import part_rows
 
@@ -198,14 +198,15 @@ class LoraPatch:
         # use -> how many channels its first layer takes, if that is another number than the model's
         self._narrower: dict[int, str] = {}
         self._modules: dict[str, None] = {}  # of the model, as far as weights were handed over
-        self._renamed = rename_modules(module_of_tensor(name)[0] for name in parameter_names or ())
+        # parameter -> (key, change, how the parameter lies to the LoRA's module) that the patterns keep
+        self._found: dict[str, list[tuple[str, Change, Relative | None]]] = {}
+        theirs = list(dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ()))
+        family = choose_family(theirs)
+        self._renamed = {} if family is None else {module: alias(module, family) for module in theirs}
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         """Return the changed weight, a new tensor, or `weight` if nothing changes it. Raises as `add_to`."""
-        if self.touches(name):
-            return self.add_to(name, weight.clone())
-        self._note(name)
-        return weight
+        return self.add_to(name, weight.clone()) if self._find(name) else weight
 
     def add_to(self, name: str, weight: Tensor) -> Tensor:
         """Change the weight in place and return it; on the meta device, only compare shapes.
@@ -214,9 +215,8 @@ class LoraPatch:
         another number of channels is left out, and `check` reports it. Raises CheckpointError if a LoRA has
         another size.
         """
-        self._note(name)
         changes = []
-        for key, change, relative in self._changes_of(name):
+        for key, change, relative in self._find(name):
             if name.endswith(FIRST_LAYERS) and (other := other_channels(change.factors, weight)) is not None:
                 self._narrower[id(change.use)] = other
                 continue
@@ -232,11 +232,16 @@ class LoraPatch:
 
     def touches(self, name: str) -> bool:
         """Whether a LoRA changes the parameter with this name."""
-        return any(True for _ in self._changes_of(name))
+        return bool(self._find(name))
 
     def unused(self) -> list[str]:
         """Return the parts of LoRAs without a weight so far, as `file: module.weight`."""
-        return [f"{use.lora.path.name}: {key}" for use in self._uses for key in self._missed(use)]
+        return [
+            f"{use.lora.path.name}: {key}"
+            for use in self._uses
+            for key in self._keys(use)
+            if key not in self._seen
+        ]
 
     def check(self) -> None:
         """Warn of parts of LoRAs without a weight, and of LoRAs for another model.
@@ -256,7 +261,7 @@ class LoraPatch:
             else:
                 logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
                 warn_of_other_family(use.lora, family)
-                missed = self._missed(use)
+                missed = [key for key in keys if key not in self._seen]
                 warn_of_absent(path, missed, len(keys), f"weights are not in {self._model}", family)
 
     def refuse_misfits(self) -> None:
@@ -287,34 +292,23 @@ class LoraPatch:
             self._path or lora.path,
         )
 
-    def _note(self, name: str) -> None:
-        """Remember a weight of the model."""
-        self._modules.setdefault(self._own(name)[0])
-        self._seen.update(key for key, _ in self._keys_of(name))
-
-    def _own(self, name: str) -> tuple[str, str]:
-        """(module under our name, leaf) of a parameter."""
-        module, leaf = module_of_tensor(name)
-        return self._renamed.get(module, module), leaf
-
-    def _keys_of(self, name: str) -> Iterator[tuple[str, Relative | None]]:
-        """Return the names under which LoRAs change a parameter: its own, and those of its parts or wholes in
+    def _find(self, name: str) -> list[tuple[str, Change, Relative | None]]:
+        """Return the changes of a parameter with their keys: its own name, or those of parts and wholes in
         other layouts.
         """
-        module, leaf = self._own(name)
-        yield f"{OURS}{module}.{leaf}", None
-        for relative in relatives(module):
-            yield f"{OURS}{relative.name}.{leaf}", relative
-
-    def _changes_of(self, name: str) -> Iterator[tuple[str, Change, Relative | None]]:
-        """Return the changes of a parameter, by key, that the patterns keep under its names in file and
-        model.
-        """
-        own = OURS + self._own(name)[0]
-        for key, relative in self._keys_of(name):
-            for change in self._changes.get(key, []):
-                if change.use.keeps(change.factors, key.partition(".")[0], own):
-                    yield key, change, relative
+        if name not in self._found:
+            module, leaf = module_of_tensor(name)
+            module = self._renamed.get(module, module)
+            self._modules.setdefault(module)
+            named = [(module, None), *((relative.name, relative) for relative in relatives(module))]
+            self._seen.update(f"{OURS}{own}.{leaf}" for own, _ in named)
+            self._found[name] = [
+                (f"{OURS}{own}.{leaf}", change, relative)
+                for own, relative in named
+                for change in self._changes.get(f"{OURS}{own}.{leaf}", [])
+                if change.use.keeps(change.factors, OURS + own, OURS + module)
+            ]
+        return self._found[name]
 
     def _keys(self, use: LoraUse) -> list[str]:
         """Return the keys of a file that the patterns keep."""
@@ -325,10 +319,6 @@ class LoraPatch:
             if change.use is use
             and (key in self._taken[id(use)] or use.keeps(change.factors, key.partition(".")[0]))
         ]
-
-    def _missed(self, use: LoraUse) -> list[str]:
-        """Return those of the keys for which no weight was handed over."""
-        return [key for key in self._keys(use) if key not in self._seen]
 
 
 class OriginalWeights:
