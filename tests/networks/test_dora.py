@@ -14,12 +14,9 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.deltas import decompose, find_fault
 from networks.loading import LoraFile, LoraUse, read_lora
-from networks.parts import for_model
-from tests.frame_pack import making as framepack
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import inputs, tiny_dit
 from tests.networks.test_interoperability import TOLERANCE, run_there
-from tests.networks.test_lora_framepack import load_there as load_framepack_there
 from tests.wan.making import in_diffusers
 
 RECORDED = load_file(Path(__file__).parents[1] / "data" / "lycoris_dora.safetensors")
@@ -151,24 +148,6 @@ def test_a_dora_for_the_parts_of_fused_weights_acts_on_hunyuan_video_as_there(
     torch.testing.assert_close(out, expected, **TOLERANCE)
 
 
-def test_a_dora_of_framepack_acts_in_diffusers_once_converted(tmp_path: Path) -> None:
-    theirs = framepack.in_diffusers()
-    add_dora(theirs, r".*blocks\.\d+\..*(to_q|add_k_proj|net\.2|proj_mlp)|clean_x_embedder\.proj_2x")
-    theirs.save_lora_adapter(tmp_path, weight_name="theirs.safetensors")
-    with torch.no_grad():
-        expected = framepack.run_there(theirs, framepack.tiny_inputs())
-    convert_file(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", "default")
-    convert_file(tmp_path / "ours.safetensors", tmp_path / "other.safetensors", "other")
-    again = framepack.in_diffusers()
-
-    load_framepack_there(again, tmp_path / "other.safetensors")
-
-    with torch.no_grad():
-        torch.testing.assert_close(framepack.run_there(again, framepack.tiny_inputs()), expected, **TOLERANCE)
-    ours = with_lora(framepack.tiny_model(), framepack.tiny_inputs(), tmp_path / "ours.safetensors")
-    torch.testing.assert_close(ours, expected, **TOLERANCE)
-
-
 def test_magnitudes_by_input_cannot_go_to_diffusers(tmp_path: Path) -> None:
     name = "lora_unet_transformer_blocks_0_attn_to_q"
     factors = {
@@ -210,19 +189,3 @@ def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(module: str) ->
     )
 
     torch.testing.assert_close(part, whole[rows])
-
-
-def test_magnitudes_by_input_of_a_fused_weight_are_refused_for_its_parts(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    factors = FUSED | {"dora_scale": torch.ones(1, 4)}
-    with pytest.raises(CheckpointError, match="magnitudes by input belong to the whole weight"):
-        merged(
-            torch.rand(6, 4),
-            lora_of(factors, "double_blocks.0.img_attn_qkv"),
-            module="transformer_blocks.0.attn.to_q",
-        )
-
-    tensors = {f"{QKV}.{part}": tensor for part, tensor in factors.items()}
-    assert for_model(tensors, lambda name: 6 if "attn_to_" in name else None).keys() == tensors.keys()
-    assert "magnitudes are by input, so they belong to the whole weight; it stays whole" in caplog.text

@@ -154,22 +154,6 @@ def test_what_was_trained_is_what_generation_adds(tmp_path: Path, kind: str) -> 
         assert file.metadata()["ss_network_module"] == NETWORKS[kind][1]
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr"])
-@pytest.mark.parametrize(
-    "how",
-    [
-        ["--gradient_checkpointing", "--blocks_to_swap", 1],
-        ["--compile", "--compile_args", "eager", "default", "auto", "true"],
-    ],
-    ids=["swapped", "compiled"],
-)
-def test_dressing_changes_no_bit(tmp_path: Path, kind: str, how: list[object]) -> None:
-    write_caches(tmp_path)
-    expected = train_toy(tmp_path, *NETWORKS[kind])
-
-    assert same(train_toy(tmp_path, *NETWORKS[kind], *how), expected)
-
-
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_run_resumes_and_continues_from_a_file(tmp_path: Path, kind: str) -> None:
     write_caches(tmp_path)
@@ -228,15 +212,3 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, kind: str, more: list
 
     with pytest.raises(CheckpointError, match=words):
         train_network(ToyFamily(), toy_options(tmp_path, *NETWORKS[kind], *weights))
-
-
-@pytest.mark.parametrize("module", ["networks.loha", "networks.lokr"])
-def test_the_memory_plan_counts_them(tmp_path: Path, module: str) -> None:
-    from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
-    from training.planning.prediction import predict
-
-    sizes = []
-    for rank in ("1", "3"):
-        family, options = wan(tmp_path, *CHECKPOINTED, "--network_module", module, "--network_dim", rank)
-        sizes.append(predict(family, options, wan_batch(1), torch.device("cpu")).device(0))
-    assert 0 < sizes[0] < sizes[1]

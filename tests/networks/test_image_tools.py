@@ -99,15 +99,6 @@ def test_ai_toolkit_gets_the_recorded_tensors_and_the_way_back_changes_nothing(
     assert_equal_changes(deltas(back), deltas(loras[0]))
 
 
-def test_a_file_of_ai_toolkit_without_metadata_is_read_as_flux(tmp_path: Path, loras: list[Path]) -> None:
-    there = tmp_path / "there.safetensors"
-    convert_file(loras[0], there, "diffusers")
-    save_file(load_file(there), there)
-    convert_flux_lora.main(["--src_path", str(there), "--dst_path", str(tmp_path / "back.safetensors")])
-
-    assert_equal_changes(deltas(tmp_path / "back.safetensors"), deltas(loras[0]))
-
-
 def test_factors_of_split_layers_stay_apart_in_ai_toolkits_form(tmp_path: Path) -> None:
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     ups = [torch.randn(6, 2) for _ in range(3)]
@@ -375,17 +366,6 @@ def test_a_lora_of_full_size_fits_the_published_model_in_both_layouts(
         for name, info in checkpoint.tensors.items():
             patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
     assert patch.unused() == []
-
-
-def test_files_of_oft_are_refused_by_name(tmp_path: Path) -> None:
-    name = "oft_unet_double_blocks_0_img_attn_proj"
-    save_file(
-        {f"{name}.oft_blocks": torch.zeros(2, 3, 3), f"{name}.alpha": torch.tensor(1.0)},
-        tmp_path / "oft.safetensors",
-    )
-
-    with pytest.raises(CheckpointError, match="kind OFT or BOFT, which is not supported"):
-        read_lora(tmp_path / "oft.safetensors")
 
 
 def test_loras_of_another_model_are_neither_converted_nor_added_up(tmp_path: Path, loras: list[Path]) -> None:

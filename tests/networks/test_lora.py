@@ -12,7 +12,7 @@ from torch import nn
 from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
 from modules.offload.checkpointing import checkpoint_blocks
-from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer, halves, keep_mask
+from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer
 from networks.metadata import save_network
 from networks.own_modules import OWN_MODULES
 from tests.golden_cases import make_input, read_case
@@ -114,25 +114,11 @@ def test_a_network_states_which_of_its_modules_a_lora_takes() -> None:
     assert set(modules_of(more)) - set(modules_of(plain)) == {"single_blocks_1_modulation_1"}
 
 
-def test_patterns_that_leave_no_module_are_refused() -> None:
-    with pytest.raises(OptionError, match="the LoRA has no module left"):
-        make_lora("lora", 4, 1.0, NewDit(), exclude_patterns=[".*blocks"])
-
-
 @pytest.mark.parametrize(
     "name", ["networks.lora", "networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"]
 )
 def test_all_names_of_our_network_module_build_the_same(name: str) -> None:
     assert OWN_MODULES[name] == OWN_MODULES["networks.lora"]
-
-
-def test_a_new_lora_changes_nothing(tmp_path: Path) -> None:
-    dit = tiny_dit(tmp_path)
-    plain = dit(**inputs(dit))
-
-    make_lora("lora_wan", 4, 1.0, dit).attach()
-
-    assert torch.equal(dit(**inputs(dit)), plain)
 
 
 def test_multiplier_zero_gives_the_plain_model_back(tmp_path: Path) -> None:
@@ -205,16 +191,6 @@ def test_dropout_follows_the_seed_and_rests_in_eval_mode(tmp_path: Path, argumen
     assert not torch.equal(outputs[0], outputs[2])
     network.eval()
     assert not torch.equal(dit(**inputs(dit)), outputs[0])
-
-
-def test_masks_have_the_asked_share_and_differ_between_seeds() -> None:
-    shape, cpu = (64, 1000), torch.device("cpu")
-
-    first, second = keep_mask(shape, 0.25, halves(11), cpu), keep_mask(shape, 0.25, halves(12), cpu)
-
-    assert float(first.float().mean()) == pytest.approx(0.75, abs=0.01)
-    assert float((first == second).float().mean()) == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
-    assert float(first.float().mean(0).std()) == pytest.approx((0.75 * 0.25 / 64) ** 0.5, rel=0.1)
 
 
 def test_rank_dropout_drops_whole_ranks_of_a_sample() -> None:
@@ -382,24 +358,6 @@ def test_a_file_of_another_rank_is_refused_with_the_way_out(tmp_path: Path) -> N
         r"--dim_from_weights",
     ):
         wan_network(dit, rank=4).load_weights(tmp_path / "x.safetensors")
-
-
-def test_a_file_of_which_a_single_module_does_not_fit_is_refused(tmp_path: Path) -> None:
-    dit, path = tiny_dit(tmp_path), tmp_path / "x.safetensors"
-    tensors = dict(wan_network(dit, rank=4).state_dict())
-    tensors["lora_unet_blocks_1_ffn_2.lora_down.weight"] = torch.ones(4, 96)
-    save_file(tensors, path)
-    with pytest.raises(
-        CheckpointError,
-        match=r"(?s)in 1 of 20 modules:.*blocks_1_ffn_2 has .*\[4, 96\].*for a model of this size",
-    ):
-        wan_network(dit, rank=4).load_weights(path)
-
-    tensors["lora_unet_blocks_1_ffn_2.lora_down.weight"] = torch.ones(2, 256)
-    tensors["lora_unet_blocks_1_ffn_2.lora_up.weight"] = torch.ones(128, 2)
-    save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=r"(?s)in 1 of 20 modules:.*Give --dim_from_weights"):
-        wan_network(dit, rank=4).load_weights(path)
 
 
 def test_a_dora_is_no_start_for_a_plain_lora(tmp_path: Path) -> None:

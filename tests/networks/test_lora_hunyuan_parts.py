@@ -22,7 +22,6 @@ from networks.parts import fuse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved
 from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state, tiny_state
-from tests.tiny.loras import lora_like
 
 PUBLISHED_WIDTH = 3072
 
@@ -111,18 +110,6 @@ def test_a_lora_that_diffusers_saves_acts_here_as_there(
     assert float((out - tiny_model("i2v")(**tiny_inputs("i2v"))).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("target", ["default", "other"])
-@pytest.mark.parametrize("targets", ["some", "all"])
-def test_a_lora_of_diffusers_acts_the_same_once_converted(tmp_path: Path, targets: str, target: str) -> None:
-    path, expected = made_there(tmp_path, "t2v", IN_DIFFUSERS[targets], alpha=3)
-
-    convert_file(path, tmp_path / "converted.safetensors", target)
-
-    names = load_file(tmp_path / "converted.safetensors")
-    assert not any("transformer_blocks" in name for name in names)
-    assert_near(run_here("t2v", tmp_path / "converted.safetensors"), expected)
-
-
 @pytest.mark.usefixtures("tiny_converter")
 def test_there_and_back_through_diffusers_is_the_same_lora(tmp_path: Path) -> None:
     network = saved(tmp_path / "lora.safetensors", alpha=4)
@@ -157,28 +144,6 @@ def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(
     assert fused["lora_unet_single_blocks_1_linear1.lora_up.weight"].shape == (7 * 8, 2)
     assert not fused["lora_unet_single_blocks_1_linear1.lora_up.weight"][24:].any()
     assert len([record for record in caplog.records if "4 times as many rows" in record.message]) == 1
-
-
-def test_parts_of_another_kind_in_one_block_do_not_hinder_the_others(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    plain, lokr = "lora_unet_transformer_blocks_0_attn_to_q", "lora_unet_transformer_blocks_1_attn_to_q"
-    tensors = {f"{plain}.lora_down.weight": torch.ones(2, 8), f"{plain}.lora_up.weight": torch.ones(8, 2)}
-    tensors |= {f"{lokr}.lokr_w1": torch.ones(2, 2), f"{lokr}.lokr_w2": torch.ones(4, 4)}
-
-    fused = fuse(tensors)
-
-    assert fused["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"].shape == (24, 2)
-    assert f"{lokr}.lokr_w1" in fused
-    assert "only plain LoRAs" in caplog.text
-
-
-def test_a_last_layer_of_another_size_is_not_cut_to_fit(caplog: pytest.LogCaptureFixture) -> None:
-    name = "lora_unet_norm_out_linear"
-    tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(32, 2)}
-
-    assert fuse(tensors, lambda _: 16).keys() == tensors.keys()
-    assert "do not fit into 16 rows" in caplog.text
 
 
 def test_a_lora_of_onetrainer_is_hunyuan_videos(tmp_path: Path) -> None:
@@ -278,18 +243,3 @@ def test_a_part_of_another_size_is_refused(tmp_path: Path) -> None:
         match=r"for double_blocks.0.img_attn_qkv.weight it has \[256, 128\], the model \[384, 128\]",
     ):
         patch("double_blocks.0.img_attn_qkv.weight", torch.zeros(384, 128))
-
-
-def test_training_can_start_from_a_lora_of_diffusers(tmp_path: Path) -> None:
-    path, expected = made_there(
-        tmp_path, "t2v", r".*_blocks\.\d+\..*(to_q|to_v|add_k_proj|net\.2|proj_mlp)", alpha=3
-    )
-    dit = tiny_model("t2v")
-    network = lora_like("lora_hunyuan", read_lora(path).tensors, dit)
-
-    problems = network.load_weights(path)
-
-    network.attach()
-    assert problems == []
-    with torch.no_grad():
-        assert_near(dit(**tiny_inputs("t2v")), expected)

@@ -281,33 +281,6 @@ def test_recomputation_leaves_out_the_product_of_the_last_frozen_layer() -> None
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_small_tensors_are_summed_apart() -> None:
-    """The sum is another operation, as two roundings show."""
-    original = nn.Linear(8, 8).bfloat16().requires_grad_(False)
-    layer = LoraLayer(original, 2, 2.0).bfloat16()
-    nn.init.normal_(layer.lora_up.weight)
-    layer.attach()
-    x = torch.randn(64, 8, dtype=torch.bfloat16)
-    apart = layer._original_forward(x) + layer.lora_up(layer.lora_down(x))
-
-    assert torch.equal(original(x), apart)
-    layer.joins_from = 64 * 8
-    assert not torch.equal(original(x), apart)
-
-
-@pytest.mark.parametrize("sizes", [(4, 16), (16, 4)])
-def test_the_larger_of_input_and_output_decides(sizes: tuple[int, int]) -> None:
-    original = nn.Linear(*sizes).requires_grad_(False)
-    layer = LoraLayer(original, 2, 2.0)
-    layer.attach()
-    x = torch.randn(3, 5, sizes[0], requires_grad=True)
-    joins = []
-    for layer.joins_from in (3 * 5 * 16, 3 * 5 * 16 + 1):
-        joins.append("_AddUp" in str(original(x).grad_fn))
-
-    assert joins == [True, False]
-
-
 @pytest.mark.parametrize("total", [torch.ones(5, 2).t(), torch.ones(1).expand(2, 5)])
 def test_what_does_not_lie_in_one_piece_is_copied_first(total: Tensor) -> None:
     left, right = torch.randn(2, 3), torch.randn(3, 5)

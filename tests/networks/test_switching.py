@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from modules.errors import CheckpointError
 from networks.apply import LoraPatch, OriginalWeights
 from networks.loading import LoraUse, read_lora
 
@@ -51,18 +50,3 @@ def test_the_weights_are_equal_to_the_bit(tmp_path: Path, dtype: torch.dtype) ->
 
     originals.switch(model, [])
     assert torch.equal(weight, plain)
-
-
-def test_a_lora_of_another_size_is_refused_while_the_model_is_loaded(tmp_path: Path) -> None:
-    originals = OriginalWeights([lora(tmp_path, 1, size=4)])
-
-    with pytest.raises(CheckpointError, match="has \\[4, 4\\], the model \\[8, 8\\]"):
-        originals(NAME, torch.zeros(8, 8))
-
-
-def test_a_lora_of_another_model_is_refused(tmp_path: Path) -> None:
-    originals = OriginalWeights([lora(tmp_path, 1)])
-    originals("blocks.1.ffn.0.weight", torch.zeros(8, 8))
-
-    with pytest.raises(CheckpointError, match="has none of its 1 weights"):
-        originals.check()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from encoders.clip_l import ClipTextEncoder
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.requests import Prompt
-from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
@@ -118,14 +117,3 @@ def test_parts_for_encoders_that_a_model_does_not_have_are_told(
         loras.tell_unused([clip])
 
     assert "2 tensors change a text encoder that this model does not have" in caplog.text
-
-
-def test_a_lora_of_another_size_is_refused(tmp_path: Path) -> None:
-    clip = encoder(tmp_path / "clip")
-    name = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
-    tensors = {f"{name}.lora_down.weight": torch.ones(1, 4), f"{name}.lora_up.weight": torch.ones(4, 1)}
-    save_file(tensors, tmp_path / "lora.safetensors")
-    loras = TextLoras([LoraUse(read_lora(tmp_path / "lora.safetensors", with_texts=True))])
-
-    with pytest.raises(CheckpointError, match=r"lora\.safetensors"):
-        loras.add_to(clip)
