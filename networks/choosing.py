@@ -7,7 +7,7 @@ may have rules of its own (`LoraRules`).
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from logging import getLogger
 
 from torch import nn
@@ -23,14 +23,8 @@ logger = getLogger(__name__)
 LoraModule = nn.Linear | nn.Conv2d
 
 
-@dataclass(frozen=True)
-class Target:
-    """A module that gets a LoRA."""
-
-    module: LoraModule
-    rank: int
-    alpha: float
-    heights: tuple[int, ...] = ()  # of the parts that get factors of their own
+# a module that gets a LoRA, its rank and alpha, and the heights of parts that get factors of their own
+Target = tuple[LoraModule, int, float, tuple[int, ...]]
 
 
 def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
@@ -106,7 +100,7 @@ def _choose(
             heights: tuple[int, ...] = ()
             if settings.splits and settings.rules is not None and isinstance(module, nn.Linear):
                 heights = settings.rules.heights(path, module.out_features, module.in_features)
-            found[name] = Target(module, *size, heights)
+            found[name] = module, *size, heights
     log_overlaps("network_reg_dims", settings.reg_ranks, fitting)
     return found
 

@@ -145,8 +145,14 @@ def merge_into_file(
         written: dict[str, TensorInfo] = {}
         # a LoRA of another model is found out before anything is written
         for name, info in checkpoint.tensors.items():
-            _refuse_rounded(patch, name, info, model)
-            written[name] = _info_in(info, dtype)
+            if patch.touches(name) and info.dtype not in _WIDE:
+                raise CheckpointError(
+                    f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
+                    "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
+                    model,
+                )
+            # whole numbers and 8-bit weights stay as they are
+            written[name] = info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
             patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
         patch.check()
 
@@ -160,8 +166,10 @@ def merge_into_file(
             wide = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
             return patch.add_to(name, wide).to(written[name].dtype)
 
-        needed = sum(info.size_bytes for info in written.values())
-        _show_start(model, uses, output, needed)
+        needed = as_size(sum(info.size_bytes for info in written.values()))
+        free = as_size(free_bytes(output.resolve().parent))
+        rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
+        show_box("Merging", [*rows, ("disk", f"{needed}; {free} free")])
         metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
         if not uses:
             logger.warning(f"no --lora_weight is given: {output} becomes a copy of {model}")
@@ -170,27 +178,6 @@ def merge_into_file(
         stream_tensors(output, written, read, metadata)
     result = f"{output} ({as_size(output.stat().st_size)})"
     show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
-
-
-def _info_in(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    """Return the header entry of a tensor cast to a dtype; whole numbers and 8-bit weights stay."""
-    return info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
-
-
-def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int) -> None:
-    """Show the files to merge. needed: bytes of the result."""
-    free = as_size(free_bytes(output.resolve().parent))
-    rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
-    show_box("Merging", [*rows, ("disk", f"{as_size(needed)}; {free} free")])
-
-
-def _refuse_rounded(patch: LoraPatch | WholePatch, name: str, info: TensorInfo, model: Path) -> None:
-    if patch.touches(name) and info.dtype not in _WIDE:
-        raise CheckpointError(
-            f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
-            "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
-            model,
-        )
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:
@@ -212,7 +199,15 @@ def _add_up(
     the first file with it. Raises CheckpointError for anything but plain LoRAs, for other sizes and for
     LoRAs of several models.
     """
-    _refuse_several_models([use.lora for use in uses])
+    known = [(use.lora, made) for use in uses if (made := read_family(use.lora.metadata)) is not None]
+    for lora, made in known[1:]:
+        first, wanted = known[0]
+        if made is not wanted:
+            raise CheckpointError(
+                f"{lora.path} is for {made.name}, {first.path} for {wanted.name}: no model could use their "
+                "sum.\n  Give LoRAs for one model.",
+                lora.path,
+            )
     modules: dict[str, list[tuple[LoraFile, Factors, float]]] = {}
     for use in uses:
         lora = use.lora
@@ -234,18 +229,6 @@ def _add_up(
         merged[f"{name}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
         merged[f"{name}.alpha"] = torch.tensor(float(len(down)))
     return merged
-
-
-def _refuse_several_models(loras: Sequence[LoraFile]) -> None:
-    known = [(lora, made) for lora in loras if (made := read_family(lora.metadata)) is not None]
-    for lora, made in known[1:]:
-        first, wanted = known[0]
-        if made is not wanted:
-            raise CheckpointError(
-                f"{lora.path} is for {made.name}, {first.path} for {wanted.name}: no model could use their "
-                "sum.\n  Give LoRAs for one model.",
-                lora.path,
-            )
 
 
 def _sum(
@@ -299,7 +282,7 @@ def _made_of(tensors: Mapping[str, Tensor], loras: Sequence[LoraFile], no_metada
     names = {name.partition(".")[0] for name in tensors}
     in_dit = [name.removeprefix(OURS) for name in names if f"{prefix_of(name)}_" == OURS]
     version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
-    made = next((found for one in loras if (found := read_family(one.metadata)) is not None), None)
+    made = next(filter(None, (read_family(one.metadata) for one in loras)), None)
     hint = "flux" if made is None else made.name
     family = choose_family(in_dit, hint) or made
     if made is None and family is not None and family.text_width:
