@@ -298,7 +298,8 @@ def add_loras(dit: nn.Module, uses: Sequence[LoraUse], is_compiled: bool = False
         if is_compiled:
             left_out = [name for name in found if not known[name].adds_to_output]
             what = "modules are not changed because blocks are compiled"
-            warn_of_rest(use.lora.path, left_out, len(found), what)
+            if left_out:
+                warn_of_rest(use.lora.path, left_out, len(found), what)
             found = {name: factors for name, factors in found.items() if name not in left_out}
         parts.append({name: AddedPart(known[name], one, use.multiplier) for name, one in found.items()})
     return AddedLoras(attach_parts(parts, known))

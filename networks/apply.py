@@ -66,22 +66,44 @@ class Change:
             self, factors={part: t if part == "alpha" else t.to(device) for part, t in self.factors.items()}
         )
 
-    def placed(self, relative: Relative | None, weight: Tensor) -> "Change":
-        """Return the same for a weight that is a part of the LoRA's module, or that contains it.
+    def fit(
+        self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
+    ) -> "Change":
+        """Return the change for this weight, which may be a part of the LoRA's module, or contain it.
+
+        name, model: of the weight and of the model, for messages. option: that names the LoRA, for these.
+        Raises CheckpointError if the shapes differ; computes nothing but a LoKr that is cut.
+        """
+        path = self.use.lora.path
+        try:
+            change = self if relative is None else self._placed(relative, weight)
+            found = change.shape()
+        except (RuntimeError, IndexError) as error:
+            raise CheckpointError(
+                f"{path}: the factors for {name} do not go together ({error}).", path
+            ) from error
+        wanted = list((weight if change.rows is None else weight[change.rows]).shape)
+        what = f"{found}, the model {wanted}.\n  Give a LoRA that was trained for a model of this size."
+        fits = math.prod(found) == math.prod(wanted) and found[:1] == wanted[:1]
+        if fits and DORA in change.factors and self.leaf == "weight":
+            magnitudes = change.factors[DORA].numel()
+            fits = len(wanted) > 1 and magnitudes == wanted[1 if has_input_magnitudes(change.factors) else 0]
+            what = f"{magnitudes} DoRA magnitudes, the model {wanted}."
+        if not fits:
+            raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {what}", path)
+        return change
+
+    def _placed(self, relative: Relative, weight: Tensor) -> "Change":
+        """Return the same for a relative of the LoRA's module.
 
         If the heights do not go together it is unchanged, and its shape shows the fault.
         """
-        if relative is None:
-            return self
         own, whole = self.shape()[0], len(weight)
-        rows = (
-            part_rows(relative.part, own, whole) if relative.is_part else part_rows(relative.part, whole, own)
-        )
-        if rows is None:
-            return self
+        heights = (own, whole) if relative.is_part else (whole, own)
+        rows = part_rows(relative.part, *heights)
         if isinstance(rows, slice) and relative.is_part:
             return replace(self, rows=rows)
-        if rows == slice(0, own):
+        if rows is None or rows == slice(0, own):
             return self
         if has_input_magnitudes(self.factors):
             raise RuntimeError(
@@ -92,32 +114,6 @@ class Change:
             norms = {DORA: self.factors[DORA][rows]} if DORA in self.factors else {}
             factors = {"diff": self.delta(self.factors, weight.device)[rows], **norms}
         return replace(self, factors=factors)
-
-    def fit(
-        self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
-    ) -> "Change":
-        """Return the change for this weight. Raises CheckpointError if the shapes differ; computes nothing.
-
-        name, model: of the weight and of the model, for messages. option: that names the LoRA, for these.
-        """
-        path = self.use.lora.path
-        try:
-            change = self.placed(relative, weight)
-            found = change.shape()
-        except (RuntimeError, IndexError) as error:
-            raise CheckpointError(
-                f"{path}: the factors for {name} do not go together ({error}).", path
-            ) from error
-        wanted = list((weight if change.rows is None else weight[change.rows]).shape)
-        what = f"{found}, the model {wanted}.\n  Give a LoRA that was trained for a model of this size."
-        fits = math.prod(found) == math.prod(wanted) and found[:1] == wanted[:1]
-        if fits and change.decomposes:
-            magnitudes = change.factors[DORA].numel()
-            fits = len(wanted) > 1 and magnitudes == wanted[1 if has_input_magnitudes(change.factors) else 0]
-            what = f"{magnitudes} DoRA magnitudes, the model {wanted}."
-        if not fits:
-            raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {what}", path)
-        return change
 
     def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
         """Add the change to a sum over some rows of the parameter, float32.
@@ -134,14 +130,9 @@ class Change:
         # LoKr comes whole, see `_blocks`
         factors = (None if block is None else rows_of(self.factors, block)) or self.factors
         delta = self.delta(factors, total.device)
-        if self.decomposes:
+        if DORA in factors and self.leaf == "weight":  # it depends on the weight
             delta = decompose(weight, delta, factors[DORA])
         total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
-
-    @property
-    def decomposes(self) -> bool:
-        """Whether this is a change by DoRA, which depends on the weight."""
-        return DORA in self.factors and self.leaf == "weight"
 
 
 def changes_of(use: LoraUse, factors: Factors) -> list[Change]:

@@ -91,7 +91,9 @@ def _choose(
             if places
             else _size(path, module, settings)
         )
-        chosen = size is not None and size[0] > 0 and settings.takes(path)
+        is_excluded = any(one.match(path) for one in settings.exclude)
+        takes = not is_excluded or any(one.match(path) for one in settings.include)
+        chosen = size is not None and size[0] > 0 and takes
         if settings.verbose:
             logger.info(
                 f"  {path}: {f'rank {size[0]}, alpha {size[1]:g}' if size and chosen else 'left out'}"

@@ -125,7 +125,8 @@ class LoraSettings:
     conv_rank: int | None = None  # None: convolutions larger than 1 x 1 get no LoRA
     conv_alpha: float = DEFAULT_ALPHA
     dropouts: Dropouts = Dropouts()
-    include: tuple[re.Pattern[str], ...] = ()  # matched at the start of module paths
+    # matched at the start of module paths: what is excluded may be included again
+    include: tuple[re.Pattern[str], ...] = ()
     exclude: tuple[re.Pattern[str], ...] = ()
     loraplus_lr_ratio: float | None = None
     loraplus_encoder_ratio: float | None = None
@@ -141,10 +142,6 @@ class LoraSettings:
     outside_ranks: tuple[int, ...] = ()
     splits: bool = False  # factors for each part of a fused layer
     encoders_off: frozenset[str] = frozenset()  # prefixes of text encoders that get no LoRA
-
-    def takes(self, path: str) -> bool:
-        """Whether the module at this path gets a LoRA: it is not excluded, or included again."""
-        return not any(p.match(path) for p in self.exclude) or any(p.match(path) for p in self.include)
 
 
 def read_settings(

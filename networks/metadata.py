@@ -185,7 +185,7 @@ def peft_config(path: Path, metadata: Mapping[str, str], start: str) -> dict[str
     return {}
 
 
-def text_alphas(texts: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+def text_alphas(texts: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Alphas of LoRAs for text encoders that stand in diffusers' metadata, as `peft_alphas`."""
     alphas: dict[str, Tensor] = {}
     if PEFT_SETTINGS not in metadata:

@@ -12,7 +12,7 @@ from torch import nn
 from modules.contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
 from modules.offload.checkpointing import checkpoint_blocks
-from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer
+from networks.lora_layer import Dropouts, LoraLayer
 from networks.metadata import save_network
 from networks.own_modules import OWN_MODULES
 from tests.golden_cases import make_input, read_case
@@ -199,7 +199,7 @@ def test_rank_dropout_drops_whole_ranks_of_a_sample() -> None:
     with torch.no_grad():
         layer.lora_down.weight.copy_(torch.eye(4, 8))
         layer.lora_up.weight.copy_(torch.eye(8, 4))
-    layer.set_dropouts(Dropouts(rank=0.5), DropoutSeed(), 0)
+    layer.dropouts, layer.index = Dropouts(rank=0.5), 0
     layer.seed.value = 3
 
     change = layer(torch.ones(2, 16, 8)) - linear(torch.ones(2, 16, 8))
@@ -214,7 +214,7 @@ def test_dropout_keeps_the_mean_in_bf16_too() -> None:
     with torch.no_grad():
         layer.lora_down.weight.copy_(torch.eye(8))
         layer.lora_up.weight.copy_(torch.eye(8))
-    layer.set_dropouts(Dropouts(neuron=0.1), DropoutSeed(), 0)
+    layer.dropouts, layer.index = Dropouts(neuron=0.1), 0
     layer.to(torch.bfloat16)
     x = torch.rand(1, 20_000, 8, generator=torch.Generator().manual_seed(1)).add(1).bfloat16()
 

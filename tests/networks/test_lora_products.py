@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from modules.speed_options import Quantisation
-from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer
+from networks.lora_layer import Dropouts, LoraLayer
 from networks.lora_products import add_product, add_up, branch, hold
 from tests.fp8_reference import emulated_product
 from tests.modules.fake_device import FakeDevice
@@ -184,7 +184,7 @@ def test_whatever_else_a_layer_does_is_done_in_place_too(kind: str, recomputes: 
         lora.multiplier = 0.5 if kind == "multiplier" else 1.0
         lora.noise_of = (strengths, "noise") if kind == "noise" else None
         shares = {kind: 0.4} if kind in {"neuron", "rank"} else {"module": 1.0 if kind == "module" else 0.0}
-        lora.set_dropouts(Dropouts(**shares), DropoutSeed(), 3)
+        lora.dropouts, lora.index = Dropouts(**shares), 3
         lora.seed.value = 5
     if kind == "two, one without":
         loras[1].multiplier = 0  # type: ignore[assignment]
