@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modules.contract.loading import Placement
 from networks.added import add_loras
-from networks.apply import LoraPatch, OriginalWeights
+from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from tests.networks.making import inputs, tiny_dit
@@ -83,18 +83,6 @@ def test_loading_adds_every_difference(case: Case, modulation: str, caplog: pyte
     case.assert_merged(dit.state_dict())
     assert patch.unused() == []
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-def test_switching_puts_every_difference_in_and_out_to_the_bit(case: Case) -> None:
-    originals = OriginalWeights([case.use])
-    dit = load_dit(case.model, Placement(CPU, patch=originals))
-    originals.check()
-    loaded = load_dit(case.model, Placement(CPU, patch=LoraPatch([case.use]))).state_dict()
-
-    originals.switch(dit, [case.use])
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in dit.state_dict().items())
-    originals.switch(dit, [])
-    assert all(torch.equal(tensor, case.state[name]) for name, tensor in dit.state_dict().items())
 
 
 @torch.no_grad()

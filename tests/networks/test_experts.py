@@ -19,7 +19,6 @@ from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
 from networks.metadata import STALE, expert_of, expert_of_model, save_network
-from networks.module_names import read_family
 from networks.names.video import WAN
 from tests.networks.making import inputs, randomize, tiny_dit, wan_network
 from tests.networks.test_interoperability import TOLERANCE, run_there
@@ -88,11 +87,6 @@ def test_a_lora_for_the_other_expert_is_warned_of(
 
     assert len(caplog.records) == (0 if says is None else 1)
     assert (says or "") in caplog.text
-
-
-@pytest.mark.parametrize("version", ["wan", "wan2.2", "Wan2.2-T2V-A14B", "wan22_14b"])
-def test_the_family_is_known_by_what_tools_call_its_generations(version: str) -> None:
-    assert read_family({"ss_base_model_version": version}) is WAN
 
 
 class Pair:
@@ -271,15 +265,6 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, pair: Pair) -> Non
             pair.convert("--output", out, *arguments)
     assert not out.exists()
     assert not more.exists()
-
-
-def test_swapped_files_are_warned_of(tmp_path: Path, pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
-    pair.convert(
-        *("--input", pair.paths[HIGH_NOISE], "--input_high_noise", pair.paths[LOW_NOISE]),
-        *("--output", tmp_path / "both.safetensors", "--target", "diffusers"),
-    )
-
-    assert caplog.text.count("and is loaded into the") == 2
 
 
 @pytest.mark.parametrize("expert", EXPERTS)

@@ -8,7 +8,6 @@ from networks.deltas import add_missing_alphas
 from networks.key_formats import to_native
 from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path, replace_dots
 from networks.names.video import WAN
-from networks.parts import for_model
 from networks.writing import Written, in_dialect
 from tests.golden_cases import read_case
 from tests.manifests import manifest_names, tensor_list
@@ -65,20 +64,6 @@ def test_conversion_back_equals_the_recorded_one() -> None:
     assert back["lora_unet_blocks_1_ffn_0.alpha"].dtype == torch.int64
 
 
-def test_from_the_other_dialect_and_back_is_exact() -> None:
-    _, tensors, _ = golden_tensors()
-    other, _ = to_other(tensors)
-
-    there = add_missing_alphas(to_native(other).tensors)
-    again, _ = to_other(there)
-
-    assert list(again) == list(other)
-    assert all(torch.equal(tensor, other[name]) for name, tensor in again.items())
-    once_more = add_missing_alphas(to_native(again).tensors)
-    assert list(once_more) == list(there)
-    assert all(torch.equal(tensor, there[name]) for name, tensor in once_more.items())
-
-
 @pytest.mark.parametrize("family", ["hunyuan", "wan"])
 def test_module_paths_are_the_recorded_ones(family: str) -> None:
     description, _ = read_case("lora_merge_convert")
@@ -123,18 +108,6 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
             owners = {other.name for other in FAMILIES if module_path(name, other)}
             is_like = any({family.name} < owners <= names for names in like)
             assert owners == {family.name} or is_like or module in of_several
-
-
-def test_a_lora_with_names_of_two_families_fits_whichever_model_it_is_given_to() -> None:
-    """ComfyUI calls HunyuanVideo's and HunyuanImage's modules as FLUX calls its own."""
-    name = "lora_unet_double_blocks_0_img_mlp_0"
-    tensors = {f"{name}.lora_down.weight": torch.ones(1, 2), f"{name}.lora_up.weight": torch.ones(3, 1)}
-    for model in ("img_mlp_0", "img_mlp_fc1"):
-        own = f"lora_unet_double_blocks_0_{model}"
-
-        fitted = for_model(tensors, {own: 3}.get)
-
-        assert fitted.keys() == {f"{own}.lora_down.weight", f"{own}.lora_up.weight"}
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from networks.loading import LoraUse, read_lora
 from networks.metadata import save_network
 from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS, read_case
-from tests.networks.making import golden_lora, randomize
-from tests.networks.making_dialects import saved_by_diffusers
+from tests.networks.making import assert_recorded, golden_lora, randomize, saved_by_diffusers
 from tests.tiny.loras import make_lora
 
 NEAR = 5e-6  # of the largest value; float32, summed in another order
@@ -45,16 +44,7 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
     loss.backward()
 
     assert (out - tensors["out"]).abs().max() <= FLOAT32_POWERS * tensors["out"].abs().max()
-    torch.testing.assert_close(
-        loss.detach().view(1), tensors["loss"], atol=0, **description["tolerance"]["loss"]
-    )
-    rtol = description["tolerance"]["grads"]["rtol"]
-    for name, parameter in network.named_parameters():
-        assert parameter.grad is not None
-        total, norm = description["grad_sum_and_l2norm"][name]
-        assert float(parameter.grad.norm()) == pytest.approx(norm, rel=rtol)
-        assert float(parameter.grad.sum()) == pytest.approx(total, rel=rtol, abs=rtol * norm)
-    assert all(parameter.grad is None for parameter in dit.parameters())
+    assert_recorded(network, dit, loss, description, tensors)
 
 
 # Files that go to and come from diffusers

@@ -13,8 +13,8 @@ from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.key_formats import to_native
 from networks.loading import LoraFile, LoraUse, read_lora
-from networks.module_names import choose_family, module_path, replace_dots
-from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO
+from networks.module_names import module_path, replace_dots
+from networks.names.video import FRAMEPACK
 from networks.parts import cut, for_model
 from tests.frame_pack.making import tiny_model
 from tests.manifests import tensor_list
@@ -160,14 +160,6 @@ def test_the_halves_of_the_last_modulation_change_about() -> None:
     assert float(found["lora_unet_norm_out_linear.alpha"]) == 1
 
 
-def test_a_lokr_for_a_fused_module_is_not_cut_for_training(caplog: pytest.LogCaptureFixture) -> None:
-    name = "lora_unet_double_blocks_0_img_attn_qkv"
-    tensors = {f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2": torch.ones(12, 4)}
-
-    assert for_model(tensors, {"lora_unet_transformer_blocks_0_attn_to_q": 8}.get).keys() == tensors.keys()
-    assert "only plain LoRAs can be split; it stays whole" in caplog.text
-
-
 # Patterns
 
 
@@ -296,41 +288,6 @@ def test_every_module_of_the_published_model_is_named() -> None:
             path.startswith("context_embedder.") and path.endswith((".norm1", ".norm2"))
         ):
             assert module_path(replace_dots(path), FRAMEPACK) == path
-
-
-def test_a_lora_on_every_matrix_of_the_published_hunyuan_video_fits_the_published_framepack() -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, (_, shape) in tensor_list("hunyuanvideo-t2v-dit").items():
-        if name.endswith(".weight") and len(shape) == 2:
-            module = f"lora_unet_{replace_dots(name.removesuffix('.weight'))}"
-            tensors |= {
-                f"{module}.lora_down.weight": torch.zeros(1, shape[1]),
-                f"{module}.lora_up.weight": torch.zeros(shape[0], 1),
-            }
-    patch = LoraPatch([LoraUse(LoraFile(Path("hv.safetensors"), tensors, {}, "ours"))])
-    framepack = tensor_list("framepack-dit")
-
-    for name, (_, shape) in framepack.items():
-        patch.add_to(name, torch.empty(shape, device="meta"))  # raises where a part has other rows
-
-    patch.check()
-    assert patch.unused() == []
-    touched = [name for name, (_, shape) in framepack.items() if len(shape) == 2 and patch.touches(name)]
-    # all but those of the image projection
-    assert len(touched) == sum(len(shape) == 2 for _, shape in framepack.values()) - 2
-
-
-def test_only_framepack_has_modules_for_finished_latents() -> None:
-    names = [
-        replace_dots(name.removesuffix(".weight"))
-        for name in tensor_list("framepack-dit")
-        if name.endswith(".weight")
-    ]
-    hunyuan = [name for name in names if not name.startswith(("clean_x_embedder", "image_projection"))]
-
-    assert choose_family(names, "hunyuan_video") is FRAMEPACK
-    assert choose_family(hunyuan, "hunyuan_video") is HUNYUAN_VIDEO
-    assert choose_family(hunyuan, "framepack") is FRAMEPACK
 
 
 @pytest.mark.parametrize("start", ["diffusion_model.", "transformer."])

@@ -14,13 +14,12 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
-from networks.module_names import module_path, relatives, replace_dots
+from networks.module_names import relatives, replace_dots
 from networks.names.video import HUNYUAN_VIDEO
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model
 from tests.manifests import tensor_list
-from tests.networks.making import golden_lora
-from tests.networks.making_dialects import saved_with_points
+from tests.networks.making import assert_recorded, golden_lora, saved_with_points
 from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved
 from tests.tiny.hunyuan_dit import comfy_state, diffusers_parts, tiny_state, write_dit
 from tests.tiny.loras import make_lora
@@ -56,16 +55,7 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
 
     torch.testing.assert_close(out, tensors["out"], rtol=0, **description["tolerance"]["out"])
     assert_near(out.detach(), tensors["out"])
-    torch.testing.assert_close(
-        loss.detach().view(1), tensors["loss"], atol=0, **description["tolerance"]["loss"]
-    )
-    rtol = description["tolerance"]["grads"]["rtol"]
-    for name, parameter in network.named_parameters():
-        assert parameter.grad is not None
-        total, norm = description["grad_sum_and_l2norm"][name]
-        assert float(parameter.grad.norm()) == pytest.approx(norm, rel=rtol)
-        assert float(parameter.grad.sum()) == pytest.approx(total, rel=rtol, abs=rtol * norm)
-    assert all(parameter.grad is None for parameter in dit.parameters())
+    assert_recorded(network, dit, loss, description, tensors)
 
 
 @pytest.mark.parametrize("start", ["diffusion_model.", "transformer.", "base_model.model."])
@@ -133,13 +123,6 @@ def test_two_loras_of_two_layouts_are_summed_before_rounding(tmp_path: Path) -> 
     expected = (weight.to(torch.bfloat16).float() + deltas).to(torch.bfloat16)
     assert (found == expected).float().mean() > 0.999  # but for sums that lie between two bfloat16 numbers
     torch.testing.assert_close(found, expected, rtol=0.01, atol=1e-6)
-
-
-def test_every_matrix_of_the_published_model_is_named() -> None:
-    for name in tensor_list("hunyuanvideo-t2v-dit"):
-        path = name.removesuffix(".weight")
-        if name.endswith(".weight") and not path.endswith((".norm1", ".norm2")):
-            assert module_path(replace_dots(path), HUNYUAN_VIDEO) == path
 
 
 def test_every_module_of_the_diffusers_layout_finds_what_it_is_part_of() -> None:

@@ -16,12 +16,10 @@ from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
-from networks.module_names import module_path, replace_dots
-from networks.names.video import HUNYUAN_VIDEO
 from networks.parts import fuse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved
-from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state, tiny_state
+from tests.tiny.hunyuan_dit import CONFIGS
 
 PUBLISHED_WIDTH = 3072
 
@@ -65,35 +63,6 @@ def test_a_lora_made_here_acts_in_diffusers_as_here(
     expected = run_there(theirs, tiny_inputs(kind))
     assert_near(run_here(kind, tmp_path / "lora.safetensors"), expected)
     assert float((expected - plain).abs().max()) > 0.01
-
-
-def test_at_full_width_diffusers_cuts_our_factors_where_its_layout_does(tmp_path: Path) -> None:
-    generator, factors = torch.Generator().manual_seed(0), {}
-    for module, (rows, columns) in {
-        "double_blocks.0.img_attn_qkv": (9216, 3072),
-        "double_blocks.0.txt_mlp.fc1": (12288, 3072),
-        "single_blocks.0.linear1": (21504, 3072),
-        "single_blocks.0.linear2": (3072, 15360),
-    }.items():
-        name = f"lora_unet_{replace_dots(module)}"
-        factors[f"{name}.lora_down.weight"] = torch.randn(2, columns, generator=generator)
-        factors[f"{name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator)
-        factors[f"{name}.alpha"] = torch.tensor(2.0)
-    save_file(factors, tmp_path / "lora.safetensors")
-    convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
-
-    there = HunyuanVideoLoraLoaderMixin.lora_state_dict(str(tmp_path / "other.safetensors"))
-
-    wide = {name: factor for name, factor in factors.items() if name.endswith("lora_up.weight")}
-    paths = {
-        name: module_path(name.removeprefix("lora_unet_").partition(".")[0], HUNYUAN_VIDEO) for name in wide
-    }
-    state = {f"{paths[name]}.weight": factor for name, factor in wide.items()}
-    expected = diffusers_state({"img_in.proj.weight": torch.empty(PUBLISHED_WIDTH, 0)} | state)
-    del expected["x_embedder.proj.weight"]
-    for name, factor in expected.items():
-        assert torch.equal(there[f"transformer.{name.removesuffix('weight')}lora_B.weight"], factor)
-    assert len(there) == 2 * len(expected)
 
 
 @pytest.mark.parametrize("with_settings", [True, False])
@@ -176,24 +145,6 @@ def test_parts_with_alphas_of_their_own_keep_their_strength() -> None:
     )
     torch.testing.assert_close(alpha / len(down) * up @ down, torch.cat(expected))
     assert len(fused) == 3
-
-
-def test_what_cannot_be_put_together_stays_and_still_acts(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
-    tensors = {"lora_unet_transformer_blocks_0_attn_to_k.diff": weight}
-
-    assert fuse(tensors).keys() == tensors.keys()
-
-    assert "only plain LoRAs" in caplog.text
-    save_file(tensors, tmp_path / "lora.safetensors")
-    patch, name = (
-        LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"))]),
-        "double_blocks.0.img_attn_qkv.weight",
-    )
-    changed = patch(name, tiny_state()[name]) - tiny_state()[name]
-    torch.testing.assert_close(changed, torch.cat([torch.zeros(128, 128), weight, torch.zeros(128, 128)]))
 
 
 @pytest.mark.parametrize("large", [False, True])
