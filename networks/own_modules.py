@@ -199,7 +199,7 @@ def build_from_tensors(
     others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
     settings, _ = read_own(name, None, None, dropout, others)
     known = named_modules_of(dit, encoders)
-    fitted = for_model(tensors, lambda path: known[path].weight.shape[0] if path in known else None)
+    fitted = for_model(tensors, {path: len(module.weight) for path, module in known.items()}.get)
     layers: dict[str, nn.Module] = {}
     missed = []
     for path, factors in group_by_module(add_missing_alphas(fitted)).items():
