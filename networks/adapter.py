@@ -19,11 +19,12 @@ from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
+from networks.choosing import check_blocks
 from networks.loading import read_lora
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
-from networks.own_modules import OWN_MODULES, build_from_tensors, build_network, check_own
+from networks.own_modules import OWN_MODULES, build_from_tensors, build_network, read_own
 
 logger = getLogger(__name__)
 
@@ -139,19 +140,14 @@ class ForeignNetwork:
             shapes = {name: list(info.shape) for name, info in checkpoint.tensors.items()}
         common = [name for name in mine if name in shapes]
         wrong = [name for name in common if mine[name].numel() != math.prod(shapes[name])]
+        words = f"has none of this network's {len(mine)} tensors, such as {next(iter(mine), 'none')}.\n"
         if wrong:
-            examples = [f"  {name} has {shapes[name]}, here {list(mine[name].shape)}\n" for name in wrong[:3]]
+            words = f"does not fit this network in {len(wrong)} of {len(common)} tensors:\n"
+            words += "".join(f"  {n} has {shapes[n]}, here {list(mine[n].shape)}\n" for n in wrong[:3])
+        if wrong or not common:
             raise CheckpointError(
-                f"--network_weights {path} does not fit this network in {len(wrong)} of {len(common)} "
-                "tensors:\n"
-                f"{''.join(examples)}  Give the --network_dim and --network_args that it was trained with.",
-                path,
-            )
-        if not common:
-            raise CheckpointError(
-                f"--network_weights {path} has none of this network's {len(mine)} tensors, such as "
-                f"{next(iter(mine), 'none')}. "
-                "Give the --network_module and --network_args that it was trained with.",
+                f"--network_weights {path} {words}"
+                "  Give the --network_module, --network_dim and --network_args that it was trained with.",
                 path,
             )
 
@@ -165,7 +161,7 @@ def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int])
     name: of the module. depths: how many blocks the model's lists have, as far as that is known.
     """
     if name in OWN_MODULES:
-        check_own(name, *_settings(options), depths)
+        check_blocks(read_own(name, *_settings(options))[0], depths)
     else:
         import_network_module(name)
 

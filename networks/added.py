@@ -112,31 +112,6 @@ class AddedPart:
         """Whether each pass makes a change as large as the weight: it is not of low rank."""
         return bool(self._whole)
 
-    @property
-    def is_active(self) -> bool:
-        return self.multiplier != 0
-
-    def addition(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return the addend to the output of a matrix or a convolution for its input, None for nothing.
-
-        dtype: of the output.
-        """
-        added: Tensor | None = None
-        if self._chain:
-            added = self._low_rank(x).to(dtype)
-        elif self._whole:  # made for every pass: kept, it would be as large as the model
-            delta = (self._delta(x.device) * self.multiplier).to(dtype)
-            shaped = delta.flatten(1) if self.place.is_linear else delta.reshape(self.place.parameter.shape)
-            added = self._apply(x.to(dtype), shaped)
-        if self._bias is None:
-            return added
-        bias = (self._bias * self.multiplier).to(dtype)
-        bias = bias if self.place.is_linear else bias[:, None, None]
-        if added is not None:
-            return added + bias
-        zeros = torch.zeros_like(self.place.parameter, dtype=dtype)
-        return bias.expand_as(self._apply(x.to(dtype), zeros))
-
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """Return the output of a matrix or a convolution for its input x, with the LoRA's addition.
 
@@ -145,7 +120,17 @@ class AddedPart:
         if self._joins(out):
             down, *_, up = self._chain
             return add_product(out, self._hidden(x, down).view(-1, len(down)), up.flatten(1).t())
-        added = self.addition(x, out.dtype)
+        added: Tensor | None = None
+        if self._chain:
+            added = self._low_rank(x).to(out.dtype)
+        elif self._whole:  # made for every pass: kept, it would be as large as the model
+            delta = (self._delta(x.device) * self.multiplier).to(out.dtype)
+            shaped = delta.flatten(1) if self.place.is_linear else delta.reshape(self.place.parameter.shape)
+            added = self._apply(x.to(out.dtype), shaped)
+        if self._bias is not None:
+            bias = (self._bias * self.multiplier).to(out.dtype)
+            bias = bias if self.place.is_linear else bias[:, None, None]
+            added = bias.expand_as(out) if added is None else added + bias
         if added is None:
             return out
         return out + (added if self.region is None else self.region(added))
@@ -223,7 +208,7 @@ class AddedLayer(nn.Module):
             part.release()
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        active = [part for part in self.parts if part.is_active] if self.is_on else []
+        active = [part for part in self.parts if part.multiplier != 0] if self.is_on else []
         if not active:
             return self._before(*inputs, **named)
         if not self._place.adds_to_output:
@@ -298,7 +283,8 @@ def add_loras(dit: nn.Module, uses: Sequence[LoraUse], is_compiled: bool = False
         if is_compiled:
             left_out = [name for name in found if not known[name].adds_to_output]
             what = "modules are not changed because blocks are compiled"
-            warn_of_rest(use.lora.path, left_out, len(found), what)
+            if left_out:
+                warn_of_rest(use.lora.path, left_out, len(found), what)
             found = {name: factors for name, factors in found.items() if name not in left_out}
         parts.append({name: AddedPart(known[name], one, use.multiplier) for name, one in found.items()})
     return AddedLoras(attach_parts(parts, known))
@@ -350,11 +336,8 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
 
     option: that names the file, for messages. Raises CheckpointError if the file does not fit the model.
     """
-
-    def height(name: str) -> int | None:
-        return len(known[name].parameter) if name in known else None
-
-    stored = group_by_module(for_model(lora.tensors, height))
+    heights = {name: len(place.parameter) for name, place in known.items()}
+    stored = group_by_module(for_model(lora.tensors, heights.get))
     missed = [name for name in stored if name not in known]
     found: dict[str, Factors] = {name: factors for name, factors in stored.items() if name in known}
     family = choose_family(name.removeprefix(OURS) for name in known)
@@ -367,33 +350,24 @@ def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> d
             lora.path,
         )
     for name, factors in list(found.items()):
-        found[name] = _without_other_channels(lora, factors, known[name])
-        _check_sizes(lora, name, found[name], known[name], option)
+        place, weight = known[name], known[name].parameter
+        other = other_channels(factors, weight) if place.path.endswith(FIRST_LAYERS) else None
+        if other is not None:
+            logger.warning(f"{lora.path}: {other}; the rest is used without it")
+            bias = bias_delta(factors, torch.device("cpu"))
+            found[name] = {} if bias is None else {"diff_b": bias}
+        for change in changes_of(LoraUse(lora), found[name]):
+            if change.leaf == "weight":
+                change.fit(None, weight, name, "this model", f"{option} ")
+            elif place.adds_to_output or place.has("bias"):
+                of_bias = weight.new_empty(len(weight))
+                change.fit(None, of_bias, f"the bias of {name}", "this model", f"{option} ")
+            else:
+                remedy = "Give a LoRA that was trained for this model."
+                raise CheckpointError(
+                    f"{option} {lora.path} does not fit this model: {name} has no bias there.\n  {remedy}",
+                    lora.path,
+                )
     warn_of_absent(lora.path, missed, len(stored), "modules are not in this model", family)
     warn_of_other_family(lora, family)
     return found
-
-
-def _without_other_channels(lora: LoraFile, factors: Factors, place: ChangedPlace) -> Factors:
-    """Return the factors without changes to a first layer with another number of channels."""
-    other = other_channels(factors, place.parameter) if place.path.endswith(FIRST_LAYERS) else None
-    if other is None:
-        return factors
-    logger.warning(f"{lora.path}: {other}; the rest is used without it")
-    bias = bias_delta(factors, torch.device("cpu"))
-    return {} if bias is None else {"diff_b": bias}
-
-
-def _check_sizes(lora: LoraFile, name: str, factors: Factors, place: ChangedPlace, option: str) -> None:
-    weight = place.parameter
-    for change in changes_of(LoraUse(lora), factors):
-        if change.leaf == "weight":
-            change.fit(None, weight, name, "this model", f"{option} ")
-        elif place.adds_to_output or place.has("bias"):
-            change.fit(None, weight.new_empty(len(weight)), f"the bias of {name}", "this model", f"{option} ")
-        else:
-            raise CheckpointError(
-                f"{option} {lora.path} does not fit this model: {name} has no bias there.\n"
-                "  Give a LoRA that was trained for this model.",
-                lora.path,
-            )

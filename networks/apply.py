@@ -27,9 +27,9 @@ from networks.deltas import (
     rows_of,
     weight_delta,
 )
-from networks.key_formats import OURS, module_of_tensor, rename_modules
+from networks.key_formats import OURS, module_of_tensor
 from networks.loading import LoraFile, LoraUse, list_some, warn_of_absent, warn_of_other_family
-from networks.module_names import Relative, choose_family, relatives
+from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, FamilyNames
 from networks.parts import part_rows
 
@@ -66,22 +66,44 @@ class Change:
             self, factors={part: t if part == "alpha" else t.to(device) for part, t in self.factors.items()}
         )
 
-    def placed(self, relative: Relative | None, weight: Tensor) -> "Change":
-        """Return the same for a weight that is a part of the LoRA's module, or that contains it.
+    def fit(
+        self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
+    ) -> "Change":
+        """Return the change for this weight, which may be a part of the LoRA's module, or contain it.
+
+        name, model: of the weight and of the model, for messages. option: that names the LoRA, for these.
+        Raises CheckpointError if the shapes differ; computes nothing but a LoKr that is cut.
+        """
+        path = self.use.lora.path
+        try:
+            change = self if relative is None else self._placed(relative, weight)
+            found = change.shape()
+        except (RuntimeError, IndexError) as error:
+            raise CheckpointError(
+                f"{path}: the factors for {name} do not go together ({error}).", path
+            ) from error
+        wanted = list((weight if change.rows is None else weight[change.rows]).shape)
+        what = f"{found}, the model {wanted}.\n  Give a LoRA that was trained for a model of this size."
+        fits = math.prod(found) == math.prod(wanted) and found[:1] == wanted[:1]
+        if fits and DORA in change.factors and self.leaf == "weight":
+            magnitudes = change.factors[DORA].numel()
+            fits = len(wanted) > 1 and magnitudes == wanted[1 if has_input_magnitudes(change.factors) else 0]
+            what = f"{magnitudes} DoRA magnitudes, the model {wanted}."
+        if not fits:
+            raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {what}", path)
+        return change
+
+    def _placed(self, relative: Relative, weight: Tensor) -> "Change":
+        """Return the same for a relative of the LoRA's module.
 
         If the heights do not go together it is unchanged, and its shape shows the fault.
         """
-        if relative is None:
-            return self
         own, whole = self.shape()[0], len(weight)
-        rows = (
-            part_rows(relative.part, own, whole) if relative.is_part else part_rows(relative.part, whole, own)
-        )
-        if rows is None:
-            return self
+        heights = (own, whole) if relative.is_part else (whole, own)
+        rows = part_rows(relative.part, *heights)
         if isinstance(rows, slice) and relative.is_part:
             return replace(self, rows=rows)
-        if rows == slice(0, own):
+        if rows is None or rows == slice(0, own):
             return self
         if has_input_magnitudes(self.factors):
             raise RuntimeError(
@@ -92,32 +114,6 @@ class Change:
             norms = {DORA: self.factors[DORA][rows]} if DORA in self.factors else {}
             factors = {"diff": self.delta(self.factors, weight.device)[rows], **norms}
         return replace(self, factors=factors)
-
-    def fit(
-        self, relative: Relative | None, weight: Tensor, name: str, model: str, option: str = ""
-    ) -> "Change":
-        """Return the change for this weight. Raises CheckpointError if the shapes differ; computes nothing.
-
-        name, model: of the weight and of the model, for messages. option: that names the LoRA, for these.
-        """
-        path = self.use.lora.path
-        try:
-            change = self.placed(relative, weight)
-            found = change.shape()
-        except (RuntimeError, IndexError) as error:
-            raise CheckpointError(
-                f"{path}: the factors for {name} do not go together ({error}).", path
-            ) from error
-        wanted = list((weight if change.rows is None else weight[change.rows]).shape)
-        what = f"{found}, the model {wanted}.\n  Give a LoRA that was trained for a model of this size."
-        fits = math.prod(found) == math.prod(wanted) and found[:1] == wanted[:1]
-        if fits and change.decomposes:
-            magnitudes = change.factors[DORA].numel()
-            fits = len(wanted) > 1 and magnitudes == wanted[1 if has_input_magnitudes(change.factors) else 0]
-            what = f"{magnitudes} DoRA magnitudes, the model {wanted}."
-        if not fits:
-            raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {what}", path)
-        return change
 
     def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
         """Add the change to a sum over some rows of the parameter, float32.
@@ -134,14 +130,9 @@ class Change:
         # LoKr comes whole, see `_blocks`
         factors = (None if block is None else rows_of(self.factors, block)) or self.factors
         delta = self.delta(factors, total.device)
-        if self.decomposes:
+        if DORA in factors and self.leaf == "weight":  # it depends on the weight
             delta = decompose(weight, delta, factors[DORA])
         total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
-
-    @property
-    def decomposes(self) -> bool:
-        """Whether this is a change by DoRA, which depends on the weight."""
-        return DORA in self.factors and self.leaf == "weight"
 
 
 def changes_of(use: LoraUse, factors: Factors) -> list[Change]:
@@ -198,14 +189,15 @@ class LoraPatch:
         # use -> how many channels its first layer takes, if that is another number than the model's
         self._narrower: dict[int, str] = {}
         self._modules: dict[str, None] = {}  # of the model, as far as weights were handed over
-        self._renamed = rename_modules(module_of_tensor(name)[0] for name in parameter_names or ())
+        # parameter -> (key, change, how the parameter lies to the LoRA's module) that the patterns keep
+        self._found: dict[str, list[tuple[str, Change, Relative | None]]] = {}
+        theirs = list(dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ()))
+        family = choose_family(theirs)
+        self._renamed = {} if family is None else {module: alias(module, family) for module in theirs}
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         """Return the changed weight, a new tensor, or `weight` if nothing changes it. Raises as `add_to`."""
-        if self.touches(name):
-            return self.add_to(name, weight.clone())
-        self._note(name)
-        return weight
+        return self.add_to(name, weight.clone()) if self._find(name) else weight
 
     def add_to(self, name: str, weight: Tensor) -> Tensor:
         """Change the weight in place and return it; on the meta device, only compare shapes.
@@ -214,9 +206,8 @@ class LoraPatch:
         another number of channels is left out, and `check` reports it. Raises CheckpointError if a LoRA has
         another size.
         """
-        self._note(name)
         changes = []
-        for key, change, relative in self._changes_of(name):
+        for key, change, relative in self._find(name):
             if name.endswith(FIRST_LAYERS) and (other := other_channels(change.factors, weight)) is not None:
                 self._narrower[id(change.use)] = other
                 continue
@@ -232,11 +223,16 @@ class LoraPatch:
 
     def touches(self, name: str) -> bool:
         """Whether a LoRA changes the parameter with this name."""
-        return any(True for _ in self._changes_of(name))
+        return bool(self._find(name))
 
     def unused(self) -> list[str]:
         """Return the parts of LoRAs without a weight so far, as `file: module.weight`."""
-        return [f"{use.lora.path.name}: {key}" for use in self._uses for key in self._missed(use)]
+        return [
+            f"{use.lora.path.name}: {key}"
+            for use in self._uses
+            for key in self._keys(use)
+            if key not in self._seen
+        ]
 
     def check(self) -> None:
         """Warn of parts of LoRAs without a weight, and of LoRAs for another model.
@@ -256,7 +252,7 @@ class LoraPatch:
             else:
                 logger.info(f"{path}: {len(taken)} weights changed, multiplier {use.multiplier:g}")
                 warn_of_other_family(use.lora, family)
-                missed = self._missed(use)
+                missed = [key for key in keys if key not in self._seen]
                 warn_of_absent(path, missed, len(keys), f"weights are not in {self._model}", family)
 
     def refuse_misfits(self) -> None:
@@ -287,34 +283,23 @@ class LoraPatch:
             self._path or lora.path,
         )
 
-    def _note(self, name: str) -> None:
-        """Remember a weight of the model."""
-        self._modules.setdefault(self._own(name)[0])
-        self._seen.update(key for key, _ in self._keys_of(name))
-
-    def _own(self, name: str) -> tuple[str, str]:
-        """(module under our name, leaf) of a parameter."""
-        module, leaf = module_of_tensor(name)
-        return self._renamed.get(module, module), leaf
-
-    def _keys_of(self, name: str) -> Iterator[tuple[str, Relative | None]]:
-        """Return the names under which LoRAs change a parameter: its own, and those of its parts or wholes in
+    def _find(self, name: str) -> list[tuple[str, Change, Relative | None]]:
+        """Return the changes of a parameter with their keys: its own name, or those of parts and wholes in
         other layouts.
         """
-        module, leaf = self._own(name)
-        yield f"{OURS}{module}.{leaf}", None
-        for relative in relatives(module):
-            yield f"{OURS}{relative.name}.{leaf}", relative
-
-    def _changes_of(self, name: str) -> Iterator[tuple[str, Change, Relative | None]]:
-        """Return the changes of a parameter, by key, that the patterns keep under its names in file and
-        model.
-        """
-        own = OURS + self._own(name)[0]
-        for key, relative in self._keys_of(name):
-            for change in self._changes.get(key, []):
-                if change.use.keeps(change.factors, key.partition(".")[0], own):
-                    yield key, change, relative
+        if name not in self._found:
+            module, leaf = module_of_tensor(name)
+            module = self._renamed.get(module, module)
+            self._modules.setdefault(module)
+            named = [(module, None), *((relative.name, relative) for relative in relatives(module))]
+            self._seen.update(f"{OURS}{own}.{leaf}" for own, _ in named)
+            self._found[name] = [
+                (f"{OURS}{own}.{leaf}", change, relative)
+                for own, relative in named
+                for change in self._changes.get(f"{OURS}{own}.{leaf}", [])
+                if change.use.keeps(change.factors, OURS + own, OURS + module)
+            ]
+        return self._found[name]
 
     def _keys(self, use: LoraUse) -> list[str]:
         """Return the keys of a file that the patterns keep."""
@@ -325,10 +310,6 @@ class LoraPatch:
             if change.use is use
             and (key in self._taken[id(use)] or use.keeps(change.factors, key.partition(".")[0]))
         ]
-
-    def _missed(self, use: LoraUse) -> list[str]:
-        """Return those of the keys for which no weight was handed over."""
-        return [key for key in self._keys(use) if key not in self._seen]
 
 
 class OriginalWeights:

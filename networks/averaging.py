@@ -78,16 +78,16 @@ def exponent_of(sigma_rel: float) -> float:
     Inverts sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), which falls as gamma rises.
     """
     low, high = 0.0, 1.0
-    while _width(high) > sigma_rel:
+
+    def is_wide(gamma: float) -> bool:
+        return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)) > sigma_rel
+
+    while is_wide(high):
         low, high = high, 2 * high
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if _width(middle) > sigma_rel else (low, middle)
+        low, high = (middle, high) if is_wide(middle) else (low, middle)
     return low
-
-
-def _width(gamma: float) -> float:
-    return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
 
 
 def sort_by_step(files: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -4,9 +4,10 @@ The network's `DitSpec` states which take part: those in its lists of blocks, ex
 may have rules of its own (`LoraRules`).
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from logging import getLogger
 
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from modules.errors import OptionError
 from modules.run_blocks import spec_of
 from networks.key_formats import OURS
-from networks.lora_settings import LoraRules, LoraSettings, find_by_pattern, log_overlaps
+from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import replace_dots
 from networks.names.stable_diffusion import published_path
 
@@ -22,14 +23,8 @@ logger = getLogger(__name__)
 LoraModule = nn.Linear | nn.Conv2d
 
 
-@dataclass(frozen=True)
-class Target:
-    """A module that gets a LoRA."""
-
-    module: LoraModule
-    rank: int
-    alpha: float
-    heights: tuple[int, ...] = ()  # of the parts that get factors of their own
+# a module that gets a LoRA, its rank and alpha, and the heights of parts that get factors of their own
+Target = tuple[LoraModule, int, float, tuple[int, ...]]
 
 
 def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
@@ -40,13 +35,17 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
     rules = settings.rules
     if rules is None:
         spec = spec_of(unet)
-        settings = replace(settings, exclude=(*settings.exclude, *map(_anywhere, spec.lora_exclude)))
+        anywhere = (re.compile(f".*{re.escape(part)}") for part in spec.lora_exclude)
+        settings = replace(settings, exclude=(*settings.exclude, *anywhere))
         candidates = _modules_below(unet, tuple(f"{name}." for name in spec.block_lists))
     else:
         there = dict(unet.named_children())
         lists = [one for one in rules.indices.values() if one in there]
         check_blocks(settings, {one: len(list(there[one].children())) for one in lists})
-        candidates = _candidates(unet, settings, rules)
+        targets = rules.targets if settings.train_blocks is None else rules.choices[settings.train_blocks]
+        outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
+        starts = [targets, *((path,) for path, rank in outside if rank)]
+        candidates = itertools.chain.from_iterable(_modules_below(unet, start) for start in starts)
     found = _choose(candidates, settings, OURS)
     if not found:
         raise OptionError(
@@ -92,26 +91,20 @@ def _choose(
             if places
             else _size(path, module, settings)
         )
-        chosen = size is not None and size[0] > 0 and settings.takes(path)
+        is_excluded = any(one.match(path) for one in settings.exclude)
+        takes = not is_excluded or any(one.match(path) for one in settings.include)
+        chosen = size is not None and size[0] > 0 and takes
         if settings.verbose:
             logger.info(
                 f"  {path}: {f'rank {size[0]}, alpha {size[1]:g}' if size and chosen else 'left out'}"
             )
         if size is not None and chosen:
-            found[name] = Target(module, *size, _heights(path, module, settings))
+            heights: tuple[int, ...] = ()
+            if settings.splits and settings.rules is not None and isinstance(module, nn.Linear):
+                heights = settings.rules.heights(path, module.out_features, module.in_features)
+            found[name] = module, *size, heights
     log_overlaps("network_reg_dims", settings.reg_ranks, fitting)
     return found
-
-
-def _candidates(
-    unet: nn.Module, settings: LoraSettings, rules: LoraRules
-) -> Iterator[tuple[str, LoraModule]]:
-    """Yield the modules that a family's rules name: those in blocks, then those outside with a rank."""
-    targets = rules.targets if settings.train_blocks is None else rules.choices[settings.train_blocks]
-    yield from _modules_below(unet, targets)
-    for path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
-        if rank:
-            yield from _modules_below(unet, (path,))
 
 
 def _modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[tuple[str, LoraModule]]:
@@ -125,8 +118,12 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
     """Raise OptionError for numbers of blocks that a model does not have. depths: by list of blocks."""
     for argument, numbers in settings.block_numbers.items():
         depth = None if settings.rules is None else depths.get(settings.rules.indices[argument])
-        if depth is not None:
-            numbers.check(argument, depth)
+        beyond = [] if depth is None else sorted(number for number in numbers or () if number >= depth)
+        if beyond and depth is not None:
+            raise OptionError(
+                f"--network_args {argument}: there is no block {beyond[0]}; the model has {depth} such "
+                f"blocks, 0 to {depth - 1}"
+            )
 
 
 def _size(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, float] | None:
@@ -141,18 +138,7 @@ def _size(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, f
             return rank, settings.alpha
     for argument, numbers in settings.block_numbers.items():
         found = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
-        if found is not None and not numbers.has(int(found[1])):
+        if found is not None and numbers is not None and int(found[1]) not in numbers:
             return None
     kind = next((each for each in rules.types_of(path) if each in settings.type_ranks), None)
     return settings.rank if kind is None else settings.type_ranks[kind], settings.alpha
-
-
-def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, ...]:
-    if not settings.splits or settings.rules is None or not isinstance(module, nn.Linear):
-        return ()
-    return settings.rules.heights(path, module.out_features, module.in_features)
-
-
-def _anywhere(part: str) -> re.Pattern[str]:
-    """A pattern that matches, from its start, every module path with this part in it."""
-    return re.compile(f".*{re.escape(part)}")

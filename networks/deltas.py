@@ -76,25 +76,14 @@ def find_fault(factors: Factors) -> str | None:
         return f"its {DORA} has the shape {list(factors[DORA].shape)}"
     if "alpha" in factors and (factors["alpha"].numel() != 1 or not math.isfinite(float(factors["alpha"]))):
         return "its alpha is NaN or infinite, or more than one number"
-    return _fault_in_values(factors) or _fault_in_shapes(factors)
-
-
-def _fault_in_values(factors: Factors) -> str | None:
     for part, tensor in factors.items():
         if part != "alpha" and not tensor.is_floating_point():
             return f"its {part} is of the type {dtype_name(tensor.dtype)}, which no factor is"
         if not is_finite(tensor):
             wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
             return f"{wrong} of {tensor.numel()} values of its {part} are NaN or infinite"
-    return None
-
-
-def _fault_in_shapes(factors: Factors) -> str | None:
-    """Why the factors cannot be multiplied. How large the model's weight is shows only beside the model."""
-    meta, sizes = (
-        torch.device("meta"),
-        {part: list(tensor.shape) for part, tensor in factors.items() if part != "alpha"},
-    )
+    # how large the model's weight is shows only beside the model
+    meta, sizes = torch.device("meta"), {p: list(one.shape) for p, one in factors.items() if p != "alpha"}
     shown = ", ".join(f"{part} {size}" for part, size in sizes.items())
     try:
         delta, bias = weight_delta(factors, meta), bias_delta(factors, meta)
@@ -153,7 +142,10 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     scale = strength(factors)
     changes = [f["diff"].clone()] if "diff" in f else []
     if LORA[0] in f:
-        changes.append(_lora(f, scale))
+        down, up = f[LORA[0]], f[LORA[1]] * scale  # r x in (x kernel), out x r (x 1 x 1)
+        if "lora_mid.weight" in f:
+            down = torch.einsum("r s ..., s i -> r i ...", f["lora_mid.weight"], down.flatten(1))
+        changes.append((up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:]))
     if "hada_w1_a" in f:
         first = _product(f["hada_w1_a"] * scale, f["hada_w1_b"], f.get("hada_t1"))
         changes.append(first.mul_(_product(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))))
@@ -199,13 +191,6 @@ def bias_delta(factors: Factors, device: torch.device) -> Tensor | None:
     if "lora_up.bias" in factors:
         return strength(factors) * factors["lora_up.bias"].to(device, torch.float32)
     return None
-
-
-def _lora(f: Factors, scale: float) -> Tensor:
-    down, up = f[LORA[0]], f[LORA[1]] * scale  # r x in (x kernel), out x r (x 1 x 1)
-    if "lora_mid.weight" in f:
-        down = torch.einsum("r s ..., s i -> r i ...", f["lora_mid.weight"], down.flatten(1))
-    return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:

@@ -5,7 +5,6 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from logging import getLogger
 
 import torch
@@ -42,16 +41,9 @@ _WEIGHTS = ("weight", "bias")
 _IN_TEXT = re.compile(r"_encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])$")
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """A module that gets a LoRA: its weight is a tensor of the models, or a part of one."""
-
-    module: str  # as in LoRA files, ours
-    rank: int
-    seed: str  # what the random numbers of its decomposition depend on
-    piece: TensorPiece
-
-
+# tensor -> the modules that get a LoRA of it or of a part of it: the name in LoRA files, the rank, what the
+# random numbers of the decomposition depend on, and the part
+Wanted = Mapping[str, Sequence[tuple[str, int, str, TensorPiece]]]
 Pair = tuple[Checkpoint, Checkpoint]  # the model before fine-tuning, and after it
 
 
@@ -63,11 +55,9 @@ def extract_flux(options: ExtractOptions) -> None:
     with open_checkpoint(options.model_org) as one, open_checkpoint(options.model_tuned) as other:
         pair = bare_names(one), bare_names(other)
         _check_flux(pair)
-        wanted = {
-            f"{name}.weight": [
-                _Wanted(OURS + replace_dots(name), options.dim, f"{name}.weight", TensorPiece("", name))
-            ]
-            for name in (one.removesuffix(".weight") for one in pair[0].tensors if _is_in_block(one))
+        wanted: Wanted = {
+            name: [(OURS + module_of_tensor(name)[0], options.dim, name, TensorPiece("", name))]
+            for name in filter(_is_in_block, pair[0].tensors)
         }
         is_chroma = any(name.startswith("distilled_guidance_layer.") for name in pair[0].tensors)
         version, kind = ("chroma", "chroma") if is_chroma else ("flux1", "flux-1-dev")
@@ -89,8 +79,8 @@ def extract_whole(options: ExtractOptions) -> None:
         for name in original.tensors:
             pieces = [one for one in pieces_of(name) if one.name.endswith(".weight")]
             found = [(one, _module(one, family)) for one in pieces if one.network not in same]
-            ranked = [(one, module, _rank(module, options)) for one, module in found]
-            wanted[name] = [_Wanted(module, rank, module, one) for one, module, rank in ranked if rank]
+            ranked = [(module, _rank(module, options), module, one) for one, module in found]
+            wanted[name] = [each for each in ranked if each[1]]
         rank = options.conv_dim
         arguments = {} if rank is None else {"conv_dim": str(rank), "conv_alpha": str(float(rank))}
         version, kind = family.written_version, family.architecture
@@ -101,7 +91,7 @@ def extract_whole(options: ExtractOptions) -> None:
 def _extract(
     options: ExtractOptions,
     pair: Pair,
-    wanted: Mapping[str, Sequence[_Wanted]],
+    wanted: Wanted,
     metadata: Mapping[str, str],
     family: FamilyNames | None,
 ) -> None:
@@ -119,13 +109,13 @@ def _extract(
         for check, tensor in zip(checks, (before, after), strict=True):
             check.note(name, tensor)
         whole = after.to(device, torch.float32) - before.to(device, torch.float32)
-        for one in wanted[name]:
-            change = one.piece.of(whole)
-            down, up = decompose_change(change.flatten(1), one.rank, options.clamp_quantile, one.seed)
+        for module, rank, seed, piece in wanted[name]:
+            change = piece.of(whole)
+            down, up = decompose_change(change.flatten(1), rank, options.clamp_quantile, seed)
             down, up = down.unflatten(1, change.shape[1:]), up.reshape(*up.shape, *[1] * (change.ndim - 2))
-            factors[f"{one.module}.{LORA[0]}"] = down.to("cpu", dtype).contiguous()
-            factors[f"{one.module}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
-            factors[f"{one.module}.alpha"] = torch.tensor(float(len(down)))
+            factors[f"{module}.{LORA[0]}"] = down.to("cpu", dtype).contiguous()
+            factors[f"{module}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
+            factors[f"{module}.alpha"] = torch.tensor(float(len(down)))
     tensors = as_known(factors, family)
     save_tensors(options.save_to, tensors, add_hashes(tensors, metadata))
     rows = [
@@ -158,18 +148,13 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
         u = basis @ small
     up, down = u[:, :rank] * s[:rank], vh[:rank]
     if quantile < 1:
-        limit = _quantile(torch.cat([up.flatten(), down.flatten()]), quantile)
+        # by sorting, as torch.quantile takes 16 million values at most
+        ordered = torch.cat([up.flatten(), down.flatten()]).sort().values
+        place = quantile * (len(ordered) - 1)
+        low = int(place)
+        limit = torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], place - low)
         up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
     return down, up
-
-
-def _quantile(values: Tensor, share: float) -> Tensor:
-    """Return a quantile by sorting, as torch.quantile takes 16 million values at most."""
-    ordered = values.sort().values
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return torch.lerp(ordered[low], ordered[high], place - low)
 
 
 def _check_flux(pair: Pair) -> None:

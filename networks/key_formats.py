@@ -112,14 +112,20 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
     """
     split = {key: _split(key) for key in tensors}
     found = {key: place for key, place in split.items() if place is not None}
-    modules = list(dict.fromkeys(place.module for place in found.values()))
-    family = choose_family(modules, family_hint)
-    names = _rename(modules, family)
+    modules = {path: replace_dots(path) for path, _, _ in found.values()}
+    family = choose_family(dict.fromkeys(modules.values()), family_hint)
+    names = {
+        path: OURS + (module if family is None else alias(module, family)) for path, module in modules.items()
+    }
     keys: dict[str, str] = {}  # our name -> key in the file; a second key of one name is reported
-    for key, place in found.items():
-        keys.setdefault(f"{OURS}{names[place.module]}.{place.part}", key)
-    native = {name: _as_ours(key, tensors[key]) for name, key in keys.items()}
-    dialects = sorted({place.dialect for place in found.values()})
+    for key, (path, part, _) in found.items():
+        keys.setdefault(f"{names[path]}.{part}", key)
+    native = {name: tensors[key] for name, key in keys.items()}
+    for name, key in keys.items():
+        if ".lora_magnitude_vector" in key:
+            # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
+            native[name] = tensors[key].reshape(-1, *[1] * max(tensors[key].ndim - 1, 1))
+    dialects = sorted({dialect for _, _, dialect in found.values()})
     used = set(keys.values())
     rest = [key for key in tensors if key not in used]
     first = FIRST_ENCODER if family is None else family.first_encoder
@@ -127,7 +133,7 @@ def to_native(tensors: Mapping[str, Tensor], family_hint: str | None = None) -> 
     texts = {name: tensors[key] for key, name in names_of_texts.items() if name is not None}
     strange = tuple(key for key, name in names_of_texts.items() if name is None)
     unknown = tuple(key for key in rest if not key.startswith(_TEXT_ENCODERS))
-    paths = {f"{OURS}{names[place.module]}": place.path for place in found.values()}
+    paths = {names[path]: path for path, _, _ in found.values()}
     return NativeTensors(native, " + ".join(dialects), strange, texts, unknown, paths)
 
 
@@ -162,19 +168,6 @@ def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
     )
 
 
-def rename_modules(modules: Iterable[str], family_hint: str | None = None) -> dict[str, str]:
-    """Map underscored names of any layout to those of our layout.
-
-    The names are compared together, because only all of them show which layout it is.
-    """
-    names = list(dict.fromkeys(modules))
-    return _rename(names, choose_family(names, family_hint))
-
-
-def _rename(names: Iterable[str], family: FamilyNames | None) -> dict[str, str]:
-    return {name: name if family is None else alias(name, family) for name in names}
-
-
 def module_of_tensor(name: str) -> tuple[str, str]:
     """A checkpoint's `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
 
@@ -189,21 +182,12 @@ def module_of_tensor(name: str) -> tuple[str, str]:
     return replace_dots(path), leaf
 
 
-@dataclass(frozen=True)
-class _Key:
-    """Parts of a tensor's name in a file."""
+def _split(key: str) -> tuple[str, str, str] | None:
+    """Return the parts of a key; None if it belongs to no LoRA for a DiT.
 
-    path: str  # of the module, as the file writes it, without the prefix: `blocks.0.attn1.to_q`
-    part: str  # ours: `lora_down.weight`
-    dialect: str
-
-    @property
-    def module(self) -> str:
-        return replace_dots(self.path)
-
-
-def _split(key: str) -> _Key | None:
-    """Split a key into its parts; None if it belongs to no LoRA for a DiT."""
+    They are the path of the module as the file writes it, without the prefix (`blocks.0.attn1.to_q`), our
+    name of the part (`lora_down.weight`) and the dialect.
+    """
     key = _WITH_ADAPTER.sub(_without_adapter, key)
     key = _PROCESSOR.sub(_in_attention_layer, key)
     if key.endswith(_MODULATION):
@@ -214,11 +198,11 @@ def _split(key: str) -> _Key | None:
     path, part = key.removesuffix(ending), _ENDINGS[ending]
     for prefix, dialect in _UNDERSCORED.items():
         if path.startswith(prefix):
-            return _Key(path.removeprefix(prefix), part, dialect)
+            return path.removeprefix(prefix), part, dialect
     dialects = [dialect for prefix, dialect in _DOTTED.items() if path.startswith(prefix)]
     for prefix in (OTHER,) if path.startswith(_TAKEN_APART) else _DOTTED:
         path = path.removeprefix(prefix)
-    return _Key(path, part, dialects[0] if dialects else "without prefix")
+    return path, part, dialects[0] if dialects else "without prefix"
 
 
 def dialect_in_words(dialect: str) -> str:
@@ -237,13 +221,6 @@ def _in_attention_layer(found: re.Match[str]) -> str:
 
 def _in_clip_layer(found: re.Match[str]) -> str:
     return f".{found['layer']}_proj.lora_{found['factor']}.weight"
-
-
-def _as_ours(key: str, tensor: Tensor) -> Tensor:
-    """PEFT's DoRA magnitudes (out, of convolutions 1 x out x 1 x 1) in LyCORIS' shape, out x 1 (x 1 ...); all
-    else as it is.
-    """
-    return tensor.reshape(-1, *[1] * max(tensor.ndim - 1, 1)) if ".lora_magnitude_vector" in key else tensor
 
 
 def family_of(modules: Mapping[str, Factors]) -> FamilyNames | None:

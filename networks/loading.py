@@ -174,7 +174,7 @@ def _read_part(
     try:
         modules = group_by_module(native.tensors)
         alphas = peft_alphas(modules, native.paths, peft_config(path, metadata, start))
-        alphas_of_texts = text_alphas(texts, path, metadata)
+        alphas_of_texts = text_alphas(texts, metadata) if texts else {}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
@@ -210,8 +210,6 @@ def warn_of_rest(path: Path, rest: Sequence[str], whole: int, what: str) -> None
 
     what: as in "4 of 24 {what}: a, b, c".
     """
-    if not rest:
-        return
     logger.warning(f"{path}: {len(rest)} of {whole} {what}: {list_some(rest)}")
     if len(rest) > A_FEW * whole:
         logger.warning(
@@ -266,24 +264,19 @@ def lora_uses(
     with_texts: with their changes of text encoders.
     """
     files = loras.lora_weight or ()
-    includes = _per_file(files, patterns.include_patterns if patterns else None, "--include_patterns")
-    excludes = _per_file(files, patterns.exclude_patterns if patterns else None, "--exclude_patterns")
-    rows = zip(files, loras.multipliers(), includes, excludes, strict=True)
+    both: list[list[str | None]] = []  # to include, to exclude: one per file
+    for option in ("include_patterns", "exclude_patterns"):
+        given = list(getattr(patterns, option, None) or ())
+        if len(given) > len(files):
+            raise OptionError(
+                f"--{option} has {len(given)} patterns for {len(files)} LoRA files: give one per file, in "
+                "the same order"
+            )
+        both.append([*given, *[None] * (len(files) - len(given))])
     return [
         LoraUse(read_lora(path, by_expert=True, with_texts=with_texts), multiplier, include, exclude)
-        for path, multiplier, include, exclude in rows
+        for path, multiplier, include, exclude in zip(files, loras.multipliers(), *both, strict=True)
     ]
-
-
-def _per_file(files: Sequence[Path], patterns: Sequence[str] | None, option: str) -> list[str | None]:
-    """Return one pattern per file; None for files without one."""
-    given = list(patterns or ())
-    if len(given) > len(files):
-        raise OptionError(
-            f"{option} has {len(given)} patterns for {len(files)} LoRA files: give one per file, in the same "
-            "order"
-        )
-    return [*given, *[None] * (len(files) - len(given))]
 
 
 def warn_of_absent(
@@ -304,7 +297,8 @@ def warn_of_absent(
             f"{path}: {len(optional)} of {whole} {what}: they are for {model.optional_words}; the rest is "
             f"used without them: {list_some(optional)}"
         )
-    warn_of_rest(path, [name for name in absent if name not in set(optional)], whole, what)
+    if len(absent) > len(optional):
+        warn_of_rest(path, [name for name in absent if name not in set(optional)], whole, what)
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None) -> None:

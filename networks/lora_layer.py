@@ -43,8 +43,7 @@ class Dropouts:
 class DropoutSeed:
     """Seed that all masks of one micro-batch derive from, shared by the layers of a network."""
 
-    def __init__(self) -> None:
-        self.value: int | None = None
+    value: int | None = None
 
     def derive(self, layer: int, kind: str) -> int:
         """Return the seed of one layer's mask.
@@ -101,7 +100,8 @@ class LoraLayer(nn.Module):
             norms = row_norms(original)
             self.dora_scale = nn.Parameter(norms.view(-1, 1))
             self.register_buffer("squares", norms.square(), persistent=False)
-        self.dropouts, self.index, self.seed = Dropouts(), 0, DropoutSeed()
+        # index: its number in the network, which gives it its own masks
+        self.dropouts, self.seed, self.index = Dropouts(), DropoutSeed(), 0
         # KINDS x 2 int64, a tensor because compiled code would treat a number as a constant
         self.seed_table: Tensor | None = None
         # where the standard deviations of noise on the weight are, for training: a buffer, and its name
@@ -114,10 +114,6 @@ class LoraLayer(nn.Module):
     def read_alpha(self) -> None:
         """Update the scale alpha / rank from the alpha buffer, e.g. after loading; 0 means alpha = rank."""
         self.scale = (float(self.alpha) or self.rank) / self.rank
-
-    def set_dropouts(self, dropouts: Dropouts, seed: DropoutSeed, index: int) -> None:
-        """Set the dropouts. index: the layer's number in its network, which gives it its own masks."""
-        self.dropouts, self.seed, self.index = dropouts, seed, index
 
     def attach(self) -> None:
         """Replace the original module's forward by this one's."""
@@ -144,8 +140,9 @@ class LoraLayer(nn.Module):
             out = self._original_forward(x)
             added = self.lora_up(self._scaled(self.lora_down(x.to(dtype)), dropping)).to(out.dtype)
             whole = out + added if self.dora_scale is None else self._decompose(out, added, given)
-        if self.training and self.noise is not None:
-            noise = perturbed(x.to(dtype), self.noise, self.seed.derive(self.index, "noise"))
+        if self.training and self.noise_of is not None:
+            strengths, name = self.noise_of
+            noise = perturbed(x.to(dtype), getattr(strengths, name), self.seed.derive(self.index, "noise"))
             whole = whole + noise.to(whole.dtype)
         # compiled code computes it in any case
         if self.seed_table is not None and in_tensors and self.dropouts.module > 0:
@@ -158,11 +155,6 @@ class LoraLayer(nn.Module):
     def original(self) -> nn.Linear | nn.Conv2d:
         """The frozen module."""
         return self._original[0]
-
-    @property
-    def noise(self) -> Tensor | None:
-        """Standard deviations of noise on the rows of the weight, out; None: there is none."""
-        return None if self.noise_of is None else getattr(*self.noise_of)
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return (down R x in, up out x R) of each part of the weight, which may be the only one."""

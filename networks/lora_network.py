@@ -34,7 +34,7 @@ class OwnNetwork(nn.Module):
         for index, (name, layer) in enumerate(layers.items()):
             self.add_module(name, layer)
             if isinstance(layer, LoraLayer):
-                layer.set_dropouts(settings.dropouts, self._seed, index)
+                layer.dropouts, layer.seed, layer.index = settings.dropouts, self._seed, index
         # of LoRA-GGPO: the mean norm of the frozen weight's rows by layer, and the noise on them
         self._bases: dict[str, Tensor] = {}
         self.state_beside_file: dict[str, nn.Module] = {}  # what a training saves beside the file, by names
@@ -164,7 +164,12 @@ class OwnNetwork(nn.Module):
                 else:
                     group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
-        order = sorted(groups, key=lambda name: (_base(groups, name), name.endswith(" plus")))
+        # a group of LoRA+ stands behind the one of the same modules
+        places = {name: place for place, name in enumerate(groups)}
+        order = sorted(
+            groups,
+            key=lambda name: (places.get(name.removesuffix(" plus"), places[name]), name.endswith(" plus")),
+        )
         return [groups[name] for name in order], order
 
     def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
@@ -187,8 +192,8 @@ class OwnNetwork(nn.Module):
             if gradients[0] is None or gradients[1] is None:
                 continue
             weights = layer.lora_down.weight, layer.lora_up.weight
-            strengths = row_strengths(*weights, gradients, layer.scale, base.to(weights[0].device), rule)
-            layer.noise.copy_(strengths)
+            strengths = row_strengths(weights, gradients, layer.scale, base.to(weights[0].device), rule)
+            getattr(self.state_beside_file["ggpo"], name).copy_(strengths)
 
 
 def _remedy(stored: Mapping[str, Factors], own: Factors, wrong: str) -> str:
@@ -211,13 +216,6 @@ def _remedy(stored: Mapping[str, Factors], own: Factors, wrong: str) -> str:
 def prefix_of(name: str) -> str:
     """Return the prefix of a module's name, by its network: `lora_unet`, `lora_te1`."""
     return "_".join(name.split("_", 2)[:2])
-
-
-def _base(groups: Mapping[str, object], name: str) -> int:
-    """Return the place of the group beside which a group of LoRA+ stands, or its own."""
-    order = list(groups)
-    plain = name.removesuffix(" plus")
-    return order.index(plain) if plain in groups else order.index(name)
 
 
 def _shapes(factors: Mapping[str, Tensor]) -> dict[str, list[int]]:

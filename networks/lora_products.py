@@ -10,7 +10,6 @@ Source of LoRA-GGPO: Chang et al. 2025, arXiv 2502.14538.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -218,27 +217,24 @@ def diagonal_blocks(up: Tensor, heights: Sequence[int]) -> list[Tensor] | None:
 MOST_ROWS = 1000  # of a weight whose mean norm is estimated
 
 
-@dataclass(frozen=True)
-class Perturbation:
-    """How strong the noise is."""
-
-    sigma: float  # for each row of a weight: times its norm
-    beta: float  # times the square of its gradient's norm
-
-
 def row_strengths(
-    down: Tensor, up: Tensor, gradients: tuple[Tensor, Tensor], scale: float, base: Tensor, rule: Perturbation
+    factors: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    scale: float,
+    base: Tensor,
+    rule: tuple[float, float],
 ) -> Tensor:
     """Return the standard deviation of the noise in each row of a weight.
 
     It is (sigma * w + beta * g^2) / sqrt(out), with w = sqrt(base^2 + |row of up @ down|^2) and g = |row of
     scale * (up @ d_down + d_up @ down)|. Only products of the rank's width are computed.
-    down: R x in. up: out x R. gradients: of both. base: the mean norm of the frozen weight's rows.
+    factors: down R x in, up out x R. gradients: of both. base: the mean norm of the frozen weight's rows.
+    rule: sigma and beta.
     """
-    d_down, d_up = gradients
+    (down, up), (d_down, d_up), (sigma, beta) = factors, gradients, rule
     weights = (base**2 + _row_squares(up, down)).sqrt()
     changes = scale**2 * _row_squares(torch.cat([up, d_up], 1), torch.cat([d_down, down]))
-    return (rule.sigma * weights + rule.beta * changes) / math.sqrt(len(up))
+    return (sigma * weights + beta * changes) / math.sqrt(len(up))
 
 
 def _row_squares(left: Tensor, right: Tensor) -> Tensor:

@@ -13,10 +13,29 @@ from typing import Any
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.lora_layer import Dropouts
-from networks.lora_products import Perturbation, fused_heights
+from networks.lora_products import fused_heights
 
 logger = getLogger(__name__)
 Words = tuple[str, ...]  # all of them are parts of a module's path
+DEFAULT_RANK = 4
+DEFAULT_ALPHA = 1.0
+# numbers of `--network_args`: their kind, least, and the number that they are below
+_NUMBERS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
+    "conv_dim": (int, 1, math.inf),
+    "conv_alpha": (float, 0, math.inf),
+    "rank_dropout": (float, 0, 1),
+    "module_dropout": (float, 0, 1),
+    "loraplus_lr_ratio": (float, 0, math.inf),
+    "loraplus_unet_lr_ratio": (float, 0, math.inf),
+    "loraplus_text_encoder_lr_ratio": (float, 0, math.inf),
+    "ggpo_sigma": (float, 0, math.inf),
+    "ggpo_beta": (float, 0, math.inf),
+}
+_PATTERNS = ("include_patterns", "exclude_patterns", "network_reg_dims", "network_reg_lrs")
+SETTINGS = (*_NUMBERS, *_PATTERNS, "dora_wd", "verbose")
+# searched in names of modules; the last that fits counts
+ByPattern = tuple[tuple[re.Pattern[str], float], ...]
+BlockNumbers = frozenset[int] | None  # numbers of blocks of one list; None: all
 
 
 @dataclass(frozen=True)
@@ -69,29 +88,10 @@ class LoraRules:
         return fused_heights(parts, rows, columns)
 
 
-@dataclass(frozen=True)
-class BlockNumbers:
-    """Blocks of one list: the numbers of `0,1,8-12`, or all."""
-
-    numbers: frozenset[int] | None  # None: all
-
-    def check(self, argument: str, depth: int) -> None:
-        """Raise OptionError if a block number is not below `depth`."""
-        beyond = sorted(number for number in self.numbers or () if number >= depth)
-        if beyond:
-            raise OptionError(
-                f"--network_args {argument}: there is no block {beyond[0]}; the model has {depth} such "
-                f"blocks, 0 to {depth - 1}"
-            )
-
-    def has(self, number: int) -> bool:
-        return self.numbers is None or number in self.numbers
-
-
 def read_block_numbers(argument: str, text: str) -> BlockNumbers:
     """Read `all`, `none` or a list such as `0,1,8-12`. Raises OptionError for anything else."""
     if text.strip() in ("all", "none"):
-        return BlockNumbers(None if text.strip() == "all" else frozenset())
+        return None if text.strip() == "all" else frozenset()
     numbers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -100,7 +100,7 @@ def read_block_numbers(argument: str, text: str) -> BlockNumbers:
                 f"--network_args {argument}={text}: write all, none, or numbers of blocks such as 0,1,8-12"
             )
         numbers.update(range(int(first), int(last if dash else first) + 1))
-    return BlockNumbers(frozenset(numbers))
+    return frozenset(numbers)
 
 
 def read_ranks(argument: str, text: str, paths: Sequence[str]) -> tuple[int, ...]:
@@ -116,29 +116,6 @@ def read_ranks(argument: str, text: str, paths: Sequence[str]) -> tuple[int, ...
     return tuple(map(int, parts))
 
 
-DEFAULT_RANK = 4
-DEFAULT_ALPHA = 1.0
-SETTINGS = (
-    "conv_dim",
-    "conv_alpha",
-    "rank_dropout",
-    "module_dropout",
-    "include_patterns",
-    "exclude_patterns",
-    "loraplus_lr_ratio",
-    "loraplus_unet_lr_ratio",
-    "loraplus_text_encoder_lr_ratio",
-    "network_reg_dims",
-    "network_reg_lrs",
-    "ggpo_sigma",
-    "ggpo_beta",
-    "dora_wd",
-    "verbose",
-)
-# searched in names of modules; the last that fits counts
-ByPattern = tuple[tuple[re.Pattern[str], float], ...]
-
-
 @dataclass(frozen=True)
 class LoraSettings:
     """Ranks, dropouts, learning rates and the choice of modules."""
@@ -148,7 +125,8 @@ class LoraSettings:
     conv_rank: int | None = None  # None: convolutions larger than 1 x 1 get no LoRA
     conv_alpha: float = DEFAULT_ALPHA
     dropouts: Dropouts = Dropouts()
-    include: tuple[re.Pattern[str], ...] = ()  # matched at the start of module paths
+    # matched at the start of module paths: what is excluded may be included again
+    include: tuple[re.Pattern[str], ...] = ()
     exclude: tuple[re.Pattern[str], ...] = ()
     loraplus_lr_ratio: float | None = None
     loraplus_encoder_ratio: float | None = None
@@ -156,7 +134,7 @@ class LoraSettings:
     verbose: bool = False
     reg_ranks: ByPattern = ()
     reg_rates: ByPattern = ()
-    perturbation: Perturbation | None = None  # LoRA-GGPO
+    perturbation: tuple[float, float] | None = None  # LoRA-GGPO: sigma and beta
     rules: LoraRules | None = None  # of the family's module; None: the network's spec says what takes part
     type_ranks: Mapping[str, int] = field(default_factory=dict)  # by the argument of a type
     train_blocks: str | None = None
@@ -164,10 +142,6 @@ class LoraSettings:
     outside_ranks: tuple[int, ...] = ()
     splits: bool = False  # factors for each part of a fused layer
     encoders_off: frozenset[str] = frozenset()  # prefixes of text encoders that get no LoRA
-
-    def takes(self, path: str) -> bool:
-        """Whether the module at this path gets a LoRA: it is not excluded, or included again."""
-        return not any(p.match(path) for p in self.exclude) or any(p.match(path) for p in self.include)
 
 
 def read_settings(
@@ -182,30 +156,30 @@ def read_settings(
     rules: of the family's module. Raises OptionError if a key is unknown or a value is out of range.
     """
     rest = {key: value for key, value in arguments.items() if value is not None}
-    conv_rank = _number(rest, "conv_dim", int, 1, math.inf)
-    conv_alpha = _number(rest, "conv_alpha", float, 0, math.inf)
-    ratio = _number(rest, "loraplus_lr_ratio", float, 0, math.inf)
-    unet_ratio = _number(rest, "loraplus_unet_lr_ratio", float, 0, math.inf)
-    encoder_ratio = _number(rest, "loraplus_text_encoder_lr_ratio", float, 0, math.inf)
+    given = {key: _number(rest, key, *limits) for key, limits in _NUMBERS.items()}
+    ratios = [given[f"loraplus_{part}lr_ratio"] for part in ("", "unet_", "text_encoder_")]
+    sigma, beta = given["ggpo_sigma"], given["ggpo_beta"]
+    if (sigma is None) != (beta is None):
+        raise OptionError(
+            "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
+            "ggpo_beta=0.01"
+        )
+    dropouts = [neuron_dropout, given["rank_dropout"], given["module_dropout"]]
     settings = LoraSettings(
         rank=DEFAULT_RANK if rank is None else int(rank),
         alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
-        conv_rank=None if conv_rank is None else int(conv_rank),
-        conv_alpha=DEFAULT_ALPHA if conv_alpha is None else conv_alpha,
-        dropouts=Dropouts(
-            neuron_dropout or 0.0,
-            _number(rest, "rank_dropout", float, 0, 1) or 0.0,
-            _number(rest, "module_dropout", float, 0, 1) or 0.0,
-        ),
+        conv_rank=None if given["conv_dim"] is None else int(given["conv_dim"]),
+        conv_alpha=DEFAULT_ALPHA if given["conv_alpha"] is None else given["conv_alpha"],
+        dropouts=Dropouts(*(share or 0.0 for share in dropouts)),
         include=_patterns(rest, "include_patterns"),
         exclude=_patterns(rest, "exclude_patterns"),
-        loraplus_lr_ratio=ratio if unet_ratio is None else unet_ratio,
-        loraplus_encoder_ratio=ratio if encoder_ratio is None else encoder_ratio,
+        loraplus_lr_ratio=ratios[0] if ratios[1] is None else ratios[1],
+        loraplus_encoder_ratio=ratios[0] if ratios[2] is None else ratios[2],
         decomposes=_switch(rest, "dora_wd"),
         verbose=_switch(rest, "verbose"),
         reg_ranks=_by_pattern(rest, "network_reg_dims", int),
         reg_rates=_by_pattern(rest, "network_reg_lrs", float),
-        perturbation=_perturbation(rest),
+        perturbation=None if sigma is None or beta is None else (sigma, beta),
         rules=rules,
         **({} if rules is None else _by_rules(rest, rules)),
     )
@@ -216,7 +190,13 @@ def read_settings(
             f"--network_args {key}: this network has no such setting.{did_you_mean(key, known)} It has "
             f"{', '.join(known)}"
         )
-    _refuse_clashes(settings)
+    exclusive = {
+        "split_qkv": settings.splits,
+        "ggpo_sigma": sigma is not None,
+        "dora_wd": settings.decomposes,
+    }
+    if len(both := [name for name, is_on in exclusive.items() if is_on]) > 1:
+        raise OptionError(f"--network_args {both[0]} and {both[-1]} cannot be used together: leave one out")
     return settings
 
 
@@ -246,25 +226,6 @@ def _by_rules(rest: dict[str, Any], rules: LoraRules) -> dict[str, Any]:
             prefix for argument, prefix in rules.encoders.items() if not _switch(rest, argument)
         ),
     }
-
-
-def _refuse_clashes(settings: LoraSettings) -> None:
-    for name, other in (("split_qkv", settings.splits), ("ggpo_sigma", settings.perturbation is not None)):
-        if other and settings.decomposes:
-            raise OptionError(f"--network_args {name} and dora_wd cannot be used together: leave one out")
-    if settings.splits and settings.perturbation is not None:
-        raise OptionError("--network_args split_qkv and ggpo_sigma cannot be used together: leave one out")
-
-
-def _perturbation(rest: dict[str, Any]) -> Perturbation | None:
-    sigma = _number(rest, "ggpo_sigma", float, 0, math.inf)
-    beta = _number(rest, "ggpo_beta", float, 0, math.inf)
-    if (sigma is None) != (beta is None):
-        raise OptionError(
-            "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
-            "ggpo_beta=0.01"
-        )
-    return None if sigma is None or beta is None else Perturbation(sigma, beta)
 
 
 def _by_pattern(rest: dict[str, Any], key: str, kind: type[int] | type[float]) -> ByPattern:

@@ -30,13 +30,14 @@ from networks.metadata import add_hashes
 from networks.module_names import choose_family, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.parts import fuse
-from networks.text_loras import WholePatch, is_whole, uses_for_text, warn_of_texts
+from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
 from networks.tool_options import FluxMergeOptions, WholeMergeOptions
 from networks.writing import rename_to_aliases
 
 logger = getLogger(__name__)
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ENCODERS = {"--clip_l": "lora_te1", "--t5xxl": "lora_te3"}  # option -> prefix of its part of a LoRA
+# option -> prefix of its part of a LoRA
+ENCODERS = {"--clip_l": "lora_te1", "--t5xxl": "lora_te3", "--flux_model": ""}
 _META = torch.device("meta")
 _WIDE = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
@@ -70,10 +71,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
         "--clip_l": ("--clip_l_save_to", options.clip_l_save_to),
         "--t5xxl": ("--t5xxl_save_to", options.t5xxl_save_to),
     }
-    parts = {option: uses_for_text(uses, prefix) for option, prefix in ENCODERS.items()}
-    parts["--flux_model"] = [
-        replace(use, lora=replace(use.lora, text_tensors={})) for use in uses if use.lora.tensors
-    ]
+    parts = {option: uses_for(uses, prefix) for option, prefix in ENCODERS.items()}
     for option, found in parts.items():
         if found and option not in options.targets:
             logger.warning(
@@ -142,13 +140,19 @@ def merge_into_file(
             _check_in_channels(checkpoint, in_channels)
         whole = is_whole(checkpoint.tensors)
         if not whole:
-            warn_of_texts(uses, model, held=())
+            for_encoders(uses, str(model), held=())
         patch: LoraPatch | WholePatch = (WholePatch if whole else LoraPatch)(uses, checkpoint.tensors, model)
         written: dict[str, TensorInfo] = {}
         # a LoRA of another model is found out before anything is written
         for name, info in checkpoint.tensors.items():
-            _refuse_rounded(patch, name, info, model)
-            written[name] = _info_in(info, dtype)
+            if patch.touches(name) and info.dtype not in _WIDE:
+                raise CheckpointError(
+                    f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
+                    "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
+                    model,
+                )
+            # whole numbers and 8-bit weights stay as they are
+            written[name] = info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
             patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device=_META))
         patch.check()
 
@@ -162,8 +166,10 @@ def merge_into_file(
             wide = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
             return patch.add_to(name, wide).to(written[name].dtype)
 
-        needed = sum(info.size_bytes for info in written.values())
-        _show_start(model, uses, output, needed)
+        needed = as_size(sum(info.size_bytes for info in written.values()))
+        free = as_size(free_bytes(output.resolve().parent))
+        rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
+        show_box("Merging", [*rows, ("disk", f"{needed}; {free} free")])
         metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
         if not uses:
             logger.warning(f"no --lora_weight is given: {output} becomes a copy of {model}")
@@ -172,27 +178,6 @@ def merge_into_file(
         stream_tensors(output, written, read, metadata)
     result = f"{output} ({as_size(output.stat().st_size)})"
     show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
-
-
-def _info_in(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    """Return the header entry of a tensor cast to a dtype; whole numbers and 8-bit weights stay."""
-    return info if dtype is None or info.dtype not in _WIDE else replace(info, dtype=dtype)
-
-
-def _show_start(model: Path, uses: Sequence[LoraUse], output: Path, needed: int) -> None:
-    """Show the files to merge. needed: bytes of the result."""
-    free = as_size(free_bytes(output.resolve().parent))
-    rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
-    show_box("Merging", [*rows, ("disk", f"{as_size(needed)}; {free} free")])
-
-
-def _refuse_rounded(patch: LoraPatch | WholePatch, name: str, info: TensorInfo, model: Path) -> None:
-    if patch.touches(name) and info.dtype not in _WIDE:
-        raise CheckpointError(
-            f"{model} stores {name} as {dtype_name(info.dtype)}, too coarse to add a LoRA to.\n"
-            "  Give the bf16 or fp16 file of the model; fp8 can be made from the merged one.",
-            model,
-        )
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:
@@ -214,7 +199,15 @@ def _add_up(
     the first file with it. Raises CheckpointError for anything but plain LoRAs, for other sizes and for
     LoRAs of several models.
     """
-    _refuse_several_models([use.lora for use in uses])
+    known = [(use.lora, made) for use in uses if (made := read_family(use.lora.metadata)) is not None]
+    for lora, made in known[1:]:
+        first, wanted = known[0]
+        if made is not wanted:
+            raise CheckpointError(
+                f"{lora.path} is for {made.name}, {first.path} for {wanted.name}: no model could use their "
+                "sum.\n  Give LoRAs for one model.",
+                lora.path,
+            )
     modules: dict[str, list[tuple[LoraFile, Factors, float]]] = {}
     for use in uses:
         lora = use.lora
@@ -236,18 +229,6 @@ def _add_up(
         merged[f"{name}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
         merged[f"{name}.alpha"] = torch.tensor(float(len(down)))
     return merged
-
-
-def _refuse_several_models(loras: Sequence[LoraFile]) -> None:
-    known = [(lora, made) for lora in loras if (made := read_family(lora.metadata)) is not None]
-    for lora, made in known[1:]:
-        first, wanted = known[0]
-        if made is not wanted:
-            raise CheckpointError(
-                f"{lora.path} is for {made.name}, {first.path} for {wanted.name}: no model could use their "
-                "sum.\n  Give LoRAs for one model.",
-                lora.path,
-            )
 
 
 def _sum(
@@ -301,7 +282,7 @@ def _made_of(tensors: Mapping[str, Tensor], loras: Sequence[LoraFile], no_metada
     names = {name.partition(".")[0] for name in tensors}
     in_dit = [name.removeprefix(OURS) for name in names if f"{prefix_of(name)}_" == OURS]
     version = next((v for one in loras if (v := one.metadata.get(TRAINED_ON))), None)
-    made = next((found for one in loras if (found := read_family(one.metadata)) is not None), None)
+    made = next(filter(None, (read_family(one.metadata) for one in loras)), None)
     hint = "flux" if made is None else made.name
     family = choose_family(in_dit, hint) or made
     if made is None and family is not None and family.text_width:

@@ -30,6 +30,7 @@ from networks.names.stable_diffusion import diffusers_path_of_text
 PARTS_METADATA = "reelsmith_experts"
 # where pipelines of diffusers keep the experts' networks, also what names of tensors then begin with
 NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
+_FURTHER = tuple(start for start in NETWORKS if start != IN_DIFFUSERS)
 
 
 def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
@@ -63,17 +64,12 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     """
     names = list(names)
     found: dict[str | None, list[str]] = {}
-    if not any(name.startswith(further_networks()) for name in names):
+    if not any(name.startswith(_FURTHER) for name in names):
         return {None: names}
     for name in names:
         start = next((start for start in NETWORKS if name.startswith(start)), IN_DIFFUSERS)
         found.setdefault(NETWORKS[start], []).append(name)
     return found
-
-
-def further_networks() -> tuple[str, ...]:
-    """Return how names begin that are of another than the first network of a pipeline."""
-    return tuple(start for start in NETWORKS if start != IN_DIFFUSERS)
 
 
 def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
@@ -189,7 +185,7 @@ def peft_config(path: Path, metadata: Mapping[str, str], start: str) -> dict[str
     return {}
 
 
-def text_alphas(texts: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+def text_alphas(texts: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Alphas of LoRAs for text encoders that stand in diffusers' metadata, as `peft_alphas`."""
     alphas: dict[str, Tensor] = {}
     if PEFT_SETTINGS not in metadata:
@@ -212,6 +208,8 @@ def peft_alphas(
     modules: factors by name. paths: of these modules, as the file writes them. Raises ValueError if the
     settings cannot be used.
     """
+    if not config:
+        return {}
     patterns = PeftPatterns(
         {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
     )

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from networks.names.image import FLUX, HUNYUAN_IMAGE, LUMINA
 from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
@@ -26,19 +27,18 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
     Ties go to the family named `hint`, then to a family with modules of these names, not only aliases.
     """
-    names = list(names)
-
-    def score(family: FamilyNames) -> tuple[int, bool, int]:
-        own, foreign, cut = _tables(family)
-        is_own = [own.find(name) is not None for name in names]
+    names, best, most = list(names), None, (0, False, 0)
+    for family in FAMILIES:
+        tables = _tables(family)
+        is_own = [tables.own.find(name) is not None for name in names]
         known = sum(
-            mine or foreign.find(name) is not None or cut.find(name) is not None
+            mine or tables.foreign.find(name) is not None or tables.cut.find(name) is not None
             for mine, name in zip(is_own, names, strict=True)
         )
-        return known, family.name == hint, sum(is_own)
-
-    best = max(FAMILIES, key=score)
-    return best if score(best)[0] else None
+        score = known, family.name == hint, sum(is_own)
+        if known and score > most:
+            best, most = family, score
+    return best
 
 
 def likely_family(inputs: Mapping[str, int]) -> FamilyNames | None:
@@ -68,12 +68,11 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     version = metadata.get(TRAINED_ON, "")
     architecture = metadata.get("modelspec.architecture", "").removesuffix("/lora")
 
-    def is_named(family: FamilyNames) -> bool:
-        if version == family.name or architecture == family.architecture:
-            return True
-        return any(text.lower().startswith(family.versions) for text in (version, architecture))
-
-    return next((family for family in FAMILIES if is_named(family)), None)
+    for family in FAMILIES:
+        is_named = version == family.name or architecture == family.architecture
+        if is_named or any(text.lower().startswith(family.versions) for text in (version, architecture)):
+            return family
+    return None
 
 
 def module_path(name: str, family: FamilyNames) -> str | None:
@@ -81,7 +80,7 @@ def module_path(name: str, family: FamilyNames) -> str | None:
 
     A parameter that is no module's weight counts as a module: `blocks.0.modulation`.
     """
-    return _tables(family)[0].find(name)
+    return _tables(family).own.find(name)
 
 
 @cache
@@ -92,13 +91,13 @@ def is_optional(name: str, family: FamilyNames) -> bool:
 
 def alias(name: str, family: FamilyNames) -> str:
     """Return our underscored name for one of another layout; return any other name unchanged."""
-    found = _tables(family)[1].find(name)
+    found = _tables(family).foreign.find(name)
     return name if found is None else replace_dots(found)
 
 
 def to_alias(name: str, family: FamilyNames) -> str:
     """Return another layout's underscored name for one of ours; return any other name unchanged."""
-    found = _from_ours(family.aliases).find(name)
+    found = _tables(family).to_foreign.find(name)
     return name if found is None else replace_dots(found)
 
 
@@ -178,19 +177,26 @@ class _Table:
         return None if best is None else best[1].replace("{n}", number)
 
 
+class _Tables(NamedTuple):
+    """A family's modules by names in several layouts."""
+
+    own: _Table  # under our names
+    foreign: _Table  # under aliases -> ours
+    to_foreign: _Table
+    cut: _Table  # parts, which stand for their own paths
+
+
 @cache
-def _tables(family: FamilyNames) -> tuple[_Table, _Table, _Table]:
-    """Return the modules under our names, under aliases, and the parts (which stand for their own paths)."""
-    return (
-        _Table((path, path) for path in _own_paths(family)),
-        _Table(_all_aliases(family)),
+def _tables(family: FamilyNames) -> _Tables:
+    # a parameter of ours may be the weight of a module there
+    parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
+    aliases = [*family.aliases, *parameters]
+    return _Tables(
+        _Table((path, path) for path in (*family.modules, *(ours for _, ours in parameters))),
+        _Table(aliases),
+        _Table((ours, theirs) for theirs, ours in aliases),
         _Table((part.theirs, part.theirs) for part in family.parts),
     )
-
-
-@cache
-def _from_ours(aliases: tuple[tuple[str, str], ...]) -> _Table:
-    return _Table((ours, theirs) for theirs, ours in aliases)
 
 
 def diffusers_path(name: str, family: FamilyNames) -> str | None:
@@ -201,13 +207,4 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
     path = module_path(name, family)
     if path is None or family.is_as_in_diffusers:
         return path
-    return _from_ours(_all_aliases(family)).find(name) or path
-
-
-def _own_paths(family: FamilyNames) -> tuple[str, ...]:
-    return (*family.modules, *(ours for _, ours in family.parameters))
-
-
-def _all_aliases(family: FamilyNames) -> tuple[tuple[str, str], ...]:
-    # a parameter of ours may be the weight of a module there
-    return (*family.aliases, *((theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters))
+    return _tables(family).to_foreign.find(name) or path

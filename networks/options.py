@@ -70,7 +70,7 @@ class NetworkOptions(Options, title="network"):
 
     def __post_init__(self) -> None:
         self.arguments()
-        _warn_of_surplus(self.base_weights, self.base_weights_multiplier or (), "--base_weights_multiplier")
+        self.base_multipliers(warns=True)
         require_files("--network_weights", [self.network_weights] if self.network_weights else [])
         require_files("--base_weights", self.base_weights or ())
 
@@ -83,11 +83,10 @@ class NetworkOptions(Options, title="network"):
         """Whether the network is a DoRA."""
         return self.arguments().get("dora_wd", "").lower() == "true"
 
-    def base_multipliers(self) -> tuple[float, ...]:
+    def base_multipliers(self, warns: bool = False) -> tuple[float, ...]:
         """Return one multiplier for each of `--base_weights`; missing ones are 1."""
-        return multipliers_for(
-            self.base_weights or (), self.base_weights_multiplier or (), "--base_weights_multiplier"
-        )
+        given = self.base_weights_multiplier or ()
+        return multipliers_for(self.base_weights or (), given, "--base_weights_multiplier", warns)
 
 
 class LoraOptions(Options):
@@ -101,13 +100,12 @@ class LoraOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        self.multipliers()
-        _warn_of_surplus(self.lora_weight, self.lora_multiplier, "--lora_multiplier")
+        self.multipliers(warns=True)
         require_files("--lora_weight", self.lora_weight or ())
 
-    def multipliers(self) -> tuple[float, ...]:
+    def multipliers(self, warns: bool = False) -> tuple[float, ...]:
         """Return one multiplier for each of `--lora_weight`; missing ones are 1."""
-        return multipliers_for(self.lora_weight or (), self.lora_multiplier, "--lora_multiplier")
+        return multipliers_for(self.lora_weight or (), self.lora_multiplier, "--lora_multiplier", warns)
 
 
 PATTERN = (
@@ -156,20 +154,18 @@ def require_files(option: str, paths: Sequence[Path], folders: str | None = None
             raise OptionError(f"{option} {path}: is a folder. Give the files in it{example}")
 
 
-def _warn_of_surplus(files: Sequence[Path] | None, multipliers: Sequence[float], option: str) -> None:
-    """Warn of multipliers without a file, unless there are no files: then they may be the default."""
-    surplus = multipliers[len(files) :] if files else ()
-    if surplus:
-        numbers = " ".join(f"{value:g}" for value in surplus)
-        logger.warning("%s: %s is ignored because there are %d files", option, numbers, len(files or ()))
-
-
-def multipliers_for(files: Sequence[Path], multipliers: Sequence[float], option: str) -> tuple[float, ...]:
+def multipliers_for(
+    files: Sequence[Path], multipliers: Sequence[float], option: str, warns: bool = False
+) -> tuple[float, ...]:
     """Return one multiplier per file: the given ones, then 1.0.
 
-    Surplus multipliers are ignored, because the option has a default even without files. Raises OptionError
-    if a multiplier is infinite or NaN.
+    warns: of multipliers without a file, unless there are no files: then they may be the default. Raises
+    OptionError if a multiplier is infinite or NaN.
     """
+    surplus = multipliers[len(files) :] if files and warns else ()
+    if surplus:
+        numbers = " ".join(f"{value:g}" for value in surplus)
+        logger.warning("%s: %s is ignored because there are %d files", option, numbers, len(files))
     for value in multipliers:
         if not math.isfinite(value):
             raise OptionError(f"{option} {value}: give a finite number")

@@ -13,7 +13,6 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from networks.choosing import (
     LoraModule,
-    check_blocks,
     choose_encoder_modules,
     choose_modules,
     named_modules_of,
@@ -142,18 +141,6 @@ def _lokr_settings(arguments: dict[str, Any]) -> MakeShapes:
     return functools.partial(lokr_shapes, factor=size, decompose_both=_SWITCH[str(decompose_both)])
 
 
-def check_own(
-    name: str,
-    rank: int | None,
-    alpha: float | None,
-    dropout: float | None,
-    arguments: Mapping[str, Any],
-    depths: Mapping[str, int],
-) -> None:
-    """Raise OptionError if a setting cannot be used. depths: by list of blocks, as far as known."""
-    check_blocks(read_own(name, rank, alpha, dropout, arguments)[0], depths)
-
-
 def build_network(
     name: str,
     rank: int | None,
@@ -172,17 +159,18 @@ def build_network(
     layers: dict[str, nn.Module] = {}
     if OWN_MODULES[name].kind != "LoRA":
         assert dit is not None  # they have no part for text encoders
-        for path, target in choose_modules(dit, replace(settings, conv_rank=None)).items():
-            if isinstance(module := target.module, nn.Linear):
-                shapes = make_shapes(module.out_features, module.in_features, target.rank)
-                layers[path] = FactoredLayer(module, shapes, target.rank, target.alpha)
+        chosen = choose_modules(dit, replace(settings, conv_rank=None))
+        for path, (module, its_rank, its_alpha, _) in chosen.items():
+            if isinstance(module, nn.Linear):
+                shapes = make_shapes(module.out_features, module.in_features, its_rank)
+                layers[path] = FactoredLayer(module, shapes, its_rank, its_alpha)
         return OwnNetwork(layers, settings)
     targets = {} if dit is None else choose_modules(dit, settings)
     for prefix, encoder in encoders.items():
         if prefix not in settings.encoders_off:
             targets |= choose_encoder_modules(encoder, prefix, settings)
-    for path, each in targets.items():
-        layers[path] = LoraLayer(each.module, each.rank, each.alpha, settings.decomposes, each.heights)
+    for path, (module, its_rank, its_alpha, heights) in targets.items():
+        layers[path] = LoraLayer(module, its_rank, its_alpha, settings.decomposes, heights)
     return OwnNetwork(layers, settings)
 
 
@@ -211,7 +199,7 @@ def build_from_tensors(
     others = {key: value for key, value in arguments.items() if key in _BESIDE_FILE}
     settings, _ = read_own(name, None, None, dropout, others)
     known = named_modules_of(dit, encoders)
-    fitted = for_model(tensors, lambda path: known[path].weight.shape[0] if path in known else None)
+    fitted = for_model(tensors, {path: len(module.weight) for path, module in known.items()}.get)
     layers: dict[str, nn.Module] = {}
     missed = []
     for path, factors in group_by_module(add_missing_alphas(fitted)).items():

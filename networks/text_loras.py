@@ -2,7 +2,7 @@
 
 import re
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
@@ -14,32 +14,33 @@ from modules.contract.family import TextEncoder, can_learn
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.key_formats import OURS
-from networks.loading import LoraFile, LoraUse, list_some
+from networks.loading import LoraUse, list_some
 from networks.lora_network import prefix_of
 from networks.names.stable_diffusion import published_path
 
 logger = getLogger(__name__)
 
 
-def uses_for_text(uses: Iterable[LoraUse], prefix: str) -> list[LoraUse]:
-    """Return the parts of LoRAs for the text encoder of a prefix, as uses for its own file."""
-    parts = [replace(use, lora=text_part(use.lora, prefix)) for use in uses]
-    return [part for part in parts if part.lora.tensors]
+def uses_for(uses: Iterable[LoraUse], prefix: str = "") -> list[LoraUse]:
+    """Return the parts of LoRAs for a text encoder, as uses for its own file; those without any are left out.
 
-
-def text_part(lora: LoraFile, prefix: str) -> LoraFile:
-    """Return the part of a LoRA that changes the text encoder with this prefix, as a LoRA for its file."""
-    tensors = {
-        OURS + name.removeprefix(f"{prefix}_"): tensor
-        for name, tensor in lora.text_tensors.items()
-        if prefix_of(name) == prefix
-    }
-    return replace(lora, tensors=tensors, text_tensors={}, metadata=_without_family(lora.metadata))
-
-
-def _without_family(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata that say nothing of the DiT that a LoRA is for."""
-    return {key: value for key, value in metadata.items() if not key.startswith(("ss_base", "modelspec"))}
+    prefix: of its modules in LoRA files; "" for the DiT or U-Net.
+    """
+    parts = []
+    for use in uses:
+        lora = replace(use.lora, text_tensors={})
+        if prefix:
+            tensors = {
+                OURS + name.removeprefix(f"{prefix}_"): tensor
+                for name, tensor in use.lora.text_tensors.items()
+                if prefix_of(name) == prefix
+            }
+            about_dit = ("ss_base", "modelspec")  # metadata that say which DiT it is for
+            metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(about_dit)}
+            lora = replace(lora, tensors=tensors, metadata=metadata)
+        if lora.tensors:
+            parts.append(replace(use, lora=lora))
+    return parts
 
 
 class TextLoras:
@@ -68,7 +69,7 @@ class TextLoras:
         """
         if not self._uses or not can_learn(encoder) or encoder.network in self._done:
             return
-        uses = uses_for_text(self._uses, encoder.lora_prefix)
+        uses = uses_for(self._uses, encoder.lora_prefix)
         if not uses:
             return
         patch = LoraPatch(uses)
@@ -159,15 +160,10 @@ class WholePatch:
         """names: of all tensors in the file."""
         names = list(names)
         found = {piece.network for name in names for piece in pieces_of(name)}
-        self._unet = LoraPatch(
-            [replace(use, lora=replace(use.lora, text_tensors={})) for use in uses if use.lora.tensors],
-            [name for name in names if name.startswith(UNET)],
-            model,
-        )
-        given = [replace(use, lora=_first_encoder(use.lora, found)) for use in uses]
-        warn_of_texts(given, model, found)
+        given = for_encoders(uses, str(model), found - {""})
+        self._unet = LoraPatch(uses_for(given), [name for name in names if name.startswith(UNET)], model)
         self._texts = {
-            prefix: LoraPatch(uses_for_text(given, prefix), model=model, is_text=True)
+            prefix: LoraPatch(uses_for(given, prefix), model=model, is_text=True)
             for prefix in sorted(found - {""})
         }
 
@@ -191,30 +187,30 @@ class WholePatch:
             yield piece, self._texts[piece.network] if piece.network else self._unet
 
 
-def warn_of_texts(uses: Iterable[LoraUse], model: Path, held: Collection[str]) -> None:
-    """Warn of parts for text encoders that a model's file does not hold.
+def for_encoders(uses: Iterable[LoraUse], model: str, held: Collection[str]) -> list[LoraUse]:
+    """Return LoRAs with the names that a model's text encoders have; warn of parts for others.
 
-    held: the prefixes of those that it holds. Raises CheckpointError if a LoRA has no other parts.
+    held: the prefixes of its encoders; a single one `lora_te` may be `lora_te1` too. Raises CheckpointError
+    if nothing of a LoRA is left.
     """
+    found = []
     for use in uses:
-        texts = [name for name in use.lora.text_tensors if prefix_of(name) not in held]
-        if not texts:
-            continue
-        if not use.lora.tensors and len(texts) == len(use.lora.text_tensors):
+        texts = use.lora.text_tensors
+        if "lora_te" in held:
+            texts = {name.replace("lora_te1_", "lora_te_", 1): one for name, one in texts.items()}
+            use = replace(use, lora=replace(use.lora, text_tensors=texts))
+        others = [name for name in texts if prefix_of(name) not in held]
+        path = use.lora.path
+        if others and not use.lora.tensors and len(others) == len(texts):
             raise CheckpointError(
-                f"{use.lora.path} changes text encoders alone, which {model} does not hold: "
-                f"{list_some(texts, 2)}.\n  Give a LoRA that was trained for this model.",
-                use.lora.path,
+                f"{path} changes text encoders alone, which {model} does not hold: {list_some(others, 2)}.\n"
+                "  Give a LoRA that was trained for this model.",
+                path,
             )
-        logger.warning(
-            f"{use.lora.path}: {len(texts)} tensors change a text encoder, which {model} does not hold, "
-            f"and are ignored: {list_some(texts, 2)}"
-        )
-
-
-def _first_encoder(lora: LoraFile, networks: set[str]) -> LoraFile:
-    """Return a LoRA with the names that the checkpoint's only text encoder has."""
-    if "lora_te" not in networks:
-        return lora
-    renamed = {name.replace("lora_te1_", "lora_te_", 1): one for name, one in lora.text_tensors.items()}
-    return replace(lora, text_tensors=renamed)
+        if others:
+            logger.warning(
+                f"{path}: {len(others)} tensors change a text encoder, which {model} does not hold, and are "
+                f"ignored: {list_some(others, 2)}"
+            )
+        found.append(use)
+    return found

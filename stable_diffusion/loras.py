@@ -8,7 +8,6 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from logging import getLogger
 from typing import Any
 
@@ -21,9 +20,9 @@ from networks.added import AddedPart, attach_parts, fitting, places
 from networks.apply import LoraPatch, OriginalWeights
 from networks.deltas import group_by_module
 from networks.key_formats import family_by_text_width
-from networks.loading import LoraFile, LoraUse, list_some, read_lora
+from networks.loading import LoraFile, LoraUse, read_lora
 from networks.module_names import read_family
-from networks.text_loras import text_part
+from networks.text_loras import for_encoders, uses_for
 from stable_diffusion.contract import KINDS, Model, ModelKind
 from stable_diffusion.loading import OpenedCheckpoint
 from stable_diffusion.network_options import AddedNetworkOptions
@@ -101,8 +100,8 @@ class _Target:
     """A network that LoRAs change."""
 
     network: nn.Module
-    start: str  # of its modules' paths in files, beside ours
-    part_of: Callable[[LoraFile], LoraFile]  # what a file has for it
+    start: str = ""  # of its modules' paths in files, beside ours
+    prefix: str = ""  # of its modules in LoRA files; "" for the U-Net
 
     def published(self, path: str) -> str:
         """Return the path in files."""
@@ -141,20 +140,18 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
     Raises CheckpointError if a LoRA is of another kind or size, or fits nothing.
     """
     check_kind(loras, release.kind)
-    uses = [LoraUse(_for_encoders(lora, release.kind)) for lora in loras]
-    parts: list[tuple[LoadPlan[Any], str, Callable[[LoraFile], LoraFile]]] = [
-        (release.unet, "", _of_unet),
-        *(
-            (text.network, _TEXT_START, partial(text_part, prefix=prefix))
-            for text, prefix in zip(release.texts, release.kind.lora_prefixes, strict=True)
-        ),
+    uses = for_encoders(map(LoraUse, loras), release.kind.words, release.kind.lora_prefixes)
+    texts = zip(release.kind.lora_prefixes, release.texts, strict=True)
+    parts: list[tuple[str, LoadPlan[Any]]] = [
+        ("", release.unet),
+        *((one, text.network) for one, text in texts),
     ]
-    for plan, start, part_of in parts if loras else ():
-        patch = LoraPatch(_parts(uses, part_of), model=release.path, is_text=bool(start))
+    for prefix, plan in parts if loras else ():
+        patch = LoraPatch(uses_for(uses, prefix), model=release.path, is_text=bool(prefix))
         for name, source in plan.sources.items():
             tensors = [plan.checkpoint.tensors[each] for each in source.names]
             hollow = [torch.empty(one.shape, dtype=one.dtype, device=_META) for one in tensors]
-            patch.add_to(start + name, source.make(hollow))
+            patch.add_to((_TEXT_START if prefix else "") + name, source.make(hollow))
         patch.refuse_misfits()
 
 
@@ -165,7 +162,10 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
     """
     for lora in loras:
         made = read_family(lora.metadata)
-        fitting_kind = _kind_by_size(lora)
+        by_width = family_by_text_width(group_by_module(lora.tensors))
+        fitting_kind = next(
+            (one for one in KINDS if by_width is not None and one.name == by_width.name), None
+        )
         if fitting_kind is not None and fitting_kind is not kind:
             raise CheckpointError(
                 f"{OPTION} {lora.path} is a LoRA for {fitting_kind.words}, by its sizes; --ckpt is "
@@ -179,12 +179,6 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
             )
 
 
-def _kind_by_size(lora: LoraFile) -> ModelKind | None:
-    """Return the kind whose released models take texts as wide as the LoRA's cross-attention does."""
-    family = family_by_text_width(group_by_module(lora.tensors))
-    return next((kind for kind in KINDS if family is not None and kind.name == family.name), None)
-
-
 def load_networks(
     options: AddedNetworkOptions, model: Model, loras: Sequence[LoraFile] | None = None
 ) -> ChosenLoras | None:
@@ -196,10 +190,13 @@ def load_networks(
     if not options.files:
         return None
     loras = read_networks(options) if loras is None else loras
-    loras = [_for_encoders(lora, model.kind) for lora in loras]
-    uses = [LoraUse(lora, one) for lora, one in zip(loras, options.multipliers, strict=True)]
+    given = map(LoraUse, loras, options.multipliers)
+    uses = for_encoders(given, model.kind.words, model.kind.lora_prefixes)
     merged, adjustable = uses[: options.num_merged], uses[options.num_merged :]
-    targets = _targets(model)
+    targets = [
+        _Target(model.unet),
+        *(_Target(tower.network, _TEXT_START, tower.lora_prefix) for tower in model.texts),
+    ]
     if merged:
         _merge(targets, merged)
     if not adjustable:
@@ -220,29 +217,10 @@ def load_networks(
     return ChosenLoras(defaults, use_multipliers, layers)
 
 
-def _targets(model: Model) -> list[_Target]:
-    """Return the U-Net and the text encoders."""
-    towers = [
-        _Target(tower.network, _TEXT_START, partial(text_part, prefix=tower.lora_prefix))
-        for tower in model.texts
-    ]
-    return [_Target(model.unet, "", _of_unet), *towers]
-
-
-def _of_unet(lora: LoraFile) -> LoraFile:
-    return replace(lora, text_tensors={})
-
-
-def _parts(uses: Sequence[LoraUse], part_of: Callable[[LoraFile], LoraFile]) -> list[LoraUse]:
-    """Return the files' parts for a network; files without anything for it are left out."""
-    parts = [replace(use, lora=part_of(use.lora)) for use in uses]
-    return [part for part in parts if part.lora.tensors]
-
-
 @torch.no_grad()
 def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
     for target in targets:
-        given = _parts(uses, target.part_of)
+        given = uses_for(uses, target.prefix)
         if not given:
             continue
         patch = LoraPatch(given)
@@ -255,7 +233,7 @@ def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Mu
     """Return a function that folds the files in with any strengths, always from the original weights."""
     originals = []
     for target in targets:
-        given = _parts(uses, target.part_of)
+        given = uses_for(uses, target.prefix)
         if given:
             original = OriginalWeights(given, target.published)
             original.keep(target.network)
@@ -265,7 +243,9 @@ def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Mu
     def use_multipliers(multipliers: Multipliers) -> None:
         scaled = [replace(use, multiplier=one) for use, one in zip(uses, multipliers, strict=True)]
         for target, original in originals:
-            original.switch(target.network, [use for use in _parts(scaled, target.part_of) if use.multiplier])
+            original.switch(
+                target.network, [use for use in uses_for(scaled, target.prefix) if use.multiplier]
+            )
 
     return use_multipliers
 
@@ -275,9 +255,9 @@ def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[
     known = places(target.network, target.published)
     parts = []
     for use in uses:
-        lora = target.part_of(use.lora)
-        found = fitting(lora, known, OPTION) if lora.tensors else {}
-        parts.append({name: AddedPart(known[name], factors) for name, factors in found.items()})
+        found = [fitting(part.lora, known, OPTION) for part in uses_for([use], target.prefix)]
+        factors = found[0] if found else {}
+        parts.append({name: AddedPart(known[name], one) for name, one in factors.items()})
     for layer in attach_parts(parts, known):
         layer.switch_on(model.device, model.dtype)
     return parts
@@ -290,33 +270,6 @@ def _log_added(uses: Sequence[LoraUse], parts: Sequence[Sequence[Mapping[str, Ad
         whole = sum(part.is_made_whole for part in own)
         hint = f"; {whole} of them are made anew at each step: --network_pre_calc is faster" if whole else ""
         logger.info(f"{use.lora.path}: added to {len(own)} modules, strength {use.multiplier:g}{hint}")
-
-
-def _for_encoders(lora: LoraFile, kind: ModelKind) -> LoraFile:
-    """Return the file with the names of a kind's text encoders; a single one may be `lora_te1` too.
-
-    Warns of others. Raises CheckpointError if nothing is left.
-    """
-    first = f"{kind.lora_prefixes[0]}_"
-    other = "lora_te1_" if len(kind.lora_prefixes) == 1 else first
-    renamed = {
-        first + name.removeprefix(other) if name.startswith(other) else name: tensor
-        for name, tensor in lora.text_tensors.items()
-    }
-    prefixes = tuple(f"{prefix}_" for prefix in kind.lora_prefixes)
-    others = [name for name in renamed if not name.startswith(prefixes)]
-    if others and len(others) == len(renamed) and not lora.tensors:
-        raise CheckpointError(
-            f"{OPTION} {lora.path} does not fit {kind.words}: it changes text encoders alone that this does "
-            f"not have, such as {list_some(others, 2)}.\n  Give a LoRA that was trained for {kind.words}.",
-            lora.path,
-        )
-    if others:
-        logger.warning(
-            f"{lora.path}: {len(others)} tensors change a text encoder that {kind.words} does not have, and "
-            f"are ignored: {list_some(others, 2)}"
-        )
-    return replace(lora, text_tensors=renamed)
 
 
 def _shown(metadata: Mapping[str, str]) -> str:

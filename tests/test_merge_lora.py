@@ -65,33 +65,6 @@ def test_every_layout_of_a_model_is_merged_under_its_own_names(
     assert len(merged) == len(expected) + (2 if dialect == "all_in_one" else 0)
 
 
-def test_hunyuan_video_names_work_too(tmp_path: Path) -> None:
-    weight = torch.randn(6, 4)
-    save_file(
-        {"double_blocks.0.img_mlp.fc1.weight": weight, "final_layer.linear.bias": torch.ones(3)},
-        tmp_path / "dit.safetensors",
-    )
-    factors = {"lora_A.weight": torch.randn(2, 4), "lora_B.weight": torch.randn(6, 2)}
-    save_file(
-        {f"diffusion_model.double_blocks.0.img_mlp.fc1.{part}": t for part, t in factors.items()},
-        tmp_path / "lora.safetensors",
-    )
-
-    merge(
-        "--dit",
-        tmp_path / "dit.safetensors",
-        "--lora_weight",
-        tmp_path / "lora.safetensors",
-        "--save_merged_model",
-        tmp_path / "out.safetensors",
-    )
-
-    merged = load_file(tmp_path / "out.safetensors")
-    expected = weight + factors["lora_B.weight"] @ factors["lora_A.weight"]
-    torch.testing.assert_close(merged["double_blocks.0.img_mlp.fc1.weight"], expected)
-    assert torch.equal(merged["final_layer.linear.bias"], torch.ones(3))
-
-
 def test_metadata_are_kept_but_for_stale_hashes(tmp_path: Path, lora: Path) -> None:
     save_file(
         tiny_state("t2v"),

@@ -76,14 +76,10 @@ def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
 _SD, _SDXL = _pairs(4, "0", (0,)), (*_pairs(3, "{n}", (2,)), *_ADDED)
 
 
-def _own(pairs: Pairs) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(ours for _, ours in pairs))
-
-
 SD1 = FamilyNames(
     "sd1",
     "stable-diffusion-v1",
-    _own(_SD),
+    tuple(dict.fromkeys(ours for _, ours in _SD)),
     aliases=_SD,
     start=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,
@@ -107,7 +103,7 @@ SD2 = replace(
 SDXL = FamilyNames(
     "sdxl",
     "stable-diffusion-xl-v1-base",
-    _own(_SDXL),
+    tuple(dict.fromkeys(ours for _, ours in _SDXL)),
     aliases=_SDXL,
     start=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,

@@ -18,14 +18,8 @@ _WAN_BLOCK = (
     *each("blocks.{n}.", "ffn.0 ffn.2 norm3"),
 )
 _WAN_REST = (
-    "patch_embedding",
-    "time_projection.1",
-    "head.head",
-    "ref_conv",
-    "img_emb.proj.0",
-    "img_emb.proj.1",
-    "img_emb.proj.3",
-    "img_emb.proj.4",
+    *each("", "patch_embedding time_projection.1 head.head ref_conv"),
+    *each("img_emb.proj.", "0 1 3 4"),
 )
 
 _IMAGE_ATTENTION = (
@@ -46,11 +40,8 @@ WAN = FamilyNames(
     # diffusers layout
     (
         *(
-            (f"blocks.{{n}}.attn1.{theirs}", f"blocks.{{n}}.self_attn.{ours}")
-            for theirs, ours in _DIFFUSERS_ATTENTION
-        ),
-        *(
-            (f"blocks.{{n}}.attn2.{theirs}", f"blocks.{{n}}.cross_attn.{ours}")
+            (f"blocks.{{n}}.{there}.{theirs}", f"blocks.{{n}}.{here}.{ours}")
+            for there, here in (("attn1", "self_attn"), ("attn2", "cross_attn"))
             for theirs, ours in _DIFFUSERS_ATTENTION
         ),
         ("blocks.{n}.attn2.add_k_proj", "blocks.{n}.cross_attn.k_img"),
@@ -59,10 +50,11 @@ WAN = FamilyNames(
         ("blocks.{n}.ffn.net.0.proj", "blocks.{n}.ffn.0"),
         ("blocks.{n}.ffn.net.2", "blocks.{n}.ffn.2"),
         ("blocks.{n}.norm2", "blocks.{n}.norm3"),
-        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        *(
+            (f"condition_embedder.{what}_embedder.linear_{number}", f"{what}_embedding.{layer}")
+            for what in ("text", "time")
+            for number, layer in ((1, 0), (2, 2))
+        ),
         ("condition_embedder.time_proj", "time_projection.1"),
         ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
         ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
@@ -82,9 +74,6 @@ WAN = FamilyNames(
 )
 
 # HunyuanVideo and SkyReels V1. `BLOCK_...`: of its blocks and its text refiner, which HunyuanImage has too
-_MLPS = tuple(
-    (stream, theirs, ours) for stream in ("img", "txt") for theirs, ours in (("0", "fc1"), ("2", "fc2"))
-)
 _DIFFUSERS_DOUBLE = (
     *(("norm1.linear", "img_mod.linear"), ("norm1_context.linear", "txt_mod.linear")),
     *(("attn.to_out.0", "img_attn_proj"), ("attn.to_add_out", "txt_attn_proj")),
@@ -108,15 +97,18 @@ _DIFFUSERS_TEXT = (
     ("time_text_embed.text_embedder.linear_1", "c_embedder.linear_1"),
     ("time_text_embed.text_embedder.linear_2", "c_embedder.linear_2"),
 )
+_VECTORS = (
+    ("timestep", "time_in.mlp.0", "time_in.mlp.2"),
+    ("guidance", "guidance_in.mlp.0", "guidance_in.mlp.2"),
+)
 _DIFFUSERS_REST = (
     ("x_embedder.proj", "img_in.proj"),
     ("proj_out", "final_layer.linear"),
-    ("time_text_embed.timestep_embedder.linear_1", "time_in.mlp.0"),
-    ("time_text_embed.timestep_embedder.linear_2", "time_in.mlp.2"),
-    ("time_text_embed.guidance_embedder.linear_1", "guidance_in.mlp.0"),
-    ("time_text_embed.guidance_embedder.linear_2", "guidance_in.mlp.2"),
-    ("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
-    ("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
+    *(
+        (f"time_text_embed.{vector}_embedder.linear_{number}", ours)
+        for vector, *both in (*_VECTORS, ("text", "vector_in.in_layer", "vector_in.out_layer"))
+        for number, ours in enumerate(both, 1)
+    ),
 )
 
 BLOCK_MODULES = (
@@ -135,23 +127,16 @@ BLOCK_MODULES = (
     *each("final_layer.", "linear adaLN_modulation.1"),
 )
 # ComfyUI's names where they differ in more than "." for "_"
+_REFINER = "txt_in.individual_token_refiner.blocks.{n}"
 BLOCK_ALIASES = (
     *(
-        (f"double_blocks.{{n}}.{stream}_mlp.{theirs}", f"double_blocks.{{n}}.{stream}_mlp.{ours}")
-        for stream, theirs, ours in _MLPS
+        (f"{mlp}.{theirs}", f"{mlp}.{ours}")
+        for mlp in ("double_blocks.{n}.img_mlp", "double_blocks.{n}.txt_mlp", f"{_REFINER}.mlp")
+        for theirs, ours in (("0", "fc1"), ("2", "fc2"))
     ),
     *(
-        (f"double_blocks.{{n}}.{stream}_mod.lin", f"double_blocks.{{n}}.{stream}_mod.linear")
-        for stream in ("img", "txt")
-    ),
-    ("single_blocks.{n}.modulation.lin", "single_blocks.{n}.modulation.linear"),
-    (
-        "txt_in.individual_token_refiner.blocks.{n}.mlp.0",
-        "txt_in.individual_token_refiner.blocks.{n}.mlp.fc1",
-    ),
-    (
-        "txt_in.individual_token_refiner.blocks.{n}.mlp.2",
-        "txt_in.individual_token_refiner.blocks.{n}.mlp.fc2",
+        (f"{name}.lin", f"{name}.linear")
+        for name in ("double_blocks.{n}.img_mod", "double_blocks.{n}.txt_mod", "single_blocks.{n}.modulation")
     ),
     ("txt_in.c_embedder.in_layer", "txt_in.c_embedder.linear_1"),
     ("txt_in.c_embedder.out_layer", "txt_in.c_embedder.linear_2"),

@@ -1,14 +1,20 @@
 """Tiny Wan transformers and LoRAs for them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modules.contract.loading import Placement
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
+from networks.module_names import module_path
+from networks.names.layouts import FamilyNames
 from tests.golden_cases import make_weights
 from tests.tiny.loras import make_lora
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -102,3 +108,67 @@ def join_all(network: nn.Module) -> None:
     for layer in network.modules():
         if isinstance(layer, LoraLayer):
             layer.joins_from = 0
+
+
+def saved_by_diffusers(
+    theirs: Any, path: Path, targets: Any, alpha: int = 4, with_settings: bool = True
+) -> Path:
+    """Give a model of diffusers a random LoRA of rank 4 and save it, the adapter's settings in the metadata
+    or nowhere.
+    """
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    if with_settings:
+        theirs.save_lora_adapter(path.parent, weight_name=path.name)
+    else:
+        names = {
+            name.replace(".default", ""): tensor
+            for name, tensor in theirs.state_dict().items()
+            if "lora_" in name
+        }
+        save_file({f"transformer.{name}": tensor for name, tensor in names.items()}, path)
+    return path
+
+
+def saved_with_points(
+    network: OwnNetwork,
+    path: Path,
+    family: FamilyNames,
+    start: str,
+    state: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> Path:
+    """A network's factors as diffusion-pipe and PEFT name them.
+
+    start: before the paths. state: renames them, as ComfyUI does.
+    """
+    theirs = {}
+    for name, layer in network.named_children():
+        (renamed,) = state(
+            {f"{module_path(name.removeprefix('lora_unet_'), family)}.weight": layer.lora_up.weight}
+        )
+        theirs[f"{start}{renamed.removesuffix('weight')}lora_A.weight"] = layer.lora_down.weight.detach()
+        theirs[f"{start}{renamed.removesuffix('weight')}lora_B.weight"] = layer.lora_up.weight.detach()
+    save_file(theirs, path)
+    return path
+
+
+def assert_recorded(
+    network: nn.Module, dit: nn.Module, loss: Tensor, description: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """The loss and the gradients of all factors are the recorded ones; the model has none."""
+    torch.testing.assert_close(
+        loss.detach().view(1), tensors["loss"], atol=0, **description["tolerance"]["loss"]
+    )
+    rtol = description["tolerance"]["grads"]["rtol"]
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None
+        total, norm = description["grad_sum_and_l2norm"][name]
+        assert float(parameter.grad.norm()) == pytest.approx(norm, rel=rtol)
+        assert float(parameter.grad.sum()) == pytest.approx(total, rel=rtol, abs=rtol * norm)
+        if f"grad.{name}" in tensors:
+            most = rtol * float(parameter.grad.abs().max())
+            torch.testing.assert_close(parameter.grad, tensors[f"grad.{name}"], rtol=rtol, atol=most)
+    assert all(parameter.grad is None for parameter in dit.parameters())

@@ -11,8 +11,7 @@ from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
-from tests.networks.making import randomize
-from tests.networks.making_dialects import saved_by_diffusers
+from tests.networks.making import randomize, saved_by_diffusers
 from tests.tiny.loras import make_lora
 
 NEAR = 5e-6  # of the largest value; float32, summed in another order

@@ -9,9 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from modules.errors import CheckpointError, OptionError
 from networks.adapter import ForeignNetwork, NormReport, make_network
-from networks.loading import read_lora
-from networks.lora_network import OwnNetwork
-from networks.metadata import model_hashes, save_network
+from networks.metadata import save_network
 from networks.options import NetworkOptions
 from tests.networks.making import inputs, tiny_dit, wan_network
 
@@ -88,20 +86,6 @@ def test_a_foreign_module_gets_rank_alpha_and_arguments(tmp_path: Path) -> None:
     assert made.module.multiplier == 0.5
 
 
-def test_a_foreign_network_is_saved_with_hashes_and_loaded_again(tmp_path: Path) -> None:
-    dit = tiny_dit(tmp_path)
-    network = make_network(options(network_module=FOREIGN), OURS, dit, seed=1)
-
-    save_network(network.module, tmp_path / "x.safetensors", torch.bfloat16, {"ss_seed": "1"})
-
-    stored = load_file(tmp_path / "x.safetensors")
-    assert stored.keys() == network.module.state_dict().keys()
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    assert (
-        model_hashes(stored, {})["sshs_model_hash"] == model_hashes(stored, {"ss_x": "y"})["sshs_model_hash"]
-    )
-
-
 def test_a_model_keeps_the_weights_that_a_network_takes_away(tmp_path: Path) -> None:
     dit = tiny_dit(tmp_path)
     before, expected = {name: tensor.clone() for name, tensor in dit.state_dict().items()}, dit(**inputs(dit))
@@ -137,24 +121,6 @@ def test_weights_that_do_not_fit_a_foreign_network_are_refused(tmp_path: Path, w
             tiny_dit(tmp_path),
             seed=1,
         )
-
-
-def test_without_a_module_the_familys_own_is_used(tmp_path: Path) -> None:
-    network = make_network(options(), OURS, tiny_dit(tmp_path), seed=1)
-
-    assert isinstance(network.module, OwnNetwork)
-
-
-def test_ranks_come_from_the_weights_on_request(tmp_path: Path) -> None:
-    dit = tiny_dit(tmp_path)
-    path = tmp_path / "x.safetensors"
-    save_network(wan_network(dit, rank=6, alpha=3.0), path, None, {})
-
-    network: Any = make_network(options(network_weights=path, dim_from_weights=True), OURS, dit, seed=1)
-
-    assert {(layer.rank, layer.scale) for layer in network.module.layers} == {(6, 0.5)}
-    state = network.module.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in read_lora(path).tensors.items())
 
 
 def test_scaling_norms_reports_and_is_refused_where_it_is_not_offered(tmp_path: Path) -> None:

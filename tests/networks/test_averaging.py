@@ -59,12 +59,6 @@ def test_a_beta_counts_files_as_its_powers() -> None:
     assert file_weights(4, options(beta=0.9)) == pytest.approx([0.9**3, 0.1 * 0.9**2, 0.1 * 0.9, 0.1])
 
 
-def test_a_second_beta_is_reached_at_the_last_file() -> None:
-    found = file_weights(4, options(beta=0.8, beta2=0.6))
-    assert found == pytest.approx([0.8 * 0.7 * 0.6, 0.2 * 0.7 * 0.6, 0.3 * 0.6, 0.4])
-    assert file_weights(2, options(beta=0.8, beta2=0.6)) == pytest.approx([0.8, 0.2])
-
-
 @pytest.mark.parametrize("sigma", [0.05, 0.1, 0.2, LARGEST_SIGMA])
 def test_a_width_gives_the_power_function_with_that_deviation(sigma: float) -> None:
     gamma = exponent_of(sigma)
@@ -75,10 +69,6 @@ def test_a_width_gives_the_power_function_with_that_deviation(sigma: float) -> N
     weights = torch.tensor(file_weights(count, options(sigma_rel=sigma)), dtype=torch.float64)
     edges = torch.linspace(0, 1, count + 1, dtype=torch.float64) ** (gamma + 1)
     torch.testing.assert_close(weights, edges.diff())  # file k stands for the time from (k - 1) to k
-
-
-def test_at_the_largest_width_all_files_count_alike() -> None:
-    assert file_weights(5, options(sigma_rel=LARGEST_SIGMA)) == pytest.approx([0.2] * 5)
 
 
 def test_files_are_averaged_by_their_step_in_more_than_their_own_precision(tmp_path: Path) -> None:

@@ -12,20 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modules.contract.loading import Placement
-from modules.dressing import dress, swapped_weights
-from modules.fp8.weights import dequantise, quantise
-from modules.speed_options import Quantisation, SwapOptions
 from networks.added import add_loras
-from networks.apply import LoraPatch, OriginalWeights, check_loras_fit
+from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
-from networks.merging import merge_into_file
 from tests.networks.making import inputs, tiny_dit
 from tests.networks.test_interoperability import TOLERANCE, load_there, run_there
-from tests.tiny.wan_dit import diffusers_name, tiny_state, write_dit
+from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.wan.making import in_diffusers
 from wan.checkpoints import load_dit
-from wan.spec import DIT
 
 CPU = torch.device("cpu")
 STRENGTH = 0.7
@@ -76,22 +71,6 @@ def case(tmp_path: Path) -> Case:
     return Case(tmp_path)
 
 
-def test_the_file_covers_each_kind_of_parameter(case: Case) -> None:
-    names = set(load_file(case.path))
-
-    for name in (
-        "blocks.1.self_attn.norm_q.diff",
-        "blocks.0.norm3.diff",
-        "blocks.0.norm3.diff_b",
-        "blocks.0.diff_m",
-        "head.diff_m",
-        "head.head.diff",
-        "patch_embedding.diff",
-        "time_projection.1.diff_b",
-    ):
-        assert f"diffusion_model.{name}" in names
-
-
 @pytest.mark.parametrize("modulation", ["diff_m", "modulation.diff"])
 def test_loading_adds_every_difference(case: Case, modulation: str, caplog: pytest.LogCaptureFixture) -> None:
     written = {name.replace("diff_m", modulation): tensor for name, tensor in load_file(case.path).items()}
@@ -104,31 +83,6 @@ def test_loading_adds_every_difference(case: Case, modulation: str, caplog: pyte
     case.assert_merged(dit.state_dict())
     assert patch.unused() == []
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-@pytest.mark.parametrize("dialect", ["safetensors", "diffusers"])
-def test_a_merged_file_has_every_difference(tmp_path: Path, dialect: str) -> None:
-    case = Case(tmp_path, dialect=dialect)
-    check_loras_fit(case.model, [case.use])
-
-    merge_into_file(case.model, [case.use], tmp_path / "merged.safetensors", CPU)
-
-    found = load_file(tmp_path / "merged.safetensors")
-    case.assert_merged(
-        {name: found[diffusers_name(name) if dialect == "diffusers" else name] for name in case.state}
-    )
-
-
-def test_switching_puts_every_difference_in_and_out_to_the_bit(case: Case) -> None:
-    originals = OriginalWeights([case.use])
-    dit = load_dit(case.model, Placement(CPU, patch=originals))
-    originals.check()
-    loaded = load_dit(case.model, Placement(CPU, patch=LoraPatch([case.use]))).state_dict()
-
-    originals.switch(dit, [case.use])
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in dit.state_dict().items())
-    originals.switch(dit, [])
-    assert all(torch.equal(tensor, case.state[name]) for name, tensor in dit.state_dict().items())
 
 
 @torch.no_grad()
@@ -158,43 +112,6 @@ def test_conversion_keeps_every_difference(tmp_path: Path, case: Case, target: s
         assert patch.unused() == []
     # the one name for it that ComfyUI reads
     assert "diffusion_model.blocks.0.modulation.diff" in load_file(tmp_path / "twice.safetensors")
-
-
-def test_fp8_weights_are_rounded_after_the_differences_are_added(case: Case) -> None:
-    scaled = Quantisation("tensor")
-    dit = load_dit(case.model, Placement(CPU, patch=LoraPatch([case.use]), fp8=scaled))
-
-    found = dit.state_dict()
-    layer = dit.blocks[0].ffn[0]
-    values, scale = quantise(case.merged["blocks.0.ffn.0.weight"], scaled)
-    assert layer.weight.dtype == torch.float8_e4m3fn
-    wanted = dequantise(values, scale)
-    own = dequantise(layer.weight, found.get("blocks.0.ffn.0.scale_weight"))
-    torch.testing.assert_close(own.float(), wanted.float(), rtol=1e-6, atol=1e-6)
-    for name in ("blocks.0.modulation", "head.modulation", "blocks.1.norm3.bias", "patch_embedding.weight"):
-        torch.testing.assert_close(found[name].float(), case.merged[name], rtol=1e-6, atol=1e-6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("how", ["merged while loading", "added for samples"])
-def test_swapped_blocks_have_every_difference(tmp_path: Path, case: Case, how: str) -> None:
-    host = swapped_weights(
-        DIT,
-        SwapOptions(blocks_to_swap=1, img_in_txt_in_offloading=True),
-        CPU,
-    )
-    patch = LoraPatch([case.use]) if how == "merged while loading" else None
-    dit = load_dit(case.model, Placement(CPU, patch=patch, host=host))
-    added = add_loras(dit, [LoraUse(case.use.lora, STRENGTH)] if patch is None else [])
-    dress(dit, DIT, CPU, host=host)
-    plain = tiny_dit(tmp_path / "plain")
-    given = inputs(plain)
-    plain.load_state_dict(case.merged)
-
-    with added.switched_on(CPU, torch.float32):
-        found = dit(**given)
-
-    torch.testing.assert_close(found, plain(**given), rtol=1e-5, atol=1e-5)  # as without swap
 
 
 def test_a_difference_of_the_first_layer_for_other_channels_is_left_out(

@@ -18,9 +18,7 @@ from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
-from networks.metadata import STALE, expert_of, expert_of_model, join_metadata, metadata_of, save_network
-from networks.module_names import read_family
-from networks.names.layouts import FOR_BOTH
+from networks.metadata import STALE, expert_of, expert_of_model, save_network
 from networks.names.video import WAN
 from tests.networks.making import inputs, randomize, tiny_dit, wan_network
 from tests.networks.test_interoperability import TOLERANCE, run_there
@@ -50,14 +48,6 @@ EXPERTS = (HIGH_NOISE, LOW_NOISE)
 )
 def test_the_name_of_a_file_tells_its_expert(name: str, expert: str | None) -> None:
     assert expert_of({}, Path(f"{name}.safetensors")) == expert
-
-
-@pytest.mark.parametrize(
-    ("value", "expert"),
-    [("high", HIGH_NOISE), ("low", LOW_NOISE), ("both", FOR_BOTH), ("None", LOW_NOISE), ("", LOW_NOISE)],
-)
-def test_metadata_count_before_the_name(value: str, expert: str) -> None:
-    assert expert_of({"ss_wan_expert": value}, Path("x_low_noise.safetensors")) == expert
 
 
 def test_the_place_of_a_model_tells_its_expert(tmp_path: Path) -> None:
@@ -97,25 +87,6 @@ def test_a_lora_for_the_other_expert_is_warned_of(
 
     assert len(caplog.records) == (0 if says is None else 1)
     assert (says or "") in caplog.text
-
-
-@pytest.mark.parametrize("version", ["wan", "wan2.2", "Wan2.2-T2V-A14B", "wan22_14b"])
-def test_the_family_is_known_by_what_tools_call_its_generations(version: str) -> None:
-    assert read_family({"ss_base_model_version": version}) is WAN
-
-
-def test_metadata_of_two_files_survive_in_one() -> None:
-    parts = {
-        HIGH_NOISE: {"ss_output_name": "x_high", "ss_seed": "1", "ss_wan_expert": "high"},
-        LOW_NOISE: {"ss_output_name": "x_low", "ss_seed": "1", "modelspec.author": "A"},
-    }
-
-    joined = join_metadata(parts)
-
-    assert joined["ss_seed"] == "1"
-    assert "ss_wan_expert" not in joined
-    for expert, value in zip(EXPERTS, ("high", "low"), strict=True):
-        assert metadata_of(joined, expert) == {**parts[expert], "ss_wan_expert": value}
 
 
 class Pair:
@@ -190,22 +161,6 @@ def test_two_files_become_one_that_diffusers_loads_into_both_transformers(tmp_pa
         torch.testing.assert_close(pair.there(pipe, expert), pair.wanted(expert), **TOLERANCE)
 
 
-@pytest.mark.parametrize("expert", EXPERTS)
-@pytest.mark.parametrize("target", ["diffusers", "other"])
-def test_each_expert_by_itself_acts_in_diffusers(
-    tmp_path: Path, pair: Pair, expert: str, target: str
-) -> None:
-    pair.convert("--input", pair.paths[expert], "--output", tmp_path / "one.safetensors", "--target", target)
-    pipe = pair.pipeline()
-    plain = pair.there(pipe, expert)
-
-    pipe.load_lora_weights(str(tmp_path / "one.safetensors"), load_into_transformer_2=expert == LOW_NOISE)
-
-    found = pair.there(pipe, expert)
-    torch.testing.assert_close(found, pair.wanted(expert), **TOLERANCE)
-    assert float((found - plain).abs().max()) > 0.01
-
-
 @pytest.mark.parametrize("target", ["default", "other"])
 def test_one_file_is_taken_apart_again(tmp_path: Path, pair: Pair, target: str) -> None:
     both = join(pair, tmp_path / "both.safetensors")
@@ -266,15 +221,6 @@ def test_a_file_of_diffusers_for_both_transformers_acts_here_as_there(tmp_path: 
         torch.testing.assert_close(pair.here(expert, part), pair.there(pipe, expert), **TOLERANCE)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_file_for_the_second_transformer_alone_is_for_low_noise(tmp_path: Path, pair: Pair) -> None:
-    pipe = pair.pipeline()
-    lora = read_lora(saved_by_diffusers(pipe, tmp_path, "transformer_2"))
-
-    assert lora.expert == LOW_NOISE
-    torch.testing.assert_close(pair.here(LOW_NOISE, lora), pair.there(pipe, LOW_NOISE), **TOLERANCE)
-
-
 def test_one_part_has_to_be_chosen(tmp_path: Path, pair: Pair) -> None:
     both = join(pair, tmp_path / "both.safetensors")
 
@@ -321,15 +267,6 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, pair: Pair) -> Non
     assert not more.exists()
 
 
-def test_swapped_files_are_warned_of(tmp_path: Path, pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
-    pair.convert(
-        *("--input", pair.paths[HIGH_NOISE], "--input_high_noise", pair.paths[LOW_NOISE]),
-        *("--output", tmp_path / "both.safetensors", "--target", "diffusers"),
-    )
-
-    assert caplog.text.count("and is loaded into the") == 2
-
-
 @pytest.mark.parametrize("expert", EXPERTS)
 @pytest.mark.parametrize("told", ["by its name", "by --expert"])
 def test_merging_uses_the_part_for_the_model(
@@ -364,18 +301,3 @@ def test_merging_warns_of_a_lora_for_the_other_expert_and_asks_which_part(
     both = join(pair, tmp_path / "both.safetensors")
     with pytest.raises(CheckpointError, match="--expert"):
         merge(unknown, both, tmp_path / "other.safetensors")
-
-
-def test_a_lora_of_wan_2_1_is_taken_by_both_experts(
-    tmp_path: Path, pair: Pair, caplog: pytest.LogCaptureFixture
-) -> None:
-    tensors = load_file(pair.paths[HIGH_NOISE])
-    save_file(tensors, tmp_path / "style.safetensors", {"modelspec.architecture": "wan2.1/lora"})
-    use = LoraUse(read_lora(tmp_path / "style.safetensors"))
-
-    for expert in EXPERTS:
-        patch = LoraPatch([use.for_expert(expert)])
-        for name, weight in pair.dits[expert].state_dict().items():
-            patch(name, weight)
-        patch.check()
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -18,8 +18,7 @@ from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.factored import FactoredLayer, loha_shapes, lokr_shapes, split_size
 from networks.loading import LoraUse, read_lora
-from tests.networks.making import inputs, tiny_dit
-from tests.tiny.loras import lora_like, make_lora
+from tests.tiny.loras import lora_like
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
 
@@ -154,22 +153,6 @@ def test_what_was_trained_is_what_generation_adds(tmp_path: Path, kind: str) -> 
         assert file.metadata()["ss_network_module"] == NETWORKS[kind][1]
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr"])
-@pytest.mark.parametrize(
-    "how",
-    [
-        ["--gradient_checkpointing", "--blocks_to_swap", 1],
-        ["--compile", "--compile_args", "eager", "default", "auto", "true"],
-    ],
-    ids=["swapped", "compiled"],
-)
-def test_dressing_changes_no_bit(tmp_path: Path, kind: str, how: list[object]) -> None:
-    write_caches(tmp_path)
-    expected = train_toy(tmp_path, *NETWORKS[kind])
-
-    assert same(train_toy(tmp_path, *NETWORKS[kind], *how), expected)
-
-
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_run_resumes_and_continues_from_a_file(tmp_path: Path, kind: str) -> None:
     write_caches(tmp_path)
@@ -184,19 +167,6 @@ def test_a_run_resumes_and_continues_from_a_file(tmp_path: Path, kind: str) -> N
     assert same(train_toy(tmp_path, *NETWORKS[kind], *still), load_file(path))
     wanted = load_file(path)
     assert same(train_toy(tmp_path, *NETWORKS[kind][:2], *still, "--dim_from_weights"), wanted)
-
-
-def test_patterns_and_a_model_choose_the_modules(tmp_path: Path) -> None:
-    dit = tiny_dit(tmp_path)
-    before = dit(**inputs(dit))
-    network = make_lora("lokr", 4, 1.0, dit, exclude_patterns="[r'.*ffn.*']", factor="4")
-    network.attach()
-
-    names = {name.partition(".")[0] for name in network.state_dict()}
-    assert "lora_unet_blocks_0_self_attn_q" in names
-    assert not [name for name in names if "ffn" in name]
-    assert network.state_dict()["lora_unet_blocks_0_self_attn_q.lokr_w1"].shape == (4, 4)
-    assert torch.equal(dit(**inputs(dit)), before)  # the change begins with nothing
 
 
 @pytest.mark.parametrize(
@@ -228,15 +198,3 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, kind: str, more: list
 
     with pytest.raises(CheckpointError, match=words):
         train_network(ToyFamily(), toy_options(tmp_path, *NETWORKS[kind], *weights))
-
-
-@pytest.mark.parametrize("module", ["networks.loha", "networks.lokr"])
-def test_the_memory_plan_counts_them(tmp_path: Path, module: str) -> None:
-    from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
-    from training.planning.memory import predict
-
-    sizes = []
-    for rank in ("1", "3"):
-        family, options = wan(tmp_path, *CHECKPOINTED, "--network_module", module, "--network_dim", rank)
-        sizes.append(predict(family, options, wan_batch(1), torch.device("cpu")).device(0))
-    assert 0 < sizes[0] < sizes[1]

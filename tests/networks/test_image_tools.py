@@ -99,58 +99,6 @@ def test_ai_toolkit_gets_the_recorded_tensors_and_the_way_back_changes_nothing(
     assert_equal_changes(deltas(back), deltas(loras[0]))
 
 
-def test_a_file_of_ai_toolkit_without_metadata_is_read_as_flux(tmp_path: Path, loras: list[Path]) -> None:
-    there = tmp_path / "there.safetensors"
-    convert_file(loras[0], there, "diffusers")
-    save_file(load_file(there), there)
-    convert_flux_lora.main(["--src_path", str(there), "--dst_path", str(tmp_path / "back.safetensors")])
-
-    assert_equal_changes(deltas(tmp_path / "back.safetensors"), deltas(loras[0]))
-
-
-def test_factors_of_split_layers_stay_apart_in_ai_toolkits_form(tmp_path: Path) -> None:
-    name = "lora_unet_double_blocks_0_img_attn_qkv"
-    ups = [torch.randn(6, 2) for _ in range(3)]
-    tensors = {
-        f"{name}.lora_down.weight": torch.randn(6, 6),
-        f"{name}.lora_up.weight": torch.block_diag(*ups),
-        f"{name}.alpha": torch.tensor(3.0),
-    }
-    save_file(tensors, tmp_path / "lora.safetensors", {"ss_base_model_version": "flux1"})
-
-    convert_file(tmp_path / "lora.safetensors", tmp_path / "there.safetensors", "diffusers")
-    convert_file(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "default")
-
-    made = load_file(tmp_path / "there.safetensors")
-    assert {tensor.shape for key, tensor in made.items() if "lora_A" in key} == {(2, 6)}
-    assert_equal_changes(deltas(tmp_path / "back.safetensors"), deltas(tmp_path / "lora.safetensors"))
-
-
-def test_parts_of_text_encoders_go_along_both_ways(tmp_path: Path) -> None:
-    names = (
-        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
-        "lora_te3_encoder_block_1_layer_0_SelfAttention_q",
-    )
-    tensors = {
-        f"{name}.{part}": tensor
-        for name in (*names, "lora_unet_double_blocks_0_img_mlp_0")
-        for part, tensor in (
-            ("lora_down.weight", torch.randn(2, 4)),
-            ("lora_up.weight", torch.randn(4, 2)),
-            ("alpha", torch.tensor(1.0)),
-        )
-    }
-    save_file(tensors, tmp_path / "lora.safetensors", {"ss_base_model_version": "flux1"})
-
-    convert_file(tmp_path / "lora.safetensors", tmp_path / "there.safetensors", "diffusers")
-    convert_file(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "default")
-
-    assert "text_encoder_2.encoder.block.1.layer.0.SelfAttention.q.lora_A.weight" in load_file(
-        tmp_path / "there.safetensors"
-    )
-    assert_equal_changes(deltas(tmp_path / "back.safetensors"), deltas(tmp_path / "lora.safetensors"))
-
-
 def test_hunyuanimages_names_become_comfyuis_and_back(tmp_path: Path) -> None:
     pairs = read_case("hunyuan_image_lora_convert")[0]["modules"]
     source, there, back = (tmp_path / f"{name}.safetensors" for name in ("source", "there", "back"))
@@ -375,17 +323,6 @@ def test_a_lora_of_full_size_fits_the_published_model_in_both_layouts(
         for name, info in checkpoint.tensors.items():
             patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
     assert patch.unused() == []
-
-
-def test_files_of_oft_are_refused_by_name(tmp_path: Path) -> None:
-    name = "oft_unet_double_blocks_0_img_attn_proj"
-    save_file(
-        {f"{name}.oft_blocks": torch.zeros(2, 3, 3), f"{name}.alpha": torch.tensor(1.0)},
-        tmp_path / "oft.safetensors",
-    )
-
-    with pytest.raises(CheckpointError, match="kind OFT or BOFT, which is not supported"):
-        read_lora(tmp_path / "oft.safetensors")
 
 
 def test_loras_of_another_model_are_neither_converted_nor_added_up(tmp_path: Path, loras: list[Path]) -> None:

@@ -16,10 +16,8 @@ from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
-from tests.frame_pack import making as framepack
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import inputs, tiny_dit, wan_network
-from tests.networks.test_lora_framepack import load_there as load_framepack_there
 from tests.wan.making import in_diffusers
 from wan.model import WanModel
 
@@ -64,21 +62,6 @@ def test_a_lora_on_all_modules_acts_in_diffusers_as_here(tmp_path: Path, kind: s
     here = run_here(dit, network)
     torch.testing.assert_close(run_there(other, dit), here, **TOLERANCE)
     assert float((here - plain).abs().max()) > 0.01
-
-
-@pytest.mark.parametrize(
-    "patterns", [r"[r'.*ffn.*', r'.*\.k$']", r"[r'blocks\.0\..*']", r"[r'.*cross_attn.*']"]
-)
-def test_a_filtered_lora_acts_in_diffusers_once_converted(tmp_path: Path, patterns: str) -> None:
-    dit = tiny_dit(tmp_path, "i2v")
-    network = wan_network(dit, rank=4, alpha=3.0, exclude_patterns=patterns)
-    save_network(network, tmp_path / "lora.safetensors", torch.float32, {})
-    convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
-    other = in_diffusers(dit.config, dit.state_dict())
-
-    load_there(other, tmp_path / "other.safetensors")
-
-    torch.testing.assert_close(run_there(other, dit), run_here(dit, network), **TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -185,17 +168,3 @@ def test_biases_of_the_parts_of_fused_weights_are_put_together(tmp_path: Path) -
 
     assert any("linear1.lora_up.bias" in name for name in read_lora(tmp_path / "fused.safetensors").tensors)
     torch.testing.assert_close(dit(**given), hunyuan.run_there(theirs, given), **TOLERANCE)
-
-
-@torch.no_grad()
-def test_biases_of_framepack_act_in_diffusers_once_converted(tmp_path: Path) -> None:
-    theirs, again, given = framepack.in_diffusers(), framepack.in_diffusers(), framepack.tiny_inputs()
-    path = with_biases(theirs, tmp_path, r".*blocks\.\d+\..*(to_q|proj_mlp)|clean_x_embedder\.proj")
-    convert_file(path, tmp_path / "ours.safetensors", "default")
-    convert_file(tmp_path / "ours.safetensors", tmp_path / "other.safetensors", "other")
-
-    load_framepack_there(again, tmp_path / "other.safetensors")
-
-    torch.testing.assert_close(
-        framepack.run_there(again, given), framepack.run_there(theirs, given), **TOLERANCE
-    )

@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 from networks.deltas import add_missing_alphas
-from networks.key_formats import module_of_tensor, to_native
+from networks.key_formats import to_native
 from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path, replace_dots
-from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
-from networks.parts import for_model
+from networks.names.video import WAN
 from networks.writing import Written, in_dialect
 from tests.golden_cases import read_case
 from tests.manifests import manifest_names, tensor_list
@@ -65,55 +64,11 @@ def test_conversion_back_equals_the_recorded_one() -> None:
     assert back["lora_unet_blocks_1_ffn_0.alpha"].dtype == torch.int64
 
 
-def test_from_the_other_dialect_and_back_is_exact() -> None:
-    _, tensors, _ = golden_tensors()
-    other, _ = to_other(tensors)
-
-    there = add_missing_alphas(to_native(other).tensors)
-    again, _ = to_other(there)
-
-    assert list(again) == list(other)
-    assert all(torch.equal(tensor, other[name]) for name, tensor in again.items())
-    once_more = add_missing_alphas(to_native(again).tensors)
-    assert list(once_more) == list(there)
-    assert all(torch.equal(tensor, there[name]) for name, tensor in once_more.items())
-
-
-def test_both_ways_keep_what_a_lora_adds() -> None:
-    _, tensors, _ = golden_tensors()
-    name = "lora_unet_blocks_1_ffn_0"
-
-    other, _ = to_other(tensors)
-
-    theirs = (
-        other["diffusion_model.blocks.1.ffn.0.lora_B.weight"]
-        @ other["diffusion_model.blocks.1.ffn.0.lora_A.weight"]
-    )
-    ours = 2.0 / 4 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
-    torch.testing.assert_close(theirs, ours)
-
-
 @pytest.mark.parametrize("family", ["hunyuan", "wan"])
 def test_module_paths_are_the_recorded_ones(family: str) -> None:
     description, _ = read_case("lora_merge_convert")
     for name, expected in description["name_maps"][f"{family}_default_to_other"]:
         assert list(to_other(factors(name))[0]) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("transformer_blocks_0_attn_to_q", "transformer_blocks.0.attn.to_q"),
-        ("transformer_blocks_0_attn_add_k_proj", "transformer_blocks.0.attn.add_k_proj"),
-        ("transformer_blocks_10_ff_net_0_proj", "transformer_blocks.10.ff.net.0.proj"),
-        ("transformer_blocks_0_ff_context_net_2", "transformer_blocks.0.ff_context.net.2"),
-        ("single_transformer_blocks_0_proj_mlp", "single_transformer_blocks.0.proj_mlp"),
-        ("transformer_blocks_0_attn_to_out_0", "transformer_blocks.0.attn.to_out.0"),
-    ],
-)
-def test_underscores_inside_framepack_names_stay(name: str, path: str) -> None:
-    assert choose_family([name]) is FRAMEPACK
-    assert module_path(name, FRAMEPACK) == path
 
 
 def wan_manifests() -> list[str]:
@@ -153,18 +108,6 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
             owners = {other.name for other in FAMILIES if module_path(name, other)}
             is_like = any({family.name} < owners <= names for names in like)
             assert owners == {family.name} or is_like or module in of_several
-
-
-def test_a_lora_with_names_of_two_families_fits_whichever_model_it_is_given_to() -> None:
-    """ComfyUI calls HunyuanVideo's and HunyuanImage's modules as FLUX calls its own."""
-    name = "lora_unet_double_blocks_0_img_mlp_0"
-    tensors = {f"{name}.lora_down.weight": torch.ones(1, 2), f"{name}.lora_up.weight": torch.ones(3, 1)}
-    for model in ("img_mlp_0", "img_mlp_fc1"):
-        own = f"lora_unet_double_blocks_0_{model}"
-
-        fitted = for_model(tensors, {own: 3}.get)
-
-        assert fitted.keys() == {f"{own}.lora_down.weight", f"{own}.lora_up.weight"}
 
 
 @pytest.mark.parametrize(
@@ -260,16 +203,3 @@ def test_what_has_no_form_in_the_other_dialect_is_named_with_its_reason() -> Non
     assert left_out.keys() == {"lora_unet_blocks_0_unheard_of"}
     assert "no known model" in left_out["lora_unet_blocks_0_unheard_of"]
     assert "lokr_w1, lokr_w2" in to_other(tensors, "diffusers")[1]["lora_unet_blocks_0_ffn_2"]
-
-
-def test_names_in_checkpoints_lose_their_prefix() -> None:
-    assert module_of_tensor("model.diffusion_model.blocks.0.ffn.0.weight") == ("blocks_0_ffn_0", "weight")
-    assert module_of_tensor("model.diffusion_model.blocks.0.modulation") == ("blocks_0_modulation", "weight")
-    assert module_of_tensor("double_blocks.0.img_mod.linear.bias") == (
-        "double_blocks_0_img_mod_linear",
-        "bias",
-    )
-
-
-def test_hunyuan_video_names_are_recognised() -> None:
-    assert choose_family(["double_blocks_0_img_attn_qkv", "single_blocks_3_linear1"]) is HUNYUAN_VIDEO

@@ -7,20 +7,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import HunyuanVideoFramepackPipeline
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from frame_pack.checkpoints import load_dit
-from modules.contract.loading import Placement
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from networks.metadata import save_network
 from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS, read_case
-from tests.networks.making import golden_lora, randomize
-from tests.networks.making_dialects import saved_by_diffusers
-from tests.tiny.framepack_dit import tiny_state, write_dit
+from tests.networks.making import assert_recorded, golden_lora, randomize, saved_by_diffusers
 from tests.tiny.loras import make_lora
 
 NEAR = 5e-6  # of the largest value; float32, summed in another order
@@ -49,37 +44,7 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
     loss.backward()
 
     assert (out - tensors["out"]).abs().max() <= FLOAT32_POWERS * tensors["out"].abs().max()
-    torch.testing.assert_close(
-        loss.detach().view(1), tensors["loss"], atol=0, **description["tolerance"]["loss"]
-    )
-    rtol = description["tolerance"]["grads"]["rtol"]
-    for name, parameter in network.named_parameters():
-        assert parameter.grad is not None
-        total, norm = description["grad_sum_and_l2norm"][name]
-        assert float(parameter.grad.norm()) == pytest.approx(norm, rel=rtol)
-        assert float(parameter.grad.sum()) == pytest.approx(total, rel=rtol, abs=rtol * norm)
-    assert all(parameter.grad is None for parameter in dit.parameters())
-
-
-def test_a_model_loaded_with_a_lora_equals_one_with_the_network_attached(tmp_path: Path) -> None:
-    dit = tiny_model()
-    network = make_lora("lora_framepack", 4, 3.0, dit)
-    randomize(network)
-    save_network(
-        network, tmp_path / "lora.safetensors", torch.float32, {"ss_base_model_version": "framepack"}
-    )
-    network.attach()
-
-    patch = LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"), 1.0)])
-    loaded = load_dit(
-        write_dit(tmp_path, tiny_state(), "folder"), Placement(torch.device("cpu"), patch=patch)
-    )
-
-    assert patch.unused() == []
-    with torch.no_grad():
-        found, attached, plain = (one(**tiny_inputs()) for one in (loaded, dit, tiny_model()))
-    assert (found - attached).abs().max() <= NEAR * attached.abs().max()
-    assert (attached - plain).abs().max() > 0.01 * plain.abs().max()
+    assert_recorded(network, dit, loss, description, tensors)
 
 
 # Files that go to and come from diffusers
@@ -164,17 +129,3 @@ def test_a_lora_that_diffusers_saves_acts_here_as_there(
 
     assert_near(out, expected)
     assert (out - tiny_model()(**tiny_inputs())).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("target", ["default", "other"])
-@pytest.mark.parametrize("targets", IN_DIFFUSERS)
-def test_a_lora_of_diffusers_acts_the_same_once_converted(tmp_path: Path, targets: str, target: str) -> None:
-    path, expected = made_there(tmp_path, IN_DIFFUSERS[targets], alpha=3)
-
-    convert_file(path, tmp_path / "converted.safetensors", target)
-
-    names = load_file(tmp_path / "converted.safetensors")
-    # modules that only FramePack has tell its files from HunyuanVideo's, whose names the others get; both act
-    # here
-    assert any("to_v" in name for name in names) == (targets == "its own")
-    assert_near(run_here(tmp_path / "converted.safetensors"), expected)

@@ -1,11 +1,10 @@
 """LoRAs of HunyuanVideo, and those in other tools' names, on FramePack; which names its modules have."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from frame_pack.checkpoints import load_dit
 from modules.contract.loading import Placement
@@ -14,18 +13,16 @@ from networks.apply import LoraPatch
 from networks.deltas import weight_delta
 from networks.key_formats import to_native
 from networks.loading import LoraFile, LoraUse, read_lora
-from networks.metadata import save_network
-from networks.module_names import choose_family, module_path, relatives, replace_dots
-from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO
+from networks.module_names import module_path, replace_dots
+from networks.names.video import FRAMEPACK
 from networks.parts import cut, for_model
-from tests.frame_pack.making import tiny_inputs, tiny_model
+from tests.frame_pack.making import tiny_model
 from tests.manifests import tensor_list
 from tests.networks.making import randomize
-from tests.networks.making_dialects import saved_with_points
 from tests.networks.making_hunyuan import saved
 from tests.tiny import hunyuan_dit
 from tests.tiny.framepack_dit import tiny_state, write_dit
-from tests.tiny.hunyuan_dit import comfy_state, diffusers_parts, diffusers_state
+from tests.tiny.hunyuan_dit import diffusers_state
 from tests.tiny.loras import lora_like, make_lora
 
 CPU = torch.device("cpu")
@@ -100,51 +97,6 @@ def test_a_lora_on_every_matrix_of_hunyuan_video_adds_the_same_to_framepack(kind
         assert delta.ndim == 1 or bool(delta.any()), name
 
 
-@pytest.mark.parametrize("start", ["diffusion_model.", "transformer.", "base_model.model."])
-@pytest.mark.parametrize("state", [comfy_state, dict], ids=["ComfyUI", "official"])
-def test_hunyuan_loras_of_diffusion_pipe_add_the_same_to_framepack(
-    tmp_path: Path, state: Callable[[dict[str, Tensor]], dict[str, Tensor]], start: str
-) -> None:
-    network = saved(tmp_path / "ours.safetensors", alpha=4)
-    saved_with_points(network, tmp_path / "theirs.safetensors", HUNYUAN_VIDEO, start, state)
-
-    found, expected = (
-        changes(framepack_state(), LoraUse(read_lora(tmp_path / name)))
-        for name in ("theirs.safetensors", "ours.safetensors")
-    )
-
-    assert all(torch.equal(delta, expected[name]) for name, delta in found.items())
-    assert sum(bool(delta.any()) for delta in found.values()) == 2 * 12 + 3 * 5
-
-
-@pytest.mark.parametrize("start", ["diffusion_model.", "transformer.", "base_model.model."])
-def test_framepacks_own_names_with_points_act_as_with_underscores(tmp_path: Path, start: str) -> None:
-    network = make_lora("lora_framepack", 4, 4.0, tiny_model())
-    randomize(network)
-    save_network(network, tmp_path / "ours.safetensors", torch.float32, {})
-    saved_with_points(network, tmp_path / "theirs.safetensors", FRAMEPACK, start)
-
-    found, expected = (
-        changes(tiny_state(), LoraUse(read_lora(tmp_path / name)))
-        for name in ("theirs.safetensors", "ours.safetensors")
-    )
-
-    assert all(torch.equal(delta, expected[name]) for name, delta in found.items())
-    assert sum(bool(delta.any()) for delta in found.values()) == len(network.layers)
-
-
-def test_a_model_loaded_with_a_hunyuan_lora_is_the_merged_one(tmp_path: Path) -> None:
-    saved(tmp_path / "lora.safetensors")
-    use, state = LoraUse(read_lora(tmp_path / "lora.safetensors")), framepack_state()
-    merged = tiny_model()
-    changed = changes(state, use)
-    merged.load_state_dict({name: weight + changed[name] for name, weight in state.items()})
-
-    loaded = load_dit(write_dit(tmp_path, state, "folder"), Placement(CPU, patch=LoraPatch([use])))
-
-    torch.testing.assert_close(loaded(**tiny_inputs()), merged(**tiny_inputs()), rtol=1e-4, atol=1e-5)
-
-
 def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None:
     saved(tmp_path / "lora.safetensors", alpha=3)
     lora, dit = read_lora(tmp_path / "lora.safetensors"), tiny_model()
@@ -206,14 +158,6 @@ def test_the_halves_of_the_last_modulation_change_about() -> None:
 
     assert torch.equal(found["lora_unet_norm_out_linear.lora_up.weight"], torch.cat([up[3:], up[:3]]))
     assert float(found["lora_unet_norm_out_linear.alpha"]) == 1
-
-
-def test_a_lokr_for_a_fused_module_is_not_cut_for_training(caplog: pytest.LogCaptureFixture) -> None:
-    name = "lora_unet_double_blocks_0_img_attn_qkv"
-    tensors = {f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2": torch.ones(12, 4)}
-
-    assert for_model(tensors, {"lora_unet_transformer_blocks_0_attn_to_q": 8}.get).keys() == tensors.keys()
-    assert "only plain LoRAs can be split; it stays whole" in caplog.text
 
 
 # Patterns
@@ -288,20 +232,6 @@ def test_a_framepack_lora_on_hunyuan_video_is_warned_about(
     assert not caplog.records
 
 
-def test_a_lora_of_flux_whose_names_are_hunyuan_videos_is_warned_about(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    tensors = {"lora_unet_double_blocks_0_img_attn_qkv.diff": torch.ones(384, 128)}
-    metadata = {"ss_base_model_version": "flux1", "modelspec.architecture": "flux-1-dev/lora"}
-
-    changes(TRUNK, LoraUse(LoraFile(Path("flux.safetensors"), tensors, metadata, "ours")))
-
-    assert (
-        "flux.safetensors was trained for flux, as its metadata say, and is used on a hunyuan_video model"
-        in caplog.text
-    )
-
-
 def test_a_hunyuan_lora_on_framepack_is_as_it_should_be(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -310,21 +240,6 @@ def test_a_hunyuan_lora_on_framepack_is_as_it_should_be(
     changes(tiny_state(), LoraUse(read_lora(tmp_path / "lora.safetensors")))
 
     assert not caplog.records
-
-
-def test_training_hunyuan_video_from_a_framepack_lora_is_warned_about(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    from tests.hunyuan_model.making import tiny_model as tiny_hunyuan
-
-    network = make_lora("lora_framepack", 4, 4.0, tiny_model())
-    save_network(network, tmp_path / "fp.safetensors", torch.float32, {"ss_base_model_version": "framepack"})
-
-    path = tmp_path / "fp.safetensors"
-    tensors = read_lora(path).tensors  # four of rank 4 become one of 16
-    lora_like("lora_hunyuan", tensors, tiny_hunyuan("t2v")).load_weights(path)
-
-    assert "was trained for framepack" in caplog.text
 
 
 def test_a_lora_of_wan_is_refused_with_both_models_named(tmp_path: Path) -> None:
@@ -373,56 +288,6 @@ def test_every_module_of_the_published_model_is_named() -> None:
             path.startswith("context_embedder.") and path.endswith((".norm1", ".norm2"))
         ):
             assert module_path(replace_dots(path), FRAMEPACK) == path
-
-
-def test_every_layer_of_the_model_here_is_named() -> None:
-    for path, module in tiny_model().named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-            assert module_path(replace_dots(path), FRAMEPACK) == path
-
-
-def test_hunyuan_videos_parts_are_modules_of_framepack() -> None:
-    for name in tensor_list("hunyuanvideo-t2v-dit"):
-        path = replace_dots(name.removesuffix(".weight"))
-        if name.endswith(".weight") and not path.endswith(("_norm1", "_norm2")):
-            parts = [replace_dots(part.removesuffix(".weight")) for part in diffusers_parts(name)]
-            assert [relative.name for relative in relatives(path, HUNYUAN_VIDEO)][: len(parts)] == parts
-            assert all(module_path(part, FRAMEPACK) for part in parts)
-
-
-def test_a_lora_on_every_matrix_of_the_published_hunyuan_video_fits_the_published_framepack() -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, (_, shape) in tensor_list("hunyuanvideo-t2v-dit").items():
-        if name.endswith(".weight") and len(shape) == 2:
-            module = f"lora_unet_{replace_dots(name.removesuffix('.weight'))}"
-            tensors |= {
-                f"{module}.lora_down.weight": torch.zeros(1, shape[1]),
-                f"{module}.lora_up.weight": torch.zeros(shape[0], 1),
-            }
-    patch = LoraPatch([LoraUse(LoraFile(Path("hv.safetensors"), tensors, {}, "ours"))])
-    framepack = tensor_list("framepack-dit")
-
-    for name, (_, shape) in framepack.items():
-        patch.add_to(name, torch.empty(shape, device="meta"))  # raises where a part has other rows
-
-    patch.check()
-    assert patch.unused() == []
-    touched = [name for name, (_, shape) in framepack.items() if len(shape) == 2 and patch.touches(name)]
-    # all but those of the image projection
-    assert len(touched) == sum(len(shape) == 2 for _, shape in framepack.values()) - 2
-
-
-def test_only_framepack_has_modules_for_finished_latents() -> None:
-    names = [
-        replace_dots(name.removesuffix(".weight"))
-        for name in tensor_list("framepack-dit")
-        if name.endswith(".weight")
-    ]
-    hunyuan = [name for name in names if not name.startswith(("clean_x_embedder", "image_projection"))]
-
-    assert choose_family(names, "hunyuan_video") is FRAMEPACK
-    assert choose_family(hunyuan, "hunyuan_video") is HUNYUAN_VIDEO
-    assert choose_family(hunyuan, "framepack") is FRAMEPACK
 
 
 @pytest.mark.parametrize("start", ["diffusion_model.", "transformer."])

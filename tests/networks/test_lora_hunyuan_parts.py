@@ -16,13 +16,10 @@ from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
-from networks.module_names import module_path, replace_dots
-from networks.names.video import HUNYUAN_VIDEO
 from networks.parts import fuse
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved
-from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state, tiny_state
-from tests.tiny.loras import lora_like
+from tests.tiny.hunyuan_dit import CONFIGS
 
 PUBLISHED_WIDTH = 3072
 
@@ -68,35 +65,6 @@ def test_a_lora_made_here_acts_in_diffusers_as_here(
     assert float((expected - plain).abs().max()) > 0.01
 
 
-def test_at_full_width_diffusers_cuts_our_factors_where_its_layout_does(tmp_path: Path) -> None:
-    generator, factors = torch.Generator().manual_seed(0), {}
-    for module, (rows, columns) in {
-        "double_blocks.0.img_attn_qkv": (9216, 3072),
-        "double_blocks.0.txt_mlp.fc1": (12288, 3072),
-        "single_blocks.0.linear1": (21504, 3072),
-        "single_blocks.0.linear2": (3072, 15360),
-    }.items():
-        name = f"lora_unet_{replace_dots(module)}"
-        factors[f"{name}.lora_down.weight"] = torch.randn(2, columns, generator=generator)
-        factors[f"{name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator)
-        factors[f"{name}.alpha"] = torch.tensor(2.0)
-    save_file(factors, tmp_path / "lora.safetensors")
-    convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
-
-    there = HunyuanVideoLoraLoaderMixin.lora_state_dict(str(tmp_path / "other.safetensors"))
-
-    wide = {name: factor for name, factor in factors.items() if name.endswith("lora_up.weight")}
-    paths = {
-        name: module_path(name.removeprefix("lora_unet_").partition(".")[0], HUNYUAN_VIDEO) for name in wide
-    }
-    state = {f"{paths[name]}.weight": factor for name, factor in wide.items()}
-    expected = diffusers_state({"img_in.proj.weight": torch.empty(PUBLISHED_WIDTH, 0)} | state)
-    del expected["x_embedder.proj.weight"]
-    for name, factor in expected.items():
-        assert torch.equal(there[f"transformer.{name.removesuffix('weight')}lora_B.weight"], factor)
-    assert len(there) == 2 * len(expected)
-
-
 @pytest.mark.parametrize("with_settings", [True, False])
 @pytest.mark.parametrize("targets", IN_DIFFUSERS)
 def test_a_lora_that_diffusers_saves_acts_here_as_there(
@@ -109,18 +77,6 @@ def test_a_lora_that_diffusers_saves_acts_here_as_there(
 
     assert_near(out, expected)
     assert float((out - tiny_model("i2v")(**tiny_inputs("i2v"))).abs().max()) > 1e-3
-
-
-@pytest.mark.parametrize("target", ["default", "other"])
-@pytest.mark.parametrize("targets", ["some", "all"])
-def test_a_lora_of_diffusers_acts_the_same_once_converted(tmp_path: Path, targets: str, target: str) -> None:
-    path, expected = made_there(tmp_path, "t2v", IN_DIFFUSERS[targets], alpha=3)
-
-    convert_file(path, tmp_path / "converted.safetensors", target)
-
-    names = load_file(tmp_path / "converted.safetensors")
-    assert not any("transformer_blocks" in name for name in names)
-    assert_near(run_here("t2v", tmp_path / "converted.safetensors"), expected)
 
 
 @pytest.mark.usefixtures("tiny_converter")
@@ -159,28 +115,6 @@ def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(
     assert len([record for record in caplog.records if "4 times as many rows" in record.message]) == 1
 
 
-def test_parts_of_another_kind_in_one_block_do_not_hinder_the_others(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    plain, lokr = "lora_unet_transformer_blocks_0_attn_to_q", "lora_unet_transformer_blocks_1_attn_to_q"
-    tensors = {f"{plain}.lora_down.weight": torch.ones(2, 8), f"{plain}.lora_up.weight": torch.ones(8, 2)}
-    tensors |= {f"{lokr}.lokr_w1": torch.ones(2, 2), f"{lokr}.lokr_w2": torch.ones(4, 4)}
-
-    fused = fuse(tensors)
-
-    assert fused["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"].shape == (24, 2)
-    assert f"{lokr}.lokr_w1" in fused
-    assert "only plain LoRAs" in caplog.text
-
-
-def test_a_last_layer_of_another_size_is_not_cut_to_fit(caplog: pytest.LogCaptureFixture) -> None:
-    name = "lora_unet_norm_out_linear"
-    tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(32, 2)}
-
-    assert fuse(tensors, lambda _: 16).keys() == tensors.keys()
-    assert "do not fit into 16 rows" in caplog.text
-
-
 def test_a_lora_of_onetrainer_is_hunyuan_videos(tmp_path: Path) -> None:
     name = "lora_transformer_transformer_blocks_0_attn_to_k"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
@@ -211,24 +145,6 @@ def test_parts_with_alphas_of_their_own_keep_their_strength() -> None:
     )
     torch.testing.assert_close(alpha / len(down) * up @ down, torch.cat(expected))
     assert len(fused) == 3
-
-
-def test_what_cannot_be_put_together_stays_and_still_acts(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
-    tensors = {"lora_unet_transformer_blocks_0_attn_to_k.diff": weight}
-
-    assert fuse(tensors).keys() == tensors.keys()
-
-    assert "only plain LoRAs" in caplog.text
-    save_file(tensors, tmp_path / "lora.safetensors")
-    patch, name = (
-        LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"))]),
-        "double_blocks.0.img_attn_qkv.weight",
-    )
-    changed = patch(name, tiny_state()[name]) - tiny_state()[name]
-    torch.testing.assert_close(changed, torch.cat([torch.zeros(128, 128), weight, torch.zeros(128, 128)]))
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -278,18 +194,3 @@ def test_a_part_of_another_size_is_refused(tmp_path: Path) -> None:
         match=r"for double_blocks.0.img_attn_qkv.weight it has \[256, 128\], the model \[384, 128\]",
     ):
         patch("double_blocks.0.img_attn_qkv.weight", torch.zeros(384, 128))
-
-
-def test_training_can_start_from_a_lora_of_diffusers(tmp_path: Path) -> None:
-    path, expected = made_there(
-        tmp_path, "t2v", r".*_blocks\.\d+\..*(to_q|to_v|add_k_proj|net\.2|proj_mlp)", alpha=3
-    )
-    dit = tiny_model("t2v")
-    network = lora_like("lora_hunyuan", read_lora(path).tensors, dit)
-
-    problems = network.load_weights(path)
-
-    network.attach()
-    assert problems == []
-    with torch.no_grad():
-        assert_near(dit(**tiny_inputs("t2v")), expected)

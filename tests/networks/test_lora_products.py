@@ -11,11 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from modules.speed_options import Quantisation
-from networks.lora_layer import Dropouts, DropoutSeed, LoraLayer
-from networks.lora_products import add_product, add_up, branch, hold
+from networks.lora_layer import Dropouts, LoraLayer
+from networks.lora_products import add_up, branch, hold
 from tests.fp8_reference import emulated_product
-from tests.modules.fake_device import FakeDevice
-from tests.modules.swap_cases import swapped
 from tests.networks.making import join_all, randomize
 from tests.tiny.dits import ONE_OF_EACH, TinyDit, gradients
 
@@ -99,18 +97,6 @@ def test_sums_are_rounded_once() -> None:
     assert torch.equal(add_up(out, hidden, up, (), None), exact.bfloat16())
 
 
-def test_gradients_that_do_not_lie_in_one_piece_are_summed_too() -> None:
-    inputs = factors()
-
-    ours, expected = joined(inputs), separate(inputs)
-
-    for out in (ours, expected):
-        assert out.shape == (2, 5, 12)
-    torch.testing.assert_close(
-        torch.autograd.grad(ours.sum(), inputs[0]), torch.autograd.grad(expected.sum(), inputs[0])
-    )  # of a sum, gradients are one number seen as many
-
-
 @pytest.mark.parametrize("kind", ["float32", "bf16", "autocast", "fp8", "fp8 products"])
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_a_layer_is_its_frozen_weight_plus_the_product_of_its_factors(kind: str, recomputes: bool) -> None:
@@ -184,7 +170,7 @@ def test_whatever_else_a_layer_does_is_done_in_place_too(kind: str, recomputes: 
         lora.multiplier = 0.5 if kind == "multiplier" else 1.0
         lora.noise_of = (strengths, "noise") if kind == "noise" else None
         shares = {kind: 0.4} if kind in {"neuron", "rank"} else {"module": 1.0 if kind == "module" else 0.0}
-        lora.set_dropouts(Dropouts(**shares), DropoutSeed(), 3)
+        lora.dropouts, lora.index = Dropouts(**shares), 3
         lora.seed.value = 5
     if kind == "two, one without":
         loras[1].multiplier = 0  # type: ignore[assignment]
@@ -236,21 +222,6 @@ def test_transformers_give_what_separate_sums_give_also_recomputed_and_in_pieces
             assert (one - other).abs().max() <= share * largest
 
 
-@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
-def test_swapped_blocks_whose_recomputation_ends_early_give_the_same_bits(tiny: TinyDit) -> None:
-    found = []
-    for swaps in (False, True):
-        dit, network = tiny.with_lora(blocks=5)
-        join_all(network)
-        checkpoint_blocks(dit, tiny.spec)
-        if swaps:
-            swapped(dit, tiny.spec, 2, FakeDevice())
-        velocity, grads = gradients(dit.train(), network, tiny.inputs((3, 8, 8, 7), 1))
-        found.append([velocity, *grads])
-
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
 class Counted(nn.Linear):
     """A linear layer that counts its products."""
 
@@ -279,38 +250,3 @@ def test_recomputation_leaves_out_the_product_of_the_last_frozen_layer() -> None
 
     assert [layer.count for layer in layers] == [3, 2]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-def test_small_tensors_are_summed_apart() -> None:
-    """The sum is another operation, as two roundings show."""
-    original = nn.Linear(8, 8).bfloat16().requires_grad_(False)
-    layer = LoraLayer(original, 2, 2.0).bfloat16()
-    nn.init.normal_(layer.lora_up.weight)
-    layer.attach()
-    x = torch.randn(64, 8, dtype=torch.bfloat16)
-    apart = layer._original_forward(x) + layer.lora_up(layer.lora_down(x))
-
-    assert torch.equal(original(x), apart)
-    layer.joins_from = 64 * 8
-    assert not torch.equal(original(x), apart)
-
-
-@pytest.mark.parametrize("sizes", [(4, 16), (16, 4)])
-def test_the_larger_of_input_and_output_decides(sizes: tuple[int, int]) -> None:
-    original = nn.Linear(*sizes).requires_grad_(False)
-    layer = LoraLayer(original, 2, 2.0)
-    layer.attach()
-    x = torch.randn(3, 5, sizes[0], requires_grad=True)
-    joins = []
-    for layer.joins_from in (3 * 5 * 16, 3 * 5 * 16 + 1):
-        joins.append("_AddUp" in str(original(x).grad_fn))
-
-    assert joins == [True, False]
-
-
-@pytest.mark.parametrize("total", [torch.ones(5, 2).t(), torch.ones(1).expand(2, 5)])
-def test_what_does_not_lie_in_one_piece_is_copied_first(total: Tensor) -> None:
-    left, right = torch.randn(2, 3), torch.randn(3, 5)
-
-    torch.testing.assert_close(add_product(total, left, right), 1 + left @ right)
-    assert torch.equal(total, torch.ones(2, 5))

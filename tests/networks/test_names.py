@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,17 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanImageTransformer2DModel,
     Lumina2Transformer2DModel,
+    UNet2DConditionModel,
 )
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from torch import nn
 
 from networks.apply import LIKELY_MODEL
-from networks.key_formats import module_of_tensor
-from networks.module_names import choose_family
+from networks.key_formats import family_of, module_of_tensor, to_native
+from networks.module_names import alias, choose_family, diffusers_path, module_path, to_alias
 from networks.names.image import FLUX, HUNYUAN_IMAGE, LUMINA
 from networks.names.layouts import FamilyNames, tensor_patterns
+from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
 from tests.manifests import tensor_list
 
@@ -88,11 +93,157 @@ def test_a_model_is_told_by_its_modules(manifest: str, names: FamilyNames) -> No
     assert choose_family(modules, LIKELY_MODEL) is names
 
 
-def test_the_distilled_hunyuanimage_has_names_for_its_guidance_and_second_time() -> None:
+_SDXL: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_SD2: dict[str, Any] = {
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+FULL = pytest.mark.parametrize(
+    ("family", "settings"),
+    [(SD1, {"cross_attention_dim": 768}), (SD2, _SD2), (SDXL, _SDXL)],
+    ids=lambda value: value.name if isinstance(value, FamilyNames) else "",
+)
+
+
+def modules_of(settings: dict[str, Any]) -> dict[str, nn.Module]:
     with torch.device("meta"):
-        network = HunyuanImageTransformer2DModel(guidance_embeds=True, use_meanflow=True, num_layers=1)
-        theirs = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        network = UNet2DConditionModel(**settings)
+    named = network.named_modules()
+    return {path: module for path, module in named if any(True for _ in module.parameters(recurse=False))}
 
-    more = renamed(theirs, HUNYUAN_IMAGE).keys() - published("hunyuanimage2.1-dit").keys()
 
-    assert {name.partition(".")[0] for name in more} == {"guidance_in", "time_r_in"}
+@FULL
+def test_every_module_of_a_released_network_has_a_name_and_one_in_ldm(
+    family: FamilyNames, settings: dict[str, Any]
+) -> None:
+    modules = modules_of(settings)
+
+    for path in modules:
+        name = path.replace(".", "_")
+        assert module_path(name, family) == path
+        assert diffusers_path(name, family) == path
+        other = to_alias(name, family)
+        assert other != name
+        assert alias(other, family) == name
+
+
+@FULL
+def test_names_in_ldm_are_those_that_diffusers_converts(
+    family: FamilyNames, settings: dict[str, Any]
+) -> None:
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**settings)
+    ldm = {}
+    for name in network.state_dict():
+        path, _, leaf = name.rpartition(".")
+        theirs = ldm_path(path, family)
+        assert module_path(alias(theirs.replace(".", "_"), family), family) == path
+        ldm[f"model.diffusion_model.{theirs}.{leaf}"] = torch.tensor(list(name.encode()))
+
+    converted = convert_ldm_unet_checkpoint(ldm, dict(network.config))
+
+    assert {bytes(value.tolist()).decode(): name for name, value in converted.items()} == {
+        name: name for name in network.state_dict()
+    }
+
+
+def ldm_path(path: str, family: FamilyNames) -> str:
+    """The name in a released file, block numbers filled in."""
+    number = path.partition("transformer_blocks.")[2].partition(".")[0]
+    template = re.sub(r"(transformer_blocks)\.\d+", r"\1.{n}", path) if family is SDXL else path
+    theirs = next(theirs for theirs, ours in family.aliases if ours == template)
+    return theirs.replace("{n}", number)
+
+
+def test_the_upsamplers_of_released_files_follow_the_attention_if_there_is_one() -> None:
+    places = {
+        family.name: [to_alias(f"up_blocks_{n}_upsamplers_0_conv", family) for n in (0, 1)]
+        for family in (SD1, SDXL)
+    }
+
+    assert places == {
+        "sd1": ["output_blocks_2_1_conv", "output_blocks_5_2_conv"],
+        "sdxl": ["output_blocks_2_2_conv", "output_blocks_5_2_conv"],
+    }
+    assert alias("output_blocks_2_2_conv", SD1) == alias("output_blocks_2_1_conv", SD1)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "ldm"])
+@FULL
+def test_a_network_is_told_by_its_modules(family: FamilyNames, settings: dict[str, Any], layout: str) -> None:
+    names = [path.replace(".", "_") for path in modules_of(settings)]
+    if layout == "ldm":
+        names = [to_alias(name, family) for name in names]
+
+    found = choose_family(names)
+
+    assert found is (SDXL if family is SDXL else SD1)  # SD 2 has the same names
+    assert choose_family(names, family.name) is family
+
+
+@pytest.mark.parametrize(("width", "name"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (64, "sd1")])
+def test_kinds_of_equal_names_are_told_by_the_width_of_their_texts(width: int, name: str) -> None:
+    factors = {"lora_down.weight": torch.zeros(2, width), "lora_up.weight": torch.zeros(320, 2)}
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+
+    family = family_of({module: factors, "lora_unet_conv_in": {"diff": torch.zeros(320, 4, 3, 3)}})
+
+    assert family is not None
+    assert family.name == name
+
+
+_LAYER = "encoder.layers.3.self_attn.q_proj"
+_IN_UNET = {
+    "sd1": "unet.up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
+    "sdxl": "lora_unet_input_blocks_7_1_transformer_blocks_9_attn1_to_q.lora_down.weight",
+    "flux": "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "theirs", "ours"),
+    [
+        ("sd1", f"text_encoder.text_model.{_LAYER}.lora_A.weight", "lora_te_text_model"),
+        ("sd1", f"text_encoder.{_LAYER}.lora_linear_layer.down.weight", "lora_te_text_model"),
+        (
+            "sd1",
+            "text_encoder.text_model.encoder.layers.3.self_attn.to_q_lora.down.weight",
+            "lora_te_text_model",
+        ),
+        ("sdxl", f"text_encoder.text_model.{_LAYER}.lora_A.weight", "lora_te1_text_model"),
+        ("sdxl", f"text_encoder_2.text_model.{_LAYER}.lora.down.weight", "lora_te2_text_model"),
+        ("sdxl", f"clip_g.transformer.text_model.{_LAYER}.lora_down.weight", "lora_te2_text_model"),
+        (
+            "sdxl",
+            f"text_encoders.clip_l.transformer.text_model.{_LAYER}.lora_A.weight",
+            "lora_te1_text_model",
+        ),
+        ("flux", f"text_encoder.text_model.{_LAYER}.lora_A.weight", "lora_te1_text_model"),
+    ],
+)
+def test_text_encoders_have_the_names_of_the_family(family: str, theirs: str, ours: str) -> None:
+    found = to_native({theirs: torch.zeros(1, 1), _IN_UNET[family]: torch.zeros(1, 1)})
+
+    assert set(found.texts) == {f"{ours}_encoder_layers_3_self_attn_q_proj.lora_down.weight"}
+    assert len(found.tensors) == 1
+    assert not found.unknown
+
+
+def test_the_second_encoder_of_flux_is_t5() -> None:
+    name = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"
+
+    found = to_native({name: torch.zeros(1, 1), _IN_UNET["flux"]: torch.zeros(1, 1)})
+
+    assert set(found.texts) == {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"}

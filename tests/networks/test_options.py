@@ -23,18 +23,6 @@ def test_the_first_equals_sign_splits_network_args() -> None:
     assert options.arguments() == {"exclude_patterns": "[r'a=b']", "rank_dropout": "0.1"}
 
 
-def test_missing_multipliers_are_one_and_a_single_number_is_a_list(tmp_path: Path) -> None:
-    files = [tmp_path / name for name in "ab"]
-    for file in files:
-        file.touch()
-
-    assert lora("--lora_weight", *map(str, files), "--lora_multiplier", "0.5").multipliers() == (0.5, 1.0)
-    assert lora().multipliers() == ()
-    assert network(
-        "--base_weights", *map(str, files), "--base_weights_multiplier", "2"
-    ).base_multipliers() == (2.0, 1.0)
-
-
 def test_multipliers_without_a_file_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "a"
     file.touch()

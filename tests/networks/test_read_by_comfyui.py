@@ -12,7 +12,6 @@ from torch import Tensor
 import convert_lora
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
-from networks.module_names import FAMILIES
 from tests.networks.making_comfyui import Places, places_of, read, text_places
 from tests.tiny import flux, hunyuan_dit, hunyuan_image, lumina, wan_dit
 
@@ -119,20 +118,6 @@ def test_a_converted_file_of_every_kind_is_read_whole(tmp_path: Path, name: str,
     for key, one in model.state.items():
         torch.testing.assert_close(again(key, one) - one, expected[key], rtol=1e-4, atol=2e-5)
     assert again.unused() == []
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "chroma"])
-def test_what_a_family_says_of_saved_files_is_true(tmp_path: Path, name: str, kind: str) -> None:
-    """Its training prints a conversion for ComfyUI if files as they are saved are not read whole there."""
-    model = MODELS[name]
-    family = next(family for family in FAMILIES if family.name == name)
-    write_lora(tmp_path / "saved.safetensors", kind, model.state, name, "0.")
-
-    places = places_of(model.there(model.state), model.is_hunyuan, model.parts(model.state))
-    unread = read(load_file(tmp_path / "saved.safetensors"), places, model.there(model.state)).unread
-
-    assert bool(unread) == (family.converted_for == "ComfyUI")
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])

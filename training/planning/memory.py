@@ -194,8 +194,8 @@ def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
         return prod(items[0].bucket) * len(items)
 
     batches = [batch(places) for places in columns.groups().values()]
-    filled = [one for one in batches if one]
-    return tuple(max(filled, key=pixels))
+    largest = max(map(pixels, filter(None, batches)))
+    return tuple(next(one for one in batches if one and pixels(one) == largest))
 
 
 def read_largest(
