@@ -165,10 +165,10 @@ class OwnNetwork(nn.Module):
                     group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
         # a group of LoRA+ stands behind the one of the same modules
-        places = {name: place for place, name in enumerate(groups)}
+        made = {name: place for place, name in enumerate(groups)}
         order = sorted(
             groups,
-            key=lambda name: (places.get(name.removesuffix(" plus"), places[name]), name.endswith(" plus")),
+            key=lambda name: (made.get(name.removesuffix(" plus"), made[name]), name.endswith(" plus")),
         )
         return [groups[name] for name in order], order
 
