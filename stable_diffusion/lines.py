@@ -14,8 +14,7 @@ from typing import Any
 from generation.prompt_lines import read_generation_lines
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
-from modules.media.reading import folder_images, image_size
-from modules.media.tags import read_tags
+from modules.media.reading import folder_images, image_size, read_tags
 from modules.options import option_values
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.prompt_options import PictureInputOptions

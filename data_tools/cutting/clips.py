@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_tools.cutting.options import ChoiceOptions, LengthOptions
 from data_tools.cutting.scenes import ChangeDetector, SceneChange
-from modules.media.depth import Pixels, in_eight_bits
+from modules.media.encoding import Pixels, in_eight_bits
 from modules.media.measures import CELLS, brightness, is_black, is_flat, is_static, motion, sharpness
 from modules.media.streams import ShownFrame, SourceInfo
 

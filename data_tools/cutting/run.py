@@ -31,8 +31,8 @@ from modules.console import count_of, in_words, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError, OptionError, OutputError, UserError
 from modules.media.encoding import settle_codec
+from modules.media.measures import clock_time
 from modules.media.reading import VIDEO_SUFFIXES
-from modules.media.scenes import clock_time
 from modules.media.sections import VideoSection
 from modules.media.streams import ShownFrame, shown_frames, source_info
 from modules.media.writing import write_shown

@@ -11,8 +11,8 @@ import numpy as np
 
 from data_tools.cutting.options import CONTENT, OWN, SceneOptions
 from modules.errors import InstallationError
-from modules.media.depth import Pixels, in_eight_bits
-from modules.media.scenes import FLAT, Thumbnail, scene_distance, thumbnail
+from modules.media.encoding import Pixels, in_eight_bits
+from modules.media.measures import FLAT, Thumbnail, scene_distance, thumbnail
 
 CUT, DISSOLVE, PLAIN = "cut", "dissolve", "plain"  # kinds of changes
 FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged picture

@@ -15,14 +15,11 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from modules.media.animations import is_animation
-from modules.media.decoding import time_origin
+from modules.media.decoding import is_sideways, time_origin
 from modules.media.encoding import MUXERS
-from modules.media.ffmpeg import av
-from modules.media.opening import is_cover, open_container, reading
-from modules.media.sound import add_aac, open_delayed
-from modules.media.subtitles import add_text, is_text
-from modules.media.tags import without_pictures
+from modules.media.opening import av, is_cover, open_container
+from modules.media.reading import without_pictures
+from modules.media.sound import add_aac, add_text, is_text, open_delayed
 
 logger = getLogger(__name__)
 
@@ -64,7 +61,10 @@ class Companions:
     """The other streams of a video, read as far as the new one has grown."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, covers: bool) -> None:
-        """source: the opened file at `path`. suffix, rate, covers: as of `open_companions`."""
+        """source: the opened file at `path`. suffix, rate: of the new file and of its
+        pictures. covers: whether to keep cover pictures, and what may hold others: attachments but for fonts,
+        XMP.
+        """
         self._path, self._source, self._suffix, self._rate = path, source, suffix, rate
         self._covers = covers
         self._origin = time_origin(source)
@@ -204,10 +204,10 @@ class Companions:
         if self._suffix == ".mkv" and stream.type == "audio" and (samples := self._priming(stream)) > 0:
             delayed = open_delayed(stream, samples)
         if delayed is None:
-            self._keep(stream, _from_template(target, stream), name, _copy)
+            self._keep(stream, target.add_stream_from_template(stream, opaque=True), name, _copy)
             return
         with delayed:
-            added = _from_template(target, delayed.streams.audio[0])
+            added = target.add_stream_from_template(delayed.streams.audio[0], opaque=True)
         added.time_base = stream.time_base
         self._keep(stream, added, name, _copy)
 
@@ -223,7 +223,7 @@ class Companions:
         """Return whether the new file can hold the stream: a small one is written in memory."""
         try:
             with open_container(self._path) as again, av.open(BytesIO(), "w", MUXERS[self._suffix]) as trial:
-                added = _from_template(trial, stream)
+                added = trial.add_stream_from_template(stream, opaque=True)
                 trial.start_encoding()
                 # text may begin anywhere in a long file
                 first = None if stream.type == "subtitle" else _first_packet(again, stream.index)
@@ -293,24 +293,6 @@ class Companions:
         )
 
 
-@contextlib.contextmanager
-def open_companions(
-    path: Path | None, suffix: str, rate: Fraction, covers: bool
-) -> Iterator[Companions | None]:
-    """Open a video for its other streams; None if there is no video, or a GIF or WebP.
-
-    suffix, rate: of the new file and of its pictures. covers: whether to keep cover pictures, and what
-    may hold others: attachments but for fonts, XMP. Raises MediaError.
-    """
-    if path is None or is_animation(path):
-        yield None
-        return
-    with reading(path):
-        source = open_container(path)
-    with source:
-        yield Companions(path, source, suffix, rate, covers)
-
-
 def keep_proportions(path: Path, source: Any, video: Any) -> None:
     """Let pixels that are not square, as those of DVDs, stay so.
 
@@ -321,8 +303,7 @@ def keep_proportions(path: Path, source: Any, video: Any) -> None:
         return
     with open_container(path) as again, contextlib.suppress(av.FFmpegError):
         first = next(again.decode(again.streams[source.index]))
-        sideways = round(first.rotation / 90) % 2 == 1
-        video.codec_context.sample_aspect_ratio = 1 / ratio if sideways else ratio
+        video.codec_context.sample_aspect_ratio = 1 / ratio if is_sideways(first) else ratio
 
 
 def needs_own_tags(tags: Iterable[str]) -> bool:
@@ -338,10 +319,6 @@ def _is_font(stream: Any) -> bool:
 
 def _copy(packet: Any) -> list[Any]:
     return [packet] if packet.size else []
-
-
-def _from_template(target: Any, stream: Any) -> Any:
-    return target.add_stream_from_template(stream, opaque=True)
 
 
 def _first_packet(container: Any, index: int) -> Any | None:

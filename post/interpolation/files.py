@@ -23,9 +23,7 @@ from modules.errors import CheckpointError
 from modules.text_files import read_text
 from post.interpolation.correlation import CHANNELS
 from post.interpolation.flowformer import FlowFormer, read_flowformer
-from post.interpolation.gimm import GimmConfig, GimmVfi
-from post.interpolation.motion import MotionConfig
-from post.interpolation.options import WITH_FLOWFORMER, WITH_RAFT
+from post.interpolation.motion import GimmConfig, GimmVfi, MotionConfig
 from post.interpolation.raft import (
     ITERATIONS,
     FlowHead,
@@ -37,6 +35,7 @@ from post.interpolation.raft import (
 )
 from post.interpolation.synthesis import PER_BLEND, RefinementConfig, SynthesisConfig, UpdateConfig
 from post.interpolation.twins import Twins
+from post.options import WITH_FLOWFORMER, WITH_RAFT
 
 ESTIMATOR = "flow_estimator."  # the optical flow inside the original files
 IGNORED = ("*.num_batches_tracked", "g_filter", f"{ESTIMATOR}*")  # g_filter is a constant

@@ -6,9 +6,7 @@ import pytest
 
 from modules.errors import OptionError
 from post.chain_options import read_asked, read_chain
-from post.faces.options import FacefixOptions
-from post.interpolation.options import InterpolationOptions
-from post.upscaling.options import UpscalerOptions
+from post.options import FacefixOptions, InterpolationOptions, UpscalerOptions
 from tests.faults.messages import assert_one_message, run_here
 
 BASE = ("--model", "x.pth", "--input", str(Path(__file__)))

@@ -12,8 +12,7 @@ from downloads.options import DownloadOptions
 from modules.errors import OptionError
 from modules.options import default_of
 from modules.parser import add_options
-from post.chain_options import TOOLS, Tool
-from post.model_places import MODELS, PLACES, ModelPlace, default_model
+from post.chain_options import MODELS, PLACES, TOOLS, ModelPlace, Tool, default_model
 
 SETS = {one.task: one for one in model_sets() if one.family == "tools"}
 NAMES = [place.task for place in PLACES]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
-from post.precision import Guarded, network_dtype
-from post.run_options import ToolNetworkOptions
+from post.options import ToolNetworkOptions
+from post.tiling import Guarded, network_dtype
 
 CPU = torch.device("cpu")
 

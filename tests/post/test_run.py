@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modules.media.reading import read_image, video_frames, video_info
-from modules.media.tags import read_tags
+from modules.media.encoding import Picture
+from modules.media.reading import read_image, read_tags, video_frames, video_info
 from modules.media.writing import write_png, write_video
-from post.contract import Picture
 from post.streaming import DEPTH
 from tests.post.stages_here import (
     H264,

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from modules.errors import MediaError, MemoryPlanError, OutputError, UserError
+from modules.media.encoding import Picture
 from modules.media.writing import write_video
-from post.contract import Clip, Picture
+from post.contract import Clip
 from post.naming import plan_jobs
 from post.run import run_jobs
 from post.stages import NamedStage

@@ -9,7 +9,7 @@ from PIL import Image
 from blissful_tuner.metaview import as_lines, read_file_facts
 from modules.atomic_write import claim_name
 from modules.errors import OptionError
-from modules.media.tags import read_tags
+from modules.media.reading import read_tags
 from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings, SizeConditions
 from stable_diffusion.files import PictureFiles
 from stable_diffusion.prompt_lines import LONGEST_NAME, read_line

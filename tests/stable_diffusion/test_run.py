@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modules.errors import MemoryPlanError, OptionError, UserError
-from modules.media.tags import read_tags
+from modules.media.reading import read_tags
 from stable_diffusion.run import generate, viewer_command
 from tests.stable_diffusion.asked import PlainMaker, options, write_picture
 

@@ -8,8 +8,7 @@ import pytest
 
 import gen_img
 from modules.errors import UserError
-from modules.media.reading import read_image
-from modules.media.tags import read_tags
+from modules.media.reading import read_image, read_tags
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1
 
 NOISE = (

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from modules.errors import MediaError
-from modules.media.streams import ShownFrame, shown_frames, source_info
-from modules.media.tags import read_tags
+from modules.media.encoding import Picture
+from modules.media.reading import read_tags
+from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_shown
 from tests.modules.source_media import FONT, SUBTITLES, Source, packets, write_source
 
@@ -378,7 +379,7 @@ def test_an_animation_has_no_companions(tmp_path: Path, name: str) -> None:
 
 
 def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
-    frames = [ShownFrame(np.zeros((48, 64, 3), np.uint8), Fraction(0), Fraction(1, 25))]
+    frames = [Picture(np.zeros((48, 64, 3), np.uint8), Fraction(0), Fraction(1, 25))]
 
     with pytest.raises(MediaError, match=r"absent\.mkv does not exist"):
         write_shown(tmp_path / "made.mkv", frames, FILM, "h264", companions_of=tmp_path / "absent.mkv")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from modules.media.depth import Pixels
-from modules.media.scenes import clock_time, scene_distance, thumbnail
+from modules.media.encoding import Pixels
+from modules.media.measures import clock_time, scene_distance, thumbnail
 
 THRESHOLD = 0.25  # the default
 HEIGHT, WIDTH = 180, 320

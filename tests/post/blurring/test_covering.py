@@ -7,9 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from post.blurring.options import BlurOptions
 from post.blurring.stage import cover, kernel_of
-from post.run_options import ToolNetworkOptions
+from post.options import BlurOptions, ToolNetworkOptions
 
 OLD = BlurOptions(network=ToolNetworkOptions(model=Path("detector.onnx")), margin=0.0, hold=0, lookback=0)
 

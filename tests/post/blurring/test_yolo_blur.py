@@ -16,14 +16,14 @@ from PIL import Image
 
 from blissful_tuner.yolo_blur import main
 from modules.errors import CheckpointError, NothingFoundError, OptionError
-from modules.media.reading import read_image, video_frames
-from modules.media.tags import read_tags
+from modules.media.encoding import Picture
+from modules.media.reading import read_image, read_tags, video_frames
 from modules.media.writing import write_png, write_video
-from post.blurring.options import BlurOptions
 from post.blurring.stage import BlurStage, make_blur, within
 from post.chain_options import read_tool
-from post.contract import Clip, Picture
+from post.contract import Clip
 from post.faces.boxes import FoundFace
+from post.options import BlurOptions
 from tests.post.blurring.test_covering import changed
 from tests.tiny.onnx_files import write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector

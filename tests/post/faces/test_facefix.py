@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from modules.errors import CheckpointError, OptionError
+from modules.media.encoding import Picture, Pixels
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_png, write_video
 from post.chain_options import read_tool
-from post.contract import Clip, Picture, Pixels
+from post.contract import Clip
 from post.faces.stage import Facefix, check_facefix, make_facefix
 from tests.faults.messages import run_here
 from tests.post.stages_here import kept_frames
@@ -379,7 +380,6 @@ def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(folder: Path, tmp_
         ("GFPGANv1.4.pth", ("--mode", "codeformer"), "is not a CodeFormer; it looks like a GFPGAN"),
         ("none.pth", (), "there is no such file or folder"),
         ("GFPGANv1.4.pth", ("--detection_model", "GFPGANv1.4.pth"), "is not a detector of faces"),
-        ("GFPGANv1.4.pth", ("--dtype", "fp8"), "nothing is computed in fp8"),
     ],
 )
 def test_wrong_files_fail_by_their_headers(

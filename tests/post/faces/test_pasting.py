@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from post.contract import Pixels
-from post.faces.alignment import TEMPLATE, Matrix, alignment, crop, crops, restorable
-from post.faces.boxes import FoundFace
-from post.faces.stage import Restored, SteadyLandmarks, deepen, enlarge, paste, soften
+from modules.media.encoding import Pixels, in_sixteen_bits
+from post.faces.boxes import TEMPLATE, FoundFace, Matrix, alignment, crop, crops, restorable
+from post.faces.stage import Restored, SteadyLandmarks, enlarge, paste, soften
 from tests.golden_cases import read_case
 
 SIZE = 64
@@ -204,8 +203,8 @@ def test_a_face_outside_the_picture_changes_nothing() -> None:
 def test_sixteen_bits_of_eight_are_the_same_values() -> None:
     pixels = _picture()
 
-    assert np.array_equal(deepen(pixels), pixels.astype(np.uint16) * 257)
-    assert deepen(deepen(pixels)).dtype == np.uint16
+    assert np.array_equal(in_sixteen_bits(pixels), pixels.astype(np.uint16) * 257)
+    assert in_sixteen_bits(in_sixteen_bits(pixels)).dtype == np.uint16
 
 
 def test_trembling_is_damped_and_movement_followed() -> None:

@@ -13,7 +13,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from post.faces.codeformer import CodeFormer, read_codeformer
 from post.faces.gfpgan import Gfpgan, read_gfpgan
-from post.faces.parsenet import ParseNet, face_parts, read_parsenet
+from post.faces.restorers import ParseNet, face_parts, read_parsenet
 from tests.golden_cases import read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.post.faces.golden_faces import assert_close, fill, wave_face

@@ -20,8 +20,8 @@ from post.interpolation.flowformer import (
     read_flowformer,
 )
 from post.interpolation.flowformer_memory import CostPerceiver, MemoryConfig
-from post.interpolation.gimm import GimmVfi
 from post.interpolation.layers import CPU_BYTES
+from post.interpolation.motion import GimmVfi
 from post.interpolation.twins import StageConfig
 from tests.golden_cases import read_case
 from tests.manifests import tensor_list, write_hollow

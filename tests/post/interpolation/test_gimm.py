@@ -11,10 +11,10 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from modules.planning.dry_run import ACCELERATOR, KEPT, WORKING, dry_run, largest, place
 from post.interpolation.files import is_with_raft, load_networks, read_gimm
-from post.interpolation.gimm import GimmVfi, Interpolation
+from post.interpolation.layers import warp
+from post.interpolation.motion import GimmVfi, Interpolation
 from post.interpolation.raft import Raft, read_raft
 from post.interpolation.synthesis import Compared
-from post.interpolation.warping import warp
 from tests.golden_cases import read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.post.interpolation.recorded import check_recorded, write_recorded

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from post.interpolation.correlation import Correlation, grid_of, is_volume_small
+from post.interpolation.layers import splat, warp
 from post.interpolation.motion import Motion, MotionConfig, MotionField, normalised
 from post.interpolation.raft import upsample_flow
-from post.interpolation.warping import splat, warp
 from tests.golden_cases import make_weights, read_case
 
 CASE, TENSORS = read_case("gimm_pieces")

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from modules.compile_options import Compilation
 from modules.errors import CheckpointError, MediaError, OptionError
-from post.contract import Clip, Picture, Pixels
+from modules.media.encoding import Picture, Pixels
+from post.contract import Clip, to_pixels, to_tensor
 from post.interpolation.files import find_files, load_networks, read_settings
-from post.interpolation.gimm import Interpolation
 from post.interpolation.layers import EncodedPicture, FlowEstimator
-from post.interpolation.options import InterpolationOptions
+from post.interpolation.motion import Interpolation
 from post.interpolation.stage import Interpolator, check_interpolation, make_interpolation
-from post.pixels import to_pixels, to_tensor
-from post.precision import compile_parts
-from post.run_options import ToolNetworkOptions
+from post.options import InterpolationOptions, ToolNetworkOptions
+from post.tiling import compile_parts
 from tests.tiny.post_interpolation import write_gimm_r
 
 CPU = torch.device("cpu")

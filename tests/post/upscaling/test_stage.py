@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
-from post.contract import Picture
+from modules.media.encoding import Picture
 from post.upscaling.files import check_file
 from post.upscaling.stage import UpscalerStage, bytes_per_pixel, check_upscaler, make_upscaler, result_bytes
 from tests.post.upscaling.plain_clips import (
@@ -205,7 +205,5 @@ def test_tiles_that_are_mostly_shared_are_refused() -> None:
 def test_what_is_wrong_is_found_in_the_headers(tmp_path: Path) -> None:
     model = write_swinir(tmp_path / "x.pth")
     check_upscaler(options(model))
-    with pytest.raises(OptionError, match="--dtype fp8: nothing is computed in fp8"):
-        check_upscaler(options(model, dtype="fp8"))
     with pytest.raises(CheckpointError, match="there is no such file"):
         check_upscaler(options(tmp_path / "y.pth"))
