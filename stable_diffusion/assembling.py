@@ -16,7 +16,6 @@ from stable_diffusion.contract import AskedPicture, Idea, Model
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.deep_shrink import DeepShrinks
 from stable_diffusion.guiding import check_guides, load_guides
-from stable_diffusion.highres import Makes
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import check_attention, load_release, open_release
 from stable_diffusion.loras import ChosenLoras, check_networks, load_networks, read_networks
@@ -89,7 +88,7 @@ def _with_own(attend: Callable[..., Tensor], place: int, places: int) -> Callabl
 class LoadedPipeline:
     """The maker of pictures, and the LoRAs whose strengths can be chosen; None: there are none."""
 
-    maker: Makes
+    maker: Maker
     networks: ChosenLoras | None = None
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
-from stable_diffusion.contract import AskedPicture, DeepShrink, Idea, UnetCall
+from stable_diffusion.contract import AskedPicture, Idea, UnetCall
+from stable_diffusion.shrink_options import DeepShrinkOptions
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,11 @@ class DeepShrinks:
         if shrink is None:
             yield None
             return
-        if shrink.depth_2 is not None and shrink.timestep_2 >= shrink.timestep_1:
+        if shrink.ds_depth_2 is not None and shrink.ds_timesteps_2 >= shrink.ds_timesteps_1:
             logger.warning(
                 "%s: --ds_depth_2 never acts: it would from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
                 "(%d). Give a lower --ds_timesteps_2.",
-                *(pictures[0].label, shrink.timestep_1, shrink.timestep_2),
+                *(pictures[0].label, shrink.ds_timesteps_1, shrink.ds_timesteps_2),
             )
         shrinking = _Shrinking(shrink, input_blocks(self.unet))
         _check_depths(shrink, len(shrinking.blocks))
@@ -55,12 +56,12 @@ class DeepShrinks:
             logger.warning(
                 "%s: Deep Shrink never acts: with this --strength all timesteps are below --ds_timesteps_1 "
                 "(%d). Give a lower one, or a higher --strength.",
-                *(pictures[0].label, shrink.timestep_1),
+                *(pictures[0].label, shrink.ds_timesteps_1),
             )
 
 
-def _check_depths(shrink: DeepShrink, count: int) -> None:
-    for name, depth in (("ds_depth_1", shrink.depth_1), ("ds_depth_2", shrink.depth_2)):
+def _check_depths(shrink: DeepShrinkOptions, count: int) -> None:
+    for name, depth in (("ds_depth_1", shrink.ds_depth_1), ("ds_depth_2", shrink.ds_depth_2)):
         if depth is not None and not 0 <= depth < count:
             raise OptionError(
                 f"--{name} {depth}: this model's U-Net has the input blocks 0 to {count - 1}. Give one "
@@ -76,11 +77,11 @@ def input_blocks(unet: Any) -> list[nn.Module]:
     return blocks
 
 
-def active_depth(shrink: DeepShrink, timestep: float) -> int | None:
+def active_depth(shrink: DeepShrinkOptions, timestep: float) -> int | None:
     """Return the depth at which features are made smaller at a timestep; None: they stay as they are."""
-    if timestep >= shrink.timestep_1:
-        return shrink.depth_1
-    return shrink.depth_2 if timestep >= shrink.timestep_2 else None
+    if timestep >= shrink.ds_timesteps_1:
+        return shrink.ds_depth_1
+    return shrink.ds_depth_2 if timestep >= shrink.ds_timesteps_2 else None
 
 
 def make_smaller(features: Tensor, ratio: float) -> Tensor:
@@ -108,7 +109,7 @@ def resize_like(features: Tensor, size: Size) -> Tensor:
 class _Shrinking:
     """Deep Shrink at work: an `Idea`, which settles what the hooks in the U-Net do in the next call."""
 
-    shrink: DeepShrink
+    shrink: DeepShrinkOptions
     blocks: Sequence[nn.Module]
     depth: int | None = None  # where features are made smaller in this call
     has_acted: bool = False
@@ -134,7 +135,7 @@ class _Shrinking:
         size, sizes = self.size, []
         for depth, block in enumerate(self.blocks):
             if depth == self.depth:
-                size = smaller_size(size, self.shrink.ratio)
+                size = smaller_size(size, self.shrink.ds_ratio)
             if isinstance(block, Downsample2D):
                 size = -(-size[0] // 2), -(-size[1] // 2)
             sizes.append(size)
@@ -145,7 +146,7 @@ class _Shrinking:
     def enter_block(self, depth: int, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if depth != self.depth:
             return None
-        return make_smaller(args[0], self.shrink.ratio), *args[1:]
+        return make_smaller(args[0], self.shrink.ds_ratio), *args[1:]
 
     def enter_output(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Fit the features to an output block's first skip, and note the sizes of the others."""

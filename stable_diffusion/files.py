@@ -106,7 +106,7 @@ def png_texts(picture: AskedPicture, kind: ModelKind, sampler: str) -> Mapping[s
             "original-width": width,
             "original-height-negative": sizes.original_height_negative or height,
             "original-width-negative": sizes.original_width_negative or width,
-            "crop-top": sizes.crop_top,
-            "crop-left": sizes.crop_left,
+            "crop-top": sizes.crop_top or 0,
+            "crop-left": sizes.crop_left or 0,
         }
     return {name: make_storable(str(value)) for name, value in texts.items() if value is not None}

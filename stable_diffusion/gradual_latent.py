@@ -7,17 +7,18 @@ fresh noise are those of the new size. An unsharp mask may make up for the blur 
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
 from modules.errors import OptionError
-from modules.flow.schedule import Schedule
-from stable_diffusion.contract import AskedPicture, GradualLatent, Unsharp
+from stable_diffusion.contract import AskedPicture
 from stable_diffusion.pixels import STRIDE
-from stable_diffusion.samplers import DiffusersSampler, SchedulerSolver
+from stable_diffusion.samplers import MakeStep, SchedulerSolver
+from stable_diffusion.shrink_options import GradualLatentOptions, Unsharp
 from stable_diffusion.starting import is_masked
 
 logger = logging.getLogger(__name__)
@@ -36,36 +37,53 @@ def size_at(full: Size, ratio: float) -> Size:
     return height, width
 
 
-def plan_growth(timesteps: Sequence[float], gradual: GradualLatent) -> dict[int, float]:
+def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> dict[int, float]:
     """Return the ratio that steps let the latents grow to, by the place of a step in `timesteps`.
 
     timesteps: of the steps that are made, falling.
     """
     growth: dict[int, float] = {}
-    ratio, last = gradual.ratio, None
+    ratio, last = gradual.gradual_latent_ratio, None
     for index, timestep in enumerate(timesteps):
-        is_due = last is None or index - last >= gradual.every_n_steps
-        if timestep < gradual.timestep and ratio < NEARLY and is_due:
-            ratio = min(gradual.ratio + (len(growth) + 1) * gradual.ratio_step, 1.0)
+        is_due = last is None or index - last >= gradual.gradual_latent_every_n_steps
+        if timestep < (gradual.gradual_latent_timesteps or 0) and ratio < NEARLY and is_due:
+            ratio = min(
+                gradual.gradual_latent_ratio + (len(growth) + 1) * gradual.gradual_latent_ratio_step, 1.0
+            )
             growth[index], last = ratio, index
     return growth
 
 
-def shrink_start(latents: Tensor, gradual: GradualLatent) -> Tensor:
-    """Return the start of denoising, B C 1 h w, in its first size."""
-    return resize(latents, size_at(_size(latents), gradual.ratio))
-
-
 def begin_small(
-    latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatent
-) -> tuple[Tensor, DiffusersSampler]:
+    latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatentOptions
+) -> tuple[Tensor, SchedulerSolver]:
     """Return the start of denoising, B C 1 h w, in its first size, and the sampler that makes it grow.
 
-    If no step is made, all stays as it is. Raises OptionError as `GradualSolver.make`.
+    If no step is made, all stays as it is. Raises OptionError if the blur of an unsharp mask is larger than
+    the latents.
     """
     if sampler.first >= sampler.schedule.num_steps:
         return latents, sampler
-    return shrink_start(latents, gradual), GradualSolver.make(sampler, _size(latents), gradual)
+    full, unsharp = _size(latents), gradual.unsharp
+    timesteps = sampler.schedule.timesteps[sampler.first :].tolist()
+    growth = {sampler.first + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
+    sizes = [size_at(full, ratio) for ratio in growth.values()]
+    if unsharp is not None and sizes and unsharp.ksize // 2 >= min(sizes[0]):
+        raise OptionError(
+            f"the blur of {unsharp.ksize} of --gradual_latent_unsharp_params (--glus) is too large for "
+            f"latents of {sizes[0][1]} x {sizes[0][0]}. Give a smaller one, such as 3"
+        )
+    first = size_at(full, gradual.gradual_latent_ratio)
+    last = sizes[-1] if sizes else first
+    if last != full:
+        logger.warning(
+            "Gradual Latent ends at %d x %d pixels instead of %d x %d: there are too few steps to grow. "
+            "Give more --steps, a larger --gradual_latent_ratio_step or a higher "
+            "--gradual_latent_timesteps.",
+            *(side * STRIDE for side in (*reversed(last), *reversed(full))),
+        )
+    growing = GrowingSteps(sampler.scheduler, full, growth, unsharp, gradual.gradual_latent_s_noise)
+    return resize(latents, first), replace(sampler, around=growing)
 
 
 def check_batch(pictures: Sequence[AskedPicture], sampler: str) -> None:
@@ -83,60 +101,23 @@ def check_batch(pictures: Sequence[AskedPicture], sampler: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class GradualSolver:
-    """A `DiffusersSampler` with the steps of `inner`; some steps also enlarge the latents."""
+class GrowingSteps:
+    """Stand around the steps of euler_a, which draws noise in the size of its sample; some enlarge it."""
 
-    inner: SchedulerSolver  # of euler_a; it draws noise in the size of the sample that it is given
+    scheduler: Any
     full: Size
-    gradual: GradualLatent
-    growth: Mapping[int, float]  # by the step's index in the schedule
+    growth: Mapping[int, float]  # ratio, by the step's index in the schedule
+    unsharp: Unsharp | None
+    s_noise: float
 
-    @classmethod
-    def make(cls, inner: SchedulerSolver, full: Size, gradual: GradualLatent) -> "GradualSolver":
-        """Plan the growth up to the size `full`.
-
-        Raises OptionError if the blur of an unsharp mask is larger than the latents.
-        """
-        timesteps = inner.schedule.timesteps[inner.first :].tolist()
-        growth = {inner.first + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
-        sizes = [size_at(full, ratio) for ratio in growth.values()]
-        if gradual.unsharp is not None and sizes and gradual.unsharp.ksize // 2 >= min(sizes[0]):
-            raise OptionError(
-                f"the blur of {gradual.unsharp.ksize} of --gradual_latent_unsharp_params (--glus) is too "
-                f"large for latents of {sizes[0][1]} x {sizes[0][0]}. Give a smaller one, such as 3"
-            )
-        last = sizes[-1] if sizes else size_at(full, gradual.ratio)
-        if last != full:
-            logger.warning(
-                "Gradual Latent ends at %d x %d pixels instead of %d x %d: there are too few steps to grow. "
-                "Give more --steps, a larger --gradual_latent_ratio_step or a higher "
-                "--gradual_latent_timesteps.",
-                *(side * STRIDE for side in (*reversed(last), *reversed(full))),
-            )
-        return cls(inner, full, gradual, growth)
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.inner.schedule
-
-    @property
-    def first(self) -> int:
-        return self.inner.first
-
-    def model_input(self, index: int, sample: Tensor) -> Tensor:
-        return self.inner.model_input(index, sample)
-
-    def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        return self.inner.add_noise(index, latents, noise)
-
-    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+    def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Return the next sample, larger if this step makes it grow. velocity: the U-Net's output."""
         if index not in self.growth:
-            return self.inner.step(index, velocity, sample)
-        size, unsharp = size_at(self.full, self.growth[index]), self.gradual.unsharp
+            return step(index, velocity, sample)
+        size, unsharp = size_at(self.full, self.growth[index]), self.unsharp
         sample, velocity = resize(sample.float(), size), resize(velocity.float(), size)
-        stepped = self.inner.step(index, velocity, sample)
-        if unsharp is None and self.gradual.s_noise == 1:
+        stepped = step(index, velocity, sample)
+        if unsharp is None and self.s_noise == 1:
             return stepped
         # all is linear: the derivative of what is resized is the derivative, resized
         change = self._change(index, velocity, sample)
@@ -147,11 +128,11 @@ class GradualSolver:
             moved = sharpen(sample + change, unsharp)
         else:
             moved = sharpen(sample, unsharp) + change
-        return moved + self.gradual.s_noise * noise
+        return moved + self.s_noise * noise
 
     def _change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
         """Return the change of the sample by Euler's step, without noise."""
-        scheduler = self.inner.scheduler
+        scheduler = self.scheduler
         here, there = (float(scheduler.sigmas[place]) for place in (index, index + 1))
         if scheduler.config.prediction_type == "v_prediction":
             # the predicted clean sample is x / (s^2 + 1) - v s / sqrt(s^2 + 1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
 from stable_diffusion.contract import AskedPicture, Made, Model, PictureSettings, SecondStart
+from stable_diffusion.making import Maker
 from stable_diffusion.pixels import STRIDE, fit, latent_size, vae_batch
 from stable_diffusion.shrink_options import HighresOptions
 
@@ -110,17 +111,6 @@ def read_args(text: str) -> dict[str, str]:
 FIRST, SECOND = "0", "1"  # in file names, before a picture's number
 
 
-class Makes(Protocol):
-    """The maker of one stage: `stable_diffusion.making.Maker`."""
-
-    @property
-    def model(self) -> Model: ...
-
-    def make(
-        self, pictures: Sequence[AskedPicture], start: SecondStart | None = None, wants_images: bool = True
-    ) -> Made: ...
-
-
 @dataclass(frozen=True, eq=False)
 class SavedStage:
     """One stage's result that is to be saved."""
@@ -153,7 +143,7 @@ def prepare_highres(options: HighresOptions, vae_batch_size: float | None = None
 
 
 def make_pictures(
-    maker: Makes, highres: Highres | None, pictures: Sequence[AskedPicture]
+    maker: Maker, highres: Highres | None, pictures: Sequence[AskedPicture]
 ) -> Iterator[SavedStage]:
     """Make a batch: yield the pictures to save of each stage as soon as they are made.
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from encoders.clip_l import ClipWords
@@ -38,8 +40,8 @@ from stable_diffusion.kinds import EMA, GIVE, UNET, Marks, check_told, read_mark
 from stable_diffusion.model_options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan, read_texts, state_width
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, find_tokenizers
-from stable_diffusion.unet_checkpoints import SIZE_NUMBERS, UnetSizes, build_unet, read_unet
-from stable_diffusion.vae_checkpoints import VaeSizes, band_convolutions, build_vae, read_vae
+from stable_diffusion.unet_checkpoints import SIZE_NUMBERS, UnetSizes, read_unet
+from stable_diffusion.vae_checkpoints import VaeSizes, band_convolutions, read_vae
 
 logger = logging.getLogger(__name__)
 
@@ -254,8 +256,8 @@ def _build(release: OpenedCheckpoint) -> DiffusionNetworks:
         check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
     with META:
         return DiffusionNetworks(
-            _explain(build_unet, release.unet),
-            _explain(build_vae, release.vae),
+            _explain(UNet2DConditionModel, release.unet),
+            _explain(AutoencoderKL, release.vae),
             tuple(ClipText(plan.network.config) for plan in release.texts),
         )
 
@@ -278,10 +280,10 @@ def _fill_one(network: Any, plan: LoadPlan[Any], device: torch.device, dtype: to
     load_planned(plan, lambda _: network, device, dtype, what).requires_grad_(False)
 
 
-def _explain(build: Callable[[Any], Any], plan: LoadPlan[Any]) -> Any:
+def _explain(build: Callable[..., Any], plan: LoadPlan[Any]) -> Any:
     """Build a network, with a CheckpointError in place of diffusers' errors for odd settings."""
     try:
-        return build(plan.config)
+        return build(**plan.config)
     except Exception as error:  # of many classes; all mean that the dimensions do not go together
         raise CheckpointError(
             f"{plan.checkpoint.path}: diffusers cannot build a network of these dimensions "

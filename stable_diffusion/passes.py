@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modules.contract.data import Conditions
 from modules.contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
 from stable_diffusion.contract import Idea, Model, TextState, UnetCall
-from stable_diffusion.samplers import DiffusersSampler
+from stable_diffusion.samplers import SchedulerSolver
 
 # names in the conditions of a pass, with a batch dimension
 CONTEXT = "context"  # B L C
@@ -25,7 +25,7 @@ class UnetPasses:
     """`Passes` of the denoising loop: the samples are B 4 1 h w, and the U-Net's output is unchanged."""
 
     model: Model
-    sampler: DiffusersSampler
+    sampler: SchedulerSolver
     pictures: int  # B
     ideas: Sequence[Idea] = ()  # each sees the call as those before it left it
     # B 5 h w: mask and masked picture, which the U-Net of an inpainting checkpoint sees beside the sample

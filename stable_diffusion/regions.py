@@ -9,7 +9,7 @@ everywhere, as a part of every region: guidance then compares two passes with th
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modules.errors import OptionError
 from modules.media.opening import open_image
+from networks.added import AddedPart
 from stable_diffusion.contract import AskedPicture, Idea, TextState, UnetCall
 
 _CHANNELS = 3
@@ -83,13 +84,6 @@ def stack(regions: Sequence[Tensor]) -> Tensor:
 SEPARATOR = " AND "
 
 
-class RegionalLayer(Protocol):
-    """A LoRA on one module of the U-Net."""
-
-    # what is done with the addition to the module's output before it is added; None: nothing
-    region: Callable[[Tensor], Tensor] | None
-
-
 def split_parts(prompt: str) -> list[str]:
     """Return the parts of a prompt, without blanks around them; one if it has no " AND "."""
     return [part.strip() for part in prompt.split(SEPARATOR)]
@@ -135,7 +129,7 @@ class Regions:
     def __init__(
         self,
         unet: Any,
-        layers: Sequence[Mapping[str, RegionalLayer]] | None = (),
+        layers: Sequence[Mapping[str, AddedPart]] | None = (),
         color_codes: int | None = None,
     ) -> None:
         """layers: of each LoRA, by the name of the module; None: LoRAs are folded into the weights, for each

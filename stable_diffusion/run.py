@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +25,6 @@ from stable_diffusion.contract import AskedPicture
 from stable_diffusion.files import PictureFiles
 from stable_diffusion.highres import Highres, make_pictures, prepare_highres
 from stable_diffusion.lines import (
-    Inputs,
     Line,
     find_inputs,
     import_prompter,
@@ -125,28 +123,6 @@ def _too_little(error: torch.OutOfMemoryError, batch: Sequence[AskedPicture]) ->
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Setup:
-    """Facts known before networks are loaded."""
-
-    options: GenImgOptions
-    inputs: Inputs
-    highres: Highres | None
-    load: Callable[[], LoadedPipeline]
-
-    def begin(self, lines: Sequence[Line] | None = None) -> Run:
-        """Load the networks. lines: all that are asked for, if they are known."""
-        options, loaded = self.options, self.load()
-        kind = loaded.maker.model.kind
-        return Run(
-            options,
-            loaded,
-            self.highres,
-            Asking(options, kind, self.inputs, make_seeds(options, lines)),
-            PictureFiles(options.output, kind, options.sampling.sampler),
-        )
-
-
 def generate(options: GenImgOptions, load: Load = assemble) -> None:
     """Make all pictures that the options ask for. load: loads what makes them, usually the checkpoint.
 
@@ -156,9 +132,17 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
     make_folder(options.output.outdir, "--outdir")
     inputs = find_inputs(options.prompts, len(options.control.uses))
     highres = prepare_highres(options.highres, options.model.vae_batch_size)
-    setup = Setup(options, inputs, highres, partial(load, options, device))
+
+    def start(lines: Sequence[Line] | None = None) -> Run:
+        """Load the networks. lines: all that are asked for, if they are known."""
+        loaded = load(options, device)
+        kind = loaded.maker.model.kind
+        asking = Asking(options, kind, inputs, make_seeds(options, lines))
+        files = PictureFiles(options.output, kind, options.sampling.sampler)
+        return Run(options, loaded, highres, asking, files)
+
     if options.prompts.interactive:
-        converse(setup.begin())
+        converse(start())
         return
     failures = Failures()
     with each_warning_once():
@@ -166,10 +150,10 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
             lines = list_lines(options, inputs)
             asked = len(lines) * options.prompts.n_iter
             failures.strict = asked == 1
-            paths = _make_lines(setup, lines, failures)
+            paths = _make_lines(options, start, lines, failures)
         else:
             module = import_prompter(options.prompts.from_module)
-            run = setup.begin()
+            run = start()
             paths = run.make_all(_rounds(run, _module_lines(run, module, failures)), failures)
             asked = run.asking.lines
     if len(paths) > 1:
@@ -178,18 +162,20 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
     failures.raise_if_any(asked, "" if where is None else f"{where}: ")
 
 
-def _make_lines(setup: Setup, lines: Sequence[Line], failures: Failures) -> list[Path]:
-    """Make the pictures of known lines. Faults in a line show before a model is loaded."""
+def _make_lines(
+    options: GenImgOptions, start: Callable[[Sequence[Line]], Run], lines: Sequence[Line], failures: Failures
+) -> list[Path]:
+    """Make the pictures of known lines. Faults in a line show before a model is loaded, by `start`."""
     usable = []
     for line in lines:
         with failures.note_errors(line.label):
-            check_line(setup.options, line)
+            check_line(options, line)
             usable.append(line)
     if not usable:
         return []
-    run = setup.begin(lines)
+    run = start(lines)
     paths = run.make_all(_rounds(run, lambda: usable), failures)
-    images = setup.inputs.images
+    images = run.asking.inputs.images
     unused = len(images) - run.asking.made
     if unused > 0 and not lines[0].is_plain:
         logger.warning(

@@ -3,11 +3,11 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
-from modules.flow.solvers import Solver
 from stable_diffusion.sampling_options import TRAINED_STEPS, SamplingOptions
 
 # how all models of Stable Diffusion were trained
@@ -125,36 +124,21 @@ def _zero_snr_betas() -> list[float]:
     return [float(beta) for beta in betas]
 
 
-class DiffusersSampler(Solver, Protocol):
-    """A solver that knows the inputs of the U-Net and where it begins."""
-
-    @property
-    def first(self) -> int:
-        """The index in `schedule` that denoising begins at."""
-        ...
-
-    def model_input(self, index: int, sample: Tensor) -> Tensor:
-        """Return a sample B 4 h w as the U-Net takes it at that index of the schedule."""
-        ...
-
-    def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """Return latents B 4 h w, clean, with noise as samples have it before the step of that index.
-
-        Call only before the first step, for `first`, or right after a step, for the next one.
-        """
-        ...
+MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # place in the schedule, velocity, sample -> next sample
 
 
 @dataclass
 class SchedulerSolver:
-    """A `DiffusersSampler` around a scheduler of diffusers, for one batch. Samples in the loop are B 4 1 h w.
+    """A solver around a scheduler of diffusers, for one batch. Samples in the loop are B 4 1 h w.
 
     All random numbers of a step come from the pictures' own generators, so that none depends on its batch.
     """
 
     scheduler: Any
     generators: Sequence[torch.Generator]  # one for each picture, on the CPU
-    first: int = 0
+    first: int = 0  # the index in `schedule` that denoising begins at
+    # makes a step by means of the scheduler's own one, which it is given; None: that alone
+    around: Callable[[MakeStep, int, Tensor, Tensor], Tensor] | None = None
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -175,13 +159,23 @@ class SchedulerSolver:
         return float(self.scheduler.init_noise_sigma)
 
     def model_input(self, index: int, sample: Tensor) -> Tensor:
+        """Return a sample B 4 h w as the U-Net takes it at that index of the schedule."""
         return self.scheduler.scale_model_input(sample, self.scheduler.timesteps[index])
 
     def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """Return latents B 4 h w, clean, with noise as samples have it before the step of that index.
+
+        Call only before the first step, for `first`, or right after a step, for the next one.
+        """
         return self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[index : index + 1])
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """velocity: the network's output, noise or v."""
+        """Return the next sample. velocity: the network's output, noise or v."""
+        if self.around is None:
+            return self._step(index, velocity, sample)
+        return self.around(self._step, index, velocity, sample)
+
+    def _step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         given = {"generator": list(self.generators)} if self._draws else {}
         timestep = self.scheduler.timesteps[index]
         (moved, *_) = self.scheduler.step(

@@ -1,6 +1,7 @@
 """Options of pictures that begin small: two stages, Deep Shrink and Gradual Latent. Standard library only."""
 
 import math
+from typing import NamedTuple
 
 from modules.errors import OptionError
 from modules.options import Options, option
@@ -97,21 +98,35 @@ class GradualLatentOptions(Options, title="Gradual Latent: begin small and grow 
     )
 
     def __post_init__(self) -> None:
-        if self.gradual_latent_unsharp_params is not None:
-            read_unsharp("--gradual_latent_unsharp_params", self.gradual_latent_unsharp_params)
+        self.unsharp  # noqa: B018  reads it once, for its errors
+
+    @property
+    def unsharp(self) -> "Unsharp | None":
+        """The unsharp mask of steps that make latents grow. Raises OptionError if it cannot be read."""
+        text = self.gradual_latent_unsharp_params
+        return None if text is None else read_unsharp("--gradual_latent_unsharp_params", text)
 
 
-def read_unsharp(option: str, text: str) -> tuple[int, float, float, bool]:
+class Unsharp(NamedTuple):
+    """An unsharp mask: x + (x - blur(x)) * strength."""
+
+    ksize: int
+    sigma: float
+    strength: float
+    target_x: bool  # of the step's result; else only of what it begins with
+
+
+def read_unsharp(option: str, text: str) -> Unsharp:
     """Read `ksize,sigma,strength,target-x`, such as `3,0.5,0.5,1`. Raises OptionError."""
     try:
         ksize, sigma, strength, *rest = text.split(",")
         target = {(): True, ("1",): True, ("0",): False}[tuple(map(str.strip, rest))]
-        values = int(ksize), float(sigma), float(strength), target
+        read = Unsharp(int(ksize), float(sigma), float(strength), target)
+        if read.ksize > 0 and read.ksize % 2 and 0 < read.sigma < math.inf and math.isfinite(read.strength):
+            return read
     except (ValueError, KeyError):
-        values = (0, 0.0, 0.0, False)
-    if values[0] < 1 or values[0] % 2 == 0 or not 0 < values[1] < math.inf or not math.isfinite(values[2]):
-        raise OptionError(
-            f"{option} {text}: give an odd size of the blur, its sigma, the strength, and 1 or 0 (what is "
-            "sharpened: the result of a step or what it begins with), such as 3,0.5,0.5,1"
-        )
-    return values
+        pass
+    raise OptionError(
+        f"{option} {text}: give an odd size of the blur, its sigma, the strength, and 1 or 0 (what is "
+        "sharpened: the result of a step or what it begins with), such as 3,0.5,0.5,1"
+    )

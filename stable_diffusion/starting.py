@@ -5,7 +5,7 @@ the start noise, the posterior of the unmasked input; then come the steps.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
-from modules.flow.schedule import Schedule
 from stable_diffusion.contract import AskedPicture, Model, SecondStart
 from stable_diffusion.pixels import STRIDE, encode_pixels, fit, latent_size, read_picture, to_pixels
 from stable_diffusion.prompt_options import PictureInputOptions
-from stable_diffusion.samplers import DiffusersSampler, SchedulerSolver
+from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import StartNoiseOptions
 
 # Start noise that is changed for some pictures: pyramid noise and noise offset (--pyramid_noise_prob,
@@ -104,37 +103,23 @@ def mask_latents(mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Inpainting:
-    """A sampler around another one. After each step latents are
+    """Stands around the steps of a sampler. After each of them latents are
 
         original with noise * (1 - mask) + latents * mask
 
     and after the last one without noise.
     """
 
-    inner: DiffusersSampler
+    sampler: SchedulerSolver
     original: Tensor  # B 4 h w, scaled as the U-Net sees them
     noise: Tensor  # B 4 h w, the start noise
     mask: Tensor  # B 1 h w; 1 is painted anew
 
-    @property
-    def schedule(self) -> Schedule:
-        return self.inner.schedule
-
-    @property
-    def first(self) -> int:
-        return self.inner.first
-
-    def model_input(self, index: int, sample: Tensor) -> Tensor:
-        return self.inner.model_input(index, sample)
-
-    def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        return self.inner.add_noise(index, latents, noise)
-
-    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        painted = self.inner.step(index, velocity, sample).squeeze(2)
+    def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        painted = step(index, velocity, sample).squeeze(2)
         kept = self.original
-        if index + 1 < self.schedule.num_steps:
-            kept = self.inner.add_noise(index + 1, kept, self.noise)
+        if index + 1 < self.sampler.schedule.num_steps:
+            kept = self.sampler.add_noise(index + 1, kept, self.noise)
         return ((1 - self.mask) * kept + self.mask * painted).unsqueeze(2)
 
 
@@ -146,7 +131,7 @@ class Beginning:
     """Where the loop begins, and the sampler that it follows."""
 
     latents: Tensor  # B 4 1 h w, float32, as the sampler wants them at its first step
-    sampler: DiffusersSampler
+    sampler: SchedulerSolver
     beside: Tensor | None = None  # see `UnetPasses`
 
 
@@ -241,7 +226,7 @@ def begin(
         assert left is not None
         return Beginning(latents.unsqueeze(2), sampler, torch.cat([small, left], dim=1))
     assert clean is not None
-    return Beginning(latents.unsqueeze(2), Inpainting(sampler, clean, drawn, small))
+    return Beginning(latents.unsqueeze(2), replace(sampler, around=Inpainting(sampler, clean, drawn, small)))
 
 
 def _pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tensor:

@@ -1,12 +1,12 @@
 """The VAE of a checkpoint: names in released files and diffusers' folders, dimensions, network."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor, nn
 
 from modules.checkpoints.dialects import (
@@ -35,21 +35,6 @@ GIVE = "a VAE of Stable Diffusion: a single file, or the folder vae in the layou
 # what files of a VAE alone carry besides: the loss of its training, averages
 IGNORED = ("loss.*", "model_ema.*")
 
-_RELEASED: Names = (
-    (r"encoder\.down\.(\d+)\.(.+)", r"encoder.down_blocks.\1.\2"),
-    (r"(encoder|decoder)\.mid\.block_1\.(.+)", r"\1.mid_block.resnets.0.\2"),
-    (r"(encoder|decoder)\.mid\.block_2\.(.+)", r"\1.mid_block.resnets.1.\2"),
-    (r"(encoder|decoder)\.mid\.attn_1\.norm\.(.+)", r"\1.mid_block.attentions.0.group_norm.\2"),
-    (r"(encoder|decoder)\.mid\.attn_1\.([qkv])\.(.+)", r"\1.mid_block.attentions.0.to_\2.\3"),
-    (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.(.+)", r"\1.mid_block.attentions.0.to_out.0.\2"),
-    (r"(encoder|decoder)\.norm_out\.(.+)", r"\1.conv_norm_out.\2"),
-)
-_IN_LEVEL: Names = (
-    (r"(.+_blocks\.\d+)\.block\.(.+)", r"\1.resnets.\2"),
-    (r"(.+_blocks\.\d+)\.downsample\.(.+)", r"\1.downsamplers.0.\2"),
-    (r"(.+_blocks\.\d+)\.upsample\.(.+)", r"\1.upsamplers.0.\2"),
-)
-_SHORTCUT: Names = ((r"(.+)\.nin_shortcut\.(.+)", r"\1.conv_shortcut.\2"),)
 _OLD_ATTENTION: Names = (  # of diffusers before 0.17
     (r"(.+\.attentions\.0)\.query\.(.+)", r"\1.to_q.\2"),
     (r"(.+\.attentions\.0)\.key\.(.+)", r"\1.to_k.\2"),
@@ -110,26 +95,28 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     )
     own = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(own)
-    levels = count(stored, r"decoder\.up\.\d+")
-    sources = rename_sources(stored, lambda name: _diffusers_name(name, levels))
+    names = _as_diffusers(stored)
+    sources = rename_sources(stored, lambda name: translate_name(names.get(name, name), _OLD_ATTENTION))
     for name, source in sources.items():  # 1x1 convolutions in released files, linear layers in diffusers
         if re.fullmatch(r".+\.attentions\.0\.to_(q|k|v|out\.0)\.weight", name):
             sources[name] = source.then(_as_matrix)
     return own, sources
 
 
-def build_vae(sizes: VaeSizes) -> Any:
-    """Make diffusers' VAE of these dimensions."""
-    return AutoencoderKL(**sizes)
+class _TensorName(str):
+    """A name that diffusers' conversion takes for a tensor, which it would turn into a matrix else."""
+
+    shape, ndim = (0, 0), 2
 
 
-def _diffusers_name(name: str, levels: int) -> str:
-    up = re.fullmatch(r"decoder\.up\.(\d{1,4})\.(.+)", name)
-    if up:  # the released names count the decoder's levels from the pixels
-        name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{up[2]}"
-    for table in (_RELEASED, _IN_LEVEL, _SHORTCUT, _OLD_ATTENTION):
-        name = translate_name(name, table)
-    return name
+def _as_diffusers(names: Collection[str]) -> dict[str, str]:
+    """Return released names, of tensors that diffusers' loader of single files knows -> its own names."""
+    levels = [""] * count(names, r"decoder\.up\.\d+")
+    if not levels:
+        return {}
+    stored = {name: _TensorName(name) for name in names}
+    made = convert_ldm_vae_checkpoint(stored, {"down_block_types": levels, "up_block_types": levels})
+    return {theirs: own for own, theirs in made.items() if theirs is not None}
 
 
 def _as_matrix(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from data_tools.cutting.options import CONTENT, OWN, SceneOptions
 from modules.errors import InstallationError
 from modules.media.encoding import Pixels, in_eight_bits
-from modules.media.measures import FLAT, Thumbnail, scene_distance, thumbnail
+from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbnail
 
 CUT, DISSOLVE, PLAIN = "cut", "dissolve", "plain"  # kinds of changes
 FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged picture
@@ -187,7 +187,7 @@ class OwnDetector:
 def _is_plain(now: Thumbnail) -> bool:
     """Return whether a picture has one colour besides white: `scene_distance` cannot judge it."""
     seen = now.grey[~now.is_white]
-    return not seen.size or float(seen.std()) < FLAT
+    return not seen.size or float(seen.std()) < FLAT_SCENE
 
 
 class _Dissolves:

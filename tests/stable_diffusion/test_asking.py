@@ -9,19 +9,11 @@ import pytest
 from modules.devices import Failures
 from modules.errors import OptionError
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
-from stable_diffusion.contract import (
-    SD1,
-    SDXL,
-    AskedPicture,
-    DeepShrink,
-    GradualLatent,
-    ModelKind,
-    PictureSettings,
-    SizeConditions,
-    Unsharp,
-)
+from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings
 from stable_diffusion.lines import Inputs, Line, find_inputs
 from stable_diffusion.options import GenImgOptions
+from stable_diffusion.sampling_options import SizeOptions
+from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions
 from tests.stable_diffusion.asked import options, write_picture
 
 A = Line("the prompt", "a cat")
@@ -129,9 +121,9 @@ def test_a_picture_takes_what_the_options_say() -> None:
         scale=3.0,
         negative_scale=2.0,
         strength=0.5,
-        sizes=SizeConditions(original_width=10, crop_top=4),
-        deep_shrink=DeepShrink(3, 600, None, 650, 0.5),
-        gradual_latent=GradualLatent(700, 0.5, 0.125, 3, 1.0, None),
+        sizes=SizeOptions(original_width=10, crop_top=4),
+        deep_shrink=DeepShrinkOptions(ds_depth_1=3, ds_timesteps_1=600),
+        gradual_latent=GradualLatentOptions(gradual_latent_timesteps=700),
     )
 
 
@@ -148,9 +140,16 @@ def test_a_line_goes_before_the_options() -> None:
         scale=2.0,
         negative_scale=1.0,
         strength=0.3,
-        sizes=SizeConditions(original_width=5, crop_left=6),
+        sizes=SizeOptions(original_width=5, crop_left=6),
         parts=2,
-        gradual_latent=GradualLatent(500, 0.25, 0.5, 1, 0.9, Unsharp(5, 1.0, 0.5, False)),
+        gradual_latent=GradualLatentOptions(
+            gradual_latent_timesteps=500,
+            gradual_latent_ratio=0.25,
+            gradual_latent_ratio_step=0.5,
+            gradual_latent_every_n_steps=1,
+            gradual_latent_s_noise=0.9,
+            gradual_latent_unsharp_params="5,1,0.5,0",
+        ),
     )
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from encoders.clip_layers import MEAN, STD, load_clip_vision
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import AskedPicture, DeepShrink, GradualLatent, PictureSettings
+from stable_diffusion.contract import AskedPicture, PictureSettings
 from stable_diffusion.guiding import load_vgg16
 from stable_diffusion.highres import make_pictures, prepare_highres
 from stable_diffusion.making import Maker
 from stable_diffusion.options import read_gen_img
+from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions
 from tests.parity.stable_diffusion import (
     CLASSES,
     Files,
@@ -248,11 +249,17 @@ def test_a_guide_draws_the_picture_towards_it(sd1: Project) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"deep_shrink": DeepShrink(1, 0, None, 0, 0.5), "width": 64, "height": 64},
+        {"deep_shrink": DeepShrinkOptions(ds_depth_1=1, ds_timesteps_1=0), "width": 64, "height": 64},
         {"parts": 2},
         {"scale": 1.0},
         {"negative_scale": 1.5},
-        {"gradual_latent": GradualLatent(990, 0.5, 0.5, 1, 1.0, None), "width": 128, "height": 128},
+        {
+            "gradual_latent": GradualLatentOptions(
+                gradual_latent_timesteps=990, gradual_latent_ratio_step=0.5, gradual_latent_every_n_steps=1
+            ),
+            "width": 128,
+            "height": 128,
+        },
     ],
     ids=lambda changes: next(iter(changes)),
 )

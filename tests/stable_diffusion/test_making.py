@@ -16,17 +16,11 @@ from torch import Tensor
 
 from modules.errors import OptionError
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import (
-    AskedPicture,
-    Idea,
-    PictureSettings,
-    SecondStart,
-    SizeConditions,
-    UnetCall,
-)
+from stable_diffusion.contract import AskedPicture, Idea, PictureSettings, SecondStart, UnetCall
 from stable_diffusion.making import Maker, time_ids
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.pixels import decode_latents, encode_pixels, to_image, to_pixels, vae_batch
+from stable_diffusion.sampling_options import SizeOptions
 from stable_diffusion.text import Texts
 from tests.parity.stable_diffusion import generators, their_scheduler, write_mask, write_picture
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sdxl
@@ -229,7 +223,7 @@ def test_what_cannot_start_is_refused(maker: Maker, tmp_path: Path) -> None:
 
 
 def test_xl_is_told_sizes(tmp_path: Path) -> None:
-    sizes = SizeConditions(original_width=512, original_height_negative=100, crop_top=3, crop_left=4)
+    sizes = SizeOptions(original_width=512, original_height_negative=100, crop_top=3, crop_left=4)
     settings = replace(SETTINGS, height=48, sizes=sizes)
     assert time_ids(settings, negative=False).tolist() == [[48, 512, 3, 4, 48, 32]]
     assert time_ids(settings, negative=True).tolist() == [[100, 512, 3, 4, 48, 32]]
