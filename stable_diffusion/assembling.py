@@ -14,7 +14,6 @@ from modules.checkpoints.dialects import count
 from stable_diffusion.clip_vision import PictureVectors, check_vision
 from stable_diffusion.contract import AskedPicture, Idea, Model
 from stable_diffusion.control_net import check_control_nets, load_control_nets
-from stable_diffusion.deep_shrink import DeepShrinks
 from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import check_attention, load_release, open_release
@@ -23,6 +22,7 @@ from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions, put_back
 from stable_diffusion.samplers import check_sampling
+from stable_diffusion.small_start import DeepShrinks
 from stable_diffusion.starting import check_painting
 from stable_diffusion.text import Texts, check_texts
 

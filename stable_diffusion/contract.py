@@ -15,8 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from encoders.clip_layers import ClipText
-from stable_diffusion.sampling_options import SizeOptions
-from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions
+from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, SizeOptions
 
 
 @dataclass(frozen=True)

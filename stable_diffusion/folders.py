@@ -17,11 +17,10 @@ from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
+from stable_diffusion.checkpoints import LATENT_CHANNELS, LEVELS, USES, UnetSizes, VaeSizes, vae_sources
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.kinds import GIVE, Marks
 from stable_diffusion.text_checkpoints import TextPlan, read_folder_text
-from stable_diffusion.unet_checkpoints import USES, UnetSizes
-from stable_diffusion.vae_checkpoints import LATENT_CHANNELS, LEVELS, VaeSizes, vae_sources
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.command import as_typed
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, ModelKind
-from stable_diffusion.model_options import ModelOptions
+from stable_diffusion.options import ModelOptions
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."

@@ -16,8 +16,7 @@ from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
 from modules.media.reading import folder_images, image_size, read_tags
 from modules.options import option_values
-from stable_diffusion.options import GenImgOptions
-from stable_diffusion.prompt_options import PictureInputOptions
+from stable_diffusion.options import GenImgOptions, PictureInputOptions
 
 logger = logging.getLogger(__name__)
 

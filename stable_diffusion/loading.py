@@ -27,6 +27,14 @@ from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing
 from modules.speed_options import AttentionChoice
+from stable_diffusion.checkpoints import (
+    SIZE_NUMBERS,
+    UnetSizes,
+    VaeSizes,
+    band_convolutions,
+    read_unet,
+    read_vae,
+)
 from stable_diffusion.contract import SD2, SDXL, Model, ModelKind, TextTower
 from stable_diffusion.folders import (
     PATTERNS,
@@ -37,11 +45,9 @@ from stable_diffusion.folders import (
     read_folder_vae,
 )
 from stable_diffusion.kinds import EMA, GIVE, UNET, Marks, check_told, read_marks
-from stable_diffusion.model_options import ModelOptions
+from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan, read_texts, state_width
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, find_tokenizers
-from stable_diffusion.unet_checkpoints import SIZE_NUMBERS, UnetSizes, read_unet
-from stable_diffusion.vae_checkpoints import VaeSizes, band_convolutions, read_vae
 
 logger = logging.getLogger(__name__)
 

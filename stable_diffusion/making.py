@@ -26,15 +26,27 @@ from stable_diffusion.contract import (
     SecondStart,
     TextState,
 )
-from stable_diffusion.gradual_latent import begin_small, check_batch
 from stable_diffusion.guiding import Guides
 from stable_diffusion.loras import ChosenLoras
-from stable_diffusion.passes import UnetPasses, is_guided, make_conditions, make_guidance
-from stable_diffusion.pixels import decode_latents
 from stable_diffusion.regions import Regions, join_parts, split_parts
-from stable_diffusion.samplers import begin_sampling, make_scheduler
+from stable_diffusion.samplers import (
+    UnetPasses,
+    begin_sampling,
+    is_guided,
+    make_conditions,
+    make_guidance,
+    make_scheduler,
+)
 from stable_diffusion.sampling_options import SamplingOptions
-from stable_diffusion.starting import Beginning, begin, check_start, generators_of, strength_of
+from stable_diffusion.small_start import begin_small, check_batch
+from stable_diffusion.starting import (
+    Beginning,
+    begin,
+    check_start,
+    decode_latents,
+    generators_of,
+    strength_of,
+)
 from stable_diffusion.text import Texts
 
 

@@ -51,11 +51,6 @@ def read_regions(path: Path, parts: int, width: int, height: int, color_codes: i
     return regions
 
 
-def whole(parts: int) -> Tensor:
-    """Return regions that all cover the whole picture: P 1 1."""
-    return torch.ones(parts, 1, 1)
-
-
 def resize(regions: Tensor, size: tuple[int, int]) -> Tensor:
     """Return regions B P H W at another size (rows, columns), bilinear: B P h w."""
     if regions.shape[-2:] == size:
@@ -68,17 +63,6 @@ def part_weights(regions: Tensor) -> Tensor:
     total = regions.sum(-3, keepdim=True)
     shared = torch.full_like(regions, 1 / regions.shape[-3])
     return torch.where(total < _DARK, shared, regions / total.clamp(min=_DARK))
-
-
-def part_shares(regions: Tensor) -> Tensor:
-    """Return how much of the picture each part has: regions P H W -> P, of sum 1."""
-    return part_weights(regions).mean((-2, -1))
-
-
-def stack(regions: Sequence[Tensor]) -> Tensor:
-    """Return the regions of the pictures of a batch, P H W each (or P 1 1), as B P H W."""
-    height, width = (max(region.shape[axis] for region in regions) for axis in (-2, -1))
-    return torch.stack([region.expand(-1, height, width) for region in regions])
 
 
 SEPARATOR = " AND "
@@ -99,7 +83,7 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
     pooled = [state.pooled for state in states if state.pooled is not None]
     if not pooled:
         return TextState(context)
-    shares = part_shares(regions).to(pooled[0].device, torch.float32)
+    shares = part_weights(regions).mean((-2, -1)).to(pooled[0].device, torch.float32)
     mean = (torch.stack(pooled).float() * shares[:, None]).sum(0)
     return TextState(context, mean.to(pooled[0].dtype))
 
@@ -147,7 +131,7 @@ class Regions:
         """
         parts = picture.settings.parts
         if picture.mask is None:
-            return whole(parts)
+            return torch.ones(parts, 1, 1)
         check_regions(parts, len(self._layers), self._is_folded)
         return read_regions(picture.mask, parts, width, height, self._color_codes)
 
@@ -160,7 +144,9 @@ class Regions:
         if pictures[0].settings.parts == 1:
             yield None
             return
-        batch = _Batch(stack([self.of(picture, width, height) for picture in pictures]))
+        found = [self.of(picture, width, height) for picture in pictures]
+        rows, columns = (max(region.shape[axis] for region in found) for axis in (-2, -1))
+        batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in found]))
         with contextlib.ExitStack() as stack_of_changes:
             stack_of_changes.callback(self._take_out)
             batch.enter(self._unet, stack_of_changes)

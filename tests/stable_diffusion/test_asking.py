@@ -12,8 +12,7 @@ from stable_diffusion.asking import Asking, batches, check_line, make_seeds
 from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings
 from stable_diffusion.lines import Inputs, Line, find_inputs
 from stable_diffusion.options import GenImgOptions
-from stable_diffusion.sampling_options import SizeOptions
-from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions
+from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, SizeOptions
 from tests.stable_diffusion.asked import options, write_picture
 
 A = Line("the prompt", "a cat")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stable_diffusion.chunks import (
+from stable_diffusion.tokenizers import (
     Chunk,
     Part,
     cut_into_chunks,

@@ -12,8 +12,8 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
 from stable_diffusion.contract import AskedPicture, PictureSettings, UnetCall
-from stable_diffusion.deep_shrink import DeepShrinks
-from stable_diffusion.shrink_options import DeepShrinkOptions
+from stable_diffusion.sampling_options import DeepShrinkOptions
+from stable_diffusion.small_start import DeepShrinks
 from tests.tiny.stable_diffusion import KINDS, unet_state
 
 

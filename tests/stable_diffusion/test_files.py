@@ -11,9 +11,9 @@ from modules.atomic_write import claim_name
 from modules.errors import OptionError
 from modules.media.reading import read_tags
 from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings
-from stable_diffusion.files import PictureFiles
+from stable_diffusion.options import PictureOutputOptions
 from stable_diffusion.prompt_lines import LONGEST_NAME, read_line
-from stable_diffusion.prompt_options import PictureOutputOptions
+from stable_diffusion.run import PictureFiles
 from stable_diffusion.sampling_options import SizeOptions
 from tests.stable_diffusion.asked import options
 

@@ -13,9 +13,9 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
 from stable_diffusion.contract import AskedPicture, PictureSettings
-from stable_diffusion.gradual_latent import begin_small, check_batch, plan_growth, size_at
 from stable_diffusion.samplers import begin_sampling, make_scheduler
-from stable_diffusion.shrink_options import GradualLatentOptions, Unsharp
+from stable_diffusion.sampling_options import GradualLatentOptions, Unsharp
+from stable_diffusion.small_start import begin_small, check_batch, plan_growth, size_at
 
 GRADUAL = GradualLatentOptions(
     gradual_latent_timesteps=750, gradual_latent_ratio_step=0.25, gradual_latent_every_n_steps=2

@@ -20,7 +20,7 @@ from stable_diffusion.guiding import load_vgg16
 from stable_diffusion.highres import make_pictures, prepare_highres
 from stable_diffusion.making import Maker
 from stable_diffusion.options import read_gen_img
-from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions
+from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions
 from tests.parity.stable_diffusion import (
     CLASSES,
     Files,

@@ -16,7 +16,7 @@ from modules.atomic_write import save_tensors
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import AskedPicture, Made, PictureSettings, SecondStart
 from stable_diffusion.highres import make_pictures, prepare_highres, read_args
-from stable_diffusion.shrink_options import HighresOptions
+from stable_diffusion.sampling_options import HighresOptions
 from tests.tiny.post_upscaling import rrdb_weights
 
 OPTIONS = HighresOptions(highres_fix_scale=0.5, highres_fix_steps=7)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from modules.errors import OptionError
+from stable_diffusion.checkpoints import band_convolutions
 from stable_diffusion.contract import SD2, SDXL, Model
-from stable_diffusion.vae_checkpoints import band_convolutions
 from tests.stable_diffusion.loaded import load
 from tests.tiny.stable_diffusion import (
     KINDS,

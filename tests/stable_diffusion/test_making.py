@@ -19,8 +19,8 @@ from stable_diffusion.assembling import assemble
 from stable_diffusion.contract import AskedPicture, Idea, PictureSettings, SecondStart, UnetCall
 from stable_diffusion.making import Maker, time_ids
 from stable_diffusion.options import read_gen_img
-from stable_diffusion.pixels import decode_latents, encode_pixels, to_image, to_pixels, vae_batch
 from stable_diffusion.sampling_options import SizeOptions
+from stable_diffusion.starting import decode_latents, encode_pixels, to_image, to_pixels, vae_batch
 from stable_diffusion.text import Texts
 from tests.parity.stable_diffusion import generators, their_scheduler, write_mask, write_picture
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sdxl

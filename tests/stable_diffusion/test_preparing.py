@@ -10,8 +10,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from modules.errors import MediaError, OptionError
+from stable_diffusion.control_net import GuideImages
 from stable_diffusion.control_options import CannyThresholds, ControlOptions, ControlUse, check_control
-from stable_diffusion.preparing import GuideImages
 from tests.stable_diffusion.controlling import picture, write_guide
 
 NONE, CANNY = (ControlUse(Path("net"), canny, 1.0, 1.0) for canny in (None, CannyThresholds(63, 191)))

@@ -4,7 +4,7 @@ import pytest
 
 from modules.errors import OptionError
 from stable_diffusion.options import GenImgOptions, read_gen_img
-from stable_diffusion.shrink_options import read_unsharp
+from stable_diffusion.sampling_options import read_unsharp
 
 
 def read(*words: object) -> GenImgOptions:
