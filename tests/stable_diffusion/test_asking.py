@@ -176,18 +176,6 @@ def test_a_line_that_cannot_be_used_is_found_before_a_model_is_loaded(line: str,
     assert words in str(caught.value)
 
 
-def test_multipliers_need_networks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        (found,) = ask(options(), Line("", "a --am 1,0.5"))
-    assert found.settings.multipliers is None
-    assert "--am is ignored because there are no --network_weights" in caplog.text
-    (file := tmp_path / "a.safetensors").touch()
-    (found,) = ask(options("--network_weights", file, file), Line("", "a --am 1,0.5"))
-    assert found.settings.multipliers == (1.0, 0.5)
-    with pytest.raises(OptionError, match="--am has 3 strengths for 2 networks"):
-        check_line(options("--network_weights", file, file), Line("", "a --am 1,2,3"))
-
-
 def test_what_does_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked = options("--crop_top", 0)
     with caplog.at_level(logging.WARNING):
@@ -241,21 +229,6 @@ def test_each_picture_takes_as_many_guides_as_there_are_control_nets(tmp_path: P
     with pytest.raises(OptionError, match="6 pictures for 7 ControlNets. Give one for each"):
         find_inputs(prompts, 7)
     assert Inputs().guides_of(3) == ()
-
-
-def test_metadata_of_a_picture_is_its_prompt_as_it_is(tmp_path: Path) -> None:
-    paths = [write_picture(tmp_path / f"{name}.png") for name in "ab"]
-    lines = [
-        Line("a", "a {b|c} --d 5", "bad --s 3", image_number=0),
-        Line("b", "second", "", image_number=1),
-    ]
-    asked = options("--image_path", tmp_path, "--seed", 1, "--images_per_prompt", 2)
-    found = ask(asked, *lines, inputs=Inputs(images=tuple(paths)))
-
-    assert [picture.prompt for picture in found] == ["a {b|c} --d 5"] * 2 + ["second"] * 2
-    assert [picture.negative_prompt for picture in found] == ["bad --s 3"] * 2 + [""] * 2
-    assert [picture.image for picture in found] == [paths[0]] * 2 + [paths[1]] * 2
-    assert len({picture.seed for picture in found}) == 4
 
 
 def test_a_mask_needs_a_picture_or_parts(tmp_path: Path) -> None:

@@ -71,13 +71,6 @@ def test_the_same_command_has_the_same_seeds(tmp_path: Path) -> None:
     assert all(sorted(labels) == sorted(rounds[0]) for labels in rounds)
 
 
-def test_a_round_may_have_one_seed_for_all_prompts(tmp_path: Path) -> None:
-    path = write_lines(tmp_path, "a", "b")
-    maker = run(tmp_path, "--from_file", path, "--n_iter", 2, "--iter_same_seed", "--seed", 1)
-    seeds = [picture.seed for picture in maker.pictures]
-    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
-
-
 # Failures
 
 

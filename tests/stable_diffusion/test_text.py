@@ -18,7 +18,7 @@ from modules.errors import OptionError
 from stable_diffusion.contract import Model
 from stable_diffusion.loading import load_model
 from stable_diffusion.options import read_gen_img
-from stable_diffusion.text import Texts, weigh_states
+from stable_diffusion.text import Texts
 from stable_diffusion.text_checkpoints import read_folder_text
 from tests.stable_diffusion.text_towers import make_towers, text_options
 from tests.tiny import stable_diffusion as tiny
@@ -210,17 +210,3 @@ def test_each_encoder_runs_once_for_a_text_and_then_never(kind: str) -> None:
     assert shapes == [(2, 77)] * len(towers)
     texts.encode("a (red:1.3) cat " * 50, networks=(0.5,))  # with other LoRAs it is another state
     assert len(shapes) == 2 * len(towers)
-
-
-@pytest.mark.parametrize(("mode", "mean"), [("original", 1.5), ("abs", 2.0), ("none", None)])
-def test_what_weights_leave_unchanged(mode: str, mean: float | None) -> None:
-    states = torch.tensor([[1.0, -1.0], [4.0, 2.0]])
-    found = weigh_states(states, [3.0, 1.0], mode)
-    ratio = found / (states * torch.tensor([[3.0], [1.0]]))
-    torch.testing.assert_close(ratio, ratio[:1, :1].expand(2, 2))
-    if mean is None:
-        assert ratio[0, 0] == 1
-    else:
-        assert float((found.abs() if mode == "abs" else found).mean()) == pytest.approx(mean)
-    assert weigh_states(states, [1.0, 1.0], mode) is states
-    assert weigh_states(states.zero_(), [3.0, 1.0], mode).isfinite().all()

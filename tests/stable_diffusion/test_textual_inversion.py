@@ -99,21 +99,6 @@ def test_words_are_found_alone_the_longest_first() -> None:
     assert found("noblob blobby blob_x") == tokenize("noblob blobby blob_x")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"a": vectors(), "b": vectors()}, "is not a textual inversion: it holds a, b"),
-        ({"emb_params": torch.ones(2, 2, 2)}, "no row of vectors"),
-        ({"emb_params": torch.ones(2, 2, dtype=torch.int64)}, "no row of vectors"),
-        ({"emb_params": torch.full((2, TEXT_DIM), float("nan"))}, "NaN or infinite"),
-        ({"clip_l": vectors(1), "clip_g": vectors(2)}, "unequal numbers of vectors"),
-    ],
-)
-def test_other_files_are_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        read_words([write(tmp_path / "blob.safetensors", content)])
-
-
 def test_harmful_tensors_are_refused(tmp_path: Path) -> None:
     """A few bytes repeated over a shape that no memory holds; a container without its own fields."""
     huge = torch.ones(1, 1).expand(10**9, TEXT_DIM)

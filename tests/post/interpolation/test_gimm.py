@@ -68,16 +68,6 @@ def test_another_network_is_named(tmp_path: Path) -> None:
         read_raft(checkpoint)
 
 
-def test_a_pair_has_the_same_pictures_alone_and_among_others(tmp_path: Path) -> None:
-    """Several times of a pair share all but the last steps, which changes no bit."""
-    whole = tiny_interpolation()
-    first, second = (whole.frame(torch.rand(1, 3, 128, 128)) for _ in range(2))
-    together = list(whole.between(first, second, (0.25, 0.5, 0.75)))
-    for time, picture in zip((0.25, 0.5, 0.75), together, strict=True):
-        (alone,) = whole.between(first, second, (time,))
-        assert torch.equal(alone, picture)
-
-
 def test_a_smaller_size_for_the_flow_enlarges_only_what_is_blended() -> None:
     """A plain computation of the last step at full size from what is found at half the size."""
     whole = tiny_interpolation(ds_factor=0.5)
