@@ -4,7 +4,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -113,11 +113,6 @@ def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
     return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
 
 
-def add_done(said: Mapping[str, str], done: Sequence[str]) -> dict[str, str]:
-    """Return a file's earlier metadata, and the steps done since."""
-    return {**said, **number_done(said, done)}
-
-
 SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures reads it
 
 
@@ -136,7 +131,7 @@ def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str],
     assert len(made) == 1, f"{len(made)} pictures of one"
     texts = read_tags(job.source)
     texts = without_pictures(job.source, texts) if hides else texts
-    write_png(job.output, in_eight_bits(made[0].pixels), add_done(texts, done))
+    write_png(job.output, in_eight_bits(made[0].pixels), {**texts, **number_done(texts, done)})
     logger.info("%s", job.output)
 
 

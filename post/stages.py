@@ -175,11 +175,7 @@ class PostTools:
             Path("the video"), width, height, None if is_single else rate, 1 if is_single else None, False
         )
         clips = results(self._stages, clip)
-        pictures = _as_pictures(chain([first], frames), 1 / rate)
+        numbered = enumerate(chain([first], frames))
+        pictures = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
         made = (in_eight_bits(picture.pixels) for picture in lead_through(self._stages, pictures, clips))
         return made, float(clips[-1].rate or fps)
-
-
-def _as_pictures(frames: Iterator[Frame], seconds: Fraction) -> Iterator[Picture]:
-    for index, frame in enumerate(frames):
-        yield Picture(frame, index * seconds, seconds)

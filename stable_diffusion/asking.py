@@ -220,8 +220,11 @@ def settle(
     sampling = options.sampling
     width, height = sampling.width, sampling.height
     if width is None or height is None:
-        usual = (kind.size, kind.size) if image is None else _latent_size(image)
-        width, height = width or usual[0], height or usual[1]
+        usual = (kind.size, kind.size) if image is None else image_size(image)
+        # of a picture, cut down to multiples that the VAE can make
+        width, height = (
+            side or max(whole // SIDE, 1) * SIDE for side, whole in zip((width, height), usual, strict=True)
+        )
     shrink, gradual = options.deep_shrink, options.gradual_latent
     _warn_of_unused(options, values, kind, image)
     return PictureSettings(
@@ -263,12 +266,6 @@ def _warn_of_unused(
         ]
         if is_off and unused:
             logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
-
-
-def _latent_size(image: Path) -> tuple[int, int]:
-    """Return a picture's width and height, cut down to multiples that the VAE can make."""
-    width, height = (max(side // SIDE, 1) * SIDE for side in image_size(image))
-    return width, height
 
 
 def batches(pictures: Iterable[AskedPicture], size: int) -> Iterator[list[AskedPicture]]:

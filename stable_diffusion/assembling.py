@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modules.checkpoints.dialects import count
 from stable_diffusion.clip_vision import PictureVectors, check_vision
-from stable_diffusion.contract import AskedPicture, Idea, Model
+from stable_diffusion.contract import AskedPicture, Idea
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.lllites import check_lllites, load_lllites
@@ -98,6 +98,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> LoadedPipeline:
     Raises OptionError or CheckpointError, if possible before any network is loaded.
     """
     check_attention(options.model, device)
+    strength = options.text.clip_vision_strength
     loras = read_networks(options.networks) if options.networks.network_weights else []
     with ExitStack() as files:
         release = open_release(options.model, files)
@@ -111,7 +112,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> LoadedPipeline:
         configs = [plan.network.config for plan in release.texts]
         check_texts(options.text, release.kind, configs, list(layers))
         check_guides(options.guides)
-        if options.text.clip_vision_strength is not None:
+        if strength is not None:
             check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
         model = load_release(options.model, release, device)
     # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
@@ -133,14 +134,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> LoadedPipeline:
             () if networks is None else networks.layers,
             options.networks.network_regional_mask_max_color_codes,
         ),
-        _vision(options, model),
+        None if strength is None else PictureVectors(model, options.model.tokenizer_cache_dir, strength),
         load_guides(options.guides, model),
     )
     return LoadedPipeline(maker, networks)
-
-
-def _vision(options: GenImgOptions, model: Model) -> PictureVectors | None:
-    strength = options.text.clip_vision_strength
-    if strength is None:
-        return None
-    return PictureVectors(model, options.model.tokenizer_cache_dir, strength)

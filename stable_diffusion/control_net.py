@@ -124,18 +124,14 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
         with open_control_net(use.path) as checkpoint:
             plan = read_control_net(use.path, checkpoint, model.unet.config, model.kind.words)
             network = load_control_net(plan, model.unet, model.device, model.dtype)
-        _set_up_as(model.unet, network)
+        # it computes as the U-Net does: the package for attention, the layout in memory
+        if any(isinstance(each, XFormersAttnProcessor) for each in model.unet.attn_processors.values()):
+            network.set_attn_processor(XFormersAttnProcessor())
+        if model.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
+            network.to(memory_format=torch.channels_last)
         networks.append(network)
         logger.info("ControlNet %s (%s)", use.path, dtype_name(model.dtype))
     return ControlNets(networks, options.uses, model)
-
-
-def _set_up_as(unet: Any, network: Any) -> None:
-    """Have a ControlNet compute as the U-Net does: the package for attention, the layout in memory."""
-    if any(isinstance(each, XFormersAttnProcessor) for each in unet.attn_processors.values()):
-        network.set_attn_processor(XFormersAttnProcessor())
-    if unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
-        network.to(memory_format=torch.channels_last)
 
 
 # Guide images of ControlNets: read, resized to the picture's size and prepared.
@@ -210,15 +206,9 @@ def prepare(image: Frame, canny: CannyThresholds | None, width: int, height: int
     """Return an image, H W 3, at a size. canny: thresholds of the edges that are drawn in its place."""
     if image.shape[:2] != (height, width):
         image = resize_frame(image, (width, height), "lanczos")
-    # edges are found at the picture's size, so that lines stay one pixel wide
-    return image if canny is None else draw_edges(image, canny)
-
-
-def draw_edges(image: Frame, thresholds: CannyThresholds) -> Frame:
-    """Return the edges of an image, white on black: H W 3 of H W 3.
-
-    Canny's method on the grey image, without blurring it. Source: Canny 1986, in OpenCV's form.
-    """
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    edges = cv2.Canny(grey, thresholds.low, thresholds.high)
+    if canny is None:
+        return image
+    # found at the picture's size, so that lines stay one pixel wide; white on black. Canny's method on the
+    # grey image, without blurring it. Source: Canny 1986, in OpenCV's form
+    edges = cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), canny.low, canny.high)
     return np.repeat(np.asarray(edges, dtype=np.uint8)[..., None], 3, axis=2)

@@ -96,7 +96,8 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     _fill(networks, release, META, dtype, vae_dtype)  # compares names and shapes; reads nothing
     _log(release, dtype, vae_dtype, has_own_vae=options.vae is None)
     _fill(networks, release, device, dtype, vae_dtype)
-    projections = [_read_projection(plan, device, dtype) for plan in release.texts]
+    read = [None if plan.projection is None else plan.projection.read() for plan in release.texts]
+    projections = [None if one is None else one.to(device, dtype) for one in read]
     towers = tuple(
         _tower(release, number, network, words, projection)
         for number, (network, words, projection) in enumerate(
@@ -312,10 +313,6 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
     except OptionError as error:
         given = "--xformers" if options.xformers else "--diffusers_xformers"
         raise OptionError(str(error).replace("--xformers", given)) from error
-
-
-def _read_projection(plan: TextPlan, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    return None if plan.projection is None else plan.projection.read().to(device, dtype)
 
 
 def _tower(

@@ -73,7 +73,9 @@ class PictureFiles:
         if picture.file_name is not None:
             return _named(picture.file_name.removesuffix(".png"), digit)
         if self.options.use_original_file_name and picture.image is not None:
-            return _named(_storable(picture.image.stem), digit)
+            # without control codes, in so many bytes as --f may have
+            stem = replace_control_codes(picture.image.stem).encode("utf-8")[:LONGEST_NAME]
+            return _named(stem.decode("utf-8", "ignore"), digit)
         if self.options.sequential_file_name:
             return self._numbered(f"im_{digit}")
         start = f"im_{self.now():%Y%m%d%H%M%S}_{digit}"
@@ -99,11 +101,6 @@ class PictureFiles:
                 if is_ours and not path.exists():
                     yield path
                     return
-
-
-def _storable(stem: str) -> str:
-    """Return the stem of an input picture's name without control codes, in so many bytes as --f may have."""
-    return replace_control_codes(stem).encode("utf-8")[:LONGEST_NAME].decode("utf-8", "ignore")
 
 
 def _named(stem: str, digit: str) -> Iterator[str]:

@@ -82,13 +82,6 @@ def input_blocks(unet: Any) -> list[nn.Module]:
     return blocks
 
 
-def active_depth(shrink: DeepShrinkOptions, timestep: float) -> int | None:
-    """Return the depth at which features are made smaller at a timestep; None: they stay as they are."""
-    if timestep >= shrink.ds_timesteps_1:
-        return shrink.ds_depth_1
-    return shrink.ds_depth_2 if timestep >= shrink.ds_timesteps_2 else None
-
-
 def make_smaller(features: Tensor, ratio: float) -> Tensor:
     """Return features B C h w with sides times `ratio`, rounded down but at least 1; bicubic, in float32."""
     height, width = features.shape[-2:]
@@ -123,7 +116,11 @@ class _Shrinking:
     skips: list[Size] = field(default_factory=list)
 
     def __call__(self, call: UnetCall) -> UnetCall:
-        self.depth = active_depth(self.shrink, call.timestep)
+        shrink = self.shrink
+        if call.timestep >= shrink.ds_timesteps_1:
+            self.depth = shrink.ds_depth_1
+        else:
+            self.depth = shrink.ds_depth_2 if call.timestep >= shrink.ds_timesteps_2 else None
         self.has_acted = self.has_acted or self.depth is not None
         height, width = call.sample.shape[-2:]
         self.size = height, width

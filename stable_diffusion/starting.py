@@ -99,11 +99,6 @@ def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
     return (values >= 0.5).float()[None, None]
 
 
-def mask_latents(mask: Tensor) -> Tensor:
-    """Return a mask B 1 H W at the size of latents: B 1 h w, each the upper left pixel of its square."""
-    return mask[:, :, ::STRIDE, ::STRIDE]
-
-
 @dataclass(frozen=True, eq=False)
 class Inpainting:
     """Stands around the steps of a sampler. After each of them latents are
@@ -221,8 +216,9 @@ def begin(
     if not is_painted:
         return Beginning(latents.unsqueeze(2), sampler)
 
-    masks = torch.cat([_mask(picture) for picture in pictures])
-    small = mask_latents(masks).to(device)
+    given = [read_picture(picture.mask) for picture in pictures if picture.mask is not None]
+    masks = torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in given])
+    small = masks[:, :, ::STRIDE, ::STRIDE].to(device)  # B 1 h w: the upper left pixel of each square
     # drawn whether the U-Net sees it or not, as in diffusers' pipeline: the steps' noise comes after it
     left = None if pixels is None else encode_pixels(model, pixels * (1 - masks), generators)
     if model.is_inpainting:
@@ -241,11 +237,6 @@ def _pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tens
     else:
         images = [read_picture(picture.image) for picture in pictures if picture.image is not None]
     return torch.cat([to_pixels(image, settings.width, settings.height) for image in images])
-
-
-def _mask(picture: AskedPicture) -> Tensor:
-    assert picture.mask is not None
-    return mask_pixels(read_picture(picture.mask), picture.settings.width, picture.settings.height)
 
 
 # Pictures to latents and back, by the autoencoder of a model. Pixels are B 3 H W, -1..1.

@@ -136,10 +136,6 @@ class _Bracket:
     is_round: bool
     weight: float
 
-    @staticmethod
-    def opened_by(character: str) -> "_Bracket":
-        return _Bracket(True, USUAL) if character == "(" else _Bracket(False, 1 / USUAL)
-
 
 # What a prompt consists of, in order: a text, a bracket that opens (True) or closes (False), BREAK (None).
 _Event = str | tuple[_Bracket, bool] | None
@@ -195,7 +191,7 @@ def _read_mark(mark: re.Match[str], stacks: dict[bool, list[_Bracket]]) -> list[
     if mark["escaped"]:
         return [mark["escaped"]]
     if mark["bracket"] in ("(", "["):
-        bracket = _Bracket.opened_by(mark["bracket"])
+        bracket = _Bracket(True, USUAL) if mark["bracket"] == "(" else _Bracket(False, 1 / USUAL)
         stacks[bracket.is_round].append(bracket)
         return [(bracket, True)]
     stack = stacks[mark["bracket"] != "]"]

@@ -171,7 +171,9 @@ class Companions:
             self._add_picture(target, stream, name)
         elif stream.type == "attachment":
             self._add_attachment(target, stream, name)
-        elif stream.type == "data" and _is_written_anew(stream):
+        elif stream.type == "data" and (
+            int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata
+        ):  # chapters or a time code, which FFmpeg writes anew in MP4 and MOV
             return
         elif self._is_playable(stream) and self._can_hold(stream):
             self._add_copy(target, stream, name)
@@ -254,7 +256,9 @@ class Companions:
             self._leave_out(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        if not self._covers and not _is_font(stream):
+        tags = [stream.metadata.get(key, "").lower() for key in ("filename", "mimetype")]
+        is_font = tags[0].endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2")) or "font" in tags[1]
+        if not self._covers and not is_font:  # subtitles need fonts
             self._leave_out(name, "there may be a picture in it, that no tool has worked on", remedy="")
         elif self._suffix == ".mkv":
             mimetype = stream.metadata.get("mimetype", "application/octet-stream")
@@ -311,12 +315,6 @@ def needs_own_tags(tags: Iterable[str]) -> bool:
     return any(name.lower() not in _MP4_TAGS for name in tags)
 
 
-def _is_font(stream: Any) -> bool:
-    """Return whether an attachment is a font, as subtitles need them."""
-    name, kind = (stream.metadata.get(key, "").lower() for key in ("filename", "mimetype"))
-    return name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2")) or "font" in kind
-
-
 def _copy(packet: Any) -> list[Any]:
     return [packet] if packet.size else []
 
@@ -325,11 +323,6 @@ def _first_packet(container: Any, index: int) -> Any | None:
     """Return the first packet of a stream, if it is at the beginning of a file that has just been opened."""
     beginning = itertools.islice(container.demux(), _BEGINNING)
     return next((packet for packet in beginning if packet.stream.index == index and packet.size), None)
-
-
-def _is_written_anew(stream: Any) -> bool:
-    """Return whether a stream holds chapters or a time code, which FFmpeg writes anew in MP4 and MOV."""
-    return int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata
 
 
 def _name(stream: Any) -> str:

@@ -165,7 +165,8 @@ class Clock:
         if time < self._previous - FALL_SECONDS:
             self._shift += self._previous + self._step - time
             time = self._previous + self._step
-        snapped = self._snap(time)
+        nearest = self._origin + round((time - self._origin) / self._step) * self._step
+        snapped = nearest if abs(nearest - time) <= self._tolerance else time
         # pictures that claim the same moment are shown one after the other, before the next one's turn
         self._previous = next(
             (one for one in (snapped, time) if one > self._previous), self._previous + self._step / 4
@@ -177,11 +178,6 @@ class Clock:
         if seconds is None or abs(seconds - self._step) <= self._tolerance:
             return self._step
         return seconds
-
-    def _snap(self, time: Fraction) -> Fraction:
-        assert self._origin is not None
-        nearest = self._origin + round((time - self._origin) / self._step) * self._step
-        return nearest if abs(nearest - time) <= self._tolerance else time
 
 
 def _plain_rate(stream: Any) -> Fraction:

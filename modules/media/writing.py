@@ -222,7 +222,10 @@ def write_shown(
         name_write_errors(),
         _open_others(companions_of, section_of, suffix, rate, covers) as others,
     ):
-        all_tags = _joined_tags(others.tags if others else {}, tags or {})
+        given = tags or {}
+        replaced = {name.lower() for name in given}  # whatever their case, which .mkv does not keep
+        old = others.tags if others else {}
+        all_tags = {name: text for name, text in old.items() if name.lower() not in replaced} | dict(given)
         options = _shown_options(suffix, rate, all_tags)
         with create_container(temporary, suffix, all_tags, options) as container:
             stream = add_video_stream(container, kind, first.pixels, rate, crf=crf, preset=preset)
@@ -268,12 +271,6 @@ def _shown_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict
         options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
         options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(tags)
     return options
-
-
-def _joined_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
-    """Return all tags; new ones replace old ones whatever their case, which .mkv does not keep."""
-    replaced = {name.lower() for name in new}
-    return {name: value for name, value in old.items() if name.lower() not in replaced} | dict(new)
 
 
 def _create(path: Path, suffix: str, tags: Mapping[str, str] | None) -> Any:

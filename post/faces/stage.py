@@ -115,7 +115,9 @@ def paste(
     once.
     """
     canvas = enlarge(pixels, upscale)
-    to_canvas = _to_canvas(pixels, canvas)
+    across, down = canvas.shape[1] / pixels.shape[1], canvas.shape[0] / pixels.shape[0]
+    # from places in the picture to those in the enlarged one; pixels have centres
+    to_canvas = np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
     back = [to_canvas @ _whole(cv2.invertAffineTransform(matrix)) for matrix in matrices]
     areas = [_area(matrix, size, (canvas.shape[1], canvas.shape[0])) for matrix in back]
     left, top = (min(area[side] for area in areas) for side in (0, 1))
@@ -136,12 +138,6 @@ def paste(
     result: Pixels = canvas.copy()
     result[top:bottom, left:right] = np.rint(region).clip(0, most)
     return result
-
-
-def _to_canvas(pixels: Pixels, canvas: Pixels) -> Matrix:
-    """Return the matrix from places in the picture to those in the enlarged one, 3 3; pixels have centres."""
-    across, down = canvas.shape[1] / pixels.shape[1], canvas.shape[0] / pixels.shape[0]
-    return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
 
 
 def _whole(matrix: object) -> Matrix:

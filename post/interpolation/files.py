@@ -285,7 +285,11 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
 
     with open_checkpoint(files.main) as checkpoint:
         plan = read_gimm(checkpoint)
-        _require_kind(plan, kind, files.main)
+        if is_with_raft(plan.config) != (kind == WITH_RAFT):
+            other = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
+            raise CheckpointError(
+                f"{files.main} is a file of {other}, not of {kind}. Use --mode {other}.", files.main
+            )
         motion = replace(
             plan.config.motion,
             coordinates=settings.coordinates,
@@ -315,12 +319,6 @@ def _load_estimator(
     first, second = (stage.width for stage in plan.config.context)
     widths = (first, second, plan.config.matching)
     return load_planned(plan, FlowFormer, device, torch.float32, OPTION), widths
-
-
-def _require_kind(plan: LoadPlan[GimmConfig], kind: str, path: Path) -> None:
-    if is_with_raft(plan.config) != (kind == WITH_RAFT):
-        other = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
-        raise CheckpointError(f"{path} is a file of {other}, not of {kind}. Use --mode {other}.", path)
 
 
 def _require_fitting(config: SynthesisConfig, found: tuple[int, int, int], files: ModelFiles) -> None:
