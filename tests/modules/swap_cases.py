@@ -25,8 +25,8 @@ from tests.modules.fake_device import FakeDevice, hide
 from tests.tiny import dits, framepack_dit, hunyuan_dit, wan_dit
 from tests.tiny.loras import make_lora
 from tests.wan.test_model import tiny_inputs as wan_inputs
-from wan.configs import DIT as WAN
 from wan.model import WanModel
+from wan.spec import DIT as WAN
 
 CPU = torch.device("cpu")
 

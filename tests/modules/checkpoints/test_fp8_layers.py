@@ -30,7 +30,7 @@ from tests.commands import ROOT, run_python
 from tests.fp8_reference import quantised_layers
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
-from wan.configs import DIT as WAN_DIT
+from wan.spec import DIT as WAN_DIT
 
 CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
 ROWS, CAST = Quantisation("rows"), Quantisation("cast")

@@ -7,7 +7,7 @@ from modules.offload.swap_plan import SwapPlan, most_blocks, plan_list
 from modules.parser import parse_options
 from modules.speed_options import SwapOptions
 from tests.modules.swap_cases import CASES
-from wan.configs import DIT as WAN
+from wan.spec import DIT as WAN
 
 
 def options(*words: str) -> SwapOptions:
