@@ -42,18 +42,6 @@ def test_the_seed_is_that_of_the_only_picture() -> None:
     assert seeds_of("--seed", 7, "--iter_same_seed") == [7]
 
 
-def test_otherwise_it_starts_the_generator_of_seeds() -> None:
-    four = seeds_of("--seed", 7, "--images_per_prompt", 4)
-
-    assert len(set(four)) == 4
-    assert 7 not in four
-    assert seeds_of("--seed", 7, "--images_per_prompt", 4) == four
-    assert seeds_of("--seed", 7, lines=("a", "b", "c", "d")) == four
-    assert seeds_of("--seed", 8, "--images_per_prompt", 4) != four
-    assert seeds_of("--images_per_prompt", 4) != seeds_of("--images_per_prompt", 4)
-    assert all(0 <= seed < 2**32 for seed in four)
-
-
 def test_a_line_gives_its_seeds_and_the_rest_is_drawn() -> None:
     drawn = seeds_of("--seed", 7, "--images_per_prompt", 2)
 

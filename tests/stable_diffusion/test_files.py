@@ -8,14 +8,12 @@ from PIL import Image
 
 from blissful_tuner.metaview import as_lines, read_file_facts
 from modules.atomic_write import claim_name
-from modules.errors import OptionError
 from modules.media.reading import read_tags
 from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings
 from stable_diffusion.options import PictureOutputOptions
 from stable_diffusion.prompt_lines import LONGEST_NAME, read_line
 from stable_diffusion.run import PictureFiles
 from stable_diffusion.sampling_options import SizeOptions
-from tests.stable_diffusion.asked import options
 
 NOW = datetime(2024, 3, 5, 16, 7, 8)
 PLAIN = AskedPicture("the prompt", "a cat", "", 7, PictureSettings(16, 8, 20, 7.5), "a {cat|dog}")
@@ -121,11 +119,3 @@ def test_they_say_all_of_a_picture_of_xl(tmp_path: Path) -> None:
     }
     shown = list(as_lines([read_file_facts(path)], is_one=True))
     assert {"prompt: a cat", "negative-prompt: schlecht, ü 字", "seed: 7", "scale: 7.5"} <= set(shown)
-
-
-def test_names_of_pictures_need_pictures_and_a_folder_is_none(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--use_original_file_name needs --image_path"):
-        options("--use_original_file_name")
-    (tmp_path / "out").touch()
-    with pytest.raises(OptionError, match="it is a file; give a folder"):
-        options("--outdir", tmp_path / "out")

@@ -17,7 +17,6 @@ from encoders.clip_layers import MEAN, STD, load_clip_vision
 from stable_diffusion.assembling import assemble
 from stable_diffusion.contract import AskedPicture, PictureSettings
 from stable_diffusion.guiding import load_vgg16
-from stable_diffusion.highres import make_pictures, prepare_highres
 from stable_diffusion.making import Maker
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions
@@ -271,22 +270,6 @@ def test_what_changes_the_unet_can_be_steered(sd1: Project, maker: Maker, change
 
     assert made.isfinite().all()
     assert (made - latents_of(replace(maker, guides=None), asked)).abs().max() > 1e-2
-
-
-def test_both_stages_of_highres_fix_are_steered(sd1: Project) -> None:
-    words = ("--highres_fix_scale", "0.5", "--highres_fix_steps", STEPS, "--highres_fix_strength", "1")
-    maker = sd1.load(*words, "--highres_fix_save_1st", **SCALES)
-    given = read_gen_img(None, ["--ckpt", "x", "--prompt", "x", *map(str, words), "--highres_fix_save_1st"])
-    settings = replace(SETTINGS, width=64, height=64)
-
-    def stages(made_by: Maker) -> list[Tensor]:
-        asked = picture(sd1.guide, settings=settings)
-        return [
-            stage.made.latents for stage in make_pictures(made_by, prepare_highres(given.highres), [asked])
-        ]
-
-    for steered, plain in zip(stages(maker), stages(replace(maker, guides=None)), strict=True):
-        assert (steered - plain).abs().max() > 0.05
 
 
 def test_a_control_net_works_beside_guidance_by_a_text(sd1: Project) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from modules.errors import MediaError, OptionError
 from stable_diffusion.control_net import GuideImages
-from stable_diffusion.control_options import CannyThresholds, ControlOptions, ControlUse, check_control
+from stable_diffusion.control_options import CannyThresholds, ControlOptions, ControlUse
 from tests.stable_diffusion.controlling import picture
 
 NONE, CANNY = (ControlUse(Path("net"), canny, 1.0, 1.0) for canny in (None, CannyThresholds(63, 191)))
@@ -65,14 +65,3 @@ def test_values_belong_to_models_in_their_order() -> None:
 def test_values_that_do_not_fit_are_refused(values: dict[str, tuple[object, ...]], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         options_of(**values)
-
-
-def test_missing_pictures_and_deep_shrink_are_refused() -> None:
-    with pytest.raises(OptionError, match="--control_net_models needs --guide_image_path"):
-        check_control(options_of(), None, shrinks=False)
-    with pytest.raises(OptionError, match="--guide_image_path needs --control_net_models"):
-        check_control(options_of(0), (Path("guide.png"),), shrinks=False)
-    check_control(options_of(), (Path("guide.png"),), shrinks=True)  # a ControlNet adds, which can be resized
-    lllites = options_of(control_net_models=None, control_net_lllite_models=(Path("0.safetensors"),))
-    with pytest.raises(OptionError, match="Deep Shrink.*lllite"):
-        check_control(lllites, (Path("guide.png"),), shrinks=True)

@@ -195,20 +195,6 @@ def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> 
     assert all(lora.region is None for layers in loras for lora in layers.values())
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_equal_parts_everywhere_are_the_plain_prompt(kind: str, halves: Path) -> None:
-    unet = tiny_unet(kind)
-    one = a_context(kind, 1, 2)
-    alone = run(unet, a_call(kind, [one], rows=2))
-
-    for mask in (None, halves):
-        with Regions(unet).for_batch([a_picture(mask, parts=3)], WIDTH, HEIGHT) as idea:
-            assert idea is not None
-            made = run(unet, idea(a_call(kind, [one] * 3, rows=2)))
-        torch.testing.assert_close(made, alone, **CLOSE)
-    torch.testing.assert_close(run(unet, a_call(kind, [one], rows=2)), alone, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_region_of_all_is_that_part_alone_with_its_lora(part: int, tmp_path: Path) -> None:
     """Also the rows of the negative text; the other part has a corner that no feature's centre sees."""

@@ -121,14 +121,6 @@ def test_too_little_memory_says_what_to_do(tmp_path: Path) -> None:
 # Two stages
 
 
-def test_both_stages_are_written_with_their_digits(tmp_path: Path) -> None:
-    asked = ("--prompt", "a", "--seed", 4, "--highres_fix_scale", 0.5, "--highres_fix_save_1st")
-    run(tmp_path, *asked)
-    first, second = names(tmp_path)
-    assert first.endswith("_0000_4.png")
-    assert second.endswith("_1000_4.png")
-
-
 # Input pictures
 
 

@@ -176,15 +176,6 @@ def test_weighted_and_long_texts_are_those_of_a_plain_loop(folder: Path, kind: s
             torch.testing.assert_close(found.pooled, pooled, atol=1e-5, rtol=0)
 
 
-def test_a_text_is_filled_up_to_the_chunks_of_another() -> None:
-    texts = Texts(*make_towers("sd2"), text_options("--max_embeddings_multiples", 3))
-    assert texts.chunks("a cat") == 1
-    assert texts.chunks("a " * 80) == 2
-    short, filled = texts.encode("a cat").context, texts.encode("a cat", 2).context
-    empty = texts.encode("").context
-    torch.testing.assert_close(filled, torch.cat([short[:-1], empty[1:]]), atol=1e-5, rtol=0)
-
-
 def test_a_text_that_is_too_long_is_cut_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     texts = Texts(*make_towers("sdxl"), text_options())
     with caplog.at_level(logging.WARNING):

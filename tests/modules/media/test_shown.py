@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from modules.errors import MediaError, OutputError
+from modules.errors import MediaError
 from modules.media.encoding import Picture
 from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_shown, write_video
@@ -227,26 +227,6 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path, error: type[BaseException])
 
     assert [file.name for file in tmp_path.iterdir()] == ["old.mp4"]
     assert (tmp_path / "old.mp4").read_bytes() == b"earlier"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real_open = av.open
-
-    def open_full(file: str, mode: str = "r", **options: object) -> object:
-        return real_open("/dev/full" if mode == "w" else file, mode, **options)
-
-    monkeypatch.setattr(av, "open", open_full)
-    with pytest.raises(OutputError, match=r"clip\.mkv cannot be written: the disk is full"):
-        write_shown(tmp_path / "clip.mkv", shown(at_rate(FILM, 5)), FILM, "prores")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-
-    with pytest.raises(OutputError, match=r"clip\.mkv cannot be written"):
-        write_shown(tmp_path / "file" / "clip.mkv", shown(at_rate(FILM, 2)), FILM, "h264")
 
 
 def test_what_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
