@@ -64,11 +64,10 @@ def _load(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, Any]:
     """Return the stage, the network in it, and the device."""
     from modules.devices import choose_device
     from post.interpolation.files import load_networks
-    from post.interpolation.gimm import Interpolation
-    from post.interpolation.options import InterpolationOptions
+    from post.interpolation.motion import Interpolation
     from post.interpolation.stage import Interpolator
-    from post.precision import network_dtype
-    from post.run_options import ToolNetworkOptions
+    from post.options import InterpolationOptions, ToolNetworkOptions
+    from post.tiling import network_dtype
     from tests.manifests import tensor_list, write_hollow
     from tests.tiny.post_interpolation import draw
 
@@ -95,8 +94,8 @@ def _time(
     args: argparse.Namespace, stage: Any, network: Any, device: Any, known: list[Any]
 ) -> tuple[dict[str, float], list[Any]]:
     """Return seconds for each new picture, and the pictures that the stage makes."""
-    from post.contract import Clip, Picture
-    from post.pixels import to_tensor
+    from modules.media.encoding import Picture
+    from post.contract import Clip, to_tensor
 
     clip = Clip(Path("clip"), args.size[1], args.size[0], Fraction(12), len(known), False)
 

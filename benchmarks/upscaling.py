@@ -56,8 +56,7 @@ def _random_models(folder: Path) -> Iterator[Path]:
 
 def _stage(model: Path, args: argparse.Namespace, scale: float, tile: int | None) -> Any:
     from modules.devices import choose_device
-    from post.run_options import ToolNetworkOptions
-    from post.upscaling.options import UpscalerOptions
+    from post.options import ToolNetworkOptions, UpscalerOptions
     from post.upscaling.stage import make_upscaler
 
     network = ToolNetworkOptions(model=model, dtype=args.dtype)
@@ -69,7 +68,8 @@ def _run(stage: Any, pixels: list[Any]) -> list[Any]:
     """Return the enlarged pictures."""
     from fractions import Fraction
 
-    from post.contract import Clip, Picture
+    from modules.media.encoding import Picture
+    from post.contract import Clip
 
     height, width = pixels[0].shape[:2]
     clip = Clip(Path("a clip"), width, height, Fraction(25), len(pixels), False)
@@ -114,7 +114,7 @@ def _compare(args: argparse.Namespace) -> bool:
 
     from modules.media.reading import video_frames
     from pocket.footage import real_clips
-    from post.pixels import to_pixels, to_tensor
+    from post.contract import to_pixels, to_tensor
     from post.upscaling.files import check_file
     from post.upscaling.stage import resize
 

@@ -99,7 +99,7 @@ def list_files(given: Sequence[Path]) -> list[Path]:
 
 def read_file_facts(path: Path) -> FileFacts:
     """Read the metadata of a file of any kind."""
-    from modules.media.tags import read_tags  # with the libraries for pictures and videos
+    from modules.media.reading import read_tags  # with the libraries for pictures and videos
     from modules.text_files import read_safetensors_texts
 
     try:

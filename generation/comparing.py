@@ -46,7 +46,7 @@ from modules.contract.family import Family
 from modules.contract.rules import Expert
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.errors import OptionError, UserError
-from modules.media.tags import read_tags
+from modules.media.reading import read_tags
 from modules.planning.device_memory import peak_in_words
 from modules.planning.memory_plan import room_on
 from networks.apply import OriginalWeights

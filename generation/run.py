@@ -183,7 +183,7 @@ def generate(family: Family, options: GenerationOptions) -> None:
     session.text_loras = TextLoras(uses[0])
     post: FrameTools | None = None
     if options.post.tools:  # by name, as PostOptions explains
-        post = import_own("post.decoded").PostTools(options.post.tools, device)
+        post = import_own("post.stages").PostTools(options.post.tools, device)
     if post is not None:
         post.check()
         if post.hides and options.output.keeps_latents:

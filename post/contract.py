@@ -1,24 +1,22 @@
-"""The stream of pictures through the tools for finished videos, and the contract of a tool."""
+"""The stream of pictures through the tools for finished videos, and the contract of a tool.
+
+Also pixels of pictures as inputs of networks, and back.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from einops import rearrange
+from torch import Tensor
 
-Pixels = NDArray[np.uint8] | NDArray[np.uint16]  # H W 3, RGB; 16 bits use their whole range
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture of a stream and when it is shown, in seconds: exact, so that no rounding adds up."""
-
-    pixels: Pixels
-    start: Fraction
-    seconds: Fraction
+from modules.devices import send_ahead
+from modules.errors import OptionError
+from modules.media.encoding import Picture, Pixels
 
 
 @dataclass(frozen=True)
@@ -53,3 +51,45 @@ class Stage(Protocol):
         clip is logged when the last picture has gone through. Raises UserError if the result must not be
         kept; nothing is written then.
         """
+
+
+def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
+    """Return pixels (H W 3) as 1 3 H W in float32, 0..1, on the device; few bytes go there."""
+    whole = np.require(pixels, requirements=["C", "W"])  # torch wants memory that may be written to
+    is_deep = whole.dtype == np.uint16
+    # with a sign and back: not every device knows 16 bits without one
+    on_device = send_ahead(torch.from_numpy(whole.view(np.int16) if is_deep else whole), device)
+    values = on_device.to(torch.int32) & 0xFFFF if is_deep else on_device
+    return rearrange(values.to(torch.float32), "h w c -> 1 c h w") / (65535.0 if is_deep else 255.0)
+
+
+def to_pixels(image: Tensor, is_deep: bool) -> Pixels:
+    """Return 1 3 H W of 0..1, limited and rounded, as pixels H W 3 with 16 or 8 bits on the host."""
+    values = (image[0].to(torch.float32).clamp(0, 1) * (65535.0 if is_deep else 255.0)).round()
+    if is_deep:  # with a sign, as in `to_tensor`
+        values = torch.where(values < 32768, values, values - 65536)
+    whole = rearrange(values.to(torch.int16 if is_deep else torch.uint8), "c h w -> h w c")
+    pixels: Pixels = whole.contiguous().cpu().numpy()
+    return pixels.view(np.uint16) if is_deep else pixels
+
+
+LARGEST = 65535  # pixels of a side; no codec and few picture files take more
+
+
+def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int]:
+    """Return width and height, in pixels, of a picture that is enlarged that many times."""
+    return int(width * factor), int(height * factor)
+
+
+def enlarged_clip(clip: Clip, factor: float, option: str) -> Clip:
+    """Return the clip in its new size.
+
+    Raises OptionError, naming `option`, for a size that no file can have.
+    """
+    width, height = enlarged_size(clip.width, clip.height, factor)
+    if min(width, height) < 1 or max(width, height) > LARGEST:
+        raise OptionError(
+            f"{option} {factor:g} makes {width} x {height} pixels of the {clip.width} x {clip.height} of "
+            f"{clip.path}. Give another {option}"
+        )
+    return replace(clip, width=width, height=height)

@@ -4,23 +4,29 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
 from pathlib import Path
 
-from modules.atomic_write import atomic_folder, make_folder
+import numpy as np
+
+from modules.atomic_write import atomic_folder, claim_name, make_folder, make_storable
 from modules.bars import FRAMES, Bar
-from modules.console import count_of, in_words
+from modules.console import as_size, count_of, in_words
 from modules.devices import Failures, choose_device
 from modules.errors import MediaError, OutputError
-from modules.media.reading import read_image
-from modules.media.streams import source_info
-from modules.media.writing import write_png
+from modules.media.encoding import Picture, in_eight_bits, settle_codec
+from modules.media.options import FormatOptions
+from modules.media.reading import TOOL_TAG, read_image, read_tags, without_pictures
+from modules.media.streams import shown_frames, source_info
+from modules.media.writing import write_png, write_shown
 from modules.output_files import Answer, ask_at_console
 from post.chain_options import Chain, tool_in_words
+from post.contract import Clip
 from post.naming import FileJob, is_picture, plan_jobs, tell_suffix
-from post.stages import NamedStage, check_tools, make_stages
-from post.streaming import read_ahead
-from post.videos import check_video, keep_pngs, read_pictures, run_picture, run_video
+from post.stages import NamedStage, check_tools, lead_through, make_stages, results
+from post.streaming import read_ahead, write_behind
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +45,7 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
         for folder in sorted({job.source.parent for job in jobs if not job.is_picture}):
             make_folder(folder, "--keep_pngs")
     if len(jobs) == 1 and not jobs[0].is_picture:
-        check_video(jobs[0].source)
+        source_info(jobs[0].source)
     run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, device))
 
 
@@ -90,10 +96,107 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
         else:
             with (
                 Bar(total, path.name, FRAMES) as bar,
-                read_ahead(read_pictures(path, deep=False, most=most)) as pictures,
+                read_ahead(shown_frames(path, limit=most)) as pictures,
             ):
                 for _ in keep_pngs(pictures, temporary):
                     written += 1
                     bar.update()
     seconds = time.monotonic() - started
     logger.info("%s: %s in %s", frames, count_of(written, "frame"), in_words(seconds))
+
+
+# Run stages on a video: decode, stages and encode at the same time, with few pictures in memory.
+def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
+    """Return the steps done as post_1, post_2, counted on from the names that a file already has."""
+    numbers = [int(found[1]) for name in names if (found := TOOL_TAG.fullmatch(name)) is not None]
+    first = max(numbers, default=0) + 1
+    return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
+
+
+SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures reads it
+
+
+def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
+    """Let all stages work on a picture, and write a PNG. done: their work in words, for its texts.
+
+    hides: of a chain; texts that may hold a small copy of the picture are left out. Raises UserError.
+    """
+    pixels = read_image(job.source, alpha=True)
+    if pixels.shape[2] == 4:
+        logger.warning("%s: its transparency is dropped", job.source)
+        pixels = np.ascontiguousarray(pixels[..., :3])
+    height, width = pixels.shape[:2]
+    clips = results(stages, Clip(job.source, width, height, None, 1, is_deep=False))
+    made = list(lead_through(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
+    assert len(made) == 1, f"{len(made)} pictures of one"
+    texts = read_tags(job.source)
+    texts = without_pictures(job.source, texts) if hides else texts
+    write_png(job.output, in_eight_bits(made[0].pixels), {**texts, **number_done(texts, done)})
+    logger.info("%s", job.output)
+
+
+@contextmanager
+def own_folder(path: Path) -> Iterator[Path]:
+    """Reserve a name for a folder: append `_` until nothing has it and no other run has reserved it."""
+    with ExitStack() as claims:
+        while not claims.enter_context(claim_name(path)) or os.path.lexists(path):
+            path = path.with_name(f"{path.name}_")
+        yield path
+
+
+def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
+    """Write each picture to `folder` as 000000.png and so on, and pass it on."""
+    for index, picture in enumerate(pictures):
+        write_png(folder / f"{index:06d}.png", in_eight_bits(picture.pixels))
+        yield picture
+
+
+def run_video(
+    stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], form: FormatOptions, hides: bool = False
+) -> None:
+    """Let all stages work on a video. done: their work in words, for its metadata. hides: of a chain.
+
+    Reading and writing have a thread each. Nothing appears under the output's name before all of it is
+    written. Raises UserError.
+    """
+    started = time.monotonic()
+    info = source_info(job.source)
+    first = Clip(job.source, info.width, info.height, info.rate, info.frames, form.is_deep)
+    clips = results(stages, first)
+    codec = settle_codec(form.codec, clips[-1].width, clips[-1].height)
+    tags = number_done(read_tags(job.source), done)
+    rate = clips[-1].rate or info.rate
+
+    def write(pictures: Iterator[Picture]) -> None:
+        with ExitStack() as opened:
+            if form.keep_pngs:
+                name = opened.enter_context(own_folder(job.source.with_name("frames")))
+                pictures = keep_pngs(pictures, opened.enter_context(atomic_folder(name)))
+            write_shown(
+                *(job.output, pictures, rate, codec),
+                companions_of=job.source,
+                covers=not hides,
+                tags=tags,
+            )
+        if form.keep_pngs:
+            logger.info("Frames: %s", name)
+
+    frames = 0
+    with (
+        Bar(clips[-1].frames, job.source.name, FRAMES) as bar,
+        read_ahead(shown_frames(job.source, form.is_deep)) as pictures,
+        write_behind(write) as put,
+    ):
+        for picture in lead_through(stages, pictures, clips):
+            put(picture)
+            del picture  # written and forgotten while the next one is made
+            frames += 1
+            bar.update()
+        if not frames:
+            raise MediaError(f"{job.source}: no frame is left to write. Give a longer video.")
+    seconds = time.monotonic() - started
+    logger.info(
+        "%s: %s in %s, %.3g a second, %s",
+        *(job.output, count_of(frames, "frame"), in_words(seconds), frames / seconds),
+        as_size(job.output.stat().st_size),
+    )

@@ -2,24 +2,26 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from modules.devices import is_out_of_memory
-from modules.errors import MemoryPlanError
-from post.blurring.options import BlurOptions
+from modules.errors import MemoryPlanError, OptionError
+from modules.media.encoding import Picture, in_eight_bits
 from post.blurring.stage import check_blur, make_blur
-from post.chain_options import ToolOptions, name_tool
-from post.contract import Clip, Picture, Stage
-from post.faces.options import FacefixOptions
+from post.chain_options import AskedTools, ToolOptions, name_tool
+from post.contract import Clip, Stage
 from post.faces.stage import check_facefix, make_facefix
-from post.interpolation.options import InterpolationOptions
 from post.interpolation.stage import check_interpolation, make_interpolation
-from post.precision import check_compiling
-from post.tiling import short_reason
-from post.upscaling.options import UpscalerOptions
+from post.options import BlurOptions, FacefixOptions, InterpolationOptions, UpscalerOptions
+from post.tiling import check_network, short_reason
 from post.upscaling.stage import check_upscaler, make_upscaler
 
 Check = Callable[[Any], None]  # of the options of a tool
@@ -48,9 +50,8 @@ def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: tor
     """
     for (_, options), label in zip(tools, labels, strict=True):
         with name_tool(label):
-            check, _ = TOOLS[type(options)]
-            check(options)
-            check_compiling(options.network, device)
+            check_network(options.network, device)
+            TOOLS[type(options)][0](options)
 
 
 def make_stages(
@@ -60,8 +61,7 @@ def make_stages(
     stages = []
     for (_, options), label in zip(tools, labels, strict=True):
         with name_tool(label), _explain_memory("its network"):
-            _, make = TOOLS[type(options)]
-            stages.append(NamedStage(make(options, device), label))
+            stages.append(NamedStage(TOOLS[type(options)][1](options, device), label))
     return stages
 
 
@@ -117,3 +117,65 @@ def _explain_memory(what: str) -> Iterator[None]:
             "  Use --dtype bf16 or fp16, with GIMMVFI --ds_factor 0.5 or 0.25, smaller pictures, or close "
             "other programs."
         ) from error
+
+
+# The tools of --post: decoded frames of a generation go through them on their way into the file.
+Frame = NDArray[np.uint8]  # H W 3, RGB
+LoadStages = Callable[[Sequence[ToolOptions], Sequence[str], torch.device], list[NamedStage]]
+
+
+@dataclass
+class PostTools:
+    """The tools of a run: loaded for the first video that is decoded, and kept to the end."""
+
+    asked: AskedTools
+    device: torch.device
+    load: LoadStages = make_stages
+    _stages: list[NamedStage] | None = field(default=None, init=False)
+
+    @property
+    def labels(self) -> list[str]:
+        """Return how messages name the tools."""
+        return self.asked.labels
+
+    @property
+    def hides(self) -> bool:
+        """Return whether a tool hides something, so that no frame may be shown as it was decoded."""
+        return self.asked.hiding is not None
+
+    def check(self) -> None:
+        """Read the headers of the tools' model files. Raises UserError if they do not fit."""
+        check_tools(self.asked.tools, self.labels, self.device)
+
+    def check_length(self, frames: int, label: str) -> None:
+        """Raise OptionError if there is a single frame, and a tool works between frames.
+
+        label: whose frames they are, for the message.
+        """
+        for (tool, _), name in zip(self.asked.tools, self.labels, strict=True):
+            if frames == 1 and tool.needs_video:
+                raise OptionError(
+                    f"{name} works between the frames of a video, and {label} gives a single one. Leave "
+                    f"{name} out, or make a video."
+                )
+
+    def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
+        """Return the tools' result for frames, and its frames a second.
+
+        is_single: there is only one frame. The networks are loaded now, if they are not yet there.
+        Raises UserError.
+        """
+        first = next(frames)
+        height, width = first.shape[:2]
+        self.check_length(1 if is_single else 2, "the video")
+        if self._stages is None:
+            self._stages = self.load(self.asked.tools, self.labels, self.device)
+        rate = Fraction(fps).limit_denominator(1001)
+        clip = Clip(
+            Path("the video"), width, height, None if is_single else rate, 1 if is_single else None, False
+        )
+        clips = results(self._stages, clip)
+        numbered = enumerate(chain([first], frames))
+        pictures = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
+        made = (in_eight_bits(picture.pixels) for picture in lead_through(self._stages, pictures, clips))
+        return made, float(clips[-1].rate or fps)

@@ -11,16 +11,7 @@ from modules.devices import Failures
 from modules.errors import OptionError
 from modules.media.reading import image_size
 from modules.options import option_values, override_options
-from stable_diffusion.contract import (
-    SDXL,
-    AskedPicture,
-    DeepShrink,
-    GradualLatent,
-    ModelKind,
-    PictureSettings,
-    SizeConditions,
-    Unsharp,
-)
+from stable_diffusion.contract import SDXL, AskedPicture, ModelKind, PictureSettings
 from stable_diffusion.lines import Inputs, Line
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.prompt_lines import (
@@ -34,7 +25,6 @@ from stable_diffusion.prompt_lines import (
 )
 from stable_diffusion.regions import check_regions, split_parts
 from stable_diffusion.sampling_options import USUAL_STRENGTH
-from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions, read_unsharp
 
 logger = logging.getLogger(__name__)
 
@@ -230,9 +220,12 @@ def settle(
     sampling = options.sampling
     width, height = sampling.width, sampling.height
     if width is None or height is None:
-        usual = (kind.size, kind.size) if image is None else _latent_size(image)
-        width, height = width or usual[0], height or usual[1]
-    sizes = sampling.sizes
+        usual = (kind.size, kind.size) if image is None else image_size(image)
+        # of a picture, cut down to multiples that the VAE can make
+        width, height = (
+            side or max(whole // SIDE, 1) * SIDE for side, whole in zip((width, height), usual, strict=True)
+        )
+    shrink, gradual = options.deep_shrink, options.gradual_latent
     _warn_of_unused(options, values, kind, image)
     return PictureSettings(
         width=width,
@@ -241,17 +234,10 @@ def settle(
         scale=sampling.scale,
         negative_scale=sampling.negative_scale,
         strength=USUAL_STRENGTH if sampling.strength is None else sampling.strength,
-        sizes=SizeConditions(
-            sizes.original_width,
-            sizes.original_height,
-            sizes.original_width_negative,
-            sizes.original_height_negative,
-            sizes.crop_top or 0,
-            sizes.crop_left or 0,
-        ),
+        sizes=sampling.sizes,
         multipliers=multipliers,
-        deep_shrink=_deep_shrink(options.deep_shrink),
-        gradual_latent=_gradual_latent(options.gradual_latent),
+        deep_shrink=None if shrink.ds_depth_1 is None else shrink,
+        gradual_latent=None if gradual.gradual_latent_timesteps is None else gradual,
     )
 
 
@@ -280,38 +266,6 @@ def _warn_of_unused(
         ]
         if is_off and unused:
             logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
-
-
-def _latent_size(image: Path) -> tuple[int, int]:
-    """Return a picture's width and height, cut down to multiples that the VAE can make."""
-    width, height = (max(side // SIDE, 1) * SIDE for side in image_size(image))
-    return width, height
-
-
-def _deep_shrink(options: DeepShrinkOptions) -> DeepShrink | None:
-    if options.ds_depth_1 is None:
-        return None
-    return DeepShrink(
-        options.ds_depth_1,
-        options.ds_timesteps_1,
-        options.ds_depth_2,
-        options.ds_timesteps_2,
-        options.ds_ratio,
-    )
-
-
-def _gradual_latent(options: GradualLatentOptions) -> GradualLatent | None:
-    if options.gradual_latent_timesteps is None:
-        return None
-    unsharp = options.gradual_latent_unsharp_params
-    return GradualLatent(
-        options.gradual_latent_timesteps,
-        options.gradual_latent_ratio,
-        options.gradual_latent_ratio_step,
-        options.gradual_latent_every_n_steps,
-        options.gradual_latent_s_noise,
-        None if unsharp is None else Unsharp(*read_unsharp("--gradual_latent_unsharp_params", unsharp)),
-    )
 
 
 def batches(pictures: Iterable[AskedPicture], size: int) -> Iterator[list[AskedPicture]]:

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from modules.checkpoints.dialects import count
 from stable_diffusion.clip_vision import PictureVectors, check_vision
-from stable_diffusion.contract import AskedPicture, Idea, Model
+from stable_diffusion.contract import AskedPicture, Idea
 from stable_diffusion.control_net import check_control_nets, load_control_nets
-from stable_diffusion.deep_shrink import DeepShrinks
 from stable_diffusion.guiding import check_guides, load_guides
-from stable_diffusion.highres import Makes
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import check_attention, load_release, open_release
 from stable_diffusion.loras import ChosenLoras, check_networks, load_networks, read_networks
@@ -24,6 +22,7 @@ from stable_diffusion.making import Maker
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions, put_back
 from stable_diffusion.samplers import check_sampling
+from stable_diffusion.small_start import DeepShrinks
 from stable_diffusion.starting import check_painting
 from stable_diffusion.text import Texts, check_texts
 
@@ -89,7 +88,7 @@ def _with_own(attend: Callable[..., Tensor], place: int, places: int) -> Callabl
 class LoadedPipeline:
     """The maker of pictures, and the LoRAs whose strengths can be chosen; None: there are none."""
 
-    maker: Makes
+    maker: Maker
     networks: ChosenLoras | None = None
 
 
@@ -99,6 +98,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> LoadedPipeline:
     Raises OptionError or CheckpointError, if possible before any network is loaded.
     """
     check_attention(options.model, device)
+    strength = options.text.clip_vision_strength
     loras = read_networks(options.networks) if options.networks.network_weights else []
     with ExitStack() as files:
         release = open_release(options.model, files)
@@ -112,7 +112,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> LoadedPipeline:
         configs = [plan.network.config for plan in release.texts]
         check_texts(options.text, release.kind, configs, list(layers))
         check_guides(options.guides)
-        if options.text.clip_vision_strength is not None:
+        if strength is not None:
             check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
         model = load_release(options.model, release, device)
     # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
@@ -134,14 +134,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> LoadedPipeline:
             () if networks is None else networks.layers,
             options.networks.network_regional_mask_max_color_codes,
         ),
-        _vision(options, model),
+        None if strength is None else PictureVectors(model, options.model.tokenizer_cache_dir, strength),
         load_guides(options.guides, model),
     )
     return LoadedPipeline(maker, networks)
-
-
-def _vision(options: GenImgOptions, model: Model) -> PictureVectors | None:
-    strength = options.text.clip_vision_strength
-    if strength is None:
-        return None
-    return PictureVectors(model, options.model.tokenizer_cache_dir, strength)

@@ -15,6 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from encoders.clip_layers import ClipText
+from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, SizeOptions
 
 
 @dataclass(frozen=True)
@@ -77,51 +78,6 @@ class Model:
 
 
 @dataclass(frozen=True)
-class DeepShrink:
-    """Features of the U-Net are scaled down early in denoising (Kohya's Deep Shrink)."""
-
-    depth_1: int  # of the input blocks, 0..8
-    timestep_1: int  # it acts at depth 1 while the timestep is at least this
-    depth_2: int | None  # acts while timestep_2 <= timestep < timestep_1; None: not
-    timestep_2: int
-    ratio: float
-
-
-@dataclass(frozen=True)
-class Unsharp:
-    """An unsharp mask: x + (x - blur(x)) * strength."""
-
-    ksize: int
-    sigma: float
-    strength: float
-    target_x: bool  # of the sample; else of the predicted parts
-
-
-@dataclass(frozen=True)
-class GradualLatent:
-    """Denoising begins with small latents, which grow."""
-
-    timestep: int  # they begin to grow below it
-    ratio: float
-    ratio_step: float
-    every_n_steps: int
-    s_noise: float
-    unsharp: Unsharp | None
-
-
-@dataclass(frozen=True)
-class SizeConditions:
-    """SDXL's conditions of sizes and crops, pixels; None: the picture's own size."""
-
-    original_width: int | None = None
-    original_height: int | None = None
-    original_width_negative: int | None = None
-    original_height_negative: int | None = None
-    crop_top: int = 0
-    crop_left: int = 0
-
-
-@dataclass(frozen=True)
 class PictureSettings:
     """Settings that all pictures of a batch share. Hashable, so that prompts are grouped by it."""
 
@@ -131,11 +87,11 @@ class PictureSettings:
     scale: float
     negative_scale: float | None = None  # None: no third pass with the empty text
     strength: float = 0.8  # of image to image, and of the second stage where --highres_fix_strength is silent
-    sizes: SizeConditions = SizeConditions()
+    sizes: SizeOptions = SizeOptions()
     multipliers: tuple[float, ...] | None = None  # --am, one for each LoRA; None: those of the command line
     parts: int = 1  # of the prompt, between " AND "
-    deep_shrink: DeepShrink | None = None
-    gradual_latent: GradualLatent | None = None
+    deep_shrink: DeepShrinkOptions | None = None
+    gradual_latent: GradualLatentOptions | None = None
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,31 @@ Several ControlNets of Stable Diffusion 1.x and 2.x act in turn, one in each ste
 their mean counts. Source: Zhang et al. 2023, arXiv 2302.05543.
 The networks are diffusers'.
 """
-# Letters: B pictures, R rows of one call of the U-Net, L tokens
+
+# Letters: B pictures, R rows of one call of the U-Net, L tokens, H W pixels
 
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
+from einops import rearrange
 from torch import Tensor
 
 from modules.devices import dtype_name
+from modules.errors import OptionError
+from modules.media.reading import Frame, read_image, resize_frame
 from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
 from stable_diffusion.control_net_files import OPTION, load_control_net, open_control_net, read_control_net
-from stable_diffusion.control_options import ControlOptions, ControlUse
-from stable_diffusion.preparing import BatchGuides, GuideImages, is_active
+from stable_diffusion.control_options import CannyThresholds, ControlOptions, ControlUse
+from stable_diffusion.starting import STRIDE
 
 logger = logging.getLogger(__name__)
 
@@ -115,16 +123,92 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
     for use in options.uses:
         with open_control_net(use.path) as checkpoint:
             plan = read_control_net(use.path, checkpoint, model.unet.config, model.kind.words)
-            network = load_control_net(plan, model.unet, model.device, model.dtype)
-        _set_up_as(model.unet, network)
+            network: Any = load_control_net(plan, model.unet, model.device, model.dtype)
+        # it computes as the U-Net does: the package for attention, the layout in memory
+        if any(isinstance(each, XFormersAttnProcessor) for each in model.unet.attn_processors.values()):
+            network.set_attn_processor(XFormersAttnProcessor())
+        if model.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
+            network.to(memory_format=torch.channels_last)
         networks.append(network)
         logger.info("ControlNet %s (%s)", use.path, dtype_name(model.dtype))
     return ControlNets(networks, options.uses, model)
 
 
-def _set_up_as(unet: Any, network: Any) -> None:
-    """Have a ControlNet compute as the U-Net does: the package for attention, the layout in memory."""
-    if any(isinstance(each, XFormersAttnProcessor) for each in unet.attn_processors.values()):
-        network.set_attn_processor(XFormersAttnProcessor())
-    if unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
-        network.to(memory_format=torch.channels_last)
+# Guide images of ControlNets: read, resized to the picture's size and prepared.
+#
+# The pixels are those of diffusers' ControlNet pipelines: Lanczos, RGB, 0..1.
+KEPT = 16  # prepared images that are kept for the next batch; one of 1024 x 1024 takes 3 MB
+
+
+class GuideImages:
+    """The guide images of all models of a run: each prepared once for each size, the last ones are kept."""
+
+    def __init__(self, uses: Sequence[ControlUse], option: str) -> None:
+        """uses: of the models, in the order of `AskedPicture.guides`. option: that gives the models."""
+        self._uses, self._option = uses, option
+        self._prepared = lru_cache(KEPT)(
+            lambda path, canny, width, height: prepare(read_image(path), canny, width, height)
+        )
+
+    def check(self, pictures: Sequence[AskedPicture]) -> None:
+        """Raise OptionError if a picture has not as many guides as there are models, or one for all."""
+        for picture in pictures:
+            if len(picture.guides) not in {1, len(self._uses)}:
+                raise OptionError(
+                    f"{picture.label}: {len(picture.guides)} guide images, but {self._option} has "
+                    f"{len(self._uses)}. Give --guide_image_path one for each model, or a single one for all."
+                )
+
+    def read(self, pictures: Sequence[AskedPicture], width: int, height: int) -> tuple[Tensor, ...]:
+        """Return the guides at a size in pixels: for each model B 3 H W float32 in 0..1.
+
+        Raises MediaError if one cannot be read.
+        """
+        found = []
+        for number, use in enumerate(self._uses):
+            paths = [picture.guides[number if len(picture.guides) > 1 else 0] for picture in pictures]
+            found.append(torch.stack([self._pixels(path, use.canny, width, height) for path in paths]))
+        return tuple(found)
+
+    def _pixels(self, path: Path, canny: CannyThresholds | None, width: int, height: int) -> Tensor:
+        pixels = torch.from_numpy(self._prepared(path, canny, width, height)).float()
+        return rearrange(pixels / 255, "h w c -> c h w")
+
+
+class BatchGuides:
+    """The guides of one batch on its device, at the size of the features that a call has."""
+
+    def __init__(
+        self, images: GuideImages, pictures: Sequence[AskedPicture], width: int, height: int
+    ) -> None:
+        """Read them; raises as `GuideImages.check` and `GuideImages.read`."""
+        self._images, self._pictures = images, pictures
+        images.check(pictures)
+        self._size = (width, height)
+        self._guides = images.read(pictures, width, height)
+
+    def at(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return for each model B 3 H W in 0..1, at the size of the call's latents (Gradual Latent grows)."""
+        height, width = (int(side) * STRIDE for side in call.sample.shape[-2:])
+        if self._size != (width, height):
+            self._guides = self._images.read(self._pictures, width, height)
+            self._size = (width, height)
+        self._guides = tuple(each.to(call.sample.device, dtype) for each in self._guides)
+        return self._guides
+
+
+def is_active(use: ControlUse, call: UnetCall) -> bool:
+    """Tell whether a model acts in the step of a call: in the first ones, as far as its ratio goes."""
+    return call.step / call.num_steps <= use.ratio
+
+
+def prepare(image: Frame, canny: CannyThresholds | None, width: int, height: int) -> Frame:
+    """Return an image, H W 3, at a size. canny: thresholds of the edges that are drawn in its place."""
+    if image.shape[:2] != (height, width):
+        image = resize_frame(image, (width, height), "lanczos")
+    if canny is None:
+        return image
+    # found at the picture's size, so that lines stay one pixel wide; white on black. Canny's method on the
+    # grey image, without blurring it. Source: Canny 1986, in OpenCV's form
+    edges = cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), canny.low, canny.high)
+    return np.repeat(np.asarray(edges, dtype=np.uint8)[..., None], 3, axis=2)

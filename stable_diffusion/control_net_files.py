@@ -23,9 +23,9 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sourc
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
+from stable_diffusion.checkpoints import name_translator
 from stable_diffusion.contract import SD1, SD2, SDXL
 from stable_diffusion.folders import open_part
-from stable_diffusion.unet_checkpoints import name_translator
 
 OPTION = "--control_net_models"
 PREFIX = "control_model."

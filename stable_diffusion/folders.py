@@ -17,11 +17,10 @@ from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
+from stable_diffusion.checkpoints import LATENT_CHANNELS, LEVELS, USES, UnetSizes, VaeSizes, vae_sources
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.kinds import GIVE, Marks
 from stable_diffusion.text_checkpoints import TextPlan, read_folder_text
-from stable_diffusion.unet_checkpoints import USES, UnetSizes
-from stable_diffusion.vae_checkpoints import LATENT_CHANNELS, LEVELS, VaeSizes, vae_sources
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +86,11 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
     config = _read_config(folder / "unet", UNet2DConditionModel, checkpoint.tensors)
     for name, values in _PLAIN.items():
         if config.get(name) not in values:
+            is_lcm = name == "time_cond_proj_dim"
+            lcm = " (a latent consistency model; give its base model with an LCM LoRA)" if is_lcm else ""
             raise CheckpointError(
                 f"{folder / 'unet' / 'config.json'}: {name} is {config[name]!r}, which no Stable Diffusion "
-                f"1.x, 2.x or XL has{_is_lcm(name)}.\n  Give {GIVE}.",
+                f"1.x, 2.x or XL has{lcm}.\n  Give {GIVE}.",
                 folder,
             )
     channels = config.get("in_channels", 4)
@@ -189,11 +190,6 @@ def _named(folder: Path) -> str:
     file = folder / "model_index.json"
     name = _read_json(file).get("_class_name") if file.is_file() else None
     return f"; its model_index.json names a {name}" if isinstance(name, str) else ""
-
-
-def _is_lcm(name: str) -> str:
-    is_lcm = name == "time_cond_proj_dim"
-    return " (a latent consistency model; give its base model with an LCM LoRA)" if is_lcm else ""
 
 
 def _read_config(folder: Path, network: Any, names: Collection[str]) -> dict[str, Any]:

@@ -25,12 +25,12 @@ from modules.checkpoints.dialects import LoadPlan, load_planned, other_kind
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.steps import Guidance, Predict, Section, Step
 from modules.errors import CheckpointError, OptionError
-from stable_diffusion.chunks import SIZE, cut_into_chunks, parse_weights
 from stable_diffusion.contract import AskedPicture, Model
 from stable_diffusion.control_options import GuideOptions
-from stable_diffusion.passes import UnetPasses
-from stable_diffusion.pixels import read_picture, to_pixels
 from stable_diffusion.regions import split_parts
+from stable_diffusion.samplers import UnetPasses
+from stable_diffusion.starting import read_picture, to_pixels
+from stable_diffusion.tokenizers import SIZE, cut_into_chunks, parse_weights
 
 logger = logging.getLogger(__name__)
 

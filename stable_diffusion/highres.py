@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -12,8 +12,9 @@ from torch.nn.functional import interpolate
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
 from stable_diffusion.contract import AskedPicture, Made, Model, PictureSettings, SecondStart
-from stable_diffusion.pixels import STRIDE, fit, latent_size, vae_batch
-from stable_diffusion.shrink_options import HighresOptions
+from stable_diffusion.making import Maker
+from stable_diffusion.sampling_options import HighresOptions
+from stable_diffusion.starting import STRIDE, fit, latent_size, vae_batch
 
 # Modules that enlarge the first stage's pictures (--highres_fix_upscaler): ours or the user's own.
 #
@@ -110,17 +111,6 @@ def read_args(text: str) -> dict[str, str]:
 FIRST, SECOND = "0", "1"  # in file names, before a picture's number
 
 
-class Makes(Protocol):
-    """The maker of one stage: `stable_diffusion.making.Maker`."""
-
-    @property
-    def model(self) -> Model: ...
-
-    def make(
-        self, pictures: Sequence[AskedPicture], start: SecondStart | None = None, wants_images: bool = True
-    ) -> Made: ...
-
-
 @dataclass(frozen=True, eq=False)
 class SavedStage:
     """One stage's result that is to be saved."""
@@ -153,7 +143,7 @@ def prepare_highres(options: HighresOptions, vae_batch_size: float | None = None
 
 
 def make_pictures(
-    maker: Makes, highres: Highres | None, pictures: Sequence[AskedPicture]
+    maker: Maker, highres: Highres | None, pictures: Sequence[AskedPicture]
 ) -> Iterator[SavedStage]:
     """Make a batch: yield the pictures to save of each stage as soon as they are made.
 
@@ -165,14 +155,19 @@ def make_pictures(
         return
     options = highres.options
     first = first_stage(pictures, options)
-    wants_images = options.highres_fix_save_1st or not _takes_latents(highres)
+    upscaler = highres.upscaler
+    takes_latents = options.highres_fix_latents_upscaling if upscaler is None else upscaler.takes_latents
+    wants_images = options.highres_fix_save_1st or not takes_latents
     made = maker.make(first, None, wants_images)
     if options.highres_fix_save_1st:
         yield SavedStage(first, made, FIRST)
     start = enlarge(highres, maker.model, made, pictures[0].settings)
     del made
     second = second_stage(pictures, options)
-    result = maker.make([replace(picture, seed=_next(picture.seed)) for picture in second], start)
+    # another seed: the noise must not be that of the first stage, which made the picture
+    seeds = [picture.seed + 1 if picture.seed < 2**64 - 1 else 0 for picture in second]
+    reseeded = [replace(picture, seed=seed) for picture, seed in zip(second, seeds, strict=True)]
+    result = maker.make(reseeded, start)
     yield SavedStage(second, result, SECOND)
 
 
@@ -183,11 +178,6 @@ def first_stage(pictures: Sequence[AskedPicture], options: HighresOptions) -> li
     width, height = (_scaled(side, scale) for side in (settings.width, settings.height))
     small = replace(settings, width=width, height=height, steps=options.highres_fix_steps)
     return [replace(picture, settings=small) for picture in pictures]
-
-
-def _next(seed: int) -> int:
-    """Return the second stage's seed: its noise must not be that of the first, which made the picture."""
-    return seed + 1 if seed < 2**64 - 1 else 0
 
 
 def _scaled(side: int, scale: float) -> int:
@@ -204,12 +194,6 @@ def second_stage(pictures: Sequence[AskedPicture], options: HighresOptions) -> l
     if not options.highres_fix_disable_control_net:
         return guided
     return [replace(picture, guides=()) for picture in guided]
-
-
-def _takes_latents(highres: Highres) -> bool:
-    if highres.upscaler is None:
-        return highres.options.highres_fix_latents_upscaling
-    return highres.upscaler.takes_latents
 
 
 def enlarge(highres: Highres, model: Model, made: Made, settings: PictureSettings) -> SecondStart:

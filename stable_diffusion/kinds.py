@@ -13,7 +13,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.command import as_typed
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, ModelKind
-from stable_diffusion.model_options import ModelOptions
+from stable_diffusion.options import ModelOptions
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -88,7 +88,8 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
 
 def check_told(options: ModelOptions, kind: ModelKind) -> None:
     """Raise OptionError if --v1, --v2 or --sdxl contradicts the checkpoint's kind."""
-    told = next((each for each in KINDS if _is_told(options, each)), kind)
+    given = zip(KINDS, (options.v1, options.v2, options.sdxl), strict=True)
+    told = next((each for each, is_told in given if is_told), kind)
     if told is not kind:
         raise OptionError(
             f"{_option(told)}: {options.ckpt} is {kind.words}, by its tensors. Leave {_option(told)} out, or "
@@ -139,7 +140,3 @@ def _has(names: Iterable[str], start: str) -> bool:
 
 def _option(kind: ModelKind) -> str:
     return {SD1: "--v1", SD2: "--v2", SDXL: "--sdxl"}[kind]
-
-
-def _is_told(options: ModelOptions, kind: ModelKind) -> bool:
-    return {SD1: options.v1, SD2: options.v2, SDXL: options.sdxl}[kind]

@@ -14,11 +14,9 @@ from typing import Any
 from generation.prompt_lines import read_generation_lines
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
-from modules.media.reading import folder_images, image_size
-from modules.media.tags import read_tags
+from modules.media.reading import folder_images, image_size, read_tags
 from modules.options import option_values
-from stable_diffusion.options import GenImgOptions
-from stable_diffusion.prompt_options import PictureInputOptions
+from stable_diffusion.options import GenImgOptions, PictureInputOptions
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +186,8 @@ def make_prompter(module: ModuleType, options: GenImgOptions, pipe: Any, network
             found = prompter(args, pipe, random, round_seed, index, made)
         except Exception as error:  # likewise
             raise UserError(_failure(name, "the prompter", error)) from error
-        if found is not None and not _are_texts(found):
+        are_texts = isinstance(found, (list, tuple)) and all(isinstance(one, str) for one in found)
+        if found is not None and not are_texts:
             raise UserError(
                 f"{name}: the prompter returned {type(found).__name__}. Make it return a list of texts, or "
                 "None at the end"
@@ -196,10 +195,6 @@ def make_prompter(module: ModuleType, options: GenImgOptions, pipe: Any, network
         return found
 
     return prompts
-
-
-def _are_texts(found: Any) -> bool:
-    return isinstance(found, (list, tuple)) and all(isinstance(one, str) for one in found)
 
 
 def _failure(name: str, what: str, error: Exception) -> str:

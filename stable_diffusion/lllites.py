@@ -17,8 +17,8 @@ from modules.errors import CheckpointError
 from networks.module_names import alias, module_path
 from networks.names.stable_diffusion import SDXL as SDXL_NAMES
 from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
+from stable_diffusion.control_net import BatchGuides, GuideImages, is_active
 from stable_diffusion.control_options import ControlOptions, ControlUse
-from stable_diffusion.preparing import BatchGuides, GuideImages, is_active
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from encoders.clip_l import ClipWords
@@ -25,6 +27,14 @@ from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing
 from modules.speed_options import AttentionChoice
+from stable_diffusion.checkpoints import (
+    SIZE_NUMBERS,
+    UnetSizes,
+    VaeSizes,
+    band_convolutions,
+    read_unet,
+    read_vae,
+)
 from stable_diffusion.contract import SD2, SDXL, Model, ModelKind, TextTower
 from stable_diffusion.folders import (
     PATTERNS,
@@ -35,11 +45,9 @@ from stable_diffusion.folders import (
     read_folder_vae,
 )
 from stable_diffusion.kinds import EMA, GIVE, UNET, Marks, check_told, read_marks
-from stable_diffusion.model_options import ModelOptions
+from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan, read_texts, state_width
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, find_tokenizers
-from stable_diffusion.unet_checkpoints import SIZE_NUMBERS, UnetSizes, build_unet, read_unet
-from stable_diffusion.vae_checkpoints import VaeSizes, band_convolutions, build_vae, read_vae
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +96,8 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     _fill(networks, release, META, dtype, vae_dtype)  # compares names and shapes; reads nothing
     _log(release, dtype, vae_dtype, has_own_vae=options.vae is None)
     _fill(networks, release, device, dtype, vae_dtype)
-    projections = [_read_projection(plan, device, dtype) for plan in release.texts]
+    read = [None if plan.projection is None else plan.projection.read() for plan in release.texts]
+    projections = [None if one is None else one.to(device, dtype) for one in read]
     towers = tuple(
         _tower(release, number, network, words, projection)
         for number, (network, words, projection) in enumerate(
@@ -254,8 +263,8 @@ def _build(release: OpenedCheckpoint) -> DiffusionNetworks:
         check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
     with META:
         return DiffusionNetworks(
-            _explain(build_unet, release.unet),
-            _explain(build_vae, release.vae),
+            _explain(UNet2DConditionModel, release.unet),
+            _explain(AutoencoderKL, release.vae),
             tuple(ClipText(plan.network.config) for plan in release.texts),
         )
 
@@ -278,10 +287,10 @@ def _fill_one(network: Any, plan: LoadPlan[Any], device: torch.device, dtype: to
     load_planned(plan, lambda _: network, device, dtype, what).requires_grad_(False)
 
 
-def _explain(build: Callable[[Any], Any], plan: LoadPlan[Any]) -> Any:
+def _explain(build: Callable[..., Any], plan: LoadPlan[Any]) -> Any:
     """Build a network, with a CheckpointError in place of diffusers' errors for odd settings."""
     try:
-        return build(plan.config)
+        return build(**plan.config)
     except Exception as error:  # of many classes; all mean that the dimensions do not go together
         raise CheckpointError(
             f"{plan.checkpoint.path}: diffusers cannot build a network of these dimensions "
@@ -304,10 +313,6 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
     except OptionError as error:
         given = "--xformers" if options.xformers else "--diffusers_xformers"
         raise OptionError(str(error).replace("--xformers", given)) from error
-
-
-def _read_projection(plan: TextPlan, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    return None if plan.projection is None else plan.projection.read().to(device, dtype)
 
 
 def _tower(

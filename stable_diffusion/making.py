@@ -1,7 +1,7 @@
 """A batch of pictures: texts, start, the denoising loop, pixels."""
 # Letters: B pictures, h w latent size
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,30 +26,28 @@ from stable_diffusion.contract import (
     SecondStart,
     TextState,
 )
-from stable_diffusion.gradual_latent import begin_small, check_batch
 from stable_diffusion.guiding import Guides
-from stable_diffusion.passes import UnetPasses, is_guided, make_conditions, make_guidance
-from stable_diffusion.pixels import decode_latents
+from stable_diffusion.loras import ChosenLoras
 from stable_diffusion.regions import Regions, join_parts, split_parts
-from stable_diffusion.samplers import begin_sampling, make_scheduler
+from stable_diffusion.samplers import (
+    UnetPasses,
+    begin_sampling,
+    is_guided,
+    make_conditions,
+    make_guidance,
+    make_scheduler,
+)
 from stable_diffusion.sampling_options import SamplingOptions
-from stable_diffusion.starting import Beginning, begin, check_start, generators_of, strength_of
-
-
-class EncodesPrompts(Protocol):
-    """Text encoders: `stable_diffusion.text.Texts`."""
-
-    def chunks(self, text: str) -> int: ...
-
-    def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState: ...
-
-
-class Multiplies(Protocol):
-    """LoRAs in a model: `stable_diffusion.loras.ChosenLoras`."""
-
-    def multiplied(
-        self, multipliers: tuple[float, ...] | None, part: int | None = None
-    ) -> AbstractContextManager[None]: ...
+from stable_diffusion.small_start import begin_small, check_batch
+from stable_diffusion.starting import (
+    Beginning,
+    begin,
+    check_start,
+    decode_latents,
+    generators_of,
+    strength_of,
+)
+from stable_diffusion.text import Texts
 
 
 class MakesIdeas(Protocol):
@@ -74,10 +72,10 @@ class Maker:
     """Makes pictures with a loaded model, batch by batch."""
 
     model: Model
-    texts: EncodesPrompts
+    texts: Texts
     sampling: SamplingOptions
     vae_batch_size: float | None = None
-    networks: Multiplies | None = None
+    networks: ChosenLoras | None = None
     ideas: Sequence[MakesIdeas] = ()  # in the order in which they see a call of the U-Net
     regions: Regions | None = None  # of prompts with several parts
     vision: PictureVectors | None = None
@@ -289,5 +287,5 @@ def time_ids(settings: PictureSettings, negative: bool) -> Tensor:
         height = sizes.original_height_negative
     if negative and sizes.original_width_negative is not None:
         width = sizes.original_width_negative
-    told = (height, width, sizes.crop_top, sizes.crop_left, settings.height, settings.width)
+    told = (height, width, sizes.crop_top or 0, sizes.crop_left or 0, settings.height, settings.width)
     return torch.tensor([told], dtype=torch.float32)

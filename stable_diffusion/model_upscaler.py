@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
+from modules.media.encoding import Picture
 from modules.options import read_options
 from modules.parser import add_options
-from post.contract import Clip, Picture, Stage
+from post.contract import Clip, Stage
+from post.options import UpscalerOptions
 from post.upscaling.files import check_file
-from post.upscaling.options import UpscalerOptions
-from post.upscaling.stage import check_upscaler, make_upscaler
+from post.upscaling.stage import make_upscaler
 
 KNOWN = ("model", "dtype", "tile", "tile_overlap", "batch_size", "compile")
 ARGS = "--highres_fix_upscaler_args"
@@ -71,7 +73,7 @@ def create_upscaler(**args: str) -> ModelUpscaler:
         raise OptionError(f"{ARGS} model={args['model']}: no such file. Give a SwinIR or ESRGAN file")
     kind, config = check_file(options.network.model)
     options = replace(options, mode=kind.mode, scale=config.factor)
-    check_upscaler(options)
+    choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     return ModelUpscaler(options)
 
 

@@ -1,17 +1,207 @@
-"""All options of gen_img.py. Standard library only."""
+"""All options of gen_img.py: the checkpoint, prompts, pictures, texts and files here."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
+from modules.option_values import check_seed
 from modules.options import Options, option
 from modules.parser import parse_options
 from stable_diffusion.control_options import ControlOptions, GuideOptions, check_control
-from stable_diffusion.model_options import ModelOptions
 from stable_diffusion.network_options import AddedNetworkOptions
-from stable_diffusion.prompt_options import PictureInputOptions, PictureOutputOptions, TextOptions
-from stable_diffusion.sampling_options import SamplingOptions, check_sampler_steps
-from stable_diffusion.shrink_options import DeepShrinkOptions, GradualLatentOptions, HighresOptions
+from stable_diffusion.sampling_options import (
+    DeepShrinkOptions,
+    GradualLatentOptions,
+    HighresOptions,
+    SamplingOptions,
+    check_sampler_steps,
+)
+
+_SPEED = "precision, speed and memory"
+
+
+class ModelOptions(Options, title="model"):
+    """The checkpoint, and how its networks are loaded and computed."""
+
+    ckpt: Path = option("checkpoint: a single file, or a folder in the layout of diffusers", required=True)
+    vae: Path | None = option(
+        "another VAE: a single file, or a folder in the layout of diffusers", often=True
+    )
+    tokenizer_cache_dir: Path | None = option(
+        "folder with openai_clip-vit-large-patch14 and laion_CLIP-ViT-bigG-14-laion2B-39B-b160k, the files "
+        "of the tokenizers"
+    )
+    # what the user says the file is; it is compared with its keys
+    sdxl: bool = option(
+        "the checkpoint is Stable Diffusion XL; read from the file if not given",
+        excludes=("v1", "v2"),
+        often=True,
+    )
+    v1: bool = option("it is Stable Diffusion 1.x; likewise", excludes="v2")
+    v2: bool = option("it is Stable Diffusion 2.x; likewise")
+    v_parameterization: bool = option(
+        "the model predicts velocity (v-prediction), as Stable Diffusion 2.x of 768 pixels does"
+    )
+    fp16: bool = option("compute in float16; else in float32", title=_SPEED, excludes="bf16", often=True)
+    bf16: bool = option("compute in bfloat16; else in float32", title=_SPEED, often=True)
+    no_half_vae: bool = option("the VAE computes in float32", title=_SPEED)
+    vae_slices: int | None = option("the VAE works in this many bands, to save memory", title=_SPEED, least=1)
+    vae_batch_size: float | None = option(
+        "pictures that the VAE takes at once; below 1: this share of --batch_size; usually all",
+        title=_SPEED,
+        above=0,
+        hint="of pictures, or a share of the batch below 1, such as 0.5",
+    )
+    xformers: bool = option("attention by the package xformers", title=_SPEED, often=True)
+    sdpa: bool = option(
+        "attention by torch itself, which is usual",
+        title=_SPEED,
+        excludes=("xformers", "diffusers_xformers"),
+        often=True,
+    )
+    diffusers_xformers: bool = option("attention by the package xformers, in the VAE too", title=_SPEED)
+    opt_channels_last: bool = option("keep channels last in memory, faster on some GPUs", title=_SPEED)
+
+
+_PICTURES = "input pictures"
+
+
+class PictureInputOptions(Options, title="prompts"):
+    """Where prompts, input pictures and seeds come from."""
+
+    prompt: str | None = option(
+        "what to show; may end in options, such as 'a cat --n ugly --w 512 --h 768 --d 7'", often=True
+    )
+    from_file: Path | None = option(
+        "text file with such a prompt on each line; # begins a comment",
+        excludes=("prompt", "from_module", "interactive"),
+        often=True,
+    )
+    from_module: str | None = option(
+        "Python module, or a .py file, whose get_prompter makes prompts; its code runs, so use it only if "
+        "you trust it"
+    )
+    prompter_module_args: str | None = option(
+        "a text that the module of --from_module finds in its options", needs="from_module"
+    )
+    interactive: bool = option(
+        "ask for prompts; Ctrl-C drops the current one, quit ends",
+        excludes=("prompt", "from_module", "n_iter", "shuffle_prompts", "iter_same_seed"),
+        often=True,
+    )
+    no_preview: bool = option(
+        "with --interactive: do not open pictures in a viewer",
+        needs="interactive",
+        hint="no other mode shows pictures",
+    )
+    images_per_prompt: int = option(
+        "pictures of each prompt, with different seeds", default=1, least=1, often=True
+    )
+    n_iter: int = option("how often all prompts are gone through", default=1, least=1)
+    shuffle_prompts: bool = option(
+        "go through the prompts in another order in each round",
+        excludes="from_module",
+        hint="the module decides which prompt is next",
+    )
+    batch_size: int = option("pictures that are made at once", default=1, least=1, often=True)
+    seed: int | None = option(
+        "seed of a single picture; the seeds of several pictures are drawn from it; random if not given",
+        often=True,
+    )
+    iter_same_seed: bool = option("all prompts of a round have the same seeds: only the prompt differs")
+    image_path: Path | None = option(
+        "image to image: a picture, or a folder whose pictures are used in turn. Without a prompt, those in "
+        "the metadata of the pictures are used",
+        title=_PICTURES,
+        often=True,
+    )
+    mask_path: Path | None = option(
+        "a picture, or a folder of them. With --image_path, inpainting: white is painted anew. For prompts "
+        "with AND: red, green and blue are the regions of the first three parts and of their LoRAs",
+        flags=("--mask_path", "--mask_image"),
+        title=_PICTURES,
+        often=True,
+    )
+    guide_image_path: tuple[Path, ...] | None = option(
+        "pictures, or folders of them, for ControlNets or ControlNet-LLLites: one for each of them, then one "
+        "for each for the next picture, and so on. For guidance by CLIP or VGG16: one for each picture",
+        title=_PICTURES,
+        often=True,
+    )
+
+    def __post_init__(self) -> None:
+        sources = (self.prompt, self.from_file, self.from_module, self.image_path)
+        if not self.interactive and all(source is None for source in sources):
+            raise OptionError(
+                "There is no prompt: give --prompt, --from_file, --from_module or --interactive, or "
+                "--image_path with pictures whose metadata holds their prompts"
+            )
+        check_seed("--seed", self.seed)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        texts = [("--from_file", self.from_file, "a text file")]
+        if self.from_module is not None and self.from_module.endswith(".py"):
+            texts.append(("--from_module", Path(self.from_module), "a Python file, or a module's name"))
+        for flag, path, what in texts:
+            if path is not None and not path.is_file():
+                reason = "it is a folder" if path.is_dir() else "there is no such file"
+                raise OptionError(f"{flag} {path}: {reason}. Give {what}")
+        pictures = [("--image_path", self.image_path), ("--mask_path", self.mask_path)]
+        pictures += [("--guide_image_path", path) for path in self.guide_image_path or ()]
+        for flag, path in pictures:
+            if path is not None and not path.exists():
+                raise OptionError(
+                    f"{flag} {path}: there is no such file. Give a picture or a folder of pictures"
+                )
+
+
+class PictureOutputOptions(Options, title="output"):
+    """Where pictures are written, and under which names."""
+
+    outdir: Path = option("output folder; created if missing", default=Path("outputs"), often=True)
+    sequential_file_name: bool = option(
+        "number the files: im_000001.png and so on, after those that are there",
+        excludes="use_original_file_name",
+    )
+    use_original_file_name: bool = option("image to image: name files as the input pictures are named")
+
+    def __post_init__(self) -> None:
+        if self.outdir.exists() and not self.outdir.is_dir():
+            raise OptionError(f"--outdir {self.outdir}: it is a file; give a folder, it will be created")
+
+
+class TextOptions(Options, title="text"):
+    """How texts become conditions."""
+
+    clip_skip: int | None = option(
+        "which layer of the text encoder counts, from the end: 1 is the last one; usually 1 for Stable "
+        "Diffusion 1.x, 1 for 2.x, which is loaded without OpenCLIP's last layer, as it was trained, 2 for "
+        "XL",
+        least=1,
+        often=True,
+    )
+    max_embeddings_multiples: int | None = option(
+        "how long a prompt may be, in chunks of 75 tokens; usually 1, the rest is cut off", least=1
+    )
+    emb_normalize_mode: str = option(
+        "what weights such as (cat:1.3) leave unchanged: original: the mean of the embeddings, abs: the mean "
+        "of their absolute values, none: nothing",
+        default="original",
+        choices=("original", "none", "abs"),
+    )
+    textual_inversion_embeddings: tuple[Path, ...] | None = option(
+        "files of textual inversion; the name of a file, without its ending, is the word for it"
+    )
+    clip_vision_strength: float | None = option(
+        "Stable Diffusion XL with --image_path: the picture, seen by CLIP, stands in place of the prompt's "
+        "pooled state, times this"
+    )
+    XTI_embeddings: tuple[Path, ...] | None = option(
+        "files of extended textual inversion (P+), for Stable Diffusion 1.x and 2.x: a word has another "
+        "vector for each cross-attention layer of the U-Net"
+    )
 
 
 class GenImgOptions(Options, title="run"):

@@ -14,7 +14,7 @@ from generation.prompt_lines import LineOption, Value, parse_line, read_number, 
 from modules.control_codes import replace_control_codes, shorten
 from modules.errors import OptionError
 from modules.paths import MOST_OF_NAME
-from stable_diffusion.shrink_options import read_unsharp
+from stable_diffusion.sampling_options import read_unsharp
 
 SEEDS = "seeds"
 MULTIPLIERS = "network_mul"

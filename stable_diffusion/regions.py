@@ -9,7 +9,7 @@ everywhere, as a part of every region: guidance then compares two passes with th
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modules.errors import OptionError
 from modules.media.opening import open_image
+from networks.added import AddedPart
 from stable_diffusion.contract import AskedPicture, Idea, TextState, UnetCall
 
 _CHANNELS = 3
@@ -50,11 +51,6 @@ def read_regions(path: Path, parts: int, width: int, height: int, color_codes: i
     return regions
 
 
-def whole(parts: int) -> Tensor:
-    """Return regions that all cover the whole picture: P 1 1."""
-    return torch.ones(parts, 1, 1)
-
-
 def resize(regions: Tensor, size: tuple[int, int]) -> Tensor:
     """Return regions B P H W at another size (rows, columns), bilinear: B P h w."""
     if regions.shape[-2:] == size:
@@ -69,25 +65,7 @@ def part_weights(regions: Tensor) -> Tensor:
     return torch.where(total < _DARK, shared, regions / total.clamp(min=_DARK))
 
 
-def part_shares(regions: Tensor) -> Tensor:
-    """Return how much of the picture each part has: regions P H W -> P, of sum 1."""
-    return part_weights(regions).mean((-2, -1))
-
-
-def stack(regions: Sequence[Tensor]) -> Tensor:
-    """Return the regions of the pictures of a batch, P H W each (or P 1 1), as B P H W."""
-    height, width = (max(region.shape[axis] for region in regions) for axis in (-2, -1))
-    return torch.stack([region.expand(-1, height, width) for region in regions])
-
-
 SEPARATOR = " AND "
-
-
-class RegionalLayer(Protocol):
-    """A LoRA on one module of the U-Net."""
-
-    # what is done with the addition to the module's output before it is added; None: nothing
-    region: Callable[[Tensor], Tensor] | None
 
 
 def split_parts(prompt: str) -> list[str]:
@@ -105,7 +83,7 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
     pooled = [state.pooled for state in states if state.pooled is not None]
     if not pooled:
         return TextState(context)
-    shares = part_shares(regions).to(pooled[0].device, torch.float32)
+    shares = part_weights(regions).mean((-2, -1)).to(pooled[0].device, torch.float32)
     mean = (torch.stack(pooled).float() * shares[:, None]).sum(0)
     return TextState(context, mean.to(pooled[0].dtype))
 
@@ -135,7 +113,7 @@ class Regions:
     def __init__(
         self,
         unet: Any,
-        layers: Sequence[Mapping[str, RegionalLayer]] | None = (),
+        layers: Sequence[Mapping[str, AddedPart]] | None = (),
         color_codes: int | None = None,
     ) -> None:
         """layers: of each LoRA, by the name of the module; None: LoRAs are folded into the weights, for each
@@ -153,7 +131,7 @@ class Regions:
         """
         parts = picture.settings.parts
         if picture.mask is None:
-            return whole(parts)
+            return torch.ones(parts, 1, 1)
         check_regions(parts, len(self._layers), self._is_folded)
         return read_regions(picture.mask, parts, width, height, self._color_codes)
 
@@ -166,7 +144,9 @@ class Regions:
         if pictures[0].settings.parts == 1:
             yield None
             return
-        batch = _Batch(stack([self.of(picture, width, height) for picture in pictures]))
+        found = [self.of(picture, width, height) for picture in pictures]
+        rows, columns = (max(region.shape[axis] for region in found) for axis in (-2, -1))
+        batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in found]))
         with contextlib.ExitStack() as stack_of_changes:
             stack_of_changes.callback(self._take_out)
             batch.enter(self._unet, stack_of_changes)

@@ -1,4 +1,4 @@
-"""A run of gen_img.py: prompts become pictures, batch by batch; the networks are loaded once."""
+"""A run of gen_img.py: prompts become pictures and files, batch by batch; the networks are loaded once."""
 
 import logging
 import os
@@ -6,27 +6,31 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
+from PIL.Image import Image
 
 from generation.asking import line_reader
 from generation.prompt_lines import is_blank
-from modules.atomic_write import make_folder
+from modules.atomic_write import claim_name, make_folder, make_storable
 from modules.command import each_warning_once
 from modules.console import count_of
+from modules.control_codes import replace_control_codes
 from modules.devices import Failures, choose_device, free_memory
 from modules.errors import MemoryPlanError, OutputError
+from modules.media.writing import write_png
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
 from stable_diffusion.assembling import LoadedPipeline, assemble
-from stable_diffusion.contract import AskedPicture
-from stable_diffusion.files import PictureFiles
-from stable_diffusion.highres import Highres, make_pictures, prepare_highres
+from stable_diffusion.contract import SDXL, AskedPicture, ModelKind
+from stable_diffusion.highres import FIRST, Highres, make_pictures, prepare_highres
 from stable_diffusion.lines import (
-    Inputs,
     Line,
     find_inputs,
     import_prompter,
@@ -34,10 +38,102 @@ from stable_diffusion.lines import (
     make_prompter,
     prompted_lines,
 )
-from stable_diffusion.options import GenImgOptions
-from stable_diffusion.prompt_lines import LINE_OPTIONS
+from stable_diffusion.options import GenImgOptions, PictureOutputOptions
+from stable_diffusion.prompt_lines import LINE_OPTIONS, LONGEST_NAME
 
 logger = logging.getLogger(__name__)
+
+
+# Names of the pictures that are written, and the texts in them.
+
+
+@dataclass
+class PictureFiles:
+    """Writes the pictures of a run."""
+
+    options: PictureOutputOptions
+    kind: ModelKind
+    sampler: str  # as it was asked for
+    now: Callable[[], datetime] = datetime.now
+    _last: dict[str, int] = field(default_factory=dict)  # number of the last file, by what stands before it
+
+    def save(self, picture: AskedPicture, image: Image, digit: str, number: int) -> Path:
+        """Write a picture under a free name, completely or not at all. Returns its path.
+
+        digit: of the stage, empty if there is one stage. number: of the picture in its batch, from 0. Raises
+        OutputError if it cannot be written.
+        """
+        texts = png_texts(picture, self.kind, self.sampler)
+        with self._free(self._names(picture, digit, number)) as path:
+            write_png(path, np.asarray(image.convert("RGB")), texts)
+        return path
+
+    def _names(self, picture: AskedPicture, digit: str, number: int) -> Iterator[str]:
+        """Yield names without suffix, the best first."""
+        if picture.file_name is not None:
+            return _named(picture.file_name.removesuffix(".png"), digit)
+        if self.options.use_original_file_name and picture.image is not None:
+            # without control codes, in so many bytes as --f may have
+            stem = replace_control_codes(picture.image.stem).encode("utf-8")[:LONGEST_NAME]
+            return _named(stem.decode("utf-8", "ignore"), digit)
+        if self.options.sequential_file_name:
+            return self._numbered(f"im_{digit}")
+        start = f"im_{self.now():%Y%m%d%H%M%S}_{digit}"
+        return (f"{start}{free:03d}_{picture.seed}" for free in count(number))
+
+    def _numbered(self, start: str) -> Iterator[str]:
+        """Yield numbers after the last file there is, whoever has written it."""
+        if start not in self._last:
+            names = (path.stem.removeprefix(start) for path in self.options.outdir.glob(f"{start}??????.png"))
+            self._last[start] = max((int(name) for name in names if name.isdecimal()), default=0)
+        for number in count(self._last[start] + 1):
+            self._last[start] = number
+            yield f"{start}{number:06d}"
+
+    @contextmanager
+    def _free(self, names: Iterator[str]) -> Iterator[Path]:
+        """Claim the first name that no file has and no other run is writing."""
+        for name in names:
+            path = self.options.outdir / f"{name}.png"
+            if path.exists():
+                continue
+            with claim_name(path) as is_ours:
+                if is_ours and not path.exists():
+                    yield path
+                    return
+
+
+def _named(stem: str, digit: str) -> Iterator[str]:
+    stem = f"{stem}_{digit}" if digit == FIRST else stem
+    return chain([stem], (f"{stem}_{number}" for number in count(1)))
+
+
+def png_texts(picture: AskedPicture, kind: ModelKind, sampler: str) -> Mapping[str, str]:
+    """Return the texts of a PNG, under the names of the image guides."""
+    settings = picture.settings
+    texts: dict[str, object] = {
+        "prompt": picture.prompt,
+        "seed": picture.seed,
+        "sampler": sampler,
+        "steps": settings.steps,
+        "scale": settings.scale,
+        "negative-prompt": picture.negative_prompt or None,
+        "negative-scale": settings.negative_scale,
+        "clip-prompt": picture.clip_prompt,
+        "raw-prompt": picture.raw_prompt,
+    }
+    if kind is SDXL:
+        sizes = settings.sizes
+        height, width = sizes.original_height or settings.height, sizes.original_width or settings.width
+        texts |= {
+            "original-height": height,
+            "original-width": width,
+            "original-height-negative": sizes.original_height_negative or height,
+            "original-width-negative": sizes.original_width_negative or width,
+            "crop-top": sizes.crop_top or 0,
+            "crop-left": sizes.crop_left or 0,
+        }
+    return {name: make_storable(str(value)) for name, value in texts.items() if value is not None}
 
 
 def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -125,28 +221,6 @@ def _too_little(error: torch.OutOfMemoryError, batch: Sequence[AskedPicture]) ->
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Setup:
-    """Facts known before networks are loaded."""
-
-    options: GenImgOptions
-    inputs: Inputs
-    highres: Highres | None
-    load: Callable[[], LoadedPipeline]
-
-    def begin(self, lines: Sequence[Line] | None = None) -> Run:
-        """Load the networks. lines: all that are asked for, if they are known."""
-        options, loaded = self.options, self.load()
-        kind = loaded.maker.model.kind
-        return Run(
-            options,
-            loaded,
-            self.highres,
-            Asking(options, kind, self.inputs, make_seeds(options, lines)),
-            PictureFiles(options.output, kind, options.sampling.sampler),
-        )
-
-
 def generate(options: GenImgOptions, load: Load = assemble) -> None:
     """Make all pictures that the options ask for. load: loads what makes them, usually the checkpoint.
 
@@ -156,9 +230,17 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
     make_folder(options.output.outdir, "--outdir")
     inputs = find_inputs(options.prompts, len(options.control.uses))
     highres = prepare_highres(options.highres, options.model.vae_batch_size)
-    setup = Setup(options, inputs, highres, partial(load, options, device))
+
+    def start(lines: Sequence[Line] | None = None) -> Run:
+        """Load the networks. lines: all that are asked for, if they are known."""
+        loaded = load(options, device)
+        kind = loaded.maker.model.kind
+        asking = Asking(options, kind, inputs, make_seeds(options, lines))
+        files = PictureFiles(options.output, kind, options.sampling.sampler)
+        return Run(options, loaded, highres, asking, files)
+
     if options.prompts.interactive:
-        converse(setup.begin())
+        converse(start())
         return
     failures = Failures()
     with each_warning_once():
@@ -166,10 +248,10 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
             lines = list_lines(options, inputs)
             asked = len(lines) * options.prompts.n_iter
             failures.strict = asked == 1
-            paths = _make_lines(setup, lines, failures)
+            paths = _make_lines(options, start, lines, failures)
         else:
             module = import_prompter(options.prompts.from_module)
-            run = setup.begin()
+            run = start()
             paths = run.make_all(_rounds(run, _module_lines(run, module, failures)), failures)
             asked = run.asking.lines
     if len(paths) > 1:
@@ -178,18 +260,20 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
     failures.raise_if_any(asked, "" if where is None else f"{where}: ")
 
 
-def _make_lines(setup: Setup, lines: Sequence[Line], failures: Failures) -> list[Path]:
-    """Make the pictures of known lines. Faults in a line show before a model is loaded."""
+def _make_lines(
+    options: GenImgOptions, start: Callable[[Sequence[Line]], Run], lines: Sequence[Line], failures: Failures
+) -> list[Path]:
+    """Make the pictures of known lines. Faults in a line show before a model is loaded, by `start`."""
     usable = []
     for line in lines:
         with failures.note_errors(line.label):
-            check_line(setup.options, line)
+            check_line(options, line)
             usable.append(line)
     if not usable:
         return []
-    run = setup.begin(lines)
+    run = start(lines)
     paths = run.make_all(_rounds(run, lambda: usable), failures)
-    images = setup.inputs.images
+    images = run.asking.inputs.images
     unused = len(images) - run.asking.made
     if unused > 0 and not lines[0].is_plain:
         logger.warning(

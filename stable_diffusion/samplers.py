@@ -1,13 +1,14 @@
-"""The samplers: diffusers' schedulers behind --sampler, as solvers of the denoising loop."""
-# Letters: B pictures, h w latent size
+"""Samplers: diffusers' schedulers as solvers of the loop; and calls of the U-Net, with guidance."""
+
+# Letters: B pictures, R rows of one call, L tokens, C width, h w latent size
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,13 @@ from diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete import KDPM2Ance
 from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteScheduler
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
+from modules.contract.data import Conditions
+from modules.contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
-from modules.flow.solvers import Solver
+from stable_diffusion.contract import Idea, Model, TextState, UnetCall
 from stable_diffusion.sampling_options import TRAINED_STEPS, SamplingOptions
 
 # how all models of Stable Diffusion were trained
@@ -125,36 +128,21 @@ def _zero_snr_betas() -> list[float]:
     return [float(beta) for beta in betas]
 
 
-class DiffusersSampler(Solver, Protocol):
-    """A solver that knows the inputs of the U-Net and where it begins."""
-
-    @property
-    def first(self) -> int:
-        """The index in `schedule` that denoising begins at."""
-        ...
-
-    def model_input(self, index: int, sample: Tensor) -> Tensor:
-        """Return a sample B 4 h w as the U-Net takes it at that index of the schedule."""
-        ...
-
-    def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """Return latents B 4 h w, clean, with noise as samples have it before the step of that index.
-
-        Call only before the first step, for `first`, or right after a step, for the next one.
-        """
-        ...
+MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # place in the schedule, velocity, sample -> next sample
 
 
 @dataclass
 class SchedulerSolver:
-    """A `DiffusersSampler` around a scheduler of diffusers, for one batch. Samples in the loop are B 4 1 h w.
+    """A solver around a scheduler of diffusers, for one batch. Samples in the loop are B 4 1 h w.
 
     All random numbers of a step come from the pictures' own generators, so that none depends on its batch.
     """
 
     scheduler: Any
     generators: Sequence[torch.Generator]  # one for each picture, on the CPU
-    first: int = 0
+    first: int = 0  # the index in `schedule` that denoising begins at
+    # makes a step by means of the scheduler's own one, which it is given; None: that alone
+    around: Callable[[MakeStep, int, Tensor, Tensor], Tensor] | None = None
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -175,13 +163,23 @@ class SchedulerSolver:
         return float(self.scheduler.init_noise_sigma)
 
     def model_input(self, index: int, sample: Tensor) -> Tensor:
+        """Return a sample B 4 h w as the U-Net takes it at that index of the schedule."""
         return self.scheduler.scale_model_input(sample, self.scheduler.timesteps[index])
 
     def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """Return latents B 4 h w, clean, with noise as samples have it before the step of that index.
+
+        Call only before the first step, for `first`, or right after a step, for the next one.
+        """
         return self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[index : index + 1])
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """velocity: the network's output, noise or v."""
+        """Return the next sample. velocity: the network's output, noise or v."""
+        if self.around is None:
+            return self._step(index, velocity, sample)
+        return self.around(self._step, index, velocity, sample)
+
+    def _step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         given = {"generator": list(self.generators)} if self._draws else {}
         timestep = self.scheduler.timesteps[index]
         (moved, *_) = self.scheduler.step(
@@ -214,3 +212,114 @@ def begin_sampling(
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return SchedulerSolver(scheduler, generators, first)
+
+
+# One call of the U-Net as the denoising loop sees it, and classifier-free guidance.
+# names in the conditions of a pass, with a batch dimension
+CONTEXT = "context"  # B L C
+POOLED = "text_embeds"  # B C, of SDXL; both names are the U-Net's
+SIZES = "time_ids"  # B 6, of SDXL
+IS_NEGATIVE = "is_negative"  # B, on the CPU: 1 in rows of negative and empty texts
+
+
+@dataclass(frozen=True, eq=False)
+class UnetPasses:
+    """`Passes` of the denoising loop: the samples are B 4 1 h w, and the U-Net's output is unchanged."""
+
+    model: Model
+    sampler: SchedulerSolver
+    pictures: int  # B
+    ideas: Sequence[Idea] = ()  # each sees the call as those before it left it
+    # B 5 h w: mask and masked picture, which the U-Net of an inpainting checkpoint sees beside the sample
+    beside: Tensor | None = None
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Return the U-Net's noise or v, R 4 1 h w, float32. `timesteps`: R, all equal."""
+        turn = tweaks.turn
+        assert turn is not None  # the loop sets it
+        call = UnetCall(
+            step=turn.step,
+            num_steps=turn.num_steps,
+            timestep=turn.timestep,
+            sample=self.sampler.model_input(self.sampler.first + turn.step, noisy.squeeze(2)),
+            context=_tensor(cond, CONTEXT),
+            pictures=self.pictures,
+            negative_rows=int(_tensor(cond, IS_NEGATIVE).sum()),
+            added={name: _tensor(cond, name) for name in (POOLED, SIZES) if name in cond},
+        )
+        for idea in self.ideas:
+            call = idea(call)
+        return self._call(dit, call).float().unsqueeze(2)
+
+    def _call(self, unet: nn.Module, call: UnetCall) -> Tensor:
+        dtype = self.model.dtype
+        sample = call.sample
+        if self.beside is not None:
+            passes = len(sample) // self.pictures
+            sample = torch.cat([sample, self.beside.repeat(passes, 1, 1, 1)], dim=1)
+        others: dict[str, Any] = {}
+        if call.residuals is not None:
+            skips, middle = call.residuals
+            others["down_block_additional_residuals"] = tuple(skip.to(dtype) for skip in skips)
+            others["mid_block_additional_residual"] = middle.to(dtype)
+        (said,) = unet(
+            sample.to(dtype),
+            torch.full((len(sample),), call.timestep, device=sample.device),
+            encoder_hidden_states=call.context.to(dtype),
+            added_cond_kwargs=dict(call.added) or None,
+            return_dict=False,
+            **others,
+        )
+        return said
+
+
+def _tensor(conditions: Conditions, name: str) -> Tensor:
+    value = conditions[name]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def make_conditions(
+    states: Sequence[TextState], device: torch.device, sizes: Tensor | None = None, negative: bool = False
+) -> Conditions:
+    """Return the conditions of one pass.
+
+    states: one for each picture, of equal lengths. sizes: 1 6, of SDXL.
+    """
+    conditions = {
+        CONTEXT: torch.stack([state.context for state in states]).to(device),
+        IS_NEGATIVE: torch.full((len(states),), int(negative)),
+    }
+    pooled = [state.pooled for state in states if state.pooled is not None]
+    if pooled and sizes is not None:
+        conditions[POOLED] = torch.stack(pooled).to(device)
+        conditions[SIZES] = sizes.to(device).repeat(len(states), 1)
+    return conditions
+
+
+def is_guided(scale: float, negative_scale: float | None) -> bool:
+    """Whether negative texts count. As in diffusers' pipelines a scale below 1 is the same as 1."""
+    return scale > 1 or negative_scale is not None
+
+
+def make_guidance(scale: float, negative_scale: float | None) -> Guidance:
+    """Return classifier-free guidance: u + s (c - u), u of the negative text, c of the prompt.
+
+    With negative_scale k the empty text r comes in: r + s (c - r) - k (u - r). Without negative conditions
+    it is the prompt's pass alone. Source: Ho and Salimans 2022, arXiv 2207.12598.
+    """
+
+    def guide(step: Step, predict: Predict, section: Section) -> Tensor:
+        positive, negative, blank = section.positive, section.negative, section.blank
+        if negative is None:
+            (prompted,) = predict(positive)
+            return prompted
+        if blank is None or negative_scale is None:
+            prompted, avoided = predict(positive, negative)
+            return avoided + scale * (prompted - avoided)
+        prompted, avoided, empty = predict(positive, negative, blank)
+        return empty + scale * (prompted - empty) - negative_scale * (avoided - empty)
+
+    return guide

@@ -4,8 +4,11 @@ A picture's generator is drawn from in the order of diffusers' pipelines: the po
 the start noise, the posterior of the unmasked input; then come the steps.
 """
 
+# Letters: B pictures, h w latent size, H W in pixels: 8 times as much
+
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
-from modules.flow.schedule import Schedule
-from stable_diffusion.contract import AskedPicture, Model, SecondStart
-from stable_diffusion.pixels import STRIDE, encode_pixels, fit, latent_size, read_picture, to_pixels
-from stable_diffusion.prompt_options import PictureInputOptions
-from stable_diffusion.samplers import DiffusersSampler, SchedulerSolver
+from modules.media.reading import read_image
+from stable_diffusion.contract import AskedPicture, Model, PictureSettings, SecondStart
+from stable_diffusion.options import PictureInputOptions
+from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import StartNoiseOptions
 
 # Start noise that is changed for some pictures: pyramid noise and noise offset (--pyramid_noise_prob,
@@ -97,44 +99,25 @@ def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
     return (values >= 0.5).float()[None, None]
 
 
-def mask_latents(mask: Tensor) -> Tensor:
-    """Return a mask B 1 H W at the size of latents: B 1 h w, each the upper left pixel of its square."""
-    return mask[:, :, ::STRIDE, ::STRIDE]
-
-
 @dataclass(frozen=True, eq=False)
 class Inpainting:
-    """A sampler around another one. After each step latents are
+    """Stands around the steps of a sampler. After each of them latents are
 
         original with noise * (1 - mask) + latents * mask
 
     and after the last one without noise.
     """
 
-    inner: DiffusersSampler
+    sampler: SchedulerSolver
     original: Tensor  # B 4 h w, scaled as the U-Net sees them
     noise: Tensor  # B 4 h w, the start noise
     mask: Tensor  # B 1 h w; 1 is painted anew
 
-    @property
-    def schedule(self) -> Schedule:
-        return self.inner.schedule
-
-    @property
-    def first(self) -> int:
-        return self.inner.first
-
-    def model_input(self, index: int, sample: Tensor) -> Tensor:
-        return self.inner.model_input(index, sample)
-
-    def add_noise(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
-        return self.inner.add_noise(index, latents, noise)
-
-    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        painted = self.inner.step(index, velocity, sample).squeeze(2)
+    def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        painted = step(index, velocity, sample).squeeze(2)
         kept = self.original
-        if index + 1 < self.schedule.num_steps:
-            kept = self.inner.add_noise(index + 1, kept, self.noise)
+        if index + 1 < self.sampler.schedule.num_steps:
+            kept = self.sampler.add_noise(index + 1, kept, self.noise)
         return ((1 - self.mask) * kept + self.mask * painted).unsqueeze(2)
 
 
@@ -146,7 +129,7 @@ class Beginning:
     """Where the loop begins, and the sampler that it follows."""
 
     latents: Tensor  # B 4 1 h w, float32, as the sampler wants them at its first step
-    sampler: DiffusersSampler
+    sampler: SchedulerSolver
     beside: Tensor | None = None  # see `UnetPasses`
 
 
@@ -233,15 +216,16 @@ def begin(
     if not is_painted:
         return Beginning(latents.unsqueeze(2), sampler)
 
-    masks = torch.cat([_mask(picture) for picture in pictures])
-    small = mask_latents(masks).to(device)
+    given = [read_picture(picture.mask) for picture in pictures if picture.mask is not None]
+    masks = torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in given])
+    small = masks[:, :, ::STRIDE, ::STRIDE].to(device)  # B 1 h w: the upper left pixel of each square
     # drawn whether the U-Net sees it or not, as in diffusers' pipeline: the steps' noise comes after it
     left = None if pixels is None else encode_pixels(model, pixels * (1 - masks), generators)
     if model.is_inpainting:
         assert left is not None
         return Beginning(latents.unsqueeze(2), sampler, torch.cat([small, left], dim=1))
     assert clean is not None
-    return Beginning(latents.unsqueeze(2), Inpainting(sampler, clean, drawn, small))
+    return Beginning(latents.unsqueeze(2), replace(sampler, around=Inpainting(sampler, clean, drawn, small)))
 
 
 def _pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tensor:
@@ -255,6 +239,85 @@ def _pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tens
     return torch.cat([to_pixels(image, settings.width, settings.height) for image in images])
 
 
-def _mask(picture: AskedPicture) -> Tensor:
-    assert picture.mask is not None
-    return mask_pixels(read_picture(picture.mask), picture.settings.width, picture.settings.height)
+# Pictures to latents and back, by the autoencoder of a model. Pixels are B 3 H W, -1..1.
+logger = logging.getLogger(__name__)
+
+STRIDE = 8  # pixels of one latent
+
+
+def latent_size(settings: PictureSettings) -> tuple[int, int]:
+    """Return height and width of a picture's latents."""
+    return settings.height // STRIDE, settings.width // STRIDE
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Read a picture as RGB, upright. Raises MediaError if it cannot be read."""
+    return Image.fromarray(read_image(path))
+
+
+def to_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
+    """Return the pixels of a picture at that size (Lanczos), 1 3 H W, float32."""
+    resized = fit(picture.convert("RGB"), width, height)
+    values = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255)
+    return 2 * values.permute(2, 0, 1)[None] - 1
+
+
+def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Return a picture at that size, whatever becomes of its proportions."""
+    if picture.size == (width, height):
+        return picture
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+@torch.no_grad()
+def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Sample the posteriors of pictures, each with its own generator: latents B 4 h w, float32, scaled.
+
+    Pictures are encoded one by one, so that none depends on its batch.
+    """
+    return torch.cat(
+        [_sample(model, each[None], generator) for each, generator in zip(pixels, generators, strict=True)]
+    )
+
+
+def _sample(model: Model, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    posterior = model.vae.encode(pixels.to(model.device, model.vae_dtype)).latent_dist
+    mean = posterior.mean.float()
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    return (mean + posterior.std.float() * noise) * model.kind.latent_scale
+
+
+@torch.no_grad()
+def decode_latents(
+    model: Model, latents: Tensor, labels: Sequence[str], vae_batch_size: float | None = None
+) -> list[Image.Image]:
+    """Return the pictures of latents B 4 h w. labels: of the pictures, for warnings."""
+    made: list[Image.Image] = []
+    size = vae_batch(vae_batch_size, len(latents))
+    for group in latents.split(size):
+        pixels = model.vae.decode((group / model.kind.latent_scale).to(model.vae_dtype)).sample.float()
+        made += [to_image(each, label) for each, label in zip(pixels, labels[len(made) :], strict=False)]
+    return made
+
+
+def to_image(pixels: Tensor, label: str) -> Image.Image:
+    """Return pixels 3 H W as a picture. NaN becomes black, with a warning that names the picture."""
+    if not bool(pixels.isfinite().all()):
+        logger.warning(
+            "%s: the picture has NaN or infinite pixels, they are black. A number was too large for 16 bits: "
+            "try --no_half_vae, then --bf16 instead of --fp16",
+            label,
+        )
+        pixels = pixels.nan_to_num(-1, -1, -1)
+    values = (pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu() * 255
+    return Image.fromarray(values.round().to(torch.uint8).numpy())
+
+
+def vae_batch(size: float | None, count: int) -> int:
+    """Return how many of `count` pictures the autoencoder takes at once.
+
+    size: --vae_batch_size; None: all.
+    """
+    if size is None:
+        return count
+    return max(int(size * count if size < 1 else size), 1)

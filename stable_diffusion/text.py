@@ -6,9 +6,8 @@ no other text. States are remembered, as most pictures share their negative prom
 # Letters: K chunks of a text, L = 75 K + 2 states of it, C width
 
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +15,10 @@ from torch import Tensor
 from encoders.clip_checkpoints import ClipTextConfig
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from stable_diffusion.chunks import (
+from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind, TextState, TextTower
+from stable_diffusion.options import TextOptions
+from stable_diffusion.textual_inversion import LearnedWord, add_words, check_words, read_words
+from stable_diffusion.tokenizers import (
     SIZE,
     Chunk,
     cut_into_chunks,
@@ -26,15 +28,11 @@ from stable_diffusion.chunks import (
     make_rows,
     parse_weights,
 )
-from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind, TextState, TextTower
-from stable_diffusion.prompt_options import TextOptions
-from stable_diffusion.textual_inversion import LearnedWord, add_words, check_words, read_words
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 64  # texts; one of SDXL with one chunk takes 0.6 MB in float32
 SHOWN = 200  # characters of a text in a warning
-Value = TypeVar("Value")
 
 
 class Texts:
@@ -55,8 +53,8 @@ class Texts:
         self._mode = options.emb_normalize_mode
         self._most = options.max_embeddings_multiples or 1
         self._layers = [_layer_of(tower, kind, options.clip_skip) for tower in self._towers]
-        self._cut = _Remembered[list[list[Chunk]]](4 * REMEMBERED)
-        self._states = _Remembered[TextState](REMEMBERED)
+        self._chunks_of = lru_cache(4 * REMEMBERED)(self._cut_all)
+        self._remembered = lru_cache(REMEMBERED)(self._encode)
 
     def chunks(self, text: str) -> int:
         """Return how many chunks of 75 tokens a text takes, as far as it is read; at least 1."""
@@ -71,10 +69,11 @@ class Texts:
         weights.
         """
         chunks = self.chunks(text) if chunks is None else chunks
-        return self._states.get((text, chunks, networks), lambda: self._encode(text, chunks))
+        return self._remembered(text, chunks, networks)
 
     @torch.no_grad()
-    def _encode(self, text: str, count: int) -> TextState:
+    def _encode(self, text: str, count: int, networks: Hashable) -> TextState:
+        del networks  # a key of what is remembered
         is_pooled = self._kind is SDXL
         contexts: list[Tensor] = []
         pooled = None
@@ -102,9 +101,6 @@ class Texts:
             projection = self._towers[-1].projection
             pooled = pooled[0] if projection is None else pooled[0] @ projection
         return TextState(torch.cat(contexts, dim=-1), pooled)
-
-    def _chunks_of(self, text: str) -> list[list[Chunk]]:
-        return self._cut.get(text, lambda: self._cut_all(text))
 
     def _cut_all(self, text: str) -> list[list[Chunk]]:
         """Return a text's chunks for each encoder, those that are read. Warn if that is not all."""
@@ -177,20 +173,3 @@ def _layer_of(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
     """
     _check_layer(clip_skip, tower.network.num_layers, kind)
     return max(1, kind.clip_skip - tower.missing_layers) if clip_skip is None else clip_skip
-
-
-class _Remembered(Generic[Value]):
-    """The values that were made or used last."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        if key not in self._values:
-            value = make()
-            while len(self._values) >= self._most:
-                self._values.popitem(last=False)
-            self._values[key] = value
-        self._values.move_to_end(key)
-        return self._values[key]

@@ -4,7 +4,6 @@ Both become the same network, `ClipText`. OpenCLIP's files have queries, keys an
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -130,12 +129,8 @@ def _our_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
             continue
         for number, part in enumerate("qkv"):
             ours = f"encoder.layers.{fused[1]}.self_attn.{part}_proj.{fused[2]}"
-            sources[ours] = source.then(_third(number))
+            sources[ours] = source.then(lambda rows, number=number: rows.chunk(3)[number])  # type: ignore[misc]
     return sources
-
-
-def _third(number: int) -> Callable[[Tensor], Tensor]:
-    return lambda rows: rows.chunk(3)[number]
 
 
 def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextConfig]:

@@ -22,8 +22,8 @@ from modules.checkpoints.containers import load_pickled
 from modules.checkpoints.opening import open_checkpoint
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
-from stable_diffusion.chunks import SIZE
 from stable_diffusion.contract import SDXL, ModelKind, TextTower
+from stable_diffusion.tokenizers import SIZE
 
 logger = logging.getLogger(__name__)
 

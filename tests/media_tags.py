@@ -1,5 +1,5 @@
 """Text that images and videos carry."""
 
-from modules.media.tags import read_tags
+from modules.media.reading import read_tags
 
 __all__ = ["read_tags"]

@@ -64,13 +64,11 @@ FLOORS = {
     ),
     "data_tools": ({"captions", "cogvideox", "cutting", "report"},),
     "post": (
-        {"contract", "model_places", "run_options", "streaming", "tiling"},
-        {"pixels", "precision"},
+        {"contract", "options", "streaming"},
+        {"tiling"},
         {"faces", "interpolation", "upscaling"},
-        {"blurring"},
-        {"chain_options"},
+        {"blurring", "chain_options"},
         {"naming", "stages"},
-        {"decoded", "videos"},
         {"run"},
     ),
     "training": (
@@ -111,7 +109,7 @@ LIGHT_FILES = {
     "dataset/key_reading.py",
     "dataset/subsets.py",
     "dataset/table.py",
-} | {"frame_pack/section_syntax.py", "downloads/catalogue.py", "post/model_places.py"}
+} | {"frame_pack/section_syntax.py", "downloads/catalogue.py", "post/chain_options.py"}
 HEAVY = (
     "torch",
     "numpy",

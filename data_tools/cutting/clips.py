@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from data_tools.cutting.options import ChoiceOptions, LengthOptions
 from data_tools.cutting.scenes import ChangeDetector, SceneChange
-from modules.media.depth import Pixels, in_eight_bits
+from modules.media.encoding import Picture, Pixels, in_eight_bits
 from modules.media.measures import CELLS, brightness, is_black, is_flat, is_static, motion, sharpness
-from modules.media.streams import ShownFrame, SourceInfo
+from modules.media.streams import SourceInfo
 
 SAMPLE_SECONDS = 0.25  # between two pictures that are measured
 SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # why a clip is left out
@@ -57,7 +57,7 @@ class VideoLook:
 
 
 def look_at(
-    info: SourceInfo, frames: Iterable[ShownFrame], detector: ChangeDetector, black_threshold: float
+    info: SourceInfo, frames: Iterable[Picture], detector: ChangeDetector, black_threshold: float
 ) -> VideoLook:
     """Read all pictures of a video, and find its changes."""
     look = VideoLook(info.width, info.height)

@@ -30,12 +30,12 @@ from modules.bars import FRAMES, Bar
 from modules.console import count_of, in_words, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError, OptionError, OutputError, UserError
-from modules.media.encoding import settle_codec
+from modules.media.encoding import Picture, settle_codec
+from modules.media.measures import clock_time
 from modules.media.options import holds_depth
 from modules.media.reading import VIDEO_SUFFIXES
-from modules.media.scenes import clock_time
 from modules.media.sections import VideoSection
-from modules.media.streams import ShownFrame, shown_frames, source_info
+from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_shown
 from modules.text_files import bad_character
 
@@ -249,7 +249,7 @@ class Workshop:
         write_record(self.output, record)
         return CutResult(record, clips, written=written)
 
-    def _frames(self, path: Path, what: str, deep: bool = False) -> Generator[ShownFrame, None, None]:
+    def _frames(self, path: Path, what: str, deep: bool = False) -> Generator[Picture, None, None]:
         """Yield the pictures of a video, with a bar. Raises MediaError."""
         with Bar(source_info(path).frames, f"{what} {path.name}", FRAMES, self.shows_bars) as bar:
             for frame in shown_frames(path, deep):
@@ -302,9 +302,7 @@ class Workshop:
         return len(missing)
 
 
-def _frames_of(
-    frames: Iterator[tuple[int, ShownFrame]], source: Path, clip: PlannedClip
-) -> Iterator[ShownFrame]:
+def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: PlannedClip) -> Iterator[Picture]:
     """Yield the frames of a clip, from 0 s on. Frames before it are passed over, none behind it is taken."""
     origin: Fraction | None = None
     for number, frame in frames:

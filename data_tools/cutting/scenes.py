@@ -10,8 +10,8 @@ import numpy as np
 
 from data_tools.cutting.options import CONTENT, OWN, SceneOptions
 from modules.errors import InstallationError
-from modules.media.depth import Pixels, in_eight_bits
-from modules.media.scenes import FLAT, Thumbnail, scene_distance, thumbnail
+from modules.media.encoding import Pixels, in_eight_bits
+from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbnail
 
 # frames from the first number to before the second belong to no scene; at a hard cut both are that of the
 # first frame of the new scene
@@ -170,7 +170,7 @@ class OwnDetector:
 def _is_plain(now: Thumbnail) -> bool:
     """Return whether a picture has one colour besides white: `scene_distance` cannot judge it."""
     seen = now.grey[~now.is_white]
-    return not seen.size or float(seen.std()) < FLAT
+    return not seen.size or float(seen.std()) < FLAT_SCENE
 
 
 class _Dissolves:

@@ -5,19 +5,14 @@ augmenting: pictures that differ each time in training
 buckets: sizes of an area, and bucket of a picture
 companions: sound, subtitles and tags into another video
 decoding: decode a video file picture by picture
-depth: pixels of 8 and of 16 bits a channel
 encoding: encode pictures to a video stream
-ffmpeg: import PyAV at its first use
-measures: brightness, sharpness, stillness and hashes of media
-opening: open foreign images and videos safely
+measures: brightness, sharpness, stillness, hashes, and cuts of scenes
+opening: open foreign images and videos safely; import PyAV
 options: options of how videos are encoded
 pixels: media as pixels for a VAE, and back
-reading: read images and videos as uint8 frames
-scenes: tell whether a new scene begins between two neighbouring pictures
+reading: read images and videos as uint8 frames, and their texts
 sections: the sound of a part of a video
-sound: encode sound anew if a file needs it
+sound: encode sound and repack subtitles if a file needs it
 streams: a video as pictures with exact times
-subtitles: repack subtitles of text between kinds of files
-tags: read the texts that images and videos carry
 writing: write frames to files, and join videos
 """

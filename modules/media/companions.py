@@ -15,14 +15,11 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from modules.media.animations import is_animation
-from modules.media.decoding import time_origin
+from modules.media.decoding import is_sideways, time_origin
 from modules.media.encoding import MUXERS
-from modules.media.ffmpeg import av
-from modules.media.opening import is_cover, open_container, reading
-from modules.media.sound import add_aac, open_delayed
-from modules.media.subtitles import add_text, is_text
-from modules.media.tags import without_pictures
+from modules.media.opening import av, is_cover, open_container
+from modules.media.reading import without_pictures
+from modules.media.sound import add_aac, add_text, is_text, open_delayed
 
 logger = getLogger(__name__)
 
@@ -64,7 +61,10 @@ class Companions:
     """The other streams of a video, read as far as the new one has grown."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, covers: bool) -> None:
-        """source: the opened file at `path`. suffix, rate, covers: as of `open_companions`."""
+        """source: the opened file at `path`. suffix, rate: of the new file and of its
+        pictures. covers: whether to keep cover pictures, and what may hold others: attachments but for fonts,
+        XMP.
+        """
         self._path, self._source, self._suffix, self._rate = path, source, suffix, rate
         self._covers = covers
         self._origin = time_origin(source)
@@ -171,7 +171,9 @@ class Companions:
             self._add_picture(target, stream, name)
         elif stream.type == "attachment":
             self._add_attachment(target, stream, name)
-        elif stream.type == "data" and _is_written_anew(stream):
+        elif stream.type == "data" and (
+            int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata
+        ):  # chapters or a time code, which FFmpeg writes anew in MP4 and MOV
             return
         elif self._is_playable(stream) and self._can_hold(stream):
             self._add_copy(target, stream, name)
@@ -204,10 +206,10 @@ class Companions:
         if self._suffix == ".mkv" and stream.type == "audio" and (samples := self._priming(stream)) > 0:
             delayed = open_delayed(stream, samples)
         if delayed is None:
-            self._keep(stream, _from_template(target, stream), name, _copy)
+            self._keep(stream, target.add_stream_from_template(stream, opaque=True), name, _copy)
             return
         with delayed:
-            added = _from_template(target, delayed.streams.audio[0])
+            added = target.add_stream_from_template(delayed.streams.audio[0], opaque=True)
         added.time_base = stream.time_base
         self._keep(stream, added, name, _copy)
 
@@ -223,7 +225,7 @@ class Companions:
         """Return whether the new file can hold the stream: a small one is written in memory."""
         try:
             with open_container(self._path) as again, av.open(BytesIO(), "w", MUXERS[self._suffix]) as trial:
-                added = _from_template(trial, stream)
+                added = trial.add_stream_from_template(stream, opaque=True)
                 trial.start_encoding()
                 # text may begin anywhere in a long file
                 first = None if stream.type == "subtitle" else _first_packet(again, stream.index)
@@ -254,7 +256,9 @@ class Companions:
             self._leave_out(name)
 
     def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
-        if not self._covers and not _is_font(stream):
+        tags = [stream.metadata.get(key, "").lower() for key in ("filename", "mimetype")]
+        is_font = tags[0].endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2")) or "font" in tags[1]
+        if not self._covers and not is_font:  # subtitles need fonts
             self._leave_out(name, "there may be a picture in it, that no tool has worked on", remedy="")
         elif self._suffix == ".mkv":
             mimetype = stream.metadata.get("mimetype", "application/octet-stream")
@@ -293,24 +297,6 @@ class Companions:
         )
 
 
-@contextlib.contextmanager
-def open_companions(
-    path: Path | None, suffix: str, rate: Fraction, covers: bool
-) -> Iterator[Companions | None]:
-    """Open a video for its other streams; None if there is no video, or a GIF or WebP.
-
-    suffix, rate: of the new file and of its pictures. covers: whether to keep cover pictures, and what
-    may hold others: attachments but for fonts, XMP. Raises MediaError.
-    """
-    if path is None or is_animation(path):
-        yield None
-        return
-    with reading(path):
-        source = open_container(path)
-    with source:
-        yield Companions(path, source, suffix, rate, covers)
-
-
 def keep_proportions(path: Path, source: Any, video: Any) -> None:
     """Let pixels that are not square, as those of DVDs, stay so.
 
@@ -321,8 +307,7 @@ def keep_proportions(path: Path, source: Any, video: Any) -> None:
         return
     with open_container(path) as again, contextlib.suppress(av.FFmpegError):
         first = next(again.decode(again.streams[source.index]))
-        sideways = round(first.rotation / 90) % 2 == 1
-        video.codec_context.sample_aspect_ratio = 1 / ratio if sideways else ratio
+        video.codec_context.sample_aspect_ratio = 1 / ratio if is_sideways(first) else ratio
 
 
 def needs_own_tags(tags: Iterable[str]) -> bool:
@@ -330,29 +315,14 @@ def needs_own_tags(tags: Iterable[str]) -> bool:
     return any(name.lower() not in _MP4_TAGS for name in tags)
 
 
-def _is_font(stream: Any) -> bool:
-    """Return whether an attachment is a font, as subtitles need them."""
-    name, kind = (stream.metadata.get(key, "").lower() for key in ("filename", "mimetype"))
-    return name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2")) or "font" in kind
-
-
 def _copy(packet: Any) -> list[Any]:
     return [packet] if packet.size else []
-
-
-def _from_template(target: Any, stream: Any) -> Any:
-    return target.add_stream_from_template(stream, opaque=True)
 
 
 def _first_packet(container: Any, index: int) -> Any | None:
     """Return the first packet of a stream, if it is at the beginning of a file that has just been opened."""
     beginning = itertools.islice(container.demux(), _BEGINNING)
     return next((packet for packet in beginning if packet.stream.index == index and packet.size), None)
-
-
-def _is_written_anew(stream: Any) -> bool:
-    """Return whether a stream holds chapters or a time code, which FFmpeg writes anew in MP4 and MOV."""
-    return int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata
 
 
 def _name(stream: Any) -> str:

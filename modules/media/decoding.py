@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.errors import MediaError
-from modules.media.ffmpeg import av
-from modules.media.opening import MAX_PIXELS
+from modules.media.opening import MAX_PIXELS, av
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -35,7 +34,8 @@ def decode_frames(
             raise MediaError(f"{path} is damaged or cut short: only {num_frames} frames could be read")
         for frame in packet.decode() if decode is None else decode(packet):
             num_frames += 1
-            start = _start_of(frame, stream, end_seconds + usual_seconds)
+            base = frame.time_base or stream.time_base
+            start = end_seconds + usual_seconds if frame.pts is None else float(frame.pts * base)
             end_seconds = max(end_seconds, start)
             yield frame, start
     _check_whole(path, container, stream, num_frames, end_seconds)
@@ -98,6 +98,23 @@ def _has_all_bytes(path: Path) -> bool:
         return any(file.read(TAIL))
 
 
+def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, int]:
+    """Return FFmpeg's first frame, and width and height of its upright picture. Raises MediaError."""
+    first = next(container.decode(stream), None)
+    if first is None:
+        raise _no_frames(path)
+    return (first, first.height, first.width) if is_sideways(first) else (first, first.width, first.height)
+
+
+def is_sideways(frame: Any) -> bool:
+    """Return whether a frame of FFmpeg is to be turned by a quarter."""
+    return round(frame.rotation / 90) % 2 == 1
+
+
+def _no_frames(path: Path) -> MediaError:
+    return MediaError(f"no frames in {path}: it holds none that can be decoded")
+
+
 def turn_upright(frame: Turned, degrees: float) -> Turned:
     """Rotate a frame counter-clockwise by the rotation stored in the file; only quarter turns occur."""
     turns = round(degrees / 90) % 4
@@ -119,11 +136,6 @@ def time_origin(container: Any) -> Fraction:
         if stream.type in ("audio", "video") and stream.start_time is not None
     ]
     return min((time for time in exact if abs(time - rounded) < Fraction(2, 1_000_000)), default=rounded)
-
-
-def _start_of(frame: Any, stream: Any, usual: float) -> float:
-    """Return when a frame is shown, in seconds. usual: if the file does not say."""
-    return usual if frame.pts is None else float(frame.pts * (frame.time_base or stream.time_base))
 
 
 def _alpha_decoder(path: Path, stream: Any) -> Any:
@@ -150,7 +162,7 @@ def _check_whole(path: Path, container: Any, stream: Any, num_frames: int, end_s
     length as a tag.
     """
     if not num_frames:
-        raise MediaError(f"no frames in {path}: it holds none that can be decoded")
+        raise _no_frames(path)
     seconds = stated_end(container, stream)
     frame_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.1
     if seconds is None or end_seconds + max(4 * frame_seconds, 0.3) >= seconds:

@@ -6,15 +6,16 @@ FFmpeg and Pillow choose a reader by a file's content, not by its suffix: a clip
 
 import contextlib
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from modules.errors import MediaError
-from modules.media.ffmpeg import av, ffmpeg_errors
+from modules.errors import InstallationError, MediaError
 from modules.text_files import require_regular_file
 
 # FFmpeg's names of formats that hold their own pixels; the last two lines: bare streams, and single pictures
@@ -150,3 +151,29 @@ def reading(path: Path) -> Iterator[None]:
 def file_url(path: Path) -> str:
     """Without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol."""
     return f"file:{path}"
+
+
+# Import PyAV, which brings FFmpeg, at its first use: reading pictures or caches does not need it.
+if TYPE_CHECKING:
+    import av as av
+else:
+
+    class _WhenUsed:
+        """Stands for a module until one of its names is asked for."""
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return getattr(import_module("av"), name)
+            except ModuleNotFoundError as error:
+                raise InstallationError(
+                    f"videos are read and written with the package av, which cannot be imported ({error}). "
+                    f"Install it: {sys.executable} -m pip install av"
+                ) from None
+
+    av = _WhenUsed()
+
+
+def ffmpeg_errors() -> tuple[type[Exception], ...]:
+    """Return the classes of FFmpeg's errors; none if FFmpeg has not been used yet."""
+    error = getattr(sys.modules.get("av"), "FFmpegError", None)
+    return () if error is None else (error,)

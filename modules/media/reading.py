@@ -8,7 +8,9 @@ failure is a MediaError with the file and the reason.
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from PIL import Image, ImageOps, features
 from modules.errors import MediaError
 from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
 from modules.media.buckets import Fit, Size, fit_cover
-from modules.media.decoding import decode_frames, turn_upright
+from modules.media.decoding import decode_frames, first_picture, turn_upright
 from modules.media.opening import open_image, open_video
 
 Frame = NDArray[np.uint8]  # H W C
@@ -241,11 +243,7 @@ def video_info(path: Path) -> VideoInfo:
         durations = animation_durations(path)
         return VideoInfo(*image_size(path), len(durations), len(durations) / sum(durations))
     with open_video(path) as (container, stream):
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise MediaError(f"no frames in {path}: it holds none that can be decoded")
-        sideways = round(first.rotation / 90) % 2 == 1
-        width, height = (first.height, first.width) if sideways else (first.width, first.height)
+        _, width, height = first_picture(path, container, stream)
         # a header may claim any number of frames; each takes a byte at least
         frames = stream.frames if 0 < stream.frames <= path.stat().st_size else None
         return VideoInfo(width, height, frames, float(stream.average_rate) if stream.average_rate else None)
@@ -272,3 +270,42 @@ def _check_shown(path: Path, seconds: float) -> None:
             f"{path} shows one frame for {seconds:.0f} s, at most {LONGEST_SHOWN:.0f} s are played. Its "
             "times are damaged, or it is a slide show: cut it, or convert it to a constant frame rate."
         )
+
+
+# The texts that images and videos carry.
+logger = logging.getLogger(__name__)
+
+# metadata of cameras and editors, which hold a small picture written as letters, and any text like that
+_OF_PICTURES = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
+# what a tool did to a finished file, counted on; mkv stores names in upper case
+TOOL_TAG = re.compile(r"post_(\d{1,6})", re.IGNORECASE)
+LONGEST = 1 << 18  # letters that are looked through
+_CODED = re.compile(r"(?:[A-Za-z0-9+/=_-]{40,}\s){9}|[A-Za-z0-9+/=_-]{400}")
+
+
+def read_tags(path: Path) -> dict[str, str]:
+    """Return the text stored in a PNG or a video, {} if there is none.
+
+    Keys of videos are lower case, because mkv stores them in upper case.
+    Raises MediaError if the file cannot be read.
+    """
+    if path.suffix.lower() in image_suffixes():
+        with open_image(path) as image:
+            return {str(name): str(value) for name, value in getattr(image, "text", {}).items()}
+    with open_video(path) as (container, _):
+        return {name.lower(): value for name, value in container.metadata.items()}
+
+
+def without_pictures(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
+    """Return tags but for those that may hold a picture, such as XMP with its thumbnails; they are logged.
+
+    path: of the file that has them.
+    """
+    left_out = [
+        name
+        for name, text in tags.items()
+        if _OF_PICTURES.search(name) or len(text) > LONGEST or _CODED.search(text)
+    ]
+    if left_out:
+        logger.warning("%s: left out, because there may be a picture in it: %s", path, ", ".join(left_out))
+    return {name: text for name, text in tags.items() if name not in left_out}

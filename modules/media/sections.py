@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modules.media.animations import is_animation
 from modules.media.companions import keep_proportions
 from modules.media.decoding import time_origin
-from modules.media.ffmpeg import av
-from modules.media.opening import open_container, reading
-from modules.media.sound import AacFormat, aac_format, add_aac_stream
+from modules.media.opening import av, open_container
+from modules.media.sound import add_aac_stream
 
 logger = getLogger(__name__)
 
@@ -59,9 +57,7 @@ class SectionSound:
         sound = self._source.streams.best("audio")
         if sound is None or sound.codec_context is None or not self._section.with_sound:
             return
-        form = aac_format(sound)
-        stream = add_aac_stream(target, form)
-        self._packets = self._encoded(sound.index, form, stream)
+        self._packets = self._encoded(sound.index, add_aac_stream(target, sound))
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
         """Write everything before the given second of the new file; None: the whole rest."""
@@ -79,30 +75,21 @@ class SectionSound:
         """Write a packet of the pictures."""
         target.mux(packet)
 
-    def _encoded(self, index: int, form: AacFormat, stream: Any) -> Iterator[Any]:
-        position = 0
-        for samples in _filled(self._section, index, form):
-            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=form.layout)
-            frame.sample_rate, frame.pts, frame.time_base = form.rate, position, Fraction(1, form.rate)
+    def _encoded(self, index: int, stream: Any) -> Iterator[Any]:
+        position, layout, rate = 0, stream.layout.name, stream.rate
+        for samples in _filled(self._section, index, stream):
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = rate, position, Fraction(1, rate)
             position += samples.shape[1]
             yield from stream.encode(frame)
         yield from stream.encode(None)
 
 
-@contextlib.contextmanager
-def open_section(section: VideoSection) -> Iterator[SectionSound | None]:
-    """Open a video for the sound of a part of it; None for a GIF or WebP. Raises MediaError."""
-    if is_animation(section.path):
-        yield None
-        return
-    with reading(section.path):
-        source = open_container(section.path)
-    with source:
-        yield SectionSound(section, source)
+def _filled(section: VideoSection, index: int, form: Any) -> Iterator[NDArray[np.float32]]:
+    """Yield the samples (channels n) of a section, as many as it lasts: silence where there is no sound.
 
-
-def _filled(section: VideoSection, index: int, form: AacFormat) -> Iterator[NDArray[np.float32]]:
-    """Yield the samples (channels n) of a section, as many as it lasts: silence where there is no sound."""
+    form: the stream of sound whose rate and layout they get.
+    """
     total = round(section.seconds * form.rate)
     position = 0
     for begin, samples in _decoded(section, index, form):
@@ -120,10 +107,10 @@ def _filled(section: VideoSection, index: int, form: AacFormat) -> Iterator[NDAr
         if position >= total:
             return
     if position < total:
-        yield np.zeros((form.channels, total - position), np.float32)
+        yield np.zeros((form.layout.nb_channels, total - position), np.float32)
 
 
-def _decoded(section: VideoSection, index: int, form: AacFormat) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _decoded(section: VideoSection, index: int, form: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield samples, and the number of the first one, counted from the beginning of the section."""
     for early in (True, False):
         with open_container(section.path) as container:
@@ -143,9 +130,9 @@ def _decoded(section: VideoSection, index: int, form: AacFormat) -> Iterator[tup
 
 
 def _resampled(
-    section: VideoSection, container: Any, stream: Any, form: AacFormat, begin: Fraction
+    section: VideoSection, container: Any, stream: Any, form: Any, begin: Fraction
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    resampler = av.AudioResampler(format="fltp", layout=form.layout, rate=form.rate)
+    resampler = av.AudioResampler(format="fltp", layout=form.layout.name, rate=form.rate)
     expected: int | None = None
     try:
         for frame in container.decode(stream):

@@ -1,13 +1,13 @@
-"""Encode sound anew for files that cannot hold it as it is."""
+"""Encode sound anew, and repack subtitles, for files that cannot hold them as they are."""
 
+import re
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
 from typing import Any
 
-from modules.media.ffmpeg import av
+from modules.media.opening import av
 
 # what FFmpeg's encoder takes
 _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
@@ -17,39 +17,23 @@ BITS_PER_CHANNEL = 128_000  # a second; transparent to most ears
 SHORTEST_GAP, LONGEST_GAP = Fraction(1, 20), 3600
 
 
-@dataclass(frozen=True)
-class AacFormat:
-    """Format that sound is turned into."""
-
-    rate: int  # samples a second
-    layout: str
-    channels: int
-    bit_rate: int
-
-
-def aac_format(source: Any) -> AacFormat:
-    """Return the format for the sound of `source`, a stream of another file."""
-    rate = min(_AAC_RATES, key=lambda allowed: abs(allowed - source.codec_context.sample_rate))
-    # by name: raw sound in Matroska has only a number of channels
-    given = source.codec_context.channels
-    channels = given if given in _LAYOUTS else 2
-    return AacFormat(rate, _LAYOUTS[channels], channels, BITS_PER_CHANNEL * min(given, 8))
-
-
-def add_aac_stream(target: Any, form: AacFormat) -> Any:
-    """Add an AAC stream to a file."""
-    stream = target.add_stream("aac", rate=form.rate)
-    stream.layout = form.layout
-    stream.bit_rate = form.bit_rate
+def add_aac_stream(target: Any, source: Any) -> Any:
+    """Add an AAC stream to a file for the sound of `source`, a stream of another file."""
+    given = source.codec_context.channels  # by number: raw sound in Matroska has no name of its layout
+    stream = target.add_stream(
+        "aac", rate=min(_AAC_RATES, key=lambda allowed: abs(allowed - source.codec_context.sample_rate))
+    )
+    stream.layout = _LAYOUTS.get(given, "stereo")
+    stream.bit_rate = BITS_PER_CHANNEL * min(given, 8)
     return stream
 
 
 def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
-    """Add an AAC stream to a file for the sound of `source`, a stream of another file.
+    """Add a stream as `add_aac_stream`.
 
     Returns it, and a function from packets of `source`, up to the empty last one, to packets to write.
     """
-    stream = add_aac_stream(target, aac_format(source))
+    stream = add_aac_stream(target, source)
     gapless = _Gapless(source.time_base)
 
     def convert(packet: Any) -> Iterator[Any]:
@@ -144,3 +128,62 @@ def _element(name: int, data: bytes) -> bytes:
 
 def _number(name: int, value: int) -> bytes:
     return _element(name, value.to_bytes(8, "big"))
+
+
+# Repack subtitles of text between files that hold text in different ways; styles are dropped.
+_TEXT = {"subrip", "srt", "ass", "ssa", "webvtt", "mov_text", "text"}
+_ENCODERS = {".mkv": "srt", ".mp4": "mov_text", ".mov": "mov_text"}
+_ASS_FIELDS = 8  # before the text: order, layer, style, name, three margins, effect
+# what the encoders want to know of the looks of the text, before there is any
+_HEADER = b"""[Script Info]
+ScriptType: v4.00+
+
+[V4+ Styles]
+Format: Name, Fontname, Fontsize
+Style: Default,Arial,16
+
+[Events]
+Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
+"""
+
+
+def is_text(stream: Any) -> bool:
+    """Return whether a stream of subtitles is text that can be repacked; others are pictures."""
+    return stream.codec_context is not None and stream.codec_context.name in _TEXT
+
+
+def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
+    """Add a stream of text to a file with this suffix for the text of `source`, a stream of another file.
+
+    Returns it, and a function from packets of `source` to packets to write.
+    """
+    stream = target.add_stream(_ENCODERS[suffix])
+    stream.codec_context.subtitle_header = _HEADER
+    stream.codec_context.time_base = source.time_base
+    codec = source.codec_context.name
+
+    def convert(packet: Any) -> Iterator[Any]:
+        text = plain_text(bytes(packet), codec) if packet.size else ""
+        if text:
+            data = text.encode("utf-8")
+            repacked = av.Packet(data if suffix == ".mkv" else len(data).to_bytes(2, "big") + data)
+            repacked.time_base, repacked.duration = packet.time_base, packet.duration
+            repacked.pts, repacked.dts = packet.pts, packet.dts
+            repacked.is_keyframe = True
+            yield repacked
+
+    return stream, convert
+
+
+def plain_text(data: bytes, codec: str) -> str:
+    """Return the text of one packet of subtitles, without marks of style."""
+    if codec == "mov_text":
+        size = int.from_bytes(data[:2], "big")
+        return data[2 : 2 + size].decode("utf-8", "replace").strip()
+    text = data.decode("utf-8", "replace")
+    if codec in ("ass", "ssa"):
+        text = text.split(",", _ASS_FIELDS)[-1]
+        text = re.sub(r"\{[^}]*\}", "", text).replace(r"\N", "\n").replace(r"\n", "\n").replace(r"\h", " ")
+    else:
+        text = re.sub(r"</?[a-zA-Z][^>]*>", "", text)
+    return text.strip()

@@ -13,8 +13,15 @@ from typing import Any
 
 from modules.errors import MediaError
 from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
-from modules.media.decoding import check_size, decode_frames, stated_end, time_origin, turn_upright
-from modules.media.depth import Pixels, in_eight_bits
+from modules.media.decoding import (
+    check_size,
+    decode_frames,
+    first_picture,
+    stated_end,
+    time_origin,
+    turn_upright,
+)
+from modules.media.encoding import Picture, in_eight_bits
 from modules.media.opening import open_video
 from modules.media.reading import image_size
 
@@ -39,15 +46,6 @@ class SourceInfo:
     is_deep: bool  # more than 8 bits a channel
 
 
-@dataclass(frozen=True)
-class ShownFrame:
-    """A picture, and when and how long it is shown, in seconds."""
-
-    pixels: Pixels
-    start: Fraction
-    seconds: Fraction
-
-
 def source_info(path: Path) -> SourceInfo:
     """Read the header and the first picture of a video file.
 
@@ -60,16 +58,12 @@ def source_info(path: Path) -> SourceInfo:
         return SourceInfo(*image_size(path), rate, len(durations), is_deep=False)
     with open_video(path) as (container, stream):
         check_size(path, container, stream)
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise MediaError(f"no frames in {path}: it holds none that can be decoded")
-        sideways = round(first.rotation / 90) % 2 == 1
-        width, height = (first.height, first.width) if sideways else (first.width, first.height)
+        first, width, height = first_picture(path, container, stream)
         rate = _plain_rate(stream)
         return SourceInfo(width, height, rate, _count(path, container, stream, rate), _is_deep(first))
 
 
-def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[ShownFrame]:
+def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[Picture]:
     """Yield the pictures of a video file in playing order, upright, each until the next one is shown.
 
     deep: 16 bits a channel if the file has more than 8. limit: pictures to read at most. No two pictures have
@@ -78,10 +72,10 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
     """
     if limit is not None and limit < 1:
         return
-    previous: ShownFrame | None = None
+    previous: Picture | None = None
     for number, frame in enumerate(_animation(path) if is_animation(path) else _timed(path, deep)):
         if previous is not None:
-            yield ShownFrame(previous.pixels, previous.start, frame.start - previous.start)
+            yield Picture(previous.pixels, previous.start, frame.start - previous.start)
         if number == limit:
             return
         if previous is not None and frame.pixels.shape != previous.pixels.shape:
@@ -95,11 +89,11 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
         yield previous
 
 
-def _animation(path: Path) -> Iterator[ShownFrame]:
+def _animation(path: Path) -> Iterator[Picture]:
     start = Fraction(0)
     for pixels, duration in animation_frames(path):
         seconds = _animation_seconds(duration)
-        yield ShownFrame(blend_on_white(pixels), start, seconds)
+        yield Picture(blend_on_white(pixels), start, seconds)
         start += seconds
 
 
@@ -107,7 +101,7 @@ def _animation_seconds(duration: float) -> Fraction:
     return Fraction(duration).limit_denominator(1000)  # GIF counts hundredths, WebP thousandths
 
 
-def _timed(path: Path, deep: bool) -> Iterator[ShownFrame]:
+def _timed(path: Path, deep: bool) -> Iterator[Picture]:
     with open_video(path) as (container, stream):
         rate, origin = _plain_rate(stream), time_origin(container)
         clock = Clock(rate, Fraction(stream.time_base))
@@ -125,7 +119,7 @@ def _timed(path: Path, deep: bool) -> Iterator[ShownFrame]:
             seconds = clock.duration(Fraction(frame.duration * base) if frame.duration else None)
             if end is not None and end - start > seconds + 1 / rate:
                 seconds = end - start  # of the last one; of the others it is not known yet
-            yield ShownFrame(turn_upright(pixels, frame.rotation), start, seconds)
+            yield Picture(turn_upright(pixels, frame.rotation), start, seconds)
 
 
 def _stated_end(container: Any, stream: Any, origin: Fraction) -> Fraction | None:
@@ -171,7 +165,8 @@ class Clock:
         if time < self._previous - FALL_SECONDS:
             self._shift += self._previous + self._step - time
             time = self._previous + self._step
-        snapped = self._snap(time)
+        nearest = self._origin + round((time - self._origin) / self._step) * self._step
+        snapped = nearest if abs(nearest - time) <= self._tolerance else time
         # pictures that claim the same moment are shown one after the other, before the next one's turn
         self._previous = next(
             (one for one in (snapped, time) if one > self._previous), self._previous + self._step / 4
@@ -183,11 +178,6 @@ class Clock:
         if seconds is None or abs(seconds - self._step) <= self._tolerance:
             return self._step
         return seconds
-
-    def _snap(self, time: Fraction) -> Fraction:
-        assert self._origin is not None
-        nearest = self._origin + round((time - self._origin) / self._step) * self._step
-        return nearest if abs(nearest - time) <= self._tolerance else time
 
 
 def _plain_rate(stream: Any) -> Fraction:

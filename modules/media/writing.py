@@ -8,15 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image, PngImagePlugin
 
 from modules.atomic_write import atomic_path
 from modules.errors import MediaError
-from modules.media.companions import Companions, needs_own_tags, open_companions
-from modules.media.depth import Pixels
+from modules.media.animations import is_animation
+from modules.media.companions import Companions, needs_own_tags
 from modules.media.encoding import (
+    Picture,
+    Pixels,
     add_video_stream,
     check_picture,
     choose_codec,
@@ -24,29 +26,13 @@ from modules.media.encoding import (
     encode_pictures,
     name_write_errors,
 )
-from modules.media.ffmpeg import av
+from modules.media.opening import av, open_container, reading
 from modules.media.reading import Frame
-from modules.media.sections import SectionSound, VideoSection, open_section
+from modules.media.sections import SectionSound, VideoSection
 
 USUAL_TICKS = 90_000  # a second, of broadcasts: milliseconds are whole in it, too
 MOST_TICKS = 1_000_000
 LEAST_TICKS = 10_000
-
-
-class Shown(Protocol):
-    """A picture, and when and how long it is shown, in seconds: `ShownFrame`, or anything like it."""
-
-    @property
-    def pixels(self) -> Pixels:
-        """H W 3."""
-
-    @property
-    def start(self) -> Fraction:
-        """Second at which it appears."""
-
-    @property
-    def seconds(self) -> Fraction:
-        """How long it stays."""
 
 
 def ticks_per_second(rate: Fraction) -> int:
@@ -74,7 +60,7 @@ class Timing:
         """From the first picture to the end of the last one."""
         return self._end - self._begin
 
-    def note(self, frames: Iterable[Shown]) -> Iterator[Pixels]:
+    def note(self, frames: Iterable[Picture]) -> Iterator[Pixels]:
         """Yield the pixels of pictures, and remember their times. Raises ValueError if those do not rise."""
         last: Fraction | None = None
         tick = -(2**62)
@@ -200,7 +186,7 @@ class WrittenVideo:
 
 def write_shown(
     path: Path,
-    frames: Iterable[Shown],
+    frames: Iterable[Picture],
     rate: Fraction,
     codec: str,
     *,
@@ -236,7 +222,10 @@ def write_shown(
         name_write_errors(),
         _open_others(companions_of, section_of, suffix, rate, covers) as others,
     ):
-        all_tags = _joined_tags(others.tags if others else {}, tags or {})
+        given = tags or {}
+        replaced = {name.lower() for name in given}  # whatever their case, which .mkv does not keep
+        old = others.tags if others else {}
+        all_tags = {name: text for name, text in old.items() if name.lower() not in replaced} | dict(given)
         options = _shown_options(suffix, rate, all_tags)
         with create_container(temporary, suffix, all_tags, options) as container:
             stream = add_video_stream(container, kind, first.pixels, rate, crf=crf, preset=preset)
@@ -261,12 +250,18 @@ def write_shown(
 def _open_others(
     whole: Path | None, section: VideoSection | None, suffix: str, rate: Fraction, covers: bool
 ) -> Iterator[Companions | SectionSound | None]:
-    if section is not None:
-        with open_section(section) as sound:
-            yield sound
-    else:
-        with open_companions(whole, suffix, rate, covers) as companions:
-            yield companions
+    """Open a video for what goes beside the new pictures; None if there is none, or it is a GIF or WebP."""
+    path = whole if section is None else section.path
+    if path is None or is_animation(path):
+        yield None
+        return
+    with reading(path):
+        source = open_container(path)
+    with source:
+        if section is None:
+            yield Companions(path, source, suffix, rate, covers)
+        else:
+            yield SectionSound(section, source)
 
 
 def _shown_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
@@ -276,12 +271,6 @@ def _shown_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict
         options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
         options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(tags)
     return options
-
-
-def _joined_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
-    """Return all tags; new ones replace old ones whatever their case, which .mkv does not keep."""
-    replaced = {name.lower() for name in new}
-    return {name: value for name, value in old.items() if name.lower() not in replaced} | dict(new)
 
 
 def _create(path: Path, suffix: str, tags: Mapping[str, str] | None) -> Any:

@@ -7,7 +7,7 @@ modules by published paths.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from networks.names.layouts import UNET_IN_DIFFUSERS, FamilyNames, each
@@ -15,7 +15,7 @@ from networks.names.layouts import UNET_IN_DIFFUSERS, FamilyNames, each
 _LAYERS = 2  # residual blocks of a level on the way down; one more on the way up
 Pairs = tuple[tuple[str, str], ...]  # (path in LDM, ours)
 
-_RESIDUAL = (
+RESIDUAL = (
     *(("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj")),
     *(("out_layers.0", "norm2"), ("out_layers.3", "conv2"), ("skip_connection", "conv_shortcut")),
 )
@@ -24,27 +24,45 @@ _TRANSFORMER = (
     *each("attn2.", "to_q to_k to_v to_out.0"),
     *each("", "ff.net.0.proj ff.net.2 norm1 norm2 norm3"),
 )
-_ENDS = (
+ENDS = (
     *(("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2")),
     *(("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out")),
 )
-_ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"))
+ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"))
 
 
-def _blocks(levels: int) -> Iterator[tuple[str, str, bool]]:
-    """Yield (path in LDM, ours, whether it is an attention rather than a residual block)."""
-    for level in range(levels):
-        for layer in range(_LAYERS):
-            place = f"input_blocks.{1 + level * (_LAYERS + 1) + layer}"
-            yield f"{place}.0", f"down_blocks.{level}.resnets.{layer}", False
-            yield f"{place}.1", f"down_blocks.{level}.attentions.{layer}", True
-        for layer in range(_LAYERS + 1):
-            place = f"output_blocks.{level * (_LAYERS + 1) + layer}"
-            yield f"{place}.0", f"up_blocks.{level}.resnets.{layer}", False
-            yield f"{place}.1", f"up_blocks.{level}.attentions.{layer}", True
+def unet_blocks(layers: Sequence[int]) -> Iterator[tuple[str, str, bool]]:
+    """Yield (path in LDM, ours, whether it is an attention rather than a residual block).
+
+    layers: residual blocks of each level on the way down.
+    """
+    down = up = 0
+    for level, (left, right) in enumerate(zip(layers, layers[::-1], strict=True)):
+        for layer in range(left):
+            down += 1
+            yield f"input_blocks.{down}.0", f"down_blocks.{level}.resnets.{layer}", False
+            yield f"input_blocks.{down}.1", f"down_blocks.{level}.attentions.{layer}", True
+        down += 1  # it makes the features smaller
+        for layer in range(right + 1):
+            yield f"output_blocks.{up}.0", f"up_blocks.{level}.resnets.{layer}", False
+            yield f"output_blocks.{up}.1", f"up_blocks.{level}.attentions.{layer}", True
+            up += 1
     yield "middle_block.0", "mid_block.resnets.0", False
     yield "middle_block.1", "mid_block.attentions.0", True
     yield "middle_block.2", "mid_block.resnets.1", False
+
+
+def unet_samplers(layers: Sequence[int]) -> Iterator[tuple[str, tuple[str, str], str, str]]:
+    """Yield the paths in LDM, and ours, of what changes the size behind each level.
+
+    The one on the way up follows the attention, if there is one: its path is the first, else the second.
+    """
+    down = up = 0
+    for level, (left, right) in enumerate(zip(layers[:-1], layers[:0:-1], strict=True)):
+        down, up = down + left + 1, up + right + 1
+        ways = (f"output_blocks.{up - 1}.2.conv", f"output_blocks.{up - 1}.1.conv")
+        own = f"down_blocks.{level}.downsamplers.0.conv", f"up_blocks.{level}.upsamplers.0.conv"
+        yield f"input_blocks.{down}.0.op", ways, *own
 
 
 def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
@@ -53,27 +71,22 @@ def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
     transformer: number of its transformer blocks, or `{n}`. plain: levels on the way up without attention, in
     the released models.
     """
-    pairs: list[tuple[str, str]] = [*_ENDS]
+    pairs: list[tuple[str, str]] = [*ENDS]
     inside = [
         *each("", "norm proj_in proj_out"),
         *each(f"transformer_blocks.{transformer}.", " ".join(_TRANSFORMER)),
     ]
-    for theirs, ours, is_attention in _blocks(levels):
-        leaves = [(leaf, leaf) for leaf in inside] if is_attention else _RESIDUAL
+    layers = (_LAYERS,) * levels
+    for theirs, ours, is_attention in unet_blocks(layers):
+        leaves = [(leaf, leaf) for leaf in inside] if is_attention else RESIDUAL
         pairs += [(f"{theirs}.{leaf}", f"{ours}.{own}") for leaf, own in leaves]
-    for level in range(levels - 1):
-        last = (level + 1) * (_LAYERS + 1)
-        pairs.append((f"input_blocks.{last}.0.op", f"down_blocks.{level}.downsamplers.0.conv"))
-        # it follows the attention, if there is one; the usual name first
-        places = (1, 2) if level in plain else (2, 1)
-        pairs += [
-            (f"output_blocks.{last - 1}.{place}.conv", f"up_blocks.{level}.upsamplers.0.conv")
-            for place in places
-        ]
+    for level, (smaller, larger, down, up) in enumerate(unet_samplers(layers)):
+        # the usual name first
+        pairs += [(smaller, down), *((place, up) for place in (larger[::-1] if level in plain else larger))]
     return tuple(pairs)
 
 
-_SD, _SDXL = _pairs(4, "0", (0,)), (*_pairs(3, "{n}", (2,)), *_ADDED)
+_SD, _SDXL = _pairs(4, "0", (0,)), (*_pairs(3, "{n}", (2,)), *ADDED)
 
 
 SD1 = FamilyNames(

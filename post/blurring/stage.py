@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from modules.devices import choose_compute_dtype
 from modules.errors import NothingFoundError, OptionError
-from post.blurring.options import BlurOptions
+from modules.media.encoding import Picture, Pixels, in_eight_bits
 from post.blurring.tracks import Box, Tracks
-from post.contract import Clip, Picture, Pixels, Stage
+from post.contract import Clip, Stage
 from post.faces.boxes import Detector, FoundFace
 from post.faces.detectors import check_detector, load_detector
 from post.faces.onnx_header import may_be_onnx
 from post.faces.retinaface import RetinaFaceDetector
-from post.pixels import to_bytes
-from post.precision import compile_parts
+from post.options import BlurOptions
+from post.tiling import compile_parts
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,6 @@ def _grown(box: Box, margin: float) -> Box:
 
 def check_blur(options: BlurOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
-    choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     if options.network.compile and may_be_onnx(options.network.model):
         raise OptionError("--compile is for torch, but OpenCV computes .onnx files: leave it out")
     check_detector(options.network.model)
@@ -203,7 +202,7 @@ class BlurStage:
         waiting: deque[_Waiting] = deque()
         count = _Count()
         for index, picture in enumerate(pictures):
-            found = self.detector.find(to_bytes(picture.pixels), options.conf)
+            found = self.detector.find(in_eight_bits(picture.pixels), options.conf)
             boxes = within(found, *picture.pixels.shape[:2])
             tracks.see(index, boxes)
             waiting.append(_Waiting(index, picture, bool(boxes)))

@@ -14,8 +14,7 @@ from modules.errors import CheckpointError
 from post.faces.boxes import Detector
 from post.faces.onnx_header import OnnxHeader, may_be_onnx, read_onnx
 from post.faces.retinaface import FILES, load_retinaface, read_retinaface
-from post.faces.yolo import YoloLayout, load_yolo, read_layout
-from post.faces.yunet import is_yunet, load_yunet
+from post.faces.yolo import YoloLayout, is_yunet, load_yolo, load_yunet, read_layout
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from modules.checkpoints.opening import SUFFIXES
 from modules.command import as_typed
 from modules.errors import CheckpointError
-from post.faces.options import GFPGAN, RETINAFACES, YUNET
+from post.options import GFPGAN, RETINAFACES, YUNET
 
 # without suffix, the first that is there counts
 MODELS = {

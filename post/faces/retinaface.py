@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
-from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, load_planned, other_kind
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
@@ -221,18 +221,11 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
     if "BboxHead.0.conv1x1.weight" not in names or not (is_resnet or is_mobile):
         raise other_kind(checkpoint, "a detector of faces", option, FILES)
     sources = plain_sources(checkpoint)
-    read = shapes_of(checkpoint, sources)
-
-    def shape(name: str) -> tuple[int, ...]:
-        found = read(name)
-        if len(found) != 4 or 0 in found:
-            raise CheckpointError(
-                f"{checkpoint.path} is no RetinaFace: {name} has the shape {list(found)}. Give {FILES} to "
-                f"{option}.",
-                checkpoint.path,
-            )
-        return found
-
+    wrong = CheckpointError(
+        f"{checkpoint.path} is no RetinaFace: a tensor of it has another shape. Give {FILES} to {option}.",
+        checkpoint.path,
+    )
+    shape = checked_shapes_of(checkpoint, sources, wrong)
     body = read_resnet(shape, lambda start: count(names, rf"{start}\.\d+")) if is_resnet else None
     config = RetinaFaceConfig(body or read_mobilenet(shape), shape("fpn.output1.0.weight")[0])
     return LoadPlan(config, checkpoint, sources, ignore=("*.num_batches_tracked",))

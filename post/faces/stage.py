@@ -13,18 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError
-from post.contract import Clip, Picture, Pixels, Stage
-from post.faces.alignment import TEMPLATE_SIZE, Matrix, alignment, crops, eye_distance, restorable
-from post.faces.boxes import Detector
+from modules.media.encoding import Picture, Pixels, in_eight_bits, in_sixteen_bits
+from post.contract import Clip, Stage, enlarged_clip, enlarged_size
+from post.faces.boxes import TEMPLATE_SIZE, Detector, Matrix, alignment, crops, eye_distance, restorable
 from post.faces.detectors import check_detector, load_detector, no_landmarks
 from post.faces.model_folder import find_detector, find_model, find_parsenet
 from post.faces.onnx_header import may_be_onnx
-from post.faces.options import FacefixOptions
-from post.faces.parsenet import face_parts
-from post.faces.restorers import Restorer, check_restorer, load_restorer
-from post.pixels import enlarged_clip, enlarged_size, to_bytes
+from post.faces.restorers import Restorer, check_restorer, face_parts, load_restorer
+from post.options import FacefixOptions
 
 logger = logging.getLogger(__name__)
 
@@ -108,11 +105,6 @@ def enlarge(pixels: Pixels, upscale: float) -> Pixels:
     return result
 
 
-def deepen(pixels: Pixels) -> Pixels:
-    """Return pixels with 16 bits a channel; no value changes but for its unit."""
-    return pixels if pixels.dtype == np.uint16 else pixels.astype(np.uint16) * np.uint16(257)
-
-
 def paste(
     pixels: Pixels, matrices: Sequence[Matrix], faces: Iterable[Restored], size: int, upscale: float
 ) -> Pixels:
@@ -123,7 +115,9 @@ def paste(
     once.
     """
     canvas = enlarge(pixels, upscale)
-    to_canvas = _to_canvas(pixels, canvas)
+    across, down = canvas.shape[1] / pixels.shape[1], canvas.shape[0] / pixels.shape[0]
+    # from places in the picture to those in the enlarged one; pixels have centres
+    to_canvas = np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
     back = [to_canvas @ _whole(cv2.invertAffineTransform(matrix)) for matrix in matrices]
     areas = [_area(matrix, size, (canvas.shape[1], canvas.shape[0])) for matrix in back]
     left, top = (min(area[side] for area in areas) for side in (0, 1))
@@ -144,12 +138,6 @@ def paste(
     result: Pixels = canvas.copy()
     result[top:bottom, left:right] = np.rint(region).clip(0, most)
     return result
-
-
-def _to_canvas(pixels: Pixels, canvas: Pixels) -> Matrix:
-    """Return the matrix from places in the picture to those in the enlarged one, 3 3; pixels have centres."""
-    across, down = canvas.shape[1] / pixels.shape[1], canvas.shape[0] / pixels.shape[0]
-    return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
 
 
 def _whole(matrix: object) -> Matrix:
@@ -206,7 +194,7 @@ class Facefix:
 
     def _faces(self, pixels: Pixels, steady: SteadyLandmarks) -> list[Matrix]:
         """Return how the faces to restore in the next picture are cut out."""
-        found = self.detector.find(to_bytes(pixels), self.least_score)
+        found = self.detector.find(in_eight_bits(pixels), self.least_score)
         if any(face.landmarks is None for face in found):
             raise no_landmarks(f"--detection_model {self.options.detection_model}")
         faces = restorable(found, (pixels.shape[1], pixels.shape[0]), self.options.only_center)
@@ -217,7 +205,7 @@ class Facefix:
     def _restore(self, pixels: Pixels, matrices: Sequence[Matrix], is_deep: bool) -> Pixels:
         if not matrices and self.options.upscale == 1:
             return pixels
-        pixels = deepen(pixels) if is_deep else pixels
+        pixels = in_sixteen_bits(pixels) if is_deep else pixels
         if not matrices:
             return enlarge(pixels, self.options.upscale)
         # on a CPU a batch is no faster, and rounds a face differently; compiled code is for one size
@@ -238,7 +226,6 @@ class Facefix:
 
 def check_facefix(options: FacefixOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
-    choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     model, parsenet, detector = _files(options)
     check_restorer(options, model, parsenet)
     check_detector(detector, "--detection_model", needs_landmarks=True)

@@ -49,9 +49,12 @@ class Correlation:
         self._sizes = [(int(scale.shape[-2]), int(scale.shape[-1])) for scale in scales]
         if keeps_volume is None:
             keeps_volume = is_volume_small(first.shape[-2], first.shape[-1], levels)
-        make = self._volume if keeps_volume else _padded_rows
         self._keeps_volume = keeps_volume
-        self._levels = [make(scale) for scale in scales]
+        if keeps_volume:
+            self._levels = [self._first @ scale[0].flatten(1) for scale in scales]
+        else:  # a row of channels for each place, with so many zeros around that a window may lie outside
+            padded = [pad(scale, (REACH,) * 4) for scale in scales]
+            self._levels = [rearrange(scale, "1 c h w -> (h w) c").contiguous() for scale in padded]
 
     def lookup(self, places: Tensor) -> Tensor:
         """Return 1 81*levels h w: products around a place of the second picture for each place of the first.
@@ -81,9 +84,6 @@ class Correlation:
         rows = products[:, :-1] * (1 - y) + products[:, 1:] * y  # P 9 10
         mixed = rows[:, :, :-1] * (1 - x) + rows[:, :, 1:] * x  # P 9 9: y, x
         return mixed.transpose(1, 2).flatten(1)
-
-    def _volume(self, scale: Tensor) -> Tensor:
-        return self._first @ scale[0].flatten(1)
 
     def _from_volume(self, level: int, start: Tensor) -> Tensor:
         """Return P 10 10 (y, x) products out of those that are kept."""
@@ -120,11 +120,6 @@ def is_volume_small(height: int, width: int, levels: int = LEVELS) -> bool:
     """
     places = sum((height >> level) * (width >> level) for level in range(levels))
     return 4 * height * width * places <= VOLUME_BYTES
-
-
-def _padded_rows(scale: Tensor) -> Tensor:
-    """Return a row of channels for each place, with so many zeros around that a window may lie outside."""
-    return rearrange(pad(scale, (REACH,) * 4), "1 c h w -> (h w) c").contiguous()
 
 
 def grid_of(features: Tensor) -> Tensor:

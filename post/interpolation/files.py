@@ -23,9 +23,7 @@ from modules.errors import CheckpointError
 from modules.text_files import read_text
 from post.interpolation.correlation import CHANNELS
 from post.interpolation.flowformer import FlowFormer, read_flowformer
-from post.interpolation.gimm import GimmConfig, GimmVfi
-from post.interpolation.motion import MotionConfig
-from post.interpolation.options import WITH_FLOWFORMER, WITH_RAFT
+from post.interpolation.motion import GimmConfig, GimmVfi, MotionConfig
 from post.interpolation.raft import (
     ITERATIONS,
     FlowHead,
@@ -37,6 +35,7 @@ from post.interpolation.raft import (
 )
 from post.interpolation.synthesis import PER_BLEND, RefinementConfig, SynthesisConfig, UpdateConfig
 from post.interpolation.twins import Twins
+from post.options import WITH_FLOWFORMER, WITH_RAFT
 
 ESTIMATOR = "flow_estimator."  # the optical flow inside the original files
 IGNORED = ("*.num_batches_tracked", "g_filter", f"{ESTIMATOR}*")  # g_filter is a constant
@@ -286,7 +285,11 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
 
     with open_checkpoint(files.main) as checkpoint:
         plan = read_gimm(checkpoint)
-        _require_kind(plan, kind, files.main)
+        if is_with_raft(plan.config) != (kind == WITH_RAFT):
+            other = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
+            raise CheckpointError(
+                f"{files.main} is a file of {other}, not of {kind}. Use --mode {other}.", files.main
+            )
         motion = replace(
             plan.config.motion,
             coordinates=settings.coordinates,
@@ -316,12 +319,6 @@ def _load_estimator(
     first, second = (stage.width for stage in plan.config.context)
     widths = (first, second, plan.config.matching)
     return load_planned(plan, FlowFormer, device, torch.float32, OPTION), widths
-
-
-def _require_kind(plan: LoadPlan[GimmConfig], kind: str, path: Path) -> None:
-    if is_with_raft(plan.config) != (kind == WITH_RAFT):
-        other = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
-        raise CheckpointError(f"{path} is a file of {other}, not of {kind}. Use --mode {other}.", path)
 
 
 def _require_fitting(config: SynthesisConfig, found: tuple[int, int, int], files: ModelFiles) -> None:

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, MediaError, OptionError, UserError
-from modules.media.scenes import Thumbnail, clock_time, scene_distance, thumbnail
-from post.contract import Clip, Picture, Pixels, Stage
+from modules.media.encoding import Picture, Pixels
+from modules.media.measures import Thumbnail, clock_time, scene_distance, thumbnail
+from post.contract import Clip, Stage, to_pixels, to_tensor
 from post.interpolation.files import check_networks, load_networks
-from post.interpolation.gimm import Frame, Interpolation
-from post.interpolation.options import InterpolationOptions
-from post.pixels import to_pixels, to_tensor
-from post.precision import compile_parts, network_dtype
+from post.interpolation.motion import Frame, Interpolation
+from post.options import InterpolationOptions
+from post.tiling import compile_parts, network_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,6 @@ LEAST_SIDE = 128  # of what the networks see: smaller ones have no fourth scale 
 
 def check_interpolation(options: InterpolationOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
-    choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     check_networks(options.network.model, options.kind)
 
 

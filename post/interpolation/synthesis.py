@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from post.interpolation.correlation import CHANNELS, Correlation, grid_of
-from post.interpolation.layers import EncodedPicture, StoredNorm, conv
-from post.interpolation.warping import resize, warp
+from post.interpolation.layers import EncodedPicture, StoredNorm, conv, resize, warp
 
 # Layers that refine the flow and enlarge features, for the synthesis.
 #

@@ -1,7 +1,6 @@
 """Enlarge pictures: SwinIR and the ESRGAN family.
 
 files: read upscalers from files, under all known names
-options: options of the upscaler
 rrdb: RRDBNet of ESRGAN, BSRGAN and Real-ESRGAN
 stage: enlarge the pictures of a stream
 swinir: SwinIR: attention inside small, shifting windows

@@ -1,5 +1,6 @@
 """Read upscalers from files: SwinIR, RRDBNet under old, middle and new names, Real-ESRGAN's compact ones."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count as numbers_from
@@ -119,7 +120,8 @@ def read_upscaler(checkpoint: Checkpoint) -> tuple[UpscalerKind, LoadPlan[Any]]:
 
 def _old_names(checkpoint: Checkpoint) -> Names:
     """Return the table of old names; the number of the last layer gives that of enlargements."""
-    last = max((int(name.split(".")[1]) for name in checkpoint.tensors if _is_numbered(name)), default=0)
+    layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in checkpoint.tensors)
+    last = max((int(layer[1]) for layer in layers if layer), default=0)
     ups = max(last - 4, 0) // 3
     ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, ups + 1)]
     ends += [
@@ -127,11 +129,6 @@ def _old_names(checkpoint: Checkpoint) -> Names:
         (rf"model\.{3 * ups + 4}\.(\w+)", r"conv_last.\1"),
     ]
     return (*OLD_NAMES, *ends)
-
-
-def _is_numbered(name: str) -> bool:
-    parts = name.split(".")
-    return len(parts) == 3 and parts[0] == "model" and parts[1].isdecimal() and len(parts[1]) < 4
 
 
 def _read_rrdb(checkpoint: Checkpoint, table: Names) -> LoadPlan[RrdbConfig]:

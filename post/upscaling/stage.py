@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from modules.devices import choose_compute_dtype
 from modules.layers.convolution import layouts
+from modules.media.encoding import Picture, Pixels
 from modules.planning.dry_run import ACCELERATOR, dry_run, largest, place
-from post.contract import Clip, Picture, Pixels, Stage
-from post.pixels import enlarged_clip, to_pixels, to_tensor
-from post.precision import Guarded, compile_parts, network_dtype
-from post.tiling import WHOLE, Fitting, largest_tile, pad_to_multiple, room_on, round_up
+from post.contract import Clip, Stage, enlarged_clip, to_pixels, to_tensor
+from post.options import UpscalerOptions
+from post.tiling import (
+    WHOLE,
+    Fitting,
+    Guarded,
+    compile_parts,
+    largest_tile,
+    network_dtype,
+    pad_to_multiple,
+    room_on,
+    round_up,
+)
 from post.upscaling.files import META, Config, Upscaler, UpscalerKind, check_file, load_upscaler
-from post.upscaling.options import UpscalerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +69,6 @@ BATCH_PIXELS = 1 << 19  # of the input: a GPU is busy with so many, more would o
 
 def check_upscaler(options: UpscalerOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
-    choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     check_file(options.network.model)
 
 

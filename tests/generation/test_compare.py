@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 import wan_generate_video
 from generation.grid_options import expand_patterns, family_of
 from modules.errors import OptionError, UserError
-from modules.media.reading import read_image, video_frames, video_info
-from modules.media.tags import read_tags
+from modules.media.reading import read_image, read_tags, video_frames, video_info
 from tests.browser import open_page
 from tests.tiny.project import write_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from generation.outputs import save_pixels
-from modules.media.reading import video_frames
-from modules.media.tags import read_tags
+from modules.media.reading import read_tags, video_frames
 from tests.generation.saving import output_options
 
 STREAMS = {"h264": ("h264", "yuv420p"), "h265": ("hevc", "yuv420p"), "prores": ("prores", "yuv422p10le")}

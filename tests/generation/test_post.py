@@ -11,12 +11,10 @@ from torch import Tensor
 from generation.outputs import save_pixels
 from generation.run import generate
 from modules.errors import CheckpointError, NothingFoundError, OptionError, OutputError
-from modules.media.reading import read_image, video_info
-from modules.media.tags import read_tags
+from modules.media.reading import read_image, read_tags, video_info
 from post.chain_options import AskedTools, ToolOptions
 from post.contract import Stage
-from post.decoded import PostTools
-from post.stages import NamedStage
+from post.stages import NamedStage, PostTools
 from tests.generation.saving import output_options
 from tests.generation.test_run import only, options
 from tests.generation.toy_family import ToyFamily

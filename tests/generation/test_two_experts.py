@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import wan_generate_video
 from modules.errors import CheckpointError, OptionError
-from modules.media.tags import read_tags
+from modules.media.reading import read_tags
 from modules.media.writing import write_video
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from blissful_tuner.latent_preview import bring_home
 from modules.layers.convolution import repeat_pixels
+from post.contract import to_pixels, to_tensor
 from post.interpolation.correlation import Correlation, grid_of
-from post.interpolation.warping import splat, warp
-from post.pixels import to_pixels, to_tensor
+from post.interpolation.layers import splat, warp
 from post.upscaling.swinir import CUDA_WIDTH, attend
 from tests.gpu.measuring import equal_bits, no_waits, relative_error
 

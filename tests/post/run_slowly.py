@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from modules.command import command_line
-from post.contract import Picture
+from modules.media.encoding import Picture
 from tests.post.stages_here import H264, Same, run_stages
 
 

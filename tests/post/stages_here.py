@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modules.media.encoding import Picture
 from modules.media.options import FormatOptions
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_video
 from modules.options import NO_OPTIONS, NoOptions
 from modules.output_files import Answer
 from post.chain_options import Chain, Tool
-from post.contract import Clip, Picture, Stage
+from post.contract import Clip, Stage
 from post.naming import plan_jobs
+from post.options import ToolRunOptions
 from post.run import run_jobs
-from post.run_options import ToolRunOptions
 from post.stages import NamedStage
 from tests.tiny.project import moving_square
 

@@ -6,25 +6,13 @@ import pytest
 
 from modules.errors import OptionError
 from post.chain_options import read_asked, read_chain
-from post.faces.options import FacefixOptions
-from post.interpolation.options import InterpolationOptions
-from post.upscaling.options import UpscalerOptions
-from tests.faults.messages import assert_one_message, run_here
+from post.options import FacefixOptions, InterpolationOptions
 
 BASE = ("--model", "x.pth", "--input", str(Path(__file__)))
 
 
 def read(*words: str) -> object:
     return read_chain("upscaler", "", [*BASE, *words])
-
-
-def test_one_tool_needs_no_chain() -> None:
-    chain = read_chain("upscaler", "", [*BASE, "--scale", "4"])
-
-    ((tool, options),) = chain.tools
-    assert isinstance(options, UpscalerOptions)
-    assert (tool.name, options.scale, options.network.model) == ("upscaler", 4.0, Path("x.pth"))
-    assert (chain.added, chain.needs_video) == ("SWINIR", False)
 
 
 @pytest.mark.parametrize("word", ["--then=facefix", "--then facefix"])
@@ -112,17 +100,3 @@ def test_metadata_tell_a_tool_and_its_settings_but_no_folder() -> None:
     assert second.startswith("GIMMVFI model=vfi ")
     assert third.startswith("facefix model=y ")
     assert "home" not in said
-
-
-@pytest.mark.parametrize("text", ["", "upscaler model=x --then", "--then upscaler"])
-def test_a_text_without_a_tool_is_refused(text: str) -> None:
-    with pytest.raises(OptionError, match=r"^--post .*: the name of a tool is missing\. Give"):
-        read_asked([text], "--post")
-
-
-def test_a_missing_input_is_one_message_of_the_script(tmp_path: Path) -> None:
-    code, said = run_here(
-        "blissful_tuner/upscaler.py", "--model", "x.pth", "--input", "a.mp4", folder=tmp_path
-    )
-
-    assert_one_message(code, said, "OptionError: --input a.mp4 does not exist")

@@ -12,11 +12,10 @@ import post.stages
 from modules.compile_options import Compilation
 from modules.errors import OptionError
 from post.chain_options import read_chain
-from post.precision import check_compiling, compile_parts
+from post.options import ToolNetworkOptions, UpscalerOptions
 from post.run import run_chain
-from post.run_options import ToolNetworkOptions
+from post.tiling import check_network, compile_parts
 from post.upscaling.files import load_upscaler
-from post.upscaling.options import UpscalerOptions
 from tests.post.stages_here import write_clip
 from tests.tiny.post_upscaling import write_rrdb, write_swinir
 
@@ -64,9 +63,9 @@ def no_compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_compiler")
 def test_compiling_without_a_compiler_is_refused() -> None:
-    check_compiling(options(False), CPU)
+    check_network(options(False), CPU)
     with pytest.raises(OptionError, match=r"needs a C\+\+ compiler.*--compile"):
-        check_compiling(options(True), CPU)
+        check_network(options(True), CPU)
 
 
 @pytest.mark.usefixtures("no_compiler")

@@ -1,19 +1,13 @@
 """Models of tools that a chain does not name are found where tools/download.py puts them."""
 
-import argparse
 import logging
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from downloads.catalogue import known_components, model_sets
-from downloads.options import DownloadOptions
+from downloads.catalogue import model_sets
 from modules.errors import OptionError
-from modules.options import default_of
-from modules.parser import add_options
-from post.chain_options import TOOLS, Tool
-from post.model_places import MODELS, PLACES, ModelPlace, default_model
+from post.chain_options import PLACES, ModelPlace, default_model
 
 SETS = {one.task: one for one in model_sets() if one.family == "tools"}
 NAMES = [place.task for place in PLACES]
@@ -37,21 +31,6 @@ def test_places_are_those_of_the_list_of_downloads(place: ModelPlace) -> None:
 
     assert [file.name for file in model.files] == list(place.files)
     assert model.path.as_posix() == Path(place.given).as_posix()
-
-
-def test_the_folder_is_that_of_a_download_without_to() -> None:
-    parser = argparse.ArgumentParser()
-    add_options(parser, DownloadOptions)
-
-    assert Path(parser.get_default("to")) == MODELS
-
-
-@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
-def test_the_first_mode_of_a_tool_is_the_one_it_has_without_the_option(tool: Tool) -> None:
-    mode = next((field for field in fields(tool.record) if field.name == "mode"), None)
-    first = next(place for place in PLACES if place.tool == tool.name)
-
-    assert ("" if mode is None else default_of(tool.record, mode)) == first.mode
 
 
 @pytest.mark.parametrize(
@@ -79,22 +58,9 @@ def test_what_was_downloaded_is_found_and_named(
     assert f"{path} is used" in caplog.text
 
 
-@pytest.mark.parametrize("words", [["model=x.pth"], ["--model", "x.pth"], ["--model=x.pth"], ["--help"]])
-def test_a_model_that_is_named_is_left_alone(tmp_path: Path, words: list[str]) -> None:
-    assert default_model("upscaler", words, [tmp_path]) is None
-
-
 def test_a_model_that_is_not_there_is_answered_with_its_download(tmp_path: Path) -> None:
     write(tmp_path, "gimmvfi_r")
     (tmp_path / "gimmvfi" / "gimmvfi_f_arb_lpips_fp32.safetensors").touch()  # without its optical flow
 
     with pytest.raises(OptionError, match=r"download\.py --family tools --task gimmvfi_f$"):
         default_model("GIMMVFI", ["factor=2"], [tmp_path])
-
-
-def test_helpers_of_faces_lie_beside_both_models() -> None:
-    folders = {
-        known_components()[name].path.parent for name in ("gfpgan", "codeformer", "retinaface", "parsenet")
-    }
-
-    assert len(folders) == 1

@@ -8,7 +8,7 @@ from PIL import Image
 from modules.errors import MediaError, OptionError, OutputError
 from modules.media.options import FormatOptions
 from modules.media.writing import write_png
-from modules.output_files import Answer, ask_at_console
+from modules.output_files import Answer
 from post.naming import FileJob, plan_jobs, tell_suffix
 from post.run import run_chain
 from tests.post.stages_here import H264, PRORES, Asked, Larger, Same, chain_of, files_in, write_clip
@@ -197,17 +197,6 @@ def test_yes_asks_nothing_and_nothing_to_do_ends_well(tmp_path: Path) -> None:
     assert not ask.questions
     assert plan_jobs(chain_of([Larger()], clip), ask) == []
     assert len(ask.questions) == 1
-
-
-@pytest.mark.parametrize(
-    ("typed", "answer"), [("y", "overwrite"), ("", "leave"), ("N", "leave"), ("F", "free"), ("x", "leave")]
-)
-def test_the_question_takes_a_letter(typed: str, answer: Answer) -> None:
-    assert ask_at_console("Overwrite", lambda _: typed, lambda: True) == answer
-
-
-def test_nobody_is_asked_without_a_terminal() -> None:
-    assert ask_at_console("Overwrite", lambda _: pytest.fail("asked"), lambda: False) is None
 
 
 def test_a_tool_between_pictures_refuses_a_single_one_before_it_looks_for_models(tmp_path: Path) -> None:

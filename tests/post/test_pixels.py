@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from post.pixels import to_pixels, to_tensor
+from post.contract import to_pixels, to_tensor
 
 CPU = torch.device("cpu")
 

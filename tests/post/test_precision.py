@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.errors import CheckpointError, OptionError
-from post.precision import Guarded, network_dtype
-from post.run_options import ToolNetworkOptions
+from modules.errors import CheckpointError
+from post.options import ToolNetworkOptions
+from post.tiling import Guarded, network_dtype
 
 CPU = torch.device("cpu")
 
@@ -49,12 +49,6 @@ def test_a_result_that_is_not_finite_in_float32_either_is_an_error() -> None:
     guarded = Guarded(squared, torch.bfloat16, lambda: squared, "SwinIR")
     with pytest.raises(CheckpointError, match="NaN or infinite, in float32 too"):
         guarded(torch.full((1, 3, 2, 2), 1e30))
-
-
-@pytest.mark.parametrize("name", ["fp8", "float8_e4m3fn", "fp8_e5m2"])
-def test_8_bits_are_refused(name: str) -> None:
-    with pytest.raises(OptionError, match=f"--dtype {name}: nothing is computed in fp8"):
-        network_dtype(options(name), CPU, "the upscaler")
 
 
 def test_float16_is_float32_on_a_cpu() -> None:

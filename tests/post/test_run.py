@@ -2,7 +2,6 @@
 
 import logging
 import tracemalloc
-import weakref
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,11 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modules.media.reading import read_image, video_frames, video_info
-from modules.media.tags import read_tags
+from modules.media.reading import read_image, read_tags, video_frames, video_info
 from modules.media.writing import write_png, write_video
-from post.contract import Picture
-from post.streaming import DEPTH
 from tests.post.stages_here import (
     H264,
     PRORES,
@@ -53,28 +49,6 @@ def test_a_stage_gets_the_times_of_the_frames(tmp_path: Path) -> None:
     run_stages([note], write_clip(tmp_path / "a.mp4", frames=4, fps=16))
 
     assert seen == [(Fraction(index, 16), Fraction(1, 16)) for index in range(4)]
-
-
-def test_no_more_pictures_live_for_a_longer_clip(tmp_path: Path) -> None:
-    """Counted where pixels enter and leave, so that it holds for any network in between."""
-
-    def peak(frames: int) -> int:
-        living, most = [0], [0]
-
-        def note(picture: Picture) -> None:
-            living[0] += 1
-            most[0] = max(most[0], living[0])
-            weakref.finalize(picture.pixels, forget)
-
-        def forget() -> None:
-            living[0] -= 1
-
-        clip = write_clip(tmp_path / f"{frames}.mp4", frames=frames)
-        run_stages([Same(seen=note), Larger(), Same(seen=note)], clip)
-        return most[0]
-
-    # one in each stage, waiting, and in the encoder's hands; how many of them at once is the threads' affair
-    assert 2 <= peak(64) <= 2 + DEPTH + 2
 
 
 def test_no_more_memory_is_held_for_a_longer_clip(tmp_path: Path) -> None:

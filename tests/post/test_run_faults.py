@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from modules.errors import MediaError, MemoryPlanError, OutputError, UserError
+from modules.media.encoding import Picture
 from modules.media.writing import write_video
-from post.contract import Clip, Picture
+from post.contract import Clip
 from post.naming import plan_jobs
 from post.run import run_jobs
 from post.stages import NamedStage
@@ -175,16 +176,6 @@ def test_a_lack_of_memory_at_one_file_gives_the_memory_back(
     assert not any(record.exc_info for record in caplog.records)  # no traceback
 
 
-def test_files_that_all_fail_alike_end_with_the_code_of_their_error(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_clip(tmp_path / f"{name}.mp4")
-
-    with pytest.raises(UserError, match="2 of 2 failed") as failure:
-        run_stages([Refusing(NothingSeenError("no face"))], tmp_path)
-
-    assert failure.value.exit_code == NothingSeenError.exit_code
-
-
 def test_an_earlier_result_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "a.mp4")
     (tmp_path / "a_REFUSING.mp4").write_bytes(b"earlier")
@@ -210,17 +201,6 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, ignored)
 
     assert files_in(tmp_path) == {"a.mp4"}
-
-
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_missing_rights_are_said(tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "a.mp4")
-    tmp_path.chmod(0o555)
-    try:
-        with pytest.raises(OutputError, match="cannot be written"):
-            run_stages([Same()], clip)
-    finally:
-        tmp_path.chmod(0o755)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from generation.run import generate
-from modules.media.reading import read_image, video_frames, video_info
-from modules.media.tags import read_tags
+from modules.media.encoding import Picture, in_eight_bits
+from modules.media.reading import read_image, read_tags, video_frames, video_info
 from post.chain_options import read_chain
-from post.contract import Clip, Picture
-from post.pixels import to_bytes
+from post.contract import Clip
 from post.stages import lead_through, make_stages, results
 from tests.faults.messages import assert_one_message, run_here
 from tests.generation.test_run import only, options
@@ -70,7 +69,7 @@ def test_a_chain_of_real_networks_equals_the_whole_clip_at_once(tmp_path: Path) 
     pictures = [
         Picture(frame, Fraction(at, 16), Fraction(1, 16)) for at, frame in enumerate(video_frames(clip))
     ]
-    whole = [to_bytes(picture.pixels) for picture in lead_through(stages, iter(pictures), clips)]
+    whole = [in_eight_bits(picture.pixels) for picture in lead_through(stages, iter(pictures), clips)]
     np.testing.assert_array_equal(kept_frames(tmp_path), whole)
     assert sound_of(made) == sound_of(clip)
     tags = read_tags(made)

@@ -7,40 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from post.streaming import DEPTH, StreamStopped, read_ahead, write_behind
+from post.streaming import read_ahead, write_behind
 
 
 def threads() -> list[str]:
     return [each.name for each in threading.enumerate() if each.name in {"reading ahead", "writing behind"}]
-
-
-def test_items_come_in_order_and_no_more_are_read_than_fit() -> None:
-    read: list[int] = []
-
-    def source() -> Iterator[int]:
-        for number in range(20):
-            read.append(number)
-            yield number
-
-    with read_ahead(source()) as items:
-        assert next(items) == 0
-        time.sleep(0.1)
-        assert len(read) <= 1 + DEPTH + 1  # taken, waiting, in the thread's hands
-        assert list(items) == list(range(1, 20))
-
-    assert not threads()
-
-
-def test_an_error_of_reading_is_raised_where_items_are_taken() -> None:
-    def source() -> Iterator[int]:
-        yield 1
-        raise ValueError("cut short")
-
-    found: list[int] = []
-    with pytest.raises(ValueError, match="cut short"), read_ahead(source()) as items:
-        found.extend(items)
-
-    assert not threads()
 
 
 def test_reading_ends_and_closes_its_file_when_nobody_reads() -> None:
@@ -57,23 +28,6 @@ def test_reading_ends_and_closes_its_file_when_nobody_reads() -> None:
         assert next(items) == 1
 
     assert closed == ["reading ahead"]
-    assert not threads()
-
-
-def test_what_is_put_is_written_in_order_and_all_of_it_when_the_block_ends() -> None:
-    written: list[int] = []
-
-    def write(items: Iterator[int]) -> None:
-        for item in items:
-            time.sleep(0.005)
-            written.append(item)
-
-    with write_behind(write) as put:
-        for number in range(10):
-            put(number)
-            assert number - len(written) <= DEPTH + 1
-
-    assert written == list(range(10))
     assert not threads()
 
 
@@ -123,26 +77,3 @@ def test_ctrl_c_while_the_last_is_written_does_not_wait_for_ever() -> None:
     is_over.set()
     while threads():
         time.sleep(0.01)
-
-
-@pytest.mark.parametrize("error", [ValueError("a stage"), KeyboardInterrupt()])
-def test_a_run_that_fails_tells_the_writer_to_keep_nothing(error: BaseException) -> None:
-    told: list[BaseException] = []
-
-    def write(items: Iterator[int]) -> None:
-        try:
-            list(items)
-        except StreamStopped as stop:
-            told.append(stop)
-            raise
-
-    def fail() -> None:
-        with write_behind(write) as put:
-            put(1)
-            raise error
-
-    with pytest.raises(type(error)):
-        fail()
-
-    assert len(told) == 1
-    assert not threads()

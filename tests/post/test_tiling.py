@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from modules.devices import is_out_of_memory
 from modules.errors import MemoryPlanError
 from post.tiling import WHOLE, Fitting, cut, pad_to_multiple, run_in_tiles
 
@@ -28,19 +27,6 @@ def test_tiles_of_a_network_without_surroundings_give_the_whole_to_the_bit(
     images = torch.randn(2, 3, *size)
     for run, factor in ((lambda x: x, 1), (doubled, 2)):
         assert torch.equal(run_in_tiles(run, images, tile, overlap, 8, factor), run(images))
-
-
-def test_where_tiles_disagree_one_fades_into_the_other() -> None:
-    seen = iter(range(3))
-    made = run_in_tiles(lambda x: torch.full_like(x, next(seen)), torch.zeros(1, 1, 8, 40), 20, 10)
-
-    row = made[0, 0, 0]
-    assert made.equal(row.expand_as(made))
-    starts, ends = zip(*cut(40, 20, 10), strict=True)
-    assert row[: starts[1]].tolist() == [0.0] * starts[1]
-    assert row[ends[1] :].tolist() == [2.0] * (40 - ends[1])
-    steps = row[starts[1] : ends[0]].diff()
-    torch.testing.assert_close(steps, torch.full_like(steps, 1 / (ends[0] - starts[1])))
 
 
 def test_tiles_are_of_one_size_few_and_no_larger_than_needed() -> None:
@@ -134,12 +120,3 @@ def test_what_follows_the_network_may_run_out_of_memory_too() -> None:
     images = torch.rand(3, 3, 8, 8)
     assert torch.equal(fitting(lambda given: given, images, finish), images[..., :5])
     assert seen == [3, 1, 1, 1]
-
-
-def test_other_errors_pass() -> None:
-    fitting = Fitting(CPU, 1, WHOLE, is_auto=True, overlap=16)
-    with pytest.raises(RuntimeError, match="a wrong size"):
-        fitting(Memory(10, RuntimeError("a wrong size")), torch.rand(1, 3, 128, 160))
-    assert not is_out_of_memory(KeyError("out of memory"))
-    # what a convolution on CUDA says if there is no room for its workspace
-    assert is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))

@@ -7,7 +7,7 @@ import torch
 from modules.parser import parse_options
 from stable_diffusion.contract import Model
 from stable_diffusion.loading import load_model
-from stable_diffusion.model_options import ModelOptions
+from stable_diffusion.options import ModelOptions
 
 CPU = torch.device("cpu")
 

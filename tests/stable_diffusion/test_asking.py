@@ -9,19 +9,10 @@ import pytest
 from modules.devices import Failures
 from modules.errors import OptionError
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
-from stable_diffusion.contract import (
-    SD1,
-    SDXL,
-    AskedPicture,
-    DeepShrink,
-    GradualLatent,
-    ModelKind,
-    PictureSettings,
-    SizeConditions,
-    Unsharp,
-)
+from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings
 from stable_diffusion.lines import Inputs, Line, find_inputs
 from stable_diffusion.options import GenImgOptions
+from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, SizeOptions
 from tests.stable_diffusion.asked import options, write_picture
 
 A = Line("the prompt", "a cat")
@@ -49,18 +40,6 @@ def seeds_of(*arguments: object, lines: tuple[str, ...] = ("a",)) -> list[int]:
 def test_the_seed_is_that_of_the_only_picture() -> None:
     assert seeds_of("--seed", 7) == [7]
     assert seeds_of("--seed", 7, "--iter_same_seed") == [7]
-
-
-def test_otherwise_it_starts_the_generator_of_seeds() -> None:
-    four = seeds_of("--seed", 7, "--images_per_prompt", 4)
-
-    assert len(set(four)) == 4
-    assert 7 not in four
-    assert seeds_of("--seed", 7, "--images_per_prompt", 4) == four
-    assert seeds_of("--seed", 7, lines=("a", "b", "c", "d")) == four
-    assert seeds_of("--seed", 8, "--images_per_prompt", 4) != four
-    assert seeds_of("--images_per_prompt", 4) != seeds_of("--images_per_prompt", 4)
-    assert all(0 <= seed < 2**32 for seed in four)
 
 
 def test_a_line_gives_its_seeds_and_the_rest_is_drawn() -> None:
@@ -129,9 +108,9 @@ def test_a_picture_takes_what_the_options_say() -> None:
         scale=3.0,
         negative_scale=2.0,
         strength=0.5,
-        sizes=SizeConditions(original_width=10, crop_top=4),
-        deep_shrink=DeepShrink(3, 600, None, 650, 0.5),
-        gradual_latent=GradualLatent(700, 0.5, 0.125, 3, 1.0, None),
+        sizes=SizeOptions(original_width=10, crop_top=4),
+        deep_shrink=DeepShrinkOptions(ds_depth_1=3, ds_timesteps_1=600),
+        gradual_latent=GradualLatentOptions(gradual_latent_timesteps=700),
     )
 
 
@@ -148,9 +127,16 @@ def test_a_line_goes_before_the_options() -> None:
         scale=2.0,
         negative_scale=1.0,
         strength=0.3,
-        sizes=SizeConditions(original_width=5, crop_left=6),
+        sizes=SizeOptions(original_width=5, crop_left=6),
         parts=2,
-        gradual_latent=GradualLatent(500, 0.25, 0.5, 1, 0.9, Unsharp(5, 1.0, 0.5, False)),
+        gradual_latent=GradualLatentOptions(
+            gradual_latent_timesteps=500,
+            gradual_latent_ratio=0.25,
+            gradual_latent_ratio_step=0.5,
+            gradual_latent_every_n_steps=1,
+            gradual_latent_s_noise=0.9,
+            gradual_latent_unsharp_params="5,1,0.5,0",
+        ),
     )
 
 
@@ -176,18 +162,6 @@ def test_a_line_that_cannot_be_used_is_found_before_a_model_is_loaded(line: str,
     with pytest.raises(OptionError) as caught:
         check_line(options(), Line("line 3", line.replace("{--s", "{b --s")))
     assert words in str(caught.value)
-
-
-def test_multipliers_need_networks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        (found,) = ask(options(), Line("", "a --am 1,0.5"))
-    assert found.settings.multipliers is None
-    assert "--am is ignored because there are no --network_weights" in caplog.text
-    (file := tmp_path / "a.safetensors").touch()
-    (found,) = ask(options("--network_weights", file, file), Line("", "a --am 1,0.5"))
-    assert found.settings.multipliers == (1.0, 0.5)
-    with pytest.raises(OptionError, match="--am has 3 strengths for 2 networks"):
-        check_line(options("--network_weights", file, file), Line("", "a --am 1,2,3"))
 
 
 def test_what_does_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -243,21 +217,6 @@ def test_each_picture_takes_as_many_guides_as_there_are_control_nets(tmp_path: P
     with pytest.raises(OptionError, match="6 pictures for 7 ControlNets. Give one for each"):
         find_inputs(prompts, 7)
     assert Inputs().guides_of(3) == ()
-
-
-def test_metadata_of_a_picture_is_its_prompt_as_it_is(tmp_path: Path) -> None:
-    paths = [write_picture(tmp_path / f"{name}.png") for name in "ab"]
-    lines = [
-        Line("a", "a {b|c} --d 5", "bad --s 3", image_number=0),
-        Line("b", "second", "", image_number=1),
-    ]
-    asked = options("--image_path", tmp_path, "--seed", 1, "--images_per_prompt", 2)
-    found = ask(asked, *lines, inputs=Inputs(images=tuple(paths)))
-
-    assert [picture.prompt for picture in found] == ["a {b|c} --d 5"] * 2 + ["second"] * 2
-    assert [picture.negative_prompt for picture in found] == ["bad --s 3"] * 2 + [""] * 2
-    assert [picture.image for picture in found] == [paths[0]] * 2 + [paths[1]] * 2
-    assert len({picture.seed for picture in found}) == 4
 
 
 def test_a_mask_needs_a_picture_or_parts(tmp_path: Path) -> None:

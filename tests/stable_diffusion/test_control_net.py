@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from PIL import Image
 from safetensors.torch import save_file
@@ -29,7 +28,6 @@ from tests.stable_diffusion.controlling import (
 )
 from tests.tiny.control_nets import (
     control_net,
-    control_net_config,
     control_net_state,
     ldm_control_net,
     write_control_net,
@@ -87,15 +85,6 @@ def test_each_layout_gives_the_same_network(tmp_path: Path, kind: str, layout: s
         torch.testing.assert_close(loaded[name], tensor, atol=1e-6, rtol=1e-6)
 
 
-def test_released_names_are_translated_as_diffusers_does() -> None:
-    state = control_net_state("sd1")
-
-    converted = convert_controlnet_checkpoint(ldm_control_net(state), control_net_config("sd1"))
-
-    assert converted.keys() == state.keys()
-    assert all(torch.equal(converted[name], tensor) for name, tensor in state.items())
-
-
 def test_torch_files_with_a_whole_model_are_read(tmp_path: Path) -> None:
     state = {
         f"control_model.{name}": each for name, each in ldm_control_net(control_net_state("sd1")).items()
@@ -107,36 +96,6 @@ def test_torch_files_with_a_whole_model_are_read(tmp_path: Path) -> None:
 
 
 # What they add
-
-
-def test_residuals_are_those_of_diffusers_for_all_rows(tmp_path: Path) -> None:
-    path, guide = write_control_net(tmp_path / "net.safetensors", "sdxl"), write_guide(tmp_path / "guide.png")
-    nets = load_control_nets(options_of(path, control_net_multipliers=(0.7,)), model_of("sdxl"))
-    call = call_of("sdxl")
-    assert nets is not None
-
-    with torch.no_grad(), nets.for_batch([picture(guide)], 64, 48) as idea:
-        assert idea is not None
-        found = residuals(idea(call))
-
-    for own, wanted in zip(found, theirs("sdxl", call, pixels(guide).repeat(2, 1, 1, 1), 0.7), strict=True):
-        torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_rows_belong_to_their_pictures(tmp_path: Path) -> None:
-    path = write_control_net(tmp_path / "net.safetensors", "sd1")
-    guides = [write_guide(tmp_path / f"{seed}.png", seed) for seed in range(2)]
-    nets = load_control_nets(options_of(path), model_of("sd1"))
-    call = call_of("sd1", rows=4, pictures=2)
-    assert nets is not None
-
-    with torch.no_grad(), nets.for_batch([picture(guide) for guide in guides], 64, 48) as idea:
-        assert idea is not None
-        found = residuals(idea(call))
-
-    both = torch.cat([pixels(guide) for guide in guides]).repeat(2, 1, 1, 1)
-    for own, wanted in zip(found, theirs("sd1", call, both), strict=True):
-        torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_several_take_turns_in_sd1_and_are_averaged_in_sdxl(tmp_path: Path) -> None:
@@ -160,18 +119,6 @@ def test_several_take_turns_in_sd1_and_are_averaged_in_sdxl(tmp_path: Path) -> N
                 parts = [wanted[step][number][skip] for number in (0, 1)]
                 one = parts[step] if kind == "sd1" else (parts[0] + parts[1]) / 2
                 torch.testing.assert_close(each, one, atol=1e-5, rtol=1e-5)
-
-
-def test_a_ratio_ends_the_action(tmp_path: Path) -> None:
-    path, guide = write_control_net(tmp_path / "net.safetensors", "sd1"), write_guide(tmp_path / "guide.png")
-    nets = load_control_nets(options_of(path, control_net_ratios=(0.5,)), model_of("sd1"))
-    assert nets is not None
-
-    with torch.no_grad(), nets.for_batch([picture(guide)], 64, 48) as idea:
-        assert idea is not None
-        acts = [idea(call_of("sd1", step=step)).residuals is not None for step in range(4)]
-
-    assert acts == [True, True, True, False]  # 2 of 4 steps is not beyond one half
 
 
 def test_the_last_part_of_a_prompt_counts(tmp_path: Path) -> None:

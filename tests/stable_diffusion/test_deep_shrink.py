@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
-from stable_diffusion.contract import AskedPicture, DeepShrink, PictureSettings, UnetCall
-from stable_diffusion.deep_shrink import DeepShrinks
+from stable_diffusion.contract import AskedPicture, PictureSettings, UnetCall
+from stable_diffusion.sampling_options import DeepShrinkOptions
+from stable_diffusion.small_start import DeepShrinks
 from tests.tiny.stable_diffusion import KINDS, unet_state
 
 
@@ -23,7 +24,7 @@ def unet() -> Any:
     return network.eval().requires_grad_(False)
 
 
-def pictures(shrink: DeepShrink | None) -> list[AskedPicture]:
+def pictures(shrink: DeepShrinkOptions | None) -> list[AskedPicture]:
     return [
         AskedPicture("line 1", "a cat", "", 1, PictureSettings(64, 64, 4, 7.5, deep_shrink=shrink), "a cat")
     ]
@@ -43,7 +44,7 @@ def run(unet: Any, call: UnetCall) -> Tensor:
     return unet(call.sample, call.timestep, call.context, **added).sample
 
 
-def shrunk(unet: Any, call: UnetCall, shrink: DeepShrink) -> Tensor:
+def shrunk(unet: Any, call: UnetCall, shrink: DeepShrinkOptions) -> Tensor:
     with DeepShrinks(unet).for_batch(pictures(shrink), 64, 64) as idea:
         assert idea is not None
         return run(unet, idea(call))
@@ -104,14 +105,14 @@ def attend(attention: Any, features: Tensor, context: Tensor) -> Tensor:
 )
 def test_each_depth(unet: Any, depth: int, height: int, width: int, ratio: float) -> None:
     call = call_of(height, width, 900.0, unet)
-    made = shrunk(unet, call, DeepShrink(depth, 650, None, 0, ratio))
+    made = shrunk(unet, call, DeepShrinkOptions(ds_depth_1=depth, ds_ratio=ratio))
     assert made.shape == call.sample.shape
     torch.testing.assert_close(made, walk(unet, call, depth, ratio), atol=1e-5, rtol=1e-5)
     assert (made - run(unet, call)).abs().max() > 1e-3
 
 
 def test_phases_follow_the_timestep(unet: Any) -> None:
-    shrink = DeepShrink(2, 650, 4, 300, 0.5)
+    shrink = DeepShrinkOptions(ds_depth_1=2, ds_depth_2=4, ds_timesteps_2=300)
     for timestep, depth in ((650.0, 2), (649.0, 4), (300.0, 4), (299.0, None)):
         call = call_of(8, 8, timestep, unet)
         wanted = walk(unet, call, depth, 0.5)
@@ -124,9 +125,11 @@ def test_nothing_stays_behind(unet: Any) -> None:
     with DeepShrinks(unet).for_batch(pictures(None), 64, 64) as idea:
         assert idea is None
         assert torch.equal(run(unet, call), before)
-    with DeepShrinks(unet).for_batch(pictures(DeepShrink(1, 950, None, 0, 0.5)), 64, 64) as idea:
+    with DeepShrinks(unet).for_batch(
+        pictures(DeepShrinkOptions(ds_depth_1=1, ds_timesteps_1=950)), 64, 64
+    ) as idea:
         assert torch.equal(run(unet, idea(call)), before)  # above this timestep only
-    shrunk(unet, call, DeepShrink(1, 650, None, 0, 0.5))
+    shrunk(unet, call, DeepShrinkOptions(ds_depth_1=1))
     assert torch.equal(run(unet, call), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
 
@@ -135,7 +138,7 @@ def test_nothing_stays_behind(unet: Any) -> None:
 def test_it_is_told_if_the_steps_from_a_picture_begin_too_late(
     unet: Any, timestep: float, is_told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (picture,) = pictures(DeepShrink(1, 650, None, 0, 0.5))
+    (picture,) = pictures(DeepShrinkOptions(ds_depth_1=1))
     picture = replace(picture, image=Path("a.png"))
     with DeepShrinks(unet).for_batch([picture], 64, 64) as idea:
         assert idea is not None
@@ -149,14 +152,14 @@ def test_control_residuals_are_fitted(unet: Any, depth: int) -> None:
     sizes = [(32, 9, 12)] * 3 + [(32, 5, 6), (64, 5, 6), (64, 5, 6)]
     *down, middle = [torch.randn(2, *size, generator=generator) for size in [*sizes, sizes[-1]]]
     call = call_of(9, 12, 900.0, unet, residuals=(down, middle))
-    made = shrunk(unet, call, DeepShrink(depth, 650, None, 0, 0.5))
+    made = shrunk(unet, call, DeepShrinkOptions(ds_depth_1=depth))
     torch.testing.assert_close(made, walk(unet, call, depth, 0.5), atol=1e-5, rtol=1e-5)
 
 
 def test_a_depth_that_the_model_lacks_is_refused(unet: Any) -> None:
     for shrink, name in (
-        (DeepShrink(6, 650, None, 0, 0.5), "ds_depth_1"),
-        (DeepShrink(1, 650, 7, 0, 0.5), "ds_depth_2"),
+        (DeepShrinkOptions(ds_depth_1=6), "ds_depth_1"),
+        (DeepShrinkOptions(ds_depth_1=1, ds_depth_2=7, ds_timesteps_2=0), "ds_depth_2"),
     ):
         with (
             pytest.raises(OptionError, match=f"--{name} .*0 to 5"),

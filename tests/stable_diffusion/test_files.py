@@ -8,13 +8,12 @@ from PIL import Image
 
 from blissful_tuner.metaview import as_lines, read_file_facts
 from modules.atomic_write import claim_name
-from modules.errors import OptionError
-from modules.media.tags import read_tags
-from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings, SizeConditions
-from stable_diffusion.files import PictureFiles
+from modules.media.reading import read_tags
+from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings
+from stable_diffusion.options import PictureOutputOptions
 from stable_diffusion.prompt_lines import LONGEST_NAME, read_line
-from stable_diffusion.prompt_options import PictureOutputOptions
-from tests.stable_diffusion.asked import options
+from stable_diffusion.run import PictureFiles
+from stable_diffusion.sampling_options import SizeOptions
 
 NOW = datetime(2024, 3, 5, 16, 7, 8)
 PLAIN = AskedPicture("the prompt", "a cat", "", 7, PictureSettings(16, 8, 20, 7.5), "a {cat|dog}")
@@ -100,7 +99,7 @@ def test_the_texts_say_how_a_picture_was_made(tmp_path: Path) -> None:
 
 
 def test_they_say_all_of_a_picture_of_xl(tmp_path: Path) -> None:
-    sizes = SizeConditions(original_width=99, original_height_negative=33, crop_left=4)
+    sizes = SizeOptions(original_width=99, original_height_negative=33, crop_left=4)
     settings = PictureSettings(16, 8, 20, 7.5, negative_scale=2.0, sizes=sizes)
     full = changed(settings=settings, negative_prompt="schlecht, ü 字", clip_prompt="c")
     path = files(tmp_path, kind=SDXL).save(full, IMAGE, "", 0)
@@ -120,11 +119,3 @@ def test_they_say_all_of_a_picture_of_xl(tmp_path: Path) -> None:
     }
     shown = list(as_lines([read_file_facts(path)], is_one=True))
     assert {"prompt: a cat", "negative-prompt: schlecht, ü 字", "seed: 7", "scale: 7.5"} <= set(shown)
-
-
-def test_names_of_pictures_need_pictures_and_a_folder_is_none(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--use_original_file_name needs --image_path"):
-        options("--use_original_file_name")
-    (tmp_path / "out").touch()
-    with pytest.raises(OptionError, match="it is a file; give a folder"):
-        options("--outdir", tmp_path / "out")

@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
-from stable_diffusion.contract import AskedPicture, GradualLatent, PictureSettings, Unsharp
-from stable_diffusion.gradual_latent import GradualSolver, check_batch, plan_growth, shrink_start, size_at
+from stable_diffusion.contract import AskedPicture, PictureSettings
 from stable_diffusion.samplers import begin_sampling, make_scheduler
+from stable_diffusion.sampling_options import GradualLatentOptions, Unsharp
+from stable_diffusion.small_start import begin_small, check_batch, plan_growth, size_at
 
-GRADUAL = GradualLatent(750, 0.5, 0.25, 2, 1.0, None)
+GRADUAL = GradualLatentOptions(
+    gradual_latent_timesteps=750, gradual_latent_ratio_step=0.25, gradual_latent_every_n_steps=2
+)
 SEEDS = (5, 6)
 STEPS = 8
 
@@ -38,22 +41,24 @@ def start(seeds: Sequence[int] = SEEDS, height: int = 32, width: int = 40) -> Te
     return torch.cat(noise) * 14.6
 
 
-def sampled(gradual: GradualLatent, velocity: bool = False, seeds: Sequence[int] = SEEDS) -> list[Tensor]:
+def sampled(
+    gradual: GradualLatentOptions, velocity: bool = False, seeds: Sequence[int] = SEEDS
+) -> list[Tensor]:
     """All samples on the way, by our solver."""
     inner = begin_sampling(make_scheduler("euler_a", velocity), STEPS, generators(seeds))
-    solver = GradualSolver.make(inner, (32, 40), gradual)
-    samples = [shrink_start(start(seeds), gradual)]
+    small, solver = begin_small(start(seeds), inner, gradual)
+    samples = [small]
     for index in range(solver.schedule.num_steps):
         output = output_of(solver.model_input(index, samples[-1]))
         samples.append(solver.step(index, output, samples[-1]))
     return samples
 
 
-def computed(gradual: GradualLatent, velocity: bool = False) -> list[Tensor]:
+def computed(gradual: GradualLatentOptions, velocity: bool = False) -> list[Tensor]:
     """The same in plain words, without a solver or a plan."""
     scheduler: Any = make_scheduler("euler_a", velocity)
     scheduler.set_timesteps(STEPS)
-    draw, ratio, waited = generators(), gradual.ratio, gradual.every_n_steps
+    draw, ratio, waited = generators(), gradual.gradual_latent_ratio, gradual.gradual_latent_every_n_steps
     x = bicubic(start().squeeze(2), ratio)
     samples = [x]
     for sigma, sigma_next, t in zip(
@@ -67,9 +72,18 @@ def computed(gradual: GradualLatent, velocity: bool = False) -> list[Tensor]:
         d = (x - clean) / sigma
         up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
         dt = (sigma_next**2 - up**2) ** 0.5 - sigma
-        grows, strength = t < gradual.timestep and ratio < 1 and waited >= gradual.every_n_steps, 1.0
+        grows, strength = (
+            t < gradual.gradual_latent_timesteps
+            and ratio < 1
+            and waited >= gradual.gradual_latent_every_n_steps,
+            1.0,
+        )
         if grows:
-            ratio, waited, strength = min(1.0, ratio + gradual.ratio_step), 0, gradual.s_noise
+            ratio, waited, strength = (
+                min(1.0, ratio + gradual.gradual_latent_ratio_step),
+                0,
+                gradual.gradual_latent_s_noise,
+            )
             if gradual.unsharp is None or gradual.unsharp.target_x:
                 x = unsharped(bicubic(x + d * dt, ratio), gradual.unsharp)
             else:
@@ -112,12 +126,12 @@ def blur(latents: Tensor, ksize: int, sigma: float) -> Tensor:
     "gradual",
     [
         GRADUAL,
-        replace(GRADUAL, s_noise=0.7, every_n_steps=1),
-        replace(GRADUAL, unsharp=Unsharp(3, 0.5, 0.8, target_x=True)),
-        replace(GRADUAL, unsharp=Unsharp(5, 1.5, 0.5, target_x=False), s_noise=1.1),
+        replace(GRADUAL, gradual_latent_s_noise=0.7, gradual_latent_every_n_steps=1),
+        replace(GRADUAL, gradual_latent_unsharp_params="3,0.5,0.8,1"),
+        replace(GRADUAL, gradual_latent_unsharp_params="5,1.5,0.5,0", gradual_latent_s_noise=1.1),
     ],
 )
-def test_steps_are_those_of_the_plain_computation(gradual: GradualLatent, velocity: bool) -> None:
+def test_steps_are_those_of_the_plain_computation(gradual: GradualLatentOptions, velocity: bool) -> None:
     ours, plain = sampled(gradual, velocity), computed(gradual, velocity)
     assert [tuple(sample.shape[-2:]) for sample in ours] == [tuple(sample.shape[-2:]) for sample in plain]
     assert ours[-1].shape == (2, 4, 1, 32, 40)
@@ -127,8 +141,8 @@ def test_steps_are_those_of_the_plain_computation(gradual: GradualLatent, veloci
 
 def test_what_the_unsharp_mask_sharpens_counts() -> None:
     parts, whole, none = (
-        sampled(replace(GRADUAL, unsharp=unsharp))[-1]
-        for unsharp in (Unsharp(3, 0.5, 0.8, False), Unsharp(3, 0.5, 0.8, True), None)
+        sampled(replace(GRADUAL, gradual_latent_unsharp_params=unsharp))[-1]
+        for unsharp in ("3,0.5,0.8,0", "3,0.5,0.8,1", None)
     )
     assert (parts - whole).abs().max() > 1e-3
     assert (whole - none).abs().max() > 1e-3
@@ -139,11 +153,11 @@ def test_at_full_size_it_is_euler_a() -> None:
     sample = start()
     for index in range(STEPS):
         sample = plain.step(index, output_of(plain.model_input(index, sample)), sample)
-    assert torch.equal(sampled(replace(GRADUAL, ratio=1.0))[-1], sample)
+    assert torch.equal(sampled(replace(GRADUAL, gradual_latent_ratio=1.0))[-1], sample)
 
 
 def test_growth_begins_below_the_timestep_and_is_counted_from_there() -> None:
-    gradual = GradualLatent(700, 0.5, 0.1, 3, 1.0, None)
+    gradual = GradualLatentOptions(gradual_latent_timesteps=700, gradual_latent_ratio_step=0.1)
     timesteps = [float(t) for t in range(950, 0, -50)]
     growth = plan_growth(timesteps, gradual)
     assert [timesteps[index] for index in growth] == [650, 500, 350, 200, 50]
@@ -154,13 +168,13 @@ def test_growth_begins_below_the_timestep_and_is_counted_from_there() -> None:
 
 
 def test_too_few_steps_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    sampled(replace(GRADUAL, ratio_step=0.25, every_n_steps=6))
+    sampled(replace(GRADUAL, gradual_latent_ratio_step=0.25, gradual_latent_every_n_steps=6))
     assert "ends at 192 x 192 pixels instead of 320 x 256" in caplog.text
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(OptionError, match="blur of 51"):
-        sampled(replace(GRADUAL, unsharp=Unsharp(51, 3.0, 0.8, True)))
+        sampled(replace(GRADUAL, gradual_latent_unsharp_params="51,3,0.8"))
     picture = AskedPicture("line 3", "a", "", 1, PictureSettings(64, 64, 4, 7.5, gradual_latent=GRADUAL), "a")
     check_batch([picture], "k_euler_a")
     with pytest.raises(OptionError, match="line 3.*euler_a only, not with ddim"):

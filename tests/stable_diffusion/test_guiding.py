@@ -15,11 +15,11 @@ from torch import Tensor
 
 from encoders.clip_layers import MEAN, STD, load_clip_vision
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import AskedPicture, DeepShrink, GradualLatent, PictureSettings
+from stable_diffusion.contract import AskedPicture, PictureSettings
 from stable_diffusion.guiding import load_vgg16
-from stable_diffusion.highres import make_pictures, prepare_highres
 from stable_diffusion.making import Maker
 from stable_diffusion.options import read_gen_img
+from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions
 from tests.parity.stable_diffusion import (
     CLASSES,
     Files,
@@ -248,11 +248,17 @@ def test_a_guide_draws_the_picture_towards_it(sd1: Project) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"deep_shrink": DeepShrink(1, 0, None, 0, 0.5), "width": 64, "height": 64},
+        {"deep_shrink": DeepShrinkOptions(ds_depth_1=1, ds_timesteps_1=0), "width": 64, "height": 64},
         {"parts": 2},
         {"scale": 1.0},
         {"negative_scale": 1.5},
-        {"gradual_latent": GradualLatent(990, 0.5, 0.5, 1, 1.0, None), "width": 128, "height": 128},
+        {
+            "gradual_latent": GradualLatentOptions(
+                gradual_latent_timesteps=990, gradual_latent_ratio_step=0.5, gradual_latent_every_n_steps=1
+            ),
+            "width": 128,
+            "height": 128,
+        },
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -264,22 +270,6 @@ def test_what_changes_the_unet_can_be_steered(sd1: Project, maker: Maker, change
 
     assert made.isfinite().all()
     assert (made - latents_of(replace(maker, guides=None), asked)).abs().max() > 1e-2
-
-
-def test_both_stages_of_highres_fix_are_steered(sd1: Project) -> None:
-    words = ("--highres_fix_scale", "0.5", "--highres_fix_steps", STEPS, "--highres_fix_strength", "1")
-    maker = sd1.load(*words, "--highres_fix_save_1st", **SCALES)
-    given = read_gen_img(None, ["--ckpt", "x", "--prompt", "x", *map(str, words), "--highres_fix_save_1st"])
-    settings = replace(SETTINGS, width=64, height=64)
-
-    def stages(made_by: Maker) -> list[Tensor]:
-        asked = picture(sd1.guide, settings=settings)
-        return [
-            stage.made.latents for stage in make_pictures(made_by, prepare_highres(given.highres), [asked])
-        ]
-
-    for steered, plain in zip(stages(maker), stages(replace(maker, guides=None)), strict=True):
-        assert (steered - plain).abs().max() > 0.05
 
 
 def test_a_control_net_works_beside_guidance_by_a_text(sd1: Project) -> None:

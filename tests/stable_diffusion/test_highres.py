@@ -16,7 +16,7 @@ from modules.atomic_write import save_tensors
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import AskedPicture, Made, PictureSettings, SecondStart
 from stable_diffusion.highres import make_pictures, prepare_highres, read_args
-from stable_diffusion.shrink_options import HighresOptions
+from stable_diffusion.sampling_options import HighresOptions
 from tests.tiny.post_upscaling import rrdb_weights
 
 OPTIONS = HighresOptions(highres_fix_scale=0.5, highres_fix_steps=7)
@@ -70,16 +70,6 @@ def make(options: HighresOptions, maker: Maker, asked: list[AskedPicture] | None
     return list(make_pictures(maker, prepare_highres(options), asked or pictures()))
 
 
-def test_without_a_scale_there_is_one_stage() -> None:
-    maker = Maker()
-    (stage,) = make(replace(OPTIONS, highres_fix_scale=None), maker)
-    assert stage.digit == ""
-    assert [each.seed for each in maker.asked[0].pictures] == [3, 9]
-    assert maker.asked[0].start is None
-    assert maker.asked[0].wants_images
-    assert len(maker.asked) == 1
-
-
 def test_the_first_stage_is_small_and_the_second_has_the_next_seed() -> None:
     maker = Maker()
     (stage,) = make(OPTIONS, maker)
@@ -93,32 +83,6 @@ def test_the_first_stage_is_small_and_the_second_has_the_next_seed() -> None:
     assert stage.digit == "1"
     assert stage.made.images[0].size == (96, 64)
     assert all(each.guides for each in second.pictures)
-
-
-def test_pictures_are_enlarged_by_lanczos() -> None:
-    maker = Maker()
-    make(OPTIONS, maker)
-    start = maker.asked[1].start
-    assert start is not None
-    assert start.latents is None
-    assert start.images is not None
-    small = Maker().make(maker.asked[0].pictures).images
-    assert small is not None
-    wanted = small[1].resize((96, 64), Image.Resampling.LANCZOS)
-    assert start.images[1].tobytes() == wanted.tobytes()
-
-
-def test_latents_are_enlarged_bicubically_and_not_decoded() -> None:
-    maker = Maker()
-    make(replace(OPTIONS, highres_fix_latents_upscaling=True), maker)
-    assert not maker.asked[0].wants_images
-    start = maker.asked[1].start
-    assert start is not None
-    assert start.images is None
-    assert start.latents is not None
-    small = Maker().make(maker.asked[0].pictures).latents
-    wanted = torch.nn.functional.interpolate(small, (8, 12), mode="bicubic", align_corners=False)
-    assert torch.equal(start.latents, wanted)
 
 
 def test_options_of_the_stages() -> None:
@@ -148,13 +112,6 @@ def test_sides_of_the_first_stage_are_multiples_of_8() -> None:
             )
         )
         assert maker.asked[0].pictures[0].settings.width == wanted
-
-
-def test_the_first_stage_is_there_before_the_second_is_made() -> None:
-    maker = Maker()
-    stages = make_pictures(maker, prepare_highres(replace(OPTIONS, highres_fix_save_1st=True)), pictures())
-    assert next(stages).digit == "0"
-    assert len(maker.asked) == 1
 
 
 def test_the_highest_seed_has_a_next_one() -> None:

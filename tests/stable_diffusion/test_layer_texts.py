@@ -16,7 +16,6 @@ from modules.errors import CheckpointError, OptionError
 from stable_diffusion.assembling import list_cross_attentions
 from stable_diffusion.contract import AskedPicture, PictureSettings
 from stable_diffusion.making import Maker
-from stable_diffusion.textual_inversion import read_words
 from tests.parity.stable_diffusion import their_scheduler
 from tests.stable_diffusion.asked import options
 from tests.stable_diffusion.test_making import load, start_noise
@@ -114,36 +113,6 @@ def test_equal_vectors_are_ordinary_textual_inversion(tmp_path: Path) -> None:
     for picture in (PICTURE, parts, plain, PICTURE):
         assert torch.allclose(make(extended, picture), make(usual, picture), rtol=1e-4, atol=1e-4)
     assert not any("forward" in vars(module) for module in extended.model.unet.modules())
-
-
-def test_both_kinds_of_words_stand_in_one_prompt(tmp_path: Path) -> None:
-    thing = write(tmp_path, {"emb_params": vectors(7)}, "thing")
-    both = load(
-        tmp_path / "a",
-        write_sd1,
-        *("--XTI_embeddings", str(write(tmp_path, all_of(vectors(1))))),
-        *("--textual_inversion_embeddings", str(thing)),
-    )
-    paths = [str(write(tmp_path / "usual", {"emb_params": vectors(1)})), str(thing)]
-    usual = load(tmp_path / "b", write_sd1, "--textual_inversion_embeddings", *paths)
-    picture = replace(PICTURE, prompt="a thing and (blob2:0.8)")
-    assert torch.allclose(make(both, picture), make(usual, picture), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ({"emb_params": vectors(1)}, "IN01 is missing"),
-        ({name: rows for name, rows in all_of(vectors(1)).items() if name != "OUT05"}, "OUT05 is missing"),
-        ({**all_of(vectors(1)), "OUT11": vectors(1)}, "OUT11 is missing or strange"),
-        ({**all_of(vectors(1)), "MID": vectors(1, 3)}, "unequal numbers"),
-        ({**all_of(vectors(1)), "MID": torch.ones(1, 2, 2)}, "MID is no row of vectors"),
-        (all_of(torch.full((2, TEXT_DIM), float("inf"))), "NaN or infinite"),
-    ],
-)
-def test_other_files_are_refused(tmp_path: Path, rows: Mapping[str, Tensor], message: str) -> None:
-    with pytest.raises(CheckpointError, match=f"--XTI_embeddings.*{message}"):
-        read_words([], [write(tmp_path, rows)], list(LAYERS))
 
 
 def test_what_it_cannot_be_used_with_is_refused(tmp_path: Path) -> None:

@@ -148,24 +148,6 @@ def test_sizes_that_levels_round_up_fit(tmp_path: Path, width: int, height: int)
         assert run(model.unet, idea(call)).shape == call.sample.shape
 
 
-def test_a_ratio_ends_the_action(tmp_path: Path) -> None:
-    path, guide = write_lllite(tmp_path / "net.safetensors"), write_guide(tmp_path / "guide.png")
-    model = model_of("sdxl")
-    lllites = load_lllites(options_of(path, control_net_ratios=(0.25,)), model)
-    calls = [call_of("sdxl", step=step) for step in range(3)]
-    before = [run(model.unet, call) for call in calls]
-    assert lllites is not None
-
-    with torch.no_grad(), lllites.for_batch([picture(guide)], 64, 48) as idea:
-        assert idea is not None
-        acts = [
-            not torch.equal(run(model.unet, idea(call)), plain)
-            for call, plain in zip(calls, before, strict=True)
-        ]
-
-    assert acts == [True, True, False]
-
-
 # Wrong files
 
 

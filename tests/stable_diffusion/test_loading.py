@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from modules.errors import OptionError
+from stable_diffusion.checkpoints import band_convolutions
 from stable_diffusion.contract import SD2, SDXL, Model
-from stable_diffusion.vae_checkpoints import band_convolutions
 from tests.stable_diffusion.loaded import load
 from tests.tiny.stable_diffusion import (
     KINDS,
@@ -79,56 +77,6 @@ def test_all_tensors_are_those_of_the_checkpoint(kind: str, layout: str, folder:
         assert torch.equal(model.texts[1].projection, projection.T)  # type: ignore[arg-type]
     networks = (model.unet, model.vae, *(tower.network for tower in model.texts))
     assert not any(one.training or any(each.requires_grad for each in one.parameters()) for one in networks)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_networks_compute_what_those_of_diffusers_do(kind: str, folder: Path) -> None:
-    model = quick(folder, f"{kind}.safetensors")
-    stored = load_file(folder / f"{kind}.safetensors")
-    config: dict[str, Any] = {"class_embed_type": None, "addition_embed_type": None, **KINDS[kind].unet}
-    theirs = UNet2DConditionModel(**KINDS[kind].unet).eval()
-    theirs.load_state_dict(convert_ldm_unet_checkpoint(dict(stored), config))
-    their_vae = AutoencoderKL(**VAE).eval()
-    their_vae.load_state_dict(convert_ldm_vae_checkpoint(dict(stored), dict(VAE)))
-    width = config["cross_attention_dim"]
-    call = {
-        "sample": torch.randn(2, 4, 8, 8),
-        "timestep": torch.tensor(500),
-        "encoder_hidden_states": torch.randn(2, 7, width),
-        "added_cond_kwargs": {"text_embeds": torch.randn(2, 64), "time_ids": torch.full((2, 6), 64.0)},
-    }
-
-    with torch.no_grad():
-        assert torch.equal(model.unet(**call).sample, theirs(**call).sample)
-        latents = torch.randn(1, 4, 4, 4)
-        assert torch.equal(model.vae.decode(latents).sample, their_vae.decode(latents).sample)
-        pixels = torch.randn(1, 3, 32, 32)
-        ours, them = (vae.encode(pixels).latent_dist for vae in (model.vae, their_vae))
-        assert torch.equal(ours.mean, them.mean)
-        assert torch.equal(ours.std, them.std)
-
-
-def test_padding_and_unused_layers_differ_between_kinds(folder: Path) -> None:
-    models = [quick(folder, f"{kind}.safetensors") for kind in KINDS]
-
-    found = [
-        [(tower.pad == tower.end, tower.pad, tower.missing_layers) for tower in model.texts]
-        for model in models
-    ]
-
-    end = models[0].texts[0].end
-    assert found == [[(True, end, 0)], [(False, 0, 1)], [(True, end, 0), (False, 0, 0)]]
-    assert models[0].texts[0].start == end - 1
-
-
-def test_tokens_have_no_ends_and_are_not_cut_off(folder: Path) -> None:
-    tower = quick(folder, "sd1.safetensors").texts[0]
-
-    short, long = tower.tokenize("a cat"), tower.tokenize("cat " * 200)
-
-    assert not {tower.start, tower.end} & set(short)
-    assert len(long) > 200
-    assert tower.tokenize("") == []
 
 
 def test_an_inpainting_model_takes_nine_channels(folder: Path, tmp_path: Path) -> None:
@@ -366,12 +314,6 @@ def test_channels_last_changes_the_memory_and_not_the_result(folder: Path) -> No
 def test_xformers_without_a_gpu_is_refused_before_loading(option: str, folder: Path) -> None:
     with pytest.raises(OptionError, match=f"{option} runs on CUDA devices only"):
         quick(folder, "missing.safetensors", option)
-
-
-def test_torchs_own_attention_is_what_sdpa_asks_for(folder: Path) -> None:
-    model = quick(folder, "sd1.safetensors", "--sdpa")
-
-    assert {type(each).__name__ for each in model.unet.attn_processors.values()} == {"AttnProcessor2_0"}
 
 
 # What files say of themselves

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,20 +15,13 @@ from torch import Tensor
 
 from modules.errors import OptionError
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import (
-    AskedPicture,
-    Idea,
-    PictureSettings,
-    SecondStart,
-    SizeConditions,
-    UnetCall,
-)
-from stable_diffusion.making import Maker, time_ids
+from stable_diffusion.contract import AskedPicture, Idea, PictureSettings, UnetCall
+from stable_diffusion.making import Maker
 from stable_diffusion.options import read_gen_img
-from stable_diffusion.pixels import decode_latents, encode_pixels, to_image, to_pixels, vae_batch
+from stable_diffusion.starting import decode_latents, encode_pixels, to_image, to_pixels
 from stable_diffusion.text import Texts
-from tests.parity.stable_diffusion import generators, their_scheduler, write_mask, write_picture
-from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sdxl
+from tests.parity.stable_diffusion import generators, their_scheduler, write_picture
+from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1
 
 SIZE, STEPS = 32, 3
 SETTINGS = PictureSettings(SIZE, SIZE, STEPS, 4.0)
@@ -103,49 +95,6 @@ def test_negative_scale_has_a_pass_of_its_own(maker: Maker) -> None:
     assert [(len(call.sample), call.negative_rows) for call in recorder.calls] == [(3, 2)] * STEPS
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_without_guidance_there_is_one_pass(maker: Maker, scale: float) -> None:
-    recorder = Recorder()
-    made = replace(maker, ideas=[recorder]).make([picture(5, replace(SETTINGS, scale=scale))])
-
-    wanted = follow(maker, start_noise(5), lambda says: says("a red cat"))
-    torch.testing.assert_close(made.latents, wanted, rtol=1e-4, atol=1e-4)
-    assert [(len(call.sample), call.negative_rows) for call in recorder.calls] == [(1, 0)] * STEPS
-
-
-def test_ideas_see_steps_and_rows_and_may_change_them(maker: Maker) -> None:
-    recorder = Recorder()
-    middle = torch.zeros(4, 64, SIZE // 16, SIZE // 16)
-
-    @dataclass
-    class Control:
-        amount: float
-
-        @contextmanager
-        def for_batch(
-            self, pictures: Sequence[AskedPicture], width: int, height: int
-        ) -> Iterator[Idea | None]:
-            def control(call: UnetCall) -> UnetCall:
-                sizes = [(32, 4)] * 3 + [(32, 2), (64, 2), (64, 2)]
-                skips = tuple(torch.full((4, width, side, side), self.amount) for width, side in sizes)
-                return replace(call, residuals=(skips, middle))
-
-            yield control
-
-    pictures = [picture(1), picture(2)]
-    plain = replace(maker, ideas=[recorder]).make(pictures, wants_images=False).latents
-    none, some = (
-        replace(maker, ideas=[Control(amount)]).make(pictures, wants_images=False).latents
-        for amount in (0.0, 0.5)
-    )
-    torch.testing.assert_close(plain, none)
-    assert float((plain - some).abs().max()) > 0.01
-    assert [(call.step, call.num_steps, call.pictures) for call in recorder.calls] == [
-        (step, STEPS, 2) for step in range(STEPS)
-    ]
-    assert {len(call.sample) for call in recorder.calls} == {4}
-
-
 def test_texts_of_other_lengths_are_made_apart_in_the_order_they_came(maker: Maker) -> None:
     recorder = Recorder()
     pictures = [replace(picture(2), prompt="a cat BREAK a dog"), picture(1)]
@@ -177,47 +126,6 @@ def test_no_strength_keeps_the_picture(maker: Maker, tmp_path: Path) -> None:
     assert recorder.calls == []
 
 
-def test_a_second_stage_begins_with_images_or_latents(maker: Maker, tmp_path: Path) -> None:
-    source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
-    from_file = maker.make([picture(3, image=source)], wants_images=False).latents
-    from_image = maker.make(
-        [picture(3)], SecondStart(images=[Image.open(source)]), wants_images=False
-    ).latents
-    torch.testing.assert_close(from_file, from_image)
-
-    strong = replace(SETTINGS, strength=0.999)  # two steps of three
-    clean = torch.linspace(-1, 1, 4 * 16).view(1, 4, 4, 4)
-    made = maker.make([picture(3, strong)], SecondStart(latents=clean), wants_images=False).latents
-    scheduler = their_scheduler("ddim")
-    scheduler.set_timesteps(STEPS)
-    noisy = scheduler.add_noise(clean, start_noise(3), scheduler.timesteps[1:2])
-
-    def after_first(says: Any) -> Tensor:
-        avoided = says("ugly")
-        return avoided + 4 * (says("a red cat") - avoided)
-
-    for timestep in scheduler.timesteps[1:]:
-
-        def says(text: str, noisy: Tensor = noisy, timestep: Tensor = timestep) -> Tensor:
-            with torch.no_grad():
-                said: Tensor = maker.model.unet(
-                    noisy, timestep, maker.texts.encode(text).context[None]
-                ).sample
-            return said
-
-        noisy = scheduler.step(after_first(says), timestep, noisy).prev_sample
-    torch.testing.assert_close(made, noisy, rtol=1e-4, atol=1e-4)
-
-
-def test_a_mask_keeps_what_is_black(maker: Maker, tmp_path: Path) -> None:
-    source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
-    mask = write_mask(tmp_path / "mask.png", (SIZE, SIZE), (0, 0, 16, SIZE))
-    made = maker.make([picture(3, image=source, mask=mask)], wants_images=False).latents
-    clean = encode_pixels(maker.model, to_pixels(Image.open(source), SIZE, SIZE), generators(3))
-    assert torch.equal(made[..., 2:], clean[..., 2:])
-    assert float((made[..., :2] - clean[..., :2]).abs().min()) > 0
-
-
 def test_what_cannot_start_is_refused(maker: Maker, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="line 1: the mask .* needs --image_path"):
         maker.make([picture(mask=tmp_path / "mask.png")])
@@ -228,41 +136,12 @@ def test_what_cannot_start_is_refused(maker: Maker, tmp_path: Path) -> None:
 # Sizes and pixels
 
 
-def test_xl_is_told_sizes(tmp_path: Path) -> None:
-    sizes = SizeConditions(original_width=512, original_height_negative=100, crop_top=3, crop_left=4)
-    settings = replace(SETTINGS, height=48, sizes=sizes)
-    assert time_ids(settings, negative=False).tolist() == [[48, 512, 3, 4, 48, 32]]
-    assert time_ids(settings, negative=True).tolist() == [[100, 512, 3, 4, 48, 32]]
-
-    recorder = Recorder()
-    replace(load(tmp_path, write_sdxl), ideas=[recorder]).make([picture(1, settings)], wants_images=False)
-    assert recorder.calls[0].added["time_ids"].tolist() == [[48, 512, 3, 4, 48, 32], [100, 512, 3, 4, 48, 32]]
-    assert recorder.calls[0].added["text_embeds"].shape == (2, 64)
-
-
-@pytest.mark.parametrize(("size", "wanted"), [(None, 5), (1.0, 1), (3.0, 3), (0.5, 2), (0.1, 1), (9.0, 9)])
-def test_vae_batch_size(size: float | None, wanted: int) -> None:
-    assert vae_batch(size, 5) == wanted
-
-
 def test_pictures_do_not_depend_on_the_vae_s_batch(maker: Maker) -> None:
     latents = torch.randn((3, 4, 4, 4), generator=generators(0)[0])
     together, apart = (decode_latents(maker.model, latents, ["a"] * 3, size) for size in (None, 2.0))
     assert len(together) == len(apart) == 3
     for one, other in zip(together, apart, strict=True):
         assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
-
-
-def test_latents_are_divided_by_the_scale(maker: Maker) -> None:
-    """The tiny decoder normalises so much that its pictures hardly show it."""
-
-    class Decoder:
-        def decode(self, latents: Tensor) -> Any:
-            return SimpleNamespace(sample=latents[:, :3])
-
-    latents = torch.full((1, 4, 1, 1), 0.5 * maker.model.kind.latent_scale)
-    (made,) = decode_latents(replace(maker.model, vae=Decoder()), latents, ["a"])
-    assert made.getpixel((0, 0)) == (191, 191, 191)
 
 
 def test_pixels_are_rounded_and_nan_is_black(caplog: pytest.LogCaptureFixture) -> None:

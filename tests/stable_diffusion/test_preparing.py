@@ -6,13 +6,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from modules.errors import MediaError, OptionError
-from stable_diffusion.control_options import CannyThresholds, ControlOptions, ControlUse, check_control
-from stable_diffusion.preparing import GuideImages
-from tests.stable_diffusion.controlling import picture, write_guide
+from stable_diffusion.control_net import GuideImages
+from stable_diffusion.control_options import CannyThresholds, ControlOptions, ControlUse
+from tests.stable_diffusion.controlling import picture
 
 NONE, CANNY = (ControlUse(Path("net"), canny, 1.0, 1.0) for canny in (None, CannyThresholds(63, 191)))
 OPTION = "--control_net_models"
@@ -21,15 +20,6 @@ OPTION = "--control_net_models"
 def options_of(count: int = 2, **values: object) -> ControlOptions:
     paths = tuple(Path(f"{number}.safetensors") for number in range(count))
     return ControlOptions.usual(**{"control_net_models": paths, **values})
-
-
-def test_guides_are_those_of_diffusers_pipelines(tmp_path: Path) -> None:
-    path = write_guide(tmp_path / "guide.png", size=(80, 56))
-
-    (found,) = GuideImages([NONE], OPTION).read([picture(path)], 64, 48)
-
-    processor = VaeImageProcessor(vae_scale_factor=8, do_convert_rgb=True, do_normalize=False)
-    assert torch.equal(found, processor.preprocess(Image.open(path), height=48, width=64))
 
 
 def test_edges_are_white_lines_at_the_size_of_the_picture(tmp_path: Path) -> None:
@@ -44,14 +34,6 @@ def test_edges_are_white_lines_at_the_size_of_the_picture(tmp_path: Path) -> Non
     assert found.unique().tolist() == [0, 1]
     assert torch.equal(found[0, 0], torch.from_numpy(edges).float() / 255)
     assert torch.equal(found[0, 0], found[0, 2])
-
-
-def test_one_guide_serves_all_models(tmp_path: Path) -> None:
-    path = write_guide(tmp_path / "guide.png")
-
-    plain, edges = GuideImages([NONE, CANNY], OPTION).read([picture(path)], 64, 48)
-
-    assert not torch.equal(plain, edges)
 
 
 def test_a_missing_guide_is_named(tmp_path: Path) -> None:
@@ -83,14 +65,3 @@ def test_values_belong_to_models_in_their_order() -> None:
 def test_values_that_do_not_fit_are_refused(values: dict[str, tuple[object, ...]], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         options_of(**values)
-
-
-def test_missing_pictures_and_deep_shrink_are_refused() -> None:
-    with pytest.raises(OptionError, match="--control_net_models needs --guide_image_path"):
-        check_control(options_of(), None, shrinks=False)
-    with pytest.raises(OptionError, match="--guide_image_path needs --control_net_models"):
-        check_control(options_of(0), (Path("guide.png"),), shrinks=False)
-    check_control(options_of(), (Path("guide.png"),), shrinks=True)  # a ControlNet adds, which can be resized
-    lllites = options_of(control_net_models=None, control_net_lllite_models=(Path("0.safetensors"),))
-    with pytest.raises(OptionError, match="Deep Shrink.*lllite"):
-        check_control(lllites, (Path("guide.png"),), shrinks=True)

@@ -15,16 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from modules.errors import MediaError, OptionError
-from stable_diffusion.contract import AskedPicture, PictureSettings, TextState, UnetCall
+from stable_diffusion.contract import AskedPicture, PictureSettings, UnetCall
 from stable_diffusion.regions import (
     Regions,
-    join_parts,
-    part_shares,
-    part_weights,
     read_regions,
-    resize,
-    split_parts,
-    stack,
 )
 from tests.tiny.stable_diffusion import KINDS, unet_state
 
@@ -201,20 +195,6 @@ def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> 
     assert all(lora.region is None for layers in loras for lora in layers.values())
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_equal_parts_everywhere_are_the_plain_prompt(kind: str, halves: Path) -> None:
-    unet = tiny_unet(kind)
-    one = a_context(kind, 1, 2)
-    alone = run(unet, a_call(kind, [one], rows=2))
-
-    for mask in (None, halves):
-        with Regions(unet).for_batch([a_picture(mask, parts=3)], WIDTH, HEIGHT) as idea:
-            assert idea is not None
-            made = run(unet, idea(a_call(kind, [one] * 3, rows=2)))
-        torch.testing.assert_close(made, alone, **CLOSE)
-    torch.testing.assert_close(run(unet, a_call(kind, [one], rows=2)), alone, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_region_of_all_is_that_part_alone_with_its_lora(part: int, tmp_path: Path) -> None:
     """Also the rows of the negative text; the other part has a corner that no feature's centre sees."""
@@ -237,26 +217,6 @@ def test_a_region_of_all_is_that_part_alone_with_its_lora(part: int, tmp_path: P
     # modules without places see the mean of the region, which misses a pixel
     torch.testing.assert_close(made, alone, rtol=0, atol=1e-3)
     assert (made - run(both, a_call("sd1", [contexts[part]], rows=2))).abs().max() > 0.1
-
-
-def test_pictures_of_a_batch_have_their_own_regions(halves: Path, tmp_path: Path) -> None:
-    unet = tiny_unet("sd1")
-    maker = Regions(unet, add_loras(unet, 2))
-    turned = save_mask(tmp_path / "turned.png", (0, 0, 8, 2, (255, 0, 0)), (0, 2, 8, 8, (0, 255, 0)))
-    pictures = [a_picture(halves, 2), a_picture(turned, 2), a_picture(None, 2)]
-    contexts = [a_context("sd1", 1, 6), a_context("sd1", 2, 6)]
-    call = a_call("sd1", contexts, rows=6, pictures=3)
-
-    with maker.for_batch(pictures, WIDTH, HEIGHT) as idea:
-        assert idea is not None
-        together = run(unet, idea(call))
-
-    for number, picture in enumerate(pictures[:2]):
-        rows = [number, number + 3]
-        single = replace(call, sample=call.sample[rows], context=call.context[rows], pictures=1)
-        with maker.for_batch([picture], WIDTH, HEIGHT) as idea:
-            assert idea is not None
-            torch.testing.assert_close(run(unet, idea(single)), together[rows], **CLOSE)
 
 
 def test_regions_follow_features_of_any_size(halves: Path) -> None:
@@ -291,13 +251,6 @@ def test_a_failure_leaves_the_unet_as_it_was(halves: Path) -> None:
     torch.testing.assert_close(run(unet, call), before, rtol=0, atol=0)
 
 
-def test_one_part_changes_nothing(halves: Path) -> None:
-    unet = tiny_unet("sd1")
-    with Regions(unet).for_batch([a_picture(halves, 1)], WIDTH, HEIGHT) as idea:
-        assert idea is None
-        assert not any("forward" in module.__dict__ for module in unet.modules())
-
-
 def test_there_are_as_many_loras_as_parts(halves: Path) -> None:
     unet = tiny_unet("sd1")
     maker = Regions(unet, add_loras(unet, 2))
@@ -330,12 +283,6 @@ def test_channels_are_regions(colors: Path) -> None:
     assert regions.shape == (4, HEIGHT, WIDTH)
 
 
-def test_an_empty_channel_acts_everywhere(halves: Path) -> None:
-    regions = read_regions(halves, 3, WIDTH, HEIGHT)
-    assert (regions[2] == 1).all()
-    assert (regions[0] == 0).any()
-
-
 def test_colors_are_codes(colors: Path) -> None:
     regions = read_regions(colors, 7, WIDTH, HEIGHT, color_codes=5)
     columns = regions[:, 0, [5, 35, 65, 95]].int().tolist()
@@ -352,23 +299,6 @@ def test_colors_are_codes(colors: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("codes", "values"), [(None, {0.0, 1.0}), (3, {0.0, 1.0})])
-def test_masks_are_resized_to_the_picture(codes: int | None, values: set[float], halves: Path) -> None:
-    regions = read_regions(halves, 2, 40, 24, codes)
-    assert regions.shape == (2, 24, 40)
-    assert set(regions[0].unique().tolist()) >= values
-
-
-def test_weights_of_parts_add_up(halves: Path) -> None:
-    regions = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.5]])[:, None]  # P 1 4
-    weights = part_weights(regions)
-    torch.testing.assert_close(weights[0, 0], torch.tensor([0.5, 1.0, 0.5, 0.0]))
-    torch.testing.assert_close(weights.sum(0), torch.ones(1, 4))
-    torch.testing.assert_close(part_shares(regions), torch.tensor([0.5, 0.5]))
-    assert stack([regions, torch.ones(2, 1, 1)]).shape == (2, 2, 1, 4)
-    torch.testing.assert_close(resize(regions[None], (1, 2))[0, 0, 0], torch.tensor([1.0, 0.0]))
-
-
 def test_a_mask_that_is_no_picture(tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_text("no picture")
     with pytest.raises(MediaError, match=r"mask\.png"):
@@ -376,21 +306,3 @@ def test_a_mask_that_is_no_picture(tmp_path: Path) -> None:
 
 
 # Texts
-
-
-def test_parts_stand_between_and() -> None:
-    assert split_parts("a girl AND a (boy:1.2)  AND grass") == ["a girl", "a (boy:1.2)", "grass"]
-    assert split_parts("sand AND") == ["sand AND"]
-    assert split_parts("") == [""]
-
-
-def test_contexts_are_joined_and_pooled_vectors_averaged_by_area() -> None:
-    states = [TextState(torch.full((2, 3), float(part)), torch.full((4,), float(part))) for part in range(2)]
-    regions = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])[:, None]
-
-    joined = join_parts(states, regions)
-
-    assert joined.context[:, 0].tolist() == [0, 0, 1, 1]
-    assert joined.pooled is not None
-    torch.testing.assert_close(joined.pooled, torch.full((4,), 0.25))
-    assert join_parts([TextState(state.context) for state in states], regions).pooled is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modules.errors import MemoryPlanError, OptionError, UserError
-from modules.media.tags import read_tags
+from modules.media.reading import read_tags
 from stable_diffusion.run import generate, viewer_command
 from tests.stable_diffusion.asked import PlainMaker, options, write_picture
 
@@ -71,13 +71,6 @@ def test_the_same_command_has_the_same_seeds(tmp_path: Path) -> None:
     assert all(sorted(labels) == sorted(rounds[0]) for labels in rounds)
 
 
-def test_a_round_may_have_one_seed_for_all_prompts(tmp_path: Path) -> None:
-    path = write_lines(tmp_path, "a", "b")
-    maker = run(tmp_path, "--from_file", path, "--n_iter", 2, "--iter_same_seed", "--seed", 1)
-    seeds = [picture.seed for picture in maker.pictures]
-    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
-
-
 # Failures
 
 
@@ -126,14 +119,6 @@ def test_too_little_memory_says_what_to_do(tmp_path: Path) -> None:
 
 
 # Two stages
-
-
-def test_both_stages_are_written_with_their_digits(tmp_path: Path) -> None:
-    asked = ("--prompt", "a", "--seed", 4, "--highres_fix_scale", 0.5, "--highres_fix_save_1st")
-    run(tmp_path, *asked)
-    first, second = names(tmp_path)
-    assert first.endswith("_0000_4.png")
-    assert second.endswith("_1000_4.png")
 
 
 # Input pictures

@@ -47,27 +47,6 @@ def noise(seed: int = 0) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(
-    ("sampler", "velocity"),
-    [
-        *((name, False) for name in SAMPLERS if not name.startswith("k_dpm_2")),
-        *((name, True) for name in ("ddim", "lms", "heun", "dpmsingle")),
-        # schedulers that take long to make
-        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("k_dpm_2", "k_dpm_2_a")),
-    ],
-)
-def test_steps_are_those_of_diffusers(sampler: str, velocity: bool) -> None:
-    theirs = their_scheduler(sampler, velocity)
-    theirs.set_timesteps(STEPS)
-    start = noise()
-
-    solver = begin_sampling(make_scheduler(sampler, velocity), STEPS, generators(1, 2))
-    made = follow(solver, start * solver.noise_level)
-
-    wanted = follow_theirs(theirs, theirs.timesteps, start * theirs.init_noise_sigma, (1, 2))
-    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("sampler", NAMES)
 def test_steps_of_a_picture_do_not_depend_on_its_batch(sampler: str) -> None:
     torch.manual_seed(0)
@@ -80,25 +59,6 @@ def test_steps_of_a_picture_do_not_depend_on_its_batch(sampler: str) -> None:
         alone = begin_sampling(scheduler, STEPS, generators(seed))  # forgets what it did before
         single = follow(alone, noise()[number : number + 1] * alone.noise_level)
         torch.testing.assert_close(made[number : number + 1], single, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "heun", "dpm_2_a", "dpmsolver++", "dpmsingle"])
-def test_image_to_image_begins_in_the_middle_as_in_diffusers(sampler: str) -> None:
-    steps, strength = 10, 0.47  # 4 steps are made
-    theirs = their_scheduler(sampler)
-    theirs.set_timesteps(steps)
-    first = (steps - int(steps * strength)) * theirs.order
-    if hasattr(theirs, "set_begin_index"):
-        theirs.set_begin_index(first)
-    timesteps = theirs.timesteps[first:]
-    clean = noise(1)
-    wanted = follow_theirs(theirs, timesteps, theirs.add_noise(clean, noise(), timesteps[:1]), (1, 2))
-
-    solver = begin_sampling(make_scheduler(sampler, False), steps, generators(1, 2), strength)
-    assert solver.first == first
-    made = follow(solver, solver.add_noise(first, clean, noise()))
-
-    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_pndm_from_a_picture_leaves_out_the_steps_that_need_pure_noise() -> None:
@@ -133,12 +93,6 @@ def test_zero_terminal_snr_begins_with_noise_alone(sampler: str) -> None:
         theirs.set_timesteps(STEPS)
         wanted = follow_theirs(theirs, theirs.timesteps, noise() * theirs.init_noise_sigma, (1, 2))
         torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_betas_of_zero_terminal_snr_are_those_of_diffusers() -> None:
-    ours = make_scheduler("lms", True, zero_terminal_snr=True).alphas_cumprod
-    wanted = make_scheduler("euler", True, zero_terminal_snr=True).alphas_cumprod
-    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-9)
 
 
 def test_steps_offset() -> None:

@@ -8,14 +8,8 @@ import pytest
 
 import gen_img
 from modules.errors import UserError
-from modules.media.reading import read_image
-from modules.media.tags import read_tags
+from modules.media.reading import read_image, read_tags
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1
-
-NOISE = (
-    *("--pyramid_noise_prob", 0.5, "--pyramid_noise_discount_range", 0.5, 0.9),
-    *("--noise_offset_prob", 0.5, "--noise_offset_range", 0.1, 0.3),
-)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +43,6 @@ def test_the_texts_of_a_picture_make_it_again(model: list[str], tmp_path: Path) 
             line += [letter, texts[name]] if name in texts else []
         (again,) = make(model, tmp_path / path.stem, "--prompt", " ".join(line))
         assert (read_image(again) == read_image(path)).all()
-
-
-def test_changed_noise_does_not_depend_on_the_batch(model: list[str], tmp_path: Path) -> None:
-    three = ("--prompt", "a cat", "--images_per_prompt", 3, "--seed", 4)
-    plain, together, alone = (
-        [read_image(path) for path in make(model, tmp_path / name, *three, *more)]
-        for name, more in (("a", ()), ("b", (*NOISE, "--batch_size", 3)), ("c", NOISE))
-    )
-    assert all(abs(one.astype(int) - other).max() <= 1 for one, other in zip(together, alone, strict=True))
-    assert any((one != other).any() for one, other in zip(plain, together, strict=True))
 
 
 @pytest.mark.slow

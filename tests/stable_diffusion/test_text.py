@@ -18,7 +18,7 @@ from modules.errors import OptionError
 from stable_diffusion.contract import Model
 from stable_diffusion.loading import load_model
 from stable_diffusion.options import read_gen_img
-from stable_diffusion.text import Texts, weigh_states
+from stable_diffusion.text import Texts
 from stable_diffusion.text_checkpoints import read_folder_text
 from tests.stable_diffusion.text_towers import make_towers, text_options
 from tests.tiny import stable_diffusion as tiny
@@ -176,15 +176,6 @@ def test_weighted_and_long_texts_are_those_of_a_plain_loop(folder: Path, kind: s
             torch.testing.assert_close(found.pooled, pooled, atol=1e-5, rtol=0)
 
 
-def test_a_text_is_filled_up_to_the_chunks_of_another() -> None:
-    texts = Texts(*make_towers("sd2"), text_options("--max_embeddings_multiples", 3))
-    assert texts.chunks("a cat") == 1
-    assert texts.chunks("a " * 80) == 2
-    short, filled = texts.encode("a cat").context, texts.encode("a cat", 2).context
-    empty = texts.encode("").context
-    torch.testing.assert_close(filled, torch.cat([short[:-1], empty[1:]]), atol=1e-5, rtol=0)
-
-
 def test_a_text_that_is_too_long_is_cut_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     texts = Texts(*make_towers("sdxl"), text_options())
     with caplog.at_level(logging.WARNING):
@@ -210,17 +201,3 @@ def test_each_encoder_runs_once_for_a_text_and_then_never(kind: str) -> None:
     assert shapes == [(2, 77)] * len(towers)
     texts.encode("a (red:1.3) cat " * 50, networks=(0.5,))  # with other LoRAs it is another state
     assert len(shapes) == 2 * len(towers)
-
-
-@pytest.mark.parametrize(("mode", "mean"), [("original", 1.5), ("abs", 2.0), ("none", None)])
-def test_what_weights_leave_unchanged(mode: str, mean: float | None) -> None:
-    states = torch.tensor([[1.0, -1.0], [4.0, 2.0]])
-    found = weigh_states(states, [3.0, 1.0], mode)
-    ratio = found / (states * torch.tensor([[3.0], [1.0]]))
-    torch.testing.assert_close(ratio, ratio[:1, :1].expand(2, 2))
-    if mean is None:
-        assert ratio[0, 0] == 1
-    else:
-        assert float((found.abs() if mode == "abs" else found).mean()) == pytest.approx(mean)
-    assert weigh_states(states, [1.0, 1.0], mode) is states
-    assert weigh_states(states.zero_(), [3.0, 1.0], mode).isfinite().all()

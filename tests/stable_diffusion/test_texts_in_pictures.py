@@ -57,25 +57,3 @@ def test_a_picture_in_place_of_the_pooled_state(project: Path, tmp_path: Path) -
     )
     assert np.abs(plain - weak).max() > 1
     assert np.abs(weak - strong).max() > 1
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (("--textual_inversion_embeddings", "none.pt"), 1, "none.pt: there is no such file"),
-        (("--textual_inversion_embeddings", "sd1.safetensors"), 1, "is not a textual inversion"),
-        (("--clip_skip", "9"), 2, "has 3 layers"),
-        (("--clip_vision_strength", "1"), 2, "needs --image_path"),
-        (("--clip_vision_strength", "1", "--image_path", "one.png"), 2, "no pooled state to replace"),
-        (("--XTI_embeddings", "sd1.safetensors"), 1, "is not an extended textual inversion"),
-    ],
-)
-def test_what_cannot_be_done_is_said_before_the_model_loads(
-    project: Path, tmp_path: Path, words: tuple[str, ...], code: int, message: str
-) -> None:
-    found, said = run_here(
-        "gen_img.py", *SMALL, "--outdir", tmp_path, "--ckpt", "sd1.safetensors", "--prompt", "a cat", *words,
-        folder=project,
-    )  # fmt: skip
-    assert (found, "Traceback" in said, "Loading" in said) == (code, False, False), said
-    assert message in " ".join(said.split())

@@ -8,7 +8,7 @@ from torch.nn import Parameter, ParameterDict
 
 from modules.errors import CheckpointError
 from stable_diffusion.text import Texts
-from stable_diffusion.textual_inversion import add_words, read_words, with_words
+from stable_diffusion.textual_inversion import read_words, with_words
 from tests.stable_diffusion.text_towers import make_towers, text_options, tokenize
 from tests.tiny.stable_diffusion import TEXT_DIM
 
@@ -72,19 +72,6 @@ def test_a_word_is_its_vectors_in_the_place_of_tokens(tmp_path: Path, kind: str)
     assert not torch.equal(found.context, other.context)
 
 
-def test_words_of_several_files_have_their_own_rows(tmp_path: Path) -> None:
-    first = write(tmp_path / "blob.safetensors", {"emb_params": vectors(3)})
-    second = write(tmp_path / "blob1.bin", {"<thing>": vectors(1, seed=2)})
-    towers, kind = make_towers("sd1")
-    before = towers[0].network.embeddings.token_embedding.weight.clone()
-    (tower,) = add_words(towers, kind, read_words([first, second]))
-    rows, count = tower.network.embeddings.token_embedding.weight, len(before)
-    assert torch.equal(rows, torch.cat([before, vectors(3), vectors(1, seed=2)]))
-    assert tower.tokenize("blob") == [count, count + 1, count + 2]
-    assert tower.tokenize("blob2 blob1 <thing>") == [count + 2, count + 3, count + 3]
-    assert tower.tokenize("blobs") == tokenize("blobs")
-
-
 def test_vectors_in_eight_bits_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "blob.safetensors", {"emb_params": vectors().to(torch.float8_e4m3fn)})
     (word,) = read_words([path])
@@ -97,21 +84,6 @@ def test_words_are_found_alone_the_longest_first() -> None:
     assert found("blob, cat BLOB") == [1, *tokenize(", cat"), 1]
     assert found("the<a>one") == [*tokenize("the"), 3, *tokenize("one")]
     assert found("noblob blobby blob_x") == tokenize("noblob blobby blob_x")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"a": vectors(), "b": vectors()}, "is not a textual inversion: it holds a, b"),
-        ({"emb_params": torch.ones(2, 2, 2)}, "no row of vectors"),
-        ({"emb_params": torch.ones(2, 2, dtype=torch.int64)}, "no row of vectors"),
-        ({"emb_params": torch.full((2, TEXT_DIM), float("nan"))}, "NaN or infinite"),
-        ({"clip_l": vectors(1), "clip_g": vectors(2)}, "unequal numbers of vectors"),
-    ],
-)
-def test_other_files_are_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        read_words([write(tmp_path / "blob.safetensors", content)])
 
 
 def test_harmful_tensors_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import CLIPTokenizer
 
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from stable_diffusion.tokenizers import check_vocabulary, find_tokenizers
 from tests.tiny.stable_diffusion import TOKENIZERS, tokenizer_folder, write_tokenizer
 
@@ -94,22 +94,6 @@ def test_a_download_is_kept_for_runs_without_a_network(
     assert asked == [("openai/clip-vit-large-patch14", "tokenizer.json")]
     assert first[0].tokenize("a cat") == second[1].tokenize("a cat") != []
     assert (cache / TOKENIZERS["clip_l"] / "tokenizer.json").is_file()
-
-
-def test_the_option_takes_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-
-    with pytest.raises(OptionError, match="not a folder"):
-        find_tokenizers(tmp_path / "file", tmp_path, [False])
-
-
-@pytest.mark.parametrize("content", ["", "{", '{"a": 1}', "[1, 2]"])
-def test_a_damaged_tokenizer_gets_one_message(content: str, tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path / TOKENIZERS["clip_l"])
-    (folder / "vocab.json").write_text(content)
-
-    with pytest.raises(CheckpointError, match=r"vocab\.json"):
-        find_tokenizers(tmp_path, tmp_path, [False])
 
 
 def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from stable_diffusion.chunks import MOST, Part, parse_weights
+from stable_diffusion.tokenizers import MOST, Part, parse_weights
 
 UP, DOWN = 1.1, 1 / 1.1
 

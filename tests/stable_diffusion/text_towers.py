@@ -4,8 +4,7 @@ import torch
 
 from encoders.clip_layers import ClipText
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind, TextTower
-from stable_diffusion.options import read_gen_img
-from stable_diffusion.prompt_options import TextOptions
+from stable_diffusion.options import TextOptions, read_gen_img
 from tests.tiny.stable_diffusion import KINDS, TEXT_DIM, text_config, text_state, vocabulary
 
 WORDS = ("a", "cat", "dog", "red", "old", "house", "of", "the", "two", "one", ",", ".", "and", "in")

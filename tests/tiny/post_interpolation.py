@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.atomic_write import save_tensors
-from post.interpolation.gimm import GimmConfig, GimmVfi, Interpolation
-from post.interpolation.motion import MotionConfig
+from post.interpolation.motion import GimmConfig, GimmVfi, Interpolation, MotionConfig
 from post.interpolation.raft import Raft, RaftConfig
 from post.interpolation.synthesis import RefinementConfig, SynthesisConfig, UpdateConfig
 

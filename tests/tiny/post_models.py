@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from modules.media.writing import write_video
-from post.model_places import PLACES
+from post.chain_options import PLACES
 from tests.tiny.onnx_files import write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
 from tests.tiny.post_flowformer import write_flowformer

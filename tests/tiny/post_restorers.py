@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from modules.atomic_write import save_tensors
 from post.faces.codeformer import CONV, NORM, RES, RESIZE, CodeFormer, CodeFormerBlock, CodeFormerConfig
 from post.faces.gfpgan import Gfpgan, GfpganConfig
-from post.faces.parsenet import ParseNet, ParseNetConfig
+from post.faces.restorers import ParseNet, ParseNetConfig
 from tests.golden_cases import make_weights
 
 SIZE = 32  # of faces

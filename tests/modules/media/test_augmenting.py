@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from modules.media.augmenting import Face, change_colours, crop_anywhere, face_in_name, fit_face, mirror
+from modules.media.augmenting import Face, change_colours, crop_anywhere, fit_face
 from modules.media.buckets import fit_cover
 from modules.media.reading import fit_frame
 
@@ -57,13 +57,3 @@ def test_a_crop_around_a_face_holds_it(anywhere: bool) -> None:
             0 <= start <= whole - part
             for start, whole, part in zip(fit.crop, fit.resized, fit.bucket, strict=True)
         )
-
-
-def test_a_name_tells_a_face() -> None:
-    assert face_in_name("me_120_80_40_50") == Face(120, 80, 40, 50)
-    assert face_in_name("me_80_40_50") is None
-
-
-def test_a_mirrored_picture_mirrored_is_the_picture() -> None:
-    np.testing.assert_array_equal(mirror(mirror(PICTURE)), PICTURE)
-    np.testing.assert_array_equal(mirror(PICTURE)[:, 0], PICTURE[:, -1])

@@ -9,11 +9,11 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
 from modules.errors import MediaError
-from modules.media.streams import ShownFrame, shown_frames, source_info
-from modules.media.tags import read_tags
+from modules.media.encoding import Picture
+from modules.media.reading import read_tags
+from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_shown
 from tests.modules.source_media import FONT, SUBTITLES, Source, packets, write_source
 
@@ -257,16 +257,6 @@ def test_the_cover_picture_is_kept(tmp_path: Path, suffix: str) -> None:
     assert covers[0] == covers[1]
 
 
-def test_the_cover_picture_is_left_out_on_demand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = write_cover(tmp_path / "source.mp4", "mp4")
-
-    made = remake(source, ".mkv", covers=False)
-
-    with av.open(str(made)) as container:
-        assert [stream.type for stream in container.streams] == ["video"]
-    assert "is left out: it is a picture that no tool has worked on" in caplog.records[0].getMessage()
-
-
 @pytest.mark.parametrize("code", ["01:00:00:00", "01:00:00;00"])
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov"])
 def test_a_time_code_is_kept_and_another_stream_of_pictures_is_not(
@@ -366,19 +356,8 @@ def test_sound_is_read_as_far_as_the_pictures_have_come(tmp_path: Path) -> None:
     assert sizes[75] < 0.6 * path.stat().st_size
 
 
-@pytest.mark.parametrize("name", ["moving.gif", "moving.webp"])
-def test_an_animation_has_no_companions(tmp_path: Path, name: str) -> None:
-    pictures = [Image.new("RGB", (32, 16), (40 * index, 0, 90)) for index in range(4)]
-    pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=[40, 110, 70, 200])
-
-    made = remake(tmp_path / name, ".mp4")
-
-    starts = [frame.start for frame in shown_frames(made)]
-    assert starts == [Fraction(milliseconds, 1000) for milliseconds in (0, 40, 150, 220)]
-
-
 def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
-    frames = [ShownFrame(np.zeros((48, 64, 3), np.uint8), Fraction(0), Fraction(1, 25))]
+    frames = [Picture(np.zeros((48, 64, 3), np.uint8), Fraction(0), Fraction(1, 25))]
 
     with pytest.raises(MediaError, match=r"absent\.mkv does not exist"):
         write_shown(tmp_path / "made.mkv", frames, FILM, "h264", companions_of=tmp_path / "absent.mkv")

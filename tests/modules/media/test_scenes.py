@@ -1,14 +1,12 @@
 """Scene cuts: found where the picture changes altogether, not where it moves, brightens or fades."""
 
-from fractions import Fraction
-
 import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from modules.media.depth import Pixels
-from modules.media.scenes import clock_time, scene_distance, thumbnail
+from modules.media.encoding import Pixels
+from modules.media.measures import scene_distance, thumbnail
 
 THRESHOLD = 0.25  # the default
 HEIGHT, WIDTH = 180, 320
@@ -91,8 +89,3 @@ def test_the_measure_takes_16_bits_and_narrow_pictures() -> None:
     deep = [pixels.astype(np.uint16) * 257 for pixels in (first, second)]
     assert distance(*deep) == distance(first, second)
     assert distance(first[:, :1], second[:, :1]) >= 0
-
-
-def test_times_are_written_as_minutes_and_seconds() -> None:
-    assert clock_time(Fraction(1001, 24)) == "0:41.708"
-    assert clock_time(Fraction(119999, 1000) + Fraction(9, 10000)) == "2:00.000"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from modules.media.encoding import Picture
 from modules.media.sections import VideoSection
-from modules.media.streams import ShownFrame
 from modules.media.writing import write_shown
 
 RATE = 48_000
@@ -42,9 +42,7 @@ def write_film(path: Path, encoder: str, begin: float = 0.0, seconds: float = 4.
 
 def write_part(source: Path, start: Fraction, seconds: Fraction, path: Path, with_sound: bool = True) -> Path:
     pixels = np.zeros((48, 64, 3), np.uint8)
-    frames = (
-        ShownFrame(pixels, Fraction(number, 25), Fraction(1, 25)) for number in range(int(seconds * 25))
-    )
+    frames = (Picture(pixels, Fraction(number, 25), Fraction(1, 25)) for number in range(int(seconds * 25)))
     section = VideoSection(source, start, seconds, with_sound)
     write_shown(path, frames, Fraction(25), "h264", preset="ultrafast", section_of=section)
     return path

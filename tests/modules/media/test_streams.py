@@ -58,18 +58,6 @@ def test_pictures_that_start_after_the_sound_keep_their_distance(tmp_path: Path,
     assert [frame.start for frame in shown] == [(5 + index) / FILM for index in range(12)]
 
 
-def test_a_recording_of_a_broadcast_begins_at_zero(tmp_path: Path) -> None:
-    path = write_source(tmp_path / "clip.ts", Source("mpegts", sound="mp2", offset="7"))
-    with av.open(str(path)) as container:
-        assert container.start_time > 6_000_000
-
-    shown = list(shown_frames(path))
-
-    starts = [frame.start - shown[0].start for frame in shown]
-    assert starts == [Fraction(index, 25) for index in range(12)]
-    assert 0 <= shown[0].start < Fraction(1, 10)  # behind the sound
-
-
 @pytest.mark.parametrize(
     ("name", "muxer", "codec"),
     [

@@ -65,12 +65,6 @@ def test_something_that_moves_is_expected_to_move_on() -> None:
         assert holds(covered[index], path[index])
 
 
-def test_nothing_is_held_where_that_is_not_wanted() -> None:
-    covered, _ = followed({3: [at(50)], 5: [at(50)]}, 10, hold=0, lookback=0)
-
-    assert [index for index, boxes in enumerate(covered) if boxes] == [3, 5]
-
-
 def test_a_jump_without_overlap_covers_where_it_was_and_the_way_from_there() -> None:
     covered, tracks = followed({5: [at(50)], 8: [at(75)]}, 20)
 
@@ -87,32 +81,6 @@ def test_things_that_are_far_apart_are_not_one() -> None:
     assert tracks.longest_gap == 0
     assert holds(covered[5 + HOLD], at(50))
     assert holds(covered[7 + HOLD], at(150))
-
-
-def test_two_that_cross_stay_covered_while_one_hides_the_other() -> None:
-    paths = [[at(start + step * index) for index in range(20)] for start, step in ((20, 8), (172, -8))]
-    seen = {index: [path[index] for path in paths] for index in range(20)}
-    for index in (8, 9, 10, 11):
-        seen[index] = [paths[0][index]]
-
-    covered, tracks = followed(seen, 20)
-
-    assert all(holds(covered[index], path[index]) for path in paths for index in range(20))
-    assert tracks.started == 2
-
-
-def test_memory_does_not_grow_with_the_number_of_pictures() -> None:
-    _, tracks = followed({index: [at(50 + index % 7), at(150)] for index in range(500)}, 500)
-
-    assert len(tracks._tracks) <= 2
-    assert sum(len(track.sightings) for track in tracks._tracks) <= 2 * (HOLD + 6)
-
-
-def test_things_that_have_gone_are_forgotten() -> None:
-    _, tracks = followed({index: [at(300 * (index // 9))] for index in range(0, 500, 3)}, 500)
-
-    assert tracks.started > 50
-    assert len(tracks._tracks) <= 2
 
 
 def test_what_is_covered_grows_with_the_time_since_something_was_seen() -> None:

@@ -16,14 +16,14 @@ from PIL import Image
 
 from blissful_tuner.yolo_blur import main
 from modules.errors import CheckpointError, NothingFoundError, OptionError
-from modules.media.reading import read_image, video_frames
-from modules.media.tags import read_tags
+from modules.media.encoding import Picture
+from modules.media.reading import read_image, read_tags, video_frames
 from modules.media.writing import write_png, write_video
-from post.blurring.options import BlurOptions
-from post.blurring.stage import BlurStage, make_blur, within
+from post.blurring.stage import make_blur, within
 from post.chain_options import read_tool
-from post.contract import Clip, Picture
+from post.contract import Clip
 from post.faces.boxes import FoundFace
+from post.options import BlurOptions
 from tests.post.blurring.test_covering import changed
 from tests.tiny.onnx_files import write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
@@ -249,26 +249,6 @@ def test_pictures_keep_their_times_their_depth_and_all_other_pixels(detector: Pa
     assert not changed(made[0].pixels, frames[0])[:, 50:].any()
 
 
-def test_a_face_that_moves_away_while_it_is_missed_is_covered(detector: Path) -> None:
-    """Where it went is known only when it is found again: pictures wait for that."""
-    places = [*[16] * 5, 19, 22, 25, 28, 31, *[34] * 5]
-    frames = [frame((x, 32, PALE if 5 <= index < 10 else 255)) for index, x in enumerate(places)]
-    stage = make_blur(options(detector, "--hold", "5", "--lookback", "0"), torch.device("cpu"))
-
-    made = list(stage.run(pictures(frames), clip_of(frames)))
-
-    assert max(redness(each.pixels) for each in made) < SEEN
-
-
-def test_pictures_wait_for_what_is_found_later_even_if_little_is_held(detector: Path) -> None:
-    frames = moving_dot(range(6))
-    stage = make_blur(options(detector, "--hold", "1", "--lookback", "6"), torch.device("cpu"))
-
-    made = list(stage.run(pictures(frames), clip_of(frames)))
-
-    assert max(redness(each.pixels) for each in made) < SEEN
-
-
 def test_a_bounded_number_of_pictures_waits(detector: Path) -> None:
     frames = moving_dot([])
     stage = make_blur(options(detector, "--hold", "4", "--lookback", "6"), torch.device("cpu"))
@@ -295,28 +275,6 @@ def test_a_box_that_is_no_number_covers_the_whole_picture() -> None:
 
     assert within(found, 20, 30) == [(0, 0, 30, 20), (-30, 1, 5, 40)]
     assert within([FoundFace((9, 1, 5, 5), 0.9, None)], 20, 30) == []
-
-
-def test_half_precision_blurs_the_same_dot(detector: Path) -> None:
-    stage = make_blur(options(detector, "--dtype", "bf16"), torch.device("cpu"))
-    assert isinstance(stage, BlurStage)
-    (made,) = stage.run(pictures([frame((40, 32, 255))]), clip_of([frame()]))
-
-    assert redness(made.pixels) < SEEN
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("--detection_size", "10"), "--detection_size"),
-        (("--dtype", "fp8"), "--dtype"),
-    ],
-)
-def test_values_that_make_no_sense_are_refused(
-    tmp_path: Path, detector: Path, words: tuple[str, ...], said: str
-) -> None:
-    with pytest.raises(OptionError, match=said):
-        blur(tmp_path, detector, [frame()], *words)
 
 
 def test_a_file_that_is_no_detector_is_refused_before_the_video_is_read(tmp_path: Path) -> None:

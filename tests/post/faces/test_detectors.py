@@ -12,7 +12,7 @@ import torch
 from modules.errors import CheckpointError
 from post.faces.boxes import FoundFace, best_of
 from post.faces.detectors import check_detector, load_detector
-from post.faces.yolo import YoloDetector, YoloLayout, letterbox
+from post.faces.yolo import YoloDetector, YoloLayout
 from tests.post.faces.pictures import dotted, surrounds
 from tests.tiny.onnx_files import write_onnx, write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
@@ -64,16 +64,6 @@ def test_a_yunet_finds_a_face_and_its_landmarks(tmp_path: Path) -> None:
     assert found.landmarks.shape == (5, 2)
 
 
-def test_a_yunet_looks_at_a_smaller_copy_of_a_large_picture(tmp_path: Path) -> None:
-    path = write_yunet(tmp_path / "yunet.onnx")
-    pixels = dotted(64, 96, (40, 32)).repeat(2, axis=0).repeat(2, axis=1)
-
-    (found,) = load_detector(path, CPU, side=96).find(pixels, 0.5)
-
-    assert surrounds(found, 72, 56, 88, 72)
-    assert len(load_detector(path, CPU).find(pixels, 0.5)) > 1
-
-
 @pytest.mark.parametrize(("height", "scale"), [(48, 1), (32, 3), (20, 2)])
 def test_a_yunet_for_one_size_looks_at_pictures_of_any(tmp_path: Path, height: int, scale: int) -> None:
     pixels = dotted(height, 64, (20, 12)).repeat(scale, axis=0).repeat(scale, axis=1)
@@ -119,20 +109,6 @@ def test_a_yolo_that_gives_no_numbers_is_an_error_and_not_a_picture_without_a_fa
 
     with pytest.raises(CheckpointError, match="a.onnx is NaN"):
         detector.find(np.zeros((64, 64, 3), np.uint8), 0.5)
-
-
-def test_a_yolo_sees_grey_around_a_picture_and_leaves_out_what_overlaps_by_more_than_0_7() -> None:
-    square, _, _ = letterbox(np.full((16, 32, 3), 7, np.uint8), 64)
-    assert (square[:16] == 114).all()
-    assert (square[16:48] == 7).all()
-    rows = np.zeros((1, 5, 84))
-    rows[0, :, 0] = (30, 30, 20, 20, 0.9)
-    rows[0, :, 1] = (33, 30, 20, 20, 0.8)  # 17 of 23 pixels across are shared
-    rows[0, :, 2] = (30, 34, 20, 20, 0.7)  # 16 of 24
-
-    found = YoloDetector(Path("a.onnx"), Gives(rows), YoloLayout(64, 1, 0)).find(square, 0.5)
-
-    assert [round(each.score, 3) for each in found] == [0.9, 0.7]
 
 
 class Gives:

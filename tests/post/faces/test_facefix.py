@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from modules.errors import CheckpointError, OptionError
-from modules.media.reading import read_image, video_frames
-from modules.media.writing import write_png, write_video
+from modules.media.encoding import Picture, Pixels
+from modules.media.reading import video_frames
+from modules.media.writing import write_video
 from post.chain_options import read_tool
-from post.contract import Clip, Picture, Pixels
+from post.contract import Clip
 from post.faces.stage import Facefix, check_facefix, make_facefix
 from tests.faults.messages import run_here
 from tests.post.stages_here import kept_frames
@@ -147,35 +148,6 @@ def test_sixteen_bits_stay_and_are_made_where_they_are_wanted(
     )  # faces of bytes are cut out as bytes
 
 
-def test_the_result_is_larger_with_upscale_with_and_without_a_face(folder: Path) -> None:
-    plain, faced = _run(_stage(folder, "-s", "1.5"), [_pixels(), _pixels((40, 24))])
-
-    (box,) = _changed(plain, faced)
-    assert plain.shape == (96, 144, 3)
-    assert box[0] < 66 < box[2]
-
-
-def test_strength_shows_part_of_the_face(folder: Path) -> None:
-    faced = _pixels((40, 24))
-    whole, half, nothing = (
-        _run(_stage(folder, "--strength", strength), [faced])[0].astype(float) for strength in (1, 0.5, 0)
-    )
-
-    np.testing.assert_allclose(half, (whole + faced) / 2, atol=1.01)
-    assert np.array_equal(nothing, faced)
-
-
-def test_fidelity_changes_the_face_of_codeformer(folder: Path) -> None:
-    faced = _pixels((40, 24))
-    half, more, default = (
-        _run(_stage(folder, "--mode", "codeformer", *words), [faced])[0]
-        for words in (("--weight", 0.5), ("--weight", 1), ())
-    )
-
-    assert np.array_equal(half, default)
-    assert not np.array_equal(half, more)
-
-
 def test_noise_is_the_same_in_all_pictures_and_follows_the_seed(folder: Path) -> None:
     faced = _pixels((40, 24))
     stored, one, again, other = (
@@ -241,16 +213,6 @@ def test_what_was_done_is_said_at_the_end(folder: Path, caplog: pytest.LogCaptur
     assert "non-commercial use only" in caplog.text
 
 
-def test_a_lower_threshold_finds_more(folder: Path) -> None:
-    pale = _pixels()
-    pale[24:32, 40:48] = (200, 20, 20)  # its score is about 0.94
-
-    above, below = (_run(_stage(folder, "--detection_threshold", least), [pale])[0] for least in (0.97, 0.5))
-
-    assert np.array_equal(above, pale)
-    assert not np.array_equal(below, pale)
-
-
 def test_faces_that_leave_the_range_of_colours_are_cut_off_before_their_parts_are_told(folder: Path) -> None:
     stage = _stage(folder)
     seen: list[torch.Tensor] = []
@@ -277,43 +239,9 @@ def test_a_detector_that_says_it_has_no_landmarks_is_refused_before_anything_loa
     check_facefix(_options(folder, "--detection_model", str(whole)))
 
 
-def test_a_detector_without_landmarks_is_refused(folder: Path) -> None:
-    stage = _stage(folder)
-
-    class Boxes:
-        def find(self, pixels: Any, least_score: float) -> list[Any]:
-            return [replace(face, landmarks=None) for face in stage.detector.find(pixels, least_score)]
-
-    with pytest.raises(CheckpointError, match="not where their eyes are"):
-        _run(replace(stage, detector=Boxes()), [_pixels((40, 24))])
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("mode", ["gfpgan", "codeformer"])
-def test_half_precision_is_close(folder: Path, mode: str, dtype: str) -> None:
-    faced = _pixels((40, 24))
-
-    exact, half = (
-        _run(_stage(folder, "--mode", mode, "--dtype", name), [faced])[0] for name in ("fp32", dtype)
-    )
-
-    (box,) = _changed(faced, half)
-    assert _lies_around((40, 24), box)
-    assert np.array_equal(exact, half) == (dtype == "fp16")  # a CPU computes float16 in float32
-    if mode == "gfpgan":  # another code for a place gives CodeFormer another face
-        assert np.abs(exact.astype(int) - half).mean() < 1
-
-
 def test_the_weight_of_another_network_is_refused() -> None:
     with pytest.raises(OptionError, match=r"--weight 0\.7 is for --mode codeformer"):
         _options(Path("x"), "--weight", "0.7")
-
-
-@pytest.mark.parametrize(("upscale", "size"), [("0.01", "0 x 0"), ("16", "80000 x 1024")])
-def test_sizes_that_no_file_can_have_are_refused(folder: Path, upscale: str, size: str) -> None:
-    clip = replace(_clip(), width=96 if size == "0 x 0" else 5000)
-    with pytest.raises(OptionError, match=f"makes {size} pixels of the .* of clip.mkv"):
-        _stage(folder, "-s", upscale).result(clip)
 
 
 @pytest.mark.parametrize(
@@ -346,21 +274,6 @@ def test_a_missing_file_is_named_with_its_folder(
     assert "my.pth" in words or str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("mode", ["gfpgan", "codeformer"])
-@pytest.mark.parametrize("absent", ["parsing_parsenet.pth", "detection_Resnet50_Final.pth"])
-def test_the_command_that_downloads_a_missing_helper_is_told(
-    folder: Path, tmp_path: Path, mode: str, absent: str
-) -> None:
-    for path in folder.iterdir():
-        if path.name != absent:
-            (tmp_path / path.name).symlink_to(path)
-
-    with pytest.raises(
-        CheckpointError, match=f"python tools/download.py --family tools --task {mode}, or put it"
-    ):
-        check_facefix(_options(tmp_path, "--mode", mode))
-
-
 def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "faces.pth").symlink_to(folder / "GFPGANv1.4.pth")
     (tmp_path / "Detection_resnet50_final.PTH").symlink_to(folder / "detection_Resnet50_Final.pth")
@@ -379,7 +292,6 @@ def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(folder: Path, tmp_
         ("GFPGANv1.4.pth", ("--mode", "codeformer"), "is not a CodeFormer; it looks like a GFPGAN"),
         ("none.pth", (), "there is no such file or folder"),
         ("GFPGANv1.4.pth", ("--detection_model", "GFPGANv1.4.pth"), "is not a detector of faces"),
-        ("GFPGANv1.4.pth", ("--dtype", "fp8"), "nothing is computed in fp8"),
     ],
 )
 def test_wrong_files_fail_by_their_headers(
@@ -422,21 +334,6 @@ def _script(folder: Path, *words: object) -> str:
     code, said = run_here("blissful_tuner/facefix.py", "--model", folder, *words, folder=folder)
     assert code == 0, said
     return said
-
-
-def test_the_script_restores_the_faces_of_pictures(folder: Path, tmp_path: Path) -> None:
-    plain, faced = _pixels(), _pixels((40, 24))
-    (tmp_path / "in").mkdir()
-    write_png(tmp_path / "in" / "plain.png", plain)
-    write_png(tmp_path / "in" / "faced.png", faced)
-
-    _script(folder, "--input", tmp_path / "in", "--output", tmp_path / "out", "--yes")
-
-    assert np.array_equal(read_image(tmp_path / "out" / "plain_GFPGAN.png"), plain)
-    made = read_image(tmp_path / "out" / "faced_GFPGAN.png")
-    assert np.array_equal(made, _run(_stage(folder), [faced])[0])
-    (box,) = _changed(faced, made)
-    assert _lies_around((40, 24), box)
 
 
 def test_the_script_gives_what_the_whole_clip_at_once_gives(folder: Path, tmp_path: Path) -> None:

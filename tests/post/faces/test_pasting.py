@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from post.contract import Pixels
-from post.faces.alignment import TEMPLATE, Matrix, alignment, crop, crops, restorable
-from post.faces.boxes import FoundFace
-from post.faces.stage import Restored, SteadyLandmarks, deepen, enlarge, paste, soften
+from modules.media.encoding import Pixels
+from post.faces.boxes import TEMPLATE, FoundFace, Matrix, alignment, crop, crops, restorable
+from post.faces.stage import Restored, SteadyLandmarks, enlarge, paste, soften
 from tests.golden_cases import read_case
 
 SIZE = 64
@@ -60,16 +59,6 @@ def test_alignment_equals_the_reference() -> None:
         np.testing.assert_allclose(matrix, expected.numpy(), atol=1e-3)
 
 
-@pytest.mark.parametrize("size", [512, 32])
-def test_landmarks_go_to_the_template(size: int) -> None:
-    points = _points(0.3, (7, 5))
-    matrix = alignment(points, size)
-
-    assert matrix is not None
-    moved = np.hstack([points, np.ones((5, 1))]) @ matrix.T
-    np.testing.assert_allclose(moved, TEMPLATE * size / 512, atol=1e-3)
-
-
 def test_landmarks_that_are_no_face_give_no_alignment() -> None:
     assert alignment(np.zeros((5, 2), np.float32), 512) is None
 
@@ -109,13 +98,6 @@ def test_the_mask_is_soft_inside_and_free_at_the_edge() -> None:
     assert everywhere[10:-10, 10:-10].min() > 0.5
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_a_mask_of_nothing_changes_no_value(dtype: type) -> None:
-    pixels = _picture(dtype=dtype)
-
-    assert np.array_equal(_pasted(pixels, [_face(pixels, 0.0, _points())], 1), pixels)
-
-
 @pytest.mark.parametrize("upscale", [1, 1.5, 2, 0.5])
 def test_an_unchanged_face_goes_back_to_its_place(upscale: float) -> None:
     pixels = _picture()
@@ -143,15 +125,6 @@ def test_only_what_the_mask_covers_changes_and_it_is_rounded_once() -> None:
     np.testing.assert_allclose(pasted, expected, atol=2)  # places are rounded differently
     assert np.abs(pasted.astype(int) - pixels).max() > 5000
     assert np.array_equal(pixels, before)
-
-
-@pytest.mark.parametrize(("value", "expected"), [(76.7, 77), (76.3, 76), (255.0, 255)])
-def test_values_are_rounded_to_the_nearest(value: float, expected: int) -> None:
-    pixels = _picture()
-    face = _face(pixels, 1.0, _points(0.1, (20, 10)))
-    flat = _Face(np.full_like(face.face, value / 255), face.mask, face.matrix)
-
-    assert (_pasted(pixels, [flat], 1)[40, 46] == expected).all()
 
 
 def test_faces_that_overlap_are_pasted_one_above_the_other() -> None:
@@ -185,29 +158,6 @@ def test_the_faces_of_a_crowd_are_not_in_memory_together() -> None:
     assert np.array_equal(pasted, _pasted(pixels, faces, 1))
 
 
-@pytest.mark.parametrize(("upscale", "how"), [(1.5, cv2.INTER_LANCZOS4), (0.5, cv2.INTER_AREA)])
-def test_pictures_are_enlarged_sharply_and_reduced_by_their_mean(upscale: float, how: int) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
-
-    size = int(30 * upscale), int(20 * upscale)
-    assert np.array_equal(enlarge(pixels, upscale), cv2.resize(pixels, size, interpolation=how))
-
-
-def test_a_face_outside_the_picture_changes_nothing() -> None:
-    pixels = _picture()
-
-    pasted = _pasted(pixels, [_face(pixels, None, _points(0.1, (500, 500)))], 1)
-
-    assert np.array_equal(pasted, pixels)
-
-
-def test_sixteen_bits_of_eight_are_the_same_values() -> None:
-    pixels = _picture()
-
-    assert np.array_equal(deepen(pixels), pixels.astype(np.uint16) * 257)
-    assert deepen(deepen(pixels)).dtype == np.uint16
-
-
 def test_trembling_is_damped_and_movement_followed() -> None:
     eyes = float(np.hypot(*(TEMPLATE[0] - TEMPLATE[1])))
     steady = SteadyLandmarks(0.5)
@@ -220,24 +170,3 @@ def test_trembling_is_damped_and_movement_followed() -> None:
     # at a tenth of the distance at which it counts as movement, nine tenths of the half are kept
     np.testing.assert_allclose(trembled - TEMPLATE, [[0.0055 * eyes, 0]] * 5, atol=1e-3)
     assert np.array_equal(followed, moved)
-
-
-def test_each_face_is_steadied_by_itself_whatever_their_order() -> None:
-    other = TEMPLATE + np.float32([400, 0])
-    steady = SteadyLandmarks(0.5)
-    steady.steady([TEMPLATE, other])
-
-    second, first, new = steady.steady([other + 1, TEMPLATE + 1, other + np.float32([0, 300])])
-
-    assert np.abs(first - TEMPLATE).max() < 0.6
-    assert np.abs(second - other).max() < 0.6
-    assert np.array_equal(new, other + np.float32([0, 300]))
-
-
-def test_no_strength_leaves_landmarks_alone() -> None:
-    steady = SteadyLandmarks(0)
-    steady.steady([TEMPLATE])
-
-    (same,) = steady.steady([TEMPLATE + 1])
-
-    assert np.array_equal(same, TEMPLATE + 1)

@@ -13,7 +13,7 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from post.faces.codeformer import CodeFormer, read_codeformer
 from post.faces.gfpgan import Gfpgan, read_gfpgan
-from post.faces.parsenet import ParseNet, face_parts, read_parsenet
+from post.faces.restorers import ParseNet, read_parsenet
 from tests.golden_cases import read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.post.faces.golden_faces import assert_close, fill, wave_face
@@ -120,19 +120,6 @@ def test_a_face_is_the_same_alone_and_beside_others_but_for_rounding(kind: str, 
 
 
 @torch.inference_mode()
-def test_fidelity_changes_the_face_and_none_leaves_the_encoder_out(tmp_path: Path) -> None:
-    network, face = _tiny("codeformer", tmp_path), wave_face(tiny.SIZE, 0.3)
-    without, some, more = (network(face, fidelity) for fidelity in (0.0, 0.5, 1.0))
-    for name, weight in network.named_parameters():
-        if name.startswith("fuse_convs_dict"):
-            weight.fill_(float("nan"))
-
-    assert torch.equal(without, network(face, 0.0))
-    assert float((some - without).abs().max()) > 1e-3
-    assert float((more - some).abs().max()) > 1e-3
-
-
-@torch.inference_mode()
 def test_noise_of_a_seed_replaces_that_of_the_file(tmp_path: Path) -> None:
     network, face = _tiny("gfpgan-v1.4", tmp_path), wave_face(tiny.SIZE, 0.3)
     made = [network(face)]
@@ -143,12 +130,6 @@ def test_noise_of_a_seed_replaces_that_of_the_file(tmp_path: Path) -> None:
     assert torch.equal(made[1], made[3])
     assert not torch.equal(made[0], made[1])
     assert not torch.equal(made[1], made[2])
-
-
-def test_parts_of_the_face_are_told_from_clothes_and_background() -> None:
-    scores = torch.eye(19).view(19, 19, 1).permute(1, 0, 2)[None]  # row n belongs to part n
-
-    assert face_parts(scores)[0, :, 0].tolist() == [False, *[True] * 13, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("kind", KINDS)

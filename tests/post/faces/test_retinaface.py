@@ -105,17 +105,6 @@ def test_a_red_dot_is_the_one_face(tmp_path: Path) -> None:
     assert len(detector.find(dotted(64, 96, (20, 20), (70, 40)), 0.5)) == 2
 
 
-def test_a_large_picture_is_looked_at_in_a_smaller_copy(tmp_path: Path) -> None:
-    path = write_red_detector(tmp_path / "red.safetensors")
-    pixels = dotted(64, 96, (40, 24)).repeat(2, axis=0).repeat(2, axis=1)
-
-    (found,) = load_detector(path, CPU, side=64).find(pixels, 0.5)
-
-    assert surrounds(found, 72, 40, 88, 56)
-    assert found.box[2] - found.box[0] == pytest.approx(32, abs=0.01)
-    assert len(load_detector(path, CPU).find(pixels, 0.5)) > 1  # four boxes where the dot has 16 pixels
-
-
 def test_what_half_precision_cannot_hold_is_found_in_float32(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -130,13 +119,6 @@ def test_what_half_precision_cannot_hold_is_found_in_float32(
 
     assert surrounds(found, 36, 26, 44, 34)
     assert "goes on in float32" in caplog.text
-
-
-def test_files_without_counts_of_training_load_too(tmp_path: Path) -> None:
-    weights = red_retinaface()
-    weights["body.stage1.0.1.num_batches_tracked"] = torch.tensor(3)
-
-    assert load(write_weights(tmp_path / "some.pth", weights))
 
 
 class Says(nn.Module):

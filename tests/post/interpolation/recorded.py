@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from post.interpolation.gimm import GimmVfi, Interpolation
 from post.interpolation.layers import EncodedPicture, FlowEstimator
+from post.interpolation.motion import GimmVfi, Interpolation
 from tests.golden_cases import make_weights
 from tests.manifests import tensor_list
 

@@ -10,7 +10,6 @@ from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from modules.planning.dry_run import ACCELERATOR, WORKING, dry_run, largest, place
-from post.interpolation.correlation import Correlation
 from post.interpolation.files import is_with_raft, read_gimm
 from post.interpolation.flowformer import (
     TABLE_BYTES,
@@ -19,15 +18,14 @@ from post.interpolation.flowformer import (
     FlowFormerConfig,
     read_flowformer,
 )
-from post.interpolation.flowformer_memory import CostPerceiver, MemoryConfig
-from post.interpolation.gimm import GimmVfi
+from post.interpolation.flowformer_memory import MemoryConfig
 from post.interpolation.layers import CPU_BYTES
+from post.interpolation.motion import GimmVfi
 from post.interpolation.twins import StageConfig
 from tests.golden_cases import read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.post.interpolation.recorded import check_recorded, recorded_weights, write_recorded
 from tests.tiny.post_flowformer import FLOWFORMER, flowformer_tensors, tiny_flowformer, write_flowformer
-from tests.tiny.post_interpolation import draw
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 TRUNK = (StageConfig(4, 128, 8), StageConfig(2, 256, 4))
@@ -115,14 +113,6 @@ def test_a_narrow_file_gives_the_same_flow_in_any_layout(tmp_path: Path) -> None
     assert torch.equal(flow_of(load(write_flowformer(tmp_path / "flow.pth", "module.")), first, second), flow)
 
 
-def test_what_a_picture_gives_is_features_at_a_quarter_and_an_eighth() -> None:
-    network = tiny_flowformer()
-    encoded = network.encode(pair(128, 192)[0])
-    assert encoded.quarter.shape == (1, 32, 32, 48)
-    assert encoded.eighth.shape == (1, 64, 16, 24)
-    assert encoded.matching.shape == (1, 16, 16, 24)
-
-
 def test_large_pictures_have_the_flow_that_small_ones_would_have() -> None:
     """Without tables of all pairs, which take too much memory for large pictures."""
     network = tiny_flowformer()
@@ -132,42 +122,6 @@ def test_large_pictures_have_the_flow_that_small_ones_would_have() -> None:
     flow = flow_of(network, first, second)
     limit = 1e-5 * float(flow.abs().max())
     torch.testing.assert_close(flow_of(frugal, first, second), flow, rtol=0, atol=limit)
-
-
-def test_autocast_leaves_flow_in_float32() -> None:
-    network = tiny_flowformer()
-    flow = flow_of(network, *pair())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(flow_of(network, *pair()), flow)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("height", "width"), [(16, 20), (12, 28)])  # windows fit or not, maps of 8 or not
-def test_costs_are_encoded_in_parts_as_in_one_piece(height: int, width: int) -> None:
-    perceiver = draw(CostPerceiver(FLOWFORMER.memory), 4)
-    first, second = (torch.randn(1, 16, height, width) for _ in range(2))
-    context = torch.randn(1, FLOWFORMER.memory.context, height, width)
-
-    whole, parts = (
-        perceiver(Correlation(first, second, keeps, levels=1), context, part_bytes)
-        for keeps, part_bytes in ((True, 1 << 30), (False, 1 << 17))
-    )
-
-    assert whole.shape == (height * width, FLOWFORMER.memory.tokens, FLOWFORMER.memory.width)
-    torch.testing.assert_close(parts, whole, rtol=0, atol=7e-6)
-
-
-@torch.no_grad()
-def test_a_part_takes_the_memory_that_is_stated() -> None:
-    with META:
-        perceiver = CostPerceiver(RELEASED.memory)
-    with dry_run() as ledger:
-        place(perceiver, ledger)
-        maps = torch.empty(16, 1, 90, 160, device=ACCELERATOR)
-        seen = perceiver.patch_embed(maps)
-        perceiver.input_layer(perceiver.latent_tokens.expand(16, -1, -1), perceiver.input_layer.keep(seen))
-    taken = largest(ledger.peaks)[1][WORKING]
-    assert 0.9 < taken / (16 * perceiver.bytes_of_map(90, 160)) < 1.05
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from modules.planning.dry_run import ACCELERATOR, KEPT, WORKING, dry_run, largest, place
 from post.interpolation.files import is_with_raft, load_networks, read_gimm
-from post.interpolation.gimm import GimmVfi, Interpolation
+from post.interpolation.layers import warp
+from post.interpolation.motion import GimmVfi, Interpolation
 from post.interpolation.raft import Raft, read_raft
 from post.interpolation.synthesis import Compared
-from post.interpolation.warping import warp
 from tests.golden_cases import read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.post.interpolation.recorded import check_recorded, write_recorded
@@ -66,16 +66,6 @@ def test_another_network_is_named(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "main.safetensors", tensor_list("gimmvfi-r"))
     with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError, match="is not a large RAFT"):
         read_raft(checkpoint)
-
-
-def test_a_pair_has_the_same_pictures_alone_and_among_others(tmp_path: Path) -> None:
-    """Several times of a pair share all but the last steps, which changes no bit."""
-    whole = tiny_interpolation()
-    first, second = (whole.frame(torch.rand(1, 3, 128, 128)) for _ in range(2))
-    together = list(whole.between(first, second, (0.25, 0.5, 0.75)))
-    for time, picture in zip((0.25, 0.5, 0.75), together, strict=True):
-        (alone,) = whole.between(first, second, (time,))
-        assert torch.equal(alone, picture)
 
 
 def test_a_smaller_size_for_the_flow_enlarges_only_what_is_blended() -> None:

@@ -12,17 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.compile_options import Compilation
 from modules.errors import CheckpointError, MediaError, OptionError
-from post.contract import Clip, Picture, Pixels
+from modules.media.encoding import Picture, Pixels
+from post.contract import Clip, to_pixels, to_tensor
 from post.interpolation.files import find_files, load_networks, read_settings
-from post.interpolation.gimm import Interpolation
 from post.interpolation.layers import EncodedPicture, FlowEstimator
-from post.interpolation.options import InterpolationOptions
+from post.interpolation.motion import Interpolation
 from post.interpolation.stage import Interpolator, check_interpolation, make_interpolation
-from post.pixels import to_pixels, to_tensor
-from post.precision import compile_parts
-from post.run_options import ToolNetworkOptions
+from post.options import InterpolationOptions, ToolNetworkOptions
 from tests.tiny.post_interpolation import write_gimm_r
 
 CPU = torch.device("cpu")
@@ -138,12 +135,6 @@ def plain(
     return made
 
 
-def test_the_result_has_more_pictures_at_a_higher_rate(folder: Path) -> None:
-    stage = make_interpolation(options(folder, factor=4), CPU)
-    assert stage.result(CLIP) == replace(CLIP, rate=Fraction(96), frames=13)
-    assert stage.result(replace(CLIP, frames=None)).frames is None
-
-
 def test_a_factor_of_one_changes_nothing(folder: Path) -> None:
     stage = make_interpolation(options(folder, factor=1), CPU)
     pictures = list(stream(moving(2), [Fraction(0), Fraction(1)]))
@@ -210,15 +201,6 @@ def test_values_that_make_no_sense_are_refused(
         options(tmp_path, **changes)
 
 
-@pytest.mark.parametrize(
-    ("part", "alignment"), [(1.0, 32), (0.5, 64), (0.75, 128), (0.333, 96), (0.125, 256)]
-)
-def test_sides_are_made_multiples_of_32_at_the_part(tmp_path: Path, part: float, alignment: int) -> None:
-    chosen = options(tmp_path, ds_factor=part)
-    assert chosen.alignment == alignment
-    assert (alignment * chosen.part) % 32 == 0
-
-
 def test_files_are_found_and_missing_ones_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no such file or folder"):
         check_interpolation(options(tmp_path / "nowhere" / "model"))
@@ -274,19 +256,6 @@ def test_the_yaml_may_be_missing_and_is_read_safely(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(CheckpointError, match="gimmvfi_r_arb.yaml"):
             read_settings(path)
-
-
-@pytest.mark.slow
-def test_a_compiled_network_makes_the_same_pictures(folder: Path) -> None:
-    """With torch's own operations behind the captured graphs, which takes seconds instead of minutes."""
-    made = []
-    for is_compiled in (False, True):
-        networks = load_networks(folder, "gimmvfi_r", CPU, torch.float32)
-        chosen = ToolNetworkOptions(model=folder, compile=is_compiled)
-        compile_parts(chosen, networks.parts, Compilation(backend="eager"))
-        stage = Interpolator(options(folder), Interpolation(networks.gimm, networks.estimator), CPU)
-        made.append(list(stage.run(stream(moving(2), [Fraction(0), Fraction(1)]), CLIP))[1].pixels)
-    assert np.array_equal(*made)
 
 
 def test_a_picture_that_is_not_finite_ends_the_run(folder: Path) -> None:

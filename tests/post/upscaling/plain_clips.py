@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from post.contract import Clip, Picture
-from post.run_options import ToolNetworkOptions
+from modules.media.encoding import Picture
+from post.contract import Clip
+from post.options import ToolNetworkOptions, UpscalerOptions
 from post.tiling import pad_to_multiple
 from post.upscaling.files import load_upscaler
-from post.upscaling.options import UpscalerOptions
 from tests.tiny.post_upscaling import write_compact, write_rrdb, write_swinir
 
 CPU = torch.device("cpu")

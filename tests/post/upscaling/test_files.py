@@ -90,16 +90,6 @@ def test_published_files_fit(tmp_path: Path, manifest: str, kind: str, facts: di
     assert {name: getattr(config, name) for name in facts} == facts
 
 
-def test_the_anime_file_of_six_blocks_fits(tmp_path: Path) -> None:
-    tensors = {
-        name: info
-        for name, info in tensor_list("realesrgan-x4plus").items()
-        if not name.startswith("body.") or int(name.split(".")[1]) < 6
-    }
-    _, config = check_file(write_hollow(tmp_path / "x.safetensors", tensors))
-    assert config == replace(RRDB, features=64, growth=32, blocks=6)
-
-
 @pytest.mark.parametrize("names", ["new", "old", "middle"])
 @pytest.mark.parametrize(("doublings", "unshuffle"), [(0, 1), (1, 1), (2, 1), (3, 1), (2, 2), (2, 4)])
 def test_any_factor_is_read_from_the_names(
@@ -120,16 +110,6 @@ def test_any_factor_is_read_from_the_names(
     made = enlarge(path, images)
     assert made.shape == (1, 3, 5 * factor, 6 * factor)
     assert torch.equal(made, enlarge(new, images))
-
-
-def test_shortcuts_change_the_result(tmp_path: Path) -> None:
-    weights = rrdb_weights(replace(RRDB, has_shortcuts=True))
-    plain = {name: weight for name, weight in weights.items() if "conv1x1" not in name}
-    images = torch.rand(1, 3, 5, 6)
-
-    plus = enlarge(write(tmp_path / "plus.pth", weights), images)
-
-    assert (plus - enlarge(write(tmp_path / "plain.pth", plain), images)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -193,22 +173,6 @@ def test_compact_networks_are_read_from_the_shapes(tmp_path: Path, depth: int, f
     shuffled = x.view(1, 3, factor, factor, 5, 6).permute(0, 1, 4, 2, 5, 3).reshape(made.shape)
     near = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     torch.testing.assert_close(made, shuffled + near, **NEAR)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("weights", [swinir_weights(), rrdb_weights()], ids=["swinir", "rrdb"])
-def test_half_precision_is_near(tmp_path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    path, images = write(tmp_path / "x.pth", weights), torch.rand(1, 3, 8, 12)
-    exact, half = enlarge(path, images), enlarge(path, images, dtype=dtype)
-    near = (30 if dtype == torch.bfloat16 else 4) * 2.0**-11
-    assert 0 < (half - exact).abs().max() < near * exact.abs().max()
-
-
-def test_norms_and_biases_of_scores_stay_in_float32(tmp_path: Path) -> None:
-    network = load_upscaler(write(tmp_path / "x.pth", swinir_weights()), CPU, torch.float16).network
-    for name, tensor in network.state_dict().items():
-        is_kept = "norm" in name or "bias_table" in name
-        assert tensor.dtype == (torch.float32 if is_kept else torch.float16), name
 
 
 def test_heads_may_be_filled_up_to_a_width_that_kernels_take() -> None:

@@ -1,0 +1,336 @@
+"""The U-Net and the VAE of a file: dimensions from its tensors, and how diffusers' networks are filled.
+
+diffusers' classes take their dimensions as keywords; `UnetSizes` holds them, and is the only loose typing.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from torch import Tensor, nn
+
+from modules.checkpoints.dialects import (
+    LoadPlan,
+    Names,
+    checked_shapes_of,
+    count,
+    other_kind,
+    rename_sources,
+    translate_name,
+)
+from modules.checkpoints.encoders import check_groups, stated_groups
+from modules.checkpoints.opening import Checkpoint, plain_sources
+from modules.contract.loading import TensorSource
+from modules.errors import CheckpointError
+from networks.names.stable_diffusion import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samplers
+from stable_diffusion.contract import SD1, SDXL, ModelKind
+from stable_diffusion.kinds import GIVE, VAE
+
+
+def read_levels(names: Collection[str]) -> tuple[int, ...]:
+    """Return the residual blocks of each level on the way down. names: of the U-Net's tensors."""
+    ends = sorted(
+        int(found[1])
+        for found in (re.fullmatch(r"input_blocks\.(\d{1,4})\.0\.op\.weight", name) for name in names)
+        if found
+    )
+    numbers = {
+        int(found[1]) for found in (re.match(r"input_blocks\.(\d{1,4})\.", name) for name in names) if found
+    }
+    bounds = [0, *ends, max(numbers, default=0) + 1]
+    return tuple(end - start - 1 for start, end in zip(bounds, bounds[1:], strict=False))
+
+
+def name_translator(names: Collection[str]) -> Callable[[str], str]:
+    """Return a function: released name -> diffusers' name; one that it does not know stays as it is.
+
+    names: of all tensors of the U-Net.
+    """
+    layers = read_levels(names)
+    paths = dict((*ENDS, *ADDED))
+    for theirs, ours, is_attention in unet_blocks(layers):
+        inside = (("", ""),) if is_attention else ((f".{part}", f".{own}") for part, own in RESIDUAL)
+        paths |= {theirs + part: ours + own for part, own in inside}
+    for smaller, larger, down, up in unet_samplers(layers):
+        paths |= {smaller: down, **dict.fromkeys(larger, up)}
+
+    def translate(name: str) -> str:
+        start = name
+        while start:
+            start = start.rpartition(".")[0]
+            if start in paths:
+                return paths[start] + name.removeprefix(start)
+        return name
+
+    return translate
+
+
+UnetSizes = Mapping[str, Any]
+
+GROUPS = 32  # of all group norms, as released; cannot be read from the tensors
+SD1_HEADS = 8  # of each attention, as released
+HEAD_WIDTH = 64  # of the later kinds
+SIZE_NUMBERS = 6  # that SDXL is told: original size, crop, target size
+USES = {4: "pictures", 9: "inpainting"}  # channels that the U-Net may take
+
+
+def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[UnetSizes]:
+    """Plan how to load the U-Net of a single file, whose prefix is cut off.
+
+    pooled: width of SDXL's pooled text state; 0 for other kinds. Raises CheckpointError if tensors that tell
+    a dimension are missing or make no sense.
+    """
+    names = checkpoint.tensors
+    sources = rename_sources(plain_sources(checkpoint), name_translator(names))
+    sizes = _Sizes(checkpoint, sources)
+    layers = read_levels(names)
+    for level, layer in enumerate(layers):  # a name with a large number would make a level endless
+        if layer < 1 or layer != count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
+            raise sizes.broken("some of its input_blocks are missing")
+    widths = [sizes.shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers))]
+    down = [sizes.depths("down", level, layer) for level, layer in enumerate(layers)]
+    up = [sizes.depths("up", level, layer + 1) for level, layer in enumerate(layers[::-1])]
+    in_channels = sizes.shape("conv_in.weight")[1]
+    if in_channels not in USES:
+        raise CheckpointError(
+            f"--ckpt {checkpoint.path}: its U-Net takes {in_channels} channels; those that take 4 (pictures) "
+            f"and 9 (inpainting) can be used.\n  Give {GIVE}.",
+            checkpoint.path,
+        )
+    has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
+    attended = next((depths for depths in down[::-1] if any(depths)), None)
+    if attended is None or not has_middle:
+        raise sizes.broken("it has no attention to the text")
+    level = max(level for level, depths in enumerate(down) if any(depths))
+    first = f"down_blocks.{level}.attentions.0."
+    config: dict[str, Any] = {
+        "sample_size": kind.size // 8,
+        "in_channels": in_channels,
+        "out_channels": sizes.shape("conv_out.weight")[0],
+        "block_out_channels": tuple(widths),
+        "layers_per_block": layers,
+        "down_block_types": tuple(_block_type(depths, "Down") for depths in down),
+        "up_block_types": tuple(_block_type(depths, "Up") for depths in up),
+        "norm_num_groups": GROUPS,
+        "cross_attention_dim": sizes.shape(f"{first}transformer_blocks.0.attn2.to_k.weight", 2)[1],
+        "use_linear_projection": len(checkpoint.tensors[sources[f"{first}proj_in.weight"].names[0]].shape)
+        == 2
+        if f"{first}proj_in.weight" in sources
+        else False,
+        # diffusers' name for the number of heads
+        "attention_head_dim": tuple(
+            SD1_HEADS if kind is SD1 else max(1, width // HEAD_WIDTH) for width in widths
+        ),
+        **_depth_settings(down, up),
+    }
+    if kind is SDXL:
+        config |= _told_sizes(sizes, pooled)
+    heads = SD1_HEADS if kind is SD1 else HEAD_WIDTH
+    for width, depths in zip(widths, down, strict=True):
+        if width % GROUPS or (any(depths) and width % heads):
+            raise sizes.broken(f"a width of {width} channels cannot be divided into groups and heads")
+    return LoadPlan(config, checkpoint, sources)
+
+
+class _Sizes:
+    """Reads dimensions off tensors by diffusers' names."""
+
+    def __init__(self, checkpoint: Checkpoint, sources: Mapping[str, TensorSource]) -> None:
+        self.path = checkpoint.path
+        self.sources = sources
+        self.shape = checked_shapes_of(checkpoint, sources, self.broken("a tensor has another shape"))
+
+    def broken(self, why: str) -> CheckpointError:
+        """Return the error for a U-Net that cannot be one."""
+        return CheckpointError(
+            f"--ckpt {self.path}: its U-Net is not one of Stable Diffusion, or is damaged: {why}.\n"
+            f"  Give {GIVE}.",
+            self.path,
+        )
+
+    def depths(self, side: str, level: int, blocks: int) -> tuple[int, ...]:
+        """Return the transformer layers beside each residual block of a level; 0: no attention."""
+        start = rf"{side}_blocks\.{level}\.attentions"
+        return tuple(
+            count(self.sources, rf"{start}\.{place}\.transformer_blocks\.\d+") for place in range(blocks)
+        )
+
+
+def _block_type(depths: Sequence[int], way: str) -> str:
+    return f"CrossAttn{way}Block2D" if any(depths) else f"{way}Block2D"
+
+
+def _depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return the transformer layers of all levels: one number each if they are alike, as released."""
+    numbers = {level: set(depths) | set(up[len(down) - 1 - level]) for level, depths in enumerate(down)}
+    if all(len(found) == 1 for found in numbers.values()):
+        return {"transformer_layers_per_block": tuple(max(1, *numbers[level]) for level in numbers)}
+    return {
+        "transformer_layers_per_block": tuple(tuple(max(1, depth) for depth in depths) for depths in down),
+        "reverse_transformer_layers_per_block": tuple(
+            tuple(max(1, depth) for depth in depths) for depths in up
+        ),
+    }
+
+
+def _told_sizes(sizes: _Sizes, pooled: int) -> dict[str, Any]:
+    """Return the settings of SDXL's conditions beside the text: its pooled state, and sizes as waves."""
+    width = sizes.shape("add_embedding.linear_1.weight", 2)[1]
+    waves, rest = divmod(width - pooled, SIZE_NUMBERS)
+    if rest or waves < 2 or waves % 2:
+        raise sizes.broken(
+            f"label_emb takes {width} numbers, which are not a pooled text of {pooled} and {SIZE_NUMBERS} "
+            "sizes"
+        )
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": waves,
+        "projection_class_embeddings_input_dim": width,
+    }
+
+
+# The VAE: names in released files and diffusers' folders, dimensions.
+VaeSizes = Mapping[str, Any]  # keywords of diffusers' AutoencoderKL
+
+VAE_GROUPS = 32  # of all group norms, as released
+LEVELS = 4  # resolutions: 8 pixels are one latent pixel
+LATENT_CHANNELS = 4
+CONFIG_CLASSES = {"AutoencoderKL"}
+GIVE_VAE = "a VAE of Stable Diffusion: a single file, or the folder vae in the layout of diffusers"
+
+# what files of a VAE alone carry besides: the loss of its training, averages
+IGNORED = ("loss.*", "model_ema.*")
+
+_OLD_ATTENTION: Names = (  # of diffusers before 0.17
+    (r"(.+\.attentions\.0)\.query\.(.+)", r"\1.to_q.\2"),
+    (r"(.+\.attentions\.0)\.key\.(.+)", r"\1.to_k.\2"),
+    (r"(.+\.attentions\.0)\.value\.(.+)", r"\1.to_v.\2"),
+    (r"(.+\.attentions\.0)\.proj_attn\.(.+)", r"\1.to_out.0.\2"),
+)
+
+
+def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPlan[VaeSizes]:
+    """Plan how to load a VAE: alone or within a whole checkpoint, with released or diffusers' names.
+
+    option: that named the file. latent_scale: goes into diffusers' configuration. Raises CheckpointError for
+    any other file.
+    """
+    own, sources = vae_sources(checkpoint)
+    wrong = other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE_VAE)
+    if (
+        "encoder.down_blocks.0.resnets.0.conv1.weight" not in sources
+        or "decoder.conv_in.weight" not in sources
+    ):
+        raise wrong
+    shape = checked_shapes_of(own, sources, wrong)
+    levels = {count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
+    channels = shape("decoder.conv_in.weight")[1]
+    if channels != LATENT_CHANNELS or levels != {LEVELS}:
+        raise CheckpointError(
+            f"{option} {checkpoint.path}: this VAE has {channels} latent channels and "
+            f"{' and '.join(map(str, sorted(levels)))} levels; those of Stable Diffusion have "
+            f"{LATENT_CHANNELS} and {LEVELS}. It is of another model, or tensors are missing.\n"
+            f"  Give {GIVE_VAE}.",
+            checkpoint.path,
+        )
+    widths = tuple(shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(LEVELS))
+    groups = stated_groups(checkpoint, CONFIG_CLASSES) or VAE_GROUPS
+    check_groups(checkpoint, widths, groups)
+    config = {
+        "in_channels": shape("encoder.conv_in.weight")[1],
+        "out_channels": shape("decoder.conv_out.weight")[0],
+        "block_out_channels": widths,
+        "down_block_types": ("DownEncoderBlock2D",) * LEVELS,
+        "up_block_types": ("UpDecoderBlock2D",) * LEVELS,
+        "layers_per_block": count(sources, r"encoder\.down_blocks\.0\.resnets\.\d+"),
+        "latent_channels": channels,
+        "norm_num_groups": groups,
+        "scaling_factor": latent_scale,
+        "use_quant_conv": "quant_conv.weight" in sources,
+        "use_post_quant_conv": "post_quant_conv.weight" in sources,
+        "mid_block_add_attention": any(".mid_block.attentions." in name for name in sources),
+    }
+    return LoadPlan(config, own, sources, IGNORED)
+
+
+def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
+    """Return the VAE's part of a file, and how its tensors are made, by diffusers' names."""
+    prefixes = (VAE, "vae.")
+    prefix = next(
+        (each for each in prefixes if any(name.startswith(each) for name in checkpoint.tensors)), ""
+    )
+    own = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
+    stored = plain_sources(own)
+    names = _as_diffusers(stored)
+    sources = rename_sources(stored, lambda name: translate_name(names.get(name, name), _OLD_ATTENTION))
+    for name, source in sources.items():  # 1x1 convolutions in released files, linear layers in diffusers
+        if re.fullmatch(r".+\.attentions\.0\.to_(q|k|v|out\.0)\.weight", name):
+            sources[name] = source.then(_as_matrix)
+    return own, sources
+
+
+class _TensorName(str):
+    """A name that diffusers' conversion takes for a tensor, which it would turn into a matrix else."""
+
+    shape, ndim = (0, 0), 2
+
+
+def _as_diffusers(names: Collection[str]) -> dict[str, str]:
+    """Return released names, of tensors that diffusers' loader of single files knows -> its own names."""
+    levels = [""] * count(names, r"decoder\.up\.\d+")
+    if not levels:
+        return {}
+    stored = {name: _TensorName(name) for name in names}
+    made = convert_ldm_vae_checkpoint(stored, {"down_block_types": levels, "up_block_types": levels})
+    return {theirs: own for own, theirs in made.items() if theirs is not None}
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    return weight if weight.ndim == 2 else weight.flatten(1)
+
+
+# Convolutions computed in bands of rows, so that a large picture needs less memory in the VAE.
+#
+# Only the workspace of the convolutions shrinks; norms and attention see the whole picture, so that the
+# result is that without bands, but for the order of sums in the convolution itself.
+def band_convolutions(network: nn.Module, bands: int) -> None:
+    """Let all convolutions of a network that look beyond one pixel work in bands, at most this many."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+            module.forward = _in_bands(module, bands)  # type: ignore[method-assign, assignment]
+
+
+def _in_bands(conv: nn.Conv2d, bands: int) -> Callable[[Tensor], Tensor]:
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    above, beside = (int(size) for size in conv.padding)  # rows and columns of zeros
+
+    def forward(x: Tensor) -> Tensor:
+        # x: B C H W
+        height = x.shape[2]
+        rows = (height + 2 * above - kernel) // stride + 1  # of the result
+        if rows < 2 * bands:
+            return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+        result: Tensor | None = None
+        edges = [rows * band // bands for band in range(bands + 1)]
+        for start, end in zip(edges, edges[1:], strict=False):
+            first, last = start * stride - above, (end - 1) * stride - above + kernel
+            band = x[:, :, max(0, first) : min(height, last)]
+            if first < 0 or last > height:
+                band = F.pad(band, (0, 0, max(0, -first), max(0, last - height)))
+            made = F.conv2d(band, conv.weight, conv.bias, conv.stride, (0, beside))
+            if result is None:
+                result = made.new_empty((*made.shape[:2], rows, made.shape[3]))
+                result = result.contiguous(memory_format=_format_of(x))
+            result[:, :, start:end] = made
+        assert result is not None
+        return result
+
+    return forward
+
+
+def _format_of(x: Tensor) -> torch.memory_format:
+    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if is_last else torch.contiguous_format

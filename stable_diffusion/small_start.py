@@ -1,0 +1,349 @@
+"""Pictures that begin small: Deep Shrink, and Gradual Latent at the end.
+
+Deep Shrink: early in denoising the U-Net's inner features are made smaller, then larger again.
+
+So the composition of a large picture is made at a size that the model knows. Source: kohya-ss, "Deep
+Shrink", 2023. Depths count the U-Net's input blocks as the released files number them: 0 is the first
+convolution, then each residual block (with its attention) and each halving is one more.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from diffusers.models.downsampling import Downsample2D
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, interpolate, pad
+
+from modules.errors import OptionError
+from stable_diffusion.contract import AskedPicture, Idea, UnetCall
+from stable_diffusion.samplers import MakeStep, SchedulerSolver
+from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, Unsharp
+from stable_diffusion.starting import STRIDE, is_masked
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True, eq=False)
+class DeepShrinks:
+    """Set up Deep Shrink for batches that want it. Without it the U-Net has no hooks."""
+
+    unet: Any
+
+    @contextmanager
+    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
+        """Set the U-Net up for a batch; it is put back at the end. None: the batch wants no Deep Shrink.
+
+        Raises OptionError if the U-Net is not that deep.
+        """
+        shrink = pictures[0].settings.deep_shrink
+        if shrink is None:
+            yield None
+            return
+        if shrink.ds_depth_2 is not None and shrink.ds_timesteps_2 >= shrink.ds_timesteps_1:
+            logger.warning(
+                "%s: --ds_depth_2 never acts: it would from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
+                "(%d). Give a lower --ds_timesteps_2.",
+                *(pictures[0].label, shrink.ds_timesteps_1, shrink.ds_timesteps_2),
+            )
+        shrinking = _Shrinking(shrink, input_blocks(self.unet))
+        _check_depths(shrink, len(shrinking.blocks))
+        with ExitStack() as stack:
+            for handle in _install(shrinking, self.unet):
+                stack.callback(handle.remove)
+            yield shrinking
+        if pictures[0].image is not None and not shrinking.has_acted:
+            logger.warning(
+                "%s: Deep Shrink never acts: with this --strength all timesteps are below --ds_timesteps_1 "
+                "(%d). Give a lower one, or a higher --strength.",
+                *(pictures[0].label, shrink.ds_timesteps_1),
+            )
+
+
+def _check_depths(shrink: DeepShrinkOptions, count: int) -> None:
+    for name, depth in (("ds_depth_1", shrink.ds_depth_1), ("ds_depth_2", shrink.ds_depth_2)):
+        if depth is not None and not 0 <= depth < count:
+            raise OptionError(
+                f"--{name} {depth}: this model's U-Net has the input blocks 0 to {count - 1}. Give one "
+                "of them, such as 3"
+            )
+
+
+def input_blocks(unet: Any) -> list[nn.Module]:
+    """Return the first module of each input block of diffusers' U-Net, in the order of their depths."""
+    blocks = [unet.conv_in]
+    for block in unet.down_blocks:
+        blocks += [*block.resnets, *(block.downsamplers or ())]
+    return blocks
+
+
+def make_smaller(features: Tensor, ratio: float) -> Tensor:
+    """Return features B C h w with sides times `ratio`, rounded down but at least 1; bicubic, in float32."""
+    height, width = features.shape[-2:]
+    if min(height, width) * ratio < 1:
+        size = smaller_size((height, width), ratio)
+        return interpolate(features.float(), size, mode="bicubic").to(features.dtype)
+    return interpolate(features.float(), scale_factor=ratio, mode="bicubic").to(features.dtype)
+
+
+def smaller_size(size: Size, ratio: float) -> Size:
+    """Return the size that `make_smaller` gives."""
+    return max(int(size[0] * ratio), 1), max(int(size[1] * ratio), 1)
+
+
+def resize_like(features: Tensor, size: Size) -> Tensor:
+    """Return features B C h w in that size, bicubic, in float32; as they are if they have it."""
+    if tuple(features.shape[-2:]) == size:
+        return features
+    return interpolate(features.float(), size, mode="bicubic").to(features.dtype)
+
+
+@dataclass(eq=False)
+class _Shrinking:
+    """Deep Shrink at work: an `Idea`, which settles what the hooks in the U-Net do in the next call."""
+
+    shrink: DeepShrinkOptions
+    blocks: Sequence[nn.Module]
+    depth: int | None = None  # where features are made smaller in this call
+    has_acted: bool = False
+    size: Size = (0, 0)  # of the sample
+    # of the skips that the running output block takes, in the order in which it takes them
+    skips: list[Size] = field(default_factory=list)
+
+    def __call__(self, call: UnetCall) -> UnetCall:
+        shrink = self.shrink
+        if call.timestep >= shrink.ds_timesteps_1:
+            self.depth = shrink.ds_depth_1
+        else:
+            self.depth = shrink.ds_depth_2 if call.timestep >= shrink.ds_timesteps_2 else None
+        self.has_acted = self.has_acted or self.depth is not None
+        height, width = call.sample.shape[-2:]
+        self.size = height, width
+        if self.depth is None or call.residuals is None:
+            return call
+        # a ControlNet sees the whole size: what it adds has to be of the features' size
+        skips, middle = call.residuals
+        sizes = self.skip_sizes()
+        fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
+        return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
+
+    def skip_sizes(self) -> list[Size]:
+        """Return the sizes of the input blocks' outputs."""
+        size, sizes = self.size, []
+        for depth, block in enumerate(self.blocks):
+            if depth == self.depth:
+                size = smaller_size(size, self.shrink.ds_ratio)
+            if isinstance(block, Downsample2D):
+                size = -(-size[0] // 2), -(-size[1] // 2)
+            sizes.append(size)
+        return sizes
+
+    # What the hooks call
+
+    def enter_block(self, depth: int, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if depth != self.depth:
+            return None
+        return make_smaller(args[0], self.shrink.ds_ratio), *args[1:]
+
+    def enter_output(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Fit the features to an output block's first skip, and note the sizes of the others."""
+        if self.depth is None:
+            return None
+        self.skips = [_size(skip) for skip in reversed(kwargs["res_hidden_states_tuple"])]
+        wanted = kwargs.get("upsample_size")
+        # of a picture with an odd side diffusers' U-Net enlarges to the next skip's size straight away, which
+        # is right unless that one is from before the features were made smaller
+        if wanted is not None and [-(-side // 2) for side in wanted] != list(self.skips[-1]):
+            wanted = None
+        fitted = resize_like(kwargs["hidden_states"], self.skips[0])
+        return {**kwargs, "hidden_states": fitted, "upsample_size": wanted}
+
+    def leave_layer(self, layer: int, output: Any) -> Any:
+        """Fit the features to the skip that the next layer of the output block takes."""
+        if self.depth is None:
+            return None
+        size = self.skips[layer + 1]
+        if isinstance(output, tuple):
+            return resize_like(output[0], size), *output[1:]
+        return resize_like(output, size)
+
+    def enter_end(self, features: Tensor) -> Tensor | None:
+        return None if self.depth is None else resize_like(features, self.size)
+
+
+def _size(features: Tensor) -> Size:
+    height, width = features.shape[-2:]
+    return height, width
+
+
+def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
+    """Add hooks to diffusers' U-Net; yield what removes each."""
+    for depth, block in enumerate(shrinking.blocks):
+        yield block.register_forward_pre_hook(lambda _, args, depth=depth: shrinking.enter_block(depth, args))
+    for output in unet.up_blocks:
+        yield output.register_forward_pre_hook(
+            lambda _, args, kwargs: _keep(args, shrinking.enter_output(kwargs)), with_kwargs=True
+        )
+        attentions = getattr(output, "attentions", None)
+        for layer, last in enumerate(list(attentions or output.resnets)[:-1]):
+            yield last.register_forward_hook(
+                lambda _, args, output, layer=layer: shrinking.leave_layer(layer, output)
+            )
+    yield unet.conv_norm_out.register_forward_pre_hook(lambda _, args: shrinking.enter_end(args[0]))
+
+
+def _keep(args: Any, kwargs: dict[str, Any] | None) -> tuple[Any, dict[str, Any]] | None:
+    return None if kwargs is None else (args, kwargs)
+
+
+# Gradual Latent: denoising begins with small latents, which grow on the way, with the sampler euler_a.
+#
+# A step that makes them grow resizes what it begins with and what the U-Net says of it; Euler's step and the
+# fresh noise are those of the new size. An unsharp mask may make up for the blur of resizing. Source:
+# kohya-ss, "Gradual Latent", 2023; the steps: Karras et al. 2022, arXiv 2206.00364, in the ancestral form of
+# k-diffusion.
+SAMPLERS = ("euler_a", "k_euler_a")
+STEP = 8  # sides of latents that are still to grow are multiples of it, for the U-Net's halvings
+NEARLY = 1 - 1e-6  # a ratio that is 1 but for the rounding of its sum
+
+
+def size_at(full: Size, ratio: float) -> Size:
+    """Return the size of latents at a ratio of their full size, down to multiples of 8, at least 8."""
+    if ratio >= NEARLY:
+        return full
+    height, width = (max(int(side * ratio) // STEP * STEP, min(STEP, side)) for side in full)
+    return height, width
+
+
+def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> dict[int, float]:
+    """Return the ratio that steps let the latents grow to, by the place of a step in `timesteps`.
+
+    timesteps: of the steps that are made, falling.
+    """
+    growth: dict[int, float] = {}
+    ratio, last = gradual.gradual_latent_ratio, None
+    for index, timestep in enumerate(timesteps):
+        is_due = last is None or index - last >= gradual.gradual_latent_every_n_steps
+        if timestep < (gradual.gradual_latent_timesteps or 0) and ratio < NEARLY and is_due:
+            ratio = min(
+                gradual.gradual_latent_ratio + (len(growth) + 1) * gradual.gradual_latent_ratio_step, 1.0
+            )
+            growth[index], last = ratio, index
+    return growth
+
+
+def begin_small(
+    latents: Tensor, sampler: SchedulerSolver, gradual: GradualLatentOptions
+) -> tuple[Tensor, SchedulerSolver]:
+    """Return the start of denoising, B C 1 h w, in its first size, and the sampler that makes it grow.
+
+    If no step is made, all stays as it is. Raises OptionError if the blur of an unsharp mask is larger than
+    the latents.
+    """
+    if sampler.first >= sampler.schedule.num_steps:
+        return latents, sampler
+    full, unsharp = _size(latents), gradual.unsharp
+    timesteps = sampler.schedule.timesteps[sampler.first :].tolist()
+    growth = {sampler.first + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
+    sizes = [size_at(full, ratio) for ratio in growth.values()]
+    if unsharp is not None and sizes and unsharp.ksize // 2 >= min(sizes[0]):
+        raise OptionError(
+            f"the blur of {unsharp.ksize} of --gradual_latent_unsharp_params (--glus) is too large for "
+            f"latents of {sizes[0][1]} x {sizes[0][0]}. Give a smaller one, such as 3"
+        )
+    first = size_at(full, gradual.gradual_latent_ratio)
+    last = sizes[-1] if sizes else first
+    if last != full:
+        logger.warning(
+            "Gradual Latent ends at %d x %d pixels instead of %d x %d: there are too few steps to grow. "
+            "Give more --steps, a larger --gradual_latent_ratio_step or a higher "
+            "--gradual_latent_timesteps.",
+            *(side * STRIDE for side in (*reversed(last), *reversed(full))),
+        )
+    growing = GrowingSteps(sampler.scheduler, full, growth, unsharp, gradual.gradual_latent_s_noise)
+    return resize_latents(latents, first), replace(sampler, around=growing)
+
+
+def check_batch(pictures: Sequence[AskedPicture], sampler: str) -> None:
+    """Raise OptionError if a batch with Gradual Latent cannot be made."""
+    if sampler not in SAMPLERS:
+        raise OptionError(
+            f"{pictures[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) works with --sampler "
+            f"euler_a only, not with {sampler}"
+        )
+    if any(map(is_masked, pictures)):
+        raise OptionError(
+            f"{pictures[0].label}: Gradual Latent (--gradual_latent_timesteps, --glt) cannot be used with a "
+            "mask: what is kept of the picture has its full size. Leave one out"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class GrowingSteps:
+    """Stand around the steps of euler_a, which draws noise in the size of its sample; some enlarge it."""
+
+    scheduler: Any
+    full: Size
+    growth: Mapping[int, float]  # ratio, by the step's index in the schedule
+    unsharp: Unsharp | None
+    s_noise: float
+
+    def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Return the next sample, larger if this step makes it grow. velocity: the U-Net's output."""
+        if index not in self.growth:
+            return step(index, velocity, sample)
+        size, unsharp = size_at(self.full, self.growth[index]), self.unsharp
+        sample, velocity = resize_latents(sample.float(), size), resize_latents(velocity.float(), size)
+        stepped = step(index, velocity, sample)
+        if unsharp is None and self.s_noise == 1:
+            return stepped
+        # all is linear: the derivative of what is resized is the derivative, resized
+        change = self._change(index, velocity, sample)
+        noise = stepped - (sample + change)
+        if unsharp is None:
+            moved = sample + change
+        elif unsharp.target_x:
+            moved = sharpen(sample + change, unsharp)
+        else:
+            moved = sharpen(sample, unsharp) + change
+        return moved + self.s_noise * noise
+
+    def _change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
+        """Return the change of the sample by Euler's step, without noise."""
+        scheduler = self.scheduler
+        here, there = (float(scheduler.sigmas[place]) for place in (index, index + 1))
+        if scheduler.config.prediction_type == "v_prediction":
+            # the predicted clean sample is x / (s^2 + 1) - v s / sqrt(s^2 + 1)
+            derivative = sample * (here / (here**2 + 1)) + output / (here**2 + 1) ** 0.5
+        else:
+            derivative = output
+        up = there * (max(here**2 - there**2, 0.0) ** 0.5) / here
+        down = max(there**2 - up**2, 0.0) ** 0.5
+        return derivative * (down - here)
+
+
+def resize_latents(latents: Tensor, size: Size) -> Tensor:
+    """Return latents B C 1 h w in that size, bicubic; as they are if they have it."""
+    if _size(latents) == size:
+        return latents
+    return interpolate(latents.squeeze(2), size, mode="bicubic").unsqueeze(2)
+
+
+def sharpen(latents: Tensor, unsharp: Unsharp) -> Tensor:
+    """Return x + (x - blur(x)) * strength for latents B C 1 h w.
+
+    The blur is Gaussian, of `ksize` by `ksize` latents, which are mirrored at the edges.
+    """
+    places = torch.arange(unsharp.ksize, dtype=torch.float32) - unsharp.ksize // 2
+    row = torch.exp(-0.5 * (places / unsharp.sigma) ** 2)
+    row = (row / row.sum()).to(latents.device, latents.dtype)
+    images = latents.squeeze(2)
+    channels, edge = images.shape[1], unsharp.ksize // 2
+    kernel = torch.outer(row, row).expand(channels, 1, -1, -1)
+    blurred = conv2d(pad(images, (edge,) * 4, mode="reflect"), kernel, groups=channels)
+    return (images + (images - blurred) * unsharp.strength).unsqueeze(2)
