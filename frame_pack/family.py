@@ -182,10 +182,9 @@ class FramePack(OneTransformer):
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         """Return the VAE, and SigLIP if images are encoded."""
-        path, dtype = self.files.image_encoder_path, self.files.beside(None)
-        return MediaEncoders(
-            self.files.load_vae(device), load_siglip(path, device, dtype) if images else None
-        )
+        files = self.files
+        siglip = load_siglip(files.image_encoder_path, device, files.beside(None)) if images else None
+        return MediaEncoders(files.load_vae(device), siglip)
 
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError unless a table has long clips, or for --one_frame images with control images."""

@@ -91,7 +91,7 @@ def test_every_switch_that_changes_caches_is_part_of_what_they_were_made_from(tm
 
 
 def test_the_vae_is_tiled_unasked_and_in_time_from_six_seconds_on() -> None:
-    encoders = family_for_latent_caching(caching_options()).files.encoders
+    encoders = family_for_latent_caching(caching_options()).files
     assert (encoders.vae_tile, encoders.vae_tile_frames) == (256, 192)
 
 

@@ -209,8 +209,8 @@ def test_a_float32_transformer_has_everything_in_float32(family_of: FamilyOf) ->
     assert dtypes(family_of(dtype=torch.bfloat16)) == {torch.float16}
     assert dtypes(family_of(dit_dtype=torch.bfloat16)) == {torch.float16}
     family = family_of()
-    asked = replace(family.files.encoders, vae_dtype=torch.bfloat16, text_dtype=torch.bfloat16)
-    assert dtypes(replace(family, files=replace(family.files, encoders=asked))) == {torch.bfloat16}
+    asked = replace(family.files, vae_dtype=torch.bfloat16, text_dtype=torch.bfloat16)
+    assert dtypes(replace(family, files=asked)) == {torch.bfloat16}
 
 
 def test_the_transformer_computes_in_the_dtype_that_is_asked_for(family_of: FamilyOf) -> None:
@@ -286,7 +286,7 @@ def test_the_caching_command_is_that_for_the_transformer(family_of: FamilyOf) ->
 def test_an_items_latents_do_not_depend_on_its_neighbours(family_of: FamilyOf) -> None:
     """Nor on --i2v; another name gives another sample of the posterior."""
     family = family_of()
-    encoders = MediaEncoders(load_vae(family.files.encoders.vae_path, CPU, torch.float32))
+    encoders = MediaEncoders(load_vae(family.files.vae_path, CPU, torch.float32))
     frames = torch.randint(
         0, 256, (2, 5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
