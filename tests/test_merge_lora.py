@@ -96,29 +96,6 @@ def test_no_file_that_is_merged_is_written_over(tmp_path: Path, lora: Path) -> N
             merge("--dit", model, "--lora_weight", lora, "--save_merged_model", output)
 
 
-MEASURE = """
-import sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-from benchmarks.process_memory import peak, start_of_peak
-from networks.loading import LoraFile
-from networks.loading import LoraUse
-from networks.merging import merge_into_file
-
-def merge(rows):
-    save_file({"blocks.0.ffn.0.weight": torch.zeros(rows, 8192, dtype=torch.bfloat16)}, "model.safetensors")
-    factors = {"lora_down.weight": torch.ones(4, 8192), "lora_up.weight": torch.ones(rows, 4)}
-    tensors = {f"lora_unet_blocks_0_ffn_0.{part}": t for part, t in factors.items()}
-    uses = [LoraUse(LoraFile(Path("lora"), tensors, {}, "ours"))]
-    before = start_of_peak()
-    merge_into_file(Path("model.safetensors"), uses, Path("merged.safetensors"), torch.device("cpu"))
-    return peak() - before
-
-merge(64)  # loads what is loaded once
-print(merge(8192) / (8192 * 8192 * 2))
-"""
-
-
 def test_a_lora_of_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = write_dit(tmp_path, tiny_state("t2v"))
     large = wan_network(tiny_dit(tmp_path / "large", dim=256, num_heads=2))
