@@ -13,7 +13,6 @@ import pytest
 from modules import parser as parsing
 from modules.errors import OptionError
 from modules.parser import refuse_unsupported
-from tests.faults.messages import assert_one_message, run_here
 from tests.test_imports import SCRIPTS, TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,25 +104,6 @@ def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(
         with pytest.raises(OptionError, match=rf"^{action.option_strings[0]} is not supported yet: \w+"):
             refuse_unsupported(parser, used)
     refuse_unsupported(parser, argparse.Namespace(**defaults))
-
-
-@pytest.mark.parametrize("manifest", _cases())
-def test_a_mistyped_option_is_one_short_message_in_every_script(manifest: Path, tmp_path: Path) -> None:
-    description = json.loads(manifest.read_text(encoding="utf-8"))
-    script, option = (
-        description["script"],
-        max((option["flags"][0] for option in description["options"] if option["flags"]), key=len),
-    )
-    code, said = run_here(script, option[:-2] + option[-1], "x", folder=tmp_path)
-    name = Path(script).name
-    words = (
-        f"{name}: error: Unknown option",
-        f"Did you mean {option}?",
-        f"{name} --help lists all options",
-    )
-    message = assert_one_message(code, said, *words)
-    assert (code, said) == (2, message + "\n")
-    assert len(said) < 250
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *TOOLS])

@@ -1,6 +1,5 @@
 """convert_lora.py through its command line."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor
 import convert_lora
 from modules.errors import CheckpointError
 from networks.metadata import model_hashes, save_network
-from tests.commands import assert_user_error, run_script
 from tests.frame_pack.making import tiny_model
 from tests.networks.making import randomize, tiny_dit, wan_network
 from tests.tiny.loras import make_lora
@@ -114,33 +112,3 @@ def test_a_framepack_lora_has_the_models_own_names_and_comes_back_the_same(tmp_p
         torch.testing.assert_close(
             product, 3 / 4 * layer.lora_up.weight @ layer.lora_down.weight, rtol=1e-5, atol=1e-6
         )
-
-
-@pytest.mark.slow
-def test_the_script_runs_from_any_folder_and_explains_a_wrong_file(tmp_path: Path, saved: Path) -> None:
-    run_script(
-        "convert_lora.py",
-        "--input",
-        saved.name,
-        "--output",
-        "out.safetensors",
-        "--target",
-        "other",
-        folder=tmp_path,
-    )
-    assert all(name.startswith("diffusion_model.blocks.") for name in load_file(tmp_path / "out.safetensors"))
-
-    (tmp_path / "bad.safetensors").write_text(json.dumps({"no": "tensors"}))
-    done = run_script(
-        "convert_lora.py",
-        "--input",
-        "bad.safetensors",
-        "--output",
-        "o",
-        "--target",
-        "other",
-        folder=tmp_path,
-        check=False,
-    )
-    assert_user_error(done, "bad.safetensors", "CheckpointError")
-    assert not (tmp_path / "o").exists()

@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 import merge_lora
 from frame_pack.checkpoints import load_dit as load_framepack
 from modules.contract.loading import Placement
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.metadata import save_network
-from tests.commands import assert_user_error, run_script
 from tests.frame_pack.making import tiny_model as tiny_framepack
 from tests.networks.making import randomize, tiny_dit, wan_network
 from tests.networks.making_hunyuan import saved as saved_hunyuan_lora
@@ -88,56 +87,6 @@ def test_metadata_are_kept_but_for_stale_hashes(tmp_path: Path, lora: Path) -> N
         }
 
 
-def test_no_file_that_is_merged_is_written_over(tmp_path: Path, lora: Path) -> None:
-    model = write_dit(tmp_path, tiny_state("t2v"))
-
-    for output in (model, lora):
-        with pytest.raises(OptionError, match="Give a new name"):
-            merge("--dit", model, "--lora_weight", lora, "--save_merged_model", output)
-
-
-MEASURE = """
-import sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-from benchmarks.process_memory import peak, start_of_peak
-from networks.loading import LoraFile
-from networks.loading import LoraUse
-from networks.merging import merge_into_file
-
-def merge(rows):
-    save_file({"blocks.0.ffn.0.weight": torch.zeros(rows, 8192, dtype=torch.bfloat16)}, "model.safetensors")
-    factors = {"lora_down.weight": torch.ones(4, 8192), "lora_up.weight": torch.ones(rows, 4)}
-    tensors = {f"lora_unet_blocks_0_ffn_0.{part}": t for part, t in factors.items()}
-    uses = [LoraUse(LoraFile(Path("lora"), tensors, {}, "ours"))]
-    before = start_of_peak()
-    merge_into_file(Path("model.safetensors"), uses, Path("merged.safetensors"), torch.device("cpu"))
-    return peak() - before
-
-merge(64)  # loads what is loaded once
-print(merge(8192) / (8192 * 8192 * 2))
-"""
-
-
-def test_a_lora_of_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    model = write_dit(tmp_path, tiny_state("t2v"))
-    large = wan_network(tiny_dit(tmp_path / "large", dim=256, num_heads=2))
-    save_network(large, tmp_path / "lora.safetensors", None, {})
-
-    with pytest.raises(
-        CheckpointError, match=r"lora.safetensors does not fit .*wan.safetensors: for blocks.0.cross_attn"
-    ):
-        merge(
-            "--dit",
-            model,
-            "--lora_weight",
-            tmp_path / "lora.safetensors",
-            "--save_merged_model",
-            tmp_path / "out.safetensors",
-        )
-    assert not (tmp_path / "out.safetensors").exists()
-
-
 @pytest.mark.parametrize("dialect", ["fp8", "fp8_scaled"])
 def test_fp8_weights_are_refused(tmp_path: Path, lora: Path, dialect: str) -> None:
     model = write_dit(tmp_path, tiny_state("t2v"), dialect)
@@ -172,20 +121,3 @@ def test_framepacks_and_hunyuans_loras_are_merged_into_every_layout_of_framepack
     assert patch.unused() == []
     changed = [name for name, tensor in state.items() if not torch.equal(merged[name].to(dtype), tensor)]
     assert len(changed) == len(own.layers) == 2 * 12 + 3 * 5
-
-
-@pytest.mark.slow
-def test_the_script_runs_from_any_folder_and_explains_a_missing_file(tmp_path: Path, lora: Path) -> None:
-    write_dit(tmp_path, tiny_state("t2v"))
-    arguments = ("--dit", "wan.safetensors", "--save_merged_model", "merged.safetensors", "--device", "cpu")
-
-    run_script("merge_lora.py", *arguments, "--lora_weight", lora.name, folder=tmp_path)
-    assert not torch.equal(
-        load_file(tmp_path / "merged.safetensors")["blocks.0.ffn.0.weight"],
-        tiny_state("t2v")["blocks.0.ffn.0.weight"],
-    )
-
-    done = run_script(
-        "merge_lora.py", *arguments, "--lora_weight", "nothing.safetensors", folder=tmp_path, check=False
-    )
-    assert_user_error(done, "nothing.safetensors")

@@ -73,7 +73,8 @@ def test_an_older_python_is_refused_in_two_lines(python: str) -> None:
         assert len(done.stderr.splitlines()) == 2
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# all begin with the same import, see above
+@pytest.mark.parametrize("script", ["merge_lora.py", "wan_train_network.py"])
 def test_without_torch_a_script_says_how_to_get_to_it(script: str) -> None:
     done = run_python("-S", ROOT / script, check=False)  # -S: no packages at all
     assert_user_error(done, f"torch is not installed in this Python ({sys.executable})", "Activate")

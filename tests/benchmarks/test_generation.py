@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.generation import count_waits, step_seconds
+from benchmarks.generation import count_waits
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, denoise
@@ -47,9 +47,3 @@ def arguments(family: Family) -> dict[str, Any]:
 @pytest.mark.parametrize(("waits", "expected"), [(False, 0), (True, STEPS)])
 def test_every_wait_of_a_step_is_counted(waits: bool, expected: int) -> None:
     assert count_waits(denoise, arguments(Family(waits))) == expected
-
-
-def test_seconds_are_those_of_a_step_and_may_be_asked_for_again() -> None:
-    given = arguments(Family(False))
-    assert 0 < step_seconds(denoise, given) < 10
-    assert 0 < step_seconds(denoise, given) < 10

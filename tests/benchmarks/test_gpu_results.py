@@ -1,6 +1,5 @@
 """What is made of the GPU benchmark's numbers: goals, tables, guesses. The numbers here are made up."""
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ import pytest
 from benchmarks import gpu
 from benchmarks.gpu_results import (
     Results,
-    continue_results,
-    difference,
     goals_of,
 )
 from benchmarks.gpu_rows import TRAINING
@@ -90,16 +87,6 @@ def test_fp8_must_be_faster_at_equal_loss(changes: dict[str, Any], verdict: str,
     assert goal.endswith(f"({found})")
 
 
-def test_losses_are_compared_step_by_step() -> None:
-    assert difference(row(losses=[2.0, 1.0, 9.0]), row(losses=[2.0, 0.8])) == pytest.approx(0.25)
-    assert difference(row(losses=[]), row()) is None
-    assert difference(row(losses=[0.0, 1.0]), row(losses=[0.0, 1.0])) == 0
-    for losses in ([2.0, math.nan], [math.nan, 1.0], [2.0, math.inf]):
-        assert difference(row(losses=losses), row(losses=[2.0, 1.0])) == math.inf
-        assert difference(row(losses=[2.0, 1.0]), row(losses=losses)) == math.inf
-    assert difference(row(losses=[1.0]), row(losses=[0.0])) == math.inf
-
-
 # The tables
 
 
@@ -124,18 +111,6 @@ def test_tables_are_written_between_the_marks_of_the_documents_and_nowhere_else(
 
 
 # The result file
-
-
-def test_results_go_on_where_they_ended_but_not_on_another_device(tmp_path: Path) -> None:
-    path = tmp_path / "gpu.json"
-    continue_results(path, HEAD).note("wan14b-bf16", row())
-
-    later = continue_results(path, {**HEAD, "date": "2026-01-02", "matmul": 7e14})
-
-    assert later.rows["wan14b-bf16"] == row()
-    assert (later.head["date"], later.peak) == ("2026-01-02", 7e14)
-    with pytest.raises(SystemExit, match="was measured with a card, this is another: give another --output"):
-        continue_results(path, {**HEAD, "device": "another"})
 
 
 # How long

@@ -15,7 +15,6 @@ from benchmarks.traffic import Rates, Traffic, chosen, count_denoising, count_tr
 from benchmarks.traffic_count import (
     AGAIN,
     ATTENTION,
-    BACKWARD,
     CAST,
     COPY,
     ELEMENTWISE,
@@ -25,7 +24,6 @@ from benchmarks.traffic_count import (
     THIN,
     Counting,
     Operation,
-    fused,
 )
 from modules.planning.dry_run import dry_run
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -73,31 +71,6 @@ def test_kernels_of_a_small_block_are_counted_as_by_hand() -> None:
         (FORWARD, COPY, 3 * tokens),
         (FORWARD, ELEMENTWISE, tokens + tokens // 2),
     ]
-
-
-def test_products_and_attention_have_their_operations() -> None:
-    def work(device: torch.device) -> None:
-        torch.mm(torch.empty(L, C, device=device), torch.empty(C, WIDE, device=device))
-        query, key = (torch.empty(1, 2, count, 64, device=device, requires_grad=True) for count in (L, 9))
-        functional.scaled_dot_product_attention(query, key, key).sum().backward()
-
-    operations = {(one.phase, one.group): one.operations for one in counted(work)}
-
-    assert operations[FORWARD, PRODUCT] == 2 * L * C * WIDE
-    assert operations[FORWARD, ATTENTION] == 4 * L * 9 * 2 * 64
-    assert operations[BACKWARD, ATTENTION] == 2.5 * operations[FORWARD, ATTENTION]
-
-
-def test_neighbours_are_merged_and_what_only_they_see_stays_out_of_memory() -> None:
-    def work(device: torch.device) -> None:
-        x, weight = torch.empty(L, C, device=device), torch.empty(C, WIDE, device=device)
-        product = x.mul(2).add(x) @ weight
-        product.to(torch.bfloat16).mul(2).float() @ weight.T
-
-    tokens, wide = 4 * L * C, 4 * L * WIDE
-    merged = [one for one in fused(counted(work)) if one.group == ELEMENTWISE]
-
-    assert [one.size for one in merged] == [2 * tokens, 2 * wide]
 
 
 @pytest.mark.parametrize("generates", [False, True])

@@ -11,7 +11,6 @@ from torch import Tensor
 from encoders.autoencoder import (
     SCALE,
     SHIFT,
-    Autoencoder,
     autoencoder_identity,
     load_autoencoder,
     read_autoencoder_header,
@@ -134,12 +133,6 @@ def test_bytes_are_the_same_pictures(file: Path) -> None:
     assert torch.equal(network.encode(byte_clips(frames)), network.encode(to_pixels(frames)))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 1, 12, 16), (1, 3, 5, 16, 16), (3, 16, 16)])
-def test_other_sizes_are_refused(file: Path, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="multiples of 8|a picture is B C 1 H W"):
-        load_autoencoder(file, CPU, torch.float32).encode(torch.zeros(shape))
-
-
 def test_every_layout_gives_the_same_weights(file: Path, tmp_path: Path) -> None:
     expected = load_autoencoder(file, CPU, torch.float32).state_dict()
     tensors = autoencoder_tensors()
@@ -220,10 +213,3 @@ def test_identity_follows_file_dtype_and_tile(file: Path, tmp_path: Path) -> Non
     assert usual["vae"] != autoencoder_identity(other, torch.float32, None)["vae"]
     assert usual != autoencoder_identity(file, torch.bfloat16, None)
     assert usual != autoencoder_identity(file, torch.float32, 256)
-
-
-def test_each_tensor_is_made_on_the_device_of_the_weights() -> None:
-    with torch.device("meta"):
-        network = Autoencoder(autoencoder_config())
-    assert network.moments(torch.zeros(1, 3, 1, 16, 24)).shape == (1, 32, 1, 2, 3)
-    assert network.decode(torch.zeros(2, 16, 1, 2, 3)).shape == (2, 3, 1, 16, 24)

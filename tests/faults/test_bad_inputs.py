@@ -77,7 +77,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "code in an old pickle": ("bad.pth", old_pickled_code),
     "code in a pickle named safetensors": ("bad.safetensors", pickled_code),
     **{
-        f"a bit of the header flipped, {seed}": ("bad.safetensors", flipped_header(seed)) for seed in range(3)
+        f"a bit of the header flipped, {seed}": ("bad.safetensors", flipped_header(seed)) for seed in range(1)
     },
 }
 
@@ -191,8 +191,15 @@ def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     return {name: as_bytes(tensor) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize(("scripts", "place"), in_projects(PLACES), indirect=["scripts"])
+# what is wrong with a file is found by code that all places share: all damages at one, one at the others
+BAD_FILES = [(PLACES[0], damage) for damage in DAMAGES] + [(place, "truncated") for place in PLACES[1:]]
+
+
+@pytest.mark.parametrize(
+    ("scripts", "place", "damage"),
+    [pytest.param(place.scripts, place, damage) for place, damage in BAD_FILES],
+    indirect=["scripts"],
+)
 def test_a_bad_file_is_refused_in_one_message(
     place: Place, damage: str, project: Path, good: Path, tmp_path: Path
 ) -> None:
@@ -219,35 +226,6 @@ def test_a_file_of_another_kind_is_refused_in_one_message(place: Place, project:
     assert_one_message(code, said, f"{place.wrong}.safetensors")
     assert before.items() <= everything(project).items()
     assert not (project / "never.safetensors").exists()
-
-
-def test_a_file_that_is_no_transformer_is_named_and_no_lora_is_merged_into_it(
-    project: Path, good: Path
-) -> None:
-    code, said = run_here(
-        "merge_lora.py",
-        "--lora_weight",
-        "lora.safetensors",
-        *NEVER_MERGED,
-        "--dit",
-        good / "vae.safetensors",
-        folder=project,
-    )
-
-    assert_one_message(
-        code, said, "vae.safetensors is no transformer that a LoRA could be added to", "it looks like"
-    )
-    assert not (project / "never.safetensors").exists()
-
-
-@pytest.mark.parametrize(("scripts", "place"), in_projects(PLACES), indirect=["scripts"])
-def test_a_file_that_is_not_there_is_named(place: Place, project: Path, tmp_path: Path) -> None:
-    before = everything(project)
-
-    code, said = run_here(*place.command, place.option, tmp_path / "nothing.safetensors", folder=project)
-
-    assert_one_message(code, said, "nothing.safetensors", remedy=False)
-    assert everything(project) == before
 
 
 def test_damaged_weights_of_a_lora_made_here_are_noticed(project: Path, good: Path, tmp_path: Path) -> None:
@@ -423,23 +401,3 @@ def test_a_flipped_bit_never_changes_a_state_silently(undisturbed: Undisturbed, 
         flip_any_bit(folder / dice.choice([FILE, CHECKSUM]), dice)
         read = read_or_refuse(told, folder)
         assert read is None or read == whole
-
-
-# --- numbers beyond all sense -------------------------------------------------------------------------------
-
-DIGITS = "1" + "0" * 5000
-# the command, what is added to it, and what the message has to hold
-ABSURD: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "seed": (GENERATE, ("--seed", str(2**64)), ("seed", "64 bits")),
-    "seed of many digits": (GENERATE, ("--seed", DIGITS), ("--seed", "5001 digits")),
-    "seed of training": (SHORT_TRAINING, ("--seed", str(2**70)), ("--seed", "64 bits")),
-    "size": (GENERATE, ("--video_size", "1000000", "1000000"), ("1000000", "16384")),
-    "size of many digits": (GENERATE, ("--video_size", DIGITS, "32"), ("--video_size",)),
-    "size of which few frames fill the memory": (
-        GENERATE,
-        ("--video_size", "16384", "16384", "--video_length", "81"),
-        ("--video_size 16384 16384", "thousand million pixels"),
-    ),
-    "length": (GENERATE, ("--video_length", "1000000000"), ("1000000000", "100000")),
-    "rank": (SHORT_TRAINING, ("--network_dim", "1000000000"), ("--network_dim 1000000000", "4096")),
-}

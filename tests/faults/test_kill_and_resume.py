@@ -18,8 +18,6 @@ from tests.commands import QUIET, ROOT, run_python, run_script
 from tests.faults.run_and_die import POINTS
 from tests.faults.runs import (
     DYING,
-    FAMILIES,
-    FINE_TUNING,
     Scripts,
     Undisturbed,
     assert_same_caches,
@@ -33,7 +31,6 @@ from tests.faults.runs import (
 )
 from tests.warm_processes import CAN_BE_WARM, WarmProcess
 
-TRAININGS = (*FAMILIES, FINE_TUNING)
 KILLED = 1 if os.name == "nt" else -9
 Running = WarmProcess | subprocess.Popen[bytes]
 PATIENCE = 300  # seconds until a process that does not go on counts as hanging

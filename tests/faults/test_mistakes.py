@@ -279,7 +279,6 @@ TOGETHER = (
     wrong(GENERATIONS, "--nag_scale 5 --nag_alpha 1.5", "--nag_alpha 1.5", "from 0 to 1"),
 )
 MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "together": TOGETHER}
-HEAVY_LETTERS = "x" * 50_000
 
 
 def _cases() -> list[object]:

@@ -12,7 +12,7 @@ from flux.family import Flux, family_for_text_caching, family_for_training
 from flux.files import FluxFiles
 from flux.model import pack
 from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOptions
-from flux.spec import LATENT, size_shift, tokens_of
+from flux.spec import size_shift, tokens_of
 from generation.denoise import make_latents
 from modules.contract.data import Batch, MadeBy
 from modules.contract.loading import Placement
@@ -23,7 +23,7 @@ from modules.flow.schedule import make_schedule
 from modules.speed_options import VaeOptions
 from tests.flux.making import tiny_inputs, tiny_model
 from tests.golden_cases import DRAWN, make_weights, read_case
-from tests.tiny.flux import CONFIGS, tiny_state, write_dit, write_tiny_flux
+from tests.tiny.flux import tiny_state, write_dit, write_tiny_flux
 
 CPU = torch.device("cpu")
 TEXT = FluxTextOptions(
@@ -242,8 +242,3 @@ def test_caches_of_a_t5_that_read_otherwise_are_refused(tmp_path: Path) -> None:
             dev.batch_conditions(latents, Batch({**texts, name: wrong}, ("a",), ("a",)))
     with pytest.raises(CacheError, match="257 tokens of T5, this transformer was trained with 256"):
         schnell.batch_conditions(latents, batch)
-
-
-def test_all_kinds_are_named() -> None:
-    assert set(CONFIGS) == {"dev", "schnell", "chroma"}
-    assert LATENT.shape(1, 512, 256) == (1, 16, 1, 64, 32)

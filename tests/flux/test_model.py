@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux.model import pack
-from modules.contract.steps import Away, Tweaks
+from modules.contract.steps import Tweaks
 from tests.flux.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.tiny.flux import CONFIGS
 
@@ -75,29 +75,6 @@ def test_leaving_the_guidance_out_is_not_a_guidance_of_zero() -> None:
     assert not torch.equal(model(**inputs, tweaks=Tweaks(embedded_guidance=False)), zero)
 
 
-@pytest.mark.parametrize("kind", ["dev", "chroma"])
-def test_a_second_text_changes_only_what_the_picture_is_steered_to(kind: str) -> None:
-    model, inputs, other = tiny_model(kind), tiny_inputs(kind), tiny_inputs(kind, (7, 2))
-    names = ("t5", "t5_mask", *(() if kind == "chroma" else ("pooled",)))
-    text = {name: 0.5 * other[name] if name == "t5" else other[name] for name in names}
-
-    plain = model(**inputs)
-    same = model(**inputs, tweaks=Tweaks(away=Away(text, lambda mine, seen: mine)))
-    steered = model(**inputs, tweaks=Tweaks(away=Away(text, lambda mine, seen: seen)))
-
-    torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-5)
-    assert (steered - plain).abs().max() > 1e-2
-
-
-def test_skipped_blocks_change_the_output_and_keep_its_shape() -> None:
-    model, inputs = tiny_model("chroma"), tiny_inputs("chroma")
-
-    skipped = model(**inputs, tweaks=Tweaks(skip_blocks=frozenset({1, 3})))
-
-    assert skipped.shape == inputs["noisy"].shape
-    assert not torch.equal(skipped, model(**inputs))
-
-
 def test_no_gradient_goes_into_the_approximator() -> None:
     model = tiny_model("chroma").requires_grad_(True)
 
@@ -106,17 +83,3 @@ def test_no_gradient_goes_into_the_approximator() -> None:
     grads: dict[str, Any] = {name: one.grad for name, one in model.named_parameters()}
     assert all(grad is None for name, grad in grads.items() if name.startswith("distilled_guidance_layer"))
     assert all(grad is not None for name, grad in grads.items() if "linear1" in name)
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"noisy": torch.zeros(2, 4, 1, 6, 8)}, "4 input channels"),
-        ({"noisy": torch.zeros(2, 16, 1, 5, 8)}, "even height and width"),
-        ({"t5_mask": torch.ones(2, 4)}, "a text mask"),
-        ({"pooled": None}, "CLIP-L"),
-    ],
-)
-def test_inputs_that_do_not_go_together_are_refused(changed: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        tiny_model("dev")(**tiny_inputs("dev") | changed)

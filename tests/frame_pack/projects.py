@@ -24,7 +24,6 @@ from training.samples import prepare_samples
 
 CPU = torch.device("cpu")
 OUTPUT = ("--output_name", "lora", "--seed", "1", "--max_data_loader_n_workers", "0")
-FAST = ("--learning_rate", "0.05", "--optimizer_type", "AdamW")
 SIZE = ("--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3")
 
 

@@ -131,15 +131,3 @@ def test_caches_of_another_encoder_are_named(family: FramePack, name: str, comma
         match=rf"{name} in its cache is 96 numbers wide, .*framepack.safetensors takes .*{command}",
     ):
         predicted(family, changed(widen))
-
-
-def f1_places(tensors: dict[str, Tensor]) -> None:
-    """As every F1 section has them."""
-    tensors["clean_latent_indices"] = torch.tensor([[0, 19]] * 2)
-    tensors["latent_indices"] = torch.tensor([[20, 21]] * 2)
-
-
-def a_picture(tensors: dict[str, Tensor]) -> None:
-    """One control image and no black frame behind it: before the target, as F1's neighbour."""
-    f1_places(tensors)
-    del tensors["latents_clean_2x"], tensors["latents_clean_4x"]

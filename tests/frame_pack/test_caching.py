@@ -24,8 +24,6 @@ from tests.tiny.framepack import write_siglip
 from tests.tiny.hunyuan_vae import write_vae
 
 CPU = torch.device("cpu")
-CLIPS = MediaTable("data.toml", target_frames=(37,))
-PICTURES = MediaTable("data.toml", "image", has_control=True)
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,3 @@ def test_what_cannot_be_cached_is_named_before_anything_is_loaded(
         fpack_cache_latents.main(arguments(folder, dataset, *switches, more=more))
     assert "dataset.toml, [[datasets]] 1" in str(caught.value)
     assert not (folder / "cache").exists()
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "cache").iterdir())

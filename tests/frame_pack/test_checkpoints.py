@@ -9,12 +9,10 @@ import torch
 import hunyuan_model.checkpoints
 import wan.checkpoints
 from frame_pack.checkpoints import identify, load_dit, read_dit_header
-from frame_pack.configs import DIT
 from modules import families
 from modules.checkpoints.model_files import read_once
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
-from modules.fp8.weights import linear_weights
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.framepack_dit import CONFIG, DIALECTS, tiny_state, write_dit
 
@@ -52,29 +50,6 @@ def test_the_published_file_of_full_size_loads_without_leftovers(tmp_path: Path)
         2,
     )
     assert (config.patch_size, config.in_dim, config.out_dim) == ((1, 2, 2), 16, 16)
-
-
-def test_the_published_matrices_in_fp8_load_too(tmp_path: Path) -> None:
-    tensors = {
-        name: ("F8_E4M3" if len(shape) == 2 and "blocks." in name else dtype, shape)
-        for name, (dtype, shape) in tensor_list("framepack-dit").items()
-    }
-
-    dit = load_dit(write_hollow(tmp_path / "dit.safetensors", tensors), META)
-
-    assert dit.compute_dtype == torch.bfloat16
-    assert dit.get_parameter("transformer_blocks.3.attn.to_q.weight").dtype == torch.bfloat16
-
-
-def test_linear_layers_of_blocks_but_those_of_norms_may_be_kept_in_fp8(tmp_path: Path) -> None:
-    dit = load_dit(write_dit(tmp_path, tiny_state()), CPU)
-
-    kept = linear_weights(dit, DIT.block_lists, DIT.fp8_exclude)
-
-    everything = linear_weights(dit, DIT.block_lists)
-    assert {name for name in everything if ".norm" in name} == everything - kept
-    assert len(kept) == 2 * (8 + 4) + 3 * 5
-    assert len(everything - kept) == 2 * 2 + 3
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

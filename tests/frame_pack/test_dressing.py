@@ -2,60 +2,23 @@
 (tests/modules has that).
 """
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
 
-from frame_pack.checkpoints import load_dit
 from frame_pack.configs import DIT
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
-from modules.contract.loading import Placement
-from modules.speed_options import Quantisation
-from tests.fp8_reference import emulated_product
 from tests.frame_pack.making import tiny_inputs, tiny_model
-from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
+from tests.tiny.framepack_dit import CONFIG
 
 SIZES = {"double_blocks": 2, "single_blocks": 3}
-LINEAR = 2 * (8 + 4) + 3 * 5  # layers that 8 bits are for: of attention and feed-forwards
 ONE = tiny_inputs((11,))  # one sample, of tokens enough to multiply in 8 bits
 WINDOW = ONE["noisy"].shape[2]
-CPU = Placement(torch.device("cpu"))
 NEAR = 1e-5  # of the largest value, float32: sums in another order
-
-
-@pytest.mark.parametrize(("asked", "counts"), [(1, (0, 3)), (4, (2, 5)), (36, (18, 37)), (38, (19, 39))])
-def test_blocks_to_swap_are_spread_over_the_lists_as_in_hunyuanvideo(
-    asked: int, counts: tuple[int, int]
-) -> None:
-    assert DIT.swap_counts(asked) == counts
-
-
-@pytest.mark.parametrize("kind", ["cast", "rows"])
-@pytest.mark.parametrize("fast", [False, True], ids=["", "fast"])
-def test_blocks_in_8_bits_stay_near_and_norms_are_left_alone(tmp_path: Path, kind: str, fast: bool) -> None:
-    path, calls = write_dit(tmp_path, tiny_state()), list[Tensor]()
-
-    def product(a: Tensor, *others: Any) -> Tensor:
-        calls.append(a)
-        return emulated_product(a, *others)
-
-    fp8 = Quantisation(kind, fp8_matmul=True, product=product) if fast else Quantisation(kind)
-    dit = load_dit(path, replace(CPU, fp8=fp8))
-
-    in_8_bits = {name for name, weight in dit.named_parameters() if weight.dtype.itemsize == 1}
-    in_8_bits |= {name for name, tensor in dit.named_buffers() if tensor.dtype.itemsize == 1}
-    assert len(in_8_bits) == LINEAR
-    assert not any(".norm" in name for name in in_8_bits)
-    expected = load_dit(path, CPU)(**ONE)
-    assert 0 < (dit(**ONE) - expected).abs().max() <= 0.15 * expected.abs().max()  # three digits of mantissa
-    assert len(calls) == (LINEAR if fast else 0)
 
 
 @pytest.fixture(params=[ANTI_DRIFTING, F1], ids=["anti-drifting", "f1"])

@@ -28,7 +28,6 @@ from tests.tiny.framepack_dit import tiny_state, write_dit
 
 WINDOW = 9
 HISTORY = ("clean_latents", "clean_latents_2x", "clean_latents_4x")
-PLACES = ("clean_latent_indices", "clean_latent_2x_indices", "clean_latent_4x_indices")
 
 
 def seen(call: Call) -> list[float]:

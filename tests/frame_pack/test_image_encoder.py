@@ -1,6 +1,5 @@
 """FramePack's image encoder against transformers, and which files it takes."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -133,17 +132,6 @@ def test_the_published_file_fits_at_full_size(tmp_path: Path) -> None:
 
 
 # Dimensions
-
-
-def config_of(folder: Path, config: SiglipConfig, told: dict[str, object] | None = None) -> SiglipConfig:
-    """What is read of a file of such a tower with this config.json beside it."""
-    path = save(
-        folder / "model.safetensors", siglip_layouts(siglip_tensors(config=config))["without pooling"]
-    )
-    if told is not None:
-        (folder / "config.json").write_text(json.dumps(told), encoding="utf-8")
-    with open_checkpoint(path) as checkpoint:
-        return read_siglip(checkpoint).config
 
 
 # Files that do not fit

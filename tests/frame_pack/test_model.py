@@ -8,7 +8,6 @@ from torch import Tensor
 
 from frame_pack.model import FramePackModel
 from hunyuan_model.blocks import HunyuanTokens
-from modules.contract.steps import Tweaks
 from tests.frame_pack.making import CLEAN, golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS
 
@@ -105,68 +104,3 @@ def test_samples_of_a_batch_may_stand_at_different_places() -> None:
         alone = {name: value[sample : sample + 1] for name, value in inputs.items()}
         assert (model(**alone) - together[sample]).abs().max() <= NEAR * together.abs().max()
     assert not torch.allclose(model(**tiny_inputs((5, 11)))[1], together[1])
-
-
-def test_tokens_are_the_oldest_and_coarsest_first_then_the_noisy_ones() -> None:
-    model, inputs = tiny_model(), tiny_inputs((5,))
-    names = ("clean_latents_4x", "clean_latents_2x", "clean_latents", "noisy")
-    counts = (2 * 1 * 2, 2 * 2 * 3, 2 * 3 * 5, 3 * 3 * 5)  # frames, rows, columns of patches, rounded up
-    before, tokens = embedded(model, inputs)
-    assert tokens.video == sum(counts)
-
-    start = 0
-    for name, count in zip(names, counts, strict=True):
-        after, _ = embedded(model, inputs | {name: inputs[name] + 1})
-        changed = (after != before).any(dim=-1)[0].nonzero().flatten().tolist()
-        assert changed == list(range(start, start + count)), name
-        start += count
-
-
-def test_the_image_and_each_kind_of_finished_latents_count() -> None:
-    model, inputs = tiny_model(), tiny_inputs()
-    plain = model(**inputs)
-
-    for name in ("image_embeddings", "clip_l", "guidance", *CLEAN):
-        assert not torch.allclose(model(**inputs | {name: 2 * inputs[name]}), plain), name
-    for name in CLEAN:
-        assert not torch.allclose(model(**without(inputs, name)), plain), name
-
-
-def test_indices_alone_say_where_latents_stand() -> None:
-    model, inputs, order = tiny_model(), tiny_inputs(), [2, 0, 1]
-    plain = model(**inputs)
-
-    shuffled = inputs | {"noisy": inputs["noisy"][:, :, order]}
-    with_indices = model(**shuffled | {"latent_indices": inputs["latent_indices"][:, order]})
-
-    assert (with_indices - plain[:, :, order]).abs().max() <= NEAR * plain.abs().max()
-    assert (model(**shuffled) - plain[:, :, order]).abs().max() > 0.01 * plain.abs().max()
-
-
-def test_skipped_blocks_pass_their_input_through_double_blocks_counted_first() -> None:
-    model, inputs = tiny_model(), tiny_inputs()
-    x, tokens = embedded(model, inputs)
-    for block in (
-        model.transformer_blocks[1],
-        model.single_transformer_blocks[0],
-        model.single_transformer_blocks[2],
-    ):
-        x = block(x, tokens)
-
-    assert torch.equal(
-        model(**inputs, tweaks=Tweaks(skip_blocks=frozenset({0, 3}))), model.unembed(x, tokens)
-    )
-
-
-@pytest.mark.parametrize("how", ["weights", "autocast"])
-def test_the_embedding_stays_float32_in_bfloat16_and_tokens_do_not(how: str) -> None:
-    model, inputs = tiny_model(), tiny_inputs()
-    if how == "weights":
-        model = model.to(torch.bfloat16)
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        x, tokens = embedded(model, inputs)
-        double, single = model.transformer_blocks[0](x, tokens), model.single_transformer_blocks[0](x, tokens)
-
-    assert {x.dtype, double.dtype, single.dtype, tokens.dtype} == {torch.bfloat16}
-    assert tokens.vector.dtype == torch.float32

@@ -95,23 +95,6 @@ def test_nothing_said_makes_five_seconds_with_the_released_numbers(picture: Path
     assert (request.guidance_scale, request.solver) == ((1.0,), "unipc-bh1")
 
 
-@pytest.mark.parametrize(
-    ("size", "one_frame", "shift"),
-    [
-        ((480, 832), False, 7.0),
-        ((640, 640), False, 7.0),
-        ((256, 256), False, 2.33186),
-        ((512, 768), True, 2.0476),
-    ],
-)
-def test_the_flow_shift_follows_the_size(
-    picture: Path, size: tuple[int, int], one_frame: bool, shift: float
-) -> None:
-    extra = {"one_frame": "default"} if one_frame else {}
-    request = settle(picture, extra, height=size[0], width=size[1])
-    assert request.flow_shift == pytest.approx(shift, rel=1e-4)
-
-
 @pytest.mark.parametrize("solver", ["euler", "dpm++", "dpm++sde", "lcm"])
 def test_another_solver_follows_the_same_levels(picture: Path, solver: str) -> None:
     request = settle(picture, solver=solver)

@@ -2,7 +2,6 @@
 makes.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 from tests.tiny.project import CAPTIONS, write_clips, write_dataset
 
 SCRIPT = "fpack_cache_text_encoder_outputs.py"
-KILLED = 1 if os.name == "nt" else -9
 # metadata of the known tuners, beside the caption
 KNOWN = {"architecture": "framepack", "format_version": "1.0.1"}
 WINDOW = 9

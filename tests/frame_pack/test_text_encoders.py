@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,15 +20,6 @@ from tests.frame_pack.texts_there import KEPT_TOKENS, TextsThere, template_there
 from tests.tiny.hunyuan_encoders import (
     CLIP_DIM,
     LLM_DIM,
-    clip_text_layouts,
-    clip_text_tensors,
-    llama_layouts,
-    llama_tensors,
-    save,
-    save_sharded,
-    write_clip_tokenizer,
-    write_comfy_text_encoders,
-    write_llama_tokenizer,
     write_text_encoders,
 )
 
@@ -142,61 +132,3 @@ def test_the_option_of_the_generation_script_reaches_the_language_model(
 
 
 # file layouts: each gives the two paths
-
-
-def in_one_file(folder: Path) -> tuple[Path, Path]:
-    """ComfyUI's files, tokenizers in folders beside them."""
-    files = write_comfy_text_encoders(folder)
-    return files["text_encoder1"], files["text_encoder2"]
-
-
-def alone_in_folders(folder: Path) -> tuple[Path, Path]:
-    """Folders of the bare models, tokenizers inside."""
-    save(folder / "llama" / "model.safetensors", llama_layouts(llama_tensors())["bare"])
-    save(folder / "clip" / "model.safetensors", clip_text_layouts(clip_text_tensors())["text"])
-    write_llama_tokenizer(folder / "llama")
-    write_clip_tokenizer(folder / "clip")
-    return folder / "llama", folder / "clip"
-
-
-def first_of_split_files(folder: Path) -> tuple[Path, Path]:
-    """The first shard of several, as the community's copy is split."""
-    save_sharded(folder / "text_encoder", llama_layouts(llama_tensors())["bare"])
-    save_sharded(folder / "text_encoder_2", clip_text_layouts(clip_text_tensors())["text"])
-    write_llama_tokenizer(folder / "tokenizer")
-    write_clip_tokenizer(folder / "tokenizer_2")
-    first = [sorted((folder / name).glob("*-00001-of-*"))[0] for name in ("text_encoder", "text_encoder_2")]
-    return first[0], first[1]
-
-
-def snapshot(folder: Path) -> tuple[Path, Path]:
-    """The snapshot that the hub's library keeps of a whole release: links to files that are named by their
-    content.
-    """
-    release, blobs = folder / "snapshots" / "0123abcd", folder / "blobs"
-    first_of_split_files(release)
-    blobs.mkdir()
-    for index, file in enumerate([path for path in sorted(release.rglob("*")) if path.is_file()]):
-        file.symlink_to(shutil.move(file, blobs / f"{index:064x}"))
-    return release, release
-
-
-def first_file_of_a_snapshot(folder: Path) -> tuple[Path, Path]:
-    release, _ = snapshot(folder)
-    return next(release.glob("text_encoder/*-00001-of-*")), next(release.glob("text_encoder_2/*-00001-of-*"))
-
-
-def of_hunyuan(folder: Path) -> tuple[Path, Path]:
-    """HunyuanVideo's own folder of everything, tokenizers beside the weights."""
-    write_text_encoders(folder)
-    return folder, folder
-
-
-LAYOUTS = (
-    in_one_file,
-    alone_in_folders,
-    first_of_split_files,
-    snapshot,
-    first_file_of_a_snapshot,
-    of_hunyuan,
-)

@@ -5,25 +5,17 @@ what is refused.
 import json
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from tests.faults.messages import assert_one_message, run_here
 from tests.frame_pack.projects import OUTPUT, ProjectOf, train
 from tests.tiny.families import TinyFamily
-
-TRAIN = "fpack_train_network.py"
 
 
 def without(command: list[str], option: str) -> list[str]:
     """A command without an option and its value."""
     place = command.index(option)
     return command[:place] + command[place + 2 :]
-
-
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def refused(family: TinyFamily, folder: Path, *arguments: object, command: list[str] | None = None) -> str:

@@ -57,12 +57,6 @@ def no_waits(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def wait_for(device: torch.device) -> None:
-    """Return when the device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def poison(device: torch.device, size_bytes: int) -> None:
     """Fill so many bytes of unused device memory, in pieces of several sizes, with NaN.
 

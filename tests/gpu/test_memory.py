@@ -22,7 +22,7 @@ from modules.contract.steps import EncodedPrompts
 from modules.fp8.products import add_product, supports_fp8
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
-from modules.layers.rope import exact_table, rotate
+from modules.layers.rope import rotate
 from modules.offload.block_swap import host_weights
 from modules.offload.swap_plan import SwapPlan
 from modules.planning.dry_run import ACCELERATOR, dry_run
@@ -297,8 +297,3 @@ def test_a_generation_takes_what_the_plan_says(
     if device.type == "cuda":
         torch.cuda.synchronize()
         assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=TOLERANCE)
-
-
-def test_a_table_of_turns_is_as_large_as_assumed_here() -> None:
-    table = exact_table((2, 4, 4), (44, 42, 42))
-    assert table.shape == (32, 1, 64, 2)

@@ -61,12 +61,3 @@ def test_other_files_are_refused_by_name(state: dict[str, Tensor], says: str, tm
 
     with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError, match=says):
         read_dit_header(checkpoint)
-
-
-def test_a_distilled_file_is_recognised(tmp_path: Path) -> None:
-    path = save(tmp_path / "dit.safetensors", {**tiny_state(), "time_r_in.mlp.0.weight": torch.zeros(2)})
-
-    hint = identify(path)
-
-    assert hint is not None
-    assert "distilled" in hint

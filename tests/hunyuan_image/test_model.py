@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from modules.contract.steps import Away, Tweaks
 from tests.golden_cases import read_case
 from tests.hunyuan_image.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 
@@ -64,35 +63,3 @@ def test_attention_has_no_lengths_if_all_texts_are_of_one_length() -> None:
 
     assert equal.lengths is None
     assert uneven.lengths is not None
-
-
-def test_a_second_text_steers_the_picture_only() -> None:
-    inputs, other = tiny_inputs(), tiny_inputs((3, 3), (1, 1))
-    names = ("text", "text_mask", "glyphs", "glyph_mask")
-    text = {name: other[name][:1] for name in names}
-
-    same = tiny_model()(**inputs, tweaks=Tweaks(away=Away(text, lambda seen, _: seen)))
-    steered = tiny_model()(**inputs, tweaks=Tweaks(away=Away(text, lambda seen, away: 2 * seen - away)))
-
-    plain = tiny_model()(**inputs)
-    assert (same - plain).abs().max() <= NEAR * plain.abs().max()
-    assert (steered - plain).abs().max() > 1e-3 * plain.abs().max()
-
-
-def test_skipped_blocks_pass_their_input_through() -> None:
-    inputs, model = tiny_inputs(), tiny_model()
-
-    skipped = model(**inputs, tweaks=Tweaks(skip_blocks=frozenset({1, 3})))
-
-    del model.double_blocks[1]
-    del model.single_blocks[1]
-    assert torch.equal(skipped, model(**inputs))
-
-
-def test_wrong_sizes_are_refused() -> None:
-    inputs = tiny_inputs()
-
-    with pytest.raises(ValueError, match="input channels"):
-        tiny_model()(**inputs | {"noisy": torch.zeros(2, 3, 4, 6)})
-    with pytest.raises(ValueError, match="a mask of"):
-        tiny_model()(**inputs | {"glyph_mask": inputs["text_mask"]})

@@ -141,12 +141,3 @@ def test_a_file_without_a_vae_is_refused(tmp_path: Path) -> None:
 
     with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError, match="HunyuanVideo VAE"):
         read_vae(checkpoint)
-
-
-def test_clips_and_uneven_sizes_are_refused(tmp_path: Path) -> None:
-    vae = load_vae(write_vae(tmp_path / "vae.safetensors"), CPU, torch.float32)
-
-    with pytest.raises(ValueError, match="single pictures"):
-        vae.encode(torch.zeros(1, 3, 2, 32, 32))
-    with pytest.raises(ValueError, match="multiples of 32"):
-        vae.encode(torch.zeros(1, 3, 1, 48, 32))

@@ -213,11 +213,6 @@ def test_a_float32_transformer_has_everything_in_float32(family_of: FamilyOf) ->
     assert dtypes(replace(family, files=asked)) == {torch.bfloat16}
 
 
-def test_the_transformer_computes_in_the_dtype_that_is_asked_for(family_of: FamilyOf) -> None:
-    dit = family_of(dit_dtype=torch.bfloat16).load_dit(Placement(CPU))
-    assert dit.get_parameter("double_blocks.0.img_attn_qkv.weight").dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chosen", [None, torch.float16])
 @pytest.mark.parametrize("placement", [Placement(CPU), Placement(CPU, storage_dtype=torch.float32)])

@@ -174,15 +174,3 @@ def test_a_tokenizer_of_the_wrong_kind_is_refused_for_clip(model: Path) -> None:
     vocabulary.write_text(json.dumps(names), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"it has no <\|startoftext\|>"):
         load_clip_tokenizer(CLIP.tokenizer, vocabulary, model)
-
-
-def test_merges_that_are_missing_are_reported(model: Path) -> None:
-    folder = model.parents[2] / "clip tokens"
-    (folder / "merges.txt").unlink()
-    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
-        load_clip_tokenizer(CLIP.tokenizer, folder, model)
-
-
-def test_a_tokenizer_that_is_the_hubs_is_told_by_its_place() -> None:
-    assert LLAMA_FILES.identity(None) == "hunyuanvideo-community/HunyuanVideo/tokenizer"
-    assert CLIP.tokenizer.identity(None) == "openai/clip-vit-large-patch14"

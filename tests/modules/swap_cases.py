@@ -24,7 +24,7 @@ from tests.hunyuan_model import making
 from tests.modules.fake_device import FakeDevice, hide
 from tests.tiny import dits, framepack_dit, hunyuan_dit, wan_dit
 from tests.tiny.loras import make_lora
-from tests.wan.test_model import tiny_inputs as wan_inputs
+from tests.wan.making import tiny_inputs as wan_inputs
 from wan.model import WanModel
 from wan.spec import DIT as WAN
 

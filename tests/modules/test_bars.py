@@ -1,17 +1,10 @@
 """Progress of a loop: a bar on a terminal, lines now and then elsewhere."""
 
 import logging
-from collections.abc import Callable, Iterator
 
 import pytest
 
-from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar, track
-
-
-def clock_of(*times: float) -> Callable[[], float]:
-    moments = iter(times)
-    last = times[-1]
-    return lambda: next(moments, last)
+from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar
 
 
 def test_without_a_terminal_a_line_is_written_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
@@ -55,31 +48,6 @@ def test_a_short_loop_says_nothing(
 
     assert not caplog.messages
     assert not capsys.readouterr().err
-
-
-def test_tracking_passes_the_items_on_and_counts_what_they_add() -> None:
-    done: list[float] = []
-
-    def items() -> Iterator[int]:
-        yield from (1, 2, 3)
-
-    found = list(track(items(), "Merging", 6, size=lambda item: done.append(item) or item))  # type: ignore[func-returns-value]
-
-    assert (found, done) == ([1, 2, 3], [1, 2, 3])
-
-
-def test_an_error_in_the_loop_closes_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    closed: list[str] = []
-    monkeypatch.setattr(Bar, "close", lambda self: closed.append(self.what))
-
-    def use() -> None:
-        for _ in track([1, 2], "Loading", 2):
-            raise ValueError("no")
-
-    with pytest.raises(ValueError, match="no"):
-        use()
-
-    assert closed == ["Loading"]
 
 
 def test_a_bar_appears_after_a_second_and_is_removed(

@@ -3,16 +3,14 @@ uncompiled ones.
 """
 
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from modules.compile import RECOMPILE_LIMIT, check_compilation, compile_blocks
+from modules.compile import check_compilation, compile_blocks
 from modules.compile_options import Compilation
-from modules.contract.family import DitSpec
 from modules.errors import OptionError
 from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
@@ -192,16 +190,6 @@ def test_checkpoints_that_wait_on_the_host_or_keep_attention_go_with_compiled_bl
     (velocity, expected), (other_velocity, found) = results
     assert torch.equal(velocity, other_velocity)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-def test_torch_may_compile_more_forms_than_it_would_by_itself() -> None:
-    torch._dynamo.config.recompile_limit = 8
-    compile_blocks(nn.Module(), DitSpec(()), EAGER)
-
-    assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
-
-    compile_blocks(nn.Module(), DitSpec(()), replace(EAGER, variants=5))
-    assert torch._dynamo.config.recompile_limit == 5
 
 
 @pytest.mark.parametrize("name", ["ofi", "nvprims_nvfuser", "nonsense"])

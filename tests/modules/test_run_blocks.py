@@ -4,18 +4,17 @@ things.
 A toy step cache and a toy that skips blocks go through it on every family's transformer.
 """
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from modules.contract.steps import NO_TWEAKS, Tweaks
+from modules.contract.steps import Tweaks
 from modules.offload.checkpointing import checkpoint_blocks
-from modules.run_blocks import Hidden, Runner, run_blocks, runner_of, set_runner, spec_of
+from modules.run_blocks import Hidden, runner_of, set_runner, spec_of
 from tests.modules.swap_cases import CASES, Case, swapped
 
 FAMILIES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -33,26 +32,6 @@ def count_blocks(dit: nn.Module) -> list[int]:
     return ran
 
 
-class StepCache:
-    """Makes every second pass of what the blocks added in the one before."""
-
-    def __init__(self, inner: Runner) -> None:
-        self._inner = inner
-        self._added: Tensor | None = None
-
-    def __call__(self, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-        if self._added is not None:
-            hidden.x, self._added = hidden.x + self._added, None
-            return
-        before = hidden.x
-        self._inner(dit, hidden, tweaks)
-        self._added = hidden.x - before
-
-
-def cache_steps(dit: nn.Module) -> None:
-    set_runner(dit, StepCache(runner_of(dit)))
-
-
 def leave_out(dit: nn.Module, positions: frozenset[int]) -> None:
     """Have every pass leave out these blocks too."""
     inner = runner_of(dit)
@@ -66,46 +45,6 @@ def run_beside_the_seam(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
     """What a model would do whose forward had a loop of its own."""
     for block in all_blocks(dit):
         hidden.x = block(hidden.x, hidden.tokens)
-
-
-def states(dit: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
-    """A pass's tokens before the blocks and behind them, and what belongs to them."""
-    seen: list[Tensor | Any] = []
-    inner = runner_of(dit)
-
-    def look(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-        before = hidden.x
-        inner(dit, hidden, tweaks)
-        seen.extend((before, hidden.x, hidden.tokens))
-
-    set_runner(dit, look)
-    dit(**inputs)
-    set_runner(dit, inner)
-    before, after, tokens = seen
-    return before, after, tokens
-
-
-def unembedded(dit: Any, x: Tensor, tokens: Any) -> Tensor:
-    return dit.unembed(x, tokens)
-
-
-@FAMILIES
-@torch.no_grad()
-def test_a_step_cache_needs_no_change_to_a_model(case: Case) -> None:
-    plain, dit = case.make().eval(), case.make().eval()
-    before, after, _ = states(plain, case.inputs(1))
-    second, run, tokens = states(plain, case.inputs(2))
-    cache_steps(dit)
-    ran = count_blocks(dit)
-
-    first = dit(**case.inputs(1))
-
-    assert torch.equal(first, plain(**case.inputs(1)))
-    assert ran == list(range(sum(case.blocks)))
-    cached = dit(**case.inputs(2))
-    assert torch.equal(cached, unembedded(plain, second + (after - before), tokens))
-    assert len(ran) == sum(case.blocks)
-    assert not torch.equal(cached, unembedded(plain, run, tokens))
 
 
 @FAMILIES
@@ -160,24 +99,3 @@ def test_what_a_block_was_given_is_freed_when_it_is_done(
     dit(**case.inputs(1))
 
     assert alive == [1] * sum(case.blocks)
-
-
-def test_runners_stack_up_the_last_one_outermost() -> None:
-    case, order = CASES[0], list[str]()
-    dit = case.make().eval()
-
-    def note(name: str, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-        order.append(name)
-        inner(dit, hidden, tweaks)
-
-    for name in ("inner", "outer"):
-        set_runner(dit, functools.partial(note, name, runner_of(dit)))
-    with torch.no_grad():
-        dit(**case.inputs(1))
-
-    assert order == ["outer", "inner"]
-
-
-def test_a_network_without_a_spec_is_refused() -> None:
-    with pytest.raises(TypeError, match="Linear has no DitSpec"):
-        run_blocks(nn.Linear(1, 1), Hidden(torch.zeros(1), None), NO_TWEAKS)

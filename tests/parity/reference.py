@@ -3,7 +3,6 @@
 Nothing of ours is imported.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,26 +72,6 @@ def draw_noise(
     return torch.randn(
         (16, (frames - 1) // 4 + 1, height // 8, width // 8), generator=generator, dtype=torch.float32
     )
-
-
-def text_seed(text: str) -> int:
-    """The seed of a text, 32 bits (formats.md, section 7)."""
-    value: float = 0
-    for index, character in enumerate(text):
-        code = ord(character)
-        if index % 2 == 0:
-            value += code
-        elif index % 3 == 0:
-            value -= code
-        elif index % 5 == 0:
-            value /= code
-        else:
-            for digit in str(code):
-                value *= int(digit) or 0.31415
-    if math.isinf(value):
-        value = len(text) + 314159 * ord(text[len(text) // 2]) - ord(text[len(text) // 4])
-    whole = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest(), "big")
-    return abs(whole - int(value)) & 0xFFFFFFFF
 
 
 def schedule(sampling: Sampling) -> tuple[Tensor, list[float]]:

@@ -104,6 +104,3 @@ def test_a_release_folder_needs_no_other_option(tmp_path: Path, folders: Callabl
         tmp_path / "official", folder / "models", "i2v-14B", *ASK, *image, in_process=True
     )
     assert_equal(load_file(path)["latent"], expected, "release folder")
-
-
-EXPERTS = ("--task", "t2v-A14B", "--guidance_scale", 2, "--guidance_scale_high_noise", 6)

@@ -9,13 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.commands import run_script
-from tests.golden_cases import read_case
 from tests.parity.reference import open_image
 from tests.parity.running import models_in
 from tests.parity.theirs import Theirs
 from tests.tiny.wan import write_tiny_wan
-
-NEGATIVE = read_case("text_constants")[0]["wan_default_negative_prompt"]
 
 
 @pytest.fixture(scope="module")

@@ -21,26 +21,6 @@ def test_a_seed_names_a_clip() -> None:
     assert first.shape == (drawing.FRAMES, drawing.SIZE, drawing.SIZE, 3)
 
 
-def test_a_thing_is_of_the_stated_size_and_inside_for_most_of_the_clip() -> None:
-    for scene in scenes(200):
-        (thing,) = scene.things
-        assert 12 <= thing.pixels <= 26
-        half = thing.pixels / 2
-        inside = [
-            all(half <= place <= drawing.SIZE - half for place in thing.centre(index))
-            for index in range(drawing.FRAMES)
-        ]
-        assert sum(inside) > drawing.FRAMES / 2
-
-
-def test_two_things_never_touch() -> None:
-    for scene in scenes(40, two=1.0):
-        first, second = scene.things
-        for index in range(drawing.FRAMES):
-            apart = np.abs(np.subtract(first.centre(index), second.centre(index))).max()
-            assert apart > (first.pixels + second.pixels) / 2
-
-
 def test_captions_name_colour_shape_and_direction() -> None:
     random = np.random.default_rng(9)
     for scene in scenes(100, two=0.3):

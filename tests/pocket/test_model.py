@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import merge_lora
 import wan_generate_video
-from modules.atomic_write import save_tensors, write_text
+from modules.atomic_write import write_text
 from modules.media.reading import video_frames
 from pocket import drawing
 from pocket.measure import CLIP, POCKET, Accuracy, Asked, judge, model_options
@@ -124,79 +123,6 @@ def test_a_negative_prompt_is_avoided(tmp_path: Path) -> None:
     avoiding = generate(tmp_path / "avoiding", prompts, "--negative_prompt", f"a {colour} circle moving left")
 
     assert colour not in {verdict.colour for verdict in avoiding.values()}, (free, avoiding)
-
-
-@pytest.mark.parametrize("solver", ["unipc", "dpm++", "dpm++sde"])
-def test_every_solver_draws_what_it_is_asked_for(
-    plain: tuple[Path, dict[int, Verdict]], tmp_path: Path, solver: str
-) -> None:
-    verdicts = generate(tmp_path, asked_for(), "--sample_solver", solver)
-    assert obeys(judge(ASKED, verdicts)), verdicts
-    assert not torch.equal(latents(tmp_path, 1), latents(plain[0], 1))
-
-
-def test_lines_of_a_file_and_of_a_conversation_are_what_one_command_makes(
-    plain: tuple[Path, dict[int, Verdict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    common = [*model_options(POCKET), *CLIP, *STEPS, "--output_type", "latent"]
-    once, typed = tmp_path / "once", tmp_path / "typed"
-    wan_generate_video.main([*common, "--prompt", ASKED[3].prompt, "--seed", "3", "--save_path", str(once)])
-    lines = iter([f"{ASKED[2].prompt} --d 2", f"{ASKED[3].prompt} --d 3"])
-
-    def type_line(_: str) -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", type_line)
-    wan_generate_video.main([*common, "--interactive", "--save_path", str(typed)])
-    assert torch.allclose(latents(once, 3), latents(plain[0], 3), atol=1e-5)
-    assert torch.allclose(latents(typed, 3), latents(plain[0], 3), atol=1e-5)
-
-
-def test_another_flow_shift_gives_another_clip_of_the_same_thing(
-    plain: tuple[Path, dict[int, Verdict]], tmp_path: Path
-) -> None:
-    verdicts = generate(tmp_path, asked_for(), "--flow_shift", 5)
-    assert not torch.equal(latents(tmp_path, 1), latents(plain[0], 1))
-    assert obeys(judge(ASKED, verdicts)), verdicts
-
-
-def write_lora(path: Path, scale: float) -> Path:
-    """A LoRA on the values of every cross-attention: enough to change a clip."""
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, Tensor] = {}
-    for block in range(8):
-        name = f"lora_unet_blocks_{block}_cross_attn_v"
-        tensors[f"{name}.lora_down.weight"] = torch.randn(4, 128, generator=generator) * 0.1
-        tensors[f"{name}.lora_up.weight"] = torch.randn(128, 4, generator=generator) * scale
-        tensors[f"{name}.alpha"] = torch.tensor(4.0)
-    save_tensors(path, tensors)
-    return path
-
-
-def test_a_lora_at_0_does_nothing_and_merged_it_does_the_same(
-    plain: tuple[Path, dict[int, Verdict]], tmp_path: Path
-) -> None:
-    lora = write_lora(tmp_path / "lora.safetensors", 0.3)
-    generate(tmp_path / "zero", asked_for(1), "--lora_weight", lora, "--lora_multiplier", 0)
-    generate(tmp_path / "one", asked_for(1), "--lora_weight", lora)
-    merged = tmp_path / "merged.safetensors"
-    merge_lora.main(
-        [
-            "--dit",
-            str(POCKET / "dit.safetensors"),
-            "--lora_weight",
-            str(lora),
-            "--save_merged_model",
-            str(merged),
-        ]
-    )
-    generate(tmp_path / "merged", asked_for(1), "--dit", merged)
-    assert torch.allclose(latents(tmp_path / "zero", 1), latents(plain[0], 1), atol=1e-5)
-    assert not torch.allclose(latents(tmp_path / "one", 1), latents(plain[0], 1), atol=1e-2)
-    assert torch.allclose(latents(tmp_path / "merged", 1), latents(tmp_path / "one", 1), atol=1e-4)
 
 
 def test_the_vae_gives_drawn_clips_back() -> None:

@@ -4,17 +4,14 @@ converting, generating.
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pocket import drawing
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS, DATASET
-from pocket.measure import CLIP, FORMS, POCKET, model_options
+from pocket.measure import CLIP, POCKET, model_options
 from tests.commands import run_script
-from tests.pocket.detectors import look
 
 STEPS = 4
 SAMPLE = "a red blorp moving left --w 64 --h 64 --f 17 --s 4 --g 4 --fs 3 --d 1\n"
@@ -108,13 +105,3 @@ def test_a_converted_lora_makes_the_same_clip(trained: Path, tmp_path: Path) -> 
         )
         made += [load_file(latent)["latent"] for latent in folder.glob("*_latent.safetensors")]
     assert torch.allclose(made[0], made[1], atol=1e-5)
-
-
-def test_the_concept_is_what_the_detectors_can_see() -> None:
-    random = np.random.default_rng(3)
-    for concept in CONCEPTS.values():
-        scene, text = concept.make(random)
-        verdict = look(drawing.draw(scene), FORMS)
-        assert concept.word in text
-        assert verdict.shape == (concept.form or scene.things[0].shape)
-        assert (verdict.colour == "magenta") == (concept.colour == "magenta")

@@ -28,7 +28,6 @@ CONFIGS: dict[str, WanConfig] = {
     "fun-control-2.2": replace(_BASE, in_dim=52),
     "camera": replace(_BASE, in_dim=32, has_image=True),
 }
-KIND_OF = {"fun-control-v1.1": "fun-control"}  # the others are of the kind they are called
 DIALECTS = (
     "pth",
     "pth_wrapped",

@@ -95,17 +95,6 @@ def test_an_image_that_the_task_does_not_take_is_ignored_with_a_warning(
     assert "--image_path gone.png is ignored" in caplog.text
 
 
-@pytest.mark.parametrize("placement", [Placement(CPU), Placement(CPU, compute_dtype=torch.float16)])
-def test_what_it_will_compute_in_is_known_before_it_is_loaded(
-    family_of: FamilyOf, placement: Placement
-) -> None:
-    family = family_of("t2v-14B", "t2v")
-    dtype = family.compute_dtype(placement)
-    dit = family.load_dit(placement)
-    assert isinstance(dit, WanModel)
-    assert dit.compute_dtype == dtype
-
-
 @pytest.mark.parametrize("chosen", [None, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("placement", [Placement(CPU), Placement(CPU, storage_dtype=torch.float16)])
 def test_dit_dtype_is_what_it_computes_in_unless_the_caller_asks(

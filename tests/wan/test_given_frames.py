@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import NormalisedGuidance
@@ -44,20 +43,6 @@ def test_pieces_of_tokens_follow_the_time_of_their_frame(autocast: bool) -> None
     pieces.assert_alike(*found, pieces.BF16 if autocast else pieces.FLOAT32)
     plain = pieces.results(TI2V, True, autocast)
     assert (found[0][0] - plain[0]).abs().max() > 0.01 * plain[0].abs().max()
-
-
-@pytest.mark.slow
-def test_pieces_compute_nothing_a_third_time() -> None:
-    flops = []
-    for in_pieces in (False, True):
-        dit, network = GIVEN.with_lora()
-        if in_pieces:
-            compute_in_pieces(dit, GIVEN.spec, pieces.PIECE)
-        checkpoint_blocks(dit, GIVEN.spec)
-        with FlopCounterMode(display=False) as counter:
-            gradients(dit.train(), network, GIVEN.inputs(pieces.SIZE, 1))
-        flops.append(counter.get_total_flops())
-    assert flops[1] <= flops[0]
 
 
 def test_swapped_blocks_give_the_same_bits() -> None:

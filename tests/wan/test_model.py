@@ -46,22 +46,6 @@ def test_float32_weights_attend_in_float32_not_as_older_tools_in_bfloat16() -> N
     ).abs().max()
 
 
-@pytest.mark.parametrize("how", ["weights", "autocast"])
-@pytest.mark.parametrize("case", CASES[:3])
-def test_bfloat16_weights_and_bfloat16_autocast_stay_near_float32(case: str, how: str) -> None:
-    model, inputs, expected = golden_model(case)
-    if how == "weights":
-        model = model.to(torch.bfloat16)
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        velocity = model(**inputs)
-
-    assert velocity.dtype == torch.float32
-    torch.testing.assert_close(
-        velocity, expected["out"], atol=expected["tolerance"]["out_bf16_attention"]["atol"], rtol=0
-    )
-
-
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v"])
 def test_forward_equals_diffusers_with_the_same_weights(kind: str) -> None:
     theirs = in_diffusers(CONFIGS[kind], tiny_state(kind))
@@ -164,18 +148,6 @@ def test_the_residual_stream_stays_float32_in_bfloat16(how: str) -> None:
     assert {x.dtype, out.dtype, tokens.time.dtype, tokens.modulation.dtype} == {torch.float32}
 
 
-def test_autocast_leaves_the_time_embedding_in_float32() -> None:
-    model, inputs = tiny_model("t2v"), tiny_inputs("t2v")
-    arguments = inputs["noisy"], inputs["timesteps"], inputs["text"], None
-
-    with torch.autocast("cpu", torch.bfloat16):
-        _, mixed = model.embed(*arguments)
-    _, plain = model.embed(*arguments)
-
-    assert torch.equal(mixed.time, plain.time)
-    assert torch.equal(mixed.modulation, plain.modulation)
-
-
 def test_the_rotary_table_follows_the_grid() -> None:
     model = tiny_model("t2v")
     expected = tiny_model("t2v")(**tiny_inputs("t2v", frames=2))
@@ -194,20 +166,3 @@ def test_image_attention_without_features_reads_the_first_text_rows() -> None:
     assert tokens.image is not None
     assert tokens.image.shape[1] == 257
     assert tokens.texts[0].rows.shape[1] == 512 - 257
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "message"),
-    [
-        ("t2v", {"noisy": torch.zeros(2, 36, 1, 4, 4)}, "36 input channels, the model takes 16"),
-        ("t2v", {"noisy": torch.zeros(2, 16, 1, 5, 4)}, "cannot be cut into patches"),
-        ("t2v", {"text": [torch.zeros(513, 32)] * 2}, "513 tokens, the model takes 512"),
-        ("t2v", {"image_embeds": torch.zeros(2, 257, 1280)}, "the model has no image attention"),
-        ("flf2v", {"image_embeds": torch.zeros(2, 257, 1280)}, "257 image tokens, the model takes 514"),
-    ],
-)
-def test_sizes_that_do_not_fit_the_model_are_an_error(
-    kind: str, change: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        tiny_model(kind)(**tiny_inputs(kind) | change)

@@ -17,8 +17,7 @@ from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.wan_encoders import vae22_tensors, vae_tensors
 from wan.configs import TASKS
 from wan.family import Wan
-from wan.files import WanFiles, read_release
-from wan.spec import LATENT, LATENT_5B
+from wan.files import WanFiles
 from wan.vae import load_vae
 
 CPU = torch.device("cpu")
@@ -118,13 +117,6 @@ def test_a_task_refuses_the_vae_of_other_latents(
             check()
     (right,) = set(vaes) - {version}
     Wan(TASKS[task], WanFiles(dit=dit, vae=vaes[right])).check_given_files()
-
-
-def test_the_vae_of_a_release_is_that_of_the_task(tmp_path: Path) -> None:
-    for name in ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth"):
-        (tmp_path / name).touch()
-    for latent, name in ((LATENT, "Wan2.1_VAE.pth"), (LATENT_5B, "Wan2.2_VAE.pth")):
-        assert read_release(tmp_path, latent).files.vae == tmp_path / name
 
 
 def train(dataset: Path, task: str, kind: str, *more: str) -> None:

@@ -19,7 +19,6 @@ import torch
 import generation.denoise
 import training.loop
 from modules.contract.steps import StepDone
-from tests.gpu.measuring import relative_error
 from tests.gpu.runs.project import DEEP, ON_GPU, OTHERS, Project
 
 pytestmark = ON_GPU
@@ -125,14 +124,3 @@ def test_denoising_waits_nowhere(
     project.generate(device, "--infer_steps", "6", *swap)
     assert waits.steps >= 6
     assert waits.places == []
-
-
-@pytest.mark.gpu
-def test_a_wait_would_be_seen() -> None:
-    waits = Waits(torch.device("cuda"))
-    numbers = torch.ones(2, device="cuda")
-    for _ in range(WARM + 1):
-        with waits.noted():
-            relative_error(numbers, numbers)
-    assert waits.places
-    assert all("measuring.py" in place for place in waits.places)

@@ -15,7 +15,6 @@ from modules.attention.attend import (
     pack,
     refusal,
     try_out,
-    unpack,
 )
 from modules.errors import OptionError
 from modules.speed_options import SDPA, AttentionChoice
@@ -159,25 +158,6 @@ def test_lengths_make_no_matrix_of_queries_and_keys(
     assert not sizes.masked
 
 
-def test_the_watch_over_sizes_sees_a_mask() -> None:
-    query, key, value = _inputs()
-    with _Sizes() as sizes:
-        attend(query, key, value, repeats=torch.ones(7))
-    assert sizes.masked
-
-
-def test_packing_is_undone_by_unpacking() -> None:
-    tokens, lengths = _inputs(3, 9, 9)[0], lengths_on(COUNTS, CPU)
-
-    together = pack(tokens, lengths)
-
-    assert together.shape == (20, 3, 8)
-    assert lengths.starts.tolist() == [0, 9, 13, 20]
-    real = torch.arange(9) < torch.tensor(COUNTS)[:, None]
-    assert torch.equal(together, tokens[real])
-    assert torch.equal(unpack(together, lengths, 9), tokens * real[:, :, None, None])
-
-
 def test_packing_a_sample_costs_the_backward_pass_no_batch_of_zeros() -> None:
     """A slice of the whole batch would have a gradient of the batch's size for every sample."""
     tokens, lengths = torch.randn(8, 9, 1, 4, requires_grad=True), lengths_on((9, *[4] * 7), CPU)
@@ -210,11 +190,6 @@ def test_packages_compute_in_autocasts_dtype_as_torch_does(
         assert result.dtype == attend(*inputs).dtype == torch.bfloat16
 
 
-def test_lengths_are_for_tokens_that_look_at_themselves() -> None:
-    with pytest.raises(ValueError, match="not for 5 queries and 7 keys"):
-        attend(*_inputs(), lengths=lengths_on((5, 3), CPU))
-
-
 @pytest.mark.parametrize("split", [False, True])
 def test_a_key_may_stand_for_many_equal_ones(split: bool) -> None:
     query, key, value = _inputs()
@@ -225,15 +200,6 @@ def test_a_key_may_stand_for_many_equal_ones(split: bool) -> None:
     many = (tensor.repeat_interleave(repeats.long(), dim=1) for tensor in (key, value))
     # sums of 511 rounded exponentials
     torch.testing.assert_close(merged, attend(query, *many), atol=5e-5, rtol=1e-5)
-
-
-def test_only_torch_knows_keys_that_stand_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    choice, calls = _choice(monkeypatch, "flash")
-    with pytest.raises(ValueError, match="repeats are for sdpa, without lengths"):
-        attend(*_inputs(), choice, repeats=torch.ones(7))
-    with pytest.raises(ValueError, match="repeats are for sdpa, without lengths"):
-        attend(*_inputs(2, 7, 7), lengths=lengths_on((7, 3), CPU), repeats=torch.ones(7))
-    assert not calls
 
 
 @pytest.mark.parametrize("counts", [None, (20, 11)])
@@ -289,10 +255,6 @@ def test_it_compiles_as_one_graph_that_serves_other_lengths(
 
 def _bfloat16() -> torch.dtype:
     return torch.bfloat16
-
-
-def test_torch_needs_no_check_and_no_dtype() -> None:
-    check_backend(SDPA, CPU, lambda: pytest.fail("asked for a dtype"), training=True)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from torch import nn
 
 from modules.checkpoints.dialects import LoadPlan, load_planned
 from modules.checkpoints.opening import open_checkpoint, plain_sources
-from modules.errors import CheckpointError
 
 CPU = torch.device("cpu")
 DtypeOf = Callable[[str, torch.dtype], torch.dtype]  # name and dtype in the file -> dtype to keep
@@ -45,17 +44,3 @@ def test_a_planned_network_is_ready_to_be_asked(path: Path) -> None:
     assert not network.training
     assert not network.dropout.training
     assert not any(weight.requires_grad for weight in network.parameters())
-
-
-def test_one_dtype_counts_for_all_tensors_and_a_function_for_each(path: Path) -> None:
-    half = loaded(path, dtype=torch.bfloat16)
-    mixed = loaded(path, dtype=lambda name, stored: stored if "norm" in name else torch.float16)
-
-    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
-    assert mixed.norm.weight.dtype == torch.float32
-    assert mixed.linear.weight.dtype == torch.float16
-
-
-def test_tensors_of_another_size_are_refused_by_the_option_that_named_the_file(path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"does not fit a network \(--network\)"):
-        loaded(path, width=4)

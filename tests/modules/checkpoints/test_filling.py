@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.filling import compress_names, load_module
+from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import open_checkpoint, plain_sources
 from modules.contract.loading import TensorSource
-from modules.errors import CheckpointError
 from tests.modules.making import write
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -65,26 +64,6 @@ def test_sources_rename_split_and_transpose(tmp_path: Path) -> None:
     assert module["v"].weight.untyped_storage().nbytes() == 8 * 4 * 4  # not the whole of what it was cut from
 
 
-def test_every_mismatch_is_reported_at_once(tmp_path: Path) -> None:
-    content = state()
-    del content["0.bias"]
-    content |= {"0.weight": torch.zeros(3, 4), "2.weight": torch.zeros(1), "3.weight": torch.zeros(1)}
-
-    with (
-        open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint,
-        pytest.raises(CheckpointError) as caught,
-    ):
-        load_module(network(), checkpoint, plain_sources(checkpoint), device=CPU, dtype=same, what="--vae")
-
-    assert str(caught.value).splitlines()[:-1] == [
-        f"{tmp_path / 'a.safetensors'} does not fit --vae:",
-        "  missing: 0.bias",
-        "  unexpected: 2.weight",
-        "  unexpected: 3.weight",
-        "  0.weight: the file has 3 x 4, 8 x 4 is needed",
-    ]
-
-
 def test_tensors_to_ignore_may_stand_in_the_file(tmp_path: Path) -> None:
     content = state() | {"text.0.weight": torch.zeros(1)}
 
@@ -101,27 +80,6 @@ def test_on_the_meta_device_nothing_is_read(tmp_path: Path) -> None:
         load_module(module, checkpoint, plain_sources(checkpoint), device=torch.device("meta"), dtype=same)
 
     assert module[0].weight.is_meta
-
-
-def test_a_patch_is_added_before_rounding(tmp_path: Path) -> None:
-    content = state()
-    delta = torch.full((8, 4), 2.0**-12)  # lost where it is added to a rounded weight of about one half
-
-    def patch(name: str, weight: Tensor) -> Tensor:
-        return weight + delta if name == "0.weight" else weight
-
-    module = network()
-    with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint:
-        load_module(
-            module,
-            checkpoint,
-            plain_sources(checkpoint),
-            device=CPU,
-            dtype=lambda name, stored: torch.bfloat16 if name == "0.weight" else stored,
-            patch=patch,
-        )
-
-    assert torch.equal(module[0].weight, (content["0.weight"] + delta).to(torch.bfloat16))
 
 
 def test_a_patch_meets_fp8_weights_in_the_target_dtype(tmp_path: Path) -> None:
@@ -162,17 +120,6 @@ def test_newer_fp8_files_with_their_own_record_are_read(tmp_path: Path) -> None:
         )
 
     assert torch.equal(module[0].weight, torch.full((2, 2), 0.5, dtype=torch.bfloat16))
-
-
-def test_names_that_differ_in_their_number_are_listed_together() -> None:
-    names = [f"blocks.{index}.norm.weight" for index in (0, 1, 2, 5)] + ["head.bias", "blocks.1.ffn.0.bias"]
-
-    assert compress_names(names) == [
-        "blocks.1.ffn.0.bias",
-        "blocks.{0..2}.norm.weight",
-        "blocks.5.norm.weight",
-        "head.bias",
-    ]
 
 
 class Pinning:

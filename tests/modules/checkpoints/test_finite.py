@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modules.checkpoints.filling import load_module
-from modules.checkpoints.finite import FiniteCheck, is_finite
+from modules.checkpoints.finite import is_finite
 from modules.checkpoints.opening import open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 
@@ -75,10 +75,3 @@ def test_a_bad_weight_is_named_with_its_file(tmp_path: Path, kept: torch.dtype, 
         load_module(
             module, checkpoint, plain_sources(checkpoint), device=CPU, dtype=lambda name, stored: kept
         )
-
-
-def test_what_is_on_another_device_counts_at_the_end() -> None:
-    check = FiniteCheck(Path("model.safetensors"))
-    check._found = [(f"{index}.weight", torch.tensor(index % 2 == 0)) for index in range(10)]
-    with pytest.raises(CheckpointError, match=r"1.weight, 3.weight, 5.weight and 2 more tensors"):
-        check.finish()

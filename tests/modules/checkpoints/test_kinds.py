@@ -1,15 +1,12 @@
 """What a file is by the names of its tensors: every published file in tests/data/checkpoints."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from modules.checkpoints.dialects import other_kind
-from modules.checkpoints.kinds import OF_FAMILIES, OF_TOOLS, kind_of
+from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import open_checkpoint
-from modules.families import identify
 from tests.manifests import manifest_names, tensor_list, write_hollow
 
 # how the manifest's name begins -> a part of what its file is called
@@ -56,7 +53,6 @@ FAMILIES = {
     "llava-llama3-vision": "CLIP image",
     "llava": "language model",
 }
-IN_TOOLS = [name for name in manifest_names("") if any(name.startswith(start) for start in TOOLS)]
 
 
 def expected(manifest: str) -> str:
@@ -69,31 +65,11 @@ def test_every_published_file_is_named_right(manifest: str) -> None:
     assert expected(manifest) in str(kind_of(tensor_list(manifest)))
 
 
-@pytest.mark.parametrize("manifest", manifest_names(""))
-def test_no_file_has_the_marks_of_a_tool_s_network_and_of_another(manifest: str) -> None:
-    names = tensor_list(manifest)
-    found = [what for mark, what in (*OF_FAMILIES, *OF_TOOLS) if mark in names]
-
-    if manifest == "gimmvfi-r":  # it has what F has, and its own
-        assert [what.split(",")[0] for what in found] == ["GIMM-VFI R", "GIMM-VFI F"]
-    elif manifest in IN_TOOLS:
-        assert len(found) == 1
-    else:
-        assert not set(found) & {what for _, what in OF_TOOLS}
-
-
 @pytest.mark.parametrize("prefix", ["module.", "netG.", "model.diffusion_model."])
 def test_prefixes_of_trainers_change_nothing(prefix: str) -> None:
     names = [prefix + name for name in tensor_list("retinaface-resnet50")]
 
     assert "RetinaFace" in str(kind_of(names))
-
-
-@pytest.mark.parametrize("manifest", IN_TOOLS)
-def test_families_say_what_a_tool_s_network_is(tmp_path: Path, manifest: str) -> None:
-    path = write_hollow(tmp_path / "file.safetensors", tensor_list(manifest))
-
-    assert expected(manifest) in str(identify(path))
 
 
 @pytest.mark.parametrize(
@@ -118,25 +94,3 @@ def test_an_error_about_another_file_names_it(tmp_path: Path) -> None:
         error = other_kind(checkpoint, "an upscaler", "--model", "a SwinIR file")
 
     assert "it looks like a RetinaFace face detector" in str(error)
-
-
-def plain(state: dict[str, torch.Tensor]) -> dict[str, object]:
-    return {"params": {name: torch.zeros(1) for name in state}, "params_ema": state}
-
-
-def dashed(state: dict[str, torch.Tensor]) -> dict[str, object]:
-    return {"params-ema": state, "iter": torch.tensor(3)}
-
-
-def last_weights(state: dict[str, torch.Tensor]) -> dict[str, object]:
-    return {"params": state}
-
-
-@pytest.mark.parametrize("wrap", [plain, dashed, last_weights])
-def test_wrappers_of_super_resolution_are_opened(
-    tmp_path: Path, wrap: Callable[[dict[str, torch.Tensor]], object]
-) -> None:
-    torch.save(wrap({"conv_first.weight": torch.ones(2)}), tmp_path / "a.pth")
-
-    with open_checkpoint(tmp_path / "a.pth") as checkpoint:
-        assert checkpoint.read("conv_first.weight").tolist() == [1, 1]

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,15 +9,12 @@ from torch import Tensor
 
 from modules.checkpoints.opening import (
     checkpoint_paths,
-    dequantise,
     fingerprint,
     open_checkpoint,
     plain_sources,
 )
 from modules.errors import CheckpointError
 from tests.modules.making import tensors, write
-
-CPU = torch.device("cpu")
 
 
 def write_shards(folder: Path, suffix: str = ".safetensors", count: int = 3) -> list[Path]:
@@ -103,25 +99,6 @@ def test_fingerprint_follows_the_content_not_the_name(tmp_path: Path) -> None:
     other = write(tmp_path / "c.safetensors", tensors() | {"scalar": torch.tensor(4.0)})
 
     assert fingerprint(first) == fingerprint(copy) != fingerprint(other)
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"), [((), 0.5), ((1,), 0.5), ((2, 1), [0.5, 0.25]), ((2,), [0.5, 0.25])]
-)
-def test_scales_of_a_tensor_or_of_its_rows_multiply_the_stored_numbers(
-    shape: tuple[int, ...], expected: Any
-) -> None:
-    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).to(torch.float8_e4m3fn)
-    scale = torch.tensor([0.5, 0.25])[: torch.Size(shape).numel()].reshape(shape)
-
-    assert torch.equal(dequantise(weight, scale), weight.float() * torch.tensor(expected).reshape(-1, 1))
-
-
-def test_scales_of_blocks_multiply_their_part_of_a_row() -> None:
-    weight = torch.ones(2, 6).to(torch.float8_e4m3fn)
-    scale = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).unsqueeze(-1)  # rows x blocks x 1
-
-    assert dequantise(weight, scale).tolist() == [[1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6]]
 
 
 def _comfy_quant(kind: str) -> Tensor:

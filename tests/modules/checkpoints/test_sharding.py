@@ -13,7 +13,7 @@ from blissful_tuner.model_utility import main
 from modules.checkpoints.changing import existing_shards, gather, write_shards
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.loading import TensorInfo
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 
 NAMES = ("a", "b", "c")
 SIZE = 400  # bytes of a tensor
@@ -81,14 +81,6 @@ def test_a_kill_between_two_names_leaves_one_model_or_none(
     assert steps >= 4
     assert refused
     assert values(folder, gather) == {2.0}
-
-
-def test_names_for_more_files_than_five_digits_count_are_refused(tmp_path: Path) -> None:
-    tensors = {f"t{number}": TensorInfo(torch.float32, (1,)) for number in range(100_000)}
-
-    with pytest.raises(OptionError, match="100,000 files"):
-        write_shards(tmp_path / "a.safetensors", tensors, lambda _: torch.ones(1), {}, 4)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_some_of_the_shards_is_refused_with_the_names_of_others(tmp_path: Path) -> None:

@@ -23,11 +23,6 @@ def test_each_sample_has_its_own_sigma_and_the_dtype_stays() -> None:
     assert noisy.flatten().tolist() == [0.25, 0.5]
 
 
-def test_different_batch_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="batch sizes differ"):
-        add_noise(torch.zeros(2, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), torch.zeros(2))
-
-
 def test_the_shift_keeps_both_ends_and_1_changes_nothing() -> None:
     sigmas = torch.linspace(0, 1, 5)
     torch.testing.assert_close(shift_sigmas(sigmas, 1.0), sigmas)
@@ -52,13 +47,6 @@ def test_framepack_visits_the_sigmas_of_euler_and_is_fed_them_exactly() -> None:
     assert not torch.equal(schedule.timesteps, schedule.timesteps.floor())
 
 
-def test_euler_visits_the_documented_sigmas() -> None:
-    sigmas = make_schedule("euler", 5, 14.5).sigmas
-    torch.testing.assert_close(
-        sigmas, torch.tensor([1, 0.98305, 0.95604, 0.90625, 0.78378, 0]), atol=1e-5, rtol=0
-    )
-
-
 def test_a_schedule_says_how_much_data_is_left() -> None:
     flow, table = make_schedule("unipc", 5, 3.0), make_schedule("unipc", 5, 3.0, (0.5, 1.0, 2.0))
     assert flow.alphas.tolist() == [1.0 - sigma for sigma in flow.sigmas.tolist()]  # exact: float64
@@ -73,10 +61,3 @@ def test_latents_are_kept_where_alphas_say_so() -> None:
         2.5,
         12.0,
     ]
-
-
-def test_no_steps_and_unknown_solvers_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        make_schedule("euler", 0, 3.0)
-    with pytest.raises(ValueError, match="unknown solver"):
-        make_schedule("heun", 5, 3.0)

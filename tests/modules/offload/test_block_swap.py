@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modules.contract.steps import Tweaks
 from modules.offload.block_swap import move_network, swap_of
 from tests.modules.fake_device import FakeDevice
-from tests.modules.swap_cases import CASES, CPU, Case, gradients, learner, same, swapped
+from tests.modules.swap_cases import CASES, Case, gradients, learner, same, swapped
 
 EVERY = [
     pytest.param(case, blocks, id=f"{case.name} {blocks}")
@@ -182,24 +182,6 @@ def test_weights_are_sent_for_before_their_block_is_entered(case: Case, blocks: 
     assert min(device.ages) >= 1
 
 
-def test_skipped_blocks_are_not_sent_for() -> None:
-    case = CASES[0]
-    device = FakeDevice()
-    dit = case.make().eval()
-    swapped(dit, case.spec, 4, device)
-    swap = swap_of(dit)
-    assert swap is not None
-    sent: list[int] = []
-    send = swap._send
-    swap._send = lambda ring, unit, slot: (sent.append(unit.position), send(ring, unit, slot))  # type: ignore[method-assign]
-    with torch.no_grad():
-        dit(**case.inputs(1))
-        sent.clear()
-        dit(**case.inputs(1), tweaks=Tweaks(skip_blocks=frozenset({2, 3})))
-
-    assert sent == [1, 4, 0]  # 0 was there, from the end of the pass before
-
-
 @CHECKPOINTING
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_under_autocast_and_in_bf16(case: Case, checkpointing: bool) -> None:
@@ -239,24 +221,6 @@ def test_input_layers_are_on_the_device_during_their_calls_only(case: Case) -> N
     assert len(seen) >= 2 * len(places)
     assert torch.equal(output, expected_outputs(case)[0])
     assert all(dit.get_parameter(name).data_ptr() == place.data_ptr() for name, place in places.items())
-
-
-def test_a_network_that_is_parked_frees_its_slots_and_goes_on_as_before() -> None:
-    case = CASES[0]
-    dit = case.make().eval()
-    device = FakeDevice()
-    swapped(dit, case.spec, 3, device)
-    swap = swap_of(dit)
-    assert swap is not None
-    with torch.no_grad():
-        dit(**case.inputs(1))
-        move_network(dit, CPU)
-        assert all(not slot.memory and slot.unit is None for ring in swap.rings for slot in ring.slots)
-        assert not swap._owners
-        move_network(dit, CPU)
-        outputs = [dit(**case.inputs(1))]
-
-    assert same(outputs, expected_outputs(case)[:1])
 
 
 def test_moving_a_network_leaves_swapped_weights_where_they_are() -> None:

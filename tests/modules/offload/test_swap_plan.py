@@ -24,11 +24,6 @@ def test_the_device_holds_all_but_the_swapped_blocks(num_blocks: int) -> None:
         assert set(plan.streamed) <= set(range(num_blocks))
 
 
-def test_a_ring_of_one_block_is_refused() -> None:
-    with pytest.raises(OptionError, match="--block_swap_ring_size 1: give a number of at least 2"):
-        options("--block_swap_ring_size", "1")
-
-
 def test_streamed_blocks_are_spread_evenly() -> None:
     """Between two streamed blocks there are as many resident ones as anywhere else, or one more."""
     for swapped in range(1, 38):

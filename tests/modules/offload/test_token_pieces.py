@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
-from modules.contract.family import DitSpec
 from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from modules.speed_options import Quantisation
@@ -106,37 +105,6 @@ def test_nothing_is_computed_a_third_time(tiny: TinyDit, keep: bool) -> None:
             gradients(dit.train(), network, tiny.inputs(SIZE, 1))
         flops.append(counter.get_total_flops())
     assert flops[1] <= flops[0]
-
-
-class Block(nn.Module):
-    """Notes how many tokens it is given at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.sizes: list[int] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.branch(x)
-
-    def branch(self, x: Tensor) -> Tensor:
-        self.sizes.append(x.shape[1])
-        return x + self.linear(x).tanh()
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block()])
-
-
-def test_a_second_backward_pass_through_the_same_graph_is_right() -> None:
-    net = Net()
-    compute_in_pieces(net, DitSpec(("blocks",), token_wise=("branch",)), 4)
-    x = torch.randn(1, 10, 4, requires_grad=True)
-    y = net.blocks[0](x).square().sum()
-    first, second = (torch.autograd.grad(y, [x, *net.parameters()], retain_graph=True) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(

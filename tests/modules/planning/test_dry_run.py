@@ -18,7 +18,6 @@ from modules.planning.dry_run import (
     extrapolate,
     keep_blocks,
     largest,
-    modules_in,
     place,
     watch_blocks,
 )
@@ -71,13 +70,6 @@ def test_small_whole_numbers_have_values() -> None:
         hidden = torch.empty(1, 3, 8, device=ACCELERATOR) * mask.to(ACCELERATOR)[:, :, None]
         with pytest.raises(Exception, match="_local_scalar_dense"):
             hidden.sum().item()
-
-
-def test_numbers_are_guessed_only_where_that_is_allowed() -> None:
-    with dry_run() as ledger:
-        number = torch.empty((), device=ACCELERATOR)
-        with ledger.guessing():
-            assert number.item() == 1.0
 
 
 def test_attention_takes_what_flash_attention_takes() -> None:
@@ -162,11 +154,3 @@ def test_a_network_has_its_weights_once() -> None:
         place(tied, ledger)
         assert ledger.moment[WEIGHTS] == 4 * (512 * 512 + 2 * 512)
         assert tied[0].weight is tied[1].weight
-
-
-def test_networks_are_found_in_what_holds_them() -> None:
-    class Encoder:
-        def __init__(self) -> None:
-            self.name, self._loaded = "text", (nn.Linear(1, 1), "tokenizer")
-
-    assert len(list(modules_in(Encoder()))) == 1

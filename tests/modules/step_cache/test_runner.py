@@ -139,18 +139,6 @@ def test_an_interruption_leaves_no_runner_behind(error: type[BaseException]) -> 
     assert runner_of(dit) is run_in_order
 
 
-def test_a_residual_takes_16_bits_where_the_network_computes_in_them() -> None:
-    tiny = ONE_OF_EACH[0]  # its residual stream is float32
-    for dtype in (torch.float32, torch.bfloat16):
-        dit = tiny.make(1).to(dtype).eval()
-        with cached(dit) as cache:
-            dit(**steps_of(tiny)[0], tweaks=at(0))
-        (branches,) = cache._branches.values()
-        (branch,) = branches.values()
-        assert branch.residual is not None
-        assert branch.residual.dtype == dtype
-
-
 @pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda each: each.name)
 def test_teacache_compares_what_the_first_attention_gets(tiny: TinyDit) -> None:
     dit = tiny.make(1).eval()

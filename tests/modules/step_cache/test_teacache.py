@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.step_cache.rules import TeaCacheRule, polynomial, relative_change
+from modules.step_cache.rules import TeaCacheRule
 from tests.modules.step_cache.turns import nothing, turn
 
 # inputs of ones times a number: the change is that of the number, against the number before
@@ -49,13 +49,3 @@ def test_the_last_step_is_computed_without_a_look_at_its_input() -> None:
 def test_an_input_that_is_not_a_number_is_computed() -> None:
     rule = TeaCacheRule(100.0, (1.0, 0.0))
     assert answers(rule, [1.0, float("nan"), 1.0, 1.0, 1.0, 1.0]) == "cccssc"
-
-
-def test_the_change_is_relative_to_the_input_before() -> None:
-    before, now = torch.tensor([[[1.0, -3.0]]]), torch.tensor([[[2.0, -3.5]]])
-    assert float(relative_change(before, now)) == 1.5 / 4
-    assert relative_change(before.bfloat16(), now.bfloat16()).dtype == torch.float32
-
-
-def test_polynomials_have_the_highest_power_first() -> None:
-    assert polynomial((2.0, 3.0, 4.0), 10.0) == 234.0
