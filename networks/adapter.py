@@ -279,7 +279,12 @@ def _build_foreign(
                 f"--dim_from_weights cannot be used with --network_module {builder.__name__}, which does not "
                 "support it"
             )
-        given = {"multiplier": 1.0, "weights_sd": _tensors_of(options, encoders), "unet": dit, "vae": None}
+        given: dict[str, Any] = {
+            "multiplier": 1.0,
+            "weights_sd": _tensors_of(options, encoders),
+            "unet": dit,
+            "vae": None,
+        }
         given |= {"file": str(options.network_weights), "text_encoder": texts, "text_encoders": texts}
         made = _call(create, **given, neuron_dropout=options.network_dropout, **options.arguments())
         module = made[0] if isinstance(made, tuple) else made

@@ -291,7 +291,8 @@ class LoraPatch:
             module, leaf = module_of_tensor(name)
             module = self._renamed.get(module, module)
             self._modules.setdefault(module)
-            named = [(module, None), *((relative.name, relative) for relative in relatives(module))]
+            named: list[tuple[str, Relative | None]] = [(module, None)]
+            named += [(relative.name, relative) for relative in relatives(module)]
             self._seen.update(f"{OURS}{own}.{leaf}" for own, _ in named)
             self._found[name] = [
                 (f"{OURS}{own}.{leaf}", change, relative)

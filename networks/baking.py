@@ -75,7 +75,16 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> tuple[Lo
     plain = {f"{name}.{part}": one for name, factors in modules.items() for part, one in factors.items()}
     texts = {name: one for name, one in plain.items() if not name.startswith(OURS)}
     tensors = {name: one for name, one in plain.items() if name not in texts}
-    metadata = _metadata(lora.metadata, modules)
+    ranks = {len(factors[LORA[0]]) for factors in modules.values() if LORA[0] in factors}
+    shown = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
+    module = lora.metadata.get("ss_network_module", _PLAIN)
+    metadata = {
+        **lora.metadata,
+        "ss_network_module": module if module.startswith(_PLAIN) else _PLAIN,
+        "ss_network_dim": shown,
+        "ss_network_alpha": shown,
+        "ss_network_args": "{}",
+    }
     made = replace(lora, tensors=tensors, text_tensors=texts, metadata=metadata)
     return made, _in_words(losses, len(modules), baking.rank)
 
@@ -171,19 +180,6 @@ def _of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorSource]]:
         for piece in pieces_of(name):
             if piece.network:
                 yield f"{piece.network}_{piece.name}", TensorSource((name,), piece.of)
-
-
-def _metadata(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:
-    ranks = {len(factors[LORA[0]]) for factors in modules.values() if LORA[0] in factors}
-    rank = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
-    module = metadata.get("ss_network_module", _PLAIN)
-    return {
-        **metadata,
-        "ss_network_module": module if module.startswith(_PLAIN) else _PLAIN,
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank,
-        "ss_network_args": "{}",
-    }
 
 
 def _in_words(losses: Mapping[str, tuple[float, float]], modules: int, rank: int) -> str:

@@ -102,7 +102,7 @@ def _choose(
             heights: tuple[int, ...] = ()
             if settings.splits and settings.rules is not None and isinstance(module, nn.Linear):
                 heights = settings.rules.heights(path, module.out_features, module.in_features)
-            found[name] = module, *size, heights
+            found[name] = module, size[0], size[1], heights
     log_overlaps("network_reg_dims", settings.reg_ranks, fitting)
     return found
 

@@ -31,13 +31,13 @@ from networks.module_names import choose_family, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.parts import fuse
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
-from networks.tool_options import FluxMergeOptions, WholeMergeOptions
+from networks.tool_options import FLUX_OUTPUTS, FluxMergeOptions, WholeMergeOptions
 from networks.writing import rename_to_aliases
 
 logger = getLogger(__name__)
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # option -> prefix of its part of a LoRA
-ENCODERS = {"--clip_l": "lora_te1", "--t5xxl": "lora_te3", "--flux_model": ""}
+ENCODERS = {"clip_l": "lora_te1", "t5xxl": "lora_te3", "flux_model": ""}
 _META = torch.device("meta")
 _WIDE = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
@@ -62,25 +62,21 @@ def merge_flux(options: FluxMergeOptions) -> None:
     LoRA.
     """
     device, (uses, dtype) = torch.device(options.working_device), _read_uses(options)
-    if not options.into_models:
+    if not options.targets:
         assert options.save_to is not None
         _write_sum(options, options.save_to, uses, dtype, device)
         return
-    outputs = {
-        "--flux_model": ("--save_to", options.save_to),
-        "--clip_l": ("--clip_l_save_to", options.clip_l_save_to),
-        "--t5xxl": ("--t5xxl_save_to", options.t5xxl_save_to),
-    }
-    parts = {option: uses_for(uses, prefix) for option, prefix in ENCODERS.items()}
-    for option, found in parts.items():
-        if found and option not in options.targets:
+    parts = {name: uses_for(uses, prefix) for name, prefix in ENCODERS.items()}
+    for name, found in parts.items():
+        if found and name not in options.targets:
             logger.warning(
-                f"{len(found)} of the LoRAs change {option[2:]} too, which is left out: no {option} is given"
+                f"{len(found)} of the LoRAs change {name} too, which is left out: no --{name} is given"
             )
-    for option, model in options.targets.items():
-        written_by, output = outputs[option]
-        assert output is not None
-        merge_into_file(model, parts[option], output, device, dtype=dtype, option=written_by)
+    for name, model in options.targets.items():
+        option = FLUX_OUTPUTS[name]
+        merge_into_file(
+            model, parts[name], getattr(options, option), device, dtype=dtype, option=f"--{option}"
+        )
 
 
 def _read_uses(options: FluxMergeOptions | WholeMergeOptions) -> tuple[list[LoraUse], torch.dtype | None]:

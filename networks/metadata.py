@@ -329,7 +329,11 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
     what = "DoRA" if "DoRA" in kinds else " and ".join(sorted(kinds)) or "whole differences of weights"
     model = f" for {family.name}" if family is not None else ""
     ranks = Counter(rank for factors in modules.values() if (rank := rank_of(factors)) is not None)
-    alphas = {float(checkpoint.read(name)) for name in names if _is_alpha(checkpoint, name)}
+    alphas = set()
+    for name in names:
+        info = checkpoint.tensors[name]
+        if name.endswith(".alpha") and info.size_bytes == info.dtype.itemsize:
+            alphas.add(float(checkpoint.read(name)))
     expert = expert_of(checkpoint.metadata, checkpoint.path)
     words = [
         f"a {what}{model}, {dialect_in_words(native.dialect)}",
@@ -340,11 +344,6 @@ def _describe_part(checkpoint: Checkpoint, names: list[str]) -> str | None:
         "" if expert in (None, FOR_BOTH) else f"trained for the {in_words(str(expert))}",
     ]
     return ", ".join(word for word in words if word)
-
-
-def _is_alpha(checkpoint: Checkpoint, name: str) -> bool:
-    info = checkpoint.tensors[name]
-    return name.endswith(".alpha") and info.size_bytes == info.dtype.itemsize
 
 
 def _of_numbers(word: str, numbers: "Counter[int] | Counter[float]") -> str:

@@ -27,7 +27,8 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
 
     Ties go to the family named `hint`, then to a family with modules of these names, not only aliases.
     """
-    names, best, most = list(names), None, (0, False, 0)
+    best: FamilyNames | None = None
+    names, most = list(names), (0, False, 0)
     for family in FAMILIES:
         tables = _tables(family)
         is_own = [tables.own.find(name) is not None for name in names]

@@ -12,7 +12,6 @@ from networks.deltas import (
     DORA,
     LORA,
     Factors,
-    bias_delta,
     group_by_module,
     has_input_magnitudes,
     rows_of,
@@ -102,12 +101,13 @@ def fuse(
     fused: dict[str, Factors] = {}
     parts: dict[str, WeightPart] = {}
     for name, factors in modules.items():
-        larger = _larger(name, height, family)
-        into = None if larger is None else OURS + larger.name
-        if larger is None or into is None or into in modules:
+        # the module of our layout that it is part of, and that the model has
+        wholes = (other for other in relatives(name.removeprefix(OURS), family) if not other.is_part)
+        larger = next((one for one in wholes if height is None or height(OURS + one.name) is not None), None)
+        if larger is None or OURS + larger.name in modules:
             fused[name] = factors
         else:
-            found.setdefault(into, []).append(name)
+            found.setdefault(OURS + larger.name, []).append(name)
             parts[name] = larger.part
     pieces = {into: [(parts[name], modules[name]) for name in names] for into, names in found.items()}
     likely = _likely_heights(pieces.values()) if height is None else {}
@@ -122,14 +122,6 @@ def fuse(
     return {f"{name}.{part}": tensor for name, factors in fused.items() for part, tensor in factors.items()}
 
 
-def _larger(
-    name: str, height: Callable[[str], int | None] | None, family: FamilyNames | None
-) -> Relative | None:
-    """Return the module of our layout that a module is part of, and that a model has if `height` is given."""
-    whole = [other for other in relatives(name.removeprefix(OURS), family) if not other.is_part]
-    return next((one for one in whole if height is None or height(OURS + one.name) is not None), None)
-
-
 def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
     """Estimate the number of rows of each fused module's weight, the same in all blocks, from its parts."""
     heights: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
@@ -137,23 +129,25 @@ def _likely_heights(found: Iterable[Pieces]) -> dict[str, int]:
         rows = heights.setdefault(part.ours, {})
         if LORA[1] in factors:
             rows[part.index] = len(factors[LORA[1]])
-    return {ours: _likely_height(ours, rows) if rows else 0 for ours, rows in heights.items()}
-
-
-def _likely_height(ours: str, rows: Mapping[int | None, int]) -> int:
-    """Return the rows of a fused weight. rows: of those parts that some block has, by index."""
-    siblings = {part.theirs: part for family in FAMILIES for part in family.parts if part.ours == ours}
-    known = next(part for part in siblings.values() if rows.get(part.index))
-    if known.index is None or known.index == SWAPPED:  # it is no part, but all of it
-        return rows[known.index]
-    unit = rows[known.index] // known.usual_height
-    for part in siblings.values():
-        if not rows.get(part.index) and part.usual_height > known.usual_height:
-            logger.info(
-                f"{part.theirs} is not in the file; it is assumed to have {part.usual_height} times as many "
-                "rows as the parts beside it"
-            )
-    return sum(rows.get(part.index) or unit * part.usual_height for part in siblings.values())
+    likely = {}
+    for ours, rows in heights.items():
+        siblings = {part.theirs: part for family in FAMILIES for part in family.parts if part.ours == ours}
+        known = next((part for part in siblings.values() if rows.get(part.index)), None)
+        if known is None:
+            likely[ours] = 0
+            continue
+        if known.index is None or known.index == SWAPPED:  # it is no part, but all of it
+            likely[ours] = rows[known.index]
+            continue
+        unit = rows[known.index] // known.usual_height
+        likely[ours] = sum(rows.get(part.index) or unit * part.usual_height for part in siblings.values())
+        for part in siblings.values():
+            if not rows.get(part.index) and part.usual_height > known.usual_height:
+                logger.info(
+                    f"{part.theirs} is not in the file; it is assumed to have {part.usual_height} times as "
+                    "many rows as the parts beside it"
+                )
+    return likely
 
 
 def _join(pieces: Pieces, height: int) -> Factors | str:
@@ -170,59 +164,42 @@ def _join(pieces: Pieces, height: int) -> Factors | str:
     if isinstance(places[0], Tensor):  # the halves changed about
         swapped = rows_of(factors, places[0])
         return "its DoRA magnitudes are by input" if swapped is None else swapped
-    if any(not isinstance(place, slice) for place in places):
+    slices = [place for place in places if isinstance(place, slice)]
+    if len(slices) < len(places):
         return f"its parts do not fit into {height} rows"
     if any(DORA in factors for _, factors in pieces):
         if any(DORA not in factors or has_input_magnitudes(factors) for _, factors in pieces):
             return "only DoRA magnitudes by output, for all of its rows, can be put together"
         if sum(len(factors[DORA]) for _, factors in pieces) != height:
             return f"its parts have DoRA magnitudes for less than its {height} rows"
-    return _stack(
-        [factors for _, factors in pieces], [place for place in places if isinstance(place, slice)], height
-    )
-
-
-def _stack(parts: Sequence[Factors], places: Sequence[slice], height: int) -> Factors:
-    """Return one LoRA; its up factor has the parts' up factors as blocks, each in its rows."""
+    # the up factor has the parts' up factors as blocks, each in its rows
+    parts = [factors for _, factors in pieces]
     downs, ups = [factors[LORA[0]] for factors in parts], [factors[LORA[1]] for factors in parts]
     scales = [strength(factors) for factors in parts]
     if scales.count(scales[0]) < len(scales):
         ups = [(up.float() * scale).to(up.dtype) for up, scale in zip(ups, scales, strict=True)]
-        scales = [1.0] * len(scales)
-        parts = [_scaled_bias(factors) for factors in parts]
+        scales, name = [1.0] * len(scales), "lora_up.bias"
+        parts = [
+            {**one, name: (strength(one) * one[name].float()).to(one[name].dtype)} if name in one else one
+            for one in parts
+        ]
     shared = all(torch.equal(down, downs[0]) for down in downs)
     down = downs[0] if shared else torch.cat(downs)
     up = ups[0].new_zeros(height, len(down))
     start = 0
-    for factor, rows in zip(ups, places, strict=True):
+    for factor, rows in zip(ups, slices, strict=True):
         up[rows, start : start + factor.shape[1]] = factor
         start += 0 if shared else factor.shape[1]
     whole: dict[str, Tensor] = {"alpha": torch.tensor(scales[0] * len(down)), LORA[0]: down, LORA[1]: up}
     for name in (DORA, "lora_up.bias"):
         given = [
-            (factors[name], rows) for factors, rows in zip(parts, places, strict=True) if name in factors
+            (factors[name], rows) for factors, rows in zip(parts, slices, strict=True) if name in factors
         ]
         if given:
             whole[name] = given[0][0].new_zeros(height, *given[0][0].shape[1:])
             for tensor, rows in given:
                 whole[name][rows] = tensor
     return whole
-
-
-def _scaled_bias(factors: Factors) -> Factors:
-    """The same, with the strength multiplied into a bias."""
-    bias = bias_delta(factors, torch.device("cpu"))
-    return factors if bias is None else {**factors, "lora_up.bias": bias.to(factors["lora_up.bias"].dtype)}
-
-
-def _part_heights(name: str, factors: Factors) -> tuple[int, ...]:
-    """Return the rows of each part of a module whose LoRA is made of LoRAs for its parts; () for others."""
-    if set(factors) != {"alpha", *LORA}:
-        return ()
-    parts = {other.part for other in relatives(name.removeprefix(OURS)) if other.is_part}
-    indices = {part.index for part in parts} - {None, SWAPPED}
-    heights = fused_heights(len(indices), len(factors[LORA[1]]), factors[LORA[0]].shape[1])
-    return heights if heights and diagonal_blocks(factors[LORA[1]], heights) is not None else ()
 
 
 def mend_split_alphas(
@@ -236,11 +213,14 @@ def mend_split_alphas(
     mended = dict(tensors)
     if '"split_qkv": "true"' not in metadata.get("ss_network_args", "").lower():
         return mended
+    trained = metadata.get("ss_network_alpha", "").removesuffix(".0")
     for name, factors in group_by_module(tensors).items():
-        heights = _part_heights(name, factors)
-        if heights and f"{float(factors['alpha']):g}" == metadata.get("ss_network_alpha", "").removesuffix(
-            ".0"
-        ):
+        if set(factors) != {"alpha", *LORA} or f"{float(factors['alpha']):g}" != trained:
+            continue
+        parts = {other.part.index for other in relatives(name.removeprefix(OURS)) if other.is_part}
+        count = len(parts - {None, SWAPPED})
+        heights = fused_heights(count, len(factors[LORA[1]]), factors[LORA[0]].shape[1])
+        if heights and diagonal_blocks(factors[LORA[1]], heights) is not None:
             mended[f"{name}.alpha"] = factors["alpha"] * len(heights)
     if changed := sum(mended[name] is not tensors[name] for name in tensors):
         logger.info(f"{path}: the alphas of {changed} modules with split factors are set right")

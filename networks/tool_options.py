@@ -20,6 +20,8 @@ EXACT_SUM = (
     "rank"
 )
 OF_LORAS = "it is for merging LoRAs into one"
+# option of a model to merge into -> of its result
+FLUX_OUTPUTS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
 NO_SHUFFLE = not_needed("the merged LoRA is exact, in whatever order its ranks are.")
 OF_WHOLE = ("conv_dim", "min_diff")  # of `ExtractOptions`: what a DiT has no use for
 
@@ -242,32 +244,23 @@ class FluxMergeOptions(Options):
             raise OptionError("--models names no LoRA: give the files to merge")
         _check_ratios(self.models, self.ratios or ())
         for name, path in self.targets.items():
-            require_files(name, [path])
-        if self.save_to is None and not self.into_models:
+            require_files(f"--{name}", [path])
+        if self.save_to is None and not self.targets:
             raise OptionError("--save_to is missing: give the file to write the merged LoRA to")
-        if self.save_to is not None and self.into_models and self.flux_model is None:
+        if self.save_to is not None and self.targets and self.flux_model is None:
             raise OptionError("--save_to is given without --flux_model: give the model to merge into")
-        outputs = {
-            "--save_to": self.save_to,
-            "--clip_l_save_to": self.clip_l_save_to,
-            "--t5xxl_save_to": self.t5xxl_save_to,
-        }
-        given = {name: output for name, output in outputs.items() if output is not None}
+        given = {name: path for name in FLUX_OUTPUTS.values() if (path := getattr(self, name)) is not None}
         for name, output in given.items():
-            check_output_file(name, output)
-            refuse_replacing(name, output, [*self.models, *self.targets.values()])
+            check_output_file(f"--{name}", output)
+            refuse_replacing(f"--{name}", output, [*self.models, *self.targets.values()])
         if len({output.resolve() for output in given.values()}) < len(given):
-            raise OptionError(f"{', '.join(outputs)} are the same file: give others")
+            names = ", ".join(f"--{name}" for name in FLUX_OUTPUTS.values())
+            raise OptionError(f"{names} are the same file: give others")
 
     @property
     def targets(self) -> dict[str, Path]:
         """The models to merge into, by their options."""
-        given = {"--flux_model": self.flux_model, "--clip_l": self.clip_l, "--t5xxl": self.t5xxl}
-        return {name: path for name, path in given.items() if path is not None}
-
-    @property
-    def into_models(self) -> bool:
-        return bool(self.targets)
+        return {name: path for name in FLUX_OUTPUTS if (path := getattr(self, name)) is not None}
 
 
 class WholeMergeOptions(Options):

@@ -72,18 +72,14 @@ FLUX = FamilyNames(
     # of norms, whose only tensor is called `scale`
     parameters=(
         *(
-            (
-                f"transformer_blocks.{{n}}.attn.norm_{added}{x}.weight",
-                f"double_blocks.{{n}}.{ours}_norm.scale",
+            (f"{theirs}{x}.weight", f"{ours}.norm.{word}_norm.scale")
+            for theirs, ours in (
+                ("transformer_blocks.{n}.attn.norm_", "double_blocks.{n}.img_attn"),
+                ("transformer_blocks.{n}.attn.norm_added_", "double_blocks.{n}.txt_attn"),
+                ("single_transformer_blocks.{n}.attn.norm_", "single_blocks.{n}"),
             )
-            for added, stream in (("", "img"), ("added_", "txt"))
-            for x, ours in (("q", f"{stream}_attn.norm.query"), ("k", f"{stream}_attn.norm.key"))
+            for x, word in (("q", "query"), ("k", "key"))
         ),
-        (
-            "single_transformer_blocks.{n}.attn.norm_q.weight",
-            "single_blocks.{n}.norm.query_norm.scale",
-        ),
-        ("single_transformer_blocks.{n}.attn.norm_k.weight", "single_blocks.{n}.norm.key_norm.scale"),
         ("distilled_guidance_layer.norms.{n}.weight", "distilled_guidance_layer.norms.{n}.scale"),
     ),
     versions=("flux", "chroma"),

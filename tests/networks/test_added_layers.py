@@ -115,6 +115,8 @@ def whole(name: str, module: nn.Module) -> tuple[Factors, Tensor]:
 
 
 FORMS = {
+    "LoRA": lora,
+    "of another shape": of_other_shape,
     "LoHa": loha,
     "LoHa with cores": loha_with_cores,
     "LoKr": lokr,

@@ -10,7 +10,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from networks import (
     convert_flux_lora,
@@ -18,16 +17,13 @@ from networks import (
     flux_extract_lora,
     flux_merge_lora,
 )
-from networks.apply import LoraPatch, check_loras_fit
-from networks.convert import convert_file
 from networks.deltas import group_by_module, weight_delta
 from networks.extracting import decompose_change
-from networks.loading import LoraUse, read_lora
+from networks.loading import read_lora
 from networks.names.image import FLUX
 from networks.names.video import HUNYUAN_VIDEO
 from networks.parts import fuse
 from tests.golden_cases import draw, make_weights, read_case
-from tests.manifests import tensor_list, write_hollow
 
 CASE, TENSORS = read_case("flux_lora_tools")
 CPU = torch.device("cpu")
@@ -297,32 +293,6 @@ def test_parts_of_one_layer_are_joined_by_the_family_of_the_file() -> None:
     }
     assert "lora_unet_double_blocks_0_img_mlp_0" in group_by_module(fuse(tensors, family=FLUX))
     assert "lora_unet_double_blocks_0_img_mlp_fc1" in group_by_module(fuse(tensors, family=HUNYUAN_VIDEO))
-
-
-@pytest.mark.parametrize("layout", ["flux1-dev-dit", "flux1-dev-dit-diffusers"])
-@pytest.mark.parametrize("target", ["default", "diffusers"])
-def test_a_lora_of_full_size_fits_the_published_model_in_both_layouts(
-    tmp_path: Path, layout: str, target: str
-) -> None:
-    names = [("double_blocks_18_img_attn_qkv", 9216, 3072), ("single_blocks_37_linear1", 21504, 3072)]
-    names += [("double_blocks_0_txt_mlp_2", 3072, 12288), ("single_blocks_3_modulation_lin", 9216, 3072)]
-    tensors = {
-        f"lora_unet_{name}.{part}": torch.ones(shape, dtype=torch.bfloat16)
-        for name, rows, columns in names
-        for part, shape in (("lora_down.weight", (1, columns)), ("lora_up.weight", (rows, 1)))
-    }
-    save_file(tensors, tmp_path / "lora.safetensors")
-    convert_file(tmp_path / "lora.safetensors", tmp_path / "converted.safetensors", target, "flux")
-    hollow = write_hollow(tmp_path / "model.safetensors", tensor_list(layout))
-    uses = [LoraUse(read_lora(tmp_path / f"{name}.safetensors")) for name in ("lora", "converted")]
-
-    check_loras_fit(hollow, uses)
-
-    with open_checkpoint(hollow) as checkpoint:
-        patch = LoraPatch(uses, checkpoint.tensors, hollow)
-        for name, info in checkpoint.tensors.items():
-            patch.add_to(name, torch.empty(info.shape, dtype=info.dtype, device="meta"))
-    assert patch.unused() == []
 
 
 def test_loras_of_another_model_are_neither_converted_nor_added_up(tmp_path: Path, loras: list[Path]) -> None:

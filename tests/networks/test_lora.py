@@ -74,55 +74,11 @@ def test_patterns_choose_the_recorded_modules(which: str) -> None:
     assert list(dict.fromkeys(name.partition(".")[0] for name in network.state_dict())) == expected["modules"]
 
 
-class NewDit(nn.Module):
-    """A transformer of no family that there is."""
-
-    spec = DitSpec(("double_blocks", "single_blocks"), lora_exclude=("modulation",))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.single_blocks = nn.ModuleList([self.block(), self.block()])
-        self.double_blocks = nn.ModuleList([self.block()])
-        self.final = nn.Linear(8, 8)
-
-    @staticmethod
-    def block() -> nn.Module:
-        return nn.ModuleDict(
-            {"linear": nn.Linear(8, 8), "modulation": nn.Sequential(nn.SiLU(), nn.Linear(8, 8))}
-        )
-
-
-def modules_of(network: nn.Module) -> list[str]:
-    return list(
-        dict.fromkeys(name.partition(".")[0].removeprefix("lora_unet_") for name in network.state_dict())
-    )
-
-
-def test_a_network_states_which_of_its_modules_a_lora_takes() -> None:
-    plain = make_lora("lora", 4, 1.0, NewDit())
-    more = make_lora("lora", 4, 1.0, NewDit(), include_patterns=[r"single_blocks\.1\.modulation"])
-
-    assert modules_of(plain) == ["single_blocks_0_linear", "single_blocks_1_linear", "double_blocks_0_linear"]
-    assert set(modules_of(more)) - set(modules_of(plain)) == {"single_blocks_1_modulation_1"}
-
-
 @pytest.mark.parametrize(
     "name", ["networks.lora", "networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"]
 )
 def test_all_names_of_our_network_module_build_the_same(name: str) -> None:
     assert OWN_MODULES[name] == OWN_MODULES["networks.lora"]
-
-
-def test_multiplier_zero_gives_the_plain_model_back(tmp_path: Path) -> None:
-    dit = tiny_dit(tmp_path)
-    plain = dit(**inputs(dit))
-    network = wan_network(dit)
-    network.attach()
-    assert not torch.equal(dit(**inputs(dit)), plain)
-
-    network.set_multiplier(0.0)
-    assert torch.equal(dit(**inputs(dit)), plain)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

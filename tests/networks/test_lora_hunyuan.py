@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hunyuan_model.checkpoints import load_dit
 from modules.contract.loading import Placement
 from networks.apply import LoraPatch
-from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
 from networks.module_names import relatives, replace_dots
@@ -69,25 +67,6 @@ def test_files_of_diffusion_pipe_and_comfyui_act_as_ours(
     out = run_here("t2v", tmp_path / "theirs.safetensors")
 
     assert torch.equal(out, run_here("t2v", tmp_path / "ours.safetensors"))
-
-
-def test_conversion_there_and_back_keeps_names_and_product(tmp_path: Path) -> None:
-    network = saved(tmp_path / "ours.safetensors")
-    convert_file(tmp_path / "ours.safetensors", tmp_path / "other.safetensors", "other")
-    convert_file(tmp_path / "other.safetensors", tmp_path / "back.safetensors", "default")
-
-    other, back = load_file(tmp_path / "other.safetensors"), load_file(tmp_path / "back.safetensors")
-
-    assert all(
-        name.startswith(("diffusion_model.double_blocks.", "diffusion_model.single_blocks."))
-        for name in other
-    )
-    assert back.keys() == network.state_dict().keys()
-    for name, layer in network.named_children():
-        product = back[f"{name}.lora_up.weight"] @ back[f"{name}.lora_down.weight"]
-        torch.testing.assert_close(
-            product, layer.scale * layer.lora_up.weight @ layer.lora_down.weight, rtol=1e-5, atol=1e-6
-        )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as functional
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -179,26 +178,6 @@ def test_norms_change_at_run_time_and_when_merged(fresh: Callable[..., Model], t
 
     assert_close(results(model), results(wanted))
     assert_close(results(merged), results(wanted))
-
-
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_factors_of_convolutions_fit_matrices_and_the_reverse(
-    fresh: Callable[..., Model], tmp_path: Path, kind: str
-) -> None:
-    """proj_in and proj_out are 1x1 convolutions in SD 1 and matrices in SD 2 and XL."""
-    model, wanted = fresh(kind), fresh(kind)
-    modules = unet_modules(model, lambda path: path.endswith(("proj_in", "proj_out")))
-    made = {kohya_name(name, kind): low_rank(name, module) for name, module in modules.items()}
-    for factors in made.values():
-        for part in ("lora_down.weight", "lora_up.weight"):
-            flat = factors[part].flatten(1)
-            factors[part] = flat[:, :, None, None] if kind == "sd2" else flat
-    path = write(tmp_path / "x.safetensors", made)
-    add_by_hand(wanted, plain_changes(path))
-
-    put_in(model, path)
-
-    assert_close(results(model), results(wanted))
 
 
 def renamed(path: Path, out: Path, change: Callable[[str], str]) -> Path:
@@ -378,26 +357,6 @@ def test_what_a_file_says_of_itself_is_shown(
 
     assert '"10_cat": {' in caplog.text
     assert "was trained for Stable Diffusion 2.x, as its metadata say, and is used with" in caplog.text
-
-
-def test_convolutions_of_low_rank_are_two_convolutions(fresh: Callable[..., Model], tmp_path: Path) -> None:
-    """A change of the whole weight for every pass would be slow."""
-    model = fresh()
-    put_in(model, write_kohya(tmp_path / "x.safetensors", model, lambda path: "conv1" in path, texts=False))
-    shapes = []
-    original = functional.conv2d
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            if func is original:
-                shapes.append(tuple(args[1].shape))
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
-        results(model)
-
-    ones = [shape for shape in shapes if shape[1] == RANK]
-    assert len(ones) == len(unet_modules(model, lambda path: "conv1" in path))
 
 
 def test_a_user_error_is_what_a_damaged_file_gives(fresh: Callable[..., Model], tmp_path: Path) -> None:
