@@ -1,6 +1,6 @@
 """List the clips of a data set in CogVideoX form: two lists, or a table; and tensors computed before."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +117,12 @@ def _fault_of(caption: str, video: str) -> str | None:
 
 
 def _from_lists(data: CogData) -> Iterator[tuple[str, str, str]]:
-    prompts = data.root / (data.caption_column or _usual_prompts(data))
+    usual = [name for name in PROMPTS if (data.root / name).exists()] or PROMPTS[:1]
+    if data.caption_column is None and len(usual) > 1:
+        raise DatasetError(
+            f"{data.name}: {data.root} has {' and '.join(usual)}; say with caption_column which one it is"
+        )
+    prompts = data.root / (data.caption_column or usual[0])
     videos = data.root / (data.video_column or VIDEOS)
     captions, paths = _lines(data, prompts, "caption_column"), _lines(data, videos, "video_column")
     if len(captions) != len(paths):
@@ -127,15 +132,6 @@ def _from_lists(data: CogData) -> Iterator[tuple[str, str, str]]:
         )
     for (_, caption), (number, video) in zip(captions, paths, strict=True):
         yield f"{videos}, line {number}", caption, video
-
-
-def _usual_prompts(data: CogData) -> str:
-    found = [name for name in PROMPTS if (data.root / name).exists()]
-    if len(found) > 1:
-        raise DatasetError(
-            f"{data.name}: {data.root} has {' and '.join(found)}; say with caption_column which one it is"
-        )
-    return found[0] if found else PROMPTS[0]
 
 
 def _lines(data: CogData, path: Path, key: str) -> list[tuple[int, str]]:
@@ -162,11 +158,19 @@ def _lines(data: CogData, path: Path, key: str) -> list[tuple[int, str]]:
 
 def _from_table(data: CogData, faults: list[Fault]) -> Iterator[tuple[str, str, str]]:
     assert data.dataset_file is not None
-    path = _place_of(data.dataset_file, data)
-    captions, videos = COLUMNS.get(table_format(path), OTHER_COLUMNS)
+    places = (data.dataset_file, data.root / data.dataset_file)
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        raise DatasetError(
+            f"{data.name}: dataset_file {data.dataset_file} is neither there nor in {data.root}"
+        )
     names = column_names(path)
-    caption = data.caption_column or _first_of(captions, names)
-    video = data.video_column or _first_of(videos, names)
+    usual = (
+        next((name for name in columns if name in names), columns[0])
+        for columns in COLUMNS.get(table_format(path), OTHER_COLUMNS)
+    )
+    given = data.caption_column, data.video_column
+    caption, video = (own or column for own, column in zip(given, usual, strict=True))
     for key, column in (("caption_column", caption), ("video_column", video)):
         if column not in names:
             raise DatasetError(
@@ -180,18 +184,6 @@ def _from_table(data: CogData, faults: list[Fault]) -> Iterator[tuple[str, str, 
         else:
             why = row.fault or "its caption and its video must be texts"
             faults.append(Fault(f"lines of {data.name} cannot be used", f"{row.where}: {why}"))
-
-
-def _first_of(usual: tuple[str, ...], names: Sequence[str]) -> str:
-    return next((name for name in usual if name in names), usual[0])
-
-
-def _place_of(file: Path, data: CogData) -> Path:
-    """Return where dataset_file is. Raises DatasetError if it is nowhere."""
-    found = next((path for path in (file, data.root / file) if path.exists()), None)
-    if found is None:
-        raise DatasetError(f"{data.name}: dataset_file {file} is neither there nor in {data.root}")
-    return found
 
 
 # --- tensors

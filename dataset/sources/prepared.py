@@ -132,12 +132,7 @@ def read_prepared(folder: Path) -> PreparedFolder | None:
         return None
     try:
         content = parse_json(read_text(path))
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']!r}, this program knows {VERSION}")
-        architecture = content["architecture"]
-        if architecture is not None and not isinstance(architecture, str):
-            raise ValueError("the architecture is no text")
-        return PreparedFolder(architecture, dict(content["vae"]), dict(content["settings"]))
+        return PreparedFolder(content["architecture"], dict(content["vae"]), dict(content["settings"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(
             f"{path} cannot be read ({type(error).__name__}: {error}). prepare_dataset.py writes it; prepare "
