@@ -198,7 +198,7 @@ def key(form: Form, default: Any = None, **facts: Any) -> Any:
     return dataclasses.field(default=default, metadata={"key": TableKey(form, default, **facts)})
 
 
-def source(form: Form) -> Any:
+def of_kind(form: Form) -> Any:
     """Return a field that is set by `image_<name>` or `video_<name>`."""
     return dataclasses.field(default=None, metadata={"source": form})
 

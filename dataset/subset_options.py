@@ -91,7 +91,8 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
             )
         _ = self.size  # which may be wrong
         try:
-            _ = self.face_crop_aug_range is None or FACES.read(self.face_crop_aug_range)
+            if self.face_crop_aug_range is not None:
+                FACES.read(self.face_crop_aug_range)
         except Unfit:
             raise OptionError(
                 f"--face_crop_aug_range {self.face_crop_aug_range}: give two numbers, the smaller one first, "

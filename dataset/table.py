@@ -33,7 +33,7 @@ from dataset.config_keys import (
     Form,
     TableKey,
     key,
-    source,
+    of_kind,
 )
 from modules.paths import hide_secrets
 
@@ -120,10 +120,10 @@ class DatasetTable:
     index: int  # place in the file, from 0
     kind: Literal["image", "video"]
     # exactly one of these five is set, or metadata_file
-    directory: Path | None = source(PATH)
-    jsonl_file: Path | None = source(LIST_PATH)
-    table_file: Path | None = source(LIST_PATH)
-    tars: tuple[str, ...] | None = source(TARS)  # paths, globs or addresses
+    directory: Path | None = of_kind(PATH)
+    jsonl_file: Path | None = of_kind(LIST_PATH)
+    table_file: Path | None = of_kind(LIST_PATH)
+    tars: tuple[str, ...] | None = of_kind(TARS)  # paths, globs or addresses
     cogvideox_root: Path | None = key(PATH, kinds=VIDEO)
     resolution: tuple[int, int] = key(SIZE, (960, 544), in_general=True)  # width, height
     caption_extension: str | None = key(EXTENSION, in_general=True)
@@ -264,13 +264,14 @@ class DatasetTable:
     @property
     def changing_keys(self) -> dict[str, Any]:
         """Return the names of keys that make captions and pictures differ each time."""
-        places = {name: key.field.split(".") for name, key in SUBSET_KEYS.items()}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, (record, *inner) in places.items()
-            if record in ("changes", "augmentation")
-            if (value := getattr(getattr(self, record), *inner)) != SUBSET_KEYS[name].default
-        }
+        found = {}
+        for name, one in SUBSET_KEYS.items():
+            record, _, inner = one.field.partition(".")
+            if record in ("changes", "augmentation"):
+                value = getattr(getattr(self, record), inner)
+                if value != one.default:
+                    found[name] = list(value) if isinstance(value, tuple) else value
+        return found
 
     def _changed(self, defaults: Table) -> dict[str, Any]:
         return {name: getattr(self, name) for name, usual in defaults.items() if getattr(self, name) != usual}

@@ -149,10 +149,12 @@ def download(address: str, target: Path, wait: Callable[[float], None] = time.sl
         with atomic_path(target) as temporary:
 
             def check(answer: Answer) -> None:
+                if answer.size_bytes is None:
+                    return
                 try:
-                    check_space(temporary, (answer.size_bytes or 0) - answer.start)
+                    check_space(temporary, answer.size_bytes - answer.start)
                 except OutputError:  # only said: another file may well have room
-                    size = f"{(answer.size_bytes or 0) / 1e9:,.1f} GB"
+                    size = f"{answer.size_bytes / 1e9:,.1f} GB"
                     raise RefusedBySite(
                         f"it says that it has {size}, for which the disk has no room"
                     ) from None

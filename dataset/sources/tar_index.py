@@ -346,7 +346,8 @@ def _read_kept(path: Path, made_for: str) -> TarIndex | None:
             for batch in file.iter_batches(columns=list(COLUMNS), use_threads=False):
                 columns = [batch.column(name).to_pylist() for name in COLUMNS]
                 for key, name, offset, size, caption, text in zip(*columns, strict=True):
-                    extras = tuple((*one[:2], Member(*one[2:])) for one in json.loads(text or "[]"))
+                    packed = json.loads(text or "[]")
+                    extras = tuple((role, number, Member(*rest)) for role, number, *rest in packed)
                     samples.append(TarSample(key, Member(name, offset, size), caption, extras))
         return TarIndex(samples, [], told["others"], told["num_others"])
     except (OSError, ArrowException, ValueError, KeyError):

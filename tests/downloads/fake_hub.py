@@ -18,14 +18,11 @@ class FakeHub:
     """What the server has and what it does; `requests` notes method, path and headers of each request."""
 
     files: dict[str, bytes] = field(default_factory=dict)  # "owner/name/path" -> data
-    status: dict[str, int] = field(default_factory=dict)  # of the same; and of "owner/name" for all its files
     cuts: list[int] = field(default_factory=list)  # bytes after which the next answers end
-    busy: int = 0  # answers of 503 before the next right one
     ignores_ranges: bool = False
     states_range: str | None = None  # of the next answers, whatever they hold; with the status for a part
     redirects_to: str = ""  # another address of this server that sends the data, as the hub's does
     sends_instead: dict[str, bytes] = field(default_factory=dict)  # damaged data
-    absent_on_modelscope: set[str] = field(default_factory=set)  # repositories
     small: set[str] = field(default_factory=set)  # files with a git SHA-1 instead of a SHA-256
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     address: str = ""
@@ -71,10 +68,9 @@ def serve() -> Iterator[FakeHub]:
                 return
             if "/releases/download/" in path:  # as on GitHub: repository/releases/download/tag/file
                 repository, _, rest = path.strip("/").partition("/releases/download/")
-                self._send(repository, f"{repository}/{rest.partition('/')[2]}", with_data)
-                return
-            repository, _, rest = path.strip("/").partition("/resolve/")
-            self._send(repository, f"{repository}/{rest.partition('/')[2]}", with_data)
+            else:
+                repository, _, rest = path.strip("/").partition("/resolve/")
+            self._send(f"{repository}/{rest.partition('/')[2]}", with_data)
 
         def _modelscope(self, path: str, query: dict[str, str]) -> None:
             repository = path.removeprefix("/api/v1/models/").partition("/repo")[0]
@@ -82,27 +78,17 @@ def serve() -> Iterator[FakeHub]:
                 files = [
                     {"Path": name.removeprefix(f"{repository}/"), "Size": len(data), "Sha256": hub.etag(name)}
                     for name, data in hub.files.items()
-                    if name.startswith(f"{repository}/") and repository not in hub.absent_on_modelscope
+                    if name.startswith(f"{repository}/")
                 ]
-                status = hub.status.get(repository, 200 if files else 404)
+                status = 200 if files else 404
                 self._reply(status, json.dumps({"Code": status, "Data": {"Files": files}}).encode())
                 return
-            self._send(repository, f"{repository}/{query['FilePath']}", with_data=True)
+            self._send(f"{repository}/{query['FilePath']}", with_data=True)
 
-        def _send(self, repository: str, name: str, with_data: bool) -> None:
-            status = hub.status.get(name) or hub.status.get(repository)
-            if status is None and name not in hub.files:
-                status = 404
-            if status is not None:
-                self._reply(status, b"no")
+        def _send(self, name: str, with_data: bool) -> None:
+            if name not in hub.files:
+                self._reply(404, b"no")
                 return
-            if with_data and hub.busy:
-                hub.busy -= 1
-                self._reply(503, b"busy")
-                return
-            self._send_data(name, with_data)
-
-        def _send_data(self, name: str, with_data: bool) -> None:
             if hub.redirects_to and self.headers["Host"] != urllib.parse.urlsplit(hub.redirects_to).netloc:
                 self.send_response(302)
                 self.send_header("Location", f"{hub.redirects_to}{self.path}")

@@ -148,12 +148,15 @@ def test_what_is_not_the_kind_of_file_that_its_name_says_never_gets_the_name(
     assert not [left for left in _left(tmp_path) if not left.endswith(".lock")]
 
 
+@pytest.mark.parametrize("checksum", ["SHA-256", "SHA-1"])  # git stores small files itself
 @pytest.mark.parametrize(
     "wrong", [DATA[:-1] + b"x", DATA + b"more"], ids=["another last byte", "too many bytes"]
 )
 def test_damaged_data_are_loaded_once_more_and_never_get_the_name(
-    hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, wrong: bytes
+    hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, wrong: bytes, checksum: str
 ) -> None:
+    if checksum == "SHA-1":
+        hub.small.add("owner/name/folder/weights.bin")
     hub.sends_instead["owner/name/folder/weights.bin"] = wrong
 
     with caplog.at_level(logging.WARNING), pytest.raises(DownloadError, match="arrived damaged twice"):

@@ -117,14 +117,3 @@ def test_a_subset_needs_pictures(tmp_path: Path) -> None:
     assert "subset 1: image_dir, the folder of its pictures, is missing" in faults(
         tmp_path, "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nnum_repeats = 2"
     )
-
-
-@pytest.mark.parametrize("is_masked", [True, False])
-def test_conditioning_pictures_are_masks_or_control_images(tmp_path: Path, is_masked: bool) -> None:
-    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'a'\nconditioning_data_dir = 'c'"
-
-    (table,) = load(tmp_path, text, *(["--masked_loss"] if is_masked else [])).datasets
-
-    assert (table.mask_directory, table.control_directory) == (
-        (Path("c"), None) if is_masked else (None, Path("c"))
-    )
