@@ -3,10 +3,11 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -35,11 +36,11 @@ class LrSchedule(Protocol):
 
     def step(self) -> None: ...
 
-    def get_last_lr(self) -> list[float]: ...
+    def get_last_lr(self) -> Sequence[float | Tensor]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None: ...
 
     def go_to(self, step: int) -> None: ...  # of a new schedule, by its own settings
 
@@ -100,7 +101,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
         )
     curve = make_curve(options, total_steps, float(optimizer.defaults["lr"]))
     factor = FACTORS[name]
-    return Named(name, LambdaLR(optimizer, lambda step: factor(curve, step)))
+    return CurveSchedule(name, optimizer, lambda step: factor(curve, step))
 
 
 def make_curve(options: LrScheduleOptions, total_steps: int, learning_rate: float) -> RateShape:
@@ -259,35 +260,29 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
 # the schedules
 
 
-@dataclass(frozen=True)
-class Named:
+class CurveSchedule(LambdaLR):
     """One of our own curves. Its state is the step."""
 
-    name: str
-    inner: LambdaLR
-
-    def step(self) -> None:
-        self.inner.step()
-
-    def get_last_lr(self) -> list[float]:
-        return [float(rate) for rate in self.inner.get_last_lr()]
+    def __init__(self, name: str, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
+        """factor: on the learning rate at a step."""
+        self.name = name
+        super().__init__(optimizer, factor)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.inner.last_epoch}
+        return {"step": self.last_epoch}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go to the saved step; the rates follow from it and from this run's --learning_rate."""
-        if "step" not in state:
+        if "step" not in state_dict:
             raise CheckpointError(_other_schedule(self.name))
-        self.go_to(state["step"])
+        self.go_to(state_dict["step"])
 
     def go_to(self, step: int) -> None:
-        inner = self.inner
-        inner.last_epoch, inner._step_count = step, step + 1
-        inner._last_lr = [
-            base * factor(step) for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)
+        self.last_epoch, self._step_count = step, step + 1
+        self._last_lr = [
+            base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
         ]
-        for group, rate in zip(inner.optimizer.param_groups, inner._last_lr, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
 
 
@@ -315,10 +310,10 @@ class Imported:
         plain = {key: value for key, value in self.inner.state_dict().items() if not callable(value)}
         return {"scheduler": plain_state(plain, "scheduler")}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if "scheduler" not in state:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if "scheduler" not in state_dict:
             raise CheckpointError(_other_schedule(self.name))
-        saved = dict(state["scheduler"])
+        saved = dict(state_dict["scheduler"])
         # the rest are settings, which this run's options say
         if type(self.inner).__module__ == LRScheduler.__module__:
             saved = {name: value for name, value in saved.items() if name in COUNTS}
@@ -349,7 +344,7 @@ class OwnRates:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Do nothing: the rates are part of the optimizer's state."""
 
     def go_to(self, step: int) -> None:

@@ -264,7 +264,8 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
         return predict(family, options, noisy_batch, device, texts=plan.texts)
 
     speed, prediction = resolve_swap(options.speed, room, rehearse_largest)
-    swap, watch = speed.swap, None
+    swap = speed.swap
+    watch: MemoryWatch | None = None
     if room is not None and accelerator.is_main_process:
         watch = MemoryWatch(device)
         if prediction is not None:

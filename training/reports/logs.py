@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -299,7 +300,9 @@ def public_config(*records: Any) -> dict[str, int | float | str | bool]:
     return config
 
 
-def name_rates(rates: Sequence[float], group_names: Sequence[str], optimizer: Optimizer) -> dict[str, float]:
+def name_rates(
+    rates: Sequence[float | Tensor], group_names: Sequence[str], optimizer: Optimizer
+) -> dict[str, float]:
     """Return learning rates by tracker name, `lr/unet`.
 
     Also `lr/d*lr/unet` if the optimizer estimates a factor d itself (Prodigy).
