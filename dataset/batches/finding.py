@@ -97,7 +97,9 @@ def find_items(
         stems = _listed_stems(table, store, one, column)
         if stems is not None:
             listed.setdefault(table.picture_folder, set()).update(stems)
-            unlisted |= column.keep_listed(table.picture_folder, stems)
+            folder = table.picture_folder
+            unlisted |= dict.fromkeys((folder, stem) for stem in column.stems if stem not in stems)
+            column.keep([stem in stems for stem in column.stems])
         if not column.stems:
             empty.append(table)
         if one.texts:
@@ -183,12 +185,6 @@ class _Column:
         self.stems = list(itertools.compress(self.stems, is_kept))
         self.which = list(itertools.compress(self.which, is_kept))
 
-    def keep_listed(self, folder: Path, stems: Collection[str]) -> dict[tuple[Path, str], None]:
-        """Drop the items of other sources; return the folder and the names of these."""
-        others = dict.fromkeys((folder, stem) for stem in self.stems if stem not in stems)
-        self.keep([stem in stems for stem in self.stems])
-        return others
-
     def set(self, field: str, values: Iterable[int]) -> None:
         """Set a field of each item's facts."""
         numbers: dict[tuple[int, int], int] = {}
@@ -237,7 +233,14 @@ def _table_items(table: DatasetTable, names: Collection[str], kind: ItemKind, la
             before = what
             if id(what) not in numbers:
                 numbers[id(what)] = len(clips)
-                bucket = _bucket(table, what, latent, table.cache_directory / name)
+                if table.kind == "image":
+                    path = table.cache_directory / name
+                    bucket: tuple[int, ...] = bucket_of(table, what.size, latent.pixel_step, path)
+                elif what.section is not None:  # of clips of all lengths: what is stacked is equal
+                    bucket = (*what.size, section_frames(table.fp_latent_window_size, latent))
+                else:  # a video's name holds the size after bucketing
+                    assert what.span is not None
+                    bucket = (*what.size, what.span[1])
                 clips.append(what)
                 tail = name[len(stem) : -len(SUFFIX)]
                 column.facts.append(ItemFacts(tail, table, bucket, kind))
@@ -295,15 +298,6 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
     counts = count_of(len(found.items), "item"), count_of(len(found.items.tables), "data set")
     logger.info("In the caches: %s of %s", *counts)
     return found.items
-
-
-def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
-    if table.kind == "image":
-        return bucket_of(table, name.size, latent.pixel_step, path)
-    assert name.span is not None  # `parse_latent_name` has found one in a video's
-    if name.section is not None:  # of clips of all lengths: what is stacked is equal
-        return (*name.size, section_frames(table.fp_latent_window_size, latent))
-    return (*name.size, name.span[1])  # a video's name holds the size after bucketing
 
 
 def _others_in(table: DatasetTable) -> str:

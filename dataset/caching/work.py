@@ -70,6 +70,7 @@ from modules.console import Row, as_size, show_box
 from modules.contract.data import LOSS_MASK, CacheEntry, MomentsBatch
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
+from modules.media.buckets import Size
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,8 @@ class MediaWork:
         there = names_of(self._existing, plan.source)
         of_table = recipe.table_options(plan.source)
         for span in plan.missing or ():
-            of_name = (media.size, None) if table.kind == "image" else (media.bucket, span)
+            is_image = table.kind == "image"
+            of_name: tuple[Size, Span | None] = (media.size, None) if is_image else (media.bucket, span)
             options = {"size": [*media.size], "bucket": [*media.bucket], "span": [*span]}
             item = _Pending(
                 table,
@@ -271,15 +273,14 @@ class MediaWork:
         table, crops = items[0].table, [item.crop for item in items]
         # the names of the files, but for the sections that the family may make
         keys = [item.name.file_name(self._recipe.tag).removesuffix(SUFFIX) for item in items]
+        encoded: Sequence[Sequence[CacheEntry]]
         if crops[0].moments:
             moments = [torch.stack(found) for found in zip(*(crop.moments for crop in crops), strict=True)]
             given = MomentsBatch(moments[0], tuple(keys), *moments[1:])
             encoded = [[entry] for entry in self._family.latents_from_moments(given)]
         else:
-            encoders, media = (
-                self._encoders.get(),
-                batch_media(crops, keys, [item.span for item in items], table),
-            )
+            encoders = self._encoders.get()
+            media = batch_media(crops, keys, [item.span for item in items], table)
             encoded = self._family.encode_media(encoders, media)
             if table.augmentation.flip:
                 mirrored = self._family.encode_media(encoders, mirror_media(media))
@@ -307,11 +308,8 @@ class MediaWork:
         self._written |= {(item.table.index, name) for name in names}
         surplus = [name for name in item.there if name not in names]
         if surplus:
-            writer.submit(
-                partial(
-                    remove_caches, store, surplus, partial(is_latent_cache, architecture=self._family.name)
-                )
-            )
+            is_ours = partial(is_latent_cache, architecture=self._family.name)
+            writer.submit(partial(remove_caches, store, surplus, is_ours))
 
     def _write(self, store: CacheStore, name: LatentName, record: LatentRecord, entry: CacheEntry) -> None:
         """Write one latent cache with its record.

@@ -8,10 +8,8 @@ import torch
 from blissful_tuner.video_to_video import (
     first_step,
     fit_frames,
-    part_of,
 )
 from modules.contract.rules import Source
-from modules.contract.steps import Section
 from modules.flow.schedule import make_schedule
 
 
@@ -50,10 +48,3 @@ def test_missing_frames_are_copies_and_further_ones_are_cut_off(
 ) -> None:
     latents = torch.arange(3.0).view(1, 1, 3, 1, 1).expand(1, 2, 3, 4, 4)
     assert fit_frames(latents, frames, mode)[0, 1, :, 0, 0].tolist() == expected
-
-
-def test_each_section_starts_from_its_part() -> None:
-    video = torch.arange(7.0).view(1, 1, 7, 1, 1)
-    noise = torch.zeros(1, 1, 3, 1, 1)
-    for place, expected in ((0, [0, 1, 2]), (1, [1, 2, 3]), (4, [4, 5, 6]), (5, [5, 6, 6])):
-        assert part_of(video, Section(noise, {}, place=place)).flatten().tolist() == expected

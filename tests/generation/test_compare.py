@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import wan_generate_video
-from generation.grid_options import expand_patterns, family_of
+from generation.grid_options import family_of
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, read_tags, video_frames, video_info
 from tests.browser import open_page
@@ -189,23 +189,6 @@ def test_what_makes_no_comparison_is_refused(
     with pytest.raises(UserError, match=message):
         run(tmp_path, t2v, *more)
     assert not list(tmp_path.iterdir())
-
-
-def test_lora_weight_belongs_to_the_columns(
-    tmp_path: Path, t2v: TinyWan, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        run(tmp_path, t2v, "--lora_weight", "x.safetensors")
-    assert "give the files to --lora" in capsys.readouterr().err
-
-
-def test_patterns_are_expanded_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    for name in ("a-10.safetensors", "a-9.safetensors", "b.safetensors", "c[1].safetensors"):
-        (tmp_path / name).touch()
-
-    found = expand_patterns((tmp_path / "a-*.safetensors", tmp_path / "c[1].safetensors", tmp_path / "a-9*"))
-
-    assert [path.name for path in found] == ["a-9.safetensors", "a-10.safetensors", "c[1].safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.errors import OptionError
 from tests.generation.guided import STEPS, Script, is_finite, per_step, write_scripts
 
 FAMILIES = ("wan", "hunyuan", "framepack")
@@ -106,12 +105,3 @@ def test_hunyuan_video_makes_one_batch_of_the_passes_that_can_be_one(
 ) -> None:
     _, calls = scripts["hunyuan"].run(tmp_path, *options)
     assert sorted(call.rows for call in calls if call.step == 0) == rows
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_blocks_that_a_model_lacks_are_refused_before_anything_is_made(
-    scripts: dict[str, Script], tmp_path: Path, kind: str
-) -> None:
-    with pytest.raises(OptionError, match="there is no block 99, the model has blocks 0 to"):
-        scripts[kind].run(tmp_path / "out", "--slg_mode", "uncond", "--slg_layers", "1,99")
-    assert not (tmp_path / "out").exists()

@@ -64,20 +64,3 @@ def test_optimized_turns_on_what_it_stands_for(tmp_path: Path) -> None:
     assert speed.fp8.quantisation == Quantisation("rows", fp8_matmul=True)
     assert set(speed.by_preset) == {"attn_mode", "compile", "fp8_scaled", "fp8_fast"}
     assert read(tmp_path, "--prompt", "p").speed.by_preset == ()
-
-
-@pytest.mark.parametrize(
-    ("given", "mode", "kind"),
-    [
-        (["--attn_mode", "torch"], "sdpa", "rows"),  # its default, but said
-        (["--attn_mode", "xformers"], "xformers", "rows"),
-        (["--fp8"], "sage", "cast"),
-    ],
-)
-def test_what_is_given_beside_optimized_counts(
-    tmp_path: Path, given: list[str], mode: str, kind: str
-) -> None:
-    speed = read(tmp_path, "--prompt", "p", "--optimized", *given).speed
-    assert speed.attention.choice.mode == mode
-    assert speed.fp8.quantisation is not None
-    assert speed.fp8.quantisation.kind == kind

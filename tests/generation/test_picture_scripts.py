@@ -1,13 +1,12 @@
 """What the options of a script that makes pictures are, and the lines of its prompt files."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.options import GenerationOptions, read_generation
-from generation.prompt_lines import EMBEDDED_IMAGE_OPTIONS, parse_generation_line, parse_sample_line
+from generation.prompt_lines import EMBEDDED_IMAGE_OPTIONS, parse_sample_line
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from modules.errors import OptionError
 from modules.options import NoOptions
@@ -84,12 +83,3 @@ def test_sample_lines_of_the_image_guides_are_read_as_measured() -> None:
             read.pop("seed", None)  # ours reads a word as a seed too
 
         assert read == wanted, line
-
-
-def test_generation_lines_of_the_image_guides_are_read_as_measured() -> None:
-    cases, _ = read_case("image_prompt_lines")
-    for line, expected in cases["hunyuan_image_generation_lines"]:
-        wanted = json.loads(json.dumps(expected).replace("image_size_", "video_size_"))
-        options = {**EMBEDDED_IMAGE_OPTIONS, "g": EMBEDDED_IMAGE_OPTIONS["l"]}  # without embedded guidance
-
-        assert parse_generation_line(line, options) == wanted, line

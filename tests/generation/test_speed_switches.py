@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -101,13 +100,3 @@ def test_the_last_frame_of_a_video_and_of_decoded_latents(float32: TinyFamily, t
     assert (read_image(decoded) == read_image(last)).all()
     plain = run(float32, tmp_path / "plain", "--latent_path", str(latent))
     assert not list(plain.glob("*_last.png"))
-
-
-def test_a_file_says_when_it_was_made_and_decoding_keeps_that(float32: TinyFamily, tmp_path: Path) -> None:
-    (latent,) = run(float32, tmp_path / "made", "--output_type", "latent").iterdir()
-    with safe_open(latent, "pt") as file:
-        created = file.metadata()["bt_creation_timestamp"]
-    assert created.startswith(f"{latent.name[:4]}-{latent.name[4:6]}-{latent.name[6:8]}T")
-    folder = run(float32, tmp_path / "decoded", "--latent_path", str(latent), "--output_type", "images")
-    (images,) = folder.iterdir()
-    assert {read_tags(path)["bt_creation_timestamp"] for path in images.iterdir()} == {created}
