@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
 from modules.errors import MediaError
-from modules.media.animations import is_animation
+from modules.media.decoding import is_animation
 from modules.media.opening import open_video
 
 TOLERANCE = 0.02  # 29.97 is 30
