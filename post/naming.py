@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modules.console import count_of
 from modules.errors import MediaError, OptionError, OutputError
-from modules.media.animations import is_animation
+from modules.media.decoding import is_animation
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.output_files import Answer
 from post.chain_options import Chain

@@ -18,7 +18,7 @@ from modules.atomic_write import write_text
 from modules.command import as_typed
 from modules.errors import DatasetError, MediaError, OptionError, OutputError
 from modules.installation import PREFIX
-from modules.media.animations import ANIMATION_SUFFIXES, is_animation
+from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
 from modules.media.streams import source_info
 from modules.media.writing import write_png

@@ -3,7 +3,6 @@
 asking: requested pictures: variants, seeds and numbers settled
 assembling: load the checkpoint and all that acts on it
 checkpoints: U-Net and VAE of a file: dimensions and names
-clip_vision: a picture's vector in place of the pooled state
 contract: records that the parts hand to each other
 control_net: add to the U-Net's features after guide images
 control_net_files: files of ControlNets: recognise, translate, load
@@ -27,7 +26,7 @@ samplers: diffusers' schedulers as solvers; calls of the U-Net
 sampling_options: options of sampling, and of pictures that begin small
 small_start: features or latents that begin small and grow
 starting: pictures to latents and back; start of denoising
-text: encode prompts: weights, chunks, pooled state
+text: encode prompts: weights, chunks, pooled state or picture
 text_checkpoints: CLIP-L and OpenCLIP encoders of a checkpoint
 textual_inversion: words that stand for learned vectors
 tokenizers: tokenizers of the text encoders, and chunks of tokens

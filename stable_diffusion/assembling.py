@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.dialects import count
-from stable_diffusion.clip_vision import PictureVectors, check_vision
 from stable_diffusion.contract import AskedPicture, Idea
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
@@ -24,7 +23,7 @@ from stable_diffusion.regions import Regions, put_back
 from stable_diffusion.samplers import check_sampling
 from stable_diffusion.small_start import DeepShrinks
 from stable_diffusion.starting import check_painting
-from stable_diffusion.text import Texts, check_texts
+from stable_diffusion.text import PictureVectors, Texts, check_texts, check_vision
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ diffusers' classes take their dimensions as keywords; `UnetSizes` holds them, an
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,19 @@ def name_translator(names: Collection[str]) -> Callable[[str], str]:
         return name
 
     return translate
+
+
+def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Path) -> Any:
+    """Make one of diffusers' networks on the meta device, with a CheckpointError in place of its errors."""
+    try:
+        with torch.device("meta"):
+            return build(**config)
+    except Exception as error:  # of many classes; all mean that the dimensions do not go together
+        raise CheckpointError(
+            f"{path}: diffusers cannot build a network of these dimensions ({type(error).__name__}: "
+            f"{error}). The file or the config.json beside it is damaged: copy or download it again.",
+            path,
+        ) from error
 
 
 UnetSizes = Mapping[str, Any]

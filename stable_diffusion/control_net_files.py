@@ -23,7 +23,7 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sourc
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
-from stable_diffusion.checkpoints import name_translator
+from stable_diffusion.checkpoints import build_network, name_translator
 from stable_diffusion.contract import SD1, SD2, SDXL
 from stable_diffusion.folders import open_part
 
@@ -97,7 +97,9 @@ def read_control_net(
     }
     if "controlnet_mid_block.weight" not in sources or f"{_HINT}.conv_in.weight" not in sources:
         raise other_kind(checkpoint, "a ControlNet", OPTION, GIVE)
-    sources = _name_last_hint(sources)
+    if f"{_HINT}.conv_out.weight" not in sources:  # it is numbered as the others are
+        last = f"{_HINT}.blocks.{count(sources, _BLOCKS) - 1}."
+        sources = {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
     config = _read_config(bare, sources, unet)
     _compare(checkpoint, config, unet, words)
     return ControlNetPlan(bare, sources, {**config, **_read_folder(path)}, is_difference)
@@ -129,14 +131,6 @@ def _own_name(name: str, translate: Callable[[str], str]) -> str:
     if found is not None:  # an activation stands between convolutions
         return f"{_HINT}.blocks.{int(found[1]) // 2 - 1}.{found[2]}"
     return translate(name)
-
-
-def _name_last_hint(sources: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
-    """Name the last of the convolutions that the guide goes through, if it is numbered as the others are."""
-    if f"{_HINT}.conv_out.weight" in sources:
-        return dict(sources)
-    last = f"{_HINT}.blocks.{count(sources, _BLOCKS) - 1}."
-    return {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
 
 
 def _read_config(
@@ -254,8 +248,9 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
             f"\n  {what}: {_words(own)} in the ControlNet, {_words(theirs)} in the model"
             for what, (own, theirs) in found.items()
         )
+        kind = SDXL if config.get("addition_embed_type") else SD2 if config["use_linear_projection"] else SD1
         raise CheckpointError(
-            f"{checkpoint.path} is a ControlNet for {_kind_words(config)}, but --ckpt is {words}:{lines}\n"
+            f"{checkpoint.path} is a ControlNet for {kind.words}, but --ckpt is {words}:{lines}\n"
             f"  Give a ControlNet for {words} to {OPTION}.",
             checkpoint.path,
         )
@@ -273,12 +268,6 @@ def _words(values: tuple[Any, ...]) -> str:
     return ", ".join("none" if value is None else str(value) for value in values)
 
 
-def _kind_words(config: Mapping[str, Any]) -> str:
-    if config.get("addition_embed_type"):
-        return SDXL.words
-    return SD2.words if config["use_linear_projection"] else SD1.words
-
-
 def load_control_net(
     plan: ControlNetPlan, unet: Any, device: torch.device, dtype: torch.dtype
 ) -> ControlNetModel:
@@ -287,16 +276,7 @@ def load_control_net(
     unet: diffusers' U-Net, to which a file of differences is added. Raises CheckpointError if tensors are
     missing, unexpected, of other shapes or damaged.
     """
-    try:
-        with torch.device("meta"):
-            network = ControlNetModel(**plan.config)
-    except Exception as error:  # of many classes; all mean that the dimensions do not go together
-        path = plan.checkpoint.path
-        raise CheckpointError(
-            f"{path}: diffusers cannot build a ControlNet of these dimensions ({type(error).__name__}: "
-            f"{error}). The file is damaged: copy or download it again.",
-            path,
-        ) from error
+    network = build_network(ControlNetModel, plan.config, plan.checkpoint.path)
 
     def add_unet(name: str, weight: Tensor) -> Tensor:
         if name.startswith(OWN_PARTS):

@@ -145,11 +145,6 @@ def _read_part(checkpoint: Checkpoint, name: str) -> LllitePart:
     )
 
 
-def load_lllite(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Lllite:
-    """Load an open file. Raises CheckpointError as `read_lllite`, or if tensors do not fit together."""
-    return load_planned(read_lllite(checkpoint), Lllite, device, dtype, _WHAT)
-
-
 class Lllites:
     """The LLLites of a run."""
 
@@ -257,8 +252,9 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
                 use.path,
             )
         with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:
-            load_lllite(checkpoint, torch.device("meta"), torch.float32)  # compares, reads nothing
-            for name in read_lllite(checkpoint).config:
+            plan = read_lllite(checkpoint)
+            load_planned(plan, Lllite, torch.device("meta"), torch.float32, _WHAT)  # compares, reads nothing
+            for name in plan.config:
                 if _path_of(name) is None:
                     raise CheckpointError(
                         f"{use.path} is made for the layer {name.removeprefix(PREFIX)}, which {SDXL.words} "
@@ -268,16 +264,16 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
 
 
 def load_lllites(options: ControlOptions, model: Model) -> Lllites | None:
-    """Load the LLLites of a run onto the model's device; None if there are none.
+    """Load the LLLites of a run onto the model's device, after `check_lllites`; None if there are none.
 
-    Raises CheckpointError as `check_lllites`, or if one does not fit the U-Net.
+    Raises CheckpointError if one is damaged or does not fit the U-Net.
     """
     if not options.control_net_lllite_models:
         return None
-    check_lllites(options, model.kind)
     networks = []
     for use in options.uses:
         with open_checkpoint(use.path) as checkpoint:
-            networks.append(load_lllite(checkpoint, model.device, model.dtype))
+            plan = read_lllite(checkpoint)
+            networks.append(load_planned(plan, Lllite, model.device, model.dtype, _WHAT))
         logger.info("ControlNet-LLLite %s: %d layers", use.path, len(list(networks[-1].children())))
     return Lllites(networks, options.uses, model)

@@ -5,7 +5,6 @@ and shapes of all tensors, tokenizers, the package for attention.
 """
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from stable_diffusion.checkpoints import (
     UnetSizes,
     VaeSizes,
     band_convolutions,
+    build_network,
     read_unet,
     read_vae,
 )
@@ -262,11 +262,10 @@ def _build(release: OpenedCheckpoint) -> DiffusionNetworks:
     for plan in release.texts:
         check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
     with META:
-        return DiffusionNetworks(
-            _explain(UNet2DConditionModel, release.unet),
-            _explain(AutoencoderKL, release.vae),
-            tuple(ClipText(plan.network.config) for plan in release.texts),
-        )
+        texts = tuple(ClipText(plan.network.config) for plan in release.texts)
+    unet = build_network(UNet2DConditionModel, release.unet.config, release.unet.checkpoint.path)
+    vae = build_network(AutoencoderKL, release.vae.config, release.vae.checkpoint.path)
+    return DiffusionNetworks(unet, vae, texts)
 
 
 def _fill(
@@ -285,18 +284,6 @@ def _fill(
 
 def _fill_one(network: Any, plan: LoadPlan[Any], device: torch.device, dtype: torch.dtype, what: str) -> None:
     load_planned(plan, lambda _: network, device, dtype, what).requires_grad_(False)
-
-
-def _explain(build: Callable[..., Any], plan: LoadPlan[Any]) -> Any:
-    """Build a network, with a CheckpointError in place of diffusers' errors for odd settings."""
-    try:
-        return build(**plan.config)
-    except Exception as error:  # of many classes; all mean that the dimensions do not go together
-        raise CheckpointError(
-            f"{plan.checkpoint.path}: diffusers cannot build a network of these dimensions "
-            f"({type(error).__name__}: {error}). The file or the config.json beside it is damaged.",
-            plan.checkpoint.path,
-        ) from error
 
 
 def _dtype_of(options: ModelOptions) -> torch.dtype:

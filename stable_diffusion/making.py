@@ -15,7 +15,6 @@ from generation import denoise as loop
 from modules.bars import Bar
 from modules.contract.steps import Section, StepDone
 from modules.errors import OptionError
-from stable_diffusion.clip_vision import PictureVectors
 from stable_diffusion.contract import (
     SDXL,
     AskedPicture,
@@ -47,7 +46,7 @@ from stable_diffusion.starting import (
     generators_of,
     strength_of,
 )
-from stable_diffusion.text import Texts
+from stable_diffusion.text import PictureVectors, Texts
 
 
 class MakesIdeas(Protocol):
@@ -236,7 +235,8 @@ class Maker:
             found = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
             if len(found) == 1:
                 return found[0]
-            return join_parts(found, self._regions().of(picture, settings.width, settings.height))
+            regions = self.regions or Regions(self.model.unet)
+            return join_parts(found, regions.of(picture, settings.width, settings.height))
 
         def everywhere(number: int) -> list[TextState] | None:
             """Return the states of the negative (0) or empty (1) texts, which count in each part."""
@@ -258,9 +258,6 @@ class Maker:
                 f"{pictures[0].label}: --clip_vision_strength needs --image_path, the picture that CLIP sees"
             )
         return self.vision.replace_pooled(states, paths)
-
-    def _regions(self) -> Regions:
-        return self.regions if self.regions is not None else Regions(self.model.unet)
 
     def _multiplied(self, settings: PictureSettings, part: int | None = None) -> AbstractContextManager[None]:
         if self.networks is None:

@@ -147,19 +147,14 @@ class Regions:
         found = [self.of(picture, width, height) for picture in pictures]
         rows, columns = (max(region.shape[axis] for region in found) for axis in (-2, -1))
         batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in found]))
-        with contextlib.ExitStack() as stack_of_changes:
-            stack_of_changes.callback(self._take_out)
-            batch.enter(self._unet, stack_of_changes)
+        with contextlib.ExitStack() as changes:
+            batch.enter(self._unet, changes)
             if any(picture.mask is not None for picture in pictures):
                 for index, layers in enumerate(self._layers):
                     for name, layer in layers.items():
+                        changes.callback(setattr, layer, "region", None)
                         layer.region = batch.region_of(index, name)
             yield batch.begin
-
-    def _take_out(self) -> None:
-        for layers in self._layers:
-            for layer in layers.values():
-                layer.region = None
 
 
 class _Batch:

@@ -18,8 +18,8 @@ from dataset.sources.prepared import measure_source
 from modules.contract.data import LatentSpec
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError
-from modules.media.animations import is_animation
 from modules.media.buckets import Fit, fit_cover
+from modules.media.decoding import is_animation
 from modules.media.measures import (
     BLURRED,
     SHARP_SIDE,

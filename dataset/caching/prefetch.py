@@ -13,7 +13,7 @@ from dataset.sources.frames import frames_wanted
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.errors import MediaError, UserError
-from modules.media.animations import is_animation
+from modules.media.decoding import is_animation
 from modules.media.reading import video_info
 
 T = TypeVar("T")

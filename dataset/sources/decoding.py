@@ -18,7 +18,6 @@ from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_i
 from dataset.sources.masks import Mask, read_moving, read_still, stack_alphas
 from dataset.sources.media_source import MediaSource
 from modules.errors import DatasetError, MediaError
-from modules.media.animations import is_animation
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
 from modules.media.buckets import (
     Fit,
@@ -32,6 +31,7 @@ from modules.media.buckets import (
     how_to_resize,
     image_bucket_sizes,
 )
+from modules.media.decoding import is_animation
 from modules.media.reading import (
     Frame,
     fit_frame,

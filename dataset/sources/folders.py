@@ -16,7 +16,7 @@ from dataset.sources.masks import find_masks
 from dataset.sources.media_source import MediaSource
 from dataset.sources.rows import first_and_more
 from modules.errors import DatasetError, MediaError
-from modules.media.animations import ANIMATION_SUFFIXES, is_animation
+from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.reading import TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
 from modules.text_files import bad_character, require_regular_file
 

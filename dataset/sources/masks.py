@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dataset.config import DatasetTable
 from modules.errors import DatasetError, MediaError
-from modules.media.animations import ANIMATION_SUFFIXES
 from modules.media.buckets import Size
+from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, Frame, image_suffixes, read_image
 
 Mask = NDArray[np.uint8]  # F H W

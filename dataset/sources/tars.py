@@ -21,7 +21,7 @@ from dataset.sources.tables import CAPTION_COLUMNS
 from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
 from modules.control_codes import shorten
 from modules.errors import DatasetError, MediaError
-from modules.media.animations import ANIMATION_SUFFIXES
+from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.paths import expand_path, hide_secrets, is_address, protocol_of, split_address
 

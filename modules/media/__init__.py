@@ -1,10 +1,9 @@
 """Images and videos on disk, and their pixels.
 
-animations: read animated GIF and WebP files
 augmenting: pictures that differ each time in training
 buckets: sizes of an area, and bucket of a picture
 companions: sound, subtitles and tags into another video
-decoding: decode a video file picture by picture
+decoding: decode videos and animations picture by picture
 encoding: encode pictures to a video stream
 measures: brightness, sharpness, stillness, hashes, and cuts of scenes
 opening: open foreign images and videos safely; import PyAV

@@ -20,9 +20,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
 from modules.errors import MediaError
-from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
 from modules.media.buckets import Fit, Size, fit_cover
-from modules.media.decoding import decode_frames, first_picture, turn_upright
+from modules.media.decoding import (
+    animation_durations,
+    animation_frames,
+    blend_on_white,
+    decode_frames,
+    first_picture,
+    is_animation,
+    turn_upright,
+)
 from modules.media.opening import open_image, open_video
 
 Frame = NDArray[np.uint8]  # H W C

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import MediaError
-from modules.media.animations import animation_durations, animation_frames, blend_on_white, is_animation
 from modules.media.decoding import (
+    animation_durations,
+    animation_frames,
+    blend_on_white,
     check_size,
     decode_frames,
     first_picture,
+    is_animation,
     stated_end,
     time_origin,
     turn_upright,

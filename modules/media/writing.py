@@ -14,8 +14,8 @@ from PIL import Image, PngImagePlugin
 
 from modules.atomic_write import atomic_path
 from modules.errors import MediaError
-from modules.media.animations import is_animation
 from modules.media.companions import Companions, needs_own_tags
+from modules.media.decoding import is_animation
 from modules.media.encoding import (
     Picture,
     Pixels,

@@ -18,9 +18,16 @@ from modules.media.encoding import Picture, Pixels, in_eight_bits, in_sixteen_bi
 from post.contract import Clip, Stage, enlarged_clip, enlarged_size
 from post.faces.boxes import TEMPLATE_SIZE, Detector, Matrix, alignment, crops, eye_distance, restorable
 from post.faces.detectors import check_detector, load_detector, no_landmarks
-from post.faces.model_folder import find_detector, find_model, find_parsenet
 from post.faces.onnx_header import may_be_onnx
-from post.faces.restorers import Restorer, check_restorer, face_parts, load_restorer
+from post.faces.restorers import (
+    Restorer,
+    check_restorer,
+    face_parts,
+    find_detector,
+    find_model,
+    find_parsenet,
+    load_restorer,
+)
 from post.options import FacefixOptions
 
 logger = logging.getLogger(__name__)

@@ -1,10 +1,9 @@
 """Make pictures between pictures: GIMM-VFI with RAFT or FlowFormer.
 
-correlation: compare features of pictures around given places
 files: find and load the files of GIMM-VFI
 flowformer: FlowFormer: optical flow from encoded maps of costs
 flowformer_memory: FlowFormer's encoder: maps of costs to tokens
-layers: small layers and warps that all share
+layers: small layers, warps and comparisons of features
 motion: GIMM-VFI: motion and pictures at any time between two
 raft: RAFT, optical flow by refining one estimate over and over
 stage: add pictures between those of a stream

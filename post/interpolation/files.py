@@ -21,8 +21,8 @@ from modules.checkpoints.dialects import (
 from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.text_files import read_text
-from post.interpolation.correlation import CHANNELS
 from post.interpolation.flowformer import FlowFormer, read_flowformer
+from post.interpolation.layers import CHANNELS
 from post.interpolation.motion import GimmConfig, GimmVfi, MotionConfig
 from post.interpolation.raft import (
     ITERATIONS,

@@ -12,7 +12,6 @@ from torch.nn.functional import relu, scaled_dot_product_attention
 
 from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, other_kind
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from post.interpolation.correlation import SIDE, Correlation, grid_of
 from post.interpolation.flowformer_memory import (
     HEADS,
     CostPerceiver,
@@ -20,7 +19,7 @@ from post.interpolation.flowformer_memory import (
     TokenAttention,
     position_code,
 )
-from post.interpolation.layers import EncodedPicture, rows_of_part
+from post.interpolation.layers import SIDE, Correlation, EncodedPicture, grid_of, rows_of_part
 from post.interpolation.raft import FlowHead, MotionEncoder, SeparableGru, upsample_flow, upsampling_mask
 from post.interpolation.twins import HEAD_WIDTH, StageConfig, Twins
 

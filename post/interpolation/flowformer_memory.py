@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from post.interpolation.correlation import Correlation
-from post.interpolation.layers import in_parts, in_ranges, rows_of_part
+from post.interpolation.layers import Correlation, in_parts, in_ranges, rows_of_part
 from post.interpolation.twins import WINDOW, TwinsBlock, attend, in_windows
 
 # What FlowFormer's encoder and decoder share: attention of a few tokens, and waves that tell places.

@@ -14,8 +14,7 @@ from torch.nn.functional import conv2d, instance_norm, relu, unfold
 
 from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, other_kind
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from post.interpolation.correlation import CHANNELS, Correlation, grid_of
-from post.interpolation.layers import EncodedPicture, StoredNorm, conv
+from post.interpolation.layers import CHANNELS, Correlation, EncodedPicture, StoredNorm, conv, grid_of
 
 # Letters: H W height and width of a picture, h w those of the features: an eighth
 

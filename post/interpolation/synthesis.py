@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from post.interpolation.correlation import CHANNELS, Correlation, grid_of
-from post.interpolation.layers import EncodedPicture, StoredNorm, conv, resize, warp
+from post.interpolation.layers import (
+    CHANNELS,
+    Correlation,
+    EncodedPicture,
+    StoredNorm,
+    conv,
+    grid_of,
+    resize,
+    warp,
+)
 
 # Layers that refine the flow and enlarge features, for the synthesis.
 #

@@ -9,8 +9,7 @@ from torch import Tensor
 from blissful_tuner.latent_preview import bring_home
 from modules.layers.convolution import repeat_pixels
 from post.contract import to_pixels, to_tensor
-from post.interpolation.correlation import Correlation, grid_of
-from post.interpolation.layers import splat, warp
+from post.interpolation.layers import Correlation, grid_of, splat, warp
 from post.upscaling.swinir import CUDA_WIDTH, attend
 from tests.gpu.measuring import equal_bits, no_waits, relative_error
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 from encoders.clip_layers import load_clip_vision
 from modules.errors import CheckpointError, DownloadError, OptionError
-from stable_diffusion.clip_vision import FOLDER, PictureVectors, find_image_tower
 from stable_diffusion.contract import Model, TextState
+from stable_diffusion.text import FOLDER, PictureVectors, find_image_tower
 from tests.encoders.test_clip_vision import noise, write_tower
 from tests.stable_diffusion.text_towers import make_towers
 from tests.tiny.stable_diffusion import TEXT_DIM

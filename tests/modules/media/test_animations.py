@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from modules.errors import MediaError
-from modules.media.animations import animation_durations, is_animation
+from modules.media.decoding import animation_durations, is_animation
 from modules.media.reading import frames_at_rate, video_frames, video_info
 
 GREYS = (0, 40, 80, 120, 160, 200)

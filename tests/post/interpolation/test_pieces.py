@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from post.interpolation.correlation import Correlation, grid_of
-from post.interpolation.layers import splat, warp
+from post.interpolation.layers import Correlation, grid_of, splat, warp
 from post.interpolation.motion import MotionConfig, MotionField, normalised
 from tests.golden_cases import make_weights, read_case
 
