@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dataset.cache.store import CacheStore, Stamp
+from dataset.cache.files import Stamp
+from dataset.cache.store import CacheStore
 from modules.atomic_write import write_bytes
 from modules.errors import OutputError
 
