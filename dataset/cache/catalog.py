@@ -13,7 +13,7 @@ import sqlite3
 import struct
 import time
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,13 +157,13 @@ class Catalog:
         ).fetchone()
         return None if row is None else CatalogRow(*row)
 
-    def rows_of(self, shards: Collection[str]) -> list[tuple[bytes, CatalogRow]]:
-        """Return the rows in some shards, sorted by name."""
+    def rows_of(self, shards: Collection[str]) -> Iterator[tuple[bytes, CatalogRow]]:
+        """Yield the rows in some shards, sorted by name."""
         found = self._rows.execute(
             "SELECT entries.name, files.name, place, generation, entries.size, crc32 FROM entries JOIN files "
             "ON number = file ORDER BY entries.name"
         )
-        return [(name, CatalogRow(shard, *rest)) for name, shard, *rest in found if shard in shards]
+        return ((name, CatalogRow(shard, *rest)) for name, shard, *rest in found if shard in shards)
 
     def entry_bytes(self) -> dict[str, int]:
         """Return how many bytes the entries of each shard have."""
@@ -212,14 +212,18 @@ class Catalog:
         if has_index:
             uri = f"{(self.folder / INDEX).absolute().as_uri()}?mode=ro&immutable=1"
             self._rows.execute("ATTACH ? AS old", (uri,))
-        in_tars = self._read_old_index() if any(name.endswith(".tar") for name in self.shards) else {}
+        in_tars = read_old_index(self.folder, self.shards)
         for number, (name, size) in enumerate(self.shards.items()):
             self._rows.execute("INSERT INTO files VALUES (?, ?, ?)", (number, name, size))
-            with contextlib.suppress(FileNotFoundError):  # merged meanwhile: what took its place is there
+            try:
                 if not name.endswith(".tar"):
                     self._add_shard(number, self.folder / name)
                 elif not (has_index and self._add_known(number, name, size)):
                     self._add_tar(number, self.folder / name, in_tars.get(name))
+            except FileNotFoundError:  # merged meanwhile: what took its place is there
+                pass
+            except OSError as error:
+                raise CacheError(f"{self.folder / name} cannot be read: {error.strerror or error}") from error
             if has_index and name in self.damaged:
                 self._add_known(number, name)
             if name in self.busy | self.foreign:  # so that the index never says that it has all of it
@@ -247,21 +251,10 @@ class Catalog:
         )
         return True
 
-    def _read_old_index(self) -> dict[str, list[OldRow]]:
-        found: dict[str, list[OldRow]] = {}
-        for shard, row in read_old_index(self.folder, self.shards):
-            found.setdefault(shard, []).append(row)
-        return found
-
     def _add_tar(self, number: int, path: Path, rows: list[OldRow] | None) -> None:
         """Add the rows of a shard of an earlier version. rows: those that its index has."""
         if rows is None:
-            try:
-                rows, is_whole = read_old_shard(path)
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                raise CacheError(f"{path} cannot be read: {error.strerror or error}") from error
+            rows, is_whole = read_old_shard(path)
             if not is_whole:
                 self.damaged.add(path.name)
         self._rows.executemany(f"INSERT INTO entries VALUES (?, {number}, ?, ?, ?, ?) {_IF_NEWER}", rows)

@@ -9,7 +9,7 @@ import logging
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -87,23 +87,26 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def read_old_index(folder: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, OldRow]]:
-    """Yield the rows of an earlier version's index by the name of their shard, "" if it is lost.
+def read_old_index(folder: Path, sizes: Mapping[str, int]) -> dict[str, list[OldRow]]:
+    """Return the rows of an earlier version's index by the name of their shard, "" if it is lost.
 
-    sizes: of the shards that are there. Yields nothing if the index is missing, damaged or of other shards.
+    sizes: of the shards that are there. It is empty if the index is missing, damaged or of another version.
     """
+    found: dict[str, list[OldRow]] = {}
     try:
         with pq.ParquetFile(folder / OLD_INDEX, page_checksum_verification=True) as file:
             table = file.read(use_threads=False)
         shards = json.loads((table.schema.metadata or {})[b"reelsmith_shards"])["shards"]
         names = [name if sizes.get(name) == size else "" for name, size in shards]
-        columns = [table.column(name).to_pylist() for name in ("name", "shard", "offset", "generation")]
-        columns += [table.column(name).to_pylist() for name in ("length", "crc32", "kind")]
+        columns = ("name", "shard", "offset", "generation", "length", "crc32", "kind")
+        rows = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
+        for name, shard, offset, generation, length, crc32, kind in rows:
+            where = names[shard] if shard >= 0 and kind != 2 else ""  # 2: it was lost already
+            size, crc32 = (None, -1) if kind == 1 else (length, crc32)  # 1: it was removed
+            found.setdefault(where, []).append((name, offset, generation, size, crc32))
     except FileNotFoundError:
-        return
+        pass
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError) as error:
         logger.warning("%s is damaged (%s); the shards are read instead", folder / OLD_INDEX, error)
-        return
-    for name, shard, offset, generation, length, crc32, kind in zip(*columns, strict=True):
-        where = names[shard] if shard >= 0 and kind != 2 else ""  # 2: it was lost already
-        yield where, (name, offset, generation, *((None, -1) if kind == 1 else (length, crc32)))
+        return {}
+    return found

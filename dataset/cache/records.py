@@ -13,10 +13,10 @@ import os
 import stat
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dataset.cache.files import Entry, Header, checksum
 from dataset.config import DatasetTable
@@ -28,6 +28,8 @@ from modules.contract.data import LatentSpec
 from modules.errors import CacheError
 from modules.media.reading import folder_images
 from modules.text_files import parse_json
+
+T = TypeVar("T")
 
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
@@ -98,18 +100,7 @@ def latent_record(header: Header) -> LatentRecord | None:
 
     Raises CacheError if the record is damaged.
     """
-    found = _read_record(header)
-    if found is None:
-        return None
-    try:
-        data = found["latents"]
-        return dataclasses.replace(
-            latent_record_of(data),
-            files=tuple(FileIdentity(**file) for file in data["files"]),
-            crc32=dict(data["crc32"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damage_error(header, error) from error
+    return _read_record(header, "latents", latent_record_of)
 
 
 def latent_facts(record: LatentRecord) -> dict[str, Any]:
@@ -119,18 +110,21 @@ def latent_facts(record: LatentRecord) -> dict[str, Any]:
 
 
 def latent_record_of(data: Mapping[str, Any]) -> LatentRecord:
-    """Return the record of `latent_facts`, without files and checksums.
+    """Return the record in the JSON values of metadata, or of `latent_facts`.
 
     Raises KeyError, TypeError or ValueError.
     """
     clip = data["clip"]
-    facts = (
-        None
-        if clip is None
-        else ClipFacts(tuple(clip["size"]), _frames(clip["kept_frames"]), clip["complete"])
+    if clip is not None:
+        clip = ClipFacts(tuple(clip["size"]), _frames(clip["kept_frames"]), clip["complete"])
+    return LatentRecord(
+        encoder=dict(data["encoder"]),
+        options=dict(data["options"]),
+        files=tuple(FileIdentity(**file) for file in data.get("files", ())),
+        clip=clip,
+        parts=int(data["parts"]),
+        crc32=dict(data.get("crc32", {})),
     )
-    encoder, options = dict(data["encoder"]), dict(data["options"])
-    return LatentRecord(encoder, options, (), facts, int(data["parts"]), {})
 
 
 def text_facts(records: Mapping[str, TextRecord]) -> dict[str, Any]:
@@ -141,20 +135,20 @@ def text_facts(records: Mapping[str, TextRecord]) -> dict[str, Any]:
 
 
 def text_records_of(data: Mapping[str, Any]) -> dict[str, TextRecord]:
-    """Return the records of `text_facts`, without captions, files and checksums.
+    """Return the records in the JSON values of metadata, or of `text_facts`.
 
     Raises KeyError, TypeError or ValueError.
     """
     return {
-        name: TextRecord(dict(one["encoder"]), "", None, {}, dict(one["settings"]))
+        name: TextRecord(
+            encoder=dict(one["encoder"]),
+            caption=str(one.get("caption", "")),
+            file=None if one.get("file") is None else FileIdentity(**one["file"]),
+            crc32=dict(one.get("crc32", {})),
+            settings=dict(one.get("settings", {})),
+        )
         for name, one in data.items()
     }
-
-
-def _frames(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= MOST_FRAMES:
-        raise ValueError(f"a clip of {value!r} frames")
-    return value
 
 
 def text_records(header: Header) -> dict[str, TextRecord]:
@@ -162,22 +156,13 @@ def text_records(header: Header) -> dict[str, TextRecord]:
 
     Raises CacheError if they are damaged.
     """
-    found = _read_record(header)
-    if found is None:
-        return {}
-    try:
-        return {
-            name: TextRecord(
-                encoder=dict(data["encoder"]),
-                caption=str(data["caption"]),
-                file=None if data["file"] is None else FileIdentity(**data["file"]),
-                crc32=dict(data["crc32"]),
-                settings=dict(data.get("settings", {})),
-            )
-            for name, data in found["texts"].items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damage_error(header, error) from error
+    return _read_record(header, "texts", text_records_of) or {}
+
+
+def _frames(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MOST_FRAMES:
+        raise ValueError(f"a clip of {value!r} frames")
+    return value
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
@@ -253,7 +238,7 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     whole = hashlib.sha256()
-    for part in _files(path):
+    for part in folder_images(path):
         with part.open("rb") as file:
             whole.update(
                 f"{part.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode(
@@ -263,16 +248,12 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
     return whole.hexdigest()
 
 
-def _files(path: Path) -> list[Path]:
-    return folder_images(path) if path.is_dir() else [path]
-
-
 def _guard(content: Mapping[str, Any]) -> dict[str, str]:
     text = json.dumps({"version": VERSION, **content}, sort_keys=True, ensure_ascii=False)
     return {RECORD_KEY: text, CHECK_KEY: _crc(text)}
 
 
-def _read_record(header: Header) -> dict[str, Any] | None:
+def _read_record(header: Header, key: str, parse: Callable[[Any], T]) -> T | None:
     text = header.metadata.get(RECORD_KEY)
     if text is None:
         return None
@@ -285,17 +266,15 @@ def _read_record(header: Header) -> dict[str, Any] | None:
                 f"{header.path}: its record has version {content['version']}, this program knows version "
                 f"{VERSION}"
             )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damage_error(header, error) from error
-    return dict(content)
+        return parse(content[key])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CacheError(
+            f"{header.path}: damaged, its record cannot be read ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _crc(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
-
-
-def _damage_error(header: Header, error: Exception) -> CacheError:
-    return CacheError(f"{header.path}: damaged, its record cannot be read ({type(error).__name__}: {error})")
 
 
 def section_frames(window: int, latent: LatentSpec) -> int:

@@ -80,7 +80,8 @@ class ShardWriter:
         """Write a row in place of an earlier one; return its place. data: None of a removed entry."""
         size, crc32 = (None, REMOVED_CRC32) if data is None else (len(data), zlib.crc32(data))
         check_space(self.path, size or 0)
-        if generation or not self.rows.in_transaction:
+        self._begin_rows()
+        if generation:
             self.drop(name)
         done = self.rows.execute(
             "INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", (name, generation, size, crc32, data)
@@ -90,10 +91,13 @@ class ShardWriter:
         return done.lastrowid
 
     def drop(self, name: bytes) -> int:
-        """Remove the row of a name, if this shard has one."""
+        """Remove the row of a name, if this shard has one; return how many that were."""
+        self._begin_rows()
+        return self.rows.execute("DELETE FROM entries WHERE name = ?", (name,)).rowcount
+
+    def _begin_rows(self) -> None:
         if not self.rows.in_transaction:
             self.rows.execute("BEGIN")
-        return self.rows.execute("DELETE FROM entries WHERE name = ?", (name,)).rowcount
 
     def discard(self) -> None:
         """Remove the shard, unless it is finished."""
@@ -216,11 +220,11 @@ def _rewrite(catalog: Catalog, shards: Collection[str], shard_bytes: int) -> Non
     leaves every entry in one shard or in two.
     """
     folder, unreadable = catalog.folder, list[bytes]()
-    rows, opened = catalog.rows_of(shards), dict[str, sqlite3.Connection]()
-    check_space(folder / INDEX, sum(row.size or 0 for _, row in rows))
+    sizes, opened = catalog.entry_bytes(), dict[str, sqlite3.Connection]()
+    check_space(folder / INDEX, sum(sizes[name] for name in shards))
     writer: ShardWriter | None = None
     try:
-        for name, row in rows:
+        for name, row in catalog.rows_of(shards):
             shard = str(row.shard)
             if not shard.endswith(".tar") and shard not in opened:
                 opened[shard] = connect(address(folder / shard))

@@ -60,13 +60,11 @@ class ShardStore:
     def names(self) -> Collection[str]:
         """Return the names of all entries, with the latest ones that other writers have finished."""
         with self._lock:
-            found = dict.fromkeys(self._look(is_new=True).names())
-            for name, row in self._added.items():
-                if row.size is None:
-                    found.pop(name, None)
-                else:
-                    found[name] = None
-            return found.keys()
+            found = self._look(is_new=True).names()
+            if self._added:
+                found = [name for name in found if name not in self._added]
+                found += [name for name, row in self._added.items() if row.size is not None]
+            return found
 
     def stamp(self, name: str) -> Stamp | None:
         """Return values that change with the bytes of an entry, unread; None if it is not there."""
@@ -76,7 +74,9 @@ class ShardStore:
                 return None
             if row.shard is None or row.shard in self._look().damaged:
                 return 0, NEVER_OLD
-            return (row.size << 32 | row.crc32) & _MOST, 0
+            is_old = row.shard.endswith(".tar")
+            changed_ns = (self.folder / row.shard).stat().st_mtime_ns if is_old else 0
+            return (row.size << 32 | row.crc32) & _MOST, changed_ns
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
         """Read an entry to the CPU. Raises CacheError if it is missing or damaged."""
@@ -214,7 +214,8 @@ class ShardStore:
         self._opened.clear()
 
     def _row(self, name: str) -> CatalogRow | None:
-        return self._added.get(name) or self._look().get(name)
+        catalog = self._look()
+        return self._added.get(name) or catalog.get(name)
 
     def _with_row(self, name: str, read: Callable[[CatalogRow], T]) -> T:
         """Read an entry; if that fails look again, since shards may have been merged meanwhile."""

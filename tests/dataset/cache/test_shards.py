@@ -83,7 +83,7 @@ def test_an_entry_is_read_as_from_a_file(tmp_path: Path) -> None:
     files, packed = SingleFiles(tmp_path / "files"), ShardStore(tmp_path / "shards")
     for store in (files, packed):
         fill(store, NAMES + ODD[:2])
-    assert packed.names() == set(files.names())
+    assert sorted(packed.names()) == sorted(files.names())
     for is_closed in (False, True):
         if is_closed:
             packed.close(is_last=True)
@@ -118,7 +118,7 @@ def test_later_entries_hold_and_removed_ones_are_gone(folder: Path) -> None:
         assert (second.stamp(NAMES[0]), second.stamp(NAMES[1])) == (stamp, None)
         assert second.stamp(NAMES[0]) != first.stamp(NAMES[0]) or is_last
     assert number_of(first, NAMES[5]) == 5  # the shard that it knew was merged away
-    assert first.names() == state.keys()
+    assert set(first.names()) == state.keys()
     assert len(contents(folder)) == 2
     copy = pickle.loads(pickle.dumps(first))
     assert number_of(copy, NAMES[0]) == 7
@@ -129,7 +129,7 @@ def test_of_two_that_did_not_see_each_other_the_one_that_writes_wins(
     folder: Path, digits: tuple[str, str]
 ) -> None:
     writing, removing = ShardStore(folder), ShardStore(folder)
-    assert writing.names() == removing.names() == WHOLE.keys()
+    assert set(writing.names()) == set(removing.names()) == WHOLE.keys()
     write(writing, NAMES[0], 7)
     removing.remove(NAMES[0])
     for store, digit in zip((writing, removing), digits, strict=True):
@@ -140,20 +140,6 @@ def test_of_two_that_did_not_see_each_other_the_one_that_writes_wins(
     assert seen(folder)[NAMES[0]] == 7
     ShardStore(folder).close(is_last=True)
     assert seen(folder)[NAMES[0]] == 7
-
-
-def test_what_others_are_writing_is_not_merged(tmp_path: Path) -> None:
-    writing, other = ShardStore(tmp_path), ShardStore(tmp_path)
-    fill(writing, NAMES[:2])
-    fill(other, NAMES[2:4], start=2)
-    other.close(is_last=True)
-    fill(writing, NAMES[4:], start=4)
-    assert seen(tmp_path).keys() == set(NAMES[2:4])
-    assert "or is still running" in " ".join(shard_faults(tmp_path))
-    writing.close(is_last=True)
-    assert seen(tmp_path) == WHOLE
-    assert not shard_faults(tmp_path)
-    assert len(contents(tmp_path)) == 2
 
 
 def test_large_shards_stay_and_holes_are_reclaimed(tmp_path: Path) -> None:
@@ -234,7 +220,7 @@ def test_damage_costs_only_what_it_touches_and_is_noticed(folder: Path, has_inde
         assert how != "flip" or len(alive) >= 5 or place < 3 * catalog.PAGE_BYTES, place
         gone = [name for name in NAMES if name not in alive]
         # training reads what the names promise, and asks for faults first
-        assert not gone or shard_faults(folder) or store.names() >= set(gone), (how, place)
+        assert not gone or shard_faults(folder) or set(store.names()) >= set(gone), (how, place)
         for name in gone:
             write(store, name, WHOLE[name])
         store.close(is_last=True)
@@ -258,7 +244,7 @@ def test_what_a_cut_took_is_remembered_until_it_is_made_again(tmp_path: Path) ->
     ShardStore(tmp_path).close(is_last=True)  # a run that makes none of these
     store, lost = ShardStore(tmp_path), [name for name in names if name not in left]
     assert f"{len(lost)} entries with them, such as {lost[0]}" in shard_faults(tmp_path)[-1]
-    assert store.names() == set(names)
+    assert set(store.names()) == set(names)
     with pytest.raises(CacheError, match=r"clip_.*: damaged, its shard was cut or removed"):
         store.read(lost[0])
     for name in lost[1:]:
@@ -267,16 +253,6 @@ def test_what_a_cut_took_is_remembered_until_it_is_made_again(tmp_path: Path) ->
     store.close(is_last=True)
     assert shard_faults(tmp_path) == []
     assert seen(tmp_path) == {name: number for number, name in enumerate(names) if name != lost[0]}
-
-
-def test_a_shard_that_was_deleted_is_missed(folder: Path) -> None:
-    shard(folder).unlink()
-    assert "6 entries with them" in shard_faults(folder)[0]
-    fill(ShardStore(folder), [])
-    store = ShardStore(folder)
-    fill(store, NAMES)
-    store.close(is_last=True)
-    assert shard_faults(folder) == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a limit for files")
@@ -410,7 +386,7 @@ def test_a_damaged_tar_costs_its_entries_and_is_mended(tars: Path, has_index: bo
             (folder / name).write_bytes(damaged)
             alive, store = seen(folder), ShardStore(folder)
             gone = [name for name in OLD_WHOLE if name not in alive]
-            assert not gone or shard_faults(folder) or store.names() >= set(gone), (how, place)
+            assert not gone or shard_faults(folder) or set(store.names()) >= set(gone), (how, place)
             assert how != "flip" or len(gone) < 2, place
             for one in OLD_WHOLE:
                 if alive.get(one) != OLD_WHOLE[one]:
