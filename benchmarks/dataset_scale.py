@@ -1,12 +1,12 @@
 """What a large dataset costs: starting a training, planning, --check and caching that finds everything valid,
 with 10,000, 100,000 and 1,000,000 items; the fit a + b * items of each, and its ratio to a floor.
 
-    python benchmarks/dataset_scale.py [items ...] [--folder FOLDER] [--only start latents ...]
+    python benchmarks/dataset_scale.py [items ...] [--folder FOLDER] [--only start ...] [--form shards]
 
 The items are hard links to a few tiny clips that have been cached for real, so that a million takes 100 MB
 and a few minutes to make; they are removed afterwards. Each measurement is a process of its own. Memory is
 its peak above what it needs after the imports. The floor lists both folders with os.scandir and asks for the
-size of the files that have to be looked at.
+size of the files that have to be looked at. With --form shards a million entries are written, 6 GB.
 """
 
 import argparse
@@ -38,6 +38,7 @@ batch_size = 1
 video_directory = "{folder}/clips"
 cache_directory = "{folder}/cache"
 target_frames = [5]
+cache_format = "{form}"
 """
 # name: which files a floor has to ask for their sizes
 PHASES = {
@@ -51,8 +52,9 @@ PHASES = {
 MOST_READ = 100_000  # check_training reads every file
 
 
-def make_items(folder: Path, count: int) -> Path:
+def make_items(folder: Path, count: int, form: str = "files") -> Path:
     """Make `count` clips with captions and caches; return the dataset file."""
+    from dataset.cache.shards import ShardStore
     from dataset.caching.loop import cache_media, cache_texts
     from dataset.config import load_dataset_config
     from tests.dataset.making import make_clip
@@ -61,7 +63,7 @@ def make_items(folder: Path, count: int) -> Path:
     clips, cache = folder / "clips", folder / "cache"
     clips.mkdir(parents=True)
     path = folder / "dataset.toml"
-    path.write_text(CONFIG.format(folder=folder.as_posix()), encoding="utf-8")
+    path.write_text(CONFIG.format(folder=folder.as_posix(), form=form), encoding="utf-8")
     real = min(count, count // MOST_LINKS + 1)
     for index in range(real):
         make_clip(clips / f"clip_{index:08d}.mp4", FRAMES)
@@ -69,24 +71,35 @@ def make_items(folder: Path, count: int) -> Path:
     config = load_dataset_config(path)
     cache_media(ToyFamily(), config, options())
     cache_texts(ToyFamily(), config, options())
-    for place in (clips, cache):
+    for place in (clips, cache) if form == "files" else (clips,):
         names = sorted(os.listdir(place))
         for index in range(real, count):
             source, stem = f"clip_{index % real:08d}", f"clip_{index:08d}"
             for name in names:
                 if name.startswith(source):
                     os.link(place / name, f"{place}/{stem}{name[len(source) :]}")
+    if form == "shards":
+        store = ShardStore(cache)
+        data = {name: store.read_bytes(name) for name in store.names()}
+        for index in range(real, count):
+            source, stem = f"clip_{index % real:08d}", f"clip_{index:08d}"
+            for name in data:
+                if name.startswith(source):
+                    store.write_bytes(stem + name[len(source) :], data[name])
+        store.close(is_last=True)
     return path
 
 
-def write_index(folder: Path, count: int) -> None:
+def write_index(folder: Path, count: int, form: str) -> None:
     """Write the index that caching would have left behind: reading all once would take minutes."""
-    from dataset.cache.files import SUFFIX, read_header
+    from dataset.cache.files import SUFFIX
     from dataset.cache.index import Indexes, fingerprint
     from dataset.cache.records import latent_facts, latent_record, stamp_of, text_facts, text_records
-    from dataset.cache.store import SingleFiles
+    from dataset.cache.shards import ShardStore
+    from dataset.cache.store import CacheStore, SingleFiles
 
-    store = SingleFiles(folder / "cache")
+    store: CacheStore = (ShardStore if form == "shards" else SingleFiles)(folder / "cache")
+    names = sorted(store.names())
     real = min(count, count // MOST_LINKS + 1)
     for kind in ("latents", "texts"):
         index: Indexes[object] = Indexes(kind, lambda facts: facts)
@@ -96,14 +109,17 @@ def write_index(folder: Path, count: int) -> None:
             is_wanted = (
                 (lambda name: "_te." in name) if kind == "texts" else (lambda name: "_te." not in name)
             )
-            (path,) = [path for path in store.folder.glob(f"{stem}*{SUFFIX}") if is_wanted(path.name)]
-            ends.append(path.name.removeprefix(stem))
+            (entry,) = [
+                one for one in names if one.startswith(stem) and one.endswith(SUFFIX) and is_wanted(one)
+            ]
+            ends.append(entry.removeprefix(stem))
+            header = store.read(entry, is_whole=False).header
             if kind == "texts":
-                records = text_records(read_header(path))
+                records = text_records(header)
                 facts.append(text_facts(records))
                 sources.append(fingerprint((), next(iter(records.values())).caption))
             else:
-                record = latent_record(read_header(path))
+                record = latent_record(header)
                 assert record is not None
                 facts.append(latent_facts(record))
                 sources.append(fingerprint([stamp_of(folder / "clips" / f"{stem}.mp4")]))
@@ -257,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("items", nargs="*", type=int, default=SIZES)
     parser.add_argument("--folder", type=Path, default=None, help="where items are made (and removed)")
+    parser.add_argument("--form", default="files", choices=("files", "shards"))
     parser.add_argument("--keep", action="store_true", help="leave the items there, or use those there")
     parser.add_argument("--only", nargs="*", default=list(PHASES), choices=list(PHASES))
     parser.add_argument("--read_all", action="store_true", help="check_training with more than 100,000 items")
@@ -272,10 +289,10 @@ def main() -> None:
         begin = time.monotonic()
         path = folder / "dataset.toml"
         if not (args.keep and path.exists()):
-            make_items(folder, count)
+            make_items(folder, count, args.form)
             time.sleep(3)  # what is younger than two seconds is not remembered
         if set(args.only) != {"start"} and not (folder / "cache" / ".reelsmith-index.parquet").exists():
-            write_index(folder, count)
+            write_index(folder, count, args.form)
         print(f"{count} items, made in {time.monotonic() - begin:.0f} s")
         try:
             for phase in args.only:

@@ -178,7 +178,7 @@ class ConvertCacheOptions(Options):
         "convert these folders, without a dataset file", nargs="+"
     )
     to: str = option(
-        "files: a file for each entry, as other programs read them; shards: few large tar files, for "
+        "files: a file for each entry, as other programs read them; shards: few large SQLite files, for "
         'cache_format = "shards"',
         required=True,
         choices=("files", "shards"),

@@ -15,9 +15,8 @@ import torch
 
 from dataset.batches.items import LiveTable
 from dataset.cache.files import parse_latent_name
-from dataset.cache.memory import MemoryStore, SplitStore
 from dataset.cache.npz import open_npz
-from dataset.cache.store import CacheStore, Stores, open_store
+from dataset.cache.store import CacheStore, MemoryStore, SplitStore, Stores, open_store
 from dataset.caching.existing import Caches, EntryPlaces, npz_names
 from dataset.caching.loop import cache_media, cache_texts, join_processes
 from dataset.caching.reports import conclude

@@ -14,7 +14,7 @@ from dataset.batches.finding import CachingCommands
 from dataset.batches.items import TrainingItem
 from dataset.batches.order import RunPlace, change_captions
 from dataset.batches.same_encoders import SameEncoders
-from dataset.cache.checks import CacheChecks
+from dataset.cache.records import CacheChecks
 from modules.contract.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.live_media import BatchSources

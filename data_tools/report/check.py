@@ -26,8 +26,8 @@ from dataset.batches.items import Items
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch, stores_for
 from dataset.batches.same_encoders import SameEncoders, describe_identity
+from dataset.cache.converting import list_shard_faults, other_form
 from dataset.cache.files import EMPTY
-from dataset.cache.forms import other_form
 from dataset.cache.store import Stores
 from dataset.caching.existing import Caches, LatentNames, media_table, names_of, npz_names, use_moments
 from dataset.caching.planning import Recipe, SourcePlan, complete, plan_all
@@ -150,7 +150,7 @@ def check_caching(
                 found.caches.append(line)
         if texts or (found.sources and identity):
             kind = "shards or folders are not whole; caching mends them"
-            found.remarks += [Fault(kind, line) for line in stores.of(table).faults()]
+            found.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
         check_captions(found, counters)
         items = f", {found.num_items} items" if media else ""
         found.title = f"{table.name}: {len(found.sources)} {table.kind}s{items}"

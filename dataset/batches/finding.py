@@ -12,6 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from dataset.batches.items import ItemFacts, ItemKind, Items, LiveTable, Stems
+from dataset.cache.converting import list_unsound
 from dataset.cache.files import (
     PART,
     SUFFIX,
@@ -22,7 +23,6 @@ from dataset.cache.files import (
     part_name,
     text_file_name,
 )
-from dataset.cache.forms import unsound
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import section_frames
 from dataset.cache.store import CacheStore, Stores, open_store
@@ -90,7 +90,7 @@ def find_items(
         store, one = stores.of(table), live.get(table.index, CACHED)
         names = store.names()
         if table.index not in stores.given:
-            incomplete += [(table, line) for line in unsound(store, names, table, cache_tag)]
+            incomplete += [(table, line) for line in list_unsound(names, table, cache_tag)]
         kind = ItemKind(cache_tag, text_keys, not one.media, not one.texts)
         latent_files = one.latent_names(cache_tag) if one.media else names
         column = _table_items(table, latent_files, kind, latent)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands
 from dataset.batches.items import NO_LIVE_PARTS, Items, LiveParts, TrainingItem
-from dataset.cache.checks import CacheChecks
 from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
 from dataset.cache.index import INDEX_NAME
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import (
+    CacheChecks,
     LatentRecord,
     TextRecord,
     difference,
@@ -48,7 +48,7 @@ def check_channels(
         item = columns[int(places[-1])]
         if not item.kind.has_latents:
             continue
-        header = stores.of(item.table).read_header(item.latent_path.name)
+        header = stores.of(item.table).read(item.latent_path.name, is_whole=False).header
         shapes = [header.shapes[name] for name in header.names if tensor_key(name) == "latents"]
         channels = next((shape[0] for shape in shapes if shape), latent.channels)
         if channels != latent.channels:

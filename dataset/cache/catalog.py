@@ -1,424 +1,302 @@
-"""Entries of a folder of shards, and their places: columns for those that the index knew, rows for the rest.
+"""Entries of a folder of shards, and their places: a table of SQLite, of all shards or from the index.
 
-The index, one Parquet file per folder, is only a copy of the shards' headers. A shard that it does not know,
-or of another size, is read by its headers.
+A shard is an SQLite file with the table `entries`. A row says of a name: its generation (one more than that
+of what it replaces), how many bytes the entry has (NULL: it was removed), their CRC-32, and the bytes. The
+index holds the same of all shards, without the bytes. It is only a copy, but it tells what is missing when a
+shard was cut or deleted.
 """
 
-import json
-import logging
+import contextlib
 import os
+import platform
+import sqlite3
+import struct
+import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from dataset.cache.tar_records import (
-    BLOCK,
-    Damage,
-    RecordKind,
-    ShardRecord,
-    decode_name,
-    encode_name,
-    has_bad_characters,
-    is_foreign,
-    padded,
-    read_records,
-)
+from dataset.cache.old_tars import OldRow, read_old_index, read_old_shard
 from dataset.shard_names import INDEX, SHARD
-from modules.atomic_write import atomic_path
+from modules.atomic_write import LEFTOVER_SECONDS, atomic_path
 from modules.errors import CacheError
-from modules.file_locks import try_lock
 
-logger = logging.getLogger(__name__)
-
-INDEX_KEY = b"reelsmith_shards"  # of its metadata: the shards that it describes, with their sizes
-INDEX_VERSION = 1
-USUAL_HEADER = 3 * BLOCK  # of an entry whose name is short
-NOTHING: Mapping[str, bool] = MappingProxyType({})
-NOWHERE = -1  # instead of a shard's number
-NUMBERS: Mapping[str, Any] = {  # the columns beside the names
-    "shard": np.int32,
-    "offset": np.int64,
-    "length": np.int64,
-    "crc32": np.uint32,
-    "generation": np.int32,
-    "kind": np.int8,
-}
+FORMAT = 1  # PRAGMA user_version
+PAGE_BYTES = 16384  # entries of 2 KB are written twice as fast as in pages of 4096, those of 64 KB as fast
+SHARD_TABLE = """
+    CREATE TABLE entries (place INTEGER PRIMARY KEY, name BLOB, generation INTEGER, size INTEGER,
+        crc32 INTEGER, data BLOB);
+    CREATE UNIQUE INDEX names ON entries (name, generation, size, crc32);
+"""
+_INDEX_TABLES = """
+    CREATE TABLE files (number INTEGER PRIMARY KEY, name TEXT, size INTEGER);
+    CREATE TABLE entries (name BLOB PRIMARY KEY, file INTEGER, place INTEGER, generation INTEGER,
+        size INTEGER, crc32 INTEGER) WITHOUT ROWID;
+"""
+REMOVED_CRC32 = -1  # instead of a checksum
+# of two rows of one name the later one holds; of one generation the one that writes
+_IF_NEWER = """
+    ON CONFLICT (name) DO UPDATE SET file = excluded.file, place = excluded.place, size = excluded.size,
+        generation = excluded.generation, crc32 = excluded.crc32
+    WHERE (excluded.generation, excluded.crc32) > (entries.generation, entries.crc32)
+"""
+_UNLESS_THERE = """
+    ON CONFLICT (name) DO UPDATE SET file = NULL, size = excluded.size, generation = excluded.generation
+    WHERE excluded.generation > entries.generation
+"""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CatalogRow(NamedTuple):
     """Facts about a name."""
 
-    shard: int  # its place in `Catalog.shards`, or NOWHERE
-    offset: int
-    length: int
-    crc32: int
+    shard: str | None  # None: there was an entry, but its shard was cut or deleted
+    place: int
     generation: int
-    kind: RecordKind
+    size: int | None  # None: the entry was removed
+    crc32: int
 
 
-@dataclass
-class Shard:
-    """Facts about one shard."""
-
-    name: str
-    size: int  # when it was last looked at
-    position: int  # behind its last whole record
-    is_finished: bool
-    is_foreign: bool = False  # no shard at all, or one of another version: it is left alone
-    damaged: list[Damage] = field(default_factory=list)
+def encode_name(name: str) -> bytes:
+    """Return the bytes of a name; those of file names that are no UTF-8 come back as they were."""
+    return name.encode("utf-8", "surrogateescape")
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Rows sorted by the bytes of their names. Shards are places in a list beside them."""
-
-    names: bytes
-    ends: np.ndarray  # int64, one more than rows: where each name begins
-    shard: np.ndarray
-    offset: np.ndarray
-    length: np.ndarray
-    crc32: np.ndarray
-    generation: np.ndarray
-    kind: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.shard)
-
-    def name(self, place: int) -> str:
-        """Return the name of a row."""
-        return decode_name(self.names[self.ends[place] : self.ends[place + 1]])
-
-    def find(self, name: str) -> int | None:
-        """Return the place of a name."""
-        wanted, low, high = encode_name(name), 0, len(self)
-        while low < high:
-            middle = (low + high) // 2
-            found = self.names[self.ends[middle] : self.ends[middle + 1]]
-            if found == wanted:
-                return middle
-            low, high = (middle + 1, high) if found < wanted else (low, middle)
-        return None
-
-    def row(self, place: int) -> CatalogRow:
-        """Return a row."""
-        return CatalogRow(
-            int(self.shard[place]),
-            int(self.offset[place]),
-            int(self.length[place]),
-            int(self.crc32[place]),
-            int(self.generation[place]),
-            RecordKind(int(self.kind[place])),
-        )
-
-    def of_shards(self, numbers: Mapping[int, int]) -> "Columns":
-        """Return the rows of some shards, which get new numbers."""
-        table = np.full(int(self.shard.max(initial=0)) + 2, NOWHERE, np.int32)
-        for old, new in numbers.items():
-            if old < len(table):
-                table[old] = new
-        shard = table[self.shard]
-        kept = np.flatnonzero(shard != NOWHERE)
-        if len(kept) == len(self):
-            names, ends = self.names, self.ends
-        else:
-            pieces = [self.names[self.ends[place] : self.ends[place + 1]] for place in kept.tolist()]
-            names, ends = b"".join(pieces), np.cumsum([0, *map(len, pieces)], dtype=np.int64)
-        return Columns(
-            names,
-            ends,
-            shard[kept],
-            *(getattr(self, name)[kept] for name in list(NUMBERS)[1:]),
-        )
+def decode_name(name: bytes) -> str:
+    """Return the name in a row's bytes."""
+    return name.decode("utf-8", "surrogateescape")
 
 
-def make_columns(rows: Mapping[str, CatalogRow]) -> Columns:
-    """Return rows as columns."""
-    order = sorted((encode_name(name), row) for name, row in rows.items())
-    values = [row for _, row in order]
-    return Columns(
-        b"".join(name for name, _ in order),
-        np.cumsum([0, *(len(name) for name, _ in order)], dtype=np.int64),
-        *(np.array([getattr(row, name) for row in values], dtype) for name, dtype in NUMBERS.items()),
-    )
-
-
-@dataclass
-class Catalog:
-    """The entries of a folder, as they were when it was last looked at, with those added since."""
-
-    shards: list[Shard] = field(default_factory=list)
-    known: Columns = field(default_factory=lambda: make_columns({}))
-    added: dict[str, CatalogRow] = field(
-        default_factory=dict
-    )  # instead of those of the same names in `known`
-    has_index: bool = False  # whether the index says just this
-
-    def get(self, name: str) -> CatalogRow | None:
-        """Return the facts about a name, removed and lost ones too."""
-        row = self.added.get(name)
-        if row is None:
-            place = self.known.find(name)
-            row = None if place is None else self.known.row(place)
-        return row
-
-    def there(self, name: str) -> CatalogRow | None:
-        """Return the row of an entry, a lost one too."""
-        row = self.get(name)
-        return None if row is None or row.kind is RecordKind.REMOVED else row
-
-    def rows(self, shards: Collection[int] | None = None) -> Iterator[tuple[str, CatalogRow]]:
-        """Yield names with their facts, in no order. shards: only those whose rows are in these."""
-        places: Sequence[int] = range(len(self.known))
-        if shards is not None:
-            places = np.flatnonzero(np.isin(self.known.shard, list(shards))).tolist()
-        for place in places:
-            name = self.known.name(place)
-            if name not in self.added:
-                yield name, self.known.row(place)
-        for name, row in self.added.items():
-            if shards is None or row.shard in shards:
-                yield name, row
-
-    def entry_bytes(self) -> list[int]:
-        """Return how many bytes the entries of each shard have, whole blocks with usual headers."""
-        sizes = [0] * len(self.shards)
-        is_entry = self.known.kind == RecordKind.ENTRY
-        padded_sizes = -(-self.known.length[is_entry] // BLOCK) * BLOCK + USUAL_HEADER
-        if is_entry.any():
-            shards = self.known.shard[is_entry]
-            sizes = np.bincount(shards, padded_sizes, len(self.shards)).astype(np.int64).tolist()
-        for name, row in self.added.items():
-            place = self.known.find(name)
-            if place is not None and is_entry[place]:
-                then = self.known.row(place)
-                sizes[then.shard] -= padded(then.length) + USUAL_HEADER
-            if row.kind is RecordKind.ENTRY:
-                sizes[row.shard] += padded(row.length) + USUAL_HEADER
-        return sizes
-
-    def names(self) -> Collection[str]:
-        """Return a new set of the names of entries, lost ones too."""
-        ends, names = self.known.ends.tolist(), self.known.names
-        places = zip(ends, ends[1:], strict=False)
-        if names.isascii():
-            text = names.decode("ascii")  # slices of a text are twice as fast
-            found = {text[start:end] for start, end in places}
-        else:
-            found = {decode_name(names[start:end]) for start, end in places}
-        for place in np.flatnonzero(self.known.kind == RecordKind.REMOVED).tolist():
-            found.discard(self.known.name(place))
-        for name, row in self.added.items():
-            if row.kind is RecordKind.REMOVED:
-                found.discard(name)
-            else:
-                found.add(name)
-        return found
-
-    def put(self, name: str, row: CatalogRow) -> None:
-        """Add a row, if it wins against an earlier one of its name."""
-        old = self.get(name)
-        if old is None or self._rank(row) > self._rank(old):
-            self.added[name] = row
-
-    def lost(self) -> list[str]:
-        """Return the names of the entries that are lost, sorted."""
-        places = np.flatnonzero(self.known.kind == RecordKind.LOST).tolist()
-        found = {self.known.name(place) for place in places} - self.added.keys()
-        return sorted(found | {name for name, row in self.added.items() if row.kind is RecordKind.LOST})
-
-    def _rank(self, row: CatalogRow) -> tuple[Any, ...]:
-        """Return the rank between rows of a name, without clocks. Equal ones mostly have equal contents."""
-        shard = "" if row.shard == NOWHERE else self.shards[row.shard].name
-        return row.generation, -row.kind, row.crc32, shard, row.offset
-
-    def grow(self, folder: Path, sizes: Mapping[str, int]) -> None:
-        """Read what was appended to shards, and new ones."""
-        numbers = {shard.name: number for number, shard in enumerate(self.shards)}
-        for name in sorted(sizes):
-            if name not in numbers:
-                numbers[name] = len(self.shards)
-                self.shards.append(Shard(name, size=0, position=0, is_finished=False))
-            number = numbers[name]
-            if sizes[name] != self.shards[number].size:
-                self.has_index = False
-                self._scan(folder, number)
-
-    def _scan(self, folder: Path, number: int) -> None:
-        shard = self.shards[number]
-        has_records = shard.position > 0
-        try:
-            with (folder / shard.name).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                for found in read_records(file, size, shard.position):
-                    if isinstance(found, ShardRecord):
-                        has_records = True
-                        row = (number, found.offset, found.length, found.crc32, found.generation, found.kind)
-                        self.put(found.name, CatalogRow(*row))
-                    elif isinstance(found, Damage):
-                        shard.damaged.append(found)
-                    else:
-                        shard.position, shard.is_finished = found.position, found.is_finished
-                shard.size, shard.is_foreign = size, not has_records and is_foreign(file)
-        except FileNotFoundError:  # merged by another process meanwhile: what took its place is there
-            shard.size, shard.is_finished = 0, True
-        except OSError as error:
-            raise CacheError(f"{folder / shard.name} cannot be read: {error.strerror or error}") from error
-
-    def fits(self, sizes: Mapping[str, int]) -> bool:
-        """Whether the shards that are there can be those of this catalog, grown or more of them."""
-        return all(sizes.get(shard.name, -1) >= shard.size for shard in self.shards)
+def machine() -> str:
+    """Return two words of eight digits for this machine: of its name, as containers differ in it, and of its
+    last start. Machines with one of them in common are the same.
+    """
+    name = platform.node().encode()
+    try:
+        start = _BOOT_ID.read_bytes()
+    except OSError:
+        start = name
+    return f"{zlib.crc32(name):08x}{zlib.crc32(start):08x}"
 
 
 def list_shards(folder: Path) -> dict[str, int]:
-    """Return the sizes of a folder's shards by their names."""
+    """Return the sizes of a folder's shards by their names, sorted."""
     found = {}
     if folder.is_dir():
         with os.scandir(folder) as entries:
             for entry in entries:
                 if SHARD.fullmatch(entry.name) and entry.is_file():
-                    try:
+                    with contextlib.suppress(FileNotFoundError):  # merged meanwhile
                         found[entry.name] = entry.stat().st_size
-                    except FileNotFoundError:  # merged meanwhile
-                        continue
+    return dict(sorted(found.items()))
+
+
+def address(path: Path) -> str:
+    """Return a shard's address for SQLite. Finished ones are read without locks; one that is being written is
+    locked by its writer.
+    """
+    if path.suffix != ".writing":
+        return f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    # on a volume without locks, or on another machine's, only the age tells whether its writer lives
+    return f"{path.absolute().as_uri()}?mode=rw{'&nolock=1' if _is_old(path) else ''}"
+
+
+def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
+    """Open an address. seconds: to wait for locks. Threads may share it."""
+    found = sqlite3.connect(uri, seconds, isolation_level=None, check_same_thread=False, uri=True)
+    found.execute("PRAGMA writable_schema = ON")  # otherwise SQLite reads nothing of a file that is cut
+    found.execute("PRAGMA cache_size = -1024")
     return found
 
 
-def open_catalog(
-    folder: Path, only: Collection[str] | None = None, merged: Mapping[str, bool] = NOTHING
-) -> Catalog:
-    """Look at a folder. only: the names of the shards to read. merged: names that have just been merged, and
-    whether they still are entries, so that their generation began anew.
-
-    Entries that the index lists in a shard that is cut or gone, and that no other shard has, are lost: they
-    are remembered, so that nobody trains on less unawares.
-    """
-    index = read_index(folder)
-    sizes = list_shards(folder)
-    if index is not None and not {shard.name for shard in index.shards} <= sizes.keys():
-        # shards were merged between the two: their index was written before they went
-        index, sizes = read_index(folder), list_shards(folder)
-    if only is not None:
-        sizes = {name: size for name, size in sizes.items() if name in only}
-    if index is None:
-        catalog = Catalog()
-        catalog.grow(folder, sizes)
-        return catalog
-    right = [number for number, shard in enumerate(index.shards) if sizes.get(shard.name) == shard.size]
-    if len(right) == len(index.shards):
-        index.grow(folder, sizes)
-        return index
-    catalog = Catalog([index.shards[number] for number in right])
-    catalog.known = index.known.of_shards({old: new for new, old in enumerate(right)})
-    catalog.grow(folder, sizes)
-    wrong = set(range(NOWHERE, len(index.shards))) - set(right)
-    then = {name: row for name, row in index.rows(wrong) if row.kind is not RecordKind.REMOVED}
-    if _missing(catalog, then, merged):
-        # the index says of each name only what holds: the shards that it knows may have other copies
-        catalog = Catalog()
-        catalog.grow(folder, sizes)
-        for name in _missing(catalog, then, merged):
-            catalog.added[name] = CatalogRow(NOWHERE, 0, 0, 0, 0, RecordKind.LOST)
-    return catalog
+def may_be_written(path: Path) -> bool:
+    """Whether a shard has a writer that lives on another machine, whose locks are not seen everywhere."""
+    if path.suffix != ".writing" or _is_old(path):
+        return False
+    words, here = path.stem.removeprefix("cache-"), machine()
+    return words[:8] != here[:8] and words[8:16] != here[8:]
 
 
-def _missing(catalog: Catalog, then: Mapping[str, CatalogRow], merged: Mapping[str, bool]) -> list[str]:
-    """Return the entries that are gone, or of which only an earlier version is left."""
-    missing = []
-    for name, row in then.items():
-        now = catalog.get(name)
-        if now is None:
-            is_missing = merged.get(name, True)
+def _is_old(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # its writer has just finished it
+        return path.stat().st_mtime < time.time() - LEFTOVER_SECONDS
+    return False
+
+
+class Catalog:
+    """The entries of a folder, as they were when it was looked at. Opening one changes nothing."""
+
+    def __init__(self, folder: Path, without: Collection[str] = ()) -> None:
+        """without: shards that are left out, as they are about to go."""
+        self.folder = folder
+        self.shards = {name: size for name, size in list_shards(folder).items() if name not in without}
+        self.damaged: set[str] = set()  # shards that are cut or cannot be read
+        self.busy: set[str] = set()  # those that others write
+        self.foreign: set[str] = set()  # of later versions of this program
+        self.bytes: dict[str, float] = {}  # of all rows of a shard, those of replaced entries too
+        index = self._open_index()
+        self.has_index = index is not None and _shards_of(index) == self.shards
+        if self.has_index and index is not None:
+            self._rows = index
         else:
-            is_missing = now.generation < row.generation and name not in merged
-        if is_missing:
-            missing.append(name)
-    return missing
+            self._rows = connect(":memory:")
+            self._collect(index is not None)
+
+    def names(self) -> list[str]:
+        """Return the names of all entries, lost ones too."""
+        found = self._rows.execute("SELECT name FROM entries WHERE size IS NOT NULL")
+        return [decode_name(name) for (name,) in found]
+
+    def get(self, name: str) -> CatalogRow | None:
+        """Return the facts about a name, removed and lost ones too."""
+        row = self._rows.execute(
+            "SELECT files.name, place, generation, entries.size, crc32 FROM entries LEFT JOIN files "
+            "ON number = file WHERE entries.name = ?",
+            (encode_name(name),),
+        ).fetchone()
+        return None if row is None else CatalogRow(*row)
+
+    def rows_of(self, shards: Collection[str]) -> Iterator[tuple[bytes, CatalogRow]]:
+        """Yield the rows in some shards, sorted by name."""
+        found = self._rows.execute(
+            "SELECT entries.name, files.name, place, generation, entries.size, crc32 FROM entries JOIN files "
+            "ON number = file ORDER BY entries.name"
+        )
+        return ((name, CatalogRow(shard, *rest)) for name, shard, *rest in found if shard in shards)
+
+    def entry_bytes(self) -> dict[str, int]:
+        """Return how many bytes the entries of each shard have."""
+        found = self._rows.execute(
+            "SELECT files.name, total(entries.size) FROM entries JOIN files ON number = file GROUP BY file"
+        )
+        return dict.fromkeys(self.shards, 0) | {name: int(size) for name, size in found}
+
+    def lost(self) -> list[str]:
+        """Return the names of the entries that are lost, sorted."""
+        found = self._rows.execute(
+            "SELECT name FROM entries WHERE file IS NULL AND size IS NOT NULL ORDER BY name"
+        )
+        return [decode_name(name) for (name,) in found]
+
+    def lose(self, names: Iterable[bytes]) -> None:
+        """Remember that some entries are lost, unless another shard has them."""
+        self._rows.executemany(
+            "INSERT OR IGNORE INTO entries VALUES (?, NULL, 0, 0, 0, 0)", ((name,) for name in names)
+        )
+
+    def write_index(self) -> None:
+        """Write the index of the folder. Raises OutputError."""
+        path = self.folder / INDEX
+        if not self.shards and not self.lost():
+            path.unlink(missing_ok=True)
+            return
+        with atomic_path(path) as temporary, contextlib.closing(sqlite3.connect(temporary)) as target:
+            target.execute("PRAGMA journal_mode = OFF")
+            self._rows.backup(target)
+
+    def _open_index(self) -> sqlite3.Connection | None:
+        path = self.folder / INDEX
+        try:
+            if not _is_whole(path):
+                return None
+            index = connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1")
+            _shards_of(index)
+        except (OSError, sqlite3.Error):
+            return None
+        return index
+
+    def _collect(self, has_index: bool) -> None:
+        """Read the rows of all shards, and what the index tells of those that are damaged or gone."""
+        self._rows.executescript(_INDEX_TABLES)
+        if has_index:
+            uri = f"{(self.folder / INDEX).absolute().as_uri()}?mode=ro&immutable=1"
+            self._rows.execute("ATTACH ? AS old", (uri,))
+        in_tars = read_old_index(self.folder, self.shards)
+        for number, (name, size) in enumerate(self.shards.items()):
+            self._rows.execute("INSERT INTO files VALUES (?, ?, ?)", (number, name, size))
+            try:
+                if not name.endswith(".tar"):
+                    self._add_shard(number, self.folder / name)
+                elif not (has_index and self._add_known(number, name, size)):
+                    self._add_tar(number, self.folder / name, in_tars.get(name))
+            except FileNotFoundError:  # merged meanwhile: what took its place is there
+                pass
+            except OSError as error:
+                raise CacheError(f"{self.folder / name} cannot be read: {error.strerror or error}") from error
+            if has_index and name in self.damaged:
+                self._add_known(number, name)
+            if name in self.busy | self.foreign:  # so that the index never says that it has all of it
+                self._rows.execute("DELETE FROM files WHERE number = ?", (number,))
+        self._rows.executemany(
+            f"INSERT INTO entries VALUES (?, NULL, ?, ?, ?, ?) {_UNLESS_THERE}",
+            (row for row in in_tars.get("", ()) if row[3] is not None),
+        )
+        if has_index:
+            self._rows.execute(
+                "INSERT INTO entries SELECT name, NULL, 0, generation, size, crc32 FROM old.entries "
+                f"WHERE size IS NOT NULL {_UNLESS_THERE}"
+            )
+            self._rows.execute("DETACH old")
+
+    def _add_known(self, number: int, name: str, size: int | None = None) -> bool:
+        """Add the rows that the index has of a shard, if it has any. size: that it must say."""
+        known = self._rows.execute("SELECT number, size FROM old.files WHERE name = ?", (name,)).fetchone()
+        if known is None or size not in (None, known[1]):
+            return False
+        self._rows.execute(
+            "INSERT INTO entries SELECT name, ?, place, generation, size, crc32 FROM old.entries "
+            f"WHERE file = ? {_IF_NEWER}",
+            (number, known[0]),
+        )
+        return True
+
+    def _add_tar(self, number: int, path: Path, rows: list[OldRow] | None) -> None:
+        """Add the rows of a shard of an earlier version. rows: those that its index has."""
+        if rows is None:
+            rows, is_whole = read_old_shard(path)
+            if not is_whole:
+                self.damaged.add(path.name)
+        self._rows.executemany(f"INSERT INTO entries VALUES (?, {number}, ?, ?, ?, ?) {_IF_NEWER}", rows)
+
+    def _add_shard(self, number: int, path: Path) -> None:
+        is_finished = path.suffix == ".sqlite"
+        if may_be_written(path):
+            self.busy.add(path.name)
+            return
+        if is_finished and not _is_whole(path):
+            self.damaged.add(path.name)
+        try:
+            self._rows.execute("ATTACH ? AS shard", (address(path),))
+            ((version,),) = self._rows.execute("PRAGMA shard.user_version").fetchall()
+            if version > FORMAT:
+                self.foreign.add(path.name)
+                return
+            self._rows.execute(
+                "INSERT INTO entries SELECT name, ?, place, generation, size, crc32 FROM shard.entries "
+                f"WHERE true {_IF_NEWER}",
+                (number,),
+            )
+            (total,) = self._rows.execute("SELECT total(size) FROM shard.entries").fetchone()
+            self.bytes[path.name] = total
+        except sqlite3.Error as error:
+            # locked by its writer, or its writer has not begun
+            is_busy = not is_finished and isinstance(error, sqlite3.OperationalError)
+            (self.busy if is_busy else self.damaged).add(path.name)
+        finally:
+            with contextlib.suppress(sqlite3.Error):  # it was not even opened
+                self._rows.execute("DETACH shard")
 
 
-def read_index(folder: Path) -> Catalog | None:
-    """Read the index of a folder; None if it has none, or one that cannot be used."""
-    path = folder / INDEX
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        logger.warning("%s cannot be read (%s); the shards are read instead", path, error)
-        return None
-    try:
-        catalog = _parse_index(data)
-        pa.default_memory_pool().release_unused()  # it was read twice as large as it is
-        return catalog
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        logger.warning("%s is damaged (%s); the shards are read instead", path, error)
-        return None
+def _shards_of(index: sqlite3.Connection) -> dict[str, int]:
+    return dict(index.execute("SELECT name, size FROM files ORDER BY name").fetchall())
 
 
-def _parse_index(data: bytes) -> Catalog:
-    # not `read_table`: it starts threads, which can end a program with "terminate called" at its exit
-    with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True, pre_buffer=False) as file:
-        table = file.read(use_threads=False)
-    content = json.loads((table.schema.metadata or {})[INDEX_KEY])
-    if content["version"] != INDEX_VERSION:
-        raise ValueError(f"it has version {content['version']}, this program knows version {INDEX_VERSION}")
-    shards = [Shard(str(name), int(size), int(size), is_finished=True) for name, size in content["shards"]]
-    if not all(SHARD.fullmatch(shard.name) for shard in shards):
-        raise ValueError("it names files that are no shards")
-    names = table.column("name").combine_chunks()
-    names = names.chunk(0) if isinstance(names, pa.ChunkedArray) and names.num_chunks else names
-    if len(table) == 0:
-        if content["check"] != _check(make_columns({})):
-            raise ValueError("its rows are missing")
-        return Catalog(shards, has_index=True)
-    _, ends, text = names.buffers()
-    offsets = np.frombuffer(ends, np.int64)[names.offset : names.offset + len(names) + 1].copy()
-    whole = text.to_pybytes()
-    numbers = (table.column(name).to_numpy().astype(dtype) for name, dtype in NUMBERS.items())
-    columns = Columns(whole, offsets, *numbers)
-    if content["check"] != _check(columns):
-        raise ValueError("its rows do not match their checksum")
-    if columns.shard.max() >= len(shards) or columns.shard.min() < NOWHERE or columns.length.min() < 0:
-        raise ValueError("its rows lie in shards that it does not list")
-    if columns.offset.min() < 0 or not set(np.unique(columns.kind).tolist()) <= set(RecordKind):
-        raise ValueError("its rows have impossible values")
-    if has_bad_characters(whole):
-        raise ValueError("its rows have impossible names")
-    return Catalog(shards, columns, has_index=True)
-
-
-def _check(columns: Columns) -> int:
-    """Return the checksum of all rows. Parquet's own do not cover how many there are."""
-    check = zlib.crc32(columns.names)
-    for name in ("ends", *NUMBERS):
-        check = zlib.crc32(np.ascontiguousarray(getattr(columns, name)).data, check)
-    return check
-
-
-def write_index(folder: Path, catalog: Catalog) -> None:
-    """Write the index of a folder from a catalog of finished shards. Raises OutputError."""
-    order = sorted(range(len(catalog.shards)), key=lambda number: catalog.shards[number].name)
-    numbers = {old: new for new, old in enumerate(order)} | {NOWHERE: NOWHERE}
-    rows = {name: row._replace(shard=numbers[row.shard]) for name, row in catalog.rows()}
-    columns = make_columns(rows)
-    names = pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(columns), [None, pa.py_buffer(columns.ends), pa.py_buffer(columns.names)]
-    )
-    shards = [[catalog.shards[number].name, catalog.shards[number].size] for number in order]
-    said = json.dumps({"version": INDEX_VERSION, "shards": shards, "check": _check(columns)})
-    table = pa.table(
-        {"name": names, **{name: getattr(columns, name) for name in NUMBERS}},
-        metadata={INDEX_KEY: said.encode()},
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    content = sink.getvalue().to_pybytes()
-    with atomic_path(folder / INDEX, len(content)) as temporary, temporary.open("wb") as file:
-        try_lock(file)  # so that nobody takes it for a leftover
-        file.write(content)
+def _is_whole(path: Path) -> bool:
+    """Whether a database has as many bytes as it says. Raises OSError."""
+    with path.open("rb") as file:
+        header = file.read(32)
+        if len(header) < 32 or not header.startswith(b"SQLite format 3\0"):
+            return False
+        page, pages = struct.unpack_from(">H", header, 16)[0], struct.unpack_from(">I", header, 28)[0]
+        return bool(os.fstat(file.fileno()).st_size == pages * (65536 if page == 1 else page))

@@ -1,47 +1,111 @@
-"""Convert cache folders between single files and shards. Entries are copied byte for byte, whoever made
-them; the originals go when all copies have been read again.
+"""Compare the form of a cache folder, single files or shards, with `cache_format`, and convert it.
+
+Entries are copied byte for byte, whoever made them; the originals go when all copies have been read again.
 """
 
 import logging
-import re
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from dataset.cache.catalog import list_shards
-from dataset.cache.files import PART, SUFFIX
-from dataset.cache.forms import single_files
+from dataset.cache.catalog import Catalog, list_shards
+from dataset.cache.files import (
+    PART,
+    is_cache_name,
+    is_latent_cache,
+    is_safe_name,
+    is_text_cache,
+    is_text_name,
+    parse_latent_name,
+    read_header,
+)
+from dataset.cache.shard_files import merge_shards, shard_faults
 from dataset.cache.shards import ShardStore
-from dataset.config import DatasetConfig
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import ConvertCacheOptions
-from dataset.shard_names import INDEX
+from dataset.shard_names import INDEX, OLD_INDEX, is_of_shards
 from modules.atomic_write import explain_errors, remove_leftovers, write_bytes
 from modules.bars import track
+from modules.command import as_typed
 from modules.console import as_size
-from modules.errors import CacheError, OptionError
-from modules.file_locks import try_lock
+from modules.errors import CacheError, DatasetError, OptionError
 
 logger = logging.getLogger(__name__)
 
-# latents of any family, then texts: the first, further ones, the empty prompt, unfinished ones
-_CACHE_NAME = re.compile(
-    rf"(.+_[0-9]+x[0-9]+_[a-z0-9]+|.+_[a-z0-9]+_te(\.caption[0-9]+)?|[a-z0-9]+_te\.empty)"
-    rf"{re.escape(SUFFIX)}({re.escape(PART)})?",
-    re.DOTALL,
-)
+Converted = tuple[int, int, int]  # entries copied, entries that were there already, bytes copied
 
 
-@dataclass(frozen=True)
-class ConvertedFolder:
-    """The result, or the plan, for one folder."""
+def require_form(config: DatasetConfig, tag: str) -> None:
+    """Raise DatasetError, with the command that converts, if a table has caches of a family in the form that
+    its `cache_format` does not say.
 
-    entries: int  # copied
-    there: int  # that were there already
-    size_bytes: int  # of those copied
+    tag: of the family, in the names of its caches.
+    """
+    said = [line for table in config.datasets for line in other_form(table, tag)]
+    if said:
+        raise DatasetError("\n".join(said))
 
 
-def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> list[ConvertedFolder]:
+def list_unsound(names: Collection[str], table: DatasetTable, tag: str) -> list[str]:
+    """Return why the caches of a table may be incomplete: another form, or shards that are not whole.
+
+    names: of the table's store, as they have just been listed.
+    """
+    return [*other_form(table, tag, names), *list_shard_faults(table)]
+
+
+def list_shard_faults(table: DatasetTable) -> list[str]:
+    """Return what is wrong with the shards of a table, if it has any."""
+    return shard_faults(table.cache_directory) if table.cache_format == "shards" else []
+
+
+def other_form(table: DatasetTable, tag: str, names_there: Collection[str] | None = None) -> Iterator[str]:
+    """Yield a fault if a table has caches of a family in another form than `cache_format`.
+
+    Those in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault. names_there:
+    of the table's store, so that a folder of single files is not listed again.
+    """
+    folder, form = table.cache_directory, table.cache_format
+    if form == "npz":  # beside files of other forms, which other trainings may use
+        return
+    if form == "files" and names_there is not None and not any(map(is_of_shards, names_there)):
+        return
+    shards = ShardStore(folder) if list_shards(folder) else None
+    names: Iterable[str]
+    if form == "shards":
+        names = _single_files(folder, lambda name: _is_of(name, tag, table.kind))
+        found = next((name for name in names if shards is None or shards.stamp(name) is None), None)
+    else:
+        names = [name for name in shards.names() if _is_of(name, tag, table.kind)] if shards else ()
+        found = next((name for name in names if not (folder / name).exists()), None)
+    if found is not None:
+        words = ["python", "tools/convert_cache.py", "--dataset_config", str(table.config_path), "--to", form]
+        is_in = "a file of its own" if form == "shards" else "a shard"
+        yield (
+            f'{table.name}: cache_format = "{form}", but in {folder} {found} is in {is_in}.\n'
+            f"  Convert what is there: {as_typed(words)}"
+        )
+
+
+def _is_of(name: str, tag: str, kind: str) -> bool:
+    return parse_latent_name(name, tag, kind) is not None or is_text_name(name.removesuffix(PART), tag)
+
+
+def _single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
+    """Yield the names of a folder's files for which `of` holds and whose tensors are those of a cache."""
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        if not of(name):
+            continue
+        try:
+            header = read_header(folder / name)
+        except CacheError:
+            continue
+        maker = header.metadata.get("architecture", "")
+        if is_latent_cache(header, maker) or is_text_cache(header, maker):
+            yield name
+
+
+def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> None:
     """Convert folders and log the results.
 
     Raises CacheError if entries are damaged, OutputError if something cannot be written; then all that was
@@ -57,51 +121,51 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
     if config is not None:
         folders = tuple(table.cache_directory for table in config.datasets)
     convert = files_to_shards if options.to == "shards" else shards_to_files
-    results = []
     for folder in folders:
-        done = convert(folder, options.keep, options.dry_run)
-        results.append(done)
+        copied, there, size_bytes = convert(folder, options.keep, options.dry_run)
         logger.info(
             "%s: %d entries %s %s, %s%s",
             folder,
-            done.entries,
+            copied,
             "would become" if options.dry_run else "are now",
             options.to,
-            as_size(done.size_bytes),
-            f"; {done.there} were there already" if done.there else "",
+            as_size(size_bytes),
+            f"; {there} were there already" if there else "",
         )
     if config is not None and any(table.cache_format != options.to for table in config.datasets):
         logger.info('Set cache_format = "%s" in %s.', options.to, config.path)
-    return results
 
 
-def is_cache_name(name: str) -> bool:
-    """Whether a name is that of a cache of any family."""
-    return not name.startswith(".") and _CACHE_NAME.fullmatch(name) is not None
-
-
-def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> ConvertedFolder:
+def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
     """Put the single files of a folder into shards. Files that are no caches stay as they are.
 
-    keep: leave the files too. dry_run: change nothing. Raises CacheError, OutputError.
+    Shards of earlier versions, in tars, are made anew. keep: leave the files too. dry_run: change nothing.
+    Raises CacheError, OutputError.
     """
-    names = list(single_files(folder, is_cache_name))
+    names = list(_single_files(folder, is_cache_name))
     store = ShardStore(folder)
     copied = size_bytes = 0
     for name in track(names, f"Packing {folder.name}", len(names)):
         data = (folder / name).read_bytes()
-        if _holds(store, name, data):
-            continue
-        if store.has(name) and not dry_run:
-            logger.warning("%s is in a shard too, with other contents: the file replaces it", folder / name)
+        if store.stamp(name) is not None:
+            try:
+                if store.read_bytes(name) == data:
+                    continue
+            except CacheError:
+                pass
+            if not dry_run:
+                logger.warning(
+                    "%s is in a shard too, with other contents: the file replaces it", folder / name
+                )
         copied, size_bytes = copied + 1, size_bytes + len(data)
         if not dry_run:
             store.write_bytes(name, data)
     if not dry_run:
-        store.settle()
+        store.close()
+        merge_shards(folder, with_tars=True)
         if not keep:
             _remove_files(folder, names)
-    return ConvertedFolder(copied, len(names) - copied, size_bytes)
+    return copied, len(names) - copied, size_bytes
 
 
 def _remove_files(folder: Path, names: Sequence[str]) -> None:
@@ -116,7 +180,7 @@ def _remove_files(folder: Path, names: Sequence[str]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> ConvertedFolder:
+def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
     """Write each entry of a folder's shards as a single file.
 
     keep: leave the shards too. dry_run: change nothing. Raises CacheError if entries are damaged: the others
@@ -124,12 +188,12 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     """
     store = ShardStore(folder)
     if not dry_run:
-        store.settle()  # what a killed run left is whole after it
+        store.close(is_last=True)  # what a killed run left is whole after it
         if folder.is_dir():
             remove_leftovers(folder, is_cache_name, older_seconds=0)
-    names = sorted(store.names())
+    names = sorted(filter(is_safe_name, store.names()))
     copied = size_bytes = 0
-    damaged = [] if dry_run else store.faults()
+    damaged = [] if dry_run else shard_faults(folder)
     for name in track(names, f"Unpacking {folder.name}", len(names)):
         try:
             data = store.read_bytes(name)
@@ -152,7 +216,7 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         )
     if not dry_run and not keep:
         _remove_shards(folder, names)
-    return ConvertedFolder(copied, len(names) - copied, size_bytes)
+    return copied, len(names) - copied, size_bytes
 
 
 def _remove_shards(folder: Path, names: Sequence[str]) -> None:
@@ -161,21 +225,12 @@ def _remove_shards(folder: Path, names: Sequence[str]) -> None:
     if set(store.names()) != set(names):
         raise CacheError(f"{folder}: entries were added meanwhile; the shards are kept. Run this again.")
     for name in names:
-        if zlib.crc32((folder / name).read_bytes()) != zlib.crc32(store.read_bytes(name)):
+        if (folder / name).read_bytes() != store.read_bytes(name):
             raise CacheError(f"{folder / name}: the file differs from its entry; the shards are kept")
+    catalog = Catalog(folder)
+    if catalog.busy:
+        raise CacheError(f"{folder / min(catalog.busy)}: another process writes it. Run this again later.")
     with explain_errors(folder):
-        for shard in list_shards(folder):
-            with (folder / shard).open("rb+") as file:
-                if try_lock(file) is False:
-                    raise CacheError(f"{folder / shard}: another process writes it. Run this again later.")
-        # the index first: without the shards it would say that all of them are lost
-        (folder / INDEX).unlink(missing_ok=True)
-        for shard in list_shards(folder):
-            (folder / shard).unlink(missing_ok=True)
-
-
-def _holds(store: ShardStore, name: str, data: bytes) -> bool:
-    try:
-        return store.has(name) and store.read_bytes(name) == data
-    except CacheError:
-        return False
+        # the indexes first: without the shards they would say that all of them are lost
+        for name in (INDEX, OLD_INDEX, *catalog.shards):
+            (folder / name).unlink(missing_ok=True)

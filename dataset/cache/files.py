@@ -5,17 +5,21 @@ file's origin (see records.py).
 """
 
 import contextlib
+import json
+import os
 import re
+import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
+from modules.checkpoints.containers import MAX_HEADER_BYTES, SAFETENSORS_DTYPES
 from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
@@ -23,6 +27,8 @@ from modules.errors import CacheError
 
 FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
 SUFFIX = ".safetensors"
+Stamp = tuple[int, int]  # size in bytes, and when it was last written, in nanoseconds since 1970
+NEVER_OLD = 1 << 62  # instead of a time: the entry has to be read to know whether it has changed
 PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 
@@ -34,7 +40,14 @@ Grid = tuple[int, int, int]  # F, H, W of latents
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
 _TENSOR_NAME = re.compile(rf"(?:{VARIABLE})?\w+(?:_mask|_{_DTYPE})", re.ASCII)
 _LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(\d+)x(\d+)x(\d+)_{_DTYPE}", re.ASCII)
+# latents of any family, then texts: the first, further ones, the empty prompt, unfinished ones
+_CACHE_NAME = re.compile(
+    r"(.+_[0-9]+x[0-9]+_[a-z0-9]+|.+_[a-z0-9]+_te(\.caption[0-9]+)?|[a-z0-9]+_te\.empty)\.safetensors(\.part)?",
+    re.DOTALL,
+)
 _MORE_TEXT = re.compile(r"(.+)_([a-z0-9]+)_te\.caption([2-9]|[1-9][0-9]{1,5})\.safetensors", re.DOTALL)
+_BAD_CHARACTER = re.compile(r"[/\\:\x00]" if os.name == "nt" else r"[/\x00]")
+_FIRST_BYTES = 16 * 1024  # holds the header of nearly every entry
 _SPAN = re.compile(r"(\d+)-(\d+)(?:-(\d+))?")
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -141,6 +154,16 @@ def parse_text_name(file_name: str, tag: str) -> str | None:
     return file_name.removesuffix(end) if file_name.endswith(end) and not file_name.startswith(".") else None
 
 
+def is_cache_name(name: str) -> bool:
+    """Whether a name is that of a cache of any family, finished or not."""
+    return not name.startswith(".") and _CACHE_NAME.fullmatch(name) is not None
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a name can be that of a file in a folder, not of one elsewhere."""
+    return name not in {"", ".", ".."} and _BAD_CHARACTER.search(name) is None
+
+
 def part_name(name: str) -> str:
     """Return the name of a text cache until all encoders have written, e.g. `clip_hv_te.safetensors.part`."""
     return name + PART
@@ -220,17 +243,63 @@ class Entry:
 def read_header(path: Path) -> Header:
     """Read metadata and tensor names. Raises CacheError if the file is missing or damaged."""
     with _open(path) as file:
-        names = tuple(file.keys())
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        return Header(path, file.metadata() or {}, names, shapes)
+
+        def read(start: int, count: int) -> bytes:
+            file.seek(start)
+            return file.read(count)
+
+        return unpack_header(path, os.fstat(file.fileno()).st_size, read)
 
 
 def read_entry(path: Path) -> Entry:
     """Read a cache file to the CPU. Raises CacheError if the file is missing or damaged."""
     with _open(path) as file:
-        # copies: what the library gives maps the file, and Windows does not replace one that is mapped
-        named = {name: file.get_tensor(name).clone() for name in tuple(file.keys())}
-        return Entry(Header(path, file.metadata() or {}, tuple(named)), named)
+        return unpack(path, file.read())
+
+
+def unpack(path: Path, data: bytes) -> Entry:
+    """Return the tensors of a cache file's bytes, sorted by name.
+
+    path: for messages. Raises CacheError if they are no safetensors.
+    """
+    try:
+        found = {name: _tensor(content) for name, content in deserialize(data)}
+        (length,) = struct.unpack_from("<Q", data)
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise _damage_error(path, error) from error
+    named = {name: found[name] for name in sorted(found)}
+    return Entry(Header(path, metadata, tuple(named)), named)
+
+
+def unpack_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> Header:
+    """Return the metadata and tensor names of a cache file of `size` bytes; its tensors are not read.
+
+    read: returns bytes by offset and count. Raises CacheError if they are no safetensors.
+    """
+    try:
+        start = read(0, min(size, _FIRST_BYTES))
+        (length,) = struct.unpack_from("<Q", start)
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"its header claims {length} bytes of {size}")
+        if length + 8 > len(start):
+            start = read(0, length + 8)
+        content = json.loads(start[8 : 8 + length])
+        metadata = {str(key): str(value) for key, value in (content.pop("__metadata__", None) or {}).items()}
+        shapes = {name: tuple(map(int, content[name]["shape"])) for name in sorted(content)}
+        end = max((int(one["data_offsets"][1]) for one in content.values()), default=0)
+        if end != size - 8 - length:
+            raise ValueError(f"its tensors have {end} bytes, it has {size - 8 - length}")
+    except (struct.error, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _damage_error(path, error) from error
+    return Header(path, metadata, tuple(shapes), shapes)
+
+
+def _tensor(content: Mapping[str, Any]) -> Tensor:
+    dtype = SAFETENSORS_DTYPES[content["dtype"]]
+    data, shape = content["data"], content["shape"]
+    flat = torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
+    return flat.reshape(shape)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -270,11 +339,15 @@ def _all_cache_names(header: Header) -> bool:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def _open(path: Path) -> Iterator[BinaryIO]:
     if not path.is_file():
         raise CacheError(f"{path}: no such cache file")
     try:
-        with safe_open(path, framework="pt") as file:
+        with path.open("rb") as file:
             yield file
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CacheError(f"{path}: damaged, cannot be read as safetensors ({error})") from error
+    except OSError as error:
+        raise _damage_error(path, error) from error
+
+
+def _damage_error(path: Path, error: Exception) -> CacheError:
+    return CacheError(f"{path}: damaged, cannot be read as safetensors ({error})")

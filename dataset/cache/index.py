@@ -11,18 +11,17 @@ import json
 import logging
 import struct
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from dataset.cache.store import CacheStore, Stamp
+from dataset.cache.files import Stamp
+from dataset.cache.store import CacheStore
 from modules.atomic_write import write_bytes
 from modules.errors import OutputError
 
@@ -33,8 +32,6 @@ T = TypeVar("T")
 INDEX_NAME = ".reelsmith-index.parquet"
 LEAST_ROWS = 4096  # reading fewer entries takes seconds: no file appears
 RACY_NS = 2_000_000_000  # two writes may have the same time: FAT counts in steps of two seconds
-VERSION = b"1"
-_VERSION_KEY = b"reelsmith_index"
 _SCHEMA = pa.schema(
     [
         ("kind", pa.string()),
@@ -43,11 +40,11 @@ _SCHEMA = pa.schema(
         ("mtime_ns", pa.int64()),
         ("sources", pa.int64()),
         ("facts", pa.dictionary(pa.int32(), pa.string())),
-    ]
+    ],
+    metadata={b"reelsmith_index": b"1"},
 )
 
 Row = tuple[str, int, int, int, str]  # name, size, mtime_ns, sources, facts: texts shared between rows
-_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError)
 
 
 def fingerprint(stamps: Iterable[Stamp], text: str = "") -> int:
@@ -64,31 +61,32 @@ class VerifiedEntries(Generic[T]):
         reads all entries again, and only remembers the results.
         """
         self._store, self._kind, self._parse = store, kind, parse
-        self._folder = store.folder
-        self._columns = _read_columns(self._folder, kind)
-        self._is_trusted = is_trusted
-        self._noted: dict[str, Row] = {}
-        self._texts: dict[str, str] = {}  # of noted facts: one object of each
+        table = _read_table(store.folder)
+        table = table.filter(pc.equal(table.column("kind"), kind)) if is_trusted else table.slice(0, 0)
+        facts = table.column("facts").unify_dictionaries().combine_chunks()
+        self._places = dict(zip(table.column("name").to_pylist(), range(len(table)), strict=True))
+        self._numbers = [table.column(name).to_numpy() for name in ("size", "mtime_ns", "sources")]
+        self._facts, self._texts = facts.indices.to_numpy(), facts.dictionary.to_pylist()
         self._parsed: dict[str, T | None] = {}
+        self._noted: dict[str, Row] = {}
+        self._shared: dict[str, str] = {}  # texts of noted facts: one object of each
 
     def get(self, name: str, sources: int) -> T | None:
         """Return the facts of an entry that is unchanged since it was verified with these sources.
 
         The same facts are the same object. sources: as `fingerprint` returns. None if nothing is known.
         """
-        if not self._is_trusted:
+        place = self._places.get(name)
+        if place is None:
             return None
-        columns = self._columns
-        row = columns.places.get(name)
-        if row is None or columns.sources[row] != sources:
+        size, mtime_ns, then = (numbers[place] for numbers in self._numbers)
+        if then != sources or self._store.stamp(name) != (size, mtime_ns):
             return None
-        if self._store.stamp(name) != (columns.size[row], columns.mtime_ns[row]):
-            return None
-        text = columns.texts[columns.facts[row]]
+        text = self._texts[self._facts[place]]
         if text not in self._parsed:
             try:
                 self._parsed[text] = self._parse(json.loads(text))
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError):  # of an earlier version
                 self._parsed[text] = None
         return self._parsed[text]
 
@@ -101,19 +99,14 @@ class VerifiedEntries(Generic[T]):
         was last written. Files changed within the last two seconds are not remembered: the next change may
         bear the same time.
         """
-        if stamp is None or max(stamp[1], newest_ns) + RACY_NS > time.time_ns():
-            return
-        self._keep(name, stamp, sources, facts)
+        if stamp is not None and max(stamp[1], newest_ns) + RACY_NS <= time.time_ns():
+            self.note_written(name, stamp, sources, facts)
 
     def note_written(self, name: str, stamp: Stamp | None, sources: int, facts: Mapping[str, Any]) -> None:
         """Remember an entry that this run has written. If it was at its very end, `rows` leaves it out."""
         if stamp is not None:
-            self._keep(name, stamp, sources, facts)
-
-    def _keep(self, name: str, stamp: Stamp, sources: int, facts: Mapping[str, Any]) -> None:
-        text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
-        text = self._texts.setdefault(text, text)
-        self._noted[name] = (name, *stamp, sources, text)
+            text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
+            self._noted[name] = (name, *stamp, sources, self._shared.setdefault(text, text))
 
     def rows(self) -> list[Row]:
         """Return the notes of this run."""
@@ -127,20 +120,25 @@ class VerifiedEntries(Generic[T]):
         """
         if not rows:
             return
-        there = self._store.names()
-        noted = {row[0] for row in rows}
-        old = _read_table(self._folder)  # another run may have written it meanwhile
-        old = old.filter(pa.array(_is_kept(old, self._kind, there, noted), pa.bool_()))
-        if len(old) + len(rows) < least and not (self._folder / INDEX_NAME).exists():
+        path, there, noted = (
+            self._store.folder / INDEX_NAME,
+            set(self._store.names()),
+            {row[0] for row in rows},
+        )
+        old = _read_table(self._store.folder)  # another run may have written it meanwhile
+        pairs = zip(old.column("name").to_pylist(), old.column("kind").to_pylist(), strict=True)
+        kept = [name in there and not (kind == self._kind and name in noted) for name, kind in pairs]
+        columns = [[self._kind] * len(rows), *zip(*rows, strict=True)]
+        new = pa.table([pa.array(*pair) for pair in zip(columns, _SCHEMA.types, strict=True)], schema=_SCHEMA)
+        table = pa.concat_tables([old.filter(pa.array(kept, pa.bool_())), new])
+        if len(table) < least and not path.exists():
             return
-        table = pa.concat_tables([old, _as_table(self._kind, rows)]).unify_dictionaries().combine_chunks()
         sink = pa.BufferOutputStream()
-        schema = _SCHEMA.with_metadata({_VERSION_KEY: VERSION})
-        with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
-            for kind in table.column("kind").unique().to_pylist():  # a reader reads those of one kind
-                writer.write_table(table.filter(pc.equal(table.column("kind"), kind)).cast(schema))
+        pq.write_table(
+            table.unify_dictionaries().combine_chunks(), sink, compression="zstd", write_page_checksum=True
+        )
         try:
-            write_bytes(self._folder / INDEX_NAME, sink.getvalue().to_pybytes())
+            write_bytes(path, sink.getvalue().to_pybytes())
         except OutputError as error:
             logger.info("no index of the cache folder is kept: %s", error)
 
@@ -166,88 +164,21 @@ class Indexes(Generic[T]):
 
     def write(self, stores: Sequence[CacheStore], gathered: Iterable[list[list[Row]]]) -> None:
         """Write the notes of all processes."""
-        of_stores = zip(*gathered, strict=True)
-        for store, rows in zip(stores, of_stores, strict=True):
+        for store, rows in zip(stores, zip(*gathered, strict=True), strict=True):
             self.of(store).write([row for of_process in rows for row in of_process])
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The rows of an index."""
-
-    places: dict[str, int]  # of names
-    size: NDArray[np.int64]
-    mtime_ns: NDArray[np.int64]
-    sources: NDArray[np.int64]
-    facts: NDArray[np.int32]  # places in `texts`
-    texts: list[str]
-
-    @staticmethod
-    def of(table: pa.Table) -> "_Columns":
-        """Take the columns of a table. Raises one of _ERRORS if they cannot be used."""
-        facts = table.column("facts").unify_dictionaries().combine_chunks()
-        size, mtime_ns, sources = (table.column(name).to_numpy() for name in ("size", "mtime_ns", "sources"))
-        places = dict(zip(table.column("name").to_pylist(), range(len(table)), strict=True))
-        return _Columns(
-            places, size, mtime_ns, sources, facts.indices.to_numpy(), facts.dictionary.to_pylist()
-        )
-
-
-def _read_columns(folder: Path, kind: str) -> _Columns:
-    try:
-        return _Columns.of(_read_table(folder, kind))
-    except _ERRORS:
-        return _Columns.of(_SCHEMA.empty_table())
-
-
-def _read_table(folder: Path, kind: str | None = None) -> pa.Table:
-    """Return the table of a folder; an empty one if there is none, or one that cannot be used.
-
-    kind: only its rows.
-    """
+def _read_table(folder: Path) -> pa.Table:
+    """Return the table of a folder; an empty one if there is none, or one that cannot be used."""
     path = folder / INDEX_NAME
     try:
-        file = pa.BufferReader(path.read_bytes())
         # not `read_table`: it starts threads, which can end a program with "terminate called" at its exit
-        with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as opened:
-            found = opened.schema_arrow
-            if not found.equals(_SCHEMA) or (found.metadata or {}).get(_VERSION_KEY) != VERSION:
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as opened:
+            if not opened.schema_arrow.equals(_SCHEMA, check_metadata=True):
                 raise ValueError("it is of another version")
-            table = opened.read_row_groups(
-                [group for group in range(opened.num_row_groups) if _has_kind(opened, group, kind)],
-                use_threads=False,
-            )
-        if kind is not None:
-            table = table.filter(pc.equal(table.column("kind"), kind))
-        if any(column.null_count for column in table.columns):
-            raise ValueError("values are missing")
-        return table
+            return opened.read(use_threads=False)
     except FileNotFoundError:
         pass
-    except _ERRORS as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         logger.info("%s cannot be used (%s); the entries are read instead", path, error)
     return _SCHEMA.empty_table()
-
-
-def _has_kind(file: Any, group: int, kind: str | None) -> bool:
-    """Whether a row group of a `ParquetFile` may have rows of a kind."""
-    said = file.metadata.row_group(group).column(0).statistics
-    return kind is None or said is None or not said.has_min_max or said.min <= kind <= said.max
-
-
-def _as_table(kind: str, rows: Sequence[Row]) -> pa.Table:
-    columns = dict(
-        zip(("name", "size", "mtime_ns", "sources", "facts"), zip(*rows, strict=True), strict=True)
-    )
-    values = {"kind": [kind] * len(rows), **columns}
-    return pa.table([pa.array(values[one.name], one.type) for one in _SCHEMA], schema=_SCHEMA)
-
-
-def _is_kept(table: pa.Table, kind: str, there: Collection[str], noted: Collection[str]) -> list[bool]:
-    """Return which rows still hold: entries that are there, and that there is nothing newer about."""
-    names, kinds = table.column("name").to_pylist(), table.column("kind").to_pylist()
-    names_there = set(there)
-    return [
-        name in names_there and not (name in noted and of_kind == kind)
-        for name, of_kind in zip(names, kinds, strict=True)
-    ]

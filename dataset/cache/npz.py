@@ -10,7 +10,7 @@ of its sources, which other programs ignore.
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from dataset.cache.files import (
     FLIPPED,
+    NEVER_OLD,
     PART,
     SUFFIX,
     Entry,
     Header,
+    Stamp,
     is_text_name,
     parse_latent_name,
     parse_more_text_name,
@@ -32,16 +34,20 @@ from dataset.cache.files import (
     tensor_name,
 )
 from dataset.cache.npz_files import (
+    OURS,
     Array,
+    as_array,
+    describe_tensors,
     format_array,
     list_arrays,
+    open_record,
     read_arrays,
     read_members,
     read_outlines,
+    read_tensors,
+    shrink_alpha,
     write_members,
 )
-from dataset.cache.npz_records import OURS, describe_tensors, open_record
-from dataset.cache.npz_tensors import as_array, read_tensors, shrink_alpha
 from dataset.config import DatasetTable
 from dataset.sources.decoding import bucket_of
 from dataset.sources.listing import find_sources
@@ -105,19 +111,11 @@ class NpzStore:
             if (name := self._entry_name(file, folder, stems)) is not None
         ]
 
-    def has(self, name: str) -> bool:
-        return self._path(name).is_file()
+    def stamp(self, name: str) -> Stamp | None:
+        """Return the same for all: one file has the entries of several tables, so that it must be read."""
+        return (0, NEVER_OLD) if self._path(name).is_file() else None
 
-    def stamp(self, name: str) -> None:
-        """Return None: one file has the entries of several tables, so that its content must be read."""
-
-    def read_header(self, name: str) -> Header:
-        return self._read(name, is_whole=False).header
-
-    def read(self, name: str) -> Entry:
-        return self._read(name, is_whole=True)
-
-    def _read(self, name: str, is_whole: bool) -> Entry:
+    def read(self, name: str, is_whole: bool = True) -> Entry:
         """Read an entry; its tensors are on the meta device unless it is wanted whole."""
         return self._read_text(name, is_whole) if self._is_text(name) else self._read_latents(name, is_whole)
 
@@ -126,12 +124,6 @@ class NpzStore:
             self._write_text(name, tensors, metadata)
         else:
             self._write_latents(name, tensors, metadata)
-
-    def replace(
-        self, old: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> None:
-        self.write(name, tensors, metadata)  # first: another process may need the old one until then
-        self.remove(old)
 
     def remove(self, name: str) -> None:
         path = self._path(name)
@@ -147,17 +139,8 @@ class NpzStore:
             else:
                 path.unlink(missing_ok=True)
 
-    def sweep(self, of: Callable[[str], bool]) -> None:
-        """Remove nothing: a later write into a folder removes leftovers there."""
-
-    def finish(self) -> None:
-        """Do nothing: each file is flushed when it is written."""
-
-    def settle(self) -> None:
-        """Do nothing: files stay as they are."""
-
-    def faults(self) -> list[str]:
-        return []
+    def close(self, is_last: bool = False) -> None:
+        """Do nothing: each file is flushed when it is written, and a later write removes leftovers."""
 
     # --- names ---
 

@@ -1,25 +1,35 @@
 """npz files: arrays of numbers read without trusting the file, and written completely or not at all.
 
-An npz file is a zip archive with one `.npy` member for each array. Nothing is ever unpickled.
+An npz file is a zip archive with one `.npy` member for each array. Nothing is ever unpickled. Ours have one
+more array of bytes, the record, which holds JSON: the metadata that a file of ours would have, and the name,
+dtype and shape of each tensor, so that reading returns the written tensors bit for bit. The checksum of each
+array is that of the archive. If another program has replaced an array, it differs: the record does not count.
 """
 
 import contextlib
 import io
+import json
 import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+from torch import Tensor
 
+from dataset.cache.files import Entry, Header, tensor_key
+from dataset.sources.masks import shrink_mask
 from modules.atomic_write import atomic_path
+from modules.devices import dtype_name
 from modules.errors import CacheError
+from modules.text_files import parse_json
 
 Array = NDArray[Any]
 
@@ -33,6 +43,20 @@ _ERRORS = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
     *(OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, MemoryError),
 )
+
+OURS = "reelsmith"  # array with the record
+RECORD_VERSION = 1
+# what a tensor may be restored to
+_DTYPES = {
+    dtype_name(dtype): dtype
+    for dtype in (
+        *(torch.bfloat16, torch.float16, torch.float32, torch.float64),
+        *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool),
+    )
+}
+
+# key, tensor of an array, shape that it had -> the tensor in that shape
+Reshape = Callable[[str, Tensor, tuple[int, ...]], Tensor]
 
 
 def list_arrays(path: Path) -> frozenset[str]:
@@ -158,3 +182,80 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
             yield file
     except _ERRORS as error:
         raise CacheError(f"{path}: damaged, cannot be read as npz ({error})") from error
+
+
+def read_tensors(path: Path, outlines: Mapping[str, Outline], is_whole: bool) -> dict[str, Tensor]:
+    """Return the arrays of these outlines: read, or as tensors on the meta device."""
+    if is_whole:
+        return {name: torch.from_numpy(array) for name, array in read_arrays(path, outlines).items()}
+    dtypes = {one.dtype: torch.from_numpy(np.empty(0, one.dtype)).dtype for one in outlines.values()}
+    return {
+        name: torch.empty(one.shape, dtype=dtypes[one.dtype], device="meta") for name, one in outlines.items()
+    }
+
+
+def as_array(tensor: Tensor, keep_half: bool) -> Array:
+    """Return a tensor as other programs read it: numbers of less than 32 bits as float32.
+
+    keep_half: float16 stays.
+    """
+    if tensor.is_floating_point() and not (keep_half and tensor.dtype == torch.float16):
+        tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
+    found: Array = tensor.detach().cpu().contiguous().numpy()
+    return found
+
+
+def shrink_alpha(path: Path, mask: Tensor, grid: tuple[int, int], stride: tuple[int, int, int]) -> Tensor:
+    """Return the mask of the loss, 1 H W of latents, for an alpha mask in pixels or in latent pixels."""
+    height, width = grid
+    if mask.shape == grid:
+        return mask[None].half()
+    if mask.shape != (height * stride[1], width * stride[2]):
+        raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
+    return shrink_mask(mask.float()[None] * 255, stride)
+
+
+def describe_tensors(
+    tensors: Mapping[str, Tensor],
+    sources: Mapping[str, str],
+    metadata: Mapping[str, str],
+    members: Mapping[str, bytes],
+) -> Array:
+    """Return the record of tensors as an array. sources: array -> name of its tensor. members: the bytes of
+    the arrays.
+    """
+    described = {
+        array: [name, dtype_name(tensors[name].dtype), list(tensors[name].shape), zlib.crc32(members[array])]
+        for array, name in sources.items()
+    }
+    content = {"version": RECORD_VERSION, "metadata": dict(metadata), "tensors": described}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def open_record(
+    path: Path,
+    record: Array,
+    arrays: Mapping[str, Tensor],
+    outlines: Mapping[str, Outline],
+    reshape: Reshape,
+) -> Entry | None:
+    """Return the entry that we wrote; None if another program has replaced some of it, or the record.
+
+    arrays: may be on the meta device, and then the entry's tensors are.
+    """
+    try:
+        content = parse_json(record.astype(np.uint8).tobytes().decode())
+        if content["version"] != RECORD_VERSION:
+            return None
+        metadata = {str(key): str(value) for key, value in content["metadata"].items()}
+        named = {}
+        for array, (name, dtype, shape, crc32) in content["tensors"].items():
+            if outlines[array].crc32 != crc32:
+                return None
+            tensor = reshape(tensor_key(name), arrays[array], tuple(map(int, shape)))
+            named[str(name)] = tensor.to(_DTYPES[dtype])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        return None
+    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    return Entry(Header(path, metadata, tuple(named), shapes), named)

@@ -11,13 +11,16 @@ import hashlib
 import json
 import os
 import stat
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dataset.cache.files import Entry, Header, checksum
+from dataset.config import DatasetTable
+from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.media_source import Origin, ParquetCell, Remote, TarMember, hash_member, origin_stamp
 from dataset.sources.parquet import read_cell
 from dataset.table import SECTION_DEFAULTS
@@ -26,10 +29,13 @@ from modules.errors import CacheError
 from modules.media.reading import folder_images
 from modules.text_files import parse_json
 
+T = TypeVar("T")
+
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
 MOST_FRAMES = 10_000_000  # of a clip: days
+MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
 
 @dataclass(frozen=True)
@@ -94,18 +100,7 @@ def latent_record(header: Header) -> LatentRecord | None:
 
     Raises CacheError if the record is damaged.
     """
-    found = _read_record(header)
-    if found is None:
-        return None
-    try:
-        data = found["latents"]
-        return dataclasses.replace(
-            latent_record_of(data),
-            files=tuple(FileIdentity(**file) for file in data["files"]),
-            crc32=dict(data["crc32"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damage_error(header, error) from error
+    return _read_record(header, "latents", latent_record_of)
 
 
 def latent_facts(record: LatentRecord) -> dict[str, Any]:
@@ -115,18 +110,21 @@ def latent_facts(record: LatentRecord) -> dict[str, Any]:
 
 
 def latent_record_of(data: Mapping[str, Any]) -> LatentRecord:
-    """Return the record of `latent_facts`, without files and checksums.
+    """Return the record in the JSON values of metadata, or of `latent_facts`.
 
     Raises KeyError, TypeError or ValueError.
     """
     clip = data["clip"]
-    facts = (
-        None
-        if clip is None
-        else ClipFacts(tuple(clip["size"]), _frames(clip["kept_frames"]), clip["complete"])
+    if clip is not None:
+        clip = ClipFacts(tuple(clip["size"]), _frames(clip["kept_frames"]), clip["complete"])
+    return LatentRecord(
+        encoder=dict(data["encoder"]),
+        options=dict(data["options"]),
+        files=tuple(FileIdentity(**file) for file in data.get("files", ())),
+        clip=clip,
+        parts=int(data["parts"]),
+        crc32=dict(data.get("crc32", {})),
     )
-    encoder, options = dict(data["encoder"]), dict(data["options"])
-    return LatentRecord(encoder, options, (), facts, int(data["parts"]), {})
 
 
 def text_facts(records: Mapping[str, TextRecord]) -> dict[str, Any]:
@@ -137,20 +135,20 @@ def text_facts(records: Mapping[str, TextRecord]) -> dict[str, Any]:
 
 
 def text_records_of(data: Mapping[str, Any]) -> dict[str, TextRecord]:
-    """Return the records of `text_facts`, without captions, files and checksums.
+    """Return the records in the JSON values of metadata, or of `text_facts`.
 
     Raises KeyError, TypeError or ValueError.
     """
     return {
-        name: TextRecord(dict(one["encoder"]), "", None, {}, dict(one["settings"]))
+        name: TextRecord(
+            encoder=dict(one["encoder"]),
+            caption=str(one.get("caption", "")),
+            file=None if one.get("file") is None else FileIdentity(**one["file"]),
+            crc32=dict(one.get("crc32", {})),
+            settings=dict(one.get("settings", {})),
+        )
         for name, one in data.items()
     }
-
-
-def _frames(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= MOST_FRAMES:
-        raise ValueError(f"a clip of {value!r} frames")
-    return value
 
 
 def text_records(header: Header) -> dict[str, TextRecord]:
@@ -158,22 +156,13 @@ def text_records(header: Header) -> dict[str, TextRecord]:
 
     Raises CacheError if they are damaged.
     """
-    found = _read_record(header)
-    if found is None:
-        return {}
-    try:
-        return {
-            name: TextRecord(
-                encoder=dict(data["encoder"]),
-                caption=str(data["caption"]),
-                file=None if data["file"] is None else FileIdentity(**data["file"]),
-                crc32=dict(data["crc32"]),
-                settings=dict(data.get("settings", {})),
-            )
-            for name, data in found["texts"].items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damage_error(header, error) from error
+    return _read_record(header, "texts", text_records_of) or {}
+
+
+def _frames(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MOST_FRAMES:
+        raise ValueError(f"a clip of {value!r} frames")
+    return value
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
@@ -249,7 +238,7 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     whole = hashlib.sha256()
-    for part in _files(path):
+    for part in folder_images(path):
         with part.open("rb") as file:
             whole.update(
                 f"{part.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode(
@@ -259,16 +248,12 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
     return whole.hexdigest()
 
 
-def _files(path: Path) -> list[Path]:
-    return folder_images(path) if path.is_dir() else [path]
-
-
 def _guard(content: Mapping[str, Any]) -> dict[str, str]:
     text = json.dumps({"version": VERSION, **content}, sort_keys=True, ensure_ascii=False)
     return {RECORD_KEY: text, CHECK_KEY: _crc(text)}
 
 
-def _read_record(header: Header) -> dict[str, Any] | None:
+def _read_record(header: Header, key: str, parse: Callable[[Any], T]) -> T | None:
     text = header.metadata.get(RECORD_KEY)
     if text is None:
         return None
@@ -281,17 +266,15 @@ def _read_record(header: Header) -> dict[str, Any] | None:
                 f"{header.path}: its record has version {content['version']}, this program knows version "
                 f"{VERSION}"
             )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damage_error(header, error) from error
-    return dict(content)
+        return parse(content[key])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CacheError(
+            f"{header.path}: damaged, its record cannot be read ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _crc(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
-
-
-def _damage_error(header: Header, error: Exception) -> CacheError:
-    return CacheError(f"{header.path}: damaged, its record cannot be read ({type(error).__name__}: {error})")
 
 
 def section_frames(window: int, latent: LatentSpec) -> int:
@@ -313,3 +296,51 @@ def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: 
             for options in (then, now)
         )
     )
+
+
+@dataclass
+class CacheChecks:
+    """The checks of one run. An edit during the run does not end it: files newer than `started_ns` pass.
+
+    Sources that are gone are no fault: training needs only the caches.
+    """
+
+    started_ns: int = field(default_factory=time.time_ns)
+    most_known: int = MOST_KNOWN
+    # table and key of items whose sources are as they were
+    _known: set[tuple[int, str]] = field(default_factory=set)
+
+    def knows(self, table: int, key: str) -> bool:
+        """Whether the item was found right before, and is still remembered."""
+        return (table, key) in self._known
+
+    def add(self, table: int, key: str) -> None:
+        """Remember an item that was found right; when there are too many, all others are forgotten and looked
+        at again.
+        """
+        if len(self._known) >= self.most_known:
+            self._known.clear()
+        self._known.add((table, key))
+
+    def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
+        """Return the first existing source that has changed.
+
+        folders: of each file; None if unknown.
+        """
+        for folder, file in zip(folders, files, strict=True):
+            path = None if folder is None else folder / file.name
+            if (
+                path is not None
+                and path.exists()
+                and not is_unchanged(file, path)
+                and modified_ns(path) <= self.started_ns
+            ):
+                return path
+        return None
+
+    def changed_caption(self, path: Path, caption: str, table: DatasetTable, number: int = 0) -> str | None:
+        """Return the text of a caption file if it is there and its caption `number` is not `caption`."""
+        now = read_caption(path)
+        if now is None or captions_in(now, table)[number : number + 1] == (caption,):
+            return None
+        return now if modified_ns(path) <= self.started_ns else None

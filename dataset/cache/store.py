@@ -5,21 +5,30 @@ An entry has the name of a single cache file (see files.py), whatever holds it. 
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from dataset.cache.files import Entry, Header, read_entry, read_header, write_tensors
+from dataset.cache.files import (
+    NEVER_OLD,
+    PART,
+    Entry,
+    Header,
+    Stamp,
+    is_cache_name,
+    is_text_name,
+    read_entry,
+    read_header,
+    write_tensors,
+)
 from dataset.cache.npz import NpzNames, open_npz
 from dataset.cache.shards import ShardStore
 from dataset.config import DatasetTable
 from modules.atomic_write import remove_leftovers
-from modules.errors import DatasetError
-
-Stamp = tuple[int, int]  # size in bytes, and when it was last written, in nanoseconds since 1970
+from modules.errors import CacheError, DatasetError
 
 
 class CacheStore(Protocol):
@@ -45,22 +54,15 @@ class CacheStore(Protocol):
         """Return the names of all entries, and of other files that lie beside them."""
         ...
 
-    def has(self, name: str) -> bool:
-        """Whether there is an entry of this name."""
-        ...
-
     def stamp(self, name: str) -> Stamp | None:
-        """Return values that change with the bytes of an entry, unread; None if it is not there, or has to be
-        read to know.
+        """Return values that change with the bytes of an entry, unread; None if it is not there."""
+        ...
+
+    def read(self, name: str, is_whole: bool = True) -> Entry:
+        """Read an entry to the CPU; its header alone if it is not wanted whole.
+
+        Raises CacheError if it is missing or damaged.
         """
-        ...
-
-    def read_header(self, name: str) -> Header:
-        """Read metadata and tensor names. Raises CacheError if the entry is missing or damaged."""
-        ...
-
-    def read(self, name: str) -> Entry:
-        """Read an entry to the CPU. Raises CacheError if it is missing or damaged."""
         ...
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -70,33 +72,16 @@ class CacheStore(Protocol):
         """
         ...
 
-    def replace(
-        self, old: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> None:
-        """Write an entry in place of another, of another name. Raises OutputError."""
-        ...
-
     def remove(self, name: str) -> None:
         """Remove an entry, if it is there."""
         ...
 
-    def sweep(self, of: Callable[[str], bool]) -> None:
-        """Remove leftovers of killed writers for fitting names, not files that another process writes."""
-        ...
+    def close(self, is_last: bool = False) -> None:
+        """Make sure that all that was written survives, as the last act of a writer; more may follow.
 
-    def finish(self) -> None:
-        """Make sure that all that was written survives, as the last act of a writer; more may follow."""
-        ...
-
-    def settle(self) -> None:
-        """Put the store in order when the writers of a run have finished: the act of one process.
-
-        Raises OutputError if there is no room for it; nothing is lost then.
+        is_last: all writers of a run have finished, and this process puts the store in order. Raises
+        OutputError if there is no room for it; nothing is lost then.
         """
-        ...
-
-    def faults(self) -> list[str]:
-        """Return the faults of the store as a whole, by which entries may be missing."""
         ...
 
 
@@ -114,9 +99,6 @@ class SingleFiles:
         # not `iterdir`: a Path for each name takes longer than all else; a list, as a set takes as long again
         return os.listdir(self.folder) if self.folder.is_dir() else []
 
-    def has(self, name: str) -> bool:
-        return (self.folder / name).exists()
-
     def stamp(self, name: str) -> Stamp | None:
         try:
             found = os.stat(f"{self.folder}/{name}")  # noqa: PTH116  # a Path would take longer
@@ -124,36 +106,106 @@ class SingleFiles:
             return None
         return found.st_size, found.st_mtime_ns
 
-    def read_header(self, name: str) -> Header:
-        return read_header(self.folder / name)
-
-    def read(self, name: str) -> Entry:
-        return read_entry(self.folder / name)
+    def read(self, name: str, is_whole: bool = True) -> Entry:
+        return read_entry(self.folder / name) if is_whole else Entry(read_header(self.folder / name), {})
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         write_tensors(self.folder / name, tensors, metadata)
 
-    def replace(
-        self, old: str, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> None:
-        self.write(name, tensors, metadata)  # first: another process may need the old one until then
-        self.remove(old)
-
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
 
-    def sweep(self, of: Callable[[str], bool]) -> None:
-        if self.folder.is_dir():
-            remove_leftovers(self.folder, of)
+    def close(self, is_last: bool = False) -> None:
+        """Remove leftovers of killed writers; each file is flushed when it is written."""
+        if is_last and self.folder.is_dir():
+            remove_leftovers(self.folder, is_cache_name)
 
-    def finish(self) -> None:
-        """Do nothing: each file is flushed when it is written."""
 
-    def settle(self) -> None:
-        """Do nothing: files stay as they are."""
+@dataclass(frozen=True)
+class MemoryStore:
+    """Entries that end with the process. Nothing is copied when they are read: they must not be changed.
 
-    def faults(self) -> list[str]:
-        return []
+    It is not meant to be sent to other processes: those that read from it are in the training process.
+    """
+
+    folder: Path  # for messages
+    entries: dict[str, Entry] = field(default_factory=dict)
+    holds_only_caches: ClassVar[bool] = True
+
+    def is_shared(self, name: str) -> bool:
+        return False
+
+    def names(self) -> Collection[str]:
+        return list(self.entries)
+
+    def stamp(self, name: str) -> Stamp | None:
+        return (0, NEVER_OLD) if name in self.entries else None
+
+    def read(self, name: str, is_whole: bool = True) -> Entry:
+        if name not in self.entries:
+            raise CacheError(f"{self.folder / name}: it is not in memory")
+        return self.entries[name]
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        # copies: what an encoder gives may be a part of a larger tensor
+        named = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        shapes = {key: tuple(tensor.shape) for key, tensor in named.items()}
+        self.entries[name] = Entry(Header(self.folder / name, dict(metadata), tuple(named), shapes), named)
+
+    def remove(self, name: str) -> None:
+        self.entries.pop(name, None)
+
+    def close(self, is_last: bool = False) -> None:
+        """Do nothing: no entry survives the process."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the bytes of the tensors."""
+        return sum(tensor.nbytes for entry in self.entries.values() for tensor in entry.named.values())
+
+
+@dataclass(frozen=True)
+class SplitStore:
+    """Latents in one store, texts in another."""
+
+    latents: CacheStore
+    texts: CacheStore
+    tag: str  # the family's cache_tag, which tells the two by their names
+    holds_only_caches: ClassVar[bool] = False
+
+    @property
+    def folder(self) -> Path:
+        return self.latents.folder
+
+    @property
+    def stores(self) -> Sequence[CacheStore]:
+        """Return both."""
+        return self.latents, self.texts
+
+    def is_shared(self, name: str) -> bool:
+        return self._of(name).is_shared(name)
+
+    def names(self) -> Collection[str]:
+        return [name for store in self.stores for name in store.names() if self._of(name) is store]
+
+    def stamp(self, name: str) -> Stamp | None:
+        return self._of(name).stamp(name)
+
+    def read(self, name: str, is_whole: bool = True) -> Entry:
+        return self._of(name).read(name, is_whole)
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        self._of(name).write(name, tensors, metadata)
+
+    def remove(self, name: str) -> None:
+        self._of(name).remove(name)
+
+    def close(self, is_last: bool = False) -> None:
+        for store in self.stores:
+            store.close(is_last)
+
+    def _of(self, name: str) -> CacheStore:
+        return self.texts if is_text_name(name.removesuffix(PART), self.tag) else self.latents
 
 
 def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore:
@@ -194,12 +246,7 @@ class Stores:
             self._opened[key] = open_store(table, self.names)
         return self._opened[key]
 
-    def finish(self, tables: Iterable[DatasetTable]) -> None:
-        """Finish the stores of these tables, as the last act of a writer."""
+    def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
+        """Close the stores of these tables, as `CacheStore.close` does."""
         for table in tables:
-            self.of(table).finish()
-
-    def settle(self, tables: Iterable[DatasetTable]) -> None:
-        """Put the stores of these tables in order, when all writers of the run have finished."""
-        for table in tables:
-            self.of(table).settle()
+            self.of(table).close(is_last)

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from dataset.cache.converting import require_form
 from dataset.cache.files import (
     Header,
     LatentName,
     latent_names,
 )
-from dataset.cache.forms import require_form
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import difference
 from dataset.cache.store import CacheStore, Stores
@@ -116,9 +116,9 @@ def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[H
         if store.is_shared(name):
             continue
         try:
-            is_ours = store.has(name) and is_cache(store.read_header(name))
+            is_ours = is_cache(store.read(name, is_whole=False).header)
         except CacheError as error:
-            if not store.has(name):  # another process has just removed it
+            if store.stamp(name) is None:  # another process has just removed it
                 continue
             is_ours = store.holds_only_caches
             if not is_ours:

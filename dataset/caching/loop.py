@@ -144,7 +144,7 @@ def _cache(
             part = work.encode(pieces, who if share.is_main else None)
         finally:
             work.free()
-        work.stores.finish(config.datasets)
+        work.stores.close(config.datasets)
         done = share.gather(part)
         reports = [*(one.report for one in done), work.not_listed]
         removed = 0
@@ -153,7 +153,7 @@ def _cache(
             for table in work.whole_tables:
                 failed = {one.stem for one in failures if one.table == table.index}
                 removed += work.remove_stale(table, done, failed, options.keep_cache)
-            work.stores.settle(config.datasets)
+            work.stores.close(config.datasets, is_last=True)
         # the facts that all processes verified, so that a later run need not read the files again
         stores = [work.stores.of(table) for table in config.datasets]
         rows = share.gather(work.index.rows(stores))

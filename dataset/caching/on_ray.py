@@ -74,7 +74,7 @@ class CachingActor:
             shard = ShardOptions(num_shards=self._num_shards, shard_index=index)
             work: Any = self._work
             report = work.encode(shard.of(work.pieces), None).report
-            work.stores.finish(self._tables)
+            work.stores.close(self._tables)
         except UserError as failure:
             error = str(failure)
         return {

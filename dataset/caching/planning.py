@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataset.cache.files import Entry, LatentName
+from dataset.cache.files import LatentName
 from dataset.cache.index import Indexes, fingerprint
 from dataset.cache.records import (
     ClipFacts,
@@ -298,7 +298,7 @@ class _Planning:
         # values of shared files are compared with their checksums when they are read; --verify does it now
         is_shared = self.store.is_shared(file)
         is_read = recipe.verify or not is_shared
-        entry = self.store.read(file) if is_read else Entry(self.store.read_header(file), {})
+        entry = self.store.read(file, is_read)
         record = latent_record(entry.header)
         if record is None:
             if self.source.mask_from is not None and not (is_shared and LOSS_MASK in entry.header.keys):
@@ -352,7 +352,7 @@ class _Planning:
     def _record_of(self, file: str) -> LatentRecord | None:
         """Return the record of a file that is readable and has one."""
         with contextlib.suppress(CacheError):
-            return self.known.get(file) or latent_record(self.store.read_header(file))
+            return self.known.get(file) or latent_record(self.store.read(file, is_whole=False).header)
         return None
 
     def _find_known_clip(self) -> ClipFacts | None:

@@ -137,7 +137,7 @@ class TextRecipe:
         """
         store, name = self.stores.of(file.table), file.file_name
         is_shared = store.is_shared(name)
-        if (self.trusts and is_shared and store.has(name)) or self._is_known(store, file):
+        if (self.trusts and is_shared and store.stamp(name) is not None) or self._is_known(store, file):
             return None
         _, in_part = self.find(file, in_part=True)  # before the file, as another process may finish it now
         stamp = store.stamp(name)
@@ -160,13 +160,13 @@ class TextRecipe:
         """
         store, right = self.stores.of(file.table), dict[str, bool]()
         name = part_name(file.file_name) if in_part else file.file_name
-        if not store.has(name):
+        if store.stamp(name) is None:
             return None, right
         try:
-            entry = store.read(name) if has_values else Entry(store.read_header(name), {})
+            entry = store.read(name, has_values)
             records = text_records(entry.header)
         except CacheError as error:
-            if store.has(name):  # else another process has removed it since
+            if store.stamp(name) is not None:  # else another process has removed it since
                 logger.warning("%s. It is made again.", error)
             return None, right
         # what a shared one does not say is not asked for: other programs keep no record

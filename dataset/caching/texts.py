@@ -174,8 +174,6 @@ class TextWork:
         if keep_cache:
             further = [(name, parse_more_text_name(name.removesuffix(PART), tag)) for name in stale]
             stale = [name for name, parsed in further if parsed is not None and parsed[0] in stems]
-        else:
-            store.sweep(lambda name: is_text_name(name.removesuffix(PART), tag))
         return remove_caches(store, stale, partial(is_text_cache, architecture=self._family.name))
 
     def free(self) -> None:
@@ -337,7 +335,8 @@ class TextWork:
                 f"what {', '.join(lost)} had written.\n"
                 "  Let one of the two end, then run this command again."
             )
-        store.replace(part_name(file.file_name), file.file_name, new.named, new.header.metadata)
+        store.write(file.file_name, new.named, new.header.metadata)
+        store.remove(part_name(file.file_name))  # last: another process may need it until then
         self._recipe.note(file, new.header, store.stamp(file.file_name), is_new=True)
 
 

@@ -21,7 +21,6 @@ from dataset.cache.files import (
     LatentName,
     checksum,
     is_latent_cache,
-    parse_latent_name,
     tensor_name,
 )
 from dataset.cache.index import fingerprint
@@ -206,7 +205,6 @@ class MediaWork:
         belongs = {name for one in done for index, name in one.right if index == table.index}
         store, family = self.stores.of(table), self._family
         stale = self._existing[table.index].not_in(belongs, but_of=failed)
-        store.sweep(lambda name: parse_latent_name(name, family.cache_tag, table.kind) is not None)
         return remove_caches(store, stale, partial(is_latent_cache, architecture=family.name))
 
     def free(self) -> None:

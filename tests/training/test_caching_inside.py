@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from dataset.batches.finding import NO_COMMANDS, find_items, require_items
 from dataset.batches.order import split_validation
-from dataset.cache.checks import CacheChecks
-from dataset.cache.memory import MemoryStore
+from dataset.cache.records import CacheChecks
+from dataset.cache.store import MemoryStore
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.table import DatasetConfig
 from modules.contract.data import Batch

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from dataset.batches.finding import CachingCommands
 from dataset.batches.order import BatchOrder, RunPlace, change_captions, choose_captions, choose_sides
 from dataset.batches.same_encoders import SameEncoders
-from dataset.cache.checks import CacheChecks
+from dataset.cache.records import CacheChecks
 from modules.contract.data import Batch, LatentSpec
 from modules.contract.family import FLOW, NoiseSpec
 from modules.contract.rules import ONE_EXPERT, Expert

@@ -16,7 +16,7 @@ from torch import Tensor
 from dataset.batches.finding import CachingCommands
 from dataset.batches.items import LiveParts, LiveTable, TrainingItem
 from dataset.batches.reading import read_batch
-from dataset.cache.checks import CacheChecks
+from dataset.cache.records import CacheChecks
 from dataset.cache.store import Stores
 from dataset.caching.existing import Caches
 from dataset.caching.latents import Crop, EncodersOnDemand, batch_media, cut

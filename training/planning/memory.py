@@ -13,7 +13,7 @@ from dataset.batches.finding import CachingCommands
 from dataset.batches.items import Items, Places, TrainingItem
 from dataset.batches.order import count_repeats
 from dataset.batches.reading import stores_for
-from dataset.cache.checks import CacheChecks
+from dataset.cache.records import CacheChecks
 from modules.contract.data import LatentSpec
 from modules.contract.family import Described
 from modules.plan_advice import advise, resolve_swap
