@@ -1,6 +1,6 @@
 """What families with one transformer share: their files, and the description that follows from these.
 
-A family derives its files from `ModelFiles` and itself from `OneTransformer`.
+A family derives its files from `TransformerFiles` and itself from `OneTransformer`.
 """
 
 from collections.abc import Collection, Mapping
@@ -22,7 +22,7 @@ from modules.speed_options import VaeOptions
 
 
 @dataclass(frozen=True)
-class ModelFiles:
+class TransformerFiles:
     """Paths and dtypes of a transformer and a VAE, as the options give them.
 
     The path properties raise OptionError or CheckpointError, naming the option. Encoders have the usual
@@ -102,7 +102,7 @@ class OneTransformer(Protocol):
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
         @property
-        def files(self) -> ModelFiles: ...
+        def files(self) -> TransformerFiles: ...
 
     def check_given_files(self) -> None:
         """Check every file that an option names, needed or not. Loads nothing."""

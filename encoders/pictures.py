@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from encoders.autoencoder import autoencoder_identity, load_autoencoder, read_autoencoder_header
-from encoders.files import ModelFiles, OneTransformer
+from encoders.files import OneTransformer, TransformerFiles
 from encoders.tiles import posterior_generator
 from modules.contract.data import (
     CacheEntry,
@@ -58,7 +58,7 @@ NO_MOMENTS = MomentsRules(refusal="the model makes pictures, not clips")
 
 
 @dataclass(frozen=True)
-class PictureFiles(ModelFiles):
+class AutoencoderFiles(TransformerFiles):
     """Files of a model with FLUX's autoencoder."""
 
     dit_option: str = "--pretrained_model_name_or_path"

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from encoders.clip_checkpoints import read_clip_text
 from encoders.clip_l import CLIP_L, ClipTextEncoder
-from encoders.pictures import PictureFiles
+from encoders.pictures import AutoencoderFiles
 from encoders.t5 import T5_FILES, T5_XXL, T5TextEncoder
 from encoders.t5_network import read_t5
 from flux.checkpoints import FORMAT, NAMES
@@ -22,7 +22,7 @@ from modules.errors import OptionError
 
 
 @dataclass(frozen=True)
-class FluxFiles(PictureFiles):
+class FluxFiles(AutoencoderFiles):
     """Files of a run with CLIP-L and T5; the transformer's says whether it is dev, schnell or Chroma."""
 
     says_chroma: bool = False  # --model_type chroma
@@ -108,7 +108,7 @@ class FluxFiles(PictureFiles):
         return [*clip, t5]
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check CLIP-L and T5: `ModelFiles.check_texts`."""
+        """Check CLIP-L and T5: `TransformerFiles.check_texts`."""
         pooled_dim, text_dim = (
             (None, None) if config is None else (config.pooled_dim or None, config.text_dim)
         )

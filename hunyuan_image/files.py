@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from encoders.files import ModelFiles
+from encoders.files import TransformerFiles
 from encoders.t5 import BYT5, read_byt5_header
 from hunyuan_image.checkpoints import FORMAT
 from hunyuan_image.options import HunyuanImageTextOptions, HunyuanImageVaeOptions
@@ -23,7 +23,7 @@ TEXT_DTYPE, GLYPH_DTYPE, VAE_DTYPE = torch.bfloat16, torch.float16, torch.float1
 
 
 @dataclass(frozen=True)
-class HunyuanImageFiles(ModelFiles):
+class HunyuanImageFiles(TransformerFiles):
     """Files of a run with its own VAE, Qwen2.5-VL's language model and ByT5."""
 
     vae_chunk_size: int | None = None
@@ -93,7 +93,7 @@ class HunyuanImageFiles(ModelFiles):
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders: `ModelFiles.check_texts`."""
+        """Check the text encoders: `TransformerFiles.check_texts`."""
         if self.text_encoder is not None or needed:
             path, takes = self.qwen().path, None if config is None else config.text_dim
             check_state_width(QWEN.option, path, read_once(path, _text_width), self.dit, takes, QWEN.files)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from encoders.clip_checkpoints import read_clip_text
-from encoders.files import ModelFiles
+from encoders.files import TransformerFiles
 from hunyuan_model.checkpoints import FORMAT
 from hunyuan_model.options import HunyuanTextOptions, HunyuanVaeOptions
 from hunyuan_model.text_checkpoints import LLAMA_FILES, read_llama
@@ -24,7 +24,7 @@ from modules.devices import choose_compute_dtype, dtype_name
 
 
 @dataclass(frozen=True)
-class HunyuanFiles(ModelFiles):
+class HunyuanFiles(TransformerFiles):
     """Files of a run with HunyuanVideo's VAE, LLaVA's language model and CLIP-L; encoders are float16."""
 
     text_encoder1: Path | None = None
@@ -87,7 +87,7 @@ class HunyuanFiles(ModelFiles):
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders: `ModelFiles.check_texts`."""
+        """Check the text encoders: `TransformerFiles.check_texts`."""
         text_dim, pooled_dim = (None, None) if config is None else (config.text_dim, config.pooled_dim)
         if self.text_encoder1 is not None or needed:
             path = LlavaTextEncoder(self.text_encoder1_path).path

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from encoders.pictures import PictureFiles
+from encoders.pictures import AutoencoderFiles
 from lumina.checkpoints import FORMAT
 from lumina.gemma import FILES, OPTION, read_gemma
 from lumina.options import MAX_TOKENS, LuminaTextOptions
@@ -16,7 +16,7 @@ from modules.devices import choose_compute_dtype
 
 
 @dataclass(frozen=True)
-class LuminaFiles(PictureFiles):
+class LuminaFiles(AutoencoderFiles):
     """Files of a run with Gemma 2, which overflows float16."""
 
     gemma2: Path | None = None
@@ -54,7 +54,7 @@ class LuminaFiles(PictureFiles):
         )
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders: `ModelFiles.check_texts`."""
+        """Check the text encoders: `TransformerFiles.check_texts`."""
         if self.gemma2 is not None or needed:
             path, takes = self.text_encoder().path, None if config is None else config.text_dim
             check_state_width(OPTION, path, read_once(path, _gemma_width), self.dit, takes, FILES)

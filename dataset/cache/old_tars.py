@@ -37,7 +37,8 @@ def read_old_shard(path: Path) -> tuple[list[OldRow], bool]:
 
     Raises OSError.
     """
-    rows, is_whole, position, size = [], True, 0, path.stat().st_size
+    rows: list[OldRow] = []
+    is_whole, position, size = True, 0, path.stat().st_size
     with path.open("rb") as file:
         while position < size:
             row, end = _read_record(file, position)

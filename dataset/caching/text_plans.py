@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.cache.files import PART, Entry, Header, empty_text_name, part_name, text_file_name
+from dataset.cache.files import PART, Entry, Header, Stamp, empty_text_name, part_name, text_file_name
 from dataset.cache.index import Indexes, fingerprint
 from dataset.cache.records import (
     TextRecord,
@@ -19,7 +19,7 @@ from dataset.cache.records import (
     text_records_of,
     verify_tensors,
 )
-from dataset.cache.store import CacheStore, Stamp, Stores
+from dataset.cache.store import CacheStore, Stores
 from dataset.config import DatasetTable
 from dataset.sources.media_source import MediaSource, pause_collection
 from modules.contract.family import TextEncoder
