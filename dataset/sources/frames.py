@@ -9,7 +9,7 @@ from dataset.config import DatasetTable
 from dataset.sources.faults import Fault
 from dataset.sources.media_source import MediaSource
 from modules.errors import MediaError
-from modules.media.animations import is_animation
+from modules.media.decoding import is_animation
 from modules.media.opening import open_video
 
 Span = tuple[int, int]
