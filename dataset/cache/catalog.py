@@ -186,12 +186,15 @@ class Catalog:
         )
 
     def write_index(self) -> None:
-        """Write the index of the folder. Raises OutputError."""
+        """Write the index of the folder. Raises OutputError or sqlite3.Error."""
         path = self.folder / INDEX
         if not self.shards and not self.lost():
             path.unlink(missing_ok=True)
             return
-        with atomic_path(path) as temporary, contextlib.closing(sqlite3.connect(temporary)) as target:
+        with (
+            atomic_path(path) as temporary,
+            contextlib.closing(connect(f"{temporary.absolute().as_uri()}?nolock=1")) as target,
+        ):
             target.execute("PRAGMA journal_mode = OFF")
             self._rows.backup(target)
 

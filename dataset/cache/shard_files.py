@@ -64,7 +64,7 @@ class ShardWriter:
             flush_folder(folder)
 
     def _begin(self, uri: str) -> sqlite3.Connection:
-        rows = connect(uri, seconds=10)
+        rows = connect(uri, seconds=2)
         try:
             for setting in (f"page_size = {PAGE_BYTES}", "locking_mode = EXCLUSIVE", "cache_size = -65536"):
                 rows.execute(f"PRAGMA {setting}")
@@ -176,7 +176,7 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
         return
     if Catalog(folder).has_index and not with_tars and not (folder / LOCK).exists():
         return
-    with explain_errors(folder / INDEX), only_one(folder / LOCK):
+    with explain_sqlite(folder / INDEX), only_one(folder / LOCK):
         remove_leftovers(folder, is_of_shards)
         for path in folder.glob("cache-*.writing"):
             _adopt(path)

@@ -312,12 +312,15 @@ def test_a_shard_that_a_killed_container_left_is_used_at_once(
 
 
 def test_a_volume_without_locks_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = catalog.connect
+
     def connect(uri: str, seconds: float = 1.0) -> sqlite3.Connection:
         if "nolock" not in uri and "immutable" not in uri and uri != ":memory:":
             raise sqlite3.OperationalError("locking protocol")
-        return catalog.connect(uri, seconds)
+        return really(uri, seconds)
 
-    monkeypatch.setattr(shard_files, "connect", connect)
+    for module in (shard_files, catalog):
+        monkeypatch.setattr(module, "connect", connect)
     store = ShardStore(tmp_path)
     fill(store, NAMES)
     assert number_of(store, NAMES[2]) == 2
