@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output = replace(options.output, naming="released")
         settings = {**options.settings, "precision": official.model.precision}
         options = replace(options, output=output, settings=settings)
-        generate(replace(family, dit_dtype=dtype), options)
+        generate(replace(family, files=replace(family.files, dit_dtype=dtype)), options)
 
     generate_video(generation_words(official), make)
 

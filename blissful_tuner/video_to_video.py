@@ -20,7 +20,6 @@ from modules.contract.data import LatentSpec, MediaEncoders
 from modules.contract.family import Family
 from modules.contract.requests import Prepared, Request, check_opens
 from modules.contract.rules import IMAGE, LATENTS, VIDEO, Source, SourceRules
-from modules.contract.steps import Section
 from modules.errors import CheckpointError, MediaError, OptionError
 from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, add_noise, make_schedule
 from modules.media.reading import (
@@ -159,7 +158,11 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     wanted = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     if source.option == LATENTS:
         saved = _load_saved_latents(source, family.source, family.latent)
-        return resize_latents(saved, wanted[-2], wanted[-1])
+        if saved.shape[-2:] == wanted[-2:]:
+            return saved
+        frames = rearrange(saved.float(), "b c f h w -> (b f) c h w")
+        scaled = interpolate(frames, size=wanted[-2:], mode="bicubic", align_corners=False)
+        return rearrange(scaled, "(b f) c h w -> b c f h w", b=len(saved))
     resize = resize_stretched if family.source.stretches else resize_cover
     read = [read_image(source.path)] if source.option == IMAGE else video_frames(source.path)
     size = prepared.width, prepared.height
@@ -182,15 +185,6 @@ def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
     if pad_mode == "front":
         return torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], dim=2)
     return torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
-
-
-def resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
-    """Scale latents B C F h w to another height and width, bicubic, each frame by itself."""
-    if latents.shape[-2:] == (height, width):
-        return latents
-    frames = rearrange(latents.float(), "b c f h w -> (b f) c h w")
-    scaled = interpolate(frames, size=(height, width), mode="bicubic", align_corners=False)
-    return rearrange(scaled, "(b f) c h w -> b c f h w", b=len(latents))
 
 
 def _load_saved_latents(
@@ -219,14 +213,6 @@ def _load_saved_latents(
 
 
 # the start of denoising
-
-
-def part_of(source: Tensor, section: Section) -> Tensor:
-    """Return the part of a video's clean latents that a section makes anew.
-
-    What it makes behind the end of the video (the frame of an end image) starts from the last frame.
-    """
-    return fit_frames(source[:, :, section.place :], section.noise.shape[2], "end")
 
 
 def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.step_cache import StepCaches
-from blissful_tuner.video_to_video import noisy_source, part_of
+from blissful_tuner.video_to_video import fit_frames, noisy_source
 from modules.contract.data import Conditions
 from modules.contract.family import Family, NoiseSource, Passes
 from modules.contract.requests import Prepared
@@ -218,7 +218,9 @@ def sections_of(
     try:
         section = next(sections)
         while True:
-            section = sections.send((yield replace(section, source=part_of(source, section))))
+            # behind the end of the video (the frame of an end image) it starts from the last frame
+            part = fit_frames(source[:, :, section.place :], section.noise.shape[2], "end")
+            section = sections.send((yield replace(section, source=part)))
     except StopIteration as end:
         return end.value
 

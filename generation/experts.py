@@ -191,7 +191,10 @@ class DitTurns:
             )
         try:
             for dit, copy in working:
-                _leave(dit, copy)
+                if copy is None:
+                    move_network(dit, CPU)
+                else:
+                    copy.leave()
             free_memory(self.device)
             yield
         finally:
@@ -328,13 +331,6 @@ class DitTurns:
         if self._ahead is not None:
             self._ahead[1].cancel()
             self._ahead = None
-
-
-def _leave(dit: nn.Module, copy: WaitingNetwork | None) -> None:
-    if copy is None:
-        move_network(dit, CPU)
-    else:
-        copy.leave()
 
 
 def _come(dit: nn.Module, copy: WaitingNetwork | None, device: torch.device) -> None:

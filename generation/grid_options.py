@@ -1,5 +1,6 @@
 """Options of grids of videos: comparison sheets, and tools/compare.py. Standard library only."""
 
+import contextlib
 import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -192,9 +193,10 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
 
 def family_of(path: Path, families: list[str]) -> str:
     """Return the family that a LoRA file's metadata name. Raises OptionError if they name none."""
-    said = " ".join(
-        _metadata(path).get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")
-    )
+    metadata: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):  # reading it as a LoRA says what is wrong
+        metadata = read_safetensors_texts(path)
+    said = " ".join(metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
     words = re.sub(r"[^a-z]", "", said.lower())
     for name in families:
         if name.replace("_", "") in words:
@@ -202,10 +204,3 @@ def family_of(path: Path, families: list[str]) -> str:
     raise OptionError(
         f"--lora {path} does not say which model it is for. Give --family: {', '.join(families)}."
     )
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    try:
-        return read_safetensors_texts(path)
-    except (OSError, ValueError):
-        return {}  # reading it as a LoRA says what is wrong

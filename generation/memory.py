@@ -101,11 +101,17 @@ def predict(
     those of this request alone.
     """
     extra = workspace(device, is_training=False)
-    texts, encoded = rehearse_texts(family, options, prepared, extra)
-    inputs_phase, inputs = rehearse_inputs(family, prepared, extra)
+    before, encoded = rehearse_texts(family, options, prepared, extra)
+    if needs_media(family, prepared):
+        encoders = family.media_encoders(META)
+        with rehearsing(encoders) as ledger:
+            (found,) = encode_inputs(family, encoders, [prepared])
+            before.append(phase_of("images and videos", ledger, extra))
+        inputs = {section: make_solid(conditions) for section, conditions in found.items()}
+    else:
+        inputs = dict(encode_inputs(family, NO_ENCODERS, [prepared])[0])
     turns = turns or turns_of(family, options, [prepared])
     denoising, most = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns)
-    before = texts if inputs_phase is None else [*texts, inputs_phase]
     after = (rehearse_decoding(family, prepared, extra),) if options.output.decodes else ()
     return PhasePrediction(tuple(before), after, denoising, most, turns)
 
@@ -135,19 +141,6 @@ def rehearse_texts(
             outputs[text].update(make_solid(conditions))
 
     return phases, {section: gather_encoded(prompts, outputs) for section, prompts in wanted.items()}
-
-
-def rehearse_inputs(
-    family: Family, prepared: Prepared, extra: MemoryPart
-) -> tuple[Phase | None, Mapping[int, Conditions]]:
-    """Return the phase that encodes images and videos as conditions; None if there are none."""
-    if not needs_media(family, prepared):
-        return None, encode_inputs(family, NO_ENCODERS, [prepared])[0]
-    encoders = family.media_encoders(META)
-    with rehearsing(encoders) as ledger:
-        (inputs,) = encode_inputs(family, encoders, [prepared])
-        phase = phase_of("images and videos", ledger, extra)
-    return phase, {section: make_solid(conditions) for section, conditions in inputs.items()}
 
 
 def rehearse_denoising(
@@ -186,7 +179,10 @@ def rehearse_denoising(
 
         moments = extrapolate(measure, tuple(map(len, blocks.values())))
     place_name, moment = largest(moments)
-    held, preview = dict(moment), preview_bytes(family, options, prepared)
+    held, preview, path = dict(moment), 0, options.preview.preview_vae
+    if path is not None:  # what it takes between two steps
+        *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
+        preview = decoding_bytes(check_taehv(path, family.latent), torch.float16, height, width)
     if preview > sum(moment.values()) - moment.get(WEIGHTS, 0):  # between steps there are weights alone
         place_name, held = "decoding a preview", {WEIGHTS: moment[WEIGHTS], WORKING: preview}
 
@@ -196,18 +192,6 @@ def rehearse_denoising(
         return Phase("denoising", (*parts, *turns.parts(held[WEIGHTS], swaps[count]), extra))
 
     return phase, len(swaps) - 1
-
-
-def preview_bytes(family: Family, options: GenerationOptions, prepared: Prepared) -> int:
-    """Return the device memory that --preview_vae takes between two steps; 0 if previews need none.
-
-    Raises CheckpointError if it is no TAEHV.
-    """
-    path = options.preview.preview_vae
-    if path is None:
-        return 0
-    *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
-    return decoding_bytes(check_taehv(path, family.latent), torch.float16, height, width)
 
 
 def heaviest_step(
