@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.tiny.families import FAMILIES, TinyFamily, write_deep
+from tests.tiny.families import FAMILIES, TinyFamily
 from tests.tiny.project import write_clips
 
 STEPS = 8
@@ -41,7 +41,7 @@ class Project:
         return latents, said
 
 
-NAMES = ("wan t2v-1.3B", "wan i2v-14B", "hunyuan_video", "skyreels i2v", "framepack", "framepack f1")
+NAMES = ("wan t2v-1.3B", "hunyuan_video", "framepack")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -49,18 +49,6 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     family = next(each for each in FAMILIES if each.name == request.param)
     folder = tmp_path_factory.mktemp("step cache")
     family.prepare(folder)
-    return Project(family, folder)
-
-
-PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in ("lumina", "hunyuan_image", "flux")]
-
-
-@pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", "framepack", *PICTURES])
-def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """One of each kind with blocks enough to swap and to skip."""
-    family = next(each for each in FAMILIES if each.name == request.param)
-    folder = tmp_path_factory.mktemp("deep")
-    write_deep(family, folder)
     return Project(family, folder)
 
 

@@ -91,9 +91,7 @@ def test_training_refuses_a_bad_cache_with_the_command_that_mends_it(
 
 
 @pytest.mark.parametrize("name", [LATENTS, TEXT], ids=["latents", "text"])
-@pytest.mark.parametrize(
-    "damage", ["truncated", "empty", "with a flipped bit", "code in a pickle", "the other kind"]
-)
+@pytest.mark.parametrize("damage", ["truncated", "with a flipped bit"])
 def test_caching_again_mends_a_bad_cache(name: str, damage: str, project: Path, tmp_path: Path) -> None:
     config = copy_data(project, tmp_path, cached=True)
     BAD_CACHES[damage](project / "cache" / name, tmp_path / "cache" / name)

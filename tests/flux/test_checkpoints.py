@@ -47,17 +47,6 @@ def test_every_layout_gives_the_same_weights(tmp_path: Path, kind: str, dialect:
         assert torch.equal(loaded[name], tensor), name
 
 
-@pytest.mark.parametrize("dialect", ["fp8", "fp8_scaled"])
-def test_files_in_8_bits_are_multiplied_out(tmp_path: Path, dialect: str) -> None:
-    state = tiny_state("chroma")
-
-    dit = load_dit(write_dit(tmp_path, state, dialect), CPU)
-
-    assert dit.compute_dtype == torch.bfloat16
-    for name, tensor in dit.state_dict().items():
-        torch.testing.assert_close(tensor.float(), state[name], rtol=0.1, atol=0.05)
-
-
 def test_a_pruned_model_has_the_blocks_of_its_file(tmp_path: Path) -> None:
     path = write_dit(tmp_path, tiny_state("dev", double_blocks=1, single_blocks=2))
 

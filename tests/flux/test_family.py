@@ -130,12 +130,6 @@ def test_defaults_are_those_of_the_file(
     )
 
 
-def test_a_flow_shift_that_is_asked_for_counts(tmp_path: Path) -> None:
-    family = Flux(FluxFiles(write_dit(tmp_path, tiny_state())))
-
-    assert family.prepare(Request("a cat", 1, 64, 64, flow_shift=3.0)).flow_shift == 3.0
-
-
 @pytest.mark.parametrize("kind", ["schnell", "chroma"])
 def test_an_embedded_guidance_that_the_model_has_no_use_for_is_told(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
@@ -146,11 +140,6 @@ def test_an_embedded_guidance_that_the_model_has_no_use_for_is_told(
 
     assert "embedded guidance 7" in caplog.text
     assert prepared.embedded_guidance == family.defaults.embedded_guidance
-
-
-def test_sizes_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="multiples of 16"):
-        Flux(FluxFiles(write_dit(tmp_path, tiny_state()))).prepare(Request("a cat", 1, 50, 64))
 
 
 def test_model_type_chroma_is_checked_against_the_file(tmp_path: Path) -> None:

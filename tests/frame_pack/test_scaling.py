@@ -61,16 +61,6 @@ def test_positions_are_scaled_from_the_threshold_on() -> None:
     assert torch.equal(velocity(family, dit, 900.0), scaled(dit, 900.0, 0.7))
 
 
-def test_a_factor_of_1_leaves_every_bit() -> None:
-    words = ("--rope_scaling_timestep_threshold", "0", "--rope_scaling_factor", "1")
-    dit = tiny_model()
-
-    assert torch.equal(
-        velocity(family_for_generation(options(*words)), dit, 900.0),
-        velocity(family_for_generation(options()), dit, 900.0),
-    )
-
-
 def test_the_text_is_multiplied_in_the_transformer_that_is_loaded(tmp_path: Path) -> None:
     path = write_dit(tmp_path, tiny_state())
     family = family_for_generation(options("--dit", str(path), "--te_multiplier", "1.3", "0.7"))

@@ -217,15 +217,6 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize("checkpoints", CHECKPOINTS)
-def test_training_and_samples_with_swapped_blocks(
-    device: torch.device, deterministic: None, checkpoints: str
-) -> None:
-    case = CASES[0]
-    expected = several_steps(case, device, 0, 2, checkpoints)
-    assert same(several_steps(case, device, case.most, 2, checkpoints), expected)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(("case", "blocks", "slots", "checkpoints", "late"), WIDE)
 def test_training_of_all_families_with_swapped_blocks(

@@ -17,7 +17,6 @@ from hunyuan_image.configs import LATENT, NOISE
 from hunyuan_image.family import GENERATION, SAMPLES, HunyuanImage
 from hunyuan_image.files import HunyuanImageFiles
 from hunyuan_image.options import (
-    AS_RELEASED,
     HunyuanImageTrainingOptions,
     ProjectedGuidanceOptions,
     caching_commands,
@@ -200,15 +199,6 @@ def test_files_that_do_not_belong_together_are_refused_before_anything_loads(tmp
         HunyuanImage(replace(files, byt5=None)).check_files(media=True)
     with pytest.raises(CheckpointError, match="--vae"):
         HunyuanImage(replace(files, vae=tiny.byt5)).check_files(media=True)
-
-
-@pytest.mark.parametrize(
-    "values", [{"apg_start_step_ocr": -2}, {"apg_start_step_general": -5}, {"guidance_rescale_apg": 1.5}]
-)
-def test_numbers_of_guidance_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
-    (name,) = values
-    with pytest.raises(OptionError, match=f"--{name}"):
-        replace(AS_RELEASED, **values)
 
 
 def training_args(*words: str) -> argparse.Namespace:

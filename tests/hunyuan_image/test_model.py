@@ -55,11 +55,3 @@ def test_forward_equals_diffusers_with_the_same_weights(
 
     expected = run_there(in_diffusers(), inputs)
     assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
-
-
-def test_attention_has_no_lengths_if_all_texts_are_of_one_length() -> None:
-    _, equal = tiny_model().embed(**tiny_inputs((5, 3), (4, 6)))
-    _, uneven = tiny_model().embed(**tiny_inputs((5, 3), (4, 5)))
-
-    assert equal.lengths is None
-    assert uneven.lengths is not None

@@ -107,17 +107,6 @@ def test_samples_without_negative_prompt_are_made_without_guidance(
     assert family.prepare(replace(request, negative_prompt="dull")).guidance_scale == (6.0,)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"width": 40}, "Nearest: 32 32"),
-    ],
-)
-def test_what_cannot_be_made_is_refused(family_of: FamilyOf, change: dict[str, object], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        family_of().prepare(replace(REQUEST, **change))  # type: ignore[arg-type]
-
-
 def test_image_to_video_asks_for_an_image_and_text_to_video_ignores_one(
     family_of: FamilyOf, picture: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

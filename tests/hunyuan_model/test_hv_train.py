@@ -156,15 +156,6 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: Path, t
     assert numpy.abs(sample - untrained).max() > 1
 
 
-def test_steps_inside_the_backward_pass_give_the_same_bits(project: Path, tmp_path: Path) -> None:
-    expected = train(
-        project, tmp_path / "usual", *(word for word in FUSED if word != "--fused_backward_pass")
-    )
-    found = train(project, tmp_path / "fused", *FUSED)
-
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
 @pytest.mark.parametrize("dialect", ["comfy", "diffusers"])
 def test_files_of_other_layouts_become_one_in_the_released_layout(
     project: Path, tmp_path: Path, dialect: str
@@ -312,21 +303,3 @@ def test_what_cannot_be_is_refused_with_a_remedy(
     )
 
     assert_one_message(code, said, *words)
-
-
-def test_missing_caches_are_named_with_the_commands_to_run(project: Path, tmp_path: Path) -> None:
-    write_clips(tmp_path / "clips", count=1)
-    write_dataset(tmp_path, frames="5")
-
-    code, said = run_here(
-        SCRIPT,
-        *dit_of(project),
-        *SHORT,
-        "--dataset_config",
-        tmp_path / "dataset.toml",
-        "--output_dir",
-        tmp_path / "out",
-        folder=project,
-    )
-
-    assert_one_message(code, said, "cache_latents.py", "cache_text_encoder_outputs.py")

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from encoders import tiles as vae_tiles
-from hunyuan_model import vae_blocks
 from hunyuan_model.vae import HunyuanVae, load_vae
 from modules.errors import OptionError
 from modules.media.pixels import byte_clips, to_pixels
@@ -177,18 +176,6 @@ def test_no_piece_is_larger_than_a_tile(tmp_path: Path) -> None:
     assert max(seen) == (5, 4, 4)
 
 
-def test_large_frames_are_computed_a_few_at_a_time_unasked(
-    monkeypatch: pytest.MonkeyPatch, vae: HunyuanVae
-) -> None:
-    pixels = clip_of(9)
-    whole = vae.encode(pixels)
-    monkeypatch.setattr(vae_blocks, "STEP_ELEMENTS", 2 * 8 * 32 * 48)  # two frames of the widest layer
-    convolved: list[int] = []
-    monkeypatch.setattr(vae_blocks, "conv3d", lambda layer, x: convolved.append(x.shape[2]) or layer(x))
-    assert relative_error(vae.encode(pixels), whole) <= EXACT
-    assert convolved[0] == 4  # two results, seen from two frames before on
-
-
 def test_a_sample_is_drawn_from_the_generators_given(vae: HunyuanVae) -> None:
     pixels = clip_of(5, batch=2)
     with torch.no_grad():
@@ -213,24 +200,6 @@ def test_log_variances_are_limited(tmp_path: Path) -> None:
     _, log_variance = made(tmp_path, tensors).posterior(clip_of(1))
     assert log_variance.min() == -30
     assert log_variance.max() == 20
-
-
-def test_no_frame_depends_on_later_ones_but_through_the_norms(vae: HunyuanVae) -> None:
-    """With statistics that do not depend on the clip the first frames know nothing of the rest."""
-    for module in vae.modules():
-        if isinstance(module, vae_blocks.ClipNorm):
-            width = module.num_channels
-            module.factors = lambda x, chunk, width=width: (
-                torch.ones(1, width, 1, 1, 1),
-                torch.zeros(1, width, 1, 1, 1),
-            )
-    pixels = clip_of(9)
-    latents = vae.encode(pixels)
-    torch.testing.assert_close(vae.encode(pixels[:, :, :5]), latents[:, :, :2])
-    torch.testing.assert_close(vae.encode(pixels[:, :, :1]), latents[:, :, :1])
-    torch.testing.assert_close(
-        joined(vae.decode_unclamped(latents[:, :, :2])), joined(vae.decode_unclamped(latents))[:, :, :5]
-    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"tile": 32, "tile_frames": 16}])

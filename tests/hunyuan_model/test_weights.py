@@ -84,12 +84,6 @@ def test_a_weight_of_all_the_text_spares_what_the_template_adds(rows_of: Rows) -
     assert 0 < len(changed) < int(plain.any(dim=1).sum())
 
 
-def test_a_text_that_is_cut_off_is_weighed_as_far_as_it_goes(rows_of: Rows) -> None:
-    plain, weighed = rows_of(LONG), rows_of(LONG, ((0, len(LONG) - 1, 2.0),))
-    assert torch.equal(weighed[:256], 2 * plain[:256])
-    assert torch.equal(weighed[256:], plain[256:])
-
-
 @pytest.mark.parametrize("kind", [clip_text_encoder, framepack_clip])
 def test_clips_vector_has_no_weights(folder: Path, kind: type[clip_text_encoder]) -> None:
     encoder = kind(folder, torch.float16)

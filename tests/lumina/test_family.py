@@ -16,10 +16,9 @@ from lumina.official_options import generation_words, read_minimal
 from lumina.options import LuminaTrainingOptions, translate_training
 from lumina_generate_image import DEFAULTS as SCRIPT
 from lumina_train_network import DEFAULTS as TRAINING
-from modules.contract.data import MediaTable
 from modules.contract.requests import Prepared, Prompt, Request
 from modules.contract.steps import EncodedPrompts
-from modules.errors import DatasetError, OptionError
+from modules.errors import OptionError
 from modules.flow.schedule import make_schedule
 from modules.parser import add_options
 from tests.golden_cases import FOLDER, read_case
@@ -112,13 +111,6 @@ def test_only_the_prompt_is_read_behind_the_system_prompt() -> None:
 def test_numbers_that_cannot_be_are_refused(extra: dict[str, str], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         prepare(extra=extra)
-
-
-def test_clips_and_control_images_are_refused() -> None:
-    with pytest.raises(DatasetError, match="can only learn pictures"):
-        FLOAT32.check_table(MediaTable("data.toml", "video"))
-    with pytest.raises(DatasetError, match="control images, which .* cannot take"):
-        FLOAT32.check_table(MediaTable("data.toml", "image", has_control=True))
 
 
 def test_training_has_luminas_names_of_shared_options() -> None:

@@ -155,12 +155,6 @@ def test_what_another_run_is_building_is_left_alone(tmp_path: Path) -> None:
     assert _names(tmp_path) == [".other-state.1234abcd.tmp", ".state.safetensors.1234abcd.tmp", "a.bin"]
 
 
-def test_a_folder_that_is_there_and_can_be_written_to_stays_as_it_is(tmp_path: Path) -> None:
-    make_folder(tmp_path / "out", "--save_path")
-    make_folder(tmp_path / "out", "--save_path")
-    assert not list((tmp_path / "out").iterdir())
-
-
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
 def test_a_folder_in_which_nothing_can_be_written_is_found_out_before_the_work() -> None:
     with pytest.raises(

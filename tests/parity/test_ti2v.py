@@ -14,7 +14,6 @@ from torch import Tensor
 
 from modules.media.writing import write_png
 from tests.golden_cases import read_case
-from tests.parity.projects import Project, train, write_project
 from tests.parity.reference import KINDS, Sampling, open_image, relative_error, schedule
 from tests.parity.running import assert_equal, generate, generate_one
 from tests.parity.theirs import Theirs, pad_text
@@ -165,10 +164,3 @@ def test_the_frames_are_theirs(tmp_path: Path, models: Path, with_image: bool) -
     expected: Tensor = torch.as_tensor(their_video(models, image, output="np")) * 255
     assert ours.shape == (FRAMES, HEIGHT, WIDTH, 3)
     assert (ours - expected).abs().max() < 0.51 + 255 * TOLERANCE  # rounded to whole levels
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = write_project(tmp_path_factory.mktemp("trained") / "project", "ti2v")
-    train(project, "--learning_rate", 0.05, steps=2, in_process=True)
-    return project

@@ -11,13 +11,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 from encoders.t5_network import T5Network, relative_bucket
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
-from modules.fp8.weights import dequantise, scale_of
-from tests.fp8_reference import quantised_layers
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.wan_encoders import (
     T5_FILE,
     TEXT_DIM,
-    t5_comfy_fp8_tensors,
     t5_config,
     t5_hf_tensors,
     t5_tensors,
@@ -133,48 +130,6 @@ def test_a_float32_file_computes_in_float32_and_a_bfloat16_one_in_bfloat16(folde
     half, full = encoded(encoder, PROMPTS[0])[0], encoded(exact, PROMPTS[0])[0]
     assert half.dtype == torch.bfloat16
     assert (half.float() - full).abs().max() < 0.1 * full.abs().max()
-
-
-def multiplied_out(t5: T5Network) -> T5Network:
-    """A plain encoder with the weights that the 8-bit ones stand for."""
-    plain = T5Network(t5_config()).to(t5.norm.weight.dtype)
-    layers = quantised_layers(t5)
-    meant = {f"{name}.weight": dequantise(layer.weight, scale_of(layer)) for name, layer in layers.items()}
-    others = {name: tensor for name, tensor in t5.state_dict().items() if not name.endswith("scale_weight")}
-    plain.load_state_dict(others | meant)
-    return plain.requires_grad_(False)
-
-
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_in_fp8_linear_layers_are_rounded_and_nothing_else(tmp_path: Path, stored: torch.dtype) -> None:
-    torch.save(t5_tensors(dtype=stored), tmp_path / T5_FILE)
-    usual, t5 = load_t5(tmp_path / T5_FILE, CPU), load_t5(tmp_path / T5_FILE, CPU, in_fp8=True)
-    layers = quantised_layers(t5)
-    assert layers.keys() == {
-        name for name, layer in usual.named_modules() if isinstance(layer, torch.nn.Linear)
-    }
-    for name, tensor in t5.state_dict().items():
-        if name.removesuffix(".weight").removesuffix(".scale_weight") not in layers:
-            assert torch.equal(tensor, usual.state_dict()[name])
-    ids = [torch.tensor([3, 5, 1])]
-    (ours,), (theirs,) = t5(ids), multiplied_out(t5)(ids)
-    assert ours.dtype == stored  # as it is cached
-    assert torch.equal(ours, theirs)
-    for name, layer in layers.items():  # e4m3 has three digits of mantissa
-        weight = usual.get_parameter(f"{name}.weight").float()
-        tiny = 1e-3 * float(weight.abs().max())
-        torch.testing.assert_close(dequantise(layer.weight, scale_of(layer)), weight, rtol=2**-4, atol=tiny)
-
-
-def test_layers_of_an_fp8_file_stay_as_they_are(tmp_path: Path) -> None:
-    stored, meant = t5_comfy_fp8_tensors(t5_tensors())
-    save_file(stored, tmp_path / "fp8.safetensors")
-    t5 = load_t5(tmp_path / "fp8.safetensors", CPU, in_fp8=True)
-    for name, layer in quantised_layers(t5).items():
-        torch.testing.assert_close(
-            dequantise(layer.weight, scale_of(layer)), meant[f"{name}.weight"], rtol=0, atol=0
-        )
-    assert t5.norm.weight.dtype == t5.token_embedding.weight.dtype == torch.bfloat16
 
 
 def test_float16_activations_stay_finite() -> None:

@@ -108,8 +108,3 @@ def test_tokens_are_counted_and_what_is_read_ends_where_the_encoder_stops(folder
     assert len(tokenize(long[: count(long).kept])) == 512
     assert tokenize(long[: count(long).kept]) == tokenize(long)
     assert long.endswith(count(long).cut_text)
-
-
-def test_counting_downloads_no_tokenizer(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="no tokenizer for .*--t5_tokenizer"):
-        TOKENIZER.load_counter(None, folder / "model" / T5_FILE)

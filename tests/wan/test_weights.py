@@ -65,13 +65,6 @@ def test_the_rows_of_the_parts_tokens_are_multiplied(encoder: WanTextEncoder) ->
     assert not torch.equal(weighed, plain)
 
 
-def test_a_weight_of_all_the_text_spares_the_end_token(encoder: WanTextEncoder) -> None:
-    for text in (TEXT, LONG):
-        plain, weighed = rows_of(encoder, text), rows_of(encoder, text, ((0, len(text.rstrip()), 2.0),))
-        assert torch.equal(weighed[:-1], 2 * plain[:-1])
-        assert torch.equal(weighed[-1], plain[-1])
-
-
 def test_prompts_of_one_call_have_their_own_weights(encoder: WanTextEncoder) -> None:
     prompts = [Prompt(TEXT), Prompt(TEXT, ((4, 7, 2.0),)), Prompt("a dog", ((2, 5, 0.0),))]
     together = [conditions["t5"][0] for conditions in encoder.encode(prompts)]

@@ -40,14 +40,6 @@ def _choice(
     return AttentionChoice(mode.partition(" ")[0], split), calls
 
 
-def test_attention_is_the_softmax_average_of_the_values() -> None:
-    query, key, value = _inputs()
-
-    weights = torch.einsum("blnd,bsnd->bnls", query, key).div(8**0.5).softmax(-1)
-
-    torch.testing.assert_close(attend(query, key, value), torch.einsum("bnls,bsnd->blnd", weights, value))
-
-
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("mode", EVERY_MODE)
 def test_every_back_end_equals_torch(monkeypatch: pytest.MonkeyPatch, mode: str, split: bool) -> None:
@@ -188,18 +180,6 @@ def test_packages_compute_in_autocasts_dtype_as_torch_does(
     with torch.autocast("cpu", torch.bfloat16):
         result = attend(*inputs, choice, lengths_on((9, 5), CPU))
         assert result.dtype == attend(*inputs).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("split", [False, True])
-def test_a_key_may_stand_for_many_equal_ones(split: bool) -> None:
-    query, key, value = _inputs()
-    repeats = torch.tensor([1.0, 1, 1, 1, 1, 1, 505])
-
-    merged = attend(query, key, value, AttentionChoice("sdpa", split), repeats=repeats)
-
-    many = (tensor.repeat_interleave(repeats.long(), dim=1) for tensor in (key, value))
-    # sums of 511 rounded exponentials
-    torch.testing.assert_close(merged, attend(query, *many), atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("counts", [None, (20, 11)])

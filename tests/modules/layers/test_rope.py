@@ -75,26 +75,3 @@ def test_positions_need_be_neither_counted_nor_whole() -> None:
 
     assert torch.equal(angles[:2], axis_angles(8, 42)[[7, 0]])
     torch.testing.assert_close(angles[2:], positions[2:, None] * axis_angles(2, 42)[1], rtol=1e-15, atol=0)
-
-
-@pytest.mark.parametrize("kind", TABLES)
-def test_a_pair_is_turned_by_its_angle(kind: str) -> None:
-    table = TABLES[kind]((2,), (2,))
-    x = torch.tensor([[3.0, 0.0], [3.0, 0.0]]).view(1, 2, 1, 2)
-
-    turned = rotate(x, table)
-
-    angle = torch.tensor(1.0)
-    torch.testing.assert_close(
-        turned[0, :, 0], torch.stack([torch.tensor([3.0, 0.0]), 3 * torch.stack([angle.cos(), angle.sin()])])
-    )
-
-
-@pytest.mark.parametrize("kind", TABLES)
-def test_bfloat16_comes_back_as_bfloat16_rounded_once(kind: str) -> None:
-    x = torch.randn(1, 300, 1, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    table = TABLES[kind]((300, 1, 1), WIDTHS)
-
-    turned = rotate(x, table)
-
-    assert torch.equal(turned, rotate(x.float(), table).to(torch.bfloat16))

@@ -21,10 +21,3 @@ def test_float32_frequencies_are_the_same_on_every_processor() -> None:
     angles = torch.outer(NUMBERS, torch.tensor([math.exp(each) for each in exponents]))
 
     assert torch.equal(sinusoid(NUMBERS, 256, torch.float32), torch.cat([angles.cos(), angles.sin()], dim=1))
-
-
-def test_float64_frequencies_are_powers_to_the_last_bit() -> None:
-    numbers = torch.linspace(0, 1000, 16001)
-    angles = torch.outer(numbers.double(), 10000.0 ** -(torch.arange(128, dtype=torch.float64) / 128))
-
-    assert torch.equal(sinusoid(numbers, 256), torch.cat([angles.cos(), angles.sin()], dim=1).float())

@@ -77,29 +77,6 @@ class Watched:
         self.finished += 1
 
 
-@pytest.mark.parametrize("dialect", ["safetensors", "pth", "diffusers", "fp8_scaled"])
-@pytest.mark.parametrize("target", [None, torch.float32])
-def test_weights_go_from_disk_to_where_they_stay(
-    tmp_path: Path, dialect: str, target: torch.dtype | None
-) -> None:
-    path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16, **SIZES), dialect)
-    host = host_weights(SwapPlan(DIT, 3, input_layers=True), CPU)
-    assert host is not None
-    watched = Watched(host)
-
-    expected = load_dit(path, Placement(CPU, compute_dtype=target))
-    found = load_dit(path, Placement(CPU, compute_dtype=target, host=watched))
-
-    weights, ours = dict(expected.named_parameters()), dict(found.named_parameters())
-    assert all(
-        torch.equal(weights[name], ours[name]) and weights[name].dtype == ours[name].dtype for name in weights
-    )
-    assert set(watched.held) == set(SwapPlan(DIT, 3, True).names(found))
-    assert all(ours[name].data_ptr() == place.data_ptr() for name, place in watched.held.items())
-    assert watched.finished == 1
-    assert not any(weight.requires_grad for weight in ours.values())
-
-
 def test_loras_are_merged_into_swapped_weights_and_one_that_fits_nothing_is_still_seen(
     tmp_path: Path,
 ) -> None:

@@ -17,7 +17,6 @@ from modules.step_cache.runner import Signal, StepCache, first_input, run_around
 from tests.modules.fake_device import FakeDevice
 from tests.modules.step_cache.turns import turn
 from tests.modules.swap_cases import CASES, Case, swapped
-from tests.test_waiting import META, no_autocast, sent, waits  # noqa: F401
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit
 
 SIZE = (2, 4, 4, 6)
