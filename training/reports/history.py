@@ -206,14 +206,17 @@ def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
 
 
 def _parse(line: bytes) -> Row | None:
-    """Return a line as `History` writes it; None for one that was torn."""
+    """Return a line as `History` writes it; None for one that was torn, or shows a file of another folder."""
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
     if not (line.endswith(b"\n") and isinstance(row, dict)):
         return None
-    return row if type(row.get("session", row.get("step"))) is int else None
+    if type(row.get("session", row.get("step"))) is not int:
+        return None
+    names = [row["saved"]] if "saved" in row else row.get("files", {}).values()
+    return row if all(Path(name).name == name and "\\" not in name for name in names) else None
 
 
 def _finite(value: Any) -> Any:

@@ -98,6 +98,8 @@ BROKEN = [
     b'{"step": "3", "loss": 1}',
     b'"session x"',
     b'["session"]',
+    b'{"step": 3, "saved": "../other.safetensors"}',
+    b'{"step": 3, "samples": "", "files": {"0": "C:\\\\other.png"}, "prompts": {}}',
     b"x" * (1 << 21),
 ]
 
