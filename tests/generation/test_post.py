@@ -18,7 +18,7 @@ from post.stages import NamedStage, PostTools
 from tests.generation.saving import output_options
 from tests.generation.test_run import only, options
 from tests.generation.toy_family import ToyFamily
-from tests.post.stages_here import Black, Larger, Smoother, frames_of, tool_for
+from tests.post.stages_here import Black, Larger, Refusing, Smoother, files_in, frames_of, tool_for
 from tests.tiny.post_faces import write_red_detector
 
 CPU = torch.device("cpu")
@@ -72,6 +72,17 @@ def test_the_last_frame_shows_nothing_that_a_tool_hides(output_type: str, tmp_pa
     last = read_image(tmp_path / "a_last.png")
     assert last.shape == (32, 64, 3)
     assert not last.any()
+
+
+def test_a_tool_that_fails_at_the_end_leaves_nothing_half_made(tmp_path: Path) -> None:
+    post = post_of(Refusing(NothingFoundError("nothing")))[0]
+    for output_type in ("video", "images"):
+        with pytest.raises(NothingFoundError, match="^--post refusing: nothing"):
+            save_pixels(
+                output_options(tmp_path, output_type, last=True, pngs=True), "a", chunks(), 16, None, post
+            )
+
+    assert files_in(tmp_path) == set()
 
 
 def test_a_picture_goes_through_tools_for_pictures_only(tmp_path: Path) -> None:
