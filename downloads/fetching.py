@@ -5,12 +5,12 @@ huggingface_hub's own function starts again after an interruption, so the data a
 """
 
 import contextlib
-import functools
 import glob
 import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from downloads.hubs import RemoteFile, explain_status
 from modules.atomic_write import give_name
-from modules.downloading import PIECE, BrokenTry, RefusedBySite, ask_http, receive
+from modules.downloading import PIECE, Answer, BrokenTry, RefusedBySite, ask_http, receive
 from modules.errors import CheckpointError, DownloadError, OutputError
 from modules.text_files import parse_json, read_content, read_text
 
@@ -154,7 +154,11 @@ def _receive(remote: RemoteFile, partial: Path, wait: Callable[[float], None]) -
     name, have = _shown(partial), partial.stat().st_size if partial.exists() else 0
     if have:
         logger.info("%s: continuing after %.1f GB", name, have / 1e9)
-    ask = functools.partial(ask_http, remote.url, headers=remote.headers)
+
+    def ask(have: int, _: str | None) -> AbstractContextManager[Answer]:
+        # the checksum says whether it is one version: servers of a site may name it differently
+        return ask_http(remote.url, have, None, remote.headers)
+
     size = remote.size_bytes
     try:
         with _bar(name, size, have) as bar:

@@ -9,7 +9,7 @@ from encoders.clip_l import CLIP_L, ClipTextEncoder
 from encoders.pictures import AutoencoderFiles
 from encoders.t5 import T5_FILES, T5_XXL, T5TextEncoder
 from encoders.t5_network import read_t5
-from flux.checkpoints import FORMAT, NAMES
+from flux.checkpoints import FORMAT, NAMES, OPTION
 from flux.configs import CHROMA, DEV, T5_TOKENS, FluxConfig
 from flux.options import FluxTextOptions
 from modules.checkpoints.dits import DitHeader
@@ -25,6 +25,7 @@ from modules.errors import OptionError
 class FluxFiles(AutoencoderFiles):
     """Files of a run with CLIP-L and T5; the transformer's says whether it is dev, schnell or Chroma."""
 
+    dit_option: str = OPTION
     says_chroma: bool = False  # --model_type chroma
     clip_l: Path | None = None
     t5xxl: Path | None = None

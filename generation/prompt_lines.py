@@ -363,9 +363,9 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
         elif kind == ".toml":
             shared = parse_toml(text).get("prompt")
             subsets = shared.get("subset", []) if isinstance(shared, dict) else None
-            if not isinstance(shared, dict) or not isinstance(subsets, list):
+            if not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
                 raise ValueError("give a table [prompt] with tables [[prompt.subset]]")
-            common = {key: value for key, value in shared.items() if key != "subset"}
+            common = {key: value for key, value in (shared or {}).items() if key != "subset"}
             entries = [*enumerate(({**common, **subset} for subset in subsets), 1)]
         elif kind == ".json":
             found = parse_json(text)

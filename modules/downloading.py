@@ -25,7 +25,7 @@ from modules.paths import protocol_of
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT = 60.0  # seconds that a site may ask for
-TIMEOUTS = (20.0, 30.0)  # seconds to connect, and without any data
+TIMEOUTS = (20.0, 60.0)  # seconds to connect, and without any data
 PIECE = 1 << 16  # bytes; a broken connection loses the last one
 SLOW_SECONDS, SLOW_BYTES = 60.0, 1 << 16  # a connection that brings less in that time is given up
 # one at most: packed twice, a few bytes may be gigabytes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,6 @@ class ForeignNetwork:
 
     module: Any
     dit: nn.Module
-    state_beside_file: ClassVar[Mapping[str, nn.Module]] = {}
 
     def parameter_groups(
         self,
@@ -79,6 +78,12 @@ class ForeignNetwork:
         groups = [{**group, "params": list(group["params"])} for group in groups]
         usual = ["unet"] if len(groups) == 1 else [f"group {index}" for index in range(len(groups))]
         return groups, list(names or usual)
+
+    @property
+    def state_beside_file(self) -> Mapping[str, nn.Module]:
+        """Return what a training saves beside the file, by names, if the network has such parts."""
+        parts: Mapping[str, nn.Module] = getattr(self.module, "state_beside_file", {})
+        return parts
 
     def set_dropout_seed(self, seed: int) -> None:
         """Seed all dropout until the next call.

@@ -208,7 +208,7 @@ def build_from_tensors(
                 f"--dim_from_weights: {path} has {', '.join(factors)}, which is another kind of network.\n"
                 "  Give the --network_module that the file was trained with."
             )
-        if path not in known:
+        if path not in known or (own.kind != "LoRA" and not isinstance(known[path], nn.Linear)):
             missed.append(path)
         elif own.kind == "LoRA":
             layers[path] = _layer_of_file(known[path], path, factors, settings)

@@ -278,7 +278,14 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     )
     own = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
     stored = plain_sources(own)
-    names = _as_diffusers(stored)
+    try:
+        names = _as_diffusers(stored)
+    except KeyError as error:  # it asks for the other half of a pair
+        raise CheckpointError(
+            f"{checkpoint.path} is incomplete: {prefix}{error.args[0]} is missing. Download or copy it "
+            "again.",
+            checkpoint.path,
+        ) from error
     sources = rename_sources(stored, lambda name: translate_name(names.get(name, name), _OLD_ATTENTION))
     for name, source in sources.items():  # 1x1 convolutions in released files, linear layers in diffusers
         if re.fullmatch(r".+\.attentions\.0\.to_(q|k|v|out\.0)\.weight", name):

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +25,14 @@ from dataset.sources.listing import find_all_sources
 from dataset.sources.media_source import MediaSource
 from dataset.sources.rows import RowReader
 from modules.atomic_write import append_text, atomic_path, write_text
-from modules.errors import DatasetError
+from modules.errors import DatasetError, OutputError
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, short_hash
 from modules.text_files import bad_character, parse_json, read_lines
 
 EXTENSION = ".txt"  # of tables that name none
 MADE = ".captions_made.jsonl"
 BACKUP = ".bak"
+TRIES, PAUSE = 5, 0.2  # seconds between two; while another program writes a list
 MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "hand-written"
 
 
@@ -56,6 +58,8 @@ class CaptionList:
         """Read the list of a table, which has been read before, without faults."""
         assert table.jsonl_file is not None
         self.path, self._key = table.jsonl_file, f"{table.kind}_path"
+        self._lines: list[str] = []
+        self._stamp: tuple[int, ...] = ()
         self._read()
         self._has_backup = False  # of the state before this run
         self.entries: dict[Path, str] = {}  # of each source, its path as it stands in its line
@@ -65,6 +69,19 @@ class CaptionList:
                 self.entries[rows.read(self.record(entry), str(self.path)).path] = entry
             else:
                 self.entries[expand_path(entry)] = entry
+
+    def take_waiting(self, waiting: Path) -> None:
+        """Put in the captions that a killed run of an earlier version left in a file beside the list."""
+        found: dict[str, dict[str, Any]] = {}
+        for line in read_lines(waiting):
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # the last one may be unfinished
+                one = parse_json(line)
+                found[one["path"]] = one
+        for entry in list(self._numbers):
+            one, there = found.get(_key_of(entry), {}), self.record(entry).get("caption")
+            if "caption" in one and (None if there is None else _hash_of(str(there))) == one.get("old"):
+                self.put(entry, one["caption"], there, bool(one.get("is_foreign")))
+        waiting.unlink()
 
     def record(self, entry: str) -> dict[str, Any]:
         """Return the values of a line; none if it is there no more."""
@@ -77,13 +94,15 @@ class CaptionList:
         entry: the path in the line. old: the caption that is to be replaced. is_foreign: a person wrote it:
         then, and if there is no .bak yet, the list is kept as .bak. Raises OutputError.
         """
-        self._read_changes()
-        if entry not in self._numbers or self.record(entry).get("caption") != old:
-            return False
-        if is_foreign or not self.path.with_name(self.path.name + BACKUP).exists():
-            self.keep_once()
-        self.write({entry: {"caption": caption}})
-        return True
+        for _ in range(TRIES):
+            self._read_changes()
+            if entry not in self._numbers or self.record(entry).get("caption") != old:
+                return False
+            if is_foreign or not self.path.with_name(self.path.name + BACKUP).exists():
+                self.keep_once()
+            if self._replace({entry: {"caption": caption}}):
+                return True
+        raise OutputError(f"{self.path}: another program keeps writing this list. Close it, then run again.")
 
     def keep_once(self) -> None:
         """Keep the list as .bak, if that was not done in this run."""
@@ -92,29 +111,53 @@ class CaptionList:
         self._has_backup = True
 
     def write(self, changes: Mapping[str, dict[str, Any]]) -> None:
-        """Write other values into lines. changes: by the path in the line."""
-        self._read_changes()
+        """Write other values into lines. changes: by the path in the line. Raises OutputError."""
+        for _ in range(TRIES):
+            self._read_changes()
+            if self._replace(changes):
+                return
+        raise OutputError(f"{self.path}: another program keeps writing this list. Close it, then run again.")
+
+    def _replace(self, changes: Mapping[str, dict[str, Any]]) -> bool:
+        """Write the list with other values; return False and write nothing if somebody has written since."""
+        lines = list(self._lines)
         for entry in changes.keys() & self._numbers.keys():
             number = self._numbers[entry]
-            line = self._lines[number]
+            line = lines[number]
             text = json.dumps(self.record(entry) | changes[entry], ensure_ascii=False)
             if bad_character(text):  # another value has half a character, as an escape
                 text = json.dumps(self.record(entry) | changes[entry])
-            self._lines[number] = line.replace(line.strip("\ufeff\r\n"), text)
+            lines[number] = line.replace(line.strip("\ufeff\r\n"), text)
         path = self.path.resolve()  # a link stays one
-        with atomic_path(path, path.stat().st_size) as temporary:
-            temporary.write_bytes("".join(self._lines).encode("utf-8"))
-            shutil.copymode(path, temporary)
-        self._stamp = _stamp_of(self.path)
+        try:
+            with atomic_path(path, self._stamp[1]) as temporary:
+                temporary.write_bytes("".join(lines).encode("utf-8"))
+                shutil.copymode(path, temporary)
+                if _stamp_of(self.path) != self._stamp:
+                    raise _ListChanged
+        except (_ListChanged, FileNotFoundError):  # an editor may put the old file away first
+            time.sleep(PAUSE)
+            return False
+        self._lines, self._stamp = lines, _stamp_of(self.path)
+        return True
 
     def _read_changes(self) -> None:
-        if _stamp_of(self.path) != self._stamp:
-            self._read()
+        for number in range(TRIES):
+            try:
+                if _stamp_of(self.path) != self._stamp:
+                    self._read()
+                return
+            except FileNotFoundError:  # an editor may put the old file away first
+                if number + 1 == TRIES:
+                    raise OutputError(
+                        f"{self.path}: the list is gone. Put it back, then run again."
+                    ) from None
+                time.sleep(PAUSE)
 
     def _read(self) -> None:
         self._stamp = _stamp_of(self.path)
         with self.path.open(encoding="utf-8", newline="") as file:
-            self._lines: list[str] = file.readlines()
+            self._lines = file.readlines()
         self._numbers: dict[str, int] = {}  # path in the line -> its place
         for number, line in enumerate(self._lines):
             # a line may be half written by somebody else
@@ -122,9 +165,18 @@ class CaptionList:
                 self._numbers[str(parse_json(line.strip("\ufeff"))[self._key])] = number
 
 
+class _ListChanged(Exception):
+    """The list has changed since it was read."""
+
+
 def _stamp_of(path: Path) -> tuple[int, int]:
     state = path.stat()
     return state.st_mtime_ns, state.st_size
+
+
+def _key_of(entry: str) -> str:
+    """Return a line's path, or of an address a hash: it may hold a secret."""
+    return short_hash(address_identity(entry)) if is_address(entry) else entry
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +195,7 @@ class CaptionPlace:
         """Return the caption's name in the record of its folder: no address, as that may hold a secret."""
         if self.lines is None:
             return self.file.name
-        key = short_hash(address_identity(self.entry)) if is_address(self.entry) else self.entry
-        return f"{self.file.name}: {key}"
+        return f"{self.file.name}: {_key_of(self.entry)}"
 
     @property
     def media(self) -> str:

@@ -14,6 +14,7 @@ import queue
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -214,6 +215,7 @@ class ApiServer:
 
         Raises the library's errors, NoCaptionError if the answer is too long.
         """
+        start = time.monotonic()
         with (
             _Session() as session,
             session.post(
@@ -227,9 +229,11 @@ class ApiServer:
         ):
             if "," in answer.headers.get("Content-Encoding", ""):  # a few bytes packed twice may be gigabytes
                 raise NoCaptionError("the server's answer is packed more than once")
-            content = b""
-            for piece in answer.iter_content(1 << 16):
+            content, end = bytearray(), start + self.timeout
+            for piece in answer.iter_content(1):  # as they come: larger ones are waited for until full
                 content += piece
+                if time.monotonic() > end:  # the library's own time begins anew with each byte
+                    raise requests.ReadTimeout
                 if len(content) > MOST_BYTES:
                     raise NoCaptionError(f"the server's answer is longer than {MOST_BYTES >> 20} MiB")
             try:

@@ -7,6 +7,7 @@ shard was cut or deleted.
 """
 
 import contextlib
+import logging
 import os
 import platform
 import sqlite3
@@ -15,14 +16,17 @@ import time
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from dataset.cache.old_tars import OldRow, read_old_index, read_old_shard
 from dataset.shard_names import INDEX, SHARD
 from modules.atomic_write import LEFTOVER_SECONDS, atomic_path
 from modules.errors import CacheError
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 1  # PRAGMA user_version
+CHECKSUM_PLACE = 68  # in an index: of its CRC-32
 PAGE_BYTES = 16384  # entries of 2 KB are written twice as fast as in pages of 4096, those of 64 KB as fast
 SHARD_TABLE = """
     CREATE TABLE entries (place INTEGER PRIMARY KEY, name BLOB, generation INTEGER, size INTEGER,
@@ -197,12 +201,23 @@ class Catalog:
         ):
             target.execute("PRAGMA journal_mode = OFF")
             self._rows.backup(target)
+            target.close()
+            with temporary.open("rb+") as file:
+                checksum = _checksum(file)
+                file.seek(CHECKSUM_PLACE)
+                file.write(struct.pack(">I", checksum))
 
     def _open_index(self) -> sqlite3.Connection | None:
         path = self.folder / INDEX
         try:
             if not _is_whole(path):
                 return None
+            with path.open("rb") as file:
+                file.seek(CHECKSUM_PLACE)
+                stated = file.read(4)
+                if stated != struct.pack(">I", _checksum(file)):
+                    logger.warning("%s is damaged; the shards are read instead", path)
+                    return None
             index = connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1")
             _shards_of(index)
         except (OSError, sqlite3.Error):
@@ -262,6 +277,15 @@ class Catalog:
                 self.damaged.add(path.name)
         self._rows.executemany(f"INSERT INTO entries VALUES (?, {number}, ?, ?, ?, ?) {_IF_NEWER}", rows)
 
+    def _salvage(self, number: int) -> None:
+        """Add the rows of a damaged shard that stand before the damage."""
+        with contextlib.suppress(sqlite3.Error):
+            rows = self._rows.execute(
+                "SELECT name, place, generation, size, crc32 FROM shard.entries NOT INDEXED ORDER BY place"
+            )
+            for row in iter(rows.fetchone, None):
+                self._rows.execute(f"INSERT INTO entries VALUES (?, {number}, ?, ?, ?, ?) {_IF_NEWER}", row)
+
     def _add_shard(self, number: int, path: Path) -> None:
         is_finished = path.suffix == ".sqlite"
         if may_be_written(path):
@@ -283,16 +307,40 @@ class Catalog:
             (total,) = self._rows.execute("SELECT total(size) FROM shard.entries").fetchone()
             self.bytes[path.name] = total
         except sqlite3.Error as error:
+            if is_finished:
+                with path.open("rb") as file:  # SQLite takes some errors of a volume for damage
+                    while file.read(1 << 20):
+                        pass
+                if error.sqlite_errorcode & 0xFF in _UNAVAILABLE:
+                    raise CacheError(f"{path} cannot be read: {error}. Run this again") from error
             # locked by its writer, or its writer has not begun
             is_busy = not is_finished and isinstance(error, sqlite3.OperationalError)
             (self.busy if is_busy else self.damaged).add(path.name)
+            if not is_busy:
+                self._salvage(number)
         finally:
             with contextlib.suppress(sqlite3.Error):  # it was not even opened
                 self._rows.execute("DETACH shard")
 
 
+# what a volume, not a file, is at fault for
+_UNAVAILABLE = (
+    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_BUSY),
+    *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_LOCKED),
+)
+
+
 def _shards_of(index: sqlite3.Connection) -> dict[str, int]:
     return dict(index.execute("SELECT name, size FROM files ORDER BY name").fetchall())
+
+
+def _checksum(file: BinaryIO) -> int:
+    """Return the CRC-32 of an index behind the place of its checksum, the application id of SQLite."""
+    file.seek(CHECKSUM_PLACE + 4)
+    crc32 = 0
+    while piece := file.read(1 << 20):
+        crc32 = zlib.crc32(piece, crc32)
+    return crc32
 
 
 def _is_whole(path: Path) -> bool:

@@ -202,7 +202,7 @@ def _adopt(path: Path) -> None:
     with contextlib.suppress(OSError, sqlite3.Error):
         if may_be_written(path):
             return
-        with contextlib.closing(connect(address(path), seconds=0)) as rows:
+        with contextlib.closing(connect(_own_address(path), seconds=0)) as rows:
             rows.execute("PRAGMA locking_mode = EXCLUSIVE")
             rows.execute("BEGIN EXCLUSIVE")  # undoes what its writer had not committed
             (tables,) = rows.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -211,6 +211,21 @@ def _adopt(path: Path) -> None:
                 path.unlink()
                 return
         give_final_name(path)
+
+
+def _own_address(path: Path) -> str:
+    """Return the address of a shard that this process is to finish. Raises sqlite3.OperationalError if it is
+    locked: its writer lives, however long ago it wrote.
+    """
+    uri = f"{path.absolute().as_uri()}?mode=rw"
+    with contextlib.closing(connect(uri, seconds=0)) as rows:
+        try:
+            rows.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+                raise
+            return address(path)  # a volume without locks
+    return uri
 
 
 def _rewrite(catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:

@@ -75,7 +75,10 @@ class ShardStore:
             if row.shard is None or row.shard in self._look().damaged:
                 return 0, NEVER_OLD
             is_old = row.shard.endswith(".tar")
-            changed_ns = (self.folder / row.shard).stat().st_mtime_ns if is_old else 0
+            try:
+                changed_ns = (self.folder / row.shard).stat().st_mtime_ns if is_old else 0
+            except OSError:  # merged meanwhile
+                return None
             return (row.size << 32 | row.crc32) & _MOST, changed_ns
 
     def read(self, name: str, is_whole: bool = True) -> Entry:

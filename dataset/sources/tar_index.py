@@ -295,13 +295,26 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
         if found.isreg() and not found.issparse():
             if found.offset_data + found.size > size_bytes:
                 raise TarDamage(f"{cut}, in {ascii(found.name[-80:])}")
-            if len(found.name.encode()) > MOST_NAME:
+            name = _without_times(file, found) if found.name[0].isdigit() else found.name
+            if len(name.encode()) > MOST_NAME:
                 raise TarDamage(f"a name at byte {found.offset:,} has more than {MOST_NAME:,} bytes")
-            yield Member(found.name, found.offset_data, found.size)
+            yield Member(name, found.offset_data, found.size)
     file.seek(tar.offset)
     block = file.read(BLOCK)
     if block != bytes(BLOCK):  # the library ends at a damaged header as at the end
         raise TarDamage(cut if len(block) < BLOCK else f"it is damaged at byte {tar.offset:,}")
+
+
+def _without_times(file: BinaryIO, found: tarfile.TarInfo) -> str:
+    """Return a member's name without the times that GNU tar writes into incremental archives, where other
+    tars have the beginning of a name: `tarfile` takes them for it.
+    """
+    place = file.tell()
+    file.seek(found.offset_data - BLOCK)
+    header = file.read(BLOCK)
+    file.seek(place)
+    times = header[345:500].partition(b"\0")[0].decode("ascii", "backslashreplace")
+    return found.name.removeprefix(f"{times}/") if times and header[257:263] == b"ustar " else found.name
 
 
 # --- the index that is kept

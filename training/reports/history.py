@@ -209,14 +209,18 @@ def _parse(line: bytes) -> Row | None:
     """Return a line as `History` writes it; None for one that was torn, or shows a file of another folder."""
     try:
         row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
+        if not (line.endswith(b"\n") and isinstance(row, dict)):
+            return None
+        if type(row.get("session", row.get("step"))) is not int:
+            return None
+        names = [row["saved"]] if "saved" in row else row.get("files", {}).values()
+        if not all(Path(name).name == name and "\\" not in name for name in names):
+            return None
+        if "session" not in row:
+            Story.of([row])  # a line may be edited: whatever it lacks, it lacks here
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
-    if not (line.endswith(b"\n") and isinstance(row, dict)):
-        return None
-    if type(row.get("session", row.get("step"))) is not int:
-        return None
-    names = [row["saved"]] if "saved" in row else row.get("files", {}).values()
-    return row if all(Path(name).name == name and "\\" not in name for name in names) else None
+    return row
 
 
 def _finite(value: Any) -> Any:

@@ -143,7 +143,9 @@ class Saver:
         for pattern, last in ((start + self.names.pattern, kept[0]), (f"{start}-state", states)):
             for entry in [] if last is None else _entries(self.names.folder):
                 match = re.fullmatch(pattern, entry.name)
-                if match is None or last is None or int(match[1]) > newest(last) or int(match[1]) % every:
+                if match is None or last is None or int(match[1]) % every:
+                    continue
+                if int(match[1]) > newest(last) or newest(last) < every:
                     continue
                 # moved aside first: a folder that is half removed must not look like a state
                 aside = entry.with_name(f".{entry.name}.removed.tmp")

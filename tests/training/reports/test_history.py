@@ -99,6 +99,12 @@ BROKEN = [
     b'"session x"',
     b'["session"]',
     b'{"step": 3, "saved": "../other.safetensors"}',
+    b'{"step": 3, "saved": null}',
+    b'{"step": 3, "samples": "", "files": ["a.png"]}',
+    b'{"step": 3, "samples": "", "files": {"0": "a.png"}}',
+    b'{"step": 3, "samples": ""}',
+    b'{"step": 3, "loss": 1.0, "rates": [1]}',
+    b'{"step": 3, "validation": 5}',
     b'{"step": 3, "samples": "", "files": {"0": "C:\\\\other.png"}, "prompts": {}}',
     b"x" * (1 << 21),
 ]
