@@ -11,6 +11,7 @@ from post.faces.gfpgan import Gfpgan, GfpganConfig
 from post.faces.restorers import ParseNet, ParseNetConfig
 from tests.golden_cases import make_weights
 
+SIZE = 32  # of faces
 GFPGAN = GfpganConfig(body=(6, 8, 10, 12), decoder=(16, 12, 10, 8), style=14, steered=(6, 5, 4))
 CODEFORMER = CodeFormerConfig(
     encoder=(

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.captions import places
 from data_tools.captions.places import CaptionList
+from modules.errors import OutputError
 from tests.dataset.making import make_table
 
 
@@ -69,3 +71,42 @@ def test_what_is_written_into_a_list_meanwhile_stays(tmp_path: Path) -> None:
     assert not captions.put("a", "x", None, False)
 
     assert captions.path.read_text(encoding="utf-8") == more.replace('"n": 1', '"n": 1, "caption": "x"')
+
+
+def test_what_is_saved_while_a_caption_is_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = open_list(tmp_path, '{"video_path": "a"}\n{"video_path": "b"}\n')
+    copy, saved = places.shutil.copymode, []
+
+    def save_then_copy(path: Path, temporary: Path) -> None:
+        if not saved:
+            saved.append(path.write_text('{"video_path": "a"}\n{"video_path": "b", "caption": "hand"}\n'))
+        copy(path, temporary)
+
+    monkeypatch.setattr(places.shutil, "copymode", save_then_copy)
+
+    assert captions.put("a", "x", None, False)
+    assert texts_in(captions.path) == ["x", "hand"]
+
+
+def test_a_list_that_is_gone_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = open_list(tmp_path, '{"video_path": "a"}\n')
+    captions.path.unlink()
+    monkeypatch.setattr(places, "PAUSE", 0)
+
+    with pytest.raises(OutputError, match="the list is gone"):
+        captions.put("a", "x", None, False)
+
+
+def test_captions_that_a_killed_earlier_version_left_are_put_in(tmp_path: Path) -> None:
+    captions = open_list(tmp_path, '{"video_path": "a"}\n{"video_path": "b", "caption": "hand"}\n')
+    waiting = tmp_path / ".list.jsonl.captions"
+    waiting.write_text(
+        '{"path": "a", "old": null, "caption": "made"}\n{"path": "b", "old": null, "caption": "no"}\n{"pa'
+    )
+
+    captions.take_waiting(waiting)
+
+    assert texts_in(captions.path) == ["made", "hand"]
+    assert not waiting.exists()

@@ -3,6 +3,8 @@ import pickle
 import random
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -161,13 +163,18 @@ def test_large_shards_stay_and_holes_are_reclaimed(tmp_path: Path) -> None:
     assert shard_faults(tmp_path) == []
 
 
-@pytest.mark.parametrize("index", ["missing", "cut", "of another folder", "older", "no database"])
+@pytest.mark.parametrize(
+    "index", ["missing", "cut", "of another folder", "older", "no database", "damaged inside"]
+)
 def test_an_index_that_cannot_be_used_is_replaced(folder: Path, tmp_path: Path, index: str) -> None:
     right = (folder / INDEX).read_bytes()
     if index == "missing":
         (folder / INDEX).unlink()
     elif index == "cut":
         (folder / INDEX).write_bytes(right[:5000])
+    elif index == "damaged inside":
+        middle = len(right) // 2
+        (folder / INDEX).write_bytes(right[:middle] + b"\xff" * 600 + right[middle + 600 :])
     elif index == "no database":
         (folder / INDEX).write_bytes(b"notes" * 1000)
     elif index == "older":
@@ -230,6 +237,29 @@ def test_damage_costs_only_what_it_touches_and_is_noticed(folder: Path, has_inde
             (folder / name).unlink()
         for name, content in right.items():
             (folder / name).write_bytes(content)
+
+
+def test_a_live_writer_keeps_its_shard_however_long_it_has_written_nothing(tmp_path: Path) -> None:
+    code = "import sys; from tests.dataset.cache.test_shards import *; end_one(Path(sys.argv[1]))"
+    writer = ShardStore(tmp_path)
+    fill(writer, NAMES[:3])
+    time.sleep(2 * shards.COMMIT_SECONDS)
+    (path,) = tmp_path.glob("cache-*.writing")
+    os.utime(path, (time.time() - 7300,) * 2)
+
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=OLD.parents[2])
+    fill(writer, NAMES[3:], 3)
+    writer.close(is_last=True)
+
+    assert done.returncode == 0
+    assert seen(tmp_path) == WHOLE | {"small": 1}
+
+
+def end_one(folder: Path) -> None:
+    """Write an entry in another process, and end its run."""
+    store = ShardStore(folder)
+    write(store, "small", 1)
+    store.close(is_last=True)
 
 
 def test_what_a_cut_took_is_remembered_until_it_is_made_again(tmp_path: Path) -> None:

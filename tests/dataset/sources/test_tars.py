@@ -114,6 +114,20 @@ def test_a_damaged_picture_is_called_by_its_place_in_the_tar(tmp_path: Path) -> 
     assert "reelsmith-extracted" not in str(caught.value)
 
 
+def test_the_times_of_an_incremental_backup_are_no_part_of_its_names(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("./1.png").tobuf(tarfile.GNU_FORMAT))
+    header[345:369] = b"15300655051\x0015300655051\x00"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "t.tar"
+    path.write_bytes(bytes(header) + bytes(1024))
+
+    sources, faults = listed(tmp_path, path)
+
+    assert faults == []
+    assert [one.path.name for one in sources] == ["1.png"]
+
+
 def hostile(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 3) -> bytes:
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, link, size
