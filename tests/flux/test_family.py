@@ -162,6 +162,11 @@ def test_encoders_of_another_width_are_refused(tmp_path: Path) -> None:
         Flux(files).check_files(media=True)
 
 
+def test_a_missing_transformer_is_called_by_the_option_that_was_typed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^--dit \(--pretrained_model_name_or_path\)"):
+        _ = Flux(FluxFiles(tmp_path / "none.safetensors")).dit_files
+
+
 def test_captions_for_chroma_need_no_clip() -> None:
     with pytest.raises(OptionError, match="--model_type chroma"):
         FluxTextCachingOptions(text=FluxTextOptions(**{**vars(TEXT), "t5xxl": Path("t5")}), model_type="flux")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from modules.errors import OptionError
+from modules.errors import CheckpointError, OptionError
 from stable_diffusion.checkpoints import band_convolutions
 from stable_diffusion.contract import SD2, SDXL, Model
 from tests.stable_diffusion.loaded import load
@@ -257,6 +257,16 @@ def test_another_vae_takes_the_place_of_the_own(layout: str, folder: Path, tmp_p
     model = quick(folder, "sd1.safetensors", "--vae", given)
 
     assert_equal_states(model.vae, state)
+
+
+def test_a_vae_without_half_of_a_pair_is_one_message(folder: Path, tmp_path: Path) -> None:
+    released = ldm_vae(vae_state())
+    lost = next(name for name in released if name.endswith("upsample.conv.bias"))
+    kept = {name: one.contiguous() for name, one in released.items() if name != lost}
+    save_file(kept, tmp_path / "vae.safetensors")
+
+    with pytest.raises(CheckpointError, match=f"{lost} is missing"):
+        quick(folder, "sd1.safetensors", "--vae", tmp_path / "vae.safetensors")
 
 
 @pytest.mark.parametrize("slices", [3, 16])
