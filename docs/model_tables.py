@@ -11,12 +11,14 @@ sys.path.insert(0, str(ROOT))
 
 from downloads.catalogue import Component, Licence, families, model_sets  # noqa: E402
 from downloads.listing import UNVERIFIED, describe_size, gigabytes, total_bytes  # noqa: E402
+from modules.parser import Parser  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 FIRST = "## Wan2.1"  # from here on
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     text = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(text[: text.index(FIRST)] + models_tables(), encoding="utf-8")
 
