@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # room -> lines and files of Python at most; `scripts` are the files of the root
 BUDGET = {
     "blissful_tuner": (3660, 22),
-    "data_tools": (5830, 31),
-    "dataset": (12570, 60),
-    "downloads": (800, 7),
+    "data_tools": (5890, 31),
+    "dataset": (12660, 60),
+    "downloads": (810, 7),
     "encoders": (2520, 12),
     "flux": (1460, 10),
     "frame_pack": (3180, 20),
@@ -26,17 +26,17 @@ BUDGET = {
     "hunyuan_model": (3570, 20),
     "lumina": (1520, 11),
     "modules": (17430, 104),
-    "networks": (7520, 37),
+    "networks": (7530, 37),
     "package": (400, 7),
     "post": (8040, 38),
     "project": (500, 4),
     "scripts": (1110, 43),
     "stable_diffusion": (7530, 31),
     "tools": (230, 7),
-    "training": (11800, 53),
+    "training": (11810, 53),
     "wan": (3830, 17),
 }
-TESTS = 90400  # lines
+TESTS = 90500  # lines
 # files and functions of ours that are called, as `python benchmarks/way.py` prints them
 WAYS = {"one clip, cache and train": (175, 1173), "one prompt with a LoRA": (104, 680)}
 GROWTH = 1.05
