@@ -26,7 +26,7 @@ from modules.text_files import parse_json, read_content, read_text
 logger = logging.getLogger(__name__)
 
 TRIES = 6  # in a row that bring nothing
-FIRST_WAIT = 2.0  # seconds between the first two
+FIRST_WAIT = 1.0  # seconds between the first two
 MOST_TOKENIZER_BYTES = 1 << 28  # the largest has 33 MB
 _PIECES = b"\x0a"  # a SentencePiece model begins with its first piece
 
