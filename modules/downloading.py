@@ -15,12 +15,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import requests
-import urllib3
+from typing import TYPE_CHECKING
 
 from modules.control_codes import shorten
 from modules.paths import protocol_of
+
+if TYPE_CHECKING:
+    import requests
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +136,10 @@ def _write(path: Path, answer: Answer, most_bytes: int, seen: Callable[[int], ob
 
 
 @lru_cache(maxsize=256)
-def _session(thread: int) -> requests.Session:
+def _session(thread: int) -> "requests.Session":
     """Return a thread's connections, kept open between files. thread: its number."""
+    import requests
+
     return requests.Session()
 
 
@@ -145,6 +148,9 @@ def ask_http(
     address: str, have: int, version: str | None, headers: Mapping[str, str] | None = None
 ) -> Iterator[Answer]:
     """Ask for a file by http or https, as `Ask`. headers: further ones, such as a token."""
+    import requests  # 0.1 s that a dataset without addresses does without
+    import urllib3
+
     asked = {**(headers or {}), "accept-encoding": "identity"}
     if have:
         asked |= {"range": f"bytes={have}-"} | ({} if version is None else {"if-range": version})
@@ -174,7 +180,7 @@ def ask_http(
         raise BrokenTry(f"the {what} ({type(error).__name__})") from None
 
 
-def _check_answer(address: str, answer: requests.Response) -> None:
+def _check_answer(address: str, answer: "requests.Response") -> None:
     """Raise BrokenTry or RefusedBySite if the answer is not the file."""
     code = answer.status_code
     hops = [one.url.lower() for one in (*answer.history, answer)]
@@ -191,7 +197,7 @@ def _check_answer(address: str, answer: requests.Response) -> None:
         raise RefusedBySite("the site packs it in a way that was not asked for")
 
 
-def _first_byte(answer: requests.Response, have: int) -> int:
+def _first_byte(answer: "requests.Response", have: int) -> int:
     """Return where an answer's data begin: behind the `have` bytes that are here, or at 0."""
     if answer.status_code != 206:
         return 0
@@ -204,6 +210,6 @@ def _first_byte(answer: requests.Response, have: int) -> int:
     raise RefusedBySite(f"asked for a file from byte {have} on, the site sends {shorten(sent, 60)!r}")
 
 
-def _number(answer: requests.Response, name: str) -> int | None:
+def _number(answer: "requests.Response", name: str) -> int | None:
     text = answer.headers.get(name, "")
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
