@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGET = {
     "blissful_tuner": (3660, 22),
     "data_tools": (5890, 31),
-    "dataset": (12660, 60),
+    "dataset": (12670, 60),
     "downloads": (810, 7),
     "encoders": (2520, 12),
     "flux": (1460, 10),

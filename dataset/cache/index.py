@@ -6,6 +6,7 @@ checksums; its record said this; and its sources had these sizes and times. As l
 nothing is read. The file is only a copy: without it, or where it says nothing, entries are read.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -14,16 +15,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dataset.cache.files import Stamp
 from dataset.cache.store import CacheStore
 from modules.atomic_write import write_bytes
 from modules.errors import OutputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +32,6 @@ T = TypeVar("T")
 INDEX_NAME = ".reelsmith-index.parquet"
 LEAST_ROWS = 4096  # reading fewer entries takes seconds: no file appears
 RACY_NS = 2_000_000_000  # two writes may have the same time: FAT counts in steps of two seconds
-_SCHEMA = pa.schema(
-    [
-        ("kind", pa.string()),
-        ("name", pa.large_string()),
-        ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("sources", pa.int64()),
-        ("facts", pa.dictionary(pa.int32(), pa.string())),
-    ],
-    metadata={b"reelsmith_index": b"1"},
-)
 
 Row = tuple[str, int, int, int, str]  # name, size, mtime_ns, sources, facts: texts shared between rows
 
@@ -61,12 +50,16 @@ class VerifiedEntries(Generic[T]):
         reads all entries again, and only remembers the results.
         """
         self._store, self._kind, self._parse = store, kind, parse
-        table = _read_table(store.folder)
-        table = table.filter(pc.equal(table.column("kind"), kind)) if is_trusted else table.slice(0, 0)
-        facts = table.column("facts").unify_dictionaries().combine_chunks()
-        self._places = dict(zip(table.column("name").to_pylist(), range(len(table)), strict=True))
-        self._numbers = [table.column(name).to_numpy() for name in ("size", "mtime_ns", "sources")]
-        self._facts, self._texts = facts.indices.to_numpy(), facts.dictionary.to_pylist()
+        self._places: dict[str, int] = {}
+        if is_trusted and (store.folder / INDEX_NAME).exists():
+            import pyarrow.compute as pc  # pyarrow takes 0.1 s and 30 MiB, which few clips do without
+
+            table = _read_table(store.folder)
+            table = table.filter(pc.equal(table.column("kind"), kind))
+            facts = table.column("facts").unify_dictionaries().combine_chunks()
+            self._places = dict(zip(table.column("name").to_pylist(), range(len(table)), strict=True))
+            self._numbers = [table.column(name).to_numpy() for name in ("size", "mtime_ns", "sources")]
+            self._facts, self._texts = facts.indices.to_numpy(), facts.dictionary.to_pylist()
         self._parsed: dict[str, T | None] = {}
         self._noted: dict[str, Row] = {}
         self._shared: dict[str, str] = {}  # texts of noted facts: one object of each
@@ -118,21 +111,19 @@ class VerifiedEntries(Generic[T]):
 
         Rows of entries that are gone are left out. A folder that cannot be written stays without.
         """
-        if not rows:
+        path = self._store.folder / INDEX_NAME
+        if not rows or (len(rows) < least and not path.exists()):
             return
-        path, there, noted = (
-            self._store.folder / INDEX_NAME,
-            set(self._store.names()),
-            {row[0] for row in rows},
-        )
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        there, noted, schema = set(self._store.names()), {row[0] for row in rows}, _schema()
         old = _read_table(self._store.folder)  # another run may have written it meanwhile
         pairs = zip(old.column("name").to_pylist(), old.column("kind").to_pylist(), strict=True)
         kept = [name in there and not (kind == self._kind and name in noted) for name, kind in pairs]
         columns = [[self._kind] * len(rows), *zip(*rows, strict=True)]
-        new = pa.table([pa.array(*pair) for pair in zip(columns, _SCHEMA.types, strict=True)], schema=_SCHEMA)
+        new = pa.table([pa.array(*pair) for pair in zip(columns, schema.types, strict=True)], schema=schema)
         table = pa.concat_tables([old.filter(pa.array(kept, pa.bool_())), new])
-        if len(table) < least and not path.exists():
-            return
         sink = pa.BufferOutputStream()
         pq.write_table(
             table.unify_dictionaries().combine_chunks(), sink, compression="zstd", write_page_checksum=True
@@ -168,17 +159,35 @@ class Indexes(Generic[T]):
             self.of(store).write([row for of_process in rows for row in of_process])
 
 
-def _read_table(folder: Path) -> pa.Table:
+@functools.cache
+def _schema() -> "pa.Schema":
+    import pyarrow as pa
+
+    columns = {
+        "kind": pa.string(),
+        "name": pa.large_string(),
+        "size": pa.int64(),
+        "mtime_ns": pa.int64(),
+        "sources": pa.int64(),
+        "facts": pa.dictionary(pa.int32(), pa.string()),
+    }
+    return pa.schema(columns, metadata={b"reelsmith_index": b"1"})
+
+
+def _read_table(folder: Path) -> "pa.Table":
     """Return the table of a folder; an empty one if there is none, or one that cannot be used."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     path = folder / INDEX_NAME
     try:
         # not `read_table`: it starts threads, which can end a program with "terminate called" at its exit
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as opened:
-            if not opened.schema_arrow.equals(_SCHEMA, check_metadata=True):
+            if not opened.schema_arrow.equals(_schema(), check_metadata=True):
                 raise ValueError("it is of another version")
             return opened.read(use_threads=False)
     except FileNotFoundError:
         pass
     except (pa.ArrowException, OSError, ValueError) as error:
         logger.info("%s cannot be used (%s); the entries are read instead", path, error)
-    return _SCHEMA.empty_table()
+    return _schema().empty_table()

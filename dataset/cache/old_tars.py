@@ -13,9 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from dataset.shard_names import OLD_INDEX
 
 logger = logging.getLogger(__name__)
@@ -94,6 +91,11 @@ def read_old_index(folder: Path, sizes: Mapping[str, int]) -> dict[str, list[Old
     sizes: of the shards that are there. It is empty if the index is missing, damaged or of another version.
     """
     found: dict[str, list[OldRow]] = {}
+    if not (folder / OLD_INDEX).exists():
+        return found
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         with pq.ParquetFile(folder / OLD_INDEX, page_checksum_verification=True) as file:
             table = file.read(use_threads=False)
