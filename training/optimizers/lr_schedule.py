@@ -277,6 +277,10 @@ class CurveSchedule(LambdaLR):
             raise CheckpointError(_other_schedule(self.name))
         self.go_to(state_dict["step"])
 
+    def step(self, epoch: int | None = None) -> None:
+        # torch's own warns where the optimizer's step is another function, as for bf16 weights
+        self.go_to(self.last_epoch + 1)
+
     def go_to(self, step: int) -> None:
         self.last_epoch, self._step_count = step, step + 1
         self._last_lr = [
