@@ -3,6 +3,7 @@
 A family derives its files from `TransformerFiles` and itself from `OneTransformer`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +15,16 @@ from torch import nn
 from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
 from modules.checkpoints.encoders import dtype_beside
 from modules.checkpoints.model_files import read_once, require_file
+from modules.checkpoints.opening import fingerprint
 from modules.contract.data import MediaEncoders
 from modules.contract.loading import Placement
 from modules.contract.rules import ONE_EXPERT, Expert
-from modules.devices import choose_compute_dtype
+from modules.devices import choose_compute_dtype, dtype_name
 from modules.speed_options import VaeOptions
 
 
 @dataclass(frozen=True)
-class TransformerFiles:
+class TransformerFiles(ABC):
     """Paths and dtypes of a transformer and a VAE, as the options give them.
 
     The path properties raise OptionError or CheckpointError, naming the option. Encoders have the usual
@@ -66,21 +68,22 @@ class TransformerFiles:
         """Return an encoder's dtype: `chosen`, else the usual one, or float32 if the transformer is."""
         return dtype_beside(chosen, self.compute_dtype(), usual or self.usual)
 
+    @abstractmethod
     def load_vae(self, device: torch.device) -> Any:
         """Load the VAE."""
-        raise NotImplementedError
 
     def vae_identity(self) -> Mapping[str, str]:
         """Return the facts that latents depend on besides the pixels."""
-        raise NotImplementedError
+        dtype = dtype_name(self.beside(self.vae_dtype))
+        return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
+    @abstractmethod
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is no VAE of the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the text encoders that are given, or all if needed. config: of the transformer, or None."""
-        raise NotImplementedError
 
     def check(self, needed: Collection[str] = ()) -> None:
         """Check the files that are given or needed ("dit", "vae", "texts"). Loads nothing.

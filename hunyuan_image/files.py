@@ -1,6 +1,5 @@
 """Files of a HunyuanImage-2.1 run: paths and dtypes, and the check that each fits its option."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,10 +15,10 @@ from hunyuan_image.vae import HunyuanImageVae, load_vae
 from hunyuan_image.vae_checkpoints import read_vae
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
-from modules.checkpoints.opening import Checkpoint, fingerprint
-from modules.devices import choose_compute_dtype, dtype_name
+from modules.checkpoints.opening import Checkpoint
+from modules.devices import choose_compute_dtype
 
-TEXT_DTYPE, GLYPH_DTYPE, VAE_DTYPE = torch.bfloat16, torch.float16, torch.float16  # as released
+TEXT_DTYPE = torch.bfloat16  # of the language model, as released
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class HunyuanImageFiles(TransformerFiles):
     text_on_cpu: bool = False
 
     format: ClassVar = FORMAT
+    usual: ClassVar[torch.dtype] = torch.float16
 
     def add_rows(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
         """Return a copy with the options of the VAE."""
@@ -76,17 +76,12 @@ class HunyuanImageFiles(TransformerFiles):
 
     def glyphs(self) -> GlyphTextEncoder:
         """Return the encoder of letters; its file is opened when it is loaded."""
-        return GlyphTextEncoder(self.byt5_path, self.beside(self.text_dtype, GLYPH_DTYPE), self.text_on_cpu)
+        return GlyphTextEncoder(self.byt5_path, self.beside(self.text_dtype), self.text_on_cpu)
 
     def load_vae(self, device: torch.device) -> HunyuanImageVae:
         """Load the VAE. Raises as `hunyuan_image.vae.load_vae`."""
-        dtype = self.beside(self.vae_dtype, VAE_DTYPE)
+        dtype = self.beside(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile)
-
-    def vae_identity(self) -> Mapping[str, str]:
-        """Return the facts that latents depend on besides the pixels."""
-        dtype = dtype_name(self.beside(self.vae_dtype, VAE_DTYPE))
-        return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is no VAE of the model."""

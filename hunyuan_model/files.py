@@ -1,6 +1,5 @@
 """Files of a HunyuanVideo run: their paths, and the check that each fits its option."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,8 +18,8 @@ from hunyuan_model.vae_checkpoints import read_vae
 from modules.checkpoints.dits import DitFormat
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
-from modules.checkpoints.opening import Checkpoint, fingerprint
-from modules.devices import choose_compute_dtype, dtype_name
+from modules.checkpoints.opening import Checkpoint
+from modules.devices import choose_compute_dtype
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,6 @@ class HunyuanFiles(TransformerFiles):
         """Load the VAE. Raises as `hunyuan_model.vae.load_vae`."""
         dtype, frames = self.beside(self.vae_dtype), self.vae_tile_frames
         return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, self.vae_tile, tile_frames=frames)
-
-    def vae_identity(self) -> Mapping[str, str]:
-        """Return the facts that latents depend on besides the pixels."""
-        dtype = dtype_name(self.beside(self.vae_dtype))
-        return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is no VAE of HunyuanVideo."""
