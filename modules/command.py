@@ -3,7 +3,6 @@
 Standard library only, so that `--help` answers at once.
 """
 
-import atexit
 import contextlib
 import difflib
 import logging
@@ -122,8 +121,9 @@ def command_line(
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     finally:
-        # Ctrl-C while Python ends would print tracebacks of what cleans up; registered last, this runs first
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        # Ctrl-C while Python waits for its threads and ends would print tracebacks of what cleans up
+        with contextlib.suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def let_the_first_tell() -> None:

@@ -5,6 +5,7 @@ import io
 import logging
 import re
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def run_here(script: str, *arguments: object, folder: Path) -> tuple[int, str]:
     root = logging.getLogger()
     handler = logging.StreamHandler(said)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    level, threads = root.level, torch.get_num_threads()
+    level, threads, interrupted = root.level, torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     torch.set_num_threads(1)  # as QUIET has it for programs
@@ -82,6 +83,7 @@ def run_here(script: str, *arguments: object, folder: Path) -> tuple[int, str]:
         root.removeHandler(handler)
         root.setLevel(level)
         torch.set_num_threads(threads)
+        signal.signal(signal.SIGINT, interrupted)  # a program that ends takes Ctrl-C away from Python
     assert code is None or isinstance(code, int), code
     return code or 0, typed_there(said.getvalue())
 

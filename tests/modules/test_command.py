@@ -1,6 +1,10 @@
 """Commands that messages tell to type, and what is said of mistyped ones and of many lines."""
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ from modules import command
 from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError
 from modules.parser import Parser
+from tests.commands import ROOT
 
 
 def _parser() -> Parser:
@@ -161,3 +166,21 @@ def test_a_hint_does_not_say_again_what_a_file_looks_like(capsys: pytest.Capture
         command.command_line(fail, lambda path: "it looks like the Wan2.1 VAE (--vae)")
 
     assert capsys.readouterr().err.count("looks like") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a signal to one process elsewhere")
+def test_ctrl_c_while_a_program_ends_prints_no_traceback() -> None:
+    code = (
+        "import threading, time; from modules.command import command_line\n"
+        "command_line(threading.Thread(target=time.sleep, args=[60]).start, needs_packages=False)\n"
+        "print('ending', flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ending\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert errors == ""
