@@ -7,15 +7,9 @@ INFO, so other processes than the main one stay silent, and a progress bar moves
 import io
 import logging
 import shutil
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import partial
-
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
 from modules.control_codes import escape_control_codes
 
@@ -40,13 +34,21 @@ def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> N
 
 def align(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Return rows as lines: indented, with the texts below each other."""
-    width = max((cell_len(label) for label, _ in rows), default=0)
+    width = max((count_columns(label) for label, _ in rows), default=0)
     lines = []
     for label, text in rows:
-        start = f"  {label}: " + " " * (width - cell_len(label))
+        start = f"  {label}: " + " " * (width - count_columns(label))
         first, *others = text.split("\n")
         lines += [start + first, *(" " * (width + 4) + other for other in others)]
     return lines
+
+
+def count_columns(text: str) -> int:
+    """Return how many columns of a terminal the text takes: East Asian characters take two, accents none."""
+    return sum(
+        2 if unicodedata.east_asian_width(one) in "FW" else int(not unicodedata.combining(one))
+        for one in text
+    )
 
 
 def draw_box(
@@ -62,6 +64,12 @@ def draw_box(
     colour: use ANSI colours. unicode: draw with line characters instead of ASCII. columns: of the terminal,
     asked from the system if None.
     """
+    from rich import box  # slow, and only for a terminal
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
     columns = shutil.get_terminal_size().columns if columns is None else columns
     console = Console(
         file=io.StringIO(),

@@ -23,6 +23,7 @@ from modules.checkpoints.dialects import (
     translate_name,
 )
 from modules.checkpoints.encoders import check_groups, stated_groups
+from modules.checkpoints.filling import on_meta_device
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
@@ -72,7 +73,7 @@ def name_translator(names: Collection[str]) -> Callable[[str], str]:
 def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Path) -> Any:
     """Make one of diffusers' networks on the meta device, with a CheckpointError in place of its errors."""
     try:
-        with torch.device("meta"):
+        with on_meta_device():
             return build(**config)
     except Exception as error:  # of many classes; all mean that the dimensions do not go together
         raise CheckpointError(

@@ -109,7 +109,7 @@ class WanAttentionBlock(nn.Module):
             nn.GELU(approximate="tanh"),
             nn.Linear(config.ffn_dim, config.dim),
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         # x: B L C float32, also between the branches
@@ -148,7 +148,7 @@ class Head(nn.Module):
         frames, rows, columns = config.patch_size
         self.norm = Float32LayerNorm(config.dim, config.eps)
         self.head = nn.Linear(config.dim, frames * rows * columns * config.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
         shift, scale = (self.modulation.float() + tokens.time.unsqueeze(2)).unbind(2)  # each B S C

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.filling import load_module
+from modules.checkpoints.filling import load_module, on_meta_device
 from modules.checkpoints.fp8_layers import encoder_loading
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint
@@ -48,7 +48,7 @@ def load_planned(
     a single dtype is used for all tensors. in_fp8: keep its linear layers in 8 bits. Raises CheckpointError
     as `load_module`.
     """
-    with torch.device("meta"):
+    with on_meta_device():
         network = build(plan.config)
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
     fp8 = encoder_loading(network, plan.sources, plan.checkpoint.tensors, device) if in_fp8 else None

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from modules.checkpoints.filling import load_module
+from modules.checkpoints.filling import load_module, on_meta_device
 from modules.checkpoints.fp8_layers import Fp8Loading, find_fp8_weights
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import DitSpec
@@ -119,7 +119,7 @@ class DitFormat(Generic[Config, Dit]):
             checkpoint = bare_names(opened)
             header = self.read_bare(checkpoint)
             what, target = self.describe(header), choose_dtype(header.block_dtype, placement)
-            with torch.device("meta"):
+            with on_meta_device():
                 dit = self.network(header.config, placement.attention, *settings)
             spec = dit.spec
             assert isinstance(spec, DitSpec)

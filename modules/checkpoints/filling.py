@@ -2,7 +2,7 @@
 
     with open_checkpoint(path) as checkpoint:
         sources = plain_sources(checkpoint)              # or a dialect's table of Sources
-        with torch.device("meta"):
+        with on_meta_device():
             network = Network(config)
         dtype = lambda name, stored: torch.bfloat16
         load_module(network, checkpoint, sources, device=device, dtype=dtype, what="--vae")
@@ -12,12 +12,16 @@ before anything is read. The host never holds more than the network in its targe
 file.
 """
 
+import contextlib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from modules.bars import BYTES, track
 from modules.checkpoints.finite import FiniteCheck
@@ -27,6 +31,26 @@ from modules.contract.loading import HostPlace, TensorInfo, TensorSource, Weight
 from modules.devices import empty_pinned, release_pinned_memory
 from modules.errors import CheckpointError
 from modules.fp8.weights import E4M3, attach
+
+FIRST_WEIGHTS = {init.constant_, init.kaiming_uniform_, init.normal_, init.uniform_}
+
+
+@contextlib.contextmanager
+def on_meta_device() -> Iterator[None]:
+    """Make modules without weights, for a file to fill.
+
+    torch's random functions load its compiler on that device, which takes a second: they are not called.
+    """
+    with torch.device("meta"), _NoFirstWeights():
+        yield
+
+
+class _NoFirstWeights(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function in FIRST_WEIGHTS else function(*args, **kwargs)
 
 
 def load_module(

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from modules.pages.page import embed_svg
 
@@ -43,6 +41,9 @@ class Chart:
 
 def draw_chart(chart: Chart) -> Markup:
     """Return an image tag with a diagram. NaN and infinite values leave a gap."""
+    from matplotlib import rc_context  # slow: a page is drawn when the first steps are done
+    from matplotlib.figure import Figure
+
     # text is text, not a formula, and drawn by the browser; equal curves give equal files
     settings: Any = {"text.parse_math": False, "svg.hashsalt": "reelsmith", "svg.fonttype": "none"}
     with rc_context(settings):

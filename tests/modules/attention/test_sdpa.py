@@ -74,11 +74,21 @@ def test_a_gpu_whose_fastest_kernel_is_left_out_is_told_of(
         assert "Install torch for CUDA 13" in note
 
 
-def test_attention_does_not_import_the_compiler() -> None:
+def test_neither_attention_nor_networks_that_are_made_import_the_compiler() -> None:
     """That takes longer than all else at the start of a program."""
-    run_python(
-        "-c", "import sys, modules.attention.attend; assert 'torch._dynamo' not in sys.modules", folder=ROOT
-    )
+    code = """
+import sys
+from torch import nn
+import modules.attention.attend
+from modules.checkpoints.filling import on_meta_device
+from tests.tiny.wan_dit import CONFIGS
+from wan.model import WanModel
+
+with on_meta_device():
+    nn.Embedding(4, 4), nn.LayerNorm(4), nn.Conv3d(4, 4, 1), WanModel(CONFIGS["t2v"])
+assert 'torch._dynamo' not in sys.modules
+"""
+    run_python("-c", code, folder=ROOT)
 
 
 def test_a_bias_of_keys_has_the_queries_dtype_and_one_row() -> None:
