@@ -1,17 +1,27 @@
-"""Draw curves over steps, with axes, for a page or as a file."""
+"""Draw curves over steps, with axes, for a page."""
 
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from modules.control_codes import escape_control_codes
 from modules.pages.page import embed_svg
 
 FADED = 0.3  # opacity of the values behind a smoothed curve
-SIZE = (5.0, 3.0)  # inches: texts can be read on a phone, and two fit side by side on a desk
+WIDTH, HEIGHT = 500, 300  # pixels: texts can be read on a phone, and two fit side by side on a desk
+LEFT, RIGHT, TOP, BOTTOM = 76, 486, 30, 250  # edges of the area of the curves
+ROOM = 0.05  # share of the values' range that stays free on each side
+MOST_TICKS = 6  # of an axis
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+START = (
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
+    ' font-family="sans-serif" font-size="12" text-anchor="middle">'
+    '<rect width="100%" height="100%" fill="#fff"/>'
+)
+Point = tuple[float, float]  # x y of the drawing
 
 
 @dataclass(frozen=True)
@@ -41,41 +51,102 @@ class Chart:
 
 def draw_chart(chart: Chart) -> Markup:
     """Return an image tag with a diagram. NaN and infinite values leave a gap."""
-    from matplotlib import rc_context  # slow: a page is drawn when the first steps are done
-    from matplotlib.figure import Figure
-
-    # text is text, not a formula, and drawn by the browser; equal curves give equal files
-    settings: Any = {"text.parse_math": False, "svg.hashsalt": "reelsmith", "svg.fonttype": "none"}
-    with rc_context(settings):
-        figure = Figure(figsize=SIZE)
-        # fixed margins: measuring all texts would double the time
-        figure.subplots_adjust(0.16, 0.17, 0.97, 0.9)
-        _draw(figure.subplots(), chart)
-        data = io.StringIO()
-        figure.savefig(data, format="svg", metadata={"Date": None})
-    return embed_svg(data.getvalue(), chart.title)
-
-
-def _draw(axes: Any, chart: Chart) -> None:
-    for curve in chart.curves:
-        marker = "o" if curve.has_dots else ""
-        alpha = FADED if curve.smoothing else 1.0
-        (line,) = axes.plot(curve.x, curve.y, label=curve.name, alpha=alpha, marker=marker, markersize=3)
-        colour = line.get_color()
-        if curve.low is not None and curve.high is not None:
-            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=FADED / 2, linewidth=0)
-        if curve.smoothing:
-            axes.plot(curve.x, smooth(curve.y, curve.smoothing), color=colour, label=curve.name)
-            line.set_label("_hidden")
-        if curve.best is not None:
-            axes.plot(curve.x[curve.best], curve.y[curve.best], "*", color=colour, markersize=13)
-    axes.set_xlabel(chart.x_label)
-    axes.set_ylabel(chart.y_label)
-    axes.set_title(chart.title)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    across = _Axis([x for curve in chart.curves for x in curve.x], LEFT, RIGHT)
+    values = (side for curve in chart.curves for side in (curve.y, curve.low or [], curve.high or []))
+    up = _Axis([value for side in values for value in side], BOTTOM, TOP)
+    parts = [START]
+    for place, label in across.ticks():
+        parts += [_line([(place, TOP), (place, BOTTOM)], "#ddd"), _text(place, BOTTOM + 16, label)]
+    for place, label in up.ticks():
+        parts += [_line([(LEFT, place), (RIGHT, place)], "#ddd")]
+        parts += [_text(LEFT - 6, place + 4, label, 'text-anchor="end"')]
+    parts += [_line([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], "#333")]
+    for number, curve in enumerate(chart.curves):
+        parts += _draw_curve(curve, across, up, COLOURS[number % len(COLOURS)])
+    middle = (TOP + BOTTOM) / 2
+    parts += [
+        _text((LEFT + RIGHT) / 2, HEIGHT - 10, chart.x_label),
+        _text(12, middle, chart.y_label, f'transform="rotate(-90 12 {middle:g})"'),
+        _text((LEFT + RIGHT) / 2, TOP - 11, chart.title, 'font-size="14"'),
+    ]
     if len(chart.curves) > 1:
-        axes.legend()
+        for number, curve in enumerate(chart.curves):
+            colour, y = COLOURS[number % len(COLOURS)], TOP + 14 + 15 * number
+            parts += [_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{colour}"')]
+    return embed_svg("".join([*parts, "</svg>"]), chart.title)
+
+
+class _Axis:
+    """Places values along an axis of the drawing."""
+
+    def __init__(self, values: Iterable[float], start: float, end: float) -> None:
+        finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+        low, high = min(finite), max(finite)
+        room = (high - low or abs(high) or 1.0) * ROOM
+        self._low, self._high = low - room, high + room
+        self._start, self._end = start, end
+
+    def place(self, value: float) -> float:
+        return self._start + (self._end - self._start) * (value - self._low) / (self._high - self._low)
+
+    def ticks(self) -> Iterator[tuple[float, str]]:
+        """Return places of round values and how they are written."""
+        span = self._high - self._low
+        step = 10.0 ** math.floor(math.log10(span / MOST_TICKS))
+        step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= MOST_TICKS)
+        for number in range(math.ceil(self._low / step), math.floor(self._high / step) + 1):
+            yield self.place(number * step), f"{number * step:.6g}"
+
+
+def _draw_curve(curve: Curve, across: _Axis, up: _Axis, colour: str) -> Iterator[str]:
+    def points(values: Sequence[float]) -> list[Point]:
+        pairs = zip(curve.x, values, strict=True)
+        return [(across.place(x), up.place(y) if math.isfinite(y) else math.nan) for x, y in pairs]
+
+    if curve.low is not None and curve.high is not None:
+        pairs = zip(points(curve.low), points(curve.high), strict=True)
+        for is_finite, run in groupby(pairs, lambda pair: math.isfinite(pair[0][1] + pair[1][1])):
+            if not is_finite:
+                continue
+            low, high = zip(*run, strict=True)
+            corners = _numbers([*low, *reversed(high)])
+            yield f'<polygon points="{corners}" fill="{colour}" fill-opacity="{FADED / 2}"/>'
+    drawn = points(curve.y)
+    for run in _runs(drawn):
+        yield _line(run, colour, FADED if curve.smoothing else 1.0)
+    if curve.smoothing:
+        for run in _runs(points(smooth(curve.y, curve.smoothing))):
+            yield _line(run, colour)
+    for x, y in drawn if curve.has_dots else []:
+        if math.isfinite(y):
+            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>'
+    if curve.best is not None and math.isfinite(drawn[curve.best][1]):
+        x, y = drawn[curve.best]
+        yield _text(x, y + 6, "\N{BLACK STAR}", f'font-size="18" fill="{colour}"')
+
+
+def _runs(points: Sequence[Point]) -> Iterator[list[Point]]:
+    """Return the pieces between values that are not finite."""
+    for is_finite, run in groupby(points, lambda point: math.isfinite(point[1])):
+        if is_finite:
+            yield list(run)
+
+
+def _line(points: Sequence[Point], colour: str, opacity: float = 1.0) -> str:
+    # a line of no length is a dot where its ends are round
+    ends = points if len(points) > 1 else [*points, *points]
+    return (
+        f'<polyline points="{_numbers(ends)}" fill="none" stroke="{colour}" stroke-opacity="{opacity}"'
+        ' stroke-width="1.5" stroke-linecap="round" stroke-linejoin="round"/>'
+    )
+
+
+def _numbers(points: Iterable[Point]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def _text(x: float, y: float, text: str, how: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" {how}>{escape(escape_control_codes(text))}</text>'
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:

@@ -1,7 +1,10 @@
 """Pages are one file, escape every text, and play what is embedded."""
 
+import base64
 import math
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jinja2
 import numpy as np
@@ -13,6 +16,7 @@ from modules.pages.page import embed_clip, embed_picture, render_page, share_pag
 from tests.browser import open_page
 
 HOSTILE = "$\\frac{ \"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}</style></title>"
+SVG = "{http://www.w3.org/2000/svg}"
 TEMPLATE = """{% extends "base.html" %}
 {% block body %}<p id="text">{{ text }}</p>{{ clip }}{{ picture }}{{ chart }}{% endblock %}
 """
@@ -66,6 +70,33 @@ def test_large_pictures_are_reduced(height: int, width: int, shown: tuple[int, i
 def test_one_frame_is_a_picture_and_several_are_a_clip() -> None:
     assert embed_clip(clip(1), 8, "still").startswith("<img")
     assert embed_clip(clip(2), 8, "moving").startswith("<video")
+
+
+def drawing(chart: Chart) -> ElementTree.Element:
+    data = re.search('base64,([^"]+)', draw_chart(chart))
+    assert data is not None
+    return ElementTree.fromstring(base64.b64decode(data[1]))
+
+
+def test_a_curve_has_round_ticks_a_gap_where_values_are_missing_and_a_mark_at_its_best() -> None:
+    loss = [2.0, 1.5, math.nan, 1.0, math.inf, 0.5]
+    curves = [Curve("loss", range(6), loss, low=loss, high=loss), Curve("val", [0, 4], [0.9, 0.7], best=1)]
+    svg = drawing(Chart(curves, "step", "loss", "Loss"))
+
+    texts = [one.text for one in svg.iter(f"{SVG}text")]
+    assert texts[:10] == ["0", "1", "2", "3", "4", "5", "0.5", "1", "1.5", "2"]
+    assert texts[10:] == ["\N{BLACK STAR}", "step", "loss", "Loss", "loss", "val"]
+    runs = [one.get("points", "").split() for one in svg.iter(f"{SVG}polyline")][-4:]
+    assert [len(set(run)) for run in runs] == [2, 1, 1, 2]
+    assert len(list(svg.iter(f"{SVG}polygon"))) == 3
+    # a step is 410 / (5 * 1.1) pixels, a loss of 0.5 is 220 / (3 * 1.1)
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in runs[0])
+    assert (x1 - x0, y1 - y0) == pytest.approx((74.5, 66.7), abs=0.2)
+
+
+@pytest.mark.parametrize("values", [[3e-5], [0.0], [7.0, 7.0], [math.nan]])
+def test_curves_of_one_value_or_none_are_drawn(values: list[float]) -> None:
+    assert drawing(Chart([Curve("rate", range(len(values)), values)], "step", "rate", "Rate")) is not None
 
 
 def test_smoothing_removes_the_bias_of_its_start_and_skips_nan() -> None:
