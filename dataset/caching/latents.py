@@ -142,9 +142,10 @@ class EncodersOnDemand:
         return self._loaded
 
     def free(self) -> None:
-        """Free the encoders and their memory; the next `get` loads them again."""
-        self._loaded = None
-        free_memory(self._device)
+        """Free the encoders and their memory, if they are loaded; the next `get` loads them again."""
+        if self._loaded is not None:
+            self._loaded = None
+            free_memory(self._device)
 
 
 def batch_media(
