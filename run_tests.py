@@ -5,6 +5,7 @@
     python run_tests.py --all       slow tests too
     python run_tests.py tests/wan   one folder
 
+Tests that failed beside others run once more, alone: what passes then is named and does not fail the run.
 Further arguments go to pytest.
 """
 
@@ -27,6 +28,8 @@ NETWORKS = ("wan", "hunyuan_model", "frame_pack", "flux", "lumina", "hunyuan_ima
 RECORDED = ["-m", "recorded and not slow and not gpu", *(f"tests/{room}" for room in NETWORKS)]
 TIERS = {"--fast": ["-m", "fast"], "--all": ["-m", ""]}
 MOST_SECONDS = 480  # of the processor, for --fast
+TESTS_FAILED = 1  # pytest's code; others mean that it could not run them
+AGAIN = "--last-failed"
 TOO_LONG = "`python -m pytest --write-long-tests` finds those that are long now"
 
 
@@ -63,7 +66,11 @@ def main() -> None:
 def _run(python: Path, command: list[str], setting: dict[str, str]) -> int:
     print(f"\n== {' '.join([*map('='.join, setting.items()), *command])}", flush=True)
     environment = {**os.environ, **THREADS, **setting, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([str(python), "-m", *command], cwd=ROOT, env=environment).returncode
+    code = subprocess.run([str(python), "-m", *command], cwd=ROOT, env=environment).returncode
+    if command[0] == "pytest" and code == TESTS_FAILED and AGAIN not in command:
+        print("\nThese tests failed. Alone, on a quiet machine, they:")
+        return _run(python, [*command, AGAIN, "-v", "--maxfail=1", "-n", "0"], setting)
+    return code
 
 
 if __name__ == "__main__":

@@ -57,10 +57,11 @@ def test_a_lora_from_shards_is_that_from_files(family: TinyFamily, tmp_path: Pat
     assert any(tensor.any() for name, tensor in mine.items() if "lora_up" in name or "lora_B" in name)
     assert facts(ours) == facts(theirs)
 
-    code, said = run_here(*family.train, "--output_dir", "output", "--output_name", "x", folder=tmp_path)
-    assert code == 1
-    assert 'cache_format = "files", but in' in said
-    assert "tools/convert_cache.py --dataset_config dataset.toml --to files" in said
+    if family is FAMILIES[0]:  # the trainings of picture models encode what they miss
+        code, said = run_here(*family.train, "--output_dir", "output", "--output_name", "x", folder=tmp_path)
+        assert code == 1
+        assert 'cache_format = "files", but in' in said
+        assert "tools/convert_cache.py --dataset_config dataset.toml --to files" in said
     succeed_here(
         "tools/convert_cache.py", "--dataset_config", "dataset.toml", "--to", "files", folder=tmp_path
     )
