@@ -62,7 +62,7 @@ class TrainingOptions(Options):
     prediction: PredictionOptions | None = option(facts=HABIT)  # None: the output is the velocity
     network: NetworkOptions | None  # what learns: a network beside the DiT,
     whole_dit: WholeDitOptions | None  # or the DiT itself; one of the two is there
-    accelerator: AcceleratorOptions
+    accelerator: AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
     samples: SampleOptions = option(facts=FREE)
     average: AverageOptions = option(facts=FREE)
@@ -70,7 +70,8 @@ class TrainingOptions(Options):
     metadata: MetadataOptions = option(facts=FREE)
     hub: HubOptions = option(facts=FREE)
     speed: TrainingSpeedOptions
-    experts: ExpertTrainingOptions | None  # None: the script's models have one transformer
+    # None: the script's models have one transformer
+    experts: ExpertTrainingOptions | None = option(facts=FREE)
     # of image trainers; None in the others
     parts: PartsOptions | None
     start: StartOptions | None = option(facts=FREE)

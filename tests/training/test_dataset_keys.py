@@ -51,16 +51,6 @@ def test_captions_and_dropout_change_the_run(tmp_path: Path) -> None:
     assert not same(found[0], found[2])
 
 
-def test_masks_change_the_run(tmp_path: Path) -> None:
-    write_dataset(tmp_path)
-    masked = train_toy(tmp_path)
-    for path in (tmp_path / "cache").glob("*_0032x0032_toy.safetensors"):
-        tensors = load_file(path)
-        write_tensors(path, {name: one for name, one in tensors.items() if name != LOSS_MASK}, {})
-
-    assert not same(masked, train_toy(tmp_path))
-
-
 @pytest.mark.parametrize("moment", [1, 4, 8])
 def test_a_killed_run_goes_on_with_the_same_texts(tmp_path: Path, moment: int) -> None:
     settings = ["--gradient_accumulation_steps", 2, "--save_every_n_steps", 2, "--save_state"]

@@ -77,11 +77,7 @@ def test_steps_inside_the_backward_pass_give_the_same_bits(
     arguments = [
         *UNCLIPPED,
         *precision,
-        "--gradient_checkpointing",
-        "--lr_scheduler",
-        "linear",
-        "--lr_warmup_steps",
-        2,
+        *("--gradient_checkpointing", "--lr_scheduler", "linear", "--lr_warmup_steps", 2),
     ]
     arguments += ["--save_state", "--optimizer_type", optimizer[0]]
     arguments += ["--optimizer_args", *optimizer[1:]] if optimizer[1:] else []
@@ -230,6 +226,12 @@ def test_the_rest_of_the_model_stays_as_it_is(tmp_path: Path, fused: tuple[str, 
     assert changed == {name for name in trained if name.startswith(("blocks.1.up", "head"))}
 
 
+def test_a_part_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    with pytest.raises(OptionError, match="nonsense"):
+        train_dit(tmp_path, "--trainable_modules", "nonsense")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -300,13 +302,7 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...]
     write_caches(tmp_path)
     arguments = [
         *how,
-        "--lr_scheduler",
-        "cosine",
-        "--save_every_n_steps",
-        2,
-        "--save_state",
-        "--resume",
-        "latest",
+        *("--lr_scheduler", "cosine", "--save_every_n_steps", 2, "--save_state", "--resume", "latest"),
     ]
     if "Adafactor" in how:  # it finds its own rate
         arguments = [*arguments[: len(how)], *arguments[len(how) + 2 :]]
@@ -329,12 +325,8 @@ def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) 
     found: list[Tensor] = []
 
     more = [
-        "--sample_prompts",
-        tmp_path / "prompts.txt",
-        "--sample_every_n_steps",
-        4,
-        "--validate_every_n_steps",
-        2,
+        *("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 4),
+        *("--validate_every_n_steps", 2),
     ]
     trained = train_dit(
         tmp_path,

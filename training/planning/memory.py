@@ -46,7 +46,7 @@ from modules.planning.memory_plan import (
 from modules.speed_options import SwapOptions
 from training.data.feed import Randomness
 from training.data.live_media import BatchSources
-from training.data.live_text import LiveTexts
+from training.data.live_text import NO_TEXTS, LiveTexts
 from training.experts import placement_of
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
@@ -75,7 +75,7 @@ class StepPrediction:
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
     others: int = 0  # further transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # those that only samples need
-    texts: LiveTexts | None = None  # encoded in each step
+    texts: LiveTexts = NO_TEXTS  # encoded in each step
 
     def phase(self, blocks: int) -> Phase:
         """Return the largest moment of a step with this many blocks swapped."""
@@ -137,7 +137,7 @@ def predict(
     noisy_batch: NoisyBatch,
     device: torch.device,
     sampled: int = 0,
-    texts: LiveTexts | None = None,
+    texts: LiveTexts = NO_TEXTS,
 ) -> StepPrediction:
     """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
 
@@ -155,15 +155,13 @@ def predict(
         average = 4 * sum(one.numel() for one in learning)
     count, _, frames, height, width = noisy_batch.noise.shape
     step, rows, columns = family.latent.stride
-    encoders = () if texts is None else texts.encoders
     try:
         with quiet():
-            for encoder in encoders:
+            for encoder in texts.encoders:
                 encoder.load(META)
             moments, waiting = rehearse(family, options, dit, noisy_batch, texts)
     finally:
-        for encoder in encoders:
-            encoder.free()
+        texts.free()
     return StepPrediction(
         options,
         f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}",
@@ -221,7 +219,7 @@ def plan_training(
     device: torch.device,
     sampled: int = 0,
     sources: BatchSources | None = None,
-    texts: LiveTexts | None = None,
+    texts: LiveTexts = NO_TEXTS,
 ) -> None:
     """Print the plan. Nothing large is loaded, and no GPU is needed.
 
