@@ -11,8 +11,7 @@ from dataset.cache.files import checksum, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.contract.data import LOSS_MASK
 from modules.errors import OptionError
-from tests.training.test_resume import Killed, killed_at
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import Killed, ToyFamily, killed_at, same, toy_options, train_toy, write_caches
 from training.loss import training_loss
 from training.run import prepare_run, train_network
 

@@ -20,10 +20,12 @@ from modules.offload.turns import HostCopy
 from networks.adapter import make_network
 from tests.modules.fake_device import FakeDevice
 from tests.modules.offload.test_turns import taking_turns
-from tests.training.test_resume import Killed, killed_at, train_in_two_processes
+from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import (
     TWO_EXPERTS,
+    Killed,
     ToyFamily,
+    killed_at,
     same,
     state_tensors,
     toy_options,

@@ -12,10 +12,16 @@ from torch import Tensor, nn
 
 from modules.contract.loading import Placement
 from modules.errors import OptionError
-from tests.training.test_resume import Killed, killed_at
-from tests.training.toy import ToyFamily, same, state_tensors, toy_options, train_toy, write_caches
+from tests.training.toy import (
+    ToyFamily,
+    same,
+    state_tensors,
+    toy_options,
+    train_toy,
+    train_with_kills,
+    write_caches,
+)
 from training.optimizers.stepping import ALONE, ParameterSteps, stochastic_bfloat16
-from training.run import train_network
 from training.steps import Progress
 
 FUSED = "--fused_backward_pass"
@@ -307,13 +313,8 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...]
     if "Adafactor" in how:  # it finds its own rate
         arguments = [*arguments[: len(how)], *arguments[len(how) + 2 :]]
     expected = train_dit(tmp_path, *arguments)
-    other = [*arguments, "--output_dir", tmp_path / "killed"]
 
-    with pytest.raises(Killed):
-        train_network(killed_at(moment), toy_options(tmp_path, *other, whole_dit=True))
-    assert train_network(ToyFamily(), toy_options(tmp_path, *other, whole_dit=True)) == 0
-
-    assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
+    assert same(expected, train_with_kills(tmp_path, *arguments, moments=(moment,), whole_dit=True))
     ours, theirs = (state_tensors(tmp_path / folder / "x-state") for folder in ("output", "killed"))
     assert all(same(ours[part], theirs[part]) for part in ("dit", "optimizer"))
 

@@ -21,25 +21,20 @@ from modules.errors import CheckpointError, OptionError
 from modules.options import FREE, HABIT, IDENTITY
 from tests.commands import ROOT, run_python
 from tests.dataset.making import make_table
-from tests.training.toy import TWO_EXPERTS, ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import (
+    TWO_EXPERTS,
+    Killed,
+    ToyFamily,
+    killed_at,
+    same,
+    toy_options,
+    train_toy,
+    train_with_kills,
+    write_caches,
+)
 from training.resuming import epoch_digest
 from training.run import train_network
 from training.saving.states import SavedState, read_state
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing is tidied up by the loop."""
-
-
-def killed_at(count: int) -> ToyFamily:
-    """A family whose run dies at the `count`-th micro-batch."""
-
-    def watch(passes: int) -> None:
-        if passes == count:
-            raise Killed
-
-    return ToyFamily(watch=watch)
-
 
 EVERYTHING = [
     *("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--lr_warmup_steps", 3),
@@ -54,15 +49,8 @@ EVERYTHING = [
 def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, moment: int) -> None:
     write_caches(tmp_path, count=5)
     expected = train_toy(tmp_path, *EVERYTHING)
-    other = [*EVERYTHING, "--output_dir", tmp_path / "killed"]
 
-    with pytest.raises(Killed):
-        train_network(killed_at(moment), toy_options(tmp_path, *other))
-    with pytest.raises(Killed):
-        train_network(killed_at(3), toy_options(tmp_path, *other))  # and once more on the way
-    assert train_network(ToyFamily(), toy_options(tmp_path, *other)) == 0
-
-    assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
+    assert same(expected, train_with_kills(tmp_path, *EVERYTHING, moments=(moment, 3)))
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {
         path.name for path in (tmp_path / "output").iterdir()
     }
@@ -100,17 +88,9 @@ def test_every_optimizer_goes_on_with_equal_bytes(tmp_path: Path, optimizer: lis
     ]
     which += ["--network_dim", "64"]  # bitsandbytes keeps small tensors in 32 bits
     expected = train_toy(tmp_path, *which)
-    states = [
-        *which,
-        *("--output_dir", tmp_path / "killed", "--save_every_n_steps", 1, "--save_state"),
-        *("--resume", "latest"),
-    ]
+    states = [*which, "--save_every_n_steps", 1, "--save_state", "--resume", "latest"]
 
-    with pytest.raises(Killed):
-        train_network(killed_at(4), toy_options(tmp_path, *states))
-    assert train_network(ToyFamily(), toy_options(tmp_path, *states)) == 0
-
-    assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
+    assert same(expected, train_with_kills(tmp_path, *states, moments=(4,)))
 
 
 def test_without_a_seed_the_resumed_run_takes_the_saved_one(tmp_path: Path) -> None:

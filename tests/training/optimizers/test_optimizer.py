@@ -10,19 +10,7 @@ from torch import nn
 
 from modules.errors import OptionError
 from training.learning_options import OptimizerOptions
-from training.optimizers.optimizer import find_optimizer, make_optimizer, set_training
-
-
-class SwitchingScheduleFree(torch.optim.SGD):
-    """Named and switched as the schedule-free optimizers are."""
-
-    is_training = False
-
-    def train(self) -> None:
-        self.is_training = True
-
-    def eval(self) -> None:
-        self.is_training = False
+from training.optimizers.optimizer import find_optimizer, make_optimizer
 
 
 def options(name: str = "", *arguments: str, rate: float = 0.05) -> OptimizerOptions:
@@ -124,13 +112,3 @@ def test_adafactor_finds_its_own_rate_unless_told_otherwise(caplog: pytest.LogCa
     assert forced.defaults["relative_step"]
     assert given.param_groups[0]["lr"] == 0.05
     assert "--max_grad_norm" in caplog.text
-
-
-def test_schedule_free_optimizers_are_switched_and_others_left_alone() -> None:
-    made = SwitchingScheduleFree([nn.Parameter(torch.ones(1))], lr=0.1)
-
-    set_training(made, True)
-    assert made.is_training
-    set_training(made, False)
-    assert not made.is_training
-    set_training(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), True)

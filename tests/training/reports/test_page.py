@@ -21,7 +21,7 @@ from modules.errors import UserError
 from modules.media.reading import read_image, video_frames
 from tests.browser import open_page
 from tests.training.test_resume import train_in_two_processes
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import Killed, ToyFamily, killed_at, same, toy_options, train_toy, write_caches
 from training.reports.history import History, SampleRow
 from training.reports.page import ClipStore, PageFacts, choose_columns, write_training_page
 from training.reports.sample_files import (
@@ -36,20 +36,6 @@ from training.run import train_network
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"
 PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --s 2\n"
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing is tidied up by the loop."""
-
-
-def killed_at(count: int) -> ToyFamily:
-    """A family whose run dies at the `count`-th micro-batch."""
-
-    def watch(passes: int) -> None:
-        if passes == count:
-            raise Killed
-
-    return ToyFamily(watch=watch)
 
 
 @pytest.fixture
