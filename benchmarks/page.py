@@ -74,8 +74,8 @@ def _measure_pages(folder: Path, prompts: int) -> tuple[float, list[float]]:
 
     from modules.media.writing import write_video
     from training.reports.history import History
-    from training.reports.logs import StepReport
     from training.reports.page import PageFacts
+    from training.reports.readings import StepReport
     from training.reports.reporter import RunReporter
 
     folder.mkdir()
@@ -86,7 +86,7 @@ def _measure_pages(folder: Path, prompts: int) -> tuple[float, list[float]]:
     reporter = RunReporter(folder / "x.html", facts, history, names, 0)
     started = time.perf_counter()
     for step, loss in enumerate(generator.random(OLD_STEPS) + 0.1, 1):
-        reporter.note_step(StepReport(step, float(loss), 0.5, {"lr/unet": 1e-4}, 1.0, None, 0.5))
+        reporter.note_step(StepReport(step, {"lr/unet": 1e-4}, seconds=0.5, loss=float(loss), average=0.5))
     note = (time.perf_counter() - started) / OLD_STEPS
     for step in range(0, OLD_STEPS, 1000):
         reporter.note_validation(step, {"validation/loss": 0.2, "validation/loss_100": 0.3})

@@ -29,22 +29,21 @@ PART = "ema"  # among the parts of a state
 
 
 class WeightAverage:
-    """Keeps the average of a run's trained weights."""
+    """Keeps the average of a run's trained weights; of none if there is no --ema_decay."""
 
     def __init__(
         self,
         options: AverageOptions,
-        dits: Sequence[nn.Module],
-        trainable: Trainable,
+        dits: Sequence[nn.Module] = (),
+        trainable: Trainable | None = None,
         on_host: bool = False,
     ) -> None:
         """Begin with the weights of now. dits: that are trained themselves; their weights may be swapped.
-        on_host: keep the average in host memory (of a whole model).
+        trainable: None to keep no average. on_host: keep the average in host memory (of a whole model).
         """
-        assert options.ema_decay is not None
-        self.decay, self.every, self.on_host = options.ema_decay, options.ema_update_every, on_host
-        self._dits, self._parameters = dits, trainable.parameters
-        names = trainable.names
+        self.decay, self.every, self.on_host = options.ema_decay or 0.0, options.ema_update_every, on_host
+        self._dits, self._parameters = dits, [] if trainable is None else trainable.parameters
+        names = {} if trainable is None else trainable.names
         self._names = [names[parameter] for parameter in self._parameters]
         self.steps, self.values = 0, list[Tensor]()
         self.begin()
@@ -62,7 +61,7 @@ class WeightAverage:
     def after_step(self) -> None:
         """Count a step; update the average if it is due. Nothing waits for the device of a network."""
         self.steps += 1
-        if self.steps % self.every:
+        if self.steps % self.every or not self.values:
             return
         settle_all(self._dits)
         share = 1 - decay_at(self.steps, self.decay) ** self.every
@@ -89,9 +88,9 @@ class WeightAverage:
         """Return the average by the names of the weights, not copied: for a state."""
         return dict(zip(self._names, self.values, strict=True))
 
-    def described(self) -> dict[str, Any]:
-        """Return the facts of a state besides the tensors."""
-        return {"steps": self.steps}
+    def described(self) -> dict[str, Any] | None:
+        """Return the facts of a state besides the tensors; None if no average is kept."""
+        return {"steps": self.steps} if self.values else None
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -103,6 +102,8 @@ class WeightAverage:
 
         Raises CheckpointError if it belongs to other weights.
         """
+        if not self.values:
+            return
         if PART not in saved.parts:
             logger.info("The state holds no average (EMA): it begins at step %d.", saved.progress.step)
             self.begin()
@@ -121,29 +122,6 @@ class WeightAverage:
         self.steps = int((saved.average or {})["steps"])
 
 
-class NoAverage:
-    """Keep no average."""
-
-    def begin(self) -> None: ...
-
-    def after_step(self) -> None: ...
-
-    def in_place(self) -> contextlib.AbstractContextManager[None]:
-        """Return a block in which the weights are unchanged."""
-        return contextlib.nullcontext()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def described(self) -> None: ...
-
-    def restore(self, saved: SavedState) -> None: ...
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {}
-
-
 def decay_at(step: int, decay: float) -> float:
     """Return the decay of a step, counted from 1."""
     return min(decay, (1 + step) / (10 + step))
@@ -155,14 +133,14 @@ def make_average(
     trainable: Trainable,
     optimizer: Optimizer,
     keeps: bool,
-) -> WeightAverage | NoAverage:
+) -> WeightAverage:
     """Begin the average that the options ask for. A whole model's lies in host memory.
 
     keeps: whether this process writes files or samples with it; a whole model's is kept by those alone.
     Raises OptionError if the optimizer averages by itself.
     """
     if options.ema_decay is None:
-        return NoAverage()
+        return WeightAverage(options)
     if is_schedule_free(optimizer):
         raise OptionError(
             f"--ema_decay {options.ema_decay}: {type(optimizer).__name__} saves an average already. "
@@ -170,6 +148,6 @@ def make_average(
         )
     is_whole = any(module in dits for module in trainable.modules.values())
     if is_whole and not keeps:
-        return NoAverage()
+        return WeightAverage(options)
     # a LoRA is never swapped: to settle the weights below it would empty the swap's slots after each step
     return WeightAverage(options, dits if is_whole else (), trainable, on_host=is_whole)

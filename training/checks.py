@@ -1,7 +1,7 @@
 """Check a run's options and file headers before gigabytes are loaded; name given options without effect."""
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,11 @@ from networks.loading import LoraUse, read_lora
 from networks.lora_settings import DEFAULT_RANK
 from networks.own_modules import OWN_MODULES, smallest_lora_bytes
 from training.experts import check_experts, network_for, read_lora_for
-from training.learning_options import LrScheduleOptions
 from training.noise_options import MIXTURES, NOTHING, SIZE_SHIFTS, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.samples import read_requests
-from training.saving.options import SavingOptions
 
 
 def check_before_loading(
@@ -98,7 +96,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
     samples = options.samples
     check_preview(samples.preview, family.latent)
     with quiet():
-        if samples.sample_prompts is not None and (samples.is_timed or samples.sample_now):
+        if samples.are_made and samples.sample_prompts is not None:
             read_requests(family, samples.sample_prompts)
         for expert, file in zip_longest(family.experts, family.dit_files):
             uses = [_use(path, expert, multiplier) for path, multiplier in samples.loras()]
@@ -126,140 +124,132 @@ def _check_room(family: Family, options: TrainingOptions) -> None:
     check_space(Path(folder) / f"{name}.safetensors", size)
 
 
-Rule = tuple[bool, Any, str, str]  # whether they do nothing, their record, public names, and why
-NO_SAMPLES = "no samples are made"
-NOT_UPLOADED = "nothing is uploaded without --huggingface_repo_id"
 WITH_CYCLES = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
+CURVES_OF = {  # options that some curves alone use
+    "lr_decay_steps": WITH_CYCLES[2:],
+    "lr_scheduler_num_cycles": WITH_CYCLES,
+    "lr_scheduler_power": ("polynomial",),
+    "lr_scheduler_timescale": ("inverse_sqrt",),
+    "lr_scheduler_min_lr_ratio": WITH_CYCLES[1:],
+}
 
 
 def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_table: bool) -> list[str]:
-    """Return one line for each of them.
+    """Return one line for each given option that has no effect beside the others.
 
     takes_guidance: the model has an input for embedded guidance. shifts_table: see
     `NoiseSpec.table_is_shifted`.
     """
-    rules = [
-        *_of_timesteps(options, shifts_table),
-        *_of_run(options, takes_guidance),
-        *_of_schedule(options.lr_schedule),
-        *_of_saving(options.saving),
-        *_of_reports(options),
+    times, saving, logs, hub = options.timesteps, options.saving, options.logs, options.hub
+    loss, network, own_defaults = options.loss, options.network, options.is_for_images
+    sampler, weighting = times.timestep_sampling, times.weighting_scheme
+    shifts = sampler == "shift" or (sampler == "sigma" and shifts_table)
+    draws = sampler in {"logsnr", "qinglong_flux"} or (sampler, weighting) == ("sigma", "logit_normal")
+    class_is_given, curve = bool(options.lr_schedule.lr_scheduler_type), options.lr_schedule.lr_scheduler
+    by_epoch = saving.save_every_n_epochs is not None or saving.save_n_epoch_ratio is not None
+    by_step = saving.save_every_n_steps is not None or saving.save_every_n_minutes is not None
+    uses_wandb, uploads = "wandb" in logs.trackers, hub.huggingface_repo_id is not None
+    without_samples = not options.samples.are_made, "no samples are made"
+    without_tracker = not logs.trackers, "nothing is logged without --logging_dir or --log_with"
+    without_wandb = not uses_wandb, "wandb is not used without --log_with wandb"
+    not_uploaded = "nothing is uploaded without --huggingface_repo_id"
+    no_guidance = not takes_guidance and not own_defaults  # image families' defaults have one, and a shift
+    # names of options -> whether they do nothing, and why
+    rules: list[tuple[str, bool, str]] = [
+        ("discrete_flow_shift", not (shifts or own_defaults), "only --timestep_sampling shift uses it"),
+        (
+            "sigmoid_scale",
+            sampler not in {"sigmoid", "shift", *SIZE_SHIFTS, *MIXTURES},
+            "only --timestep_sampling sigmoid and shift use it",
+        ),
+        (
+            "logit_mean logit_std",
+            not draws,
+            "only --weighting_scheme logit_normal and --timestep_sampling logsnr use it",
+        ),
+        (
+            "preserve_distribution_shape",
+            times.min_timestep is None and times.max_timestep is None,
+            "there is neither --min_timestep nor --max_timestep",
+        ),
+        ("guidance_scale", no_guidance, "this model has no input for embedded guidance"),
+        (
+            "persistent_data_loader_workers",
+            not options.loop.max_data_loader_n_workers,
+            "there are none with --max_data_loader_n_workers 0",
+        ),
+        (
+            "huber_schedule huber_c huber_scale",
+            not loss.has_threshold,
+            "only --loss_type huber and smooth_l1 use it",
+        ),
+        (
+            "huber_scale",
+            loss.has_threshold and loss.huber_schedule == "snr",
+            "--huber_schedule snr does not use it",
+        ),
+        ("upcast_quantization", not options.speed.fp8.fp8_scaled, "it needs --fp8_base --fp8_scaled"),
+        (
+            "network_dim",
+            network is not None and network.dim_from_weights,
+            "--dim_from_weights takes ranks from the file",
+        ),
+        ("lr_scheduler lr_warmup_steps", class_is_given, "--lr_scheduler_type replaces it"),
+        (
+            "lr_warmup_steps",
+            curve == "piecewise_constant" and not class_is_given,
+            "piecewise_constant has no warm-up",
+        ),
+        *(
+            (name, class_is_given or curve not in by, f"only --lr_scheduler {', '.join(by)} uses it")
+            for name, by in CURVES_OF.items()
+        ),
+        ("resume_changed", saving.resume is None, "there is no --resume"),
+        ("sample_lora preview_latent_every sample_ema", *without_samples),
+        ("ema_update_every", options.average.ema_decay is None, "there is no --ema_decay"),
+        ("log_prefix", logs.logging_dir is None, "there is no --logging_dir"),
+        ("log_tracker_name log_tracker_config log_config", *without_tracker),
+        ("wandb_run_name wandb_api_key", *without_wandb),
+        (
+            "wandb_run_name",
+            uses_wandb and logs.log_tracker_config is not None,
+            "--log_tracker_config replaces it",
+        ),
+        (
+            "huggingface_repo_type huggingface_path_in_repo huggingface_repo_visibility",
+            not uploads,
+            not_uploaded,
+        ),
+        ("huggingface_token", not (uploads or hub.resume_from_huggingface), not_uploaded),
     ]
-    lines = _of_weighting(options)
-    for is_idle, record, names, why in rules:
-        if is_idle:
-            given = {option_name(field) for field in fields(record) if is_given(record, field)}
-            lines += [f"--{name} has no effect: {why}." for name in names.split() if name in given]
+    for kind, is_saved in (("epochs", by_epoch), ("steps", by_step)):
+        needed = f"--save_every_n_{kind}"
+        has_states = is_saved and saving.save_state
+        rules.append((f"save_last_n_{kind}", not is_saved, f"there is no {needed}"))
+        rules.append((f"save_last_n_{kind}_state", not has_states, f"it needs --save_state and {needed}"))
+    shown = f"weighting_scheme {weighting}"
+    is_of_loss, is_of_sigma = weighting in WEIGHTS_OF_LOSS, weighting in {"logit_normal", "mode"}
+    lines = []
+    if is_of_loss and options.weighted_by == NOTHING:
+        lines = [
+            f"--{shown} has no effect: it weights the loss only with --model_prediction_type sigma_scaled."
+        ]
+    elif is_of_sigma and sampler != "sigma":
+        lines = [f"--{shown} has no effect: it shapes the draws of --timestep_sampling sigma only."]
+    given = set(_given_names(options))
+    for names, is_idle, why in rules:
+        lines += [f"--{name} has no effect: {why}." for name in names.split() if is_idle and name in given]
     attention = options.speed.attention
     for flag in attention.ignored:
         lines.append(f"{flag} has no effect: {TRAINING_FLAGS[attention.choice.mode]} comes first.")
     return lines
 
 
-def _of_weighting(training: TrainingOptions) -> list[str]:
-    sampler, weighting = training.timesteps.timestep_sampling, training.timesteps.weighting_scheme
-    found = f"--weighting_scheme {weighting} has no effect: it "
-    if weighting in WEIGHTS_OF_LOSS and training.weighted_by == NOTHING:
-        return [f"{found}weights the loss only with --model_prediction_type sigma_scaled."]
-    if weighting in {"logit_normal", "mode"} and sampler != "sigma":
-        return [f"{found}shapes the draws of --timestep_sampling sigma only."]
-    return []
-
-
-def _of_timesteps(training: TrainingOptions, shifts_table: bool) -> list[Rule]:
-    options = training.timesteps
-    sampler, weighting = options.timestep_sampling, options.weighting_scheme
-    shifts = sampler == "shift" or (sampler == "sigma" and shifts_table)
-    scales = sampler in {"sigmoid", "shift", *SIZE_SHIFTS, *MIXTURES}
-    draws = sampler in {"logsnr", "qinglong_flux"} or (sampler, weighting) == ("sigma", "logit_normal")
-    is_whole = options.min_timestep is None and options.max_timestep is None
-    by_shift = "only --timestep_sampling shift uses it"
-    by_sigmoid = "only --timestep_sampling sigmoid and shift use it"
-    by_normal = "only --weighting_scheme logit_normal and --timestep_sampling logsnr use it"
-    return [
-        # image families' defaults have a shift
-        (not shifts and not training.is_for_images, options, "discrete_flow_shift", by_shift),
-        (not scales, options, "sigmoid_scale", by_sigmoid),
-        (not draws, options, "logit_mean logit_std", by_normal),
-        (
-            is_whole,
-            options,
-            "preserve_distribution_shape",
-            "there is neither --min_timestep nor --max_timestep",
-        ),
-    ]
-
-
-def _of_run(options: TrainingOptions, takes_guidance: bool) -> list[Rule]:
-    loop, loss, fp8, network = options.loop, options.loss, options.speed.fp8, options.network
-    no_guidance = not takes_guidance and not options.is_for_images  # whose defaults have one
-    no_readers = "there are none with --max_data_loader_n_workers 0"
-    from_file = network is not None and network.dim_from_weights
-    takes_snr = loss.has_threshold and loss.huber_schedule == "snr"
-    huber = "huber_schedule huber_c huber_scale"
-    return [
-        (no_guidance, loop, "guidance_scale", "this model has no input for embedded guidance"),
-        (not loop.max_data_loader_n_workers, loop, "persistent_data_loader_workers", no_readers),
-        (not loss.has_threshold, loss, huber, "only --loss_type huber and smooth_l1 use it"),
-        (takes_snr, loss, "huber_scale", "--huber_schedule snr does not use it"),
-        (not fp8.fp8_scaled, fp8, "upcast_quantization", "it needs --fp8_base --fp8_scaled"),
-        (from_file, network, "network_dim", "--dim_from_weights takes ranks from the file"),
-    ]
-
-
-def _of_schedule(options: LrScheduleOptions) -> list[Rule]:
-    """Schedule-free optimizers and Adafactor need no schedule; `make_lr_schedule` reports that."""
-    is_replaced = bool(options.lr_scheduler_type)
-    name = "" if is_replaced else options.lr_scheduler
-    users = {
-        "lr_decay_steps": WITH_CYCLES[2:],
-        "lr_scheduler_num_cycles": WITH_CYCLES,
-        "lr_scheduler_power": ("polynomial",),
-        "lr_scheduler_timescale": ("inverse_sqrt",),
-        "lr_scheduler_min_lr_ratio": WITH_CYCLES[1:],
-    }
-    pieces = name == "piecewise_constant"
-    return [
-        (is_replaced, options, "lr_scheduler lr_warmup_steps", "--lr_scheduler_type replaces it"),
-        (pieces, options, "lr_warmup_steps", "piecewise_constant has no warm-up"),
-        *(
-            (name not in by, options, one, f"only --lr_scheduler {', '.join(by)} uses it")
-            for one, by in users.items()
-        ),
-    ]
-
-
-def _of_saving(options: SavingOptions) -> list[Rule]:
-    by_epoch = options.save_every_n_epochs is not None or options.save_n_epoch_ratio is not None
-    by_step = options.save_every_n_steps is not None or options.save_every_n_minutes is not None
-    rules: list[Rule] = [(options.resume is None, options, "resume_changed", "there is no --resume")]
-    for kind, is_saved in (("epochs", by_epoch), ("steps", by_step)):
-        needed = f"--save_every_n_{kind}"
-        has_states = is_saved and options.save_state
-        rules.append((not is_saved, options, f"save_last_n_{kind}", f"there is no {needed}"))
-        states = f"save_last_n_{kind}_state"
-        rules.append((not has_states, options, states, f"it needs --save_state and {needed}"))
-    return rules
-
-
-def _of_reports(options: TrainingOptions) -> list[Rule]:
-    samples, average, logs, hub = options.samples, options.average, options.logs, options.hub
-    makes_none = samples.sample_prompts is None or not (samples.is_timed or samples.sample_now)
-    no_tracker = "nothing is logged without --logging_dir or --log_with"
-    uses_wandb, uploads = "wandb" in logs.trackers, hub.huggingface_repo_id is not None
-    of_hub = "huggingface_repo_type huggingface_path_in_repo huggingface_repo_visibility"
-    is_replaced = uses_wandb and logs.log_tracker_config is not None
-    needs_no_token = not uploads and not hub.resume_from_huggingface
-    not_wandb = "wandb is not used without --log_with wandb"
-    return [
-        (makes_none, samples, "sample_lora", NO_SAMPLES),
-        (makes_none, samples.preview, "preview_latent_every", NO_SAMPLES),
-        (makes_none, average, "sample_ema", NO_SAMPLES),
-        (average.ema_decay is None, average, "ema_update_every", "there is no --ema_decay"),
-        (logs.logging_dir is None, logs, "log_prefix", "there is no --logging_dir"),
-        (not logs.trackers, logs, "log_tracker_name log_tracker_config log_config", no_tracker),
-        (not uses_wandb, logs, "wandb_run_name wandb_api_key", not_wandb),
-        (is_replaced, logs, "wandb_run_name", "--log_tracker_config replaces it"),
-        (not uploads, hub, of_hub, NOT_UPLOADED),
-        (needs_no_token, hub, "huggingface_token", NOT_UPLOADED),
-    ]
+def _given_names(record: Any) -> Iterator[str]:
+    """Yield the public names of the options that have another value than their default."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if is_dataclass(value):
+            yield from _given_names(value)
+        elif is_given(record, field):
+            yield option_name(field)

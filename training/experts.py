@@ -1,8 +1,8 @@
 """Dress the transformers of a run; of several (experts): which is at work, which parts learn."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,33 +33,24 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Turns:
-    """Networks that take turns on the device, while the others wait in host memory."""
-
-    copies: dict[nn.Module, HostCopy]
-
-    def bring(self, network: nn.Module) -> None:
-        """Put a network on the device in place of the current one. Nothing is copied back."""
-        copy = self.copies[network]
-        if copy.is_here:
-            return
-        for other in self.copies.values():
-            other.leave()
-        copy.bring()
-
-
-@dataclass(frozen=True)
 class ExpertNetworks:
-    """Networks by the index of their expert. `turns`: None if all of them stay on the device."""
+    """Networks by the index of their expert.
+
+    copies: those that take turns on the device, while the others wait in host memory; empty if all stay.
+    """
 
     networks: Sequence[nn.Module]
-    turns: Turns | None = None
+    copies: Mapping[nn.Module, HostCopy] = field(default_factory=dict)
 
     def at(self, expert: int) -> nn.Module:
-        """Return the network of an expert; it is on the device."""
+        """Return the network of an expert. It is on the device, maybe in place of another; nothing is copied
+        back.
+        """
         network = self.networks[expert]
-        if self.turns is not None:
-            self.turns.bring(network)
+        if self.copies and not self.copies[network].is_here:
+            for other in self.copies.values():
+                other.leave()
+            self.copies[network].bring()
         return network
 
 

@@ -22,7 +22,7 @@ from training.options import TrainingOptions, training_parser
 from training.plan import TrainingPlan
 from training.reports.history import History, history_path
 from training.reports.page import PageCommand, PageFacts, page_path
-from training.reports.reporter import NoReports, RunReporter
+from training.reports.reporter import RunReporter
 from training.samples import NoSampler, Sampler
 from training.saving.files import Names
 from training.saving.options import LATEST_ONLY
@@ -282,10 +282,8 @@ def make_reporter(
     following: NextSteps,
     sampler: Sampler | NoSampler,
     memory: MemoryWatch | NoMemoryWatch,
-) -> RunReporter | NoReports:
-    """Return the reporter of the run, in the main process. With --no_page it keeps the last box."""
-    if not plan.accelerator.is_main_process:
-        return NoReports()
+) -> RunReporter:
+    """Return the reporter of the run. With --no_page it keeps the last box."""
     folder, name, progress = plan.names.folder, plan.names.name, plan.progress
     device, given = plan.accelerator.device, following.given
     facts = PageFacts(
@@ -298,14 +296,15 @@ def make_reporter(
         following.commands,
         lambda: list_memory(device, memory),
     )
-    is_written = not plan.options.logs.no_page
+    is_main = plan.accelerator.is_main_process
+    is_written = is_main and not plan.options.logs.no_page
     return RunReporter(
         page_path(folder, name),
         facts,
         History(history_path(folder, name), progress.session_id, progress.step, is_written),
         dict(enumerate(sampler.prompts)),
         progress.step,
-        lambda: plan.accelerator.trackers,  # they start later
+        lambda: plan.accelerator.trackers if is_main else (),  # they start later
     )
 
 

@@ -25,10 +25,8 @@ from networks.apply import LoraPatch
 from networks.loading import LoraUse
 from training.averages import make_average
 from training.data.feed import Feed, MicroBatches, Randomness
-from training.data.live_text import NO_TEXTS
 from training.experts import (
     ExpertNetworks,
-    Turns,
     check_dtype,
     dress,
     dtype_of,
@@ -42,7 +40,7 @@ from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
-from training.reports.reporter import NoReports, RunReporter
+from training.reports.reporter import RunReporter
 from training.samples import NoSampler, Sampler
 from training.saver import restore
 from training.saving.files import MinuteClock
@@ -59,7 +57,7 @@ def load_model(
     sampler: Sampler | NoSampler,
     memory: MemoryWatch | NoMemoryWatch,
     logs: Logs,
-    reporter: RunReporter | NoReports,
+    reporter: RunReporter,
 ) -> TrainingRun:
     """Load the networks, add the trained part, dress them, and restore the state of --resume.
 
@@ -84,7 +82,7 @@ def load_model(
     set_training(optimizer, True)
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
     rule = LossRule(options.loss, options.predicted, trainable.as_base)
-    dits = ExpertNetworks(networks, loading.turns)
+    dits = ExpertNetworks(networks, loading.copies)
     is_watched = options.samples.sample_now and accelerator.is_main_process
     triggers = TriggerFiles(trigger_paths(plan.names) if is_watched else {}, bool(sampler.prompts))
     run = TrainingRun(
@@ -99,7 +97,7 @@ def load_model(
         scaler=scaler,
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
         average=make_average(options.average, networks, trainable, optimizer, accelerator.is_main_process),
-        texts=plan.texts or NO_TEXTS,
+        texts=plan.texts,
         feed=_make_feed(plan),
         rule=rule,
         validation=_make_validation(plan, rule),
@@ -122,21 +120,25 @@ class Loading:
     swap: SwapOptions  # auto is resolved
     has_samples: bool
     sample_loras: list[AddedLoras] = field(default_factory=list)
-    # whether samples are made with networks that are not trained
-    samples_with_others: bool = field(init=False)
-    turns: Turns | None = field(init=False)  # None: all networks are on the device at a time
+    copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
 
-    def __post_init__(self) -> None:
+    @property
+    def samples_with_others(self) -> bool:
+        """Return whether samples are made with networks that are not trained."""
+        return self.has_samples and self.plan.sampled is not self.plan.family
+
+    @property
+    def takes_turns(self) -> bool:
+        """Return whether one network is on the device at a time."""
         plan = self.plan
-        self.samples_with_others = self.has_samples and plan.sampled is not plan.family
         is_asked = len(plan.family.experts) > 1 and plan.options.by_expert.offload_inactive_dit
-        self.turns = Turns({}) if is_asked or self.samples_with_others else None
+        return is_asked or self.samples_with_others
 
     def load(self, family: Family, index: int, attach: Callable[[nn.Module, Expert], None]) -> nn.Module:
         """Load and dress the network of an expert. attach: adds the trained part."""
         options, device, expert = self.plan.options, self.plan.accelerator.device, family.experts[index]
         host = swapped_weights(family.dit, self.swap, device)
-        place = HostPlaceOf(device, host, machine_of(os.environ)) if self.turns else None
+        place = HostPlaceOf(device, host, machine_of(os.environ)) if self.takes_turns else None
         dit = _load_dit(self.plan, family, index, place or host)
         attach(dit, expert)
         is_compiled = options.speed.compilation.choice is not None
@@ -147,8 +149,8 @@ class Loading:
             ]
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
         dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
-        if self.turns is not None and place is not None:
-            self.turns.copies[dit] = HostCopy(dit, device, place)
+        if place is not None:
+            self.copies[dit] = HostCopy(dit, device, place)
         elif index + 1 < len(family.experts):
             _require_room(dit, device)
         return dit
@@ -163,7 +165,7 @@ class Loading:
             known[file] if file in known else self.load(sampling, index, lambda *_: None).eval()
             for index, file in enumerate(sampling.dit_files)
         ]
-        return ExpertNetworks(networks, self.turns)
+        return ExpertNetworks(networks, self.copies)
 
 
 def _require_room(dit: nn.Module, device: torch.device) -> None:
@@ -211,15 +213,14 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
         return
     given = network_for(options, expert) or options.network
     texts = plan.texts
-    encoders = {} if texts is None else texts.networks
     in_dit = options.parts is None or options.parts.trains_dit
-    network = make_network(given, plan.family.lora_module, dit, plan.progress.seed, encoders, in_dit)
+    network = make_network(given, plan.family.lora_module, dit, plan.progress.seed, texts.networks, in_dit)
     if learners and not options.by_expert.lora_per_expert:
         learners[0] = share_network(learners[0], network, device)
         return
     rate, parts = options.optimizer.learning_rate, options.parts
     rates: Rates = (rate, None if parts is None else parts.unet_lr, None)
-    if parts is not None and texts is not None:
+    if parts is not None:
         of_texts = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
         rates = (rate, parts.unet_lr, [of_texts[each.lora_prefix] for each in texts.learning] or None)
     learners.append(train_network(network, rates, given.scale_weight_norms, device))
@@ -286,5 +287,5 @@ def _make_validation(plan: TrainingPlan, loss: LossRule) -> Validation:
         else ValidationRule(most=asked.max_validation_steps, seed=asked.validation_seed),
         sources=plan.sources,
         encoders=plan.encoders,
-        texts=plan.texts or NO_TEXTS,
+        texts=plan.texts,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import int_or_float, read_literals
-from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, Options, option, unsupported
+from modules.options import CHANGEABLE, HABIT, IDENTITY, Options, option, unsupported
 from networks.options import multipliers_for, require_files
 
 logger = logging.getLogger(__name__)
@@ -62,20 +62,17 @@ class ExpertTrainingOptions(Options, title="two transformers"):
     )
     offload_inactive_dit: bool = option(
         "keep the transformer that does not work in host memory; each step brings the one that it needs",
-        facts=FREE,
     )
     network_weights_high_noise: Path | None = option(
         "with --lora_per_expert: LoRA file that the network of --dit_high_noise starts from; "
         "--network_weights is for that of --dit",
-        facts=FREE,
     )
     base_weights_high_noise: tuple[Path, ...] | None = option(
         "LoRA files added to --dit_high_noise before training; default: those of --base_weights. If "
         "given, --base_weights is for --dit only",
-        facts=FREE,
     )
     base_weights_multiplier_high_noise: tuple[float, ...] | None = option(
-        "strength of each file of --base_weights_high_noise; missing ones are 1", facts=FREE
+        "strength of each file of --base_weights_high_noise; missing ones are 1"
     )
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from modules.contract.family import Family, LearningEncoder, TextEncoder, can_le
 from modules.errors import OptionError
 from networks.own_modules import OWN_MODULES
 from training.caching_inside import TextUse
-from training.data.live_text import LiveTexts
+from training.data.live_text import NO_TEXTS, LiveTexts
 from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 UNET_ONLY = "--network_train_unet_only"
 
 
-def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
+def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts:
     """Return the encoders that have to stay loaded: for captions that vary, and those that learn.
 
-    None: all texts come from caches, if these are there. Raises OptionError if caches are asked for texts
-    that change, or if an encoder that is needed is not given.
+    Without any, all texts come from caches, if these are there. Raises OptionError if caches are asked for
+    texts that change, or if an encoder that is needed is not given.
     """
     asked = options.caching is not None and options.caching.caches_texts
     varying = next((table for table in config.datasets if table.changes.varying_keys), None)
@@ -33,7 +33,7 @@ def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetC
             "dropout or token warm-up), so that they cannot be cached. Leave out one of the two"
         )
     if varying is None and not _may_learn(options):
-        return None
+        return NO_TEXTS
     encoders = _encoders(
         family, "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
     )
@@ -43,7 +43,7 @@ def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetC
     if varying is not None:
         return LiveTexts(encoders, learning, prefixes)
     if not learning:
-        return None
+        return NO_TEXTS
     if not asked:
         return LiveTexts(encoders, learning, prefixes)
     if len(learning) == len(encoders):
@@ -59,25 +59,25 @@ def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetC
             names,
             UNET_ONLY,
         )
-        return None
+        return NO_TEXTS
     return LiveTexts(learning, learning, prefixes)
 
 
-def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the encoders that stay loaded; None if all texts come from caches. Raises OptionError."""
+def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts:
+    """Return the encoders that stay loaded; none if all texts come from caches. Raises OptionError."""
     texts = choose_live_texts(family, options, config)
     is_asked = options.caching is not None and options.caching.caches_texts
-    if texts is not None or is_asked or not options.is_for_images:
+    if texts.encoders or is_asked or not options.is_for_images:
         return texts
     stores, end = Stores(npz_names(family)), text_file_name("", family.cache_tag)
     if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):
-        return None
+        return NO_TEXTS
     return LiveTexts(_encoders(family, "there are no text caches"))
 
 
-def text_use(family: Family, texts: LiveTexts | None) -> TextUse:
+def text_use(family: Family, texts: LiveTexts) -> TextUse:
     """Return the needs of a training for its tables' texts. texts: encoded while training."""
-    if texts is None:
+    if not texts.encoders:
         return TextUse.CACHES
     return TextUse.CAPTIONS if family.text_keys <= texts.keys else TextUse.BOTH
 

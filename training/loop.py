@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from training.data.feed import MicroBatch
 from training.loss import training_loss
 from training.optimizers.optimizer import evaluation
 from training.processes import is_any, sum_over_processes
-from training.reports.logs import StepReport, name_rates
-from training.reports.readings import Reading, StepSums, losses_by_expert, places_of_wishes
+from training.reports.logs import name_rates
+from training.reports.readings import WISHES, StepReport, losses_by_expert
 from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.training_run import SAMPLE, SAVE, TrainingRun
 from training.validation import EPOCH, STEP, describe_validation
@@ -33,12 +33,7 @@ from training.validation import EPOCH, STEP, describe_validation
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Extra work that all processes agree to do after a step."""
-
-    saves: bool
-    samples: bool
+Asked = tuple[bool, bool]  # whether all processes agree to save, and to sample, after a step
 
 
 def train(run: TrainingRun) -> bool:
@@ -88,31 +83,30 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     # before any weight is stepped
     rates = name_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
     reached = _reached(run, group)
-    loss, keys = _accumulate(run, group, micro_batches)
+    row, keys = _accumulate(run, group, micro_batches)
     run.stepping.begin(reached)
-    numbers = loss
     is_alone = run.steps.processes == 1
-    here = Asked(run.clock.is_due() or run.triggers.asks_for(SAVE), run.triggers.asks_for(SAMPLE))
+    here = (run.clock.is_due() or run.triggers.asks_for(SAVE), run.triggers.asks_for(SAMPLE))
     if not is_alone:
-        wishes = numbers_on(run.device, [run.stop.asked, here.saves, here.samples], torch.float32)
-        numbers = sum_over_processes(reached, torch.cat([numbers, wishes]))
+        wishes = [run.stop.asked, *here]
+        row[WISHES] = numbers_on(run.device, wishes, torch.float32)
+        row = sum_over_processes(reached, row)
     norm = run.stepping.finish().detach().float()  # of the gradients before clipping
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
     norms = run.trainable.limit_norms(run.device)
     run.average.after_step()
     sizes = run.feed.batches.sizes_of(run.progress.epoch, group)
-    step = Reading(run.progress.step + 1, keys, rates, sizes)
-    reading = run.readings.push(step, torch.cat([numbers, *norms, norm.view(1)]))
-    if reading is not None:
-        _note(run, reading)
+    step = StepReport(run.progress.step + 1, rates, keys, sizes)
+    before = run.readings.push(step, torch.cat([row, *norms, norm.view(1)]))
+    if before is not None:
+        _note(run, before)
     if is_alone:
         run.stop.agreed = run.stop.asked
         return here
     # processes must agree, so this is what was asked for during the previous step: all have read it by now
-    return Asked(
-        *(reading is not None and reading.values[index] > 0 for index in places_of_wishes(run.experts)[1:])
-    )
+    _, saves, samples = before.row[WISHES] if before is not None else (0, 0, 0)
+    return saves > 0, samples > 0
 
 
 def _reached(run: TrainingRun, group: range) -> list[Parameter]:
@@ -131,12 +125,13 @@ def _accumulate(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Accumulate the gradients of this process' share of the group.
 
-    Returns its part of the step's numbers, on the device (see `StepSums`), and the keys of its items.
+    Returns its part of the step's row (see `reports/readings.py`), on the device, and the keys of its items.
     """
-    sums = StepSums(run.experts, run.device)
+    count = len(run.experts)
+    row = torch.zeros(WISHES.stop + (2 * count if count > 1 else 0), device=run.device)
     keys: tuple[str, ...] = ()
     # the first use sets it up; a process without a micro-batch in this step needs that too
-    run.scaler.scale(sums.loss)
+    run.scaler.scale(row)
     for _ in run.steps.share(group, run.feed.process):
         micro_batch = next(micro_batches)
         _seed(run, micro_batch.number)
@@ -148,9 +143,12 @@ def _accumulate(
         noisy_batch = replace(micro_batch.data, batch=batch).to(run.device)
         loss = training_loss(run.family, dit, noisy_batch, run.autocast, run.rule) / len(group)
         run.scaler.scale(loss).backward()
-        sums.add(loss.detach(), expert, len(group))
+        row[0] += loss.detach()
+        if count > 1:
+            row[WISHES.stop + expert] += loss.detach() * len(group)
+            row[WISHES.stop + count + expert] += 1
         keys += micro_batch.data.batch.keys
-    return sums.row(), keys
+    return row, keys
 
 
 def _seed(run: TrainingRun, number: int) -> None:
@@ -168,17 +166,17 @@ def _seed(run: TrainingRun, number: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def _note(run: TrainingRun, reading: Reading) -> None:
+def _note(run: TrainingRun, step: StepReport) -> None:
     """Log a step.
 
     Raises UserError if its loss or gradient norm is NaN or infinite, before anything made from it is saved.
     """
-    loss, norm = reading.values[0], reading.values[-1]
+    loss, norm = step.row[0], step.row[-1]
     if not (math.isfinite(loss) and math.isfinite(norm)) and not run.scaler.is_enabled():
-        keys = ", ".join(reading.keys)
+        keys = ", ".join(step.keys)
         items = f" The items of this process in that step: {keys}." if keys else ""
         raise UserError(
-            f"step {reading.step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
+            f"step {step.step}: the loss is {loss}, the gradient norm {norm}; nothing of this step was "
             f"saved.{items}\n"
             "  Lower --learning_rate, or look for a damaged clip among these items, and continue with "
             "--resume latest-or-fail."
@@ -188,19 +186,14 @@ def _note(run: TrainingRun, reading: Reading) -> None:
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.processes > 1:
-        run.stop.agreed = run.stop.agreed or reading.values[places_of_wishes(run.experts)[0]] > 0
-    average = sum(losses) / max(len(losses), 1)
-    norms = None if run.trainable.max_norm is None else NormReport.of(reading.values[-4:-1])
-    report = StepReport(
-        reading.step,
-        loss,
-        average,
-        reading.rates,
-        norm,
-        norms,
-        reading.seconds,
-        losses_by_expert(reading.values, run.experts),
-        reading.sizes,
+        run.stop.agreed = run.stop.agreed or step.row[WISHES][0] > 0
+    report = replace(
+        step,
+        loss=loss,
+        average=sum(losses) / max(len(losses), 1),
+        gradient_norm=norm,
+        norms=None if run.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
+        by_expert=losses_by_expert(step.row, run.experts),
     )
     run.logs.step(report)
     run.reporter.note_step(report)
@@ -208,9 +201,9 @@ def _note(run: TrainingRun, reading: Reading) -> None:
 
 def _settle(run: TrainingRun) -> None:
     """Wait for the last step's numbers, so that its loss is checked and counted."""
-    reading = run.readings.flush()
-    if reading is not None:
-        _note(run, reading)
+    step = run.readings.flush()
+    if step is not None:
+        _note(run, step)
 
 
 def _restart_clock(run: TrainingRun) -> None:
@@ -240,10 +233,11 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     Samples come before saving. If the run is to end, its samples are generated after resuming.
     """
     progress, options = run.progress, run.options
+    asks_to_save, asks_to_sample = asked
     every, validate_every = options.saving.save_every_n_steps, options.validation.validate_every_n_steps
-    saves = asked.saves or is_ending(run) or (every is not None and progress.step % every == 0)
+    saves = asks_to_save or is_ending(run) or (every is not None and progress.step % every == 0)
     validates = validate_every is not None and progress.step % validate_every == 0
-    samples = asked.samples or is_due_at_step(options.samples, progress.step)
+    samples = asks_to_sample or is_due_at_step(options.samples, progress.step)
     if not (saves or validates or samples):
         return
     _settle(run)
@@ -258,7 +252,7 @@ def _after_step(run: TrainingRun, asked: Asked) -> None:
     elif saves:
         run.clock.restart()
         run.saver.save_step(progress.step)
-    for kind, is_done in ((SAVE, asked.saves), (SAMPLE, asked.samples)):
+    for kind, is_done in ((SAVE, asks_to_save), (SAMPLE, asks_to_sample)):
         if is_done:
             run.triggers.finish(kind)
     _restart_clock(run)

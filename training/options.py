@@ -62,7 +62,7 @@ class TrainingOptions(Options):
     prediction: PredictionOptions | None = option(facts=HABIT)  # None: the output is the velocity
     network: NetworkOptions | None  # what learns: a network beside the DiT,
     whole_dit: WholeDitOptions | None  # or the DiT itself; one of the two is there
-    accelerator: AcceleratorOptions
+    accelerator: AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
     samples: SampleOptions = option(facts=FREE)
     average: AverageOptions = option(facts=FREE)
@@ -70,7 +70,8 @@ class TrainingOptions(Options):
     metadata: MetadataOptions = option(facts=FREE)
     hub: HubOptions = option(facts=FREE)
     speed: TrainingSpeedOptions
-    experts: ExpertTrainingOptions | None  # None: the script's models have one transformer
+    # None: the script's models have one transformer
+    experts: ExpertTrainingOptions | None = option(facts=FREE)
     # of image trainers; None in the others
     parts: PartsOptions | None
     start: StartOptions | None = option(facts=FREE)
@@ -80,8 +81,10 @@ class TrainingOptions(Options):
     def __post_init__(self) -> None:
         if self.whole_dit is not None:
             self._check_whole_dit(self.whole_dit)
-        if self.network is not None:
-            self._check_rank(self.network)
+        rank = None if self.network is None else self.network.network_dim
+        module = None if self.network is None else self.network.network_module
+        if (module is None or module.startswith(RANKED_NETWORKS)) and rank is not None and rank > MOST_RANK:
+            raise OptionError(f"--network_dim {rank}: {MOST_RANK} is the most. Usual ranks are 4 to 128.")
         if self.is_fused:
             self._check_fused()
         if self.timesteps.show_timesteps is not None:
@@ -124,13 +127,6 @@ class TrainingOptions(Options):
     def weighted_by(self) -> str:
         """Return by what --weighting_scheme weights the loss."""
         return TIMESTEP if self.prediction is None else self.prediction.weighted_by
-
-    def _check_rank(self, options: NetworkOptions) -> None:
-        is_ranked = options.network_module is None or options.network_module.startswith(RANKED_NETWORKS)
-        if is_ranked and options.network_dim is not None and options.network_dim > MOST_RANK:
-            raise OptionError(
-                f"--network_dim {options.network_dim}: {MOST_RANK} is the most. Usual ranks are 4 to 128."
-            )
 
     def _check_whole_dit(self, options: WholeDitOptions) -> None:
         precision = self.accelerator.mixed_precision

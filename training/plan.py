@@ -70,7 +70,7 @@ class TrainingPlan:
     steps: StepPlan
     sources: BatchSources  # where batches are read from
     encoders: SameEncoders  # that made the caches
-    texts: LiveTexts | None  # encoded while training
+    texts: LiveTexts  # encoded while training
     # what a state says of its run's settings, and what --resume_changed changes
     identity: dict[str, Any]
     habits: dict[str, Any]
@@ -244,17 +244,17 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
     return replace(steps, total_steps=steps.steps_until(loop.max_train_epochs))
 
 
-def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_resumed: bool) -> bool:
-    """Put a new run's progress to the step where it begins. Returns whether it begins later.
+def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_resumed: bool) -> None:
+    """Put a new run's progress to the step where it begins.
 
     is_resumed: a saved state says where to go on instead. Raises OptionError if the run has no such step.
     """
     if not options.is_given:
-        return False
+        return
     given = "--initial_step" if options.initial_epoch is None else "--initial_epoch"
     if is_resumed:
         logger.info("%s is ignored because --resume goes on where the state was saved.", given)
-        return False
+        return
     if options.initial_epoch is not None:
         step = plan.steps_until(options.initial_epoch - 1)
     else:
@@ -268,4 +268,3 @@ def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_re
     progress.step, progress.epoch = step, epoch
     progress.position = (step - plan.steps_until(epoch)) * plan.group_size
     logger.info("Beginning at step %d, epoch %d.", step, epoch + 1)
-    return step > 0

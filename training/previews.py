@@ -115,9 +115,8 @@ def _plan(
     found = require_items(find_items(config, *parts, stores, tables), commands)
     check_channels(found, family.latent, commands, stores)
     items, _ = split_validation(found, options.validation.validation_split)
-    samples = options.samples
-    makes_samples = samples.sample_prompts is not None and (samples.is_timed or samples.sample_now)
-    sampled = len(sampling.experts) - len(family.experts) if sampling is not None and makes_samples else 0
+    has_others = sampling is not None and options.samples.are_made
+    sampled = len(sampling.experts) - len(family.experts) if sampling is not None and has_others else 0
     sources = BatchSources(stores, tables)
     plan_training(family, options, items or found, commands, choose_device(None), sampled, sources, texts)
 

@@ -13,7 +13,6 @@ from modules.contract.family import Family
 from modules.control_codes import shorten
 from modules.options import option_values
 from modules.planning.memory_plan import too_little
-from training.data.live_text import encoding
 from training.following import NO_SCRIPTS, FamilyScripts, NextSteps, make_reporter, plan_next_steps
 from training.learning import load_model
 from training.loop import train
@@ -23,7 +22,6 @@ from training.planning.memory import prepare_memory
 from training.previews import show_preview
 from training.processes import LostProcessError, describe_loss, find_lost, is_of_processes
 from training.reports.logs import TRACKER_NAME, Logs, public_config
-from training.reports.reporter import RunReporter
 from training.samples import NoSampler, Sampler, prepare_samples
 from training.saver import file_dtype, make_saver
 from training.saving.files import is_of_another_run, paths_in, set_aside
@@ -83,8 +81,8 @@ def prepare_run(
         following = plan_next_steps(plan, scripts, sampler)
         swap, watch = prepare_memory(plan)
         memory = watch or NoMemoryWatch()
-        if texts is not None:
-            texts.load(accelerator.device)
+        texts.load(accelerator.device)
+        held.callback(texts.free)
         logs = Logs(
             accelerator,
             options.logs,
@@ -104,12 +102,12 @@ def prepare_run(
             reporter.note_saved(path, progress.step)
 
         run.saver = make_saver(run, publish, uploads.publish_state)
-        with encoding(texts), contextlib.closing(uploads), logs, reporter:
+        with contextlib.closing(uploads), logs, reporter:
             show_start(run, file_dtype(options, run.dits.networks[0]))
             with _watch_others(plan, following):
                 yield run
             accelerator.wait_for_everyone()
-        if isinstance(reporter, RunReporter) and progress.step >= plan.steps.total_steps:
+        if accelerator.is_main_process and progress.step >= plan.steps.total_steps:
             show_end(run, reporter.history.events_told, following)
 
 

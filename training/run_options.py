@@ -202,6 +202,11 @@ class SampleOptions(Options, title="samples while training"):
         return found
 
     @property
+    def are_made(self) -> bool:
+        """Return whether samples are made, at some time or when they are asked for."""
+        return self.sample_prompts is not None and (self.is_timed or self.sample_now)
+
+    @property
     def is_timed(self) -> bool:
         """Return whether any option says when to make samples."""
         return (
@@ -287,20 +292,15 @@ class AcceleratorOptions(Options, title="precision and processes"):
         default="no",
         choices=PRECISIONS,
         often=True,
-        facts=HABIT,
     )
-    fp16_accumulation: bool = option(
-        "sum fp16 matrix products in fp16: faster on some GPUs, less exact", facts=HABIT
-    )
+    fp16_accumulation: bool = option("sum fp16 matrix products in fp16: faster on some GPUs, less exact")
     cuda_allow_tf32: bool = option(
         "compute float32 products and convolutions in TF32 on a CUDA device: faster, three digits "
         "instead of seven; bf16 and fp16 stay as they are",
-        facts=HABIT,
     )
     cuda_cudnn_benchmark: bool = option(
         "let cuDNN try its convolutions at each new size and take the fastest; runs may then differ in "
         "the last digits",
-        facts=HABIT,
     )
     ddp_timeout: int | None = option(
         "minutes that processes wait for each other; default: a day",

@@ -74,9 +74,9 @@ class Sampler:
     # encodes texts again, with encoders that have learned; None: none does
     renew: Renew | None = None
 
-    def renewed_by(self, texts: LiveTexts | None) -> "Sampler":
+    def renewed_by(self, texts: LiveTexts) -> "Sampler":
         """Return a sampler that encodes texts with the encoders that learn, if there are some."""
-        return replace(self, renew=texts.renew) if texts is not None and texts.learning else self
+        return replace(self, renew=texts.renew) if texts.learning else self
 
     def make(self, dit_of: DitOf, autocast: Autocast, mark: str, stopped: Callable[[], bool]) -> list[Path]:
         """Write one file for each prompt and return the paths.

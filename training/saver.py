@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,6 @@ def make_saver(
     family = plan.family
     run_values = run_metadata(plan, run.optimizer_name, run.schedule.name)
     dtype = file_dtype(options, run.dits.networks[0])
-    parts = list(trainable.writes)
 
     def metadata_now(part: str) -> dict[str, str]:
         epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
@@ -83,15 +81,17 @@ def make_saver(
     if options.hub.huggingface_repo_id is not None:
         prompts = [prompt for prompt in run.sampler.prompts if prompt]
         is_lora = options.network is not None
-        card = write_card(plan.names.name, is_lora, family.release, metadata_now(parts[0]), prompts)
+        card = write_card(
+            plan.names.name, is_lora, family.release, metadata_now(next(iter(trainable.writes))), prompts
+        )
     saver = Saver(
         options.saving,
         plan.names,
-        {part: partial(write_file, part) for part in parts},
+        write_file,
         lambda folder: write_state(folder, take_state(run)),
         lambda path: publish(path, card),
         publish_state,
-        {part: partial(write_average, part) for part in parts} if run.average.tensors() else {},
+        write_average if run.average.values else None,
     )
     saver.remove_leftovers()
     saver.tidy_steps(progress.step)  # what a run that was killed had no time for

@@ -68,13 +68,6 @@ class StepPlan:
         between = (epoch - self.first_epoch - 1) * self.steps_per_epoch
         return self.first_step + first + between - (-position // self.group_size)
 
-    def is_between_steps(self, epoch: int, position: int) -> bool:
-        """Return whether a step can end before micro-batch `position` of epoch `epoch`."""
-        first = self.first_position if epoch == self.first_epoch else 0
-        return position == self.num_batches or (
-            position >= first and (position - first) % self.group_size == 0
-        )
-
     def groups(self, epoch: int, position: int = 0) -> Iterator[range]:
         """Yield the micro-batches of each optimizer step of epoch `epoch` (from 0).
 

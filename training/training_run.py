@@ -21,9 +21,9 @@ from modules.contract.family import Family
 from modules.contract.rules import Expert
 from modules.planning.device_memory import MemoryWatch
 from networks.added import AddedLoras
-from training.averages import NoAverage, WeightAverage
+from training.averages import WeightAverage
 from training.data.feed import Feed
-from training.data.live_text import LiveTexts, NoTexts
+from training.data.live_text import LiveTexts
 from training.experts import AUTOCAST, ExpertNetworks, dtype_of
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
@@ -32,7 +32,7 @@ from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.readings import Readings
-from training.reports.reporter import NoReports, RunReporter
+from training.reports.reporter import RunReporter
 from training.samples import NoSampler, Sampler
 from training.saving.files import MinuteClock, Names, NoSaver, Saver
 from training.steps import Progress, StepPlan
@@ -105,49 +105,40 @@ class TriggerFiles:
         """Return whether a file asks for SAMPLE or SAVE. Looks at the folder once a second at most."""
         if self.paths and (self._looked is None or self.now() - self._looked >= EVERY_SECONDS):
             self._looked = self.now()
-            self._look()
+            for path in self.paths:
+                self._look_at(path)
         return any(self.paths[path] == kind for path in self._found)
 
     def finish(self, kind: str) -> None:
         """Remove the files that asked for this; one that was touched again meanwhile asks anew."""
         for path in [path for path in self._found if self.paths[path] == kind]:
-            self._remove(path, self._found.pop(path))
+            changed = self._found.pop(path)
+            try:
+                if path.lstat().st_mtime_ns == changed:
+                    path.unlink()
+            except OSError as error:
+                logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
+                self._passed[path] = changed
 
-    def _look(self) -> None:
-        for path, kind in self.paths.items():
-            changed = self._time_of(path)
-            if changed is None or path in self._found or self._passed.get(path) == changed:
-                continue
-            if kind == SAMPLE and not self.can_sample:
-                logger.warning("%s is ignored: there is nothing to sample without --sample_prompts.", path)
-                self._remove(path, changed)
-            else:
-                self._found[path] = changed
-                logger.info("%s asks to %s at the end of this step.", path, kind)
-
-    def _remove(self, path: Path, changed: int) -> None:
-        if self._time_of(path) != changed:
-            return
-        try:
-            path.unlink()
-        except OSError as error:
-            logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
-            self._passed[path] = changed
-
-    def _time_of(self, path: Path) -> int | None:
-        """Return when a file was changed; None if there is none, or something else of its name."""
+    def _look_at(self, path: Path) -> None:
         try:
             status = path.lstat()
         except OSError:
-            return None
-        if not stat.S_ISREG(status.st_mode):
-            return None
+            return
+        changed, kind = status.st_mtime_ns, self.paths[path]
+        is_known = path in self._found or self._passed.get(path) == changed
+        if is_known or not stat.S_ISREG(status.st_mode):  # a folder of this name holds samples
+            return
         if status.st_size > LARGEST:
-            if self._passed.get(path) != status.st_mtime_ns:
-                self._passed[path] = status.st_mtime_ns
-                logger.warning("%s asks for nothing: it holds %d bytes.", path, status.st_size)
-            return None
-        return status.st_mtime_ns
+            self._passed[path] = changed
+            logger.warning("%s asks for nothing: it holds %d bytes.", path, status.st_size)
+            return
+        self._found[path] = changed
+        if kind == SAMPLE and not self.can_sample:
+            logger.warning("%s is ignored: there is nothing to sample without --sample_prompts.", path)
+            self.finish(kind)
+        else:
+            logger.info("%s asks to %s at the end of this step.", path, kind)
 
 
 class NoMemoryWatch:
@@ -177,15 +168,15 @@ class TrainingRun:
     schedule: LrSchedule
     scaler: torch.amp.GradScaler  # of fp16 gradients; off for others
     stepping: StepAfterBackward | FusedBackward
-    average: WeightAverage | NoAverage  # of the trained weights
-    texts: LiveTexts | NoTexts  # encoded in each step
+    average: WeightAverage  # of the trained weights
+    texts: LiveTexts  # encoded in each step
     feed: Feed
     rule: LossRule
     validation: Validation  # without items: none is made
     sampler: Sampler | NoSampler
     memory: MemoryWatch | NoMemoryWatch
     logs: Logs
-    reporter: RunReporter | NoReports  # to the page
+    reporter: RunReporter  # to the page
     triggers: TriggerFiles  # watched by the main process only
     clock: MinuteClock  # ticks in the main process only
     saver: Saver | NoSaver = NoSaver()

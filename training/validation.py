@@ -18,7 +18,7 @@ from dataset.cache.records import CacheChecks
 from modules.contract.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.live_media import BatchSources
-from training.data.live_text import NO_TEXTS, LiveTexts, NoTexts
+from training.data.live_text import NO_TEXTS, LiveTexts
 from training.data.timesteps import times_at
 from training.loss import PLAIN_LOSS, Autocast, DitOf, LossRule, NoisyBatch, Trains, measure_errors
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
@@ -83,7 +83,7 @@ class Validation:
     checks: CacheChecks = field(default_factory=CacheChecks)
     sources: BatchSources = field(default_factory=BatchSources)
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
-    texts: LiveTexts | NoTexts = NO_TEXTS  # encoded in each validation
+    texts: LiveTexts = NO_TEXTS  # encoded in each validation
 
     @property
     def sigmas(self) -> tuple[float, ...]:

@@ -13,8 +13,7 @@ from modules.offload.block_swap import swap_of
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
-from tests.training.test_resume import Killed, killed_at
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import ToyFamily, same, toy_options, train_toy, train_with_kills, write_caches
 from training.averages import make_average
 from training.learning_options import AverageOptions
 from training.planning.memory import predict
@@ -96,11 +95,7 @@ def test_a_killed_run_ends_with_the_same_average(tmp_path: Path, moment: int) ->
     write_caches(tmp_path, count=5)
     options = [*EMA, "--ema_update_every", 2, "--save_every_n_steps", 3, "--save_state", "--resume", "latest"]
     train_toy(tmp_path, *options)
-    other = [*options, "--output_dir", tmp_path / "killed"]
-
-    with pytest.raises(Killed):
-        train_network(killed_at(moment), toy_options(tmp_path, *other))
-    assert train_network(ToyFamily(), toy_options(tmp_path, *other)) == 0
+    train_with_kills(tmp_path, *options, moments=(moment,))
 
     expected = load_file(tmp_path / "output" / "x-ema.safetensors")
     assert same(expected, load_file(tmp_path / "killed" / "x-ema.safetensors"))
@@ -112,11 +107,7 @@ def test_a_whole_model_has_one_too_in_the_dtype_of_its_weights(tmp_path: Path, k
     options = [*WHOLE[kind], *EMA, "--save_every_n_steps", 3, "--save_state", "--resume", "latest"]
     plain = train_toy(tmp_path, *WHOLE[kind], whole_dit=True)
     expected = train_toy(tmp_path, *options, whole_dit=True)
-    other = [*options, "--output_dir", tmp_path / "killed"]
-
-    with pytest.raises(Killed):
-        train_network(killed_at(5), toy_options(tmp_path, *other, whole_dit=True))
-    assert train_network(ToyFamily(), toy_options(tmp_path, *other, whole_dit=True)) == 0
+    train_with_kills(tmp_path, *options, moments=(5,), whole_dit=True)
 
     average = load_file(tmp_path / "output" / "x-ema.safetensors")
     assert same(plain, expected)

@@ -11,8 +11,7 @@ from dataset.cache.files import checksum, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.contract.data import LOSS_MASK
 from modules.errors import OptionError
-from tests.training.test_resume import Killed, killed_at
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import Killed, ToyFamily, killed_at, same, toy_options, train_toy, write_caches
 from training.loss import training_loss
 from training.run import prepare_run, train_network
 
@@ -49,16 +48,6 @@ def test_captions_and_dropout_change_the_run(tmp_path: Path) -> None:
 
     assert not same(found[0], found[1])
     assert not same(found[0], found[2])
-
-
-def test_masks_change_the_run(tmp_path: Path) -> None:
-    write_dataset(tmp_path)
-    masked = train_toy(tmp_path)
-    for path in (tmp_path / "cache").glob("*_0032x0032_toy.safetensors"):
-        tensors = load_file(path)
-        write_tensors(path, {name: one for name, one in tensors.items() if name != LOSS_MASK}, {})
-
-    assert not same(masked, train_toy(tmp_path))
 
 
 @pytest.mark.parametrize("moment", [1, 4, 8])

@@ -20,17 +20,19 @@ from modules.offload.turns import HostCopy
 from networks.adapter import make_network
 from tests.modules.fake_device import FakeDevice
 from tests.modules.offload.test_turns import taking_turns
-from tests.training.test_resume import Killed, killed_at, train_in_two_processes
+from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import (
     TWO_EXPERTS,
+    Killed,
     ToyFamily,
+    killed_at,
     same,
     state_tensors,
     toy_options,
     train_toy,
     write_caches,
 )
-from training.experts import ExpertNetworks, Turns
+from training.experts import ExpertNetworks
 from training.loop import take_step
 from training.run import prepare_run, train_network
 from training.trainable import share_network
@@ -227,7 +229,7 @@ def test_networks_that_take_turns_train_the_same(tmp_path: Path, swap: list[obje
             copies: dict[nn.Module, HostCopy] = {}
             if takes_turns:
                 copies = {dit: taking_turns(dit, FakeDevice()) for dit in run.dits.networks}
-                run = replace(run, dits=ExpertNetworks(run.dits.networks, Turns(copies)))
+                run = replace(run, dits=ExpertNetworks(run.dits.networks, copies))
             feed = run.feed.start(0, 0)
             for index in range(4):
                 take_step(run, range(index, index + 1), feed)

@@ -12,10 +12,16 @@ from torch import Tensor, nn
 
 from modules.contract.loading import Placement
 from modules.errors import OptionError
-from tests.training.test_resume import Killed, killed_at
-from tests.training.toy import ToyFamily, same, state_tensors, toy_options, train_toy, write_caches
+from tests.training.toy import (
+    ToyFamily,
+    same,
+    state_tensors,
+    toy_options,
+    train_toy,
+    train_with_kills,
+    write_caches,
+)
 from training.optimizers.stepping import ALONE, ParameterSteps, stochastic_bfloat16
-from training.run import train_network
 from training.steps import Progress
 
 FUSED = "--fused_backward_pass"
@@ -77,11 +83,7 @@ def test_steps_inside_the_backward_pass_give_the_same_bits(
     arguments = [
         *UNCLIPPED,
         *precision,
-        "--gradient_checkpointing",
-        "--lr_scheduler",
-        "linear",
-        "--lr_warmup_steps",
-        2,
+        *("--gradient_checkpointing", "--lr_scheduler", "linear", "--lr_warmup_steps", 2),
     ]
     arguments += ["--save_state", "--optimizer_type", optimizer[0]]
     arguments += ["--optimizer_args", *optimizer[1:]] if optimizer[1:] else []
@@ -230,6 +232,12 @@ def test_the_rest_of_the_model_stays_as_it_is(tmp_path: Path, fused: tuple[str, 
     assert changed == {name for name in trained if name.startswith(("blocks.1.up", "head"))}
 
 
+def test_a_part_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    with pytest.raises(OptionError, match="nonsense"):
+        train_dit(tmp_path, "--trainable_modules", "nonsense")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -300,24 +308,13 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...]
     write_caches(tmp_path)
     arguments = [
         *how,
-        "--lr_scheduler",
-        "cosine",
-        "--save_every_n_steps",
-        2,
-        "--save_state",
-        "--resume",
-        "latest",
+        *("--lr_scheduler", "cosine", "--save_every_n_steps", 2, "--save_state", "--resume", "latest"),
     ]
     if "Adafactor" in how:  # it finds its own rate
         arguments = [*arguments[: len(how)], *arguments[len(how) + 2 :]]
     expected = train_dit(tmp_path, *arguments)
-    other = [*arguments, "--output_dir", tmp_path / "killed"]
 
-    with pytest.raises(Killed):
-        train_network(killed_at(moment), toy_options(tmp_path, *other, whole_dit=True))
-    assert train_network(ToyFamily(), toy_options(tmp_path, *other, whole_dit=True)) == 0
-
-    assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
+    assert same(expected, train_with_kills(tmp_path, *arguments, moments=(moment,), whole_dit=True))
     ours, theirs = (state_tensors(tmp_path / folder / "x-state") for folder in ("output", "killed"))
     assert all(same(ours[part], theirs[part]) for part in ("dit", "optimizer"))
 
@@ -329,12 +326,8 @@ def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) 
     found: list[Tensor] = []
 
     more = [
-        "--sample_prompts",
-        tmp_path / "prompts.txt",
-        "--sample_every_n_steps",
-        4,
-        "--validate_every_n_steps",
-        2,
+        *("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 4),
+        *("--validate_every_n_steps", 2),
     ]
     trained = train_dit(
         tmp_path,

@@ -212,18 +212,6 @@ def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
     assert words_of(alone)[-2:] == ["--dit", "high.safetensors"]
 
 
-def test_a_sample_is_generated_again_with_all_that_it_shows(tmp_path: Path) -> None:
-    steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], prompt="a cat")
-    steps = replace(steps, sample_loras=[(Path("distill.safetensors"), 0.8)])
-
-    _, generate, convert = steps.commands(None, is_finished=True)
-
-    words, file = words_of(generate), str(tmp_path / "x-ema.safetensors")
-    assert words[words.index("--lora_weight") + 1 :][:2] == [file, "distill.safetensors"]
-    assert words[words.index("--lora_multiplier") + 1 :][:2] == ["1", "0.8"]
-    assert str(tmp_path / "x.safetensors") in words_of(convert)
-
-
 def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path) -> None:
     parser = training_parser("", WholeDitOptions)
     add_options(parser, HunyuanTrainingOptions)

@@ -124,19 +124,6 @@ def test_a_killed_run_with_learning_encoders_goes_on_to_the_bit(tmp_path: Path) 
     assert same(whole, resumed)
 
 
-def test_a_learning_encoder_gets_the_gradient_of_plain_torch(tmp_path: Path) -> None:
-    """One step of SGD, against the same sum written out."""
-    write_pictures(tmp_path, count=1)
-    sgd = "--optimizer_type", "torch.optim.SGD", "--max_grad_norm", 0, "--max_train_steps", 1
-    family = TextFamily()
-
-    tensors = train_image_toy(tmp_path, *sgd, "--network_train_text_encoder_only", family=family)
-
-    up = tensors["lora_te1_layers_0.lora_up.weight"]
-    assert up.abs().max() > 0
-    assert torch.isfinite(up).all()
-
-
 VARYING = "shuffle_caption = true"
 
 
@@ -151,7 +138,7 @@ def test_encoders_whose_outputs_are_all_cached_do_not_learn(
         options = image_toy_options(tmp_path, *both)
         texts = choose_live_texts(TextFamily(), options, read_config(options))
 
-    assert texts is None
+    assert not texts.encoders
     assert "does not learn" in caplog.text
     options = image_toy_options(tmp_path, *both, "--network_train_text_encoder_only")
     with pytest.raises(OptionError, match="its outputs change"):

@@ -15,7 +15,7 @@ from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.config import load_dataset_config
 from modules.contract.loading import Placement
-from modules.errors import CacheError, MemoryPlanError, UserError
+from modules.errors import MemoryPlanError, UserError
 from modules.flow.schedule import add_noise
 from networks.adapter import make_network
 from tests.training.toy import (
@@ -92,24 +92,6 @@ def test_samples_validation_and_saving_change_nothing(tmp_path: Path) -> None:
     assert same(plain, watched)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    dropout = ["--network_dropout", "0.5", "--network_args", "rank_dropout=0.3", "module_dropout=0.3"]
-
-    assert same(train_toy(tmp_path, *dropout), train_toy(tmp_path, *dropout, "--gradient_checkpointing"))
-
-
-def test_files_and_states_are_named_by_epoch_and_step(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=4)
-
-    train_toy(tmp_path, "--save_every_n_epochs", 1, "--save_every_n_steps", 3, "--save_state")
-
-    # eight steps are two epochs; the last is no epoch file
-    names = {"x-000001", "x-step00000003", "x-step00000006", "x"}
-    found = {path.name for path in (tmp_path / "output").iterdir()}
-    assert found == {f"{name}.safetensors" for name in names} | {f"{name}-state" for name in names}
-
-
 def test_epochs_replace_steps(tmp_path: Path) -> None:
     write_caches(tmp_path, count=5)
     family = ToyFamily()
@@ -162,28 +144,6 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
     assert train_network(ToyFamily(), toy_options(tmp_path, *other)) == 0
     assert same(expected, load_file(tmp_path / "stopped" / "x.safetensors"))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_missing_caches_are_an_error_with_both_commands(tmp_path: Path) -> None:
-    from dataset.batches.finding import CachingCommands
-
-    write_caches(tmp_path, count=1)
-    for path in (tmp_path / "cache").iterdir():
-        path.unlink()
-
-    with pytest.raises(CacheError, match=r"(?s)do latents.*do texts"):
-        train_network(ToyFamily(), toy_options(tmp_path), CachingCommands("do latents", "do texts"))
-
-
-def test_merged_base_weights_are_where_learning_starts(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    train_toy(tmp_path)
-    (tmp_path / "output" / "x.safetensors").rename(tmp_path / "base.safetensors")
-    base = ["--base_weights", tmp_path / "base.safetensors", "--base_weights_multiplier", "2"]
-
-    assert not same(
-        train_toy(tmp_path, "--max_train_steps", 1), train_toy(tmp_path, "--max_train_steps", 1, *base)
-    )
 
 
 def test_mixed_precision_trains_float32_factors_of_a_half_precision_model(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from frame_pack.options import FramePackTrainingOptions
+from hunyuan_model.options import HunyuanTrainingOptions
 from modules.errors import OptionError, UserError
-from modules.options import read_options
+from modules.options import facts_of, read_options
 from modules.parser import add_options
 from modules.speed_options import SDPA
 from training.learning_options import ExpertTrainingOptions
@@ -203,3 +205,22 @@ def test_a_seed_of_many_digits_is_refused(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         options("--seed", "1" * 200)
     assert "200 digits" in capsys.readouterr().err
+
+
+OWN = (WanTrainingOptions, HunyuanTrainingOptions, FramePackTrainingOptions)
+
+
+@pytest.mark.parametrize("record", [TrainingOptions, *OWN])
+def test_every_option_of_training_says_whether_a_resumed_run_may_change_it(record: type) -> None:
+    assert {
+        name
+        for name, facts in facts_of(record).items()
+        if facts.get("resume") not in {"identity", "habit", "free"}
+    } == set()
+
+
+def test_an_option_in_two_records_is_judged_alike() -> None:
+    shared = facts_of(TrainingOptions)
+    for record in OWN:
+        for name, facts in facts_of(record).items():
+            assert name not in shared or shared[name]["resume"] == facts["resume"], name

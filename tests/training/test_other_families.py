@@ -58,10 +58,7 @@ def train(folder: Path, family: PictureFamily, *arguments: object) -> dict[str, 
         folder / "dataset.toml",
         "--output_dir",
         folder / "output",
-        "--output_name",
-        "x",
-        "--seed",
-        3,
+        *("--output_name", "x", "--seed", 3),
     ]
     usual += ["--learning_rate", "1e-2", "--max_train_steps", STEPS, "--max_data_loader_n_workers", 0]
     parser = training_parser("", settings={"timestep_sampling": {"choices": (*SAMPLERS, *SIZE_SAMPLERS)}})

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from modules.devices import allow_fp16_accumulation
 from modules.errors import OptionError
 from tests.commands import QUIET, ROOT
 from tests.training.toy import write_caches
@@ -59,11 +58,7 @@ def test_half_precision_on_a_cpu_is_one_clear_error() -> None:
 
 @pytest.mark.parametrize(
     ("variable", "name"),
-    [
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-    ],
+    [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")],
 )
 def test_a_launcher_that_would_split_the_model_is_refused(
     monkeypatch: pytest.MonkeyPatch, variable: str, name: str
@@ -134,16 +129,6 @@ def test_processes_wait_for_one_that_makes_samples(
     make_accelerator(AcceleratorOptions.usual(ddp_timeout=asked))
 
     assert [each.timeout for each in given] == [timedelta(minutes=minutes)]
-
-
-def test_fp16_sums_are_switched_on_for_a_gpu() -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_fp16_accumulation
-    try:
-        assert allow_fp16_accumulation(torch.device("cuda"))
-        assert matmul.allow_fp16_accumulation
-    finally:
-        matmul.allow_fp16_accumulation = before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")

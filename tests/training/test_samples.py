@@ -5,15 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
-from generation.denoise import make_latents
-from generation.session import Session, wanted_texts
-from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.media.reading import read_image, video_info
-from networks.adapter import make_network
 from tests.media_tags import read_tags
 from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches
 from training.run import train_network
@@ -26,20 +21,6 @@ def write_prompts(folder: Path, text: str = PROMPTS) -> Path:
     path = folder / "prompts.txt"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def test_a_line_without_options_asks_for_the_documented_defaults() -> None:
-    request = sample_request({"prompt": "a dog"}, ToyFamily())
-
-    assert (request.width, request.height, request.frames, request.steps, request.flow_shift) == (
-        256,
-        256,
-        1,
-        20,
-        14.5,
-    )
-    assert request.guidance_scale is None  # the family's own
-    assert request.negative_prompt is None
 
 
 def test_sizes_are_rounded_down_to_what_can_be_made() -> None:
@@ -119,13 +100,8 @@ def test_files_are_named_by_epoch_or_step_prompt_time_and_seed(tmp_path: Path) -
     """Four steps an epoch, samples every third: at step 12 both are due and only the step's are made."""
     write_caches(tmp_path, count=4)
     times = [
-        "--sample_every_n_steps",
-        3,
-        "--sample_every_n_epochs",
-        1,
-        "--sample_at_first",
-        "--max_train_steps",
-        12,
+        *("--sample_every_n_steps", 3, "--sample_every_n_epochs", 1, "--sample_at_first"),
+        *("--max_train_steps", 12),
     ]
 
     train_toy(tmp_path, "--sample_prompts", write_prompts(tmp_path), *times)
@@ -152,25 +128,6 @@ def test_a_video_has_the_size_and_frames_asked_for_and_a_single_frame_is_a_pictu
     assert read_tags(video)["bt_sampled_from"] == "x_000008"
     assert "\nNegative prompt: " in read_tags(picture)["parameters"]
     assert read_image(picture).shape == (256, 256, 3)
-
-
-def test_a_sample_is_what_generation_makes_from_the_same_lora(tmp_path: Path) -> None:
-    decoded: list[torch.Tensor] = []
-    write_caches(tmp_path, count=4)
-    prompts = write_prompts(tmp_path, "a cat --w 32 --h 32 --f 5 --d 11 --s 4 --fs 3 --l 4 --n ugly")
-
-    family = ToyFamily(on_decode=decoded.append)
-    train_toy(tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", 8, family=family)
-
-    cpu = torch.device("cpu")
-    request = family.prepare(family.requests[0])
-    dit = family.load_dit(Placement(cpu)).eval()
-    network = make_network(toy_options(tmp_path).network, family.lora_module, dit, seed=99)
-    network.load_weights(tmp_path / "output" / "x.safetensors")
-    network.module.eval()
-    (texts,) = Session(family, cpu, lambda _: dit, keep=False).texts([wanted_texts(request)])
-    latents = make_latents(family, lambda _: dit, request, texts, {0: {}}, cpu)
-    torch.testing.assert_close(decoded[0], latents, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", ["impossible", "a cat --w abc"])

@@ -6,12 +6,10 @@ import logging
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from modules.errors import OptionError
-from tests.training.test_resume import EVERYTHING, Killed, killed_at
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
-from training.run import train_network
+from tests.training.test_resume import EVERYTHING
+from tests.training.toy import same, train_toy, train_with_kills, write_caches
 
 CHECKPOINTS = [
     "--gradient_checkpointing",
@@ -30,13 +28,8 @@ pytestmark = pytest.mark.usefixtures("nothing_compiled")
 def test_a_killed_run_ends_with_the_bytes_of_a_plain_one(tmp_path: Path, moment: int, how: list[str]) -> None:
     write_caches(tmp_path, count=5)
     expected = train_toy(tmp_path, *EVERYTHING)
-    other = [*EVERYTHING, *how, "--output_dir", tmp_path / "killed"]
 
-    with pytest.raises(Killed):
-        train_network(killed_at(moment), toy_options(tmp_path, *other))
-    assert train_network(ToyFamily(), toy_options(tmp_path, *other)) == 0
-
-    assert same(expected, load_file(tmp_path / "killed" / "x.safetensors"))
+    assert same(expected, train_with_kills(tmp_path, *EVERYTHING, *how, moments=(moment,)))
 
 
 def test_a_backend_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -44,8 +44,6 @@ def test_steps_are_counted_from_where_the_plan_began(begin: tuple[int, int, int]
     for number in range(epoch, plan.num_epochs):
         for group in plan.groups(number, position):
             assert plan.steps_until(number, position) == step
-            assert plan.is_between_steps(number, position)
             step, position = step + 1, group.stop
         position = 0
     assert step == plan.total_steps
-    assert not plan.is_between_steps(plan.first_epoch + 1, 3)

@@ -18,25 +18,14 @@ def named(
 
 def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
     usual = [
-        "--timestep_sampling",
-        "shift",
-        "--discrete_flow_shift",
-        3,
-        "--save_every_n_steps",
-        2,
-        "--save_last_n_steps",
-        4,
+        *("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--save_every_n_steps", 2),
+        *("--save_last_n_steps", 4),
     ]
     assert (
         named(
             tmp_path,
             *usual,
-            "--save_state",
-            "--save_last_n_steps_state",
-            2,
-            "--logging_dir",
-            "logs",
-            "--log_config",
+            *("--save_state", "--save_last_n_steps_state", 2, "--logging_dir", "logs", "--log_config"),
         )
         == set()
     )

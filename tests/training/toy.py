@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -271,6 +272,32 @@ def train_toy(
     options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
     assert train_network(family or ToyFamily(), options) == 0
     return load_file(folder / "output" / "x.safetensors")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing is tidied up by the loop."""
+
+
+def killed_at(count: int) -> ToyFamily:
+    """A family whose run dies at the `count`-th micro-batch."""
+
+    def watch(passes: int) -> None:
+        if passes == count:
+            raise Killed
+
+    return ToyFamily(watch=watch)
+
+
+def train_with_kills(
+    folder: Path, *arguments: object, moments: Sequence[int], whole_dit: bool = False
+) -> dict[str, Tensor]:
+    """Train into `folder`/killed, die at each of these micro-batches and go on; returns the final file."""
+    options = toy_options(folder, *arguments, "--output_dir", folder / "killed", whole_dit=whole_dit)
+    for moment in moments:
+        with pytest.raises(Killed):
+            train_network(killed_at(moment), options)
+    assert train_network(ToyFamily(), options) == 0
+    return load_file(folder / "killed" / "x.safetensors")
 
 
 def state_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dataset.caching.existing import Caches
 from modules.contract.data import (
-    Batch,
     CacheEntry,
     Conditions,
     LatentSpec,
@@ -19,12 +16,10 @@ from modules.contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from modules.contract.family import DitSpec, NoiseSpec, TextEncoder
+from modules.contract.family import DitSpec, NoiseSpec
 from modules.contract.loading import Placement
-from modules.contract.rules import ONE_EXPERT, Expert, ModelRelease
 from modules.contract.steps import NO_TWEAKS, Tweaks
-from modules.options import NO_OPTIONS
-from tests.training.toy import TOY_RELEASE, WIDTH, ToyBlock, ToyTextEncoder
+from tests.training.toy import WIDTH, ToyBlock, ToyFamily
 from training.loss import Trains
 
 LATENT = LatentSpec(channels=3, stride=(1, 8, 8), pixel_step=16, frame_step=1, scale=2.0, shift=-1.0)
@@ -68,7 +63,7 @@ class PictureDit(nn.Module):
 
 
 @dataclass(frozen=True)
-class PictureFamily:
+class PictureFamily(ToyFamily):
     """Pictures with transparency.
 
     The network says which way the data lies; or the noise, if `noise` has a table.
@@ -77,29 +72,14 @@ class PictureFamily:
     noise: NoiseSpec = NoiseSpec(training_offset=0.0, table_is_shifted=True, tokens=count_tokens)
     name: str = "pictures"
     cache_tag: str = "pic"
-    lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT
-    dit: DitSpec = DitSpec(("blocks",))
-    text_keys: frozenset[str] = frozenset({"letters"})
+    dit: DitSpec = PictureDit.spec
     defaults: SamplingDefaults = SamplingDefaults(3, 1.0, 5.0, None, 3.0, "euler", 32, 32, 1)
-    experts: tuple[Expert, ...] = ONE_EXPERT
-    options: Any = NO_OPTIONS
-    dit_files: tuple[Path, ...] = ()
     media_identity: Mapping[str, str] = field(default_factory=lambda: {"vae": "means"})
-    release: ModelRelease = TOY_RELEASE
-    metadata: Mapping[str, str] = field(default_factory=lambda: {"architecture": "pictures"})
     network: PictureDit = field(default_factory=PictureDit)
-
-    def text_encoders(self) -> Sequence[TextEncoder]:
-        return [ToyTextEncoder()]
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         return MediaEncoders(MeanVae())
-
-    def check_given_files(self) -> None: ...
-
-    def block_counts(self) -> tuple[int, ...]:
-        return ()
 
     def check_table(self, table: MediaTable) -> None: ...
 
@@ -113,14 +93,8 @@ class PictureFamily:
         made = zip(latents, alpha.float() / 255, strict=True)
         return [[CacheEntry({"latents": picture, "alpha_mask": mask})] for picture, mask in made]
 
-    def compute_dtype(self, placement: Placement) -> torch.dtype:
-        return torch.float32
-
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         return self.network
-
-    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        return {"letters": batch.tensors["letters"]}
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS

@@ -56,7 +56,10 @@ class Packed:
     content: Tensor  # uint8; the tensors one after the other, each on a multiple of ALIGNMENT bytes
 
     @classmethod
-    def of(cls, micro_batch: MicroBatch) -> "Packed":
+    def of(cls, micro_batch: MicroBatch | UserError) -> "Packed | UserError":
+        """Pack a micro-batch; leave an error as it is."""
+        if isinstance(micro_batch, UserError):
+            return micro_batch
         pieces: list[Tensor] = []
 
         def taken(tensor: Tensor) -> Tensor:
@@ -248,7 +251,7 @@ class Feed:
             num_workers=0
             if self.batches.sources.stays
             else min(self.workers, os.cpu_count() or 1, len(keys)),
-            collate_fn=_unchanged,  # type: ignore[arg-type]  # without batching it is given one item
+            collate_fn=Packed.of,  # type: ignore[arg-type]  # without batching it is given one item
             pin_memory=self.pin_memory,
             worker_init_fn=functools.partial(_start_worker, ending),
         )
@@ -270,15 +273,11 @@ class _HandedOver:
 
     batches: MicroBatches
 
-    def __getitem__(self, key: Key) -> Packed | UserError:
+    def __getitem__(self, key: Key) -> MicroBatch | UserError:
         try:
-            return Packed.of(self.batches[key])
+            return self.batches[key]
         except UserError as error:
             return error
-
-
-def _unchanged(packed: Packed | UserError) -> Packed | UserError:
-    return packed
 
 
 def _start_worker(ending: Event, _: int) -> None:

@@ -5,7 +5,7 @@ The encoders stay loaded beside the network. Every process encodes the captions 
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LiveTexts:
-    """Hold the text encoders that stay loaded. Outputs of all others come from caches."""
+    """Hold the text encoders that stay loaded; none may. Outputs of all others come from caches."""
 
     encoders: Sequence[TextEncoder]
     learning: Sequence[LearningEncoder] = ()  # those of them that get a network, in their order
@@ -38,8 +38,13 @@ class LiveTexts:
             encoder.load(device)
         for encoder in self.learning:
             encoder.network.requires_grad_(False)
-        names = " and ".join(encoder.name for encoder in self.encoders)
-        logger.info("Captions are encoded while training, by %s.", names)
+        if names := " and ".join(encoder.name for encoder in self.encoders):
+            logger.info("Captions are encoded while training, by %s.", names)
+
+    def free(self) -> None:
+        """Free all encoders."""
+        for encoder in self.encoders:
+            encoder.free()
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -51,6 +56,8 @@ class LiveTexts:
 
         Gradients flow to trained parts, if they are on. Other encoders are asked without.
         """
+        if not self.encoders:
+            return batch
         prompts = [Prompt(caption) for caption in batch.captions]
         tensors = dict(batch.tensors)
         for encoder in self.encoders:
@@ -94,24 +101,7 @@ class LiveTexts:
             return encoder.encode(prompts)
 
 
-class NoTexts:
-    """Encode nothing: all texts come from caches."""
-
-    def add_to(self, batch: Batch) -> Batch:
-        return batch
-
-
-NO_TEXTS = NoTexts()
-
-
-@contextlib.contextmanager
-def encoding(texts: LiveTexts | None) -> Iterator[None]:
-    """Free the encoders at the end of the block."""
-    try:
-        yield
-    finally:
-        for encoder in () if texts is None else texts.encoders:
-            encoder.free()
+NO_TEXTS = LiveTexts(())  # all texts come from caches
 
 
 def _stack(values: Sequence[Tensor | list[Tensor]], is_varying: bool) -> Tensor | list[Tensor]:

@@ -3,11 +3,10 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -23,26 +22,6 @@ INVERSE_SQRT_TIMESCALE = 10_000  # where neither a time scale nor a warm-up is g
 # what torch's schedulers change while they step
 COUNTS = frozenset({"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"})
 LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
-
-
-class LrSchedule(Protocol):
-    """Functions that the loop needs of a schedule.
-
-    The state is plain values; call `load_state_dict` after the optimizer's own state was restored.
-    """
-
-    @property
-    def name(self) -> str: ...  # for logs and metadata
-
-    def step(self) -> None: ...
-
-    def get_last_lr(self) -> Sequence[float | Tensor]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None: ...
-
-    def go_to(self, step: int) -> None: ...  # of a new schedule, by its own settings
 
 
 @dataclass(frozen=True)
@@ -68,7 +47,7 @@ class RateShape:
         return min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
 
 
-def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> LrSchedule:
+def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> "LrSchedule":
     """Make the schedule for this optimizer and this many optimizer steps.
 
     Raises OptionError if the options do not fit together.
@@ -257,7 +236,7 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
         ) from None
 
 
-# the schedules
+# the schedules: their state is plain values, restored after that of the optimizer; `go_to` is for a new one
 
 
 class CurveSchedule(LambdaLR):
@@ -353,6 +332,9 @@ class OwnRates:
 
     def go_to(self, step: int) -> None:
         """Do nothing."""
+
+
+LrSchedule = CurveSchedule | Imported | OwnRates
 
 
 def _other_schedule(name: str) -> str:

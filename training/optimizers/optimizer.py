@@ -107,11 +107,19 @@ def check_arguments(
         )
 
 
+def _paths() -> dict[str, str]:
+    """Return the import paths of the optimizers that have a name, by the name in small letters."""
+    own = {
+        key.lower(): f"torch.optim.{key}"
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+    }
+    return own | NAMES
+
+
 def class_path(name: str) -> str:
     """Return the import path that a name stands for; of an unknown one the name itself."""
-    path = NAMES.get(name.lower(), name)
-    found = _torch_classes().get(path.lower())
-    return path if found is None else f"torch.optim.{found.__name__}"
+    return _paths().get(name.lower(), name)
 
 
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
@@ -119,11 +127,14 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
 
     Raises OptionError naming the missing package or the known names, or if it is no optimizer.
     """
-    path = NAMES.get(name.lower(), name)
-    module, _, class_name = path.rpartition(".")
-    kind: Any = (
-        import_object("--optimizer_type", name, module, class_name) if module else _torch_optimizer(name)
-    )
+    module, _, class_name = class_path(name).rpartition(".")
+    if not module:
+        known = sorted(filter(None, _paths()))
+        raise OptionError(
+            f"--optimizer_type {name}: unknown.{did_you_mean(name.lower(), known)} Use one of "
+            f"{', '.join(known)}, or an import path such as package.module.Class."
+        )
+    kind: Any = import_object("--optimizer_type", name, module, class_name)
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         raise OptionError(
             f"--optimizer_type {name}: is not an optimizer class. Give a subclass of torch.optim.Optimizer, "
@@ -168,26 +179,6 @@ def set_training(optimizer: Optimizer, is_training: bool) -> None:
     if is_schedule_free(optimizer):
         switch = optimizer.train if is_training else optimizer.eval  # type: ignore[attr-defined]
         switch()
-
-
-def _torch_classes() -> dict[str, type[Optimizer]]:
-    """Return the optimizers of torch.optim by their names in small letters."""
-    return {
-        key.lower(): value
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
-    }
-
-
-def _torch_optimizer(name: str) -> Callable[..., Optimizer]:
-    classes = _torch_classes()
-    if name.lower() not in classes:
-        known = sorted({*(key for key in NAMES if key), *classes})
-        raise OptionError(
-            f"--optimizer_type {name}: unknown.{did_you_mean(name.lower(), known)} Use one of "
-            f"{', '.join(known)}, or an import path such as package.module.Class."
-        )
-    return classes[name.lower()]
 
 
 def _adafactor_arguments(

@@ -30,19 +30,19 @@ from training.steps import Progress
 ALONE: Mapping[str, frozenset[str]] = {
     "torch": frozenset(
         {
-            "ASGD",
-            "Adadelta",
-            "Adafactor",
-            "Adagrad",
-            "Adam",
-            "AdamW",
-            "Adamax",
-            "Muon",
-            "NAdam",
-            "RAdam",
-            "RMSprop",
-            "Rprop",
-            "SGD",
+            *(
+                "ASGD",
+                "Adadelta",
+                "Adafactor",
+                "Adagrad",
+                "Adam",
+                "AdamW",
+                "Adamax",
+                "Muon",
+                "NAdam",
+                "RAdam",
+            ),
+            *("RMSprop", "Rprop", "SGD"),
         }
     ),
     "transformers": frozenset({"Adafactor"}),

@@ -19,6 +19,7 @@ from modules.contract.family import Described
 from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import MemoryWatch, host_room
 from modules.planning.dry_run import (
+    BATCH,
     GRADIENTS,
     KEPT,
     NETWORK,
@@ -46,18 +47,19 @@ from modules.planning.memory_plan import (
 from modules.speed_options import SwapOptions
 from training.data.feed import Randomness
 from training.data.live_media import BatchSources
-from training.data.live_text import LiveTexts
+from training.data.live_text import NO_TEXTS, LiveTexts
 from training.experts import placement_of
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
-from training.planning.rehearsal import rehearse
+from training.planning.rehearsal import STEP, rehearse
 from training.processes import largest_of_processes
 
 logger = logging.getLogger(__name__)
 
 COMPILED = "Compiled blocks usually need less than planned here."
 META = torch.device("meta")
+Shape = tuple[int, ...]  # of latents without their channels: B F H W
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class StepPrediction:
     options: TrainingOptions
     batch: str  # the size of the batch, in words
     size: int  # of the batch: numbers in its latents
+    shape: Shape  # of its latents
     moments: Mapping[str, Moment]
     waiting: int  # bytes of activations in host memory
     weights: str  # their dtypes
@@ -75,7 +78,7 @@ class StepPrediction:
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
     others: int = 0  # further transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # those that only samples need
-    texts: LiveTexts | None = None  # encoded in each step
+    texts: LiveTexts = NO_TEXTS  # encoded in each step
 
     def phase(self, blocks: int) -> Phase:
         """Return the largest moment of a step with this many blocks swapped."""
@@ -115,6 +118,16 @@ class StepPrediction:
             parts.append(MemoryPart("what learns in them", self.others * learning))
         return tuple(parts)
 
+    def scaled(self, share: float) -> "StepPrediction":
+        """Return the prediction for a batch with this share of the numbers: activations go with them."""
+
+        def part(place: str, moment: Moment) -> Moment:
+            follows = () if place == STEP else (KEPT, WORKING, BATCH)
+            return {kind: round(size * share) if kind in follows else size for kind, size in moment.items()}
+
+        moments = {place: part(place, moment) for place, moment in self.moments.items()}
+        return replace(self, moments=moments, waiting=round(self.waiting * share))
+
     def device(self, blocks: int) -> int:
         """Return the bytes of the device with this many blocks swapped."""
         return self.phase(blocks).device
@@ -137,7 +150,7 @@ def predict(
     noisy_batch: NoisyBatch,
     device: torch.device,
     sampled: int = 0,
-    texts: LiveTexts | None = None,
+    texts: LiveTexts = NO_TEXTS,
 ) -> StepPrediction:
     """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
 
@@ -153,21 +166,20 @@ def predict(
         parts, named = whole.name_parts, dit.named_parameters()
         learning = [one for name, one in named if not parts or any(part in name for part in parts)]
         average = 4 * sum(one.numel() for one in learning)
-    count, _, frames, height, width = noisy_batch.noise.shape
-    step, rows, columns = family.latent.stride
-    encoders = () if texts is None else texts.encoders
+    count, _, *size = noisy_batch.noise.shape
+    shape: Shape = (count, *size)
     try:
         with quiet():
-            for encoder in encoders:
+            for encoder in texts.encoders:
                 encoder.load(META)
             moments, waiting = rehearse(family, options, dit, noisy_batch, texts)
     finally:
-        for encoder in encoders:
-            encoder.free()
+        texts.free()
     return StepPrediction(
         options,
-        f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}",
+        describe_batch(family.latent, shape),
         noisy_batch.noise.numel(),
+        shape,
         moments,
         waiting,
         weights,
@@ -221,7 +233,7 @@ def plan_training(
     device: torch.device,
     sampled: int = 0,
     sources: BatchSources | None = None,
-    texts: LiveTexts | None = None,
+    texts: LiveTexts = NO_TEXTS,
 ) -> None:
     """Print the plan. Nothing large is loaded, and no GPU is needed.
 
@@ -297,7 +309,7 @@ def advice(
     ]
     can_swap = prediction.options.whole_dit is None
     lines, last = advise(prediction, predicted, room.usable, prediction.blocks, can_swap)
-    return lines if last is None else [*lines, *smaller(family, last, noisy_batch, room, device)]
+    return lines if last is None else [*lines, *smaller(family.latent, last, room)]
 
 
 def cheaper(options: TrainingOptions, others: int = 0) -> list[tuple[str, TrainingOptions]]:
@@ -323,9 +335,7 @@ def cheaper(options: TrainingOptions, others: int = 0) -> list[tuple[str, Traini
     return found
 
 
-def smaller(
-    family: Trains, before: StepPrediction, noisy_batch: NoisyBatch, room: Room, device: torch.device
-) -> list[str]:
+def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]:
     """Return how far the batch, the clip or the picture has to shrink, after all other savings.
 
     Stops at the first that fits. before: with these savings.
@@ -333,34 +343,30 @@ def smaller(
     can_swap = before.options.whole_dit is None
     blocks = before.most if can_swap else before.blocks
     swap = f" with --blocks_to_swap {blocks}" if can_swap else ""
-    for name, sizes in shrunk(family.latent, noisy_batch):
-        for size, batch in sizes:
-            prediction = predict(family, before.options, batch, device, texts=before.texts)
-            if prediction.device(blocks) <= room.usable:
-                return [f"{name} {size} in --dataset_config{swap} fits ({prediction.batch})"]
+    for name, size, shape in shrunk(latent, before.shape):
+        if before.scaled(prod(shape) / prod(before.shape)).device(blocks) <= room.usable:
+            return [f"{name} {size} in --dataset_config{swap} fits ({describe_batch(latent, shape)})"]
     return ["no smaller batch, clip or picture was found that fits"]
 
 
-def shrunk(latent: LatentSpec, noisy_batch: NoisyBatch) -> list[tuple[str, list[tuple[str, NoisyBatch]]]]:
-    """Return batches of fewer samples, then of fewer frames, then of smaller pictures.
+def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
+    """Return keys of --dataset_config with values and the shapes that they give: fewer samples, then fewer
+    frames, then smaller pictures.
 
-    Latents are cut, texts stay as they are. A section of a clip keeps its length, which is the model's.
+    A section of a clip keeps its length, which is the model's.
     """
-    count, _, frames, height, width = noisy_batch.noise.shape
+    count, frames, height, width = shape
     step, vertical, horizontal = latent.stride
     token = latent.pixel_step // horizontal  # sides are multiples of it
     lengths, least = ([], frames) if latent.in_sections else (list_halves(frames), 1)
-    found: dict[str, list[tuple[str, NoisyBatch]]] = {"batch_size": [], "target_frames": [], "resolution": []}
-    for number in list_halves(count):
-        found["batch_size"].append((str(number), cut(noisy_batch, number, frames, height, width)))
+    found = [("batch_size", str(number), (number, frames, height, width)) for number in list_halves(count)]
     for number in lengths:
-        name = str(step * (number - 1) + 1)
-        found["target_frames"].append((name, cut(noisy_batch, 1, number, height, width)))
+        found.append(("target_frames", str(step * (number - 1) + 1), (1, number, height, width)))
     for factor in (0.75, 0.5, 0.375, 0.25):
         rows, columns = (token * max(1, round(side * factor / token)) for side in (height, width))
         name = f"[{horizontal * columns}, {vertical * rows}]"
-        found["resolution"].append((name, cut(noisy_batch, 1, least, rows, columns)))
-    return list(found.items())
+        found.append(("resolution", name, (1, least, rows, columns)))
+    return found
 
 
 def list_halves(number: int) -> list[int]:
@@ -372,30 +378,8 @@ def list_halves(number: int) -> list[int]:
     return found
 
 
-def cut(noisy_batch: NoisyBatch, count: int, frames: int, height: int, width: int) -> NoisyBatch:
-    """Return the first samples of a batch, cut to `frames`, `height` and `width`.
-
-    Tensors of the latents' size keep their first rows and columns, those of their length their first frames.
-    """
-    length, *size = noisy_batch.noise.shape[2:]
-
-    def smaller(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim == 5 and list(tensor.shape[3:]) == size:
-            tensor = tensor[:, :, : frames if tensor.shape[2] == length else None, :height, :width]
-        return tensor[:count] if tensor.ndim and tensor.shape[0] == len(noisy_batch.noise) else tensor
-
-    tensors = {
-        name: value[:count] if isinstance(value, list) else smaller(value)
-        for name, value in noisy_batch.batch.tensors.items()
-    }
-    batch = replace(
-        noisy_batch.batch,
-        tensors=tensors,
-        captions=noisy_batch.batch.captions[:count],
-        keys=noisy_batch.batch.keys[:count],
-        preserved=noisy_batch.batch.preserved[:count],
-    )
-    numbers = (noisy_batch.sigmas[:count], noisy_batch.timesteps[:count], noisy_batch.weights[:count])
-    given = min(noisy_batch.given_frames, frames - 1)
-    further = None if noisy_batch.perturbation is None else smaller(noisy_batch.perturbation)
-    return NoisyBatch(batch, smaller(noisy_batch.noise), *numbers, given, noisy_batch.expert, further)
+def describe_batch(latent: LatentSpec, shape: Shape) -> str:
+    """Return the size of a batch in pixels and frames."""
+    count, frames, height, width = shape
+    step, rows, columns = latent.stride
+    return f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}"

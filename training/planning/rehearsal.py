@@ -33,7 +33,7 @@ from modules.planning.dry_run import (
 )
 from modules.private_torch import disable_modes
 from networks.adapter import make_network
-from training.data.live_text import LiveTexts
+from training.data.live_text import NO_TEXTS, LiveTexts
 from training.experts import AUTOCAST, dress
 from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
 from training.optimizers.optimizer import make_optimizer, set_training
@@ -69,7 +69,7 @@ class Rehearsal:
     steps: ParameterSteps | None  # of single weights
     states: list[Tensor]  # stand-ins for the average (EMA), and for states that a rehearsal cannot make
     blocks: Mapping[str, list[nn.Module]]  # all, by the name of their list
-    texts: LiveTexts | None = None  # encoded in each step, without content
+    texts: LiveTexts = NO_TEXTS  # encoded in each step, without content
     # with --fused_backward_pass, once the optimizer has its states
     fused: FusedBackward | None = None
 
@@ -97,7 +97,7 @@ class Rehearsal:
         self.ledger.enter("text encoders")
         self.ledger.forget_peaks()
         self.ledger.is_backward = False
-        if self.texts is not None:
+        if self.texts.encoders:
             with autocast_of(self.options, self.ledger.device)():
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
@@ -175,7 +175,7 @@ def rehearse(
     options: TrainingOptions,
     dit: nn.Module,
     noisy_batch: NoisyBatch,
-    texts: LiveTexts | None = None,
+    texts: LiveTexts = NO_TEXTS,
 ) -> tuple[dict[str, Moment], int]:
     """Return the largest moment at each place of a training step, and the bytes that wait on the host.
 
@@ -195,11 +195,11 @@ def dress_trainable(
     options: TrainingOptions,
     dit: nn.Module,
     ledger: Ledger,
-    texts: LiveTexts | None = None,
+    texts: LiveTexts = NO_TEXTS,
 ) -> Rehearsal:
     """The order of dressing of `training.learning`: network, then `dress`; and the optimizer."""
     place(dit, ledger)
-    for encoder in () if texts is None else texts.encoders:
+    for encoder in texts.encoders:
         for module in modules_in(encoder):
             place(module.requires_grad_(False), ledger, TEXTS)
     dit.requires_grad_(False)
@@ -207,9 +207,8 @@ def dress_trainable(
         unread = options.network
         if not unread.dim_from_weights:
             unread = replace(unread, network_weights=None)
-        encoders = {} if texts is None else texts.networks
         in_dit = options.parts is None or options.parts.trains_dit
-        network = make_network(unread, family.lora_module, dit, 0, encoders, in_dit)
+        network = make_network(unread, family.lora_module, dit, 0, texts.networks, in_dit)
         place(network.module, ledger, NETWORK)
         groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     else:

@@ -28,7 +28,7 @@ from modules.errors import OptionError, UserError
 from modules.options import option_name, record_of
 from modules.planning.dry_run import quiet
 from modules.text_files import parse_toml, read_text
-from networks.adapter import NormReport
+from training.reports.readings import StepReport
 from training.run_options import LogOptions
 
 logger = logging.getLogger(__name__)
@@ -50,22 +50,6 @@ CAUSES = (
     "over."
 )
 PRIVATE = "resume"  # may be a path; so may every option of that type
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Hold the numbers of one optimizer step."""
-
-    step: int  # from 1
-    loss: float
-    average: float  # of the losses of the last epoch-length window
-    rates: Mapping[str, float]  # as `name_rates` gives them
-    gradient_norm: float | None = None  # before clipping
-    norms: NormReport | None = None  # of --scale_weight_norms
-    seconds: float | None = None  # that the step took, without pauses
-    # losses of the experts that had micro-batches in the step, by name; none if there is one expert
-    by_expert: Mapping[str, float] = field(default_factory=dict)
-    sizes: Hashable = None  # of the items: steps that share them take as long
 
 
 @dataclass

@@ -59,45 +59,32 @@ class PageFacts:
     memory: Callable[[], Sequence[tuple[str, str]]]
 
 
-@dataclass(frozen=True)
-class Standing:
-    """Hold where the run stands."""
-
-    step: int
-    text: str  # such as "running"
-    kind: str = ""  # good if it is finished, bad if an error ended it
-
-
 @dataclass
 class ClipStore:
     """Hold the reduced clips of the grid, each encoded once."""
 
     folder: Path
     now: Callable[[], float] = time.monotonic
-    _clips: dict[str, Markup] = field(default_factory=dict)
+    clips: dict[str, Markup] = field(default_factory=dict)
 
-    def load(self, name: str, text: str, deadline: float) -> Markup | str:
+    def load(self, name: str, prompt: str, step: int, deadline: float) -> Markup | str:
         """Return the clip, or why there is none. After the deadline, only clips that are there are given."""
-        if name in self._clips:
-            return self._clips[name]
-        if self.now() > deadline:
-            return "shown when the page is written next"
-        try:
-            return self.add(name, text, read_reduced(self.folder / name))
-        except (OSError, UserError):
-            return "the file is gone, or cannot be read"
+        if name not in self.clips:
+            if self.now() > deadline:
+                return "shown when the page is written next"
+            try:
+                self.add(name, prompt, step, read_reduced(self.folder / name))
+            except (OSError, UserError):
+                return "the file is gone, or cannot be read"
+        return self.clips[name]
 
-    def add(self, name: str, text: str, clip: ReducedClip) -> Markup:
+    def add(self, name: str, prompt: str, step: int, clip: ReducedClip) -> None:
         """Encode a clip that was read. Raises UserError if that fails."""
-        tag = embed_clip(clip.frames, clip.fps, text, SIDE, has_controls=False)
-        if len(tag) > MOST_CLIP_BYTES:
-            tag = embed_clip(clip.frames, clip.fps, text, SMALL_SIDE, has_controls=False)
-        self._clips[name] = tag
-        return tag
-
-    def keep(self, names: set[str]) -> None:
-        """Forget all other clips."""
-        self._clips = {name: tag for name, tag in self._clips.items() if name in names}
+        text = f"{prompt}, step {step}"  # for those who cannot see it
+        for side in (SIDE, SMALL_SIDE):
+            self.clips[name] = embed_clip(clip.frames, clip.fps, text, side, has_controls=False)
+            if len(self.clips[name]) <= MOST_CLIP_BYTES:
+                break
 
 
 def page_path(folder: Path, name: str) -> Path:
@@ -106,21 +93,30 @@ def page_path(folder: Path, name: str) -> Path:
 
 
 def write_training_page(
-    path: Path, facts: PageFacts, story: Story, standing: Standing, clips: ClipStore, written: datetime
+    path: Path,
+    facts: PageFacts,
+    story: Story,
+    clips: ClipStore,
+    step: int,
+    standing: str = "running",
+    kind: str = "",
 ) -> None:
-    """Write the page. Raises OutputError if that fails."""
+    """Write the page of a run that stands at `step`. kind: good if it is finished, bad if an error ended it.
+
+    Raises OutputError if that fails.
+    """
     best = story.best_file(facts.folder)
     values = {
         "facts": facts,
-        "standing": standing,
-        "written": f"{written:%Y-%m-%d %H:%M:%S}",
-        "tiles": _tiles(facts, story, standing),
+        "standing": {"step": step, "text": standing, "kind": kind},
+        "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+        "tiles": _tiles(facts, story, step),
         "grid": _grid(story, clips),
         "charts": _charts(story),
         "files": _files(story, facts.folder, best),
         "advice": describe_best(story, best),
         "memory": facts.memory(),
-        "commands": facts.commands(None if best is None else facts.folder / best, standing.kind == "good"),
+        "commands": facts.commands(None if best is None else facts.folder / best, kind == "good"),
     }
     write_page(path, TEMPLATE, f"{facts.name}: training", values)
 
@@ -152,24 +148,22 @@ def _grid(story: Story, clips: ClipStore) -> dict[str, Any]:
         min(columns, key=lambda row: abs(row.step - best), default=None) if best is not None else None
     )
     deadline = clips.now() + OLD_CLIPS_SECONDS
-    cells: dict[tuple[int, str, str], dict[str, Any]] = {}
-    for row in reversed(columns):  # the newest first: they are shown in any case
+    cells: dict[tuple[int, str, int], dict[str, Any]] = {}
+    for place, row in reversed([*enumerate(columns)]):  # the newest first: they are shown in any case
         for index, prompt in shown:
             name = row.files.get(index)
-            if name is None or row.prompts.get(index, "") != prompt:
-                continue
-            tag = clips.load(
-                name, describe_clip(prompt, row.step), math.inf if row is columns[-1] else deadline
-            )
-            cells[index, prompt, _key(row)] = {"clip": tag, "href": link("sample", name)}
-    clips.keep({name for row in columns for name in row.files.values()})
+            if name is not None and row.prompts.get(index, "") == prompt:
+                tag = clips.load(name, prompt, row.step, math.inf if row is columns[-1] else deadline)
+                cells[index, prompt, place] = {"clip": tag, "href": link("sample", name)}
+    used = {name for row in columns for name in row.files.values()}
+    clips.clips = {name: tag for name, tag in clips.clips.items() if name in used}
     return {
         "columns": [{"title": _column_title(row), "is_best": row is best_column} for row in columns],
         "rows": [
             {
                 "prompt": prompt,
                 "index": index,
-                "cells": [cells.get((index, prompt, _key(row))) for row in columns],
+                "cells": [cells.get((index, prompt, place)) for place in range(len(columns))],
             }
             for index, prompt in shown
         ],
@@ -177,15 +171,6 @@ def _grid(story: Story, clips: ClipStore) -> dict[str, Any]:
         "prompts": len(prompts),
         "most_columns": MOST_COLUMNS,
     }
-
-
-def describe_clip(prompt: str, step: int) -> str:
-    """Return a description of a clip, for those who cannot see it."""
-    return f"{prompt}, step {step}"
-
-
-def _key(row: SampleRow) -> str:
-    return f"{row.step} {row.mark}"
 
 
 def _column_title(row: SampleRow) -> str:
@@ -269,10 +254,10 @@ def join_bins(points: Points) -> list[StepBin]:
     return bins
 
 
-def _tiles(facts: PageFacts, story: Story, standing: Standing) -> list[tuple[str, str, str]]:
+def _tiles(facts: PageFacts, story: Story, at_step: int) -> list[tuple[str, str, str]]:
     resumed = [f"{step:,}" for step in story.starts if step > 0]
     since = f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
-    tiles = [("Step", f"{standing.step:,} of {facts.total_steps:,}", since)]
+    tiles = [("Step", f"{at_step:,} of {facts.total_steps:,}", since)]
     bins = join_bins(story.loss)
     if bins:
         latest = bins[-max(1, len(bins) // 10) :]

@@ -1,7 +1,7 @@
 """Read the numbers that a step leaves on the device one step later, so that the host never waits for them.
 
-They are one row: the loss; if there are several experts the sum of the losses and the count of micro-batches
-of each; of several processes their wishes; at the end norms.
+They are one row: the loss; what processes wish (`WISHES`); if there are several experts the sum of the losses
+and the count of micro-batches of each; at the end norms.
 
 A step is timed from the end of the step before it, or from the end of a pause, to its own end on the device:
 not to when the host reads its numbers, which is a step later, or at once if a pause follows.
@@ -17,59 +17,37 @@ from torch import Tensor
 
 from modules.contract.rules import Expert
 from modules.devices import empty_pinned
+from networks.adapter import NormReport
 
-
-class StepSums:
-    """The loss of a step, and of each expert its losses and its micro-batches, summed on the device."""
-
-    def __init__(self, experts: Sequence[Expert], device: torch.device) -> None:
-        self.loss = torch.zeros((), device=device)
-        self._parts = torch.zeros(2, len(named(experts)), device=device)
-
-    def add(self, loss: Tensor, expert: int, micro_batches: int) -> None:
-        """Add a micro-batch. loss: divided by the number of the step's micro-batches."""
-        self.loss += loss
-        if self._parts.numel():
-            self._parts[0, expert] += loss * micro_batches
-            self._parts[1, expert] += 1
-
-    def row(self) -> Tensor:
-        """Return the numbers as the beginning of the row."""
-        return torch.cat([self.loss.view(1), self._parts.view(-1)])
-
-
-def named(experts: Sequence[Expert]) -> Sequence[Expert]:
-    """Return the experts whose losses are reported apart: none if there is one."""
-    return experts if len(experts) > 1 else ()
-
-
-def places_of_wishes(experts: Sequence[Expert]) -> range:
-    """Return where stands whether a process asks to end, to save, and for samples."""
-    first = 1 + 2 * len(named(experts))
-    return range(first, first + 3)
-
-
-def losses_by_expert(values: Sequence[float], experts: Sequence[Expert]) -> dict[str, float]:
-    """Return the mean loss of a step's micro-batches for each expert that had some, by the expert's name."""
-    experts = named(experts)
-    sums, counts = (values[1 + part * len(experts) :][: len(experts)] for part in range(2))
-    return {
-        expert.name: total / count
-        for expert, total, count in zip(experts, sums, counts, strict=True)
-        if count
-    }
+WISHES = slice(1, 4)  # of a row: how many processes ask to end, to save, and for samples
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Hold what the host knows of a step at once, and its numbers when the next one has begun."""
+class StepReport:
+    """Hold what is reported of an optimizer step; the row and what follows from it is known a step later."""
 
-    step: int
-    keys: tuple[str, ...]  # the items this process trained on
-    rates: Mapping[str, float]  # learning rates by group
+    step: int  # from 1
+    rates: Mapping[str, float]  # learning rates as `name_rates` gives them
+    keys: tuple[str, ...] = ()  # the items this process trained on
     sizes: Hashable = None  # of the items: steps that share them take as long
-    values: tuple[float, ...] = ()
-    seconds: float | None = None  # that the step took; None: the clock was not started
+    row: tuple[float, ...] = ()
+    seconds: float | None = None  # that the step took, without pauses; None: the clock was not started
+    loss: float = 0.0
+    average: float = 0.0  # of the losses of the last epoch-length window
+    gradient_norm: float | None = None  # before clipping
+    norms: NormReport | None = None  # of --scale_weight_norms
+    # losses of the experts that had micro-batches in the step, by name; none if there is one expert
+    by_expert: Mapping[str, float] = field(default_factory=dict)
+
+
+def losses_by_expert(row: Sequence[float], experts: Sequence[Expert]) -> dict[str, float]:
+    """Return the mean loss of a step's micro-batches for each expert that had some, by the expert's name."""
+    count = len(experts)
+    if count == 1:
+        return {}
+    numbers = row[WISHES.stop :]
+    parts = zip(experts, numbers[:count], numbers[count : 2 * count], strict=True)
+    return {expert.name: total / batches for expert, total, batches in parts if batches}
 
 
 @dataclass(frozen=True)
@@ -88,45 +66,43 @@ class Moment:
 
 @dataclass
 class Readings:
-    """Hold the numbers of one step. `now` returns seconds."""
+    """Keep the row of the last step until it has arrived. `now` returns seconds."""
 
     now: Callable[[], float] = time.monotonic
-    _waiting: tuple[Reading, Tensor, Moment | None] | None = field(default=None, init=False)
+    _waiting: tuple[StepReport, Tensor, Moment | None] | None = field(default=None, init=False)
     _last: Moment | None = field(default=None, init=False)  # end of the last step or pause
 
     def restart_clock(self, device: torch.device) -> None:
         """Exclude the time until now (samples, saving, validation) from the next step."""
-        self._last = Moment(self.now(), _record_event() if device.type == "cuda" else None)
+        self._last = self._moment(device.type)
 
-    def push(self, step: Reading, numbers: Tensor) -> Reading | None:
-        """Take the numbers (1-D, on any device) of a step; returns the reading of the step before."""
-        ended: Moment | None = None  # on other devices: known when the numbers have arrived
-        if numbers.is_cuda:
-            host = empty_pinned(numbers.shape, numbers.dtype)
-            numbers = host.copy_(numbers, non_blocking=True)
-            ended = Moment(self.now(), _record_event())
-        elif numbers.device.type == "cpu":
-            ended = Moment(self.now())
-        before = self.flush() if self._waiting is not None else None
-        self._waiting = (step, numbers, ended)
+    def push(self, step: StepReport, row: Tensor) -> StepReport | None:
+        """Take the row (1-D, on any device) of a step; returns the step before with its row."""
+        kind = row.device.type
+        if row.is_cuda:
+            row = empty_pinned(row.shape, row.dtype).copy_(row, non_blocking=True)
+        # on other devices: known when the numbers have arrived
+        ended = self._moment(kind) if kind in {"cuda", "cpu"} else None
+        before = self.flush()
+        self._waiting = (step, row, ended)
         return before
 
-    def flush(self) -> Reading | None:
-        """Return the reading that is still waiting, if any; the host waits for the device."""
+    def flush(self) -> StepReport | None:
+        """Return the step that is still waiting, if any; the host waits for the device."""
         if self._waiting is None:
             return None
-        (step, numbers, ended), self._waiting = self._waiting, None
+        (step, row, ended), self._waiting = self._waiting, None
         if ended is not None and ended.event is not None:
             ended.event.synchronize()
-        values = tuple(numbers.tolist())
-        if ended is None:
-            ended = Moment(self.now())
+        values = tuple(row.tolist())
+        ended = ended or self._moment("")
         seconds = None if self._last is None else self._last.seconds_to(ended)
         self._last = ended
-        return replace(step, values=values, seconds=seconds)
+        return replace(step, row=values, seconds=seconds)
 
-
-def _record_event() -> Any:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    def _moment(self, device: str) -> Moment:
+        event = None
+        if device == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        return Moment(self.now(), event)

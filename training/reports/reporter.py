@@ -7,15 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from modules.media.reading import Frame
 from training.reports.history import History
-from training.reports.logs import StepReport
-from training.reports.page import ClipStore, PageFacts, Standing, describe_clip, write_training_page
+from training.reports.page import ClipStore, PageFacts, write_training_page
+from training.reports.readings import StepReport
 from training.reports.sample_files import (
     find_samples,
     join_strip,
@@ -31,28 +29,12 @@ SHARE = 0.003  # of the time, that pages without new samples may take
 PAUSE = 120.0  # seconds between two of these at least
 
 
-class NoReports:
-    """Report nothing, in processes that are not the main one."""
-
-    validations: Mapping[int, float] = MappingProxyType({})
-
-    def __enter__(self) -> "NoReports":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def note_step(self, report: StepReport) -> None: ...
-
-    def note_validation(self, step: int, losses: Mapping[str, float]) -> None: ...
-
-    def note_samples(self, step: int, mark: str) -> None: ...
-
-    def note_saved(self, path: Path, step: int) -> None: ...
-
-
 @dataclass
 class RunReporter:
-    """Report one run, in its main process. Use it as a context manager: leaving it writes the last page."""
+    """Report one run. Use it as a context manager: leaving it writes the last page.
+
+    In a process that is not the main one, its history is not written and it has no trackers.
+    """
 
     path: Path  # of the page; nothing is written if the history is not either
     facts: PageFacts
@@ -115,7 +97,7 @@ class RunReporter:
             with self._guarded():
                 clip = read_reduced(path)  # once for all
                 if self.history.is_written:
-                    self.clips.add(path.name, describe_clip(prompts[index], step), clip)
+                    self.clips.add(path.name, prompts[index], step, clip)
                 strips[index] = join_strip(clip)
         with self._guarded():
             log_samples(self.trackers(), step, files, strips, prompts)
@@ -141,15 +123,14 @@ class RunReporter:
             self.history.add(step, **what)
 
     def _write(self, standing: str = "running", kind: str = "") -> None:
-        """Write the page from the lines of the history. kind: see `Standing`."""
+        """Write the page from the lines of the history. kind: see `write_training_page`."""
         if not self.history.is_written:
             return
         started = self.now()
         with self._guarded():
             self.history.flush()
             story = self.history.read()
-            shown = Standing(self.step, standing, kind)
-            write_training_page(self.path, self.facts, story, shown, self.clips, datetime.now())
+            write_training_page(self.path, self.facts, story, self.clips, self.step, standing, kind)
         self._written = self.now()
         self._cost = self._written - started
 

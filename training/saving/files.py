@@ -25,7 +25,7 @@ from training.saving.states import recover_states, state_pattern
 
 logger = logging.getLogger(__name__)
 
-WriteFile = Callable[[Path], None]
+WriteFile = Callable[[str, Path], None]  # what ends the file's name, see `Names.parts`; the file
 Publish = Callable[[Path], None]  # pass on a finished file or folder, e.g. to the hub
 
 
@@ -96,12 +96,11 @@ class Saver:
 
     options: SavingOptions
     names: Names
-    write_files: Mapping[str, WriteFile]  # by what ends the file's name: see `Names.parts`
-    write_state: WriteFile
+    write_file: WriteFile
+    write_state: Callable[[Path], None]
     publish: Publish
     publish_state: Publish
-    # of the weights' average, beside each file; none if it is not kept
-    write_averages: Mapping[str, WriteFile] = field(default_factory=dict)
+    write_average: WriteFile | None = None  # of the weights, beside each file; None if it is not kept
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
         """Save under the step's name; then remove files older than --save_last_n_steps."""
@@ -168,11 +167,11 @@ class Saver:
     def _save(self, stem: str, with_state: bool) -> None:
         averages, files, state = self.names.averages(stem), self.names.files(stem), self.names.state(stem)
         written = []
-        for paths, writes in ((averages, self.write_averages), (files, self.write_files)):
-            for part, write in writes.items():
-                write(paths[part])
-                logger.info("Saved %s", paths[part])
-                written.append(paths[part])
+        for paths, write in ((averages, self.write_average), (files, self.write_file)):
+            for part, path in paths.items() if write is not None else ():
+                write(part, path)
+                logger.info("Saved %s", path)
+                written.append(path)
         for path in reversed(written):  # the file before its average
             self.publish(path)
         if with_state:

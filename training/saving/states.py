@@ -207,26 +207,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         is_wide = tensor.is_floating_point() and tensor.element_size() > 1
         if is_wide and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} holds values that are NaN or infinite.\n  {REMEDY}")
-    if not _is_plain(module, own):
-        module.load_state_dict(tensors)
-        return
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])  # one at a time
-
-
-def _is_plain(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Return whether the state dict holds exactly the parameters and buffers themselves.
-
-    Foreign networks may compute their stored tensors.
-    """
-    named = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
-    return all(
-        name in named and named[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items()
-    )
+    module.load_state_dict(tensors)
 
 
 def shorten_value(value: Any) -> str:

@@ -56,7 +56,9 @@ def test_a_batch_is_sent_from_any_memory_where_the_driver_locks_none(
     batch = micro_batches(tmp_path)[(0, 0)]
     monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
 
-    found = Packed.of(batch).pin_memory().unpacked()
+    packed = Packed.of(batch)
+    assert isinstance(packed, Packed)
+    found = packed.pin_memory().unpacked()
 
     assert found.number == batch.number
     assert torch.equal(found.data.noise, batch.data.noise)
@@ -131,7 +133,9 @@ def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
         given_frames=1,
     )
 
-    out = Packed.of(MicroBatch(3, data)).unpacked()
+    packed = Packed.of(MicroBatch(3, data))
+    assert isinstance(packed, Packed)
+    out = packed.unpacked()
 
     assert (out.number, out.data.batch.captions, out.data.batch.keys) == (3, ("a",), ("b",))
     assert out.data.given_frames == 1

@@ -26,7 +26,6 @@ from training.data.timesteps import (
     shares_of_uniform,
     takes_normal,
     times_at,
-    timesteps_at,
 )
 from training.noise_options import SAMPLERS, SIZE_SAMPLERS, WEIGHTINGS, TimestepOptions
 
@@ -175,36 +174,6 @@ def test_a_table_of_noise_levels_is_read_at_whole_timesteps(share: float, place:
     assert (times.timesteps.item(), times.sigmas.item()) == (place, place + 0.5)
 
 
-@pytest.mark.parametrize(
-    ("argv", "quantiles"),  # at u = 0.1, 0.5, 0.9, from closed forms
-    [
-        (("--timestep_sampling", "uniform"), (0.1, 0.5, 0.9)),
-        (("--timestep_sampling", "sigmoid"), (0.21731, 0.5, 0.78269)),
-        (("--timestep_sampling", "shift", "--discrete_flow_shift", "3"), (0.45440, 0.75, 0.91529)),
-        (
-            ("--timestep_sampling", "logsnr", "--logit_mean", "-6", "--logit_std", "2"),
-            (0.84792, 0.95257, 0.98638),
-        ),
-        (("--timestep_sampling", "sigma"), (0.1, 0.5, 0.9)),
-        (("--timestep_sampling", "sigma", "--weighting_scheme", "logit_normal"), (0.21731, 0.5, 0.78269)),
-        (
-            ("--timestep_sampling", "uniform", "--min_timestep", "200", "--max_timestep", "700"),
-            (0.25, 0.45, 0.65),
-        ),
-        (
-            ("--timestep_sampling", "sigma", "--min_timestep", "0", "--max_timestep", "500"),
-            (0.55, 0.75, 0.95),
-        ),
-    ],
-)
-def test_draws_have_the_quantiles_of_their_distribution(
-    argv: tuple[str, ...], quantiles: tuple[float, ...]
-) -> None:
-    found = drawn(options(*argv)).double().quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
-
-    torch.testing.assert_close(found, torch.tensor(quantiles, dtype=torch.float64), atol=6e-3, rtol=0)
-
-
 @pytest.mark.parametrize("sampling", ["uniform", "sigmoid", "shift", "logsnr", "sigma"])
 @pytest.mark.parametrize("buckets", [(), ("--num_timestep_buckets", "20")])
 def test_keeping_the_shape_means_the_distribution_cut_to_the_range(
@@ -225,12 +194,7 @@ def test_keeping_the_shape_means_the_distribution_cut_to_the_range(
 
 def test_a_range_that_nothing_falls_into_is_an_error() -> None:
     made = options(
-        "--timestep_sampling",
-        "sigmoid",
-        "--sigmoid_scale",
-        "0.01",
-        "--max_timestep",
-        "50",
+        *("--timestep_sampling", "sigmoid", "--sigmoid_scale", "0.01", "--max_timestep", "50"),
         "--preserve_distribution_shape",
     )
 
@@ -248,27 +212,10 @@ def test_buckets_take_one_draw_from_each_part_in_every_round() -> None:
     assert not torch.equal(rounds[0], rounds[1])
 
 
-def test_weights_have_their_closed_forms() -> None:
-    half = Timesteps(torch.tensor([0.5]), torch.tensor([500.0]))
-
-    assert float(loss_weights(options("--weighting_scheme", "cosmap"), half)) == pytest.approx(4 / math.pi)
-    assert float(loss_weights(options("--weighting_scheme", "sigma_sqrt"), half)) == pytest.approx(4)
-    assert float(loss_weights(options("--weighting_scheme", "mode"), half)) == 1
-
-
 def test_extreme_uniform_numbers_stay_finite() -> None:
     for sampling in ("sigmoid", "shift", "logsnr", "sigma", "uniform"):
         made = options("--timestep_sampling", sampling, "--sigmoid_scale", "0")
         assert torch.isfinite(shares_of_uniform(made, torch.tensor([0.0, 1.0]), FLOW, made.flow_shift)).all()
-
-
-def test_the_network_is_fed_one_more_except_on_the_table() -> None:
-    sigmas = torch.tensor([0.1, 0.9])
-
-    torch.testing.assert_close(
-        timesteps_at(options("--timestep_sampling", "shift"), sigmas), torch.tensor([101.0, 901.0])
-    )
-    torch.testing.assert_close(timesteps_at(options(), sigmas), torch.tensor([100.0, 900.0]))
 
 
 TWO = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 875.0))

@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from modules.errors import CheckpointError, OptionError
 from modules.parser import parse_options
 from training.learning_options import LrScheduleOptions, OptimizerOptions
-from training.optimizers.lr_schedule import LrSchedule, count_steps, make_lr_schedule
+from training.optimizers.lr_schedule import LrSchedule, make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
 
 RATE = 1e-3
@@ -213,12 +213,6 @@ def test_adafactor_shows_the_rate_it_finds() -> None:
     assert shown.name == "adafactor"
     # its relative step: min(0.01, 1/sqrt(step)) times RMS 1
     assert shown.get_last_lr()[0] == pytest.approx(0.01, rel=0.01)
-
-
-def test_fractions_of_the_run_become_steps() -> None:
-    for given, steps in (("0.15", 4), ("15", 15)):
-        read = options("--lr_scheduler", "linear", "--lr_warmup_steps", given)
-        assert count_steps(read.lr_warmup_steps, 30) == steps
 
 
 def test_a_schedule_free_optimizer_keeps_its_own_pace_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

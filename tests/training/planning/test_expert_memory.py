@@ -5,21 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from modules.contract.family import Family
 from modules.options import read_options
 from modules.parser import add_options
-from modules.planning.dry_run import BATCH, HOST, NETWORK, WEIGHTS, Ledger, largest
-from modules.planning.kernels import PlannedKernels
+from modules.planning.dry_run import largest
 from modules.planning.memory_plan import Phase
-from networks.adapter import make_network
 from tests.tiny import wan_dit
-from tests.training.planning.test_rehearsal import CHECKPOINTED, GIVEN, LAYERS, placement, wan_batch
+from tests.training.planning.test_rehearsal import CHECKPOINTED, GIVEN, LAYERS, counted, wan_batch
 from training.learning_options import ExpertTrainingOptions
-from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.planning import rehearsal
 from training.planning.memory import cheaper, predict
 from wan.family import family_for_training
 from wan.options import WanTrainingOptions
@@ -41,36 +36,6 @@ def two_experts(folder: Path, *more: str) -> tuple[Family, TrainingOptions]:
     return family_for_training(read_options(WanTrainingOptions, args)), read_options(TrainingOptions, args)
 
 
-def counted(
-    family: Family, options: TrainingOptions, batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch
-) -> int:
-    """Bytes on the device at the peak of a step with real tensors, the other transformer and its LoRA too."""
-
-    def see_all(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            ledger.see(tensor, kind)
-
-    monkeypatch.setattr(rehearsal, "place", see_all)
-    dit, other = (family.load_dit(placement(options, "cpu"), index) for index in range(2))
-    with PlannedKernels(), Ledger(HOST) as ledger:
-        real = rehearsal.dress_trainable(family, options, dit, ledger)
-        if not options.by_expert.offload_inactive_dit:  # else it waits on the host
-            see_all(other, ledger)
-        if options.by_expert.lora_per_expert:
-            assert options.network is not None
-            network = make_network(options.network, family.lora_module, other, seed=0)
-            see_all(network.module, ledger, NETWORK)
-            groups, _ = network.parameter_groups(options.optimizer.learning_rate)
-            for group in groups:
-                real.optimizer.add_param_group(dict(group))
-                real.parameters += group["params"]
-        found = real.measure_step()
-        with ledger.allocating(BATCH):
-            moved = batch.moved(lambda tensor: tensor.clone() if tensor.is_floating_point() else tensor)
-        _, moment = largest(found | real.measure(moved, real.counts))
-        return sum(moment.values())
-
-
 @pytest.mark.parametrize(
     ("own", "turns"),
     [
@@ -90,7 +55,8 @@ def test_a_step_in_two_experts_takes_what_was_predicted(
     phase = prediction.phase(0)
     planned = phase.device - prediction.workspace.device
 
-    assert planned == pytest.approx(counted(family, options, wan_batch(2), monkeypatch), rel=0.02)
+    _, moment = largest(counted(family, options, wan_batch(2), monkeypatch))
+    assert planned == pytest.approx(sum(moment.values()), rel=0.02)
     weights = next(part.device for part in phase.parts if part.name.startswith("weights"))
     assert phase.host == (2 * weights if turns else 0)
 

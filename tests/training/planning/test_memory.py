@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from dataset.batches.items import ItemKind, TrainingItem
@@ -12,9 +13,8 @@ from dataset.config import load_dataset_config
 from modules.planning.memory_plan import CONTEXT, GIB, Room
 from tests.training.planning.test_rehearsal import CHECKPOINTED, wan, wan_batch
 from tests.training.toy import write_caches
-from training.loss import NoisyBatch
 from training.options import TrainingOptions
-from training.planning.memory import advice, cheaper, cut, largest_batch, predict, prepare_memory, shrunk
+from training.planning.memory import advice, cheaper, largest_batch, predict, prepare_memory, shrunk
 from wan.spec import LATENT
 
 CPU = torch.device("cpu")
@@ -33,45 +33,25 @@ def test_the_batch_with_most_pixels_counts(tmp_path: Path) -> None:
     assert largest_batch([*few_large, *many_small[:1]]) == tuple(few_large)
 
 
-def test_a_batch_is_cut_in_all_its_tensors() -> None:
-    small = cut(wan_batch(3), 1, 2, 6, 4)
-    assert small.noise.shape == small.batch.tensor("latents").shape == (1, 16, 2, 6, 4)
-    assert len(small.batch.tensors["t5"]) == len(small.batch) == len(small.sigmas) == 1
-
-
-def test_what_stands_beside_the_latents_becomes_as_small_as_they() -> None:
-    """An image condition has other frames than the latents, and the same rows and columns."""
-    batch = beside(wan_batch(3, (3, 8, 12)), latents_image=torch.zeros(3, 16, 1, 8, 12))
-    small = cut(batch, 1, 2, 6, 4)
-    assert small.batch.tensor("latents_image").shape == (1, 16, 1, 6, 4)
-
-
 def test_a_section_is_made_smaller_but_no_shorter() -> None:
-    """Its length is the model's, and each of its frames has a place in time."""
-    places, past = torch.arange(3).expand(2, -1), torch.zeros(2, 16, 2, 8, 12)
-    batch = beside(
-        wan_batch(2, (3, 8, 12)),
-        latent_indices=places,
-        latents_clean=past,
-        clean_latent_indices=places[:, :2],
-    )
+    """Its length is the model's."""
+    found = shrunk(replace(LATENT, in_sections=True), (2, 3, 8, 12))
 
-    found = dict(shrunk(replace(LATENT, in_sections=True), batch))
-
-    assert [size for size, _ in found["batch_size"]] == ["1"]
-    assert found["target_frames"] == []
-    assert found["resolution"]
-    for size, small in found["resolution"]:
-        width, height = (int(side) // 8 for side in size.strip("[]").split(","))
-        assert small.noise.shape == small.batch.tensor("latents").shape == (1, 16, 3, height, width)
-        assert small.batch.tensor("latents_clean").shape == (1, 16, 2, height, width)
-        assert small.batch.tensor("latent_indices").shape == (1, 3)
+    assert [(size, shape) for name, size, shape in found if name == "batch_size"] == [("1", (1, 3, 8, 12))]
+    assert {name for name, *_ in found} == {"batch_size", "resolution"}
+    for name, size, shape in found:
+        if name == "resolution":
+            width, height = (int(side) // 8 for side in size.strip("[]").split(","))
+            assert shape == (1, 3, height, width)
 
 
-def beside(noisy_batch: NoisyBatch, **tensors: torch.Tensor) -> NoisyBatch:
-    """The batch with more tensors."""
-    batch = replace(noisy_batch.batch, tensors={**noisy_batch.batch.tensors, **tensors})
-    return replace(noisy_batch, batch=batch)
+def test_a_smaller_batch_takes_what_its_size_says(tmp_path: Path) -> None:
+    """As a rehearsal of it does, but for the text, which does not shrink."""
+    family, options = wan(tmp_path, *CHECKPOINTED)
+    whole, half = (predict(family, options, wan_batch(1, (3, size, 64)), CPU) for size in (64, 32))
+
+    assert whole.scaled(0.5).device(0) == pytest.approx(half.device(0), rel=0.01)
+    assert whole.scaled(0.5).device(0) < whole.device(0)
 
 
 def test_cheaper_options_come_one_after_the_other(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from modules.parser import add_options
 from modules.planning.dry_run import BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
 from modules.planning.kernels import PlannedKernels
 from modules.planning.memory_plan import GIB
+from networks.adapter import make_network
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, wan_dit
 from training.learning_options import WholeDitOptions
@@ -96,19 +97,31 @@ def predicted(family: Family, options: TrainingOptions, batch: NoisyBatch) -> di
     return found
 
 
+def see_all(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
+    for tensor in [*module.parameters(), *module.buffers()]:
+        ledger.see(tensor, kind)
+
+
 def counted(
     family: Family, options: TrainingOptions, batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Moment]:
-    """The same step with real tensors on the CPU and all blocks."""
-
-    def see_all(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            ledger.see(tensor, kind)
-
+    """The same step with real tensors on the CPU and all blocks; of a second expert its weights, and its own
+    LoRA too.
+    """
     monkeypatch.setattr(rehearsal, "place", see_all)
-    dit = family.load_dit(placement(options, "cpu"))
+    dit, *others = (family.load_dit(placement(options, "cpu"), index) for index in range(len(family.experts)))
     with PlannedKernels(), Ledger(HOST) as ledger:
         real = rehearsal.dress_trainable(family, options, dit, ledger)
+        for other in others:
+            if not options.by_expert.offload_inactive_dit:  # else it waits on the host
+                see_all(other, ledger)
+            if options.by_expert.lora_per_expert:
+                network = make_network(options.network, family.lora_module, other, seed=0)
+                see_all(network.module, ledger, NETWORK)
+                groups, _ = network.parameter_groups(options.optimizer.learning_rate)
+                for group in groups:
+                    real.optimizer.add_param_group(dict(group))
+                    real.parameters += group["params"]
         found = real.measure_step()
         with ledger.allocating(BATCH):
             moved = batch.moved(lambda tensor: tensor.clone() if tensor.is_floating_point() else tensor)

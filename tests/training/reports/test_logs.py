@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +25,12 @@ from training.reports.logs import (
     SEEN,
     Logs,
     StepClock,
-    StepReport,
     check_trackers,
     name_rates,
     public_config,
     tracker_arguments,
 )
+from training.reports.readings import StepReport
 from training.run_options import AcceleratorOptions
 
 PLAIN = AcceleratorOptions.usual()
@@ -56,7 +57,8 @@ def test_tensorboard_gets_every_number_under_its_tag(tmp_path: Path) -> None:
 
     with Logs(accelerator, given, 4, 1, {"max_train_steps": 4}, now=lambda: next(clock)) as logs:
         for step in (2, 3, 4):
-            logs.step(StepReport(step, 1 / step, 0.5, {"lr/unet": 1e-4}, 2.0, NormReport(3, 0.5, 0.9), 0.5))
+            numbers: Any = {"loss": 1 / step, "average": 0.5, "gradient_norm": 2.0, "seconds": 0.5}
+            logs.step(StepReport(step, {"lr/unet": 1e-4}, norms=NormReport(3, 0.5, 0.9), **numbers))
         logs.values({"loss/epoch": 0.4, "validation/loss": 0.3}, 4)
 
     events = EventAccumulator(str(folder / "network_train"))
@@ -83,7 +85,7 @@ def test_without_trackers_only_the_bar_moves() -> None:
     out = io.StringIO()
     with Logs(make_accelerator(PLAIN), options().logs, 10, 4) as logs:
         logs.bar = tqdm(total=10, initial=4, file=out, mininterval=0)
-        logs.step(StepReport(5, 1.0, 0.123456, {}))
+        logs.step(StepReport(5, {}, loss=1.0, average=0.123456))
         assert logs.bar.n == 5
 
     assert "avr_loss=0.1235" in out.getvalue()

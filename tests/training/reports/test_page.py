@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +21,9 @@ from modules.errors import UserError
 from modules.media.reading import read_image, video_frames
 from tests.browser import open_page
 from tests.training.test_resume import train_in_two_processes
-from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
+from tests.training.toy import Killed, ToyFamily, killed_at, same, toy_options, train_toy, write_caches
 from training.reports.history import History, SampleRow
-from training.reports.page import ClipStore, PageFacts, Standing, choose_columns, write_training_page
+from training.reports.page import ClipStore, PageFacts, choose_columns, write_training_page
 from training.reports.sample_files import (
     GAP,
     LEAST_WIDTH,
@@ -37,20 +36,6 @@ from training.run import train_network
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"
 PROMPTS = "a cat --w 32 --h 32 --f 9 --d 11 --s 2\na dog --w 32 --h 32 --s 2\n"
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing is tidied up by the loop."""
-
-
-def killed_at(count: int) -> ToyFamily:
-    """A family whose run dies at the `count`-th micro-batch."""
-
-    def watch(passes: int) -> None:
-        if passes == count:
-            raise Killed
-
-    return ToyFamily(watch=watch)
 
 
 @pytest.fixture
@@ -170,12 +155,6 @@ def test_hostile_texts_are_shown_and_nothing_of_them_runs(tmp_path: Path) -> Non
     assert "secret" not in file.read_text(encoding="utf-8")
 
 
-def test_without_the_page_nothing_of_it_is_written(tmp_path: Path, sampling: list[object]) -> None:
-    train_toy(tmp_path, *sampling)
-
-    assert {path.name for path in (tmp_path / "output").iterdir()} == {"x.safetensors", "sample"}
-
-
 def test_the_page_changes_no_weight(tmp_path: Path, sampling: list[object]) -> None:
     assert same(train_toy(tmp_path, *sampling), train_toy(tmp_path, *sampling, has_page=True))
 
@@ -245,8 +224,7 @@ def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, 
         history.add(step, saved=name)
         if name != "b.safetensors":
             (folder / name).write_bytes(b"x" * 2000)
-    story, standing = history.events_told, Standing(9, "running")
-    write_training_page(folder / "x.html", facts(folder), story, standing, ClipStore(folder), datetime.now())
+    write_training_page(folder / "x.html", facts(folder), history.events_told, ClipStore(folder), 9)
     return text_of((folder / "x.html").read_text(encoding="utf-8"))
 
 

@@ -20,7 +20,7 @@ class Written:
     def saver(self, *arguments: object) -> Saver:
         options = toy_options(self.folder, *arguments).saving
 
-        def write(path: Path) -> None:
+        def write(_: str, path: Path) -> None:
             self.folder.mkdir(exist_ok=True)
             path.write_bytes(b"x")
 
@@ -30,7 +30,7 @@ class Written:
         return Saver(
             options,
             Names(self.folder, "x"),
-            {"": write},
+            write,
             lambda folder: folder.mkdir(parents=True, exist_ok=True),
             publish,
             publish,
@@ -148,13 +148,13 @@ def test_saves_by_the_clock_come_after_so_many_minutes_and_are_counted_out_by_st
     assert written.names() == ["x-step00000017.safetensors", "x-step00000025.safetensors"]
 
 
-def test_metadata_of_a_file_say_where_the_run_stood(tmp_path: Path) -> None:
+def test_files_are_named_by_epoch_and_step_and_say_where_the_run_stood(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     from tests.training.toy import train_toy, write_caches
 
     write_caches(tmp_path, count=4)
-    train_toy(tmp_path, "--save_every_n_epochs", 1, "--save_every_n_steps", 3)
+    train_toy(tmp_path, "--save_every_n_epochs", 1, "--save_every_n_steps", 3, "--save_state")
 
     def read(name: str) -> dict[str, Any]:
         with safe_open(tmp_path / "output" / f"{name}.safetensors", "pt") as file:
@@ -170,5 +170,8 @@ def test_metadata_of_a_file_say_where_the_run_stood(tmp_path: Path) -> None:
         "x-step00000006": ("6", "2"),
         "x": ("8", "2"),
     }
+    # eight steps are two epochs; the last is no epoch file
+    found = {path.name for path in (tmp_path / "output").iterdir()}
+    assert found == {f"{name}.safetensors" for name in stood} | {f"{name}-state" for name in stood}
     assert read("x")["modelspec.architecture"] == "toy/lora"
     assert read("x")["ss_num_batches_per_epoch"] == "4"

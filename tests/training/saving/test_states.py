@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from modules.errors import CheckpointError, OptionError, OutputError
-from tests.faults.damage import flip_bit, truncated
+from tests.faults.damage import flip_bit
 from tests.training.toy import train_toy, write_caches
 from training.optimizers.optimizer import optimizer_state, restore_optimizer
 from training.saving.states import (
@@ -142,16 +142,6 @@ def test_a_state_moved_aside_by_a_killed_run_is_found_again(tmp_path: Path) -> N
     (tmp_path / "x-state").rename(tmp_path / ".x-state.old")
 
     assert find_latest(tmp_path, "x") == tmp_path / "x-state"
-
-
-def test_a_damaged_state_is_passed_over_by_latest_and_refused_by_name(tmp_path: Path) -> None:
-    write_state(tmp_path / "x-000001-state", state(1))
-    write_state(tmp_path / "x-000002-state", state(2))
-    truncated(*[tmp_path / "x-000002-state" / FILE] * 2)
-
-    assert find_latest(tmp_path, "x") == tmp_path / "x-000001-state"
-    with pytest.raises(CheckpointError, match="x-000002-state is damaged"):
-        read_state(tmp_path / "x-000002-state")
 
 
 def test_numbers_of_numpy_do_not_make_a_state_unreadable(tmp_path: Path) -> None:

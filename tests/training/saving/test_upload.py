@@ -32,21 +32,11 @@ class Api:
         return call
 
 
-def test_nothing_is_sent_without_a_repository(tmp_path: Path) -> None:
-    uploads = make_uploads(toy_options(tmp_path).hub, Api())
-
-    uploads.publish(tmp_path / "a.safetensors")
-    uploads.close()
-
-
 @pytest.mark.parametrize("background", [[], ["--async_upload"]])
 def test_files_and_states_go_to_their_place_in_order(tmp_path: Path, background: list[str]) -> None:
     api = Api()
     arguments = [
-        "--huggingface_repo_id",
-        "me/loras",
-        "--huggingface_path_in_repo",
-        "wan",
+        *("--huggingface_repo_id", "me/loras", "--huggingface_path_in_repo", "wan"),
         "--save_state_to_huggingface",
     ]
     arguments += ["--huggingface_repo_visibility", "public", "--huggingface_token", "secret", *background]
