@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands
-from dataset.batches.items import NO_LIVE_PARTS, Items, LiveParts, TrainingItem
+from dataset.batches.items import NO_LIVE_PARTS, LiveParts, TrainingItem, group_items
 from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
 from dataset.cache.index import INDEX_NAME
 from dataset.cache.npz import NpzNames
@@ -43,9 +43,8 @@ def check_channels(
     Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
     in their sizes. stores: of the run. Items that are encoded while training have no caches.
     """
-    columns, stores = Items.of(items), stores or Stores()
-    for places in columns.groups().values():
-        item = columns[int(places[-1])]
+    stores = stores or Stores()
+    for *_, item in group_items(items).values():
         if not item.kind.has_latents:
             continue
         header = stores.of(item.table).read(item.latent_path.name, is_whole=False).header
