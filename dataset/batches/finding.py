@@ -85,8 +85,9 @@ def find_items(
     listed: dict[Path, set[str]] = {}  # by folder, which several tables may share: names of sources
     unlisted: dict[tuple[Path, str], None] = {}  # names of other sources that have caches there
     for table in config.datasets:
-        store, one = stores.of(table), live.get(table.index, CACHED)
-        names = store.names()
+        store, texts_store = stores.of(table), stores.of_texts(table)
+        one, names = live.get(table.index, CACHED), store.names()
+        text_names = names if texts_store is store else texts_store.names()
         if table.index not in stores.given:
             incomplete += [(table, line) for line in list_unsound(names, table, cache_tag)]
         kind = ItemKind(cache_tag, text_keys, not one.media, not one.texts)
@@ -96,12 +97,12 @@ def find_items(
         stems = _listed_stems(table, store, one, wanted, cache_tag)
         if stems is not None:
             listed.setdefault(table.picture_folder, set()).update(stems)
-        texts = _TextNames(table, [] if one.texts else names, cache_tag)
+        texts = _TextNames(table, [] if one.texts else text_names, cache_tag)
         unfinished |= dict.fromkeys(table.cache_directory / name for name in texts.unfinished)
         parts = _count_parts(wanted, cache_tag, table.kind)
         buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
-        has_empty_text, is_empty = empty_text in names, True
-        del names, latent_files  # a million names: what is needed of them is held elsewhere
+        has_empty_text, is_empty = empty_text in text_names, True
+        del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
         with pause_collection():
             for name, stem, what in latent_names(wanted, cache_tag, table.kind):
                 if stems is not None and stem not in stems:

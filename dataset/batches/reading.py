@@ -90,8 +90,8 @@ def read_batch(
     numbers, sides = captions or [0] * len(items), flips or [False] * len(items)
     read = []
     for place, (item, number, flip) in enumerate(zip(items, numbers, sides, strict=True)):
-        store, encoded = stores.of(item.table), live.encoded.get(place)
-        whole = _read_item(item, store, latent, commands, checks, number, encoded, live)
+        encoded = live.encoded.get(place)
+        whole = _read_item(item, stores, latent, commands, checks, number, encoded, live)
         read.append(replace(whole, tensors=choose_side(whole.tensors, flip)))
     if any(LOSS_MASK in one.tensors for one in read):
         read = [_with_mask(one) for one in read]
@@ -139,7 +139,7 @@ class _ReadItem:
 
 def _read_item(
     item: TrainingItem,
-    store: CacheStore,
+    stores: Stores,
     latent: LatentSpec,
     commands: CachingCommands,
     checks: CacheChecks,
@@ -150,6 +150,7 @@ def _read_item(
     """Read an item. encoded: latents in place of its cache."""
     tensors, variable, made_by = dict(encoded or {}), frozenset[str](), list[MadeBy]()
     if encoded is None:
+        store = stores.of(item.table)
         with _remedy(commands.latents, store, item.latent_path.name):
             latents, media = _read_latents(item, store, latent, checks)
         tensors, variable = dict(latents.tensors), latents.variable
@@ -158,7 +159,7 @@ def _read_item(
         checks.add(item.table.index, item.key)
         caption = live.tables[item.table.index].caption(item.source_stem, number)
         return _ReadItem(tensors, item.text_path, frozenset(), variable, caption, tuple(made_by))
-    text_path = item.caption_path(number)
+    text_path, store = item.caption_path(number), stores.of_texts(item.table)
     with _remedy(commands.text, store, text_path.name):
         text = store.read(text_path.name)
         absent = sorted(item.kind.text_keys - text.tensors.keys())

@@ -55,7 +55,6 @@ class Recipe:
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
     stores: Stores
     verify: bool = False  # read all again
-    trusts: bool = False  # shared files that are there are taken to be right, unread
     index: Indexes[LatentRecord] = field(init=False)  # what earlier runs verified
     _compared: dict[tuple[object, ...], str | None] = field(default_factory=dict)
     _of_tables: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
@@ -260,7 +259,7 @@ class _Planning:
             if not files:
                 missing.append(span)
                 continue
-            if recipe.trusts and all(map(self.store.is_shared, files)):
+            if recipe.stores.trusts and all(map(self.store.is_shared, files)):
                 kept |= set(files)
                 foreign += len(files)
                 continue

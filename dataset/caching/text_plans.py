@@ -91,7 +91,7 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[Cap
     """
     seen: dict[tuple[Path, str], CaptionFile] = {}
     for file in files:
-        store = stores.of(file.table)
+        store = stores.of_texts(file.table)
         folder = store.folder if store.is_shared(file.file_name) else file.table.cache_directory
         first = seen.setdefault((folder, file.file_name), file)
         if first is not file and first.caption != file.caption:
@@ -122,7 +122,6 @@ class TextRecipe:
     skip_existing: bool  # outputs without a record count as valid if the caption is the same
     stores: Stores
     verify: bool = False  # read all again
-    trusts: bool = False  # shared files that are there are taken to be right, unread
     index: Indexes[dict[str, TextRecord]] = field(init=False)  # what earlier runs verified
     _parts: dict[Path, frozenset[str]] = field(default_factory=dict)  # unfinished files by folder
     _compared: dict[tuple[object, ...], bool] = field(default_factory=dict)
@@ -135,9 +134,10 @@ class TextRecipe:
 
         None: it is known to be whole, and there is no unfinished file.
         """
-        store, name = self.stores.of(file.table), file.file_name
+        store, name = self.stores.of_texts(file.table), file.file_name
         is_shared = store.is_shared(name)
-        if (self.trusts and is_shared and store.stamp(name) is not None) or self._is_known(store, file):
+        is_trusted = self.stores.trusts and is_shared and store.stamp(name) is not None
+        if is_trusted or self._is_known(store, file):
             return None
         _, in_part = self.find(file, in_part=True)  # before the file, as another process may finish it now
         stamp = store.stamp(name)
@@ -158,7 +158,7 @@ class TextRecipe:
         caption, joining it would corrupt the valid outputs: then nothing is found. has_values: False compares
         without reading the tensors. None: it is missing or damaged.
         """
-        store, right = self.stores.of(file.table), dict[str, bool]()
+        store, right = self.stores.of_texts(file.table), dict[str, bool]()
         name = part_name(file.file_name) if in_part else file.file_name
         if store.stamp(name) is None:
             return None, right
@@ -196,7 +196,7 @@ class TextRecipe:
         records = text_records(header)
         names = {encoder.name for encoder, _ in self.encoders}
         if records.keys() == names and {one.caption for one in records.values()} == {file.caption or ""}:
-            index = self.index.of(self.stores.of(file.table))
+            index = self.index.of(self.stores.of_texts(file.table))
             remember = index.note_written if is_new else index.note
             remember(file.file_name, stamp, fingerprint((), file.caption or ""), text_facts(records))
 

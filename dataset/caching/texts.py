@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dataset.cache.converting import require_form
 from dataset.cache.files import (
     FORMAT_VERSION,
     PART,
@@ -29,10 +30,10 @@ from dataset.cache.files import (
     tensor_name,
 )
 from dataset.cache.records import TextRecord, identify, text_metadata, text_records
+from dataset.cache.store import Stores
 from dataset.caching.existing import (
     Caches,
-    EntryPlaces,
-    places_of,
+    npz_names,
     read_embeds,
     refuse_changing,
     remove_caches,
@@ -78,19 +79,18 @@ class TextWork:
         config: DatasetConfig,
         options: CachingOptions,
         device: torch.device,
-        places: EntryPlaces | None = None,
+        stores: Stores | None = None,
     ) -> None:
-        """List entries and captions. places: see `MediaWork`.
+        """List entries and captions. stores: see `MediaWork`.
 
         Raises DatasetError if the dataset cannot be used or a caption is missing, CheckpointError if a file
         of an encoder is wrong.
         """
-        places = places_of(family, places)
-        self.stores = places.stores
+        self.stores = stores = stores or Stores(npz_names(family))
         self._existing: Mapping[int, Collection[str]] = {
             table.index: [
                 name
-                for name in self.stores.of(table).names()
+                for name in self.stores.of_texts(table).names()
                 if is_text_name(name.removesuffix(PART), family.cache_tag)
             ]
             for table in config.datasets
@@ -100,12 +100,12 @@ class TextWork:
         self._sources, self.not_listed, self.whole_tables = list_sources(config, captions=True)
         require_captions(self._sources)
         family.check_given_files()
-        places.require_form(config, family.cache_tag)
+        require_form(config, family.cache_tag, stores.given)
         self._files = distinct_texts(list_caption_files(self._sources, family.cache_tag), self.stores)
         self.pieces: Sequence[TextBatch] = text_batches(self._files, options.batch_size)
         encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
         skip_existing, verify = options.skip_existing, options.verify
-        self._recipe = TextRecipe(encoders, skip_existing, self.stores, verify, places.trusts)
+        self._recipe = TextRecipe(encoders, skip_existing, self.stores, verify)
         self.index = self._recipe.index
         self._family, self._config, self._device = family, config, device
         self._workers = workers_of(options)
@@ -168,7 +168,7 @@ class TextWork:
         """
         stems = {one.stem for one in self._sources if one.table.index == table.index}
         names = {file.file_name for file in self._files if file.table.index == table.index}
-        store, tag = self.stores.of(table), self._family.cache_tag
+        store, tag = self.stores.of_texts(table), self._family.cache_tag
         # unfinished ones too
         stale = [one for one in sorted(self._existing[table.index]) if one.removesuffix(PART) not in names]
         if keep_cache:
@@ -205,7 +205,7 @@ class TextWork:
                 if plan.in_part:  # an earlier run was stopped before it could do so
                     self._finish(plan.file, *self._recipe.find(plan.file, in_part=True))
                 else:
-                    self.stores.of(plan.file.table).remove(part_name(plan.file.file_name))
+                    self.stores.of_texts(plan.file.table).remove(part_name(plan.file.file_name))
         return plans
 
     def _take_given(
@@ -294,7 +294,7 @@ class TextWork:
         Tensors with other names, other metadata and other encoders' records are kept. Raises OutputError if
         writing fails, CacheError as `_finish`.
         """
-        store = self.stores.of(file.table)
+        store = self.stores.of_texts(file.table)
         sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
         metadata = {
             "architecture": self._family.name,
@@ -318,7 +318,7 @@ class TextWork:
         warning. Raises OutputError if writing fails, CacheError if the output of other encoders is gone: no
         file is left incomplete.
         """
-        store = self.stores.of(file.table)
+        store = self.stores.of_texts(file.table)
         path = store.folder / file.file_name
         old, right = self._recipe.find(file)
         if old is not None:

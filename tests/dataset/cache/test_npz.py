@@ -15,7 +15,7 @@ from dataset.cache.converting import convert_caches
 from dataset.cache.files import EMPTY
 from dataset.cache.npz_files import format_array, parse_array, read_arrays, write_members
 from dataset.cache.store import Stores
-from dataset.caching.existing import EntryPlaces, npz_names
+from dataset.caching.existing import npz_names
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import load_dataset_config
 from dataset.options import ConvertCacheOptions
@@ -275,10 +275,10 @@ def test_trusted_files_are_not_opened(folder: Path) -> None:
         (folder / name).write_bytes(b"damaged")
     (folder / "pic 1_0040x0040_toy.npz").unlink()
     family = NpzFamily()
-    places = EntryPlaces(Stores(npz_names(family)), trusts=True)
+    stores = Stores(npz_names(family), trusts=True)
 
-    assert cache_media(family, make_config(folder), options(), places).written == 1
-    assert cache_texts(family, make_config(folder), options(), places).written == 0
+    assert cache_media(family, make_config(folder), options(), stores).written == 1
+    assert cache_texts(family, make_config(folder), options(), stores).written == 0
     assert cache(make_config(folder)) == (1, 1)
 
 
