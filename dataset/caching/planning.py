@@ -294,10 +294,7 @@ class _Planning:
                 raise CacheError(f"{path}: {changed}")
             return False
         stamp = self.store.stamp(file)
-        # values of shared files are compared with their checksums when they are read; --verify does it now
-        is_shared = self.store.is_shared(file)
-        is_read = recipe.verify or not is_shared
-        entry = self.store.read(file, is_read)
+        is_shared, entry = self.store.is_shared(file), self.store.read(file)
         record = latent_record(entry.header)
         if record is None:
             if self.source.mask_from is not None and not (is_shared and LOSS_MASK in entry.header.keys):
@@ -317,8 +314,7 @@ class _Planning:
         changed = self._difference(record, files, size, bucket, span) or self._find_change(record)
         if changed is not None:
             raise CacheError(f"{path}: {changed}")
-        if is_read:
-            verify_tensors(entry, record.crc32)
+        verify_tensors(entry, record.crc32)
         if self.stamp is not None:
             index = recipe.index.of(self.store)
             index.note(file, stamp, self.stamp, latent_facts(record), self.newest_ns)

@@ -141,7 +141,7 @@ class TextRecipe:
             return None
         _, in_part = self.find(file, in_part=True)  # before the file, as another process may finish it now
         stamp = store.stamp(name)
-        entry, right = self.find(file, has_values=not (is_shared and self.index.is_trusted))
+        entry, right = self.find(file)
         names = [encoder.name for encoder, _ in self.encoders]
         if entry is not None and all(map(right.get, names)):
             self.note(file, entry.header, stamp)
@@ -149,21 +149,19 @@ class TextRecipe:
         missing = tuple(name for name in wrong if name not in in_part)
         return EncodingPlan(file, missing, len(missing) < len(wrong), not all(right.values()))
 
-    def find(
-        self, file: CaptionFile, in_part: bool = False, has_values: bool = True
-    ) -> tuple[Entry | None, Mapping[str, bool]]:
+    def find(self, file: CaptionFile, in_part: bool = False) -> tuple[Entry | None, Mapping[str, bool]]:
         """Return a text's file, and the encoders whose outputs in it are valid: has each a record?
 
         in_part: the unfinished file. If anything in that is from a run with other encoders or another
-        caption, joining it would corrupt the valid outputs: then nothing is found. has_values: False compares
-        without reading the tensors. None: it is missing or damaged.
+        caption, joining it would corrupt the valid outputs: then nothing is found. None: it is missing or
+        damaged.
         """
         store, right = self.stores.of_texts(file.table), dict[str, bool]()
         name = part_name(file.file_name) if in_part else file.file_name
         if store.stamp(name) is None:
             return None, right
         try:
-            entry = store.read(name, has_values)
+            entry = store.read(name)
             records = text_records(entry.header)
         except CacheError as error:
             if store.stamp(name) is not None:  # else another process has removed it since
@@ -182,8 +180,7 @@ class TextRecipe:
                 logger.debug("%s: %s", store.folder / name, changed)
                 continue
             try:
-                if has_values:
-                    verify_tensors(entry, record.crc32)
+                verify_tensors(entry, record.crc32)
                 right[encoder.name] = True
             except CacheError as error:
                 logger.warning("%s. It is made again.", error)
