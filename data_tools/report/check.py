@@ -142,7 +142,7 @@ def check_caching(
             found.faults += find_wrong_rates(found.sources)
         if texts:
             captions = list_caption_files(found.sources, family.cache_tag)
-            plans = [plan for plan in map(of_texts.plan, captions) if plan is not None]
+            plans = of_texts.plan_all(captions)
             missing = Counter(name for plan in plans for name in plan.missing)
             for encoder, _ in encoders:
                 valid, to_do = len(captions) - missing[encoder.name], missing[encoder.name]

@@ -155,10 +155,4 @@ def _cache(
                 failed = {one.stem for one in failures if one.table == table.index}
                 removed += work.remove_stale(table, done, failed, options.keep_cache)
             work.stores.close(config.datasets, is_last=True)
-        # the facts that all processes verified, so that a later run need not read the files again
-        store_of = work.stores.of_texts if kind is TextWork else work.stores.of
-        of_tables = [store_of(table) for table in config.datasets]
-        rows = share.gather(work.index.rows(of_tables))
-        if share.is_main:
-            work.index.write(of_tables, rows)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)

@@ -39,8 +39,7 @@ from dataset.caching.existing import (
     remove_caches,
 )
 from dataset.caching.latents import require_finite
-from dataset.caching.planning import AT_ONCE
-from dataset.caching.prefetch import WriteBehind, run_ahead
+from dataset.caching.prefetch import WriteBehind
 from dataset.caching.reports import NAMED, CacheReport
 from dataset.caching.text_plans import (
     CaptionFile,
@@ -95,6 +94,7 @@ class TextWork:
             ]
             for table in config.datasets
         }
+        self._parts = {one for names in self._existing.values() for one in names if one.endswith(PART)}
         for table in config.datasets:
             refuse_changing(table, table.changes.varying_keys, "texts")
         self._sources, self.not_listed, self.whole_tables = list_sources(config, captions=True)
@@ -106,7 +106,6 @@ class TextWork:
         encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
         skip_existing, verify = options.skip_existing, options.verify
         self._recipe = TextRecipe(encoders, skip_existing, self.stores, verify)
-        self.index = self._recipe.index
         self._family, self._config, self._device = family, config, device
         self._workers = workers_of(options)
         self._loaded: TextEncoder | None = None
@@ -189,23 +188,15 @@ class TextWork:
         A `.part` is removed only if its file is complete. If it is no use it is replaced: another process may
         have written a better one since.
         """
-        jobs = [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
-        plans = []
-
-        def compare(some: TextBatch) -> list[EncodingPlan]:
-            return [plan for plan in map(self._recipe.plan, some) if plan is not None]
-
-        for _, compared in run_ahead(jobs, compare, self._workers, lambda _: 0, limit_bytes=1):
-            if isinstance(compared, Exception):
-                raise compared
-            for plan in compared:
-                plans.append(plan)
-                if plan.missing:
-                    continue
-                if plan.in_part:  # an earlier run was stopped before it could do so
-                    self._finish(plan.file, *self._recipe.find(plan.file, in_part=True))
-                else:
-                    self.stores.of_texts(plan.file.table).remove(part_name(plan.file.file_name))
+        plans = self._recipe.plan_all(files, self._workers)
+        for plan in plans:
+            if plan.missing:
+                continue
+            part = part_name(plan.file.file_name)
+            if plan.in_part:  # an earlier run was stopped before it could do so
+                self._finish(plan.file, *self._recipe.find(plan.file, in_part=True))
+            elif part in self._parts:
+                self.stores.of_texts(plan.file.table).remove(part)
         return plans
 
     def _take_given(
@@ -337,7 +328,6 @@ class TextWork:
             )
         store.write(file.file_name, new.named, new.header.metadata)
         store.remove(part_name(file.file_name))  # last: another process may need it until then
-        self._recipe.note(file, new.header, store.stamp(file.file_name), is_new=True)
 
 
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:

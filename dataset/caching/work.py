@@ -24,8 +24,7 @@ from dataset.cache.files import (
     is_latent_cache,
     tensor_name,
 )
-from dataset.cache.index import fingerprint
-from dataset.cache.records import LatentRecord, latent_facts, latent_metadata
+from dataset.cache.records import LatentRecord, latent_metadata
 from dataset.cache.store import CacheStore, Stores
 from dataset.caching.existing import (
     Caches,
@@ -137,7 +136,6 @@ class MediaWork:
             self.stores,
             options.verify,
         )
-        self.index = self._recipe.index
         self._family, self._config, self._options, self._device = family, config, options, device
         self._encoders = EncodersOnDemand(family, device)
         # items that wait, by what those of a batch must have in common
@@ -326,8 +324,6 @@ class MediaWork:
             metadata["frame_count"] = str(name.span[1])
         sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
         store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
-        sources = fingerprint((one.size_bytes, one.mtime_ns) for one in record.files)
-        self._recipe.index.of(store).note_written(file, store.stamp(file), sources, latent_facts(record))
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Estimate what the latents of some sources take on disk; None if no size is known yet."""
