@@ -90,47 +90,6 @@ def make_items(folder: Path, count: int, form: str = "files") -> Path:
     return path
 
 
-def write_index(folder: Path, count: int, form: str) -> None:
-    """Write the index that caching would have left behind: reading all once would take minutes."""
-    from dataset.cache.files import SUFFIX
-    from dataset.cache.index import Indexes, fingerprint
-    from dataset.cache.records import latent_facts, latent_record, stamp_of, text_facts, text_records
-    from dataset.cache.shards import ShardStore
-    from dataset.cache.store import CacheStore, SingleFiles
-
-    store: CacheStore = (ShardStore if form == "shards" else SingleFiles)(folder / "cache")
-    names = sorted(store.names())
-    real = min(count, count // MOST_LINKS + 1)
-    for kind in ("latents", "texts"):
-        index: Indexes[object] = Indexes(kind, lambda facts: facts)
-        sources, facts, ends = [], [], []
-        for number in range(real):
-            stem = f"clip_{number:08d}"
-            is_wanted = (
-                (lambda name: "_te." in name) if kind == "texts" else (lambda name: "_te." not in name)
-            )
-            (entry,) = [
-                one for one in names if one.startswith(stem) and one.endswith(SUFFIX) and is_wanted(one)
-            ]
-            ends.append(entry.removeprefix(stem))
-            header = store.read(entry, is_whole=False).header
-            if kind == "texts":
-                records = text_records(header)
-                facts.append(text_facts(records))
-                sources.append(fingerprint((), next(iter(records.values())).caption))
-            else:
-                record = latent_record(header)
-                assert record is not None
-                facts.append(latent_facts(record))
-                sources.append(fingerprint([stamp_of(folder / "clips" / f"{stem}.mp4")]))
-        known = index.of(store)
-        for number in range(count):
-            of = number % real
-            name = f"clip_{number:08d}{ends[of]}"
-            known.note_written(name, store.stamp(name), sources[of], facts[of])
-        index.write([store], [index.rows([store])])
-
-
 def measure_floor(folder: Path, what: str) -> float:
     """List both folders and ask for sizes; return CPU seconds. what: as in PHASES."""
     ends = {".mp4": ".mp4", ".txt": ".txt", "latents": "_toy.safetensors", "texts": "_te.safetensors"}
@@ -290,9 +249,6 @@ def main() -> None:
         path = folder / "dataset.toml"
         if not (args.keep and path.exists()):
             make_items(folder, count, args.form)
-            time.sleep(3)  # what is younger than two seconds is not remembered
-        if set(args.only) != {"start"} and not (folder / "cache" / ".reelsmith-index.parquet").exists():
-            write_index(folder, count, args.form)
         print(f"{count} items, made in {time.monotonic() - begin:.0f} s")
         try:
             for phase in args.only:

@@ -101,8 +101,7 @@ class CachingOptions(Options, title="caching"):
     skip_existing: bool = option("also keep files made by other programs if their size is right", often=True)
     keep_cache: bool = option("do not remove cache files that no longer belong to an item", often=True)
     verify: bool = option(
-        "read every cache file again; without it, files that have not changed since they were last read "
-        "are not opened if a folder has thousands of them"
+        "read every cache file whole; without it, only the headers are read if there are thousands of them"
     )
     shard: ShardOptions
     disable_cudnn_backend: bool = option(

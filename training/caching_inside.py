@@ -15,9 +15,9 @@ import torch
 
 from dataset.batches.items import LiveTable
 from dataset.cache.files import parse_latent_name
-from dataset.cache.npz import open_npz
-from dataset.cache.store import CacheStore, MemoryStore, SplitStore, Stores, open_store
-from dataset.caching.existing import Caches, EntryPlaces, npz_names
+from dataset.cache.npz import NpzNames, open_npz
+from dataset.cache.store import CacheStore, MemoryStore, Stores, open_store
+from dataset.caching.existing import Caches, npz_names
 from dataset.caching.loop import cache_media, cache_texts, join_processes
 from dataset.caching.reports import conclude
 from dataset.options import CachingInRunOptions, CachingOptions
@@ -96,10 +96,7 @@ def prepare_sources(
     if options is not None:
         _fill(family, config, plans, options, device, stores)
     # those in memory that have entries, or will have those of other processes
-    parts = [
-        part for store in stores.given.values() if isinstance(store, SplitStore) for part in store.stores
-    ]
-    held = [part for part in parts if isinstance(part, MemoryStore)]
+    held = [one for pair in stores.given.values() for one in pair if isinstance(one, MemoryStore)]
     _share_entries(held)
     if any(store.entries for store in held):
         size_bytes = sum(store.size_bytes for store in held)
@@ -123,19 +120,19 @@ def _fill(
     stores: Stores,
 ) -> None:
     """Encode the items to keep in npz files and in memory."""
-    places = EntryPlaces(stores, options.skip_cache_check)
+    stores = replace(stores, trusts=options.skip_cache_check)
 
     def tables(is_wanted: Callable[[TablePlan], bool]) -> DatasetConfig:
         return DatasetConfig(config.path, tuple(plan.table for plan in plans if is_wanted(plan)))
 
     media = tables(lambda plan: plan.latents.is_made)
     if media.datasets:
-        report = cache_media(family, media, _loop_options(media, device, options.vae_batch_size), places)
+        report = cache_media(family, media, _loop_options(media, device, options.vae_batch_size), stores)
         conclude(replace(report, foreign=0))  # files of other programs are no surprise here
     texts = tables(lambda plan: plan.texts.is_made)
     if texts.datasets:
         batch_size = options.text_encoder_batch_size
-        report = cache_texts(family, texts, _loop_options(texts, device, batch_size), places)
+        report = cache_texts(family, texts, _loop_options(texts, device, batch_size), stores)
         conclude(replace(report, foreign=0))
 
 
@@ -182,15 +179,15 @@ def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOpt
 
 def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
     """Return where the entries of all tables are."""
-    stores = Stores(npz_names(family))
-    given = {plan.table.index: store_for(plan, stores) for plan in plans if not plan.is_own}
-    return replace(stores, given=given)
+    names = npz_names(family)
+    return Stores(
+        names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.is_own}
+    )
 
 
-def store_for(plan: TablePlan, stores: Stores) -> CacheStore:
-    """Return where the entries of a table are."""
-    table, names = plan.table, stores.names
-    assert names is not None
+def stores_for_plan(plan: TablePlan, names: NpzNames) -> tuple[CacheStore, CacheStore]:
+    """Return where the latents and the texts of a table are."""
+    table = plan.table
 
     def place(where: Where) -> CacheStore:
         if where is Where.OWN:
@@ -199,7 +196,7 @@ def store_for(plan: TablePlan, stores: Stores) -> CacheStore:
             return open_npz(table, names, table.picture_folder)
         return MemoryStore(table.cache_directory)  # of what is encoded at each step it has nothing
 
-    return SplitStore(place(plan.latents), place(plan.texts), names.tag)
+    return place(plan.latents), place(plan.texts)
 
 
 def list_live_tables(plans: Sequence[TablePlan], needs_captions: bool) -> Mapping[int, LiveTable]:

@@ -143,11 +143,8 @@ def _in_words(experts: Sequence[Expert]) -> str:
 def epoch_digest(order: BatchOrder) -> str:
     """Return the identity of a first epoch's batches: a hash of their items' names in order."""
     digest = hashlib.sha256()
-    batches = order.epoch(0)
-    for start in range(0, len(batches), 4096):  # never all names at once
-        end = min(start + 4096, len(batches))
-        lines = "\n".join(map(",".join, batches.keys(start, end)))
-        digest.update(("\n" + lines if start else lines).encode())
+    for number, batch in enumerate(order.epoch(0)):
+        digest.update(("\n" * bool(number) + ",".join(item.key for item in batch)).encode())
     return digest.hexdigest()[:12]
 
 

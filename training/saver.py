@@ -6,17 +6,17 @@ Metadata: `ss_*` describes the training, `modelspec.*` the file. All values are 
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.batches.items import Items, TrainingItem
+from dataset.batches.items import TrainingItem
 from modules.atomic_write import make_storable
 from modules.devices import DTYPES
 from modules.offload.block_swap import settle_all
@@ -316,18 +316,15 @@ def _image_values(plan: TrainingPlan) -> dict[str, Any]:
 
 def _count_pictures(items: Iterable[TrainingItem]) -> dict[str, Any]:
     """Return how many pictures there are: with their repeats, by size and by folder. None is read."""
-    columns = Items.of(items)
-    counts = np.bincount(columns.numbers, minlength=len(columns.facts)).tolist()
     folders: dict[str, dict[str, int]] = {}
-    buckets: dict[tuple[int, int], int] = {}
+    buckets: Counter[tuple[int, int]] = Counter()
     totals = {False: 0, True: 0}  # of pictures to learn, and of those for regularisation
-    for facts, count in zip(columns.facts, counts, strict=True):
-        table, size = facts.table, (facts.bucket[0], facts.bucket[1])
-        if count:
-            folder = folders.setdefault(table.source.name, {"n_repeats": table.num_repeats, "img_count": 0})
-            folder["img_count"] += count
-            buckets[size] = buckets.get(size, 0) + count * table.num_repeats
-            totals[table.is_reg] += count * table.num_repeats
+    for item in items:
+        table = item.table
+        folder = folders.setdefault(table.source.name, {"n_repeats": table.num_repeats, "img_count": 0})
+        folder["img_count"] += 1
+        buckets[item.bucket[0], item.bucket[1]] += table.num_repeats
+        totals[table.is_reg] += table.num_repeats
     rows = {
         str(number): {"resolution": list(size), "count": count}
         for number, (size, count) in enumerate(sorted(buckets.items()))

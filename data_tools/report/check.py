@@ -22,7 +22,7 @@ from data_tools.report.findings import (
 from data_tools.report.page import write_check_page
 from data_tools.report.repair import repair_captions
 from dataset.batches.finding import NO_COMMANDS, CachingCommands, FoundItems, find_items
-from dataset.batches.items import Items
+from dataset.batches.items import TrainingItem, group_items
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch, stores_for
 from dataset.batches.same_encoders import SameEncoders, describe_identity
@@ -142,7 +142,7 @@ def check_caching(
             found.faults += find_wrong_rates(found.sources)
         if texts:
             captions = list_caption_files(found.sources, family.cache_tag)
-            plans = [plan for plan in map(of_texts.plan, captions) if plan is not None]
+            plans = of_texts.plan_all(captions)
             missing = Counter(name for plan in plans for name in plan.missing)
             for encoder, _ in encoders:
                 valid, to_do = len(captions) - missing[encoder.name], missing[encoder.name]
@@ -183,14 +183,14 @@ def check_training(
     head, tables = ("Files recognised:", *indent([*files, *counters.missing])), []
     for table in config.datasets:
         found = TableFindings(table)
-        items = cached.items.where([facts.table.index == table.index for facts in cached.items.facts])
-        found.buckets.update({group[1:]: len(places) for group, places in items.groups().items()})
+        items = [item for item in cached.items if item.table.index == table.index]
+        found.buckets.update({group[1:]: len(some) for group, some in group_items(items).items()})
         _check_caches(found, items, cached, latent, encoders)
         _compare_sources(config, found, items, counters)
         is_held_back = ", for validation" if table.validation else ""
         found.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(found)
-    trained = cached.items.where([not facts.table.validation for facts in cached.items.facts])
+    trained = [item for item in cached.items if not item.table.validation]
     order, batches = BatchOrder(trained, seed=0), accumulation * processes
     steps = f"{-(-order.num_batches // batches)} steps" + (f" of {batches} batches" if batches > 1 else "")
     tail = [f"An epoch: {order.num_items} items with repeats, {order.num_batches} batches, {steps}"]
@@ -238,7 +238,11 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
 
 
 def _check_caches(
-    found: TableFindings, items: Items, cached: FoundItems, latent: LatentSpec, encoders: SameEncoders
+    found: TableFindings,
+    items: Sequence[TrainingItem],
+    cached: FoundItems,
+    latent: LatentSpec,
+    encoders: SameEncoders,
 ) -> None:
     """Read every item of a table; add why some cannot be trained on."""
     folder = found.table.cache_directory
@@ -267,7 +271,9 @@ def _check_caches(
             found.caches += [] if said is None else said.splitlines()
 
 
-def _compare_sources(config: DatasetConfig, found: TableFindings, items: Items, counters: Counters) -> None:
+def _compare_sources(
+    config: DatasetConfig, found: TableFindings, items: Sequence[TrainingItem], counters: Counters
+) -> None:
     """Add remarks about sources without a cache or a caption, if the sources exist: they are not needed."""
     if any(map(is_address, found.table.tars or ())):  # listing them would download them
         found.caches.append("its sources are not checked: they are in tars at addresses")
@@ -278,6 +284,9 @@ def _compare_sources(config: DatasetConfig, found: TableFindings, items: Items, 
         return
     found.sources = sources.sources
     check_captions(sources, counters)
-    stems, kind = set(items.stems), "have no cache: too short, unreadable, or not cached yet"
+    stems, kind = (
+        {item.source_stem for item in items},
+        "have no cache: too short, unreadable, or not cached yet",
+    )
     found.remarks += [*sources.faults, *sources.remarks]
     found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if one.stem not in stems]

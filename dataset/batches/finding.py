@@ -1,17 +1,14 @@
 """Find cached items for training by their file names."""
 
-import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-
-from dataset.batches.items import ItemFacts, ItemKind, Items, LiveTable, Stems
+from dataset.batches.items import ItemKind, LiveTable, TrainingItem, tables_of
 from dataset.cache.converting import list_unsound
 from dataset.cache.files import (
     PART,
@@ -29,6 +26,7 @@ from dataset.cache.store import CacheStore, Stores, open_store
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.decoding import bucket_of
 from dataset.sources.listing import find_sources
+from dataset.sources.media_source import pause_collection
 from modules.console import count_of
 from modules.contract.data import LatentSpec
 from modules.errors import CacheError, DatasetError
@@ -54,7 +52,7 @@ _LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names
 class FoundItems:
     """Result of listing the cache folders."""
 
-    items: Items  # sorted by table and file name
+    items: tuple[TrainingItem, ...]  # sorted by table and file name
     missing_text: tuple[Path, ...]  # text files that are not there; their items are left out
     empty_tables: tuple[DatasetTable, ...]  # tables without any latent cache
     unfinished_text: tuple[Path, ...] = ()  # text files that some of the text encoders have yet to add to
@@ -78,7 +76,7 @@ def find_items(
     say. live: tables encoded while training, by index.
     """
     stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
-    found: list[_Column] = []
+    items: list[TrainingItem] = []
     missing: dict[Path, None] = {}
     unfinished: dict[Path, None] = {}
     empty: list[DatasetTable] = []
@@ -87,37 +85,48 @@ def find_items(
     listed: dict[Path, set[str]] = {}  # by folder, which several tables may share: names of sources
     unlisted: dict[tuple[Path, str], None] = {}  # names of other sources that have caches there
     for table in config.datasets:
-        store, one = stores.of(table), live.get(table.index, CACHED)
-        names = store.names()
+        store, texts_store = stores.of(table), stores.of_texts(table)
+        one, names = live.get(table.index, CACHED), store.names()
+        text_names = names if texts_store is store else texts_store.names()
         if table.index not in stores.given:
             incomplete += [(table, line) for line in list_unsound(names, table, cache_tag)]
         kind = ItemKind(cache_tag, text_keys, not one.media, not one.texts)
         latent_files = one.latent_names(cache_tag) if one.media else names
-        column = _table_items(table, latent_files, kind, latent)
-        stems = _listed_stems(table, store, one, column)
+        empty_text, end = empty_text_name(cache_tag), f"_{cache_tag}{SUFFIX}"
+        wanted = sorted([name for name in latent_files if name.endswith(end)])
+        stems = _listed_stems(table, store, one, wanted, cache_tag)
         if stems is not None:
             listed.setdefault(table.picture_folder, set()).update(stems)
-            folder = table.picture_folder
-            unlisted |= dict.fromkeys((folder, stem) for stem in column.stems if stem not in stems)
-            column.keep([stem in stems for stem in column.stems])
-        if not column.stems:
+        texts = _TextNames(table, [] if one.texts else text_names, cache_tag)
+        unfinished |= dict.fromkeys(table.cache_directory / name for name in texts.unfinished)
+        parts = _count_parts(wanted, cache_tag, table.kind)
+        buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
+        has_empty_text, is_empty = empty_text in text_names, True
+        del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
+        with pause_collection():
+            for name, stem, what in latent_names(wanted, cache_tag, table.kind):
+                if stems is not None and stem not in stems:
+                    unlisted[table.picture_folder, stem] = None
+                    continue
+                is_empty = False
+                text = stem + texts.end
+                if not one.texts and (text in texts.unfinished_first or text not in texts.first):
+                    kept = unfinished if text in texts.unfinished_first else missing
+                    kept[table.cache_directory / text] = None
+                    if text not in texts.first:
+                        continue
+                if id(what) not in buckets:
+                    buckets[id(what)] = _bucket(table, what, latent, table.cache_directory / name)
+                files = parts[stem, replace(what, section=None)] if parts else 1
+                captions = one.num_captions(stem) if one.texts else texts.captions.get(stem, 1)
+                bucket = buckets[id(what)]
+                items.append(TrainingItem(name, len(stem), table, bucket, kind, files, captions))
+        if is_empty:
             empty.append(table)
-        if one.texts:
-            column.set("captions", map(one.num_captions, column.stems))
-            found.append(column)
-            continue
-        if table.multi_caption:
-            column.count_captions(names)
-        if table.drops_captions and column.stems and empty_text_name(cache_tag) not in names:
-            missing_empty.append(table.cache_directory / empty_text_name(cache_tag))
-        _keep_with_text(table, column, names, cache_tag, missing, unfinished)
-        found.append(column)
-    facts = [one for column in found for one in column.facts]
-    all_stems = Stems([stem for column in found for stem in column.stems])
-    starts = itertools.accumulate((len(column.facts) for column in found), initial=0)
-    which = [np.array(column.which, np.int32) + start for column, start in zip(found, starts, strict=False)]
+        elif table.drops_captions and not one.texts and not has_empty_text:
+            missing_empty.append(table.cache_directory / empty_text)
     return FoundItems(
-        Items(facts, all_stems, np.concatenate([np.zeros(0, np.int32), *which]).astype(np.int32)),
+        tuple(items),
         tuple(missing),
         tuple(empty),
         tuple(path.with_name(part_name(path.name)) for path in unfinished),
@@ -127,34 +136,35 @@ def find_items(
     )
 
 
-def _keep_with_text(
-    table: DatasetTable,
-    column: "_Column",
-    names: Collection[str],
-    cache_tag: str,
-    missing: dict[Path, None],
-    unfinished: dict[Path, None],
-) -> None:
-    """Drop the items without a text file; add those files to `missing`, unfinished ones to `unfinished`."""
-    end = text_file_name("", cache_tag)
-    texts = {name for name in names if name.endswith(end)}
-    parts = [name.removesuffix(PART) for name in names if name.endswith(PART)]
-    for name in parts:  # of further captions and of the empty prompt, if the table uses these
-        is_further = table.multi_caption and parse_more_text_name(name, cache_tag) is not None
-        if is_further or (table.drops_captions and name == empty_text_name(cache_tag)):
-            unfinished[table.cache_directory / name] = None
-    has_text = [stem + end in texts for stem in column.stems]
-    if parts or not all(has_text):
-        without = set(parts)
-        for stem, is_there in zip(column.stems, has_text, strict=True):
-            if not is_there or stem + end in without:
-                kept = unfinished if stem + end in without else missing
-                kept[table.cache_directory / (stem + end)] = None
-        column.keep(has_text)
+class _TextNames:
+    """The text caches of a table among the names of its entries."""
+
+    def __init__(self, table: DatasetTable, names: Collection[str], tag: str) -> None:
+        self.end = text_file_name("", tag)
+        self.first = {name for name in names if name.endswith(self.end)}
+        parts = [name.removesuffix(PART) for name in names if name.endswith(PART)]
+        self.unfinished_first = {name for name in parts if name.endswith(self.end)}
+        # of further captions and of the empty prompt, if the table uses these
+        self.unfinished = [
+            name
+            for name in parts
+            if (table.multi_caption and parse_more_text_name(name, tag) is not None)
+            or (table.drops_captions and name == empty_text_name(tag))
+        ]
+        further: dict[str, set[int]] = {}
+        for name in names if table.multi_caption else ():
+            found = parse_more_text_name(name, tag) if ".caption" in name else None
+            if found is not None:
+                further.setdefault(found[0], set()).add(found[1])
+        # the first, and further ones up to a gap in their numbers
+        self.captions = {
+            stem: next(number for number in range(1, len(numbers) + 2) if number not in numbers)
+            for stem, numbers in further.items()
+        }
 
 
 def _listed_stems(
-    table: DatasetTable, store: CacheStore, live: LiveTable, column: "_Column"
+    table: DatasetTable, store: CacheStore, live: LiveTable, latents: Sequence[str], tag: str
 ) -> Collection[str] | None:
     """Return the names of the sources that a table has now; None if its caches alone decide the items.
 
@@ -162,9 +172,10 @@ def _listed_stems(
     """
     if live.sources:
         return live.sources.keys()
-    if (table.directory or table.metadata_file) is None or not column.stems:
+    if (table.directory or table.metadata_file) is None:
         return None
-    if not store.is_shared(column.stems[0] + column.facts[column.which[0]].tail + SUFFIX):
+    first = next(latent_names(latents, tag, table.kind), None)
+    if first is None or not store.is_shared(first[0]):
         return None
     try:
         return {source.stem for source in find_sources(table, captions=False, faults=[])}
@@ -172,87 +183,23 @@ def _listed_stems(
         return None
 
 
-@dataclass
-class _Column:
-    """The items of one table, sorted by the names of their files: source and number of its facts."""
-
-    facts: list[ItemFacts]
-    stems: list[str]
-    which: list[int]
-
-    def keep(self, is_kept: Sequence[bool]) -> None:
-        """Drop the other items."""
-        self.stems = list(itertools.compress(self.stems, is_kept))
-        self.which = list(itertools.compress(self.which, is_kept))
-
-    def set(self, field: str, values: Iterable[int]) -> None:
-        """Set a field of each item's facts."""
-        numbers: dict[tuple[int, int], int] = {}
-        pairs = zip(self.which, values, strict=True)
-        self.which = [numbers.setdefault(pair, len(numbers)) for pair in pairs]
-        changes = ((self.facts[number], {field: value}) for number, value in numbers)
-        self.facts = [replace(facts, **change) for facts, change in changes]  # type: ignore[arg-type]
-
-    def count_captions(self, names: Iterable[str]) -> None:
-        """Count the text files of each source: the first, and further ones up to a gap in their numbers."""
-        if not self.facts:
-            return
-        tag, further = self.facts[0].kind.tag, dict[str, set[int]]()
-        for name in names:
-            found = parse_more_text_name(name, tag) if ".caption" in name else None
-            if found is not None:
-                further.setdefault(found[0], set()).add(found[1])
-        counts = {
-            stem: next(number for number in range(1, len(numbers) + 2) if number not in numbers)
-            for stem, numbers in further.items()
-        }
-        self.set("captions", (counts.get(stem, 1) for stem in self.stems))
-
-    def count_parts(self, clips: Sequence[LatentName]) -> None:
-        """Count the files of each clip: all that differ in their section alone. clips: for each of `facts`,
-        the meaning of its tail.
-        """
-        whole = [replace(clip, section=None) for clip in clips]
-        numbers = {clip: number for number, clip in enumerate(dict.fromkeys(whole))}
-        of_facts = [numbers[clip] for clip in whole]
-        keys = [(stem, of_facts[number]) for stem, number in zip(self.stems, self.which, strict=True)]
-        parts = Counter(keys)
-        self.set("parts", (parts[key] for key in keys))
+def _count_parts(names: Sequence[str], tag: str, kind: str) -> Counter[tuple[str, LatentName]]:
+    """Return how many files each clip in sections has: all that differ in their section alone."""
+    found = latent_names(names, tag, kind) if kind == "video" else ()
+    return Counter((stem, replace(what, section=None)) for _, stem, what in found if what.section is not None)
 
 
-def _table_items(table: DatasetTable, names: Collection[str], kind: ItemKind, latent: LatentSpec) -> _Column:
-    """The items of a table, sorted by file name."""
-    end = f"_{kind.tag}{SUFFIX}"
-    clips: list[LatentName] = []
-    column = _Column([], [], [])
-    number, before = -1, None
-    numbers: dict[int, int] = {}  # of `clips`, by identity
-    wanted = sorted([name for name in names if name.endswith(end)])
-    for name, stem, what in latent_names(wanted, kind.tag, table.kind):
-        if what is not before:
-            before = what
-            if id(what) not in numbers:
-                numbers[id(what)] = len(clips)
-                if table.kind == "image":
-                    path = table.cache_directory / name
-                    bucket: tuple[int, ...] = bucket_of(table, what.size, latent.pixel_step, path)
-                elif what.section is not None:  # of clips of all lengths: what is stacked is equal
-                    bucket = (*what.size, section_frames(table.fp_latent_window_size, latent))
-                else:  # a video's name holds the size after bucketing
-                    assert what.span is not None
-                    bucket = (*what.size, what.span[1])
-                clips.append(what)
-                tail = name[len(stem) : -len(SUFFIX)]
-                column.facts.append(ItemFacts(tail, table, bucket, kind))
-            number = numbers[id(what)]
-        column.stems.append(stem)
-        column.which.append(number)
-    if any(clip.section is not None for clip in clips):
-        column.count_parts(clips)
-    return column
+def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
+    """Return the bucket of a cache file: for videos its name holds the size after bucketing."""
+    if table.kind == "image":
+        return bucket_of(table, name.size, latent.pixel_step, path)
+    if name.section is not None:  # of clips of all lengths: what is stacked is equal
+        return (*name.size, section_frames(table.fp_latent_window_size, latent))
+    assert name.span is not None
+    return (*name.size, name.span[1])
 
 
-def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Items:
+def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) -> tuple[TrainingItem, ...]:
     """Return the items to train on. Items without a text cache are left out with a warning.
 
     Raises CacheError with the caching commands if a table has no usable cache, or text caching has not
@@ -295,7 +242,7 @@ def require_items(found: FoundItems, commands: CachingCommands = NO_COMMANDS) ->
             len(found.removed),
             found.removed[0],
         )
-    counts = count_of(len(found.items), "item"), count_of(len(found.items.tables), "data set")
+    counts = count_of(len(found.items), "item"), count_of(len(tables_of(found.items)), "data set")
     logger.info("In the caches: %s of %s", *counts)
     return found.items
 

@@ -6,19 +6,18 @@ sample in it. Captions may be another text each time: parts shuffled or left out
 
 import dataclasses
 import hashlib
+import heapq
 import itertools
 import logging
 import math
 import random
 import re
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dataset.batches.items import Items, Places, TrainingItem
+from dataset.batches.items import TrainingItem, group_items, tables_of
 from dataset.cache.files import EMPTY
 from dataset.sources.captions import add_ends, join_parts, lines_of
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
@@ -26,43 +25,7 @@ from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
-
-class EpochBatches(Sequence[tuple[TrainingItem, ...]]):
-    """The batches of an epoch in order, 12 bytes an item; a batch is made when it is asked for."""
-
-    def __init__(self, items: Items, places: Places, starts: NDArray[np.int64]) -> None:
-        """places: of the items, batch by batch. starts: where each batch begins, and the end of the last."""
-        self._items, self._places = items, places
-        self.starts = starts
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[TrainingItem, ...]: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[tuple[TrainingItem, ...], ...]: ...
-    def __getitem__(
-        self, index: int | slice
-    ) -> tuple[TrainingItem, ...] | tuple[tuple[TrainingItem, ...], ...]:
-        if isinstance(index, slice):
-            return tuple(self[number] for number in range(*index.indices(len(self))))
-        number = range(len(self))[index]
-        return tuple(self._items.take(self._places[self.starts[number] : self.starts[number + 1]]))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or isinstance(other, str):
-            return NotImplemented
-        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]  # as of a list
-
-    def keys(self, start: int, end: int) -> list[list[str]]:
-        """Return the keys of the items of batches `start` to `end`."""
-        starts = self.starts[start : end + 1]
-        keys = self._items.keys(self._places[starts[0] : starts[-1]])
-        bounds = (starts - starts[0]).tolist()
-        return [keys[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
+T = TypeVar("T")
 
 
 class BatchOrder:
@@ -75,143 +38,145 @@ class BatchOrder:
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
         self._seed = seed
-        unsorted = Items.of(items)
-        keys = unsorted.keys()
-        order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int32)
-        tables = np.array([facts.table.index for facts in unsorted.facts], np.int32)[unsorted.numbers[order]]
-        self._items = unsorted.take(order[np.argsort(tables, kind="stable")])  # by table and key
+        # by table and key; a key of two values would take a third of the memory
+        self._items = sorted(items, key=lambda item: item.key)
+        self._items.sort(key=lambda item: item.table.index)
         repeats = count_repeats(self._items)
-        unused = int((repeats == 0).sum())
+        unused = repeats.count(0)
         if unused:
             logger.warning(
                 "%d regularisation images are not used because fewer other pictures are trained in an epoch. "
                 "More num_repeats of those would use more.",
                 unused,
             )
-        self._buckets = {
-            key: (self._items[int(places[0])].table.batch_size, _repeat(places, repeats[places]))
-            for key, places in self._items.groups().items()
-        }
-        self._buckets = {key: (size, pool) for key, (size, pool) in self._buckets.items() if len(pool)}
-        sizes = [(len(pool), size) for size, pool in self._buckets.values()]
+        self._pools = repeat_items(self._items, repeats)
+        sizes = [(len(pool), pool[0].table.batch_size) for pool in self._pools.values()]
         # in an epoch, repeats included
         self.num_items = sum(count for count, _ in sizes)
         self.num_batches = sum(-(-count // size) for count, size in sizes)
-        self._last: tuple[int, EpochBatches] | None = None
+        self._last = -1  # the epoch whose batches are held
+        self._batches: list[tuple[TrainingItem, ...]] = []
+        self._starts = array("q")  # how many items of the epoch stand before each batch
 
     @property
     def learning_keys(self) -> list[str]:
         """Return the settings of tables that change the run but not its items, in words."""
         return [
             f"{name} = {value} in {table.place}"
-            for table in self._items.tables
+            for table in tables_of(self._items)
             for name, value in table.learning_keys.items()
         ]
 
-    def epoch(self, number: int) -> EpochBatches:
-        """Return the batches of an epoch in order, shuffled as a list of all items, then one of all batches,
-        would be. number: from 0. The last one asked for is remembered.
-        """
-        if self._last is not None and self._last[0] == number:
-            return self._last[1]
-        draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
-        places: list[Places] = [np.zeros(0, np.int32)]
-        sizes = [np.zeros(0, np.int64)]
-        for key in sorted(self._buckets):
-            batch_size, pool = self._buckets[key]
-            places.append(pool[_shuffled(len(pool), draw_bits)])
-            size = np.full(-(-len(pool) // batch_size), batch_size, np.int64)
-            size[-1] = len(pool) - (len(size) - 1) * batch_size
-            sizes.append(size)
-        size, order = np.concatenate(sizes), _shuffled(self.num_batches, draw_bits)
-        before = np.cumsum(size) - size  # where each batch begins, before batches are shuffled
-        starts = np.zeros(len(size) + 1, np.int64)
-        np.cumsum(size[order], out=starts[1:])
-        # item i of a batch that now begins at s, and began at b before, was at b + i - s
-        was = np.repeat(before[order] - starts[:-1], size[order]) + np.arange(starts[-1])
-        self._last = number, EpochBatches(self._items, np.concatenate(places)[was], starts)
-        return self._last[1]
+    def epoch(self, number: int) -> Sequence[tuple[TrainingItem, ...]]:
+        """Return the batches of an epoch in order. number: from 0. The last one asked for is remembered."""
+        if self._last != number:
+            draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
+            batches: list[tuple[TrainingItem, ...]] = []
+            for _, pool in sorted(self._pools.items()):
+                size, shuffled = pool[0].table.batch_size, _shuffled(pool, draw_bits)
+                batches += [tuple(shuffled[start : start + size]) for start in range(0, len(pool), size)]
+            self._last, self._batches = number, _shuffled(batches, draw_bits)
+            self._starts = array("q", itertools.accumulate(map(len, self._batches), initial=0))
+        return self._batches
+
+    def items_before(self, epoch: int, index: int) -> int:
+        """Return how many items all epochs have before a batch."""
+        self.epoch(epoch)
+        return epoch * self.num_items + self._starts[index]
 
 
-def count_repeats(items: Items) -> NDArray[np.int64]:
+def count_repeats(items: Sequence[TrainingItem]) -> list[int]:
     """Return how often each item is trained in an epoch."""
-    of_facts = np.array([facts.table.num_repeats for facts in items.facts], np.int64)
-    repeats = of_facts[items.numbers]
-    if not any(facts.table.is_reg for facts in items.facts):
-        return repeats
-    is_reg = np.array([facts.table.is_reg for facts in items.facts], bool)[items.numbers]
-    groups = np.array([facts.table.batch_group for facts in items.facts], np.int64)[items.numbers]
-    for group in np.unique(groups):
-        places = np.flatnonzero((groups == group) & is_reg)
-        learned = int(repeats[(groups == group) & ~is_reg].sum())
-        repeats[places] = repeat_regularisation(repeats[places], learned)
+    repeats = [item.table.num_repeats for item in items]
+    for group in {item.table.batch_group for item in items if item.table.is_reg}:
+        of_group = [place for place, item in enumerate(items) if item.table.batch_group == group]
+        reg = [place for place in of_group if items[place].table.is_reg]
+        learned = sum(repeats[place] for place in of_group if not items[place].table.is_reg)
+        found = repeat_regularisation([repeats[place] for place in reg], learned)
+        for place, count in zip(reg, found, strict=True):
+            repeats[place] = count
     return repeats
 
 
-def repeat_regularisation(repeats: NDArray[np.int64], learned: int) -> NDArray[np.int64]:
+def repeat_regularisation(repeats: Sequence[int], learned: int) -> list[int]:
     """Return how often each regularisation image is trained, so that they are as many as those learned.
 
     repeats: of their tables, in order. Images are taken with their repeats until there are enough; those
     behind are left out. If all of them are too few, each once more, from the first on, until there are
     enough. learned: how many others of the dataset are trained in an epoch.
     """
-    if not len(repeats) or not learned:
-        return np.zeros_like(repeats) if not learned else repeats
-    before = np.cumsum(repeats) - repeats
-    taken = np.where(before < learned, repeats, 0)
-    lacking = max(0, learned - int(taken.sum()))
-    rounds, rest = divmod(lacking, len(repeats))
-    return taken + rounds + (np.arange(len(repeats)) < rest)
+    if not repeats or not learned:
+        return [0] * len(repeats)
+    pairs = zip(repeats, itertools.accumulate(repeats, initial=0), strict=False)
+    taken = [count if before < learned else 0 for count, before in pairs]
+    rounds, rest = divmod(max(0, learned - sum(taken)), len(repeats))
+    return [count + rounds + (place < rest) for place, count in enumerate(taken)]
 
 
-def _repeat(places: Places, repeats: NDArray[np.int64]) -> Places:
-    """Return a list in which each item occurs as often as `repeats` says.
+def repeat_items(
+    items: Sequence[TrainingItem], repeats: Sequence[int]
+) -> dict[tuple[int, ...], list[TrainingItem]]:
+    """Return the items that can share a batch, each as often as `repeats` says; none without any.
 
     Where all occur equally often, all follow each other again and again, as ever: seeds keep their batches.
     """
-    if repeats.min() == repeats.max():
-        return np.tile(places, int(repeats[0]))
-    return np.repeat(places, repeats)
+    times: dict[tuple[int, ...], list[int]] = {}
+    for item, count in zip(items, repeats, strict=True):
+        times.setdefault(item.group, []).append(count)
+    pools = {}
+    for group, found in group_items(items).items():
+        counts = times[group]
+        if min(counts) == max(counts):
+            pools[group] = found * counts[0]
+        else:
+            pools[group] = [item for item, count in zip(found, counts, strict=True) for _ in range(count)]
+    return {group: pool for group, pool in pools.items() if pool}
 
 
-def _shuffled(count: int, draw_bits: Callable[[int], int]) -> Places:
-    """Return where each place of a list of this length, shuffled by `random.shuffle`, came from.
+def _shuffled(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
+    """Return a list shuffled as `random.shuffle` does it.
 
     draw_bits: `getrandbits` of the generator. Written out, as later Pythons must give the same batches; it is
     a fifth faster too.
     """
-    numbers = list(range(count))
-    for place in range(count - 1, 0, -1):
+    found = list(values)
+    for place in range(len(found) - 1, 0, -1):
         bits = (place + 1).bit_length()
         other = draw_bits(bits)
         while other > place:
             other = draw_bits(bits)
-        numbers[place], numbers[other] = numbers[other], numbers[place]
-    return np.array(numbers, np.int32)
+        found[place], found[other] = found[other], found[place]
+    return found
 
 
-def split_validation(items: Iterable[TrainingItem], fraction: float, seed: int = 0) -> tuple[Items, Items]:
+def split_validation(
+    items: Sequence[TrainingItem], fraction: float, seed: int = 0
+) -> tuple[list[TrainingItem], list[TrainingItem]]:
     """Split into (training, validation): tables marked `validation`, and a fraction of the others' sources.
 
     Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
     takes at least one source and leaves at least one. Subsets of the image guides' form are split each by
     itself, by their own fraction and seed if they say any. seed: chooses for those that do not.
     """
-    items = Items.of(items)
-    if any(facts.table.group is not None for facts in items.facts):
+    if any(item.table.group is not None for item in items):
         return _split_subsets(items, fraction, seed)
-    for_validation = [facts.table.validation for facts in items.facts]
-    if fraction == 0:
-        return items.where([not is_held for is_held in for_validation]), items.where(for_validation)
-    held_back = np.array(for_validation, bool)[items.numbers]
-    stems = items.stems
-    candidates = list(dict.fromkeys(itertools.compress(stems, ~held_back)))
-    count = round(fraction * len(candidates))
+    chosen: set[str] = set()
     if fraction > 0:
-        count = min(max(count, 1), len(candidates) - 1)
-    chosen = {candidates[place] for place in _by_hash(candidates)[:count]} if count > 0 else set()
-    held_back |= np.fromiter((stem in chosen for stem in stems), bool, len(stems))
-    return items.take(np.flatnonzero(~held_back)), items.take(np.flatnonzero(held_back))
+        candidates = {item.source_stem for item in items if not item.table.validation}
+        count = min(max(round(fraction * len(candidates)), 1), len(candidates) - 1)
+        chosen = set(
+            heapq.nsmallest(
+                count,
+                candidates,
+                key=lambda stem: hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest(),
+            )
+        )
+    training: list[TrainingItem] = []
+    validation: list[TrainingItem] = []
+    for item in items:
+        is_held = item.table.validation or (bool(chosen) and item.source_stem in chosen)
+        (validation if is_held else training).append(item)
+    return training, validation
 
 
 def choose_held_back(stems: Iterable[str], fraction: float, seed: int) -> frozenset[str]:
@@ -239,29 +204,26 @@ def as_validated(table: DatasetTable) -> DatasetTable:
     )
 
 
-def _split_subsets(items: Items, fraction: float, seed: int) -> tuple[Items, Items]:
+def _split_subsets(
+    items: Sequence[TrainingItem], fraction: float, seed: int
+) -> tuple[list[TrainingItem], list[TrainingItem]]:
     """Split the subsets of the image guides, each by itself; regularisation images are all trained on."""
-    stems, numbers = np.array(items.stems, object), items.numbers
-    tables = np.array([facts.table.index for facts in items.facts], np.int32)[numbers]
-    held_back = np.zeros(len(items), bool)
-    for table in items.tables:
+    chosen: dict[int, tuple[frozenset[str], DatasetTable]] = {}  # by index of the table
+    for table in tables_of(items):
         share = fraction if table.validation_split is None else table.validation_split
-        if table.is_reg or not share:
-            continue
-        places = np.flatnonzero(tables == table.index)
-        table_seed = seed if table.validation_seed is None else table.validation_seed
-        chosen = choose_held_back(stems[places], share, table_seed)
-        held_back[places] = [stem in chosen for stem in stems[places]]
-    validation = items.take(np.flatnonzero(held_back))
-    return items.take(np.flatnonzero(~held_back)), validation.with_tables(as_validated)
-
-
-def _by_hash(stems: Sequence[str]) -> list[int]:
-    """Return the places of names in the order of their SHA-256."""
-    hashes = b"".join([hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest() for stem in stems])
-    columns = np.frombuffer(hashes, ">u8").reshape(len(stems), 4)
-    order: list[int] = np.lexsort(columns.T[::-1]).tolist()
-    return order
+        if share and not table.is_reg:
+            stems = (item.source_stem for item in items if item.table.index == table.index)
+            table_seed = seed if table.validation_seed is None else table.validation_seed
+            chosen[table.index] = choose_held_back(stems, share, table_seed), as_validated(table)
+    training: list[TrainingItem] = []
+    validation: list[TrainingItem] = []
+    for item in items:
+        held_back, table = chosen.get(item.table.index, (frozenset[str](), item.table))
+        if item.source_stem in held_back:
+            validation.append(dataclasses.replace(item, table=table))
+        else:
+            training.append(item)
+    return training, validation
 
 
 _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # {{ and }} stand for the braces themselves

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dataset.batches.finding import NO_COMMANDS, CachingCommands
-from dataset.batches.items import NO_LIVE_PARTS, Items, LiveParts, TrainingItem
+from dataset.batches.items import NO_LIVE_PARTS, LiveParts, TrainingItem, group_items
 from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
-from dataset.cache.index import INDEX_NAME
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import (
     CacheChecks,
@@ -43,9 +42,8 @@ def check_channels(
     Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
     in their sizes. stores: of the run. Items that are encoded while training have no caches.
     """
-    columns, stores = Items.of(items), stores or Stores()
-    for places in columns.groups().values():
-        item = columns[int(places[-1])]
+    stores = stores or Stores()
+    for *_, item in group_items(items).values():
         if not item.kind.has_latents:
             continue
         header = stores.of(item.table).read(item.latent_path.name, is_whole=False).header
@@ -91,8 +89,8 @@ def read_batch(
     numbers, sides = captions or [0] * len(items), flips or [False] * len(items)
     read = []
     for place, (item, number, flip) in enumerate(zip(items, numbers, sides, strict=True)):
-        store, encoded = stores.of(item.table), live.encoded.get(place)
-        whole = _read_item(item, store, latent, commands, checks, number, encoded, live)
+        encoded = live.encoded.get(place)
+        whole = _read_item(item, stores, latent, commands, checks, number, encoded, live)
         read.append(replace(whole, tensors=choose_side(whole.tensors, flip)))
     if any(LOSS_MASK in one.tensors for one in read):
         read = [_with_mask(one) for one in read]
@@ -140,7 +138,7 @@ class _ReadItem:
 
 def _read_item(
     item: TrainingItem,
-    store: CacheStore,
+    stores: Stores,
     latent: LatentSpec,
     commands: CachingCommands,
     checks: CacheChecks,
@@ -151,6 +149,7 @@ def _read_item(
     """Read an item. encoded: latents in place of its cache."""
     tensors, variable, made_by = dict(encoded or {}), frozenset[str](), list[MadeBy]()
     if encoded is None:
+        store = stores.of(item.table)
         with _remedy(commands.latents, store, item.latent_path.name):
             latents, media = _read_latents(item, store, latent, checks)
         tensors, variable = dict(latents.tensors), latents.variable
@@ -159,7 +158,7 @@ def _read_item(
         checks.add(item.table.index, item.key)
         caption = live.tables[item.table.index].caption(item.source_stem, number)
         return _ReadItem(tensors, item.text_path, frozenset(), variable, caption, tuple(made_by))
-    text_path = item.caption_path(number)
+    text_path, store = item.caption_path(number), stores.of_texts(item.table)
     with _remedy(commands.text, store, text_path.name):
         text = store.read(text_path.name)
         absent = sorted(item.kind.text_keys - text.tensors.keys())
@@ -360,6 +359,6 @@ def _remedy(command: str, store: CacheStore, name: str) -> Iterator[None]:
                 "not fit; remove a damaged npz file before. With cache_format npz: "
                 f"{command}"
             ) from error
-        # an index believes times and sizes, which a disk that forgets bits leaves as they were
-        again = " --verify" if (store.folder / INDEX_NAME).exists() else ""
+        # of thousands of entries the values are read only then
+        again = " --verify" if "damaged" in str(error) else ""
         raise CacheError(f"{error}.\n  Make it again with: {command}{again}") from error

@@ -3,7 +3,6 @@
 catalog: entries of a folder of shards, and their places
 converting: convert cache folders between single files and shards
 files: cache files: names, tensor names, reading and writing
-index: verified facts of entries, kept in a Parquet file
 npz: caches in npz files beside the pictures
 npz_files: read npz files without trust, write them completely
 old_tars: read shards of earlier versions

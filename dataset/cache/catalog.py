@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from dataset.cache.old_tars import OldRow, read_old_index, read_old_shard
+from dataset.cache.old_tars import read_old_shard
 from dataset.shard_names import INDEX, SHARD
 from modules.atomic_write import LEFTOVER_SECONDS, atomic_path
 from modules.errors import CacheError
@@ -230,14 +230,11 @@ class Catalog:
         if has_index:
             uri = f"{(self.folder / INDEX).absolute().as_uri()}?mode=ro&immutable=1"
             self._rows.execute("ATTACH ? AS old", (uri,))
-        in_tars = read_old_index(self.folder, self.shards)
         for number, (name, size) in enumerate(self.shards.items()):
             self._rows.execute("INSERT INTO files VALUES (?, ?, ?)", (number, name, size))
             try:
-                if not name.endswith(".tar"):
-                    self._add_shard(number, self.folder / name)
-                elif not (has_index and self._add_known(number, name, size)):
-                    self._add_tar(number, self.folder / name, in_tars.get(name))
+                add = self._add_tar if name.endswith(".tar") else self._add_shard
+                add(number, self.folder / name)
             except FileNotFoundError:  # merged meanwhile: what took its place is there
                 pass
             except OSError as error:
@@ -246,10 +243,6 @@ class Catalog:
                 self._add_known(number, name)
             if name in self.busy | self.foreign:  # so that the index never says that it has all of it
                 self._rows.execute("DELETE FROM files WHERE number = ?", (number,))
-        self._rows.executemany(
-            f"INSERT INTO entries VALUES (?, NULL, ?, ?, ?, ?) {_UNLESS_THERE}",
-            (row for row in in_tars.get("", ()) if row[3] is not None),
-        )
         if has_index:
             self._rows.execute(
                 "INSERT INTO entries SELECT name, NULL, 0, generation, size, crc32 FROM old.entries "
@@ -257,24 +250,19 @@ class Catalog:
             )
             self._rows.execute("DETACH old")
 
-    def _add_known(self, number: int, name: str, size: int | None = None) -> bool:
-        """Add the rows that the index has of a shard, if it has any. size: that it must say."""
-        known = self._rows.execute("SELECT number, size FROM old.files WHERE name = ?", (name,)).fetchone()
-        if known is None or size not in (None, known[1]):
-            return False
+    def _add_known(self, number: int, name: str) -> None:
+        """Add the rows that the index has of a damaged shard."""
         self._rows.execute(
             "INSERT INTO entries SELECT name, ?, place, generation, size, crc32 FROM old.entries "
-            f"WHERE file = ? {_IF_NEWER}",
-            (number, known[0]),
+            f"WHERE file = (SELECT number FROM old.files WHERE name = ?) {_IF_NEWER}",
+            (number, name),
         )
-        return True
 
-    def _add_tar(self, number: int, path: Path, rows: list[OldRow] | None) -> None:
-        """Add the rows of a shard of an earlier version. rows: those that its index has."""
-        if rows is None:
-            rows, is_whole = read_old_shard(path)
-            if not is_whole:
-                self.damaged.add(path.name)
+    def _add_tar(self, number: int, path: Path) -> None:
+        """Add the rows of a shard of an earlier version."""
+        rows, is_whole = read_old_shard(path)
+        if not is_whole:
+            self.damaged.add(path.name)
         self._rows.executemany(f"INSERT INTO entries VALUES (?, {number}, ?, ?, ?, ?) {_IF_NEWER}", rows)
 
     def _salvage(self, number: int) -> None:

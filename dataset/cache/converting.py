@@ -5,7 +5,7 @@ Entries are copied byte for byte, whoever made them; the originals go when all c
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dataset.cache.catalog import Catalog, list_shards
@@ -35,13 +35,15 @@ logger = logging.getLogger(__name__)
 Converted = tuple[int, int, int]  # entries copied, entries that were there already, bytes copied
 
 
-def require_form(config: DatasetConfig, tag: str) -> None:
+def require_form(config: DatasetConfig, tag: str, elsewhere: Container[int] = ()) -> None:
     """Raise DatasetError, with the command that converts, if a table has caches of a family in the form that
     its `cache_format` does not say.
 
-    tag: of the family, in the names of its caches.
+    tag: of the family, in the names of its caches. elsewhere: indices of tables whose cache_format says
+    nothing.
     """
-    said = [line for table in config.datasets for line in other_form(table, tag)]
+    tables = [table for table in config.datasets if table.index not in elsewhere]
+    said = [line for table in tables for line in other_form(table, tag)]
     if said:
         raise DatasetError("\n".join(said))
 

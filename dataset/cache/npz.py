@@ -36,6 +36,7 @@ from dataset.cache.files import (
 from dataset.cache.npz_files import (
     OURS,
     Array,
+    NpzArray,
     as_array,
     describe_tensors,
     format_array,
@@ -43,8 +44,6 @@ from dataset.cache.npz_files import (
     open_record,
     read_arrays,
     read_members,
-    read_outlines,
-    read_tensors,
     shrink_alpha,
     write_members,
 )
@@ -116,8 +115,8 @@ class NpzStore:
         return (0, NEVER_OLD) if self._path(name).is_file() else None
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
-        """Read an entry; its tensors are on the meta device unless it is wanted whole."""
-        return self._read_text(name, is_whole) if self._is_text(name) else self._read_latents(name, is_whole)
+        """Read an entry, always whole: most of the time goes into opening the file."""
+        return self._read_text(name) if self._is_text(name) else self._read_latents(name)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         if self._is_text(name):
@@ -217,20 +216,17 @@ class NpzStore:
         height, width = self._grid(name)
         return f"_{height}x{width}"
 
-    def _read_latents(self, name: str, is_whole: bool) -> Entry:
+    def _read_latents(self, name: str) -> Entry:
         path, end = self._path(name), self._suffix(name)
-        there = list_arrays(path)
-        if f"latents{end}" not in there:
-            others = sorted(one.removeprefix("latents") for one in there if one.startswith("latents_"))
+        found = read_arrays(path, lambda one: one.endswith(end))
+        arrays = {one.removesuffix(end): array for one, array in found.items()}
+        if "latents" not in arrays:
+            others = sorted(one.removeprefix("latents") for one in list_arrays(path) if "latents_" in one[:8])
             raise CacheError(f"{path}: it has no latents{end}, but those of {', '.join(others) or 'nothing'}")
-        outlines = read_outlines(path, {one for one in there if one.endswith(end)})
-        tensors = read_tensors(path, outlines, is_whole)
-        record = read_arrays(path, {OURS + end}).get(OURS + end)
-        plain, known = _without(end, tensors), _without(end, outlines)
-        entry = None if record is None else open_record(path, record, plain, known, self._as_ours)
-        return entry or self._foreign_latents(path, plain, self._grid(name))
+        entry = open_record(path, arrays, self._as_ours)
+        return entry or self._foreign_latents(path, arrays, self._grid(name))
 
-    def _foreign_latents(self, path: Path, arrays: Mapping[str, Tensor], grid: tuple[int, int]) -> Entry:
+    def _foreign_latents(self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]) -> Entry:
         """Return another program's latents, if they fit the table."""
         latent, wanted = self.family.latent, ["latents"]
         wanted += [MIRRORED] if self.table.augmentation.flip else []
@@ -241,7 +237,7 @@ class NpzStore:
             raise CacheError(f"{path}: it has no {missing[0]} of {grid[0]}x{grid[1]}, which {asks} needs")
         tensors = {}
         for key in wanted:
-            array = arrays[key]
+            array = arrays[key].tensor
             if key == ALPHA:
                 tensors[LOSS_MASK] = shrink_alpha(path, array, grid, latent.stride)
                 continue
@@ -302,24 +298,23 @@ class NpzStore:
 
     # --- texts ---
 
-    def _read_text(self, name: str, is_whole: bool) -> Entry:
+    def _read_text(self, name: str) -> Entry:
         path, form, keys = self._path(name), self.family.format, self.family.text_keys
-        arrays, outlines = read_arrays(path, {*form.constants, OURS}), read_outlines(path, keys)
-        found_tensors = read_tensors(path, outlines, is_whole)
+        arrays = read_arrays(path, lambda one: one in keys or one in form.constants or one == OURS)
         is_part = name.endswith(PART)
         for constant, expected in {} if is_part else form.constants.items():
-            found = arrays[constant].item() if constant in arrays and arrays[constant].size == 1 else None
+            there = arrays.get(constant)
+            found = there.tensor.item() if there is not None and there.tensor.numel() == 1 else None
             if found != expected:
                 says = "nothing" if found is None else found
                 raise CacheError(f"{path}: it was made with {constant} {says}, this training has {expected}")
-        record = arrays.get(OURS)
-        entry = None if record is None else open_record(path, record, found_tensors, outlines, _reshaped)
+        entry = open_record(path, arrays, lambda _, tensor, shape: tensor.reshape(shape))
         if entry is not None:
             return entry
-        missing = sorted(keys - found_tensors.keys())
+        missing = sorted(keys - arrays.keys())
         if missing or is_part:
             raise CacheError(f"{path}: it has no {', '.join(missing) or 'record'}")
-        pairs = sorted(found_tensors.items())
+        pairs = sorted((key, arrays[key].tensor) for key in keys)
         named = {tensor_name(key, tensor, key in form.variable_length): tensor for key, tensor in pairs}
         return _foreign_entry(path, named)
 
@@ -344,14 +339,6 @@ def open_npz(table: DatasetTable, family: NpzNames, folder: Path) -> NpzStore:
         return NpzStore(table, family, folder)
     sources = find_sources(table, captions=False, faults=[])
     return NpzStore(table, family, folder, {source.stem: source.path.with_suffix("") for source in sources})
-
-
-def _without(end: str, values: Mapping[str, T]) -> dict[str, T]:
-    return {name.removesuffix(end): value for name, value in values.items()}
-
-
-def _reshaped(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return tensor.reshape(shape)
 
 
 def _foreign_entry(path: Path, named: Mapping[str, Tensor]) -> Entry:

@@ -9,14 +9,12 @@ array is that of the archive. If another program has replaced an array, it diffe
 import contextlib
 import io
 import json
-import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,13 +33,12 @@ Array = NDArray[Any]
 
 MOST_BYTES = 1 << 30  # of one array; latents of 8192 x 8192 pixels take 64 MiB
 MOST_ARRAYS = 10_000
-MOST_HEADER = 1 << 14  # bytes; numpy reads no longer ones
 _MEMBER = ".npy"
 _FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal contents give equal bytes
-_MOST_SIDES = 32  # of a shape; numpy has no more everywhere
 _ERRORS = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
     *(OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, MemoryError),
+    *(SyntaxError, tokenize.TokenError, TypeError, OverflowError, RecursionError),  # of numpy's own parser
 )
 
 OURS = "reelsmith"  # array with the record
@@ -59,51 +56,48 @@ _DTYPES = {
 Reshape = Callable[[str, Tensor, tuple[int, ...]], Tensor]
 
 
-def list_arrays(path: Path) -> frozenset[str]:
+class NpzArray(NamedTuple):
+    """An array of a file, as other programs see it."""
+
+    tensor: Tensor
+    crc32: int  # of the whole member, which reading has compared
+
+
+def list_arrays(path: Path) -> list[str]:
     """Return the names of the arrays of a file. Raises CacheError if it is missing or damaged."""
     with _open(path) as file:
-        return frozenset(_names(file))
+        return _names(file)
 
 
-def read_arrays(path: Path, names: Collection[str], most_bytes: int = MOST_BYTES) -> dict[str, Array]:
-    """Return those of the named arrays that a file has, native in byte order and writable.
+def read_arrays(
+    path: Path, is_wanted: Callable[[str], bool], most_bytes: int = MOST_BYTES
+) -> dict[str, NpzArray]:
+    """Return the arrays of a file whose names are wanted. most_bytes: that an array may have.
 
-    most_bytes: that an array may have.
     Raises CacheError if it is missing or damaged, or if an array holds something else than numbers.
     """
-    with _open(path) as file:
-        return {
-            name: parse_array(_read_member(file, name, most_bytes)) for name in _names(file) if name in names
-        }
-
-
-@dataclass(frozen=True)
-class Outline:
-    """Facts about an array without reading its values."""
-
-    shape: tuple[int, ...]
-    dtype: "np.dtype[Any]"
-    crc32: int  # of the whole member; reading it compares them
-
-
-def read_outlines(path: Path, names: Collection[str]) -> dict[str, Outline]:
-    """Return the outlines of those named arrays that a file has. Raises as `read_arrays`."""
     found = {}
     with _open(path) as file:
-        for name in set(_names(file)) & set(names):
-            member = file.getinfo(name + _MEMBER)
-            with file.open(member) as stream:
-                header = io.BytesIO(stream.read(MOST_HEADER))
-            shape, _, dtype = _read_array_header(header)
-            _check_size(shape, dtype, member.file_size - header.tell())
-            found[name] = Outline(shape, dtype.newbyteorder("="), member.CRC)
+        for name in filter(is_wanted, _names(file)):
+            with _open_member(file, name, most_bytes) as member:
+                array = npy.read_array(member, allow_pickle=False)
+                if member.read(1):  # the end, where the checksum is compared
+                    raise ValueError(f"{name} is longer than its header says")
+            if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+                raise ValueError(f"{name} is of {array.dtype}, which are no numbers")
+            native = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
+            found[name] = NpzArray(torch.from_numpy(native), file.getinfo(name + _MEMBER).CRC)
     return found
 
 
 def read_members(path: Path) -> dict[str, bytes]:
     """Return the bytes of all members by the names of their arrays. Raises CacheError as `read_arrays`."""
+    found = {}
     with _open(path) as file:
-        return {name: _read_member(file, name) for name in _names(file)}
+        for name in _names(file):
+            with _open_member(file, name) as member:
+                found[name] = member.read()
+    return found
 
 
 def write_members(path: Path, members: Mapping[str, bytes]) -> None:
@@ -121,39 +115,6 @@ def format_array(array: Array) -> bytes:
     return stream.getvalue()
 
 
-def parse_array(data: bytes) -> Array:
-    """Return the array of a member. Raises ValueError if it is damaged, or holds no numbers."""
-    stream = io.BytesIO(data)
-    shape, is_fortran, dtype = _read_array_header(stream)
-    values = memoryview(data)[stream.tell() :]
-    _check_size(shape, dtype, len(values))
-    array: Array = np.frombuffer(values, dtype).reshape(shape, order="F" if is_fortran else "C")
-    return np.array(array, dtype.newbyteorder("="), order="C")
-
-
-def _read_array_header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, "np.dtype[Any]"]:
-    """Return shape, whether columns come first, and dtype of an array. Raises ValueError as `parse_array`."""
-    version = npy.read_magic(stream)
-    if version not in {(1, 0), (2, 0)}:
-        raise ValueError(f"an array of version {version}")
-    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    try:
-        shape, is_fortran, dtype = read_header(stream)
-    except (SyntaxError, tokenize.TokenError, TypeError, RecursionError) as error:  # of numpy's own parser
-        raise ValueError(f"an array whose header is no header ({type(error).__name__})") from error
-    if dtype.hasobject or dtype.kind not in "biuf" or dtype.itemsize > 8:
-        raise ValueError(f"an array of {dtype}, which are no numbers")
-    if len(shape) > _MOST_SIDES or any(type(side) is not int or not 0 <= side < MOST_BYTES for side in shape):
-        raise ValueError("an array of an impossible shape")
-    return shape, is_fortran, dtype
-
-
-def _check_size(shape: tuple[int, ...], dtype: "np.dtype[Any]", size_bytes: int) -> None:
-    """Raise ValueError if an array does not take just so many bytes."""
-    if math.prod(shape) * dtype.itemsize != size_bytes:
-        raise ValueError(f"an array of shape {shape} in {size_bytes} bytes")
-
-
 def _names(file: zipfile.ZipFile) -> list[str]:
     names = [name.removesuffix(_MEMBER) for name in file.namelist() if name.endswith(_MEMBER)]
     if len(names) > MOST_ARRAYS:
@@ -161,16 +122,11 @@ def _names(file: zipfile.ZipFile) -> list[str]:
     return names
 
 
-def _read_member(file: zipfile.ZipFile, name: str, most_bytes: int = MOST_BYTES) -> bytes:
-    """Return the bytes of a member, which are compared with their checksum."""
-    size_bytes = file.getinfo(name + _MEMBER).file_size
+def _open_member(file: zipfile.ZipFile, name: str, most_bytes: int = MOST_BYTES) -> IO[bytes]:
+    size_bytes = file.getinfo(name + _MEMBER).file_size  # no more is read, whatever it unpacks to
     if size_bytes > most_bytes:
         raise ValueError(f"{name} has {size_bytes} bytes")
-    with file.open(name + _MEMBER) as member:
-        data = member.read(size_bytes + 1)
-    if len(data) != size_bytes:
-        raise ValueError(f"{name} has more bytes than the archive says")
-    return data
+    return file.open(name + _MEMBER)
 
 
 @contextlib.contextmanager
@@ -182,16 +138,6 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
             yield file
     except _ERRORS as error:
         raise CacheError(f"{path}: damaged, cannot be read as npz ({error})") from error
-
-
-def read_tensors(path: Path, outlines: Mapping[str, Outline], is_whole: bool) -> dict[str, Tensor]:
-    """Return the arrays of these outlines: read, or as tensors on the meta device."""
-    if is_whole:
-        return {name: torch.from_numpy(array) for name, array in read_arrays(path, outlines).items()}
-    dtypes = {one.dtype: torch.from_numpy(np.empty(0, one.dtype)).dtype for one in outlines.values()}
-    return {
-        name: torch.empty(one.shape, dtype=dtypes[one.dtype], device="meta") for name, one in outlines.items()
-    }
 
 
 def as_array(tensor: Tensor, keep_half: bool) -> Array:
@@ -233,27 +179,21 @@ def describe_tensors(
     return np.frombuffer(text.encode(), np.uint8)
 
 
-def open_record(
-    path: Path,
-    record: Array,
-    arrays: Mapping[str, Tensor],
-    outlines: Mapping[str, Outline],
-    reshape: Reshape,
-) -> Entry | None:
-    """Return the entry that we wrote; None if another program has replaced some of it, or the record.
-
-    arrays: may be on the meta device, and then the entry's tensors are.
-    """
+def open_record(path: Path, arrays: Mapping[str, NpzArray], reshape: Reshape) -> Entry | None:
+    """Return the entry that we wrote; None if another program did, or has replaced some of it."""
+    record = arrays.get(OURS)
+    if record is None:
+        return None
     try:
-        content = parse_json(record.astype(np.uint8).tobytes().decode())
+        content = parse_json(record.tensor.to(torch.uint8).numpy().tobytes().decode())
         if content["version"] != RECORD_VERSION:
             return None
         metadata = {str(key): str(value) for key, value in content["metadata"].items()}
         named = {}
         for array, (name, dtype, shape, crc32) in content["tensors"].items():
-            if outlines[array].crc32 != crc32:
+            if arrays[array].crc32 != crc32:
                 return None
-            tensor = reshape(tensor_key(name), arrays[array], tuple(map(int, shape)))
+            tensor = reshape(tensor_key(name), arrays[array].tensor, tuple(map(int, shape)))
             named[str(name)] = tensor.to(_DTYPES[dtype])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         return None

@@ -103,14 +103,8 @@ def latent_record(header: Header) -> LatentRecord | None:
     return _read_record(header, "latents", latent_record_of)
 
 
-def latent_facts(record: LatentRecord) -> dict[str, Any]:
-    """Return a record without its files and checksums, as JSON values."""
-    facts = dataclasses.asdict(dataclasses.replace(record, files=(), crc32={}))
-    return {name: facts[name] for name in ("encoder", "options", "clip", "parts")}
-
-
 def latent_record_of(data: Mapping[str, Any]) -> LatentRecord:
-    """Return the record in the JSON values of metadata, or of `latent_facts`.
+    """Return the record in the JSON values of metadata.
 
     Raises KeyError, TypeError or ValueError.
     """
@@ -127,15 +121,8 @@ def latent_record_of(data: Mapping[str, Any]) -> LatentRecord:
     )
 
 
-def text_facts(records: Mapping[str, TextRecord]) -> dict[str, Any]:
-    """Return records of one caption without the caption, its file and checksums, as JSON values."""
-    return {
-        name: {"encoder": dict(one.encoder), "settings": dict(one.settings)} for name, one in records.items()
-    }
-
-
 def text_records_of(data: Mapping[str, Any]) -> dict[str, TextRecord]:
-    """Return the records in the JSON values of metadata, or of `text_facts`.
+    """Return the records in the JSON values of metadata.
 
     Raises KeyError, TypeError or ValueError.
     """
@@ -176,6 +163,8 @@ def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Describe how two mappings of JSON values differ; None if they do not."""
+    if then == now:
+        return None
     then, now = json.loads(json.dumps(dict(then))), json.loads(json.dumps(dict(now)))
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     return ", ".join(f"{key} was {then.get(key)}, is now {now.get(key)}" for key in changed) or None

@@ -5,7 +5,7 @@ An entry has the name of a single cache file (see files.py), whatever holds it. 
 """
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -14,12 +14,10 @@ from torch import Tensor
 
 from dataset.cache.files import (
     NEVER_OLD,
-    PART,
     Entry,
     Header,
     Stamp,
     is_cache_name,
-    is_text_name,
     read_entry,
     read_header,
     write_tensors,
@@ -164,50 +162,6 @@ class MemoryStore:
         return sum(tensor.nbytes for entry in self.entries.values() for tensor in entry.named.values())
 
 
-@dataclass(frozen=True)
-class SplitStore:
-    """Latents in one store, texts in another."""
-
-    latents: CacheStore
-    texts: CacheStore
-    tag: str  # the family's cache_tag, which tells the two by their names
-    holds_only_caches: ClassVar[bool] = False
-
-    @property
-    def folder(self) -> Path:
-        return self.latents.folder
-
-    @property
-    def stores(self) -> Sequence[CacheStore]:
-        """Return both."""
-        return self.latents, self.texts
-
-    def is_shared(self, name: str) -> bool:
-        return self._of(name).is_shared(name)
-
-    def names(self) -> Collection[str]:
-        return [name for store in self.stores for name in store.names() if self._of(name) is store]
-
-    def stamp(self, name: str) -> Stamp | None:
-        return self._of(name).stamp(name)
-
-    def read(self, name: str, is_whole: bool = True) -> Entry:
-        return self._of(name).read(name, is_whole)
-
-    def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self._of(name).write(name, tensors, metadata)
-
-    def remove(self, name: str) -> None:
-        self._of(name).remove(name)
-
-    def close(self, is_last: bool = False) -> None:
-        for store in self.stores:
-            store.close(is_last)
-
-    def _of(self, name: str) -> CacheStore:
-        return self.texts if is_text_name(name.removesuffix(PART), self.tag) else self.latents
-
-
 def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore:
     """Return the store of a table's cache folder, in the form that `cache_format` says.
 
@@ -233,20 +187,31 @@ class Stores:
     """
 
     names: NpzNames | None = None  # of the family in npz files; None: no table has any
-    # of tables whose caches are elsewhere than their cache_format says, by index
-    given: Mapping[int, CacheStore] = field(default_factory=dict)
+    # of latents and of texts, by index of the table: where they are elsewhere than its cache_format says
+    given: Mapping[int, tuple[CacheStore, CacheStore]] = field(default_factory=dict)
+    trusts: bool = False  # shared files that are there are taken to be right, unread
     _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)
 
     def of(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table. Raises as `open_store`."""
+        """Return the store of a table's latents. Raises as `open_store`."""
+        return self._pair(table)[0]
+
+    def of_texts(self, table: DatasetTable) -> CacheStore:
+        """Return the store of a table's texts, mostly that of its latents. Raises as `open_store`."""
+        return self._pair(table)[1]
+
+    def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
+        """Close the stores of these tables, as `CacheStore.close` does."""
+        for table in tables:
+            latents, texts = self._pair(table)
+            latents.close(is_last)
+            if texts is not latents:
+                texts.close(is_last)
+
+    def _pair(self, table: DatasetTable) -> tuple[CacheStore, CacheStore]:
         if table.index in self.given:
             return self.given[table.index]
         key = table.index, table.cache_directory
         if key not in self._opened:
             self._opened[key] = open_store(table, self.names)
-        return self._opened[key]
-
-    def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
-        """Close the stores of these tables, as `CacheStore.close` does."""
-        for table in tables:
-            self.of(table).close(is_last)
+        return self._opened[key], self._opened[key]

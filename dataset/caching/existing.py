@@ -7,13 +7,11 @@ listed its sources. Moments and embeddings of other programs (load_tensors) are 
 import dataclasses
 import logging
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from dataset.cache.converting import require_form
 from dataset.cache.files import (
     Header,
     LatentName,
@@ -21,9 +19,9 @@ from dataset.cache.files import (
 )
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import difference
-from dataset.cache.store import CacheStore, Stores
+from dataset.cache.store import CacheStore
 from dataset.caching.text_plans import CaptionFile
-from dataset.config import DatasetConfig, DatasetTable
+from dataset.config import DatasetTable
 from dataset.sources.faults import Fault, raise_faults
 from dataset.sources.media_source import MediaSource
 from dataset.sources.prepared import PREPARED, explain_channels, read_prepared, read_tensor
@@ -41,29 +39,11 @@ class Caches(Described, Encodes, Protocol):
     """Functions that caching needs of a family."""
 
 
-@dataclass(frozen=True)
-class EntryPlaces:
-    """Where the entries of a run are kept."""
-
-    stores: Stores
-    trusts: bool = False  # shared files that are there are taken to be right, unread
-
-    def require_form(self, config: DatasetConfig, tag: str) -> None:
-        """Raise DatasetError if caches are there in another form than tables say that decide it."""
-        tables = tuple(table for table in config.datasets if table.index not in self.stores.given)
-        require_form(DatasetConfig(config.path, tables), tag)
-
-
 def npz_names(family: Caches) -> NpzNames:
     """Return how a family's caches are named in npz files."""
     # the keys may be known only if all encoders are given, which a check does not need
     has_npz = family.latent.npz is not None
     return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
-
-
-def places_of(family: Caches, places: EntryPlaces | None) -> EntryPlaces:
-    """Return where entries are kept: as given, else where the tables say."""
-    return places or EntryPlaces(Stores(npz_names(family)))
 
 
 # the latent cache files of one source, with what their names say but for the stem

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dataset.caching.existing import Caches, EntryPlaces
+from dataset.cache.store import Stores
+from dataset.caching.existing import Caches
 from dataset.caching.reports import CacheReport, join_reports
 from dataset.caching.texts import TextWork
 from dataset.caching.work import MediaWork
@@ -101,20 +102,20 @@ def _first(variables: Mapping[str, str], names: Sequence[str]) -> int | None:
 
 
 def cache_media(
-    family: Caches, config: DatasetConfig, options: CachingOptions, places: EntryPlaces | None = None
+    family: Caches, config: DatasetConfig, options: CachingOptions, stores: Stores | None = None
 ) -> CacheReport:
     """Encode every item that has no valid latent cache, then remove stale files.
 
-    places: where caches are kept, if not where the tables say.
+    stores: where caches are kept, if not where the tables say.
     A source that cannot be read becomes a failure of the report and does not stop the others. The encoders
     are loaded only if there is something to encode. Raises DatasetError if the dataset cannot be used,
     CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
-    return _cache(MediaWork, family, config, options, places)
+    return _cache(MediaWork, family, config, options, stores)
 
 
 def cache_texts(
-    family: Caches, config: DatasetConfig, options: CachingOptions, places: EntryPlaces | None = None
+    family: Caches, config: DatasetConfig, options: CachingOptions, stores: Stores | None = None
 ) -> CacheReport:
     """Encode every caption without a valid text cache, one encoder after the other; then remove stale files.
 
@@ -122,7 +123,7 @@ def cache_texts(
     continues. Raises DatasetError if a caption is missing, CheckpointError if an encoder cannot be loaded,
     OutputError if a file cannot be written.
     """
-    return _cache(TextWork, family, config, options, places)
+    return _cache(TextWork, family, config, options, stores)
 
 
 def _cache(
@@ -130,12 +131,12 @@ def _cache(
     family: Caches,
     config: DatasetConfig,
     options: CachingOptions,
-    places: EntryPlaces | None,
+    stores: Stores | None,
 ) -> CacheReport:
     """Do the work of one half, in all processes of a launcher together."""
     shard = options.shard
     with join_processes() as share:
-        work: Any = kind(family, config, options, choose_device(share.device_name(options.device)), places)
+        work: Any = kind(family, config, options, choose_device(share.device_name(options.device)), stores)
         who = f", --shard_index {shard.shard_index} of {shard.num_shards} shards" if shard.is_given else ""
         if share.count > 1:
             who += f", process {share.rank + 1} of {share.count}"
@@ -154,9 +155,4 @@ def _cache(
                 failed = {one.stem for one in failures if one.table == table.index}
                 removed += work.remove_stale(table, done, failed, options.keep_cache)
             work.stores.close(config.datasets, is_last=True)
-        # the facts that all processes verified, so that a later run need not read the files again
-        stores = [work.stores.of(table) for table in config.datasets]
-        rows = share.gather(work.index.rows(stores))
-        if share.is_main:
-            work.index.write(stores, rows)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)

@@ -9,24 +9,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataset.cache.files import LatentName
-from dataset.cache.index import Indexes, fingerprint
+from dataset.cache.files import Entry, LatentName
 from dataset.cache.records import (
     ClipFacts,
     LatentRecord,
     difference,
     is_unchanged,
-    latent_facts,
     latent_record,
-    latent_record_of,
     options_difference,
     section_frames,
-    stamp_of,
     verify_tensors,
 )
 from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, Names, media_table, names_of
-from dataset.caching.prefetch import run_ahead
+from dataset.caching.prefetch import MANY, map_ahead
 from dataset.caching.reports import Failure
 from dataset.config import DatasetTable
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
@@ -40,7 +36,6 @@ from modules.media.buckets import Size
 from modules.media.reading import image_size
 
 FLIP = "flip"  # in the options of a record: mirrored latents are there too
-AT_ONCE = 64  # sources that a thread compares one after the other: handing each over takes as long
 
 
 @dataclass(frozen=True)
@@ -54,15 +49,9 @@ class Recipe:
     skip_existing: bool  # files without a record count as valid if their sizes are right
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
     stores: Stores
-    verify: bool = False  # read all again
-    trusts: bool = False  # shared files that are there are taken to be right, unread
-    index: Indexes[LatentRecord] = field(init=False)  # what earlier runs verified
-    _compared: dict[tuple[object, ...], str | None] = field(default_factory=dict)
+    verify: bool = False  # read all values, however many entries there are
     _of_tables: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
     _sections: dict[tuple[int, int], int | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "index", Indexes("latents", latent_record_of, not self.verify))
 
     def table_options(self, source: MediaSource) -> dict[str, Any]:
         """Return those of a source's options that are the same for most sources of its table."""
@@ -90,29 +79,14 @@ class Recipe:
         return self._sections[key]
 
     def difference(
-        self,
-        record: LatentRecord,
-        source: MediaSource,
-        size: Size,
-        bucket: Size,
-        span: Span,
-        is_known: bool = False,
+        self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
-        """Describe how a record of other encoders or options than this run's differs.
-
-        is_known: the record is of the index, where a million entries share few records.
-        """
-        key = (id(record), source.table.index, source.mask_from, size, bucket, span)
-        if is_known and key in self._compared:
-            return self._compared[key]
+        """Describe how a record of other encoders or options than this run's differs."""
         options = {"size": [*size], "bucket": [*bucket], "span": [*span], **self.table_options(source)}
         then = dict(record.options)
         if FLIP not in options:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
-        found = difference(record.encoder, self.encoder) or options_difference(then, options, self.latent)
-        if is_known:
-            self._compared[key] = found
-        return found
+        return difference(record.encoder, self.encoder) or options_difference(then, options, self.latent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,64 +112,37 @@ def plan_all(
     show_progress: bool = True,
 ) -> tuple[list[SourcePlan], list[Failure]]:
     """Compare all sources with their cache files. Sources whose header cannot be read become failures."""
-    plans: list[SourcePlan] = []
-    failures: list[Failure] = []
+    reads_values = recipe.verify or len(sources) < MANY
 
-    def work(some: Sequence[MediaSource]) -> list[SourcePlan | Failure]:
-        found: list[SourcePlan | Failure] = []
-        for source in some:
-            try:
-                found.append(_Planning(source, names_of(existing, source), recipe).plan())
-            except (MediaError, OSError) as error:
-                found.append(Failure.of(source, error))
-        return found
+    def plan(source: MediaSource) -> SourcePlan | Failure:
+        try:
+            return _Planning(source, names_of(existing, source), recipe, reads_values).plan()
+        except (MediaError, OSError) as error:
+            return Failure.of(source, error)
 
-    at_once = min(AT_ONCE, max(1, len(sources) // (4 * workers)))
-    jobs = [sources[start : start + at_once] for start in range(0, len(sources), at_once)]
-    ahead = contextlib.closing(run_ahead(jobs, work, workers, lambda _: 0, limit_bytes=1))
     bar = Bar(len(sources), "Comparing", "source", show_progress)
-    with pause_collection(), bar, ahead as results:
-        for job, result in results:
-            if isinstance(result, Exception):
-                raise result
-            for one in result:
-                if isinstance(one, Failure):
-                    failures.append(one)
-                else:
-                    plans.append(one)
-            bar.update(len(job))
-    return plans, failures
+    with pause_collection():
+        results = list(map_ahead(sources, plan, workers, bar))
+    plans = [one for one in results if isinstance(one, SourcePlan)]
+    return plans, [one for one in results if isinstance(one, Failure)]
 
 
 def complete(plan: SourcePlan, media: DecodedSource, existing: Names, recipe: Recipe) -> SourcePlan:
     """Return the plan of a source that has been decoded."""
     if plan.missing is not None:
         return plan
-    found = _Planning(plan.source, existing, recipe).compare(media.size, media.spans)
+    found = _Planning(plan.source, existing, recipe, True).compare(media.size, media.spans)
     short = describe_short(plan.source.table, media.spans, len(media.frames))
     return dataclasses.replace(found, reason=media.reason, short=short)
 
 
 class _Planning:
-    """One source beside those of its cache files that are there, which are looked at and mostly not read."""
+    """One source beside those of its cache files that are there."""
 
-    def __init__(self, source: MediaSource, existing: Names, recipe: Recipe) -> None:
+    def __init__(self, source: MediaSource, existing: Names, recipe: Recipe, reads_values: bool) -> None:
         self.source, self.table, self.existing, self.recipe = source, source.table, existing, recipe
-        self.store = recipe.stores.of(source.table)
-        # records of files that are as they were when they were verified
-        self.known: Mapping[str, LatentRecord] = {}
-        self.stamp: int | None = None  # of the source files; None: they cannot be looked at
-        self.newest_ns = 0  # when one of them was last written
-        if not existing:
-            return
-        try:
-            stamps = [stamp_of(path, origin) for path, origin in source.parts]
-        except (OSError, MediaError):  # what reads it says why
-            return
-        self.stamp, self.newest_ns = fingerprint(stamps), max(time_ns for _, time_ns in stamps)
-        index = recipe.index.of(self.store)
-        found = ((file, index.get(file, self.stamp)) for file in existing)
-        self.known = {file: record for file, record in found if record is not None}
+        self.store, self.reads_values = recipe.stores.of(source.table), reads_values
+        self._entries: dict[str, Entry] = {}  # that were read
 
     def plan(self) -> SourcePlan:
         """Compare the cache files with the ones that this run would make.
@@ -260,7 +207,7 @@ class _Planning:
             if not files:
                 missing.append(span)
                 continue
-            if recipe.trusts and all(map(self.store.is_shared, files)):
+            if recipe.stores.trusts and all(map(self.store.is_shared, files)):
                 kept |= set(files)
                 foreign += len(files)
                 continue
@@ -285,20 +232,10 @@ class _Planning:
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
         """Check that a file of an item equals the one that this run would write; return if it has no record.
 
-        One that is unchanged since it was verified is not read. Raises CacheError if it is wrong.
+        Raises CacheError if it is wrong.
         """
         recipe, path = self.recipe, self.table.cache_directory / file
-        record = self.known.get(file)
-        if record is not None:
-            changed = self._difference(record, files, size, bucket, span, is_known=True)
-            if changed is not None:
-                raise CacheError(f"{path}: {changed}")
-            return False
-        stamp = self.store.stamp(file)
-        # values of shared files are compared with their checksums when they are read; --verify does it now
-        is_shared = self.store.is_shared(file)
-        is_read = recipe.verify or not is_shared
-        entry = self.store.read(file, is_read)
+        is_shared, entry = self.store.is_shared(file), self._read(file)
         record = latent_record(entry.header)
         if record is None:
             if self.source.mask_from is not None and not (is_shared and LOSS_MASK in entry.header.keys):
@@ -315,28 +252,19 @@ class _Planning:
                     f"{path}: it holds {grids or 'no latents'}, this configuration writes {ours}"
                 )
             return True
-        changed = self._difference(record, files, size, bucket, span) or self._find_change(record)
+        if record.parts != len(files):
+            raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
+        changed = recipe.difference(record, self.source, size, bucket, span) or self._find_change(record)
         if changed is not None:
             raise CacheError(f"{path}: {changed}")
-        if is_read:
+        if self.reads_values:
             verify_tensors(entry, record.crc32)
-        if self.stamp is not None:
-            index = recipe.index.of(self.store)
-            index.note(file, stamp, self.stamp, latent_facts(record), self.newest_ns)
         return False
 
-    def _difference(
-        self,
-        record: LatentRecord,
-        files: Names,
-        size: Size,
-        bucket: Size,
-        span: Span,
-        is_known: bool = False,
-    ) -> str | None:
-        if record.parts != len(files):
-            return f"{record.parts} files belong together, {len(files)} were found"
-        return self.recipe.difference(record, self.source, size, bucket, span, is_known)
+    def _read(self, file: str) -> Entry:
+        if file not in self._entries:
+            self._entries[file] = self.store.read(file, self.reads_values)
+        return self._entries[file]
 
     def _find_change(self, record: LatentRecord) -> str | None:
         parts = self.source.parts
@@ -352,7 +280,7 @@ class _Planning:
     def _record_of(self, file: str) -> LatentRecord | None:
         """Return the record of a file that is readable and has one."""
         with contextlib.suppress(CacheError):
-            return self.known.get(file) or latent_record(self.store.read(file, is_whole=False).header)
+            return latent_record(self._read(file).header)
         return None
 
     def _find_known_clip(self) -> ClipFacts | None:
@@ -365,22 +293,15 @@ class _Planning:
                 continue
             if any(record.options.get(key) != rate.get(key) for key in ("source_fps", "fps", "moments")):
                 continue
-            is_same = file in self.known or (
-                bool(record.files) and is_unchanged(record.files[0], *self.source.parts[0])
-            )
-            if is_same:
+            if record.files and is_unchanged(record.files[0], *self.source.parts[0]):
                 known.append(record.clip)
         return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _image_size(self) -> Size | None:
-        """Return the size of an image, if it is unchanged since a cache of it was verified unread; None if it
-        has to be fetched first, and it has no cache that knows it.
+        """Return the size of an image; None if it has to be fetched first, and has no cache that knows it.
 
         Raises MediaError if its header cannot be read.
         """
-        for record in self.known.values():
-            width, height = record.options["size"]
-            return width, height
         if not self.source.origins:
             return image_size(self.source.path)
         for file, name in self.existing.items():

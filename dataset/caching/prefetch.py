@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ R = TypeVar("R")
 
 AHEAD_PER_WORKER = 2  # results waiting for each worker, so that one slow clip does not stop the encoder
 WRITES_BEHIND = 4
+MANY = 4096  # entries: of so many the values are not read to compare them, which training does
+AT_ONCE = 64  # values that a thread of `map_ahead` takes
 
 
 def run_ahead(
@@ -53,6 +55,22 @@ def run_ahead(
             del future
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def map_ahead(values: Sequence[T], work: Callable[[T], R], workers: int, bar: Bar) -> Iterator[R]:
+    """Yield the results of small pieces of work in the order of `values`, while threads do the next ones.
+
+    A thread takes many at once: handing over each would take as long as the work.
+    """
+    at_once = min(AT_ONCE, max(1, len(values) // (4 * workers)))
+    jobs = [values[start : start + at_once] for start in range(0, len(values), at_once)]
+    ahead = run_ahead(jobs, lambda some: list(map(work, some)), workers, lambda _: 0, limit_bytes=1)
+    with bar, contextlib.closing(ahead):
+        for job, results in ahead:
+            if isinstance(results, Exception):
+                raise results
+            yield from results
+            bar.update(len(job))
 
 
 class WriteBehind:

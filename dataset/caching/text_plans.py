@@ -2,26 +2,24 @@
 unfinished files, and which are missing.
 """
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.cache.files import PART, Entry, Header, Stamp, empty_text_name, part_name, text_file_name
-from dataset.cache.index import Indexes, fingerprint
+from dataset.cache.files import Entry, Header, empty_text_name, part_name, text_file_name
 from dataset.cache.records import (
     TextRecord,
     difference,
-    text_facts,
     text_records,
-    text_records_of,
     verify_tensors,
 )
-from dataset.cache.store import CacheStore, Stores
+from dataset.cache.store import Stores
+from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
 from dataset.sources.media_source import MediaSource, pause_collection
+from modules.bars import Bar
 from modules.contract.family import TextEncoder
 from modules.errors import CacheError, DatasetError
 
@@ -91,7 +89,7 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[Cap
     """
     seen: dict[tuple[Path, str], CaptionFile] = {}
     for file in files:
-        store = stores.of(file.table)
+        store = stores.of_texts(file.table)
         folder = store.folder if store.is_shared(file.file_name) else file.table.cache_directory
         first = seen.setdefault((folder, file.file_name), file)
         if first is not file and first.caption != file.caption:
@@ -121,49 +119,44 @@ class TextRecipe:
     encoders: Encoders
     skip_existing: bool  # outputs without a record count as valid if the caption is the same
     stores: Stores
-    verify: bool = False  # read all again
-    trusts: bool = False  # shared files that are there are taken to be right, unread
-    index: Indexes[dict[str, TextRecord]] = field(init=False)  # what earlier runs verified
-    _parts: dict[Path, frozenset[str]] = field(default_factory=dict)  # unfinished files by folder
-    _compared: dict[tuple[object, ...], bool] = field(default_factory=dict)
+    verify: bool = False  # read all values, however many entries there are
 
-    def __post_init__(self) -> None:
-        self.index = Indexes("texts", text_records_of, not self.verify)
+    def plan_all(self, files: Sequence[CaptionFile], workers: int = 1) -> list[EncodingPlan]:
+        """Compare all texts with their files; return the plans of those that were read."""
+        reads_values = self.verify or len(files) < MANY
+        bar = Bar(len(files), "Comparing", "caption", shown=False)
+        found = map_ahead(files, lambda file: self.plan(file, reads_values), workers, bar)
+        return [plan for plan in found if plan is not None]
 
-    def plan(self, file: CaptionFile) -> EncodingPlan | None:
+    def plan(self, file: CaptionFile, reads_values: bool = True) -> EncodingPlan | None:
         """Compare a text's file, finished or not, with the wanted outputs. Nothing is changed.
 
-        None: it is known to be whole, and there is no unfinished file.
+        reads_values: compare them with their checksums too. None: it is trusted to be right.
         """
-        store, name = self.stores.of(file.table), file.file_name
-        is_shared = store.is_shared(name)
-        if (self.trusts and is_shared and store.stamp(name) is not None) or self._is_known(store, file):
+        store, name = self.stores.of_texts(file.table), file.file_name
+        if self.stores.trusts and store.is_shared(name) and store.stamp(name) is not None:
             return None
         _, in_part = self.find(file, in_part=True)  # before the file, as another process may finish it now
-        stamp = store.stamp(name)
-        entry, right = self.find(file, has_values=not (is_shared and self.index.is_trusted))
-        names = [encoder.name for encoder, _ in self.encoders]
-        if entry is not None and all(map(right.get, names)):
-            self.note(file, entry.header, stamp)
-        wrong = [name for name in names if name not in right]
+        _, right = self.find(file, reads_values=reads_values)
+        wrong = [encoder.name for encoder, _ in self.encoders if encoder.name not in right]
         missing = tuple(name for name in wrong if name not in in_part)
         return EncodingPlan(file, missing, len(missing) < len(wrong), not all(right.values()))
 
     def find(
-        self, file: CaptionFile, in_part: bool = False, has_values: bool = True
+        self, file: CaptionFile, in_part: bool = False, reads_values: bool = True
     ) -> tuple[Entry | None, Mapping[str, bool]]:
         """Return a text's file, and the encoders whose outputs in it are valid: has each a record?
 
         in_part: the unfinished file. If anything in that is from a run with other encoders or another
-        caption, joining it would corrupt the valid outputs: then nothing is found. has_values: False compares
-        without reading the tensors. None: it is missing or damaged.
+        caption, joining it would corrupt the valid outputs: then nothing is found. reads_values: else only
+        the header is read. None: it is missing or damaged.
         """
-        store, right = self.stores.of(file.table), dict[str, bool]()
+        store, right = self.stores.of_texts(file.table), dict[str, bool]()
         name = part_name(file.file_name) if in_part else file.file_name
         if store.stamp(name) is None:
             return None, right
         try:
-            entry = store.read(name, has_values)
+            entry = store.read(name, reads_values)
             records = text_records(entry.header)
         except CacheError as error:
             if store.stamp(name) is not None:  # else another process has removed it since
@@ -182,7 +175,7 @@ class TextRecipe:
                 logger.debug("%s: %s", store.folder / name, changed)
                 continue
             try:
-                if has_values:
+                if reads_values:
                     verify_tensors(entry, record.crc32)
                 right[encoder.name] = True
             except CacheError as error:
@@ -190,39 +183,6 @@ class TextRecipe:
         if in_part and (records.keys() - right.keys() or not right):
             return None, {}
         return entry, right
-
-    def note(self, file: CaptionFile, header: Header, stamp: Stamp | None, is_new: bool = False) -> None:
-        """Remember a file that was just read or, `is_new`, written, if it has all outputs and no others."""
-        records = text_records(header)
-        names = {encoder.name for encoder, _ in self.encoders}
-        if records.keys() == names and {one.caption for one in records.values()} == {file.caption or ""}:
-            index = self.index.of(self.stores.of(file.table))
-            remember = index.note_written if is_new else index.note
-            remember(file.file_name, stamp, fingerprint((), file.caption or ""), text_facts(records))
-
-    def _is_known(self, store: CacheStore, file: CaptionFile) -> bool:
-        """Return whether a file is unchanged since it was verified, and holds all encoders' outputs.
-
-        False if that is not known, or if there was an unfinished file when the first text of the table was
-        asked for.
-        """
-        records = self.index.of(store).get(file.file_name, fingerprint((), file.caption or ""))
-        if records is None:
-            return False
-        if store.folder not in self._parts:
-            self._parts[store.folder] = frozenset(one for one in store.names() if one.endswith(PART))
-        if self._parts[store.folder] and part_name(file.file_name) in self._parts[store.folder]:
-            return False
-        key = (id(records), tuple(file.settings.items()))
-        if key not in self._compared:
-            found = {
-                name: dataclasses.replace(one, caption=file.caption or "") for name, one in records.items()
-            }
-            self._compared[key] = all(
-                encoder.name in found and _difference(found[encoder.name], identity, file) is None
-                for encoder, identity in self.encoders
-            )
-        return self._compared[key]
 
 
 def _difference(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dataset.cache.converting import require_form
 from dataset.cache.files import (
     FORMAT_VERSION,
     PART,
@@ -29,17 +30,16 @@ from dataset.cache.files import (
     tensor_name,
 )
 from dataset.cache.records import TextRecord, identify, text_metadata, text_records
+from dataset.cache.store import Stores
 from dataset.caching.existing import (
     Caches,
-    EntryPlaces,
-    places_of,
+    npz_names,
     read_embeds,
     refuse_changing,
     remove_caches,
 )
 from dataset.caching.latents import require_finite
-from dataset.caching.planning import AT_ONCE
-from dataset.caching.prefetch import WriteBehind, run_ahead
+from dataset.caching.prefetch import WriteBehind
 from dataset.caching.reports import NAMED, CacheReport
 from dataset.caching.text_plans import (
     CaptionFile,
@@ -78,35 +78,34 @@ class TextWork:
         config: DatasetConfig,
         options: CachingOptions,
         device: torch.device,
-        places: EntryPlaces | None = None,
+        stores: Stores | None = None,
     ) -> None:
-        """List entries and captions. places: see `MediaWork`.
+        """List entries and captions. stores: see `MediaWork`.
 
         Raises DatasetError if the dataset cannot be used or a caption is missing, CheckpointError if a file
         of an encoder is wrong.
         """
-        places = places_of(family, places)
-        self.stores = places.stores
+        self.stores = stores = stores or Stores(npz_names(family))
         self._existing: Mapping[int, Collection[str]] = {
             table.index: [
                 name
-                for name in self.stores.of(table).names()
+                for name in self.stores.of_texts(table).names()
                 if is_text_name(name.removesuffix(PART), family.cache_tag)
             ]
             for table in config.datasets
         }
+        self._parts = {one for names in self._existing.values() for one in names if one.endswith(PART)}
         for table in config.datasets:
             refuse_changing(table, table.changes.varying_keys, "texts")
         self._sources, self.not_listed, self.whole_tables = list_sources(config, captions=True)
         require_captions(self._sources)
         family.check_given_files()
-        places.require_form(config, family.cache_tag)
+        require_form(config, family.cache_tag, stores.given)
         self._files = distinct_texts(list_caption_files(self._sources, family.cache_tag), self.stores)
         self.pieces: Sequence[TextBatch] = text_batches(self._files, options.batch_size)
         encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
         skip_existing, verify = options.skip_existing, options.verify
-        self._recipe = TextRecipe(encoders, skip_existing, self.stores, verify, places.trusts)
-        self.index = self._recipe.index
+        self._recipe = TextRecipe(encoders, skip_existing, self.stores, verify)
         self._family, self._config, self._device = family, config, device
         self._workers = workers_of(options)
         self._loaded: TextEncoder | None = None
@@ -168,7 +167,7 @@ class TextWork:
         """
         stems = {one.stem for one in self._sources if one.table.index == table.index}
         names = {file.file_name for file in self._files if file.table.index == table.index}
-        store, tag = self.stores.of(table), self._family.cache_tag
+        store, tag = self.stores.of_texts(table), self._family.cache_tag
         # unfinished ones too
         stale = [one for one in sorted(self._existing[table.index]) if one.removesuffix(PART) not in names]
         if keep_cache:
@@ -189,23 +188,15 @@ class TextWork:
         A `.part` is removed only if its file is complete. If it is no use it is replaced: another process may
         have written a better one since.
         """
-        jobs = [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
-        plans = []
-
-        def compare(some: TextBatch) -> list[EncodingPlan]:
-            return [plan for plan in map(self._recipe.plan, some) if plan is not None]
-
-        for _, compared in run_ahead(jobs, compare, self._workers, lambda _: 0, limit_bytes=1):
-            if isinstance(compared, Exception):
-                raise compared
-            for plan in compared:
-                plans.append(plan)
-                if plan.missing:
-                    continue
-                if plan.in_part:  # an earlier run was stopped before it could do so
-                    self._finish(plan.file, *self._recipe.find(plan.file, in_part=True))
-                else:
-                    self.stores.of(plan.file.table).remove(part_name(plan.file.file_name))
+        plans = self._recipe.plan_all(files, self._workers)
+        for plan in plans:
+            if plan.missing:
+                continue
+            part = part_name(plan.file.file_name)
+            if plan.in_part:  # an earlier run was stopped before it could do so
+                self._finish(plan.file, *self._recipe.find(plan.file, in_part=True))
+            elif part in self._parts:
+                self.stores.of_texts(plan.file.table).remove(part)
         return plans
 
     def _take_given(
@@ -294,7 +285,7 @@ class TextWork:
         Tensors with other names, other metadata and other encoders' records are kept. Raises OutputError if
         writing fails, CacheError as `_finish`.
         """
-        store = self.stores.of(file.table)
+        store = self.stores.of_texts(file.table)
         sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
         metadata = {
             "architecture": self._family.name,
@@ -318,7 +309,7 @@ class TextWork:
         warning. Raises OutputError if writing fails, CacheError if the output of other encoders is gone: no
         file is left incomplete.
         """
-        store = self.stores.of(file.table)
+        store = self.stores.of_texts(file.table)
         path = store.folder / file.file_name
         old, right = self._recipe.find(file)
         if old is not None:
@@ -337,7 +328,6 @@ class TextWork:
             )
         store.write(file.file_name, new.named, new.header.metadata)
         store.remove(part_name(file.file_name))  # last: another process may need it until then
-        self._recipe.note(file, new.header, store.stamp(file.file_name), is_new=True)
 
 
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:

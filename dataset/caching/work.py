@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from dataset.cache.converting import require_form
 from dataset.cache.files import (
     FORMAT_VERSION,
     SUFFIX,
@@ -23,18 +24,16 @@ from dataset.cache.files import (
     is_latent_cache,
     tensor_name,
 )
-from dataset.cache.index import fingerprint
-from dataset.cache.records import LatentRecord, latent_facts, latent_metadata
-from dataset.cache.store import CacheStore
+from dataset.cache.records import LatentRecord, latent_metadata
+from dataset.cache.store import CacheStore, Stores
 from dataset.caching.existing import (
     Caches,
-    EntryPlaces,
     ExistingNames,
     LatentNames,
     Names,
     media_table,
     names_of,
-    places_of,
+    npz_names,
     refuse_changing,
     refuse_moments,
     remove_caches,
@@ -110,14 +109,13 @@ class MediaWork:
         config: DatasetConfig,
         options: CachingOptions,
         device: torch.device,
-        places: EntryPlaces | None = None,
+        stores: Stores | None = None,
     ) -> None:
-        """List entries and sources. places: where entries are kept, if not where the tables say.
+        """List entries and sources. stores: where entries are kept, if not where the tables say.
 
         Raises DatasetError if the dataset cannot be used, CheckpointError if a file of an encoder is wrong.
         """
-        places = places_of(family, places)
-        self.stores = places.stores
+        self.stores = stores = stores or Stores(npz_names(family))
         self._existing: ExistingNames = {
             table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
@@ -127,7 +125,7 @@ class MediaWork:
         warn_captions(sources)
         family.check_given_files()
         self.pieces: Sequence[MediaSource] = use_moments(family, sources)
-        places.require_form(config, family.cache_tag)
+        require_form(config, family.cache_tag, stores.given)
         self._recipe = Recipe(
             family.cache_tag,
             family.media_identity,
@@ -137,9 +135,7 @@ class MediaWork:
             family.sections_of,
             self.stores,
             options.verify,
-            places.trusts,
         )
-        self.index = self._recipe.index
         self._family, self._config, self._options, self._device = family, config, options, device
         self._encoders = EncodersOnDemand(family, device)
         # items that wait, by what those of a batch must have in common
@@ -328,8 +324,6 @@ class MediaWork:
             metadata["frame_count"] = str(name.span[1])
         sums = {tensor: checksum(tensor, data) for tensor, data in named.items()}
         store.write(file, named, metadata | latent_metadata(dataclasses.replace(record, crc32=sums)))
-        sources = fingerprint((one.size_bytes, one.mtime_ns) for one in record.files)
-        self._recipe.index.of(store).note_written(file, store.stamp(file), sources, latent_facts(record))
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Estimate what the latents of some sources take on disk; None if no size is known yet."""

@@ -207,7 +207,7 @@ def test_validated_pictures_are_not_changed(tmp_path: Path) -> None:
     training, validation = split_validation(items, 0.0, 3)
 
     assert len(training) == 3
-    assert sorted([*training.stems, *validation.stems]) == list("01234")
+    assert sorted(item.source_stem for item in [*training, *validation]) == list("01234")
     table = validation[0].table
     assert (table.num_repeats, table.caption_dropout_rate) == (1, 0.0)
     assert not table.augmentation.varying_keys

@@ -216,8 +216,7 @@ class MicroBatches:
 
     def _first_sample(self, key: Key) -> int:
         """Return how many samples the run has seen before a micro-batch."""
-        epoch, index = key
-        return epoch * self.order.num_items + int(self.order.epoch(epoch).starts[index])
+        return self.order.items_before(*key)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from math import prod
 import torch
 
 from dataset.batches.finding import CachingCommands
-from dataset.batches.items import Items, Places, TrainingItem
-from dataset.batches.order import count_repeats
+from dataset.batches.items import TrainingItem
+from dataset.batches.order import count_repeats, repeat_items
 from dataset.batches.reading import stores_for
 from dataset.cache.records import CacheChecks
 from modules.contract.data import LatentSpec
@@ -194,20 +194,10 @@ def predict(
 
 def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
     """Return the items of the batch with the most pixels that the data set can give."""
-    columns = Items.of(items)
-    repeats = count_repeats(columns)
-
-    def batch(places: Places) -> list[TrainingItem]:
-        table = columns[int(places[0])].table
-        count = min(int(repeats[places].sum()), table.batch_size)
-        return [columns[int(places[number % len(places)])] for number in range(count)]
-
-    def pixels(items: list[TrainingItem]) -> int:
-        return prod(items[0].bucket) * len(items)
-
-    batches = [batch(places) for places in columns.groups().values()]
-    largest = max(map(pixels, filter(None, batches)))
-    return tuple(next(one for one in batches if one and pixels(one) == largest))
+    items = list(items)
+    pools = repeat_items(items, count_repeats(items)).values()
+    batches = [pool[: pool[0].table.batch_size] for pool in pools]
+    return tuple(max(batches, key=lambda batch: prod(batch[0].bucket) * len(batch)))
 
 
 def read_largest(

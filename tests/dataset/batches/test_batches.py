@@ -215,7 +215,7 @@ def test_validation_takes_whole_sources(tmp_path: Path) -> None:
     assert len(validation) == 4
     assert len({item.source_stem for item in validation}) == 2
     assert not {item.source_stem for item in validation} & {item.source_stem for item in training}
-    assert split_validation(list(reversed(items)), 0.2)[1] == tuple(reversed(validation))
+    assert split_validation(list(reversed(items)), 0.2)[1] == validation[::-1]
 
 
 RECORDED = [["2", "0"], ["3"], ["4", "1"]]

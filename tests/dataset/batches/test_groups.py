@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dataset.batches.items import ItemKind, TrainingItem
@@ -58,7 +57,7 @@ def test_subsets_of_a_dataset_share_batches_of_one_size(tmp_path: Path) -> None:
     ],
 )
 def test_regularisation_images_are_as_many_as_others(repeats, learned: int, expected: list[int]) -> None:
-    assert repeat_regularisation(np.array(repeats), learned).tolist() == expected
+    assert repeat_regularisation(repeats, learned) == expected
 
 
 def test_regularisation_counts_in_its_own_dataset(tmp_path: Path) -> None:

@@ -1,14 +1,13 @@
-"""Items in columns are what items in lists were: names, orders, splits."""
+"""The batch that needs the most memory."""
 
 import dataclasses
 import math
-import pickle
 import random
 from pathlib import Path
 
 import pytest
 
-from dataset.batches.items import ItemKind, Items, TrainingItem
+from dataset.batches.items import ItemKind, TrainingItem
 from tests.dataset.making import make_table
 from training.planning.memory import largest_batch
 
@@ -36,21 +35,6 @@ def made_up(tmp_path: Path) -> list[TrainingItem]:
         )
     numbers.shuffle(items)
     return items
-
-
-def test_columns_give_back_the_items(made_up: list[TrainingItem]) -> None:
-    items = Items.of(made_up)
-    assert list(items) == made_up
-    assert items == made_up
-    assert [items[place] for place in (0, 7, -1)] == [made_up[place] for place in (0, 7, -1)]
-    assert items[3:140:7] == made_up[3:140:7]
-    assert items.keys() == [item.key for item in made_up]
-    assert items.stems == [item.source_stem for item in made_up]
-    assert [table.index for table in items.tables] == [0, 1, 2]
-    assert list(pickle.loads(pickle.dumps(items))) == made_up
-    assert items != made_up[1:]
-    with pytest.raises(IndexError):
-        items[150]
 
 
 def test_the_largest_batch_is_of_the_first_items_of_its_bucket(made_up: list[TrainingItem]) -> None:

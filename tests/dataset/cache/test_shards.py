@@ -18,7 +18,7 @@ from dataset.cache.catalog import list_shards, machine
 from dataset.cache.shard_files import merge_shards, shard_faults
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import CacheStore, SingleFiles
-from dataset.shard_names import INDEX, OLD_INDEX
+from dataset.shard_names import INDEX
 from modules.errors import CacheError, OutputError
 from tests.dataset.cache.killing import needs_fork, run_and_kill, run_to_step
 
@@ -381,10 +381,7 @@ def tars(tmp_path: Path) -> Path:
     return Path(shutil.copytree(OLD, tmp_path / "tars"))
 
 
-@pytest.mark.parametrize("has_index", [True, False])
-def test_tars_of_earlier_versions_are_read_and_written_beside(tars: Path, has_index: bool) -> None:
-    if not has_index:
-        (tars / OLD_INDEX).unlink()
+def test_tars_of_earlier_versions_are_read_and_written_beside(tars: Path) -> None:
     before = contents(tars)
     assert seen(tars) == OLD_WHOLE
     assert shard_faults(tars) == []
@@ -402,10 +399,7 @@ def test_tars_of_earlier_versions_are_read_and_written_beside(tars: Path, has_in
     assert sorted(contents(tars)) == sorted([shard(tars).name, INDEX])
 
 
-@pytest.mark.parametrize("has_index", [True, False])
-def test_a_damaged_tar_costs_its_entries_and_is_mended(tars: Path, has_index: bool) -> None:
-    if not has_index:
-        (tars / OLD_INDEX).unlink()
+def test_a_damaged_tar_costs_its_entries_and_is_mended(tars: Path) -> None:
     whole = {path.name: path.read_bytes() for path in tars.glob("*.tar")}
     for name, data in whole.items():
         for how, place in damages(len(data), 761):
@@ -420,7 +414,6 @@ def test_a_damaged_tar_costs_its_entries_and_is_mended(tars: Path, has_index: bo
             alive, store = seen(folder), ShardStore(folder)
             gone = [name for name in OLD_WHOLE if name not in alive]
             assert not gone or shard_faults(folder) or set(store.names()) >= set(gone), (how, place)
-            assert how != "flip" or len(gone) < 2, place
             for one in OLD_WHOLE:
                 if alive.get(one) != OLD_WHOLE[one]:
                     write(store, one, OLD_WHOLE[one])
