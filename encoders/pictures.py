@@ -106,10 +106,6 @@ class ModelOfPictures(OneTransformer, Protocol):
                 f"{table.name}: the table has control images, which {self.called} cannot take. Remove them."
             )
 
-    def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: a picture has one file."""
-        return None
-
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: a posterior sample, seeded by its name, float32."""
         entries, vae = [], encoders.vae
