@@ -87,7 +87,7 @@ def _family(folder: Path) -> Wan:
         )
         for seed in range(2)
     )
-    return Wan(TASKS["t2v-A14B"], WanFiles(dit=low, dit_high_noise=high), boundary=875.0)
+    return Wan(WanFiles(dit=low, dit_high_noise=high, task=TASKS["t2v-A14B"]), boundary=875.0)
 
 
 def _run(family: Wan, order: list[int], timesteps: tuple[float, ...]) -> tuple[int, Counter[int]]:

@@ -106,7 +106,7 @@ def _large_clip(folder: Path, args: argparse.Namespace) -> dict[str, tuple[float
     from blissful_tuner.latent_preview import make_previews
     from blissful_tuner.options import PreviewOptions
     from modules.devices import choose_device
-    from wan.family import LATENT
+    from wan.spec import LATENT
 
     device = choose_device(args.device)
     latents = torch.randn(LATENT.shape(*args.size), device=device)

@@ -7,8 +7,9 @@ clip_l: CLIP-L for the shared loops, and its tokenizer
 clip_layers: CLIP's towers, and layers shared with SigLIP
 files: files of one transformer, and what follows
 pictures: cache entries of single pictures, colours of latents
-piece_tokenizers: tokenizers of SentencePiece and T5, rows of ids
 t5: T5-XXL for the shared loops, and ByT5 for letters
 t5_network: the encoder networks of T5 and umT5, their files
+text_encoder: prompts to rows of tokens, weights, loading
 tiles: overlapping pieces and their joining; posterior draws
+tokenizers: found, read and cut; rows of ids
 """

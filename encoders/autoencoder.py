@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from modules.checkpoints.dialects import (
 )
 from modules.checkpoints.encoders import ALL_IN_ONE, check_groups, stated_groups
 from modules.checkpoints.model_files import inside, read_once
-from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint, plain_sources
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
@@ -47,11 +48,12 @@ DIFFUSERS: Names = (  # which counts the decoder's levels from the latents: see 
     (r"encoder\.down_blocks\.(\d+)\.(.+)", r"encoder.down.\1.\2"),
     (r"(encoder|decoder)\.mid_block\.resnets\.0\.(.+)", r"\1.mid.block_1.\2"),
     (r"(encoder|decoder)\.mid_block\.resnets\.1\.(.+)", r"\1.mid.block_2.\2"),
-    (r"(encoder|decoder)\.mid_block\.attentions\.0\.group_norm\.(.+)", r"\1.mid.attn_1.norm.\2"),
+    (r"(encoder|decoder)\.mid_block\.attentions\.0\.(?:group_)?norm\.(.+)", r"\1.mid.attn_1.norm.\2"),
     (r"(encoder|decoder)\.mid_block\.attentions\.0\.to_([qkv])\.(.+)", r"\1.mid.attn_1.\2.\3"),
-    (r"(encoder|decoder)\.mid_block\.attentions\.0\.to_out\.0\.(.+)", r"\1.mid.attn_1.proj_out.\2"),
+    (r"(encoder|decoder)\.mid_block\.attentions\.0\.(?:to_out\.0|proj)\.(.+)", r"\1.mid.attn_1.proj_out.\2"),
     (r"(encoder|decoder)\.conv_norm_out\.(.+)", r"\1.norm_out.\2"),
 )
+ATTENTION = r".+\.attn_1\.(q|k|v|proj_out)\.weight"  # 1x1 convolutions in files, linear layers here
 DIFFUSERS_LEVEL: Names = (  # inside a numbered level
     (r"(.+\.\d+)\.resnets\.(.+)", r"\1.block.\2"),
     (r"(.+\.\d+)\.downsamplers\.0\.(.+)", r"\1.downsample.\2"),
@@ -74,9 +76,7 @@ def read_autoencoder(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
     wrong = other_kind(checkpoint, "the autoencoder of FLUX", "--ae", RELEASE)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong
-    for name, source in sources.items():  # 1x1 convolutions in the file, linear layers here
-        if re.fullmatch(r".+\.attn_1\.(q|k|v|proj_out)\.weight", name):
-            sources[name] = source.then(_as_matrix)
+    as_matrices(sources, ATTENTION)
     shape = checked_shapes_of(checkpoint, sources, wrong)
     channels = shape("decoder.conv_in.weight")[1]
     if channels != LATENT_CHANNELS or "quant_conv.weight" in sources:
@@ -90,9 +90,11 @@ def read_autoencoder(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
         shape(f"encoder.down.{level}.block.0.conv1.weight")[0]
         for level in range(_levels(checkpoint, sources))
     )
+    groups = stated_groups(checkpoint, CONFIG_CLASSES) or GROUPS
+    check_groups(checkpoint, widths, groups)
     config = AutoencoderConfig(
         channels,
-        _groups(checkpoint, widths),
+        groups,
         widths,
         count(sources, r"encoder\.down\.0\.block\.\d+"),
         count(sources, r"decoder\.up\.0\.block\.\d+"),
@@ -107,6 +109,13 @@ def _our_name(name: str, levels: int) -> str:
     for table in (DIFFUSERS, DIFFUSERS_LEVEL, SHORTCUT):
         name = translate_name(name, table)
     return name
+
+
+def as_matrices(sources: dict[str, TensorSource], layers: str) -> None:
+    """Turn 1x1 convolutions of a file into linear layers. layers: pattern of their weights' names."""
+    for name, source in sources.items():
+        if re.fullmatch(layers, name):
+            sources[name] = source.then(_as_matrix)
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
@@ -126,16 +135,6 @@ def _levels(checkpoint: Checkpoint, sources: Mapping[str, TensorSource]) -> int:
     return LEVELS
 
 
-def _groups(checkpoint: Checkpoint, widths: tuple[int, ...]) -> int:
-    """Return the number of norm groups: as a config.json beside the file says, else as released.
-
-    Raises CheckpointError if the channels cannot be divided into them.
-    """
-    groups = stated_groups(checkpoint, CONFIG_CLASSES) or GROUPS
-    check_groups(checkpoint, widths, groups)
-    return groups
-
-
 # Letters: B batch, H height, W width, Z latent channels, h = H / 8, w = W / 8
 
 
@@ -145,93 +144,124 @@ SHIFT, SCALE = 0.1159, 0.3611  # of the latents: the released FLUX.1, `shift_fac
 PIXELS = 8  # height and width of one latent pixel, in pixels
 
 
-class Autoencoder(nn.Module):
-    """Encoder and decoder. Build it on the meta device and load a checkpoint with `load_autoencoder`.
+class PictureVae(nn.Module):
+    """Encoder and decoder of pictures, which are clips of one frame. Subclasses set both networks.
 
-    tile: edge of a tile in pixels, a multiple of 8; larger pictures are cut. None: they are computed whole.
+    Build it on the meta device. tile: edge of a tile in pixels, a multiple of `stride`; larger pictures are
+    cut, which changes the result a little. None: they are computed whole.
     """
 
-    def __init__(self, config: AutoencoderConfig, tile: int | None = None) -> None:
+    stride: ClassVar[int]  # height and width of one latent pixel, in pixels
+    limits: ClassVar[tuple[float, float] | None] = None  # of the logarithms of variances
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __init__(self, tile: int | None = None) -> None:
         super().__init__()
-        self.encoder = AutoencoderEncoder(config)
-        self.decoder = AutoencoderDecoder(config)
         self.tile = tile
 
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        return self.encoder.conv_in.weight.dtype
+        return self.encoder.get_parameter("norm_out.weight").dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self.encoder.conv_in.weight.device
+        return self.encoder.get_parameter("norm_out.weight").device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Return a sample of the posterior in model space, or its mean if `generators` is None.
+        """Return a sample of the posterior, or its mean if `generators` is None.
 
-        pixels: B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W multiples of 8. generators: one
-        for each picture; the noise is drawn in float32. Logarithms of variances are not clamped, as in the
-        released code. Returns B Z 1 h w, float32, on the autoencoder's device. Raises ValueError for other
-        sizes.
+        pixels: B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W multiples of the stride.
+        generators: one for each picture; the noise is drawn in float32. Returns B Z 1 h w, float32, on the
+        VAE's device. Raises ValueError for other sizes.
         """
         if generators is not None and len(generators) != len(pixels):
             raise ValueError(f"{len(generators)} generators for {len(pixels)} pictures")
         moments = self.moments(pixels)
-        found = (
-            moments.chunk(2, dim=1)[0].contiguous()
-            if generators is None
-            else sample_posterior(moments, generators)
-        )
-        return found.sub_(SHIFT).mul_(SCALE)
+        if generators is not None:
+            return sample_posterior(moments, generators, self.limits)
+        return moments.chunk(2, dim=1)[0].contiguous()
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
-        """Return means and logarithms of variances, B 2Z 1 h w float32, neither shifted nor scaled."""
-        _require_pictures(pixels)
-        check_clip(pixels, 1, PIXELS)
-        cut = None if self.tile is None else Cut(self.tile // PIXELS, PIXELS, 1)
-        return self._one_by_one(pixels, self._moments, cut, self.device)
+        """Return means and logarithms of variances, B 2Z 1 h w float32, as the network gives them."""
+        return self.in_tiles(self._moments, pixels, self.stride, 1, self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels B 3 1 H W, float32, -1..1. latents: B Z 1 h w in model space, on any device.
+        """Return pixels B 3 1 H W, float32, -1..1. latents: B Z 1 h w, on any device.
 
-        The result is on the autoencoder's device, with tiles in host memory.
+        The result is on the VAE's device, with tiles in host memory.
         """
         return self.decode_unclamped(latents).clamp_(-1, 1)
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """Return the same as `decode`, before clamping to -1..1."""
-        _require_pictures(latents)
-        cut = None if self.tile is None else Cut(self.tile // PIXELS, 1, PIXELS)
-        return self._one_by_one(latents, self._pixels, cut, torch.device("cpu"))
+        return self.in_tiles(self._pixels, latents, 1, self.stride, torch.device("cpu"))
 
-    def _one_by_one(self, x: Tensor, compute: Compute, cut: Cut | None, device: torch.device) -> Tensor:
-        """Apply `compute` to each picture of B C 1 H W, in tiles if it is larger than one. B C' 1 H' W'."""
-        parts = []
-        for picture in x.squeeze(2).split(1):
-            if cut is None or max(picture.shape[-2:]) <= cut.size * cut.unit_in:
-                parts.append(compute(picture))
-            else:
-                parts.append(compute_in_tiles(compute, picture, cut, device))
-        return torch.cat(parts).unsqueeze(2)
+    def in_tiles(
+        self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
+    ) -> Tensor:
+        """Apply `compute` to B C 1 H W, in tiles if it is larger than one. Returns B C' 1 H' W'.
+
+        unit_in, unit_out: pixels of the input and of the result for one latent pixel.
+        """
+        if x.ndim != 5 or x.shape[2] != 1:
+            raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
+        check_clip(x, 1, unit_in)
+        picture = x.squeeze(2)
+        if self.tile is None or max(picture.shape[-2:]) <= self.tile // self.stride * unit_in:
+            return compute(picture).unsqueeze(2)
+        cut = Cut(self.tile // self.stride, unit_in, unit_out)
+        return compute_in_tiles(compute, picture, cut, device).unsqueeze(2)
 
     def _moments(self, pixels: Tensor) -> Tensor:
         if pixels.dtype == torch.uint8:
             pixels = from_bytes(pixels.to(self.device))
-        return self.encoder(self._place(pixels)).float()
+        return self.encoder(self.place(pixels)).float()
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.place(latents)).float()
+
+    def place(self, x: Tensor) -> Tensor:
+        """Move to the VAE's device, dtype and memory layout, which all layers keep."""
+        return x.to(self.device, self.dtype, memory_format=layouts(self.device)[1])
+
+
+class Autoencoder(PictureVae):
+    """FLUX's autoencoder, whose latents are in model space. Load a checkpoint with `load_autoencoder`."""
+
+    stride = PIXELS
+
+    def __init__(self, config: AutoencoderConfig, tile: int | None = None) -> None:
+        super().__init__(tile)
+        self.encoder = AutoencoderEncoder(config)
+        self.decoder = AutoencoderDecoder(config)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Return a sample or the mean of the posterior in model space, as `PictureVae.encode`.
+
+        Logarithms of variances are not clamped, as in the released code.
+        """
+        return super().encode(pixels, generators).sub_(SHIFT).mul_(SCALE)
+
+    def in_tiles(
+        self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
+    ) -> Tensor:
+        """Apply `compute` to each picture by itself, as `PictureVae.in_tiles`."""
+        parts = [
+            super(Autoencoder, self).in_tiles(compute, one, unit_in, unit_out, device) for one in x.split(1)
+        ]
+        return torch.cat(parts)
 
     def _pixels(self, latents: Tensor) -> Tensor:
         # in float32: 16 bits would tint every picture
-        latents = latents.to(self.device).float() / SCALE + SHIFT
-        return self.decoder(self._place(latents)).float()
-
-    def _place(self, x: Tensor) -> Tensor:
-        """Move to the autoencoder's device, dtype and memory layout, which all layers keep."""
-        return x.to(self.device, self.dtype, memory_format=layouts(self.device)[1])
+        return super()._pixels(latents.to(self.device).float() / SCALE + SHIFT)
 
 
 def load_autoencoder(
@@ -264,13 +294,3 @@ def read_autoencoder_header(path: Path) -> AutoencoderConfig:
 def _config(checkpoint: Checkpoint) -> AutoencoderConfig:
     plan: LoadPlan[AutoencoderConfig] = read_autoencoder(checkpoint)
     return plan.config
-
-
-def autoencoder_identity(path: Path, dtype: torch.dtype, tile: int | None) -> Mapping[str, str]:
-    """Return the facts that latents depend on besides the pixels, for cache records."""
-    return {"vae": fingerprint(inside(path, "vae")), "vae_dtype": dtype_name(dtype), "tile": str(tile)}
-
-
-def _require_pictures(x: Tensor) -> None:
-    if x.ndim != 5 or x.shape[2] != 1:
-        raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")

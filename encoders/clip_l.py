@@ -3,9 +3,6 @@
 A LoRA goes into the linear layers of `encoder.layers` (72 in CLIP-L): `ClipText.spec` names them. In LoRA
 files our module paths have `text_model.` in front: that of `encoder.layers.0.self_attn.q_proj` is
 `lora_te1_text_model_encoder_layers_0_self_attn_q_proj`.
-
-Its tokenizer follows its files exactly: tokenizer.json is read directly, for the classes that transformers
-choose by name rebuild some tokenizers with other rules.
 """
 
 import logging
@@ -18,73 +15,20 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 from encoders.clip_checkpoints import CLIP_END, CLIP_START, CLIP_TOKENS, ClipUse, read_clip_text
 from encoders.clip_layers import ClipText, load_clip_text
-from encoders.piece_tokenizers import check_ids, fill_rows
+from encoders.text_encoder import FileTextEncoder, Written
+from encoders.tokenizers import TextTokenizer, TokenizerSource, fill_rows, merges_of
 from modules.checkpoints.model_files import inside
-from modules.checkpoints.opening import fingerprint, open_checkpoint
+from modules.checkpoints.opening import open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
-from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
-from modules.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
 # how CLIP splits a text before merging, for files other than tokenizer.json, which states it. Source: Radford
 # et al. 2021, arXiv 2103.00020
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-
-
-@dataclass(frozen=True)
-class ClipTokenizer:
-    """Turn text into at most 77 token ids, with a start and an end token."""
-
-    tokenize: Callable[[str], list[int]]
-    end: int
-
-
-def clip_tokenizer_identity(files: TokenizerFiles, path: Path | None, encoder: Path) -> str:
-    """Return the tokenizer's identity for cache records.
-
-    files: where it may be. path: of its option; None looks for it.
-    """
-    file = files.find(path, encoder)
-    merges = None if file is None else _merges_of(file)
-    return files.identity(file) + ("" if merges is None else files.identity(merges))
-
-
-def load_clip_ends(files: TokenizerFiles, path: Path | None, encoder: Path) -> Callable[[str], list[int]]:
-    """Return a function: text -> the end of each token in it, however many, without those around a text.
-
-    files, path: as for `load_clip_tokenizer`.
-
-    Raises CheckpointError if there is none here or it cannot be read; none is downloaded.
-    """
-    tokenizer = _read_clip(files, files.find(path, encoder) or files.require_local(encoder))
-    return lambda text: [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
-
-
-def load_clip_tokenizer(files: TokenizerFiles, path: Path | None, encoder: Path) -> ClipTokenizer:
-    """Load CLIP's tokenizer from tokenizer.json, or from vocab.json with merges.txt.
-
-    files: where it may be. path: of its option; None looks for it beside the encoder, then on the hub.
-    Raises CheckpointError if there is none or it cannot be read.
-    """
-    file = files.find(path, encoder) or files.download(encoder)
-    logger.info("tokenizer of CLIP-L: %s", file)
-    tokenizer = _read_clip(files, file)
-    tokenizer.enable_truncation(CLIP_TOKENS)
-    around = tokenizer.encode("").ids
-    if len(around) != 2 or around[1] != tokenizer.token_to_id(CLIP_END):
-        raise files.unreadable(
-            file, ValueError(f"it does not put a text between {CLIP_START} and {CLIP_END}")
-        )
-
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text).ids
-        return ids
-
-    return ClipTokenizer(tokenize, around[1])
 
 
 @dataclass(frozen=True)
@@ -115,13 +59,8 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
 
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
     """Read tokenizer.json, or vocab.json with merges.txt."""
-    merges = _merges_of(file)
+    merges = merges_of(file)
     return files.read(file) if merges is None else _from_merges(files, file, merges)
-
-
-def _merges_of(file: Path) -> Path | None:
-    """Return the second file of a tokenizer in the form of CLIP's release, or None for a tokenizer.json."""
-    return file.with_name("merges.txt") if file.name == "vocab.json" else None
 
 
 def _from_merges(files: TokenizerFiles, vocabulary: Path, merges: Path) -> Tokenizer:
@@ -160,14 +99,14 @@ LORA_PREFIX = "lora_te1"  # of names in LoRA files
 CLIP_L = ClipUse()
 
 
-class ClipTextEncoder:
+class PooledClip(FileTextEncoder[ClipText]):
     """CLIP-L. Each prompt gives one vector, of its second text if it has one (--prompt_2).
 
     Weights of a prompt's parts do not count: the vector is the state of the text's end, not of its tokens.
     """
 
-    variable_length: frozenset[str] = frozenset()
-    lora_prefix = LORA_PREFIX
+    most = CLIP_TOKENS
+    embedding = "embeddings.token_embedding.weight"
 
     def __init__(
         self,
@@ -180,89 +119,54 @@ class ClipTextEncoder:
 
         path: file or folder of the model, or a release's folder that holds it as `use.folder`.
         """
-        self.path = inside(path, use.folder)
-        self.dtype = dtype
-        self.tokenizer = tokenizer
+        super().__init__(inside(path, use.folder), tokenizer)
+        self.name, self.keys, self.what = use.name, use.keys, use.what
+        self.source = TokenizerSource(use.tokenizer, read_file=_read_clip)
         self.use = use
-        self._loaded = LoadedNetwork[ClipText, ClipTokenizer]()
-
-    @property
-    def name(self) -> str:
-        """The name in messages and cache records."""
-        return self.use.name
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """Return the keys of the result of `encode`."""
-        return self.use.keys
-
-    @property
-    def network(self) -> ClipText:
-        """The network. Call `load` first."""
-        return self._loaded.get()[0]
+        self.dtype = dtype
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, config.json's values and the dtype.
-
-        Reads a few MB.
-        Raises CheckpointError if the file holds another model.
-        """
+        """Return fingerprints of checkpoint and tokenizer, config.json's values and the dtype."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_clip_text(checkpoint, self.use).config
-        return {
-            self.name: fingerprint(self.path),
-            f"{self.name}_config": f"{config.num_heads} heads, {config.activation}, eps {config.eps}",
-            f"{self.name}_tokenizer": clip_tokenizer_identity(self.use.tokenizer, self.tokenizer, self.path),
-            f"{self.name}_dtype": dtype_name(self.dtype),
-        }
+        said = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
+        return self.identify(self.use.name, config=said, dtype=dtype_name(self.dtype))
 
-    def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens with the start and the end token.
+    def write(self, prompt: Prompt) -> Written:
+        """Return the prompt's second text, if it has one."""
+        return Written(prompt.text if prompt.second is None else prompt.second, ())
 
-        Only the tokenizer is loaded. Raises CheckpointError if there is none here; none is downloaded.
-        """
-        find_ends = load_clip_ends(self.use.tokenizer, self.tokenizer, self.path)
+    def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
+        """Raise CheckpointError unless it puts a text between two tokens."""
+        around = tokenizer.read("").ids
+        if len(around) != 2 or around[1] != tokenizer.number(CLIP_END):
+            why = ValueError(f"it does not put a text between {CLIP_START} and {CLIP_END}")
+            raise self.source.files.unreadable(tokenizer.file, why)
 
-        def count(text: str) -> TokenCount:
-            ends = find_ends(text)
-            kept = kept_characters(ends, CLIP_TOKENS - 2, len(text))
-            return TokenCount(text, len(ends) + 2, CLIP_TOKENS, kept)
-
-        return count
-
-    def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
-        self._loaded.load(device, self._read)
-
-    def _read(self, device: torch.device) -> tuple[ClipText, ClipTokenizer]:
-        tokenizer = load_clip_tokenizer(self.use.tokenizer, self.tokenizer, self.path)
+    def load_network(self, device: torch.device) -> ClipText:
+        """Load the text tower."""
         clip = load_clip_text(self.path, device, self.dtype, self.use)
-        logger.info("%s: %s, computing in %s", self.use.what, self.path, dtype_name(self.dtype))
-        return clip, tokenizer
+        logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
+        return clip
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return each prompt's pooled state C and, if it has a key, its mask: 77 int64, 1 for real tokens.
-
-        They are on the CPU; gradients flow to trained parts of the network. Raises CheckpointError if the
-        tokenizer has more tokens than the model.
-        """
-        clip, tokenizer = self._loaded.get()
-        rows = [
-            tokenizer.tokenize(prompt.text if prompt.second is None else prompt.second) for prompt in prompts
-        ]
-        if not rows:
-            return []
-        ids, mask = fill_rows(rows, CLIP_TOKENS, tokenizer.end)
-        check_ids(rows, clip.embeddings.token_embedding.num_embeddings, self.path, self.use.tokenizer.option)
-        ends = torch.tensor([row.index(tokenizer.end) for row in rows])
-        pooled = clip(ids.to(clip.device), ends.to(clip.device)).cpu()
+    def compute(
+        self, network: ClipText, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
+    ) -> list[Conditions]:
+        """Return each prompt's pooled state C and, if it has a key, its mask: 77 int64, 1 for real tokens."""
+        end = tokenizer.number(CLIP_END)
+        assert end is not None  # as was checked
+        ids, mask = fill_rows(rows, CLIP_TOKENS, end)
+        ends = torch.tensor([row.index(end) for row in rows])
+        pooled = network(ids.to(network.device), ends.to(network.device)).cpu()
         return [
             {self.use.pooled: state.clone()}
             | ({} if self.use.mask is None else {self.use.mask: real.clone()})
             for state, real in zip(pooled, mask, strict=True)
         ]
 
-    def free(self) -> None:
-        """Release the encoder and its memory."""
-        self._loaded.free()
+
+class ClipTextEncoder(PooledClip):
+    """CLIP-L, into which a LoRA can be put."""
+
+    lora_prefix = LORA_PREFIX

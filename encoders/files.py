@@ -16,7 +16,7 @@ from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dt
 from modules.checkpoints.encoders import dtype_beside
 from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import fingerprint
-from modules.contract.data import MediaEncoders
+from modules.contract.data import MediaEncoders, MediaTable
 from modules.contract.loading import Placement
 from modules.contract.rules import ONE_EXPERT, Expert
 from modules.devices import choose_compute_dtype, dtype_name
@@ -100,12 +100,15 @@ class TransformerFiles(ABC):
 class OneTransformer(Protocol):
     """The part of a family that follows from the files of its one transformer; families derive from it."""
 
-    experts: tuple[Expert, ...] = ONE_EXPERT
-
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
         @property
         def files(self) -> TransformerFiles: ...
+
+    @property
+    def experts(self) -> tuple[Expert, ...]:
+        """The one network, for all noise levels."""
+        return ONE_EXPERT
 
     def check_given_files(self) -> None:
         """Check every file that an option names, needed or not. Loads nothing."""
@@ -115,6 +118,10 @@ class OneTransformer(Protocol):
     def media_identity(self) -> Mapping[str, str]:
         """Encoder and switches that cached latents depend on."""
         return self.files.vae_identity()
+
+    def sections_of(self, table: MediaTable, frames: int) -> int | None:
+        """Return None: an item has one file."""
+        return None
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         """Return the VAE."""

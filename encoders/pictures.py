@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from encoders.autoencoder import autoencoder_identity, load_autoencoder, read_autoencoder_header
+from encoders.autoencoder import load_autoencoder, read_autoencoder_header
 from encoders.files import OneTransformer, TransformerFiles
 from encoders.tiles import posterior_generator
+from modules.checkpoints.model_files import inside
 from modules.contract.data import (
     CacheEntry,
     Conditions,
@@ -69,9 +71,9 @@ class AutoencoderFiles(TransformerFiles):
         """Load the autoencoder."""
         return load_autoencoder(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
 
-    def vae_identity(self) -> Mapping[str, str]:
-        """Return the facts that latents depend on besides the pixels."""
-        return autoencoder_identity(self.vae_path, self.beside(self.vae_dtype), self.vae_tile)
+    @property
+    def vae_path(self) -> Path:
+        return inside(super().vae_path, "vae")
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the file is no such autoencoder."""
@@ -105,10 +107,6 @@ class ModelOfPictures(OneTransformer, Protocol):
             raise DatasetError(
                 f"{table.name}: the table has control images, which {self.called} cannot take. Remove them."
             )
-
-    def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: a picture has one file."""
-        return None
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: a posterior sample, seeded by its name, float32."""

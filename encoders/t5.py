@@ -18,7 +18,6 @@ The encoder of Glyph-ByT5 has more tokens than bytes (colours and fonts). Hunyua
 Source: Xue et al. 2022, arXiv 2105.13626.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,21 +25,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from encoders.piece_tokenizers import T5Tokenizer, T5Tokenizers, check_ids, fill_rows, in_groups
 from encoders.t5_network import T5Config, T5Kind, T5Network, load_t5, read_t5
+from encoders.text_encoder import FileTextEncoder
+from encoders.tokenizers import END as TEXT_END
+from encoders.tokenizers import TextTokenizer, TokenizerSource, fill_rows, in_groups
 from modules.checkpoints.model_files import inside, read_once
-from modules.checkpoints.opening import Checkpoint, fingerprint
+from modules.checkpoints.opening import Checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import Conditions, weigh_rows
-from modules.contract.requests import Prompt
-from modules.contract.rules import CountTokens, token_weights
+from modules.contract.data import Conditions
 from modules.devices import dtype_name
-from modules.offload.host_memory import LoadedNetwork
 
 # Letters: L tokens of a prompt with its padding, C = width of the model
 
-
-logger = logging.getLogger(__name__)
 
 LORA_PREFIX = "lora_te3"  # of names in LoRA files
 MAX_TOKENS = 512  # with the end token, as FLUX.1 dev and Chroma were trained; schnell with 256
@@ -91,11 +87,12 @@ class T5Use:
 USE = T5Use()
 
 
-class T5TextEncoder:
-    """T5 with its tokenizer: load, encode, free. Texts are not cleaned, as in the release."""
+class T5TextEncoder(FileTextEncoder[T5Network]):
+    """T5. Each prompt gives a fixed number of states. Texts are not cleaned, as in the release."""
 
-    variable_length: frozenset[str] = frozenset()
     lora_prefix = LORA_PREFIX
+    what = "T5"
+    embedding = "token_embedding.weight"
 
     def __init__(
         self,
@@ -114,89 +111,43 @@ class T5TextEncoder:
         padding; otherwise padding counts as tokens. in_fp8: keep the linear layers in 8 bits.
         """
         there = (folder for folder in use.folders if (path / folder).is_dir())
-        self.path = inside(path, next(there, ""))
+        super().__init__(inside(path, next(there, "")), tokenizer)
+        self.name, self.keys, self.weighed, self.most = use.name, use.keys, use.states, max_length
         self.dtype = dtype
-        self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.source = TokenizerSource(use.tokenizer, end=TEXT_END, may_be_inside=True)
         self.uses_mask = uses_mask
         self.in_fp8 = in_fp8
         self.use = use
-        self._tokenizers = T5Tokenizers(use.tokenizer, max_length)
-        self._loaded = LoadedNetwork[T5Network, T5Tokenizer]()
-
-    @property
-    def name(self) -> str:
-        """The name in messages and cache records."""
-        return self.use.name
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """Return the keys of the result of `encode`."""
-        return self.use.keys
-
-    @property
-    def network(self) -> T5Network:
-        """The network. Call `load` first."""
-        return self._loaded.get()[0]
 
     @property
     def identity(self) -> Mapping[str, str]:
         """Return fingerprints of checkpoint and tokenizer, and how they are used. Reads a few MB."""
-        name = self.name
-        identity = {
-            name: fingerprint(self.path),
-            f"{name}_tokenizer": self._tokenizers.find(self.tokenizer, self.path).identity,
-            f"{name}_dtype": "of the file" if self.dtype is None else dtype_name(self.dtype),
-            f"{name}_length": str(self.max_length),
-            f"{name}_mask": "used" if self.uses_mask else "not used",
-        }
-        return identity | ({f"{name}_weights": "fp8"} if self.in_fp8 else {})
+        return self.identify(
+            self.name,
+            dtype="of the file" if self.dtype is None else dtype_name(self.dtype),
+            length=str(self.most),
+            mask="used" if self.uses_mask else "not used",
+            weights="fp8" if self.in_fp8 else None,
+        )
 
-    def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens with the end token; only the tokenizer is loaded.
+    def load_network(self, device: torch.device) -> T5Network:
+        """Load the network; gradients flow through 8-bit weights too."""
+        return load_t5(self.path, device, self.use.kind, self.dtype, self.in_fp8)
 
-        Raises CheckpointError if there is no tokenizer here; none is downloaded.
-        """
-        return self._tokenizers.load_counter(self.tokenizer, self.path)
-
-    def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
-        self._loaded.load(device, self._read)
-
-    def _read(self, device: torch.device) -> tuple[T5Network, T5Tokenizer]:
-        # first, so that a bad tokenizer is reported before gigabytes are read
-        tokenizer = self._tokenizers.load(self.tokenizer, self.path)
-        return load_t5(self.path, device, self.use.kind, self.dtype, self.in_fp8), tokenizer
-
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return each prompt's states L C and its mask: L int64, 1 for tokens, the end token among them.
-
-        They are on the CPU; gradients flow to trained parts of the network, also through 8-bit weights. The
-        rows of a part's tokens are multiplied by the part's weight. Raises CheckpointError if the tokenizer
-        has more tokens than the encoder.
-        """
-        t5, tokenizer = self._loaded.get()
-        rows = [tokenizer(prompt.text) for prompt in prompts]
-        check_ids(rows, t5.token_embedding.num_embeddings, self.path, self.use.tokenizer.option)
+    def compute(
+        self, network: T5Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
+    ) -> list[Conditions]:
+        """Return each prompt's states L C and its mask: L int64, 1 for tokens, the end token among them."""
         results: list[Conditions] = []
-        filled = [fill_rows([row], self.max_length, PAD) for row in rows]
+        filled = [fill_rows([row], self.most, PAD) for row in rows]
         for group in in_groups([row[0].tolist() for row, _ in filled]):
             masks = torch.cat([mask for _, mask in filled[len(results) : len(results) + len(group)]])
-            states = t5.encode_padded(torch.tensor(group), masks if self.uses_mask else None).cpu()
+            states = network.encode_padded(torch.tensor(group), masks if self.uses_mask else None).cpu()
             results += [
                 {self.use.states: state.clone(), self.use.mask: mask.clone()}
                 for state, mask in zip(states, masks, strict=True)
             ]
-        for index, prompt in enumerate(prompts):
-            if prompt.spans:
-                weights = token_weights(prompt.text, tokenizer.places(prompt.text), prompt.spans)
-                weighed = weigh_rows(results[index][self.use.states], weights)
-                results[index] = {**results[index], self.use.states: weighed}
         return results
-
-    def free(self) -> None:
-        """Release the encoder and its memory."""
-        self._loaded.free()
 
 
 # Letters: B texts, L tokens of a text with its padding, C = width of the model

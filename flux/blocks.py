@@ -15,13 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from flux.configs import FluxConfig
-from hunyuan_model.blocks import (
-    Heads,
-    HunyuanTokens,
-    attend_jointly,
-    attend_turned,
-    split_heads,
-)
+from hunyuan_model.blocks import DoubleStreamBlock, Heads, HunyuanTokens, attend_turned, split_heads
 from hunyuan_model.joining import join_gelu
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
@@ -116,72 +110,42 @@ class JointAttention(nn.Module):
         return split_heads(x, self.qkv, self.num_heads, self.norm.query_norm, self.norm.key_norm)
 
 
-def make_mlp(config: FluxConfig) -> nn.Sequential:
-    """Return two layers with a GELU, in its tanh approximation, between them."""
-    return nn.Sequential(
-        nn.Linear(config.dim, config.ffn_dim),
-        nn.GELU(approximate="tanh"),
-        nn.Linear(config.ffn_dim, config.dim),
-    )
+class FluxMlp(nn.Sequential):
+    """Two layers with a GELU, in its tanh approximation, between them."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        layers = nn.Linear(config.dim, config.ffn_dim), nn.Linear(config.ffn_dim, config.dim)
+        super().__init__(layers[0], nn.GELU(approximate="tanh"), layers[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, activation, second = self
+        return in_own_dtype(second, activation(in_own_dtype(first, x)))
 
 
-class DoubleBlock(nn.Module):
+class DoubleBlock(DoubleStreamBlock):
     """Block in which picture and text have separate weights and share one attention."""
 
     def __init__(self, config: FluxConfig, index: int) -> None:
-        super().__init__()
         dim, rows = config.dim, row_plan(config)
-        self.norm = Float32LayerNorm(dim, config.eps)  # has no weights, so one serves both streams
+        super().__init__(dim, config.eps)
         self.img_mod = Modulation(dim, 6) if rows is None else rows.picture(index)
         self.img_attn = JointAttention(dim, config.num_heads, config.eps)
-        self.img_mlp = make_mlp(config)
+        self.img_mlp = FluxMlp(config)
         self.txt_mod = Modulation(dim, 6) if rows is None else rows.text(index)
         self.txt_attn = JointAttention(dim, config.num_heads, config.eps)
-        self.txt_mlp = make_mlp(config)
+        self.txt_mlp = FluxMlp(config)
 
-    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        # x: B L+T C
-        picture, text = tokens.split_video(x)
-        shift1, scale1, gate1, *picture_rows = self.img_mod(tokens.vector[:, :1])
-        text_shift1, text_scale1, text_gate1, *text_rows = self.txt_mod(tokens.vector)
+    def modulation(self, is_text: bool) -> nn.Module:
+        return self.txt_mod if is_text else self.img_mod
 
-        h = modulate(self.norm(text), text_shift1, text_scale1, tokens.dtype, tokens.split)
-        joined = tokens.join(
-            self.img_attn.heads_of(modulate(self.norm(picture), shift1, scale1, tokens.dtype)),
-            self.txt_attn.heads_of(h),
-        )
-        picture_seen, text_seen = tokens.split_video(attend_jointly(*joined, tokens))
+    def heads(self, x: Tensor, is_text: bool) -> Heads:
+        return (self.txt_attn if is_text else self.img_attn).heads_of(x)
 
-        picture = add_gated(picture, gate1, in_own_dtype(self.img_attn.proj, picture_seen))
-        text = add_gated(text, text_gate1, in_own_dtype(self.txt_attn.proj, text_seen), tokens.split)
-        text = self.feed_forward(text, self.txt_mlp, tokens.dtype, tokens.split, *text_rows)
-        # the expensive one last: if it runs in pieces, recomputing the block stops here
-        return torch.cat(
-            [self.feed_forward(picture, self.img_mlp, tokens.dtype, 0, *picture_rows), text], dim=1
-        )
+    def project(self, seen: Tensor, is_text: bool) -> Tensor:
+        return in_own_dtype((self.txt_attn if is_text else self.img_attn).proj, seen)
 
-    def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Return the input of attention for the picture tokens of x: B L+T C -> B L C."""
-        shift, scale, *_ = self.img_mod(tokens.vector[:, :1])
-        return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
-
-    def feed_forward(
-        self,
-        x: Tensor,
-        mlp: nn.Sequential,
-        dtype: torch.dtype,
-        split: int,
-        shift: Tensor,
-        scale: Tensor,
-        gate: Tensor,
-    ) -> Tensor:
-        """Add the feed-forward branch of a stream to x; each token is processed independently.
-
-        x: B L C; shift, scale, gate: B S C float32.
-        """
-        first, activation, second = mlp
-        hidden = activation(in_own_dtype(first, modulate(self.norm(x), shift, scale, dtype, split)))
-        return add_gated(x, gate, in_own_dtype(second, hidden), split)
+    def mlp(self, is_text: bool) -> nn.Module:
+        return self.txt_mlp if is_text else self.img_mlp
 
 
 class SingleBlock(nn.Module):

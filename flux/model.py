@@ -13,11 +13,10 @@ from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, row_plan
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
 from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
-from hunyuan_model.model import real_tokens, rotary_widths
+from hunyuan_model.model import HunyuanFinalLayer, PooledTextEmbedding, real_tokens, rotary_widths
 from modules.attention.attend import Lengths, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
-from modules.layers.modulation import modulate
-from modules.layers.norms import Float32LayerNorm, ScaleNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import ScaleNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, sinusoid, table_maker
 from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
@@ -73,39 +72,20 @@ class Approximator(nn.Module):
         return in_own_dtype(self.out_proj, x).float()
 
 
-class FluxVectorEmbedding(nn.Module):
-    """Embed a vector per sample: B E -> B C float32."""
-
-    def __init__(self, width: int, dim: int) -> None:
-        super().__init__()
-        self.in_layer = nn.Linear(width, dim)
-        self.out_layer = nn.Linear(dim, dim)
-
-    def forward(self, vector: Tensor) -> Tensor:
-        return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, vector)))
-
-
-class FluxFinalLayer(nn.Module):
+class FluxFinalLayer(HunyuanFinalLayer):
     """Final norm, modulated, and projection to the numbers of a token."""
 
     def __init__(self, config: FluxConfig) -> None:
-        super().__init__()
-        rows = row_plan(config)
-        self.norm_final = Float32LayerNorm(config.dim, config.eps)
-        self.linear = nn.Linear(config.dim, config.token_dim)
-        self.adaLN_modulation = (
-            nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim)) if rows is None else rows.final
-        )
+        super().__init__(config.dim, config.token_dim, config.eps)
+        plan = row_plan(config)
+        if plan is not None:
+            self.adaLN_modulation = plan.final
 
-    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        shift, scale = self._modulation(tokens.vector[:, :1])
-        return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
-
-    def _modulation(self, vector: Tensor) -> tuple[Tensor, ...]:
+    def rows(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Return shift and scale, each B 1 C float32."""
         if isinstance(self.adaLN_modulation, ModulationRows):
             return self.adaLN_modulation(vector)
-        activation, layer = self.adaLN_modulation
-        return in_own_dtype(layer, activation(vector)).float().chunk(2, dim=-1)
+        return super().rows(vector)
 
 
 class FluxModel(nn.Module):
@@ -121,10 +101,10 @@ class FluxModel(nn.Module):
         self.img_in = nn.Linear(config.token_dim, dim)
         self.txt_in = nn.Linear(config.text_dim, dim)
         if config.approximator is None:
-            self.time_in = FluxVectorEmbedding(config.freq_dim, dim)
-            self.vector_in = FluxVectorEmbedding(config.pooled_dim, dim)
+            self.time_in = PooledTextEmbedding(config.freq_dim, dim)
+            self.vector_in = PooledTextEmbedding(config.pooled_dim, dim)
             if config.has_guidance:
-                self.guidance_in = FluxVectorEmbedding(config.freq_dim, dim)
+                self.guidance_in = PooledTextEmbedding(config.freq_dim, dim)
         else:
             self.distilled_guidance_layer = Approximator(
                 config.approximator, config.modulations, dim, config.eps

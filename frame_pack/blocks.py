@@ -7,12 +7,11 @@ used. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import HunyuanModulation, HunyuanTokens, attend_jointly, attend_turned
-from hunyuan_model.joining import gelu, join_gelu, turn_and_join
+from hunyuan_model.blocks import DoubleStreamBlock, Heads, HunyuanModulation, HunyuanTokens, attend_turned
+from hunyuan_model.joining import gelu, join_gelu
 from modules.attention.attend import Lengths, attend
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
@@ -39,17 +38,17 @@ class FramePackAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.to_add_out = nn.Linear(dim, dim)
 
-    def forward(self, video: Tensor, text: Tensor, tokens: HunyuanTokens) -> tuple[Tensor, Tensor]:
-        # video: B L C    text: B T C. What each sees is returned
-        text_q = self.norm_added_q(heads(self.add_q_proj, text, self.num_heads))
-        text_k = self.norm_added_k(heads(self.add_k_proj, text, self.num_heads))
-        text_v = heads(self.add_v_proj, text, self.num_heads)
-        # B L+T N D
-        q = turn_and_join(self.norm_q(heads(self.to_q, video, self.num_heads)), text_q, tokens.rotary)
-        k = turn_and_join(self.norm_k(heads(self.to_k, video, self.num_heads)), text_k, tokens.rotary)
-        v = torch.cat([heads(self.to_v, video, self.num_heads), text_v], dim=1)
-        video_seen, text_seen = tokens.split_video(attend_jointly(q, k, v, tokens))
-        return in_own_dtype(self.to_out[0], video_seen), in_own_dtype(self.to_add_out, text_seen)
+    def heads(self, x: Tensor, is_text: bool) -> Heads:
+        """Return query, key and value of a stream, each B L N D, the first two normalised. x: B L C."""
+        if is_text:
+            layers, norms = (
+                (self.add_q_proj, self.add_k_proj, self.add_v_proj),
+                (self.norm_added_q, self.norm_added_k),
+            )
+        else:
+            layers, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
+        q, k, v = (heads(layer, x, self.num_heads) for layer in layers)
+        return norms[0](q), norms[1](k), v
 
 
 class SingleAttention(nn.Module):
@@ -112,55 +111,28 @@ class FramePackFeedForward(nn.Module):
         return in_own_dtype(self.net[2], self._activation(self.net[0](x)))
 
 
-class HunyuanVideoTransformerBlock(nn.Module):
+class HunyuanVideoTransformerBlock(DoubleStreamBlock):
     """Block in which latents, and image and text, have separate weights and share one attention."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        # has no weights, so one serves both streams and both branches
-        self.layer_norm = Float32LayerNorm(dim, eps)
+        super().__init__(dim, eps)
         self.norm1 = HunyuanModulation(dim, 6)
         self.norm1_context = HunyuanModulation(dim, 6)
         self.attn = FramePackAttention(dim, num_heads, eps)
         self.ff = FramePackFeedForward(dim, ffn_dim, gelu)
         self.ff_context = FramePackFeedForward(dim, ffn_dim, gelu)
 
-    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        # x: B L+T C
-        video, text = tokens.split_video(x)
-        shift1, scale1, gate1, *video_rows = self.norm1(tokens.vector[:, :1])
-        text_shift1, text_scale1, text_gate1, *text_rows = self.norm1_context(tokens.vector)
-        seen, text_seen = self.attn(
-            modulate(self.layer_norm(video), shift1, scale1, tokens.dtype),
-            modulate(self.layer_norm(text), text_shift1, text_scale1, tokens.dtype, tokens.split),
-            tokens,
-        )
-        text = add_gated(text, text_gate1, text_seen, tokens.split)
-        text = self.feed_forward(text, self.ff_context, tokens.dtype, tokens.split, *text_rows)
-        # the expensive one last: if it runs in pieces, recomputing the block stops here
-        video = self.feed_forward(add_gated(video, gate1, seen), self.ff, tokens.dtype, 0, *video_rows)
-        return torch.cat([video, text], dim=1)
+    def modulation(self, is_text: bool) -> nn.Module:
+        return self.norm1_context if is_text else self.norm1
 
-    def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Return the input of attention for the latent tokens of x: B L+T C -> B L C."""
-        shift, scale, *_ = self.norm1(tokens.vector[:, :1])
-        return modulate(self.layer_norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
+    def heads(self, x: Tensor, is_text: bool) -> Heads:
+        return self.attn.heads(x, is_text)
 
-    def feed_forward(
-        self,
-        x: Tensor,
-        ff: FramePackFeedForward,
-        dtype: torch.dtype,
-        split: int,
-        shift: Tensor,
-        scale: Tensor,
-        gate: Tensor,
-    ) -> Tensor:
-        """Add the feed-forward branch of a stream to x; each token is processed independently.
+    def project(self, seen: Tensor, is_text: bool) -> Tensor:
+        return in_own_dtype(self.attn.to_add_out if is_text else self.attn.to_out[0], seen)
 
-        x: B L C; shift, scale, gate: B S C float32.
-        """
-        return add_gated(x, gate, ff(modulate(self.layer_norm(x), shift, scale, dtype, split)), split)
+    def mlp(self, is_text: bool) -> nn.Module:
+        return self.ff_context if is_text else self.ff
 
 
 class HunyuanVideoSingleTransformerBlock(nn.Module):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from hunyuan_model.configs import JointConfig
 from hunyuan_model.spec import DIT as HUNYUAN
 from modules.contract.family import DitSpec
 from modules.contract.rules import ModelRelease
@@ -15,27 +16,14 @@ FRAMEPACK = ModelRelease(("lllyasviel/FramePackI2V_HY",), *DERIVED)
 FRAMEPACK_F1 = ModelRelease(("lllyasviel/FramePack_F1_I2V_HY_20250503",), *DERIVED)
 
 
-@dataclass(frozen=True)
-class FramePackConfig:
+@dataclass(frozen=True, kw_only=True)
+class FramePackConfig(JointConfig):
     """Dimensions of a FramePack transformer, read from a checkpoint's tensors."""
 
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    double_blocks: int
-    single_blocks: int
-    refiner_blocks: int
-    refiner_ffn_dim: int
-    in_dim: int
-    out_dim: int
-    text_dim: int  # width of the language model's states
     pooled_dim: int  # width of the CLIP text encoder's pooled output
     image_dim: int  # width of the image encoder's states
     image_hidden_dim: int  # width between the two layers that project these to tokens
-    freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
-    rope_theta: float = 256.0
-    eps: float = 1e-6
 
     @property
     def kind(self) -> str:

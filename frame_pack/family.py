@@ -28,9 +28,10 @@ from frame_pack.options import (
 from frame_pack.positions import position_scale
 from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_frames
-from frame_pack.text_encoders import framepack_clip, framepack_llama
+from frame_pack.text_encoders import FramePackClip, FramePackLlama
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
+from hunyuan_model.text_encoders import template_of
 from hunyuan_model.token_refiner import FRAMEPACK_REFINER, multiply_text
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import (
@@ -158,16 +159,16 @@ class FramePack(OneTransformer):
         """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
         given, dtype = self.files, self.files.beside(self.files.text_dtype)
         return [
-            framepack_llama(
+            FramePackLlama(
                 given.text_encoder1_path,
                 dtype,
                 given.text_encoder1_tokenizer,
-                self.system_prompt,
+                template_of(self.system_prompt),
                 self.skip_layers,
                 self.final_norm,
                 in_fp8=given.llm_in_fp8,
             ),
-            framepack_clip(given.text_encoder2_path, dtype, given.text_encoder2_tokenizer),
+            FramePackClip(given.text_encoder2_path, dtype, given.text_encoder2_tokenizer),
         ]
 
     @property

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from hunyuan_model.configs import JointConfig
 from hunyuan_model.spec import DIT as HUNYUAN
 from modules.contract.data import LatentSpec
 from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
@@ -17,25 +18,12 @@ TEXT_TOKENS = 1024  # of a prompt that are kept
 GLYPH_TOKENS = 128  # of the texts to be written in the picture
 
 
-@dataclass(frozen=True)
-class HunyuanImageConfig:
+@dataclass(frozen=True, kw_only=True)
+class HunyuanImageConfig(JointConfig):
     """Dimensions of a HunyuanImage transformer, read from a checkpoint's tensors."""
 
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    double_blocks: int
-    single_blocks: int
-    refiner_blocks: int
-    refiner_ffn_dim: int
-    in_dim: int
-    out_dim: int
-    text_dim: int  # width of the language model's states
     glyph_dim: int  # width of the glyph encoder's states
     glyph_hidden: tuple[int, int]  # widths inside the layers that turn these into tokens
-    freq_dim: int = 256
-    rope_theta: float = 256.0
-    eps: float = 1e-6
 
     @property
     def kind(self) -> str:

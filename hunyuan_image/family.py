@@ -173,7 +173,7 @@ class HunyuanImage(ModelOfPictures):
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
-        yield from encoders.vae.decode(latents / LATENT.scale)
+        yield encoders.vae.decode(latents / LATENT.scale)
 
 
 def family_for_latent_caching(options: HunyuanImageLatentCachingOptions) -> HunyuanImage:

@@ -96,7 +96,7 @@ class HunyuanImageFiles(TransformerFiles):
             path, takes = self.glyphs().path, None if config is None else config.glyph_dim
             check_state_width(BYT5.option, path, read_byt5_header(path).dim, self.dit, takes, BYT5.release)
         if self.text_encoder_tokenizer is not None:
-            TOKENIZER.check_given(self.text_encoder_tokenizer)
+            TOKENIZER.files.check_given(self.text_encoder_tokenizer)
 
 
 def _text_width(checkpoint: Checkpoint) -> int:

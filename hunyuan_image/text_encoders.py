@@ -13,21 +13,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
-from encoders.piece_tokenizers import check_ids
 from encoders.t5 import byte_rows, load_byt5
 from encoders.t5_network import T5Network
+from encoders.text_encoder import FileTextEncoder, Written
+from encoders.tokenizers import TextTokenizer, TokenizerSource
 from hunyuan_image.configs import GLYPH_TOKENS, TEXT_TOKENS
 from hunyuan_model.llama import Llama, load_llama
 from hunyuan_model.text_checkpoints import LanguageModel, LlamaConfig, read_llama
-from hunyuan_model.text_encoders import weights_within
+from hunyuan_model.text_encoders import warn_of_other_template
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles, token_places
-from modules.contract.data import Conditions, weigh_rows
+from modules.checkpoints.tokenizers import TokenizerFiles
+from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
-from modules.contract.rules import CountTokens, TokenCount, kept_characters
+from modules.contract.rules import CountTokens, TokenCount
 from modules.devices import dtype_name
 from modules.offload.host_memory import LoadedNetwork
 
@@ -62,14 +62,17 @@ QWEN = LanguageModel(
     has_bias=True,
     rope_types=("default", "mrope"),
 )
-TOKENIZER = TokenizerFiles(
-    option="--text_encoder_tokenizer",
-    names=("tokenizer.json",),
-    folder="",
-    repository="Qwen/Qwen2.5-VL-7B-Instruct",
-    # inside the encoder's folder; beside a single file; beside text_encoder (diffusers)
-    beside=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
-    token="<|im_start|>",
+TOKENIZER = TokenizerSource(
+    TokenizerFiles(
+        option="--text_encoder_tokenizer",
+        names=("tokenizer.json",),
+        folder="",
+        repository="Qwen/Qwen2.5-VL-7B-Instruct",
+        # inside the encoder's folder; beside a single file; beside text_encoder (diffusers)
+        beside=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
+        token="<|im_start|>",
+    ),
+    adds_own=False,
 )
 
 
@@ -88,12 +91,16 @@ def glyph_text(prompt: str) -> str | None:
     return "".join(f'Text "{text}". ' for text in quoted) if quoted else None
 
 
-class QwenTextEncoder:
+class QwenTextEncoder(FileTextEncoder[Llama]):
     """The language model of Qwen2.5-VL. Each prompt gives a state for each of its tokens."""
 
     name = "vlm"
     keys = frozenset({"vlm_embed", "vlm_mask"})
     variable_length = keys
+    source = TOKENIZER
+    most = TEXT_TOKENS
+    weighed = "vlm_embed"
+    tells_cuts = True
 
     def __init__(
         self,
@@ -108,101 +115,60 @@ class QwenTextEncoder:
         path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
         compute dtype. in_fp8: keep the linear layers in 8 bits. on_cpu: compute there, whatever the device.
         """
-        self.path = inside(path, "text_encoder")
+        super().__init__(inside(path, "text_encoder"), tokenizer)
         self.dtype = dtype
-        self.tokenizer = tokenizer
         self.in_fp8 = in_fp8
         self.on_cpu = on_cpu
-        self._loaded = LoadedNetwork[Llama, Tokenizer]()
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used.
-
-        Reads a few MB. Raises CheckpointError if the file holds another model.
-        """
+        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_qwen(checkpoint)
-        identity = {
-            "vlm": fingerprint(self.path),
-            "vlm_config": f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
-            "vlm_tokenizer": TOKENIZER.identity(TOKENIZER.find(self.tokenizer, self.path)),
-            "vlm_dtype": dtype_name(self.dtype),
-            "vlm_template": hashlib.sha256(template("{}").encode()).hexdigest()[:16],
-        }
-        return identity | ({"vlm_weights": "fp8"} if self.in_fp8 else {})
+        return self.identify(
+            "vlm",
+            config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
+            dtype=dtype_name(self.dtype),
+            template=hashlib.sha256(f"{BEFORE}{{}}{AFTER}".encode()).hexdigest()[:16],
+            weights="fp8" if self.in_fp8 else None,
+        )
 
-    def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens with the end token of its turn in the chat.
+    def write(self, prompt: Prompt) -> Written:
+        """Return the prompt in its template."""
+        return Written(prompt.text, prompt.spans, BEFORE, AFTER)
 
-        Only the tokenizer is loaded. Raises CheckpointError if there is none here; none is downloaded.
-        """
-        file = TOKENIZER.find(self.tokenizer, self.path) or TOKENIZER.require_local(self.path)
-        tokenizer = TOKENIZER.read(file)
+    def count_dropped(self, tokenizer: TextTokenizer) -> int:
+        """Return the number of tokens before the prompt, as of the model's own tokenizer."""
+        return DROPPED
 
-        def count(text: str) -> TokenCount:
-            offsets = tokenizer.encode(template(text), add_special_tokens=False).offsets
-            ends = [end - len(BEFORE) for _, end in offsets]
-            kept = kept_characters(ends, DROPPED + TEXT_TOKENS, len(text))
-            return TokenCount(text, max(len(ends) - DROPPED, 0), TEXT_TOKENS, min(max(kept, 0), len(text)))
-
-        return count
+    def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
+        """Warn if the tokenizer makes another number of tokens of the template."""
+        warn_of_other_template(len(tokenizer.read(BEFORE).ids), DROPPED, self.source.files.option)
 
     def load(self, device: torch.device) -> None:
         """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
-        self._loaded.load(CPU if self.on_cpu else device, self._read)
+        super().load(CPU if self.on_cpu else device)
 
-    def _read(self, device: torch.device) -> tuple[Llama, Tokenizer]:
-        # first, so that a bad tokenizer is reported before gigabytes are read
-        file = TOKENIZER.find(self.tokenizer, self.path) or TOKENIZER.download(self.path)
-        logger.info("tokenizer of the text encoder: %s", file)
-        tokenizer = TOKENIZER.read(file)
-        dropped = len(tokenizer.encode(BEFORE, add_special_tokens=False).ids)
-        if dropped != DROPPED:
-            logger.warning(
-                "the tokenizer makes %d tokens of the template before the prompt, the model's own makes %d: "
-                "prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
-                dropped,
-                DROPPED,
-                TOKENIZER.option,
-            )
+    def load_network(self, device: torch.device) -> Llama:
+        """Load the language model."""
         llama = load_llama(self.path, device, self.dtype, SKIP_LAYERS, False, self.in_fp8, QWEN)
         logger.info("text encoder: %s, computing in %s", self.path, dtype_name(self.dtype))
-        return llama, tokenizer
+        return llama
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return {"vlm_embed": [L C], "vlm_mask": [L int64]} on the CPU for each prompt.
+    def compute(
+        self, network: Llama, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
+    ) -> list[Conditions]:
+        """Return {"vlm_embed": [L C], "vlm_mask": [L int64]} for each prompt, one at a time.
 
-        L: number of the prompt's tokens with the end of its turn, at most 1024; all are real. One prompt at a
-        time, so that none depends on others. The states of a part's tokens are multiplied by its weight.
-        Raises CheckpointError if the tokenizer has more tokens than the model.
+        L: number of the prompt's tokens with the end of its turn; all are real.
         """
-        llama, tokenizer = self._loaded.get()
         results: list[Conditions] = []
-        for prompt in prompts:
-            encoded = tokenizer.encode(template(prompt.text), add_special_tokens=False)
-            if len(encoded.ids) > DROPPED + TEXT_TOKENS:
-                logger.info(
-                    "%d tokens of the prompt are cut off, %d are used: %.60s",
-                    len(encoded.ids) - DROPPED - TEXT_TOKENS,
-                    TEXT_TOKENS,
-                    prompt.text,
-                )
-            rows = [encoded.ids[: DROPPED + TEXT_TOKENS]]
-            check_ids(rows, llama.embed_tokens.num_embeddings, self.path, TOKENIZER.option)
-            ids = torch.tensor(rows)
-            mask = torch.ones_like(ids)
-            states = llama(ids.to(llama.device), mask.to(llama.device))[0, DROPPED:].cpu()
-            if prompt.spans:
-                places = token_places(encoded)[DROPPED : DROPPED + TEXT_TOKENS]
-                weights = weights_within(prompt, template(prompt.text), len(BEFORE), places)
-                states = weigh_rows(states, weights)
-            results.append({"vlm_embed": [states.clone()], "vlm_mask": [mask[0, DROPPED:]]})
+        for row in rows:
+            ids = torch.tensor([row])
+            states = network(ids.to(network.device), torch.ones_like(ids).to(network.device))
+            real = torch.ones(len(row) - dropped, dtype=torch.int64)
+            results.append({"vlm_embed": [states[0, dropped:].cpu()], "vlm_mask": [real]})
         return results
-
-    def free(self) -> None:
-        """Release the encoder and its memory."""
-        self._loaded.free()
 
 
 class GlyphTextEncoder:
@@ -274,11 +240,6 @@ class GlyphTextEncoder:
     def free(self) -> None:
         """Release the encoder and its memory."""
         self._loaded.free()
-
-
-def template(prompt: str) -> str:
-    """Return the text that the language model reads."""
-    return f"{BEFORE}{prompt}{AFTER}"
 
 
 def read_qwen(checkpoint: Checkpoint) -> LlamaConfig:

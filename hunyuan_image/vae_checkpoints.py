@@ -6,13 +6,11 @@ Our modules have the names of the released file. In diffusers' the layers of all
 import re
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
-
+from encoders.autoencoder import ATTENTION, DIFFUSERS, as_matrices
 from hunyuan_image.configs import LATENT
 from hunyuan_image.vae_blocks import FOLDED, GROUPS, HunyuanImageVaeConfig
 from modules.checkpoints.dialects import (
     LoadPlan,
-    Names,
     checked_shapes_of,
     count,
     other_kind,
@@ -29,14 +27,6 @@ RELEASE = (
     "diffusers vae folder"
 )
 WHAT = "the VAE of HunyuanImage-2.1"
-# diffusers' names, once the layers of a level have its number -> the published ones
-FROM_DIFFUSERS: Names = (
-    (r"(encoder|decoder)\.mid_block\.resnets\.0\.(.+)", r"\1.mid.block_1.\2"),
-    (r"(encoder|decoder)\.mid_block\.resnets\.1\.(.+)", r"\1.mid.block_2.\2"),
-    (r"(encoder|decoder)\.mid_block\.attentions\.0\.to_([qkv])\.(.+)", r"\1.mid.attn_1.\2.\3"),
-    (r"(encoder|decoder)\.mid_block\.attentions\.0\.proj\.(.+)", r"\1.mid.attn_1.proj_out.\2"),
-    (r"(encoder|decoder)\.mid_block\.attentions\.0\.norm\.(.+)", r"\1.mid.attn_1.norm.\2"),
-)
 _LAYER = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(.+)")
 
 
@@ -51,9 +41,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
         sources = rename_sources(sources, NamesByLevel(sources))
     if "encoder.down.0.downsample.conv.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise other_kind(checkpoint, WHAT, "--vae", RELEASE)
-    for name in list(sources):
-        if re.fullmatch(r".+\.mid\.attn_1\.(q|k|v|proj_out)\.weight", name):
-            sources[name] = sources[name].then(_as_matrix)  # 1x1 convolutions in the file
+    as_matrices(sources, ATTENTION)
     return LoadPlan(_read_config(checkpoint, sources), checkpoint, sources)
 
 
@@ -97,7 +85,7 @@ class NamesByLevel:
     def __call__(self, name: str) -> str:
         layer = _LAYER.fullmatch(name)
         if layer is None:
-            return translate_name(name, FROM_DIFFUSERS)
+            return translate_name(name, DIFFUSERS)
         part, way, place, rest = layer[1], layer[2], int(layer[3]), layer[4]
         changes = self._changes[part]
         level = sum(change < place for change in changes)
@@ -105,7 +93,3 @@ class NamesByLevel:
             return f"{part}.{way}.{level}.{way}sample.{rest}"
         first = changes[level - 1] + 1 if level else 0
         return f"{part}.{way}.{level}.block.{place - first}.{rest}"
-
-
-def _as_matrix(weight: Tensor) -> Tensor:
-    return weight.flatten(1)

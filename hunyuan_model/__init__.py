@@ -15,7 +15,6 @@ spec: latents, guidance and names in the transformer
 text_checkpoints: files of the language model: dialects, dimensions
 text_encoders: a language model and CLIP-L, for the shared loops
 token_refiner: language model states to text tokens
-tokenizer: the language model's, exactly as its file says
 vae: the video VAE: pixels to latents and back
 vae_blocks: causal convolutions and norms over a clip
 vae_checkpoints: VAE files: dialects, dimensions from tensors

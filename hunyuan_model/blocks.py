@@ -113,14 +113,78 @@ class Mlp(nn.Module):
         return in_own_dtype(self.fc2, self._activation(in_own_dtype(self.fc1, x)))
 
 
-class MMDoubleStreamBlock(nn.Module):
-    """Block in which video and text have separate weights and share one attention."""
+class DoubleStreamBlock(nn.Module):
+    """Block in which video and text have separate weights and share one attention; subclasses have these."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
+
+    def modulation(self, is_text: bool) -> nn.Module:
+        """Return the module of a stream's shifts, scales and gates."""
+        raise NotImplementedError
+
+    def heads(self, x: Tensor, is_text: bool) -> Heads:
+        """Return query, key and value of a stream's tokens B L C; the first two normalised."""
+        raise NotImplementedError
+
+    def project(self, seen: Tensor, is_text: bool) -> Tensor:
+        """Apply a stream's last layer of attention."""
+        raise NotImplementedError
+
+    def mlp(self, is_text: bool) -> nn.Module:
+        """Return a stream's feed-forward layers."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        # x: B L+T C
+        video, text = tokens.split_video(x)
+        shift1, scale1, gate1, *video_rows = self.modulation(False)(tokens.vector[:, :1])
+        text_shift1, text_scale1, text_gate1, *text_rows = self.modulation(True)(tokens.vector)
+
+        h = modulate(self.norm(video), shift1, scale1, tokens.dtype)
+        mine = self.heads(h, False)
+        h = modulate(self.norm(text), text_shift1, text_scale1, tokens.dtype, tokens.split)
+        joined = tokens.join(mine, self.heads(h, True))
+        del h, mine
+        video_seen, text_seen = tokens.split_video(attend_jointly(*joined, tokens))
+
+        video = add_gated(video, gate1, self.project(video_seen, False))
+        text = add_gated(text, text_gate1, self.project(text_seen, True), tokens.split)
+        text = self.feed_forward(text, self.mlp(True), tokens.dtype, tokens.split, *text_rows)
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        video = self.feed_forward(video, self.mlp(False), tokens.dtype, 0, *video_rows)
+        return torch.cat([video, text], dim=1)
+
+    def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Return the input of attention for the video tokens of x: B L+T C -> B L C."""
+        shift, scale, *_ = self.modulation(False)(tokens.vector[:, :1])
+        return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
+
+    def feed_forward(
+        self,
+        x: Tensor,
+        mlp: nn.Module,
+        dtype: torch.dtype,
+        split: int,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
+    ) -> Tensor:
+        """Add the feed-forward branch of a stream to x; each token is processed independently.
+
+        x: B L C; shift, scale, gate: B S C float32.
+        """
+        return add_gated(x, gate, mlp(modulate(self.norm(x), shift, scale, dtype, split)), split)
+
+
+class MMDoubleStreamBlock(DoubleStreamBlock):
+    """Block of HunyuanVideo and HunyuanImage."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
+        super().__init__(dim, eps)
         self.num_heads = num_heads
         head_width = dim // num_heads
-        self.norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
         self.img_mod = HunyuanModulation(dim, 6)
         self.img_attn_qkv = nn.Linear(dim, 3 * dim)
         self.img_attn_q_norm = RMSNorm(head_width, eps)
@@ -134,46 +198,21 @@ class MMDoubleStreamBlock(nn.Module):
         self.txt_attn_proj = nn.Linear(dim, dim)
         self.txt_mlp = Mlp(dim, ffn_dim, gelu)
 
-    def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        # x: B L+T C
-        video, text = tokens.split_video(x)
-        shift1, scale1, gate1, *video_rows = self.img_mod(tokens.vector[:, :1])
-        text_shift1, text_scale1, text_gate1, *text_rows = self.txt_mod(tokens.vector)
+    def modulation(self, is_text: bool) -> nn.Module:
+        return self.txt_mod if is_text else self.img_mod
 
-        h = modulate(self.norm(video), shift1, scale1, tokens.dtype)
-        mine = split_heads(h, self.img_attn_qkv, self.num_heads, self.img_attn_q_norm, self.img_attn_k_norm)
-        h = modulate(self.norm(text), text_shift1, text_scale1, tokens.dtype, tokens.split)
-        its = split_heads(h, self.txt_attn_qkv, self.num_heads, self.txt_attn_q_norm, self.txt_attn_k_norm)
-        joined = tokens.join(mine, its)
-        del h, mine, its
-        video_seen, text_seen = tokens.split_video(attend_jointly(*joined, tokens))
+    def heads(self, x: Tensor, is_text: bool) -> Heads:
+        if is_text:
+            layers = self.txt_attn_qkv, self.num_heads, self.txt_attn_q_norm, self.txt_attn_k_norm
+        else:
+            layers = self.img_attn_qkv, self.num_heads, self.img_attn_q_norm, self.img_attn_k_norm
+        return split_heads(x, *layers)
 
-        video = add_gated(video, gate1, in_own_dtype(self.img_attn_proj, video_seen))
-        text = add_gated(text, text_gate1, in_own_dtype(self.txt_attn_proj, text_seen), tokens.split)
-        text = self.feed_forward(text, self.txt_mlp, tokens.dtype, tokens.split, *text_rows)
-        # the expensive one last: if it runs in pieces, recomputing the block stops here
-        return torch.cat([self.feed_forward(video, self.img_mlp, tokens.dtype, 0, *video_rows), text], dim=1)
+    def project(self, seen: Tensor, is_text: bool) -> Tensor:
+        return in_own_dtype(self.txt_attn_proj if is_text else self.img_attn_proj, seen)
 
-    def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Return the input of attention for the video tokens of x: B L+T C -> B L C."""
-        shift, scale, *_ = self.img_mod(tokens.vector[:, :1])
-        return modulate(self.norm(x[:, : tokens.video]), shift, scale, tokens.dtype)
-
-    def feed_forward(
-        self,
-        x: Tensor,
-        mlp: Mlp,
-        dtype: torch.dtype,
-        split: int,
-        shift: Tensor,
-        scale: Tensor,
-        gate: Tensor,
-    ) -> Tensor:
-        """Add the feed-forward branch of a stream to x; each token is processed independently.
-
-        x: B L C; shift, scale, gate: B S C float32.
-        """
-        return add_gated(x, gate, mlp(modulate(self.norm(x), shift, scale, dtype, split)), split)
+    def mlp(self, is_text: bool) -> nn.Module:
+        return self.txt_mlp if is_text else self.img_mlp
 
 
 class MMSingleStreamBlock(nn.Module):

@@ -22,9 +22,9 @@ SKYREELS_I2V = ModelRelease(
 )
 
 
-@dataclass(frozen=True)
-class HunyuanVideoConfig:
-    """Dimensions of a HunyuanVideo transformer, read from a checkpoint's tensors."""
+@dataclass(frozen=True, kw_only=True)
+class JointConfig:
+    """Dimensions of a transformer of double and single blocks with a token refiner."""
 
     dim: int
     ffn_dim: int
@@ -36,13 +36,19 @@ class HunyuanVideoConfig:
     in_dim: int
     out_dim: int
     text_dim: int  # width of the language model's states
-    pooled_dim: int  # width of the CLIP text encoder's pooled output
     freq_dim: int = 256
+    rope_theta: float = 256.0
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVideoConfig(JointConfig):
+    """Dimensions of a HunyuanVideo transformer, read from a checkpoint's tensors."""
+
+    pooled_dim: int  # width of the CLIP text encoder's pooled output
     patch_size: tuple[int, int, int] = (1, 2, 2)
     # the file has guidance_in: the guidance scale is an input, so one pass per step is enough
     has_guidance: bool = True
-    rope_theta: float = 256.0
-    eps: float = 1e-6
 
     @property
     def kind(self) -> str:

@@ -165,10 +165,6 @@ class HunyuanVideo(OneTransformer):
                 "dataset."
             )
 
-    def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: an item has one file."""
-        return None
-
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Latents of every clip; with `caches_image` also those of its first frame alone.
 

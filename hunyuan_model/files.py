@@ -11,8 +11,7 @@ from encoders.files import TransformerFiles
 from hunyuan_model.checkpoints import FORMAT
 from hunyuan_model.options import HunyuanTextOptions, HunyuanVaeOptions
 from hunyuan_model.text_checkpoints import LLAMA_FILES, read_llama
-from hunyuan_model.text_encoders import CLIP, LlavaTextEncoder, clip_text_encoder
-from hunyuan_model.tokenizer import LLAMA_FILES as LLAMA_TOKENIZER
+from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, LlavaTextEncoder, clip_text_encoder
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.checkpoints.dits import DitFormat
@@ -92,7 +91,7 @@ class HunyuanFiles(TransformerFiles):
             width = read_once(path, _clip_width)
             check_state_width("--text_encoder2", path, width, self.dit, pooled_dim, CLIP.release)
         if self.text_encoder1_tokenizer is not None:
-            LLAMA_TOKENIZER.check_given(self.text_encoder1_tokenizer)
+            LLAMA_TOKENIZER.files.check_given(self.text_encoder1_tokenizer)
         if self.text_encoder2_tokenizer is not None:
             CLIP.tokenizer.check_given(self.text_encoder2_tokenizer)
 

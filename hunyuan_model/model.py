@@ -43,12 +43,12 @@ class PatchEmbedding(nn.Module):
 
 
 class PooledTextEmbedding(nn.Module):
-    """Embed the pooled output of the CLIP text encoder: B pooled_dim -> B C float32."""
+    """Embed a vector per sample, as the pooled output of the CLIP text encoder: B E -> B C float32."""
 
-    def __init__(self, config: HunyuanVideoConfig) -> None:
+    def __init__(self, width: int, dim: int) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(config.pooled_dim, config.dim)
-        self.out_layer = nn.Linear(config.dim, config.dim)
+        self.in_layer = nn.Linear(width, dim)
+        self.out_layer = nn.Linear(dim, dim)
 
     def forward(self, pooled: Tensor) -> Tensor:
         return run_float32(self.out_layer, functional.silu(run_float32(self.in_layer, pooled)))
@@ -64,9 +64,12 @@ class HunyuanFinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        rows = in_own_dtype(self.adaLN_modulation[1], functional.silu(tokens.vector[:, :1]))
-        shift, scale = rows.float().chunk(2, dim=-1)
+        shift, scale = self.rows(tokens.vector[:, :1])
         return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
+
+    def rows(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Return shift and scale, each B 1 C float32."""
+        return in_own_dtype(self.adaLN_modulation[1], functional.silu(vector)).float().chunk(2, dim=-1)
 
 
 class HunyuanVideoModel(nn.Module):
@@ -86,7 +89,7 @@ class HunyuanVideoModel(nn.Module):
         self.img_in = PatchEmbedding(config.in_dim, dim, config.patch_size)
         self.txt_in = TokenRefiner(config)
         self.time_in = NumberEmbedding(config.freq_dim, dim)
-        self.vector_in = PooledTextEmbedding(config)
+        self.vector_in = PooledTextEmbedding(config.pooled_dim, dim)
         if config.has_guidance:
             self.guidance_in = NumberEmbedding(config.freq_dim, dim)
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)

@@ -6,44 +6,19 @@ arXiv 2406.11831.
 # Letters: B batch, T text tokens, N heads, D head width, C = N * D
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from hunyuan_model.blocks import Mlp, split_heads
+from hunyuan_model.configs import JointConfig
 from modules.attention.attend import Lengths, attend, lengths_on
 from modules.devices import numbers_on
 from modules.layers.modulation import add_gated
 from modules.layers.norms import Float32LayerNorm, in_own_dtype, run_float32
 from modules.layers.rope import sinusoid
 from modules.speed_options import SDPA, AttentionChoice
-
-
-class RefinerConfig(Protocol):
-    """Dimensions of a refiner, among those of its transformer."""
-
-    @property
-    def dim(self) -> int: ...
-
-    @property
-    def num_heads(self) -> int: ...
-
-    @property
-    def refiner_blocks(self) -> int: ...
-
-    @property
-    def refiner_ffn_dim(self) -> int: ...
-
-    @property
-    def text_dim(self) -> int: ...
-
-    @property
-    def freq_dim(self) -> int: ...
-
-    @property
-    def eps(self) -> float: ...
 
 
 class NumberEmbedding(nn.Module):
@@ -78,7 +53,7 @@ class RefinerBlock(nn.Module):
     Timestep and mean text only gate the two branches.
     """
 
-    def __init__(self, config: RefinerConfig) -> None:
+    def __init__(self, config: JointConfig) -> None:
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_heads
@@ -108,7 +83,7 @@ class RefinerBlock(nn.Module):
 class IndividualTokenRefiner(nn.Module):
     """The refiner's blocks, under their name in the published checkpoints."""
 
-    def __init__(self, config: RefinerConfig) -> None:
+    def __init__(self, config: JointConfig) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_blocks))
 
@@ -116,7 +91,7 @@ class IndividualTokenRefiner(nn.Module):
 class TokenRefiner(nn.Module):
     """Turn states of the language model into text tokens, given the timestep."""
 
-    def __init__(self, config: RefinerConfig) -> None:
+    def __init__(self, config: JointConfig) -> None:
         super().__init__()
         self.input_embedder = nn.Linear(config.text_dim, config.dim)
         self.t_embedder = NumberEmbedding(config.freq_dim, config.dim)

@@ -6,8 +6,7 @@ Our modules have the names of the official file, which diffusers keeps. ComfyUI'
 import re
 from collections.abc import Mapping
 
-from torch import Tensor
-
+from encoders.autoencoder import as_matrices
 from hunyuan_model.vae_blocks import DOWN, UP, HunyuanVaeConfig
 from modules.checkpoints.dialects import (
     LoadPlan,
@@ -85,9 +84,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanVaeConfig]:
 def _from_comfy(sources: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
     levels = count(sources, r"decoder\.up\.\d+")
     ours = rename_sources(sources, lambda name: _comfy_name(name, levels))
-    for name, source in ours.items():  # 1x1x1 convolutions in the file, linear layers here
-        if re.fullmatch(r".+\.attentions\.0\.to_.+\.weight", name):
-            ours[name] = source.then(_as_matrix)
+    as_matrices(ours, r".+\.attentions\.0\.to_.+\.weight")
     return ours
 
 
@@ -96,10 +93,6 @@ def _comfy_name(name: str, levels: int) -> str:
     if up:
         name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{up[2]}"
     return translate_name(translate_name(name, COMFY), COMFY_LEVEL)
-
-
-def _as_matrix(weight: Tensor) -> Tensor:
-    return weight.flatten(1)
 
 
 def _widths(

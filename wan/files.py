@@ -4,14 +4,15 @@ A whole release (--ckpt_dir) is a folder; names of transformer files tell task a
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from modules.checkpoints.dits import DitHeader
+from encoders.files import TransformerFiles
+from modules.checkpoints.dits import DitFormat, DitHeader
 from modules.checkpoints.model_files import read_once, require_file
 from modules.contract.data import LatentSpec
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, expert_of_file
@@ -19,31 +20,30 @@ from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.names.video import WAN
-from wan.checkpoints import check_alike, check_task, read_dit_header
+from wan.checkpoints import FORMAT, check_alike, check_task, read_dit_header
 from wan.configs import RELEASES, TASKS, WAN_2_1, WAN_2_2, VaeRelease, WanConfig, WanTask
 from wan.encoder_checkpoints import read_clip, read_t5
 from wan.options import MOST_TIMESTEP, WanGenerationOptions, WanLatentCachingOptions, WanTrainingOptions
+from wan.spec import latent_of
 from wan.t5 import TOKENIZER
+from wan.vae import WanVae, load_vae
 from wan.vae_checkpoints import check_latents, read_vae
 
 
 @dataclass(frozen=True)
-class WanFiles:
-    """Paths as the options give them.
+class WanFiles(TransformerFiles):
+    """Files of a run: one or two transformers, umT5, the VAE of the task's latents, and CLIP."""
 
-    The properties return an existing path, or raise OptionError or CheckpointError naming the option.
-    """
-
-    dit: Path | None = None  # the low-noise expert's, or the only one
-    vae: Path | None = None
+    # `dit` is the low-noise expert's, or the only one
     t5: Path | None = None
     t5_tokenizer: Path | None = None
     clip: Path | None = None
     dit_high_noise: Path | None = None
+    vae_cache_cpu: bool = False
+    t5_in_fp8: bool = False
+    task: WanTask = TASKS["t2v-14B"]
 
-    @property
-    def dit_path(self) -> Path:
-        return require_file(self.dit, "--dit", "the transformer checkpoint")
+    format: ClassVar[DitFormat[Any, Any]] = FORMAT
 
     @property
     def has_dit(self) -> bool:
@@ -58,18 +58,14 @@ class WanFiles:
         high = require_file(self.dit_high_noise, "--dit_high_noise", "the transformer for much noise")
         return (high,) if self.dit is None else (self.dit_path, high)
 
-    def check_dits(self, task: WanTask) -> None:
+    def check_dits(self) -> None:
         """Raise OptionError or CheckpointError if a transformer is missing, or does not fit --task."""
         both = {"--dit": self.dit, "--dit_high_noise": self.dit_high_noise}
         paths = {option: path for option, path in both.items() if path in self.dits}
         headers = {option: read_once(path, read_dit_header) for option, path in paths.items()}
         for option, path in paths.items():
-            check_task(headers[option], task, path, option)
+            check_task(headers[option], self.task, path, option)
         check_alike(headers, paths)
-
-    @property
-    def vae_path(self) -> Path:
-        return require_file(self.vae, "--vae", "the VAE converts between pixels and latents")
 
     @property
     def t5_path(self) -> Path:
@@ -83,18 +79,18 @@ class WanFiles:
         """Read variant, dialect and dtype of the first transformer file; those of experts are alike."""
         return read_once(self.dits[0], read_dit_header)
 
-    def check_encoders(self, *needed: str) -> None:
-        """Check the files of encoders that are given or needed ("vae", "t5", "clip"). Loads nothing.
+    def compute_dtype(self) -> torch.dtype | None:
+        """Return the transformer's compute dtype; None if there is no transformer."""
+        return (self.dit_dtype or self.dit_header().compute_dtype) if self.has_dit else None
 
-        Raises OptionError if a needed one is not given, CheckpointError if a file is missing or another kind
-        of network.
-        """
-        if self.vae is not None or "vae" in needed:
-            read_once(self.vae_path, read_vae)
-        if self.t5 is not None or "t5" in needed:
-            read_once(self.t5_path, read_t5)
-        if self.clip is not None or "clip" in needed:
-            read_once(self.clip_path, read_clip)
+    def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
+        """Return the VAE's dtype: `chosen`, else the transformer's, else the usual one."""
+        return chosen or self.compute_dtype() or usual or self.usual
+
+    def load_vae(self, device: torch.device) -> WanVae:
+        """Load the VAE."""
+        dtype = self.beside(self.vae_dtype)
+        return load_vae(self.vae_path, device, dtype, self.vae_cache_cpu, self.vae_tile)
 
     def vae_release(self) -> VaeRelease | None:
         """Return which VAE is given; None if none is. Raises CheckpointError if the file is no VAE of Wan."""
@@ -102,18 +98,25 @@ class WanFiles:
             return None
         return RELEASES[read_once(self.vae_path, read_vae).config.latent_channels]
 
-    def check_vae(self, latent: LatentSpec, needed_by: str) -> None:
-        """Raise CheckpointError if a VAE is given that is not that of the model's latents.
+    def check_vae(self) -> None:
+        """Raise CheckpointError if the file is not the VAE of the task's latents."""
+        config = read_once(self.vae_path, read_vae).config
+        check_latents(config, latent_of(self.task), self.vae_path, f"--task {self.task.name}")
 
-        needed_by: the model in words, for the message: "--task ti2v-5B".
-        """
-        if self.vae is not None:
-            check_latents(read_once(self.vae_path, read_vae).config, latent, self.vae_path, needed_by)
-
-    def check_tokenizer(self) -> None:
-        """Raise CheckpointError if --t5_tokenizer is given and names no tokenizer."""
+    def check_texts(self, config: Any, needed: bool) -> None:
+        """Check umT5: `TransformerFiles.check_texts`."""
+        if self.t5 is not None or needed:
+            read_once(self.t5_path, read_t5)
         if self.t5_tokenizer is not None:
             TOKENIZER.files.check_given(self.t5_tokenizer)
+
+    def check(self, needed: Collection[str] = ()) -> None:
+        """Check the files that are given or needed ("clip" too): `TransformerFiles.check`."""
+        if self.has_dit or "dit" in needed:
+            self.check_dits()
+        super().check(needed)
+        if self.clip is not None or "clip" in needed:
+            read_once(self.clip_path, read_clip)
 
 
 logger = logging.getLogger(__name__)
@@ -138,19 +141,12 @@ _OPTIONS = {LOW_NOISE: "dit", HIGH_NOISE: "dit_high_noise"}
 PIPELINE_EXPERTS = {_OPTIONS[expert]: folder for folder, expert in WAN.experts}
 
 
-@dataclass(frozen=True)
-class Release:
-    """Files of a folder, and the boundary of its experts as a timestep; None: it says nothing."""
-
-    files: WanFiles
-    boundary: float | None = None
-
-
-def read_release(folder: Path, latent: LatentSpec) -> Release:
+def read_release(folder: Path, latent: LatentSpec) -> tuple[Mapping[str, Path], float | None]:
     """Find the parts of an official release, or of a pipeline of diffusers. Loads nothing.
 
-    latent: of the model; it decides which VAE fits.
-    Raises OptionError if the folder is missing, CheckpointError if its index cannot be read.
+    latent: of the model; it decides which VAE fits. Returns the files by the names of `WanFiles`, and the
+    boundary of its experts as a timestep; None: it says nothing. Raises OptionError if the folder is missing,
+    CheckpointError if its index cannot be read.
     """
     if not folder.is_dir():
         raise OptionError(f"--ckpt_dir {folder}: no such folder. Give that of the official release")
@@ -158,29 +154,25 @@ def read_release(folder: Path, latent: LatentSpec) -> Release:
     if index.exists():
         has_experts = (folder / PIPELINE_EXPERTS["dit"]).is_dir()
         dits = PIPELINE_EXPERTS if has_experts else PIPELINE_DIT
-        return Release(_there(folder, PIPELINE | dits), _read_boundary(index) if has_experts else None)
-    parts = {**OFFICIAL, "vae": RELEASES[latent.channels].file, **OFFICIAL_EXPERTS}
-    found = _there(folder, parts)
-    if found.dit is None and found.dit_high_noise is None and any(folder.glob(OFFICIAL_DIT)):
-        found = replace(found, dit=folder)
-    return Release(found)
+        return _there(folder, PIPELINE | dits), _read_boundary(index) if has_experts else None
+    found = _there(folder, {**OFFICIAL, "vae": RELEASES[latent.channels].file, **OFFICIAL_EXPERTS})
+    if not found.keys() & OFFICIAL_EXPERTS.keys() and any(folder.glob(OFFICIAL_DIT)):
+        found["dit"] = folder
+    return found, None
 
 
-def add_release(given: WanFiles, release: WanFiles) -> WanFiles:
+def add_release(given: WanFiles, release: Mapping[str, Path]) -> WanFiles:
     """Return the files that options give; those that are not given come from a release.
 
     Its transformers are taken together: if --dit is given, that for much noise is not taken either, as --dit
     alone means one transformer for all noise levels.
     """
-    kept = {"dit", "dit_high_noise"} if given.dit is not None else set[str]()
-    for name in ("dit", "dit_high_noise"):
-        if name not in kept and getattr(given, name) is None and getattr(release, name) is not None:
-            logger.info("--%s is %s, from --ckpt_dir", name, getattr(release, name))
-    added = {
-        each.name: getattr(release, each.name)
-        for each in fields(WanFiles)
-        if getattr(given, each.name) is None and each.name not in kept
-    }
+    own = {name for name in release if getattr(given, name) is not None}
+    if given.dit is not None:
+        own.add("dit_high_noise")
+    added: dict[str, Any] = {name: path for name, path in release.items() if name not in own}
+    for name in sorted(added.keys() & OFFICIAL_EXPERTS.keys()):
+        logger.info("--%s is %s, from --ckpt_dir", name, added[name])
     return replace(given, **added)
 
 
@@ -218,8 +210,8 @@ def _words(expert: str | None) -> str:
     return "much" if expert == HIGH_NOISE else "little"
 
 
-def _there(folder: Path, parts: Mapping[str, str]) -> WanFiles:
-    return WanFiles(**{key: folder / name for key, name in parts.items() if (folder / name).exists()})
+def _there(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
+    return {key: folder / name for key, name in parts.items() if (folder / name).exists()}
 
 
 def _read_boundary(index: Path) -> float | None:
@@ -249,18 +241,29 @@ def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
     if clip is not None and TASKS[options.task].version != "2.1":
         logger.warning("--clip %s is ignored because --task %s takes no image features", clip, options.task)
         clip = None
-    return WanFiles(options.dit, options.vae.vae, text.t5, text.t5_tokenizer, clip, high)
+    files = WanFiles(
+        options.dit,
+        choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
+        t5=text.t5,
+        t5_tokenizer=text.t5_tokenizer,
+        clip=clip,
+        dit_high_noise=high,
+        vae_cache_cpu=options.vae_cache_cpu,
+        t5_in_fp8=text.fp8_t5,
+        task=TASKS[options.task],
+    )
+    return files.add_vae(options.vae)
 
 
-def files_and_boundary(options: WanGenerationOptions, latent: LatentSpec) -> tuple[WanFiles, float | None]:
+def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float | None]:
     """Return the files of a generation, also those of --ckpt_dir, and the boundary of the experts.
 
-    latent: of the task. Raises OptionError if the transformer for little noise is missing.
+    Raises OptionError if the transformer for little noise is missing.
     """
     files, task, boundary = files_of(options), TASKS[options.task], None
     if options.ckpt_dir is not None:
-        release = read_release(options.ckpt_dir, latent)
-        files, boundary = add_release(files, release.files), release.boundary
+        found, boundary = read_release(options.ckpt_dir, latent_of(task))
+        files = add_release(files, found)
     if files.dit is None and files.dit_high_noise is not None:
         raise OptionError(
             "--dit is missing: --dit_high_noise alone cannot take away the last of the noise. Give the "
@@ -270,19 +273,17 @@ def files_and_boundary(options: WanGenerationOptions, latent: LatentSpec) -> tup
         logger.info(
             "--task %s has two transformers: without --dit_high_noise --dit makes all steps", task.name
         )
-    return files, boundary_of(options, task, files, boundary)
+    return files, boundary_of(options, files, boundary)
 
 
 def boundary_of(
-    options: WanTrainingOptions | WanGenerationOptions,
-    task: WanTask,
-    files: WanFiles,
-    of_release: float | None = None,
+    options: WanTrainingOptions | WanGenerationOptions, files: WanFiles, of_release: float | None = None
 ) -> float | None:
     """Return where the high-noise expert begins: as the options say, else a release, else the task.
 
     Raises OptionError if the task has no high-noise expert.
     """
+    task = files.task
     if files.dit_high_noise is not None and task.boundary is None:
         raise OptionError(
             f"--dit_high_noise {files.dit_high_noise}: --task {task.name} has one transformer. Leave it out, "
@@ -294,44 +295,23 @@ def boundary_of(
     return options.experts.boundary or of_release or task.boundary
 
 
-def caching_task(options: WanLatentCachingOptions, files: WanFiles) -> tuple[WanTask, str | None]:
-    """Return a task whose latents the given VAE makes, and the kind of image condition that is cached.
+def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
+    """Return the files with a task whose latents the VAE makes, and the kind of image condition to cache.
 
     The kind is i2v or flf2v; None for text-to-video caches. Raises OptionError for switches that those
     latents have no use for.
     """
+    files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
     kind = "i2v" if options.i2v or options.clip is not None else None
     image_kind = "flf2v" if options.flf2v else kind
     release = files.vae_release()
     if release is None:
         logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.about)
-    task = TASKS["ti2v-5B" if release is WAN_2_2 else "t2v-14B"]
-    if task.kind == "ti2v" and image_kind is not None:
+    if release is WAN_2_2 and image_kind is not None:
         given = "--clip" if options.clip is not None else "--i2v"
         raise OptionError(
             f"{given}: --vae {options.vae.vae} is {WAN_2_2.about}. That model starts from an image by the "
             f"latents of the clip itself, so nothing else is cached. Leave out {given}"
             f"{' and --flf2v' if options.flf2v else ''}."
         )
-    return task, image_kind
-
-
-def vae_settings(
-    options: WanLatentCachingOptions | WanTrainingOptions | WanGenerationOptions,
-    default_dtype: torch.dtype | None,
-) -> Mapping[str, Any]:
-    """Return the fields of `Wan` for the VAE. default_dtype: without --vae_dtype."""
-    vae = options.vae
-    dtype = choose_compute_dtype(vae.vae_dtype, "--vae_dtype", None) or default_dtype
-    return {"vae_dtype": dtype, "vae_cache_cpu": options.vae_cache_cpu, "vae_tile": vae.tile}
-
-
-def network_settings(options: WanTrainingOptions | WanGenerationOptions) -> Mapping[str, Any]:
-    """Return the fields of `Wan` for the transformers and the text encoder."""
-    return {
-        "dit_dtype": choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
-        "rope": options.rope_func,
-        "keep_file_dtypes": options.mixed_precision_transformer,
-        "text_as_image_tokens": options.text_as_image_tokens,
-        "t5_in_fp8": options.text.fp8_t5,
-    }
+    return replace(files, task=TASKS["ti2v-5B" if release is WAN_2_2 else "t2v-14B"]), image_kind

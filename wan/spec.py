@@ -13,6 +13,7 @@ from torch import Tensor
 from modules.contract.data import LatentSpec
 from modules.contract.family import DitSpec
 from modules.speed_options import SDPA, AttentionChoice
+from wan.configs import WanTask
 
 # Least squares fit of latents in model space to colours (R, G, B), which all known tools use
 PREVIEW_FACTORS = (
@@ -46,6 +47,12 @@ LATENT = LatentSpec(
 
 # of TI2V-5B, whose VAE folds 2 x 2 pixels more into each latent
 LATENT_5B = LatentSpec(channels=48, stride=(4, 16, 16), pixel_step=32, frame_step=4)
+
+
+def latent_of(task: WanTask) -> LatentSpec:
+    """Return the latent space of a task."""
+    return LATENT_5B if task.kind == "ti2v" else LATENT
+
 
 DIT = DitSpec(
     block_lists=("blocks",),

@@ -13,20 +13,17 @@ from pathlib import Path
 
 import torch
 
-from encoders.piece_tokenizers import T5Tokenizer, T5Tokenizers, check_ids, in_groups
-from encoders.t5_network import T5Network
-from encoders.t5_network import load_t5 as load_any_t5
-from modules.checkpoints.opening import fingerprint
+from encoders.t5_network import T5Network, load_t5
+from encoders.text_encoder import FileTextEncoder, Written
+from encoders.tokenizers import END, TextTokenizer, TokenizerSource, in_groups
 from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import Conditions, weigh_rows
+from modules.contract.data import Conditions
 from modules.contract.requests import Prompt, Spans
-from modules.contract.rules import CountTokens, token_weights
 from modules.errors import InstallationError
-from modules.offload.host_memory import LoadedNetwork
 from wan.encoder_checkpoints import UMT5
 
 MAX_TOKENS = 512  # with the end token, as trained
-TOKENIZER = T5Tokenizers(
+TOKENIZER = TokenizerSource(
     TokenizerFiles(
         option="--t5_tokenizer",
         names=("tokenizer.json", "spiece.model", "tokenizer.model"),
@@ -36,7 +33,8 @@ TOKENIZER = T5Tokenizers(
         # tokenizer saved in the text encoder's folder
         beside=("google/umt5-xxl", "tokenizer", "../tokenizer", "."),
     ),
-    MAX_TOKENS,
+    end=END,
+    may_be_inside=True,
 )
 
 
@@ -76,73 +74,42 @@ def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
     return cleaned, tuple((first, last, weight) for first, last, (_, _, weight) in parts)
 
 
-def load_t5(path: Path, device: torch.device, in_fp8: bool = False) -> T5Network:
-    """Load an umT5 encoder in the dtype of its file; see `encoders.t5_network.load_t5`."""
-    return load_any_t5(path, device, UMT5, in_fp8=in_fp8)
-
-
-class WanTextEncoder:
-    """umT5 with its tokenizer, as the shared loops use it: load, encode, free."""
+class WanTextEncoder(FileTextEncoder[T5Network]):
+    """umT5. Each prompt gives a state for each of its tokens, at most 512 with the end token."""
 
     name = "t5"
     keys = frozenset({"t5"})
-    variable_length = frozenset({"t5"})
+    variable_length = keys
+    what = "umT5"
+    source = TOKENIZER
+    most = MAX_TOKENS
+    weighed = "t5"
+    embedding = "token_embedding.weight"
 
     def __init__(self, path: Path, tokenizer: Path | None = None, in_fp8: bool = False) -> None:
-        """Set up the encoder; `load` reads the files. in_fp8: keep the linear layers in 8 bits."""
-        self.path = path
-        self.tokenizer = tokenizer
+        """Set up the encoder, in the dtype of its file. in_fp8: keep the linear layers in 8 bits."""
+        super().__init__(path, tokenizer)
         self.in_fp8 = in_fp8
-        self._loaded = LoadedNetwork[T5Network, T5Tokenizer]()
 
     @property
     def identity(self) -> Mapping[str, str]:
         """Return fingerprints of checkpoint and tokenizer, and how weights are kept. Reads a few MB."""
-        identity = {
-            "t5": fingerprint(self.path),
-            "t5_tokenizer": TOKENIZER.find(self.tokenizer, self.path).identity,
-        }
-        return identity | ({"t5_weights": "fp8"} if self.in_fp8 else {})
+        return self.identify("t5", weights="fp8" if self.in_fp8 else None)
 
-    def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens with the end token; only the tokenizer is loaded.
+    def write(self, prompt: Prompt) -> Written:
+        """Return the cleaned prompt, and where in it the parts are."""
+        return Written(*clean_spans(prompt.text, prompt.spans))
 
-        Raises CheckpointError if there is no tokenizer here; none is downloaded.
-        """
-        count = TOKENIZER.load_counter(self.tokenizer, self.path)
-        return lambda text: count(clean_text(text))
+    def load_network(self, device: torch.device) -> T5Network:
+        """Load umT5."""
+        return load_t5(self.path, device, UMT5, in_fp8=self.in_fp8)
 
-    def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
-        self._loaded.load(device, self._read)
-
-    def _read(self, device: torch.device) -> tuple[T5Network, T5Tokenizer]:
-        # first, so that a bad tokenizer is reported before gigabytes are read
-        tokenize = TOKENIZER.load(self.tokenizer, self.path)
-        return load_t5(self.path, device, self.in_fp8), tokenize
-
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return {"t5": [n C]} on the CPU for each prompt.
-
-        n: the number of the prompt's tokens with the end token, at most 512. The rows of a part's tokens are
-        multiplied by the part's weight.
-        Raises CheckpointError if the tokenizer has more tokens than the encoder.
-        """
-        t5, tokenizer = self._loaded.get()
-        device = t5.device
-        ids = [tokenizer(clean_text(prompt.text)) for prompt in prompts]
-        check_ids(ids, t5.token_embedding.num_embeddings, self.path, TOKENIZER.files.option)
+    def compute(
+        self, network: T5Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
+    ) -> list[Conditions]:
+        """Return {"t5": [n C]} for each prompt of n tokens."""
         results: list[Conditions] = []
-        for group in in_groups(ids):
-            embeds = t5([torch.tensor(prompt, device=device) for prompt in group])
+        for group in in_groups(rows):
+            embeds = network([torch.tensor(prompt, device=network.device) for prompt in group])
             results += [{"t5": [embed.to("cpu", copy=True)]} for embed in embeds]
-        for index, prompt in enumerate(prompts):
-            if prompt.spans:
-                text, spans = clean_spans(prompt.text, prompt.spans)
-                weights = token_weights(text, tokenizer.places(text), spans)
-                results[index] = {"t5": [weigh_rows(results[index]["t5"][0], weights)]}
         return results
-
-    def free(self) -> None:
-        """Release the encoder and its memory."""
-        self._loaded.free()

@@ -18,7 +18,7 @@ from blissful_tuner.taehv import enlarge, project
 from modules.contract.steps import Piece, Section, Step, StepDone
 from modules.media.reading import read_image, video_frames, video_info
 from tests.commands import ROOT
-from wan.family import LATENT
+from wan.spec import LATENT
 
 CPU = torch.device("cpu")
 
@@ -135,7 +135,7 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from blissful_tuner.latent_preview import LatentPreviews
-from wan.family import LATENT
+from wan.spec import LATENT
 
 def frames(killed):
     for index in range(6):

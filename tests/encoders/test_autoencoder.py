@@ -11,7 +11,6 @@ from torch import Tensor
 from encoders.autoencoder import (
     SCALE,
     SHIFT,
-    autoencoder_identity,
     load_autoencoder,
     read_autoencoder_header,
 )
@@ -204,12 +203,3 @@ def test_other_networks_are_refused(file: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message) as caught:
             load_autoencoder(path, CPU, torch.float32)
         assert str(path) in str(caught.value)
-
-
-def test_identity_follows_file_dtype_and_tile(file: Path, tmp_path: Path) -> None:
-    usual = autoencoder_identity(file, torch.float32, None)
-    assert usual == autoencoder_identity(file, torch.float32, None)
-    other = write_autoencoder(tmp_path / "ae.safetensors", seed=9)
-    assert usual["vae"] != autoencoder_identity(other, torch.float32, None)["vae"]
-    assert usual != autoencoder_identity(file, torch.bfloat16, None)
-    assert usual != autoencoder_identity(file, torch.float32, 256)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from encoders.piece_tokenizers import fill_rows
 from encoders.t5 import T5_XXL, T5TextEncoder, byte_rows, load_byt5, read_byt5_header
 from encoders.t5_network import T5Kind, T5Network, load_t5, read_t5
+from encoders.tokenizers import fill_rows
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import can_learn
@@ -73,7 +73,7 @@ def test_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:
         encoder.load(CPU)
         states, mask = stacked(encoder, *case["prompts"])
         assert torch.equal(mask, tensors["t5_mask"])
-        rows = [encoder._loaded.get()[1](text) for text in case["prompts"]]
+        rows = [encoder._loaded.get()[1].read(text).cut(encoder.most).ids for text in case["prompts"]]
         assert torch.equal(fill_rows(rows, case["t5_length"], 0)[0], tensors["t5_ids"])
         kept = states * mask[..., None] if uses_mask else states
         torch.testing.assert_close(kept, tensors[key], atol=2e-4, rtol=0)
@@ -85,7 +85,7 @@ def test_states_equal_those_of_transformers(file: Path, uses_mask: bool) -> None
     """Padding too: Chroma's transformer sees the first row of it."""
     states, mask = stacked(encoder_of(file, uses_mask), *PROMPTS)
     tokenizer = encoder_of(file)._loaded.get()[1]
-    rows = [tokenizer(text) for text in PROMPTS]
+    rows = [tokenizer.read(text).cut(LENGTH).ids for text in PROMPTS]
     ids = torch.tensor([[*row, *[0] * (LENGTH - len(row))] for row in rows])
     expected = theirs_of(t5xxl_tensors())(ids, attention_mask=mask if uses_mask else None).last_hidden_state
     torch.testing.assert_close(states, expected, atol=TOLERANCE, rtol=0)

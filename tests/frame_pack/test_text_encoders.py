@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from encoders.text_encoder import FileTextEncoder
 from frame_pack.family import family_for_generation
 from frame_pack.options import FramePackGenerationOptions
-from frame_pack.text_encoders import TEXT_ROWS, FramePackTextEncoder, framepack_clip, framepack_llama
-from hunyuan_model.text_encoders import VIDEO_TEMPLATE
+from frame_pack.text_encoders import TEXT_ROWS, FramePackClip, FramePackLlama
+from hunyuan_model.text_encoders import VIDEO_TEMPLATE, PromptTemplate, template_of
 from modules.contract.requests import Prompt
 from modules.options import read_options
 from modules.parser import add_options
@@ -59,7 +60,7 @@ def rounded(request: pytest.FixtureRequest, folder: Path) -> TextsThere:
     return TextsThere(folder, request.param)
 
 
-def encoded(encoder: FramePackTextEncoder, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+def encoded(encoder: FileTextEncoder, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
     encoder.load(CPU)
     return [dict(found) for found in encoder.encode([Prompt(text) for text in prompts])]  # type: ignore[arg-type]
 
@@ -79,7 +80,7 @@ def assert_text(found: dict[str, Tensor], states: Tensor) -> None:
 
 def test_states_are_those_of_the_prompts_own_tokens(folder: Path, rounded: TextsThere) -> None:
     counts = set()
-    for prompt, found in zip(PROMPTS, encoded(framepack_llama(folder, rounded.dtype), PROMPTS), strict=True):
+    for prompt, found in zip(PROMPTS, encoded(FramePackLlama(folder, rounded.dtype), PROMPTS), strict=True):
         assert_text(found, rounded.llama_vec(prompt))
         counts.add(int(found["llama_attention_mask"].sum()))
     assert min(counts) == 1  # the end of the empty prompt
@@ -88,7 +89,7 @@ def test_states_are_those_of_the_prompts_own_tokens(folder: Path, rounded: Texts
 
 def test_clips_vector_is_its_pooled_state(folder: Path, rounded: TextsThere) -> None:
     prompts = [*PROMPTS, "a rabbit <|endoftext|> and a dog"]
-    for prompt, found in zip(prompts, encoded(framepack_clip(folder, rounded.dtype), prompts), strict=True):
+    for prompt, found in zip(prompts, encoded(FramePackClip(folder, rounded.dtype), prompts), strict=True):
         assert found["clip_l_pooler"].shape == (CLIP_DIM,)
         torch.testing.assert_close(found["clip_l_pooler"], rounded.clip_l_pooler(prompt), rtol=0, atol=0)
 
@@ -98,8 +99,8 @@ def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
     folder: Path, there: TextsThere, system: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    usual = encoded(framepack_llama(folder, torch.float32), PROMPTS)
-    own = encoded(framepack_llama(folder, torch.float32, system_prompt=system), PROMPTS)
+    usual = encoded(FramePackLlama(folder, torch.float32), PROMPTS)
+    own = encoded(FramePackLlama(folder, torch.float32, template=PromptTemplate(system)), PROMPTS)
     for prompt, found, before in zip(PROMPTS, own, usual, strict=True):
         assert_text(found, there.llama_vec(prompt, system))
         # the prompt's tokens are the same
@@ -112,7 +113,8 @@ def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
 
 
 def test_the_usual_system_prompt_given_as_ones_own_changes_nothing(folder: Path) -> None:
-    usual, own = framepack_llama(folder), framepack_llama(folder, system_prompt=VIDEO_TEMPLATE.system)
+    usual = FramePackLlama(folder)
+    own = FramePackLlama(folder, template=PromptTemplate(VIDEO_TEMPLATE.system))
     assert own.identity == usual.identity
     for found, expected in zip(encoded(own, PROMPTS), encoded(usual, PROMPTS), strict=True):
         assert torch.equal(found["llama_vec"], expected["llama_vec"])
@@ -127,8 +129,8 @@ def test_the_option_of_the_generation_script_reaches_the_language_model(
     more = [] if told is None else ["--custom_system_prompt", told]
     args = parser.parse_args(["--text_encoder1", str(folder), "--text_encoder2", str(folder), *more])
     llama, clip = family_for_generation(read_options(FramePackGenerationOptions, args)).text_encoders()
-    assert llama.identity == framepack_llama(folder, system_prompt=told).identity
-    assert clip.identity == framepack_clip(folder).identity
+    assert llama.identity == FramePackLlama(folder, template=template_of(told)).identity
+    assert clip.identity == FramePackClip(folder).identity
 
 
 # file layouts: each gives the two paths

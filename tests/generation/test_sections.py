@@ -72,7 +72,7 @@ def test_a_whole_wan_run_equals_the_recorded_one(solver: str, recorded: str) -> 
         solver=solver,
     )
     texts = {0: EncodedPrompts({"t5": [tensors["context"]]}, {"t5": [tensors["context_null"]]})}
-    family, dit = Wan(TASKS["t2v-1.3B"], WanFiles()), golden_wan()
+    family, dit = Wan(WanFiles(task=TASKS["t2v-1.3B"])), golden_wan()
     starts: list[Tensor] = []
 
     latents = make_latents(

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from hunyuan_image.text_encoders import (
+    AFTER,
     BEFORE,
     DROPPED,
     GlyphTextEncoder,
     QwenTextEncoder,
     find_quoted,
     glyph_text,
-    template,
 )
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
@@ -49,7 +49,7 @@ def golden_qwen(folder: Path) -> QwenTextEncoder:
 def test_states_of_the_language_model_equal_the_recorded_ones(tmp_path: Path) -> None:
     found = encode(golden_qwen(tmp_path), *CASE["prompts"])
 
-    assert template("{}") == CASE["template"]
+    assert f"{BEFORE}{{}}{AFTER}" == CASE["template"]
     assert CASE["dropped_tokens"] == DROPPED
     for one, states, mask in zip(found, TENSORS["vlm_states"], TENSORS["vlm_mask"], strict=True):
         (ours,), (real,), count = one["vlm_embed"], one["vlm_mask"], int(mask.sum())
@@ -108,7 +108,7 @@ def test_states_equal_those_of_transformers_class_for_pictures_and_texts(tmp_pat
     model = Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**told, **sizes)).eval()
     model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("lm_head")})
     tokenizer = encoder._loaded.get()[1]
-    ids = torch.tensor([tokenizer.encode(template("two dogs")).ids])
+    ids = torch.tensor([tokenizer.read(f"{BEFORE}two dogs{AFTER}").ids])
 
     with torch.no_grad():
         states = model(ids, output_hidden_states=True).hidden_states[-3]
@@ -124,7 +124,8 @@ def test_weights_of_parts_multiply_the_states_of_their_tokens(tmp_path: Path) ->
     rows: Tensor = weighed["vlm_embed"][0] / plain["vlm_embed"][0]
     factors = rows.mean(dim=1).round(decimals=3).tolist()
     tokenizer = encoder._loaded.get()[1]
-    places = [first - len(BEFORE) for first, _ in tokenizer.encode(template("a red cat")).offsets[DROPPED:]]
+    found = tokenizer.read(f"{BEFORE}a red cat{AFTER}").places[DROPPED:]
+    places = [-1 if place is None else place[0] - len(BEFORE) for place in found]
     assert factors == [1.5 if 1 <= place < 5 else 1.0 for place in places]
     assert 1.5 in factors
 

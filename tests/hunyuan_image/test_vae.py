@@ -49,7 +49,7 @@ def test_encoding_and_decoding_equal_the_recorded_values(rows: int | None) -> No
         compute_in_rows(vae, rows)
 
     mean, logvar = vae.moments(tensors["image"].unsqueeze(2)).squeeze(2).chunk(2, dim=1)
-    (pixels,) = vae.decode(tensors["z"].unsqueeze(2))
+    pixels = vae.decode(tensors["z"].unsqueeze(2))
 
     tolerance = case["tolerance"]
     torch.testing.assert_close(mean, tensors["mean"], rtol=0, **tolerance["mean"])
@@ -62,7 +62,7 @@ def test_tiles_equal_the_recorded_ones() -> None:
     _, tensors = read_case("hunyuan_image_vae")
     vae = golden_vae(128)
 
-    (pixels,) = vae.decode(tensors["z_tiled"].unsqueeze(2))
+    pixels = vae.decode(tensors["z_tiled"].unsqueeze(2))
     moments = vae.moments(tensors["image_tiled"].float().unsqueeze(2)).squeeze(2)
 
     torch.testing.assert_close(pixels.squeeze(2), tensors["decode_tiled"].clamp(-1, 1), rtol=0, atol=1e-3)
@@ -91,7 +91,7 @@ def test_a_file_gives_what_diffusers_class_gives(layout: str, tmp_path: Path) ->
     with torch.no_grad():
         moments, decoded = theirs._encode(pixels), theirs.decode(latents).sample
     ours_moments = ours.moments(pixels.unsqueeze(2)).squeeze(2)
-    (ours_decoded,) = ours.decode(latents.unsqueeze(2))
+    ours_decoded = ours.decode(latents.unsqueeze(2))
 
     assert (ours_moments - moments).abs().max() <= NEAR * moments.abs().max()
     assert (ours_decoded.squeeze(2) - decoded.clamp(-1, 1)).abs().max() <= 1e-4

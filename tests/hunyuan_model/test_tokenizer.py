@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -10,13 +9,14 @@ import pytest
 import torch
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from encoders.clip_l import load_clip_tokenizer
-from hunyuan_model.text_encoders import CLIP
-from hunyuan_model.tokenizer import LLAMA_FILES, load_llama_tokenizer
+from encoders.text_encoder import FileTextEncoder
+from encoders.tokenizers import TextTokenizer
+from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, clip_text_encoder, find_pad
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.errors import CheckpointError
 from tests.tiny.hunyuan_encoders import LLAMA_SPECIAL, save, write_clip_tokenizer, write_llama_tokenizer
 
+LLAMA_FILES = LLAMA_TOKENIZER.files
 TEXTS = (
     "a small rabbit runs through tall grass; two dogs & a cat, 7:30!",
     "",
@@ -25,6 +25,20 @@ TEXTS = (
     "<|endoftext|> rabbit <|eot_id|>",
     "rabbit " * 300,
 )
+
+
+def loaded(encoder: FileTextEncoder[torch.nn.Module]) -> TextTokenizer:
+    tokenizer = encoder.source.load(encoder.tokenizer, encoder.path, "the encoder")
+    encoder.check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def load_llama(path: Path | None, model: Path) -> TextTokenizer:
+    return LLAMA_TOKENIZER.load(path, model, "Llama")
+
+
+def load_clip(path: Path | None, model: Path) -> TextTokenizer:
+    return loaded(clip_text_encoder(model, tokenizer=path))
 
 
 @pytest.fixture
@@ -42,11 +56,11 @@ def test_llamas_tokens_equal_those_of_transformers(model: Path, adds_begin: bool
     folder = model.parents[2] / "tokens"
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     write_llama_tokenizer(folder, adds_begin)  # a file may leave the begin token to the class that reads it
-    ours = load_llama_tokenizer(folder, model)
+    ours = load_llama(folder, model)
     for text in TEXTS:
-        assert ours.tokenize(text) == theirs(text)["input_ids"]
-    assert ours.tokenize("") == [0]
-    assert ours.pad == theirs.pad_token_id == LLAMA_SPECIAL.index("<pad>")
+        assert ours.read(text).ids == theirs(text)["input_ids"]
+    assert ours.read("").ids == [0]
+    assert find_pad(ours) == theirs.pad_token_id == LLAMA_SPECIAL.index("<pad>")
 
 
 @pytest.mark.parametrize("form", ["vocab.json", "tokenizer.json"])
@@ -56,11 +70,10 @@ def test_clips_tokens_equal_those_of_transformers(model: Path, form: str) -> Non
     if form == "tokenizer.json":
         theirs.save_pretrained(folder)
         (folder / "merges.txt").unlink(missing_ok=True)
-    ours = load_clip_tokenizer(CLIP.tokenizer, folder, model)
+    ours = load_clip(folder, model)
     for text in TEXTS:
-        assert ours.tokenize(text) == theirs(text, truncation=True, max_length=77)["input_ids"]
-    assert len(ours.tokenize(TEXTS[-1])) == 77
-    assert ours.tokenize(TEXTS[-1])[-1] == ours.end == theirs.eos_token_id
+        assert ours.read(text).cut(77).ids == theirs(text, truncation=True, max_length=77)["input_ids"]
+    assert len(ours.read(TEXTS[-1]).cut(77).ids) == 77
 
 
 @pytest.mark.parametrize(
@@ -69,13 +82,13 @@ def test_clips_tokens_equal_those_of_transformers(model: Path, form: str) -> Non
 def test_the_pad_token_is_the_one_its_configuration_names(model: Path, told: object, pad: int) -> None:
     folder = model.parents[2] / "tokens"
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": told}), encoding="utf-8")
-    assert load_llama_tokenizer(folder, model).pad == pad
+    assert find_pad(load_llama(folder, model)) == pad
 
 
 def test_a_tokenizer_needs_no_configuration(model: Path) -> None:
     folder = model.parents[2] / "tokens"
     (folder / "tokenizer_config.json").unlink()
-    assert load_llama_tokenizer(folder / "tokenizer.json", model).pad == LLAMA_SPECIAL.index("<pad>")
+    assert find_pad(load_llama(folder / "tokenizer.json", model)) == LLAMA_SPECIAL.index("<pad>")
 
 
 @pytest.mark.parametrize(
@@ -122,11 +135,11 @@ def test_without_a_network_the_error_names_the_option(model: Path, monkeypatch: 
     with pytest.raises(
         CheckpointError, match=r"--text_encoder1_tokenizer the folder tokenizer of hunyuanvideo-community"
     ):
-        load_llama_tokenizer(None, model)
+        load_llama(None, model)
     with pytest.raises(
         CheckpointError, match=r"--text_encoder2_tokenizer the files of openai/clip-vit-large-patch14"
     ):
-        load_clip_tokenizer(CLIP.tokenizer, None, model)
+        load_clip(None, model)
 
 
 @pytest.mark.parametrize(("source", "name"), [("tokens", "tokenizer.json"), ("clip tokens", "vocab.json")])
@@ -146,13 +159,13 @@ def test_the_hubs_copy_is_used_where_there_is_no_other(
     shutil.copy(root / source / "tokenizer.json", snapshot)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub"))
-    load = load_llama_tokenizer if files is LLAMA_FILES else partial(load_clip_tokenizer, CLIP.tokenizer)
-    assert load(None, model).tokenize(TEXTS[0]) == load(root / source, model).tokenize(TEXTS[0])
+    load = load_llama if files is LLAMA_FILES else load_clip
+    assert load(None, model).read(TEXTS[0]) == load(root / source, model).read(TEXTS[0])
 
 
 @pytest.mark.parametrize(
     ("files", "load"),
-    [(LLAMA_FILES, load_llama_tokenizer), (CLIP.tokenizer, partial(load_clip_tokenizer, CLIP.tokenizer))],
+    [(LLAMA_FILES, load_llama), (CLIP.tokenizer, load_clip)],
 )
 def test_what_is_no_tokenizer_is_refused(model: Path, files: TokenizerFiles, load: object) -> None:
     with pytest.raises(CheckpointError, match=rf"{files.option}.*it holds model\.safetensors"):
@@ -167,10 +180,10 @@ def test_what_is_no_tokenizer_is_refused(model: Path, files: TokenizerFiles, loa
 
 def test_a_tokenizer_of_the_wrong_kind_is_refused_for_clip(model: Path) -> None:
     with pytest.raises(CheckpointError, match=r"does not put a text between <\|startoftext\|>"):
-        load_clip_tokenizer(CLIP.tokenizer, model.parents[2] / "tokens", model)
+        load_clip(model.parents[2] / "tokens", model)
     vocabulary = model.parents[2] / "clip tokens" / "vocab.json"
     names = json.loads(vocabulary.read_text(encoding="utf-8"))
     del names["<|startoftext|>"]
     vocabulary.write_text(json.dumps(names), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"it has no <\|startoftext\|>"):
-        load_clip_tokenizer(CLIP.tokenizer, vocabulary, model)
+        load_clip(vocabulary, model)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from frame_pack.text_encoders import framepack_clip, framepack_llama
-from hunyuan_model.text_encoders import LlavaTextEncoder, clip_text_encoder
+from frame_pack.text_encoders import FramePackClip, FramePackLlama
+from hunyuan_model.text_encoders import LLAMA_TOKENIZER, LlavaTextEncoder, clip_text_encoder
 from modules.contract.requests import Prompt, Spans
 from tests.tiny.hunyuan_encoders import write_llama_tokenizer, write_text_encoders
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 @pytest.fixture(scope="module", params=["HunyuanVideo", "FramePack"])
 def rows_of(folder: Path, request: pytest.FixtureRequest) -> "Rows":
     is_first = request.param == "HunyuanVideo"
-    encoder = LlavaTextEncoder(folder, torch.float16) if is_first else framepack_llama(folder, torch.float16)
+    encoder = LlavaTextEncoder(folder, torch.float16) if is_first else FramePackLlama(folder, torch.float16)
     encoder.load(CPU)
     return Rows(encoder, "llm" if is_first else "llama_vec")
 
@@ -53,12 +53,10 @@ def test_a_weight_of_one_changes_no_bit(rows_of: Rows) -> None:
 
 
 def test_the_rows_of_the_parts_tokens_are_multiplied(rows_of: Rows, folder: Path) -> None:
-    from hunyuan_model.tokenizer import load_llama_tokenizer
-
-    tokenizer = load_llama_tokenizer(None, folder / "text_encoder")
+    tokenizer = LLAMA_TOKENIZER.load(None, folder / "text_encoder", "Llama")
 
     def tokens_in(text: str) -> int:
-        return len(tokenizer.tokenize(text)) - 1  # without the begin token
+        return len(tokenizer.read(text).ids) - 1  # without the begin token
 
     plain, weighed = rows_of(TEXT), rows_of(TEXT, (SUN, FACE))
 
@@ -84,7 +82,7 @@ def test_a_weight_of_all_the_text_spares_what_the_template_adds(rows_of: Rows) -
     assert 0 < len(changed) < int(plain.any(dim=1).sum())
 
 
-@pytest.mark.parametrize("kind", [clip_text_encoder, framepack_clip])
+@pytest.mark.parametrize("kind", [clip_text_encoder, FramePackClip])
 def test_clips_vector_has_no_weights(folder: Path, kind: type[clip_text_encoder]) -> None:
     encoder = kind(folder, torch.float16)
     encoder.load(CPU)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from encoders.piece_tokenizers import check_ids
+from encoders.tokenizers import check_ids
 from lumina.text_encoder import GemmaTextEncoder
 from modules.contract.family import can_learn
 from modules.contract.requests import Prompt
@@ -43,7 +43,7 @@ def test_texts_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:
         with torch.no_grad():
             encoded = encoder.encode(prompts)
 
-        assert [encoder.text_of(prompt) for prompt in prompts] == [case["text"] for case in texts]
+        assert [encoder.write(prompt).text for prompt in prompts] == [case["text"] for case in texts]
         for number, found in zip(cases, encoded, strict=True):
             assert torch.equal(found["input_ids"], tensors["ids"][number])  # type: ignore[arg-type]
             assert torch.equal(found["attention_mask"], tensors["mask"][number])  # type: ignore[arg-type]
@@ -54,8 +54,8 @@ def test_a_negative_prompt_has_the_system_prompt_only_if_asked_for(tmp_path: Pat
     folder = write_gemma(tmp_path)
     for in_negative, expected in ((False, "dull"), (True, "Draw. <Prompt Start> dull")):
         encoder = GemmaTextEncoder(folder, system_prompt="Draw.", in_negative=in_negative)
-        assert encoder.text_of(Prompt("dull", is_negative=True)) == expected
-        assert encoder.text_of(Prompt("dull")) == "Draw. <Prompt Start> dull"
+        assert encoder.write(Prompt("dull", is_negative=True)).text == expected
+        assert encoder.write(Prompt("dull")).text == "Draw. <Prompt Start> dull"
     assert Prompt("dull") != Prompt("dull", is_negative=True)  # what the cache of a session looks up
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from encoders.t5_network import T5Network
+from encoders.t5_network import T5Network, load_t5
 from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
@@ -31,8 +31,7 @@ from tests.tiny.wan_encoders import (
     vae_tensors,
 )
 from wan.clip import WanClipVision, load_clip
-from wan.encoder_checkpoints import read_clip, read_t5
-from wan.t5 import load_t5
+from wan.encoder_checkpoints import UMT5, read_clip, read_t5
 from wan.vae import WanVae, load_vae
 from wan.vae_checkpoints import read_vae
 
@@ -136,7 +135,7 @@ def test_every_t5_layout_gives_the_same_weights(tmp_path: Path, layout: str) -> 
         },
     }
     path = saved(tmp_path / "t5.safetensors", layouts[layout])
-    assert_equal(load_t5(path, CPU), tensors)
+    assert_equal(load_t5(path, CPU, UMT5), tensors)
 
 
 def test_plain_and_scaled_fp8_t5_files_load(tmp_path: Path) -> None:
@@ -145,10 +144,10 @@ def test_plain_and_scaled_fp8_t5_files_load(tmp_path: Path) -> None:
         name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor.bfloat16()
         for name, tensor in tensors.items()
     }
-    loaded = load_t5(saved(tmp_path / "plain.safetensors", plain), CPU)
+    loaded = load_t5(saved(tmp_path / "plain.safetensors", plain), CPU, UMT5)
     assert_equal(loaded, {name: tensor.float().bfloat16() for name, tensor in plain.items()})
     stored, meant = t5_comfy_fp8_tensors(tensors)
-    loaded = load_t5(saved(tmp_path / "scaled.safetensors", stored), CPU)
+    loaded = load_t5(saved(tmp_path / "scaled.safetensors", stored), CPU, UMT5)
     weight = "blocks.1.attn.q.weight"
     assert torch.equal(loaded.state_dict()[weight], meant[weight].bfloat16())
 
@@ -172,7 +171,7 @@ def assert_equal(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 LOADERS: dict[str, Callable[[Path], object]] = {
     "vae": lambda path: load_vae(path, CPU, torch.float32),
-    "t5": lambda path: load_t5(path, CPU),
+    "t5": lambda path: load_t5(path, CPU, UMT5),
     "clip": lambda path: load_clip(path, CPU),
 }
 TENSORS: dict[str, Callable[[], dict[str, Tensor]]] = {
@@ -194,7 +193,7 @@ def test_a_t5_whose_blocks_share_one_position_table_is_refused(tmp_path: Path) -
     tensors = t5_tensors()
     del tensors["blocks.1.pos_embedding.embedding.weight"]
     with pytest.raises(CheckpointError, match="T5 encoder, not an umT5"):
-        load_t5(saved(tmp_path / "t5.safetensors", tensors), CPU)
+        load_t5(saved(tmp_path / "t5.safetensors", tensors), CPU, UMT5)
 
 
 @pytest.mark.parametrize("lost", ["decoder.upsamples.0.upsamples.3", "encoder.downsamples.2.downsamples.2"])

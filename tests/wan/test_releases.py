@@ -33,25 +33,27 @@ OFFICIAL = ("models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/")
 def test_a_release_of_a14b_has_both_transformers(tmp_path: Path) -> None:
     folder = make(tmp_path, *OFFICIAL, "Wan2.1_VAE.pth", "low_noise_model/", "high_noise_model/")
 
-    release = read_release(folder, LATENT)
+    files, boundary = read_release(folder, LATENT)
 
-    assert release.boundary is None, "the task's"
-    assert release.files == WanFiles(
-        dit=folder / "low_noise_model",
-        dit_high_noise=folder / "high_noise_model",
-        vae=folder / "Wan2.1_VAE.pth",
-        t5=folder / OFFICIAL[0],
-        t5_tokenizer=folder / "google/umt5-xxl",
-    )
+    assert boundary is None, "the task's"
+    assert files == {
+        "dit": folder / "low_noise_model",
+        "dit_high_noise": folder / "high_noise_model",
+        "vae": folder / "Wan2.1_VAE.pth",
+        "t5": folder / OFFICIAL[0],
+        "t5_tokenizer": folder / "google/umt5-xxl",
+    }
 
 
 def test_a_release_of_5b_has_its_own_vae_and_one_transformer(tmp_path: Path) -> None:
     shards = [f"diffusion_pytorch_model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     folder = make(tmp_path, *OFFICIAL, *shards, "Wan2.2_VAE.pth")
 
-    files = read_release(folder, LATENT_5B).files
+    files, _ = read_release(folder, LATENT_5B)
 
-    assert (files.dit, files.vae, files.dit_high_noise) == (folder, folder / "Wan2.2_VAE.pth", None)
+    assert files["dit"] == folder
+    assert files["vae"] == folder / "Wan2.2_VAE.pth"
+    assert "dit_high_noise" not in files
 
 
 @pytest.mark.parametrize("has_experts", [True, False])
@@ -60,12 +62,12 @@ def test_the_second_transformer_of_a_pipeline_is_for_little_noise(tmp_path: Path
     folder = make(tmp_path, *parts, *(("transformer_2/",) if has_experts else ()))
     (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.7}), encoding="utf-8")
 
-    release = read_release(folder, LATENT)
+    files, boundary = read_release(folder, LATENT)
 
-    assert release.boundary == (700.0 if has_experts else None)
-    assert release.files == WanFiles(
+    assert boundary == (700.0 if has_experts else None)
+    assert files == dict(
         dit=folder / ("transformer_2" if has_experts else "transformer"),
-        dit_high_noise=folder / "transformer" if has_experts else None,
+        **({"dit_high_noise": folder / "transformer"} if has_experts else {}),
         vae=folder / "vae",
         t5=folder / "text_encoder",
         t5_tokenizer=folder / "tokenizer",
@@ -89,9 +91,8 @@ def test_a_broken_index_is_named(tmp_path: Path, text: str, message: str) -> Non
 
 
 def test_files_that_are_given_go_first_and_dit_alone_stays_alone() -> None:
-    release = WanFiles(
-        dit=Path("low"), dit_high_noise=Path("high"), vae=Path("release/vae"), t5=Path("release/t5")
-    )
+    release = {"dit": Path("low"), "dit_high_noise": Path("high")}
+    release |= {"vae": Path("release/vae"), "t5": Path("release/t5")}
     assert add_release(WanFiles(vae=Path("mine")), release) == WanFiles(
         dit=Path("low"), dit_high_noise=Path("high"), vae=Path("mine"), t5=Path("release/t5")
     )
@@ -161,6 +162,6 @@ def test_a_boundary_without_a_second_transformer_is_ignored_with_a_warning(
     with caplog.at_level(logging.WARNING):
         _, options = read_generation(None, DEFAULTS, WanGenerationOptions, words)
         assert not caplog.records  # the folder is not looked at yet
-        files_and_boundary(options, LATENT)
+        files_and_boundary(options)
     assert caplog.text.count("--timestep_boundary is ignored because there is no --dit_high_noise") == 1
     assert caplog.text.count("is ignored") == 1

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from encoders.t5_network import T5Network, relative_bucket
+from encoders.t5_network import T5Network, load_t5, relative_bucket
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from tests.golden_cases import make_weights, read_case
@@ -22,7 +22,8 @@ from tests.tiny.wan_encoders import (
     write_encoders,
     write_tokenizer,
 )
-from wan.t5 import WanTextEncoder, clean_text, load_t5
+from wan.encoder_checkpoints import UMT5
+from wan.t5 import WanTextEncoder, clean_text
 
 CPU = torch.device("cpu")
 PROMPTS = (
@@ -48,7 +49,7 @@ def test_recorded_embeddings_are_met(tmp_path: Path) -> None:
     save_file(
         make_weights(description["weights_model_key"], description["weights"]), tmp_path / "t5.safetensors"
     )
-    t5 = load_t5(tmp_path / "t5.safetensors", CPU)
+    t5 = load_t5(tmp_path / "t5.safetensors", CPU, UMT5)
     lengths = tensors["attention_mask"].sum(1).tolist()
 
     with torch.no_grad():
@@ -87,7 +88,7 @@ def test_embeddings_equal_those_of_transformers(folder: Path) -> None:
 
     with torch.no_grad():
         expected = theirs(ids, attention_mask=mask).last_hidden_state
-        ours = load_t5(folder / T5_FILE, CPU)([ids[0], ids[1, :40]])
+        ours = load_t5(folder / T5_FILE, CPU, UMT5)([ids[0], ids[1, :40]])
 
     assert (ours[0] - expected[0]).abs().max() <= 1e-4 * expected.abs().max()
     assert (ours[1] - expected[1, :40]).abs().max() <= 1e-4 * expected.abs().max()
@@ -121,7 +122,7 @@ def test_the_official_and_the_comfy_layout_give_the_same_embeddings(tmp_path: Pa
 
 
 def test_a_float32_file_computes_in_float32_and_a_bfloat16_one_in_bfloat16(folder: Path) -> None:
-    assert load_t5(folder / T5_FILE, CPU).norm.weight.dtype == torch.float32
+    assert load_t5(folder / T5_FILE, CPU, UMT5).norm.weight.dtype == torch.float32
     torch.save(t5_tensors(dtype=torch.bfloat16), folder / "half.pth")
     encoder = WanTextEncoder(folder / "half.pth")
     encoder.load(CPU)

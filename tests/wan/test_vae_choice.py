@@ -110,13 +110,13 @@ def test_a_task_refuses_the_vae_of_other_latents(
     tmp_path: Path, vaes: dict[str, Path], task: str, kind: str, version: str, given: str, wanted: str
 ) -> None:
     dit = write_dit(tmp_path, tiny_state(kind))
-    family = Wan(TASKS[task], WanFiles(dit=dit, vae=vaes[version]))
+    family = Wan(WanFiles(dit=dit, vae=vaes[version], task=TASKS[task]))
     named = rf"is the Wan{version} VAE \(of {given}: .*--task {task} needs (.|\n)*Give {wanted}.* to --vae"
     for check in (family.check_given_files, lambda: family.prepare(Request("cat", seed=1))):
         with pytest.raises(CheckpointError, match=named):
             check()
     (right,) = set(vaes) - {version}
-    Wan(TASKS[task], WanFiles(dit=dit, vae=vaes[right])).check_given_files()
+    Wan(WanFiles(dit=dit, vae=vaes[right], task=TASKS[task])).check_given_files()
 
 
 def train(dataset: Path, task: str, kind: str, *more: str) -> None:

@@ -75,21 +75,21 @@ def test_prompts_of_one_call_have_their_own_weights(encoder: WanTextEncoder) -> 
 
 def test_both_forms_of_the_tokenizer_place_tokens_alike(folder: Path) -> None:
     json, pieces = (
-        TOKENIZER.load(folder / "google" / "umt5-xxl" / name, folder / T5_FILE)
+        TOKENIZER.load(folder / "google" / "umt5-xxl" / name, folder / T5_FILE, "umT5").read
         for name in ("tokenizer.json", "spiece.model")
     )
     for text in (TEXT, "", "日本語 and 😀 in the hills", LONG):
         for tokenizer in (json, pieces):
-            assert len(tokenizer.places(text)) == len(tokenizer(text))
-            assert tokenizer.places(text)[-1] is None
-    assert json.places(TEXT) == pieces.places(TEXT)
+            assert len(tokenizer(text).places) == len(tokenizer(text).ids)
+            assert tokenizer(text).places[-1] is None
+    assert json(TEXT).places == pieces(TEXT).places
 
 
 def test_characters_that_sentencepiece_joins_keep_their_places(folder: Path) -> None:
     """Its own rules make two letters of the one that joins f and i."""
-    tokenizer = TOKENIZER.load(folder / "google" / "umt5-xxl" / "spiece.model", folder / T5_FILE)
+    tokenizer = TOKENIZER.load(folder / "google" / "umt5-xxl" / "spiece.model", folder / T5_FILE, "umT5").read
     text = "the ﬁne rabbit"
-    places = [place for place in tokenizer.places(text) if place is not None]
+    places = [place for place in tokenizer(text).places if place is not None]
     assert "".join(text[start:end] for start, end in places) == text
 
 
