@@ -17,7 +17,7 @@ from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from generation.denoise import make_latents
 from generation.prompt_lines import read_all, read_sample_prompts
-from generation.request_options import SOLVERS
+from generation.script_options import SOLVERS
 from generation.session import Session, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family
@@ -194,7 +194,7 @@ def prepare_samples(
     wanted = [wanted_texts(prepared) for prepared in requests]
     texts = session.texts(wanted)
     with session.media(images=True, again=True) as encoders:
-        inputs = encode_inputs(family, encoders, requests)
+        inputs = [encode_inputs(family, encoders, request) for request in requests]
     session.drop_image_encoder()
     samples = [
         Sample(*which, text, put_in, asked)
