@@ -15,6 +15,7 @@ progress: boxes, lines, and a preview that grows by sections
 prompt_lines: prompt lines: `a cat --w 832 --d 7`
 request: from options and a prompt line to a request
 run: modes of a generation script: one, file, interactive, others
+sample_lines: prompt files of training samples
 script_options: options of requests and outputs; forms of scripts
 scripts: make the generation scripts of a family
 session: networks of a run: loaded when needed, by turns

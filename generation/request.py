@@ -14,8 +14,8 @@ from blissful_tuner.step_cache import check_step_cache, choose_step_cache
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
 from generation.options import GenerationOptions
-from generation.prompt_lines import SEED_BITS, text_to_seed
-from generation.script_options import SOLVERS, RequestOptions
+from generation.prompt_lines import SEED_BITS, SOLVERS, text_to_seed
+from generation.script_options import RequestOptions
 from modules.contract.family import Family
 from modules.contract.requests import Prepared, Request, check_opens, check_values
 from modules.contract.rules import HIGH_NOISE, SOURCES, Source

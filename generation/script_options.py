@@ -8,18 +8,11 @@ from typing import Any
 
 from blissful_tuner.options import NAG, RIFLEX
 from blissful_tuner.video_to_video_options import SourceDefaults, SourceOptions
-from generation.prompt_lines import GENERATION_OPTIONS, MOST_FPS, LineOption
+from generation.prompt_lines import GENERATION_OPTIONS, MOST_FPS, SOLVERS, LineOption
 from modules.errors import OptionError
 from modules.media.options import FormatOptions
 from modules.options import NO_PIXELS, OF_DECODING, SETTING, Options, option
 
-SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
-    "unipc": "unipc",
-    "dpm++": "dpm++",
-    "vanilla": "euler",
-    "dpm++sde": "dpm++sde",
-    "lcm": "lcm",
-}
 MEDIA = ("image_path", "end_image_path", "control_path")
 
 

@@ -16,8 +16,8 @@ from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from generation.denoise import make_latents
-from generation.prompt_lines import read_all, read_sample_prompts
-from generation.script_options import SOLVERS
+from generation.prompt_lines import SOLVERS
+from generation.sample_lines import read_all, read_sample_prompts
 from generation.session import Session, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family

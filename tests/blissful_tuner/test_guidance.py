@@ -54,7 +54,6 @@ def test_plain_guidance_equals_the_recorded_values() -> None:
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
-        ("none", "AAAAAAAAAA"),
         ("early", "SSSSAAAAAA"),
         ("late", "AAAAAASSSS"),
         ("early_late", "SSAAAAAASS"),
