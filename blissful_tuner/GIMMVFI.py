@@ -4,7 +4,6 @@ All options: python blissful_tuner/GIMMVFI.py --help
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: then Python looks for modules in its folder
@@ -12,19 +11,10 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from modules.command import command_line
-from modules.families import identify
-from post.chain_options import read_chain
+from post.chain_options import tool_script
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Work on the files that the command line names. Raises UserError."""
-    chain = read_chain("GIMMVFI", __doc__ or "", argv)
-
-    from post.run import run_chain
-
-    run_chain(chain)
+main = tool_script("GIMMVFI", __doc__)
 
 
 if __name__ == "__main__":
-    command_line(main, explain=identify)
+    main.run()

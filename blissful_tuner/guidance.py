@@ -31,7 +31,7 @@ from blissful_tuner.guidance_formulas import (
     rescale,
     watched,
 )
-from blissful_tuner.guidance_options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions
 from modules.contract.requests import Prepared
 from modules.contract.rules import ONE_EXPERT, Expert, expert_at
 from modules.contract.steps import NO_TWEAKS, Guidance, Needs, Predict, Section, Step, Tweaks
@@ -61,7 +61,7 @@ def make_guidance(
         if not plan.passes:
             return torch.zeros_like(step.noisy)
         if not asked or asked[0][0] is not section:
-            asked[:] = [(section, nag_tweaks(options.nag, section))]
+            asked[:] = [(section, nag_tweaks(options.nag, section) if options.nag.is_on else NO_TWEAKS)]
         return plan.combine(make_passes(plan, predict, section, asked[0][1], join))
 
     return guide
@@ -72,8 +72,9 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
 
     Raises OptionError if the request's schedule and the options do not go together.
     """
-    weakened = Pass("negative", Tweaks(skip_blocks=options.skipped_layers))
-    weakens = active_steps(options, prepared.num_steps)
+    layers = options.skipped_layers
+    weakened = Pass("negative", Tweaks(skip_blocks=layers))
+    weakens = active_steps(options, prepared.num_steps) if layers else range(0)
     of_all = Tweaks(embedded_guidance=False) if options.disable_embedded_for_cfg else NO_TWEAKS
     rule = prepared.rules.projection
     given = {"--cfgzerostar_scaling": options.cfgzerostar_scaling, "--perp_neg": options.perp_neg is not None}
@@ -83,7 +84,7 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
                 f"{option} replaces the formula of guidance, and this model has one of its own (projected "
                 "guidance). Leave it out"
             )
-    momentum = Momentum(0.0 if rule is None else rule.momentum)
+    momentum = None if rule is None else Momentum(rule.momentum)
 
     def plan(index: int, scale: float | None) -> PassPlan:
         factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
@@ -96,7 +97,7 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
             stages.append(perp_neg(scale, options.perp_neg, negative))
         elif scale != 1:  # at 1 the formula gives the positive velocity back
             stages.append((cfg_zero if options.cfgzerostar_scaling else plain_cfg)(scale, negative))
-        if stages and rule is not None:
+        if stages and rule is not None and momentum is not None:
             if prepared.first_step + index > rule.after_step:
                 stages, share = [projected(rule, momentum, negative)], rule.rescale
             else:
@@ -155,7 +156,9 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
             f"--cfg_schedule {schedule!r} and --cfg_skip_mode {options.cfg_skip_mode} both say which steps "
             "have guidance: give one of them"
         )
-    applied = choose_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
+    applied, ratio = (True,) * num_steps, options.cfg_apply_ratio
+    if options.cfg_skip_mode != "none" and ratio is not None:
+        applied = choose_applied_steps(options.cfg_skip_mode, ratio, num_steps)
     for scale in prepared.guidance_scale:
         if schedule:
             table = parse_cfg_schedule(schedule, num_steps, scale)
@@ -165,14 +168,12 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     return found
 
 
-def choose_applied_steps(mode: str, ratio: float | None, num_steps: int) -> tuple[bool, ...]:
+def choose_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool, ...]:
     """Return for each step whether `--cfg_skip_mode` keeps guidance.
 
     int(num_steps * ratio) steps keep it, with "alternate" about that many. The mode names the steps that skip
     it: early, late, in the middle, or early and late.
     """
-    if mode == "none" or ratio is None:
-        return (True,) * num_steps
     if mode == "alternate":
         # plain doubles: 0.6 added five times is a little below 3, and existing tools depend on that
         applied, due = [], 0.0

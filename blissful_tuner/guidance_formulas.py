@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance_options import GuidanceOptions, NagOptions
+from blissful_tuner.options import GuidanceOptions, NagOptions
 from modules.contract.data import Conditions
 from modules.contract.rules import Projection
 from modules.contract.steps import NO_TWEAKS, Away, Predict, Section, Tweaks
@@ -148,9 +148,7 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
 # Source: the released code of Stable Diffusion 3.5, which leaves blocks out of a pass with the positive text;
 # the known video tools, whose numbers users know, take the negative one.
 def active_steps(options: GuidanceOptions, num_steps: int) -> range:
-    """Return the steps, of those that are made, at which layers are skipped; none if it is off."""
-    if not options.skipped_layers:
-        return range(0)
+    """Return the steps, of those that are made, at which layers are skipped."""
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
 
 
@@ -282,12 +280,10 @@ def _size(seen: Tensor) -> Tensor:
 
 
 def nag_tweaks(options: NagOptions, section: Section) -> Tweaks:
-    """Return the tweaks of a section's positive passes; none if the guidance is off.
+    """Return the tweaks of a section's positive passes. The guidance is on.
 
     Call it once for each section, whose conditions are on the device by then.
     """
-    if not options.is_on:
-        return NO_TWEAKS
     assert section.away is not None, "`needs` asks for the text"
     assert options.nag_scale is not None
     steer = NormalisedGuidance(options.nag_scale, options.nag_tau, options.nag_alpha)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from blissful_tuner.options import PromptRewriteOptions
 from modules.answers import take_answer
 from modules.contract.requests import Prepared, Prompt, Prompts
 from modules.control_codes import shorten
@@ -134,15 +133,6 @@ class PromptRewriter:
         # templates of some models begin the thought themselves
         begins = tokenizer.decode(asked[-8:]).rstrip().endswith("<think>")
         return f"<think>{answer}" if begins else answer
-
-
-def make_rewriter(options: PromptRewriteOptions) -> PromptRewriter | None:
-    """Return the rewriter that the options ask for; None if they ask for none. Loads nothing.
-
-    Raises OptionError as `PromptRewriter`.
-    """
-    mode, model = options.prompt_rewrite, options.prompt_rewrite_model
-    return None if mode is None or model is None else PromptRewriter(model, mode)
 
 
 def _render(tokenizer: Any, message: str) -> Any:

@@ -129,8 +129,6 @@ def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: 
 
     Draws are logged. Raises OptionError as `Drawing.expand`.
     """
-    if not options.draws:
-        return dict(texts)
     drawing, expanded = Drawing(options, Random(seed)), {}
     for name, text in texts.items():
         expanded[name] = text if text is None else drawing.expand(text, f"--{name}")

@@ -72,9 +72,8 @@ def choose_step_cache(
     return made, says
 
 
-def check_step_cache(prepared: Prepared, spec: DitSpec) -> None:
+def check_step_cache(choice: StepCaching, prepared: Prepared, spec: DitSpec) -> None:
     """Raise OptionError if a video cannot be made with the step cache that it asks for."""
-    choice = prepared.asked.step_cache
     if isinstance(choice, (TeaCache, TeaCalibration)) and spec.modulated_input is None:
         raise OptionError("TeaCache compares the modulated input of the first block, which this model lacks")
     if isinstance(choice, TeaCache) and not (choice.coefficients or spec.teacache_coefficients):
@@ -102,6 +101,7 @@ class StepCaches:
     """The step caches around the blocks of the networks that make one video."""
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
+        """prepared: asks for a step cache."""
         self._choice, self._steps = prepared.asked.step_cache, prepared.steps
         self._make_rule: Callable[[], Rule] | None = None
         self._measured: Ratios | Changes | None = None
@@ -123,7 +123,7 @@ class StepCaches:
     def section(self, dit_at: DitAt) -> Iterator[DitAt]:
         """Yield `dit_at` with the cache around the networks' blocks for one section.
 
-        What it holds is freed at the end, when the networks run as before. Without a cache it is `dit_at`.
+        What it holds is freed at the end, when the networks run as before.
         """
         if self._measured is not None:
             try:
@@ -133,9 +133,8 @@ class StepCaches:
                     yield measured_at
             finally:
                 self._measured.forget()
-        elif self._make_rule is None:
-            yield dit_at
         else:
+            assert self._make_rule is not None
             cache = StepCache(self._make_rule)
             try:
                 with run_around(dit_at, cache.run) as cached_at:
@@ -166,6 +165,6 @@ class StepCaches:
                 max(inputs),
                 " ".join(f"{coefficient:.9g}" for coefficient in coefficients),
             )
-        elif self._choice is not None:
+        else:
             name = "MagCache" if isinstance(self._choice, MagCache) else "TeaCache"
             logger.info("%s skipped %d of %d passes", name, self._skipped, self._passes)

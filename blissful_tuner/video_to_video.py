@@ -41,15 +41,12 @@ ROUNDING = 1e-6  # of a noise level in float32
 # before anything is loaded
 
 
-def check_source(request: Request, rules: SourceRules, latent: LatentSpec) -> Request:
+def check_source(request: Request, source: Source, rules: SourceRules, latent: LatentSpec) -> Request:
     """Check the source of a request; set the number of frames if only that says it.
 
     Reads headers, of a video also a frame. Raises OptionError if the family does not take it or
     it does not exist, MediaError or CheckpointError if it cannot be read.
     """
-    source = request.source
-    if source is None:
-        return request
     named = f"--{source.option} {source.path}"
     if source.option not in rules.takes:
         taken = " or ".join(f"--{option}" for option in rules.takes)
@@ -70,14 +67,11 @@ def check_source(request: Request, rules: SourceRules, latent: LatentSpec) -> Re
     return replace(request, frames=1) if source.option == IMAGE else request
 
 
-def begin_late(prepared: Prepared, family: Family) -> Prepared:
+def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
     """Return the request with the first step that is made of its source, which is long enough.
 
     Raises MediaError if a video has too few frames, OptionError if latents have another number.
     """
-    source = prepared.asked.source
-    if source is None:
-        return prepared
     if source.option == LATENTS:
         found = _load_saved_latents(source, family.source, family.latent, only_shape=True).shape[2]
         needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]

@@ -1,6 +1,6 @@
 """Options of videos that start from another video, an image or saved latents. Standard library only."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,20 +105,6 @@ class SourceOptions(Options, title="video or image to start from"):
         """How much is made anew, 0..1."""
         share = getattr(self, self.share)
         return 1.0 if share is None else share
-
-    def unused(self, used: Collection[str]) -> dict[str, str]:
-        """Return the options given without effect, as text, and the options that they need.
-
-        used: those of SOURCES that videos start from.
-        """
-        found = {}
-        for name, usual in self.of_script.items():
-            needed = USED_WITH.get(name, set(SOURCES))
-            if getattr(self, name) != usual and not needed & set(used):
-                found[f"--{name} {getattr(self, name)}"] = " or ".join(
-                    f"--{source}" for source in SOURCES if source in needed
-                )
-        return found
 
 
 def check_one_source(paths: Mapping[str, object]) -> None:

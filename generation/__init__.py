@@ -14,9 +14,9 @@ outputs: output files: latents, videos, images, and names
 progress: boxes, lines, and a preview that grows by sections
 prompt_lines: prompt lines: `a cat --w 832 --d 7`
 request: from options and a prompt line to a request
-request_options: options of each video and of output files
 run: modes of a generation script: one, file, interactive, others
-script_options: what the shared options are in one family's script
+sample_lines: prompt files of training samples
+script_options: options of requests and outputs; forms of scripts
 scripts: make the generation scripts of a family
 session: networks of a run: loaded when needed, by turns
 sheets: clips side by side; sheets of varied options

@@ -81,7 +81,8 @@ def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -
     """Make all clips that are missing, then the grids. Raises UserError."""
     _check(options)
     start, device = time.monotonic(), choose_device(options.device)
-    options = leave_out_missing(family, options, device)
+    if options.optimized:
+        options = leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)
     options = replace(options, output=output)
     if options.request.seed is None:

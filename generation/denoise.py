@@ -1,13 +1,14 @@
 """THE denoising loop, section by section: a solver follows the velocity that guidance makes of the passes."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.video_to_video import fit_frames, noisy_source
 from modules.contract.data import Conditions
@@ -107,7 +108,8 @@ def predictor(
             which = (*map(id, group), id(tweaks))
             turn = Turn(step.index, step.num_steps, step.timestep, which)
             told = replace(tweaks.within(all_passes), turn=turn)
-            velocities += family.predict(dit, rows, timesteps, stack(group), told).chunk(len(group))
+            batch = stack(group) if len(group) > 1 else group[0]
+            velocities += family.predict(dit, rows, timesteps, batch, told).chunk(len(group))
         return tuple(velocities)
 
     return predict
@@ -115,8 +117,6 @@ def predictor(
 
 def stack(conditions: Sequence[Conditions]) -> Conditions:
     """Conditions of several passes as one batch."""
-    if len(conditions) == 1:
-        return conditions[0]
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in conditions[0]:
         values = [one[name] for one in conditions]
@@ -172,7 +172,7 @@ def make_latents(
         # a stream of its own: however much of it is added, all other noise of a seed stays the same
         extra = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
     sections = sections_of(family, prepared, prompts, inputs, noise)
-    caches = StepCaches(prepared, family.dit)
+    caches = None if prepared.asked.step_cache is None else StepCaches(prepared, family.dit)
     try:
         section = next(sections)
         while True:
@@ -194,11 +194,12 @@ def make_latents(
                 if extra is not None:
                     begun = begun + source.extra_noise * extra.draw(begun.shape)
                 start = LoopStart(begun, step)
-            with caches.section(dit_at) as cached_at:
+            with nullcontext(dit_at) if caches is None else caches.section(dit_at) as cached_at:
                 latents = denoise(family, cached_at, section, start, solver, guidance, watchers, split)
             section = sections.send(latents)
     except StopIteration as end:
-        caches.report()
+        if caches is not None:
+            caches.report()
         return end.value
 
 

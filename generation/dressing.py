@@ -71,9 +71,6 @@ class DitLoader:
         dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
-        count = sum(map(len, family.dit.blocks(dit).values()))
-        # where no header has told it before
-        check_skipped_layers(self.options.guidance.skipped_layers, count)
         dit.eval().requires_grad_(False)
         dress(dit, family.dit, self.device, speed.compilation.choice, swapped)
         return dit
@@ -92,14 +89,6 @@ def dit_loader(
     """
     fp8 = add_product(options.speed.fp8.quantisation, device)
     return DitLoader(family, uses, device, options, fp8, originals)
-
-
-def check_skipped_layers(layers: frozenset[int], count: int) -> None:
-    """Raise OptionError where skip-layer guidance names blocks that a network of so many does not have."""
-    if layers and max(layers) >= count:
-        raise OptionError(
-            f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {count - 1}"
-        )
 
 
 logger = logging.getLogger(__name__)

@@ -106,6 +106,9 @@ class WaitingNetwork(Protocol):
 LoadAside = Callable[[int, Check], tuple[nn.Module, WaitingNetwork]]
 
 
+WhileReading = Ahead[tuple[nn.Module, WaitingNetwork]]
+
+
 @dataclass(frozen=True)
 class TurnRules:
     """How experts share the device."""
@@ -124,6 +127,8 @@ def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
 
 def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
     """Return the experts in the order in which they will work for requests made one after the other."""
+    if len(family.experts) == 1:
+        return [0] if requests else []
     steps = chain.from_iterable(experts_by_step(family, one) for one in requests)
     return [expert for expert, _ in groupby(steps)]
 
@@ -143,7 +148,7 @@ class DitTurns:
     _dits: dict[int, nn.Module] = field(default_factory=dict)  # those that are loaded
     _copies: dict[int, WaitingNetwork] = field(default_factory=dict)  # of those that have one
     _working: set[int] = field(default_factory=set)  # those that are on the device
-    _ahead: tuple[int, Ahead[tuple[nn.Module, WaitingNetwork]]] | None = None
+    _ahead: tuple[int, WhileReading] | None = None
     _plan: Sequence[int] = ()  # who works when, as far as it is known
     _place: int = 0  # in the plan
     _told: set[int] = field(default_factory=set)  # of which it was said that they are not read ahead
@@ -209,7 +214,8 @@ class DitTurns:
         later = range(self._place, len(self._plan))  # skipped parts of the plan have failed or ended early
         self._place = next((place for place in later if self._plan[place] == expert), self._place)
         if expert not in self._working:
-            self._take_ahead(expert)
+            if self._ahead is not None:
+                self._take_ahead(expert, *self._ahead)
             for other in [*self._working]:
                 if not self._may_stay(other, expert):
                     self._put_away(other)
@@ -225,7 +231,8 @@ class DitTurns:
                     raise
             if len(self._working) > 1 and not self.rules.keep:
                 self._copies.pop(expert, None)  # it stays, and then it is freed
-            self._look_ahead(expert)
+            if len(self.experts) > 1:
+                self._look_ahead(expert)
         return self._dits[expert]
 
     def _may_stay(self, working: int, coming: int) -> bool:
@@ -298,14 +305,11 @@ class DitTurns:
             return f": the host has {gib(room)} GiB free, it takes {gib(needed)} GiB"
         return ""
 
-    def _take_ahead(self, expert: int) -> None:
+    def _take_ahead(self, expert: int, foreseen: int, ahead: WhileReading) -> None:
         """Take over an expert that was read ahead; raises its error.
 
         If only memory was short beside the other's work, it is loaded when that is done.
         """
-        if self._ahead is None:
-            return
-        foreseen, ahead = self._ahead
         if foreseen != expert:
             self._end_ahead()
             return

@@ -16,7 +16,7 @@ from blissful_tuner.guidance import has_batches
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.metadata import as_tags, frame_rate_in, output_metadata, read_decoded_metadata, seed_in
 from blissful_tuner.prompt_rewrite import PromptRewriter, rewrite_prompts
-from blissful_tuner.video_to_video_options import SourceOptions
+from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
 from generation.denoise import OnSection, make_latents
 from generation.dressing import loras_of
 from generation.memory import Peaks
@@ -33,8 +33,8 @@ from generation.outputs import (
     save_pixels,
 )
 from generation.progress import (
+    GrowingVideo,
     Queue,
-    grow_preview,
     name_preview_on_failure,
     remove_preview,
     show_end,
@@ -50,6 +50,7 @@ from modules.checkpoints.latents import SavedLatents, load_latents
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
+from modules.contract.rules import SOURCES
 from modules.contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from modules.devices import Failures, free_memory
 from modules.errors import CheckpointError, UserError
@@ -138,8 +139,11 @@ class GenerationRun:
 def tell_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
     """Warn of options of video-to-video that no job uses."""
     used = {job.prepared.asked.source.option for job in jobs if job.prepared.asked.source is not None}
-    for given, needed in options.unused(used).items():
-        logger.warning("%s is ignored because %s is not given", given, needed)
+    for name, usual in options.of_script.items():
+        needed = USED_WITH.get(name, {*SOURCES})
+        if getattr(options, name) != usual and not needed & used:
+            others = " or ".join(f"--{source}" for source in SOURCES if source in needed)
+            logger.warning("--%s %s is ignored because %s is not given", name, getattr(options, name), others)
 
 
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
@@ -203,16 +207,17 @@ def encode_all_inputs(
     run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures
 ) -> Mapping[str, Mapping[int, Conditions]]:
     """Return the media conditions of each job by its label, without the jobs that failed."""
-    inputs: dict[str, Mapping[int, Conditions]] = {}
     with_media = [job for job in jobs if needs_media(run.family, job.prepared)]
-    without = [job for job in jobs if not needs_media(run.family, job.prepared)]
-    found = encode_inputs(run.family, NO_ENCODERS, [job.prepared for job in without])
-    inputs.update(zip([job.label for job in without], found, strict=True))
+    inputs = {
+        job.label: encode_inputs(run.family, NO_ENCODERS, job.prepared)
+        for job in jobs
+        if not needs_media(run.family, job.prepared)
+    }
     if with_media:
         with run.session.media(images=True, again=run.options.output.decodes) as encoders:
             for job in with_media:
                 with failures.note_errors(job.label):
-                    (inputs[job.label],) = encode_inputs(run.family, encoders, [job.prepared])
+                    inputs[job.label] = encode_inputs(run.family, encoders, job.prepared)
         run.session.drop_image_encoder()
     return inputs
 
@@ -273,14 +278,16 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     """
     prepared, output = job.prepared, run.options.output
     needed = None if run.predicted is None else run.predicted.decoding
-    shown_from = run.options.guidance.scaled_steps
-    tags = as_tags(job.metadata or run.metadata(prepared) or {})
+    video: GrowingVideo | None = None
     hides = run.post is not None and run.post.hides
-    with (
-        grow_preview(run.session, output.save_path, stem, prepared.fps, needed, tags) as video,
-        preview_clip(run.previews, prepared.fps, shown_from) as (watchers, preview_section),
-        ExitStack() as bars,
-    ):
+    path = output.save_path / f"{stem}{PREVIEW_SUFFIX}"
+    with name_preview_on_failure(path), ExitStack() as opened, ExitStack() as bars:
+        watchers: list[Watcher] = []
+        show: list[OnSection] = []  # sections in latent previews
+        if run.previews is not None:
+            shown_from = run.options.guidance.scaled_steps
+            watchers, on_made = opened.enter_context(preview_clip(run.previews, prepared.fps, shown_from))
+            show.append(on_made)
         bar: list[Bar] = []  # over the steps of each section
 
         def advance(_: StepDone) -> bool:
@@ -288,9 +295,14 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             return False
 
         def on_section(section: Section) -> None:
+            nonlocal video
             bars.close()
-            preview_section(section)
+            for each in show:
+                each(section)
             if section.made is not None and output.shows_progress and not hides:
+                if video is None:
+                    tags = as_tags(job.metadata or run.metadata(prepared) or {})
+                    video = GrowingVideo(run.session, path, prepared.fps, needed, tags)
                 video.add(section.made)
             elif section.made is None and section.count > 1 and output.shows_progress and hides:
                 logger.info("There is no preview of the video: it would show what a tool of --post hides.")
@@ -321,7 +333,8 @@ def decode_all(
                 paths[one.job.label] = path
                 if are_named:  # else the last box says it
                     logger.info("%s: %s", one.job.label, path)
-                remove_preview(one.preview)
+                if one.preview.exists():
+                    remove_preview(one.preview)
                 if not output.keeps_latents:
                     one.latent_path.unlink(missing_ok=True)
     return paths

@@ -1,7 +1,7 @@
 """Memory plan of a generation: rehearse its phases one by one, each with its own networks on the device."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt
 from modules.contract.rules import Expert, noisiest
-from modules.contract.steps import EncodedPrompts, Step
+from modules.contract.steps import DitAt, EncodedPrompts, Step
 from modules.errors import MemoryPlanError, OptionError
 from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import host_room
@@ -105,11 +105,11 @@ def predict(
     if needs_media(family, prepared):
         encoders = family.media_encoders(META)
         with rehearsing(encoders) as ledger:
-            (found,) = encode_inputs(family, encoders, [prepared])
+            found = encode_inputs(family, encoders, prepared)
             before.append(phase_of("images and videos", ledger, extra))
         inputs = {section: make_solid(conditions) for section, conditions in found.items()}
     else:
-        inputs = dict(encode_inputs(family, NO_ENCODERS, [prepared])[0])
+        inputs = dict(encode_inputs(family, NO_ENCODERS, prepared))
     turns = turns or turns_of(family, options, [prepared])
     denoising, most = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns)
     after = (rehearse_decoding(family, prepared, extra),) if options.output.decodes else ()
@@ -171,7 +171,10 @@ def rehearse_denoising(
             keep_blocks(dit, blocks, counts, ledger)
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
-            with StepCaches(prepared, family.dit).section(lambda _: dit) as cached_at:
+            caches: AbstractContextManager[DitAt] = nullcontext(lambda _: dit)
+            if prepared.asked.step_cache is not None:
+                caches = StepCaches(prepared, family.dit).section(lambda _: dit)
+            with caches as cached_at:
                 predict_at = predictor(family, cached_at, step, options.splits_guidance, section.tweaks)
                 with ledger.guessing():  # a family may look at the timestep
                     guidance(step, predict_at, section)

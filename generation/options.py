@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blissful_tuner.guidance_options import GuidanceOptions
 from blissful_tuner.options import (
+    GuidanceOptions,
     PreviewOptions,
     PromptOptions,
     PromptRewriteOptions,
@@ -18,8 +18,15 @@ from blissful_tuner.options import (
 )
 from generation.grid_options import Axis, SheetOptions
 from generation.prompt_lines import LineOption
-from generation.request_options import OutputOptions, RequestOptions
-from generation.script_options import NO_VIDEOS, OPTIMIZED, ScriptDefaults, given_among, use_preset
+from generation.script_options import (
+    NO_VIDEOS,
+    OPTIMIZED,
+    OutputOptions,
+    RequestOptions,
+    ScriptDefaults,
+    given_among,
+    use_preset,
+)
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.options import (
@@ -129,7 +136,10 @@ class GenerationOptions(Options, title="run"):
     guidance: GuidanceOptions
     steadier: SteadierOptions
     from_file: Path | None = option(
-        "file with a prompt and its options on each line", facts=NO_PIXELS, often=True
+        "file with a prompt and its options on each line",
+        facts=NO_PIXELS,
+        often=True,
+        excludes="interactive",
     )
     interactive: bool = option(
         "ask for prompts; Ctrl-C drops the current one, quit ends", facts=NO_PIXELS, often=True
@@ -140,9 +150,13 @@ class GenerationOptions(Options, title="run"):
         least=1,
         most=10_000,
         facts=NO_PIXELS,
+        excludes=("from_file", "interactive"),
     )
     latent_path: tuple[Path, ...] | None = option(
-        "latent files to decode; nothing else is done", facts=NO_PIXELS
+        "latent files to decode; nothing else is done",
+        facts=NO_PIXELS,
+        excludes=("from_file", "interactive"),
+        hint="--latent_path only decodes",
     )
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best available", facts=OF_REQUEST)
     cpu_noise: bool = option("draw the noise on the CPU, so that it is the same on every machine")
@@ -198,17 +212,11 @@ class GenerationOptions(Options, title="run"):
             raise OptionError(f"nothing to do: give one of {', '.join(given)}")
         if self.num_videos > 1 and self.request.prompt is None:
             raise OptionError(f"--num_videos {self.num_videos} needs --prompt: it repeats a single prompt")
-        if self.num_videos > 1 and (self.from_file is not None or self.interactive):
-            raise OptionError("--num_videos is for one --prompt: leave out --from_file and --interactive")
         if self.num_videos > 1 and self.sheet.is_asked:
             raise OptionError("--num_videos and --sheet: give the seeds to the sheet, --sheet seed=1,2,3")
-        if self.from_file is not None and self.interactive:
-            raise OptionError("--from_file and --interactive cannot be used together: give one of them")
         if self.request.prompt is not None and (self.from_file is not None or self.interactive):
             source = "--interactive" if self.interactive else "--from_file"
             logger.warning("--prompt is ignored because the prompts come from %s", source)
-        if self.latent_path and (self.from_file is not None or self.interactive):
-            raise OptionError("--latent_path only decodes: leave out --from_file and --interactive")
         if self.post.tools and not self.output.decodes:
             raise OptionError(
                 f"{POST} with --output_type latent: no frames are decoded. Use --output_type both, or give "

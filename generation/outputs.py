@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from blissful_tuner.metadata import as_png_texts, as_tags, with_plain_keys
-from generation.request_options import OutputOptions
+from generation.script_options import OutputOptions
 from modules.atomic_write import atomic_folder, claim_name, save_tensors
 from modules.media.encoding import settle_codec
 from modules.media.pixels import frames_of
@@ -68,8 +68,8 @@ def output_stem(when: datetime, seed: int, origin: Path | None = None, prompt: s
 
     prompt: its first words are added.
     """
-    parts = [f"{when:%Y%m%d-%H%M%S}", str(seed), "" if origin is None else origin.stem, words_of(prompt)]
-    return "_".join(part for part in parts if part)
+    parts = [f"{when:%Y%m%d-%H%M%S}", str(seed), "" if origin is None else origin.stem]
+    return "_".join(part for part in (*parts, words_of(prompt) if prompt else "") if part)
 
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
@@ -135,7 +135,9 @@ def save_pixels(
     `--save_last_frame` the last frame of a video is written beside it: as it was decoded, to continue from,
     but behind the tools if one of them hides something. post: tools that frames go through before writing.
     """
-    frames = drop_tail(frames_of(chunks), options.trim_tail_frames)
+    frames = frames_of(chunks)
+    if options.trim_tail_frames:
+        frames = drop_tail(frames, options.trim_tail_frames)
     first = list(islice(frames, 2))
     playing: Iterator[Frame] = chain(first, frames)
     is_single = len(first) == 1

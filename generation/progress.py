@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from generation.experts import experts_by_step
-from generation.outputs import PREVIEW_SUFFIX
 from generation.session import CPU, Session
 from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.contract.family import Family
@@ -151,12 +150,12 @@ class Queue:
         """Log a line about the next request, if there are several: "3 of 40, about 2 h left"."""
         if self._begun == 0:
             self._start = self.now()
+        if len(self.requests) == 1:
+            return
         done = sum(map(work_of, self.requests[: self._begun]))
         to_do = sum(map(work_of, self.requests[self._begun :]))
         prepared = self.requests[self._begun]
         self._begun += 1
-        if len(self.requests) == 1:
-            return
         left = f", about {in_words((self.now() - self._start) * to_do / done)} left" if done else ""
         where = f"{self._begun} of {len(self.requests)}{left}"
         logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), in_short(prepared.asked.prompt))
@@ -195,12 +194,13 @@ def fade_in_clip(
 
 @dataclass
 class GrowingVideo:
-    """Preview of one video."""
+    """Preview of one video, whose sections the session's DiT makes meanwhile."""
 
     session: Session
     path: Path
     fps: float
-    needed: int | None  # bytes that decoding takes on the device, if known
+    # bytes that decoding takes on the device, if known: where they are free the DiT stays there meanwhile
+    needed: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)  # stored in the preview
     join: Callable[..., None] = join_segments
     _segments: list[bytes] = field(default_factory=list)  # in playing order
@@ -299,26 +299,6 @@ class GrowingVideo:
             return self._segments
         segment = encode_segment(frames_of(pixels.split(4, dim=2)), self.fps)
         return [segment, *self._segments] if self._grows_in_front else [*self._segments, segment]
-
-
-@contextmanager
-def grow_preview(
-    session: Session,
-    folder: Path,
-    stem: str,
-    fps: float,
-    needed: int | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> Iterator[GrowingVideo]:
-    """Yield a preview for a block that generates the sections of one video with the session's DiT.
-
-    needed: bytes that decoding takes on the device. If that much is free, the DiT stays on the device, else
-    it leaves during decoding. tags: stored in the preview, which stays; its path is logged if the block
-    fails.
-    """
-    video = GrowingVideo(session, folder / f"{stem}{PREVIEW_SUFFIX}", fps, needed, tags or {})
-    with name_preview_on_failure(video.path):
-        yield video
 
 
 @contextmanager

@@ -1,5 +1,4 @@
-"""Prompt lines: `a cat --w 832 --d 7` of --from_file and --interactive, and the prompt files of training
-samples.
+"""Prompt lines: `a cat --w 832 --d 7` of --from_file and --interactive; training samples have such lines too.
 
 Standard library only. Both grammars split a line at every ` --`. The first part is the prompt; in each other
 part the first word is the option and the rest its value. An option is given by its letters or, in lines of
@@ -9,23 +8,28 @@ the generation scripts, by its name on the command line. Unknown options are ign
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from modules.errors import OptionError
-from modules.text_files import parse_json, parse_toml, read_text
+from modules.text_files import read_text
 
 logger = logging.getLogger(__name__)
 
-Entry = TypeVar("Entry")
-Made = TypeVar("Made")
 # a mapping sets several keys at once
 Value = int | float | str | Mapping[str, int] | Sequence[float] | None
 SEED_BITS = 32
 # what is meant as an option with a number, behind one dash or those of word processors
 _ODD_OPTION = re.compile("(?<=\\s)(-|-?[\u2010-\u2015\u2212]+)([A-Za-z_]+) ([0-9]\\S*)")
+SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
+    "unipc": "unipc",
+    "dpm++": "dpm++",
+    "vanilla": "euler",
+    "dpm++sde": "dpm++sde",
+    "lcm": "lcm",
+}
 MOST_DIGITS = 100  # of a whole number
 MOST_FPS = 1000  # more is a slip of the finger
 
@@ -80,10 +84,10 @@ def read_whole(text: str) -> int:
     """Read a whole number. Raises ValueError."""
     if not re.fullmatch(r"[+-]?[0-9]+", text):
         raise ValueError(f"{text!r} is not a whole number")
-    return _few_digits(text)
+    return few_digits(text)
 
 
-def _few_digits(text: str) -> int:
+def few_digits(text: str) -> int:
     if len(text) > MOST_DIGITS:
         raise ValueError(f"{text[:10]}... has {len(text)} digits, more than any number here")
     return int(text)
@@ -109,10 +113,10 @@ def _size(text: str) -> dict[str, int]:
     found = re.fullmatch(r"([0-9]+)(?: +| *[x*×] *)([0-9]+)", text, re.IGNORECASE)
     if found is None:
         raise ValueError(f"{text!r} is not a height and a width, such as 480 832")
-    return {"video_size_height": _few_digits(found[1]), "video_size_width": _few_digits(found[2])}
+    return {"video_size_height": few_digits(found[1]), "video_size_width": few_digits(found[2])}
 
 
-def _path(text: str) -> str:
+def read_path(text: str) -> str:
     """Return a path without the quotes that file managers copy around it."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
@@ -127,12 +131,12 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "g": LineOption("guidance_scale", read_number),
     "l": LineOption("guidance_scale", read_number),
     "fs": LineOption("flow_shift", read_number),
-    "i": LineOption("image_path", _path),
-    "ei": LineOption("end_image_path", _path),
-    "cn": LineOption("control_path", _path),
-    "v": LineOption("video_path", _path),
+    "i": LineOption("image_path", read_path),
+    "ei": LineOption("end_image_path", read_path),
+    "cn": LineOption("control_path", read_path),
+    "v": LineOption("video_path", read_path),
     "vd": LineOption("denoise", read_number),
-    "ii": LineOption("i2i_path", _path),
+    "ii": LineOption("i2i_path", read_path),
     "n": LineOption("negative_prompt", str),
     "nag": LineOption("nag_prompt", str),
     "cs": LineOption("cfg_schedule", str),
@@ -159,8 +163,8 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "f": LineOption("video_seconds", read_number, instead_of="video_sections"),
     "vs": LineOption("video_sections", read_whole),
     "embedded_cfg_scale": LineOption("embedded_cfg_scale", read_number),
-    "ci": LineOption("control_image_path", _path, repeats=True),
-    "cim": LineOption("control_image_mask_path", _path, repeats=True),
+    "ci": LineOption("control_image_path", read_path, repeats=True),
+    "cim": LineOption("control_image_mask_path", read_path, repeats=True),
     "of": LineOption("one_frame_inference", str),
     "p2": LineOption("prompt_2", str),
 }
@@ -189,7 +193,7 @@ NAMED_OPTIONS: Mapping[str, LineOption] = {
     "fps": LineOption("fps", _rate),
     "guidance_scale_high_noise": LineOption("guidance_scale_high_noise", read_number),
     "sample_solver": LineOption("sample_solver", str),
-    "from_latent": LineOption("from_latent", _path),
+    "from_latent": LineOption("from_latent", read_path),
     **dict.fromkeys(("strength", "v2v_denoise", "denoise_strength"), LineOption("denoise", read_number)),
 }
 
@@ -212,54 +216,6 @@ def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
         values.setdefault(option.instead_of, None)
 
 
-def _leading_whole(text: str) -> int:
-    return _few_digits(_leading(r"[+-]?[0-9]+", text))
-
-
-def _sample_seed(text: str) -> int:
-    """Return the number that a text begins with, as other trainers read it; of any other text its seed."""
-    if not text.strip():
-        raise ValueError("give a number or a text")
-    return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else text_to_seed(text)
-
-
-def _leading_number(text: str) -> float:
-    return float(_leading(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text))
-
-
-def _leading(pattern: str, text: str) -> str:
-    found = re.match(pattern, text)
-    if found is None:
-        raise ValueError(f"{text!r} does not begin with a number")
-    return found[0]
-
-
-def _steps(text: str) -> int:
-    return min(max(_leading_whole(text), 1), 1000)
-
-
-# prompt files of training samples; numbers are read from their leading digits, as other trainers do
-SAMPLE_OPTIONS: Mapping[str, LineOption] = {
-    "w": LineOption("width", _leading_whole),
-    "h": LineOption("height", _leading_whole),
-    "f": LineOption("frame_count", _leading_whole),
-    "d": LineOption("seed", _sample_seed),
-    "s": LineOption("sample_steps", _steps),
-    "g": LineOption("guidance_scale", _leading_number),
-    "l": LineOption("cfg_scale", _leading_number),
-    "fs": LineOption("discrete_flow_shift", _leading_number),
-    "n": LineOption("negative_prompt", str),
-    "i": LineOption("image_path", _path),
-    "ei": LineOption("end_image_path", _path),
-    "cn": LineOption("control_video_path", _path),
-    "ci": LineOption("control_image_path", _path, repeats=True),
-    "of": LineOption("one_frame", str),
-    "ss": LineOption("sample_sampler", str),
-    "ctr": LineOption("cfg_trunc_ratio", _leading_number),
-    "rcfg": LineOption("renorm_cfg", _leading_number),
-}
-
-
 def parse_generation_line(
     line: str, options: Mapping[str, LineOption] = GENERATION_OPTIONS, where: str = "the prompt line"
 ) -> dict[str, Any]:
@@ -268,7 +224,7 @@ def parse_generation_line(
     Option names are case-sensitive. where: names the line in warnings. Raises OptionError if a value cannot
     be read.
     """
-    return _parse(line, options, where, lambda word: find_option(word, options))
+    return parse_words(line, options, where, lambda word: find_option(word, options))
 
 
 def parse_line(line: str, options: Mapping[str, LineOption], where: str) -> dict[str, Any]:
@@ -278,21 +234,10 @@ def parse_line(line: str, options: Mapping[str, LineOption], where: str) -> dict
     read.
     """
     by_key = {option.key: option for option in options.values()}
-    return _parse(line, options, where, lambda word: options.get(word.lower()) or by_key.get(word))
+    return parse_words(line, options, where, lambda word: options.get(word.lower()) or by_key.get(word))
 
 
-def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, Any]:
-    """Parse a line of a training prompt file into `prompt` and its options by key.
-
-    where: names the line. Raises OptionError if a value cannot be read.
-    """
-    try:
-        return _parse(line, SAMPLE_OPTIONS, where, lambda word: SAMPLE_OPTIONS.get(word.lower()))
-    except OptionError as error:
-        raise OptionError(f"{where} {line.strip()!r}: {error}. Correct the line") from None
-
-
-def _parse(
+def parse_words(
     line: str,
     options: Mapping[str, LineOption],
     where: str,
@@ -337,114 +282,22 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
 
     Raises OptionError if there is none.
     """
-    lines = _numbered(_read_text(path, "--from_file"))
+    lines = numbered_lines(read_prompt_file(path, "--from_file"))
     if not lines:
         raise OptionError(f"--from_file {path}: the file has no prompt. Write one per line.")
     return lines
 
 
-def _numbered(text: str) -> list[tuple[int, str]]:
+def numbered_lines(text: str) -> list[tuple[int, str]]:
     """Return the lines that have a prompt with their numbers, counted from 1."""
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if not is_blank(line)]
-
-
-def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
-    """Read a training prompt file (.txt, .toml or .json): one dictionary per sample.
-
-    Keys: `prompt` and those of `SAMPLE_OPTIONS`. toml: `[prompt]` holds values that all `[[prompt.subset]]`
-    share; a subset wins. json: a list of lines and objects. Raises OptionError naming the file, the entry and
-    the key if something cannot be read.
-    """
-    named, text, kind = f"--sample_prompts {path}", _read_text(path, "--sample_prompts"), path.suffix.lower()
-    place, entries = "entry", list[tuple[int, Any]]()
-    try:
-        if kind == ".txt":
-            place, entries = "line", [*_numbered(text)]
-        elif kind == ".toml":
-            shared = parse_toml(text).get("prompt")
-            subsets = shared.get("subset", []) if isinstance(shared, dict) else None
-            if not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
-                raise ValueError("give a table [prompt] with tables [[prompt.subset]]")
-            common = {key: value for key, value in (shared or {}).items() if key != "subset"}
-            entries = [*enumerate(({**common, **subset} for subset in subsets), 1)]
-        elif kind == ".json":
-            found = parse_json(text)
-            if not isinstance(found, list) or not all(isinstance(entry, (str, dict)) for entry in found):
-                raise ValueError("give a list of prompts (texts or objects)")
-            entries = [*enumerate(found, 1)]
-        else:
-            told = f"{path.suffix or 'a file without suffix'} is not supported. Use .txt, .toml or .json"
-            raise ValueError(told)
-    except ValueError as error:
-        raise OptionError(f"{named}: {error}") from None
-    if not entries:
-        least = "one per line" if place == "line" else "at least one"
-        raise OptionError(f"{named}: the file has no prompt. Write {least}.")
-
-    def read(one: tuple[int, Any]) -> dict[str, Any]:
-        where, entry = f"{path}, {place} {one[0]}", one[1]
-        return parse_sample_line(entry, where) if isinstance(entry, str) else _check_entry(entry, where)
-
-    return read_all(entries, read)
-
-
-def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
-    """Return the result of `read` for each entry. Raises one OptionError with the faults of all."""
-    made, problems = [], []
-    for entry in entries:
-        try:
-            made.append(read(entry))
-        except OptionError as error:
-            problems.append(str(error))
-    if problems:
-        raise OptionError("\n  ".join(["--sample_prompts:", *problems] if len(problems) > 1 else problems))
-    return made
-
-
-_ALIASES = {"scale": "cfg_scale"}  # what the image guides call the value of --l
-
-
-def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
-    kinds = {option.key: _kind_of(option) for option in SAMPLE_OPTIONS.values()} | {"prompt": str}
-    values = {}
-    for written, value in entry.items():
-        key = _ALIASES.get(written, written)
-        if key != written and key in entry:
-            continue
-        kind = kinds.get(key)
-        if kind is None:
-            logger.warning(
-                "%s: the unknown key %s is ignored. Known: %s", where, key, ", ".join(sorted(kinds))
-            )
-            continue
-        if kind is list and isinstance(value, str):
-            value = [value]
-        if key == "seed" and isinstance(value, str):
-            try:
-                value = _sample_seed(value)
-            except ValueError as error:
-                raise OptionError(f"{where}: seed: {error}") from None
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise OptionError(f"{where}: {key} = {value!r} must be of type {kind.__name__}")
-        values[key] = _steps(str(value)) if key == "sample_steps" else value
-    return values
-
-
-def _kind_of(option: LineOption) -> type:
-    if option.repeats:
-        return list
-    if option.read is _leading_number:
-        return float
-    return int if option.read in (_leading_whole, _sample_seed, _steps) else str
 
 
 # how files begin that were saved in place of another one: a Git LFS pointer, a web page
 _NO_PROMPTS = re.compile(r"\s*(version https://git-lfs|<!doctype html|<html)", re.IGNORECASE)
 
 
-def _read_text(path: Path, option: str) -> str:
+def read_prompt_file(path: Path, option: str) -> str:
     try:
         text = read_text(path)
         if _NO_PROMPTS.match(text):

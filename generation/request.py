@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from blissful_tuner.guidance import check_guidance
-from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
+from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
 from blissful_tuner.prompt_syntax import expand_texts, weigh_all
 from blissful_tuner.step_cache import check_step_cache, choose_step_cache
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
 from generation.options import GenerationOptions
-from generation.prompt_lines import SEED_BITS, text_to_seed
-from generation.request_options import SOLVERS, RequestOptions
+from generation.prompt_lines import SEED_BITS, SOLVERS, text_to_seed
+from generation.script_options import RequestOptions
 from modules.contract.family import Family
 from modules.contract.requests import Prepared, Request, check_opens, check_values
 from modules.contract.rules import HIGH_NOISE, SOURCES, Source
@@ -25,25 +25,7 @@ from modules.option_values import to_path
 
 logger = logging.getLogger(__name__)
 
-TURN = 0.9  # of a whole one that the frequency makes in the length of the video
-
-
-def slow_frames(options: SteadierOptions, frames: int) -> Slow | None:
-    """Return the frequency that a video of so many frames needs slowed down: TURN * 2 pi / frames.
-
-    None if the option is off, or if the video is not longer than those trained on.
-    """
-    if options.riflex_index == 0:
-        return None
-    if frames <= options.riflex_beyond:
-        logger.warning(
-            "--riflex_index %d is ignored because the video has %d frames: it is for more than %d",
-            options.riflex_index,
-            frames,
-            options.riflex_beyond,
-        )
-        return None
-    return Slow(options.riflex_index - 1, frames / TURN)
+TURN = 0.9  # of a whole one that a slowed frequency makes in the length of the video
 
 
 def draw_seed() -> int:
@@ -91,7 +73,7 @@ def make_request(
         return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
     typed: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
-    texts = expand_texts(typed, prompts, seed)
+    texts = expand_texts(typed, prompts, seed) if prompts.draws else typed
     solver = line.get("sample_solver", options.sample_solver)
     if solver not in SOLVERS:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(SOLVERS)}")
@@ -136,13 +118,13 @@ def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
     in_line = {name: line[name] for name in SOURCES if name in line}
     paths = in_line or {name: getattr(options, name) for name in SOURCES}
     given = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
-    check_one_source(given)
     if "denoise" in line:
         check_share("--vd in a prompt line", line["denoise"])
     if not given:
         if "denoise" in line:
             logger.warning("--vd %g is ignored because the line starts from no video (--v)", line["denoise"])
         return None
+    check_one_source(given)
     ((name, path),) = given.items()
     source = Source(
         name,
@@ -160,17 +142,30 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
 
     Raises UserError for impossible ones.
     """
-    step_cache, says = choose_step_cache(options.step_cache, overrides)
     request = make_request(options.request, overrides, options.prompts)
-    request = replace(request, step_cache=step_cache, settings={**request.settings, **says})
-    request = check_source(request, family.source, family.latent)
-    prepared = begin_late(family.prepare(request), family)
+    if options.step_cache.is_on or overrides:
+        step_cache, says = choose_step_cache(options.step_cache, overrides)
+        request = replace(request, step_cache=step_cache, settings={**request.settings, **says})
+    if request.source is not None:
+        request = check_source(request, request.source, family.source, family.latent)
+    prepared = family.prepare(request)
+    if prepared.asked.source is not None:
+        prepared = begin_late(prepared, prepared.asked.source, family)
     if options.prompts.prompt_weighting:
         prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
     check_guidance(prepared, options.guidance)
-    check_step_cache(prepared, family.dit)
+    if request.step_cache is not None:
+        check_step_cache(request.step_cache, prepared, family.dit)
     for name, is_image in {"image_path": True, "end_image_path": True, "control_path": False}.items():
         path = getattr(prepared.asked, name)
         if path is not None and path.exists():  # which the family has checked
             check_opens(name, path, is_image)
-    return replace(prepared, slow_frames=slow_frames(options.steadier, prepared.frames))
+    index, beyond = options.steadier.riflex_index, options.steadier.riflex_beyond
+    if index and prepared.frames <= beyond:
+        logger.warning(
+            "--riflex_index %d is ignored because the video has %d frames: it is for more than %d",
+            *(index, prepared.frames, beyond),
+        )
+    elif index:  # a frequency that the video needs slowed down to TURN * 2 pi / frames
+        prepared = replace(prepared, slow_frames=Slow(index - 1, prepared.frames / TURN))
+    return prepared

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from blissful_tuner.latent_preview import check_preview
-from blissful_tuner.prompt_rewrite import make_rewriter
+from blissful_tuner.prompt_rewrite import PromptRewriter
 from generation.asking import line_reader
-from generation.dressing import DitLoader, LorasByExpert, check_skipped_layers, dit_loader, expert_loras
+from generation.dressing import DitLoader, LorasByExpert, dit_loader, expert_loras
 from generation.experts import TurnRules
 from generation.making import (
     GenerationJob,
@@ -62,8 +62,6 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
 
     Options given by name stay: if unavailable, they are an error later.
     """
-    if not options.speed.by_preset + options.speed.not_by_preset or options.latent_path:
-        return options  # decoding runs no transformer
     files = family.dit_files  # one that is missing is an error of its own
 
     def check_attention(speed: GenerationSpeedOptions) -> None:
@@ -162,7 +160,8 @@ def generate(family: Family, options: GenerationOptions) -> None:
     Raises UserError; with --from_file only after all lines that work are generated.
     """
     device = choose_device(options.device)
-    options = leave_out_missing(family, options, device)
+    if options.optimized and not options.latent_path:  # decoding runs no transformer
+        options = leave_out_missing(family, options, device)
     if options.lycoris:
         logger.info("--lycoris is not needed: LoHa and LoKr files are recognised automatically")
     if options.speed.fp16_accumulation:
@@ -191,14 +190,18 @@ def generate(family: Family, options: GenerationOptions) -> None:
                 "The latents of --output_type %s hold the video as it is before %s.",
                 *(options.output.output_type, " and ".join(post.labels)),
             )
-    run = GenerationRun(family, options, session, predicted, make_rewriter(options.rewriting), post=post)
+    rewriter, asked = None, options.rewriting
+    if asked.prompt_rewrite is not None and asked.prompt_rewrite_model is not None:
+        rewriter = PromptRewriter(asked.prompt_rewrite_model, asked.prompt_rewrite)
+    run = GenerationRun(family, options, session, predicted, rewriter, post=post)
     if options.latent_path:
         decode_files(run, options.latent_path)
         return
     check_models(run)
     for file, of_expert in zip(family.dit_files, uses, strict=False):
         check_loras_fit(file, of_expert, options.speed.fp8.quantisation)
-    run = run.with_previews()
+    if options.preview.preview_latent_every is not None:
+        run = run.with_previews()
     if options.from_file is not None:
         make_from_file(run, options.from_file)
     elif options.interactive:
@@ -276,13 +279,18 @@ def check_models(run: GenerationRun) -> None:
     check_backend(
         placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False
     )
-    check_preview(run.options.preview, run.family.latent)
+    if run.options.preview.preview_latent_every is not None:
+        check_preview(run.options.preview, run.family.latent)
     run.family.check_files(media=run.options.output.decodes)
     run.family.check_given_files()
     counts = run.family.block_counts()
     if counts:
         check_swap(run.family.dit, run.options.speed.swap.number, counts)
-        check_skipped_layers(run.options.guidance.skipped_layers, sum(counts))
+        layers = run.options.guidance.skipped_layers
+        if layers and max(layers) >= sum(counts):
+            raise OptionError(
+                f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {sum(counts) - 1}"
+            )
 
 
 def save_merged_model(family: Family, uses: LorasByExpert, path: Path, device: torch.device) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import needs
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import encode_source
 from generation.denoise import SOURCE, conditions_to
 from generation.experts import DitTurns, LoadAside, LoadDit, TurnRules, plan_turns
@@ -35,25 +35,17 @@ NO_ENCODERS = MediaEncoders(vae=None)
 Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encoders' outputs, on the CPU
 
 
-def encode_inputs(
-    family: Family, encoders: MediaEncoders, requests: Sequence[Prepared]
-) -> list[Mapping[int, Conditions]]:
-    """Encode the images and videos of each request, by section. Conditions are on the CPU, with batch
-    dimension.
+@torch.no_grad()
+def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+    """Encode the images and videos of a request, by section. Conditions are on the CPU, with batch dimension.
 
     The source of denoising is among those of section 0, as `SOURCE`. encoders: on their device; `NO_ENCODERS`
-    will do if no request `needs_media`.
+    will do if the request does not `needs_media`.
     """
-    found: list[Mapping[int, Conditions]] = []
-    with torch.no_grad():
-        for prepared in requests:
-            by_section = dict(family.request_conditions(encoders, prepared))
-            if prepared.asked.source is not None:
-                by_section[0] = {**by_section.get(0, {}), SOURCE: encode_source(family, encoders, prepared)}
-            found.append(
-                {section: conditions_to(conditions, CPU) for section, conditions in by_section.items()}
-            )
-    return found
+    found = dict(family.request_conditions(encoders, prepared))
+    if prepared.asked.source is not None:
+        found[0] = {**found.get(0, {}), SOURCE: encode_source(family, encoders, prepared)}
+    return {section: conditions_to(conditions, CPU) for section, conditions in found.items()}
 
 
 def needs_media(family: Family, prepared: Prepared) -> bool:

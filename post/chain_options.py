@@ -15,7 +15,8 @@ from typing import Any
 
 from modules.command import as_typed, did_you_mean
 from modules.errors import OptionError, UserError
-from modules.installation import ROOT
+from modules.families import Script
+from modules.installation import ROOT, import_own
 from modules.options import Options, option_values, read_options
 from modules.parser import Parser, add_options
 from post.options import (
@@ -112,6 +113,16 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
     return Chain(run, tuple(tools))
 
 
+def tool_script(tool: str, about: str | None) -> Script:
+    """Return the script of a tool. about: the script's docstring."""
+
+    def run_tool(argv: Sequence[str] | None = None) -> None:
+        chain = read_chain(tool, about or "", argv)
+        import_own("post.run").run_chain(chain)  # torch loads here, after every option has been read
+
+    return Script(run_tool)
+
+
 @dataclass(frozen=True)
 class AskedTools:
     """Tools that an option names, in the order of work."""
@@ -174,7 +185,7 @@ def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespa
     _flags(parser)["--model"].required = False
     args = parser.parse_args(words)
     if args.model is None:
-        args.model = default_model(tool.name, words)
+        args.model = default_model(tool.name, getattr(args, "mode", ""))
     if args.model is None:
         parser.error("the following arguments are required: --model")
     return args
@@ -305,7 +316,7 @@ class ModelPlace:
         return str(Path(self.files[0]).parent) if self.is_folder else self.files[0]
 
 
-# of a tool and mode the first that is there counts, without a mode those of the tool's first one
+# of a tool and mode the first that is there counts
 PLACES = (
     ModelPlace(
         "upscaler",
@@ -335,24 +346,16 @@ PLACES = (
 )
 
 
-def default_model(
-    tool: str, words: Sequence[str], folders: Sequence[Path] = (MODELS, ROOT / MODELS)
-) -> Path | None:
-    """Return the downloaded model for a tool of a chain, and log which; None if the words name one.
+def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT / MODELS)) -> Path | None:
+    """Return the downloaded model for a tool, and log which; None for a mode that the tool does not have.
 
-    tool: its name in `post.chain_options.TOOLS`. words: its options, as `--mode esrgan`, `--mode=esrgan` or
-    `mode=esrgan`. folders: where models are downloaded to; the first that has the files counts. Raises
-    OptionError with the command that downloads it if it is in none.
+    tool: its name in `TOOLS`. mode: of --mode, empty for tools without. folders: where models are downloaded
+    to; the first that has the files counts. Raises OptionError with the command that downloads it if it is in
+    none.
     """
-    if _value("model", words) is not None or {"-h", "--help"} & set(words):
-        return None
-    places = [place for place in PLACES if place.tool == tool]
-    mode = _value("mode", words)
-    if mode is None:
-        mode = places[0].mode if places else ""
-    fitting = [place for place in places if place.mode in ("", mode)]
+    fitting = [place for place in PLACES if place.tool == tool and place.mode in ("", mode)]
     if not fitting:
-        return None  # an unknown mode: the tool says so itself
+        return None  # the tool says so itself
     for place in fitting:
         for folder in folders:
             if all((folder / file).is_file() for file in place.files):
@@ -365,15 +368,3 @@ def default_model(
         f"no model is given, and {missing} is not there.\n  Give --model FILE (model=FILE in a chain), or "
         f"download it: {command}"
     )
-
-
-def _value(option: str, words: Sequence[str]) -> str | None:
-    """Return the last value that the words give to an option; None if they give none."""
-    found = None
-    for index, word in enumerate(words):
-        for start in (f"--{option}=", f"{option}="):
-            if word.startswith(start):
-                found = word.removeprefix(start)
-        if word == f"--{option}":
-            found = words[index + 1] if index + 1 < len(words) else ""
-    return found

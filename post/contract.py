@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.devices import send_ahead
 from modules.errors import OptionError
@@ -71,6 +71,13 @@ def to_pixels(image: Tensor, is_deep: bool) -> Pixels:
     whole = rearrange(values.to(torch.int16 if is_deep else torch.uint8), "c h w -> h w c")
     pixels: Pixels = whole.contiguous().cpu().numpy()
     return pixels.view(np.uint16) if is_deep else pixels
+
+
+def batch_norm(width: int) -> nn.BatchNorm2d:
+    """Return a norm that does not count training batches: nothing needs it, and some files lack it."""
+    norm = nn.BatchNorm2d(width)
+    norm.num_batches_tracked = None
+    return norm
 
 
 LARGEST = 65535  # pixels of a side; no codec and few picture files take more

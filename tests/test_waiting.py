@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import NormalisedGuidance
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE
+from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, SeededNoise, denoise
-from generation.request_options import SOLVERS
+from generation.prompt_lines import SOLVERS
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.steps import Away, Section, Tweaks

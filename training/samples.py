@@ -16,8 +16,8 @@ from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from generation.denoise import make_latents
-from generation.prompt_lines import read_all, read_sample_prompts
-from generation.request_options import SOLVERS
+from generation.prompt_lines import SOLVERS
+from generation.sample_lines import read_all, read_sample_prompts
 from generation.session import Session, encode_inputs, wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.family import Family
@@ -194,7 +194,7 @@ def prepare_samples(
     wanted = [wanted_texts(prepared) for prepared in requests]
     texts = session.texts(wanted)
     with session.media(images=True, again=True) as encoders:
-        inputs = encode_inputs(family, encoders, requests)
+        inputs = [encode_inputs(family, encoders, request) for request in requests]
     session.drop_image_encoder()
     samples = [
         Sample(*which, text, put_in, asked)

@@ -16,6 +16,7 @@ from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, p
 from modules.command import as_typed
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
+from post.contract import batch_norm
 from post.faces.codeformer import CHOOSING, CodeFormer, read_codeformer
 from post.faces.gfpgan import Gfpgan, read_gfpgan
 from post.options import GFPGAN, RETINAFACES, YUNET, FacefixOptions
@@ -61,9 +62,7 @@ class ConvLayer(nn.Module):
         )
         self.norm = nn.ModuleDict()  # one deeper, as in the files
         if has_norm:
-            norm = nn.BatchNorm2d(width)
-            norm.num_batches_tracked = None  # for learning only; some files lack it
-            self.norm["norm"] = norm
+            self.norm["norm"] = batch_norm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv2d(x)

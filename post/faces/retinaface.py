@@ -21,13 +21,13 @@ from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.convolution import lay_out, layouts
+from post.contract import batch_norm
 from post.faces.boxes import FoundFace, best_of, shrunk
 from post.faces.retinaface_bodies import (
     MobileNet,
     MobileNetConfig,
     ResNet,
     ResNetConfig,
-    batch_norm,
     read_mobilenet,
     read_resnet,
 )

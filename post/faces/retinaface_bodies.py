@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from post.contract import batch_norm
+
 # Letters: B batch, C channels, H W height and width of the picture
 
 Shape = Callable[[str], tuple[int, ...]]  # name of a tensor in the file -> its shape
@@ -42,13 +44,6 @@ class MobileNetConfig:
     def widths(self) -> tuple[int, ...]:
         """Width of each of the three results."""
         return tuple(stage[-1] for stage in self.stages)
-
-
-def batch_norm(width: int) -> nn.BatchNorm2d:
-    """Return a norm that does not count training batches: nothing needs it, and some files lack it."""
-    norm = nn.BatchNorm2d(width)
-    norm.num_batches_tracked = None
-    return norm
 
 
 class Bottleneck(nn.Module):

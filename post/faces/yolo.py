@@ -194,12 +194,13 @@ def _literal(text: str | None) -> Any:
         return None
 
 
-def _cannot_run(path: Path, error: cv2.error) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: OpenCV {cv2.__version__} cannot run it ({first_line(error)}).\n  Export it again: "
-        f"format=onnx imgsz={USUAL_SIDE} opset=12 simplify=True, without half precision.",
-        path,
-    )
+EXPORT = f"Export it again: format=onnx imgsz={USUAL_SIDE} opset=12 simplify=True, without half precision."
+
+
+def _cannot_run(path: Path, error: cv2.error, remedy: str = EXPORT) -> CheckpointError:
+    text = str(getattr(error, "err", "") or error).strip()  # without the place in OpenCV's code
+    reason = text.splitlines()[0][:200] if text else "without a reason"
+    return CheckpointError(f"{path}: OpenCV {cv2.__version__} cannot run it ({reason}).\n  {remedy}", path)
 
 
 def _other_layout(path: Path, shapes: str) -> CheckpointError:
@@ -214,6 +215,7 @@ def _other_layout(path: Path, shapes: str) -> CheckpointError:
 OUTPUTS = {f"{kind}_{step}" for kind in ("cls", "obj", "bbox", "kps") for step in (8, 16, 32)}
 MOST_OVERLAP_YUNET = 0.3
 MOST_BEFORE = 5000  # boxes, best first, among which the overlapping ones are left out
+YUNETS = "Give face_detection_yunet_2023mar.onnx to OpenCV 4, face_detection_yunet_2026may.onnx to OpenCV 5."
 SMALLEST = 32  # pixels: a side of the picture that OpenCV makes of a smaller one
 
 
@@ -245,7 +247,7 @@ class YuNetDetector:
             self.network.setScoreThreshold(least_score)
             _, rows = self.network.detect(image)
         except cv2.error as error:
-            raise _cannot_run_yunet(self.path, error) from error
+            raise _cannot_run(self.path, error, YUNETS) from error
         if rows is None:
             return []
         size = np.array([width / seen_width, height / seen_height], np.float32)
@@ -275,7 +277,7 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
             "onnx", bare, np.empty(0, np.uint8), (SMALLEST, SMALLEST), 0.5, MOST_OVERLAP_YUNET, MOST_BEFORE
         )
     except cv2.error as error:
-        raise _cannot_run_yunet(path, error) from error
+        raise _cannot_run(path, error, YUNETS) from error
     detector = YuNetDetector(path, network, side)
     try:
         for shape in ((96, 160, 3), (64, 64, 3)):  # pictures of another size must do, too
@@ -288,17 +290,3 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
         detector = YuNetDetector(path, network, side, (width, height))
         detector.find(np.zeros((64, 64, 3), np.uint8), 0.5)
     return detector
-
-
-def _cannot_run_yunet(path: Path, error: cv2.error) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: OpenCV {cv2.__version__} cannot run this YuNet ({first_line(error)}).\n  Give "
-        "face_detection_yunet_2023mar.onnx to OpenCV 4, face_detection_yunet_2026may.onnx to OpenCV 5.",
-        path,
-    )
-
-
-def first_line(error: cv2.error) -> str:
-    """Return OpenCV's message of an error, without the place in its code."""
-    text = str(getattr(error, "err", "") or error).strip()
-    return text.splitlines()[0][:200] if text else "without a reason"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from post.interpolation.layers import Correlation, in_parts, in_ranges, rows_of_part
+from post.interpolation.layers import Correlation, in_parts, in_ranges, places_of, rows_of_part
 from post.interpolation.twins import WINDOW, TwinsBlock, attend, in_windows
 
 # What FlowFormer's encoder and decoder share: attention of a few tokens, and waves that tell places.
@@ -60,14 +60,6 @@ def position_code(places: Tensor, width: int) -> Tensor:
     step = 3.14 / 200  # as trained: not pi
     waves = places[..., None] * (torch.arange(width // 4, device=places.device) * step)
     return torch.cat([waves.sin(), waves.cos()], dim=-1).flatten(-2)
-
-
-def places_of(height: int, width: int, device: torch.device) -> Tensor:
-    """Return H W 2: the place (x, y) of each cell, in float32."""
-    rows = torch.arange(height, device=device, dtype=torch.float32)
-    columns = torch.arange(width, device=device, dtype=torch.float32)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.stack([x, y], dim=-1)
 
 
 PATCH = 8  # costs on a side that become one token: three strides of two

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, batch_norm, grid_sample, interpolate, pad
+from torch.nn.functional import avg_pool2d, grid_sample, interpolate, pad
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,6 @@ def in_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tenso
         end = min(start + rows, count)
         whole[start:end] = run(start, end)
     return whole
-
-
-class StoredNorm(nn.Module):
-    """Batch normalisation with the statistics of the file, as it is after training."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
 
 
 def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
@@ -266,12 +249,15 @@ def is_volume_small(height: int, width: int, levels: int = LEVELS) -> bool:
     return 4 * height * width * places <= VOLUME_BYTES
 
 
+def places_of(height: int, width: int, device: torch.device) -> Tensor:
+    """Return H W 2: the place (x, y) of each cell, in float32."""
+    rows = torch.arange(height, device=device, dtype=torch.float32)
+    columns = torch.arange(width, device=device, dtype=torch.float32)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([x, y], dim=-1)
+
+
 def grid_of(features: Tensor) -> Tensor:
     """Return 1 2 h w: x and y of each place, in float32."""
     height, width = features.shape[-2:]
-    y, x = torch.meshgrid(
-        torch.arange(height, device=features.device, dtype=torch.float32),
-        torch.arange(width, device=features.device, dtype=torch.float32),
-        indexing="ij",
-    )
-    return torch.stack([x, y])[None]
+    return places_of(height, width, features.device).permute(2, 0, 1)[None].contiguous()

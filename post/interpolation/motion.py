@@ -45,18 +45,6 @@ class Lateral(nn.Module):
         return x + self.layers(x)
 
 
-class Mirrored(nn.Module):
-    """A convolution 3 x 3 that sees the picture mirrored beyond its edge."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(outputs, inputs, 3, 3))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv2d(pad(x, (1, 1, 1, 1), mode="reflect"), self.weight, self.bias)
-
-
 def lateral_network(inputs: int, first: int, second: int, outputs: int, blocks: int) -> nn.Sequential:
     """Return the layers of `cnn_encoder` and of `res_conv`."""
     return nn.Sequential(
@@ -65,7 +53,7 @@ def lateral_network(inputs: int, first: int, second: int, outputs: int, blocks: 
         nn.LeakyReLU(SLOPE),
         *(Lateral(second) for _ in range(blocks)),
         nn.LeakyReLU(SLOPE),
-        Mirrored(second, outputs),
+        nn.Conv2d(second, outputs, 3, padding=1, padding_mode="reflect"),
     )
 
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, instance_norm, relu, unfold
+from torch.nn.functional import conv2d, relu, unfold
 
 from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, other_kind
 from modules.checkpoints.opening import Checkpoint, plain_sources
-from post.interpolation.layers import CHANNELS, Correlation, EncodedPicture, StoredNorm, conv, grid_of
+from post.contract import batch_norm
+from post.interpolation.layers import CHANNELS, Correlation, EncodedPicture, conv, grid_of
 
 # Letters: H W height and width of a picture, h w those of the features: an eighth
 
@@ -39,13 +40,6 @@ class RaftConfig:
     motion: int  # with the two channels of the flow
     head: int
     mask: int
-
-
-class InstanceNorm(nn.Module):
-    """Normalisation of each channel of each picture, without weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return instance_norm(x)
 
 
 Norm = Callable[[int], nn.Module]
@@ -197,8 +191,8 @@ class Raft(nn.Module):
     def __init__(self, config: RaftConfig, iterations: int = ITERATIONS) -> None:
         super().__init__()
         self.config, self.iterations = config, iterations
-        self.fnet = RaftEncoder(config.stages, config.features, lambda _: InstanceNorm())
-        self.cnet = RaftEncoder(config.stages, config.hidden + config.context, StoredNorm)
+        self.fnet = RaftEncoder(config.stages, config.features, nn.InstanceNorm2d)
+        self.cnet = RaftEncoder(config.stages, config.hidden + config.context, batch_norm)
         self.update_block = UpdateBlock(config)
 
     def encode(self, image: Tensor) -> EncodedPicture:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
+from post.contract import batch_norm
 from post.interpolation.layers import (
     CHANNELS,
     Correlation,
     EncodedPicture,
-    StoredNorm,
     conv,
     grid_of,
     resize,
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
             *(prelu(inner, inner) for _ in range(3)),
             prelu(inner, outer),
             conv(outer, outer, 1),
-            StoredNorm(outer),
+            batch_norm(outer),
             nn.ReLU(),
         )
         self.convblock = nn.Sequential(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.generation import count_waits
 from blissful_tuner.guidance import make_guidance
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE
+from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, denoise
 from modules.contract.requests import Request
 from modules.contract.rules import ONE_EXPERT

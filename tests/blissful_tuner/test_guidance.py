@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import choose_applied_steps, make_guidance, needs
-from blissful_tuner.guidance_options import (
+from blissful_tuner.options import (
     PLAIN_GUIDANCE,
     GuidanceOptions,
 )
@@ -54,7 +54,6 @@ def test_plain_guidance_equals_the_recorded_values() -> None:
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
-        ("none", "AAAAAAAAAA"),
         ("early", "SSSSAAAAAA"),
         ("late", "AAAAAASSSS"),
         ("early_late", "SSAAAAAASS"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from blissful_tuner.guidance import check_guidance
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE
+from blissful_tuner.options import PLAIN_GUIDANCE
 from modules.contract.requests import Request
 from modules.errors import OptionError
 from tests.preparing import prepare

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import BLANK, NEGATIVE, POSITIVE, GuidanceStage, cfg_zero, perp_neg
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE, GuidanceOptions
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks

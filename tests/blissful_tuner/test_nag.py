@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import NormalisedGuidance
-from blissful_tuner.guidance_options import NO_NAG, PLAIN_GUIDANCE, NagOptions
+from blissful_tuner.options import NO_NAG, PLAIN_GUIDANCE, NagOptions
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE
+from blissful_tuner.options import PLAIN_GUIDANCE
 from modules.contract.requests import Request
 from modules.contract.rules import GuidanceRules, Projection
 from modules.contract.steps import Section, Step, Tweaks

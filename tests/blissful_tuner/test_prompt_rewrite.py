@@ -10,10 +10,8 @@ import torch
 from safetensors import safe_open
 
 import wan_generate_video
-from blissful_tuner.options import PromptRewriteOptions
 from blissful_tuner.prompt_rewrite import (
     PromptRewriter,
-    make_rewriter,
 )
 from modules.answers import take_answer
 from modules.errors import CheckpointError, OptionError
@@ -98,10 +96,7 @@ def test_a_folder_cannot_name_code_to_fetch(key: str, own_copy: Path) -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_a_missing_package_is_named_only_if_it_is_needed(
-    chat_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert make_rewriter(PromptRewriteOptions(prompt_rewrite=None, prompt_rewrite_model=None)) is None
     with pytest.raises(OptionError, match="--prompt_rewrite needs the package transformers"):
-        make_rewriter(PromptRewriteOptions(prompt_rewrite="normal", prompt_rewrite_model=chat_model))
+        PromptRewriter(chat_model, "normal")

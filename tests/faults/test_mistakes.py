@@ -212,7 +212,7 @@ FILES = (
 TOGETHER = (
     wrong(GENERATIONS, "--prompt=", "--prompt is empty", "say what the video should show"),
     wrong(GENERATIONS, "", "nothing to do", "--prompt", without=["--prompt"]),
-    wrong(GENERATIONS, "--from_file prompts.txt --interactive", "cannot be used together"),
+    wrong(GENERATIONS, "--from_file prompts.txt --interactive", "exclude each other"),
     wrong(
         GENERATIONS,
         "--cfgzerostar_scaling --perp_neg 1.5",
@@ -228,7 +228,7 @@ TOGETHER = (
     ),
     wrong(GENERATIONS, "--latent_path latent.safetensors --interactive", "--latent_path only decodes"),
     wrong(GENERATIONS, "--latent_path latent.safetensors --output_type latent", "Use video or images"),
-    wrong(GENERATIONS, "--cfg_skip_mode early", "--cfg_skip_mode early needs --cfg_apply_ratio"),
+    wrong(GENERATIONS, "--cfg_skip_mode early", "--cfg_skip_mode needs --cfg_apply_ratio"),
     wrong(TRAININGS, "--gradient_checkpointing True", "is a switch: leave True out"),
     wrong(GENERATIONS, "--save_path made.mp4", "--save_path made.mp4", "Give a folder"),
     wrong(GENERATIONS, "a dog", "a dog belongs to no option", "in quotes"),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from generation.request_options import OutputOptions
+from generation.script_options import OutputOptions
 from modules.media.options import FormatOptions
 
 

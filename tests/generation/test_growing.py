@@ -17,7 +17,7 @@ from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
 from generation.denoise import make_latents
 from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.progress import fade_in_clip, grow_preview
+from generation.progress import GrowingVideo, fade_in_clip
 from generation.run import generate
 from generation.script_options import ScriptDefaults
 from generation.session import CPU, Session
@@ -119,10 +119,10 @@ def test_the_preview_grows_with_each_section_and_shows_all_that_is_there(
     family = ToyFamily(sections_made=4, makes_last_first=backwards)
     pieces, _ = pieces_of(family)
     lengths = []
-    with grow_preview(session(family), tmp_path, "film", 16) as video:
-        for piece in pieces:
-            video.add(piece)
-            lengths.append(sum(1 for _ in video_frames(tmp_path / "film_progress.mp4")))
+    video = GrowingVideo(session(family), tmp_path / "film_progress.mp4", 16)
+    for piece in pieces:
+        video.add(piece)
+        lengths.append(sum(1 for _ in video_frames(tmp_path / "film_progress.mp4")))
     extra = -3 if backwards else 1  # the start is there from the beginning, or never
     assert lengths == [4 * WINDOW * count + extra for count in (1, 2, 3)]
     assert [path.name for path in tmp_path.iterdir()] == ["film_progress.mp4"]
@@ -209,11 +209,11 @@ def test_a_preview_that_a_player_holds_is_replaced_later(
     family = ToyFamily(sections_made=5)
     pieces, _ = pieces_of(family)
     lengths = []
-    with grow_preview(session(family), tmp_path, "film", 16) as video:
-        video.join = join
-        for piece in pieces:
-            video.add(piece)
-            lengths.append(sum(1 for _ in video_frames(video.path)))
+    video = GrowingVideo(session(family), tmp_path / "film_progress.mp4", 16)
+    video.join = join
+    for piece in pieces:
+        video.add(piece)
+        lengths.append(sum(1 for _ in video_frames(video.path)))
     assert lengths == [4 * WINDOW * count - 3 for count in (1, 1, 1, 4)]
     assert caplog.text.count("permission denied. Replacing it is tried again after each section") == 1
 
@@ -241,11 +241,8 @@ def test_the_dit_leaves_the_device_where_it_turns_out_that_both_do_not_fit(
     family = ToyFamily(sections_made=4, has_room_for_two=False, no_room=error)
     pieces, _ = pieces_of(family)
     made = session(family, "cuda", 100)
-    with (
-        caplog.at_level(logging.INFO),
-        dit_at_work(made),
-        grow_preview(made, tmp_path, "film", 16, 100) as video,
-    ):
+    video = GrowingVideo(made, tmp_path / "film_progress.mp4", 16, 100)
+    with caplog.at_level(logging.INFO), dit_at_work(made):
         for piece in pieces:
             video.add(piece)
     notes = [line for line in family.diary if not line.startswith("pass")]
@@ -260,8 +257,8 @@ def test_a_dit_for_which_the_host_has_no_room_stays_and_there_is_no_preview(
 ) -> None:
     family = ToyFamily(sections_made=2, has_room_for_two=False)
     made = session(family, "cuda", spare, host=-1)
-    with dit_at_work(made), grow_preview(made, tmp_path, "film", 16, 100) as video:
-        video.add(black_piece(family))
+    with dit_at_work(made):
+        GrowingVideo(made, tmp_path / "film_progress.mp4", 16, 100).add(black_piece(family))
     assert "would have to wait in host memory" in caplog.text
     assert not list(tmp_path.iterdir())
     assert "decode" not in family.diary
@@ -270,12 +267,8 @@ def test_a_dit_for_which_the_host_has_no_room_stays_and_there_is_no_preview(
 def test_ctrl_c_while_a_piece_is_decoded_brings_the_dit_back(tmp_path: Path) -> None:
     family = ToyFamily(sections_made=2, stop_loading={"media"})
     made = session(family, "cuda")
-    with (
-        pytest.raises(KeyboardInterrupt),
-        dit_at_work(made),
-        grow_preview(made, tmp_path, "film", 16) as video,
-    ):  # noqa: PT012
-        video.add(black_piece(family))
+    with pytest.raises(KeyboardInterrupt), dit_at_work(made):
+        GrowingVideo(made, tmp_path / "film_progress.mp4", 16).add(black_piece(family))
     assert family.places["dit"] == "cuda"
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.options import GenerationOptions, read_generation
-from generation.prompt_lines import EMBEDDED_IMAGE_OPTIONS, parse_sample_line
+from generation.prompt_lines import EMBEDDED_IMAGE_OPTIONS
+from generation.sample_lines import parse_sample_line
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from modules.errors import OptionError
 from modules.options import NoOptions

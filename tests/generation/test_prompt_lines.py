@@ -11,11 +11,10 @@ from generation.prompt_lines import (
     GENERATION_OPTIONS,
     SECTIONED_GENERATION_OPTIONS,
     parse_generation_line,
-    parse_sample_line,
     read_generation_lines,
-    read_sample_prompts,
     text_to_seed,
 )
+from generation.sample_lines import parse_sample_line, read_sample_prompts
 from modules.errors import OptionError
 from tests.golden_cases import read_case
 

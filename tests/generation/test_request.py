@@ -9,7 +9,7 @@ import pytest
 from blissful_tuner.guidance import check_guidance
 from blissful_tuner.video_to_video_options import NO_SOURCE
 from generation.request import make_request, seed_of
-from generation.request_options import RequestOptions
+from generation.script_options import RequestOptions
 from modules.errors import OptionError
 from tests.preparing import prepare
 

@@ -174,7 +174,7 @@ class ToyFamily:
     def check_given_files(self) -> None: ...
 
     def block_counts(self) -> tuple[int, ...]:
-        return ()
+        return (2,)
 
     @property
     def dit_files(self) -> tuple[Path, ...]:

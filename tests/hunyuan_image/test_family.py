@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
-from blissful_tuner.guidance_options import PLAIN_GUIDANCE
+from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, SeededNoise, denoise
 from hunyuan_image.configs import LATENT, NOISE
 from hunyuan_image.family import GENERATION, SAMPLES, HunyuanImage

@@ -34,25 +34,22 @@ def test_places_are_those_of_the_list_of_downloads(place: ModelPlace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tool", "words", "task", "found"),
+    ("tool", "mode", "task", "found"),
     [
-        ("upscaler", [], "swinir", "upscalers/003_realSR_BSRGAN_DFOWMFC_s64w8_SwinIR-L_x4_GAN.pth"),
-        ("upscaler", ["--mode", "esrgan"], "realesrgan_x4", "upscalers/RealESRGAN_x4plus.pth"),
-        ("upscaler", ["mode=esrgan", "scale=2"], "realesrgan_x2", "upscalers/RealESRGAN_x2plus.pth"),
-        ("GIMMVFI", ["factor=2"], "gimmvfi_f", "gimmvfi"),
-        ("GIMMVFI", ["--mode=gimmvfi_r"], "gimmvfi_r", "gimmvfi"),
-        ("facefix", [], "gfpgan", "facefix/GFPGANv1.4.pth"),
-        ("facefix", ["mode=codeformer"], "codeformer", "facefix/codeformer.pth"),
-        ("yolo_blur", ["conf=0.3"], "yunet", "facefix/face_detection_yunet_2023mar.onnx"),
+        ("upscaler", "swinir", "swinir", "upscalers/003_realSR_BSRGAN_DFOWMFC_s64w8_SwinIR-L_x4_GAN.pth"),
+        ("upscaler", "esrgan", "realesrgan_x2", "upscalers/RealESRGAN_x2plus.pth"),
+        ("GIMMVFI", "gimmvfi_r", "gimmvfi_r", "gimmvfi"),
+        ("facefix", "codeformer", "codeformer", "facefix/codeformer.pth"),
+        ("yolo_blur", "", "yunet", "facefix/face_detection_yunet_2023mar.onnx"),
     ],
 )
 def test_what_was_downloaded_is_found_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, tool: str, words: list[str], task: str, found: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tool: str, mode: str, task: str, found: str
 ) -> None:
     write(tmp_path / "second", task)
 
     with caplog.at_level(logging.INFO):
-        path = default_model(tool, words, [tmp_path / "first", tmp_path / "second"])
+        path = default_model(tool, mode, [tmp_path / "first", tmp_path / "second"])
 
     assert path == tmp_path / "second" / found
     assert f"{path} is used" in caplog.text
@@ -63,4 +60,4 @@ def test_a_model_that_is_not_there_is_answered_with_its_download(tmp_path: Path)
     (tmp_path / "gimmvfi" / "gimmvfi_f_arb_lpips_fp32.safetensors").touch()  # without its optical flow
 
     with pytest.raises(OptionError, match=r"download\.py --family tools --task gimmvfi_f$"):
-        default_model("GIMMVFI", ["factor=2"], [tmp_path])
+        default_model("GIMMVFI", "gimmvfi_f", [tmp_path])

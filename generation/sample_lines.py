@@ -1,0 +1,173 @@
+"""Prompt files of training samples: lines, or entries of a .toml or .json file. Standard library only."""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from generation.prompt_lines import (
+    LineOption,
+    few_digits,
+    numbered_lines,
+    parse_words,
+    read_path,
+    read_prompt_file,
+    text_to_seed,
+)
+from modules.errors import OptionError
+from modules.text_files import parse_json, parse_toml
+
+logger = logging.getLogger(__name__)
+
+Entry = TypeVar("Entry")
+Made = TypeVar("Made")
+
+
+def _leading_whole(text: str) -> int:
+    return few_digits(_leading(r"[+-]?[0-9]+", text))
+
+
+def _sample_seed(text: str) -> int:
+    """Return the number that a text begins with, as other trainers read it; of any other text its seed."""
+    if not text.strip():
+        raise ValueError("give a number or a text")
+    return _leading_whole(text) if re.match(r"[+-]?[0-9]", text) else text_to_seed(text)
+
+
+def _leading_number(text: str) -> float:
+    return float(_leading(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text))
+
+
+def _leading(pattern: str, text: str) -> str:
+    found = re.match(pattern, text)
+    if found is None:
+        raise ValueError(f"{text!r} does not begin with a number")
+    return found[0]
+
+
+def _steps(text: str) -> int:
+    return min(max(_leading_whole(text), 1), 1000)
+
+
+# prompt files of training samples; numbers are read from their leading digits, as other trainers do
+SAMPLE_OPTIONS: Mapping[str, LineOption] = {
+    "w": LineOption("width", _leading_whole),
+    "h": LineOption("height", _leading_whole),
+    "f": LineOption("frame_count", _leading_whole),
+    "d": LineOption("seed", _sample_seed),
+    "s": LineOption("sample_steps", _steps),
+    "g": LineOption("guidance_scale", _leading_number),
+    "l": LineOption("cfg_scale", _leading_number),
+    "fs": LineOption("discrete_flow_shift", _leading_number),
+    "n": LineOption("negative_prompt", str),
+    "i": LineOption("image_path", read_path),
+    "ei": LineOption("end_image_path", read_path),
+    "cn": LineOption("control_video_path", read_path),
+    "ci": LineOption("control_image_path", read_path, repeats=True),
+    "of": LineOption("one_frame", str),
+    "ss": LineOption("sample_sampler", str),
+    "ctr": LineOption("cfg_trunc_ratio", _leading_number),
+    "rcfg": LineOption("renorm_cfg", _leading_number),
+}
+
+
+def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, Any]:
+    """Parse a line of a training prompt file into `prompt` and its options by key.
+
+    where: names the line. Raises OptionError if a value cannot be read.
+    """
+    try:
+        return parse_words(line, SAMPLE_OPTIONS, where, lambda word: SAMPLE_OPTIONS.get(word.lower()))
+    except OptionError as error:
+        raise OptionError(f"{where} {line.strip()!r}: {error}. Correct the line") from None
+
+
+def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
+    """Read a training prompt file (.txt, .toml or .json): one dictionary per sample.
+
+    Keys: `prompt` and those of `SAMPLE_OPTIONS`. toml: `[prompt]` holds values that all `[[prompt.subset]]`
+    share; a subset wins. json: a list of lines and objects. Raises OptionError naming the file, the entry and
+    the key if something cannot be read.
+    """
+    named, text, kind = (
+        f"--sample_prompts {path}",
+        read_prompt_file(path, "--sample_prompts"),
+        path.suffix.lower(),
+    )
+    place, entries = "entry", list[tuple[int, Any]]()
+    try:
+        if kind == ".txt":
+            place, entries = "line", [*numbered_lines(text)]
+        elif kind == ".toml":
+            shared = parse_toml(text).get("prompt")
+            subsets = shared.get("subset", []) if isinstance(shared, dict) else None
+            if not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
+                raise ValueError("give a table [prompt] with tables [[prompt.subset]]")
+            common = {key: value for key, value in (shared or {}).items() if key != "subset"}
+            entries = [*enumerate(({**common, **subset} for subset in subsets), 1)]
+        elif kind == ".json":
+            found = parse_json(text)
+            if not isinstance(found, list) or not all(isinstance(entry, (str, dict)) for entry in found):
+                raise ValueError("give a list of prompts (texts or objects)")
+            entries = [*enumerate(found, 1)]
+        else:
+            told = f"{path.suffix or 'a file without suffix'} is not supported. Use .txt, .toml or .json"
+            raise ValueError(told)
+    except ValueError as error:
+        raise OptionError(f"{named}: {error}") from None
+    if not entries:
+        least = "one per line" if place == "line" else "at least one"
+        raise OptionError(f"{named}: the file has no prompt. Write {least}.")
+
+    def read(one: tuple[int, Any]) -> dict[str, Any]:
+        where, entry = f"{path}, {place} {one[0]}", one[1]
+        return parse_sample_line(entry, where) if isinstance(entry, str) else _check_entry(entry, where)
+
+    return read_all(entries, read)
+
+
+def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
+    """Return the result of `read` for each entry. Raises one OptionError with the faults of all."""
+    made, problems = [], []
+    for entry in entries:
+        try:
+            made.append(read(entry))
+        except OptionError as error:
+            problems.append(str(error))
+    if problems:
+        raise OptionError("\n  ".join(["--sample_prompts:", *problems] if len(problems) > 1 else problems))
+    return made
+
+
+_ALIASES = {"scale": "cfg_scale"}  # what the image guides call the value of --l
+
+
+def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    kinds = {one.key: list if one.repeats else type(one.read("1")) for one in SAMPLE_OPTIONS.values()} | {
+        "prompt": str
+    }
+    values = {}
+    for written, value in entry.items():
+        key = _ALIASES.get(written, written)
+        if key != written and key in entry:
+            continue
+        kind = kinds.get(key)
+        if kind is None:
+            logger.warning(
+                "%s: the unknown key %s is ignored. Known: %s", where, key, ", ".join(sorted(kinds))
+            )
+            continue
+        if kind is list and isinstance(value, str):
+            value = [value]
+        if key == "seed" and isinstance(value, str):
+            try:
+                value = _sample_seed(value)
+            except ValueError as error:
+                raise OptionError(f"{where}: seed: {error}") from None
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise OptionError(f"{where}: {key} = {value!r} must be of type {kind.__name__}")
+        values[key] = _steps(str(value)) if key == "sample_steps" else value
+    return values
