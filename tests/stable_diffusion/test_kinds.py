@@ -167,7 +167,6 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken config": (lambda at: (at / "unet" / "config.json").write_text("{"), "cannot be read"),
     "a list": (lambda at: (at / "unet" / "config.json").write_text("[]"), "not a configuration"),
     "another class": (lambda at: change_json(at / "unet" / "config.json", _class_name="X"), "it is a X"),
-    "layers": (lambda at: change_json(at / "unet" / "config.json", layers_per_block=10**9), "more layers"),
     "widths": (lambda at: change_json(at / "unet" / "config.json", block_out_channels=[32]), "dimensions"),
     "text": (
         lambda at: change_json(at / "unet" / "config.json", block_out_channels="32"),

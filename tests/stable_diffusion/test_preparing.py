@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from modules.errors import MediaError, OptionError
-from stable_diffusion.control_net import GuideImages
+from stable_diffusion.control_net import BatchGuides
 from stable_diffusion.control_options import CannyThresholds, ControlOptions, ControlUse
 from tests.stable_diffusion.controlling import picture
 
@@ -27,7 +27,7 @@ def test_edges_are_white_lines_at_the_size_of_the_picture(tmp_path: Path) -> Non
     image[32:64, 32:96] = (255, 128, 0)
     Image.fromarray(image).save(tmp_path / "guide.png")
 
-    (found,) = GuideImages([CANNY], OPTION).read([picture(tmp_path / "guide.png")], 64, 48)
+    (found,) = BatchGuides([CANNY], OPTION, [picture(tmp_path / "guide.png")], 64, 48).guides
 
     small = Image.fromarray(image).resize((64, 48), Image.Resampling.LANCZOS)
     edges = cv2.Canny(np.asarray(small.convert("L")), 63, 191)
@@ -38,7 +38,7 @@ def test_edges_are_white_lines_at_the_size_of_the_picture(tmp_path: Path) -> Non
 
 def test_a_missing_guide_is_named(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"missing\.png"):
-        GuideImages([NONE], OPTION).read([picture(tmp_path / "missing.png")], 64, 48)
+        BatchGuides([NONE], OPTION, [picture(tmp_path / "missing.png")], 64, 48)
 
 
 def test_values_belong_to_models_in_their_order() -> None:
