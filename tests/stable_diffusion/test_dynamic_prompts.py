@@ -1,6 +1,5 @@
 """Variants in prompts, by table and by their properties."""
 
-from itertools import combinations
 from random import Random
 
 import pytest
@@ -63,13 +62,6 @@ def test_the_same_seed_chooses_the_same_in_each_combination() -> None:
         red, blue = expand("{e$$red|blue} {cat|dog|cow} in {2$$ and $$a|b|c}", Random(seed))
         assert red.removeprefix("red") == blue.removeprefix("blue")
         assert expand("{e$$red|blue} {cat|dog|cow} in {2$$ and $$a|b|c}", Random(seed)) == [red, blue]
-
-
-def test_counts_choose_without_repeating_and_keep_the_order() -> None:
-    names = [f"n{number}" for number in range(6)]
-    for count in range(7):
-        (found,) = expand(f"{{{count}$$ $${'|'.join(names)}}}", Random(count))
-        assert tuple(found.split()) in set(combinations(names, count))
 
 
 def test_more_combinations_than_any_run_makes_are_an_error() -> None:
