@@ -27,7 +27,7 @@ from modules.errors import OptionError
 from modules.media.reading import Frame, read_image, resize_frame
 from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
 from stable_diffusion.control_net_files import OPTION, load_control_net, open_control_net, read_control_net
-from stable_diffusion.control_options import CannyThresholds, ControlOptions, ControlUse
+from stable_diffusion.network_options import CannyThresholds, ControlOptions, ControlUse
 from stable_diffusion.starting import STRIDE
 
 logger = logging.getLogger(__name__)

@@ -58,11 +58,6 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 }
 
 
-def is_pipeline(path: Path) -> bool:
-    """Return whether a folder is one in the layout of diffusers."""
-    return (path / "unet").is_dir() or (path / "model_index.json").is_file()
-
-
 def read_folder_marks(folder: Path) -> Marks:
     """Return the folder's kind of model, by its parts and their configurations.
 

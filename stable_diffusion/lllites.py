@@ -18,7 +18,7 @@ from networks.module_names import alias, module_path
 from networks.names.stable_diffusion import SDXL as SDXL_NAMES
 from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
 from stable_diffusion.control_net import BatchGuides, is_active
-from stable_diffusion.control_options import ControlOptions, ControlUse
+from stable_diffusion.network_options import ControlOptions, ControlUse
 
 logger = logging.getLogger(__name__)
 

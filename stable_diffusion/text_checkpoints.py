@@ -153,8 +153,3 @@ def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> PooledProject
         f"  Give {GIVE}.",
         checkpoint.path,
     )
-
-
-def state_width(plans: tuple[TextPlan, ...]) -> int:
-    """Return the width of the states that the U-Net attends to: those of all encoders, side by side."""
-    return sum(plan.network.config.dim for plan in plans)

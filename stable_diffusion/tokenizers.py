@@ -14,9 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from encoders.clip_checkpoints import clip_tokenizer_files
 from encoders.clip_l import ClipWords, load_clip_words
 from modules.atomic_write import make_folder, write_bytes
@@ -188,14 +185,6 @@ class Chunk:
     weights: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class ChunkRows:
-    """Chunks as a text encoder takes them."""
-
-    ids: Tensor  # K 77
-    ends: Tensor  # K; where the first end token of each stands
-
-
 def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
     """Return the chunks of a text, at least one. BREAK begins a new one, unless one has just begun."""
     chunks: list[tuple[list[int], list[float]]] = [([], [])]
@@ -222,23 +211,3 @@ def cut_text(parts: Sequence[Part], tokenize: Tokenize, most: int) -> str:
     sizes = range(1, len(words) + 1)
     fits = bisect_right(sizes, most, key=lambda size: len(cut_into_chunks(words[:size], tokenize)))
     return " ".join(word.text for word in words[fits:])
-
-
-def make_rows(chunks: Sequence[Chunk], start: int, end: int, pad: int) -> ChunkRows:
-    """Return chunks between start and end tokens, filled up with `pad`, which is `end` or another token."""
-    rows = [[start, *chunk.ids, end] + [pad] * (SIZE - len(chunk.ids)) for chunk in chunks]
-    # the end of the text, unless it writes <|endoftext|> itself
-    return ChunkRows(torch.tensor(rows), torch.tensor([row.index(end) for row in rows]))
-
-
-def join_states(states: Tensor) -> Tensor:
-    """Return K 77 C, the states of all chunks, as one row of 75 K + 2 states."""
-    return torch.cat([states[0, :1], *(chunk[1:-1] for chunk in states), states[-1, -1:]])
-
-
-def join_weights(chunks: Sequence[Chunk]) -> list[float]:
-    """Return the weights of the joined states: 1 for all but the text's tokens."""
-    weights = [1.0]
-    for chunk in chunks:
-        weights += [*chunk.weights, *[1.0] * (SIZE - len(chunk.ids))]
-    return [*weights, 1.0]

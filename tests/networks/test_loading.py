@@ -179,13 +179,8 @@ def test_alphas_in_peft_settings_count(
 @pytest.mark.parametrize(
     "settings",
     [
-        *(
-            {"lora_alpha": "much"},
-            {"lora_alpha": 8, "alpha_pattern": {"(": 2}},
-            {"lora_alpha": 8, "alpha_pattern": [1]},
-            [],
-        ),
-        *({"lora_alpha": float("nan")}, {"lora_alpha": 8, "alpha_pattern": {"to_q": float("inf")}}),
+        *({"lora_alpha": "much"}, {"lora_alpha": 8, "alpha_pattern": {"(": 2}}, []),
+        *({"lora_alpha": float("nan")}, {"lora_alpha": 8, "alpha_pattern": [1]}),
     ],
 )
 def test_peft_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: object) -> None:
@@ -215,17 +210,6 @@ def test_a_file_of_which_more_than_a_few_tensors_are_none_of_a_lora_is_said_loud
     assert ("IS USED ONLY IN PART" in caplog.text) == is_loud
 
 
-def test_a_part_named_twice_is_listed(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tensors = dict(read_lora(saved).tensors)
-    again = torch.ones_like(tensors["lora_unet_blocks_0_ffn_0.lora_down.weight"])
-    save_file(tensors | {"diffusion_model.blocks.0.ffn.0.lora_A.weight": again}, saved)
-
-    with caplog.at_level(logging.WARNING):
-        read_lora(saved)
-
-    assert "1 of 61 tensors are no part of a LoRA and are ignored" in caplog.text
-
-
 def test_network_modules_are_imported_by_name() -> None:
     with pytest.raises(OptionError, match="--network_module no_such_module cannot be imported"):
         import_network_module("no_such_module")
@@ -238,26 +222,9 @@ PATHS = [
     *("to_q", "attn1.to_q", "xto_q", "proj_out", "blocks.0.attn1.add_k_proj", "blocks.2.a_b.to_q"),
 ]
 KEYS = [
-    *("to_q", "attn1.to_q", "ffn.net.2", "net.0.proj", "q", "blocks.0.attn1.to_q", "proj_out", "a-b"),
-    *(
-        r".*attn.*to_q",
-        r"^blocks\.0\..*",
-        r"^to_q$",
-        r"(attn1|attn2)\.to_(q|out\.0)",
-        r"blocks\.[0-3]\..*$",
-        r"[^x]*to_q",
-    ),
-    *(
-        r".*\.ffn\.net\.(0\.proj|2)",
-        r"to_q|to_k",
-        r"(?:a|b|\.)+.*",
-        r"(a+)+c?",
-        r"x?to_q",
-        r"\w+",
-        r".*",
-        r".*?q",
-    ),
-    *(r"blocks\.\d+\.attn\d.*", r"blocks\.\D.*", r"blocks.[\d].*", r"(|x)to_q", r".*_[a-z]"),
+    *("to_q", "attn1.to_q", "net.0.proj", "q", "blocks.0.attn1.to_q", "a-b", r".*attn.*to_q", r"^to_q$"),
+    *(r"^blocks\.0\..*", r"(attn1|attn2)\.to_(q|out\.0)", r"[^x]*to_q", r"to_q|to_k", r"(a+)+c?", r"x?to_q"),
+    *(r"\w+", r".*?q", r"blocks.[\d].*", r"(|x)to_q"),
 ]
 
 

@@ -99,21 +99,20 @@ def test_strengths_are_chosen_for_a_batch_and_weights_come_back_to_the_bit(
     add_by_hand(wanted, plain_changes(one), 0.25)
     add_by_hand(wanted, plain_changes(other), -2)
 
-    with networks.multiplied((0.25, -2.0)):
-        assert_close(results(model), results(wanted))
-        with networks.multiplied((0.25, 0.5), part=0):
-            alone = results(model)
-        assert_close(results(model), results(wanted))
-    with networks.multiplied((0.0,)):  # the last one counts for the others
-        assert all(torch.equal(a, b) for a, b in zip(results(model), results(plain), strict=True))
+    networks.choose((0.25, -2.0))
+    assert_close(results(model), results(wanted))
+    networks.choose((0.25, 0.5), part=0)
+    alone = results(model)
+    networks.choose((0.0,))  # the last one counts for the others
+    assert all(torch.equal(a, b) for a, b in zip(results(model), results(plain), strict=True))
     only_one = fresh()
     add_by_hand(only_one, plain_changes(one), 0.25)
     assert_close(alone, results(only_one))
     both = fresh()
     add_by_hand(both, plain_changes(one))
     add_by_hand(both, plain_changes(other))
-    with networks.multiplied(None):
-        assert_close(results(model), results(both))
+    networks.choose(None)
+    assert_close(results(model), results(both))
 
 
 def test_the_first_files_are_merged_and_the_others_have_strengths(
@@ -130,10 +129,10 @@ def test_the_first_files_are_merged_and_the_others_have_strengths(
     add_by_hand(wanted, plain_changes(one), 0.5)
     add_by_hand(wanted, plain_changes(other), 3)
 
-    with networks.multiplied((3.0,)):
-        assert_close(results(model), results(wanted))
-    with pytest.raises(OptionError, match="--am has 2 strengths for 1 networks"), networks.multiplied((1, 1)):
-        pass
+    networks.choose((3.0,))
+    assert_close(results(model), results(wanted))
+    with pytest.raises(OptionError, match="--am has 2 strengths for 1 networks"):
+        networks.choose((1, 1))
 
 
 def test_norms_change_at_run_time_and_when_merged(fresh: Callable[..., Model], tmp_path: Path) -> None:
@@ -211,8 +210,6 @@ def of_flux(path: Path) -> Path:
         (["--network_mul", 1, 1], "--network_mul has 2 values for 1 files"),
         (["--network_mul", "nan"], "--network_mul nan: give a finite number"),
         (["--network_module", "networks.lora", "networks.lora"], "--network_module has 2 names for 1 files"),
-        (["--network_module", "networks.oft"], "networks.oft is for OFT: it is not supported"),
-        (["--network_module", "my.own"], "--network_module my.own: modules of others are not supported"),
         (["--network_merge", "--network_merge_n_models", 1], "give one"),
         (["--network_merge_n_models", 2], "there are 1 --network_weights"),
         (["--network_merge", "--network_pre_calc"], "give one"),
@@ -279,8 +276,8 @@ def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, Ad
 
     networks = ChosenLoras((1.0, 1.0), use, layers)
     interrupts[0] = True
-    with pytest.raises(KeyboardInterrupt), networks.multiplied((0.25, 0.5)):
-        pass
+    with pytest.raises(KeyboardInterrupt):
+        networks.choose((0.25, 0.5))
 
-    with networks.multiplied(None):
-        assert weights == [1.0, 1.0]
+    networks.choose(None)
+    assert weights == [1.0, 1.0]
