@@ -124,16 +124,13 @@ def load_ours(folder: Path, args: argparse.Namespace) -> Make:
     """Return what makes a batch as gen_img.py does."""
     import torch
 
+    from stable_diffusion.assembling import assemble
     from stable_diffusion.contract import AskedPicture, PictureSettings
-    from stable_diffusion.loading import load_model
-    from stable_diffusion.making import Maker
     from stable_diffusion.options import read_gen_img
-    from stable_diffusion.text import Texts
 
     words = ["--ckpt", str(folder / "model"), "--tokenizer_cache_dir", str(folder / "tokenizers")]
     options = read_gen_img("", [*words, "--prompt", "x", "--device", "cpu"])
-    model = load_model(options.model, torch.device("cpu"))
-    maker = Maker(model, Texts(model.texts, model.kind, options.text), options.sampling)
+    maker = assemble(options, torch.device("cpu")).maker
     settings = PictureSettings(args.size, args.size, args.steps, SCALE)
     pictures = [
         AskedPicture(f"picture {seed}", prompt, AVOIDED, seed, settings, prompt)

@@ -5,7 +5,6 @@ added: LoRAs around modules that act at times
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
 baking: plain LoRAs from LoHas, LoKrs and DoRAs
-choosing: which modules of a model get a LoRA
 convert: LoRA files in another dialect; join, split experts
 convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' names
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
@@ -28,6 +27,7 @@ names/: module names of each family in every layout
 options: options to train and to use LoRAs
 own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
+scripts: make the LoRA tools of their options
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
 tool_options: options to merge, convert, average and extract LoRAs

@@ -19,12 +19,11 @@ from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
-from networks.choosing import check_blocks
 from networks.loading import read_lora
 from networks.lora_network import OwnNetwork
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NetworkOptions
-from networks.own_modules import OWN_MODULES, build_from_tensors, build_network, read_own
+from networks.own_modules import OWN_MODULES, build_from_tensors, build_network, check_blocks, read_own
 
 logger = getLogger(__name__)
 

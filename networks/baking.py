@@ -152,10 +152,15 @@ def _open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator
         for path in paths:
             opened = stack.enter_context(open_checkpoint(path))
             bare = bare_names(opened)
-            for checkpoint, name, source in (
-                *((opened, *each) for each in _of_texts(opened)),
-                *((bare, *each) for each in _of_network(bare, family).items()),
-            ):
+            # of text encoders that a whole checkpoint holds, by their names in LoRA files
+            texts = (
+                (opened, f"{piece.network}_{piece.name}", TensorSource((name,), piece.of))
+                for name in (opened.tensors if is_whole(opened.tensors) else ())
+                for piece in pieces_of(name)
+                if piece.network
+            )
+            of_network = ((bare, *each) for each in _of_network(bare, family).items())
+            for checkpoint, name, source in (*texts, *of_network):
                 module, leaf = module_of_tensor(name)
                 if leaf == "weight":
                     module = module if family is None else alias(module, family)
@@ -172,14 +177,6 @@ def _of_network(checkpoint: Checkpoint, family: FamilyNames | None) -> dict[str,
         part.ours for part in family.parts if part.index == SWAPPED and f"{part.theirs}.weight" in stored
     ]
     return join_parts(stored, tensor_patterns(family), [f"{module}.weight" for module in swapped])
-
-
-def _of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorSource]]:
-    """Yield the tensors of text encoders that a whole checkpoint holds, with their names in LoRA files."""
-    for name in checkpoint.tensors if is_whole(checkpoint.tensors) else ():
-        for piece in pieces_of(name):
-            if piece.network:
-                yield f"{piece.network}_{piece.name}", TensorSource((name,), piece.of)
 
 
 def _in_words(losses: Mapping[str, tuple[float, float]], modules: int, rank: int) -> str:

@@ -30,7 +30,7 @@ from networks.module_names import (
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON, FamilyNames
 from networks.names.video import FRAMEPACK
 from networks.parts import fuse
-from networks.tool_options import ConvertOptions
+from networks.tool_options import ComfyConvertOptions, ConvertOptions, FluxConvertOptions
 from networks.writing import in_dialect, rename_to_aliases, texts_to_diffusers
 
 logger = getLogger(__name__)
@@ -58,6 +58,20 @@ def convert(options: ConvertOptions) -> None:
         _convert_one(high, options.output_high_noise, options.target, baking=baking)
     else:
         _convert_parts({HIGH_NOISE: high, LOW_NOISE: low}, options.output, baking)
+
+
+def convert_flux(options: FluxConvertOptions) -> None:
+    """Convert a LoRA of FLUX.1 or Chroma to the names of diffusers, or back. Raises as `convert_file`."""
+    assert options.src_path is not None
+    assert options.dst_path is not None
+    target = "diffusers" if options.dst == "ai-toolkit" else "default"
+    convert_file(options.src_path, options.dst_path, target, "flux")
+
+
+def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
+    """Convert a LoRA of HunyuanImage-2.1 to ComfyUI's names, or back. Raises as `convert_file`."""
+    target = "default" if options.reverse else "other"
+    convert_file(options.src_path, options.dst_path, target, "hunyuan_image")
 
 
 def convert_file(

@@ -150,7 +150,12 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
         first = _product(f["hada_w1_a"] * scale, f["hada_w1_b"], f.get("hada_t1"))
         changes.append(first.mul_(_product(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))))
     if "lokr_w1" in f or "lokr_w1_a" in f:
-        changes.append(_lokr(f, scale))
+        first = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
+        second = f.get("lokr_w2")
+        if second is None:
+            second = _product(f["lokr_w2_a"], f["lokr_w2_b"], f.get("lokr_t2"))
+        shaped = (first * scale).reshape(*first.shape, *[1] * (second.ndim - first.ndim))
+        changes.append(torch.kron(shaped, second.contiguous()))
     return functools.reduce(Tensor.add_, changes) if changes else None
 
 
@@ -198,11 +203,3 @@ def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
     if core is None:
         return a @ b
     return torch.einsum("p q ..., p o, q i -> o i ...", core, a, b)
-
-
-def _lokr(f: Factors, scale: float) -> Tensor:
-    first = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
-    second = f["lokr_w2"] if "lokr_w2" in f else _product(f["lokr_w2_a"], f["lokr_w2_b"], f.get("lokr_t2"))
-    return torch.kron(
-        (first * scale).reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous()
-    )

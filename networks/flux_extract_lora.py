@@ -4,7 +4,6 @@ All options: python networks/flux_extract_lora.py --help
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: then Python looks for modules in its folder
@@ -12,18 +11,13 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from modules.command import command_line
-from modules.parser import parse_options
+from networks.scripts import lora_tool
 from networks.tool_options import OF_WHOLE, ExtractOptions, FluxExtractWords
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    options, _ = parse_options(__doc__, argv, ExtractOptions, FluxExtractWords, without=OF_WHOLE)
-
-    from networks.extracting import extract_flux
-
-    extract_flux(options)
+main = lora_tool(
+    __doc__, "networks.extracting.extract_flux", ExtractOptions, FluxExtractWords, without=OF_WHOLE
+)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    main.run()

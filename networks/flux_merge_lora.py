@@ -4,7 +4,6 @@ All options: python networks/flux_merge_lora.py --help
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: then Python looks for modules in its folder
@@ -12,18 +11,11 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from modules.command import command_line
-from modules.parser import parse_options
+from networks.scripts import lora_tool
 from networks.tool_options import FluxMergeOptions
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_options(__doc__, argv, FluxMergeOptions)
-
-    from networks.merging import merge_flux
-
-    merge_flux(options)
+main = lora_tool(__doc__, "networks.merging.merge_flux", FluxMergeOptions)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    main.run()

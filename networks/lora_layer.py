@@ -97,7 +97,9 @@ class LoraLayer(nn.Module):
         self.joins_from = JOINS_FROM
         self.dora_scale: nn.Parameter | None = None  # out x 1: the norms of the rows
         if decomposes and isinstance(original, nn.Linear):
-            norms = row_norms(original)
+            weight: Tensor = original.weight
+            weight = dequantise(weight, scale_of(original)) if is_fp8(weight.dtype) else weight
+            norms = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32).cpu()
             self.dora_scale = nn.Parameter(norms.view(-1, 1))
             self.register_buffer("squares", norms.square(), persistent=False)
         # index: its number in the network, which gives it its own masks
@@ -260,12 +262,6 @@ class LoraLayer(nn.Module):
         # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, with
         # the same sign in all elements
         return hidden.masked_fill(~keep, 0.0) / (1 - share)
-
-
-def row_norms(layer: nn.Linear) -> Tensor:
-    """Return the norms of the rows of a layer's weight, float32 on the CPU."""
-    weight = dequantise(layer.weight, scale_of(layer)) if is_fp8(layer.weight.dtype) else layer.weight
-    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32).cpu()
 
 
 def _factors(

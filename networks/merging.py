@@ -18,20 +18,26 @@ from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_check
 from modules.checkpoints.writing import stream_tensors
 from modules.console import as_size, in_words, show_box
 from modules.contract.loading import TensorInfo
-from modules.devices import dtype_name
+from modules.devices import choose_device, dtype_name
 from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing
 from networks.apply import LoraPatch
 from networks.deltas import LORA, Factors, group_by_module, strength
 from networks.key_formats import OURS, family_of
-from networks.loading import LoraFile, LoraUse, read_lora
+from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.lora_network import prefix_of
-from networks.metadata import add_hashes
+from networks.metadata import add_hashes, expert_of_model
 from networks.module_names import choose_family, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.parts import fuse
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
-from networks.tool_options import FLUX_OUTPUTS, FluxMergeOptions, WholeMergeOptions
+from networks.tool_options import (
+    FLUX_OUTPUTS,
+    MERGE_CHANNELS_UNCHECKED,
+    FluxMergeOptions,
+    MergeOptions,
+    WholeMergeOptions,
+)
 from networks.writing import rename_to_aliases
 
 logger = getLogger(__name__)
@@ -41,6 +47,18 @@ ENCODERS = {"clip_l": "lora_te1", "t5xxl": "lora_te3", "flux_model": ""}
 _META = torch.device("meta")
 _WIDE = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
+
+
+def merge_dit(options: MergeOptions) -> None:
+    """Merge LoRAs into a transformer's file. Raises as `merge_into_file`, and if a file cannot be read."""
+    expert = options.expert or expert_of_model(options.dit)
+    merge_into_file(
+        options.dit,
+        [use.for_expert(expert) for use in lora_uses(options.lora, with_texts=True)],
+        options.save_merged_model,
+        choose_device(options.device),
+        None if options.dit_in_channels == MERGE_CHANNELS_UNCHECKED else options.dit_in_channels,
+    )
 
 
 def merge_whole(options: WholeMergeOptions) -> None:

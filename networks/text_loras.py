@@ -1,6 +1,5 @@
 """LoRAs of text encoders: add them to loaded encoders, and to single files with a U-Net in them."""
 
-import re
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from networks.apply import LoraPatch
 from networks.key_formats import OURS
 from networks.loading import LoraUse, list_some
 from networks.lora_network import prefix_of
-from networks.names.stable_diffusion import published_path
+from networks.names.stable_diffusion import open_clip_names, published_path
 
 logger = getLogger(__name__)
 
@@ -96,20 +95,7 @@ _TEXTS = (
     ("conditioner.embedders.0.transformer.", "lora_te1", False),
     ("conditioner.embedders.1.model.", "lora_te2", True),
 )
-# OpenCLIP's names -> Hugging Face's, by which LoRA files name the modules
-_OPEN_CLIP = (
-    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.(\w+)", r"text_model.encoder.layers.\1.layer_norm\2.\3"),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)", r"text_model.encoder.layers.\1.mlp.fc1.\2"),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"text_model.encoder.layers.\1.mlp.fc2.\2"),
-    (
-        r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)",
-        r"text_model.encoder.layers.\1.self_attn.out_proj.\2",
-    ),
-    (r"ln_final\.(\w+)", r"text_model.final_layer_norm.\1"),
-    (r"token_embedding\.weight", "text_model.embeddings.token_embedding.weight"),
-)
 _HF_START = "text_model."
-_FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")  # q, k and v by rows
 
 
 @dataclass(frozen=True)
@@ -139,17 +125,10 @@ def pieces_of(name: str) -> list[TensorPiece]:
         if not name.startswith(start):
             continue
         own = name.removeprefix(start)
-        fused = _FUSED.fullmatch(own) if is_open_clip else None
-        if fused is not None:
-            layer = f"text_model.encoder.layers.{fused[1]}.self_attn."
-            return [
-                TensorPiece(prefix, f"{layer}{x}_proj.{fused[2]}", third) for third, x in enumerate("qkv")
-            ]
         if not is_open_clip:
             # old and merged files leave this level out
             return [TensorPiece(prefix, own if own.startswith(_HF_START) else _HF_START + own)]
-        found = ((re.fullmatch(theirs, own), ours) for theirs, ours in _OPEN_CLIP)
-        return [TensorPiece(prefix, match.expand(ours)) for match, ours in found if match is not None]
+        return [TensorPiece(prefix, _HF_START + ours, third) for ours, third in open_clip_names(own)]
     return []
 
 

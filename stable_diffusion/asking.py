@@ -12,17 +12,18 @@ from modules.errors import OptionError
 from modules.media.reading import image_size
 from modules.options import option_values, override_options
 from stable_diffusion.contract import SDXL, AskedPicture, ModelKind, PictureSettings
-from stable_diffusion.lines import Inputs, Line
-from stable_diffusion.options import GenImgOptions
-from stable_diffusion.prompt_lines import (
+from stable_diffusion.lines import (
     LINE_OPTIONS,
     MULTIPLIERS,
     SEEDS,
+    Inputs,
+    Line,
     enumerates,
     expand,
     read_line,
     split_seeds,
 )
+from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import check_regions, split_parts
 from stable_diffusion.sampling_options import USUAL_STRENGTH
 

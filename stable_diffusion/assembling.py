@@ -1,6 +1,5 @@
 """Load the pipeline of a run of gen_img.py: the checkpoint, and all that acts on it."""
 
-import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.dialects import count
+from networks.names.stable_diffusion import unet_blocks
 from stable_diffusion.contract import AskedPicture, Idea
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
@@ -38,21 +38,15 @@ def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
 
     names: of diffusers' tensors.
     """
-    found: dict[str, str] = {}
-    # the first block on the way down is a convolution, and each halving is one more
-    for side, short, number, halving in (("down", "IN", 1, 1), ("up", "OUT", 0, 0)):
-        for level in itertools.count():
-            blocks = count(names, rf"{side}_blocks\.{level}\.resnets\.\d+")
-            if not blocks:
-                break
-            for place in range(blocks):
-                path = f"{side}_blocks.{level}.attentions.{place}"
-                if f"{path}.transformer_blocks.0.attn2.to_k.weight" in names:
-                    found[f"{short}{number + place:02d}"] = path
-            number += blocks + halving
-        if side == "down":
-            found["MID"] = "mid_block.attentions.0"
-    return found
+    levels = range(count(names, r"down_blocks\.\d+"))
+    layers = [count(names, rf"down_blocks\.{level}\.resnets\.\d+") for level in levels]
+    found = {}
+    for theirs, path, _ in unet_blocks(layers):
+        side, number, *_ = theirs.split(".")
+        if f"{path}.transformer_blocks.0.attn2.to_k.weight" in names:
+            short = {"input_blocks": "IN", "middle_block": "MID", "output_blocks": "OUT"}[side]
+            found["MID" if short == "MID" else f"{short}{int(number):02d}"] = path
+    return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True, eq=False)

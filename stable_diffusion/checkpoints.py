@@ -345,14 +345,10 @@ def _in_bands(conv: nn.Conv2d, bands: int) -> Callable[[Tensor], Tensor]:
             made = F.conv2d(band, conv.weight, conv.bias, conv.stride, (0, beside))
             if result is None:
                 result = made.new_empty((*made.shape[:2], rows, made.shape[3]))
-                result = result.contiguous(memory_format=_format_of(x))
+                if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+                    result = result.contiguous(memory_format=torch.channels_last)
             result[:, :, start:end] = made
         assert result is not None
         return result
 
     return forward
-
-
-def _format_of(x: Tensor) -> torch.memory_format:
-    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if is_last else torch.contiguous_format

@@ -27,7 +27,7 @@ from modules.errors import OptionError
 from modules.media.reading import Frame, read_image, resize_frame
 from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
 from stable_diffusion.control_net_files import OPTION, load_control_net, open_control_net, read_control_net
-from stable_diffusion.control_options import CannyThresholds, ControlOptions, ControlUse
+from stable_diffusion.network_options import CannyThresholds, ControlOptions, ControlUse
 from stable_diffusion.starting import STRIDE
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ class ControlNets:
     def __init__(self, networks: Sequence[Any], uses: Sequence[ControlUse], model: Model) -> None:
         """networks: diffusers' ControlNetModels on the model's device. uses: how each is used."""
         self._networks, self._uses, self._model = networks, uses, model
-        self._images = GuideImages(uses, OPTION)
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
@@ -52,7 +51,7 @@ class ControlNets:
         if not any(picture.guides for picture in pictures):
             yield None
             return
-        guides = BatchGuides(self._images, pictures, width, height)
+        guides = BatchGuides(self._uses, OPTION, pictures, width, height)
         parts = pictures[0].settings.parts
 
         def control(call: UnetCall) -> UnetCall:
@@ -140,61 +139,54 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
 KEPT = 16  # prepared images that are kept for the next batch; one of 1024 x 1024 takes 3 MB
 
 
-class GuideImages:
-    """The guide images of all models of a run: each prepared once for each size, the last ones are kept."""
-
-    def __init__(self, uses: Sequence[ControlUse], option: str) -> None:
-        """uses: of the models, in the order of `AskedPicture.guides`. option: that gives the models."""
-        self._uses, self._option = uses, option
-        self._prepared = lru_cache(KEPT)(
-            lambda path, canny, width, height: prepare(read_image(path), canny, width, height)
-        )
-
-    def check(self, pictures: Sequence[AskedPicture]) -> None:
-        """Raise OptionError if a picture has not as many guides as there are models, or one for all."""
-        for picture in pictures:
-            if len(picture.guides) not in {1, len(self._uses)}:
-                raise OptionError(
-                    f"{picture.label}: {len(picture.guides)} guide images, but {self._option} has "
-                    f"{len(self._uses)}. Give --guide_image_path one for each model, or a single one for all."
-                )
-
-    def read(self, pictures: Sequence[AskedPicture], width: int, height: int) -> tuple[Tensor, ...]:
-        """Return the guides at a size in pixels: for each model B 3 H W float32 in 0..1.
-
-        Raises MediaError if one cannot be read.
-        """
-        found = []
-        for number, use in enumerate(self._uses):
-            paths = [picture.guides[number if len(picture.guides) > 1 else 0] for picture in pictures]
-            found.append(torch.stack([self._pixels(path, use.canny, width, height) for path in paths]))
-        return tuple(found)
-
-    def _pixels(self, path: Path, canny: CannyThresholds | None, width: int, height: int) -> Tensor:
-        pixels = torch.from_numpy(self._prepared(path, canny, width, height)).float()
-        return rearrange(pixels / 255, "h w c -> c h w")
+@lru_cache(KEPT)
+def _read_guide(path: Path, canny: CannyThresholds | None, width: int, height: int) -> Frame:
+    return prepare(read_image(path), canny, width, height)
 
 
 class BatchGuides:
     """The guides of one batch on its device, at the size of the features that a call has."""
 
     def __init__(
-        self, images: GuideImages, pictures: Sequence[AskedPicture], width: int, height: int
+        self,
+        uses: Sequence[ControlUse],
+        option: str,
+        pictures: Sequence[AskedPicture],
+        width: int,
+        height: int,
     ) -> None:
-        """Read them; raises as `GuideImages.check` and `GuideImages.read`."""
-        self._images, self._pictures = images, pictures
-        images.check(pictures)
+        """uses: of the models, in the order of `AskedPicture.guides`. option: that gives the models.
+
+        Raises OptionError if a picture has not as many guides as there are models, or one for all, MediaError
+        if one cannot be read.
+        """
+        for picture in pictures:
+            if len(picture.guides) not in {1, len(uses)}:
+                raise OptionError(
+                    f"{picture.label}: {len(picture.guides)} guide images, but {option} has {len(uses)}. "
+                    "Give --guide_image_path one for each model, or a single one for all."
+                )
+        self._uses, self._pictures = uses, pictures
         self._size = (width, height)
-        self._guides = images.read(pictures, width, height)
+        self.guides = self._read()
+
+    def _read(self) -> tuple[Tensor, ...]:
+        """Return the guides: for each model B 3 H W float32 in 0..1."""
+        found = []
+        for number, use in enumerate(self._uses):
+            paths = [picture.guides[number if len(picture.guides) > 1 else 0] for picture in self._pictures]
+            frames = [torch.from_numpy(_read_guide(path, use.canny, *self._size)) for path in paths]
+            found.append(torch.stack([rearrange(each.float() / 255, "h w c -> c h w") for each in frames]))
+        return tuple(found)
 
     def at(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return for each model B 3 H W in 0..1, at the size of the call's latents (Gradual Latent grows)."""
         height, width = (int(side) * STRIDE for side in call.sample.shape[-2:])
         if self._size != (width, height):
-            self._guides = self._images.read(self._pictures, width, height)
             self._size = (width, height)
-        self._guides = tuple(each.to(call.sample.device, dtype) for each in self._guides)
-        return self._guides
+            self.guides = self._read()
+        self.guides = tuple(each.to(call.sample.device, dtype) for each in self.guides)
+        return self.guides
 
 
 def is_active(use: ControlUse, call: UnetCall) -> bool:

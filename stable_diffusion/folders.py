@@ -56,12 +56,6 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "addition_time_embed_dim": (int, type(None)),
     "block_out_channels": (list,),
 }
-_COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
-
-
-def is_pipeline(path: Path) -> bool:
-    """Return whether a folder is one in the layout of diffusers."""
-    return (path / "unet").is_dir() or (path / "model_index.json").is_file()
 
 
 def read_folder_marks(folder: Path) -> Marks:
@@ -83,7 +77,7 @@ def read_folder_marks(folder: Path) -> Marks:
 def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
     """Plan how to load the folder's U-Net. files: closes opened files."""
     checkpoint = files.enter_context(open_part(folder / "unet", ("diffusion_pytorch_model",)))
-    config = _read_config(folder / "unet", UNet2DConditionModel, checkpoint.tensors)
+    config = _read_config(folder / "unet", UNet2DConditionModel)
     for name, values in _PLAIN.items():
         if config.get(name) not in values:
             is_lcm = name == "time_cond_proj_dim"
@@ -106,7 +100,7 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
 def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitStack) -> LoadPlan[VaeSizes]:
     """Plan how to load the VAE of a folder with config.json and weights; files: closes opened files."""
     checkpoint = files.enter_context(open_part(folder, ("diffusion_pytorch_model",)))
-    config = _read_config(folder, AutoencoderKL, checkpoint.tensors)
+    config = _read_config(folder, AutoencoderKL)
     levels = config.get("block_out_channels", ())
     if config.get("latent_channels", 4) != LATENT_CHANNELS or len(levels) != LEVELS:
         raise CheckpointError(
@@ -192,10 +186,10 @@ def _named(folder: Path) -> str:
     return f"; its model_index.json names a {name}" if isinstance(name, str) else ""
 
 
-def _read_config(folder: Path, network: Any, names: Collection[str]) -> dict[str, Any]:
+def _read_config(folder: Path, network: Any) -> dict[str, Any]:
     """Return the settings of a network's config.json that its class in diffusers takes.
 
-    names: of the file's tensors, which bound the numbers of layers. Raises CheckpointError.
+    Raises CheckpointError.
     """
     file = folder / "config.json"
     config = _read_json(file)
@@ -212,8 +206,6 @@ def _read_config(folder: Path, network: Any, names: Collection[str]) -> dict[str
     ignored = sorted(name for name in config.keys() - settings.keys() if not name.startswith("_"))
     if ignored:
         logger.warning("%s: %s is ignored because diffusers does not know it", file, ", ".join(ignored))
-    if any(_largest(settings.get(name)) > len(names) for name in _COUNTED):
-        raise CheckpointError(f"{file}: it has more layers than its file has tensors. Copy it again.", file)
     return settings
 
 
@@ -227,10 +219,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} is not a configuration. Copy it again.", file)
     return found
-
-
-def _largest(value: Any) -> float:
-    """Return the largest number in a value of JSON; 0 if it has none."""
-    if isinstance(value, list):
-        return max(map(_largest, value), default=0)
-    return value if isinstance(value, int | float) else 0

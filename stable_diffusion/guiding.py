@@ -26,7 +26,7 @@ from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sourc
 from modules.contract.steps import Guidance, Predict, Section, Step
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import AskedPicture, Model
-from stable_diffusion.control_options import GuideOptions
+from stable_diffusion.network_options import GuideOptions
 from stable_diffusion.regions import split_parts
 from stable_diffusion.samplers import UnetPasses
 from stable_diffusion.starting import read_picture, to_pixels

@@ -153,47 +153,30 @@ def make_pictures(
     if highres is None:
         yield SavedStage(pictures, maker.make(pictures), "")
         return
-    options = highres.options
-    first = first_stage(pictures, options)
-    upscaler = highres.upscaler
+    options, upscaler, settings = highres.options, highres.upscaler, pictures[0].settings
+    scale = options.highres_fix_scale
+    assert scale is not None
+    # the nearest pixel, then down to a multiple for the autoencoder
+    sides = (settings.width, settings.height)
+    width, height = (max(int(side * scale + 0.5) // STRIDE, 1) * STRIDE for side in sides)
+    small = replace(settings, width=width, height=height, steps=options.highres_fix_steps)
+    first = [replace(picture, settings=small) for picture in pictures]
     takes_latents = options.highres_fix_latents_upscaling if upscaler is None else upscaler.takes_latents
     wants_images = options.highres_fix_save_1st or not takes_latents
     made = maker.make(first, None, wants_images)
     if options.highres_fix_save_1st:
         yield SavedStage(first, made, FIRST)
-    start = enlarge(highres, maker.model, made, pictures[0].settings)
+    start = enlarge(highres, maker.model, made, settings)
     del made
-    second = second_stage(pictures, options)
+    if options.highres_fix_strength is not None:
+        settings = replace(settings, strength=options.highres_fix_strength)
+    second = [replace(picture, settings=settings) for picture in pictures]
+    if options.highres_fix_disable_control_net:
+        second = [replace(picture, guides=()) for picture in second]
     # another seed: the noise must not be that of the first stage, which made the picture
     seeds = [picture.seed + 1 if picture.seed < 2**64 - 1 else 0 for picture in second]
     reseeded = [replace(picture, seed=seed) for picture, seed in zip(second, seeds, strict=True)]
-    result = maker.make(reseeded, start)
-    yield SavedStage(second, result, SECOND)
-
-
-def first_stage(pictures: Sequence[AskedPicture], options: HighresOptions) -> list[AskedPicture]:
-    """Return the pictures as the first stage makes them: smaller, with the steps that it takes."""
-    settings, scale = pictures[0].settings, options.highres_fix_scale
-    assert scale is not None
-    width, height = (_scaled(side, scale) for side in (settings.width, settings.height))
-    small = replace(settings, width=width, height=height, steps=options.highres_fix_steps)
-    return [replace(picture, settings=small) for picture in pictures]
-
-
-def _scaled(side: int, scale: float) -> int:
-    """Return a side of the small picture: the nearest pixel, then down to a multiple for the autoencoder."""
-    return max(int(side * scale + 0.5) // STRIDE, 1) * STRIDE
-
-
-def second_stage(pictures: Sequence[AskedPicture], options: HighresOptions) -> list[AskedPicture]:
-    """Return the pictures as the second stage makes them, with the seeds that were asked for."""
-    settings = pictures[0].settings
-    if options.highres_fix_strength is not None:
-        settings = replace(settings, strength=options.highres_fix_strength)
-    guided = [replace(picture, settings=settings) for picture in pictures]
-    if not options.highres_fix_disable_control_net:
-        return guided
-    return [replace(picture, guides=()) for picture in guided]
+    yield SavedStage(second, maker.make(reseeded, start), SECOND)
 
 
 def enlarge(highres: Highres, model: Model, made: Made, settings: PictureSettings) -> SecondStart:

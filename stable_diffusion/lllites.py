@@ -17,8 +17,8 @@ from modules.errors import CheckpointError
 from networks.module_names import alias, module_path
 from networks.names.stable_diffusion import SDXL as SDXL_NAMES
 from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
-from stable_diffusion.control_net import BatchGuides, GuideImages, is_active
-from stable_diffusion.control_options import ControlOptions, ControlUse
+from stable_diffusion.control_net import BatchGuides, is_active
+from stable_diffusion.network_options import ControlOptions, ControlUse
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,6 @@ class Lllites:
         self._layers = [
             _layers_of(network, use, model.unet) for network, use in zip(networks, uses, strict=True)
         ]
-        self._images = GuideImages(uses, OPTION)
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
@@ -168,50 +167,41 @@ class Lllites:
         if not any(picture.guides for picture in pictures):
             yield None
             return
-        guides = BatchGuides(self._images, pictures, width, height)
-        acts = [_Acts(use) for use in self._uses]
+        guides = BatchGuides(self._uses, OPTION, pictures, width, height)
+        acting: list[
+            Tensor | None
+        ] = []  # guides of each LLLite that acts in the present step, B 3 H W in 0..1
+        # of modules that have run: the guides, and what these became
+        embedded: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
 
         def begin(call: UnetCall) -> UnetCall:
-            for each, images in zip(acts, guides.at(call, self._model.dtype), strict=True):
-                each.begin(call, images)
+            images = guides.at(call, self._model.dtype)
+            acting[:] = [
+                each if is_active(use, call) else None for use, each in zip(self._uses, images, strict=True)
+            ]
             return call
+
+        def changed_by(number: int, module: LlliteModule) -> Callable[..., tuple[Any, ...] | None]:
+            """Return the hook of a layer, which changes its input."""
+
+            def change(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+                images = acting[number] if acting else None
+                if images is None:
+                    return None
+                if module not in embedded or embedded[module][0] is not images:
+                    embedded[module] = images, module.embed(images * 2 - 1)
+                x = inputs[0]
+                return x + self._uses[number].multiplier * module(x, embedded[module][1]), *inputs[1:]
+
+            return change
 
         with contextlib.ExitStack() as hooks:
             # of several in one layer, each takes what the one after it made of the input
-            for layers, each in zip(self._layers[::-1], acts[::-1], strict=True):
+            for number, layers in reversed(list(enumerate(self._layers))):
                 for layer, module in layers:
-                    hook = layer.register_forward_pre_hook(each.change_input_by(module))
+                    hook = layer.register_forward_pre_hook(changed_by(number, module))
                     hooks.callback(hook.remove)
             yield begin
-
-
-class _Acts:
-    """Effect of one LLLite in the present step."""
-
-    def __init__(self, use: ControlUse) -> None:
-        self._use = use
-        self._is_active = False
-        self._images: Tensor | None = None  # B 3 H W in 0..1
-        self._embeddings: dict[LlliteModule, Tensor] = {}  # made when the layer first runs
-
-    def begin(self, call: UnetCall, images: Tensor) -> None:
-        self._is_active = is_active(self._use, call)
-        if images is not self._images:
-            self._images = images
-            self._embeddings.clear()
-
-    def change_input_by(self, module: LlliteModule) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-        """Return the hook of a layer, which changes its input."""
-
-        def change(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not self._is_active or self._images is None:
-                return None
-            if module not in self._embeddings:
-                self._embeddings[module] = module.embed(self._images * 2 - 1)
-            x = inputs[0]
-            return x + self._use.multiplier * module(x, self._embeddings[module]), *inputs[1:]
-
-        return change
 
 
 def _layers_of(network: Lllite, use: ControlUse, unet: nn.Module) -> list[tuple[nn.Module, LlliteModule]]:

@@ -38,7 +38,6 @@ from stable_diffusion.checkpoints import (
 from stable_diffusion.contract import SD2, SDXL, Model, ModelKind, TextTower
 from stable_diffusion.folders import (
     PATTERNS,
-    is_pipeline,
     read_folder_marks,
     read_folder_texts,
     read_folder_unet,
@@ -46,7 +45,7 @@ from stable_diffusion.folders import (
 )
 from stable_diffusion.kinds import EMA, GIVE, UNET, Marks, check_told, read_marks
 from stable_diffusion.options import ModelOptions
-from stable_diffusion.text_checkpoints import TextPlan, read_texts, state_width
+from stable_diffusion.text_checkpoints import TextPlan, read_texts
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, find_tokenizers
 
 logger = logging.getLogger(__name__)
@@ -69,21 +68,10 @@ class OpenedCheckpoint:
         return self.marks.kind
 
 
-def load_model(options: ModelOptions, device: torch.device) -> Model:
-    """Load the checkpoint of --ckpt with the changes of other options, in evaluation mode.
-
-    Raises OptionError or CheckpointError, before anything is loaded, if the options contradict the file or a
-    file is damaged or of another kind.
-    """
-    check_attention(options, device)
-    with ExitStack() as files:
-        return load_release(options, open_release(options, files), device)
-
-
 def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch.device) -> Model:
-    """Load the plan of `open_release`, after `check_attention`; its files are still open.
+    """Load the plan of `open_release`, after `check_attention`, in evaluation mode; its files are still open.
 
-    Raises as `load_model`.
+    Raises CheckpointError, before anything is loaded, if a file is damaged or of another kind.
     """
     dtype = _dtype_of(options)
     vae_dtype = torch.float32 if options.no_half_vae else dtype
@@ -93,6 +81,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     for words, plan in zip(tokenizers, release.texts, strict=True):
         check_vocabulary(words, plan.network.config.vocabulary, release.path)
     networks = _build(release)
+    unet, vae, texts = networks
     _fill(networks, release, META, dtype, vae_dtype)  # compares names and shapes; reads nothing
     _log(release, dtype, vae_dtype, has_own_vae=options.vae is None)
     _fill(networks, release, device, dtype, vae_dtype)
@@ -101,15 +90,15 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     towers = tuple(
         _tower(release, number, network, words, projection)
         for number, (network, words, projection) in enumerate(
-            zip(networks.texts, tokenizers, projections, strict=True)
+            zip(texts, tokenizers, projections, strict=True)
         )
     )
-    _set_up(options, networks.unet, networks.vae)
+    _set_up(options, unet, vae)
     return Model(
         kind=release.kind,
         path=release.path,
-        unet=networks.unet,
-        vae=networks.vae,
+        unet=unet,
+        vae=vae,
         texts=towers,
         predicts_velocity=release.marks.predicts_velocity or options.v_parameterization,
         zero_terminal_snr=release.marks.zero_terminal_snr,
@@ -159,7 +148,7 @@ def find_checkpoint(ckpt: Path) -> Path:
     Raises CheckpointError if it is missing, or the folder is not one of diffusers.
     """
     if ckpt.is_dir():
-        if is_pipeline(ckpt):
+        if (ckpt / "unet").is_dir() or (ckpt / "model_index.json").is_file():
             return ckpt
         found = ", ".join(sorted(file.name for file in ckpt.iterdir())[:8]) or "nothing"
         raise CheckpointError(
@@ -229,7 +218,8 @@ def _pooled(texts: tuple[TextPlan, ...]) -> int:
 def _check_together(release: OpenedCheckpoint) -> None:
     """Raise CheckpointError if the text encoders' states do not fit the U-Net."""
     config, path = release.unet.config, release.path
-    taken, width = config.get("cross_attention_dim", 1280), state_width(release.texts)
+    taken = config.get("cross_attention_dim", 1280)
+    width = sum(plan.network.config.dim for plan in release.texts)  # the states of all encoders, side by side
     if taken != width:
         raise CheckpointError(
             f"--ckpt {path}: its U-Net takes text states of {taken} numbers, its text encoders give {width}. "
@@ -248,13 +238,8 @@ def _check_together(release: OpenedCheckpoint) -> None:
             )
 
 
-@dataclass(frozen=True)
-class DiffusionNetworks:
-    """The networks of a checkpoint: diffusers' U-Net and VAE, and our text encoders."""
-
-    unet: Any
-    vae: Any
-    texts: tuple[ClipText, ...]
+# diffusers' U-Net and VAE, and our text encoders
+DiffusionNetworks = tuple[Any, Any, tuple[ClipText, ...]]
 
 
 def _build(release: OpenedCheckpoint) -> DiffusionNetworks:
@@ -265,7 +250,7 @@ def _build(release: OpenedCheckpoint) -> DiffusionNetworks:
         texts = tuple(ClipText(plan.network.config) for plan in release.texts)
     unet = build_network(UNet2DConditionModel, release.unet.config, release.unet.checkpoint.path)
     vae = build_network(AutoencoderKL, release.vae.config, release.vae.checkpoint.path)
-    return DiffusionNetworks(unet, vae, texts)
+    return unet, vae, texts
 
 
 def _fill(
@@ -276,14 +261,14 @@ def _fill(
     vae_dtype: torch.dtype,
 ) -> None:
     """Fill all networks from the open files; on the meta device nothing is read, but all is compared."""
-    for network, text in zip(networks.texts, release.texts, strict=True):
-        _fill_one(network, text.network, device, dtype, "the text encoder of --ckpt")
-    _fill_one(networks.unet, release.unet, device, dtype, "the U-Net of --ckpt")
-    _fill_one(networks.vae, release.vae, device, vae_dtype, "the VAE")
-
-
-def _fill_one(network: Any, plan: LoadPlan[Any], device: torch.device, dtype: torch.dtype, what: str) -> None:
-    load_planned(plan, lambda _: network, device, dtype, what).requires_grad_(False)
+    unet, vae, texts = networks
+    parts: list[tuple[Any, LoadPlan[Any], torch.dtype, str]] = [
+        (one, plan.network, dtype, "the text encoder of --ckpt")
+        for one, plan in zip(texts, release.texts, strict=True)
+    ]
+    parts += [(unet, release.unet, dtype, "the U-Net of --ckpt"), (vae, release.vae, vae_dtype, "the VAE")]
+    for network, plan, own, what in parts:
+        load_planned(plan, lambda _, network=network: network, device, own, what).requires_grad_(False)
 
 
 def _dtype_of(options: ModelOptions) -> torch.dtype:

@@ -4,9 +4,8 @@ Strengths can be chosen for each batch, except of files that are folded in for g
 and rounded once to the model's dtype where weights change; added at run time, factors have the model's dtype.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
 from typing import Any
@@ -47,11 +46,10 @@ class ChosenLoras:
         self._defaults = defaults
         self._use = use
         self._current: Multipliers | None = None  # None: none are set throughout
-        self._depth = 0
         # what each LoRA adds to the U-Net, by diffusers' paths of modules; None: they are folded into
         # weights, so that nothing can be done with what a single one adds
         self.layers = None if layers is None else tuple(layers)
-        self._set(defaults)
+        self.choose(None)
 
     def __len__(self) -> int:
         return len(self._defaults)
@@ -71,28 +69,13 @@ class ChosenLoras:
         settled = (*given, *[given[-1]] * (len(self) - len(given)))
         return settled if part is None else tuple(m if i == part else 0.0 for i, m in enumerate(settled))
 
-    @contextlib.contextmanager
-    def multiplied(self, multipliers: Multipliers | None, part: int | None = None) -> Iterator[None]:
-        """Let the LoRAs act with these strengths, see `settle`; the strengths from before come back after it.
-
-        Weights into which LoRAs are folded stay as they are after the outermost one: the next batch has
-        mostly the same strengths.
-        """
-        before, wanted = self._current or self._defaults, self.settle(multipliers, part)
-        self._depth += 1
-        try:
-            self._set(wanted)
-            yield
-        finally:
-            self._depth -= 1
-            if self._depth or self.layers is not None:
-                self._set(before)
-
-    def _set(self, multipliers: Multipliers) -> None:
-        if multipliers != self._current:
+    def choose(self, multipliers: Multipliers | None, part: int | None = None) -> None:
+        """Let the LoRAs act with these strengths, see `settle`, until others are chosen."""
+        wanted = self.settle(multipliers, part)
+        if wanted != self._current:
             self._current = None  # Ctrl-C may leave some weights with other strengths
-            self._use(multipliers)
-            self._current = multipliers
+            self._use(wanted)
+            self._current = wanted
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 # Letters: B pictures, h w latent size
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -43,7 +43,6 @@ from stable_diffusion.starting import (
     begin,
     check_start,
     decode_latents,
-    generators_of,
     strength_of,
 )
 from stable_diffusion.text import PictureVectors, Texts
@@ -130,7 +129,8 @@ class Maker:
         sampler = begin_sampling(
             self._scheduler,
             settings.steps,
-            generators_of(pictures),
+            # all on the CPU: their numbers are the same on every device
+            [torch.Generator().manual_seed(picture.seed) for picture in pictures],
             strength_of(pictures[0], start),
         )
         section_texts = self._encode(pictures)
@@ -138,8 +138,8 @@ class Maker:
         if gradual is not None:
             small, growing = begin_small(beginning.latents, sampler, gradual)
             beginning = replace(beginning, latents=small, sampler=growing)
+        self._choose_loras(settings)
         with ExitStack() as stack:
-            stack.enter_context(self._multiplied(settings))
             makers = self.ideas if self.regions is None else (*self.ideas, self.regions)
             ideas = [
                 stack.enter_context(maker.for_batch(pictures, settings.width, settings.height))
@@ -224,12 +224,12 @@ class Maker:
         states: dict[tuple[str, int | None], TextState] = {}
         for number in range(settings.parts):
             part = number if is_regional else None
-            with self._multiplied(settings, part):
-                for parts, others in zip(prompts, avoided, strict=True):
-                    for text in (parts[number], *others):
-                        if (text, part) not in states:
-                            networks = (settings.multipliers, part)
-                            states[text, part] = self.texts.encode(text, chunks, networks)
+            self._choose_loras(settings, part)
+            for parts, others in zip(prompts, avoided, strict=True):
+                for text in (parts[number], *others):
+                    if (text, part) not in states:
+                        networks = (settings.multipliers, part)
+                        states[text, part] = self.texts.encode(text, chunks, networks)
 
         def joined(picture: AskedPicture, texts: Sequence[str]) -> TextState:
             found = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
@@ -259,10 +259,9 @@ class Maker:
             )
         return self.vision.replace_pooled(states, paths)
 
-    def _multiplied(self, settings: PictureSettings, part: int | None = None) -> AbstractContextManager[None]:
-        if self.networks is None:
-            return nullcontext()
-        return self.networks.multiplied(settings.multipliers, part)
+    def _choose_loras(self, settings: PictureSettings, part: int | None = None) -> None:
+        if self.networks is not None:
+            self.networks.choose(settings.multipliers, part)
 
 
 def _part_of(start: SecondStart, places: Sequence[int]) -> SecondStart:

@@ -8,8 +8,7 @@ from modules.errors import OptionError
 from modules.option_values import check_seed
 from modules.options import Options, option
 from modules.parser import parse_options
-from stable_diffusion.control_options import ControlOptions, GuideOptions, check_control
-from stable_diffusion.network_options import AddedNetworkOptions
+from stable_diffusion.network_options import AddedNetworkOptions, ControlOptions, GuideOptions, check_control
 from stable_diffusion.sampling_options import (
     DeepShrinkOptions,
     GradualLatentOptions,

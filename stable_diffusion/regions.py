@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from PIL import Image
 from torch import Tensor
 
+from modules.console import count_of
 from modules.errors import OptionError
 from modules.media.opening import open_image
 from networks.added import AddedPart
@@ -100,9 +101,9 @@ def check_regions(parts: int, loras: int, is_folded: bool) -> None:
         )
     if loras and loras != parts:
         raise OptionError(
-            f"the prompt has {_count(parts, 'part')} between AND, --network_weights "
-            f"{_count(loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA 2 to part 2 "
-            "and so on, without those that are folded into the checkpoint: give as many LoRAs as parts, or "
+            f"the prompt has {count_of(parts, 'part')} between AND, --network_weights "
+            f"{count_of(loras, 'LoRA')}. With regions (--mask_path) LoRA 1 belongs to part 1, LoRA 2 to part "
+            "2 and so on, without those that are folded into the checkpoint: give as many LoRAs as parts, or "
             "leave the mask out"
         )
 
@@ -247,7 +248,3 @@ def put_back(module: Any, forward: Callable[..., Tensor] | None) -> None:
         del module.forward
     else:
         module.forward = forward
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"

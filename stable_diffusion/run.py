@@ -31,6 +31,8 @@ from stable_diffusion.assembling import LoadedPipeline, assemble
 from stable_diffusion.contract import SDXL, AskedPicture, ModelKind
 from stable_diffusion.highres import FIRST, Highres, make_pictures, prepare_highres
 from stable_diffusion.lines import (
+    LINE_OPTIONS,
+    LONGEST_NAME,
     Line,
     find_inputs,
     import_prompter,
@@ -39,7 +41,6 @@ from stable_diffusion.lines import (
     prompted_lines,
 )
 from stable_diffusion.options import GenImgOptions, PictureOutputOptions
-from stable_diffusion.prompt_lines import LINE_OPTIONS, LONGEST_NAME
 
 logger = logging.getLogger(__name__)
 

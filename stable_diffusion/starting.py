@@ -133,11 +133,6 @@ class Beginning:
     beside: Tensor | None = None  # see `UnetPasses`
 
 
-def generators_of(pictures: Sequence[AskedPicture]) -> list[torch.Generator]:
-    """Return each picture's generator. All are on the CPU: their numbers are the same on every device."""
-    return [torch.Generator().manual_seed(picture.seed) for picture in pictures]
-
-
 def is_masked(picture: AskedPicture) -> bool:
     """Whether a picture is inpainted. A mask of a prompt with several parts shows their regions instead."""
     return picture.mask is not None and picture.settings.parts == 1

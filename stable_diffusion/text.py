@@ -30,9 +30,6 @@ from stable_diffusion.tokenizers import (
     Chunk,
     cut_into_chunks,
     cut_text,
-    join_states,
-    join_weights,
-    make_rows,
     parse_weights,
 )
 
@@ -88,21 +85,31 @@ class Texts:
             if len(chunks) > count:
                 raise ValueError(f"{len(chunks)} chunks do not fit into {count}")
             chunks = [*chunks, *[Chunk()] * (count - len(chunks))]
-            rows = make_rows(chunks, tower.start, tower.end, tower.pad)
-            ids = [rows.ids]
-            if tower.strides is not None and bool(tower.strides[rows.ids].any()):
-                ids = [rows.ids + place * tower.strides[rows.ids] for place in range(self._copies)]
+            rows = [
+                [tower.start, *chunk.ids, tower.end] + [tower.pad] * (SIZE - len(chunk.ids))
+                for chunk in chunks
+            ]
+            weights = [
+                each for chunk in chunks for each in (*chunk.weights, *[1.0] * (SIZE - len(chunk.ids)))
+            ]
+            ids = [torch.tensor(rows)]  # K 77
+            if tower.strides is not None and bool(tower.strides[ids[0]].any()):
+                ids = [ids[0] + place * tower.strides[ids[0]] for place in range(self._copies)]
+            # the end of each chunk's text, unless it writes <|endoftext|> itself
+            ends = torch.tensor([row.index(tower.end) for row in rows])
             device = tower.network.device
             states, pooled = tower.network.states(
                 torch.cat(ids).to(device),
                 layer,
                 final_norm=not is_pooled,
-                ends=rows.ends.to(device) if is_pooled and tower is self._towers[-1] else None,
+                ends=ends.to(device) if is_pooled and tower is self._towers[-1] else None,
             )
-            joined = [
-                weigh_states(join_states(each), join_weights(chunks), self._mode)
+            # the states of all chunks as one row of 75 K + 2: start and end states between them are dropped
+            whole = [
+                torch.cat([each[0, :1], *(chunk[1:-1] for chunk in each), each[-1, -1:]])
                 for each in states.chunk(len(ids))
             ]
+            joined = [weigh_states(each, [1.0, *weights, 1.0], self._mode) for each in whole]
             contexts.append(torch.cat(joined * (self._copies // len(ids))))
         if pooled is not None:
             projection = self._towers[-1].projection

@@ -3,7 +3,6 @@
 Both become the same network, `ClipText`. OpenCLIP's files have queries, keys and values in one tensor.
 """
 
-import re
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -15,10 +14,11 @@ from encoders.clip_checkpoints import (
     plan_clip_text,
     read_clip_text,
 )
-from modules.checkpoints.dialects import LoadPlan, Names, translate_name
+from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
+from networks.names.stable_diffusion import open_clip_names
 from stable_diffusion.contract import SD1, SD2, ModelKind
 from stable_diffusion.kinds import GIVE
 
@@ -37,16 +37,6 @@ USE = ClipUse(
     tokenizer=clip_tokenizer_files("--tokenizer_cache_dir", (".",)),
 )
 
-_OPEN_CLIP_NAMES: Names = (
-    (r"token_embedding\.weight", "embeddings.token_embedding.weight"),
-    (r"positional_embedding", "embeddings.position_embedding.weight"),
-    (r"ln_final\.(.+)", r"final_layer_norm.\1"),
-    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.(.+)", r"encoder.layers.\1.layer_norm\2.\3"),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(.+)", r"encoder.layers.\1.mlp.fc1.\2"),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(.+)", r"encoder.layers.\1.mlp.fc2.\2"),
-    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(.+)", r"encoder.layers.\1.self_attn.out_proj.\2"),
-)
-_FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 _BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
 
 
@@ -123,13 +113,10 @@ def _part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:
 def _our_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     sources: dict[str, TensorSource] = {}
     for name, source in plain_sources(checkpoint).items():
-        fused = _FUSED.fullmatch(name)
-        if fused is None:
-            sources[translate_name(name, _OPEN_CLIP_NAMES)] = source
-            continue
-        for number, part in enumerate("qkv"):
-            ours = f"encoder.layers.{fused[1]}.self_attn.{part}_proj.{fused[2]}"
-            sources[ours] = source.then(lambda rows, number=number: rows.chunk(3)[number])  # type: ignore[misc]
+        for ours, third in open_clip_names(name) or [(name, None)]:
+            sources[ours] = (
+                source if third is None else source.then(lambda rows, third=third: rows.chunk(3)[third])  # type: ignore[misc]
+            )
     return sources
 
 
@@ -166,8 +153,3 @@ def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> PooledProject
         f"  Give {GIVE}.",
         checkpoint.path,
     )
-
-
-def state_width(plans: tuple[TextPlan, ...]) -> int:
-    """Return the width of the states that the U-Net attends to: those of all encoders, side by side."""
-    return sum(plan.network.config.dim for plan in plans)

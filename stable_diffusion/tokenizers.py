@@ -9,12 +9,10 @@ not all copies of OpenCLIP's say so.
 
 import logging
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from encoders.clip_checkpoints import clip_tokenizer_files
 from encoders.clip_l import ClipWords, load_clip_words
@@ -110,7 +108,7 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
 # `(x)` weighs 1.1, `[x]` 1 / 1.1, `(x:1.3)` 1.3; nested weights multiply. `\( \) \[ \] \\` are the
 # characters themselves. Brackets that are open at the end are closed there; those that close nothing are
 # plain text. Round and square brackets are paired apart from each other.
-USUAL = 1.1  # of (x)
+USUAL = {"(": 1.1, "[": 1 / 1.1}  # of (x) and [x]
 MOST = 1000.0  # larger products would overflow float16
 _MARKS = re.compile(
     r"\\(?P<escaped>[()\[\]\\])"
@@ -129,79 +127,50 @@ class Part:
     begins_chunk: bool = False  # BREAK stands in front of it
 
 
-@dataclass(eq=False)
-class _Bracket:
-    """A pair of brackets; its end may give the weight."""
-
-    is_round: bool
-    weight: float
-
-
-# What a prompt consists of, in order: a text, a bracket that opens (True) or closes (False), BREAK (None).
-_Event = str | tuple[_Bracket, bool] | None
-
-
 def parse_weights(text: str) -> tuple[Part, ...]:
     """Return the parts of a prompt, without marks and without empty parts.
 
-    Neighbours of equal weight are one part, so that a text without marks is one part: itself. Takes time in
-    proportion to the length. Raises nothing.
+    Neighbours of equal weight are one part, so that a text without marks is one part: itself. Raises nothing.
     """
-    parts: list[Part] = []
-    products = {True: [1.0], False: [1.0]}  # of the open brackets, for each kind
+    pieces: list[Part] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # how many pieces stand before each open bracket
     begins_chunk = False
-    for event in _events(text):
-        if event is None:
-            begins_chunk = True
-        elif isinstance(event, str):
-            weight = max(-MOST, min(MOST, products[True][-1] * products[False][-1]))
-            if parts and parts[-1].weight == weight and not begins_chunk:
-                parts[-1] = Part(parts[-1].text + event, weight, parts[-1].begins_chunk)
-            else:
-                parts.append(Part(event, weight, begins_chunk))
-            begins_chunk = False
-        else:
-            bracket, opens = event
-            open_products = products[bracket.is_round]
-            if opens:
-                open_products.append(max(-MOST, min(MOST, open_products[-1] * bracket.weight)))
-            else:
-                open_products.pop()
-    return tuple(parts)
-
-
-def _events(text: str) -> list[_Event]:
-    events: list[_Event] = []
-    stacks: dict[bool, list[_Bracket]] = {True: [], False: []}  # what is open: round, square
     place = 0
+
+    def add(plain: str) -> None:
+        nonlocal begins_chunk
+        if plain:
+            pieces.append(Part(plain, begins_chunk=begins_chunk))
+            begins_chunk = False
+
+    def weigh(first: int, factor: float) -> None:
+        for index, piece in enumerate(pieces[first:], first):
+            pieces[index] = replace(piece, weight=max(-MOST, min(MOST, piece.weight * factor)))
+
     for mark in _MARKS.finditer(text):
-        if mark.start() > place:
-            events.append(text[place : mark.start()])
+        add(text[place : mark.start()])
         place = mark.end()
-        events.extend(_read_mark(mark, stacks))
-    if place < len(text):
-        events.append(text[place:])
-    return events
-
-
-def _read_mark(mark: re.Match[str], stacks: dict[bool, list[_Bracket]]) -> list[_Event]:
-    """Return the meaning of a mark. stacks: open brackets, which it changes."""
-    if mark["chunk"]:
-        return [None]
-    if mark["escaped"]:
-        return [mark["escaped"]]
-    if mark["bracket"] in ("(", "["):
-        bracket = _Bracket(True, USUAL) if mark["bracket"] == "(" else _Bracket(False, 1 / USUAL)
-        stacks[bracket.is_round].append(bracket)
-        return [(bracket, True)]
-    stack = stacks[mark["bracket"] != "]"]
-    if not stack:
-        return [mark[0]]
-    bracket = stack.pop()
-    if mark["number"]:
-        # float() of too many digits is infinite, which is no weight
-        bracket.weight = max(-MOST, min(MOST, float(mark["number"])))
-    return [(bracket, False)]
+        kind = "[" if mark["bracket"] in ("[", "]") else "("
+        if mark["chunk"]:
+            begins_chunk = True
+        elif mark["bracket"] in ("(", "["):
+            opened[kind].append(len(pieces))
+        elif mark["escaped"] or not opened[kind]:
+            add(mark["escaped"] or mark[0])
+        else:
+            # float() of too many digits is infinite, which is no weight
+            weigh(opened[kind].pop(), float(mark["number"]) if mark["number"] else USUAL[kind])
+    add(text[place:])
+    for kind, firsts in opened.items():
+        while firsts:
+            weigh(firsts.pop(), USUAL[kind])
+    parts: list[Part] = []
+    for piece in pieces:
+        if parts and parts[-1].weight == piece.weight and not piece.begins_chunk:
+            parts[-1] = replace(parts[-1], text=parts[-1].text + piece.text)
+        else:
+            parts.append(piece)
+    return tuple(parts)
 
 
 SIZE = 75  # tokens of a chunk
@@ -214,14 +183,6 @@ class Chunk:
 
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class ChunkRows:
-    """Chunks as a text encoder takes them."""
-
-    ids: Tensor  # K 77
-    ends: Tensor  # K; where the first end token of each stands
 
 
 def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
@@ -242,37 +203,11 @@ def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
 
 def cut_text(parts: Sequence[Part], tokenize: Tokenize, most: int) -> str:
     """Return the end of a text that does not fit into `most` chunks, in whole words. Tokenizes many times."""
-    for index, part in enumerate(parts):
-        if len(cut_into_chunks(parts[: index + 1], tokenize)) <= most:
-            continue
-        words = part.text.split()
-        fits, too_many = 0, len(words)
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            start = Part(" ".join(words[:middle]), begins_chunk=part.begins_chunk)
-            if len(cut_into_chunks([*parts[:index], start], tokenize)) <= most:
-                fits = middle
-            else:
-                too_many = middle
-        return " ".join([*words[fits:], *(word for rest in parts[index + 1 :] for word in rest.text.split())])
-    return ""
-
-
-def make_rows(chunks: Sequence[Chunk], start: int, end: int, pad: int) -> ChunkRows:
-    """Return chunks between start and end tokens, filled up with `pad`, which is `end` or another token."""
-    rows = [[start, *chunk.ids, end] + [pad] * (SIZE - len(chunk.ids)) for chunk in chunks]
-    # the end of the text, unless it writes <|endoftext|> itself
-    return ChunkRows(torch.tensor(rows), torch.tensor([row.index(end) for row in rows]))
-
-
-def join_states(states: Tensor) -> Tensor:
-    """Return K 77 C, the states of all chunks, as one row of 75 K + 2 states."""
-    return torch.cat([states[0, :1], *(chunk[1:-1] for chunk in states), states[-1, -1:]])
-
-
-def join_weights(chunks: Sequence[Chunk]) -> list[float]:
-    """Return the weights of the joined states: 1 for all but the text's tokens."""
-    weights = [1.0]
-    for chunk in chunks:
-        weights += [*chunk.weights, *[1.0] * (SIZE - len(chunk.ids))]
-    return [*weights, 1.0]
+    words = [
+        Part(word, begins_chunk=part.begins_chunk and place == 0)
+        for part in parts
+        for place, word in enumerate(part.text.split())
+    ]
+    sizes = range(1, len(words) + 1)
+    fits = bisect_right(sizes, most, key=lambda size: len(cut_into_chunks(words[:size], tokenize)))
+    return " ".join(word.text for word in words[fits:])

@@ -144,6 +144,31 @@ def published_path(path: str) -> str:
     return path
 
 
+# OpenCLIP's names -> Hugging Face's, below `text_model.`
+_OPEN_CLIP = (
+    (r"token_embedding\.weight", "embeddings.token_embedding.weight"),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"ln_final\.(\w+)", r"final_layer_norm.\1"),
+    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.(\w+)", r"encoder.layers.\1.layer_norm\2.\3"),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)", r"encoder.layers.\1.mlp.fc1.\2"),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"encoder.layers.\1.mlp.fc2.\2"),
+    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)", r"encoder.layers.\1.self_attn.out_proj.\2"),
+)
+_FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")  # q, k and v by rows
+
+
+def open_clip_names(name: str) -> list[tuple[str, int | None]]:
+    """Return Hugging Face's names, below `text_model.`, of what a tensor of OpenCLIP's text encoder holds.
+
+    Each with the third of the rows that it is, None: all. Nothing for a tensor that it does not have.
+    """
+    if fused := _FUSED.fullmatch(name):
+        layer = f"encoder.layers.{fused[1]}.self_attn."
+        return [(f"{layer}{x}_proj.{fused[2]}", third) for third, x in enumerate("qkv")]
+    found = ((re.fullmatch(theirs, name), ours) for theirs, ours in _OPEN_CLIP)
+    return [(match.expand(ours), None) for match, ours in found if match is not None]
+
+
 # names of modules in LoRA files -> their paths in diffusers' pipelines
 _IN_DIFFUSERS = (
     (

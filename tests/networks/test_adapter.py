@@ -63,16 +63,6 @@ def test_initial_values_and_dropout_follow_the_seeds(tmp_path: Path, module: str
     assert not torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("module", [OURS, FOREIGN])
-def test_building_a_network_leaves_the_global_generator_alone(tmp_path: Path, module: str) -> None:
-    dit = tiny_dit(tmp_path)
-    before = torch.get_rng_state()
-
-    make_network(options(network_module=module), OURS, dit, seed=1)
-
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_a_foreign_module_gets_rank_alpha_and_arguments(tmp_path: Path) -> None:
     made: Any = make_network(
         options(network_module=FOREIGN, network_alpha=3.0, network_args=("algo=a=b",)),
@@ -136,16 +126,6 @@ def test_scaling_norms_reports_and_is_refused_where_it_is_not_offered(tmp_path: 
     assert report.max_norm == pytest.approx(0.5)
     with pytest.raises(OptionError, match="--scale_weight_norms cannot be used"):
         make_network(options(scale_weight_norms=0.5, network_module=FOREIGN), OURS, dit, seed=1)
-
-
-def test_scaling_norms_waits_for_no_device(tmp_path: Path) -> None:
-    network = make_network(options(scale_weight_norms=0.5), OURS, tiny_dit(tmp_path), seed=1)
-    network.module.to("meta")  # whose numbers nobody can read
-
-    report = network.scale_norms(0.5, torch.device("meta"))
-
-    assert report.is_meta
-    assert report.shape == (3,)
 
 
 def test_foreign_modules_report_scaled_norms_as_plain_numbers(tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """DoRA: the recorded weights of LyCORIS, and models of diffusers with PEFT's adapters."""
 
-import logging
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import inputs, tiny_dit
 from tests.networks.test_interoperability import TOLERANCE, run_there
 from tests.tiny.loras import lora_like
+from tests.training.conftest import _fresh_accelerator  # noqa: F401
 from tests.training.toy import ToyFamily, same, train_toy, write_caches
 from tests.wan.making import in_diffusers
 
@@ -202,20 +200,6 @@ def test_a_dora_for_a_fused_weight_is_cut_up_with_its_magnitudes(module: str) ->
 
 DORA = ["--network_args", "dora_wd=True"]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from accelerate.state import AcceleratorState, PartialState
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 def random_layer(bias: bool = True, is_fp8: bool = False) -> tuple[nn.Linear, Tensor, LoraLayer]:

@@ -1,8 +1,5 @@
 """LoHa and LoKr as networks: what they add, their gradients, files that load elsewhere, settings."""
 
-import logging
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from networks.deltas import weight_delta
 from networks.factored import FactoredLayer, loha_shapes, lokr_shapes, split_size
 from networks.loading import LoraUse, read_lora
 from tests.tiny.loras import lora_like
+from tests.training.conftest import _fresh_accelerator  # noqa: F401
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
 
@@ -35,20 +33,6 @@ NETWORKS: dict[str, list[object]] = {
     "lokr whole": ["--network_module", "networks.lokr", "--network_dim", 100000],
     "lokr by 2": ["--network_module", "networks.lokr", "--network_args", "factor=2", "decompose_both=True"],
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from accelerate.state import AcceleratorState, PartialState
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 def size_of(shapes: Any) -> tuple[int, int]:

@@ -113,23 +113,10 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
 @pytest.mark.parametrize(
     ("key", "native"),
     [
-        (
-            "lora_unet_blocks_0_self_attn_q.lora_down.weight",
-            "lora_unet_blocks_0_self_attn_q.lora_down.weight",
-        ),
         ("lycoris_blocks_0_self_attn_q.hada_w1_a", "lora_unet_blocks_0_self_attn_q.hada_w1_a"),
-        (
-            "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight",
-            "lora_unet_blocks_0_cross_attn_k_img.lora_down.weight",
-        ),
         ("diffusion_model.blocks.0.ffn.2.lora_up.weight", "lora_unet_blocks_0_ffn_2.lora_up.weight"),
-        ("diffusion_model.blocks.0.ffn.2.alpha", "lora_unet_blocks_0_ffn_2.alpha"),
         ("diffusion_model.blocks.0.norm3.diff_b", "lora_unet_blocks_0_norm3.diff_b"),
         ("transformer.blocks.0.attn1.to_q.lora_A.weight", "lora_unet_blocks_0_self_attn_q.lora_down.weight"),
-        (
-            "transformer.blocks.0.attn2.add_v_proj.lora_B.weight",
-            "lora_unet_blocks_0_cross_attn_v_img.lora_up.weight",
-        ),
         (
             "transformer.blocks.0.attn2.to_out.0.lora.up.weight",
             "lora_unet_blocks_0_cross_attn_o.lora_up.weight",
@@ -138,7 +125,6 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
             "base_model.model.blocks.11.ffn.net.0.proj.lora_A.default.weight",
             "lora_unet_blocks_11_ffn_0.lora_down.weight",
         ),
-        ("blocks.3.attn1.to_k.lora_B.weight", "lora_unet_blocks_3_self_attn_k.lora_up.weight"),
         (
             "transformer.condition_embedder.time_proj.lora_B.weight",
             "lora_unet_time_projection_1.lora_up.weight",
@@ -152,12 +138,17 @@ def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
             "lora_unet_blocks_0_self_attn_q.dora_scale",
         ),
         (
-            "transformer.blocks.0.attn1.to_q.lora_magnitude_vector.weight",
+            "blocks.0.attn1.to_q.lora_magnitude_vector.default.weight",
             "lora_unet_blocks_0_self_attn_q.dora_scale",
         ),
         (
-            "blocks.0.attn1.to_q.lora_magnitude_vector.default.weight",
-            "lora_unet_blocks_0_self_attn_q.dora_scale",
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight",
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
+        ),
+        ("mid_block.resnets.0.conv1.lora_A.weight", "lora_unet_mid_block_resnets_0_conv1.lora_down.weight"),
+        (
+            "lora_transformer_transformer_blocks_0_attn_to_k.lora_down.weight",
+            "lora_unet_transformer_blocks_0_attn_to_k.lora_down.weight",
         ),
         ("lycoris_blocks_0_norm3.w_norm", "lora_unet_blocks_0_norm3.diff"),
         ("lycoris_blocks_0_norm3.b_norm", "lora_unet_blocks_0_norm3.diff_b"),

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from modules.contract.family import DitSpec
@@ -14,7 +13,6 @@ from modules.errors import CheckpointError, OptionError
 from modules.offload.checkpointing import checkpoint_blocks
 from networks.lora_layer import Dropouts, LoraLayer
 from networks.metadata import save_network
-from networks.own_modules import OWN_MODULES
 from tests.golden_cases import make_input, read_case
 from tests.networks.making import (
     assert_recorded,
@@ -72,37 +70,6 @@ def test_patterns_choose_the_recorded_modules(which: str) -> None:
     network = make_lora("lora_wan", 4, 2.0, golden_dit(description), **expected["network_args"])
 
     assert list(dict.fromkeys(name.partition(".")[0] for name in network.state_dict())) == expected["modules"]
-
-
-@pytest.mark.parametrize(
-    "name", ["networks.lora", "networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"]
-)
-def test_all_names_of_our_network_module_build_the_same(name: str) -> None:
-    assert OWN_MODULES[name] == OWN_MODULES["networks.lora"]
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_float32_factors_train_with_any_model_dtype_and_with_autocast(
-    tmp_path: Path, dtype: torch.dtype, autocast: bool
-) -> None:
-    dit = tiny_dit(tmp_path)
-    exact = wan_network(dit)
-    exact.attach()
-    expected = dit(**inputs(dit))
-    dit = tiny_dit(tmp_path).to(dtype)
-    network = wan_network(dit)
-    network.attach()
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = dit(**inputs(dit))
-    out.float().square().mean().backward()
-
-    assert torch.nn.functional.mse_loss(out.float(), expected) < 1e-3 * expected.square().mean()
-    for parameter in network.parameters():
-        assert parameter.dtype == torch.float32
-        assert parameter.grad is not None
-        assert parameter.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("arguments", [{"dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.5"}])
@@ -174,17 +141,6 @@ def test_dropout_keeps_the_mean_in_bf16_too() -> None:
     assert float((change / x)[kept].mean()) == pytest.approx(1 / 0.9, rel=3e-4)
 
 
-def test_loraplus_puts_the_up_factors_into_a_faster_group(tmp_path: Path) -> None:
-    network = wan_network(tiny_dit(tmp_path), loraplus_lr_ratio="4")
-
-    groups, names = network.parameter_groups(0.5)
-
-    assert names == ["unet", "unet plus"]
-    assert [group["lr"] for group in groups] == [0.5, 2.0]
-    assert groups[1]["params"][0] is network.layers[0].lora_up.weight
-    assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
-
-
 def test_norms_above_the_limit_are_scaled_down_to_it(tmp_path: Path) -> None:
     network = wan_network(tiny_dit(tmp_path), alpha=2.0)
     with torch.no_grad():
@@ -241,31 +197,6 @@ def test_convolutions_larger_than_one_take_part_only_with_conv_dim() -> None:
     delta = torch.einsum("orxy,rikl->oikl", up, down) / 3
     expected = before + nn.functional.conv2d(pixels, delta, padding=1, stride=2)
     torch.testing.assert_close(three(pixels), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_saved_file_has_the_dtype_asked_for_and_its_hashes(tmp_path: Path) -> None:
-    network = wan_network(tiny_dit(tmp_path))
-
-    save_network(network, tmp_path / "x.safetensors", torch.bfloat16, {"ss_seed": "1"})
-
-    stored = load_file(tmp_path / "x.safetensors")
-    assert stored.keys() == network.state_dict().keys()
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        assert file.metadata()["ss_seed"] == "1"
-        assert len(file.metadata()["sshs_model_hash"]) == 64
-
-
-def test_weights_and_alphas_come_back_from_a_file(tmp_path: Path) -> None:
-    dit = tiny_dit(tmp_path)
-    saved = wan_network(dit, alpha=3.0)
-    save_network(saved, tmp_path / "x.safetensors", None, {})
-    network = make_lora("lora_wan", 4, 1.0, dit)
-
-    assert network.load_weights(tmp_path / "x.safetensors") == []
-
-    assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in network.state_dict().items())
-    assert network.layers[0].scale == 3.0 / 4
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(torch.zeros(()), 1.0), (torch.full((1,), 2.0), 0.5)])

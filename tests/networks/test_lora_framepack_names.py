@@ -15,11 +15,11 @@ from networks.key_formats import to_native
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.module_names import module_path, replace_dots
 from networks.names.video import FRAMEPACK
-from networks.parts import cut, for_model
+from networks.parts import cut
 from tests.frame_pack.making import tiny_model
 from tests.manifests import tensor_list
-from tests.networks.making import randomize
 from tests.networks.making_hunyuan import saved
+from tests.networks.test_read_by_comfyui import factors
 from tests.tiny import hunyuan_dit
 from tests.tiny.framepack_dit import tiny_state, write_dit
 from tests.tiny.hunyuan_dit import diffusers_state
@@ -46,31 +46,13 @@ def changes(state: dict[str, Tensor], *uses: LoraUse) -> dict[str, Tensor]:
 
 
 def random_lora(kind: str) -> LoraFile:
-    """Factors for every matrix of the tiny HunyuanVideo: rank 4, alpha 3."""
+    """Factors for every matrix of the tiny HunyuanVideo."""
     generator, tensors = torch.Generator().manual_seed(3), dict[str, Tensor]()
-
-    def draw(module: str, part: str, *shape: int) -> None:
-        tensors[f"lora_unet_{replace_dots(module)}.{part}"] = 0.1 * torch.randn(shape, generator=generator)
-
     for module in MATRICES:
-        rows, columns = TRUNK[f"{module}.weight"].flatten(1).shape
-        match kind:
-            case "LoRA":
-                draw(module, "lora_down.weight", 4, columns)
-                draw(module, "lora_up.weight", rows, 4)
-            case "LoHa":
-                for number in "12":
-                    draw(module, f"hada_w{number}_a", rows, 4)
-                    draw(module, f"hada_w{number}_b", 4, columns)
-            case "LoKr":
-                draw(module, "lokr_w1", 2, 2)
-                draw(module, "lokr_w2_a", rows // 2, 4)
-                draw(module, "lokr_w2_b", 4, columns // 2)
-            case "whole":
-                draw(module, "diff", rows, columns)
-                draw(module, "diff_b", rows)
-        if kind != "whole":
-            tensors[f"lora_unet_{replace_dots(module)}.alpha"] = torch.tensor(3.0)
+        made = factors(kind, TRUNK[f"{module}.weight"].flatten(1), generator)
+        if kind == "difference":
+            made["diff_b"] = 0.1 * torch.randn(len(made["diff"]), generator=generator)
+        tensors |= {f"lora_unet_{replace_dots(module)}.{part}": one for part, one in made.items()}
     return LoraFile(Path("hv.safetensors"), tensors, {"ss_base_model_version": "hunyuan_video"}, "ours")
 
 
@@ -81,7 +63,7 @@ MATRICES = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "whole"])
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "difference"])
 def test_a_lora_on_every_matrix_of_hunyuan_video_adds_the_same_to_framepack(kind: str) -> None:
     lora = LoraUse(random_lora(kind), 0.7)
 
@@ -107,29 +89,14 @@ def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None
     assert problems == []
     assert {layer.scale for layer in network.layers} == {3 / 4}
     expected = changes(tiny_state(), LoraUse(lora))
-    for name, factors in network.named_children():
+    for name, layer in network.named_children():
         delta = weight_delta(
-            {f"lora_{part}.weight": getattr(factors, f"lora_{part}").weight for part in ("down", "up")}, CPU
+            {f"lora_{part}.weight": getattr(layer, f"lora_{part}").weight for part in ("down", "up")}, CPU
         )
         path = module_path(name.removeprefix("lora_unet_"), FRAMEPACK)
         assert delta is not None
         torch.testing.assert_close(3 / 4 * delta, expected[f"{path}.weight"], rtol=0, atol=2e-6)
     assert len(network.layers) == 2 * 12 + 3 * 5
-
-
-def test_a_network_without_some_parts_takes_what_it_has_of_a_hunyuan_lora(tmp_path: Path) -> None:
-    saved(tmp_path / "lora.safetensors", alpha=3)
-    arguments = {"exclude_patterns": "[r'.*to_k', r'single_transformer_blocks.*']"}
-    network = make_lora("lora_framepack", 4, 3.0, tiny_model(), **arguments)
-
-    problems = network.load_weights(tmp_path / "lora.safetensors")
-
-    left = [f"lora_unet_single_blocks_{block}_linear{layer}" for block in range(3) for layer in "12"]
-    assert problems == [f"{name} is not in this network" for name in left]
-    up = read_lora(tmp_path / "lora.safetensors").tensors[
-        "lora_unet_double_blocks_1_img_attn_qkv.lora_up.weight"
-    ]
-    assert torch.equal(network.lora_unet_transformer_blocks_1_attn_to_v.lora_up.weight, up[256:])  # type: ignore[union-attr]
 
 
 def test_a_hunyuan_lora_of_another_width_stays_whole(caplog: pytest.LogCaptureFixture) -> None:
@@ -144,20 +111,6 @@ def test_a_hunyuan_lora_of_another_width_stays_whole(caplog: pytest.LogCaptureFi
         == tensors.keys()
     )
     assert "its 56 rows are not those of its parts, which have 8 + 8 + 8 + 16; it stays whole" in caplog.text
-
-
-def test_the_halves_of_the_last_modulation_change_about() -> None:
-    name, up = "lora_unet_final_layer_adaLN_modulation_1", torch.arange(12.0).view(6, 2)
-    tensors = {
-        f"{name}.lora_down.weight": torch.ones(2, 3),
-        f"{name}.lora_up.weight": up,
-        f"{name}.alpha": torch.tensor(1.0),
-    }
-
-    found = for_model(tensors, {"lora_unet_norm_out_linear": 6}.get)
-
-    assert torch.equal(found["lora_unet_norm_out_linear.lora_up.weight"], torch.cat([up[3:], up[:3]]))
-    assert float(found["lora_unet_norm_out_linear.alpha"]) == 1
 
 
 # Patterns
@@ -231,29 +184,6 @@ def test_a_lora_of_wan_is_refused_with_both_models_named(tmp_path: Path) -> None
         match=r"wan.safetensors does not fit this model.* It is for wan, the model is framepack",
     ):
         patch.check()
-
-
-@pytest.mark.parametrize(("damaged", "is_loud"), [(1, False), (3, False), (4, True)])
-def test_names_that_fit_nothing_are_counted_and_many_of_them_are_said_loudly(
-    damaged: int, is_loud: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    network = make_lora("lora_framepack", 4, 4.0, tiny_model())
-    randomize(network)
-    wrong = tuple(name for name, _ in network.named_children())[:damaged]
-    tensors = {
-        f"x{name}" if name.startswith(wrong) else name: tensor
-        for name, tensor in network.state_dict().items()
-    }
-    patch = LoraPatch([LoraUse(LoraFile(Path("fp.safetensors"), tensors, {}, "ours"))])
-    for name, weight in tiny_state().items():
-        patch(name, weight)
-
-    patch.check()
-
-    assert f"{damaged} of 39 weights are not in this model: xlora_unet_" in caplog.text
-    assert (
-        "fp.safetensors IS USED ONLY IN PART: it is damaged or for another model" in caplog.text
-    ) == is_loud
 
 
 # The lists of names

@@ -18,7 +18,7 @@ from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model
 from tests.manifests import tensor_list
 from tests.networks.making import assert_recorded, golden_lora, saved_with_points
-from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved
+from tests.networks.making_hunyuan import assert_near, run_here, saved
 from tests.tiny.hunyuan_dit import comfy_state, diffusers_parts, tiny_state, write_dit
 from tests.tiny.loras import make_lora
 
@@ -87,21 +87,6 @@ def test_every_layout_of_a_model_is_merged_to_the_same(
     for name, tensor in state.items():
         assert torch.equal(merged[name].to(dtype), patch(name, tensor)), name
     assert patch.unused() == []
-
-
-def test_two_loras_of_two_layouts_are_summed_before_rounding(tmp_path: Path) -> None:
-    saved(tmp_path / "ours.safetensors")
-    theirs, _ = made_there(tmp_path, "t2v", IN_DIFFUSERS["all"])
-    uses = [LoraUse(read_lora(tmp_path / "ours.safetensors"), 0.7), LoraUse(read_lora(theirs), -0.3)]
-    name = "single_blocks.2.linear1.weight"
-    weight = tiny_state()[name]
-
-    found = LoraPatch(uses)(name, weight.to(torch.bfloat16))
-
-    deltas = sum(LoraPatch([use])(name, torch.zeros_like(weight)) for use in uses)
-    expected = (weight.to(torch.bfloat16).float() + deltas).to(torch.bfloat16)
-    assert (found == expected).float().mean() > 0.999  # but for sums that lie between two bfloat16 numbers
-    torch.testing.assert_close(found, expected, rtol=0.01, atol=1e-6)
 
 
 def test_every_module_of_the_diffusers_layout_finds_what_it_is_part_of() -> None:

@@ -115,16 +115,6 @@ def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(
     assert len([record for record in caplog.records if "4 times as many rows" in record.message]) == 1
 
 
-def test_a_lora_of_onetrainer_is_hunyuan_videos(tmp_path: Path) -> None:
-    name = "lora_transformer_transformer_blocks_0_attn_to_k"
-    tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
-    save_file(tensors, tmp_path / "theirs.safetensors")
-
-    convert_file(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", "default")
-
-    assert "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight" in load_file(tmp_path / "ours.safetensors")
-
-
 def test_parts_with_alphas_of_their_own_keep_their_strength() -> None:
     generator, expected, tensors = torch.Generator().manual_seed(0), [], {}
     for letter, rank, alpha in (("q", 2, 1.0), ("k", 3, 6.0), ("v", 1, 0.0)):

@@ -161,16 +161,6 @@ def test_a_lora_of_another_size_is_refused_with_both_shapes(tmp_path: Path) -> N
         patch("blocks.0.self_attn.q.weight", torch.ones(128, 128))
 
 
-def test_factors_that_do_not_go_together_are_refused() -> None:
-    tensors = {
-        "lora_unet_a.lora_down.weight": torch.ones(2, 4),
-        "lora_unet_a.lora_up.weight": torch.ones(4, 3),
-    }
-
-    with pytest.raises(CheckpointError, match="do not go together"):
-        LoraPatch([LoraUse(lora_file(tensors))])("a.weight", torch.ones(4, 4))
-
-
 def test_options_become_uses_with_missing_multipliers_one(tmp_path: Path) -> None:
     tensors = {"lora_unet_a.diff": torch.ones(2, 2)}
     files = (tmp_path / "x.safetensors", tmp_path / "y.safetensors")

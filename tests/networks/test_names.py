@@ -24,6 +24,7 @@ from networks.names.layouts import FamilyNames, tensor_patterns
 from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
 from tests.manifests import tensor_list
+from tests.tiny.stable_diffusion import RELEASED_UNETS
 
 UNUSED = {"norm_final.weight"}  # of Lumina's published file: no code reads it
 Shapes = dict[str, tuple[int, ...]]
@@ -93,26 +94,9 @@ def test_a_model_is_told_by_its_modules(manifest: str, names: FamilyNames) -> No
     assert choose_family(modules, LIKELY_MODEL) is names
 
 
-_SDXL: dict[str, Any] = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-_SD2: dict[str, Any] = {
-    "attention_head_dim": (5, 10, 20, 20),
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-}
 FULL = pytest.mark.parametrize(
     ("family", "settings"),
-    [(SD1, {"cross_attention_dim": 768}), (SD2, _SD2), (SDXL, _SDXL)],
+    [(family, RELEASED_UNETS[family.name]) for family in (SD1, SD2, SDXL)],
     ids=lambda value: value.name if isinstance(value, FamilyNames) else "",
 )
 

@@ -73,14 +73,6 @@ def test_texts_are_encoded_as_in_training(tmp_path: Path, with_dit: bool) -> Non
     torch.testing.assert_close(pooled(half), plain)
 
 
-def test_names_are_those_of_hugging_faces_classes(tmp_path: Path) -> None:
-    clip = encoder(tmp_path / "clip")
-    network = trained(clip, tmp_path / "lora.safetensors", None)
-
-    assert {name.split("layers_")[0] for name in network.names} == {"lora_te1_text_model_encoder_"}
-    assert all(name.rsplit("_layers_0_")[-1] for name in network.names)
-
-
 def test_a_lora_for_encoders_alone_leaves_the_dit_as_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

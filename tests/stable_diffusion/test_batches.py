@@ -81,20 +81,10 @@ CASES = {
         *(*SD, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "dpm_2_a"),
         *(*NETWORK, "lora.safetensors", "second.safetensors"),
     ),
-    "parts": (*SD, "--from_file", "parts.txt", "--sampler", "pndm", "--steps", "5"),
     "image to image": (*SD, "--from_file", "lines.txt", "--image_path", "pictures", "--sampler", "euler_a"),
     "xl": (
         *(*XL, "--from_file", "lines.txt", "--sampler", "euler_a", "--negative_scale", "2"),
         *(*NETWORK, "xl0.safetensors"),
-    ),
-    "xl regions": (
-        *(*XL, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "dpm_2_a"),
-        *(*NETWORK, "xl0.safetensors", "xl1.safetensors"),
-    ),
-    "highres": (
-        *(*SD, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "euler_a"),
-        *(*NETWORK, "lora.safetensors", "second.safetensors"),
-        *("--highres_fix_scale", "0.5", "--highres_fix_steps", "2", "--strength", "0.7"),
     ),
     "control": (
         *(*SD, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "dpm_2_a"),
@@ -103,11 +93,6 @@ CASES = {
     "xl control": (
         *(*XL, "--from_file", "lines.txt", "--sampler", "euler_a"),
         *("--control_net_lllite_models", "lllite.safetensors", "--guide_image_path", "pictures"),
-    ),
-    "xl shrunk": (
-        *(*XL, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "euler_a"),
-        *("--ds_depth_1", "1", "--ds_timesteps_1", "500", "--ds_ratio", "0.6"),
-        *(*NETWORK, "xl0.safetensors", "xl1.safetensors"),
     ),
     "grown": (
         *(*SD, "--from_file", "parts.txt", "--mask_path", "mask.png", "--sampler", "euler_a"),

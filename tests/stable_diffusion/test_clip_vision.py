@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,8 +12,9 @@ from modules.errors import CheckpointError, DownloadError, OptionError
 from stable_diffusion.contract import Model, TextState
 from stable_diffusion.text import FOLDER, PictureVectors, find_image_tower
 from tests.encoders.test_clip_vision import noise, write_tower
+from tests.faults.messages import run_here
 from tests.stable_diffusion.text_towers import make_towers
-from tests.tiny.stable_diffusion import TEXT_DIM
+from tests.tiny.stable_diffusion import TEXT_DIM, tokenizer_folder, write_sdxl
 
 CPU = torch.device("cpu")
 
@@ -73,3 +75,35 @@ def test_another_width_and_another_model_are_refused(tmp_path: Path) -> None:
         vectors.replace_pooled([TextState(torch.ones(77, 128), torch.ones(64))], write_pictures(tmp_path)[:1])
     with pytest.raises(OptionError, match=r"is Stable Diffusion 1\.x, which has no pooled state"):
         PictureVectors(make_model("sd1", tmp_path / "x.safetensors"), None, 1.0)
+
+
+SMALL = ("--tokenizer_cache_dir", "tokenizers", "--W", "64", "--H", "64", "--steps", "2", "--seed", "1")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    write_sdxl(folder)
+    tokenizer_folder(folder / "tokenizers")
+    write_tower(folder / "image_encoder", projection=TEXT_DIM)
+    noise(64, 64).save(folder / "one.png")
+    return folder
+
+
+def make(project: Path, out: Path, *words: object) -> np.ndarray:
+    code, said = run_here("gen_img.py", *SMALL, "--outdir", out, *words, folder=project)
+    assert code == 0, said[-3000:]
+    (path,) = out.glob("*.png")
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_a_picture_in_place_of_the_pooled_state(project: Path, tmp_path: Path) -> None:
+    words = ("--ckpt", "sdxl.safetensors", "--prompt", "a cat", "--image_path", "one.png")
+    plain, weak, strong = (
+        make(project, tmp_path / str(number), *words, *more)
+        for number, more in enumerate(
+            ((), ("--clip_vision_strength", "0.5"), ("--clip_vision_strength", "2"))
+        )
+    )
+    assert np.abs(plain - weak).max() > 1
+    assert np.abs(weak - strong).max() > 1

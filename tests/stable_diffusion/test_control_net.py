@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -11,11 +12,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError, MediaError, OptionError
 from stable_diffusion.contract import SD1, UnetCall
-from stable_diffusion.control_net import check_control_nets, load_control_nets
+from stable_diffusion.control_net import BatchGuides, check_control_nets, load_control_nets
 from stable_diffusion.control_net_files import load_control_net, open_control_net, read_control_net
-from stable_diffusion.control_options import ControlOptions
+from stable_diffusion.network_options import CannyThresholds, ControlOptions, ControlUse
 from tests.manifests import write_hollow
 from tests.stable_diffusion.controlling import (
     OF_NAME,
@@ -33,7 +34,7 @@ from tests.tiny.control_nets import (
     write_control_net,
     write_lllite,
 )
-from tests.tiny.stable_diffusion import ldm_unet, unet_state, write_sd1
+from tests.tiny.stable_diffusion import RELEASED_UNETS, ldm_unet, unet_state, write_sd1
 
 CPU = torch.device("cpu")
 
@@ -237,25 +238,6 @@ def test_the_number_of_guides_is_compared(tmp_path: Path) -> None:
 # Sizes of the released ones
 
 
-RELEASED = {  # as in config.json, without what is diffusers' default
-    "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd2": {
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
 SMALLER = {
     "mid": {"transformer_layers_per_block": (0, 0, 1)},
     "small": {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D"},
@@ -270,8 +252,9 @@ FULL = [
 
 def hollow(path: Path, kind: str, layout: str, sizes: dict[str, object]) -> Path:
     """A file with the tensors of a full-size ControlNet, without their data."""
+    released = {name: one for name, one in RELEASED_UNETS[kind].items() if name != "up_block_types"}
     with torch.device("meta"):
-        state = ControlNetModel(**{**RELEASED[kind], **sizes}).state_dict()
+        state = ControlNetModel(**{**released, **sizes}).state_dict()
     if layout == "released":
         state = ldm_control_net(state)
     return write_hollow(path, {name: ("F16", tuple(tensor.shape)) for name, tensor in state.items()})
@@ -282,9 +265,7 @@ def test_those_of_released_sizes_fit(
     tmp_path: Path, kind: str, layout: str, sizes: dict[str, object]
 ) -> None:
     path = hollow(tmp_path / "net.safetensors", kind, layout, sizes)
-    config = (
-        RELEASED[kind] if kind == "sdxl" else {"block_out_channels": (320, 640, 1280, 1280), **RELEASED[kind]}
-    )
+    config = {"block_out_channels": (320, 640, 1280, 1280), **RELEASED_UNETS[kind]}
 
     check_control_nets(options_of(path), config, OF_NAME[kind])  # builds it, and compares all shapes
 
@@ -293,4 +274,57 @@ def test_a_released_one_of_xl_is_refused_for_sd1(tmp_path: Path) -> None:
     path = hollow(tmp_path / "net.safetensors", "sdxl", "diffusers", SMALLER["small"])
 
     with pytest.raises(CheckpointError, match="320, 640, 1280 in the ControlNet, 320, 640, 1280, 1280 in"):
-        check_control_nets(options_of(path), RELEASED["sd1"], SD1)
+        check_control_nets(options_of(path), RELEASED_UNETS["sd1"], SD1)
+
+
+NONE, CANNY = (ControlUse(Path("net"), canny, 1.0, 1.0) for canny in (None, CannyThresholds(63, 191)))
+OPTION = "--control_net_models"
+
+
+TWO = (Path("0.safetensors"), Path("1.safetensors"))
+
+
+def test_edges_are_white_lines_at_the_size_of_the_picture(tmp_path: Path) -> None:
+    image = np.zeros((96, 128, 3), dtype=np.uint8)
+    image[32:64, 32:96] = (255, 128, 0)
+    Image.fromarray(image).save(tmp_path / "guide.png")
+
+    (found,) = BatchGuides([CANNY], OPTION, [picture(tmp_path / "guide.png")], 64, 48).guides
+
+    small = Image.fromarray(image).resize((64, 48), Image.Resampling.LANCZOS)
+    edges = cv2.Canny(np.asarray(small.convert("L")), 63, 191)
+    assert found.unique().tolist() == [0, 1]
+    assert torch.equal(found[0, 0], torch.from_numpy(edges).float() / 255)
+    assert torch.equal(found[0, 0], found[0, 2])
+
+
+def test_a_missing_guide_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"missing\.png"):
+        BatchGuides([NONE], OPTION, [picture(tmp_path / "missing.png")], 64, 48)
+
+
+def test_values_belong_to_models_in_their_order() -> None:
+    first, second = options_of(
+        *TWO,
+        control_net_preps=("none", "canny_10_20"),
+        control_net_multipliers=(0.5, 2.0),
+        control_net_ratios=(1.0, 0.25),
+    ).uses
+
+    assert first == ControlUse(Path("0.safetensors"), None, 0.5, 1.0)
+    assert second == ControlUse(Path("1.safetensors"), CannyThresholds(10, 20), 2.0, 0.25)
+    assert options_of(TWO[0], control_net_preps=("canny",)).uses[0].canny == CannyThresholds(63, 191)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"control_net_preps": ("canny",)}, "--control_net_preps has 1 value for 2 models"),
+        ({"control_net_multipliers": (1.0, 1.0, 1.0)}, "--control_net_multipliers has 3 values for 2 models"),
+        ({"control_net_ratios": (0.5,)}, "--control_net_ratios has 1 value for 2 models"),
+        ({"control_net_preps": ("none", "openpose")}, "--control_net_preps openpose: only none and canny"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(values: dict[str, tuple[object, ...]], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        options_of(*TWO, **values)

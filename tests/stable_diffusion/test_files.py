@@ -10,8 +10,8 @@ from blissful_tuner.metaview import as_lines, read_file_facts
 from modules.atomic_write import claim_name
 from modules.media.reading import read_tags
 from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings
+from stable_diffusion.lines import LONGEST_NAME, read_line
 from stable_diffusion.options import PictureOutputOptions
-from stable_diffusion.prompt_lines import LONGEST_NAME, read_line
 from stable_diffusion.run import PictureFiles
 from stable_diffusion.sampling_options import SizeOptions
 

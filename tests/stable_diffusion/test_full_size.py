@@ -4,7 +4,6 @@ Sizes: the published configurations of the three U-Nets, VAEs and text encoders.
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,29 +15,9 @@ from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_layers import ClipText
 from tests.manifests import TensorList, write_hollow
 from tests.stable_diffusion.loaded import load
-from tests.tiny.stable_diffusion import ldm_unet, ldm_vae, open_clip, tokenizer_folder
+from tests.tiny.stable_diffusion import RELEASED_UNETS, ldm_unet, ldm_vae, open_clip, tokenizer_folder
 
 META = torch.device("meta")
-UNETS: dict[str, dict[str, Any]] = {
-    "sd1": {"cross_attention_dim": 768},
-    "sd2": {
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
-    "sdxl": {
-        "cross_attention_dim": 2048,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": (5, 10, 20),
-        "transformer_layers_per_block": (1, 2, 10),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -59,7 +38,7 @@ def text(config: ClipTextConfig) -> dict[str, Tensor]:
 def released(kind: str) -> dict[str, Tensor]:
     """Names and shapes of a released single file; tensors on the meta device."""
     with META:
-        unet = UNet2DConditionModel(**UNETS[kind]).state_dict()
+        unet = UNet2DConditionModel(**RELEASED_UNETS[kind]).state_dict()
         vae = AutoencoderKL(**VAE).state_dict()
         parts = {
             "model.diffusion_model.": ldm_unet(unet),
@@ -79,7 +58,7 @@ def released(kind: str) -> dict[str, Tensor]:
     return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
 
 
-@pytest.mark.parametrize("kind", UNETS)
+@pytest.mark.parametrize("kind", RELEASED_UNETS)
 def test_a_released_file_is_recognised_and_fits_as_a_whole(kind: str, tmp_path: Path) -> None:
     tensors: TensorList = {name: ("F16", tuple(one.shape)) for name, one in released(kind).items()}
     path = write_hollow(tmp_path / f"{kind}.safetensors", tensors)
@@ -90,7 +69,7 @@ def test_a_released_file_is_recognised_and_fits_as_a_whole(kind: str, tmp_path: 
 
     assert model.kind.name == kind
     assert len(model.unet.state_dict()) == TENSORS[kind]
-    theirs = {name: value for name, value in UNETS[kind].items() if name != "attention_head_dim"}
+    theirs = {name: value for name, value in RELEASED_UNETS[kind].items() if name != "attention_head_dim"}
     found = {name: model.unet.config[name] for name in theirs}
     assert found == theirs
     heads = {

@@ -28,7 +28,6 @@ from tests.parity.stable_diffusion import (
     write_files,
     write_picture,
 )
-from tests.tiny.control_nets import write_control_net
 from tests.tiny.guides import VGG_LEVELS, vgg_state, write_clip, write_vgg16
 
 SIZE, STEPS, SCALE = 32, 2, 3.0
@@ -229,22 +228,6 @@ def test_clip_reads_another_text(sd1: Project, maker: Maker) -> None:
     assert_same(made, follow(sd1, maker, *begin("ddim"), text="the old house"))
 
 
-def test_a_guide_draws_the_picture_towards_it(sd1: Project) -> None:
-    """Features of the guide get nearer, in an oblong picture too, and from a picture as well."""
-    maker = sd1.load(vgg16_guidance_scale=20.0)
-    wide = replace(SETTINGS, width=48, strength=0.7)
-    guide = Image.open(sd1.guide).convert("RGB").resize((48, SIZE), Image.Resampling.LANCZOS)
-    wanted = vgg_features(torch.tensor(np.asarray(guide)).permute(2, 0, 1)[None] / 255, 20)
-
-    def distance(made_by: Maker, **others: Any) -> float:
-        (image,) = made_by.make([picture(sd1.guide, settings=wide, **others)]).images or ()
-        pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 255
-        return float((vgg_features(pixels, 20) - wanted).pow(2).mean())
-
-    for others in ({}, {"image": write_picture(sd1.folder / "start.png", (48, SIZE), 8)}):
-        assert distance(maker, **others) < 0.9 * distance(replace(maker, guides=None), **others)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -270,14 +253,6 @@ def test_what_changes_the_unet_can_be_steered(sd1: Project, maker: Maker, change
 
     assert made.isfinite().all()
     assert (made - latents_of(replace(maker, guides=None), asked)).abs().max() > 1e-2
-
-
-def test_a_control_net_works_beside_guidance_by_a_text(sd1: Project) -> None:
-    net = write_control_net(sd1.folder / "net.safetensors", "sd1")
-    control = ("--control_net_models", net, "--guide_image_path", sd1.guide)
-    maker = sd1.load(*control, clip_guidance_scale=50.0)
-    made, plain = (latents_of(each, picture(sd1.guide)) for each in (maker, replace(maker, guides=None)))
-    assert (made - plain).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("last", [1, 4, 9, 19, 20, 29, 30])

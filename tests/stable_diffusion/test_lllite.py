@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from modules.errors import CheckpointError
 from stable_diffusion.contract import SD1, SDXL, UnetCall
-from stable_diffusion.control_options import ControlOptions
 from stable_diffusion.lllites import check_lllites, load_lllites
+from stable_diffusion.network_options import ControlOptions
 from tests.stable_diffusion.controlling import call_of, model_of, picture, pixels, unet_of, write_guide
 from tests.tiny.control_nets import lllite_state, write_control_net, write_lllite
 

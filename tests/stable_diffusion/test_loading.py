@@ -308,18 +308,6 @@ def test_a_slice_takes_no_more_rows_than_it_needs() -> None:
     assert seen == [10, 10, 10, 10]
 
 
-def test_channels_last_changes_the_memory_and_not_the_result(folder: Path) -> None:
-    plain = quick(folder, "sd1.safetensors")
-    last = quick(folder, "sd1.safetensors", "--opt_channels_last", "--vae_slices", 2)
-    latents = torch.randn(1, 4, 8, 8)
-
-    assert last.unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            last.vae.decode(latents).sample, plain.vae.decode(latents).sample, atol=2e-5, rtol=1e-5
-        )
-
-
 @pytest.mark.parametrize("option", ["--xformers", "--diffusers_xformers"])
 def test_xformers_without_a_gpu_is_refused_before_loading(option: str, folder: Path) -> None:
     with pytest.raises(OptionError, match=f"{option} runs on CUDA devices only"):
@@ -404,18 +392,3 @@ def test_config_of_a_folder_counts_where_tensors_are_silent(folder: Path, tmp_pa
     file.write_text(json.dumps({**config, "attention_head_dim": 4, "_diffusers_version": "0.6"}))
 
     assert load(copy).unet.mid_block.attentions[0].transformer_blocks[0].attn1.heads == 4
-
-
-def test_a_vae_on_the_hub_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def fetch(name: str, allow_patterns: list[str]) -> str:
-        asked.append(name)
-        return str(folder / "sd1" / "vae")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-
-    model = quick(folder, "sd1.safetensors", "--vae", "stabilityai/sd-vae-ft-mse")
-
-    assert asked == ["stabilityai/sd-vae-ft-mse"]
-    assert_equal_states(model.vae, vae_state())

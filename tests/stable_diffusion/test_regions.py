@@ -195,30 +195,6 @@ def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> 
     assert all(lora.region is None for layers in loras for lora in layers.values())
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_a_region_of_all_is_that_part_alone_with_its_lora(part: int, tmp_path: Path) -> None:
-    """Also the rows of the negative text; the other part has a corner that no feature's centre sees."""
-    color, other = ((255, 0, 0), (0, 255, 0))[:: 1 - 2 * part]
-    mask = save_mask(tmp_path / "all.png", (0, 0, 8, 8, color))
-    pixels = np.asarray(Image.open(mask)).copy()
-    pixels[0, 0] = other
-    Image.fromarray(pixels).save(mask)
-    contexts = [a_context("sd1", 1, 2), a_context("sd1", 2, 2)]
-    unet, both = tiny_unet("sd1"), tiny_unet("sd1")
-    module_names = [name for name, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    for place, name in enumerate(module_names):
-        Lora(unet.get_submodule(name), 1000 * part + place)
-    alone = run(unet, a_call("sd1", [contexts[part]], rows=2))
-
-    with Regions(both, add_loras(both, 2)).for_batch([a_picture(mask, 2)], WIDTH, HEIGHT) as idea:
-        assert idea is not None
-        made = run(both, idea(a_call("sd1", contexts, rows=2)))
-
-    # modules without places see the mean of the region, which misses a pixel
-    torch.testing.assert_close(made, alone, rtol=0, atol=1e-3)
-    assert (made - run(both, a_call("sd1", [contexts[part]], rows=2))).abs().max() > 0.1
-
-
 def test_regions_follow_features_of_any_size(halves: Path) -> None:
     """As with Deep Shrink, which scales the features inside the U-Net by a ratio."""
     unet = tiny_unet("sd1")

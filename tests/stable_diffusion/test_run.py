@@ -118,9 +118,6 @@ def test_too_little_memory_says_what_to_do(tmp_path: Path) -> None:
         run(tmp_path, "--prompt", "a", maker=maker)
 
 
-# Two stages
-
-
 # Input pictures
 
 
@@ -262,18 +259,6 @@ def test_a_viewer_needs_a_screen() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ["--prompt", "a", "--from_file", "b"],
-            "--from_file and --prompt exclude each other",
-        ),
-        (["--from_module", "a", "--shuffle_prompts"], "the module decides"),
-        (["--guide_image_path", "."], "--guide_image_path needs --control_net_models"),
-        (["--from_file", "none.txt"], "--from_file none.txt: there is no such file"),
-        (["--from_file", "."], "--from_file .: it is a folder"),
-        (["--from_module", "none.py"], "--from_module none.py: there is no such file"),
-        (["--image_path", "none.png"], "--image_path none.png: there is no such file"),
-        (["--seed", str(2**64)], "does not fit 64 bits"),
-        (["--W", "500"], "--W 500: sizes are multiples of 8 pixels. Give 496"),
         (["--noise_offset_prob", "1", "--noise_offset_range", "1", "0"], "give the smaller number first"),
         (["--network_regional_mask_max_color_codes", "3"], "needs --mask_path"),
         ([*VGG], "--vgg16_guidance_scale needs --guide_image_path"),

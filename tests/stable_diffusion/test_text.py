@@ -16,10 +16,10 @@ from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import OptionError
 from stable_diffusion.contract import Model
-from stable_diffusion.loading import load_model
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.text import Texts
 from stable_diffusion.text_checkpoints import read_folder_text
+from tests.stable_diffusion.loaded import load_model
 from tests.stable_diffusion.text_towers import make_towers, text_options
 from tests.tiny import stable_diffusion as tiny
 from tests.tiny.hunyuan_encoders import save

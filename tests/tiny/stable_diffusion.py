@@ -91,6 +91,27 @@ KINDS = {
         "EulerDiscreteScheduler",
     ),
 }
+# the U-Nets of the released models, without what is diffusers' default
+RELEASED_UNETS: dict[str, dict[str, Any]] = {
+    "sd1": {"cross_attention_dim": 768},
+    "sd2": {
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "cross_attention_dim": 2048,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (5, 10, 20),
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
 VAE = {
     "block_out_channels": (32, 32, 64, 64),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
