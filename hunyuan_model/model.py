@@ -6,6 +6,7 @@ float32.
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -61,7 +62,7 @@ class HunyuanFinalLayer(nn.Module):
         super().__init__()
         self.norm_final = Float32LayerNorm(dim, eps)
         self.linear = nn.Linear(dim, patch)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.adaLN_modulation: Any = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         shift, scale = self.rows(tokens.vector[:, :1])

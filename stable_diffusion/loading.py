@@ -7,6 +7,7 @@ and shapes of all tensors, tokenizers, the package for attention.
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText, check_activation
@@ -268,7 +269,11 @@ def _fill(
     ]
     parts += [(unet, release.unet, dtype, "the U-Net of --ckpt"), (vae, release.vae, vae_dtype, "the VAE")]
     for network, plan, own, what in parts:
-        load_planned(plan, lambda _, network=network: network, device, own, what).requires_grad_(False)
+        load_planned(plan, partial(_keep, network), device, own, what).requires_grad_(False)
+
+
+def _keep(network: nn.Module, _: Any) -> nn.Module:
+    return network
 
 
 def _dtype_of(options: ModelOptions) -> torch.dtype:

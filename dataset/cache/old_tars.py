@@ -32,7 +32,7 @@ def read_old_shard(path: Path) -> tuple[list[OldRow], bool]:
             try:
                 header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
             except tarfile.HeaderError as error:
-                return rows, is_whole and isinstance(error, tarfile.EOFHeaderError)
+                return rows, is_whole and isinstance(error, tarfile.EOFHeaderError)  # type: ignore[attr-defined]
             start = file.tell()
             end = start + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and header.size <= _MOST_COMMENT:

@@ -105,10 +105,10 @@ def _draw_curve(curve: Curve, across: _Axis, up: _Axis, colour: str) -> Iterator
 
     if curve.low is not None and curve.high is not None:
         pairs = zip(points(curve.low), points(curve.high), strict=True)
-        for is_finite, run in groupby(pairs, lambda pair: math.isfinite(pair[0][1] + pair[1][1])):
+        for is_finite, edges in groupby(pairs, lambda pair: math.isfinite(pair[0][1] + pair[1][1])):
             if not is_finite:
                 continue
-            low, high = zip(*run, strict=True)
+            low, high = zip(*edges, strict=True)
             corners = _numbers([*low, *reversed(high)])
             yield f'<polygon points="{corners}" fill="{colour}" fill-opacity="{FADED / 2}"/>'
     drawn = points(curve.y)

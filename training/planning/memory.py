@@ -194,10 +194,11 @@ def predict(
 
 def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
     """Return the items of the batch with the most pixels that the data set can give."""
-    items = list(items)
-    pools = repeat_items(items, count_repeats(items)).values()
+    there = list(items)
+    pools = repeat_items(there, count_repeats(there)).values()
     batches = [pool[: pool[0].table.batch_size] for pool in pools]
-    return tuple(max(batches, key=lambda batch: prod(batch[0].bucket) * len(batch)))
+    largest = max(batches, key=lambda batch: prod(batch[0].bucket) * len(batch))
+    return tuple(largest)
 
 
 def read_largest(
@@ -349,7 +350,9 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     step, vertical, horizontal = latent.stride
     token = latent.pixel_step // horizontal  # sides are multiples of it
     lengths, least = ([], frames) if latent.in_sections else (list_halves(frames), 1)
-    found = [("batch_size", str(number), (number, frames, height, width)) for number in list_halves(count)]
+    found: list[tuple[str, str, tuple[int, ...]]] = [
+        ("batch_size", str(number), (number, frames, height, width)) for number in list_halves(count)
+    ]
     for number in lengths:
         found.append(("target_frames", str(step * (number - 1) + 1), (1, number, height, width)))
     for factor in (0.75, 0.5, 0.375, 0.25):

@@ -165,10 +165,13 @@ class Saver:
                 _remove(entry)
 
     def _save(self, stem: str, with_state: bool) -> None:
-        averages, files, state = self.names.averages(stem), self.names.files(stem), self.names.state(stem)
+        files, state = self.names.files(stem), self.names.state(stem)
         written = []
-        for paths, write in ((averages, self.write_average), (files, self.write_file)):
-            for part, path in paths.items() if write is not None else ():
+        kinds = [(files, self.write_file)]
+        if self.write_average is not None:
+            kinds.insert(0, (self.names.averages(stem), self.write_average))
+        for paths, write in kinds:
+            for part, path in paths.items():
                 write(part, path)
                 logger.info("Saved %s", path)
                 written.append(path)
