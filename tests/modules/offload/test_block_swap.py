@@ -101,24 +101,6 @@ def test_after_an_interruption_anywhere_the_next_pass_is_right(
 
 
 @CHECKPOINTING
-def test_an_error_inside_a_block_leaves_the_next_pass_right(checkpointing: bool) -> None:
-    case = CASES[0]
-    dit, network = learner(case, 3, checkpointing, FakeDevice())
-    layer = dit.get_submodule("blocks.3.ffn.0")
-    forward = layer.forward
-
-    def fail(x: Tensor) -> Tensor:
-        raise KeyboardInterrupt
-
-    layer.forward = fail
-    with pytest.raises(KeyboardInterrupt):
-        gradients(case, dit, network)
-    layer.forward = forward
-
-    assert same(gradients(case, dit, network), expected_gradients(case, checkpointing))
-
-
-@CHECKPOINTING
 @pytest.mark.parametrize(("case", "blocks"), EVERY)
 def test_the_device_never_holds_more_than_was_promised(case: Case, blocks: int, checkpointing: bool) -> None:
     """All but the swapped blocks; at the most swapped, two of a list."""
