@@ -17,7 +17,8 @@ from modules.devices import own_stream
 from modules.dressing import dress, swapped_weights
 from modules.errors import OptionError
 from modules.fp8.products import add_product
-from modules.offload.turns import HostCopy, HostPlaceOf
+from modules.offload.block_swap import HostWeights
+from modules.offload.turns import HostCopy
 from modules.speed_options import Quantisation
 from networks.apply import LoraPatch, OriginalWeights
 from networks.loading import LoraUse, lora_uses
@@ -46,33 +47,32 @@ class DitLoader:
         """
         place = None
         if self.device.type != "cpu":
-            swapped = swapped_weights(self.family.dit, self.options.speed.swap, self.device)
-            place = HostPlaceOf(self.device, swapped)
+            place = swapped_weights(self.family.dit, self.options.speed.swap, self.device, whole=True)
         with own_stream(self.device):
             dit = self(expert, place, check)
             return dit, HostCopy(dit, self.device, place)
 
     def __call__(
-        self, expert: int, place: HostPlaceOf | None = None, check: Check | None = None
+        self, expert: int, place: HostWeights | None = None, check: Check | None = None
     ) -> nn.Module:
         """Load an expert to the device, or as `aside` does. Raises OptionError."""
         family, speed = self.family, self.options.speed
         uses = self.uses[expert] if self.uses else ()
         patch = self.originals[expert] if self.originals else (LoraPatch(uses) if uses else None)
-        swapped = swapped_weights(family.dit, speed.swap, self.device) if place is None else place.swapped
+        host = place or swapped_weights(family.dit, speed.swap, self.device)
         placement = Placement(
             self.device,
             attention=speed.attention.choice,
             patch=patch,
             fp8=self.fp8,
-            host=place or swapped,
+            host=host,
             check=check,
         )
         dit = family.load_dit(placement, expert)
         if patch is not None:
             patch.check()
         dit.eval().requires_grad_(False)
-        dress(dit, family.dit, self.device, speed.compilation.choice, swapped)
+        dress(dit, family.dit, self.device, speed.compilation.choice, host)
         return dit
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from blissful_tuner.metadata import as_png_texts, as_tags, with_plain_keys
 from generation.script_options import OutputOptions
-from modules.atomic_write import atomic_folder, claim_name, save_tensors
+from modules.atomic_write import atomic_folder, claim_name
+from modules.checkpoints.writing import save_tensors
 from modules.media.encoding import settle_codec
 from modules.media.pixels import frames_of
 from modules.media.reading import Frame

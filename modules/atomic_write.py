@@ -1,31 +1,20 @@
 """Write files atomically: to a temporary name in the same folder, flushed to disk, then renamed.
 
-Temporary names, `.NAME.MARK.tmp`, name their writer. A mark has the machine, the process and a random number,
-in hexadecimal. So the leftover of a killed process is known at once on its own machine, and a file that
-another process is writing is never taken for one. On other machines that share the folder only the age of a
-file can be asked. Nothing is locked: locks of network folders do not hold everywhere.
+Temporary names are `.NAME.MARK.tmp`. A leftover of a killed process is known by its age, so that a file that
+another process is writing is never taken for one. Nothing is locked: locks of network folders do not hold
+everywhere.
 """
 
 import contextlib
 import errno
-import functools
-import math
 import os
-import platform
 import re
 import secrets
 import shutil
 import time
-import uuid
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from modules.errors import OutputError
 
@@ -168,22 +157,21 @@ def recover_folder(path: Path) -> None:
 def remove_leftovers(
     folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS
 ) -> None:
-    """Remove temporary files and folders of killed runs. Files of living processes are left alone.
+    """Remove temporary files and folders of killed runs.
 
     of: given the final name of a temporary file, returns whether to remove it. older_seconds: how long a file
-    must have been unchanged if its name does not show whether its writer lives. Machines that share the
-    folder need clocks that agree to within an hour.
+    must have been unchanged; 0 if nobody else can be writing it. Machines that share the folder need clocks
+    that agree to within an hour.
     """
     now = time.time()
     with os.scandir(folder) as entries:
         for entry in entries:
-            temporary = parse_temporary(entry.name)
-            if temporary is None or not of(temporary.name):
+            temporary = _TEMPORARY.fullmatch(entry.name)
+            if temporary is None or not of(temporary["name"]):
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 # a folder's time changes with every file put into it
-                changed = entry.stat(follow_symlinks=False).st_mtime
-                if changed > now - temporary.least_age(older_seconds):
+                if older_seconds and entry.stat(follow_symlinks=False).st_mtime > now - older_seconds:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
@@ -232,26 +220,6 @@ def append_text(path: Path, text: str) -> None:
 def make_storable(text: str) -> str:
     """Return the text as valid UTF-8, for metadata: bytes of file names that are not become `\\udce9`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file, completely or not at all.
-
-    Tensors may be on any device; they are made contiguous on the CPU. Raises OutputError if writing fails.
-    """
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    size_bytes = sum(tensor.nbytes for tensor in ready.values())
-    with atomic_path(path, size_bytes) as temporary:
-        temporary.touch()
-        # keep the rights of the user's umask: the library replaces the file by one for the owner only
-        rights = temporary.stat().st_mode
-        try:
-            save_file(ready, temporary, metadata=dict(metadata) if metadata is not None else None)
-        except SafetensorError as error:  # its own way to report a full disk
-            raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
-        temporary.chmod(rights)
 
 
 def free_bytes(folder: Path) -> int:
@@ -303,62 +271,10 @@ def explain_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-# the mark of earlier versions had eight random digits, which tell nothing of the writer
-_MARK = r"[0-9a-f]{8}|(?P<machine>[0-9a-f]{8})(?P<process>[0-9a-f]{6})[0-9a-f]{4}"
-_TEMPORARY = re.compile(rf"\.(?P<name>.+)\.(?:{_MARK})\.tmp")
-_PROC = Path("/proc")
-
-
-@dataclass(frozen=True)
-class Temporary:
-    """Facts in the name of a temporary file."""
-
-    name: str  # of the file that it becomes
-    is_written: bool | None  # whether its writer lives; None: unknown, it may be on another machine
-
-    def least_age(self, older_seconds: float) -> float:
-        """Return how many seconds a leftover must have been unchanged. older_seconds: if nothing is known."""
-        if self.is_written is None:
-            return older_seconds
-        # the number of a process may have been given to another one since, so age counts for living ones too;
-        # that of a dead one never counts, whatever the clock of the folder's machine says
-        return LEFTOVER_SECONDS if self.is_written else -math.inf
+# earlier versions put the writer's machine and process into the mark, in front
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{8}|[0-9a-f]{18})\.tmp")
 
 
 def temporary_name(path: Path) -> Path:
     """Return a new temporary path in the folder of `path`."""
-    mark = f"{_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
-    return path.with_name(f".{path.name}.{mark}.tmp")
-
-
-def parse_temporary(name: str) -> Temporary | None:
-    """Return the facts in the name of a temporary file; else None."""
-    found = _TEMPORARY.fullmatch(name)
-    if found is None:
-        return None
-    is_ours = found["machine"] is not None and int(found["machine"], 16) == _machine()
-    return Temporary(found["name"], _is_alive(int(found["process"], 16)) if is_ours else None)
-
-
-@functools.cache
-def _machine() -> int:
-    """Return a number that identifies this boot of the machine and this container."""
-    words = [platform.node()]
-    try:
-        words.append((_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii"))
-        words.append(str((_PROC / "self/ns/pid").stat().st_ino))
-    except OSError:
-        words.append(str(uuid.getnode()))
-    return zlib.crc32("\n".join(words).encode())
-
-
-def _is_alive(process: int) -> bool | None:
-    if os.name == "nt":  # asking by a signal would end the process there
-        return None
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        return True
-    return True
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

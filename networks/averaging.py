@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.atomic_write import save_tensors
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
-from modules.checkpoints.writing import stream_tensors
+from modules.checkpoints.writing import save_tensors, stream_tensors
 from modules.errors import CheckpointError
 from networks.loading import list_some
 from networks.metadata import STALE, add_hashes, expert_of

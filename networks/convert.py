@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from modules.atomic_write import save_tensors
 from modules.checkpoints.opening import checkpoint_paths
+from modules.checkpoints.writing import save_tensors
 from modules.console import as_size, show_box
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.devices import choose_device

@@ -10,10 +10,10 @@ from logging import getLogger
 import torch
 from torch import Tensor
 
-from modules.atomic_write import save_tensors
 from modules.checkpoints.dits import bare_names
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
+from modules.checkpoints.writing import save_tensors
 from modules.console import as_size, in_words, show_box
 from modules.devices import choose_device
 from modules.errors import CheckpointError

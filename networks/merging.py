@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modules.atomic_write import free_bytes, save_tensors
+from modules.atomic_write import free_bytes
 from modules.checkpoints.finite import FiniteCheck
 from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
-from modules.checkpoints.writing import stream_tensors
+from modules.checkpoints.writing import save_tensors, stream_tensors
 from modules.console import as_size, in_words, show_box
 from modules.contract.loading import TensorInfo
 from modules.devices import choose_device, dtype_name

@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from modules.atomic_write import save_tensors
 from modules.checkpoints.opening import Checkpoint
+from modules.checkpoints.writing import save_tensors
 from modules.contract.rules import expert_of_file, named_expert
 from modules.text_files import parse_json, read_text
 from networks.deltas import DORA, Factors, group_by_module, rank_of

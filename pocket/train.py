@@ -18,8 +18,8 @@ from torch import nn
 
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
-from modules.atomic_write import save_tensors
 from modules.checkpoints.opening import open_checkpoint
+from modules.checkpoints.writing import save_tensors
 from modules.command import command_line
 from modules.layers.rope import axis_angles
 from modules.options import read_options

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 
 from encoders.t5_network import T5Config, T5Network
-from modules.atomic_write import save_tensors, write_text
+from modules.atomic_write import write_text
+from modules.checkpoints.writing import save_tensors
 from modules.seeds import derive_seed
 from pocket import drawing
 from pocket.captions import WORDINGS, caption

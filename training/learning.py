@@ -1,7 +1,6 @@
 """Load the networks of a plan, make the trained part with its optimizer, and put the run together."""
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,8 +13,7 @@ from modules.contract.loading import HostPlace
 from modules.contract.rules import Expert
 from modules.dressing import swapped_weights
 from modules.errors import MemoryPlanError
-from modules.offload.host_memory import machine_of
-from modules.offload.turns import HostCopy, HostPlaceOf
+from modules.offload.turns import HostCopy
 from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from modules.planning.memory_plan import gib
 from modules.speed_options import SwapOptions
@@ -137,9 +135,8 @@ class Loading:
     def load(self, family: Family, index: int, attach: Callable[[nn.Module, Expert], None]) -> nn.Module:
         """Load and dress the network of an expert. attach: adds the trained part."""
         options, device, expert = self.plan.options, self.plan.accelerator.device, family.experts[index]
-        host = swapped_weights(family.dit, self.swap, device)
-        place = HostPlaceOf(device, host, machine_of(os.environ)) if self.takes_turns else None
-        dit = _load_dit(self.plan, family, index, place or host)
+        host = swapped_weights(family.dit, self.swap, device, whole=self.takes_turns)
+        dit = _load_dit(self.plan, family, index, host)
         attach(dit, expert)
         is_compiled = options.speed.compilation.choice is not None
         if self.has_samples and options.samples.loras():
@@ -149,8 +146,8 @@ class Loading:
             ]
             self.sample_loras.append(add_loras(dit, extra, is_compiled))
         dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
-        if place is not None:
-            self.copies[dit] = HostCopy(dit, device, place)
+        if self.takes_turns:
+            self.copies[dit] = HostCopy(dit, device, host)
         elif index + 1 < len(family.experts):
             _require_room(dit, device)
         return dit

@@ -6,7 +6,6 @@ dialects: translate names of files to ours, join parts
 dits: load transformers of every family
 encoders: find encoders in Hugging Face's layout
 filling: fill a network from an open file
-fp8_layers: choose weights to keep in 8 bits
 finite: find NaN or infinite weights while reading
 kinds: recognise model files by the names of tensors
 latents: read latent files, as generation writes them

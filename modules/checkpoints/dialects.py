@@ -12,8 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.filling import load_module, on_meta_device
-from modules.checkpoints.fp8_layers import encoder_loading
+from modules.checkpoints.filling import encoder_loading, load_module, on_meta_device
 from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint
 from modules.contract.loading import TensorSource
@@ -51,7 +50,7 @@ def load_planned(
     with on_meta_device():
         network = build(plan.config)
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
-    fp8 = encoder_loading(network, plan.sources, plan.checkpoint.tensors, device) if in_fp8 else None
+    fp8 = encoder_loading(network, plan.sources, plan.checkpoint.tensors) if in_fp8 else None
     load_module(
         network,
         plan.checkpoint,

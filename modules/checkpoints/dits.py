@@ -9,8 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from modules.checkpoints.filling import load_module, on_meta_device
-from modules.checkpoints.fp8_layers import Fp8Loading, find_fp8_weights
+from modules.checkpoints.filling import Fp8Loading, find_fp8_weights, load_module, on_meta_device
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement, TensorSource
@@ -231,9 +230,9 @@ def _fp8_layers(
     )
     if not kept:
         rounded = _without(linear_weights(dit, spec.block_lists, spec.fp8_exclude), last)
-        return Fp8Loading(quantisation, rounded, (), placement.device)
+        return Fp8Loading(quantisation, rounded)
     refuse_fp8_file(path, quantisation, placement.patch is not None)
-    return Fp8Loading(quantisation, (), kept, placement.device)
+    return Fp8Loading(quantisation, kept=kept)
 
 
 def refuse_fp8_file(path: Path, quantisation: Quantisation, has_loras: bool) -> None:

@@ -14,8 +14,10 @@ file.
 
 import contextlib
 import fnmatch
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +27,46 @@ from torch.overrides import TorchFunctionMode
 
 from modules.bars import BYTES, track
 from modules.checkpoints.finite import FiniteCheck
-from modules.checkpoints.fp8_layers import Fp8Loading
 from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint
 from modules.contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
 from modules.devices import empty_pinned, release_pinned_memory
-from modules.errors import CheckpointError
-from modules.fp8.weights import E4M3, attach
+from modules.errors import CheckpointError, OptionError
+from modules.fp8.weights import E4M3, attach, linear_weights, quantise
+from modules.speed_options import Quantisation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fp8Loading:
+    """Hold which weights of linear layers are kept in 8 bits while a network is loaded."""
+
+    quantisation: Quantisation
+    rounded: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()  # which the file has in 8 bits already
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.rounded or name in self.kept
+
+
+def find_fp8_weights(
+    names: Collection[str], sources: Mapping[str, TensorSource], tensors: Mapping[str, TensorInfo]
+) -> frozenset[str]:
+    """Return those of the weights that a file with these tensors holds in 8 bits."""
+    return frozenset(name for name in names if name in sources and sources[name].is_fp8_in(tensors))
+
+
+def encoder_loading(
+    encoder: nn.Module, sources: Mapping[str, TensorSource], tensors: Mapping[str, TensorInfo]
+) -> Fp8Loading:
+    """Keep all linear layers of a text encoder in 8 bits; those of an fp8 file stay as they are.
+
+    Embeddings and norms are not rounded.
+    """
+    names = linear_weights(encoder)
+    kept = find_fp8_weights(names, sources, tensors)
+    return Fp8Loading(Quantisation("rows", float32_scales=True), names - kept, kept)
+
 
 FIRST_WEIGHTS = {init.constant_, init.kaiming_uniform_, init.normal_, init.uniform_}
 
@@ -58,7 +94,7 @@ def load_module(
     checkpoint: Checkpoint,
     sources: Mapping[str, TensorSource],
     *,
-    device: torch.device | Callable[[str], torch.device],
+    device: torch.device,
     dtype: Callable[[str, torch.dtype], torch.dtype],
     patch: WeightPatch | None = None,
     ignore: Sequence[str] = (),
@@ -71,21 +107,20 @@ def load_module(
     and dtype.
 
     sources: our state-dict names -> how each is made. dtype: (our name, dtype in the file) -> dtype to keep.
-    device: of all, or our name -> device. patch: given our name and the weight before it is rounded to that
-    dtype; returns the weight to keep. ignore: patterns (`*`) of tensors in the file that need not be used.
-    what: the option or network, for messages. fp8: which weights of linear layers are kept in 8 bits; they
-    are rounded on its device and then go to theirs. host: keeps some of the tensors in host memory; they are
-    made on the device all the same, where anything is to be computed. check: called before each tensor, in
-    place of a progress bar; it may raise to end the loading. Parameters come out with `requires_grad` off. On
-    the meta device nothing is read. Raises CheckpointError listing every missing, unexpected and misshaped
-    tensor, before anything is read, and naming those with values that are NaN or
-    infinite.
+    patch: given our name and the weight before it is rounded to that dtype; returns the weight to keep.
+    ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for
+    messages. host: keeps some of the tensors in host memory; they are made on the device all the same, where
+    anything is to be computed. check: called before each tensor, in place of a progress bar; it may raise to
+    end the loading. Parameters come out with `requires_grad` off. On the meta device nothing is read. Raises
+    CheckpointError listing every missing, unexpected and misshaped tensor, before anything is read, and
+    naming those with values that are NaN or infinite; OptionError if the device has no fp8.
     """
+    if fp8 is not None and device.type == "mps":
+        raise OptionError("Apple's GPUs do not support fp8: leave the fp8 options out, or use --device cpu")
     wanted = module.state_dict()
     _check_fit(wanted, checkpoint, sources, ignore, what)
     dtypes = {name: dtype(name, checkpoint.tensors[sources[name].names[0]].dtype) for name in wanted}
-    devices = {name: device if isinstance(device, torch.device) else device(name) for name in wanted}
-    filling = _Filling(module, checkpoint, sources, dtypes, devices, patch, fp8, host)
+    filling = _Filling(module, checkpoint, sources, dtypes, device, patch, fp8, host)
     sizes = {
         name: sum(checkpoint.tensors[part].size_bytes for part in sources[name].names) for name in wanted
     }
@@ -95,14 +130,17 @@ def load_module(
         sum(sizes.values()),
         sizes.__getitem__,
         BYTES,
-        shown=check is None and any(place.type != "meta" for place in devices.values()),
+        shown=check is None and device.type != "meta",
     ):
         if check is not None:
             check()
         filling.fill(name)
     filling.finish()
-    if fp8 is not None:
-        fp8.report(what)
+    if fp8 is not None and fp8.kept:
+        logger.info("%s: %d linear layers stay in fp8 as the file has them", what, len(fp8.kept))
+    if fp8 is not None and fp8.rounded:
+        how = "cast to fp8" if fp8.quantisation.kind == "cast" else "in fp8 with a scale per row"
+        logger.info("%s: %d linear layers %s", what, len(fp8.rounded), how)
     if filling.held and host is not None:
         host.finish()
 
@@ -119,103 +157,85 @@ class _Filling:
         checkpoint: Checkpoint,
         sources: Mapping[str, TensorSource],
         dtypes: Mapping[str, torch.dtype],
-        devices: Mapping[str, torch.device],
+        device: torch.device,
         patch: WeightPatch | None,
         fp8: Fp8Loading | None,
         host: HostPlace | None,
     ) -> None:
         """dtypes: to keep if not in 8 bits. The rest: see `load_module`."""
         self._module, self._checkpoint, self._sources = module, checkpoint, sources
-        self._dtypes, self._devices, self._patch, self._fp8 = dtypes, devices, patch, fp8
+        self._dtypes, self._device, self._patch, self._fp8 = dtypes, device, patch, fp8
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        self.held = self._hold(host)  # memory for the tensors that stay on the host
+        self.held: Mapping[str, Tensor] = {}  # memory for the tensors that stay on the host
+        if host is not None and device.type != "meta":
+            self.held = host.hold(
+                module,
+                {name: TensorInfo(self._kept_dtype(name), shape) for name, shape in self._shapes.items()},
+            )
         self._is_filled_here = host is None or host.is_filled_here
         self._finite = FiniteCheck(checkpoint.path)
         # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
-        made = [name for name in dtypes if devices[name].type != "meta" and not self._is_as_stored(name)]
-        room = max((self._room(name) for name in made), default=0)
-        self._is_pinned = any(
-            (fp8.device if fp8 is not None and name in fp8 else devices[name]).type == "cuda" for name in made
+        room = max(
+            (
+                sum(checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in sources[name].names)
+                for name in dtypes
+            ),
+            default=0,
         )
         self._scratch = (
-            empty_pinned([room], torch.uint8) if self._is_pinned else torch.empty(room, dtype=torch.uint8)
+            empty_pinned([room], torch.uint8)
+            if device.type == "cuda"
+            else torch.empty(room, dtype=torch.uint8)
         )
 
     def fill(self, name: str) -> None:
         """Read, make and place one tensor of the network."""
-        source, device, place = self._sources[name], self._devices[name], self.held.get(name)
+        place, dtype = self.held.get(name), self._dtypes[name]
         if self._fp8 is not None and name in self._fp8:
             self._fill_fp8(name, self._fp8, place)
             return
         if place is not None and not self._is_filled_here:
             tensor = place
-            if self._patch is not None:
-                # the patch notes which deltas find their weight
-                self._patch(name, torch.empty(place.shape, dtype=self._dtypes[name], device="meta"))
-        elif self._is_as_stored(name):
-            tensor = self._read_as_stored(source.names[0], place)
-            self._finite.note(source.names[0], tensor)
+            if self._patch is not None:  # it notes which deltas find their weight
+                self._patch(name, torch.empty(place.shape, dtype=dtype, device="meta"))
         else:
-            tensor = (
-                torch.empty(self._shapes[name], dtype=self._dtypes[name], device=device)
-                if place is None
-                else place
-            )
-            if device.type != "meta":
-                tensor.copy_(self._make(name, device, self._dtypes[name]))
+            shape = self._shapes[name]
+            tensor = torch.empty(shape, dtype=dtype, device=self._device) if place is None else place
+            self._write(name, tensor)
         _place_weight(self._module, name, tensor)
 
     def finish(self) -> None:
         """Check that all values are finite, and free the buffer."""
         self._finite.finish()
         del self._scratch
-        if self._is_pinned:
+        if self._device.type == "cuda":
             release_pinned_memory()
-
-    def _hold(self, host: HostPlace | None) -> Mapping[str, Tensor]:
-        """Return memory for the tensors that stay on the host; none if nothing is read."""
-        if host is None or all(device.type == "meta" for device in self._devices.values()):
-            return {}
-
-        def dtype(name: str) -> torch.dtype:
-            if self._fp8 is None or name not in self._fp8:
-                return self._dtypes[name]
-            return self._stored_dtype(name) if name in self._fp8.kept else E4M3
-
-        return host.hold(
-            self._module, {name: TensorInfo(dtype(name), shape) for name, shape in self._shapes.items()}
-        )
 
     def _stored_dtype(self, name: str) -> torch.dtype:
         return self._checkpoint.tensors[self._sources[name].names[0]].dtype
 
-    def _is_as_stored(self, name: str) -> bool:
-        """Return whether the file has a tensor just as it stays in host memory."""
-        return (
-            self._patch is None
-            and not (self._fp8 is not None and name in self._fp8)
-            and (name in self.held or self._devices[name].type == "cpu")
-            and self._sources[name].build is None
-            and self._stored_dtype(name) == self._dtypes[name]
-        )
+    def _kept_dtype(self, name: str) -> torch.dtype:
+        if self._fp8 is None or name not in self._fp8:
+            return self._dtypes[name]
+        return self._stored_dtype(name) if name in self._fp8.kept else E4M3
 
-    def _room(self, name: str) -> int:
-        """Return the bytes needed to read all parts of a tensor."""
-        parts = self._sources[name].names
-        return sum(self._checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in parts)
-
-    def _read_as_stored(self, part: str, place: Tensor | None) -> Tensor:
-        if place is None:
-            return self._checkpoint.read(part)
-        tensor = self._checkpoint.borrow(part, place.view(-1).view(torch.uint8))
-        if tensor.data_ptr() != place.data_ptr():  # of a mapped file
-            place.copy_(tensor)
-        return place
-
-    def _make(self, name: str, device: torch.device, target: torch.dtype) -> Tensor:
-        """Make a tensor on a device, not yet rounded to its dtype; it may be a view of the buffer."""
+    def _write(self, name: str, tensor: Tensor) -> None:
+        """Write the values of a tensor of the network into its memory."""
         source = self._sources[name]
-        tensor = source.make(self._parts(source, device))
+        is_stored_so = source.build is None and self._stored_dtype(name) == tensor.dtype
+        if tensor.device.type == "cpu" and self._patch is None and is_stored_so:
+            # straight to where it stays
+            part = self._checkpoint.borrow(source.names[0], tensor.view(-1).view(torch.uint8))
+            if part.data_ptr() != tensor.data_ptr():  # of a mapped file
+                tensor.copy_(part)
+            self._finite.note(source.names[0], tensor)
+        elif tensor.device.type != "meta":
+            tensor.copy_(self._make(name, tensor.dtype))
+
+    def _make(self, name: str, target: torch.dtype) -> Tensor:
+        """Make a tensor on the device, not yet rounded to its dtype; it may be a view of the buffer."""
+        source = self._sources[name]
+        tensor = source.make(self._parts(source))
         if self._patch is None:
             return tensor
         if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
@@ -223,11 +243,11 @@ class _Filling:
             tensor = tensor.to(target if target.itemsize > 1 else torch.float32)
         return self._patch(name, tensor)
 
-    def _parts(self, source: TensorSource, device: torch.device) -> list[Tensor]:
-        """Read the parts of a tensor, on that device; may be views of the buffer."""
+    def _parts(self, source: TensorSource) -> list[Tensor]:
+        """Read the parts of a tensor, on the device; may be views of the buffer."""
         parts, start = [], 0
         for part in source.names:
-            parts.append(self._checkpoint.borrow(part, self._scratch[start:]).to(device))
+            parts.append(self._checkpoint.borrow(part, self._scratch[start:]).to(self._device))
             self._finite.note(part, parts[-1])
             start += -(-self._checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
         return parts
@@ -235,24 +255,22 @@ class _Filling:
     def _fill_fp8(self, name: str, fp8: Fp8Loading, place: Tensor | None) -> None:
         """Give a linear layer its weight in 8 bits: the file's own, or the file's rounded after the patch.
 
-        place: where the weight is to stay; None: on its device. All processes that share places make the
+        place: where the weight is to stay; None: on the device. All processes that share places make the
         scales, one of them writes the weights.
         """
-        source, device = self._sources[name], self._devices[name]
         layer = self._module.get_submodule(name.removesuffix(".weight"))
         assert isinstance(layer, nn.Linear)
         scale: Tensor | None
-        if device.type == "meta":
-            weight, scale = torch.empty(layer.weight.shape, dtype=E4M3, device=device), None
+        if self._device.type == "meta":
+            weight, scale = torch.empty(layer.weight.shape, dtype=E4M3, device="meta"), None
         elif name in fp8.kept:
-            weight, scale = source.make_fp8(self._parts(source, fp8.device))
-            weight = weight.to(device, copy=True) if place is None else weight
+            weight, scale = self._sources[name].make_fp8(self._parts(self._sources[name]))
+            weight = weight.clone() if place is None else weight  # not a view of the buffer
         else:
-            weight, scale = fp8.round(name, self._make(name, fp8.device, self._stored_dtype(name)))
-            weight = weight.to(device) if place is None else weight
+            weight, scale = quantise(self._make(name, self._stored_dtype(name)), fp8.quantisation)
         if place is not None:
             weight = place.copy_(weight) if self._is_filled_here else place
-        attach(layer, weight, None if scale is None else scale.to(fp8.device, copy=True), fp8.quantisation)
+        attach(layer, weight, None if scale is None else scale.clone(), fp8.quantisation)
 
 
 def _place_weight(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -49,6 +49,14 @@ def stream_tensors(
             del tensor  # before the next one is read
 
 
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors that are in memory, on any device, as `stream_tensors` does."""
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensors(path, infos, tensors.__getitem__, metadata)
+
+
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the bytes of the file that `stream_tensors` would write. Raises OutputError as it does."""
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -19,7 +19,7 @@ the weight's name, and the weight is fetched again. Trained weights are stepped 
 import functools
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.nn import Parameter
 from modules.contract.loading import TensorInfo
 from modules.contract.steps import Tweaks
 from modules.offload.host_memory import (
+    ALONE,
     HostTensors,
     Machine,
     Transfer,
@@ -46,57 +47,65 @@ from modules.run_blocks import Hidden, Runner, runner_of, set_runner
 logger = logging.getLogger(__name__)
 
 _NAME = "_block_swap"  # under which a network carries its own
-MOST_PASSES = 16  # of a step, whose successors are remembered
 
 
 class HostWeights:
-    """The weights of one network that stay in host memory: a `HostPlace`."""
+    """The weights of one network that are in host memory: a `HostPlace`."""
 
-    def __init__(self, plan: SwapPlan, pinned: bool, machine: Machine) -> None:
-        """pinned: for a CUDA device. machine: the processes that share the weights."""
+    def __init__(self, plan: SwapPlan, pinned: bool, machine: Machine = ALONE, whole: bool = False) -> None:
+        """pinned: for a CUDA device. machine: the processes that share the memory.
+
+        whole: all tensors, for a network that takes turns; else those that the plan keeps off the device.
+        """
         self.plan = plan
-        self._pinned, self._machine = pinned, machine
+        self._pinned, self._machine, self._whole = pinned, machine, whole
         self._held: HostTensors | None = None
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Allocate memory for the weights in the plan.
-
-        Raises OptionError if the network has too few blocks.
-        """
-        self._held = allocate(
-            {name: tensors[name] for name in self.plan.names(network)}, self._pinned, self._machine
-        )
-        self._held.warn_if_unlocked()
+        """Allocate the memory. Raises OptionError if the network has too few blocks."""
+        names = tensors if self._whole else self.plan.names(network)
+        self._held = allocate({name: tensors[name] for name in names}, self._pinned, self._machine)
         return self._held.tensors
 
     @property
     def is_filled_here(self) -> bool:
         return self._held is None or self._held.is_filled_here
 
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the memory by name; none before loading."""
+        return {} if self._held is None else self._held.tensors
+
     def finish(self) -> None:
         wait_for_all(self._machine)
 
     def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:
-        """Return the weights by name; move them here if the network was loaded without `hold`."""
-        if self._held is not None:
-            return self._held.tensors
-        weights = {name: network.get_parameter(name) for name in self.plan.names(network)}
-        held = self.hold(
-            network, {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
-        )
-        for name, weight in weights.items():
-            if self.is_filled_here:
-                held[name].copy_(weight.data)
-            weight.data = held[name]  # one by one: no second copy of all
-        self.finish()
-        return held
+        """Return the swapped weights by name; move them here if the network was loaded without `hold`."""
+        names = self.plan.names(network)
+        if self._held is None:
+            weights = {name: network.get_parameter(name) for name in names}
+            held = self.hold(
+                network,
+                {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
+            )
+            for name, weight in weights.items():
+                if self.is_filled_here:
+                    held[name].copy_(weight.data)
+                weight.data = held[name]  # one by one: no second copy of all
+            self.finish()
+        return {name: self.tensors[name] for name in names}
 
 
 def host_weights(
-    plan: SwapPlan, device: torch.device, environment: Mapping[str, str] = os.environ
+    plan: SwapPlan, device: torch.device, environment: Mapping[str, str] = os.environ, whole: bool = False
 ) -> HostWeights | None:
-    """Return the host memory for the weights that the plan keeps off the device; None if there are none."""
-    return HostWeights(plan, device.type == "cuda", machine_of(environment)) if plan else None
+    """Return the host memory for the weights that the plan keeps off the device; None if there are none.
+
+    whole: for all weights.
+    """
+    if not (plan or whole):
+        return None
+    return HostWeights(plan, device.type == "cuda", machine_of(environment), whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,20 +193,14 @@ class BlockSwap:
         self._num_blocks, self._transfer = num_blocks, transfer
         self._owners: dict[int, tuple[Slot, int]] = {}  # address of device memory -> whose, which part
         self._turns, self._skipped = False, frozenset[int]()
-        self._which: Hashable = None
-        self._next: dict[Hashable, frozenset[int]] = {}  # pass -> what the one after it skipped the last time
         self._at: tuple[int, bool] | None = None
 
-    def begin(self, turns: bool, skipped: Set[int], which: Hashable = None) -> None:
+    def begin(self, turns: bool, skipped: Set[int]) -> None:
         """Start a forward pass.
 
-        turns: a backward pass follows. skipped: positions of blocks that do not run. which: the pass of a
-        step (`Turn.which`); at its end, what the pass after it skipped in the step before is not fetched.
+        turns: a backward pass follows. skipped: positions of blocks that do not run.
         """
-        if len(self._next) >= MOST_PASSES:
-            self._next.clear()  # of sections that are done
-        self._next[self._which] = frozenset(skipped)
-        self._turns, self._skipped, self._which, self._at = turns, frozenset(skipped), which, None
+        self._turns, self._skipped, self._at = turns, frozenset(skipped), None
         self._prepare(next(self._route(0, False), 0), False)
 
     def bring(self, position: int, skipped: Set[int]) -> None:
@@ -216,8 +219,7 @@ class BlockSwap:
 
     def run_all(self, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
         """Run the blocks by the runner that was set before; `modules.run_blocks` calls this."""
-        which = None if tweaks.turn is None else tweaks.turn.which
-        self.begin(torch.is_grad_enabled(), tweaks.skip_blocks, which)
+        self.begin(torch.is_grad_enabled(), tweaks.skip_blocks)
         inner(dit, hidden, tweaks)
 
     def enter(self, position: int, backward: bool) -> None:
@@ -277,11 +279,7 @@ class BlockSwap:
             yield from everything
         else:
             yield from (each for each in taken if each >= position)
-            if self._turns:
-                yield from reversed(taken)
-                return
-            skipped_next = self._next.get(self._which, frozenset())
-            yield from (each for each in everything if each not in skipped_next)
+            yield from reversed(taken) if self._turns else everything
 
     def _prepare(self, position: int, backward: bool) -> None:
         """Fill the slots of all rings with the next units that are not in them yet."""
@@ -367,7 +365,7 @@ def swap_blocks(
     with; None changes nothing. transfer: None chooses one for the device.
     Raises OptionError if the network has too few blocks.
     """
-    if host is None:
+    if host is None or not host.plan:
         return
     places = host.adopt(dit)
     for path in host.plan.input_layer_names(dit):

@@ -66,18 +66,6 @@ class HostTensors:
     is_filled_here: bool = True
     unlocked_bytes: int = 0  # of memory that was to be pinned and is not
 
-    def warn_if_unlocked(self) -> None:
-        """Log the consequence if the driver did not lock all of it."""
-        if self.unlocked_bytes:
-            total = sum(tensor.nbytes for tensor in self.tensors.values())
-            logger.warning(
-                "The driver refused to lock %.1f of %.1f GB of host memory: copies between these and the "
-                "device are slower, and the host waits for them. Windows locks about half of a machine's "
-                "memory at most, WSL much less.",
-                self.unlocked_bytes / 1e9,
-                total / 1e9,
-            )
-
 
 def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine = ALONE) -> HostTensors:
     """Allocate uninitialised memory for these tensors.
@@ -94,7 +82,20 @@ def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine = A
         name: whole[start : start + info.size_bytes].view(info.dtype).view(info.shape)
         for start, (name, info) in zip(starts, infos.items(), strict=True)
     }
+    if unlocked:
+        _warn_of_unlocked(unlocked, sum(tensor.nbytes for tensor in tensors.values()))
     return HostTensors(tensors, mapping is None or machine.rank == 0, unlocked)
+
+
+@functools.cache  # inputs of blocks come in many pieces of one size
+def _warn_of_unlocked(size: int, total: int) -> None:
+    logger.warning(
+        "The driver refused to lock %.1f of %.1f GB of host memory: copies between these and the device are "
+        "slower, and the host waits for them. Windows locks about half of a machine's memory at most, WSL "
+        "much less.",
+        size / 1e9,
+        total / 1e9,
+    )
 
 
 def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:

@@ -1,6 +1,6 @@
 """Take turns on a device: frozen weights of a network stay in host memory and are copied there to work.
 
-    place = HostPlaceOf(device, swapped_weights(...))     # to load from disk straight into host memory
+    place = swapped_weights(..., device, whole=True)      # to load from disk straight into host memory
     dit = family.load_dit(Placement(device, host=place), expert)
     ...                                                   # LoRA, compilation, checkpointing, swap
     copy = HostCopy(dit, device, place)                   # call last; None: it was loaded without a place
@@ -12,7 +12,6 @@ weights never change, so that leaving only frees memory. Parameters that learn s
 weights stay in host memory, and the buffers of the swap are freed on leaving.
 """
 
-from collections.abc import Mapping
 from itertools import chain
 
 import torch
@@ -20,62 +19,7 @@ from torch import Tensor, nn
 
 from modules.contract.loading import TensorInfo
 from modules.offload.block_swap import HostWeights, swap_of
-from modules.offload.host_memory import (
-    ALONE,
-    HostTensors,
-    Machine,
-    Transfer,
-    allocate,
-    transfer_to,
-    wait_for_all,
-)
-
-
-class HostPlaceOf:
-    """Host memory for all weights of one network that is about to be loaded: a `HostPlace`."""
-
-    def __init__(
-        self, device: torch.device, swapped: HostWeights | None = None, machine: Machine = ALONE
-    ) -> None:
-        """device: where the network will work. swapped: weights that never leave host memory. machine: the
-        processes that share the memory; for all of them the same as that of `swapped`.
-        """
-        self.swapped = swapped
-        self._device, self._machine = device, machine
-        self._held: HostTensors | None = None
-
-    def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Allocate memory for every tensor; the swapped ones get that of `swapped`."""
-        swapped = {} if self.swapped is None else self.swapped.hold(network, tensors)
-        rest = {name: info for name, info in tensors.items() if name not in swapped}
-        self._held = allocate_for(rest, self._device, self._machine)
-        return {**swapped, **self._held.tensors}
-
-    @property
-    def is_filled_here(self) -> bool:
-        """Return whether this process writes the weights."""
-        parts = (self._held, self.swapped)
-        return any(part.is_filled_here for part in parts if part is not None) or self._held is None
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Return the memory of all tensors but the swapped ones by name; none before loading."""
-        return {} if self._held is None else self._held.tensors
-
-    def finish(self) -> None:
-        """Return when all processes have written their weights."""
-        if self.swapped is not None:
-            self.swapped.finish()
-        wait_for_all(self._machine)
-
-
-def allocate_for(
-    infos: Mapping[str, TensorInfo], device: torch.device, machine: Machine = ALONE
-) -> HostTensors:
-    """Allocate host memory for copies to a device: pinned for CUDA, as far as the driver locks it."""
-    held = allocate(infos, device.type == "cuda", machine)
-    held.warn_if_unlocked()
-    return held
+from modules.offload.host_memory import Transfer, allocate, transfer_to
 
 
 class HostCopy:
@@ -88,7 +32,7 @@ class HostCopy:
         self,
         network: nn.Module,
         device: torch.device,
-        place: HostPlaceOf | None = None,
+        place: HostWeights | None = None,
         transfer: Transfer | None = None,
     ) -> None:
         """Take over a network. Tensors outside `place` are copied to host memory first, one by one.
@@ -117,7 +61,7 @@ class HostCopy:
             for name, tensor in moving.items()
             if name not in there
         }
-        new = allocate_for(rest, device).tensors
+        new = allocate(rest, device.type == "cuda").tensors
         for name, tensor in moving.items():
             host = there.get(name)
             if host is None:

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from modules.attention.attend import attend
-from modules.attention.sdpa import kernels
 from modules.compile import check_compilation, compile_blocks
 from modules.compile_options import Compilation
 from modules.fp8.products import choose_product, supports_fp8
@@ -65,63 +63,6 @@ def assert_near(found: Sequence[tuple[Tensor, list[Tensor]]], share: float) -> N
     assert relative_error(ours, velocity) < share
     joined = [torch.cat([one.flatten() for one in each]) for each in (our_grown, grown)]
     assert relative_error(*joined) < 2 * share
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tiny", "autocast"),  # few, as inductor takes some 20 seconds for a block that learns
-    [
-        pytest.param(WAN, False, id="wan"),
-        pytest.param(WAN, True, id="wan autocast", marks=pytest.mark.gpu),
-        pytest.param(HUNYUAN, True, id="hunyuan autocast", marks=pytest.mark.gpu),
-    ],
-)
-def test_numbers_are_those_of_uncompiled_blocks_and_the_next_step_compiles_nothing(
-    device: torch.device, tiny: TinyDit, autocast: bool
-) -> None:
-    inputs, found = sent(tiny.inputs(SIZES[1], 2), device), []
-    for compiled in (False, True):
-        dit, network = learner_on(tiny, device, compiled)
-        found.append(gradients(dit, network, inputs, autocast))
-    assert_near(found, NEAR[autocast])
-    first = compilations()
-    assert first > 0
-    with no_waits(device):
-        gradients(dit, network, inputs, autocast)
-    assert compilations() == first
-    assert counters["graph_break"] == {}
-
-
-@pytest.mark.slow
-def test_blocks_are_compiled_twice_at_most_for_many_sizes(device: torch.device) -> None:
-    tiny = WAN
-    results: list[list[Tensor]] = []
-    for compiled in (False, True):
-        dit = tiny.make(3).to(device)
-        if compiled:
-            compile_blocks(dit, tiny.spec, choice_on(device))
-        with torch.no_grad():
-            results.append([dit(**sent(tiny.inputs(size, 1), device)) for size in SIZES])
-    for plain, ours in zip(*results, strict=True):
-        assert relative_error(ours, plain) < NEAR[False]
-    assert compilations() == 2 * len(tiny.spec.block_lists)
-
-
-@pytest.mark.slow
-def test_dropout_is_that_of_uncompiled_blocks_for_every_seed(device: torch.device) -> None:
-    tiny, dropout, results = WAN, {"neuron_dropout": 0.3}, []
-    inputs = sent(tiny.inputs(SIZES[0], 2), device)
-    for compiled in (False, True):
-        dit, network = learner_on(tiny, device, compiled, **dropout)
-        results.append([])
-        for seed in (1, 2, 1):
-            network.set_dropout_seed(seed)
-            results[-1].append(gradients(dit, network, inputs))
-    for plain, ours in zip(*results, strict=True):
-        assert_near([plain, ours], NEAR[False])
-    first, second = (torch.cat([one.flatten() for one in each[1]]) for each in results[1][:2])
-    assert relative_error(second, first) > 0.05
-    assert compilations() == 2  # the first block and the others: not one for each seed
 
 
 @pytest.mark.slow
@@ -194,19 +135,3 @@ def test_compiled_blocks_with_fp8_products(cuda: torch.device) -> None:
 @pytest.mark.gpu
 def test_a_gpu_has_all_that_inductor_needs(cuda: torch.device) -> None:
     check_compilation(Compilation(), cuda)
-
-
-@pytest.mark.gpu
-def test_compiled_attention_takes_the_kernel_that_uncompiled_attention_takes(cuda: torch.device) -> None:
-    inputs = [
-        torch.randn(1, 1000, 2, 128, device=cuda, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
-    ]
-    capability, cudnn = torch.cuda.get_device_capability(), torch.backends.cudnn.version()
-    first = kernels(capability, torch.bfloat16, 128, False, cudnn)[0].name.removesuffix("_ATTENTION").lower()
-    compiled = torch.compile(attend, fullgraph=True)
-    compiled(*inputs).sum().backward()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        compiled(*inputs).sum().backward()
-    names = {event.key for event in profile.key_averages()}
-    assert any(f"{first}_attention" in name and "backward" not in name for name in names), names
-    assert any(f"{first}_attention_backward" in name for name in names), names

@@ -9,10 +9,16 @@ from torch import nn
 
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import open_checkpoint, plain_sources
-from modules.contract.loading import TensorInfo
+from modules.contract.loading import Placement, TensorInfo
 from modules.devices import send_ahead
+from modules.offload.block_swap import host_weights
 from modules.offload.host_memory import PIECE, _register, allocate
+from modules.offload.swap_plan import SwapPlan
+from tests.gpu.measuring import equal_bits, poison
 from tests.modules.making import write
+from tests.tiny.wan_dit import tiny_state, write_dit
+from wan.checkpoints import load_dit
+from wan.spec import DIT
 
 pytestmark = pytest.mark.gpu
 MB = 1 << 20
@@ -72,3 +78,23 @@ def test_loading_leaves_no_pinned_memory_behind(cuda: torch.device, tmp_path: Pa
 
     assert pinned() <= before
     assert module.weight.sum().item() == 1_100_000
+
+
+@pytest.mark.parametrize("target", [None, torch.float32], ids=["as stored", "float32"])
+@pytest.mark.parametrize("dialect", ["safetensors", "pth", "fp8_scaled"])
+def test_a_device_and_memory_for_copies_to_it_get_the_bytes_of_the_file(
+    cuda: torch.device, tmp_path: Path, dialect: str, target: torch.dtype | None
+) -> None:
+    """Through one pinned buffer for all tensors."""
+    path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16, num_layers=3), dialect)
+    poison(cuda, 1 << 24)
+    expected = load_dit(path, Placement(torch.device("cpu"), compute_dtype=target)).state_dict()
+    for host in (None, host_weights(SwapPlan(DIT, 0), cuda, whole=True)):
+        found = load_dit(path, Placement(cuda, compute_dtype=target, host=host)).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(equal_bits(found[name], each) for name, each in expected.items())
+        if host is None:
+            assert all(each.is_cuda for each in found.values())
+        else:
+            assert all(found[name].data_ptr() == each.data_ptr() for name, each in host.tensors.items())
+            assert all(each.is_pinned() for each in host.tensors.values())

@@ -1,14 +1,11 @@
 """Swapped blocks, activations in host memory and networks that take turns give the bits of those that stay.
 
-On a CPU the device is the fake one: a weight that is used too early, too late or from host memory is not a
-number there. On CUDA copies really run beside the computation; to make races show, either side is made late.
+tests/modules/offload shows it on a fake device. On CUDA copies run beside the computation; to make races
+show, either side is made late.
 """
 
 import gc
-import json
 import mmap
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,12 +22,10 @@ from modules.offload.swap_plan import SwapPlan
 from modules.offload.turns import HostCopy
 from modules.planning.memory_plan import plan_swapped_bytes
 from modules.run_blocks import Hidden, run_blocks
-from tests.commands import ROOT, run_python
-from tests.gpu.measuring import equal_bits, no_waits, poison, sent
-from tests.modules.fake_device import FakeDevice, hide
-from tests.modules.swap_cases import CASES, Case, gradients, learner, same, swapped
-from tests.tiny.project import write_lora
-from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.gpu.measuring import equal_bits, poison, sent
+from tests.modules.swap_cases import CASES, Case, gradients, learner, same, step_in_backward, swapped
+
+pytestmark = pytest.mark.gpu
 
 CYCLES = 1_000_000  # of the device's clock: most of a millisecond
 CHECKPOINTS = ("kept", "checkpointed", "offloaded")
@@ -50,10 +45,8 @@ class LateCopies:
         return self._inner.copy(pairs, after)
 
 
-def transfer_of(device: torch.device, late: str = "neither") -> Transfer | None:
+def transfer_to(device: torch.device, late: str) -> Transfer | None:
     """What copies to the device; None for the usual one."""
-    if device.type == "cpu":
-        return FakeDevice()
     return LateCopies(device) if late == "copies" else None
 
 
@@ -66,7 +59,7 @@ class Layer(nn.Module):
         self.cycles = cycles
 
     def forward(self, x: Tensor, _: Any) -> Tensor:
-        if self.cycles and x.device.type == "cuda":
+        if self.cycles:
             torch.cuda._sleep(self.cycles)
         return x + self.linear(x).tanh()
 
@@ -97,16 +90,12 @@ def stack_on(
     checkpoints: str = "kept",
     learns: bool = False,
 ) -> Stack:
-    """A stack on a device, its blocks swapped and checkpointed. On a GPU a block has 16 MiB to copy."""
-    is_gpu = device.type == "cuda"
-    stack = Stack(12 if is_gpu else 5, 2048 if is_gpu else 16, CYCLES if late == "computation" else 0)
-    stack.requires_grad_(learns)
+    """A stack on a device, its blocks swapped and checkpointed. A block has 16 MiB to copy."""
+    stack = Stack(12, 2048, CYCLES if late == "computation" else 0).requires_grad_(learns)
     if checkpoints != "kept":
         offload = offload_to_host(device) if checkpoints == "offloaded" else None
         checkpoint_blocks(stack, stack.spec, offload=offload)
-    swapped(
-        stack, stack.spec, blocks, transfer_of(device, late) if blocks else None, slots=slots, where=device
-    )
+    swapped(stack, stack.spec, blocks, transfer_to(device, late), slots=slots, where=device)
     move_network(stack, device)
     return stack.train()
 
@@ -114,11 +103,10 @@ def stack_on(
 def passes(stack: Stack, device: torch.device, repeats: int, spoil: bool) -> list[Tensor]:
     """Training passes with samples between them: outputs, and gradients of the input."""
     found: list[Tensor] = []
-    width = stack.blocks[0].linear.weight.shape[0]  # type: ignore[union-attr,index]
     for seed in range(repeats):
         if spoil:
-            poison(device, 1 << 26 if device.type == "cuda" else 1 << 12)
-        x = torch.randn(3, width, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
+            poison(device, 1 << 26)
+        x = torch.randn(3, 2048, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
         # two passes before the backward passes: slots hold other blocks then than in either pass
         output = stack(x)
         (output.square().sum() + stack(2 * x).square().sum()).backward()
@@ -129,50 +117,32 @@ def passes(stack: Stack, device: torch.device, repeats: int, spoil: bool) -> lis
     return found
 
 
-LATE = pytest.mark.parametrize(
-    "late", ["neither", *(pytest.param(late, marks=pytest.mark.gpu) for late in ("computation", "copies"))]
-)
+LATE = pytest.mark.parametrize("late", ["neither", "computation", "copies"])
 
 
 @LATE
-@pytest.mark.parametrize("slots", [2, 3])
-@pytest.mark.parametrize("checkpoints", CHECKPOINTS)
+@pytest.mark.parametrize(("slots", "checkpoints"), [(3, "kept"), (2, "checkpointed"), (2, "offloaded")])
 def test_many_quick_blocks_never_meet_weights_that_are_not_there(
-    device: torch.device, deterministic: None, checkpoints: str, slots: int, late: str
+    cuda: torch.device, deterministic: None, checkpoints: str, slots: int, late: str
 ) -> None:
-    repeats = 6 if device.type == "cuda" else 2
-    expected = passes(stack_on(device, checkpoints=checkpoints), device, repeats, spoil=False)
-    most = 11 if device.type == "cuda" else 4
-    found = passes(stack_on(device, most, slots, late, checkpoints), device, repeats, spoil=True)
+    expected = passes(stack_on(cuda, checkpoints=checkpoints), cuda, 6, spoil=False)
+    found = passes(stack_on(cuda, 11, slots, late, checkpoints), cuda, 6, spoil=True)
 
     assert same(found, expected)
 
 
 @LATE
-def test_weights_that_learn_are_copied_back(device: torch.device, deterministic: None, late: str) -> None:
-    """Stepped inside the backward pass, read after `settle`; with momentum, so that a lost step shows."""
+def test_weights_that_learn_are_copied_back(cuda: torch.device, deterministic: None, late: str) -> None:
+    """Stepped inside the backward pass, read after `settle`."""
     results = []
     for blocks in (0, 4):
-        stack = stack_on(device, blocks, late=late, learns=True)
-        optimizers = {
-            weight: torch.optim.SGD([weight], lr=1e-3, momentum=0.9) for weight in stack.parameters()
-        }
-
-        def step(weight: Tensor, optimizers: dict[Any, Any] = optimizers) -> None:
-            optimizers[weight].step()
-            weight.grad = None
-
-        for weight in stack.parameters():
-            weight.register_post_accumulate_grad_hook(step)
-        passes(stack, device, 3, spoil=False)
+        stack = stack_on(cuda, blocks, late=late, learns=True)
+        step_in_backward(stack)
+        passes(stack, cuda, 3, spoil=False)
         settle(stack)
-        held = () if swap_of(stack) is None else swap_of(stack).held  # type: ignore[union-attr]
-        if device.type == "cpu":
-            for weight in held:
-                hide(weight.data)
         results.append([weight.detach().cpu().clone() for weight in stack.parameters()])
     assert same(*results)
-    untrained = next(stack_on(device, learns=True).parameters())
+    untrained = next(stack_on(cuda, learns=True).parameters())
     assert not equal_bits(results[0][0], untrained.detach().cpu())
 
 
@@ -181,7 +151,7 @@ def several_steps(
 ) -> list[Tensor]:
     """Steps of a LoRA with samples between them."""
     is_checkpointed = checkpoints != "kept"
-    transfer = transfer_of(device, late) if blocks else None
+    transfer = transfer_to(device, late)
     dit, network = learner(
         case,
         blocks,
@@ -206,60 +176,37 @@ def several_steps(
     return [*seen, *(weight.detach().clone() for weight in network.parameters())]
 
 
-WIDE = [
-    pytest.param(
-        case, blocks, slots, checkpoints, late, id=f"{case.name} {blocks} {slots} {checkpoints} {late}"
-    )
-    for case in CASES
-    for blocks, slots in ((1, 2), (case.most - 1, 3), (case.most, 2))
-    for checkpoints in CHECKPOINTS
-    for late in ("neither", "copies")
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("case", "blocks", "slots", "checkpoints", "late"), WIDE)
-def test_training_of_all_families_with_swapped_blocks(
-    cuda: torch.device, deterministic: None, case: Case, blocks: int, slots: int, checkpoints: str, late: str
-) -> None:
-    expected = several_steps(case, cuda, 0, 2, checkpoints)
-    assert same(several_steps(case, cuda, blocks, slots, checkpoints, late), expected)
-
-
+@pytest.mark.parametrize("late", ["neither", "copies"])
+@pytest.mark.parametrize("checkpoints", CHECKPOINTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_inputs_that_wait_in_host_memory_change_nothing(
-    device: torch.device, deterministic: None, case: Case
+def test_training_with_swapped_blocks(
+    cuda: torch.device, deterministic: None, case: Case, checkpoints: str, late: str
 ) -> None:
-    expected = several_steps(case, device, 0, 2, "checkpointed")
-    assert same(several_steps(case, device, 0, 2, "offloaded"), expected)
+    expected = several_steps(case, cuda, 0, 2, "checkpointed" if checkpoints == "offloaded" else checkpoints)
+    for blocks, slots in ((1, 2), (case.most - 1, 3), (case.most, 2)):
+        assert same(several_steps(case, cuda, blocks, slots, checkpoints, late), expected)
 
 
 @pytest.mark.parametrize("blocks", [0, 3])
-def test_networks_that_take_turns(device: torch.device, deterministic: None, blocks: int) -> None:
+def test_networks_that_take_turns(cuda: torch.device, deterministic: None, blocks: int) -> None:
     case = CASES[0]
-    inputs = sent(case.inputs(1), device)
+    inputs = sent(case.inputs(1), cuda)
     with torch.no_grad():
-        expected = [case.make().eval().to(device)(**inputs)]
+        expected = [case.make().eval().to(cuda)(**inputs)]
         dits, copies = [], []
         for _ in range(2):
-            dit, transfer = case.make().eval(), transfer_of(device, "copies")
-            swapped(dit, case.spec, blocks, transfer, where=device)
-            copies.append(HostCopy(dit, device, None, transfer))
+            dit, transfer = case.make().eval(), LateCopies(cuda)
+            swapped(dit, case.spec, blocks, transfer, where=cuda)
+            copies.append(HostCopy(dit, cuda, None, transfer))
             dits.append(dit)
-            if device.type == "cpu":
-                swap = swap_of(dit)
-                for tensor in [*dit.parameters(), *dit.buffers()]:
-                    if swap is None or tensor not in swap.held:
-                        hide(tensor.data)
         for turn in (0, 1, 0, 1):
             copies[1 - turn].leave()
-            poison(device, 1 << 22)
+            poison(cuda, 1 << 22)
             copies[turn].bring()
             assert copies[turn].is_here
             assert same([dits[turn](**inputs)], expected)
 
 
-@pytest.mark.gpu
 def test_a_network_that_left_has_freed_its_memory(cuda: torch.device) -> None:
     stack = Stack(8, 1024)
     stack.requires_grad_(False)
@@ -273,7 +220,6 @@ def test_a_network_that_left_has_freed_its_memory(cuda: torch.device) -> None:
         assert torch.cuda.memory_allocated() == before
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("blocks", "slots"), [(3, 2), (9, 3), (11, 2)])
 def test_the_device_holds_what_the_plan_says(cuda: torch.device, blocks: int, slots: int) -> None:
     stack = Stack(12, 1024)
@@ -291,33 +237,6 @@ def test_the_device_holds_what_the_plan_says(cuda: torch.device, blocks: int, sl
     assert held == pytest.approx((12 << 22) - planned.saved, rel=0.01)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("checkpoints", CHECKPOINTS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_nothing_in_a_step_waits_for_the_gpu(cuda: torch.device, case: Case, checkpoints: str) -> None:
-    dit, network = learner(
-        case, case.most, checkpoints != "kept", where=cuda, offload=checkpoints == "offloaded"
-    )
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
-    inputs = sent(case.inputs(1), cuda)
-
-    def step() -> None:
-        dit(**inputs).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for _ in range(2):  # memory is pinned and allocated
-        step()
-    with no_waits(cuda):
-        step()
-    dit.eval()
-    with torch.no_grad():
-        dit(**inputs)
-        with no_waits(cuda):
-            dit(**inputs)
-
-
-@pytest.mark.gpu
 def test_host_memory_is_pinned_for_as_long_as_it_is_used(cuda: torch.device) -> None:
     size, mapping = 1 << 24, mmap.mmap(-1, 1 << 24)
     whole, unlocked = host_memory._as_tensor(mapping, [range(size // 2), range(size // 2, size)])
@@ -336,7 +255,6 @@ def test_host_memory_is_pinned_for_as_long_as_it_is_used(cuda: torch.device) -> 
     host_memory._unregister([address])
 
 
-@pytest.mark.gpu
 def test_swapped_weights_and_waiting_inputs_are_in_pinned_memory(cuda: torch.device) -> None:
     stack = Stack(6, 64)
     stack.requires_grad_(False)
@@ -349,7 +267,6 @@ def test_swapped_weights_and_waiting_inputs_are_in_pinned_memory(cuda: torch.dev
     assert piece.is_pinned()
 
 
-@pytest.mark.gpu
 def test_a_copy_to_the_host_arrives_before_its_source_is_used_again(cuda: torch.device) -> None:
     """Inputs that leave late, of a computation that goes on writing into freed memory."""
     x = torch.randn(64, 2048, device=cuda, requires_grad=True)
@@ -368,18 +285,3 @@ def test_a_copy_to_the_host_arrives_before_its_source_is_used_again(cuda: torch.
         assert x.grad is not None
         results.append(x.grad.clone())
     assert equal_bits(*results)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="each process has its own elsewhere")
-def test_processes_share_one_copy_that_is_pinned_in_each(cuda: torch.device, tmp_path: Path) -> None:
-    path, lora = write_dit(tmp_path, tiny_state("t2v", num_layers=5)), tmp_path / "lora.safetensors"
-    write_lora(lora, path)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29634"]
-    script = ROOT / "tests" / "modules" / "share_host_memory.py"
-    done = run_python(*launch, script, path, lora, "cuda", environment={"PYTHONPATH": str(ROOT)})
-    seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [one["pinned"] for one in seen] == [True, True]
-    assert {one["mark"] for one in seen} == {1234}
-    assert sorted(one["fills"] for one in seen) == [False, True]
-    assert seen[0]["output"] == seen[1]["output"]

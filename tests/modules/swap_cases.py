@@ -168,6 +168,22 @@ def gradients(
     ]
 
 
+def step_in_backward(network: nn.Module) -> None:
+    """Step each weight as soon as it has its gradient; with momentum, so that a lost step shows."""
+    optimizers = {
+        weight: torch.optim.SGD([weight], lr=1e-3, momentum=0.9)
+        for weight in network.parameters()
+        if weight.requires_grad
+    }
+
+    def step(weight: Tensor) -> None:
+        optimizers[weight].step()  # type: ignore[index]
+        weight.grad = None
+
+    for weight in optimizers:
+        weight.register_post_accumulate_grad_hook(step)
+
+
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     """Whether all are equal to the bit, and numbers."""
     pairs = zip(ours, theirs, strict=True)

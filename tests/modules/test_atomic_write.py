@@ -15,10 +15,10 @@ from modules.atomic_write import (
     make_folder,
     recover_folder,
     remove_leftovers,
-    save_tensors,
     write_bytes,
     write_text,
 )
+from modules.checkpoints.writing import save_tensors
 from modules.errors import OutputError
 
 

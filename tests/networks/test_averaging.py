@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modules.atomic_write import save_tensors
+from modules.checkpoints.writing import save_tensors
 from networks import averaging
 from networks.averaging import exponent_of, file_weights
 from networks.loading import read_lora

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modules.atomic_write import save_tensors
+from modules.checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import AskedPicture, Made, PictureSettings, SecondStart
 from stable_diffusion.highres import make_pictures, prepare_highres, read_args

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modules.atomic_write import save_tensors
+from modules.checkpoints.writing import save_tensors
 from post.faces.retinaface import SIZES, RetinaFace, RetinaFaceConfig
 from post.faces.retinaface_bodies import MobileNetConfig, ResNetConfig
 

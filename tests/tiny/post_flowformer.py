@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modules.atomic_write import save_tensors
+from modules.checkpoints.writing import save_tensors
 from post.interpolation.flowformer import FlowDecoderConfig, FlowFormer, FlowFormerConfig
 from post.interpolation.flowformer_memory import MemoryConfig
 from post.interpolation.twins import StageConfig

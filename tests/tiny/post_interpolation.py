@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.atomic_write import save_tensors
+from modules.checkpoints.writing import save_tensors
 from post.interpolation.motion import GimmConfig, GimmVfi, Interpolation, MotionConfig
 from post.interpolation.raft import Raft, RaftConfig
 from post.interpolation.synthesis import RefinementConfig, SynthesisConfig, UpdateConfig

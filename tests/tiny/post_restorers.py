@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.atomic_write import save_tensors
+from modules.checkpoints.writing import save_tensors
 from post.faces.codeformer import CONV, NORM, RES, RESIZE, CodeFormer, CodeFormerBlock, CodeFormerConfig
 from post.faces.gfpgan import Gfpgan, GfpganConfig
 from post.faces.restorers import ParseNet, ParseNetConfig

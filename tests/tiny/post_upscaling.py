@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.atomic_write import save_tensors
+from modules.checkpoints.writing import save_tensors
 from post.upscaling.rrdb import CompactConfig, CompactNet, RrdbConfig, RRDBNet
 from post.upscaling.swinir import SwinIR, SwinirConfig
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from blissful_tuner.taehv import TaehvConfig, TinyDecoder
-from modules.atomic_write import save_tensors
+from modules.checkpoints.writing import save_tensors
 
 CONFIG = TaehvConfig(channels=16, widths=(16, 12, 8, 8), strides=(1, 2, 2))
 CONFIG_5B = replace(CONFIG, channels=48, patch=2)  # for the latents of TI2V-5B

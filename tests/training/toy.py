@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
-from modules.atomic_write import save_tensors
+from modules.checkpoints.writing import save_tensors
 from modules.contract.data import Batch, Conditions, LatentSpec, MediaEncoders, SamplingDefaults
 from modules.contract.family import FLOW, DitSpec, Generates, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement

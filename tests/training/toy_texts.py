@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modules.atomic_write import save_tensors
+from modules.checkpoints.writing import save_tensors
 from modules.contract.data import Batch, Conditions
 from modules.contract.family import DitSpec, TextEncoder
 from modules.contract.loading import Placement

@@ -1,7 +1,6 @@
 """Single model files: each container as written, damaged, or made to do harm."""
 
 import contextlib
-import json
 import os
 import struct
 from collections.abc import Callable
@@ -161,33 +160,6 @@ def test_a_flipped_bit_in_the_header_gives_an_error_or_other_names_but_never_a_c
                 checkpoint.read(key)
 
 
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ({"dtype": "Q4", "shape": [2], "data_offsets": [0, 8]}, "the unknown type Q4"),
-        ({"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}, "8 bytes for shape"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "begin at byte 4, not 0"),
-        ({"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "its header describes"),
-        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}, "has the shape"),
-        ({"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}, "has the shape"),
-        ({"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}, "has the shape"),
-        ({"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, "has the shape"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}, "has the shape"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 1e999]}, "has the shape"),
-        ({"dtype": "F32", "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}, "impossible shape"),
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}, "unpack"),
-        ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "unhashable"),
-        ({"shape": [2]}, "dtype"),
-        ([], "header cannot be read"),
-    ],
-)
-def test_a_safetensors_header_that_contradicts_itself_is_refused(
-    tmp_path: Path, entry: Any, message: str
-) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(write_header(tmp_path / "a.safetensors", json.dumps({"a": entry})))
-
-
 def write_header(path: Path, header: str, length: int | None = None) -> Path:
     """A safetensors file with 8 bytes of data; `length` is what it claims of its header."""
     text = header.encode()
@@ -199,29 +171,32 @@ WHOLE = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 
 
 @pytest.mark.parametrize(
-    ("header", "message"),
+    "header",
     [
-        (f'{{"a":{WHOLE},"a":{WHOLE}}}', "it has a name twice"),
-        (f'{{"a":{WHOLE},"b":{WHOLE}}}', "begin at byte 0, not 8"),
-        (f'{{"__metadata__":["x"],"a":{WHOLE}}}', "header cannot be read"),
-        (f'{{"\\ud800":{WHOLE}}}', "surrogates"),
-        (f'{{"__metadata__":{{"x":"\\ud800"}},"a":{WHOLE}}}', "surrogates"),
-        ('{"a":' * 100_000, "header cannot be read"),
-        ("[" * 100_000, "neither a safetensors nor a torch file|header cannot be read"),
-        ("{" + " " * 64, "header cannot be read"),
+        '{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}',
+        '{"a":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}',
+        f'{{"a":{WHOLE},"b":{WHOLE}}}',
+        f'{{"__metadata__":["x"],"a":{WHOLE}}}',
+        f'{{"\\ud800":{WHOLE}}}',
+        '{"a":' * 100_000,
     ],
 )
-def test_a_header_made_to_do_harm_is_refused(tmp_path: Path, header: str, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
+def test_a_safetensors_header_that_is_damaged_is_refused(tmp_path: Path, header: str) -> None:
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is damaged or incomplete: .*header"):
         open_checkpoint(write_header(tmp_path / "a.safetensors", header))
 
 
-@pytest.mark.parametrize("length", [0, 1, 1 << 20, 1 << 62, (1 << 64) - 1])
-def test_a_header_length_beyond_the_file_is_refused_before_memory_is_taken(
-    tmp_path: Path, length: int
-) -> None:
-    with pytest.raises(CheckpointError, match="its header claims"):
+@pytest.mark.parametrize("length", [0, 1 << 20, (1 << 64) - 1])
+def test_a_header_length_beyond_the_file_is_refused(tmp_path: Path, length: int) -> None:
+    with pytest.raises(CheckpointError, match="is damaged or incomplete"):
         open_checkpoint(write_header(tmp_path / "a.safetensors", f'{{"a":{WHOLE}}}', length))
+
+
+def test_a_type_of_the_format_that_no_model_here_has_is_named(tmp_path: Path) -> None:
+    header = '{"a":{"dtype":"F4","shape":[16],"data_offsets":[0,8]}}'
+    with pytest.raises(CheckpointError, match="a is of type F4, which is not supported"):
+        open_checkpoint(write_header(tmp_path / "a.safetensors", header))
 
 
 def test_a_pickled_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:

@@ -109,17 +109,6 @@ def test_a_pass_that_is_given_up_gives_its_memory_back() -> None:
     assert offload.memory.size_bytes == size
 
 
-def test_without_gradients_nothing_leaves() -> None:
-    tiny, (offload, transfer) = DITS[0], away()
-    dit, _ = dressed(tiny, offload)
-
-    with torch.no_grad():
-        dit(**tiny.inputs(SIZE, 1))
-    dit.eval()(**tiny.inputs(SIZE, 1)).sum().backward()
-
-    assert transfer.actions == []
-
-
 def test_what_was_sent_for_and_is_not_used_is_waited_for() -> None:
     """A backward pass that goes only half of the way: the memory of a copy may not be used for something else
     before its end.

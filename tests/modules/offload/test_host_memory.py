@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from modules.contract.loading import HostPlace, Placement, TensorInfo
-from modules.offload.block_swap import host_weights, swap_blocks
+from modules.offload.block_swap import host_weights
 from modules.offload.host_memory import ALIGNMENT, allocate
 from modules.offload.swap_plan import SwapPlan
-from modules.offload.turns import allocate_for
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from tests.commands import ROOT, run_python
@@ -99,21 +98,6 @@ def test_loras_are_merged_into_swapped_weights_and_one_that_fits_nothing_is_stil
         else:  # left to another process
             assert not found.get_parameter("blocks.1.ffn.0.weight").any()
     assert any(not torch.equal(expected[name], plain[name]) for name in plain)
-
-
-def test_a_network_that_was_loaded_to_the_device_is_moved(tmp_path: Path) -> None:
-    path = write_dit(tmp_path, tiny_state("t2v", **SIZES))
-    dit = load_dit(path, Placement(CPU))
-    before = {name: weight.detach().clone() for name, weight in dit.named_parameters()}
-    host = host_weights(SwapPlan(DIT, 2), CPU)
-    assert host is not None
-
-    swap_blocks(dit, host, CPU)
-
-    assert all(torch.equal(before[name], weight) for name, weight in dit.named_parameters())
-    assert all(
-        dit.get_parameter(name).data_ptr() == place.data_ptr() for name, place in host.adopt(dit).items()
-    )
 
 
 @pytest.mark.slow
@@ -208,7 +192,7 @@ def test_what_the_driver_does_not_lock_serves_too_and_its_error_is_taken_back(
     driver = Driver(monkeypatch, room=500 * MB)
     infos = {name: TensorInfo(torch.uint8, (200 * MB,)) for name in "abcd"}
 
-    held = allocate_for(infos, torch.device("cuda"))
+    held = allocate(infos, pinned=True)
 
     assert list(driver.locked.values()) == [200 * MB]  # and not 400: others need some too
     assert held.unlocked_bytes == 600 * MB

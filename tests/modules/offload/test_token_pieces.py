@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
-from modules.fp8.weights import attach, quantise
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from modules.speed_options import Quantisation
 from tests.networks.making import randomize
@@ -65,18 +64,6 @@ def assert_alike(ours: list[Tensor], theirs: list[Tensor], share: float) -> None
 @pytest.mark.parametrize("tiny", DITS, ids=lambda dit: dit.name)
 def test_outputs_and_gradients_are_those_of_whole_inputs(tiny: TinyDit, autocast: bool) -> None:
     assert_alike(results(tiny, True, autocast), results(tiny, False, autocast), BF16 if autocast else FLOAT32)
-
-
-@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
-def test_fp8_weights_give_the_same_too(tiny: TinyDit) -> None:
-    found = []
-    for pieces in (False, True):
-        dit = tiny.make(2)
-        for layer in [part for name in tiny.spec.block_lists for part in dit.get_submodule(name).modules()]:
-            if isinstance(layer, nn.Linear):
-                attach(layer, *quantise(layer.weight.data, ROWS), ROWS)
-        found.append(results(tiny, pieces, True, dit))
-    assert_alike(found[1], found[0], BF16)
 
 
 @pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.loading import Placement
-from modules.offload.block_swap import host_weights, swap_blocks, swap_of
+from modules.offload.block_swap import HostWeights, host_weights, swap_blocks, swap_of
 from modules.offload.swap_plan import SwapPlan
-from modules.offload.turns import HostCopy, HostPlaceOf
+from modules.offload.turns import HostCopy
 from modules.speed_options import Quantisation
 from tests.modules.fake_device import CountedMemory, FakeDevice, hide
 from tests.modules.swap_cases import CASES, CPU, Case, same, swapped
@@ -27,7 +27,7 @@ class CountingDevice(CountedMemory, FakeDevice):
     """Knows how much of its memory is in use."""
 
 
-def taking_turns(dit: nn.Module, device: FakeDevice, place: HostPlaceOf | None = None) -> HostCopy:
+def taking_turns(dit: nn.Module, device: FakeDevice, place: HostWeights | None = None) -> HostCopy:
     """Have a network take turns on a device that cannot use the host's memory."""
     swap = swap_of(dit)
     copy = HostCopy(dit, CPU, place, device)
@@ -80,7 +80,8 @@ def test_weights_are_read_straight_to_where_they_wait(
 ) -> None:
     path = write_dit(tmp_path / "dit.safetensors", tiny_state("t2v", num_layers=5))
     plain = load_dit(path, Placement(CPU, fp8=quantisation)).eval()
-    place, device = HostPlaceOf(CPU), FakeDevice()
+    place, device = host_weights(SwapPlan(WAN.spec, 0), CPU, whole=True), FakeDevice()
+    assert place is not None
     dit = load_dit(path, Placement(CPU, fp8=quantisation, host=place)).eval()
     addresses = {tensor.data_ptr() for tensor in place.tensors.values()}
     copy = taking_turns(dit, device, place)
@@ -94,15 +95,14 @@ def test_weights_are_read_straight_to_where_they_wait(
 
 def test_swapped_weights_keep_their_own_place(tmp_path: Path) -> None:
     path = write_dit(tmp_path / "dit.safetensors", tiny_state("t2v", num_layers=5))
-    host, device = host_weights(SwapPlan(WAN.spec, 3, False), CPU), FakeDevice()
-    place = HostPlaceOf(CPU, host)
-    dit = load_dit(path, Placement(CPU, host=place)).eval()
+    host, device = host_weights(SwapPlan(WAN.spec, 3, False), CPU, whole=True), FakeDevice()
+    dit = load_dit(path, Placement(CPU, host=host)).eval()
     swap_blocks(dit, host, CPU, device)
     assert host is not None
     held = host.adopt(dit)
     for tensor in held.values():
         hide(tensor)
-    copy = taking_turns(dit, device, place)
+    copy = taking_turns(dit, device, host)
     copy.bring()
 
     assert same(output_of(WAN, dit), output_of(WAN, load_dit(path, Placement(CPU)).eval()))
@@ -145,30 +145,6 @@ def test_after_an_interruption_the_network_can_be_brought_again(name: str) -> No
         copy.bring()
     device.finish()
     assert not copy.is_here
-    copy.bring()
-    assert same(output_of(WAN, dit), output_of(WAN, WAN.make().eval()))
-
-
-def test_an_interruption_in_the_middle_of_leaving_is_made_good_by_leaving_again() -> None:
-    device, dit = CountingDevice(), WAN.make().eval()
-    swapped(dit, WAN.spec, 3, device)
-    copy = taking_turns(dit, device)
-    copy.bring()
-    output_of(WAN, dit)
-    swap = swap_of(dit)
-    assert swap is not None
-    park = swap.park
-
-    def interrupted() -> None:
-        park()
-        raise Interruption
-
-    swap.park = interrupted  # type: ignore[method-assign]
-    with pytest.raises(Interruption):
-        copy.leave()
-    swap.park = park  # type: ignore[method-assign]
-    copy.leave()
-    assert device.used == 0
     copy.bring()
     assert same(output_of(WAN, dit), output_of(WAN, WAN.make().eval()))
 

@@ -210,18 +210,3 @@ def test_swapped_blocks_give_the_same_bits_with_a_cache(make_rule: Callable[[], 
                         tweaks = replace(at(step, f"without {sorted(skipped)}"), skip_blocks=skipped)
                         outputs.append(dit_at(0.0)(**case.inputs(step), tweaks=tweaks))
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
-
-
-def test_blocks_that_the_next_pass_skips_are_not_fetched_ahead() -> None:
-    """Two passes a step: one of all blocks, one without the first two."""
-    case = CASES[0]
-    dit = case.make().eval()
-    swapped(dit, case.spec, case.most, FakeDevice())
-    positions = sent_by(dit)
-    with torch.no_grad():
-        for step in range(STEPS):
-            for which, skipped in (("positive", frozenset[int]()), ("negative", frozenset({0, 1}))):
-                positions.clear()
-                dit(**case.inputs(step), tweaks=at(step, which, skip_blocks=skipped))
-                if step > 1:  # known by then; in front, what has arrived ahead: 0 and 2
-                    assert positions == ([1, 2, 3, 4, 2] if which == "positive" else [3, 4, 0])

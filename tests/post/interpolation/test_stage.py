@@ -228,7 +228,7 @@ def rewrite(folder: Path, path: Path, weights: dict[str, Tensor]) -> Path:
 
 
 def test_files_of_two_releases_are_refused(folder: Path, tmp_path: Path) -> None:
-    from modules.atomic_write import save_tensors
+    from modules.checkpoints.writing import save_tensors
     from post.interpolation.raft import Raft
     from tests.tiny.post_interpolation import RAFT, draw
 
