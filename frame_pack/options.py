@@ -53,14 +53,15 @@ class FramePackLatentCachingOptions(Options, title="FramePack"):
     image_encoder: Path | None = option(_IMAGE_ENCODER)
     f1: bool = option("make caches for FramePack-F1, which generates sections in playing order")
     one_frame: bool = option("make caches for single images generated from control images")
-    one_frame_no_2x: bool = option("with --one_frame: leave out the black frames at 2x")
-    one_frame_no_4x: bool = option("with --one_frame: leave out the black frames at 4x")
+    one_frame_no_2x: bool = option(
+        "with --one_frame: leave out the black frames at 2x", only_with="one_frame"
+    )
+    one_frame_no_4x: bool = option(
+        "with --one_frame: leave out the black frames at 4x", only_with="one_frame"
+    )
 
     def __post_init__(self) -> None:
         _warn_of_both(self.f1, self.one_frame)
-        for coarse in ("2x", "4x"):
-            if getattr(self, f"one_frame_no_{coarse}") and not self.one_frame:
-                logger.warning("--one_frame_no_%s is ignored because --one_frame is not given", coarse)
 
 
 class FramePackTextCachingOptions(Options, title="FramePack"):
@@ -149,19 +150,12 @@ class FramePackGenerationOptions(Options, title="FramePack"):
         above=0,
         below=math.inf,
         hint="such as 0.5",
+        only_with="rope_scaling_timestep_threshold",
     )
     rope_scaling_timestep_threshold: int | None = option(
         "apply --rope_scaling_factor at this timestep and above (0 to 1000)", least=0, most=1000
     )
     reproduce: bool = option(REPRODUCE)
-
-    def __post_init__(self) -> None:
-        factor = self.rope_scaling_factor
-        if factor != ROPE_FACTOR and self.rope_scaling_timestep_threshold is None:
-            logger.warning(
-                "--rope_scaling_factor %g is ignored because --rope_scaling_timestep_threshold is not given",
-                factor,
-            )
 
 
 def caching_commands(

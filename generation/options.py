@@ -40,7 +40,6 @@ from modules.options import (
     option_values,
     read_options,
 )
-from modules.output_files import check_output_file
 from modules.parser import Parser, add_options, refuse_unsupported, refuse_values
 from modules.speed_options import GenerationSpeedOptions
 from networks.options import (
@@ -57,6 +56,7 @@ class ExpertOptions(Options, title="two experts"):
     lora_weight_high_noise: tuple[Path, ...] | None = option(
         "LoRA files for --dit_high_noise; those of --lora_weight are for --dit. --include_patterns and "
         "--exclude_patterns count over both: first the files of --lora_weight, then these",
+        place="there",
         facts=OF_REQUEST,
     )
     lora_multiplier_high_noise: tuple[float, ...] = option(
@@ -76,7 +76,6 @@ class ExpertOptions(Options, title="two experts"):
     def __post_init__(self) -> None:
         files = self.lora_weight_high_noise or ()
         multipliers_for(files, self.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
-        require_files("--lora_weight_high_noise", files)
 
     @property
     def loras(self) -> LoraOptions:
@@ -137,6 +136,7 @@ class GenerationOptions(Options, title="run"):
     steadier: SteadierOptions
     from_file: Path | None = option(
         "file with a prompt and its options on each line",
+        place="there",
         facts=NO_PIXELS,
         often=True,
         excludes="interactive",
@@ -169,7 +169,10 @@ class GenerationOptions(Options, title="run"):
     lora_patterns: LoraPatternOptions = option(title="LoRA")
     lycoris = not_needed("LoHa and LoKr files are recognised automatically")
     save_merged_model: Path | None = option(
-        "write the model with the LoRAs merged in, then stop", title="LoRA", facts=NO_PIXELS
+        "write the model with the LoRAs merged in, then stop",
+        place="safetensors",
+        title="LoRA",
+        facts=NO_PIXELS,
     )
     experts: ExpertOptions
     speed: GenerationSpeedOptions
@@ -230,8 +233,6 @@ class GenerationOptions(Options, title="run"):
             )
         if self.sheet.is_asked:
             self._check_sheet()
-        if self.save_merged_model is not None:
-            check_output_file("--save_merged_model", self.save_merged_model)
         if self.latent_path:
             self._tell_unused_by_decoding()
         if self.latent_path and self.output.keeps_latents:
@@ -243,7 +244,6 @@ class GenerationOptions(Options, title="run"):
         if is_empty and self.save_merged_model is None:
             what = "picture" if self.output.pictures else "video"
             raise OptionError(f"--prompt is empty: say what the {what} should show, or leave the option out")
-        require_files("--from_file", () if self.from_file is None else (self.from_file,))
         require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
 
     def _tell_unused_by_decoding(self) -> None:

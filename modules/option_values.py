@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.paths import expand_path, explain_path, hide_secrets, path_exists
+from modules.output_files import check_output_file, check_place
+from modules.paths import expand_path, explain_missing, explain_path, hide_secrets, path_exists
 from modules.text_files import bad_character
 
 T = TypeVar("T")
@@ -46,6 +47,28 @@ def to_path(option: str, text: str) -> Path:
     if why is not None:
         raise OptionError(f"{option} {hide_secrets(shorten(text, 200))}: {why}")
     return path
+
+
+def check_path(option: str, path: Path, place: str, hint: str) -> None:
+    """Raise OptionError if a path is none that its option takes.
+
+    place: "there", or what is there: "file" or "folder"; what is to be made: "new folder", "new file", or
+    "safetensors", a new file of that kind. hint: what to give, for what has to be there.
+    """
+    if place == "safetensors":
+        check_output_file(option, path)
+    elif place == "new file":
+        check_place(option, path)
+    elif place == "new folder":
+        if path_exists(path) and not path.is_dir():
+            raise OptionError(f"{option} {path}: it is a file; give a folder, it will be created")
+    elif not path_exists(path):
+        what = "folder" if place == "folder" else "file"
+        give = hint or "the path of an existing one"
+        raise OptionError(f"{option} {path}: no such {what}.{explain_missing(path)} Give {give}")
+    elif place != "there" and path.is_dir() != (place == "folder"):
+        what = "is a folder" if path.is_dir() else "is not a folder"
+        raise OptionError(f"{option} {path}: {what}. Give {hint or f'a {place}'}")
 
 
 def check_numbers(option: str, value: Any) -> None:

@@ -153,9 +153,9 @@ FILES = (
     wrong(TRAININGS, "--resume BAD/folder", "is not a state folder", "Give a ...-state folder"),
     wrong(TRAININGS, "--log_tracker_config BAD/none.toml", "--log_tracker_config", "no such file"),
     wrong(TRAININGS, "--logging_dir logs --log_tracker_config BAD/text.toml", "is not valid TOML"),
-    wrong(TRAININGS, "--sample_prompts BAD/none.txt", "--sample_prompts", "no such file; give a .txt"),
+    wrong(TRAININGS, "--sample_prompts BAD/none.txt", "--sample_prompts", "no such file. Give a .txt"),
     wrong(TRAININGS, "--sample_at_first", "give --sample_prompts"),
-    wrong(TRAININGS, "--sample_at_first --sample_prompts BAD/folder", "is a folder; give a .txt"),
+    wrong(TRAININGS, "--sample_at_first --sample_prompts BAD/folder", "is a folder. Give a .txt"),
     wrong(TRAININGS, "--sample_at_first --sample_prompts BAD/lfs.safetensors", "Git LFS pointer"),
     wrong(TRAININGS, "--sample_at_first --sample_prompts BAD/prompts.md", ".md is not supported. Use .txt"),
     wrong(

@@ -1,6 +1,7 @@
 """Every fact of every declared option is kept: limits, choices, what an option needs, what it excludes."""
 
 import importlib
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import Field, fields
@@ -59,8 +60,12 @@ def _given(record: type[Options], name: str, number: float = 1) -> Any:
         return kind(max(number, least + 1))
     if "choices" in field.metadata["declared"].settings:
         return next(iter(field.metadata["declared"].settings["choices"]))
+    if kind is Path and field.metadata.get("place") in ("there", "file", "folder"):
+        return ROOT if field.metadata["place"] == "folder" else Path(__file__)
     if kind is Path or kind is str:
         return kind(field.metadata.get("one_of", ("x",))[0])
+    if field.metadata.get("place") in ("there", "file"):
+        return (Path(__file__),)
     return (_one(typing.get_args(hints_of(record)[field.name])),)
 
 
@@ -108,6 +113,20 @@ def test_a_word_that_is_no_choice_is_refused_by_name(record: type[Options], fiel
             _make(record, **{field.name: word})
 
 
+@pytest.mark.parametrize(("record", "field"), _with("place"))
+def test_a_path_that_cannot_be_meant_is_refused_by_name(
+    record: type[Options], field: "Field[Any]", tmp_path: Path
+) -> None:
+    place, is_tuple = field.metadata["place"], "tuple" in str(hints_of(record)[field.name])
+    wrong = {"there": tmp_path / "x", "file": tmp_path, "new folder": Path(__file__)}
+    path = wrong.get(place, Path(__file__) / "x" if place.startswith(("new", "safe")) else Path(__file__))
+    names = {option_name(one): one.name for one in fields(record)}
+    needed = {names[name]: _given(record, names[name]) for name in field.metadata.get("needs", ())[:1]}
+    with pytest.raises(OptionError, match=rf"^(--)?{option_name(field)} {path}: ") as raised:
+        _make(record, **{**needed, field.name: (path,) if is_tuple else path})
+    assert re.search(r"Give|give|Choose", str(raised.value))
+
+
 @pytest.mark.parametrize(("record", "field"), _with("needs"))
 def test_an_option_without_what_it_needs_is_refused(record: type[Options], field: "Field[Any]") -> None:
     with pytest.raises(OptionError, match=f"^--{option_name(field)} needs --"):
@@ -129,4 +148,5 @@ def test_facts_name_options_of_their_record() -> None:
     for record in RECORDS:
         names = {option_name(field) for field in fields(record)}
         for field in fields(record):
-            assert {*field.metadata.get("needs", ()), *field.metadata.get("excludes", ())} <= names, record
+            for fact in ("needs", "excludes", "only_with", "spares"):
+                assert {*field.metadata.get(fact, ())} <= names, record
