@@ -5,7 +5,7 @@ import ast
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -188,3 +188,20 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):  # a bare word; what is nested too deeply
         return text
+
+
+def option_words(values: Mapping[str, Any], joined: bool = False) -> list[str]:
+    """Return options as they are typed: True is a switch, a sequence several words; None, False and an empty
+    sequence leave one out.
+
+    values: by option. joined: write --option=value, for texts that may begin with a dash.
+    """
+    words: list[str] = []
+    for name, value in values.items():
+        if value is True:
+            words.append(name)
+        elif isinstance(value, (list, tuple)):
+            words += [name, *map(str, value)] if value else []
+        elif value is not None and value is not False:
+            words += [f"{name}={value}"] if joined else [name, str(value)]
+    return words

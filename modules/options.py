@@ -136,17 +136,22 @@ def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **
 class Options:
     """Base of option records: a frozen dataclass whose fields are options, or records of them.
 
-    title: the heading of its options in the help; records of one title are listed together. A record checks
-    its facts when it is made, and then runs `__post_init__` for the rest.
+    title: the heading of its options in the help; records of one title are listed together. dashed: their
+    public names have - for _. A record checks its facts when it is made, and then runs `__post_init__` for
+    the rest.
     """
 
     heading: ClassVar[str] = ""
+    dashed: ClassVar[bool] = False
     __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
 
-    def __init_subclass__(cls, title: str = "") -> None:
-        cls.heading = title
+    def __init_subclass__(cls, title: str = "", dashed: bool = False) -> None:
+        cls.heading, cls.dashed = title, dashed
         # no method is generated, as compiling a dozen of them takes longer than all the rest of --help
         dataclasses.dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
+        for field in dataclasses.fields(cls) if dashed else ():
+            name = field.name.replace("_", "-")
+            field.metadata = types.MappingProxyType({"option": name, **field.metadata})
 
     def __init__(self, **values: Any) -> None:
         """Make the record. Raises OptionError for a wrong value, TypeError for a name that no field has."""

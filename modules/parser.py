@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}  # others take a text
 FEW = 30  # options; so many are shown by -h too
 COLUMN = 34  # where texts begin in the short help
+_LONGEST_DEFAULT = 80
+_BOLD, _CYAN, _PLAIN = "\033[1m", "\033[36m", "\033[0m"
 _PLAIN_GROUPS = {"positional arguments", "options"}  # argparse's own
 _Group = argparse._ActionsContainer
 
@@ -64,33 +66,37 @@ class Parser(argparse.ArgumentParser):
             )
             self.add_argument("--help", action=_Help, nargs=0, help="show all options")
 
-    def print_help(self, file: Any = None) -> None:
-        """Print all options, by group, in colour on a terminal."""
-        self.print_in_colour(self.format_help(), file or sys.stdout)
-
-    def print_in_colour(self, text: str, file: Any) -> None:
-        """Print a help text; without colours if `file` is no terminal."""
-        self._print_message(_colour_help(text) if wants_colour(file) else text, file)
+    def print_help(self, file: Any = None, is_short: bool = False) -> None:
+        """Print all options, by group, or one screen of them; in colour on a terminal."""
+        file, text = file or sys.stdout, self.format_short_help() if is_short else self.format_help()
+        if wants_colour(file):
+            text = re.sub(r"(?m)^(\S.*:)$|^usage:", rf"{_BOLD}\g<0>{_PLAIN}", text)
+            text = re.sub(r"(?<![\w-])--?[A-Za-z]\w*(?:-\w+)*", rf"{_CYAN}\g<0>{_PLAIN}", text)
+        self._print_message(text, file)
 
     def format_help(self) -> str:
         """Return all options: groups with much used ones first, refused and unneeded options at the end."""
         formatter = self._get_formatter()
         formatter.add_usage(self._usage(), [], [])
         formatter.add_text(self.description)
-        later: list[argparse.Action] = []
-        for group in sorted(self._action_groups, key=_rank):
-            actions = [action for action in group._group_actions if not hasattr(action, "refusal")]
-            later += [action for action in group._group_actions if hasattr(action, "refusal")]
-            _add_section(formatter, group.title, group.description, actions)
-        for title, is_refused in (("refused, with the reason", True), ("accepted, not needed", False)):
-            those = [action for action in later if bool(_refusal(action).reason) is is_refused]
-            _add_section(formatter, title, None, those)
+        groups = sorted(self._action_groups, key=_rank)
+        refusals = [(action, _refusal(action)) for group in groups for action in group._group_actions]
+        refused = [action for action, found in refusals if found is not None and found.reason]
+        needless = [action for action, found in refusals if found is not None and not found.reason]
+        for title, actions in (
+            *((group.title, [one for one in group._group_actions if not _refusal(one)]) for group in groups),
+            ("refused, with the reason", refused),
+            ("accepted, not needed", needless),
+        ):
+            formatter.start_section(title)  # shown if there is something in it
+            formatter.add_arguments(actions)
+            formatter.end_section()
         formatter.add_text(self.epilog)
         return formatter.format_help()
 
     def format_short_help(self) -> str:
         """Return one screen: much used options, then how many more each group has; all if they are few."""
-        actions = [action for action in self._actions if not hasattr(action, "refusal")]
+        actions = [action for action in self._actions if not _refusal(action)]
         often = [action for action in actions if action.required or getattr(action, "often", False)]
         if not often or len(actions) <= FEW:
             return self.format_help()
@@ -137,7 +143,7 @@ class Parser(argparse.ArgumentParser):
 
     def _explain_rest(self, words: Sequence[str], others: Sequence[str]) -> str:
         """Explain words that belong to no option."""
-        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        flags = self._option_string_actions
         for before, path, word in zip(words, words[1:], words[2:], strict=False):
             is_one = before in flags and flags[before].nargs is None
             if is_one and word == others[0] and path_exists(Path(path)) and path_exists(Path(word)):
@@ -183,7 +189,7 @@ class Parser(argparse.ArgumentParser):
             )
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
-        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        flags = self._option_string_actions
         said: dict[str, None] = {}  # each message once, in order
         for before, word in pairwise(["", *words[: words.index("--") if "--" in words else None]]):
             name = word.partition("=")[0]
@@ -260,7 +266,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if isinstance(default, (list, tuple)):
             default = " ".join(map(str, default))
         is_value = default not in (None, "", argparse.SUPPRESS) and not isinstance(default, bool)
-        if not is_value or "default" in text.lower() or hasattr(action, "refusal"):
+        if not is_value or "default" in text.lower() or _refusal(action):
             return text
         shown = str(default).replace("%", "%%")
         return f"{text} (default: {shown})" if len(shown) <= _LONGEST_DEFAULT else text
@@ -274,8 +280,7 @@ class _Help(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         assert isinstance(parser, Parser)
-        is_short = self.option_strings[0] == "-h"
-        parser.print_in_colour(parser.format_short_help(), sys.stdout) if is_short else parser.print_help()
+        parser.print_help(is_short=self.option_strings[0] == "-h")
         parser.exit()
 
 
@@ -285,32 +290,6 @@ def _rank(group: argparse._ArgumentGroup) -> int:
     if not any(action.required or not action.option_strings for action in actions):
         return 1 if any(getattr(action, "often", False) for action in actions) else 2
     return 0
-
-
-def _add_section(
-    formatter: argparse.HelpFormatter, title: str | None, text: str | None, actions: Sequence[argparse.Action]
-) -> None:
-    if actions:
-        formatter.start_section(title)
-        formatter.add_text(text)
-        formatter.add_arguments(actions)
-        formatter.end_section()
-
-
-_LONGEST_DEFAULT = 80
-_BOLD, _CYAN, _PLAIN = "\033[1m", "\033[36m", "\033[0m"
-
-
-def _colour_help(text: str) -> str:
-    text = re.sub(r"(?m)^(\S.*:)$|^usage:", rf"{_BOLD}\g<0>{_PLAIN}", text)
-    return re.sub(r"(?<![\w-])--?[A-Za-z]\w*(?:-\w+)*", rf"{_CYAN}\g<0>{_PLAIN}", text)
-
-
-def read_folder(about: str | None) -> Path:
-    """Return the folder that a script is given as its only argument; about: the script's docstring."""
-    parser = Parser(description=about)
-    parser.add_argument("folder", type=Path, help="where it works")
-    return Path(parser.parse_args().folder)
 
 
 def parse_options(
@@ -369,7 +348,7 @@ def add_options(
                         refuse_action(action, (refused or {})[name])
         for name, refusal in ((name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)):
             if isinstance(refusal, Refusal) and name not in without:
-                add_refusal(place, f"--{name}", refusal=refusal)
+                add_refusal(place, f"--{name.replace('_', '-') if cls.dashed else name}", refusal)
 
 
 def declare(*records: type[Options]) -> Callable[[argparse.ArgumentParser], None]:
@@ -413,25 +392,16 @@ def _add_option(
     return action
 
 
-def add_refusal(group: _Group, *flags: str, refusal: Refusal) -> None:
+def add_refusal(group: _Group, flag: str, refusal: Refusal) -> None:
     """Declare an option that is refused when it is used, or that a line says is not needed."""
     tail = "" if refusal.reason else f"not needed: {refusal.instead}"
     text = "; ".join(part for part in (refusal.help, tail) if part)
-    action = group.add_argument(*flags, help=text or refusal.reason.replace("%", "%%"), **refusal.settings)
+    action = group.add_argument(flag, help=text or refusal.reason.replace("%", "%%"), **refusal.settings)
     action.refusal = refusal  # type: ignore[attr-defined]
 
 
-def add_unsupported(
-    group: _Group, *flags: str, reason: str, harmless: tuple[Any, ...] = (), **settings: Any
-) -> None:
-    """Declare an option of one script that is refused when it is used; see `unsupported`."""
-    text = settings.pop("help", "")
-    add_refusal(group, *flags, refusal=Refusal(text, reason, "", harmless, settings))
-
-
-def _refusal(action: argparse.Action) -> Refusal:
-    found: Refusal = getattr(action, "refusal")  # noqa: B009
-    return found
+def _refusal(action: argparse.Action) -> Refusal | None:
+    return vars(action).get("refusal")
 
 
 def refuse_action(action: argparse.Action, reason: str) -> None:
@@ -446,16 +416,10 @@ def refuse_values(action: argparse.Action, reasons: Mapping[str, str]) -> None:
 
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Raise OptionError if an option that is not supported is used; say which are not needed."""
-    for flag, refusal in _used(parser, args):
-        if refusal.reason:
-            raise OptionError(f"{flag} is not supported yet: {refusal.reason}")
-        logger.info("%s is not needed: %s", flag, refusal.instead)
-
-
-def _used(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[tuple[str, Refusal]]:
-    """Yield the refusals whose options are given, with another value than those that change nothing."""
     for action in parser._actions:
-        if hasattr(action, "refusal"):
-            refusal = _refusal(action)
-            if getattr(args, action.dest, action.default) not in (action.default, *refusal.values):
-                yield action.option_strings[0], refusal
+        refusal, value = _refusal(action), getattr(args, action.dest, action.default)
+        if refusal is None or value in (action.default, *refusal.values):
+            continue
+        if refusal.reason:
+            raise OptionError(f"{action.option_strings[0]} is not supported yet: {refusal.reason}")
+        logger.info("%s is not needed: %s", action.option_strings[0], refusal.instead)

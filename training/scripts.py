@@ -49,13 +49,11 @@ def training_script(
         made = entry.make_family("training", own)
         # options of the caching script that follow from the checkpoint
         switches = getattr(made, "caching_switches", ())
-        commands = entry.options.caching_commands(
-            options.loop.dataset_config, own, *([switches] if switches else [])
-        )
+        commands = entry.caching_commands(own, options.loop.dataset_config, switches)
         scripts = FamilyScripts(
             f"{entry.script}_train{'' if whole else '_network'}.py",
             declare(record, *more),
-            partial(entry.options.generation_words, own),
+            partial(entry.generation_words, own),
             learner,
             None if images is None else partial(image_training_parser, None, images),
         )
