@@ -288,14 +288,7 @@ def whole_frames(frames: int, latent: LatentSpec) -> int:
 
 def check_values(request: Request) -> None:
     """Raise OptionError for texts that are no text, and for numbers that no model or generator can take."""
-    _check_texts(request)
-    _check_numbers(request)
-
-
-def _check_texts(request: Request) -> None:
-    """Bytes that are no UTF-8 reach Python as halves of characters, which could be encoded but not written
-    into a file.
-    """
+    # bytes that are no UTF-8 reach Python as halves of characters, which no file can hold
     for name, text in {
         "the prompt": request.prompt,
         "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt or "",
@@ -307,9 +300,6 @@ def _check_texts(request: Request) -> None:
             raise OptionError(
                 f"{name} {text!r} is not UTF-8 text, it holds {found}: set the terminal or the file to UTF-8"
             )
-
-
-def _check_numbers(request: Request) -> None:
     *_, most_scale = VALUES["guidance_scale"]
     for name, scale in request.expert_guidance.items():
         if not abs(scale) <= most_scale:
