@@ -19,7 +19,6 @@ from blissful_tuner.options import (
 from generation.grid_options import Axis, SheetOptions
 from generation.prompt_lines import LineOption
 from generation.script_options import (
-    NO_VIDEOS,
     OPTIMIZED,
     OutputOptions,
     RequestOptions,
@@ -40,7 +39,7 @@ from modules.options import (
     option_values,
     read_options,
 )
-from modules.parser import Parser, add_options, refuse_unsupported, refuse_values
+from modules.parser import Parser, add_options, refuse_unsupported
 from modules.speed_options import GenerationSpeedOptions
 from networks.options import (
     LoraOptions,
@@ -307,9 +306,6 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     """Build a parser with the shared options, as the family's script has them."""
     parser = Parser(description=description)
     add_options(parser, GenerationOptions, **defaults.declared())
-    if defaults.pictures:
-        kind = next(action for action in parser._actions if action.dest == "output_type")
-        refuse_values(kind, dict.fromkeys(("video", "both"), NO_VIDEOS))
     parser.set_defaults(
         extras=defaults.extras,
         line_options=defaults.line_options,

@@ -277,7 +277,11 @@ class ScriptDefaults:
         long = RIFLEX.format(f" of more than {only} frames" if only else "", frequencies)
         usual = " ".join(as_typed(self.optimized, name) for name in self.optimized)
         choices: dict[str, dict[str, Any]] = {
-            "output_type": {"choices": list(self.output_types), "help": output_help(self.output_types)},
+            "output_type": {
+                "choices": list(self.output_types),
+                "help": output_help(self.output_types),
+                "refused": dict.fromkeys(("video", "both"), NO_VIDEOS) if pictures else {},
+            },
             "scheduler": {
                 "choices": list(self.solver_names),
                 "help": "another spelling of --sample_solver: "

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.option_values import check_at_least
 from modules.options import FREE, NO_PIXELS, OF_DECODING, Options, option
 from modules.speed_options import GENERATION_VALUES, TRAINING_FLAGS, VaeOptions, dit_dtype_option
 
@@ -37,7 +36,10 @@ class HunyuanImageVaeOptions(Options):
 
     def __post_init__(self) -> None:
         size = self.file.vae_spatial_tile_sample_min_size
-        check_at_least("--vae_spatial_tile_sample_min_size", size, LEAST_TILE, f"{TILE} pixels are usual")
+        if size is not None and size < LEAST_TILE:
+            raise OptionError(
+                f"--vae_spatial_tile_sample_min_size {size}: give at least {LEAST_TILE}; {TILE} are usual"
+            )
 
     @property
     def tile(self) -> int | None:

@@ -114,21 +114,6 @@ def require(value: T | None, option: str, why: str) -> T:
     return value
 
 
-def check_at_least(option: str, value: float | None, minimum: float, meaning: str) -> None:
-    """Raise OptionError if a value is given and is below `minimum` or NaN.
-
-    meaning: says what to give instead.
-    """
-    if value is not None and not value >= minimum:
-        raise OptionError(f"{option} {value}: must be at least {minimum} ({meaning})")
-
-
-def check_at_most(option: str, value: float | None, maximum: float, meaning: str) -> None:
-    """Raise OptionError if a value is given and is above `maximum`; `meaning` says what to give instead."""
-    if value is not None and not value <= maximum:
-        raise OptionError(f"{option} {show_number(value)}: must be at most {maximum:,} ({meaning})")
-
-
 def check_seed(option: str, seed: int | None) -> None:
     """Raise OptionError if a seed does not fit the 64 bits that torch's generators take."""
     if seed is not None and not -(2**63) <= seed < 2**64:

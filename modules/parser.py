@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -172,7 +172,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
     def _explain_missing(self, name: str) -> str:
-        """Explain a required option that is missing."""
         for action in self._actions:
             if name in {"/".join(action.option_strings), action.metavar, action.dest} and action.help:
                 return f"{name} is missing: {action.help.replace('%%', '%')}"
@@ -226,8 +225,8 @@ class Parser(argparse.ArgumentParser):
 
     def _refuse_joined(self, words: Sequence[str]) -> None:
         """Say how to write two numbers if they are typed as one word: 480x832."""
-        numbers = [action for action in self._actions if action.nargs == 2 and action.type in NUMBERS]
-        pairs = {flag for action in numbers for flag in action.option_strings}
+        flags = self._option_string_actions
+        pairs = {flag for flag, one in flags.items() if one.nargs == 2 and one.type in NUMBERS}
         typed = [part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])]
         for before, word in pairwise(typed):
             found = _JOINED.fullmatch(word)
@@ -316,7 +315,8 @@ def add_options(
 
     An optional record in one (`Record | None`) is declared only if it is named itself. By public name:
     `without` are options that the script does not have, whose record holds the default; `defaults` and
-    `settings` (of `add_argument`, such as `help`; `flags` for further spellings) are the script's own;
+    `settings` (of `add_argument`, such as `help`; `flags` for further spellings; `refused` as of `option`)
+    are the script's own;
     `refused` says why the script refuses an option. group: where a record without a title goes.
     """
     own, more = defaults or {}, settings or {}
@@ -345,15 +345,16 @@ def add_options(
                 else:
                     action = _add_option(there, name, hint, default, declared, more.get(name, {}))
                     if name in (refused or {}):
-                        refuse_action(action, (refused or {})[name])
+                        reason = (refused or {})[name]
+                        action.refusal = Refusal(action.help or "", reason, "", (), {})  # type: ignore[attr-defined]
         for name, refusal in ((name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)):
             if isinstance(refusal, Refusal) and name not in without:
-                add_refusal(place, f"--{name.replace('_', '-') if cls.dashed else name}", refusal)
-
-
-def declare(*records: type[Options]) -> Callable[[argparse.ArgumentParser], None]:
-    """Return a function that declares the options of records to a parser."""
-    return lambda parser: add_options(parser, *records)
+                tail = "" if refusal.reason else f"not needed: {refusal.instead}"
+                text = "; ".join(part for part in (refusal.help, tail) if part)
+                text = text or refusal.reason.replace("%", "%%")
+                flag = f"--{name.replace('_', '-') if cls.dashed else name}"
+                action = place.add_argument(flag, help=text, **refusal.settings)
+                action.refusal = refusal  # type: ignore[attr-defined]
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
@@ -368,6 +369,7 @@ def _add_option(
     kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
     usual = "default: the task's" if default is None else f"default {default}"
     settings = {**declared.settings, **more}
+    refused = settings.pop("refused", declared.refused)
     words: dict[str, Any] = {"help": declared.help.replace("{default}", usual), "default": default}
     if isinstance(default, Path):
         words["default"] = str(default)
@@ -387,31 +389,12 @@ def _add_option(
     else:
         flags = dict.fromkeys((*words.pop("flags", declared.flags), f"--{name}"))  # one may be in both
         action = group.add_argument(*flags, dest=name.replace("-", "_"), **words)
-    action.often = declared.often  # type: ignore[attr-defined]
-    refuse_values(action, declared.refused)
+    action.often, action.refused = declared.often, refused  # type: ignore[attr-defined]
     return action
-
-
-def add_refusal(group: _Group, flag: str, refusal: Refusal) -> None:
-    """Declare an option that is refused when it is used, or that a line says is not needed."""
-    tail = "" if refusal.reason else f"not needed: {refusal.instead}"
-    text = "; ".join(part for part in (refusal.help, tail) if part)
-    action = group.add_argument(flag, help=text or refusal.reason.replace("%", "%%"), **refusal.settings)
-    action.refusal = refusal  # type: ignore[attr-defined]
 
 
 def _refusal(action: argparse.Action) -> Refusal | None:
     return vars(action).get("refusal")
-
-
-def refuse_action(action: argparse.Action, reason: str) -> None:
-    """Refuse an option in this script, if it has another value than its default."""
-    action.refusal = Refusal(action.help or "", reason, "", (), {})  # type: ignore[attr-defined]
-
-
-def refuse_values(action: argparse.Action, reasons: Mapping[str, str]) -> None:
-    """Have the parser say why these values are not among the choices of an option."""
-    action.refused = reasons  # type: ignore[attr-defined]
 
 
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

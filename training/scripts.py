@@ -7,7 +7,6 @@ from typing import Any
 from modules.families import FAMILIES, Script
 from modules.installation import import_own
 from modules.options import Options, option_values
-from modules.parser import declare
 from modules.speed_options import refuse_for_whole
 from networks.options import NetworkOptions
 from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
@@ -52,7 +51,7 @@ def training_script(
         commands = entry.caching_commands(own, options.loop.dataset_config, switches)
         scripts = FamilyScripts(
             f"{entry.script}_train{'' if whole else '_network'}.py",
-            declare(record, *more),
+            (record, *more),
             partial(entry.generation_words, own),
             learner,
             None if images is None else partial(image_training_parser, None, images),

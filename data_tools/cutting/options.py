@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.media.options import CodecOptions
 from modules.options import Options, option
 
 OWN, CONTENT, ADAPTIVE = "own", "pyscenedetect", "pyscenedetect-adaptive"
@@ -94,15 +95,9 @@ class ChoiceOptions(Options, title="what is left out"):
     drop_blurred: bool = option("leave out blurred clips, which are kept else")
 
 
-class ClipFormat(Options, title="video format"):
+class ClipFormat(CodecOptions, title="video format"):
     """How clips are written."""
 
-    codec: str = option(
-        "h264 plays everywhere, h265 is smaller, prores (10 bit, .mkv) is for editing",
-        default="h264",
-        choices=("prores", "h264", "h265"),
-    )
-    container: str = option("kind of video file", default="mp4", choices=("mkv", "mp4"))
     crf: int = option(
         "quality of h264 and h265, 0 to 51: a lower one is better and larger",
         default=12,

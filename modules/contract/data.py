@@ -21,7 +21,6 @@ Conditions = Mapping[str, Tensor | list[Tensor]]
 # key of the mask of the loss in batches and caches: 1 is learned, 0 is not; F H W of the latents
 LOSS_MASK = "reelsmith_loss_mask"
 
-
 LATENTS_MADE = "latents"  # `MadeBy.part` of latent caches
 
 

@@ -118,7 +118,6 @@ logger = logging.getLogger(__name__)
 # for `keep_usable_media`: of a model that makes pictures from texts alone
 NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path"), False)
 
-
 MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
 
 
@@ -130,7 +129,6 @@ COUNTS = {
     "frames": ("--video_length", "f", 100_000),
     "steps": ("--infer_steps", "s", 10_000),
 }
-
 
 VALUES = {
     "guidance_scale": ("--guidance_scale", "l", 1000),
