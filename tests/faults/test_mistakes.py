@@ -209,6 +209,21 @@ FILES = (
     wrong(AVERAGE, "--output_file BAD/folder", "--output_file", "is a folder"),
     wrong(CONVERT, "--output converted.gguf", "Give a name that ends in .safetensors"),
 )
+# how paths go wrong on their way from a page or a shell
+MISTYPED = (
+    wrong(WAN, "--dit=https://example.org/wan.safetensors", "this is an address. Download"),
+    wrong(WAN, "--dit=hf:owner/name", "this is an address"),
+    wrong(WAN, "--dit=\u201cmodels/wan.safetensors\u201d", 'straight ones around: "models/wan.safetensors"'),
+    wrong(WAN, "--dit='models/wan.safetensors'", 'straight ones around: "models/wan.safetensors"'),
+    wrong(WAN, "--dit=$MODELS/wan.safetensors", "$MODELS is no folder, and no variable was put in its place"),
+    wrong(WAN, "--dit=%MODELS%/wan.safetensors", "%MODELS% is no folder"),
+    wrong(WAN, f"--dit={Path('/').absolute()}wan.safetensors", "is a variable that stood before it not set?"),
+    wrong(WAN, "--dit=models/*.safetensors", "A pattern that fits no file stays as it is"),
+    wrong(WAN, "--lora_weight=models/*.safetensors", "A pattern that fits no file stays as it is"),
+    wrong(WAN, "--dit=None", "Leave it out"),
+    wrong(WAN, "--dit=~nosuchuser/wan.safetensors", "there is no such user"),
+    wrong(WAN, f"--dit={'w' * 300}", "no file has so long a name"),
+)
 TOGETHER = (
     wrong(GENERATIONS, "--prompt=", "--prompt is empty", "say what the video should show"),
     wrong(GENERATIONS, "", "nothing to do", "--prompt", without=["--prompt"]),
@@ -263,7 +278,7 @@ TOGETHER = (
     wrong(HV, "--riflex_index 9", "--riflex_index 9", "from 1 to 8"),
     wrong(FP, "--riflex_index 4", "--riflex_index"),
 )
-MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "together": TOGETHER}
+MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "path": MISTYPED, "together": TOGETHER}
 
 
 def _cases() -> list[object]:

@@ -1,6 +1,7 @@
 """Every fact of every declared option is kept: limits, choices, what an option needs, what it excludes."""
 
 import importlib
+import itertools
 import re
 import typing
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 
 from modules.errors import OptionError
+from modules.option_values import check_numbers
 from modules.options import Options, default_of, hints_of, option_name, record_of
+from modules.parser import Parser, add_options
+from training.options import TrainingOptions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUTSIDE = {"tests", ".venv", "build"}
@@ -127,6 +131,31 @@ def test_a_path_that_cannot_be_meant_is_refused_by_name(
     assert re.search(r"Give|give|Choose", str(raised.value))
 
 
+def _takes_numbers(record: type[Options], field: "Field[Any]") -> bool:
+    declared, kind = field.metadata.get("declared"), str(hints_of(record)[field.name])
+    is_typed = declared is not None and declared.settings.get("type") in (None, int, float)
+    return is_typed and bool(declared.help) and re.search(r"\b(int|float)\b", kind) is not None
+
+
+@pytest.mark.parametrize(
+    "record", [record for record in RECORDS if any(_takes_numbers(record, one) for one in fields(record))]
+)
+def test_no_option_takes_an_absurd_number(record: type[Options], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser()
+    add_options(parser, record)
+    for action in parser._actions:
+        action.required = False
+    names = {option_name(field) for field in fields(record) if _takes_numbers(record, field)} - {"seed"}
+    for name in names:
+        action = next(one for one in parser._actions if f"--{name}" in one.option_strings)
+        for value in ("nan", "inf", "-inf", "1e30", "text", "", "1" + "0" * 30):
+            words = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
+            typed = [f"--{name}", *words] if len(words) > 1 else [f"--{name}={value}"]
+            with pytest.raises((OptionError, SystemExit)) as raised:
+                check_numbers(name, getattr(parser.parse_args(typed), name.replace("-", "_")))
+            assert f"--{name}" in f"{raised.value}{capsys.readouterr().err}"
+
+
 @pytest.mark.parametrize(("record", "field"), _with("needs"))
 def test_an_option_without_what_it_needs_is_refused(record: type[Options], field: "Field[Any]") -> None:
     with pytest.raises(OptionError, match=f"^--{option_name(field)} needs --"):
@@ -150,3 +179,13 @@ def test_facts_name_options_of_their_record() -> None:
         for field in fields(record):
             for fact in ("needs", "excludes", "only_with", "spares"):
                 assert {*field.metadata.get(fact, ())} <= names, record
+
+
+def test_a_typographic_dash_is_named_with_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser()
+    add_options(parser, TrainingOptions)
+    flags = [action.option_strings[-1] for action in parser._actions if action.option_strings[-1] != "-h"]
+    for flag, dash in zip(flags, itertools.cycle(("\u2013-", "\u2014", "-\u2011", "\u2212\u2212"))):
+        with pytest.raises(SystemExit):
+            parser.parse_args([dash + flag.removeprefix("--"), "x"])
+        assert f"begins with a typographic dash, not with --. Write {flag}" in capsys.readouterr().err
