@@ -61,7 +61,7 @@ SMALLER = {  # appended, so that the last value wins
     ],
     "fpack_cache_latents.py": QUICK_VAE,
     "fpack_generate_video.py": [
-        *"--video_size 32 32 --infer_steps 2 --video_sections 2".split(),
+        *["--video_size", "32", "32", "--infer_steps", "2", "--video_sections", "2"],
         *QUICK_VAE,
     ],
     "wan_train_network.py": [*TRAINING, "--network_dim", "2"],
@@ -81,7 +81,7 @@ SMALLER = {  # appended, so that the last value wins
     "fpack_train.py": [*TRAINING, "--latent_window_size", "1"],
     "fpack_train_network.py": [
         *TRAINING,
-        *"--network_dim 2 --latent_window_size 1 --sample_every_n_epochs 1".split(),
+        *["--network_dim", "2", "--latent_window_size", "1", "--sample_every_n_epochs", "1"],
     ],
 }
 NOT_ON_CPU = {"gen_img.py": {"--fp16"}}  # left out: a CPU takes long in float16

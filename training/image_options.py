@@ -81,6 +81,13 @@ def read_image_training(
     return options, read_options(record, args)
 
 
+class ImageModelOptions(Options, title="model"):
+    """Files of the model, which fields of the families' records read."""
+
+    pretrained_model_name_or_path: Path | None = option("checkpoint of the transformer")
+    vae: Path | None = option("checkpoint of the VAE")
+
+
 class OtherNames(Options, title="other names"):
     """Other names of options; `_translate` puts them into those that records read."""
 
@@ -108,10 +115,8 @@ def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> ar
     settings = {name: {"choices": values} for name, values in choices.items()}
     script: dict[str, Any] = {"defaults": own, "refused": defaults.refused}
     parser = training_parser(doc, settings=settings, **script)
-    group = parser.add_argument_group("model")
-    group.add_argument("--pretrained_model_name_or_path", help="checkpoint of the transformer")
-    group.add_argument("--vae", help="checkpoint of the VAE")
-    add_options(parser, PartsOptions, PredictionOptions, SubsetOptions, CachingInRunOptions, **script)
+    add_options(parser, ImageModelOptions, PartsOptions, PredictionOptions, **script)
+    add_options(parser, SubsetOptions, CachingInRunOptions, **script)
     add_options(parser, StartOptions, ConsoleOptions, OtherNames, *FOREIGN)
     actions = {action.dest: action for action in parser._actions}
     actions["dynamo_backend"].choices = (*(actions["dynamo_backend"].choices or ()), TENSORRT)
