@@ -59,14 +59,18 @@ class GuidanceOptions(Options, title="guidance"):
         hint="the share of the steps with guidance",
     )
     cfg_apply_ratio: float | None = option(
-        "with --cfg_skip_mode: share of the steps that keep guidance, 0 to 1", least=0, most=1
+        "with --cfg_skip_mode: share of the steps that keep guidance, 0 to 1",
+        least=0,
+        most=1,
+        only_with="cfg_skip_mode",
     )
     slg_mode: str | None = option(
         "skip-layer guidance: original adds a third pass that skips the layers, uncond skips them in the "
         "negative pass",
         choices=("original", "uncond"),
+        only_with="slg_layers",
     )
-    slg_layers: str | None = option("numbers of the blocks to skip, e.g. 9,10")
+    slg_layers: str | None = option("numbers of the blocks to skip, e.g. 9,10", only_with="slg_mode")
     slg_scale: float = option(
         "strength of --slg_mode original", default=3.0, least=-MOST_SCALE, most=MOST_SCALE, hint="3 is usual"
     )
@@ -109,13 +113,6 @@ class GuidanceOptions(Options, title="guidance"):
     )
 
     def __post_init__(self) -> None:
-        if self.cfg_apply_ratio is not None and self.cfg_skip_mode == "none":
-            logger.warning("--cfg_apply_ratio is ignored because --cfg_skip_mode is none")
-        if (self.slg_mode is None) != (self.slg_layers is None):
-            given, missing = (
-                ("--slg_mode", "--slg_layers") if self.slg_layers is None else ("--slg_layers", "--slg_mode")
-            )
-            logger.warning("%s is ignored because %s is not given", given, missing)
         if self.slg_mode is not None:
             parse_layers(self.slg_layers)
         if self.cfgzerostar_multiplier != 0 and self.cfgzerostar_init_steps < 1:
@@ -161,7 +158,9 @@ class PromptOptions(Options, title="prompts"):
     """How to read the texts of a video: wildcards to draw, and weights of parts."""
 
     prompt_wildcards: Path | None = option(
-        "folder of text files: __name__ in a prompt becomes a line of name.txt, drawn by the seed"
+        "folder of text files: __name__ in a prompt becomes a line of name.txt, drawn by the seed",
+        place="folder",
+        hint="the folder of the text files that __name__ in a prompt draws from",
     )
     prompt_alternatives: bool = option(
         "{red|blue} in a prompt becomes one of them, drawn by the seed; {3::red|blue} draws red 3 times as "
@@ -171,15 +170,6 @@ class PromptOptions(Options, title="prompts"):
         "(word:1.4) in a prompt multiplies what the model is given for that part; (word) means 1.1, "
         "\\( a parenthesis"
     )
-
-    def __post_init__(self) -> None:
-        folder = self.prompt_wildcards
-        if folder is not None and not folder.is_dir():
-            what = "it is not a folder" if folder.exists() else "there is no such folder"
-            raise OptionError(
-                f"--prompt_wildcards {folder}: {what}. Give the folder of the text files that __name__ in a "
-                "prompt draws from"
-            )
 
     @property
     def draws(self) -> bool:
@@ -234,14 +224,9 @@ class PreviewOptions(Options, title="previews"):
         "small VAE (TAEHV: taew2_1 for Wan, taehv for HunyuanVideo and FramePack) for previews that are "
         "sharp and have all frames; default: blurred colours, at no cost",
         needs="preview_latent_every",
+        place="there",
+        hint="a TAEHV file, or leave it out for previews without one",
     )
-
-    def __post_init__(self) -> None:
-        if self.preview_vae is not None and not self.preview_vae.exists():
-            raise OptionError(
-                f"--preview_vae {self.preview_vae}: no such file. Give a TAEHV file, or leave it out for "
-                "previews without one"
-            )
 
 
 NO_PREVIEW = PreviewOptions()
@@ -297,6 +282,7 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
         default=RETENTION,
         least=0,
         most=1,
+        only_with="magcache_mag_ratios",
     )
     magcache_threshold: float = option(
         "largest error of passes skipped in a row: higher is faster and further from the plain video; "
@@ -304,12 +290,14 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
         default=THRESHOLD,
         least=0,
         hint=NOTHING_SKIPPED,
+        only_with="magcache_mag_ratios",
     )
     magcache_k: int = option(
         f"largest number of passes skipped in a row; default {MOST_SKIPS}",
         default=MOST_SKIPS,
         least=0,
         hint=NOTHING_SKIPPED,
+        only_with="magcache_mag_ratios",
     )
     magcache_calibration: bool = option(
         "skip nothing, and print --magcache_mag_ratios as measured",
@@ -328,6 +316,7 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
         "any",
         nargs="+",
         metavar="NUMBER",
+        only_with="teacache_threshold",
     )
     teacache_calibration: bool = option(
         "skip nothing, and print --teacache_coefficients as fitted",
@@ -345,16 +334,6 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
                 f"--teacache_coefficients: give 1 to {MOST_COEFFICIENTS} numbers, highest power first, as "
                 "--teacache_calibration prints them"
             )
-        usual = {
-            "--magcache_retention_ratio": (self.magcache_retention_ratio, RETENTION),
-            "--magcache_threshold": (self.magcache_threshold, THRESHOLD),
-            "--magcache_k": (self.magcache_k, MOST_SKIPS),
-        }
-        for flag, (value, default) in usual.items():
-            if self.magcache_mag_ratios is None and value != default:
-                logger.warning("%s %g is ignored because --magcache_mag_ratios is not given", flag, value)
-        if self.teacache_coefficients is not None and self.teacache_threshold is None:
-            logger.warning("--teacache_coefficients is ignored because --teacache_threshold is not given")
 
     @property
     def is_on(self) -> bool:

@@ -13,7 +13,7 @@ from modules.contract.requests import Prepared
 from modules.contract.rules import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration
 from modules.contract.steps import DitAt
 from modules.errors import OptionError
-from modules.option_values import MOST, check_at_least, check_at_most
+from modules.option_values import MOST, show_number
 from modules.step_cache.rules import (
     FEWEST_STEPS,
     Changes,
@@ -48,8 +48,9 @@ def choose_step_cache(
     says = {name: line[name] for name in LETTERS if line.get(name) is not None}
     for name, value in [*says.items()]:
         letters = f"--{LETTERS[name]}"
-        check_at_least(letters, value, 0, f"give what --{name} takes")
-        check_at_most(letters, value, 1 if name in SHARES else MOST, f"give what --{name} takes")
+        most = 1 if name in SHARES else MOST
+        if not 0 <= value <= most:
+            raise OptionError(f"{letters} {show_number(value)}: give 0 to {most:,}, as --{name} takes it")
         switch = "teacache_threshold" if name == "teacache_threshold" else "magcache_mag_ratios"
         if getattr(options, switch) is None:
             logger.warning("%s %g is ignored because --%s is not given", letters, value, switch)

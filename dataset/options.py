@@ -22,7 +22,8 @@ class CheckPageOptions(Options):
 
     html: Path | None = option(
         "with --check: also write an HTML page that shows every item: frames with the crop, caption "
-        "with its tokens, sizes, what is left out and why"
+        "with its tokens, sizes, what is left out and why",
+        place="new file",
     )
     html_items: int = option(
         "most files that the page shows: those with faults first, then an even choice", default=500, least=1
@@ -31,8 +32,6 @@ class CheckPageOptions(Options):
     def __post_init__(self) -> None:
         if self.html is not None and self.html.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--html {self.html}: name a file that ends in .html")
-        if self.html is not None and self.html.is_dir():
-            raise OptionError(f"--html {self.html}: there is a folder of that name; name a file")
 
     def require_check(self, check: bool) -> None:
         """Raise OptionError if the page is asked for without --check."""
@@ -174,7 +173,10 @@ class ConvertCacheOptions(Options):
         "TOML or JSON file: convert the cache folders of its tables", excludes="cache_directory"
     )
     cache_directory: tuple[Path, ...] | None = option(
-        "convert these folders, without a dataset file", nargs="+"
+        "convert these folders, without a dataset file",
+        nargs="+",
+        place="folder",
+        hint="that of existing caches",
     )
     to: str = option(
         "files: a file for each entry, as other programs read them; shards: few large SQLite files, for "
@@ -190,9 +192,6 @@ class ConvertCacheOptions(Options):
             raise OptionError(
                 "give either --dataset_config, for the cache folders of all its tables, or --cache_directory"
             )
-        for folder in self.cache_directory or ():
-            if not folder.is_dir():
-                raise OptionError(f"--cache_directory {folder}: no such folder. Give that of existing caches")
 
 
 class DebugOptions(Options, title="looking at the dataset"):

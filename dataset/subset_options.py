@@ -9,7 +9,6 @@ from modules.options import Options, option, unsupported
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 MOST_SIDE = 65_536  # pixels
-FOLDERS = ("train_data_dir", "reg_data_dir", "conditioning_data_dir")
 A_SHARE = "a share from 0 to 1"
 
 
@@ -17,14 +16,22 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
     """Data sets from folders or a JSON file, and values for whatever a subset does not say itself."""
 
     train_data_dir: Path | None = option(
-        "folder with folders REPEATS_CLASS of pictures, or the pictures of --in_json", often=True
+        "folder with folders REPEATS_CLASS of pictures, or the pictures of --in_json",
+        place="folder",
+        often=True,
     )
     reg_data_dir: Path | None = option(
-        "folder with folders REPEATS_CLASS of regularisation pictures", needs="train_data_dir"
+        "folder with folders REPEATS_CLASS of regularisation pictures",
+        place="folder",
+        needs="train_data_dir",
     )
-    in_json: Path | None = option("JSON file with caption and tags of each picture", needs="train_data_dir")
+    in_json: Path | None = option(
+        "JSON file with caption and tags of each picture", place="file", needs="train_data_dir"
+    )
     conditioning_data_dir: Path | None = option(
-        "control pictures, named like the pictures of --train_data_dir", needs="train_data_dir"
+        "control pictures, named like the pictures of --train_data_dir",
+        place="folder",
+        needs="train_data_dir",
     )
     dataset_repeats: int = option("repeats of the pictures of --in_json", default=1, least=1)
     dataset_class = unsupported(
@@ -79,12 +86,6 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
     )
 
     def __post_init__(self) -> None:
-        for name in FOLDERS:
-            folder = getattr(self, name)
-            if folder is not None and not folder.is_dir():
-                raise OptionError(f"--{name} {folder}: no such folder")
-        if self.in_json is not None and not self.in_json.is_file():
-            raise OptionError(f"--in_json {self.in_json}: no such file")
         if self.min_bucket_reso > self.max_bucket_reso:
             raise OptionError(
                 f"--min_bucket_reso {self.min_bucket_reso} is above --max_bucket_reso {self.max_bucket_reso}"

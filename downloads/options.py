@@ -15,7 +15,7 @@ class DownloadOptions(Options):
 
     family: str | None = option("the kind of model", choices=families())
     task: str | None = option("which of the family's models, such as t2v-1.3B; --list shows them")
-    to: Path = option("folder for the models", default=Path("models"))
+    to: Path = option("folder for the models", default=Path("models"), place="new folder")
     list_only: bool = option(
         "only show the files with sizes and licences; of all families, or of --family and --task", name="list"
     )
@@ -47,8 +47,6 @@ class DownloadOptions(Options):
             raise OptionError(f"--task {self.task}: {self.family} has {', '.join(tasks)}.{hint}")
         if self.task is None and not self.list_only and len(tasks) > 1:
             raise OptionError(f"--task is missing: {', '.join(tasks)}. --list shows what each needs.")
-        if self.to.exists() and not self.to.is_dir():
-            raise OptionError(f"--to {self.to}: this is a file. Give the folder for the models.")
 
     def sets(self) -> list[ModelSet]:
         """Return the sets that the options name: one, or with --list also several."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from flux.options import CHROMA, FLUX, USUAL_GUIDANCE
 from modules.errors import OptionError
-from modules.minimal_options import MOST_SIDE, MinimalLoraOptions, lora_words, option_words
+from modules.minimal_options import MOST_SIDE, MinimalLoraOptions
+from modules.option_values import option_words
 from modules.options import Options, option
 from modules.parser import parse_options
 
@@ -109,7 +110,6 @@ def round_up(side: int) -> int:
 def generation_words(options: FluxMinimalOptions) -> list[str]:
     """Return the same command as options of flux_generate_image.py."""
     model, picture = options.model, options.picture
-    height, width = picture.size
     values = {
         "--dit": model.ckpt_path,
         "--model_type": model.model_type,
@@ -126,15 +126,14 @@ def generation_words(options: FluxMinimalOptions) -> list[str]:
         "--infer_steps": picture.steps,
         "--negative_prompt": picture.negative_prompt,
         "--prompt": None if picture.interactive else picture.prompt,
-    }
-    switches = {
         "--fp8": is_fp8(model.flux_dtype or model.dtype),
         "--fp8_t5": is_fp8(model.t5xxl_dtype or model.dtype),
         "--apply_t5_attn_mask": model.apply_t5_attn_mask,
         "--interactive": picture.interactive,
+        "--image_size": picture.size,
+        **model.lora_options,
     }
-    size = ["--image_size", str(height), str(width)]
-    return [*option_words(values, switches), *size, *lora_words(model.loras)]
+    return option_words(values, joined=True)  # a prompt may begin with a dash
 
 
 NO_NEGATIVE = "-"  # in a line: no negative prompt

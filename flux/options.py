@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.command import as_typed
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option, unsupported
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option
@@ -108,34 +107,30 @@ class FluxGenerationOptions(Options, title=NAME):
     text: FluxTextOptions
 
 
-def caching_commands(dataset_config: Path | None, options: FluxTrainingOptions) -> tuple[str, str]:
-    """Return the commands that make missing caches of latents and of texts."""
-    dataset = ["--dataset_config", str(dataset_config)]
-    vae = str(options.vae.vae or "AE_FILE")
-    latents = ["python", "flux_cache_latents.py", *dataset, "--ae", vae]
-    texts = ["python", "flux_cache_text_encoder_outputs.py", *dataset, *_text_words(options)]
-    return as_typed(latents), as_typed(texts)
+def caching_options(options: FluxTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    return {"--ae": options.vae.vae or "AE_FILE"}, _text_options(options)
 
 
-def generation_words(options: FluxTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
-    """Return the script and the options that generate with the models of a training.
+def generation_options(options: FluxTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    return {
+        "--dit": options.dit or "DIT_FILE",
+        "--ae": options.vae.vae or "AE_FILE",
+        **_text_options(options),
+        "--dit_dtype": options.dit_dtype,
+        "--embedded_cfg_scale": sample.get("embedded_guidance"),
+    }
 
-    sample: the settings of a sample, by the names of `Request`; may be empty.
-    """
-    words = ["flux_generate_image.py", "--dit", str(options.dit or "DIT_FILE")]
-    words += ["--ae", str(options.vae.vae or "AE_FILE"), *_text_words(options)]
-    words += ["--dit_dtype", options.dit_dtype] if options.dit_dtype else []
-    guidance = sample.get("embedded_guidance")
-    return words + (["--embedded_cfg_scale", str(guidance)] if guidance else [])
 
-
-def _text_words(options: FluxTrainingOptions) -> list[str]:
-    text = options.text
-    files = {"--t5xxl": text.t5xxl or "T5_FILE", "--t5xxl_tokenizer": text.t5xxl_tokenizer}
-    if options.model_type != CHROMA:
-        files |= {"--clip_l": text.clip_l or "CLIP_FILE", "--clip_l_tokenizer": text.clip_l_tokenizer}
-    words = [word for name, path in files.items() if path is not None for word in (name, str(path))]
-    words += ["--model_type", CHROMA] if options.model_type == CHROMA else []
-    if text.t5xxl_max_token_length is not None:
-        words += ["--t5xxl_max_token_length", str(text.t5xxl_max_token_length)]
-    return words + (["--apply_t5_attn_mask"] if text.apply_t5_attn_mask else [])
+def _text_options(options: FluxTrainingOptions) -> dict[str, Any]:
+    text, is_chroma = options.text, options.model_type == CHROMA
+    return {
+        "--t5xxl": text.t5xxl or "T5_FILE",
+        "--t5xxl_tokenizer": text.t5xxl_tokenizer,
+        "--clip_l": None if is_chroma else text.clip_l or "CLIP_FILE",
+        "--clip_l_tokenizer": None if is_chroma else text.clip_l_tokenizer,
+        "--model_type": CHROMA if is_chroma else None,
+        "--t5xxl_max_token_length": text.t5xxl_max_token_length,
+        "--apply_t5_attn_mask": text.apply_t5_attn_mask,
+    }

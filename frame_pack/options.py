@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ from hunyuan_model.options import (
     HunyuanTextOptions,
     HunyuanVaeOptions,
     TextReadingOptions,
-    model_words,
+    model_options,
 )
-from modules.command import as_typed
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, option
 
@@ -53,14 +52,15 @@ class FramePackLatentCachingOptions(Options, title="FramePack"):
     image_encoder: Path | None = option(_IMAGE_ENCODER)
     f1: bool = option("make caches for FramePack-F1, which generates sections in playing order")
     one_frame: bool = option("make caches for single images generated from control images")
-    one_frame_no_2x: bool = option("with --one_frame: leave out the black frames at 2x")
-    one_frame_no_4x: bool = option("with --one_frame: leave out the black frames at 4x")
+    one_frame_no_2x: bool = option(
+        "with --one_frame: leave out the black frames at 2x", only_with="one_frame"
+    )
+    one_frame_no_4x: bool = option(
+        "with --one_frame: leave out the black frames at 4x", only_with="one_frame"
+    )
 
     def __post_init__(self) -> None:
         _warn_of_both(self.f1, self.one_frame)
-        for coarse in ("2x", "4x"):
-            if getattr(self, f"one_frame_no_{coarse}") and not self.one_frame:
-                logger.warning("--one_frame_no_%s is ignored because --one_frame is not given", coarse)
 
 
 class FramePackTextCachingOptions(Options, title="FramePack"):
@@ -149,61 +149,42 @@ class FramePackGenerationOptions(Options, title="FramePack"):
         above=0,
         below=math.inf,
         hint="such as 0.5",
+        only_with="rope_scaling_timestep_threshold",
     )
     rope_scaling_timestep_threshold: int | None = option(
         "apply --rope_scaling_factor at this timestep and above (0 to 1000)", least=0, most=1000
     )
     reproduce: bool = option(REPRODUCE)
 
-    def __post_init__(self) -> None:
-        factor = self.rope_scaling_factor
-        if factor != ROPE_FACTOR and self.rope_scaling_timestep_threshold is None:
-            logger.warning(
-                "--rope_scaling_factor %g is ignored because --rope_scaling_timestep_threshold is not given",
-                factor,
-            )
+
+def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    text = options.text
+    latents = {"--vae": options.vae.file.vae or "VAE"}
+    latents["--image_encoder"] = options.image_encoder or "IMAGE_ENCODER"
+    encoders = {"--text_encoder1": text.text_encoder1 or "TEXT_ENCODER1"}
+    encoders["--text_encoder2"] = text.text_encoder2 or "TEXT_ENCODER2"
+    return latents, encoders
 
 
-def caching_commands(
-    dataset_config: Path | None, options: FramePackTrainingOptions, switches: Iterable[str] = ()
-) -> tuple[str, str]:
-    """Return the commands that make missing caches of latents and of texts.
-
-    switches: options of fpack_cache_latents.py.
-    """
-    dataset = ["--dataset_config", str(dataset_config)]
-    files = {"--vae": options.vae.file.vae, "--image_encoder": options.image_encoder}
-    encoders = {"--text_encoder1": options.text.text_encoder1, "--text_encoder2": options.text.text_encoder2}
-    latents = [word for option, path in files.items() for word in (option, str(path or option[2:].upper()))]
-    texts = [word for option, path in encoders.items() for word in (option, str(path or option[2:].upper()))]
-    return (
-        as_typed(["python", "fpack_cache_latents.py", *dataset, *latents, *switches]),
-        as_typed(["python", "fpack_cache_text_encoder_outputs.py", *dataset, *texts]),
-    )
-
-
-def generation_words(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
-    """Return the script and the options that generate with the models of a training.
-
-    sample: the settings of a sample, by the names of `Request`; may be empty.
-    """
-    words = ["fpack_generate_video.py", *model_words(options.dit, options.vae, options.text)]
-    words += ["--image_encoder", str(options.image_encoder or "IMAGE_ENCODER")]
-    words += ["--image_path", str(sample.get("image_path") or "IMAGE_FILE")]
-    extra, frames, guidance = (sample.get(name) for name in ("extra", "frames", "embedded_guidance"))
-    words += [] if guidance is None else ["--embedded_cfg_scale", f"{guidance:g}"]
-    words += (
-        []
-        if options.latent_window_size == WINDOW
-        else ["--latent_window_size", str(options.latent_window_size)]
-    )
+def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    window, extra, frames = options.latent_window_size, sample.get("extra") or {}, sample.get("frames")
+    found = {
+        **model_options(options.dit, options.vae, options.text),
+        "--image_encoder": options.image_encoder or "IMAGE_ENCODER",
+        "--image_path": sample.get("image_path") or "IMAGE_FILE",
+        "--embedded_cfg_scale": sample.get("embedded_guidance"),
+        "--latent_window_size": None if window == WINDOW else window,
+    }
     if options.one_frame:
-        named = extra or {}
-        words += ["--one_frame_inference", named.get("one_frame", "default")]
-        controls = named.get("control_image_path", "").split("\n")
-        return words + (["--control_image_path", *controls] if any(controls) else [])
-    words += ["--f1"] if options.f1 else []
-    return words + ([] if not frames else ["--video_seconds", f"{frames / FRAMES_PER_SECOND:.4g}"])
+        controls = [path for path in extra.get("control_image_path", "").split("\n") if path]
+        return found | {
+            "--one_frame_inference": extra.get("one_frame", "default"),
+            "--control_image_path": controls,
+        }
+    seconds = f"{frames / FRAMES_PER_SECOND:.4g}" if frames else None
+    return found | {"--f1": options.f1, "--video_seconds": seconds}
 
 
 def _warn_of_both(f1: bool, one_frame: bool) -> None:

@@ -19,7 +19,6 @@ from blissful_tuner.options import (
 from generation.grid_options import Axis, SheetOptions
 from generation.prompt_lines import LineOption
 from generation.script_options import (
-    NO_VIDEOS,
     OPTIMIZED,
     OutputOptions,
     RequestOptions,
@@ -40,8 +39,7 @@ from modules.options import (
     option_values,
     read_options,
 )
-from modules.output_files import check_output_file
-from modules.parser import Parser, add_options, refuse_unsupported, refuse_values
+from modules.parser import Parser, add_options, refuse_unsupported
 from modules.speed_options import GenerationSpeedOptions
 from networks.options import (
     LoraOptions,
@@ -57,6 +55,7 @@ class ExpertOptions(Options, title="two experts"):
     lora_weight_high_noise: tuple[Path, ...] | None = option(
         "LoRA files for --dit_high_noise; those of --lora_weight are for --dit. --include_patterns and "
         "--exclude_patterns count over both: first the files of --lora_weight, then these",
+        place="there",
         facts=OF_REQUEST,
     )
     lora_multiplier_high_noise: tuple[float, ...] = option(
@@ -76,7 +75,6 @@ class ExpertOptions(Options, title="two experts"):
     def __post_init__(self) -> None:
         files = self.lora_weight_high_noise or ()
         multipliers_for(files, self.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
-        require_files("--lora_weight_high_noise", files)
 
     @property
     def loras(self) -> LoraOptions:
@@ -137,6 +135,7 @@ class GenerationOptions(Options, title="run"):
     steadier: SteadierOptions
     from_file: Path | None = option(
         "file with a prompt and its options on each line",
+        place="there",
         facts=NO_PIXELS,
         often=True,
         excludes="interactive",
@@ -169,7 +168,10 @@ class GenerationOptions(Options, title="run"):
     lora_patterns: LoraPatternOptions = option(title="LoRA")
     lycoris = not_needed("LoHa and LoKr files are recognised automatically")
     save_merged_model: Path | None = option(
-        "write the model with the LoRAs merged in, then stop", title="LoRA", facts=NO_PIXELS
+        "write the model with the LoRAs merged in, then stop",
+        place="safetensors",
+        title="LoRA",
+        facts=NO_PIXELS,
     )
     experts: ExpertOptions
     speed: GenerationSpeedOptions
@@ -230,8 +232,6 @@ class GenerationOptions(Options, title="run"):
             )
         if self.sheet.is_asked:
             self._check_sheet()
-        if self.save_merged_model is not None:
-            check_output_file("--save_merged_model", self.save_merged_model)
         if self.latent_path:
             self._tell_unused_by_decoding()
         if self.latent_path and self.output.keeps_latents:
@@ -243,7 +243,6 @@ class GenerationOptions(Options, title="run"):
         if is_empty and self.save_merged_model is None:
             what = "picture" if self.output.pictures else "video"
             raise OptionError(f"--prompt is empty: say what the {what} should show, or leave the option out")
-        require_files("--from_file", () if self.from_file is None else (self.from_file,))
         require_files("--latent_path", self.latent_path or (), "write latents with --output_type latent")
 
     def _tell_unused_by_decoding(self) -> None:
@@ -307,9 +306,6 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     """Build a parser with the shared options, as the family's script has them."""
     parser = Parser(description=description)
     add_options(parser, GenerationOptions, **defaults.declared())
-    if defaults.pictures:
-        kind = next(action for action in parser._actions if action.dest == "output_type")
-        refuse_values(kind, dict.fromkeys(("video", "both"), NO_VIDEOS))
     parser.set_defaults(
         extras=defaults.extras,
         line_options=defaults.line_options,

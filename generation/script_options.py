@@ -83,7 +83,7 @@ OF_RESULTS = {".mp4", ".mkv", ".mov", ".webm", ".gif", ".png", ".jpg", ".jpeg", 
 class OutputOptions(Options, title="output"):
     """Output files: form and place."""
 
-    save_path: Path = option("output folder; created if missing", required=True)
+    save_path: Path = option("output folder; created if missing", place="new folder", required=True)
     output_type: str = option("what is written", often=True)
     no_metadata: bool = option("do not write the prompt, seed and settings into the files")
     trim_tail_frames: int = option(
@@ -116,10 +116,6 @@ class OutputOptions(Options, title="output"):
             raise OptionError(
                 "--save_last_frame with --output_type latent: no frames are decoded. Use --output_type both, "
                 "or give --save_last_frame when the latents are decoded (--latent_path)"
-            )
-        if self.save_path.exists() and not self.save_path.is_dir():
-            raise OptionError(
-                f"--save_path {self.save_path}: it is a file; give a folder, it will be created"
             )
         if self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.exists():
             raise OptionError(
@@ -281,7 +277,11 @@ class ScriptDefaults:
         long = RIFLEX.format(f" of more than {only} frames" if only else "", frequencies)
         usual = " ".join(as_typed(self.optimized, name) for name in self.optimized)
         choices: dict[str, dict[str, Any]] = {
-            "output_type": {"choices": list(self.output_types), "help": output_help(self.output_types)},
+            "output_type": {
+                "choices": list(self.output_types),
+                "help": output_help(self.output_types),
+                "refused": dict.fromkeys(("video", "both"), NO_VIDEOS) if pictures else {},
+            },
             "scheduler": {
                 "choices": list(self.solver_names),
                 "help": "another spelling of --sample_solver: "

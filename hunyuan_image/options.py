@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.command import as_typed
 from modules.errors import OptionError
-from modules.option_values import check_at_least
 from modules.options import FREE, NO_PIXELS, OF_DECODING, Options, option
 from modules.speed_options import GENERATION_VALUES, TRAINING_FLAGS, VaeOptions, dit_dtype_option
 
@@ -38,7 +36,10 @@ class HunyuanImageVaeOptions(Options):
 
     def __post_init__(self) -> None:
         size = self.file.vae_spatial_tile_sample_min_size
-        check_at_least("--vae_spatial_tile_sample_min_size", size, LEAST_TILE, f"{TILE} pixels are usual")
+        if size is not None and size < LEAST_TILE:
+            raise OptionError(
+                f"--vae_spatial_tile_sample_min_size {size}: give at least {LEAST_TILE}; {TILE} are usual"
+            )
 
     @property
     def tile(self) -> int | None:
@@ -151,32 +152,20 @@ def translate_training(args: argparse.Namespace) -> None:
         args.network_train_unet_only = True
 
 
-def caching_commands(dataset_config: Path | None, options: HunyuanImageTrainingOptions) -> tuple[str, str]:
-    """Return the commands that make missing caches of latents and of texts."""
-    dataset = ["--dataset_config", str(dataset_config)]
-    vae = ["--vae", str(options.vae.file.vae or "VAE_FILE")]
-    return (
-        as_typed(["python", "hunyuan_image_cache_latents.py", *dataset, *vae]),
-        as_typed(
-            ["python", "hunyuan_image_cache_text_encoder_outputs.py", *dataset, *_text_words(options.text)]
-        ),
-    )
+def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    return {"--vae": options.vae.file.vae or "VAE_FILE"}, _text_options(options.text)
 
 
-def generation_words(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
-    """Return the script and the options that generate with the models of a training.
-
-    sample: the settings of a sample, by the names of `Request`; may be empty.
-    """
+def generation_options(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     files = {"--dit": options.dit or "DIT_FILE", "--vae": options.vae.file.vae or "VAE_FILE"}
-    words = [word for name, path in files.items() for word in (name, str(path))]
-    return ["hunyuan_image_generate_image.py", *words, *_text_words(options.text)]
+    return files | _text_options(options.text)
 
 
-def _text_words(text: HunyuanImageTextOptions) -> list[str]:
-    files = {
+def _text_options(text: HunyuanImageTextOptions) -> dict[str, Any]:
+    return {
         "--text_encoder": text.text_encoder or "QWEN_FILE",
         "--byt5": text.byt5 or "BYT5_FILE",
         "--text_encoder_tokenizer": text.text_encoder_tokenizer,
     }
-    return [word for name, path in files.items() if path is not None for word in (name, str(path))]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import OptionError
-from modules.options import Options, option, read_options
-from modules.parser import Parser, add_options, add_unsupported, group_of, refuse_unsupported
+from modules.option_values import option_words
+from modules.options import Options, Refusal, option, unsupported
+from modules.parser import parse_options
 
 logger = logging.getLogger(__name__)
 
@@ -26,76 +27,45 @@ SIZES = {
     "540p": ((544, 960), (960, 544), (624, 832), (832, 624), (720, 720)),
     "720p": ((720, 1280), (1280, 720), (1104, 832), (832, 1104), (960, 960)),
 }
-# options that describe the released networks, which our loader reads from the files: option -> their value
-DESCRIPTIONS = {
-    "--model": "HYVideo-T/2-cfgdistill",
-    "--latent-channels": "16",
-    "--rope-theta": "256",
-    "--vae": "884-16c-hy",
-    "--load-key": "module",
-    "--text-encoder": "llm",
-    "--text-encoder-2": "clipL",
-    "--tokenizer": "llm",
-    "--tokenizer-2": "clipL",
-    "--text-states-dim": "4096",
-    "--text-states-dim-2": "768",
-    "--text-len": "256",
-    "--text-len-2": "77",
-    "--prompt-template": "dit-llm-encode",
-    "--prompt-template-video": "dit-llm-encode-video",
-    "--denoise-type": "flow",
-    "--flow-solver": "euler",
-    "--seed-type": "auto",
-}
+_FILES_SAY = "the files of the model say it"
 _ONE_GPU = "one video is not spread over several GPUs here. Leave it out"
 _SCHEDULE = "the released schedule is used"
-# further options that can only have their default: that, and why
-NUMBERS = (
-    ("--batch-size", 1, "videos are made one after the other. Give --num-videos"),
-    ("--ulysses-degree", 1, _ONE_GPU),
-    ("--ring-degree", 1, _ONE_GPU),
-    ("--linear-schedule-end", 25, _SCHEDULE),
-)
-SWITCHES = {
-    "--use-linear-quadratic-schedule": _SCHEDULE,
-    "--disable-autocast": "the network computes in --precision without autocast; leave it out",
-}
 PRECISIONS = ("bf16", "fp16", "fp32")
 
 
-def _precision(name: str, default: str = "fp16") -> Any:
+def _precision(default: str = "fp16") -> Any:
     """Return a field for the dtype of a network."""
-    return option("dtype that the network computes in", name=name, default=default, choices=PRECISIONS)
+    return option("dtype that the network computes in", default=default, choices=PRECISIONS)
 
 
-class OfficialVideoOptions(Options, title="what to make"):
+def _only(value: str | int, reason: str = _FILES_SAY) -> Refusal:
+    """Return an option that can only have its default."""
+    return unsupported(reason, f"only {value}", type=type(value), default=value)
+
+
+class OfficialVideoOptions(Options, title="what to make", dashed=True):
     """The videos that the released sample_video.py makes."""
 
     prompt: str = option("what the video should show", required=True)
-    neg_prompt: str | None = option("what to avoid, with --cfg-scale above 1", name="neg-prompt")
+    neg_prompt: str | None = option("what to avoid, with --cfg-scale above 1")
     video_size: tuple[int, ...] = option(
         "height and width, or one number for a square; rounded up to multiples of 16",
-        name="video-size",
         default=(720, 1280),
         nargs="+",
         least=SIZE_STEP,
         most=16384,
         hint="height and width in pixels",
     )
-    video_length: int = option("number of frames, 4n + 1", name="video-length", default=129)
-    infer_steps: int = option("number of denoising steps", name="infer-steps", default=50)
-    embedded_cfg_scale: float = option(
-        "guidance that the model takes as an input", name="embedded-cfg-scale", default=6.0
-    )
-    cfg_scale: float = option("classifier-free guidance; 1 turns it off", name="cfg-scale", default=1.0)
-    flow_shift: float = option("time shift of the schedule", name="flow-shift", default=7.0)
+    video_length: int = option("number of frames, 4n + 1", default=129)
+    infer_steps: int = option("number of denoising steps", default=50)
+    embedded_cfg_scale: float = option("guidance that the model takes as an input", default=6.0)
+    cfg_scale: float = option("classifier-free guidance; 1 turns it off", default=1.0)
+    flow_shift: float = option("time shift of the schedule", default=7.0)
     flow_reverse: bool = option(
-        "from noise to video: always so here, accepted for the commands of the release", name="flow-reverse"
+        "from noise to video: always so here, accepted for the commands of the release"
     )
     seed: int | None = option("default: a random one for each video")
-    num_videos: int = option(
-        "how many, with seed, seed + 1, ...", name="num-videos", default=1, least=1, most=10_000
-    )
+    num_videos: int = option("how many, with seed, seed + 1, ...", default=1, least=1, most=10_000)
 
     def __post_init__(self) -> None:
         if len(self.video_size) > 2:
@@ -111,34 +81,54 @@ class OfficialVideoOptions(Options, title="what to make"):
         return -(-height // SIZE_STEP) * SIZE_STEP, -(-width // SIZE_STEP) * SIZE_STEP
 
 
-class OfficialModelOptions(Options, title="model"):
+class OfficialModelOptions(Options, title="model", dashed=True):
     """The released files, and how they compute."""
 
     model_base: Path = option(
-        "folder of the release; default: ckpts, or the environment variable MODEL_BASE",
-        name="model-base",
-        default=Path("ckpts"),
+        "folder of the release; default: ckpts, or the environment variable MODEL_BASE", default=Path("ckpts")
     )
-    dit_weight: Path | None = option("transformer checkpoint; default: in --model-base", name="dit-weight")
+    dit_weight: Path | None = option("transformer checkpoint; default: in --model-base")
     model_resolution: str | None = option(
-        "warn of a --video-size that is not for it; default: of one that is for none",
-        name="model-resolution",
-        choices=tuple(SIZES),
+        "warn of a --video-size that is not for it; default: of one that is for none", choices=tuple(SIZES)
     )
-    precision: str = _precision("precision", "bf16")
-    vae_precision: str = _precision("vae-precision")
-    text_encoder_precision: str = _precision("text-encoder-precision")
-    text_encoder_precision_2: str = _precision("text-encoder-precision-2")
+    precision: str = _precision("bf16")
+    vae_precision: str = _precision()
+    text_encoder_precision: str = _precision()
+    text_encoder_precision_2: str = _precision()
     hidden_state_skip_layer: int = option(
-        "number of the language model's last layers to skip; the state before them is used",
-        name="hidden-state-skip-layer",
-        default=2,
+        "number of the language model's last layers to skip; the state before them is used", default=2
     )
-    apply_final_norm: bool = option("apply the final norm to that state too", name="apply-final-norm")
+    apply_final_norm: bool = option("apply the final norm to that state too")
     reproduce: bool = option("use only deterministic algorithms")
-    use_cpu_offload: bool = option("swap as many blocks to host memory as it takes", name="use-cpu-offload")
-    use_fp8: bool = option("keep the transformer's weights in 8 bits", name="use-fp8")
-    vae_tiling: bool = option("always so here", name="vae-tiling")
+    use_cpu_offload: bool = option("swap as many blocks to host memory as it takes")
+    use_fp8: bool = option("keep the transformer's weights in 8 bits")
+    vae_tiling: bool = option("always so here")
+    # what describes the released networks, which our loader reads from the files, and more with one value
+    model = _only("HYVideo-T/2-cfgdistill")
+    latent_channels = _only("16")
+    rope_theta = _only("256")
+    vae = _only("884-16c-hy")
+    load_key = _only("module")
+    text_encoder = _only("llm")
+    text_encoder_2 = _only("clipL")
+    tokenizer = _only("llm")
+    tokenizer_2 = _only("clipL")
+    text_states_dim = _only("4096")
+    text_states_dim_2 = _only("768")
+    text_len = _only("256")
+    text_len_2 = _only("77")
+    prompt_template = _only("dit-llm-encode")
+    prompt_template_video = _only("dit-llm-encode-video")
+    denoise_type = _only("flow")
+    flow_solver = _only("euler")
+    seed_type = _only("auto")
+    batch_size = _only(1, "videos are made one after the other. Give --num-videos")
+    ulysses_degree = _only(1, _ONE_GPU)
+    ring_degree = _only(1, _ONE_GPU)
+    linear_schedule_end = _only(25, _SCHEDULE)
+    use_linear_quadratic_schedule = unsupported(_SCHEDULE)
+    disable_autocast = unsupported("the network computes in --precision without autocast; leave it out")
+    name_suffix = unsupported("the release does not use it either", default="")
 
     def __post_init__(self) -> None:
         if self.text_encoder_precision != self.text_encoder_precision_2:
@@ -148,13 +138,13 @@ class OfficialModelOptions(Options, title="model"):
             )
 
 
-class OfficialOptions(Options, title="output"):
+class OfficialOptions(Options, title="output", dashed=True):
     """Options of the released sample_video.py."""
 
     video: OfficialVideoOptions
     model: OfficialModelOptions
-    save_path: Path = option("output folder", name="save-path", default=Path("./results"))
-    save_path_suffix: str = option("added to the folder's name", name="save-path-suffix", default="")
+    save_path: Path = option("output folder", default=Path("./results"))
+    save_path_suffix: str = option("added to the folder's name", default="")
     post: tuple[str, ...] | None = option(
         "not of the release: a tool that frames go through before they are written, as of "
         "hv_generate_video.py",
@@ -171,22 +161,9 @@ class OfficialOptions(Options, title="output"):
 
 def read_official(description: str | None, argv: Sequence[str] | None) -> OfficialOptions:
     """Read the released command line. Raises OptionError for options that do not work here."""
-    parser = Parser(description=description)
     base = os.environ.get("MODEL_BASE", "ckpts")
-    add_options(parser, OfficialOptions, defaults={"model-base": base})
-    group = group_of(parser, "model")
-    for flag, value in DESCRIPTIONS.items():
-        add_unsupported(
-            group, flag, default=value, reason="the files of the model say it", help=f"only {value}"
-        )
-    for flag, number, reason in NUMBERS:
-        add_unsupported(group, flag, type=int, default=number, reason=reason, help=f"only {number}")
-    for flag, reason in SWITCHES.items():
-        add_unsupported(group, flag, action="store_true", reason=reason)
-    add_unsupported(group, "--name-suffix", default="", reason="the release does not use it either")
-    args = parser.parse_args(argv)
-    refuse_unsupported(parser, args)
-    options = read_options(OfficialOptions, args)
+    options: OfficialOptions
+    (options,) = parse_options(description, argv, OfficialOptions, defaults={"model-base": base})
     _warn_of_size(options)
     return options
 
@@ -195,8 +172,7 @@ def generation_words(options: OfficialOptions) -> list[str]:
     """Return the same command as options of hv_generate_video.py."""
     video, model = options.video, options.model
     base = model.model_base
-    height, width = video.size
-    pairs: dict[str, Any] = {
+    values: dict[str, Any] = {
         "--prompt": video.prompt,
         "--video_length": video.video_length,
         "--infer_steps": video.infer_steps,
@@ -212,22 +188,17 @@ def generation_words(options: OfficialOptions) -> list[str]:
         "--text_encoder_dtype": model.text_encoder_precision,
         "--hidden_state_skip_layer": model.hidden_state_skip_layer,
         "--save_path": options.folder,
-    }
-    if video.cfg_scale != 1:
-        pairs["--negative_prompt"] = NEGATIVE_PROMPT if video.neg_prompt is None else video.neg_prompt
-    if video.seed is not None:
-        pairs["--seed"] = video.seed
-    # joined: a prompt may begin with a dash
-    words = [f"{option}={value}" for option, value in pairs.items()]
-    words += ["--video_size", str(height), str(width)]
-    words += [f"--post={text}" for text in options.post or ()]
-    words += ["--blocks_to_swap=auto"] if model.use_cpu_offload else []
-    switches = {
+        "--seed": video.seed,
+        "--video_size": video.size,
+        "--blocks_to_swap=auto": model.use_cpu_offload,
         "--fp8": model.use_fp8,
         "--apply_final_norm": model.apply_final_norm,
         "--reproduce": model.reproduce,
     }
-    return words + [switch for switch, is_on in switches.items() if is_on]
+    words = option_words(values, joined=True)  # a prompt may begin with a dash
+    if video.cfg_scale != 1:
+        words.append(f"--negative_prompt={NEGATIVE_PROMPT if video.neg_prompt is None else video.neg_prompt}")
+    return words + [f"--post={text}" for text in options.post or ()]
 
 
 def _warn_of_size(options: OfficialOptions) -> None:

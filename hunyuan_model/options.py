@@ -1,12 +1,11 @@
 """HunyuanVideo's and SkyReels V1's own options for caching, training and generation."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hunyuan_model.configs import SKIP_LAYERS
-from modules.command import as_typed
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, OF_DECODING, Options, option
 from modules.speed_options import VAE_TILE, VaeOptions, dit_dtype_option
@@ -153,48 +152,28 @@ def read_multipliers(words: tuple[str, ...] | None) -> tuple[float, float] | Non
     return tokens, mean
 
 
-def caching_commands(
-    dataset_config: Path | None, options: HunyuanTrainingOptions, switches: Iterable[str] = ()
-) -> tuple[str, str]:
-    """Return the commands that make missing caches of latents and of texts.
-
-    switches: options of cache_latents.py that the transformer needs.
-    """
-    dataset = ["--dataset_config", str(dataset_config)]
-    latents = [
-        "python",
-        "cache_latents.py",
-        *dataset,
-        "--vae",
-        str(options.vae.file.vae or "VAE_FILE"),
-        *switches,
-    ]
-    encoders = {"1": options.text.text_encoder1, "2": options.text.text_encoder2}
-    files = [
-        word
-        for number, path in encoders.items()
-        for word in (f"--text_encoder{number}", str(path or f"ENCODER{number}"))
-    ]
-    return as_typed(latents), as_typed(["python", "cache_text_encoder_outputs.py", *dataset, *files])
+def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    text = options.text
+    encoders = {"--text_encoder1": text.text_encoder1 or "ENCODER1"}
+    encoders["--text_encoder2"] = text.text_encoder2 or "ENCODER2"
+    return {"--vae": options.vae.file.vae or "VAE_FILE"}, encoders
 
 
-def generation_words(options: HunyuanTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
-    """Return the script and the options that generate with the models of a training.
-
-    sample: the settings of a sample, by the names of `Request`; may be empty.
-    """
-    words = ["hv_generate_video.py", *model_words(options.dit, options.vae, options.text)]
-    values = {
-        "--image_path": sample.get("image_path") or ("IMAGE_FILE" if options.dit_in_channels == 32 else None),
+def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    usual_image = "IMAGE_FILE" if options.dit_in_channels == 32 else None
+    return {
+        **model_options(options.dit, options.vae, options.text),
+        "--image_path": sample.get("image_path") or usual_image,
         "--video_length": sample.get("frames"),
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
     }
-    return words + [word for name, value in values.items() if value for word in (name, str(value))]
 
 
-def model_words(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> list[str]:
+def model_options(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> dict[str, Any]:
     """Return the options that name the models of a training, as generation takes them."""
-    files = {
+    return {
         "--dit": dit or "DIT_FILE",
         "--vae": vae.file.vae or "VAE_FILE",
         "--text_encoder1": text.text_encoder1 or "ENCODER1",
@@ -202,4 +181,3 @@ def model_words(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptio
         "--text_encoder1_tokenizer": text.text_encoder1_tokenizer,
         "--text_encoder2_tokenizer": text.text_encoder2_tokenizer,
     }
-    return [word for name, path in files.items() if path is not None for word in (name, str(path))]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lumina.options import CFG_TRUNC_RATIO, MAX_TOKENS, RENORM_CFG, check_renorm, check_trunc_ratio
-from modules.minimal_options import MOST_SIDE, MinimalLoraOptions, lora_words, option_words
+from modules.minimal_options import MOST_SIDE, MinimalLoraOptions
+from modules.option_values import option_words
 from modules.options import Options, option
 from modules.parser import parse_options
 
@@ -79,7 +80,6 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> LuminaM
 def generation_words(options: LuminaMinimalOptions) -> list[str]:
     """Return the same command as options of lumina_generate_image.py."""
     model, picture = options.model, options.picture
-    height, width = picture.size
     values = {
         "--pretrained_model_name_or_path": model.pretrained_model_name_or_path,
         "--gemma2": model.gemma2_path,
@@ -99,12 +99,11 @@ def generation_words(options: LuminaMinimalOptions) -> list[str]:
         "--seed": picture.seed,
         "--device": model.device,
         "--prompt": None if picture.interactive else picture.prompt,
-    }
-    switches = {
         "--add_system_prompt_to_negative_prompt": picture.add_system_prompt_to_negative_prompt,
         "--interactive": picture.interactive,
         "--attn_mode=flash": model.use_flash_attn,
         "--attn_mode=sageattn": model.use_sage_attn,
+        "--image_size": picture.size,
+        **model.lora_options,
     }
-    size = ["--image_size", str(height), str(width)]
-    return [*option_words(values, switches), *size, *lora_words(model.loras)]
+    return option_words(values, joined=True)  # a prompt may begin with a dash

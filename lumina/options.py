@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.command import as_typed
 from modules.errors import OptionError
 from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
@@ -129,37 +128,26 @@ def translate_training(args: argparse.Namespace) -> None:
     take_ae(args)
 
 
-def caching_commands(dataset_config: Path | None, options: LuminaTrainingOptions) -> tuple[str, str]:
-    """Return the commands that make missing caches of latents and of texts."""
-    dataset = ["--dataset_config", str(dataset_config)]
-    vae = ["--ae", str(options.vae.vae or "AE_FILE")]
-    texts = ["--gemma2", str(options.text.gemma2 or "GEMMA2_FILE"), *_reading_words(options.text)]
-    return (
-        as_typed(["python", "lumina_cache_latents.py", *dataset, *vae]),
-        as_typed(["python", "lumina_cache_text_encoder_outputs.py", *dataset, *texts]),
-    )
+def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    return {"--ae": options.vae.vae or "AE_FILE"}, _text_options(options.text)
 
 
-def generation_words(options: LuminaTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
-    """Return the script and the options that generate with the models of a training.
-
-    sample: the settings of a sample, by the names of `Request`; may be empty.
-    """
-    files = {
+def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    return {
         "--dit": options.dit or "DIT_FILE",
-        "--gemma2": options.text.gemma2 or "GEMMA2_FILE",
         "--ae": options.vae.vae or "AE_FILE",
+        "--vae_dtype": options.vae.vae_dtype,
+        "--text_encoder_dtype": options.text.text_encoder_dtype,
+        **_text_options(options.text),
     }
-    dtypes = {"--vae_dtype": options.vae.vae_dtype, "--text_encoder_dtype": options.text.text_encoder_dtype}
-    given = {**files, **{name: dtype for name, dtype in dtypes.items() if dtype is not None}}
-    words = [word for name, value in given.items() for word in (name, str(value))]
-    return ["lumina_generate_image.py", *words, *_reading_words(options.text)]
 
 
-def _reading_words(text: LuminaTextOptions) -> list[str]:
-    values = {
+def _text_options(text: LuminaTextOptions) -> dict[str, Any]:
+    return {
+        "--gemma2": text.gemma2 or "GEMMA2_FILE",
         "--gemma2_tokenizer": text.gemma2_tokenizer,
         "--gemma2_max_token_length": text.gemma2_max_token_length,
         "--system_prompt": text.system_prompt or None,
     }
-    return [word for name, value in values.items() if value is not None for word in (name, str(value))]

@@ -13,12 +13,8 @@ class ConsoleOptions(Options, title="log lines"):
     """Which log lines are shown, and where."""
 
     console_log_level: str | None = option("least important lines shown; usually INFO", choices=LEVELS)
-    console_log_file: Path | None = option("write them to this file instead of the console")
+    console_log_file: Path | None = option("write them to this file instead of the console", place="new file")
     console_log_simple: bool = option("plain lines: no colours, no boxes")
-
-    def __post_init__(self) -> None:
-        if self.console_log_file is not None and self.console_log_file.is_dir():
-            raise OptionError(f"--console_log_file {self.console_log_file}: is a folder; name a file")
 
     def apply(self) -> None:
         """Change the handlers of the root logger. Raises OptionError if the file cannot be written."""

@@ -3,14 +3,15 @@
 No family is imported before it is asked for: a script that only prints its help reads its own alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from modules.command import command_line
+from modules.command import as_typed, command_line
 from modules.installation import import_own
+from modules.option_values import option_words
 
 CLIPS, PICTURES = "it encodes the clips", "it encodes the pictures"
 
@@ -43,6 +44,29 @@ class FamilyEntry:
     def options_record(self, kind: str) -> Any:
         """Return an option record of the family; kind: LatentCaching, TextCaching, Training, Generation."""
         return getattr(self.options, f"{self.record}{kind}Options")
+
+    def caching_commands(
+        self, own: Any, dataset_config: Path | None, switches: Sequence[str]
+    ) -> tuple[str, str]:
+        """Return the commands that make missing caches of latents and of texts, for a training.
+
+        own: the training's options of the family. switches: further ones of the command for latents.
+        """
+        latents, texts = (
+            option_words({"--dataset_config": str(dataset_config), **values})
+            for values in self.options.caching_options(own)
+        )
+        return (
+            as_typed(["python", f"{self.cache}_latents.py", *latents, *switches]),
+            as_typed(["python", f"{self.cache}_text_encoder_outputs.py", *texts]),
+        )
+
+    def generation_words(self, own: Any, sample: Mapping[str, Any]) -> list[str]:
+        """Return the script and the options that generate with the models of a training.
+
+        own: as of `caching_commands`. sample: settings of a sample, by the names of `Request`; may be empty.
+        """
+        return [f"{self.generation_script}.py", *option_words(self.options.generation_options(own, sample))]
 
     def make_family(self, kind: str, own: Any) -> Any:
         """Return the family for the loops, from its options. kind: latent_caching, training, ..."""

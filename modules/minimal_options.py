@@ -3,7 +3,6 @@
 Standard library only.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modules.errors import OptionError
@@ -31,20 +30,13 @@ class MinimalLoraOptions(Options):
         """Return path and strength of each LoRA. Raises OptionError if a strength is no number."""
         return [_read_lora_word(text) for text in self.lora_weights]
 
-
-def option_words(values: Mapping[str, Any], switches: Mapping[str, bool]) -> list[str]:
-    """Return the words of a command. values: by option, left out if None. switches: whether each is on."""
-    # joined: a prompt may begin with a dash
-    words = [f"{option}={value}" for option, value in values.items() if value is not None]
-    return words + [switch for switch, is_on in switches.items() if is_on]
-
-
-def lora_words(loras: Sequence[tuple[str, float]]) -> list[str]:
-    """Return the options of a generation script that add these LoRAs."""
-    if not loras:
-        return []
-    files = ["--lora_weight", *(path for path, _ in loras)]
-    return [*files, "--lora_multiplier", *(f"{strength:g}" for _, strength in loras)]
+    @property
+    def lora_options(self) -> dict[str, Any]:
+        """Return the options of a generation script that add the LoRAs."""
+        return {
+            "--lora_weight": [path for path, _ in self.loras],
+            "--lora_multiplier": [f"{strength:g}" for _, strength in self.loras],
+        }
 
 
 def _read_lora_word(text: str) -> tuple[str, float]:

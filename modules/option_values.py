@@ -5,13 +5,14 @@ import ast
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.paths import expand_path, explain_path, hide_secrets, path_exists
+from modules.output_files import check_output_file, check_place
+from modules.paths import expand_path, explain_missing, explain_path, hide_secrets, path_exists
 from modules.text_files import bad_character
 
 T = TypeVar("T")
@@ -46,6 +47,28 @@ def to_path(option: str, text: str) -> Path:
     if why is not None:
         raise OptionError(f"{option} {hide_secrets(shorten(text, 200))}: {why}")
     return path
+
+
+def check_path(option: str, path: Path, place: str, hint: str) -> None:
+    """Raise OptionError if a path is none that its option takes.
+
+    place: "there", or what is there: "file" or "folder"; what is to be made: "new folder", "new file", or
+    "safetensors", a new file of that kind. hint: what to give, for what has to be there.
+    """
+    if place == "safetensors":
+        check_output_file(option, path)
+    elif place == "new file":
+        check_place(option, path)
+    elif place == "new folder":
+        if path_exists(path) and not path.is_dir():
+            raise OptionError(f"{option} {path}: it is a file; give a folder, it will be created")
+    elif not path_exists(path):
+        what = "folder" if place == "folder" else "file"
+        give = hint or "the path of an existing one"
+        raise OptionError(f"{option} {path}: no such {what}.{explain_missing(path)} Give {give}")
+    elif place != "there" and path.is_dir() != (place == "folder"):
+        what = "is a folder" if path.is_dir() else "is not a folder"
+        raise OptionError(f"{option} {path}: {what}. Give {hint or f'a {place}'}")
 
 
 def check_numbers(option: str, value: Any) -> None:
@@ -89,21 +112,6 @@ def require(value: T | None, option: str, why: str) -> T:
     if value is None:
         raise OptionError(f"{option} is missing: {why}")
     return value
-
-
-def check_at_least(option: str, value: float | None, minimum: float, meaning: str) -> None:
-    """Raise OptionError if a value is given and is below `minimum` or NaN.
-
-    meaning: says what to give instead.
-    """
-    if value is not None and not value >= minimum:
-        raise OptionError(f"{option} {value}: must be at least {minimum} ({meaning})")
-
-
-def check_at_most(option: str, value: float | None, maximum: float, meaning: str) -> None:
-    """Raise OptionError if a value is given and is above `maximum`; `meaning` says what to give instead."""
-    if value is not None and not value <= maximum:
-        raise OptionError(f"{option} {show_number(value)}: must be at most {maximum:,} ({meaning})")
 
 
 def check_seed(option: str, seed: int | None) -> None:
@@ -165,3 +173,20 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):  # a bare word; what is nested too deeply
         return text
+
+
+def option_words(values: Mapping[str, Any], joined: bool = False) -> list[str]:
+    """Return options as they are typed: True is a switch, a sequence several words; None, False and an empty
+    sequence leave one out.
+
+    values: by option. joined: write --option=value, for texts that may begin with a dash.
+    """
+    words: list[str] = []
+    for name, value in values.items():
+        if value is True:
+            words.append(name)
+        elif isinstance(value, (list, tuple)):
+            words += [name, *map(str, value)] if value else []
+        elif value is not None and value is not False:
+            words += [f"{name}={value}"] if joined else [name, str(value)]
+    return words

@@ -12,16 +12,20 @@ of them to a parser, `read_options(SavingOptions, args)` makes the record. Stand
 
 import argparse
 import dataclasses
+import logging
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.option_values import check_characters, check_numbers, convert_value, show_number
+from modules.option_values import check_characters, check_numbers, check_path, convert_value, show_number
+from modules.output_files import refuse_replacing
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # What a fact says of resuming and of the metadata of generated files; a field that holds a record passes its
 # own on to all options in it.
@@ -54,9 +58,12 @@ def option(
     above: float | None = None,
     below: float | None = None,
     one_of: Collection[str] = (),
+    place: str = "",
+    spares: str | tuple[str, ...] = (),
     hint: str = "",
     needs: str | tuple[str, ...] = (),
     excludes: str | tuple[str, ...] = (),
+    only_with: str | tuple[str, ...] = (),
     refused: Mapping[str, str] | None = None,
     facts: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -66,22 +73,23 @@ def option(
     default: False for a switch, else None, when not given. name: the public name if the field has another;
     flags: further spellings. often: -h shows it. positional: given by its place, without a flag.
     title: the heading of its group, if not that of the record. least, most, above, below: limits of a number,
-    or of each of a tuple. one_of: its values, where the parser is not to know them. needs: an option of this
-    record that has to be given too; of a tuple, one of them. excludes: options that cannot stand beside it.
-    hint: follows the message on a wrong value, or on `needs` or `excludes` if nothing else limits the value.
+    or of each of a tuple. one_of: its values, where the parser is not to know them. place: what a path has to
+    be, or each of a tuple, as `check_path` says. spares: options of this record whose files must not be
+    replaced by this one. needs: an option of this record that has to be given too; of a tuple, one of them.
+    excludes: options that cannot stand beside it. only_with: likewise as `needs`, but without it this one is
+    ignored, with a warning. hint: follows the message on a wrong value, or on `needs` or `excludes` if
+    nothing else limits the value; of a `place` the text behind "Give".
     refused: values of `choices` -> why they are refused. facts: FREE, NO_PIXELS and the like. settings:
     further ones of `add_argument`. In front of a record, `facts` hold for all its options, and settings are
     those of `add_options`.
     """
-    words = {"needs": (needs,) if isinstance(needs, str) else needs}
-    words["excludes"] = (excludes,) if isinstance(excludes, str) else excludes
-    limits = {"least": least, "most": most, "above": above, "below": below}
-    found = {
-        **{fact: value for fact, value in {**limits, **words}.items() if value is not None and value != ()},
-        **({"one_of": tuple(one_of)} if one_of else {}),
-        **({"hint": hint} if hint else {}),
-        **({"option": name} if name else {}),
+    names = {"needs": needs, "excludes": excludes, "only_with": only_with, "spares": spares}
+    said = {
+        **{"least": least, "most": most, "above": above, "below": below},
+        **{"one_of": tuple(one_of), "place": place, "hint": hint, "option": name},
+        **{fact: (value,) if isinstance(value, str) else value for fact, value in names.items()},
     }
+    found = {fact: value for fact, value in said.items() if value not in (None, "", ())}
     declared = Declared(help, default, flags, often, positional, title, refused or {}, settings)
     return dataclasses.field(metadata={**found, **(facts or {}), "declared": declared})
 
@@ -128,17 +136,22 @@ def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **
 class Options:
     """Base of option records: a frozen dataclass whose fields are options, or records of them.
 
-    title: the heading of its options in the help; records of one title are listed together. A record checks
-    its facts when it is made, and then runs `__post_init__` for the rest.
+    title: the heading of its options in the help; records of one title are listed together. dashed: their
+    public names have - for _. A record checks its facts when it is made, and then runs `__post_init__` for
+    the rest.
     """
 
     heading: ClassVar[str] = ""
+    dashed: ClassVar[bool] = False
     __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
 
-    def __init_subclass__(cls, title: str = "") -> None:
-        cls.heading = title
+    def __init_subclass__(cls, title: str = "", dashed: bool = False) -> None:
+        cls.heading, cls.dashed = title, dashed
         # no method is generated, as compiling a dozen of them takes longer than all the rest of --help
         dataclasses.dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
+        for field in dataclasses.fields(cls) if dashed else ():
+            name = field.name.replace("_", "-")
+            field.metadata = types.MappingProxyType({"option": name, **field.metadata})
 
     def __init__(self, **values: Any) -> None:
         """Make the record. Raises OptionError for a wrong value, TypeError for a name that no field has."""
@@ -151,6 +164,8 @@ class Options:
             object.__setattr__(self, field.name, value)
         for field in known:
             _check_facts(self, field)
+        for field in known:  # as the last, for a message of what is wrong without any file
+            _check_paths(self, field)
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -237,8 +252,8 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     if "one_of" in facts and value not in facts["one_of"]:
         near = f", not {shorten(str(value), 80)!r}" if not value else ""
         raise OptionError(f"{option} {value}: use {_either(facts['one_of'])}{near}{behind}")
-    needed, excluded = facts.get("needs", ()), facts.get("excludes", ())
-    if not (needed or excluded) or not is_given(record, field):
+    needed, excluded, useful = (facts.get(fact, ()) for fact in ("needs", "excludes", "only_with"))
+    if not (needed or excluded or useful) or not is_given(record, field):
         return
     # a hint is about the value if there are limits, else about what stands beside it
     is_of_value = "one_of" in facts or any(fact in facts for fact in _LIMITS)
@@ -251,6 +266,27 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
         what = "both" if len(needed) == 1 else "one of them too"
         behind = "" if excluded else behind
         raise OptionError(f"{option} needs {_either([f'--{name}' for name in needed])}: give {what}{behind}")
+    if useful and not any(is_given(record, others[name]) for name in useful):
+        shown = option if isinstance(value, (bool, tuple)) else f"{option} {value}"
+        names = f"--{useful[0]} is not" if len(useful) == 1 else f"none of --{', --'.join(useful)} is"
+        logger.warning("%s is ignored because %s given", shown, names)
+
+
+def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:
+    """Raise OptionError if a path of a field is none that its option takes."""
+    facts = field.metadata
+    if "place" not in facts:
+        return
+    option = f"{'' if facts['declared'].positional else '--'}{option_name(field)}"
+    for path in _paths(getattr(record, field.name)):
+        check_path(option, path, facts["place"], facts.get("hint", ""))
+        others = {option_name(one): one.name for one in dataclasses.fields(record)}
+        for name in facts.get("spares", ()):
+            refuse_replacing(option, path, _paths(getattr(record, others[name])))
+
+
+def _paths(value: Any) -> list[Path]:
+    return [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Path)]
 
 
 _LIMITS = {"least": "of at least", "above": "above", "most": "of at most", "below": "below"}

@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}  # others take a text
 FEW = 30  # options; so many are shown by -h too
 COLUMN = 34  # where texts begin in the short help
+_LONGEST_DEFAULT = 80
+_BOLD, _CYAN, _PLAIN = "\033[1m", "\033[36m", "\033[0m"
 _PLAIN_GROUPS = {"positional arguments", "options"}  # argparse's own
 _Group = argparse._ActionsContainer
 
@@ -64,33 +66,37 @@ class Parser(argparse.ArgumentParser):
             )
             self.add_argument("--help", action=_Help, nargs=0, help="show all options")
 
-    def print_help(self, file: Any = None) -> None:
-        """Print all options, by group, in colour on a terminal."""
-        self.print_in_colour(self.format_help(), file or sys.stdout)
-
-    def print_in_colour(self, text: str, file: Any) -> None:
-        """Print a help text; without colours if `file` is no terminal."""
-        self._print_message(_colour_help(text) if wants_colour(file) else text, file)
+    def print_help(self, file: Any = None, is_short: bool = False) -> None:
+        """Print all options, by group, or one screen of them; in colour on a terminal."""
+        file, text = file or sys.stdout, self.format_short_help() if is_short else self.format_help()
+        if wants_colour(file):
+            text = re.sub(r"(?m)^(\S.*:)$|^usage:", rf"{_BOLD}\g<0>{_PLAIN}", text)
+            text = re.sub(r"(?<![\w-])--?[A-Za-z]\w*(?:-\w+)*", rf"{_CYAN}\g<0>{_PLAIN}", text)
+        self._print_message(text, file)
 
     def format_help(self) -> str:
         """Return all options: groups with much used ones first, refused and unneeded options at the end."""
         formatter = self._get_formatter()
         formatter.add_usage(self._usage(), [], [])
         formatter.add_text(self.description)
-        later: list[argparse.Action] = []
-        for group in sorted(self._action_groups, key=_rank):
-            actions = [action for action in group._group_actions if not hasattr(action, "refusal")]
-            later += [action for action in group._group_actions if hasattr(action, "refusal")]
-            _add_section(formatter, group.title, group.description, actions)
-        for title, is_refused in (("refused, with the reason", True), ("accepted, not needed", False)):
-            those = [action for action in later if bool(_refusal(action).reason) is is_refused]
-            _add_section(formatter, title, None, those)
+        groups = sorted(self._action_groups, key=_rank)
+        refusals = [(action, _refusal(action)) for group in groups for action in group._group_actions]
+        refused = [action for action, found in refusals if found is not None and found.reason]
+        needless = [action for action, found in refusals if found is not None and not found.reason]
+        for title, actions in (
+            *((group.title, [one for one in group._group_actions if not _refusal(one)]) for group in groups),
+            ("refused, with the reason", refused),
+            ("accepted, not needed", needless),
+        ):
+            formatter.start_section(title)  # shown if there is something in it
+            formatter.add_arguments(actions)
+            formatter.end_section()
         formatter.add_text(self.epilog)
         return formatter.format_help()
 
     def format_short_help(self) -> str:
         """Return one screen: much used options, then how many more each group has; all if they are few."""
-        actions = [action for action in self._actions if not hasattr(action, "refusal")]
+        actions = [action for action in self._actions if not _refusal(action)]
         often = [action for action in actions if action.required or getattr(action, "often", False)]
         if not often or len(actions) <= FEW:
             return self.format_help()
@@ -137,7 +143,7 @@ class Parser(argparse.ArgumentParser):
 
     def _explain_rest(self, words: Sequence[str], others: Sequence[str]) -> str:
         """Explain words that belong to no option."""
-        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        flags = self._option_string_actions
         for before, path, word in zip(words, words[1:], words[2:], strict=False):
             is_one = before in flags and flags[before].nargs is None
             if is_one and word == others[0] and path_exists(Path(path)) and path_exists(Path(word)):
@@ -166,7 +172,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
     def _explain_missing(self, name: str) -> str:
-        """Explain a required option that is missing."""
         for action in self._actions:
             if name in {"/".join(action.option_strings), action.metavar, action.dest} and action.help:
                 return f"{name} is missing: {action.help.replace('%%', '%')}"
@@ -183,7 +188,7 @@ class Parser(argparse.ArgumentParser):
             )
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
-        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        flags = self._option_string_actions
         said: dict[str, None] = {}  # each message once, in order
         for before, word in pairwise(["", *words[: words.index("--") if "--" in words else None]]):
             name = word.partition("=")[0]
@@ -220,8 +225,8 @@ class Parser(argparse.ArgumentParser):
 
     def _refuse_joined(self, words: Sequence[str]) -> None:
         """Say how to write two numbers if they are typed as one word: 480x832."""
-        numbers = [action for action in self._actions if action.nargs == 2 and action.type in NUMBERS]
-        pairs = {flag for action in numbers for flag in action.option_strings}
+        flags = self._option_string_actions
+        pairs = {flag for flag, one in flags.items() if one.nargs == 2 and one.type in NUMBERS}
         typed = [part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])]
         for before, word in pairwise(typed):
             found = _JOINED.fullmatch(word)
@@ -260,7 +265,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if isinstance(default, (list, tuple)):
             default = " ".join(map(str, default))
         is_value = default not in (None, "", argparse.SUPPRESS) and not isinstance(default, bool)
-        if not is_value or "default" in text.lower() or hasattr(action, "refusal"):
+        if not is_value or "default" in text.lower() or _refusal(action):
             return text
         shown = str(default).replace("%", "%%")
         return f"{text} (default: {shown})" if len(shown) <= _LONGEST_DEFAULT else text
@@ -274,8 +279,7 @@ class _Help(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         assert isinstance(parser, Parser)
-        is_short = self.option_strings[0] == "-h"
-        parser.print_in_colour(parser.format_short_help(), sys.stdout) if is_short else parser.print_help()
+        parser.print_help(is_short=self.option_strings[0] == "-h")
         parser.exit()
 
 
@@ -285,32 +289,6 @@ def _rank(group: argparse._ArgumentGroup) -> int:
     if not any(action.required or not action.option_strings for action in actions):
         return 1 if any(getattr(action, "often", False) for action in actions) else 2
     return 0
-
-
-def _add_section(
-    formatter: argparse.HelpFormatter, title: str | None, text: str | None, actions: Sequence[argparse.Action]
-) -> None:
-    if actions:
-        formatter.start_section(title)
-        formatter.add_text(text)
-        formatter.add_arguments(actions)
-        formatter.end_section()
-
-
-_LONGEST_DEFAULT = 80
-_BOLD, _CYAN, _PLAIN = "\033[1m", "\033[36m", "\033[0m"
-
-
-def _colour_help(text: str) -> str:
-    text = re.sub(r"(?m)^(\S.*:)$|^usage:", rf"{_BOLD}\g<0>{_PLAIN}", text)
-    return re.sub(r"(?<![\w-])--?[A-Za-z]\w*(?:-\w+)*", rf"{_CYAN}\g<0>{_PLAIN}", text)
-
-
-def read_folder(about: str | None) -> Path:
-    """Return the folder that a script is given as its only argument; about: the script's docstring."""
-    parser = Parser(description=about)
-    parser.add_argument("folder", type=Path, help="where it works")
-    return Path(parser.parse_args().folder)
 
 
 def parse_options(
@@ -337,7 +315,8 @@ def add_options(
 
     An optional record in one (`Record | None`) is declared only if it is named itself. By public name:
     `without` are options that the script does not have, whose record holds the default; `defaults` and
-    `settings` (of `add_argument`, such as `help`; `flags` for further spellings) are the script's own;
+    `settings` (of `add_argument`, such as `help`; `flags` for further spellings; `refused` as of `option`)
+    are the script's own;
     `refused` says why the script refuses an option. group: where a record without a title goes.
     """
     own, more = defaults or {}, settings or {}
@@ -366,15 +345,16 @@ def add_options(
                 else:
                     action = _add_option(there, name, hint, default, declared, more.get(name, {}))
                     if name in (refused or {}):
-                        refuse_action(action, (refused or {})[name])
+                        reason = (refused or {})[name]
+                        action.refusal = Refusal(action.help or "", reason, "", (), {})  # type: ignore[attr-defined]
         for name, refusal in ((name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)):
             if isinstance(refusal, Refusal) and name not in without:
-                add_refusal(place, f"--{name}", refusal=refusal)
-
-
-def declare(*records: type[Options]) -> Callable[[argparse.ArgumentParser], None]:
-    """Return a function that declares the options of records to a parser."""
-    return lambda parser: add_options(parser, *records)
+                tail = "" if refusal.reason else f"not needed: {refusal.instead}"
+                text = "; ".join(part for part in (refusal.help, tail) if part)
+                text = text or refusal.reason.replace("%", "%%")
+                flag = f"--{name.replace('_', '-') if cls.dashed else name}"
+                action = place.add_argument(flag, help=text, **refusal.settings)
+                action.refusal = refusal  # type: ignore[attr-defined]
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
@@ -389,6 +369,7 @@ def _add_option(
     kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
     usual = "default: the task's" if default is None else f"default {default}"
     settings = {**declared.settings, **more}
+    refused = settings.pop("refused", declared.refused)
     words: dict[str, Any] = {"help": declared.help.replace("{default}", usual), "default": default}
     if isinstance(default, Path):
         words["default"] = str(default)
@@ -408,54 +389,20 @@ def _add_option(
     else:
         flags = dict.fromkeys((*words.pop("flags", declared.flags), f"--{name}"))  # one may be in both
         action = group.add_argument(*flags, dest=name.replace("-", "_"), **words)
-    action.often = declared.often  # type: ignore[attr-defined]
-    refuse_values(action, declared.refused)
+    action.often, action.refused = declared.often, refused  # type: ignore[attr-defined]
     return action
 
 
-def add_refusal(group: _Group, *flags: str, refusal: Refusal) -> None:
-    """Declare an option that is refused when it is used, or that a line says is not needed."""
-    tail = "" if refusal.reason else f"not needed: {refusal.instead}"
-    text = "; ".join(part for part in (refusal.help, tail) if part)
-    action = group.add_argument(*flags, help=text or refusal.reason.replace("%", "%%"), **refusal.settings)
-    action.refusal = refusal  # type: ignore[attr-defined]
-
-
-def add_unsupported(
-    group: _Group, *flags: str, reason: str, harmless: tuple[Any, ...] = (), **settings: Any
-) -> None:
-    """Declare an option of one script that is refused when it is used; see `unsupported`."""
-    text = settings.pop("help", "")
-    add_refusal(group, *flags, refusal=Refusal(text, reason, "", harmless, settings))
-
-
-def _refusal(action: argparse.Action) -> Refusal:
-    found: Refusal = getattr(action, "refusal")  # noqa: B009
-    return found
-
-
-def refuse_action(action: argparse.Action, reason: str) -> None:
-    """Refuse an option in this script, if it has another value than its default."""
-    action.refusal = Refusal(action.help or "", reason, "", (), {})  # type: ignore[attr-defined]
-
-
-def refuse_values(action: argparse.Action, reasons: Mapping[str, str]) -> None:
-    """Have the parser say why these values are not among the choices of an option."""
-    action.refused = reasons  # type: ignore[attr-defined]
+def _refusal(action: argparse.Action) -> Refusal | None:
+    return vars(action).get("refusal")
 
 
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Raise OptionError if an option that is not supported is used; say which are not needed."""
-    for flag, refusal in _used(parser, args):
-        if refusal.reason:
-            raise OptionError(f"{flag} is not supported yet: {refusal.reason}")
-        logger.info("%s is not needed: %s", flag, refusal.instead)
-
-
-def _used(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[tuple[str, Refusal]]:
-    """Yield the refusals whose options are given, with another value than those that change nothing."""
     for action in parser._actions:
-        if hasattr(action, "refusal"):
-            refusal = _refusal(action)
-            if getattr(args, action.dest, action.default) not in (action.default, *refusal.values):
-                yield action.option_strings[0], refusal
+        refusal, value = _refusal(action), getattr(args, action.dest, action.default)
+        if refusal is None or value in (action.default, *refusal.values):
+            continue
+        if refusal.reason:
+            raise OptionError(f"{action.option_strings[0]} is not supported yet: {refusal.reason}")
+        logger.info("%s is not needed: %s", action.option_strings[0], refusal.instead)

@@ -4,7 +4,6 @@ Training has one flag for each back end of attention and other names for fp8 tha
 """
 
 import argparse
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,9 +146,6 @@ def flag_of(mode: str, training: bool) -> str:
     return f"--attn_mode {next(name for name, meant in GENERATION_VALUES.items() if meant == mode)}"
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class Quantisation:
     """How weights are stored in 8 bits, and how layers compute with them."""
@@ -202,17 +198,13 @@ class GenerationFp8Options(Options):
 
     fp8: bool = option(_BASE, often=True)
     fp8_scaled: bool = option(f"the same, but {_SCALED}; replaces --fp8", often=True)
-    fp8_fast: bool = option(f"with --fp8_scaled or --fp8: {_FAST.format(when='')}")
+    fp8_fast: bool = option(
+        f"with --fp8_scaled or --fp8: {_FAST.format(when='')}", only_with=("fp8_scaled", "fp8")
+    )
     upcast_linear: bool = option(
         "with --fp8_scaled: compute these layers in float32; slow", needs="fp8_scaled"
     )
-    upcast_quantization: bool = option(_UPCAST)
-
-    def __post_init__(self) -> None:
-        if self.upcast_quantization and not self.fp8_scaled:
-            logger.warning("--upcast_quantization is ignored because --fp8_scaled is not given")
-        if self.fp8_fast and not (self.fp8 or self.fp8_scaled):
-            logger.warning("--fp8_fast is ignored because neither --fp8_scaled nor --fp8 is given")
+    upcast_quantization: bool = option(_UPCAST, only_with="fp8_scaled")
 
     @property
     def quantisation(self) -> Quantisation | None:

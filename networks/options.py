@@ -49,7 +49,7 @@ class NetworkOptions(Options, title="network"):
         facts=IDENTITY,
     )
     network_weights: Path | None = option(
-        "LoRA file to start from; parts that do not fit are logged", facts=FREE
+        "LoRA file to start from; parts that do not fit are logged", place="there", facts=FREE
     )
     dim_from_weights: bool = option(
         "take the rank and alpha of each module from --network_weights", needs="network_weights", facts=FREE
@@ -62,7 +62,7 @@ class NetworkOptions(Options, title="network"):
     )
     # resuming compares their names
     base_weights: tuple[Path, ...] | None = option(
-        "LoRA files added to the model before training", facts=FREE
+        "LoRA files added to the model before training", place="there", facts=FREE
     )
     base_weights_multiplier: tuple[float, ...] | None = option(
         "strength of each file of --base_weights; missing ones are 1", needs="base_weights", facts=HABIT
@@ -71,8 +71,6 @@ class NetworkOptions(Options, title="network"):
     def __post_init__(self) -> None:
         self.arguments()
         self.base_multipliers(warns=True)
-        require_files("--network_weights", [self.network_weights] if self.network_weights else [])
-        require_files("--base_weights", self.base_weights or ())
 
     def arguments(self) -> dict[str, str]:
         """Return `--network_args` as a dictionary of strings."""
@@ -93,7 +91,7 @@ class LoraOptions(Options):
     """LoRA files to add to a model."""
 
     lora_weight: tuple[Path, ...] | None = option(
-        "LoRA files to add to the model (LoRA, LoHa or LoKr, any dialect)", often=True
+        "LoRA files to add to the model (LoRA, LoHa or LoKr, any dialect)", place="there", often=True
     )
     lora_multiplier: tuple[float, ...] = option(
         "strength of each file of --lora_weight; missing ones are 1", default=(1.0,), often=True
@@ -101,7 +99,6 @@ class LoraOptions(Options):
 
     def __post_init__(self) -> None:
         self.multipliers(warns=True)
-        require_files("--lora_weight", self.lora_weight or ())
 
     def multipliers(self, warns: bool = False) -> tuple[float, ...]:
         """Return one multiplier for each of `--lora_weight`; missing ones are 1."""

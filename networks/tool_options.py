@@ -1,7 +1,8 @@
 """Options of the LoRA tools: merge, convert, average, extract. Standard library only."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from modules.errors import OptionError
 from modules.options import Options, not_needed, option, unsupported
@@ -30,7 +31,9 @@ class MergeOptions(Options):
     """Options of `merge_lora.py`."""
 
     dit: Path = option(
-        "checkpoint of the model: a file, one of its shards, an index, or a folder", required=True
+        "checkpoint of the model: a file, one of its shards, an index, or a folder",
+        place="there",
+        required=True,
     )
     dit_in_channels: int = option(
         "refuse a checkpoint whose first layer takes another number of channels; the default, 16, "
@@ -43,27 +46,32 @@ class MergeOptions(Options):
         "LoRA for the other; default: as the name of the file or folder says",
         choices=("high_noise", "low_noise"),
     )
-    save_merged_model: Path = option("safetensors file to write", required=True)
+    save_merged_model: Path = option("safetensors file to write", place="safetensors", required=True)
     device: str | None = option("device that computes the deltas; default: CUDA if available, else the CPU")
 
-    def __post_init__(self) -> None:
-        require_files("--dit", [self.dit])
-        check_output_file("--save_merged_model", self.save_merged_model)
+
+_RESULT: Mapping[str, Any] = {
+    "place": "safetensors",
+    "spares": ("input", "input_high_noise", "dit"),
+}
 
 
 class ConvertOptions(Options):
     """Options of `convert_lora.py`."""
 
     input: Path = option(
-        "LoRA file, any dialect; of two experts that of low noise, or of both", required=True
+        "LoRA file, any dialect; of two experts that of low noise, or of both", place="there", required=True
     )
     input_high_noise: Path | None = option(
-        "LoRA file of the high-noise expert of Wan2.2, to be written beside --input", excludes="expert"
+        "LoRA file of the high-noise expert of Wan2.2, to be written beside --input",
+        place="there",
+        excludes="expert",
     )
-    output: Path = option("safetensors file to write", required=True)
+    output: Path = option("safetensors file to write", **_RESULT, required=True)
     output_high_noise: Path | None = option(
         "safetensors file for the LoRA of the high-noise expert; --output then gets that of low noise",
         excludes="expert",
+        **_RESULT,
     )
     expert: str | None = option(
         "of a file with a LoRA for each expert, take this one alone", choices=("high_noise", "low_noise")
@@ -86,6 +94,7 @@ class ConvertOptions(Options):
     dit: tuple[Path, ...] | None = option(
         "with --bake, the model that a DoRA was trained for; after it text encoders that it changes",
         nargs="+",
+        place="there",
         needs="bake",
         excludes=("input_high_noise", "output_high_noise"),
         hint="each expert has its own model: --expert takes one LoRA out of a file for both",
@@ -95,15 +104,6 @@ class ConvertOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        require_files("--dit", self.dit or ())
-        inputs = [one for one in (self.input, self.input_high_noise) if one is not None]
-        require_files("--input", inputs[:1])
-        require_files("--input_high_noise", inputs[1:])
-        outputs = {"--output": self.output, "--output_high_noise": self.output_high_noise}
-        for name, output in outputs.items():
-            if output is not None:
-                check_output_file(name, output)
-                refuse_replacing(name, output, [*inputs, *(self.dit or ())])
         if self.output_high_noise is not None and self.output.resolve() == self.output_high_noise.resolve():
             raise OptionError(f"--output and --output_high_noise are both {self.output}: give two names")
         is_joined = self.input_high_noise is not None and self.output_high_noise is None
@@ -170,9 +170,9 @@ class ExtractOptions(Options):
     """Options of `networks/flux_extract_lora.py` and `networks/extract_lora_from_models.py`."""
 
     model_org: Path = option(
-        "the model before fine-tuning: a file, or of a FLUX model a folder", required=True
+        "the model before fine-tuning: a file, or of a FLUX model a folder", place="there", required=True
     )
-    model_tuned: Path = option("the fine-tuned model", required=True)
+    model_tuned: Path = option("the fine-tuned model", place="there", required=True)
     conv_dim: int | None = option(
         "rank for residual blocks and convolutions; default: they get no LoRA", least=1
     )
@@ -180,19 +180,15 @@ class ExtractOptions(Options):
         "a text encoder of which no value has changed by more gets no LoRA", default=0.01, least=0
     )
     save_precision: str | None = option("type of the LoRA's numbers; default: float", choices=PRECISIONS)
-    save_to: Path = option("LoRA file to write", required=True)
+    save_to: Path = option(
+        "LoRA file to write", place="safetensors", spares=("model_org", "model_tuned"), required=True
+    )
     dim: int = option("rank of the LoRA", default=4, least=1)
     device: str | None = option("device that computes; default: CUDA if available, else the CPU")
     clamp_quantile: float = option(
         "limit the factors to this quantile of their values; 1: no limit", default=0.99, above=0.5, most=1
     )
     no_metadata: bool = option(ONLY_NEEDED)
-
-    def __post_init__(self) -> None:
-        require_files("--model_org", [self.model_org])
-        require_files("--model_tuned", [self.model_tuned])
-        check_output_file("--save_to", self.save_to)
-        refuse_replacing("--save_to", self.save_to, [self.model_org, self.model_tuned])
 
 
 class FluxExtractWords(Options):
@@ -212,6 +208,9 @@ class WholeExtractWords(Options):
     load_tuned_model_to = not_needed(BY_TENSOR, type=str)
 
 
+_MERGED: Mapping[str, Any] = {"place": "safetensors", "spares": ("models", *FLUX_OUTPUTS)}
+
+
 class FluxMergeOptions(Options):
     """Options of `networks/flux_merge_lora.py`."""
 
@@ -224,14 +223,20 @@ class FluxMergeOptions(Options):
         one_of=PRECISIONS,
     )
     concat: bool = option(EXACT_SUM, excludes=("flux_model", "clip_l", "t5xxl"), hint=OF_LORAS)
-    flux_model: Path | None = option("FLUX.1 or Chroma model to merge into, for --save_to", needs="save_to")
-    clip_l: Path | None = option("CLIP-L to merge into, for --clip_l_save_to", needs="clip_l_save_to")
-    t5xxl: Path | None = option("T5-XXL to merge into, for --t5xxl_save_to", needs="t5xxl_save_to")
+    flux_model: Path | None = option(
+        "FLUX.1 or Chroma model to merge into, for --save_to", place="there", needs="save_to"
+    )
+    clip_l: Path | None = option(
+        "CLIP-L to merge into, for --clip_l_save_to", place="there", needs="clip_l_save_to"
+    )
+    t5xxl: Path | None = option(
+        "T5-XXL to merge into, for --t5xxl_save_to", place="there", needs="t5xxl_save_to"
+    )
     working_device: str = option("device that computes, such as cuda", default="cpu")
-    save_to: Path | None = option("file to write: the model, or the merged LoRA without a model")
-    clip_l_save_to: Path | None = option("file to write the merged CLIP-L to", needs="clip_l")
-    t5xxl_save_to: Path | None = option("file to write the merged T5-XXL to", needs="t5xxl")
-    models: tuple[Path, ...] | None = option("LoRA files to merge, of any dialect")
+    save_to: Path | None = option("file to write: the model, or the merged LoRA without a model", **_MERGED)
+    clip_l_save_to: Path | None = option("file to write the merged CLIP-L to", needs="clip_l", **_MERGED)
+    t5xxl_save_to: Path | None = option("file to write the merged T5-XXL to", needs="t5xxl", **_MERGED)
+    models: tuple[Path, ...] | None = option("LoRA files to merge, of any dialect", place="there")
     ratios: tuple[float, ...] | None = option("strength of each file of --models")
     no_metadata: bool = option(ONLY_NEEDED)
     mem_eff_load_save = not_needed(BY_TENSOR)
@@ -243,17 +248,12 @@ class FluxMergeOptions(Options):
         if not self.models:
             raise OptionError("--models names no LoRA: give the files to merge")
         _check_ratios(self.models, self.ratios or ())
-        for name, path in self.targets.items():
-            require_files(f"--{name}", [path])
         if self.save_to is None and not self.targets:
             raise OptionError("--save_to is missing: give the file to write the merged LoRA to")
         if self.save_to is not None and self.targets and self.flux_model is None:
             raise OptionError("--save_to is given without --flux_model: give the model to merge into")
-        given = {name: path for name in FLUX_OUTPUTS.values() if (path := getattr(self, name)) is not None}
-        for name, output in given.items():
-            check_output_file(f"--{name}", output)
-            refuse_replacing(f"--{name}", output, [*self.models, *self.targets.values()])
-        if len({output.resolve() for output in given.values()}) < len(given):
+        outputs = [path.resolve() for name in FLUX_OUTPUTS.values() if (path := getattr(self, name))]
+        if len(set(outputs)) < len(outputs):
             names = ", ".join(f"--{name}" for name in FLUX_OUTPUTS.values())
             raise OptionError(f"{names} are the same file: give others")
 
@@ -274,9 +274,18 @@ class WholeMergeOptions(Options):
         default="float",
         choices=PRECISIONS,
     )
-    sd_model: Path | None = option("checkpoint to merge into, a single file; without: into one LoRA")
-    save_to: Path = option("file to write: the checkpoint, or the merged LoRA", required=True)
-    models: tuple[Path, ...] = option("LoRA files to merge, of any dialect", nargs="+", required=True)
+    sd_model: Path | None = option(
+        "checkpoint to merge into, a single file; without: into one LoRA", place="there"
+    )
+    save_to: Path = option(
+        "file to write: the checkpoint, or the merged LoRA",
+        place="safetensors",
+        spares=("models", "sd_model"),
+        required=True,
+    )
+    models: tuple[Path, ...] = option(
+        "LoRA files to merge, of any dialect", nargs="+", place="there", required=True
+    )
     ratios: tuple[float, ...] = option("strength of each file of --models", nargs="+", required=True)
     no_metadata: bool = option(ONLY_NEEDED)
     concat: bool = option(EXACT_SUM, excludes="sd_model", hint=OF_LORAS)
@@ -289,15 +298,10 @@ class WholeMergeOptions(Options):
 
     def __post_init__(self) -> None:
         _check_ratios(self.models, self.ratios)
-        models = [] if self.sd_model is None else [self.sd_model]
-        require_files("--sd_model", models)
-        check_output_file("--save_to", self.save_to)
-        refuse_replacing("--save_to", self.save_to, [*self.models, *models])
 
 
 def _check_ratios(models: Sequence[Path], ratios: Sequence[float]) -> None:
-    """Raise OptionError if a LoRA does not exist, or if there is not one strength for each."""
-    require_files("--models", models)
+    """Raise OptionError if there is not one strength for each LoRA."""
     if len(models) != len(ratios):
         raise OptionError(
             f"--ratios has {len(ratios)} numbers for {len(models)} files of --models: give one for each, in "
@@ -311,27 +315,21 @@ class FluxConvertOptions(Options):
 
     src: str = option(f"dialect to read: {' or '.join(DIALECTS)}", default="ai-toolkit", one_of=DIALECTS)
     dst: str = option(f"dialect to write: {' or '.join(DIALECTS)}", default="sd-scripts", one_of=DIALECTS)
-    src_path: Path | None = option("LoRA file to read")
-    dst_path: Path | None = option("safetensors file to write")
+    src_path: Path | None = option("LoRA file to read", place="there")
+    dst_path: Path | None = option("safetensors file to write", place="safetensors", spares="src_path")
 
     def __post_init__(self) -> None:
         if self.src == self.dst:
             raise OptionError(f"--src and --dst are both {self.src}: give two dialects")
         if self.src_path is None or self.dst_path is None:
             raise OptionError("--src_path and --dst_path are both needed: the LoRA and the file to write")
-        require_files("--src_path", [self.src_path])
-        check_output_file("--dst_path", self.dst_path)
-        refuse_replacing("--dst_path", self.dst_path, [self.src_path])
 
 
 class ComfyConvertOptions(Options):
     """Options of `networks/convert_hunyuan_image_lora_to_comfy.py`."""
 
-    src_path: Path = option("LoRA file to read", positional=True)
-    dst_path: Path = option("safetensors file to write", positional=True)
+    src_path: Path = option("LoRA file to read", positional=True, place="there")
+    dst_path: Path = option(
+        "safetensors file to write", positional=True, place="safetensors", spares="src_path"
+    )
     reverse: bool = option("from ComfyUI's names to ours")
-
-    def __post_init__(self) -> None:
-        require_files("SRC", [self.src_path])
-        check_output_file("DST", self.dst_path)
-        refuse_replacing("DST", self.dst_path, [self.src_path])

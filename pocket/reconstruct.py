@@ -15,8 +15,8 @@ from modules.atomic_write import write_text
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import resize_cover, video_frames
 from modules.media.writing import write_video
-from modules.parser import read_folder
 from pocket import drawing
+from pocket.footage import read_folder
 from pocket.train_vae import as_pixels, psnr
 from wan.vae import load_vae
 

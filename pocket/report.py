@@ -20,9 +20,9 @@ from modules.atomic_write import write_text
 from modules.errors import UserError
 from modules.media.reading import read_image, resize_cover, video_frames
 from modules.media.writing import write_png
-from modules.parser import read_folder
 from pocket import drawing
 from pocket.concepts import CONCEPTS, Concept
+from pocket.footage import read_folder
 from pocket.measure import FORMS
 from tests.pocket.detectors import Verdict, look
 

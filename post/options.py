@@ -16,6 +16,8 @@ class ToolRunOptions(Options, title="input and output"):
 
     input: Path = option(
         "a video, a picture, or a folder: then each video and each picture in it is worked on by itself",
+        place="there",
+        hint="a video, a picture, or a folder",
         required=True,
     )
     output: str | None = option(  # a text, because a path does not keep the / at its end
@@ -28,8 +30,6 @@ class ToolRunOptions(Options, title="input and output"):
     format: FormatOptions = option(defaults={"codec": "prores", "container": "mkv"})
 
     def __post_init__(self) -> None:
-        if not self.input.exists():
-            raise OptionError(f"--input {self.input} does not exist. Give a video, a picture, or a folder.")
         if self.output is not None and not self.output.strip():
             raise OptionError("--output is empty: give a file or a folder, or leave the option out")
 

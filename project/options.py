@@ -49,7 +49,12 @@ def _names() -> str:
 class NewOptions(Options):
     """Content of the project files for a folder."""
 
-    folder: Path = option("clips, pictures or both, with captions in .txt files", positional=True)
+    folder: Path = option(
+        "clips, pictures or both, with captions in .txt files",
+        positional=True,
+        place="folder",
+        hint="the one with clips or pictures",
+    )
     family: str | None = option("kind of model, such as wan; asked for on a terminal")
     task: str | None = option("which of its models, such as t2v-1.3B; likewise")
     trigger_word: str | None = option("made-up word for what is learned, put before captions without it")
@@ -70,10 +75,6 @@ class NewOptions(Options):
         "GiB of the card; this machine's when not given, 0: a CPU", least=0, hint="such as 12; 0 for a CPU"
     )
     overwrite: bool = option("replace dataset.toml, prompts.txt and run.toml")
-
-    def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise OptionError(f"{self.folder}: there is no such folder. Give the one with clips or pictures.")
 
 
 class RunOptions(Options):

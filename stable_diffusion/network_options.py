@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, option
-from networks.options import multipliers_for, require_files
+from networks.options import multipliers_for
 
 LOW, HIGH = 63, 191  # thresholds of "canny" alone
 VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling
@@ -216,7 +216,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         "kinds of the files, such as networks.lora; needless, as the files say what they are",
         needs="network_weights",
     )
-    network_weights: tuple[Path, ...] | None = option("LoRA files, any dialect", often=True)
+    network_weights: tuple[Path, ...] | None = option("LoRA files, any dialect", place="there", often=True)
     network_mul: tuple[float, ...] | None = option(
         "strength of each file; default: 1", needs="network_weights", often=True
     )
@@ -249,7 +249,6 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
     )
 
     def __post_init__(self) -> None:
-        require_files("--network_weights", self.files)
         self._check_counts()
         multipliers_for(self.files, self.network_mul or (), "--network_mul")
 

@@ -1,11 +1,12 @@
 """All options of gen_img.py: the checkpoint, prompts, pictures, texts and files here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
-from modules.option_values import check_seed
+from modules.option_values import check_path, check_seed
 from modules.options import Options, option
 from modules.parser import parse_options
 from stable_diffusion.network_options import AddedNetworkOptions, ControlOptions, GuideOptions, check_control
@@ -64,6 +65,7 @@ class ModelOptions(Options, title="model"):
 
 
 _PICTURES = "input pictures"
+_PICTURE: Mapping[str, Any] = {"place": "there", "hint": "a picture or a folder of pictures"}
 
 
 class PictureInputOptions(Options, title="prompts"):
@@ -74,6 +76,8 @@ class PictureInputOptions(Options, title="prompts"):
     )
     from_file: Path | None = option(
         "text file with such a prompt on each line; # begins a comment",
+        place="file",
+        hint="a text file",
         excludes=("prompt", "from_module", "interactive"),
         often=True,
     )
@@ -113,11 +117,13 @@ class PictureInputOptions(Options, title="prompts"):
         "image to image: a picture, or a folder whose pictures are used in turn. Without a prompt, those in "
         "the metadata of the pictures are used",
         title=_PICTURES,
+        **_PICTURE,
         often=True,
     )
     mask_path: Path | None = option(
         "a picture, or a folder of them. With --image_path, inpainting: white is painted anew. For prompts "
         "with AND: red, green and blue are the regions of the first three parts and of their LoRAs",
+        **_PICTURE,
         flags=("--mask_path", "--mask_image"),
         title=_PICTURES,
         often=True,
@@ -125,6 +131,7 @@ class PictureInputOptions(Options, title="prompts"):
     guide_image_path: tuple[Path, ...] | None = option(
         "pictures, or folders of them, for ControlNets or ControlNet-LLLites: one for each of them, then one "
         "for each for the next picture, and so on. For guidance by CLIP or VGG16: one for each picture",
+        **_PICTURE,
         title=_PICTURES,
         often=True,
     )
@@ -137,38 +144,21 @@ class PictureInputOptions(Options, title="prompts"):
                 "--image_path with pictures whose metadata holds their prompts"
             )
         check_seed("--seed", self.seed)
-        self._check_files()
-
-    def _check_files(self) -> None:
-        texts = [("--from_file", self.from_file, "a text file")]
         if self.from_module is not None and self.from_module.endswith(".py"):
-            texts.append(("--from_module", Path(self.from_module), "a Python file, or a module's name"))
-        for flag, path, what in texts:
-            if path is not None and not path.is_file():
-                reason = "it is a folder" if path.is_dir() else "there is no such file"
-                raise OptionError(f"{flag} {path}: {reason}. Give {what}")
-        pictures = [("--image_path", self.image_path), ("--mask_path", self.mask_path)]
-        pictures += [("--guide_image_path", path) for path in self.guide_image_path or ()]
-        for flag, path in pictures:
-            if path is not None and not path.exists():
-                raise OptionError(
-                    f"{flag} {path}: there is no such file. Give a picture or a folder of pictures"
-                )
+            check_path("--from_module", Path(self.from_module), "file", "a Python file, or a module's name")
 
 
 class PictureOutputOptions(Options, title="output"):
     """Where pictures are written, and under which names."""
 
-    outdir: Path = option("output folder; created if missing", default=Path("outputs"), often=True)
+    outdir: Path = option(
+        "output folder; created if missing", default=Path("outputs"), place="new folder", often=True
+    )
     sequential_file_name: bool = option(
         "number the files: im_000001.png and so on, after those that are there",
         excludes="use_original_file_name",
     )
     use_original_file_name: bool = option("image to image: name files as the input pictures are named")
-
-    def __post_init__(self) -> None:
-        if self.outdir.exists() and not self.outdir.is_dir():
-            raise OptionError(f"--outdir {self.outdir}: it is a file; give a folder, it will be created")
 
 
 class TextOptions(Options, title="text"):

@@ -35,12 +35,12 @@ FLOORS = {
         {"control_codes", "errors", "flow", "interpreter", "seeds"}
         | {"private_torch"}
         | {"text_encodings", "text_files", "varints", "version"},
-        {"paths"},
+        {"output_files", "paths"},
         {"answers", "atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"options"},
         {"compile_options"},
         {"speed_options"},
-        {"command", "console", "environment", "fp8", "output_files"},
+        {"command", "console", "environment", "fp8"},
         {"families"},
         {"downloading", "parser"},
         {"console_options"},

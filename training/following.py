@@ -13,6 +13,7 @@ import torch
 from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.installation import command_words
 from modules.options import Options, option_values, options_with
+from modules.parser import add_options
 from modules.planning.device_memory import MemoryWatch, host_peak
 from modules.planning.memory_plan import gib
 from networks.module_names import read_family
@@ -53,7 +54,7 @@ class FamilyScripts:
     """Hold the scripts of a family and the options that they have besides the shared ones."""
 
     train: str = "the training script"
-    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    records: tuple[type[Options], ...] = ()  # of those options
     # given a sample as `Request` names its values: the script and the options that generate
     generation: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
     learner: type[Options] = NetworkOptions
@@ -76,7 +77,7 @@ class GivenOption(NamedTuple):
 def given_options(options: TrainingOptions, own: Any, scripts: FamilyScripts) -> list[GivenOption]:
     """Return the options of a run; own: the family's. Keys and tokens are left out."""
     parser = scripts.make_parser() if scripts.make_parser else training_parser(None, scripts.learner)
-    scripts.add_arguments(parser)
+    add_options(parser, *scripts.records)
     values = option_values(own) | option_values(options)
     secret = {*options_with(type(own), "secret", True), *options_with(TrainingOptions, "secret", True)}
     found = []

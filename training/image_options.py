@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
@@ -16,7 +16,7 @@ from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
 from modules.option_values import to_path
 from modules.options import Options, not_needed, option, read_options, unsupported
-from modules.parser import add_options, refuse_action
+from modules.parser import add_options
 from training.config_options import write_config_file
 from training.learning_options import PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
@@ -81,6 +81,13 @@ def read_image_training(
     return options, read_options(record, args)
 
 
+class ImageModelOptions(Options, title="model"):
+    """Files of the model, which fields of the families' records read."""
+
+    pretrained_model_name_or_path: Path | None = option("checkpoint of the transformer")
+    vae: Path | None = option("checkpoint of the VAE")
+
+
 class OtherNames(Options, title="other names"):
     """Other names of options; `_translate` puts them into those that records read."""
 
@@ -106,18 +113,15 @@ def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> ar
     }
     choices = {"timestep_sampling": defaults.samplers, "weighting_scheme": (*WEIGHTINGS, UNIFORM)}
     settings = {name: {"choices": values} for name, values in choices.items()}
-    parser = training_parser(doc, defaults=own, settings=settings)
-    group = parser.add_argument_group("model")
-    group.add_argument("--pretrained_model_name_or_path", help="checkpoint of the transformer")
-    group.add_argument("--vae", help="checkpoint of the VAE")
-    add_options(parser, PartsOptions, PredictionOptions, SubsetOptions, CachingInRunOptions, defaults=own)
+    script: dict[str, Any] = {"defaults": own, "refused": defaults.refused}
+    parser = training_parser(doc, settings=settings, **script)
+    add_options(parser, ImageModelOptions, PartsOptions, PredictionOptions, **script)
+    add_options(parser, SubsetOptions, CachingInRunOptions, **script)
     add_options(parser, StartOptions, ConsoleOptions, OtherNames, *FOREIGN)
     actions = {action.dest: action for action in parser._actions}
     actions["dynamo_backend"].choices = (*(actions["dynamo_backend"].choices or ()), TENSORRT)
     # the launcher's setting; its default here takes effect with --torch_compile only
     actions["dynamo_backend"].not_given = "NO"  # type: ignore[attr-defined]
-    for name, reason in defaults.refused.items():
-        refuse_action(actions[name], reason)
     parser.set_defaults(dynamo_backend="inductor")
     return parser
 

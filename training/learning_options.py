@@ -11,7 +11,7 @@ from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import int_or_float, read_literals
 from modules.options import CHANGEABLE, HABIT, IDENTITY, Options, option, unsupported
-from networks.options import multipliers_for, require_files
+from networks.options import multipliers_for
 
 logger = logging.getLogger(__name__)
 
@@ -66,19 +66,18 @@ class ExpertTrainingOptions(Options, title="two transformers"):
     network_weights_high_noise: Path | None = option(
         "with --lora_per_expert: LoRA file that the network of --dit_high_noise starts from; "
         "--network_weights is for that of --dit",
+        place="there",
     )
     base_weights_high_noise: tuple[Path, ...] | None = option(
         "LoRA files added to --dit_high_noise before training; default: those of --base_weights. If "
         "given, --base_weights is for --dit only",
+        place="there",
     )
     base_weights_multiplier_high_noise: tuple[float, ...] | None = option(
         "strength of each file of --base_weights_high_noise; missing ones are 1"
     )
 
     def __post_init__(self) -> None:
-        start = self.network_weights_high_noise
-        require_files("--network_weights_high_noise", [start] if start else [])
-        require_files("--base_weights_high_noise", self.base_weights_high_noise or ())
         if self.base_weights_high_noise is not None and not self.base_weights_high_noise:
             raise OptionError("--base_weights_high_noise has no file behind it: give one, or leave it out")
         self.base_multipliers()

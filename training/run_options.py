@@ -165,7 +165,10 @@ class SampleOptions(Options, title="samples while training"):
     """When to make samples, and from which prompts."""
 
     sample_prompts: Path | None = option(
-        "file with prompts (txt, toml, json) to make samples from", often=True
+        "file with prompts (txt, toml, json) to make samples from",
+        place="file",
+        hint="a .txt, .toml or .json file of prompts",
+        often=True,
     )
     sample_every_n_steps: int | None = option("make samples after every so many steps", least=1)
     sample_every_n_epochs: int | None = option("make samples after every so many epochs", least=1, often=True)
@@ -182,12 +185,6 @@ class SampleOptions(Options, title="samples while training"):
     preview: PreviewOptions  # of samples while they are made
 
     def __post_init__(self) -> None:
-        path = self.sample_prompts
-        if path is not None and (path.is_dir() or not path.exists()):
-            what = "is a folder" if path.is_dir() else "no such file"
-            raise OptionError(
-                f"--sample_prompts {self.sample_prompts}: {what}; give a .txt, .toml or .json file of prompts"
-            )
         if self.is_timed and self.sample_prompts is None:
             raise OptionError(
                 "--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first need a file with "
@@ -233,7 +230,9 @@ def _split_multiplier(given: Path) -> tuple[Path, float]:
 class LogOptions(Options, title="logs"):
     """Options of where loss curves go."""
 
-    logging_dir: Path | None = option("folder for TensorBoard's files; each run gets a folder in it")
+    logging_dir: Path | None = option(
+        "folder for TensorBoard's files; each run gets a folder in it", place="new folder"
+    )
     log_with: str | None = option(
         "tensorboard when not given and --logging_dir is", choices=("tensorboard", "wandb", "all")
     )
@@ -243,7 +242,9 @@ class LogOptions(Options, title="logs"):
     )
     wandb_run_name: str | None = option("name of the run in wandb")
     log_tracker_config: Path | None = option(
-        "TOML file with arguments for the trackers, a table each; replaces --wandb_run_name"
+        "TOML file with arguments for the trackers, a table each; replaces --wandb_run_name",
+        place="there",
+        hint="a TOML file with a table [wandb] or [tensorboard]",
     )
     wandb_api_key: str | None = option(
         "log in to wandb with this key; it is never written anywhere", facts=SECRET
@@ -255,15 +256,6 @@ class LogOptions(Options, title="logs"):
     )
 
     def __post_init__(self) -> None:
-        if self.logging_dir is not None and self.logging_dir.is_file():
-            raise OptionError(
-                f"--logging_dir {self.logging_dir}: is a file; give a folder, it will be created"
-            )
-        if self.log_tracker_config is not None and not self.log_tracker_config.exists():
-            raise OptionError(
-                f"--log_tracker_config {self.log_tracker_config}: no such file; give a TOML file with a "
-                "table [wandb] or [tensorboard]"
-            )
         if self.log_with in {"tensorboard", "all"} and self.logging_dir is None:
             raise OptionError(
                 f"--log_with {self.log_with} needs --logging_dir: the folder for TensorBoard's files"

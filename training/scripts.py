@@ -7,7 +7,6 @@ from typing import Any
 from modules.families import FAMILIES, Script
 from modules.installation import import_own
 from modules.options import Options, option_values
-from modules.parser import declare
 from modules.speed_options import refuse_for_whole
 from networks.options import NetworkOptions
 from training.image_options import ImageTrainerDefaults, image_training_parser, read_image_training
@@ -49,13 +48,11 @@ def training_script(
         made = entry.make_family("training", own)
         # options of the caching script that follow from the checkpoint
         switches = getattr(made, "caching_switches", ())
-        commands = entry.options.caching_commands(
-            options.loop.dataset_config, own, *([switches] if switches else [])
-        )
+        commands = entry.caching_commands(own, options.loop.dataset_config, switches)
         scripts = FamilyScripts(
             f"{entry.script}_train{'' if whole else '_network'}.py",
-            declare(record, *more),
-            partial(entry.options.generation_words, own),
+            (record, *more),
+            partial(entry.generation_words, own),
             learner,
             None if images is None else partial(image_training_parser, None, images),
         )

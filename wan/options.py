@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modules.command import as_typed
 from modules.errors import OptionError
 from modules.options import (
     FREE,
@@ -215,52 +214,35 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         super().__post_init__()
 
 
-def caching_commands(dataset_config: Path | None, options: WanTrainingOptions) -> tuple[str, str]:
-    """Return the commands that make missing caches, of latents and of texts."""
-    dataset = ["--dataset_config", str(dataset_config)]
+def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
     task = TASKS[options.task]
-    vae = options.vae.vae or f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE"
-    latents = ["python", "wan_cache_latents.py", *dataset, "--vae", str(vae)]
-    if task.has_features:
-        latents += ["--clip", str(options.clip or "CLIP_FILE")]
-    elif task.takes_image:
-        latents.append("--i2v")
-    if options.task.startswith("flf2v"):
-        latents.append("--flf2v")
-    text = [
-        "python",
-        "wan_cache_text_encoder_outputs.py",
-        *dataset,
-        "--t5",
-        str(options.text.t5 or "T5_FILE"),
-    ]
-    return as_typed(latents), as_typed(text)
+    latents = {
+        "--vae": options.vae.vae or f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE",
+        "--clip": (options.clip or "CLIP_FILE") if task.has_features else None,
+        "--i2v": task.takes_image and not task.has_features,
+        "--flf2v": options.task.startswith("flf2v"),
+    }
+    return latents, {"--t5": options.text.t5 or "T5_FILE"}
 
 
-def generation_words(options: WanTrainingOptions, sample: Mapping[str, Any]) -> list[str]:
-    """Return the script and the options that generate with the models of a training.
-
-    sample: the settings of a sample, by the names of `Request`; may be empty.
-    """
+def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     task, other = TASKS[options.task], options.sample_dit_other
     low, high = options.dit, options.experts.dit_high_noise
     low, high = (low or other, high) if high is not None else (low, other)
-    files = {"--dit": low} | ({} if high is None else {"--dit_high_noise": high})
-    files |= {"--vae": options.vae.vae, "--t5": options.text.t5}
-    words = ["wan_generate_video.py", "--task", options.task]
-    if high is not None and options.experts.timestep_boundary is not None:
-        words += ["--timestep_boundary", f"{options.experts.timestep_boundary:g}"]
-    words += [
-        word for name, path in files.items() for word in (name, str(path or f"{name[2:].upper()}_FILE"))
-    ]
-    media = ["image_path", "end_image_path", "control_path"]
-    if task.has_features:
-        words += ["--clip", str(options.clip or "CLIP_FILE")]
-    if task.takes_image:
-        words += [] if sample.get("image_path") else ["--image_path", "IMAGE_FILE"]
-    if task.has_control and not sample.get("control_path"):
-        words += ["--control_path", "CONTROL_FILE"]
-    words += ["--t5_tokenizer", str(options.text.t5_tokenizer)] if options.text.t5_tokenizer else []
-    words += ["--dit_dtype", options.dit_dtype] if options.dit_dtype else []
-    words += [word for name in media if sample.get(name) for word in (f"--{name}", str(sample[name]))]
-    return words + (["--video_length", str(sample["frames"])] if sample.get("frames") else [])
+    return {
+        "--task": options.task,
+        "--timestep_boundary": None if high is None else options.experts.timestep_boundary,
+        "--dit": low or "DIT_FILE",
+        "--dit_high_noise": high,
+        "--vae": options.vae.vae or "VAE_FILE",
+        "--t5": options.text.t5 or "T5_FILE",
+        "--clip": (options.clip or "CLIP_FILE") if task.has_features else None,
+        "--t5_tokenizer": options.text.t5_tokenizer,
+        "--dit_dtype": options.dit_dtype,
+        "--image_path": sample.get("image_path") or ("IMAGE_FILE" if task.takes_image else None),
+        "--end_image_path": sample.get("end_image_path"),
+        "--control_path": sample.get("control_path") or ("CONTROL_FILE" if task.has_control else None),
+        "--video_length": sample.get("frames"),
+    }

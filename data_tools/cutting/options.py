@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.media.options import CodecOptions
 from modules.options import Options, option
 
 OWN, CONTENT, ADAPTIVE = "own", "pyscenedetect", "pyscenedetect-adaptive"
@@ -94,15 +95,9 @@ class ChoiceOptions(Options, title="what is left out"):
     drop_blurred: bool = option("leave out blurred clips, which are kept else")
 
 
-class ClipFormat(Options, title="video format"):
+class ClipFormat(CodecOptions, title="video format"):
     """How clips are written."""
 
-    codec: str = option(
-        "h264 plays everywhere, h265 is smaller, prores (10 bit, .mkv) is for editing",
-        default="h264",
-        choices=("prores", "h264", "h265"),
-    )
-    container: str = option("kind of video file", default="mp4", choices=("mkv", "mp4"))
     crf: int = option(
         "quality of h264 and h265, 0 to 51: a lower one is better and larger",
         default=12,
@@ -118,9 +113,14 @@ class CuttingOptions(Options, title="input and output"):
     """Videos to cut, the way to cut them, and the place of clips and list."""
 
     input: Path = option(
-        "a video, or a folder: then all videos in it, and in the folders inside it", required=True
+        "a video, or a folder: then all videos in it, and in the folders inside it",
+        place="there",
+        hint="a video, or a folder of videos",
+        required=True,
     )
-    output: Path = option("folder for the clips; all go into it, without subfolders", required=True)
+    output: Path = option(
+        "folder for the clips; all go into it, without subfolders", place="new folder", required=True
+    )
     jsonl: Path | None = option(f"list of the clips (default: {LIST_NAME} in --output)")
     dry_run: bool = option("print the scenes and what becomes of them, and write nothing")
     num_workers: int = option("files that are worked on at once", default=1, least=1, most=64)
@@ -130,10 +130,6 @@ class CuttingOptions(Options, title="input and output"):
     form: ClipFormat
 
     def __post_init__(self) -> None:
-        if not self.input.exists():
-            raise OptionError(f"--input {self.input} does not exist. Give a video, or a folder of videos")
-        if self.output.exists() and not self.output.is_dir():
-            raise OptionError(f"--output {self.output} is a file. Give a folder, which is made if needed")
         if self.input.is_dir() and self.input.resolve() == self.output.resolve():
             raise OptionError(
                 f"--output {self.output} is --input too. Give another folder, such as one in it"

@@ -15,7 +15,6 @@ from data_tools.cutting.clips import PlannedClip, VideoLook
 from data_tools.cutting.options import CuttingOptions
 from modules.atomic_write import make_storable, write_bytes, write_text
 from modules.errors import DatasetError, OutputError
-from modules.media.options import suffix_of
 from modules.options import option_values
 from modules.text_files import parse_json, read_lines, read_text
 
@@ -70,7 +69,7 @@ def start_record(
     """Return the record of a source that is about to be cut."""
     found = source.stat()
     kept = [clip for clip in clips if not clip.dropped]
-    suffix = suffix_of(options.form.codec, options.form.container)
+    suffix = options.form.suffix
     return CutRecord(
         stem,
         str(source),

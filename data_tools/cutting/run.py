@@ -32,7 +32,6 @@ from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError, OptionError, OutputError, UserError
 from modules.media.encoding import Picture, settle_codec
 from modules.media.measures import clock_time
-from modules.media.options import holds_depth
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.media.sections import VideoSection
 from modules.media.streams import shown_frames, source_info
@@ -289,7 +288,7 @@ class Workshop:
             return 0
         form, info = self.options.form, source_info(source)
         codec = settle_codec(form.codec, info.width, info.height)
-        with contextlib.closing(self._frames(source, "clips of", holds_depth(form.codec))) as frames:
+        with contextlib.closing(self._frames(source, "clips of", form.is_deep)) as frames:
             numbered = enumerate(frames)
             for path, clip in missing:
                 start, seconds = (Fraction(round(one * MICRO), MICRO) for one in (clip.start, clip.seconds))

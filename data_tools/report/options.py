@@ -4,7 +4,6 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, option
-from modules.output_files import check_place
 
 STDOUT = "-"  # of --json without a value
 
@@ -13,9 +12,12 @@ class ReportOptions(Options, title="report"):
     """Dataset to read, place of the report, and model."""
 
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True)
-    output: Path | None = option("the HTML page to write; it is one file")
+    output: Path | None = option("the HTML page to write; it is one file", place="new file")
     json: Path | None = option(
-        "write the same numbers as JSON; without PATH, or with -, to standard output", nargs="?", const=STDOUT
+        "write the same numbers as JSON; without PATH, or with -, to standard output",
+        nargs="?",
+        const=STDOUT,
+        place="new file",
     )
     items: int = option(
         "most files with thumbnails on the page: those with something to tell first, then an even "
@@ -50,19 +52,12 @@ class ReportOptions(Options, title="report"):
     def __post_init__(self) -> None:
         if self.output is None and self.json is None:
             raise OptionError("nothing would be written: give --output page.html, --json, or both")
-        _check_file("--output", self.output, (".html", ".htm"))
-        if not self.prints:
-            _check_file("--json", self.json, (".json",))
+        if self.output is not None and self.output.suffix.lower() not in {".html", ".htm"}:
+            raise OptionError(f"--output {self.output}: name a file that ends in .html")
+        if self.json is not None and not self.prints and self.json.suffix.lower() != ".json":
+            raise OptionError(f"--json {self.json}: name a file that ends in .json")
 
     @property
     def prints(self) -> bool:
         """Return whether the JSON goes to standard output."""
         return self.json is not None and str(self.json) == STDOUT
-
-
-def _check_file(option: str, path: Path | None, suffixes: tuple[str, ...]) -> None:
-    if path is None:
-        return
-    if path.suffix.lower() not in suffixes:
-        raise OptionError(f"{option} {path}: name a file that ends in {suffixes[0]}")
-    check_place(option, path)

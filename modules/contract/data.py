@@ -21,7 +21,6 @@ Conditions = Mapping[str, Tensor | list[Tensor]]
 # key of the mask of the loss in batches and caches: 1 is learned, 0 is not; F H W of the latents
 LOSS_MASK = "reelsmith_loss_mask"
 
-
 LATENTS_MADE = "latents"  # `MadeBy.part` of latent caches
 
 
@@ -136,29 +135,25 @@ class MediaBatch:
     alpha: Tensor | None = None  # B H W uint8: of pictures that are transparent somewhere
     table: MediaTable = MediaTable()
 
-    def singly(self) -> "list[MediaBatch]":
-        """The items as batches of one."""
-        return [self._only(slice(index, index + 1)) for index in range(len(self.keys))]
-
-    def _only(self, items: slice) -> "MediaBatch":
-        alpha = None if self.alpha is None else self.alpha[items]
-        control = tuple(control[items] for control in self.control)
-        return replace(
-            self,
-            frames=self.frames[items],
-            keys=self.keys[items],
-            spans=self.spans[items],
-            control=control,
-            alpha=alpha,
-        )
-
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
         """The items as an encoder on that device takes them: all in one batch, on a CPU each by itself.
 
         A batch gains nothing there, and singly an item's numbers do not depend on what else a run that was
         killed had left to do.
         """
-        return self.singly() if device.type == "cpu" else [self]
+        if device.type != "cpu":
+            return [self]
+        return [
+            replace(
+                self,
+                frames=self.frames[one],
+                keys=self.keys[one],
+                spans=self.spans[one],
+                control=tuple(control[one] for control in self.control),
+                alpha=None if self.alpha is None else self.alpha[one],
+            )
+            for one in (slice(index, index + 1) for index in range(len(self.keys)))
+        ]
 
 
 @dataclass(frozen=True)

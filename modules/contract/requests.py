@@ -118,7 +118,6 @@ logger = logging.getLogger(__name__)
 # for `keep_usable_media`: of a model that makes pictures from texts alone
 NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path"), False)
 
-
 MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
 
 
@@ -130,7 +129,6 @@ COUNTS = {
     "frames": ("--video_length", "f", 100_000),
     "steps": ("--infer_steps", "s", 10_000),
 }
-
 
 VALUES = {
     "guidance_scale": ("--guidance_scale", "l", 1000),
@@ -288,14 +286,7 @@ def whole_frames(frames: int, latent: LatentSpec) -> int:
 
 def check_values(request: Request) -> None:
     """Raise OptionError for texts that are no text, and for numbers that no model or generator can take."""
-    _check_texts(request)
-    _check_numbers(request)
-
-
-def _check_texts(request: Request) -> None:
-    """Bytes that are no UTF-8 reach Python as halves of characters, which could be encoded but not written
-    into a file.
-    """
+    # bytes that are no UTF-8 reach Python as halves of characters, which no file can hold
     for name, text in {
         "the prompt": request.prompt,
         "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt or "",
@@ -307,9 +298,6 @@ def _check_texts(request: Request) -> None:
             raise OptionError(
                 f"{name} {text!r} is not UTF-8 text, it holds {found}: set the terminal or the file to UTF-8"
             )
-
-
-def _check_numbers(request: Request) -> None:
     *_, most_scale = VALUES["guidance_scale"]
     for name, scale in request.expert_guidance.items():
         if not abs(scale) <= most_scale:

@@ -25,7 +25,6 @@ LOW_NOISE, HIGH_NOISE = "low_noise", "high_noise"  # names of the two that Wan2.
 
 ONE_EXPERT = (Expert("", 0.0),)
 
-
 _WORDS = {"high": HIGH_NOISE, "low": LOW_NOISE}
 
 
@@ -240,7 +239,6 @@ class TokenCount:
 
 # where a token stands in a text, as its first character and the one behind its last; None: not in the text
 Place = tuple[int, int] | None
-
 
 CountTokens = Callable[[str], TokenCount]
 

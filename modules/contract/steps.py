@@ -149,7 +149,6 @@ class Section:
 
 Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
 
-
 DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call
 
 

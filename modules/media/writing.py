@@ -156,22 +156,9 @@ def write_video(
     Raises MediaError if there is no frame, the codec does not fit the suffix, or the frames are too small for
     it; OutputError if the file cannot be written.
     """
-    kind = choose_codec(path, codec)
-    remaining = iter(frames)
-    first = next(remaining, None)
-    if first is None:
-        raise MediaError(f"{path}: there is no frame to write")
-    check_picture(path, codec, first)
-    with (
-        atomic_path(path) as temporary,
-        name_write_errors(),
-        _create(temporary, path.suffix.lower(), tags) as container,
-    ):
-        stream = add_video_stream(
-            container, kind, first, _rate(fps), crf=crf, preset=preset, bit_rate=bit_rate
-        )
-        for packet in encode_pictures(stream, itertools.chain(iter([first]), remaining)):
-            container.mux(packet)
+    rate = _rate(fps)
+    pictures = (Picture(frame, index / rate, 1 / rate) for index, frame in enumerate(frames))
+    write_shown(path, pictures, rate, codec, crf=crf, preset=preset, bit_rate=bit_rate, tags=tags)
 
 
 @dataclass(frozen=True)
@@ -192,6 +179,7 @@ def write_shown(
     *,
     crf: int = 12,
     preset: str = "slow",
+    bit_rate: int | None = None,
     companions_of: Path | None = None,
     section_of: VideoSection | None = None,
     covers: bool = True,
@@ -201,11 +189,11 @@ def write_shown(
 
     frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
     come evenly; places n / rate are kept exactly, others to a twentieth of a millisecond, in .mkv to half of
-    one. codec, crf, preset: as of `write_video`. companions_of: a video whose sound, subtitles, attachments,
-    chapters and tags go into this one as they are; parts that the format cannot hold are logged. covers:
-    whether its cover pictures do, and what else may show what was in the pictures before. section_of: a part
-    of a video whose sound goes into this one, in place of all that. tags: as of `write_video`;
-    they replace the video's own.
+    one. codec, crf, preset, bit_rate: as of `write_video`. companions_of: a video whose sound, subtitles,
+    attachments, chapters and tags go into this one as they are; parts that the format cannot hold are logged.
+    covers: whether its cover pictures do, and what else may show what was in the pictures before. section_of:
+    a part of a video whose sound goes into this one, in place of all that. tags: as of `write_video`; they
+    replace the video's own.
     Raises MediaError if there is no frame, the codec does not fit the suffix or the pictures, or their size
     changes; ValueError if their times do not rise; OutputError if the file cannot be written.
     """
@@ -228,7 +216,9 @@ def write_shown(
         all_tags = {name: text for name, text in old.items() if name.lower() not in replaced} | dict(given)
         options = _shown_options(suffix, rate, all_tags)
         with create_container(temporary, suffix, all_tags, options) as container:
-            stream = add_video_stream(container, kind, first.pixels, rate, crf=crf, preset=preset)
+            stream = add_video_stream(
+                container, kind, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
+            )
             stream.time_base = 1 / Fraction(ticks_per_second(rate))
             if others is not None:
                 others.add_streams(container, stream)
@@ -273,12 +263,6 @@ def _shown_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict
     return options
 
 
-def _create(path: Path, suffix: str, tags: Mapping[str, str] | None) -> Any:
-    # else only names known to the format are stored
-    options = {"movflags": "use_metadata_tags"} if tags and suffix != ".mkv" else {}
-    return create_container(path, suffix, tags, options)
-
-
 def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
     """Encode frames quickly to an .mp4 in memory, stored in playing order, to be joined with others."""
     remaining = iter(frames)
@@ -302,9 +286,14 @@ def join_segments(
     Pictures are copied, not encoded again. A player that has an earlier file of that name open continues with
     the earlier one. Raises OutputError if the file cannot be written.
     """
-    with atomic_path(path) as temporary, name_write_errors(), _create(temporary, ".mp4", tags) as target:
-        stream: Any = None
-        number = itertools.count()
+    options = {"movflags": "use_metadata_tags"}  # else only names known to the format are stored
+    stream: Any = None
+    number = itertools.count()
+    with (
+        atomic_path(path) as temporary,
+        name_write_errors(),
+        create_container(temporary, ".mp4", tags, options) as target,
+    ):
         for segment in segments:
             with av.open(io.BytesIO(segment), "r") as source:
                 if stream is None:

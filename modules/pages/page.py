@@ -80,10 +80,11 @@ HERE = Path(__file__).resolve().parent
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 
 
-def render_page(template: Path, title: str, values: Mapping[str, Any]) -> str:
-    """Return the page of `template` with these values, which are escaped.
+def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
+    """Write the page of `template` with these values, which are escaped, completely or not at all.
 
-    Raises jinja2.UndefinedError if the template names a value that is missing.
+    Raises jinja2.UndefinedError if the template names a value that is missing, OutputError if the file cannot
+    be written.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, HERE]),
@@ -93,14 +94,8 @@ def render_page(template: Path, title: str, values: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         finalize=mark_folders,
     )
-    return environment.get_template(template.name).render(
-        {**values, "title": escape_control_codes(title), "policy": POLICY}
-    )
-
-
-def write_page(path: Path, template: Path, title: str, values: Mapping[str, Any]) -> None:
-    """Write a page, completely or not at all. Raises OutputError if the file cannot be written."""
-    write_text(path, render_page(template, title, values))
+    given = {**values, "title": escape_control_codes(title), "policy": POLICY}
+    write_text(path, environment.get_template(template.name).render(given))
 
 
 CLIP_CRF = 24  # smaller than what is kept: a page holds many clips

@@ -269,7 +269,7 @@ def test_the_list_of_a_task_names_files_sizes_sources_and_licences(tmp_path: Pat
         ("--task t2v-1.3B", "--family is missing"),
         ("--family wan", "--task is missing: t2v-1.3B"),
         ("--family wan --task t2v", "Did you mean t2v-"),
-        ("--family wan --task t2v-1.3B --to {file}", "this is a file"),
+        ("--family wan --task t2v-1.3B --to {file}", "it is a file"),
     ],
 )
 def test_what_cannot_be_downloaded_is_refused_at_once(words: str, message: str, tmp_path: Path) -> None:

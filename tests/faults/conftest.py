@@ -17,11 +17,9 @@ from tests.faults.mistakes import FAMILIES as MISTAKEN
 from tests.faults.runs import (
     DYING,
     FAMILIES,
-    FINE_TUNING,
+    FLUX,
     FRAMEPACK,
-    FRAMEPACK_ONE_FRAME,
     HUNYUAN_VIDEO,
-    PICTURES,
     Scripts,
     Undisturbed,
     assert_whole,
@@ -30,14 +28,12 @@ from tests.faults.runs import (
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test that needs a project runs for every family, unless its module says FAMILIES (for tests of
-    what a training leaves: TRAININGS) or the test chooses itself.
+    """Every test that needs a project runs for every family, unless its module says FAMILIES or the test
+    chooses itself.
     """
     chosen = [name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0]]
     if "scripts" in metafunc.fixturenames and "scripts" not in chosen:
         families = getattr(metafunc.module, "FAMILIES", FAMILIES)
-        if "undisturbed" in metafunc.fixturenames:
-            families = getattr(metafunc.module, "TRAININGS", families)
         metafunc.parametrize(
             "scripts", families, ids=lambda scripts: scripts.name, indirect=True, scope="session"
         )
@@ -47,10 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 # families share
 STANDING_FOR_ALL = {
     FRAMEPACK.name: ("while_sampling]",),
-    FRAMEPACK_ONE_FRAME.name: (),
-    FINE_TUNING.name: ("mid_write]",),
-    **{scripts.name: () for scripts in PICTURES},
-    PICTURES[0].name: ("mid_write]",),
+    FLUX.name: ("mid_write]",),
 }
 # the same for families of which only these are not tried
 LEFT_TO_OTHERS = {

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,10 @@ from tests.commands import ROOT
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
-from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
-from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.project import (
     write_clips,
     write_dataset,
     write_image,
-    write_picture_dataset,
-    write_pictures,
     write_plain_pictures,
 )
 from tests.tiny.wan import write_tiny_wan
@@ -39,6 +35,14 @@ PROMPTS = """a cat --w 32 --h 32 --f 5 --d 1 --s 2
 a dog --w 32 --h 32 --f 1 --d 2 --s 2
 two dogs --w 32 --h 48 --f 5 --d 3 --s 2
 """
+
+
+TRAINING = """--dataset_config dataset.toml --sdpa --seed 7 --learning_rate 1e-2 --lr_scheduler cosine
+--lr_warmup_steps 2 --timestep_sampling shift --discrete_flow_shift 3 --num_timestep_buckets 5
+--gradient_accumulation_steps 2 --gradient_checkpointing --max_train_epochs 4 --validation_split 0.2
+--save_state --save_every_n_steps 3 --save_last_n_steps 2 --save_every_n_epochs 2 --resume latest
+--max_data_loader_n_workers 0 --output_name x"""
+SAMPLING = "--validate_every_n_steps 3 --sample_prompts samples.txt --sample_every_n_steps 3"
 
 
 def write_clip_dataset(folder: Path) -> None:
@@ -72,55 +76,11 @@ class Scripts:
         """Training without samples: 5 items to train on and 1 to validate: 3 batches an epoch, thus 2 steps,
         the second of one micro-batch; 8 steps in all.
         """
-        return (
-            *(
-                self.train_script,
-                *self.models,
-                *self.trained,
-                "--dataset_config",
-                "dataset.toml",
-                "--sdpa",
-                "--seed",
-                "7",
-            ),
-            *self.learner,
-            *("--learning_rate", "1e-2", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"),
-            *("--timestep_sampling", "shift", "--discrete_flow_shift", "3", "--num_timestep_buckets", "5"),
-            *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "4"),
-            *(
-                "--validation_split",
-                "0.2",
-                "--save_state",
-                "--save_every_n_steps",
-                "3",
-                "--save_last_n_steps",
-                "2",
-            ),
-            *(
-                "--save_every_n_epochs",
-                "2",
-                "--resume",
-                "latest",
-                "--max_data_loader_n_workers",
-                "0",
-                "--output_name",
-                "x",
-            ),
-        )
+        return (self.train_script, *self.models, *self.trained, *self.learner, *TRAINING.split())
 
     @property
     def train(self) -> tuple[str, ...]:
-        return (
-            *self.train_only,
-            *(
-                "--validate_every_n_steps",
-                "3",
-                "--sample_prompts",
-                "samples.txt",
-                "--sample_every_n_steps",
-                "3",
-            ),
-        )
+        return (*self.train_only, *SAMPLING.split())
 
     @property
     def generate(self) -> tuple[str, ...]:
@@ -160,12 +120,6 @@ HUNYUAN_VIDEO = Scripts(
     learner=_lora("networks.lora"),
     generate_script="hv_generate_video.py",
 )
-FINE_TUNING = replace(  # of the transformer itself
-    HUNYUAN_VIDEO,
-    name="hunyuan_video fine-tuning",
-    train_script="hv_train.py",
-    learner=("--trainable_modules", "blocks", "final_layer", "--full_bf16", "--mixed_precision", "bf16"),
-)
 
 
 def write_sections(folder: Path) -> None:
@@ -175,26 +129,14 @@ def write_sections(folder: Path) -> None:
     write_image(folder / "start.png", 32, 32)
 
 
-def write_made_pictures(folder: Path) -> None:
-    """Pictures with their control images, and a start image."""
-    write_pictures(folder / "clips", folder / "control", count=6, stem="clip")
-    write_picture_dataset(folder, batch_size=2)
-    write_image(folder / "start.png", 32, 32)
-
-
 _IMAGE_ENCODER = ("--image_encoder", "model/siglip.safetensors")
 FRAMEPACK = Scripts(
     name="framepack",
     tag="fp",
     write_models=write_tiny_framepack,
     models=(
-        "--dit",
-        "model/dit.safetensors",
-        *_VAE,
-        *_ENCODERS,
-        *_IMAGE_ENCODER,
-        "--latent_window_size",
-        "1",
+        *("--dit", "model/dit.safetensors", *_VAE, *_ENCODERS, *_IMAGE_ENCODER),
+        *("--latent_window_size", "1"),
     ),
     cache_latents=("fpack_cache_latents.py", *_DATASET, *_VAE, *_IMAGE_ENCODER),
     cache_texts=("fpack_cache_text_encoder_outputs.py", *_DATASET, *_ENCODERS),
@@ -225,15 +167,6 @@ TOKENIZERS = {
     ),
 }
 TOKENIZERS[FRAMEPACK.name] = TOKENIZERS[HUNYUAN_VIDEO.name]
-FRAMEPACK_ONE_FRAME = replace(
-    FRAMEPACK,
-    name="framepack one frame",
-    cache_latents=(*FRAMEPACK.cache_latents, "--one_frame"),
-    write_data=write_made_pictures,
-    trained=("--one_frame",),
-    samples="a dog --w 32 --h 32 --ci start.png --d 8 --s 2 --l 3 --n dull --i start.png\n",
-)
-SECTIONED = (FRAMEPACK, FRAMEPACK_ONE_FRAME)
 
 
 def write_six_pictures(folder: Path) -> None:
@@ -241,13 +174,16 @@ def write_six_pictures(folder: Path) -> None:
     write_plain_pictures(folder, batch_size=2, side=32, count=6, stem="clip")
 
 
-_PICTURES = Scripts(
+_FLUX_TEXTS = ("--clip_l", "model/clip_l.safetensors", "--t5xxl", "model/t5xxl_fp16.safetensors")
+_AE, _FLOAT32 = ("--ae", "model/ae.safetensors"), ("--text_encoder_dtype", "float32")
+_DIT = ("--pretrained_model_name_or_path", "model/dit.safetensors")
+FLUX = Scripts(  # stands for all models of pictures
     name="flux",
     tag="flux",
     write_models=write_tiny_flux,
-    models=("--ae", "model/ae.safetensors", "--vae_dtype", "float32", "--text_encoder_dtype", "float32"),
-    cache_latents=("flux_cache_latents.py", *_DATASET, "--ae", "model/ae.safetensors"),
-    cache_texts=("flux_cache_text_encoder_outputs.py", *_DATASET, "--text_encoder_dtype", "float32"),
+    models=(*_DIT, *_FLUX_TEXTS, *_AE, "--vae_dtype", "float32", *_FLOAT32),
+    cache_latents=("flux_cache_latents.py", *_DATASET, *_AE),
+    cache_texts=("flux_cache_text_encoder_outputs.py", *_DATASET, *_FLOAT32, *_FLUX_TEXTS),
     train_script="flux_train_network.py",
     learner=_lora("networks.lora_flux"),
     generate_script="flux_generate_image.py",
@@ -258,45 +194,8 @@ _PICTURES = Scripts(
     longer=("--image_size", "32", "64"),
     trained=("--network_train_unet_only", "--model_prediction_type", "raw"),
 )
-_FLUX_TEXTS = ("--clip_l", "model/clip_l.safetensors", "--t5xxl", "model/t5xxl_fp16.safetensors")
-_DIT = ("--pretrained_model_name_or_path", "model/dit.safetensors")
-FLUX = replace(
-    _PICTURES,
-    models=(*_DIT, *_FLUX_TEXTS, *_PICTURES.models),
-    cache_texts=(*_PICTURES.cache_texts, *_FLUX_TEXTS),
-)
-_GEMMA = ("--gemma2", "model/gemma2")
-LUMINA = replace(
-    _PICTURES,
-    name="lumina",
-    tag="lumina",
-    write_models=write_tiny_lumina,
-    models=(*_DIT, *_GEMMA, *_PICTURES.models),
-    cache_latents=("lumina_cache_latents.py", *_PICTURES.cache_latents[1:]),
-    cache_texts=("lumina_cache_text_encoder_outputs.py", *_PICTURES.cache_texts[1:], *_GEMMA),
-    train_script="lumina_train_network.py",
-    learner=_lora("networks.lora_lumina"),
-    generate_script="lumina_generate_image.py",
-)
-_LETTERS = ("--text_encoder", "model/text_encoder", "--byt5", "model/byt5.safetensors")
-HUNYUAN_IMAGE = replace(
-    _PICTURES,
-    name="hunyuan_image",
-    tag="hi",
-    write_models=write_tiny_hunyuan_image,
-    models=(*_DIT, *_VAE, "--vae_dtype", "float32", *_LETTERS, "--text_encoder_dtype", "float32"),
-    cache_latents=("hunyuan_image_cache_latents.py", *_DATASET, *_VAE, "--vae_dtype", "float32"),
-    cache_texts=(
-        *("hunyuan_image_cache_text_encoder_outputs.py", *_DATASET, *_LETTERS),
-        *("--text_encoder_dtype", "float32"),
-    ),
-    train_script="hunyuan_image_train_network.py",
-    learner=_lora("networks.lora_hunyuan_image"),
-    generate_script="hunyuan_image_generate_image.py",
-)
-PICTURES = (FLUX, LUMINA, HUNYUAN_IMAGE)
-VIDEOS = (WAN, HUNYUAN_VIDEO, *SECTIONED)
-FAMILIES = (*VIDEOS, *PICTURES)
+VIDEOS = (WAN, HUNYUAN_VIDEO, FRAMEPACK)
+FAMILIES = (*VIDEOS, FLUX)
 DYING = ROOT / "tests" / "faults" / "run_and_die.py"
 _TIME = re.compile(r"\d{14}|\d{8}-\d{6}")
 

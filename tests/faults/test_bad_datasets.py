@@ -4,7 +4,6 @@ themselves.
 
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -132,10 +131,6 @@ def told(batch: Batch) -> tuple[object, ...]:
 # -----------------------------------------------------------------------------------------------------------
 
 
-def noise(good: Path, bad: Path) -> None:
-    bad.write_bytes(random.Random(5).randbytes(5000))
-
-
 def cut_matroska(good: Path, bad: Path) -> None:
     """Its beginning is whole, and it says how long it should be."""
     whole = bad.with_suffix(".mkv")
@@ -147,9 +142,7 @@ def cut_matroska(good: Path, bad: Path) -> None:
 
 BAD_CLIPS: dict[str, tuple[Damage, str, str]] = {
     "zero bytes": (empty, "clip 1.mp4", "empty (0 bytes)"),
-    "cut": (truncated, "clip 1.mp4", "cannot be read"),
     "cut, Matroska": (cut_matroska, "clip 1.mkv", "cut short"),
-    "noise": (noise, "clip 1.mp4", "cannot be read"),
     "a list of other clips": (
         lambda good, bad: list_of_clips(good.with_name("clip 2.mp4"), bad),
         "clip 1.mp4",
@@ -177,32 +170,6 @@ def test_a_clip_that_cannot_be_read_is_reported_and_all_others_are_cached(
     ]
     for path in (tmp_path / "cache").iterdir():
         load_file(path)
-
-
-def no_caption(folder: Path) -> None:
-    (folder / "clips" / "clip 1.txt").unlink()
-
-
-def caption_of_bytes(folder: Path) -> None:
-    (folder / "clips" / "clip 1.txt").write_bytes(b"\xff\xfe\x00\xd8")
-
-
-def caption_is_a_folder(folder: Path) -> None:
-    no_caption(folder)
-    (folder / "clips" / "clip 1.txt").mkdir()
-
-
-@pytest.mark.parametrize("change", [no_caption, caption_of_bytes, caption_is_a_folder])
-def test_a_missing_or_unreadable_caption_is_named(
-    change: Callable[[Path], None], project: Path, tmp_path: Path
-) -> None:
-    config = copy_data(project, tmp_path, cached=True)
-    change(tmp_path)
-
-    code, said = run_here(*CACHE_TEXTS, "--dataset_config", config, folder=project)
-
-    assert_one_message(code, said, "clip 1.txt")
-    assert len(list((tmp_path / "cache").iterdir())) == 12
 
 
 def test_a_clip_without_a_cached_caption_is_left_out_with_a_warning(project: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from tests.faults.runs import (
 )
 from tests.tiny.hunyuan_encoders import write_comfy_text_encoders
 from tests.tiny.wan_dit import tiny_state
-from training.saving.states import CHECKSUM, FILE, SavedState, read_state
+from training.saving.states import CHECKSUM, FILE
 
 # of tests that do not choose themselves: what is wrong there is found by code that all share
 FAMILIES = (WAN,)
@@ -76,9 +76,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "code in a pickle": ("bad.pth", pickled_code),
     "code in an old pickle": ("bad.pth", old_pickled_code),
     "code in a pickle named safetensors": ("bad.safetensors", pickled_code),
-    **{
-        f"a bit of the header flipped, {seed}": ("bad.safetensors", flipped_header(seed)) for seed in range(1)
-    },
+    "a bit of the header flipped": ("bad.safetensors", flipped_header(0)),
 }
 
 
@@ -191,19 +189,9 @@ def bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     return {name: as_bytes(tensor) for name, tensor in tensors.items()}
 
 
-# what is wrong with a file is found by code that all places share: all damages at one, one at the others
-BAD_FILES = [(PLACES[0], damage) for damage in DAMAGES] + [(place, "truncated") for place in PLACES[1:]]
-
-
-@pytest.mark.parametrize(
-    ("scripts", "place", "damage"),
-    [pytest.param(place.scripts, place, damage) for place, damage in BAD_FILES],
-    indirect=["scripts"],
-)
-def test_a_bad_file_is_refused_in_one_message(
-    place: Place, damage: str, project: Path, good: Path, tmp_path: Path
-) -> None:
-    name, make_bad = DAMAGES[damage]
+@pytest.mark.parametrize("damage", DAMAGES)  # found by code that all places share
+def test_a_bad_file_is_refused_in_one_message(damage: str, project: Path, good: Path, tmp_path: Path) -> None:
+    place, (name, make_bad) = PLACES[0], DAMAGES[damage]
     make_bad(good / f"{place.good}.safetensors", tmp_path / name)
     before = everything(project)
 
@@ -268,17 +256,6 @@ def test_a_flipped_bit_in_the_header_never_changes_latents_silently(good: Path, 
 # --------------------------------------------------------------------------------------------------------
 
 
-def edited(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
-    """Change what a state says, with a checksum that is right."""
-
-    def edit(folder: Path) -> None:
-        content = torch.load(folder / FILE, weights_only=True)
-        change(content)
-        save_content(folder, content)
-
-    return edit
-
-
 def save_content(folder: Path, content: object) -> None:
     torch.save(content, folder / FILE)
     (folder / CHECKSUM).write_text(f"{zlib.crc32((folder / FILE).read_bytes()):08x}\n", encoding="utf-8")
@@ -289,39 +266,12 @@ def in_place(damage: Damage, name: str) -> Callable[[Path], None]:
     return lambda folder: damage(folder / name, folder / name)
 
 
-def foreign(model: Callable[[Path], None], optimizer: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Turn the folder into one as accelerate writes it."""
-
-    def change(folder: Path) -> None:
-        state = read_state(folder)
-        assert isinstance(state, SavedState)
-        save_file(dict(state.parts["network"]), folder.parent / "whole.safetensors")
-        shutil.rmtree(folder)
-        folder.mkdir()
-        model(folder)
-        optimizer(folder)
-
-    return change
-
-
-def pickled_model(folder: Path) -> None:
-    torch.save({"a": Harmful(proof_of(folder))}, folder / "pytorch_model.bin")
-
-
-def whole_model(folder: Path) -> None:
-    shutil.copy(folder.parent / "whole.safetensors", folder / "model.safetensors")
-
-
-def cut_model(folder: Path) -> None:
-    truncated(folder.parent / "whole.safetensors", folder / "model.safetensors")
-
-
-def pickled_optimizer(folder: Path) -> None:
-    torch.save({"state": Harmful(proof_of(folder))}, folder / "optimizer.bin")
-
-
-def nonsense_optimizer(folder: Path) -> None:
-    (folder / "optimizer.bin").write_bytes(b"\x80\x02nonsense")
+def foreign(folder: Path) -> None:
+    """Turn the folder into one as accelerate writes it, with code in both of its files."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name in ("pytorch_model.bin", "optimizer.bin"):
+        torch.save({"state": Harmful(proof_of(folder))}, folder / name)
 
 
 def looped() -> dict[str, object]:
@@ -339,17 +289,9 @@ BAD_STATES: dict[str, Callable[[Path], None]] = {
     "with code and its checksum": lambda folder: save_content(folder, {"version": Harmful(proof_of(folder))}),
     "in itself": lambda folder: save_content(folder, looped()),
     "without a checksum": lambda folder: (folder / CHECKSUM).unlink(),
-    "with an empty checksum": in_place(empty, CHECKSUM),
-    "without a key": edited(lambda content: content.pop("identity")),
-    "without the optimizer's groups": edited(lambda content: content["optimizer"].pop("groups")),  # type: ignore[attr-defined]
-    "without weights": edited(lambda content: content["parts"].clear()),  # type: ignore[attr-defined]
-    "of another type": edited(lambda content: content.update(parts=[1])),
-    "of a newer version": edited(lambda content: content.update(version=99)),
+    "of a newer version": lambda folder: save_content(folder, {"version": 99}),
     "gone": lambda folder: (folder / FILE).unlink(),
-    "foreign, the model with code": foreign(pickled_model, lambda folder: None),
-    "foreign, the model cut": foreign(cut_model, lambda folder: None),
-    "foreign, the optimizer with code": foreign(whole_model, pickled_optimizer),
-    "foreign, the optimizer no pickle": foreign(whole_model, nonsense_optimizer),
+    "foreign, with code": foreign,
 }
 
 

@@ -160,23 +160,6 @@ def test_training_on_a_full_disk(
     assert_same_end(output, undisturbed.output)
 
 
-@pytest.mark.parametrize("full", [small_disk(1 << 20), small_files(6000)], ids=["disk", "file"])
-def test_generation_with_no_room_for_the_latents(
-    full: RunFull, scripts: Scripts, project: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "made"
-    output.mkdir()
-    (output / "earlier.txt").write_text("a file that was there before", encoding="utf-8")
-
-    code, said = full([*generation(scripts), "--save_path", str(output)], output, project)
-
-    assert_one_message(code, said, str(output))
-    assert not hidden(output)
-    assert (output / "earlier.txt").read_text(encoding="utf-8") == "a file that was there before"
-    # what sections have shown meanwhile may stay
-    assert all(path.stem.endswith("_progress") for path in output.glob("*.mkv"))
-
-
 def test_latents_outlive_a_disk_that_is_full_of_their_video(
     scripts: Scripts, project: Path, tmp_path: Path
 ) -> None:
@@ -188,15 +171,8 @@ def test_latents_outlive_a_disk_that_is_full_of_their_video(
     (latents,) = output.glob("*_latent.safetensors")
     assert not list(output.glob("*[0-9].mkv"))
 
-    decode = [
-        scripts.generate_script,
-        *scripts.models,
-        *QUALITY,
-        "--latent_path",
-        str(latents),
-        "--save_path",
-        str(disk),
-    ]
+    decode = [scripts.generate_script, *scripts.models, *QUALITY]
+    decode += ["--latent_path", str(latents), "--save_path", str(disk)]
     code, said = small_disk(24 << 10)(decode, disk, project)
 
     assert_one_message(code, said, str(disk))

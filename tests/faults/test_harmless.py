@@ -1,6 +1,5 @@
 """Hostile texts in messages, mistakes in prompt files and at the prompt, and files that must not be lost."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,23 +86,6 @@ def test_hostile_text_as_an_option_is_shown_harmlessly(text: str, made_projects:
     assert_harmless(said)
 
 
-@pytest.mark.parametrize("text", ["colours", "markup", "right to left", "ten megabytes"])
-def test_hostile_text_in_a_file_of_options_is_shown_harmlessly(
-    text: str, made_projects: dict[str, Path], tmp_path: Path
-) -> None:
-    content = HOSTILE[text].replace("\x1b", "\\u001b").replace("\u202e", "\\u202e")
-    for line in (f'max_train_steps = "{content}"', f'mixed_precision = "{content}"'):
-        (tmp_path / "options.toml").write_text(line, encoding="utf-8")
-
-        code, said = try_mistake(
-            WAN_TRAIN, "--config_file", tmp_path / "options.toml", folder=made_projects["wan"]
-        )
-
-        assert code in {1, 2}, code
-        assert "Traceback" not in said
-        assert_harmless(said)
-
-
 # --- prompts
 
 
@@ -128,56 +110,6 @@ def test_mistakes_at_the_prompt_do_not_end_the_session(made_projects: dict[str, 
 
 
 # --- nothing is lost
-
-
-def through(kind: str, original: Path) -> str:
-    """Another way to the same file."""
-    other = original.with_name("other.safetensors")
-    if kind == "a link":
-        other.symlink_to(original)
-    elif kind == "a hard link":
-        os.link(original, other)
-    elif kind == "a linked folder":
-        (original.parent / "linked").symlink_to(original.parent, target_is_directory=True)
-        return "linked/" + original.name
-    elif kind == "a relative path":
-        return f"../{original.parent.name}/{original.name}"
-    else:
-        return original.name
-    return other.name
-
-
-@pytest.mark.parametrize("kind", ["its name", "a relative path", "a link", "a hard link", "a linked folder"])
-def test_a_file_is_not_converted_or_merged_onto_itself(
-    kind: str, made_projects: dict[str, Path], tmp_path: Path
-) -> None:
-    for script, option, source in (
-        ("convert_lora.py", "--output", "lora.safetensors"),
-        ("merge_lora.py", "--save_merged_model", "lora.safetensors"),
-        ("merge_lora.py", "--save_merged_model", "model/dit.safetensors"),
-    ):
-        folder = tmp_path / f"{script} {Path(source).stem}"
-        folder.mkdir()
-        original = folder / Path(source).name
-        shutil.copy(made_projects["wan"] / source, original)
-        before = original.read_bytes()
-        taken = {"lora.safetensors": ("--input", "--lora_weight"), "model/dit.safetensors": ("--dit",)}[
-            source
-        ]
-        options = [word for word in taken if word in COMMANDS[script].words]
-        rest = drop(COMMANDS[script].words, [*options, option])
-        if "--dit" in rest:
-            rest = [*drop(rest, ["--dit"]), "--dit", str(made_projects["wan"] / "model" / "dit.safetensors")]
-        if "--lora_weight" in rest:
-            lora = made_projects["wan"] / "lora.safetensors"
-            rest = [*drop(rest, ["--lora_weight"]), "--lora_weight", str(lora)]
-
-        code, said = run_here(
-            *rest, options[0], original.name, option, through(kind, original), folder=folder
-        )
-
-        assert_one_message(code, said, option, "would be lost. Give a new name.")
-        assert original.read_bytes() == before
 
 
 @pytest.mark.parametrize("script", TRAININGS)

@@ -2,7 +2,6 @@
 have ended.
 """
 
-import json
 import os
 import random
 import shutil
@@ -21,13 +20,9 @@ from tests.faults.runs import (
     Scripts,
     Undisturbed,
     assert_same_caches,
-    assert_same_pixels,
-    assert_same_tensors,
     assert_same_training,
     assert_whole,
     copy_data,
-    timeless,
-    visible_files,
 )
 from tests.warm_processes import CAN_BE_WARM, WarmProcess
 
@@ -183,48 +178,3 @@ def test_40_random_kills_of_caching_change_nothing(scripts: Scripts, project: Pa
             run_script(*command, *data, folder=project)
         assert_same_caches(folder / "cache", project / "cache")
         shutil.rmtree(folder)
-
-
-# --- generation
-# ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_20_random_kills_of_generation_leave_whole_files_and_change_nothing(
-    scripts: Scripts, project: Path, tmp_path: Path
-) -> None:
-    dice = random.Random(20)
-    expected, passed = tmp_path / "undisturbed", tmp_path / "passed.json"
-    run_python(
-        DYING,
-        "count",
-        passed,
-        ROOT / scripts.generate[0],
-        *scripts.generate[1:],
-        "--save_path",
-        expected,
-        folder=project,
-    )
-    counts = {
-        point: count for point, count in json.loads(passed.read_text(encoding="utf-8")).items() if count
-    }
-    for number in range(20):
-        output = tmp_path / str(number)
-        point = dice.choice(sorted(counts))
-        count = dice.randint(1, counts[point])
-        command = [*scripts.generate, "--save_path", str(output)]
-        killed = run_python(
-            DYING, point, count, ROOT / scripts.generate[0], *command[1:], folder=project, check=False
-        )
-        assert killed.returncode == KILLED, killed.stderr[-3000:]
-        assert_whole(output)
-        before = set(visible_files(output))
-        run_script(*command, folder=project)
-        assert_whole(output)
-        made = {timeless(path): path for path in visible_files(output) if path not in before}
-        assert made.keys() == {timeless(path) for path in visible_files(expected)}
-        for path in visible_files(expected):
-            if path.suffix == ".safetensors":
-                assert_same_tensors(made[timeless(path)], path)
-            else:
-                assert_same_pixels(made[timeless(path)], path)

@@ -153,9 +153,9 @@ FILES = (
     wrong(TRAININGS, "--resume BAD/folder", "is not a state folder", "Give a ...-state folder"),
     wrong(TRAININGS, "--log_tracker_config BAD/none.toml", "--log_tracker_config", "no such file"),
     wrong(TRAININGS, "--logging_dir logs --log_tracker_config BAD/text.toml", "is not valid TOML"),
-    wrong(TRAININGS, "--sample_prompts BAD/none.txt", "--sample_prompts", "no such file; give a .txt"),
+    wrong(TRAININGS, "--sample_prompts BAD/none.txt", "--sample_prompts", "no such file. Give a .txt"),
     wrong(TRAININGS, "--sample_at_first", "give --sample_prompts"),
-    wrong(TRAININGS, "--sample_at_first --sample_prompts BAD/folder", "is a folder; give a .txt"),
+    wrong(TRAININGS, "--sample_at_first --sample_prompts BAD/folder", "is a folder. Give a .txt"),
     wrong(TRAININGS, "--sample_at_first --sample_prompts BAD/lfs.safetensors", "Git LFS pointer"),
     wrong(TRAININGS, "--sample_at_first --sample_prompts BAD/prompts.md", ".md is not supported. Use .txt"),
     wrong(
@@ -208,6 +208,21 @@ FILES = (
     wrong(AVERAGE, "--output_file lora.safetensors", "--output_file lora.safetensors", "Give a new name"),
     wrong(AVERAGE, "--output_file BAD/folder", "--output_file", "is a folder"),
     wrong(CONVERT, "--output converted.gguf", "Give a name that ends in .safetensors"),
+)
+# how paths go wrong on their way from a page or a shell
+MISTYPED = (
+    wrong(WAN, "--dit=https://example.org/wan.safetensors", "this is an address. Download"),
+    wrong(WAN, "--dit=hf:owner/name", "this is an address"),
+    wrong(WAN, "--dit=\u201cmodels/wan.safetensors\u201d", 'straight ones around: "models/wan.safetensors"'),
+    wrong(WAN, "--dit='models/wan.safetensors'", 'straight ones around: "models/wan.safetensors"'),
+    wrong(WAN, "--dit=$MODELS/wan.safetensors", "$MODELS is no folder, and no variable was put in its place"),
+    wrong(WAN, "--dit=%MODELS%/wan.safetensors", "%MODELS% is no folder"),
+    wrong(WAN, f"--dit={Path('/').absolute()}wan.safetensors", "is a variable that stood before it not set?"),
+    wrong(WAN, "--dit=models/*.safetensors", "A pattern that fits no file stays as it is"),
+    wrong(WAN, "--lora_weight=models/*.safetensors", "A pattern that fits no file stays as it is"),
+    wrong(WAN, "--dit=None", "Leave it out"),
+    wrong(WAN, "--dit=~nosuchuser/wan.safetensors", "there is no such user"),
+    wrong(WAN, f"--dit={'w' * 300}", "no file has so long a name"),
 )
 TOGETHER = (
     wrong(GENERATIONS, "--prompt=", "--prompt is empty", "say what the video should show"),
@@ -263,7 +278,7 @@ TOGETHER = (
     wrong(HV, "--riflex_index 9", "--riflex_index 9", "from 1 to 8"),
     wrong(FP, "--riflex_index 4", "--riflex_index"),
 )
-MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "together": TOGETHER}
+MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "path": MISTYPED, "together": TOGETHER}
 
 
 def _cases() -> list[object]:

@@ -237,7 +237,7 @@ def test_latents_of_the_known_tool_are_read(tmp_path: Path, files: TinyFramePack
         (["--latent_paddings", "1,x"], "--latent_paddings '1,x'"),
         (["--video_size", "32", "40"], "--video_size 32 40"),
         (["--preview_vae", "x"], "--preview_vae"),
-        (["--prompt_wildcards", "x"], "--prompt_wildcards x: there is no such folder"),
+        (["--prompt_wildcards", "x"], "--prompt_wildcards x: no such folder"),
     ],
 )
 def test_what_cannot_be_done_is_said(

@@ -19,7 +19,6 @@ from hunyuan_image.files import HunyuanImageFiles
 from hunyuan_image.options import (
     HunyuanImageTrainingOptions,
     ProjectedGuidanceOptions,
-    caching_commands,
     translate_training,
 )
 from hunyuan_image_train_network import DEFAULTS as TRAINING
@@ -27,6 +26,7 @@ from modules.contract.data import Batch, MediaTable
 from modules.contract.requests import Prepared, Request
 from modules.contract.steps import EncodedPrompts, Section
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
+from modules.families import FAMILIES
 from modules.flow.schedule import make_schedule
 from modules.flow.solvers import solver_for
 from modules.options import read_options
@@ -220,7 +220,8 @@ def test_training_has_the_released_defaults_and_other_names_of_attention() -> No
     assert args.flash_attn
     options = read_options(HunyuanImageTrainingOptions, args)
     assert (options.dit, options.vae.file.vae) == (Path("dit"), Path("vae"))
-    assert caching_commands(Path("data.toml"), options)[0].endswith("--dataset_config data.toml --vae vae")
+    latents, _ = FAMILIES["hunyuan_image"].caching_commands(options, Path("data.toml"), ())
+    assert latents.endswith("--dataset_config data.toml --vae vae")
 
 
 def test_text_encoders_do_not_learn(caplog: pytest.LogCaptureFixture) -> None:

@@ -277,8 +277,8 @@ def test_an_items_latents_do_not_depend_on_its_neighbours(family_of: FamilyOf) -
     media = MediaBatch(frames, ("one", "two"), ((0, 5), (0, 5)))
 
     both = family.encode_media(encoders, media)
-    alone = replace(family, caches_image=True).encode_media(encoders, media.singly()[1])
-    renamed = family.encode_media(encoders, replace(media.singly()[1], keys=("three",)))
+    alone = replace(family, caches_image=True).encode_media(encoders, media.split_for(torch.device("cpu"))[1])
+    renamed = family.encode_media(encoders, replace(media.split_for(torch.device("cpu"))[1], keys=("three",)))
 
     assert torch.equal(both[1][0].tensors["latents"], alone[0][0].tensors["latents"])
     assert alone[0][0].tensors["latents_image"].shape == (16, 1, 4, 4)

@@ -1,6 +1,8 @@
 """Every fact of every declared option is kept: limits, choices, what an option needs, what it excludes."""
 
 import importlib
+import itertools
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import Field, fields
@@ -10,7 +12,10 @@ from typing import Any
 import pytest
 
 from modules.errors import OptionError
+from modules.option_values import check_numbers
 from modules.options import Options, default_of, hints_of, option_name, record_of
+from modules.parser import Parser, add_options
+from training.options import TrainingOptions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUTSIDE = {"tests", ".venv", "build"}
@@ -59,8 +64,12 @@ def _given(record: type[Options], name: str, number: float = 1) -> Any:
         return kind(max(number, least + 1))
     if "choices" in field.metadata["declared"].settings:
         return next(iter(field.metadata["declared"].settings["choices"]))
+    if kind is Path and field.metadata.get("place") in ("there", "file", "folder"):
+        return ROOT if field.metadata["place"] == "folder" else Path(__file__)
     if kind is Path or kind is str:
         return kind(field.metadata.get("one_of", ("x",))[0])
+    if field.metadata.get("place") in ("there", "file"):
+        return (Path(__file__),)
     return (_one(typing.get_args(hints_of(record)[field.name])),)
 
 
@@ -108,6 +117,58 @@ def test_a_word_that_is_no_choice_is_refused_by_name(record: type[Options], fiel
             _make(record, **{field.name: word})
 
 
+@pytest.mark.parametrize(("record", "field"), _with("place"))
+def test_a_path_that_cannot_be_meant_is_refused_by_name(
+    record: type[Options], field: "Field[Any]", tmp_path: Path
+) -> None:
+    place, is_tuple = field.metadata["place"], "tuple" in str(hints_of(record)[field.name])
+    wrong = {"there": tmp_path / "x", "file": tmp_path, "new folder": Path(__file__)}
+    path = wrong.get(place, Path(__file__) / "x" if place.startswith(("new", "safe")) else Path(__file__))
+    names = {option_name(one): one.name for one in fields(record)}
+    needed = {names[name]: _given(record, names[name]) for name in field.metadata.get("needs", ())[:1]}
+    with pytest.raises(OptionError, match=rf"^(--)?{option_name(field)} {path}: ") as raised:
+        _make(record, **{**needed, field.name: (path,) if is_tuple else path})
+    assert re.search(r"Give|give|Choose", str(raised.value))
+
+
+def _takes_numbers(record: type[Options], field: "Field[Any]") -> bool:
+    declared, kind = field.metadata.get("declared"), str(hints_of(record)[field.name])
+    is_typed = declared is not None and declared.settings.get("type") in (None, int, float)
+    return is_typed and bool(declared.help) and re.search(r"\b(int|float)\b", kind) is not None
+
+
+def _without_default(record: type[Options]) -> Iterator[str]:
+    """Yield the options whose defaults each script gives."""
+    for field in fields(record):
+        inner = record_of(hints_of(record)[field.name])
+        if inner is not None:
+            yield from _without_default(inner)
+        elif field.metadata.get("declared") is not None:
+            try:
+                default_of(record, field)
+            except TypeError:
+                yield option_name(field)
+
+
+@pytest.mark.parametrize(
+    "record", [record for record in RECORDS if any(_takes_numbers(record, one) for one in fields(record))]
+)
+def test_no_option_takes_an_absurd_number(record: type[Options], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser()
+    add_options(parser, record, defaults=dict.fromkeys(_without_default(record), 1))
+    for action in parser._actions:
+        action.required = False
+    names = {option_name(field) for field in fields(record) if _takes_numbers(record, field)} - {"seed"}
+    for name in names:
+        action = next(one for one in parser._actions if f"--{name}" in one.option_strings)
+        for value in ("nan", "inf", "-inf", "1e30", "text", "", "1" + "0" * 30):
+            words = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
+            typed = [f"--{name}", *words] if len(words) > 1 else [f"--{name}={value}"]
+            with pytest.raises((OptionError, SystemExit)) as raised:
+                check_numbers(name, getattr(parser.parse_args(typed), name.replace("-", "_")))
+            assert f"--{name}" in f"{raised.value}{capsys.readouterr().err}"
+
+
 @pytest.mark.parametrize(("record", "field"), _with("needs"))
 def test_an_option_without_what_it_needs_is_refused(record: type[Options], field: "Field[Any]") -> None:
     with pytest.raises(OptionError, match=f"^--{option_name(field)} needs --"):
@@ -129,4 +190,15 @@ def test_facts_name_options_of_their_record() -> None:
     for record in RECORDS:
         names = {option_name(field) for field in fields(record)}
         for field in fields(record):
-            assert {*field.metadata.get("needs", ()), *field.metadata.get("excludes", ())} <= names, record
+            for fact in ("needs", "excludes", "only_with", "spares"):
+                assert {*field.metadata.get(fact, ())} <= names, record
+
+
+def test_a_typographic_dash_is_named_with_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser()
+    add_options(parser, TrainingOptions)
+    flags = [action.option_strings[-1] for action in parser._actions if action.option_strings[-1] != "-h"]
+    for flag, dash in zip(flags, itertools.cycle(("\u2013-", "\u2014", "-\u2011", "\u2212\u2212"))):
+        with pytest.raises(SystemExit):
+            parser.parse_args([dash + flag.removeprefix("--"), "x"])
+        assert f"begins with a typographic dash, not with --. Write {flag}" in capsys.readouterr().err

@@ -1,12 +1,13 @@
 """Names that files are written under."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from modules.errors import OptionError
 from modules.option_values import read_literals
-from modules.output_files import check_output_file, check_output_name
+from modules.output_files import check_output_file, check_output_name, refuse_replacing
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,22 @@ def test_a_file_is_not_replaced_without_a_word(tmp_path: Path, caplog: pytest.Lo
     check_output_file("--output", file)
 
     assert f"--output {file} is there already: it will be replaced" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["its name", "a relative path", "a link", "a hard link", "a linked folder"])
+def test_a_file_that_is_read_is_not_replaced_by_any_way_to_it(kind: str, tmp_path: Path) -> None:
+    original, other = tmp_path / "folder" / "x.safetensors", tmp_path / "other"
+    original.parent.mkdir()
+    original.touch()
+    if kind == "a link":
+        other.symlink_to(original)
+    elif kind == "a hard link":
+        os.link(original, other)
+    elif kind == "a linked folder":
+        other.symlink_to(original.parent, target_is_directory=True)
+        other = other / original.name
+    else:
+        other = original if kind == "its name" else original.parent / ".." / "folder" / original.name
+
+    with pytest.raises(OptionError, match="would be lost. Give a new name"):
+        refuse_replacing("--output", other, [original])

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 
 from hunyuan_model.options import HunyuanTrainingOptions
-from hunyuan_model.options import generation_words as generate_hunyuan
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE
+from modules.families import FAMILIES
 from modules.options import read_options
-from modules.parser import add_options, declare
+from modules.parser import add_options
 from tests.training.toy import TWO_EXPERTS
 from training.following import FamilyScripts, NextSteps, given_options, quote_for_powershell
 from training.learning_options import WholeDitOptions
 from training.options import TrainingOptions, read_arguments, read_training, training_parser
 from training.reports.page import PageCommand
 from training.saving.files import Names
-from wan.options import WanTrainingOptions, generation_words
+from wan.options import WanTrainingOptions
 
 NEEDED = ["--dataset_config", "my data.toml", "--output_dir", "out put", "--output_name", "it's \u00fc"]
-SCRIPTS = FamilyScripts("wan_train_network.py", declare(WanTrainingOptions))
+SCRIPTS = FamilyScripts("wan_train_network.py", (WanTrainingOptions,))
 EVERY_KIND = [
     *("--task", "i2v-14B", "--dit", "mo dels/dit.safetensors", "--vae", "v.pth", "--vae_tiling"),
     *("--network_args", "exclude_patterns=[r'.*ffn.*']", "rank_dropout=0.1", "--network_alpha", "16"),
@@ -41,7 +41,7 @@ def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions]:
 def next_steps(folder: Path, words: list[str], processes: int = 1, **sample: Any) -> NextSteps:
     options, own = read([*NEEDED, "--output_dir", str(folder), "--output_name", "x", *words])
     scripts = FamilyScripts(
-        "wan_train_network.py", declare(WanTrainingOptions), partial(generation_words, own)
+        "wan_train_network.py", (WanTrainingOptions,), partial(FAMILIES["wan"].generation_words, own)
     )
     given = given_options(options, own, scripts)
     names = Names(folder, "x")
@@ -219,8 +219,8 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
     options, own = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
     scripts = FamilyScripts(
         "hv_train.py",
-        declare(HunyuanTrainingOptions),
-        partial(generate_hunyuan, own),
+        (HunyuanTrainingOptions,),
+        partial(FAMILIES["hunyuan_video"].generation_words, own),
         WholeDitOptions,
     )
     given = given_options(options, own, scripts)

@@ -23,7 +23,9 @@ class SavingOptions(Options, title="saving"):
     `output_dir` and `output_name` are None only if the run just shows something and exits.
     """
 
-    output_dir: Path | None = option("folder for trained files, states and samples", often=True)
+    output_dir: Path | None = option(
+        "folder for trained files, states and samples", place="new folder", often=True
+    )
     output_name: str | None = option("start of their names", often=True)
     overwrite: bool = option(
         "replace earlier results of this name; without it a new training moves them to a folder "
@@ -96,8 +98,6 @@ class SavingOptions(Options, title="saving"):
         return replace(self, save_n_epoch_ratio=None, save_every_n_epochs=every)
 
     def __post_init__(self) -> None:
-        if self.output_dir is not None and self.output_dir.is_file():
-            raise OptionError(f"--output_dir {self.output_dir}: is a file; give a folder, it will be created")
         if self.output_name is not None:
             check_output_name("--output_name", self.output_name)
 

@@ -13,7 +13,7 @@ import pytest
 from modules.errors import MediaError
 from modules.media.encoding import Picture
 from modules.media.streams import shown_frames, source_info
-from modules.media.writing import write_shown, write_video
+from modules.media.writing import write_shown
 
 FORMATS = [("h264", ".mp4"), ("h264", ".mkv"), ("h265", ".mp4"), ("h265", ".mkv")]
 FORMATS += [("prores", ".mkv"), ("prores", ".mov")]
@@ -181,18 +181,6 @@ def test_mp4_can_be_played_before_it_has_been_loaded(tmp_path: Path) -> None:
 
     data = (tmp_path / "clip.mp4").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
-
-
-def test_the_pictures_do_not_depend_on_the_times(tmp_path: Path) -> None:
-    """One encoder serves all: what `write_video` makes of the same pictures is the same."""
-    starts = [Fraction(tick**2, 300) for tick in range(9)]
-    write_shown(tmp_path / "odd.mkv", shown(starts), Fraction(25), "prores")
-    write_video(tmp_path / "even.mkv", (frame.pixels for frame in shown(starts)), 25, "prores")
-
-    for ours, theirs in zip(
-        shown_frames(tmp_path / "odd.mkv"), shown_frames(tmp_path / "even.mkv"), strict=True
-    ):
-        np.testing.assert_array_equal(ours.pixels, theirs.pixels)
 
 
 @pytest.mark.parametrize(("codec", "suffix"), [("prores", ".mkv"), ("h264", ".mp4")])

@@ -12,7 +12,7 @@ import pytest
 
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart, smooth
-from modules.pages.page import embed_clip, embed_picture, render_page, share_page, write_page
+from modules.pages.page import embed_clip, embed_picture, share_page, write_page
 from tests.browser import open_page
 
 HOSTILE = "$\\frac{ \"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}</style></title>"
@@ -57,7 +57,7 @@ def test_a_page_shows_hostile_text_and_runs_none_of_it(template: Path, tmp_path:
 
 def test_a_missing_value_is_an_error(template: Path) -> None:
     with pytest.raises(jinja2.UndefinedError, match="text"):
-        render_page(template, "title", {})
+        write_page(template.with_name("never.html"), template, "title", {})
 
 
 @pytest.mark.parametrize(("height", "width", "shown"), [(24, 32, (32, 24)), (1000, 500, (256, 512))])
