@@ -128,7 +128,7 @@ def start(path: Path) -> None:
     batches = MicroBatches(
         order, LATENT, Randomness(toy_options(path.parent).timesteps, 0), commands=_commands()
     )
-    feed = Feed(batches, plan, process=0, workers=2, keep_workers=True, pin_memory=False)
+    feed = Feed(batches, plan, process=0, workers=2, pin_memory=False)
     micro_batches = feed.start(0, 0)
     assert next(micro_batches).number == 0
     micro_batches.close()

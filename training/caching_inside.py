@@ -7,7 +7,7 @@ that augmentation changes each time are encoded at each step too.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -50,14 +50,6 @@ class Where(Enum):
         return self in {Where.NPZ, Where.MEMORY}
 
 
-class TextUse(Enum):
-    """Needs of a training for the texts of its tables."""
-
-    CACHES = "caches"  # embeddings alone
-    CAPTIONS = "captions"  # to encode them at each step
-    BOTH = "both"  # some text encoders learn, of the others there are caches
-
-
 @dataclass(frozen=True)
 class TablePlan:
     """Where latents and texts of a table are."""
@@ -83,15 +75,15 @@ def prepare_sources(
     config: DatasetConfig,
     options: CachingInRunOptions | None,
     device: torch.device,
-    use: TextUse = TextUse.CACHES,
+    live: Collection[str] = (),
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
-    options: None for a script that trains from caches alone. device: that encodes. use: of texts. All
-    processes of a training call this, and share the work. Raises UserError if something cannot be cached so,
-    or a file cannot be used.
+    options: None for a script that trains from caches alone. device: that encodes. live: see `plan_tables`.
+    All processes of a training call this, and share the work. Raises UserError if something cannot be cached
+    so, or a file cannot be used.
     """
-    plans = plan_tables(family, config, options, use)
+    plans = plan_tables(family, config, options, live)
     stores = open_stores(family, plans)
     if options is not None:
         _fill(family, config, plans, options, device, stores)
@@ -101,14 +93,14 @@ def prepare_sources(
     if any(store.entries for store in held):
         size_bytes = sum(store.size_bytes for store in held)
         logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
-    live = list_live_tables(plans, needs_captions=use is not TextUse.CACHES)
+    tables = list_live_tables(plans, needs_captions=bool(live))
     encoder = None
-    if any(table.media for table in live.values()):
+    if any(table.media for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
-        encoder = LiveMedia(family, live, device)
+        encoder = LiveMedia(family, tables, device)
         encoder.load()
     stays = encoder is not None or any(store.entries for store in held)
-    return BatchSources(stores, live, encoder, stays)
+    return BatchSources(stores, tables, encoder, stays)
 
 
 def _fill(
@@ -140,12 +132,13 @@ def plan_tables(
     family: Caches,
     config: DatasetConfig,
     options: CachingInRunOptions | None,
-    use: TextUse = TextUse.CACHES,
+    live: Collection[str] = (),
 ) -> list[TablePlan]:
     """Decide where latents and texts of each table are; nothing is encoded.
 
-    Raises DatasetError for a table whose pictures change each time, if they are to be cached, OptionError for
-    a family that has no npz files, if they are asked for.
+    live: names of the texts' tensors that are encoded at each step; of others there are caches. Raises
+    DatasetError for a table whose pictures change each time, if they are to be cached, OptionError for a
+    family that has no npz files, if they are asked for.
     """
     asked = {
         "latents": options is not None and options.cache_latents_to_disk,
@@ -154,7 +147,7 @@ def plan_tables(
     for name, to_disk in asked.items():
         if to_disk and family.latent.npz is None:
             raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
-    texts = Where.LIVE if use is TextUse.CAPTIONS else Where.OWN
+    texts = Where.LIVE if live and family.text_keys.issubset(live) else Where.OWN
     if texts is Where.OWN and options is not None and options.caches_texts:
         texts = Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
     return [TablePlan(table, _place_latents(family, table, options), texts) for table in config.datasets]

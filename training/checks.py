@@ -174,11 +174,6 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
         ),
         ("guidance_scale", no_guidance, "this model has no input for embedded guidance"),
         (
-            "persistent_data_loader_workers",
-            not options.loop.max_data_loader_n_workers,
-            "there are none with --max_data_loader_n_workers 0",
-        ),
-        (
             "huber_schedule huber_c huber_scale",
             not loss.has_threshold,
             "only --loss_type huber and smooth_l1 use it",

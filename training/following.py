@@ -127,7 +127,7 @@ class NextSteps:
 
     def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
         """Return the commands: train on, generate with the best file, convert it if a tool needs that."""
-        chosen = best or self.names.file(self.names.name)
+        chosen = best or next(iter(self.names.files(self.names.name).values()))
         found = [self._resume(is_finished)]
         if self.scripts.generation is not None:
             found.append(self._generate(self.scripts.generation, chosen))
@@ -219,10 +219,8 @@ class NextSteps:
         """
         trained = [index for index, expert in enumerate(self.experts) if expert.name == HIGH_NOISE]
         indexes = trained if end else [index for index in range(len(self.experts)) if index not in trained]
-        stem = self.names.stem_of(file)
-        # what the samples show
-        together = self.names.averages(stem) if self.options.average.sample_ema else self.names.files(stem)
-        files = [*together.values()]
+        shown = "-ema" if self.options.average.sample_ema else ""  # what the samples show
+        files = [*self.names.files(self.names.stem_of(file) + shown).values()]
         found = [files[index if len(files) > 1 else 0] for index in indexes]
         words, loras = [*words], [*self.sample_loras]
         if self.options.network is not None:

@@ -261,7 +261,6 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         plan.steps,
         accelerator.process_index,
         loop.max_data_loader_n_workers,
-        loop.persistent_data_loader_workers,
         pin_memory=accelerator.device.type == "cuda",
         encoders=plan.encoders,
     )

@@ -10,7 +10,6 @@ from dataset.config import DatasetConfig
 from modules.contract.family import Family, LearningEncoder, TextEncoder, can_learn
 from modules.errors import OptionError
 from networks.own_modules import OWN_MODULES
-from training.caching_inside import TextUse
 from training.data.live_text import NO_TEXTS, LiveTexts
 from training.options import TrainingOptions
 
@@ -73,13 +72,6 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
     if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):
         return NO_TEXTS
     return LiveTexts(_encoders(family, "there are no text caches"))
-
-
-def text_use(family: Family, texts: LiveTexts) -> TextUse:
-    """Return the needs of a training for its tables' texts. texts: encoded while training."""
-    if not texts.encoders:
-        return TextUse.CACHES
-    return TextUse.CAPTIONS if family.text_keys <= texts.keys else TextUse.BOTH
 
 
 def _may_learn(options: TrainingOptions) -> bool:

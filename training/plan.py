@@ -27,7 +27,7 @@ from training.checks import check_before_loading, list_unused_options
 from training.data.live_media import BatchSources
 from training.data.live_text import LiveTexts
 from training.experts import check_computing, note_experts
-from training.live_choice import find_live_texts, text_use
+from training.live_choice import find_live_texts
 from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
 from training.processes import make_accelerator
@@ -99,7 +99,7 @@ def make_plan(
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.max_train_steps, sampling)
     texts = find_live_texts(family, options, config)
-    sources = prepare_sources(family, config, options.caching, device, text_use(family, texts))
+    sources = prepare_sources(family, config, options.caching, device, texts.keys)
     training, validation = _find_items(family, options, config, sources, commands, progress.seed)
     takes_masks = is_main and options.subset is not None and options.subset.masked_loss
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):

@@ -23,10 +23,10 @@ from modules.devices import choose_device
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.seeds import derive_seed
-from training.caching_inside import TextUse, list_live_tables, open_stores, plan_tables
+from training.caching_inside import list_live_tables, open_stores, plan_tables
 from training.data.live_media import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights, spans_of
-from training.live_choice import find_live_texts, text_use
+from training.live_choice import find_live_texts
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
 from training.options import TrainingOptions
 from training.plan import read_config
@@ -68,8 +68,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     checks, findings = import_own("data_tools.report.check"), import_own("data_tools.report.findings")
     config, workers = read_config(options), max(1, os.cpu_count() or 1)
     counters = findings.load_counters(family.text_encoders)
-    use = text_use(family, find_live_texts(family, options, config))
-    plans = plan_tables(family, config, options.caching, use)
+    plans = plan_tables(family, config, options.caching, find_live_texts(family, options, config).keys)
     if all(plan.is_own for plan in plans):
         result = checks.check_training(
             config,
@@ -101,8 +100,7 @@ def _plan(
     family.check_given_files()  # first: caches are made with them
     config = read_config(options)
     texts = find_live_texts(family, options, config)
-    use = text_use(family, texts)
-    plans = plan_tables(family, config, options.caching, use)
+    plans = plan_tables(family, config, options.caching, texts.keys)
     if not all(plan.can_be_planned for plan in plans):
         raise OptionError(
             "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
@@ -111,7 +109,7 @@ def _plan(
         )
     stores = open_stores(family, plans)
     parts = family.cache_tag, family.latent, family.text_keys
-    tables = list_live_tables(plans, needs_captions=use is not TextUse.CACHES)
+    tables = list_live_tables(plans, needs_captions=bool(texts.encoders))
     found = require_items(find_items(config, *parts, stores, tables), commands)
     check_channels(found, family.latent, commands, stores)
     items, _ = split_validation(found, options.validation.validation_split)

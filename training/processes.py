@@ -134,22 +134,14 @@ def norm_of_gradients(parameters: Iterable[Parameter]) -> Tensor:
 
 def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
     """Add up all gradients over the processes, in place; return the sums of `numbers` (float32, 1-D)."""
-    sent = False
     for bucket in _buckets(parameters):
         gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        extra = not sent and flat.dtype == numbers.dtype
-        if extra:
-            flat = torch.cat([flat, numbers])
         torch.distributed.all_reduce(flat)
-        if extra:
-            numbers, flat, sent = flat[-len(numbers) :].clone(), flat[: -len(numbers)], True
-        for gradient, total in zip(
-            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
-        ):
+        totals = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, total in zip(gradients, totals, strict=True):
             gradient.copy_(total.view_as(gradient))
-    if not sent:
-        torch.distributed.all_reduce(numbers)
+    torch.distributed.all_reduce(numbers)
     return numbers
 
 

@@ -56,7 +56,9 @@ class LoopOptions(Options, title="training run"):
         most=1024,
         hint="0 reads in the training process itself, 8 is usual",
     )
-    persistent_data_loader_workers: bool = option("keep the readers from one epoch to the next")
+    persistent_data_loader_workers = not_needed(
+        "readers are always kept from one epoch to the next.", "keep the readers from one epoch to the next"
+    )
     seed: int | None = option(
         "seed of data order, noise, timesteps, dropout and LoRA weights, a number or any text; random "
         "when not given",

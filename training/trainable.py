@@ -74,7 +74,8 @@ class Trainable:
 
     def start_epoch(self) -> None:
         for network in self.all_networks:
-            network.module.train()
+            if not network.module.training:  # the walk over its modules takes longer than a short epoch
+                network.module.train()
             if isinstance(network, ForeignNetwork):
                 network.on_epoch_start()
 

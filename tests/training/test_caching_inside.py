@@ -23,7 +23,7 @@ from modules.options import NoOptions
 from tests.dataset.toy_family import options as caching_options
 from tests.training.toy import same
 from tests.training.toy_images import LATENT, PictureFamily
-from training.caching_inside import TextUse, Where, plan_tables, prepare_sources
+from training.caching_inside import Where, plan_tables, prepare_sources
 from training.data.live_media import BatchSources
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.options import TrainingOptions
@@ -126,21 +126,21 @@ def test_the_command_writes_what_the_script_writes(tmp_path: Path) -> None:
                     assert np.array_equal(one[key], other[key])
 
 
-@pytest.mark.parametrize("use", list(TextUse))
-def test_a_removed_picture_is_not_trained(tmp_path: Path, use: TextUse) -> None:
+@pytest.mark.parametrize("live", [(), ("letters",), ("others",)])
+def test_a_removed_picture_is_not_trained(tmp_path: Path, live: tuple[str, ...]) -> None:
     make(tmp_path)
     prepare(tmp_path, *TO_DISK)
     (tmp_path / "pictures/1.png").unlink()
 
     options = read(tmp_path, *TO_DISK)
-    sources = prepare_sources(family(), read_config(options), options.caching, CPU, use)
+    sources = prepare_sources(family(), read_config(options), options.caching, CPU, live)
 
     assert [one.keys for one in batches(tmp_path, sources)] == [("0_0048x0040_pic",), ("2_0048x0040_pic",)]
 
 
 def test_without_options_latents_are_held_in_memory_and_texts_not(tmp_path: Path) -> None:
     path = make(tmp_path)
-    (plan,) = plan_tables(family(), config_of(tmp_path), read(tmp_path).caching, TextUse.CAPTIONS)
+    (plan,) = plan_tables(family(), config_of(tmp_path), read(tmp_path).caching, ("letters",))
 
     assert (plan.latents, plan.texts) == (Where.MEMORY, Where.LIVE)
     assert not list((path.parent / "pictures").glob("*.npz"))
@@ -220,7 +220,7 @@ def test_validated_pictures_are_not_changed(tmp_path: Path) -> None:
 def test_texts_that_are_not_cached_are_left_out_of_batches(tmp_path: Path) -> None:
     make(tmp_path, "shuffle_caption = true")
     options = read(tmp_path, "--cache_latents")
-    sources = prepare_sources(family(), read_config(options), options.caching, CPU, TextUse.CAPTIONS)
+    sources = prepare_sources(family(), read_config(options), options.caching, CPU, ("letters",))
 
     first = batches(tmp_path, sources)[0]
 

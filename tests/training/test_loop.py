@@ -73,9 +73,6 @@ def test_readers_ahead_of_the_loop_change_nothing(tmp_path: Path) -> None:
     alone = train_toy(tmp_path)
 
     assert same(alone, train_toy(tmp_path, "--max_data_loader_n_workers", 2))
-    assert same(
-        alone, train_toy(tmp_path, "--max_data_loader_n_workers", 2, "--persistent_data_loader_workers")
-    )
 
 
 def test_samples_validation_and_saving_change_nothing(tmp_path: Path) -> None:

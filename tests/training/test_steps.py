@@ -32,7 +32,7 @@ def test_the_run_ends_at_its_total_in_the_middle_of_an_epoch() -> None:
 
     assert plan.num_epochs == 2
     assert list(plan.groups(1)) == [range(0, 2)]
-    assert list(plan.keys(0, 0, 2, 5)) == [(0, 2), (0, 3), (0, 4), (0, 5), (1, 0), (1, 1)]
+    assert list(plan.keys(0, 0, 2)) == [(0, 2), (0, 3), (0, 4), (0, 5), (1, 0), (1, 1)]
     assert list(plan.groups(1, 2)) == []
 
 

@@ -61,8 +61,6 @@ def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
             ["--huggingface_path_in_repo", "a", "--huggingface_token", "b"],
             {"--huggingface_path_in_repo", "--huggingface_token"},
         ),
-        # toy_options asks for no readers
-        (["--persistent_data_loader_workers"], {"--persistent_data_loader_workers"}),
         (["--guidance_scale", 6], {"--guidance_scale"}),
         (["--fp8_base", "--upcast_quantization"], {"--upcast_quantization"}),
         (["--fp8_base", "--fp8_scaled", "--upcast_quantization"], set()),

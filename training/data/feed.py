@@ -227,20 +227,15 @@ class Feed:
     plan: StepPlan
     process: int
     workers: int  # as asked for; never more than there are CPUs
-    keep_workers: bool  # from one epoch to the next
     pin_memory: bool
     encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
 
     def start(self, epoch: int, position: int) -> Generator[MicroBatch]:
-        """Yield all micro-batches from that place to the end of the run."""
-        if self.keep_workers:
-            yield from self._load(epoch, position, self.plan.num_epochs)
-            return
-        for number in range(epoch, self.plan.num_epochs):
-            yield from self._load(number, position if number == epoch else 0, 1)
+        """Yield all micro-batches from that place to the end of the run.
 
-    def _load(self, epoch: int, position: int, num_epochs: int) -> Generator[MicroBatch]:
-        keys = self.plan.keys(self.process, epoch, position, num_epochs)
+        The readers stay from one epoch to the next: to start them takes longer than a short epoch.
+        """
+        keys = self.plan.keys(self.process, epoch, position)
         self.batches.order.epoch(epoch)  # once, not in every worker
         ending = multiprocessing.Event()
         loader: DataLoader[Packed | UserError] = DataLoader(

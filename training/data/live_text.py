@@ -77,23 +77,14 @@ class LiveTexts:
             return {section: self._renew(texts, known[section]) for section, texts in wanted.items()}
 
     def _renew(self, texts: Prompts, known: EncodedPrompts) -> EncodedPrompts:
-        def now(text: Prompt | None, conditions: Conditions | None) -> Conditions | None:
-            if text is None or conditions is None:
-                return conditions
-            made: dict[str, Tensor | list[Tensor]] = dict(conditions)
-            for encoder in self.learning:
-                made.update(encoder.encode([text])[0])
-            return made
-
-        positive = now(texts.positive, known.positive)
-        assert positive is not None
-        return replace(
-            known,
-            positive=positive,
-            negative=now(texts.negative, known.negative),
-            blank=now(texts.blank, known.blank),
-            away=now(texts.away, known.away),
-        )
+        made: dict[str, dict[str, Tensor | list[Tensor]]] = {}
+        for name in ("positive", "negative", "blank", "away"):
+            text, conditions = getattr(texts, name), getattr(known, name)
+            if text is not None and conditions is not None:
+                made[name] = dict(conditions)
+                for encoder in self.learning:
+                    made[name] |= encoder.encode([text])[0]
+        return replace(known, **made)
 
     def _encode(self, encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[Conditions]:
         learns = any(encoder is one for one in self.learning)

@@ -37,9 +37,9 @@ from training.data.live_text import NO_TEXTS, LiveTexts
 from training.experts import AUTOCAST, dress
 from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
 from training.optimizers.optimizer import make_optimizer, set_training
-from training.optimizers.stepping import FusedBackward, ParameterSteps, steps_alone
+from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
 from training.options import TrainingOptions
-from training.processes import fill_missing_gradients, norm_of_gradients
+from training.processes import fill_missing_gradients
 from training.steps import Progress
 from training.trainable import train_dit
 
@@ -133,14 +133,12 @@ class Rehearsal:
             self.fill_gradients()
             self.ledger.enter(STEP)
             self.ledger.forget_peaks()
+            scaler = torch.amp.GradScaler(self.ledger.device.type, enabled=False)
+            stepping = StepAfterBackward(
+                self.optimizer, self.parameters, max_norm, scaler, lambda: None, self.steps
+            )
             with self.ledger.guessing():
-                norm = norm_of_gradients(self.parameters)
-                if max_norm > 0:
-                    torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
-                if self.steps is not None:
-                    self.steps.step_all(self.parameters)
-                else:
-                    self.optimizer.step()
+                stepping.finish()
             self.know_states()
             self.clear_gradients()
             states, peak = self.ledger.moment.get(OPTIMIZER, 0), self.ledger.peaks[STEP]

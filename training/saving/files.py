@@ -44,10 +44,6 @@ class Names:
     def step(self, number: int) -> str:
         return f"{self.name}-step{number:08d}"
 
-    def file(self, stem: str) -> Path:
-        """Return the file, or of several the first."""
-        return next(iter(self.files(stem).values()))
-
     def files(self, stem: str) -> dict[str, Path]:
         """Return the files that are saved together by the endings of their names: `x-000001_high_noise`."""
         if not self.parts:
@@ -58,10 +54,6 @@ class Names:
         """Return the stem that `files` makes this file of: its name without the ending of its part."""
         ends = (f"_{part}" for part in self.parts)
         return file.stem.removesuffix(next(filter(file.stem.endswith, ends), ""))
-
-    def averages(self, stem: str) -> dict[str, Path]:
-        """Return the files of the weights' average, as `files`."""
-        return self.files(f"{stem}-ema")
 
     @property
     def pattern(self) -> str:
@@ -165,13 +157,12 @@ class Saver:
                 _remove(entry)
 
     def _save(self, stem: str, with_state: bool) -> None:
-        files, state = self.names.files(stem), self.names.state(stem)
-        written = []
-        kinds = [(files, self.write_file)]
+        written, state = list[Path](), self.names.state(stem)
+        kinds = {"": self.write_file}
         if self.write_average is not None:
-            kinds.insert(0, (self.names.averages(stem), self.write_average))
-        for paths, write in kinds:
-            for part, path in paths.items():
+            kinds = {"-ema": self.write_average, **kinds}
+        for end, write in kinds.items():
+            for part, path in self.names.files(f"{stem}{end}").items():
                 write(part, path)
                 logger.info("Saved %s", path)
                 written.append(path)

@@ -64,11 +64,10 @@ def test_a_batch_is_sent_from_any_memory_where_the_driver_locks_none(
     assert torch.equal(found.data.noise, batch.data.noise)
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_process_gets_its_share_in_order_from_where_it_starts(tmp_path: Path, keep: bool) -> None:
+def test_a_process_gets_its_share_in_order_from_where_it_starts(tmp_path: Path) -> None:
     write_caches(tmp_path, count=5)
     plan = StepPlan(num_batches=5, processes=2, accumulation=1, total_steps=5)
-    feed = Feed(micro_batches(tmp_path), plan, process=1, workers=0, keep_workers=keep, pin_memory=False)
+    feed = Feed(micro_batches(tmp_path), plan, process=1, workers=0, pin_memory=False)
 
     assert [one.number for one in feed.start(0, 2)] == [3, 6, 8]
 
@@ -77,9 +76,7 @@ def test_a_damaged_cache_names_file_and_command_also_from_a_worker(tmp_path: Pat
     write_caches(tmp_path, count=2)
     for path in (tmp_path / "cache").glob("*32_toy.safetensors"):
         path.write_bytes(path.read_bytes()[:-9])
-    feed = Feed(
-        micro_batches(tmp_path), StepPlan(2, 1, 1, 2), 0, workers=1, keep_workers=False, pin_memory=False
-    )
+    feed = Feed(micro_batches(tmp_path), StepPlan(2, 1, 1, 2), 0, workers=1, pin_memory=False)
 
     with pytest.raises(CacheError, match=r"clip\d_0032x0032_toy(?s:.)*Make it again with") as error:
         list(feed.start(0, 0))
@@ -95,9 +92,7 @@ def test_the_first_process_warns_once_of_caches_that_other_encoders_made(
     record_encoders(tmp_path, {"clip0": "first", "clip1": "first", "clip2": "second"})
     plan = StepPlan(4, processes, 1, total_steps=20)
 
-    list(
-        Feed(micro_batches(tmp_path), plan, process, workers, keep_workers=True, pin_memory=False).start(0, 0)
-    )
+    list(Feed(micro_batches(tmp_path), plan, process, workers, pin_memory=False).start(0, 0))
 
     said = [
         message
