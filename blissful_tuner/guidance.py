@@ -34,7 +34,7 @@ from blissful_tuner.guidance_formulas import (
 from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions
 from modules.contract.requests import Prepared
 from modules.contract.rules import ONE_EXPERT, Expert, expert_at
-from modules.contract.steps import NO_TWEAKS, Guidance, Needs, Predict, Section, Step, Tweaks
+from modules.contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
@@ -114,20 +114,6 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
         tuple(plan(index, scale) for index, scale in enumerate(scales))
         for scales in guidance_scales(prepared, options)
     ]
-
-
-def needs(prepared: Prepared, options: GuidanceOptions) -> Needs:
-    """Find which texts the guidance of a request asks for, so that no other is encoded.
-
-    Raises OptionError as `make_guidance` does.
-    """
-    texts = {one.text for plans in plan_steps(prepared, options) for plan in plans for one in plan.passes}
-    return Needs(negative="negative" in texts, blank="blank" in texts, away=options.nag.is_on)
-
-
-def has_batches(prepared: Prepared, options: GuidanceOptions) -> bool:
-    """Return whether some step has passes that can be one batch."""
-    return any(plan.most_together > 1 for plans in plan_steps(prepared, options) for plan in plans)
 
 
 def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:

@@ -187,16 +187,16 @@ def parameters_of(metadata: Mapping[str, str]) -> str | None:
     file = value_in(metadata, "dit")
     found["Model"] = Path(file).stem if file else " ".join(part for part in model if part and part != NOT_SET)
     found["Version"] = value_in(metadata, "tunerver")
-    settings = [f"{name}: {_quote(text)}" for name, text in found.items() if text and text != NOT_SET]
+    quoted = {  # values that contain a separator
+        name: json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n\"]", text) else text
+        for name, text in found.items()
+        if text and text != NOT_SET
+    }
+    settings = [f"{name}: {text}" for name, text in quoted.items()]
     lines = [prompt.strip()]
     if negative and negative != NOT_SET:
         lines.append(f"{NEGATIVE} {negative.strip()}")
     return "\n".join([*lines, ", ".join(settings)])
-
-
-def _quote(text: str) -> str:
-    """Quote a value that contains a separator."""
-    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n\"]", text) else text
 
 
 def value_in(metadata: Mapping[str, str], name: str) -> str | None:

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
-from generation.dressing import LorasByExpert, dit_loader, expert_loras, key_of, option_of, with_loras
+from generation.dressing import LORA_OPTIONS, LorasByExpert, dit_loader, expert_loras, key_of, with_loras
 from generation.grid_options import CompareOptions
 from generation.making import (
     Denoised,
@@ -311,7 +311,8 @@ def _command(experts: Sequence[Expert], variant: Variant) -> str:
     """Return the options of the generation script that use this column's LoRAs."""
     words: list[str] = []
     for expert, uses in zip(experts, variant.uses, strict=True):
-        weight, multiplier = option_of(expert)
+        weight = LORA_OPTIONS[key_of(expert)]
+        multiplier = weight.replace("weight", "multiplier")
         for use in uses:
             words += [weight, str(use.lora.path), multiplier, f"{use.multiplier:g}"]
     return as_typed(words)

@@ -94,17 +94,17 @@ def dit_loader(
 logger = logging.getLogger(__name__)
 
 # option by the expert whose LoRAs it names; "": the first one's, which may be the only one
-OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
+LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def loras_of(options: GenerationOptions) -> dict[str, LoraOptions]:
-    """Return the LoRA options, by expert as `OPTIONS` has them."""
+    """Return the LoRA options, by expert as `LORA_OPTIONS` has them."""
     return {"": options.lora, HIGH_NOISE: options.experts.loras}
 
 
 def key_of(expert: Expert) -> str:
-    """Return the name under which `OPTIONS` has an expert."""
-    return expert.name if expert.name in OPTIONS else ""
+    """Return the name under which `LORA_OPTIONS` has an expert."""
+    return expert.name if expert.name in LORA_OPTIONS else ""
 
 
 def expert_loras(
@@ -130,13 +130,13 @@ def expert_loras(
         if key not in keys and (whole or (key and uses)):
             dit = f"--dit_{key}" if key else "--dit"
             instead = (
-                f"use {OPTIONS[keys[0]]}, or add {dit}" if keys[0] else "add it, or leave the option out"
+                f"use {LORA_OPTIONS[keys[0]]}, or add {dit}" if keys[0] else "add it, or leave the option out"
             )
-            raise OptionError(f"{OPTIONS[key]} is for {dit}, which is not given: {instead}")
+            raise OptionError(f"{LORA_OPTIONS[key]} is for {dit}, which is not given: {instead}")
     for key, uses in given.items():
         for use in uses:  # trained in all experts, and given to some of them only
             missing = [
-                OPTIONS[other]
+                LORA_OPTIONS[other]
                 for other in keys
                 if other != key and use.lora.path not in {one.lora.path for one in given[other]}
             ]
@@ -175,9 +175,3 @@ def with_loras(
         lora_multiplier_high_noise=high.lora_multiplier,
     )
     return replace(options, lora=files(""), experts=of_experts)
-
-
-def option_of(expert: Expert) -> tuple[str, str]:
-    """Return the options that give an expert its LoRAs and their strengths."""
-    weight = OPTIONS[key_of(expert)]
-    return weight, weight.replace("weight", "multiplier")

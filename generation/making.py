@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import has_batches
+from blissful_tuner.guidance import plan_steps
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.metadata import as_tags, frame_rate_in, output_metadata, read_decoded_metadata, seed_in
 from blissful_tuner.prompt_rewrite import PromptRewriter, rewrite_prompts
@@ -164,8 +165,10 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     """
     if any(needs_media(run.family, job.prepared) for job in jobs):
         run.family.check_files(media=True)  # before gigabytes are loaded
-    if run.options.forces_split and any(has_batches(job.prepared, run.options.guidance) for job in jobs):
-        logger.warning("--split_attn runs the guidance passes one after the other, as --split_uncond does.")
+    if run.options.forces_split:
+        plans = [plan for job in jobs for plan in chain(*plan_steps(job.prepared, run.options.guidance))]
+        if any(plan.most_together > 1 for plan in plans):
+            logger.warning("--split_attn runs the guidance passes one after the other as --split_uncond does")
     start = time.monotonic()
     if run.rewriter is not None:  # freed before anything else loads
         run.rewriter.load(run.session.device)

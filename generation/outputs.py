@@ -40,10 +40,6 @@ class FrameTools(Protocol):
     """Tools that decoded frames go through before they are written: the stages of --post."""
 
     @property
-    def labels(self) -> Sequence[str]:
-        """Return how messages name the tools."""
-
-    @property
     def hides(self) -> bool:
         """Return whether a tool hides something, so that no frame may be shown as it was decoded."""
 

@@ -170,15 +170,11 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-def _solver(text: str) -> str:
-    """Read the name of a solver, ours or that of the image guides."""
-    return {"euler": "vanilla"}.get(text, text)
-
-
 # the same for models that make pictures, which have no frames and take no videos
 IMAGE_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **{letter: one for letter, one in GENERATION_OPTIONS.items() if letter not in {*"fiv", "ei", "cn"}},
-    "ss": LineOption("sample_solver", _solver),
+    # the image guides call one by another name
+    "ss": LineOption("sample_solver", lambda text: {"euler": "vanilla"}.get(text, text)),
 }
 EMBEDDED_IMAGE_OPTIONS: Mapping[str, LineOption] = {
     **IMAGE_GENERATION_OPTIONS,

@@ -137,8 +137,6 @@ def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
 def _check_fp16_sums(device: torch.device) -> None:
     if device.type != "cuda":
         raise OptionError(f"It is for matrix products on a CUDA GPU, and this run computes on {device.type}.")
-    if not hasattr(torch.backends.cuda.matmul, "allow_fp16_accumulation"):
-        raise OptionError(f"It needs torch 2.7 or later, and this is {torch.__version__}.")
 
 
 STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the LoRAs
@@ -188,7 +186,7 @@ def generate(family: Family, options: GenerationOptions) -> None:
         if post.hides and options.output.keeps_latents:
             logger.warning(
                 "The latents of --output_type %s hold the video as it is before %s.",
-                *(options.output.output_type, " and ".join(post.labels)),
+                *(options.output.output_type, " and ".join(options.post.tools.labels)),
             )
     rewriter, asked = None, options.rewriting
     if asked.prompt_rewrite is not None and asked.prompt_rewrite_model is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import needs
+from blissful_tuner.guidance import plan_steps
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import encode_source
 from generation.denoise import SOURCE, conditions_to
@@ -171,14 +171,15 @@ class Session:
 
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
     """List the texts to encode, by section: the prompt, and those that guidance needs."""
-    needed = needs(prepared, options)
+    plans = plan_steps(prepared, options)
+    needed = {one.text for of_expert in plans for plan in of_expert for one in plan.passes}
     return {
         section: replace(
             texts,
-            negative=texts.negative if needed.negative else None,
-            blank=(texts.blank or Prompt("")) if needed.blank else None,
+            negative=texts.negative if "negative" in needed else None,
+            blank=(texts.blank or Prompt("")) if "blank" in needed else None,
             # away from the negative text if there is no other
-            away=(texts.away or texts.negative or Prompt("")) if needed.away else None,
+            away=(texts.away or texts.negative or Prompt("")) if options.nag.is_on else None,
         )
         for section, texts in prepared.prompts.items()
     }

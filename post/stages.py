@@ -134,25 +134,20 @@ class PostTools:
     _stages: list[NamedStage] | None = field(default=None, init=False)
 
     @property
-    def labels(self) -> list[str]:
-        """Return how messages name the tools."""
-        return self.asked.labels
-
-    @property
     def hides(self) -> bool:
         """Return whether a tool hides something, so that no frame may be shown as it was decoded."""
         return self.asked.hiding is not None
 
     def check(self) -> None:
         """Read the headers of the tools' model files. Raises UserError if they do not fit."""
-        check_tools(self.asked.tools, self.labels, self.device)
+        check_tools(self.asked.tools, self.asked.labels, self.device)
 
     def check_length(self, frames: int, label: str) -> None:
         """Raise OptionError if there is a single frame, and a tool works between frames.
 
         label: whose frames they are, for the message.
         """
-        for (tool, _), name in zip(self.asked.tools, self.labels, strict=True):
+        for (tool, _), name in zip(self.asked.tools, self.asked.labels, strict=True):
             if frames == 1 and tool.needs_video:
                 raise OptionError(
                     f"{name} works between the frames of a video, and {label} gives a single one. Leave "
@@ -169,7 +164,7 @@ class PostTools:
         height, width = first.shape[:2]
         self.check_length(1 if is_single else 2, "the video")
         if self._stages is None:
-            self._stages = self.load(self.asked.tools, self.labels, self.device)
+            self._stages = self.load(self.asked.tools, self.asked.labels, self.device)
         rate = Fraction(fps).limit_denominator(1001)
         clip = Clip(
             Path("the video"), width, height, None if is_single else rate, 1 if is_single else None, False

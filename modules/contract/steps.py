@@ -189,12 +189,3 @@ Guidance = Callable[[Step, Predict, Section], Tensor]
 # Called with each step. True: enough, take `StepDone.clean` as the result of the section. Raising ends the
 # loop without a result.
 Watcher = Callable[[StepDone], bool]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Which conditions a guidance asks for beside the positive ones."""
-
-    negative: bool = False
-    blank: bool = False  # those of the empty text
-    away: bool = False  # those of the text that attention is steered away from

@@ -5,7 +5,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -162,12 +162,8 @@ def make_blur(options: BlurOptions, device: torch.device) -> Stage:
     return BlurStage(detector, options)
 
 
-class _Waiting(NamedTuple):
-    """A picture that waits until the boxes of the next ones are known."""
-
-    number: int
-    picture: Picture
-    is_found: bool  # something was found in it
+# a picture that waits until the boxes of the next ones are known: its number, and was something found in it
+_Waiting = tuple[int, Picture, bool]
 
 
 @dataclass
@@ -205,7 +201,7 @@ class BlurStage:
             found = self.detector.find(in_eight_bits(picture.pixels), options.conf)
             boxes = within(found, *picture.pixels.shape[:2])
             tracks.see(index, boxes)
-            waiting.append(_Waiting(index, picture, bool(boxes)))
+            waiting.append((index, picture, bool(boxes)))
             count.pictures += 1
             count.found += bool(boxes)
             if len(waiting) > max(options.hold, options.lookback):
@@ -218,12 +214,12 @@ class BlurStage:
             _report(clip, count, tracks)
 
     def _cover(self, waiting: _Waiting, tracks: Tracks, count: _Count) -> Picture:
-        boxes = tracks.boxes(waiting.number)
-        tracks.forget(waiting.number)
-        picture = waiting.picture
+        number, picture, is_found = waiting
+        boxes = tracks.boxes(number)
+        tracks.forget(number)
         if not boxes:
             return picture
-        count.held += not waiting.is_found
+        count.held += not is_found
         return Picture(cover(picture.pixels, boxes, self.options), picture.start, picture.seconds)
 
     def _nothing(self, clip: Clip) -> None:

@@ -28,24 +28,6 @@ logger = logging.getLogger(__name__)
 SHOWN = 5  # times of cuts in the log
 
 
-class Cuts:
-    """The cuts of a clip, for the log: the first few with their times, and how many there are."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, time: Fraction) -> None:
-        """Note one. time: the beginning of the new scene, in seconds."""
-        self.count += 1
-        if self.count <= SHOWN:
-            logger.info("A new scene begins at %s: the picture before it is repeated.", clock_time(time))
-
-    def report(self) -> None:
-        """Log how many there were, if not all have been."""
-        if self.count > SHOWN:
-            logger.info("%d scenes began; at their beginnings the picture before is repeated.", self.count)
-
-
 NAME = "GIMMVFI"
 LEAST_SIDE = 128  # of what the networks see: smaller ones have no fourth scale to compare at
 
@@ -67,12 +49,10 @@ def make_interpolation(options: InterpolationOptions, device: torch.device) -> S
 class Interpolator:
     """Makes pictures between pictures: a `Stage`. Holds two pictures at a time, and their features."""
 
+    name = NAME
+
     def __init__(self, options: InterpolationOptions, network: Interpolation, device: torch.device) -> None:
         self._options, self._network, self._device = options, network, device
-
-    @property
-    def name(self) -> str:
-        return NAME
 
     def result(self, clip: Clip) -> Clip:
         """Return the clip with the pictures between. Raises MediaError if it is one picture, or too small."""
@@ -99,7 +79,7 @@ class Interpolator:
         if self._options.factor == 1:
             yield from pictures
             return
-        cuts = Cuts()
+        cuts: list[Fraction] = []  # beginnings of new scenes
         count, before = 0, None
         for picture in pictures:
             now = _Shown(picture, self._frame)
@@ -115,9 +95,12 @@ class Interpolator:
         usual = 1 / clip.rate if clip.rate else last.seconds
         shown = max(last.seconds / self._options.factor, last.seconds - usual)
         yield replace(last, seconds=shown)
-        cuts.report()
+        if len(cuts) > SHOWN:
+            logger.info("%d scenes began; at their beginnings the picture before is repeated.", len(cuts))
 
-    def _pair(self, first: "_Shown", second: "_Shown", is_deep: bool, cuts: Cuts) -> Iterator[Picture]:
+    def _pair(
+        self, first: "_Shown", second: "_Shown", is_deep: bool, cuts: list[Fraction]
+    ) -> Iterator[Picture]:
         """Yield the first picture and those before the second."""
         factor, start = self._options.factor, first.picture.start
         step = (second.picture.start - start) / factor
@@ -127,7 +110,10 @@ class Interpolator:
         is_same = np.array_equal(first.picture.pixels, second.picture.pixels)
         is_cut = not is_same and 0 < threshold <= scene_distance(first.thumbnail, second.thumbnail)
         if is_cut:
-            cuts.add(second.picture.start)
+            cuts.append(second.picture.start)
+            if len(cuts) <= SHOWN:
+                text = "A new scene begins at %s: the picture before it is repeated."
+                logger.info(text, clock_time(cuts[-1]))
         made: Iterator[Pixels]
         if is_same or is_cut:
             made = repeat(first.picture.pixels, factor - 1)

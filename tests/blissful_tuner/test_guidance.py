@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import choose_applied_steps, make_guidance, needs
+from blissful_tuner.guidance import choose_applied_steps, make_guidance
 from blissful_tuner.options import (
     PLAIN_GUIDANCE,
     GuidanceOptions,
 )
+from generation.session import wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
-from modules.contract.steps import NO_TWEAKS, Needs, Section, Step, Tweaks
+from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 
@@ -83,7 +84,8 @@ def test_a_negative_text_is_needed_if_any_step_has_guidance(
     options = replace(
         PLAIN_GUIDANCE, cfg_skip_mode="none" if ratio is None else "late", cfg_apply_ratio=ratio
     )
-    assert needs(request, options) == Needs(negative=negative)
+    (texts,) = wanted_texts(request, options).values()
+    assert (texts.negative is not None, texts.blank, texts.away) == (negative, None, None)
 
 
 def skipping(mode: str, layers: str) -> GuidanceOptions:

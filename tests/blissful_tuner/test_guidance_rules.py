@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import make_guidance, needs
+from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
+from generation.session import wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.rules import GuidanceRules
@@ -53,5 +54,6 @@ def test_late_steps_have_no_guidance(sigma: float, passes: int) -> None:
 
 def test_a_share_of_zero_needs_no_negative_text() -> None:
     prepared = prepare(Request("p", 0, steps=3, guidance_scale=3.5))
-    assert needs(prepared, PLAIN_GUIDANCE).negative
-    assert not needs(replace(prepared, rules=GuidanceRules(below_share=0.0)), PLAIN_GUIDANCE).negative
+    late = replace(prepared, rules=GuidanceRules(below_share=0.0))
+    assert wanted_texts(prepared)[0].negative is not None
+    assert wanted_texts(late)[0].negative is None

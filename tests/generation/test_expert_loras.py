@@ -8,13 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import wan_generate_video
 from generation.dressing import expert_loras
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
 from networks.loading import LoraUse, read_lora
 from networks.options import LoraOptions, LoraPatternOptions
-from tests.tiny.wan import TinyWan
 
 BOTH = (Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 875.0))
 
@@ -101,8 +99,3 @@ def test_a_lora_that_was_trained_in_both_is_not_put_into_one_in_silence(
     assert caplog.text.count("give it to --lora_weight_high_noise too") == hints
     expert_loras(BOTH, Given([path], [path]))  # type: ignore[arg-type]
     assert caplog.text.count("was trained for both experts") == hints
-
-
-def merge(files: TinyWan, output: Path, *more: object) -> None:
-    models = [*files.models, "--task", "t2v-A14B", "--save_path", output.parent, "--device", "cpu"]
-    wan_generate_video.main([str(each) for each in (*models, "--save_merged_model", output, *more)])

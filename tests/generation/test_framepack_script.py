@@ -51,21 +51,6 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-def test_a_video_of_two_sections_is_the_same_every_time(
-    tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
-) -> None:
-    start, _ = pictures
-    say = ("--prompt", "a cat", "--image_path", start, "--video_sections", 2)
-
-    first = latents(tmp_path / "a", files, *say, "--seed", 1)
-    again = latents(tmp_path / "b", files, *say, "--seed", 1)
-    other = latents(tmp_path / "c", files, *say, "--seed", 2)
-
-    assert first[1].shape == (16, 19, 4, 6)
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[1][:, 1:], other[2][:, 1:])
-
-
 def test_texts_images_and_the_end_act_on_their_sections(
     tmp_path: Path, files: TinyFramePack, pictures: tuple[Path, Path]
 ) -> None:

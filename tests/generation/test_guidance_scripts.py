@@ -72,6 +72,15 @@ def test_real_values_change_the_result_and_make_no_pass_too_many(
     assert per_step(calls) == passes
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_normalised_guidance_changes_the_video(
+    tmp_path: Path, scripts: dict[str, Script], plain: dict[str, torch.Tensor], kind: str
+) -> None:
+    latents, _ = scripts[kind].run(tmp_path, "--nag_scale", 5, "--nag_prompt", "a dull dog")
+    assert is_finite(latents)
+    assert float((latents[1] - plain[kind]).abs().max()) > 1e-4
+
+
 @pytest.mark.parametrize("kind", EMBEDDED)
 def test_steps_with_guidance_can_leave_embedded_guidance_out(
     tmp_path: Path, scripts: dict[str, Script], kind: str

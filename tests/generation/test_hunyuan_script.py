@@ -87,6 +87,19 @@ def test_one_sample_at_a_time_makes_the_passes_of_guidance_singly(
     torch.testing.assert_close(split[1], together[1], atol=1e-4, rtol=1e-4)
 
 
+def test_a_slowed_frequency_changes_long_videos_only(
+    tmp_path: Path, t2v: TinyHunyuan, caplog: pytest.LogCaptureFixture
+) -> None:
+    def made(*more: object) -> Tensor:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return generate(folder, t2v, "--prompt", "a cat", "--seed", 1, *more)[1]
+
+    slow, long = ("--riflex_index", 4), ("--video_length", 53)
+    assert torch.equal(made(*slow), made())
+    assert "--riflex_index 4 is ignored because the video has 5 frames" in caplog.text
+    assert not torch.allclose(made(*long, *slow), made(*long), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

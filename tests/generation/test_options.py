@@ -26,13 +26,7 @@ def read(folder: Path, *arguments: str, defaults: ScriptDefaults = DEFAULTS) -> 
         (["--latent_path", __file__, "--output_type", "both"], "the latents exist already"),
         (["--latent_path", __file__, "--interactive"], "only decodes"),
         (["--from_file", "no such.txt"], "--from_file no such.txt: no such file"),
-        (
-            ["--prompt", "p", "--lora_weight", "no such.safetensors"],
-            "--lora_weight no such.safetensors: no such file",
-        ),
-        (["--latent_path", __file__, "no such.pt"], "--latent_path no such.pt: no such file"),
         (["--prompt", "p", "--trim_tail_frames", "-1"], "--trim_tail_frames"),
-        (["--prompt", "p", "--upcast_linear"], "--upcast_linear needs --fp8_scaled"),
         (["--prompt", "p", "--blocks_to_swap", "-4"], "--blocks_to_swap -4: give a number"),
         (["--video_path", "x.mp4", "--i2i_path", "x.png"], "--video_path x.mp4 and --i2i_path x.png"),
     ],

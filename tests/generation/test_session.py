@@ -2,19 +2,16 @@
 
 import gc
 import weakref
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from generation.session import Session, wanted_texts
 from modules.contract.loading import Placement
-from modules.contract.requests import Prompts, Request
+from modules.contract.requests import Request
 from tests.generation.toy_family import ToyFamily
 
 CPU = torch.device("cpu")
-CAT = Request("cat", 0, steps=3, guidance_scale=5.0)
-DOG = Request("a dog", 0, steps=3, guidance_scale=5.0, negative_prompt="worse")
 
 
 def session(family: ToyFamily, keep: bool) -> Session:
@@ -24,29 +21,11 @@ def session(family: ToyFamily, keep: bool) -> Session:
     return Session(family, CPU, load, keep)
 
 
-def texts_of(*requests: Request) -> list[Mapping[int, Prompts]]:
-    return [wanted_texts(ToyFamily().prepare(request)) for request in requests]
-
-
-def test_each_text_is_encoded_once_and_the_encoder_is_freed() -> None:
-    family = ToyFamily()
-    first, second = session(family, keep=False).texts(texts_of(CAT, DOG))
-    assert family.diary == [
-        "load text",
-        "encode cat",
-        "encode bad",
-        "encode a dog",
-        "encode worse",
-        "free text",
-    ]
-    assert float(first[0].positive["letters"][0]) == 3.0
-    assert second[0].negative is not None
-    assert float(second[0].negative["letters"][0]) == 5.0
-
-
 def test_lines_of_one_prompt_keep_their_own_negative_text() -> None:
     requests = [Request("cat", 0, steps=3, guidance_scale=2.0, negative_prompt=text) for text in ("a", "bb")]
-    found = session(ToyFamily(), keep=False).texts(texts_of(*requests))
+    found = session(ToyFamily(), keep=False).texts(
+        [wanted_texts(ToyFamily().prepare(request)) for request in requests]
+    )
     negatives = [by_section[0].negative for by_section in found]
     assert [float(negative["letters"][0]) for negative in negatives if negative is not None] == [1.0, 2.0]
 
@@ -65,14 +44,3 @@ def test_a_freed_network_is_really_gone() -> None:
     del encoders
     gc.collect()
     assert vae() is None
-
-
-def test_a_kept_network_is_loaded_once() -> None:
-    family = ToyFamily()
-    kept = session(family, keep=True)
-    for _ in range(2):
-        with kept.dit():
-            pass
-        with kept.media(images=False, again=False):
-            pass
-    assert family.diary == ["load dit", "load vae"]

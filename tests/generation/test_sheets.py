@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from generation.grid_options import split_values
@@ -176,27 +175,6 @@ def test_prompts_are_an_axis_too_and_need_no_other_prompt(tmp_path: Path) -> Non
 )
 def test_values_with_commas_can_be_written(text: str, values: list[str]) -> None:
     assert split_values(text) == values
-
-
-@pytest.mark.parametrize("name", ["wan t2v-1.3B", "hunyuan_video", "framepack one frame"])
-def test_a_line_with_long_names_makes_what_the_command_line_does(name: str, tmp_path: Path) -> None:
-    family = BY_NAME[name]
-    family.prepare(tmp_path)
-    given = {"seed": 3, "infer_steps": 1, "flow_shift": 3, "fps": 12, "video_size": "32 48"}
-    words = [word for key, value in given.items() for word in (f"--{key}", *str(value).split())]
-    line = " ".join(["a cat", *(f"--{key} {value}" for key, value in given.items())])
-    (tmp_path / "p.txt").write_text(line, encoding="utf-8")
-
-    succeed_here(*family.generate, *SIZE, "--from_file", "p.txt", "--save_path", "line", folder=tmp_path)
-    succeed_here(
-        *family.generate, *SIZE, "--prompt", "a cat", *words, "--save_path", "words", folder=tmp_path
-    )
-
-    ours, theirs = (next((tmp_path / kind).glob("*_latent*")) for kind in ("line", "words"))
-    assert load_file(ours)["latent"].equal(load_file(theirs)["latent"])
-    with safe_open(ours, "pt") as one, safe_open(theirs, "pt") as other:
-        assert without_time(one.metadata()) == without_time(other.metadata())
-        assert one.metadata()["bt_fps"] == "12"
 
 
 @pytest.mark.parametrize(

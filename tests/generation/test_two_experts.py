@@ -164,6 +164,12 @@ def test_features_act_with_two_experts_and_neutral_values_change_no_bit(
         assert float((changed - plain).abs().max()) > 1e-4
 
 
+def test_the_transformer_for_much_noise_alone_makes_no_video(tmp_path: Path, files: TinyWan) -> None:
+    words = ["--save_path", tmp_path, "--task", "t2v-A14B", "--prompt", "a cat"]
+    with pytest.raises(OptionError, match="--dit is missing"):
+        wan_generate_video.main([str(word) for word in (*words, "--dit_high_noise", files.dit_high_noise)])
+
+
 def test_a_lora_for_a_file_in_fp8_that_works_late_is_refused_before_anything_loads(
     tmp_path: Path, files: TinyWan, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 import wan_generate_video
 from modules.contract.loading import Placement
 from modules.contract.requests import Prompt
-from modules.errors import CheckpointError, OptionError, UserError
 from modules.media.reading import video_frames
 from tests.tiny.project import write_image, write_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan
@@ -80,20 +79,6 @@ def test_latents_equal_a_computation_by_hand(tmp_path: Path, t2v: TinyWan) -> No
     assert float((latents_in(tmp_path) - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
-def test_a_batch_equals_single_runs_and_reports_a_failing_line(tmp_path: Path, t2v: TinyWan) -> None:
-    lines = tmp_path / "prompts.txt"
-    lines.write_text("a cat --d 1\na dog --d 2 --w 33\na dog --d 3 --f 1\n", encoding="utf-8")
-    with pytest.raises(UserError, match="1 of 3 failed:\n  line 2: OptionError"):
-        generate(tmp_path / "batch", t2v, "--from_file", lines)
-    names = sorted(path.name.split("_", 1)[1] for path in (tmp_path / "batch").iterdir())
-    assert names == ["1.mp4", "3.png"]
-    generate(tmp_path / "single", t2v, "--prompt", "a cat", "--seed", 1)
-    ours, theirs = (
-        list(video_frames(next((tmp_path / name).glob("*_1.mp4")))) for name in ("batch", "single")
-    )
-    assert all((mine == other).all() for mine, other in zip(ours, theirs, strict=True))
-
-
 def test_a_lora_changes_the_result_and_a_merged_model_gives_the_same(tmp_path: Path, t2v: TinyWan) -> None:
     lora = tmp_path / "style.safetensors"
     write_lora(lora, t2v.dit)
@@ -149,19 +134,3 @@ def test_first_and_last_image_and_end_image(tmp_path: Path) -> None:
         assert latents_in(tmp_path / kind).shape[1] == frames
         (video,) = (tmp_path / kind).glob("*.mp4")
         assert len(list(video_frames(video))) == (frames - 1) * 4 + 1 - 3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind", "message"),
-    [
-        (["--video_size", "30", "48"], OptionError, "multiples of 16"),
-        (["--t5", "no such.safetensors"], CheckpointError, "no such"),
-        (["--vae", "no such.safetensors"], CheckpointError, "no such"),
-        (["--task", "i2v-14B"], UserError, "--task"),
-    ],
-)
-def test_mistakes_are_named(
-    tmp_path: Path, t2v: TinyWan, arguments: list[str], kind: type[UserError], message: str
-) -> None:
-    with pytest.raises(kind, match=message):
-        generate(tmp_path, t2v, "--prompt", "p", *arguments)

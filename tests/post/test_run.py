@@ -113,24 +113,3 @@ def test_pngs_are_kept_beside_the_input_under_a_free_name(tmp_path: Path) -> Non
     assert files_in(tmp_path / "in" / "frames_") == {f"{index:06d}.png" for index in range(3)}
     larger = [frame.repeat(2, 0).repeat(2, 1) for frame in video_frames(clip)]
     np.testing.assert_array_equal(read_image(tmp_path / "in" / "frames_" / "000002.png"), larger[2])
-
-
-def test_tiny_pictures_are_written_as_h264_in_place_of_h265(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    form = replace(H264, codec="h265", container="mkv")
-
-    (made,) = run_stages([Same()], write_clip(tmp_path / "a.mp4", width=32, height=32), form=form)
-
-    assert any("h265 is written as h264 because 32 x 32" in message for message in caplog.messages)
-    assert frames_of(made).shape == (6, 32, 32, 3)
-
-
-def test_the_end_of_a_video_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-
-    (made,) = run_stages([Same()], write_clip(tmp_path / "a.mp4", frames=5))
-
-    (line,) = [message for message in caplog.messages if message.startswith(f"{made}: 5 frames in ")]
-    assert line.endswith(("bytes", "kB"))
-    assert " a second, " in line

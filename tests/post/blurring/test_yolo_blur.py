@@ -2,8 +2,6 @@
 
 import io
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -117,23 +115,6 @@ def test_a_video_without_a_face_is_an_error_of_its_own(tmp_path: Path, detector:
 
     made = blur(tmp_path, detector, [frame()] * 3, "--allow_none")
     assert len(made) == 3
-
-
-def test_the_exit_code_without_a_face_is_3(tmp_path: Path, detector: Path) -> None:
-    write_png(tmp_path / "plain.png", frame())
-
-    run = subprocess.run(
-        [sys.executable, ROOT / "blissful_tuner" / "yolo_blur.py"]
-        + ["--model", detector, "--input", tmp_path / "plain.png", "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=tmp_path,
-    )
-
-    assert run.returncode == 3
-    assert "NothingFoundError" in run.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["plain.png"]
 
 
 def test_pictures_of_a_folder_are_blurred_and_one_without_a_face_is_told(

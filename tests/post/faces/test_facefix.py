@@ -170,16 +170,6 @@ def test_codeformer_says_that_it_has_no_use_for_a_seed(
     assert "--seed is ignored because CodeFormer" in caplog.text
 
 
-def test_a_stream_gives_what_each_picture_alone_gives(folder: Path) -> None:
-    frames = [_pixels(), *(_pixels((x, 24)) for x in (16, 40, 40, 72)), _pixels((40, 24), (80, 48))]
-    stage = _stage(folder, "--smooth", 0)
-
-    together = _run(stage, frames)
-
-    for frame, made in zip(frames, together, strict=True):
-        assert np.array_equal(made, _run(stage, [frame])[0])
-
-
 @pytest.mark.parametrize("smooth", [0, 0.5])
 def test_faces_are_steadied_within_a_clip_only(folder: Path, smooth: float) -> None:
     stage = _stage(folder, "--smooth", smooth)
@@ -211,21 +201,6 @@ def test_what_was_done_is_said_at_the_end(folder: Path, caplog: pytest.LogCaptur
     assert "clip.mkv: 2 faces restored in 1 of 2 pictures" in caplog.text
     assert "clip.mkv: no face was found with a score of 0.97 or more" in caplog.text
     assert "non-commercial use only" in caplog.text
-
-
-def test_faces_that_leave_the_range_of_colours_are_cut_off_before_their_parts_are_told(folder: Path) -> None:
-    stage = _stage(folder)
-    seen: list[torch.Tensor] = []
-
-    def parse(faces: torch.Tensor) -> torch.Tensor:
-        seen.append(faces)
-        return stage.restorer.parse(faces)
-
-    restorer = replace(stage.restorer, restore=lambda faces: faces * 0 - 3, parse=parse)
-    (made,) = _run(replace(stage, restorer=restorer), [_pixels((40, 24))])
-
-    assert float(seen[0].min()) == float(seen[0].max()) == -1
-    assert made[26:30, 42:46].max() == 0
 
 
 def test_a_detector_that_says_it_has_no_landmarks_is_refused_before_anything_loads(
@@ -283,24 +258,6 @@ def test_helpers_lie_beside_a_file_too_and_may_be_safetensors(folder: Path, tmp_
     (made,) = _run(_stage(tmp_path / "faces.pth"), [faced])
 
     assert np.array_equal(made, _run(_stage(folder), [faced])[0])
-
-
-@pytest.mark.parametrize(
-    ("name", "words", "said"),
-    [
-        ("codeformer.safetensors", (), "is not a GFPGAN of v1.2 to v1.4; it looks like a CodeFormer"),
-        ("GFPGANv1.4.pth", ("--mode", "codeformer"), "is not a CodeFormer; it looks like a GFPGAN"),
-        ("none.pth", (), "there is no such file or folder"),
-        ("GFPGANv1.4.pth", ("--detection_model", "GFPGANv1.4.pth"), "is not a detector of faces"),
-    ],
-)
-def test_wrong_files_fail_by_their_headers(
-    folder: Path, name: str, words: tuple[str, ...], said: str
-) -> None:
-    words = tuple(str(folder / word) if word.endswith(".pth") else word for word in words)
-    with pytest.raises((CheckpointError, OptionError)) as error:
-        check_facefix(_options(folder / name, *words))
-    assert said in str(error.value)
 
 
 def test_networks_of_sizes_that_do_not_go_together_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Alignment, soft masks, pasting, steady landmarks."""
 
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -138,24 +137,6 @@ def test_faces_that_overlap_are_pasted_one_above_the_other() -> None:
     alone = _pasted(pixels, [white], 1).astype(np.float64)
     shown = _pasted(pixels, [_Face(np.ones_like(first.face), grey.mask, grey.matrix)], 1) / 255.0
     np.testing.assert_allclose(both, shown * 127.5 + (1 - shown) * alone, atol=1.6)
-
-
-def test_the_faces_of_a_crowd_are_not_in_memory_together() -> None:
-    pixels = _picture()
-    faces = [_face(pixels, None, _points(0.1, (15 + 5 * index, 10))) for index in range(6)]
-    seen: list[weakref.ref[Restored]] = []
-
-    def one_by_one() -> Iterator[Restored]:
-        for each in faces:
-            restored = Restored(each.face, each.mask)
-            seen.append(weakref.ref(restored))
-            assert sum(ref() is not None for ref in seen) <= 2
-            yield restored
-
-    pasted = paste(pixels, [each.matrix for each in faces], one_by_one(), SIZE, 1)
-
-    assert len(seen) == 6
-    assert np.array_equal(pasted, _pasted(pixels, faces, 1))
 
 
 def test_trembling_is_damped_and_movement_followed() -> None:

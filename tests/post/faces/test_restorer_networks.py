@@ -145,16 +145,6 @@ def test_another_file_is_named_as_what_it_is(kind: str, other: str, tmp_path: Pa
             KINDS[kind][0](checkpoint)
 
 
-def test_the_first_gfpgan_is_named(tmp_path: Path) -> None:
-    weights = {
-        "conv_body_first.0.weight": torch.zeros(32, 3, 1, 1),
-        "stylegan_decoder.constant_input.weight": torch.zeros(1, 8, 4, 4),
-    }
-    path = tiny.write_model(tmp_path / "x.pth", weights, "params_ema")
-    with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError, match="the first GFPGAN"):
-        read_gfpgan(checkpoint)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_layout_is_an_error_of_the_file(kind: str, tmp_path: Path) -> None:
     weights = WEIGHTS[kind]()

@@ -9,17 +9,14 @@ from torch import Tensor
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
-from modules.planning.dry_run import ACCELERATOR, WORKING, dry_run, largest, place
 from post.interpolation.files import is_with_raft, read_gimm
 from post.interpolation.flowformer import (
-    TABLE_BYTES,
     FlowDecoderConfig,
     FlowFormer,
     FlowFormerConfig,
     read_flowformer,
 )
 from post.interpolation.flowformer_memory import MemoryConfig
-from post.interpolation.layers import CPU_BYTES
 from post.interpolation.motion import GimmVfi
 from post.interpolation.twins import StageConfig
 from tests.golden_cases import read_case
@@ -122,24 +119,6 @@ def test_large_pictures_have_the_flow_that_small_ones_would_have() -> None:
     flow = flow_of(network, first, second)
     limit = 1e-5 * float(flow.abs().max())
     torch.testing.assert_close(flow_of(frugal, first, second), flow, rtol=0, atol=limit)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_memory_without_tables_is_that_of_tokens_and_features() -> None:
-    peaks = {}
-    for name, table_bytes in (("tables", TABLE_BYTES), ("none", 0)):
-        with META:
-            network = FlowFormer(RELEASED, iterations=1, table_bytes=table_bytes)
-        with dry_run() as ledger:
-            place(network, ledger)
-            first, second = (network.encode(torch.empty(1, 3, 352, 640, device=ACCELERATOR)) for _ in "12")
-            network.flow(first, second)
-        peaks[name] = largest(ledger.peaks)[1][WORKING]
-    places = (352 // 8) * (640 // 8)
-    table, tokens = 4 * places**2, 4 * places * 8 * 128
-    assert peaks["tables"] > peaks["none"] + table
-    assert peaks["none"] < 12 * tokens + 2 * CPU_BYTES
 
 
 def test_another_network_is_named(tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ from torch.nn.functional import interpolate
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
-from modules.planning.dry_run import ACCELERATOR, KEPT, WORKING, dry_run, largest, place
-from post.interpolation.files import is_with_raft, load_networks, read_gimm
+from post.interpolation.files import is_with_raft, read_gimm
 from post.interpolation.layers import warp
-from post.interpolation.motion import GimmVfi, Interpolation
+from post.interpolation.motion import GimmVfi
 from post.interpolation.raft import Raft, read_raft
 from post.interpolation.synthesis import Compared
 from tests.golden_cases import read_case
@@ -117,23 +116,3 @@ def test_half_precision_changes_layers_of_the_synthesis_alone(dtype: torch.dtype
     frame = half.frame(images[0])
     assert {frame.maps.quarter.dtype, frame.maps.matching.dtype} == {dtype, torch.float32}
     assert frame.encoded.matching.dtype == torch.float32
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_memory_of_a_pair_is_that_of_four_maps_at_full_size(tmp_path: Path) -> None:
-    """Counted without a device: the last decoder holds its input, two maps of 256 channels and a new one."""
-    write_hollow(tmp_path / "gimmvfi_r_arb.safetensors", tensor_list("gimmvfi-r"))
-    write_hollow(tmp_path / "raft-things.safetensors", tensor_list("raft-things"))
-    networks = load_networks(tmp_path, "gimmvfi_r", META, torch.float32)
-    networks.estimator.iterations = 1  # they take turns
-    height, width = 256, 320
-    with dry_run() as ledger:
-        place(networks.gimm, ledger)
-        place(networks.estimator, ledger)
-        whole = Interpolation(networks.gimm, networks.estimator)
-        first, second = (whole.frame(torch.empty(1, 3, height, width, device=ACCELERATOR)) for _ in range(2))
-        for _ in whole.between(first, second, (0.5,)):
-            pass
-    taken = largest(ledger.peaks)[1]
-    assert (taken[WORKING] + taken.get(KEPT, 0)) / (height * width) < 4 * 4 * 256

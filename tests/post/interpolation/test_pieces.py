@@ -1,11 +1,8 @@
 """Pieces of GIMM-VFI: equal to the recorded ones."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from post.interpolation.layers import Correlation, grid_of, splat, warp
 from post.interpolation.motion import MotionConfig, MotionField, normalised
@@ -76,28 +73,3 @@ def test_features_beyond_the_edge_compare_as_zero() -> None:
     torch.testing.assert_close(kept, sampled, atol=7e-7 * float(kept.abs().max()), rtol=0)
     assert not kept[..., :3].any()
     assert kept[..., 3:].any()
-
-
-class _Products(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.count += func is torch.ops.aten.bmm.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_gpu_compares_many_places_at_once() -> None:
-    """What suits a CPU's caches would be tens of thousands of small kernels for a pair of pictures."""
-    counts = {}
-    for device in ("cpu", "meta"):
-        first, second = torch.zeros(2, 1, 64, 64, 96, device=device)
-        correlation = Correlation(first, second, keeps_volume=False)
-        with _Products() as products:
-            correlation.lookup(grid_of(first))
-        counts[device] = products.count
-
-    assert counts["cpu"] >= 4 * counts["meta"]

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from modules.media.reading import read_image, video_frames
-from modules.media.writing import write_png
-from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.manifests import tensor_list, write_hollow
+from tests.faults.messages import succeed_here
 from tests.post.upscaling.plain_clips import FRAMES, HEIGHT, WIDTH, WRITERS, pictures, whole_clip
 
 SCRIPT = "blissful_tuner/upscaler.py"
@@ -57,35 +55,3 @@ def test_the_frames_of_a_video_are_those_of_a_plain_loop_to_the_bit(
     # colours are blurred by 4:2:0, brightness is not
     weights = np.array([0.2126, 0.7152, 0.0722])
     assert np.abs(shown @ weights - expected[:, :height, :width] @ weights).mean() < 3
-
-
-def test_a_picture_becomes_a_png(tmp_path: Path) -> None:
-    model = WRITERS["swinir"](tmp_path / "x.safetensors")
-    write_png(tmp_path / "in.png", pictures()[0].pixels)
-
-    words = ["--model", model, "--input", tmp_path / "in.png", "--output", tmp_path / "out.png"]
-    succeed_here(SCRIPT, *words, "--tile", 0, "--batch_size", 2, folder=tmp_path)
-
-    expected = whole_clip(model, pictures()[:1], 2, 255)[0].numpy().astype(np.uint8)
-    assert np.array_equal(read_image(tmp_path / "out.png"), expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--scale", 0), "--scale 0: give a number above 0"),
-        (("--dtype", "fp8"), "--dtype fp8: nothing is computed in fp8"),
-        (("--tile", "some"), "'some' is neither a whole number nor auto"),
-        (("--model", "gone.pth"), "gone.pth: there is no such file"),
-        (("--model", "face.safetensors"), "it looks like a GFPGAN face restorer"),
-    ],
-)
-def test_mistakes_are_one_message(tmp_path: Path, options: tuple[object, ...], words: str) -> None:
-    write_hollow(tmp_path / "face.safetensors", tensor_list("gfpgan-v1.4"))
-    model = WRITERS["swinir"](tmp_path / "x.pth")
-    write_png(tmp_path / "in.png", pictures()[0].pixels)
-
-    code, said = run_here(SCRIPT, "--model", model, "--input", tmp_path / "in.png", *options, folder=tmp_path)
-
-    assert_one_message(code, said, words, remedy="looks like" in words)
-    assert not (tmp_path / "in_SWINIR.png").exists()

@@ -63,19 +63,6 @@ def test_tiles_give_about_the_same_picture(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(whole, large)
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_half_precision_is_near(tmp_path: Path, kind: str) -> None:
-    model = WRITERS[kind](tmp_path / "x.pth")
-    exact, half = (
-        np.stack(
-            [each.pixels for each in run(make_upscaler(options(model, dtype=dtype), CPU), pictures(), clip())]
-        )
-        for dtype in ("fp32", "bf16")
-    )
-    difference = np.abs(exact.astype(int) - half.astype(int))
-    assert 0 < difference.max() <= 8
-
-
 def test_a_stage_takes_only_the_pictures_that_it_computes(tmp_path: Path) -> None:
     taken: list[int] = []
 
