@@ -267,9 +267,9 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
         behind = "" if excluded else behind
         raise OptionError(f"{option} needs {_either([f'--{name}' for name in needed])}: give {what}{behind}")
     if useful and not any(is_given(record, others[name]) for name in useful):
-        shown = option if isinstance(value, (bool, tuple)) else f"{option} {value}"
+        typed = option if isinstance(value, (bool, tuple)) else f"{option} {value}"
         names = f"--{useful[0]} is not" if len(useful) == 1 else f"none of --{', --'.join(useful)} is"
-        logger.warning("%s is ignored because %s given", shown, names)
+        logger.warning("%s is ignored because %s given", typed, names)
 
 
 def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:

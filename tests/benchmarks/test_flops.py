@@ -30,7 +30,19 @@ def test_a_pass_of_wan_takes_as_many_operations_as_torch_counts() -> None:
 
 
 def test_a_pass_of_hunyuan_video_takes_as_many_operations_as_torch_counts() -> None:
-    config = HunyuanVideoConfig(256, 512, 2, 2, 3, 1, 512, 16, 16, 32, 32)
+    config = HunyuanVideoConfig(
+        dim=256,
+        ffn_dim=512,
+        num_heads=2,
+        double_blocks=2,
+        single_blocks=3,
+        refiner_blocks=1,
+        refiner_ffn_dim=512,
+        in_dim=16,
+        out_dim=16,
+        text_dim=32,
+        pooled_dim=32,
+    )
     model = HunyuanVideoModel(config)
     noisy, llama, pooled = torch.zeros(1, 16, 2, 8, 8), torch.zeros(1, 20, 32), torch.zeros(1, 32)
     counted = _operations_of_blocks(model, lambda: model(noisy, ONE, llama, torch.ones(1, 20), pooled, ONE))
