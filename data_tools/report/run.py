@@ -14,12 +14,10 @@ from data_tools.report.looks import Look, Measures, measure, read_header
 from data_tools.report.numbers import CANNOT_BE_READ, collect_numbers
 from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
-from dataset.caching.prefetch import decode_ahead, read_ahead
-from dataset.caching.reports import Failure
+from dataset.caching.prefetch import Failure, decode_ahead, read_ahead
 from dataset.config import FRAME_STEP, DatasetConfig, DatasetTable
 from dataset.sources.decoding import check_resolution
-from dataset.sources.faults import Fault, list_faults
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import Fault, MediaSource, list_faults
 from modules.atomic_write import write_text
 from modules.bars import Bar
 from modules.contract.data import LatentSpec

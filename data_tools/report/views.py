@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from data_tools.report.looks import choose_evenly
 from dataset.batches.order import changed_caption
-from dataset.caching.prefetch import decode_ahead
-from dataset.caching.reports import CacheReport, Failure
+from dataset.caching.prefetch import CacheReport, Failure, decode_ahead
 from dataset.config import DatasetConfig
 from dataset.options import COLOURS, DebugOptions
 from dataset.sources.decoding import DecodedSource, Item, decode_source

@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.batches.finding import NO_COMMANDS, CachingCommands
-from dataset.batches.items import NO_LIVE_PARTS, LiveParts, TrainingItem, group_items
+from dataset.batches.items import (
+    NO_COMMANDS,
+    NO_LIVE_PARTS,
+    CachingCommands,
+    LiveParts,
+    TrainingItem,
+    group_items,
+)
 from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import (
@@ -25,7 +31,7 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import CacheStore, Stores
 from dataset.sources.decoding import bucket_of
-from dataset.sources.masks import has_mask
+from dataset.sources.frames import has_mask
 from dataset.table import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, LatentSpec, MadeBy
 from modules.errors import CacheError

@@ -22,9 +22,8 @@ from dataset.cache.records import difference
 from dataset.cache.store import CacheStore
 from dataset.caching.text_plans import CaptionFile
 from dataset.config import DatasetTable
-from dataset.sources.faults import Fault, raise_faults
-from dataset.sources.media_source import MediaSource
-from dataset.sources.prepared import PREPARED, explain_channels, read_prepared, read_tensor
+from dataset.sources.cogvideox import PREPARED, explain_channels, read_prepared, read_tensor
+from dataset.sources.media_source import Fault, MediaSource, raise_faults
 from modules.checkpoints.containers import load_pickled
 from modules.contract.data import Conditions, MediaTable
 from modules.contract.family import Described, Encodes, TextEncoder

@@ -20,10 +20,10 @@ from dataset.caching.existing import Caches, Names, media_table
 from dataset.caching.planning import Recipe, SourcePlan, complete
 from dataset.caching.prefetch import check_memory
 from dataset.config import DatasetTable
+from dataset.sources.cogvideox import measure, read_moments
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted
-from dataset.sources.prepared import measure, read_moments
 from modules.checkpoints.finite import is_finite
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
 from modules.devices import free_memory

@@ -22,13 +22,12 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, Names, media_table, names_of
-from dataset.caching.prefetch import MANY, map_ahead
-from dataset.caching.reports import Failure
+from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config import DatasetTable
+from dataset.sources.cogvideox import GivenClip, measure_source
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
-from dataset.sources.prepared import GivenClip, measure_source
 from modules.bars import Bar
 from modules.contract.data import LOSS_MASK, LatentSpec, MediaTable
 from modules.errors import CacheError, MediaError

@@ -39,8 +39,7 @@ from dataset.caching.existing import (
     remove_caches,
 )
 from dataset.caching.latents import require_finite
-from dataset.caching.prefetch import WriteBehind
-from dataset.caching.reports import NAMED, CacheReport
+from dataset.caching.prefetch import NAMED, CacheReport, WriteBehind
 from dataset.caching.text_plans import (
     CaptionFile,
     EncodingPlan,

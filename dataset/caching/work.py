@@ -52,16 +52,13 @@ from dataset.caching.latents import (
     require_finite,
 )
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
-from dataset.caching.prefetch import WriteBehind, read_ahead
-from dataset.caching.reports import CacheReport, Failure
+from dataset.caching.prefetch import CacheReport, Failure, WriteBehind, read_ahead
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
-from dataset.sources.faults import LISTED, Fault, list_faults
-from dataset.sources.frames import Span, find_wrong_rates
+from dataset.sources.frames import Span, find_wrong_rates, shrink_mask
 from dataset.sources.listing import find_all_sources, warn_captions
-from dataset.sources.masks import shrink_mask
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, show_box

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import captions_in, explain_captions, read_caption
-from dataset.sources.faults import Fault
-from dataset.sources.masks import find_masks
-from dataset.sources.media_source import MediaSource
+from dataset.sources.frames import find_masks
+from dataset.sources.media_source import Fault, MediaSource
 from dataset.sources.rows import first_and_more
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation

@@ -10,10 +10,16 @@ from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
 from dataset.sources.captions import caption_lines, complete_captions
-from dataset.sources.faults import Fault
 from dataset.sources.fetching import protocol_problem
-from dataset.sources.media_source import MediaSource, Origin, Remote
-from dataset.sources.stems import local_name, split_name, unique_stems
+from dataset.sources.media_source import (
+    Fault,
+    MediaSource,
+    Origin,
+    Remote,
+    local_name,
+    split_name,
+    unique_stems,
+)
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, protocol_of, split_address

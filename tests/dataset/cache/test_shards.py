@@ -18,7 +18,7 @@ from dataset.cache.catalog import list_shards, machine
 from dataset.cache.shard_files import merge_shards, shard_faults
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import CacheStore, SingleFiles
-from dataset.shard_names import INDEX
+from dataset.sources.media_source import INDEX
 from modules.errors import CacheError, OutputError
 from tests.dataset.cache.killing import needs_fork, run_and_kill, run_to_step
 
