@@ -434,10 +434,8 @@ Step = tuple[str, str, int]
 
 def steps(count: int) -> list[Step]:
     chance = random.Random(5)
-    kinds = ["write", "remove", "close", "settle", "sleep"]
-    return [
-        (chance.choices(kinds, [6, 2, 1, 1, 1])[0], chance.choice(NAMES), number) for number in range(count)
-    ]
+    kinds = ["write", "remove", "close", "settle"]
+    return [(chance.choices(kinds, [6, 2, 1, 1])[0], chance.choice(NAMES), number) for number in range(count)]
 
 
 def take(store: ShardStore, step: Step) -> None:
@@ -446,8 +444,6 @@ def take(store: ShardStore, step: Step) -> None:
         write(store, name, number)
     elif kind == "remove":
         store.remove(name)
-    elif kind == "sleep":
-        time.sleep(shards.COMMIT_SECONDS * 1.2)
     else:
         store.close(is_last=kind == "settle")
 
@@ -479,7 +475,7 @@ def test_what_was_closed_survives_kills_and_nothing_is_half_there(tmp_path: Path
         states, last = [state], 0
         for number, step in enumerate(plan[done : done + count + 1], 1):
             states.append(after(states[-1], step))
-            if step[0] in ("close", "settle", "sleep") and number <= count:
+            if step[0] in ("close", "settle") and number <= count:
                 last = number
         found = seen(tmp_path)
         assert found in states[last:]
