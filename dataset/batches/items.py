@@ -19,7 +19,6 @@ from dataset.cache.files import (
     empty_text_name,
     latent_names,
     parse_more_text_name,
-    part_name,
     text_file_name,
 )
 from dataset.cache.npz import NpzNames
@@ -211,7 +210,11 @@ def find_items(
             listed.setdefault(table.picture_folder, set()).update(stems)
         texts = _TextNames(table, [] if one.texts else text_names, cache_tag)
         unfinished |= dict.fromkeys(table.cache_directory / name for name in texts.unfinished)
-        parts = _count_parts(wanted, cache_tag, table.kind)
+        clips = latent_names(wanted, cache_tag, table.kind) if table.kind == "video" else ()
+        # how many files each clip in sections has: all that differ in their section alone
+        parts = Counter(
+            (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
+        )
         buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
         has_empty_text, is_empty = empty_text in text_names, True
         del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
@@ -241,7 +244,7 @@ def find_items(
         tuple(items),
         tuple(missing),
         tuple(empty),
-        tuple(path.with_name(part_name(path.name)) for path in unfinished),
+        tuple(path.with_name(path.name + PART) for path in unfinished),
         tuple(missing_empty),
         tuple(incomplete),
         tuple(folder / stem for folder, stem in unlisted if stem not in listed[folder]),
@@ -293,12 +296,6 @@ def _listed_stems(
         return {source.stem for source in find_sources(table, captions=False, faults=[])}
     except DatasetError:  # none at all: the caches were copied without the pictures
         return None
-
-
-def _count_parts(names: Sequence[str], tag: str, kind: str) -> Counter[tuple[str, LatentName]]:
-    """Return how many files each clip in sections has: all that differ in their section alone."""
-    found = latent_names(names, tag, kind) if kind == "video" else ()
-    return Counter((stem, replace(what, section=None)) for _, stem, what in found if what.section is not None)
 
 
 def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:

@@ -80,7 +80,10 @@ def join_processes(environment: Mapping[str, str] | None = None) -> Iterator[Sha
     Raises OptionError if the launcher's variables are incomplete.
     """
     variables = os.environ if environment is None else environment
-    rank, count, local_rank = (_first(variables, names) for names in (RANK, COUNT, LOCAL_RANK))
+    rank, count, local_rank = (
+        next((int(variables[name]) for name in names if name in variables), None)
+        for names in (RANK, COUNT, LOCAL_RANK)
+    )
     if count is None or count <= 1:
         yield Share(0, 1, 0)
         return
@@ -99,10 +102,6 @@ def join_processes(environment: Mapping[str, str] | None = None) -> Iterator[Sha
     finally:
         if started_here:
             dist.destroy_process_group()
-
-
-def _first(variables: Mapping[str, str], names: Sequence[str]) -> int | None:
-    return next((int(variables[name]) for name in names if name in variables), None)
 
 
 def cache_media(

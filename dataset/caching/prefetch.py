@@ -61,22 +61,23 @@ class CacheReport:
 
 def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool = True) -> CacheReport:
     """Join the reports of several processes to one."""
-
-    def all_of(name: str) -> tuple[Failure, ...]:
-        found = [one for report in reports for one in getattr(report, name)]
-        return tuple(sorted(found, key=lambda failure: str(failure.path)))
-
+    of_sources = {
+        name: tuple(
+            sorted(
+                (one for report in reports for one in getattr(report, name)), key=lambda one: str(one.path)
+            )
+        )
+        for name in ("failures", "dropped", "shortened")
+    }
     return CacheReport(
         written=sum(report.written for report in reports),
         kept=sum(report.kept for report in reports),
         foreign=sum(report.foreign for report in reports),
         removed=removed,
-        failures=all_of("failures"),
-        dropped=all_of("dropped"),
-        shortened=all_of("shortened"),
         share=sum(report.share for report in reports),
         whole=max((report.whole for report in reports), default=0),
         is_main=is_main,
+        **of_sources,
     )
 
 
@@ -227,11 +228,14 @@ def read_ahead(
 
     decodes: `work` decodes its source, and waiting frames stay under DECODED_BYTES; else it reads little.
     """
-
-    def size_bytes(job: T) -> int:
-        return estimate_decoded_bytes(source_of(job)) if decodes else 0
-
-    with bar, contextlib.closing(run_ahead(jobs, work, workers, size_bytes, DECODED_BYTES)) as ahead:
+    ahead = run_ahead(
+        jobs,
+        work,
+        workers,
+        lambda job: estimate_decoded_bytes(source_of(job)) if decodes else 0,
+        DECODED_BYTES,
+    )
+    with bar, contextlib.closing(ahead):
         for job, result in ahead:
             if not isinstance(result, Exception):
                 yield job, result

@@ -193,12 +193,14 @@ class MediaWork:
         """
         finished: list[SourcePlan] = []
         failures: list[Failure] = []
-
-        def work(plan: SourcePlan) -> tuple[SourcePlan, Iterable[Pending]]:
-            return decode(plan, names_of(self._existing, plan.source), self._recipe)
-
-        bar = Bar(len(plans), "Encoding", "source", shows)
-        ahead = read_ahead(plans, lambda plan: plan.source, work, workers, bar, decodes=True)
+        ahead = read_ahead(
+            plans,
+            lambda plan: plan.source,
+            lambda plan: decode(plan, names_of(self._existing, plan.source), self._recipe),
+            workers,
+            Bar(len(plans), "Encoding", "source", shows),
+            decodes=True,
+        )
         with WriteBehind() as writer, contextlib.closing(ahead), torch.no_grad():
             for _, result in ahead:
                 if isinstance(result, Failure):

@@ -163,40 +163,6 @@ def test_large_shards_stay_and_holes_are_reclaimed(tmp_path: Path) -> None:
     assert shard_faults(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "index", ["missing", "cut", "of another folder", "older", "no database", "damaged inside"]
-)
-def test_an_index_that_cannot_be_used_is_replaced(folder: Path, tmp_path: Path, index: str) -> None:
-    right = (folder / INDEX).read_bytes()
-    if index == "missing":
-        (folder / INDEX).unlink()
-    elif index == "cut":
-        (folder / INDEX).write_bytes(right[:5000])
-    elif index == "damaged inside":
-        middle = len(right) // 2
-        (folder / INDEX).write_bytes(right[:middle] + b"\xff" * 600 + right[middle + 600 :])
-    elif index == "no database":
-        (folder / INDEX).write_bytes(b"notes" * 1000)
-    elif index == "older":
-        store = ShardStore(folder)
-        fill(store, NAMES)
-        store.close(is_last=True)
-        (folder / INDEX).write_bytes(right)
-    else:
-        store = ShardStore(tmp_path / "other")
-        fill(store, ODD)
-        store.close(is_last=True)
-        shutil.copy(tmp_path / "other" / INDEX, folder / INDEX)
-    store = ShardStore(folder)
-    assert WHOLE.items() <= seen(folder).items()
-    for name in set(store.names()) - set(NAMES):  # an index of others lists what is not here, as lost
-        store.remove(name)
-    store.close(is_last=True)
-    assert seen(folder) == WHOLE
-    assert shard_faults(folder) == []
-    assert catalog.Catalog(folder).has_index
-
-
 def damages(size: int, step: int) -> Iterator[tuple[str, int]]:
     for place in range(0, size, step):
         yield "flip", place
@@ -397,32 +363,6 @@ def test_tars_of_earlier_versions_are_read_and_written_beside(tars: Path) -> Non
     merge_shards(tars, with_tars=True)
     assert seen(tars) == state
     assert sorted(contents(tars)) == sorted([shard(tars).name, INDEX])
-
-
-def test_a_damaged_tar_costs_its_entries_and_is_mended(tars: Path) -> None:
-    whole = {path.name: path.read_bytes() for path in tars.glob("*.tar")}
-    for name, data in whole.items():
-        for how, place in damages(len(data), 761):
-            folder = tars.with_name("damaged")
-            shutil.copytree(tars, folder)
-            damaged = bytearray(data)
-            if how == "flip":
-                damaged[place] ^= 0x10
-            else:
-                del damaged[place:]
-            (folder / name).write_bytes(damaged)
-            alive, store = seen(folder), ShardStore(folder)
-            gone = [name for name in OLD_WHOLE if name not in alive]
-            assert not gone or shard_faults(folder) or set(store.names()) >= set(gone), (how, place)
-            for one in OLD_WHOLE:
-                if alive.get(one) != OLD_WHOLE[one]:
-                    write(store, one, OLD_WHOLE[one])
-            if "clip_1_toy_te.safetensors" in alive:  # that it was removed stood in the damaged part
-                store.remove("clip_1_toy_te.safetensors")
-            store.close(is_last=True)
-            assert seen(folder) == OLD_WHOLE, (how, place)
-            assert shard_faults(folder) == [], (how, place)
-            shutil.rmtree(folder)
 
 
 # --- kills
