@@ -37,7 +37,7 @@ from dataset.cache.files import EMPTY
 from dataset.cache.store import Stores
 from dataset.caching.existing import Caches, LatentNames, media_table, names_of, npz_names, use_moments
 from dataset.caching.planning import Recipe, SourcePlan, complete, plan_all
-from dataset.caching.prefetch import Failure, decode_ahead
+from dataset.caching.prefetch import Failure, read_ahead
 from dataset.caching.text_plans import TextRecipe, list_caption_files
 from dataset.caching.work import workers_of
 from dataset.config import DatasetConfig
@@ -217,7 +217,7 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
     plans = [plan for plan in looked if plan.missing is not None]
     unknown = [plan for plan in looked if plan.missing is None]
     bar = Bar(len(unknown), "Decoding", "source")
-    for _, result in decode_ahead(unknown, lambda plan: plan.source, decoded, workers, bar):
+    for _, result in read_ahead(unknown, lambda plan: plan.source, decoded, workers, bar, decodes=True):
         if isinstance(result, Failure):
             unreadable.append(result)
         else:

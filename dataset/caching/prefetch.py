@@ -247,17 +247,6 @@ def read_ahead(
             bar.update()
 
 
-def decode_ahead(
-    jobs: Sequence[T],
-    source_of: Callable[[T], MediaSource],
-    work: Callable[[T], R],
-    workers: int,
-    bar: Bar,
-) -> Generator[tuple[T, R | Failure], None, None]:
-    """Do as `read_ahead` for work that decodes its source."""
-    return read_ahead(jobs, source_of, work, workers, bar, decodes=True)
-
-
 def estimate_decoded_bytes(source: MediaSource) -> int:
     """Estimate the bytes of a source's decoded frames.
 
