@@ -6,7 +6,7 @@ All options: python cache_on_ray.py --help
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from dataset.ray_options import read_ray_options
+from dataset.options import read_ray_options
 from modules.command import command_line
 from modules.families import identify
 from modules.installation import import_own

@@ -107,7 +107,7 @@ def measure_floor(folder: Path, what: str) -> float:
 
 def start(path: Path) -> None:
     """Do what training does from its options to its first batch, without a model."""
-    from dataset.batches.finding import find_items, require_items
+    from dataset.batches.items import find_items, require_items
     from dataset.batches.order import BatchOrder, split_validation
     from dataset.batches.reading import check_channels
     from dataset.config import load_dataset_config
@@ -136,7 +136,7 @@ def start(path: Path) -> None:
 
 
 def _commands() -> "object":
-    from dataset.batches.finding import NO_COMMANDS
+    from dataset.batches.items import NO_COMMANDS
 
     return NO_COMMANDS
 

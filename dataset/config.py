@@ -13,7 +13,7 @@ from typing import Any, Literal
 from dataset.config_keys import MODES
 from dataset.key_reading import BAD, parse_config, read_keys, unknown, without_nulls
 from dataset.subset_options import SubsetOptions
-from dataset.subsets import has_subsets, read_subsets
+from dataset.subsets import read_subsets
 from dataset.table import FRAME_KEYS, KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table
 from modules.errors import DatasetError
 
@@ -35,7 +35,11 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
     """
     content = parse_config(path)
     problems = [unknown(name, value, TOP_LEVEL) for name, value in content.items() if name not in TOP_LEVEL]
-    if has_subsets(content):
+    datasets = content.get("datasets")
+    entries = [
+        one for one in (datasets if isinstance(datasets, list) else [datasets]) if isinstance(one, dict)
+    ]
+    if any(key.startswith("subset") for entry in entries for key in entry):  # the image guides' form
         tables = read_subsets(path, content, given, problems)
     else:
         general = without_nulls(content.get("general"), "[general]", problems)

@@ -32,7 +32,7 @@ def cache_family_latents(
             require(values[name], option, f"{why}; only --debug_mode and --check work without it")
     config = load_dataset_config(options.dataset_config)
 
-    from dataset.commands import run_latent_caching  # torch loads here, after every option has been read
+    from dataset.caching.loop import run_latent_caching  # torch loads here, after every option has been read
 
     words = ["python", f"{entry.cache}_text_encoder_outputs.py", *entry.texts.split()]
     following = as_typed([*words, "--dataset_config", str(options.dataset_config)])
@@ -48,7 +48,7 @@ def cache_family_texts(
     options, own = read_text_caching(about, entry.options_record("TextCaching"), argv)
     config = load_dataset_config(options.dataset_config)
 
-    from dataset.commands import run_text_caching  # torch loads here, after every option has been read
+    from dataset.caching.loop import run_text_caching  # torch loads here, after every option has been read
 
     words = ["python", f"{entry.script}_train_network.py", *entry.training]
     following = as_typed([*words, "--dataset_config", str(options.dataset_config), "--check"])

@@ -31,13 +31,6 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)  # of a folder: repeats and class
 
 
-def has_subsets(content: Mapping[str, Any]) -> bool:
-    """Return whether a file is in the image guides' form: one of its datasets has subsets."""
-    entries = content.get("datasets")
-    entries = entries if isinstance(entries, list) else [entries]
-    return any(key.startswith("subset") for entry in entries if isinstance(entry, dict) for key in entry)
-
-
 def read_subsets(
     path: Path, content: Mapping[str, Any], given: SubsetOptions | None, problems: list[str]
 ) -> tuple[DatasetTable, ...]:

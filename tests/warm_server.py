@@ -29,7 +29,7 @@ LOADED = (
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "accelerate", "av"),
     *("cv2", "matplotlib.figure", "pandas", "transformers", "training.run", "generation.run"),
     "modules.families",
-    *("dataset.commands", "networks.lora_wan"),
+    *("dataset.caching.loop", "networks.lora_wan"),
     *sorted(f"{file.parent.name}.family" for file in ROOT.glob("*/family.py")),
 )
 

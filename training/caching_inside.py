@@ -19,7 +19,7 @@ from dataset.cache.npz import NpzNames, open_npz
 from dataset.cache.store import CacheStore, MemoryStore, Stores, open_store
 from dataset.caching.existing import Caches, npz_names
 from dataset.caching.loop import cache_media, cache_texts, join_processes
-from dataset.caching.reports import conclude
+from dataset.caching.prefetch import conclude
 from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_all_sources, require_captions

@@ -9,8 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dataset.batches.finding import CachingCommands, find_items, require_items
-from dataset.batches.items import TrainingItem
+from dataset.batches.items import CachingCommands, TrainingItem, find_items, require_items
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import check_channels
 from dataset.batches.same_encoders import SameEncoders

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.batches.finding import CachingCommands, find_items, require_items
+from dataset.batches.items import CachingCommands, find_items, require_items
 from dataset.batches.order import split_validation
 from dataset.batches.reading import check_channels
-from dataset.caching.reports import conclude
+from dataset.caching.prefetch import conclude
 from dataset.options import DebugOptions
 from modules.atomic_write import write_bytes
 from modules.contract.family import FLOW, Family, NoiseSpec

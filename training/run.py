@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.batches.finding import NO_COMMANDS, CachingCommands
+from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.contract.family import Family
 from modules.control_codes import shorten
 from modules.options import option_values

@@ -41,7 +41,7 @@ def training_script(
             refuse_for_whole(option_values(own).get("dit_dtype"))
         check(own)
 
-        from dataset.batches.finding import CachingCommands
+        from dataset.batches.items import CachingCommands
         from training.following import FamilyScripts
         from training.run import train_network  # torch loads here, after every option has been read
 

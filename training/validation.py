@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from dataset.batches.finding import CachingCommands
-from dataset.batches.items import TrainingItem
+from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import RunPlace, change_captions
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.records import CacheChecks

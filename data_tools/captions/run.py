@@ -27,7 +27,7 @@ from data_tools.captions.places import (
     say_missing_keys,
 )
 from data_tools.captions.server import ApiServer
-from dataset.caching.reports import Failure
+from dataset.caching.prefetch import Failure
 from dataset.config import DatasetConfig
 from dataset.sources.fetching import fetch
 from modules.atomic_write import write_text

@@ -21,8 +21,7 @@ from torch import Tensor
 from data_tools.cogvideox.items import PreparedItem, write_media
 from data_tools.cogvideox.models import DTYPES, EncodeMoments
 from data_tools.cogvideox.options import EncodingOptions, PrepareOptions, ShapeOptions
-from dataset.caching.prefetch import DECODED_BYTES, WriteBehind, run_ahead
-from dataset.caching.reports import Failure
+from dataset.caching.prefetch import DECODED_BYTES, Failure, WriteBehind, run_ahead
 from modules.bars import Bar
 from modules.errors import MediaError
 from modules.media.buckets import Size

@@ -27,13 +27,17 @@ from data_tools.cogvideox.models import PipelineNetworks, find_maker
 from data_tools.cogvideox.options import PrepareOptions, ShapeOptions
 from dataset.cache.records import difference
 from dataset.caching.loop import Share, join_processes
-from dataset.caching.prefetch import WriteBehind
-from dataset.caching.reports import Failure, failure_error
+from dataset.caching.prefetch import Failure, WriteBehind, failure_error
 from dataset.caching.texts import warn_cut_captions
-from dataset.sources.cogvideox import CogData, missing_clips, read_rows
-from dataset.sources.faults import Fault, raise_faults
-from dataset.sources.media_source import EMBEDS
-from dataset.sources.prepared import PreparedFolder, read_prepared, write_prepared
+from dataset.sources.cogvideox import (
+    CogData,
+    PreparedFolder,
+    missing_clips,
+    read_prepared,
+    read_rows,
+    write_prepared,
+)
+from dataset.sources.media_source import EMBEDS, Fault, raise_faults
 from modules.atomic_write import make_folder, remove_leftovers, write_text
 from modules.bars import Bar
 from modules.checkpoints.containers import load_pickled

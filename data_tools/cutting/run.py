@@ -24,7 +24,7 @@ from data_tools.cutting.records import (
     write_record,
 )
 from data_tools.cutting.scenes import load_detector
-from dataset.sources.stems import readable_stem
+from dataset.sources.media_source import readable_stem
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar
 from modules.console import count_of, in_words, show_box

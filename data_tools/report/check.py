@@ -21,8 +21,14 @@ from data_tools.report.findings import (
 )
 from data_tools.report.page import write_check_page
 from data_tools.report.repair import repair_captions
-from dataset.batches.finding import NO_COMMANDS, CachingCommands, FoundItems, find_items
-from dataset.batches.items import TrainingItem, group_items
+from dataset.batches.items import (
+    NO_COMMANDS,
+    CachingCommands,
+    FoundItems,
+    TrainingItem,
+    find_items,
+    group_items,
+)
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch, stores_for
 from dataset.batches.same_encoders import SameEncoders, describe_identity
@@ -31,15 +37,14 @@ from dataset.cache.files import EMPTY
 from dataset.cache.store import Stores
 from dataset.caching.existing import Caches, LatentNames, media_table, names_of, npz_names, use_moments
 from dataset.caching.planning import Recipe, SourcePlan, complete, plan_all
-from dataset.caching.prefetch import decode_ahead
-from dataset.caching.reports import Failure
+from dataset.caching.prefetch import Failure, read_ahead
 from dataset.caching.text_plans import TextRecipe, list_caption_files
 from dataset.caching.work import workers_of
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.decoding import check_resolution, decode_source
-from dataset.sources.faults import Fault
 from dataset.sources.frames import find_wrong_rates
+from dataset.sources.media_source import Fault
 from modules.bars import Bar
 from modules.contract.data import LatentSpec, MediaTable
 from modules.contract.family import Described, TextEncoder
@@ -212,7 +217,7 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
     plans = [plan for plan in looked if plan.missing is not None]
     unknown = [plan for plan in looked if plan.missing is None]
     bar = Bar(len(unknown), "Decoding", "source")
-    for _, result in decode_ahead(unknown, lambda plan: plan.source, decoded, workers, bar):
+    for _, result in read_ahead(unknown, lambda plan: plan.source, decoded, workers, bar, decodes=True):
         if isinstance(result, Failure):
             unreadable.append(result)
         else:

@@ -9,12 +9,10 @@ from pathlib import Path
 
 from data_tools.report.looks import Look
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.shard_names import is_of_shards
 from dataset.sources.captions import describe_cut
-from dataset.sources.faults import Fault, list_faults
 from dataset.sources.folders import folder_id, is_file, unsearched_folders
 from dataset.sources.listing import find_sources, missing_captions
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import Fault, MediaSource, is_of_shards, list_faults
 from modules.contract.family import TextEncoder
 from modules.contract.rules import CountTokens, TokenCount
 from modules.errors import CheckpointError, DatasetError, OptionError

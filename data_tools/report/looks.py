@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 from markupsafe import Markup
 
+from dataset.sources.cogvideox import measure_source
 from dataset.sources.decoding import decode_source, fit_of, plan_source, source_frames, spans_or_reason
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, compare_rates, describe_short
 from dataset.sources.media_source import MediaSource
-from dataset.sources.prepared import measure_source
 from modules.contract.data import LatentSpec
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError

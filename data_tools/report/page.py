@@ -13,8 +13,7 @@ from data_tools.report.findings import NO_COUNTERS, CheckResult, Counters, Table
 from data_tools.report.looks import Look, StripSize, show
 from data_tools.report.numbers import Numbers, count_fits
 from data_tools.report.options import ReportOptions
-from dataset.caching.prefetch import read_ahead
-from dataset.caching.reports import Failure
+from dataset.caching.prefetch import Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar

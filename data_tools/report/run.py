@@ -14,12 +14,10 @@ from data_tools.report.looks import Look, Measures, measure, read_header
 from data_tools.report.numbers import CANNOT_BE_READ, collect_numbers
 from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
-from dataset.caching.prefetch import decode_ahead, read_ahead
-from dataset.caching.reports import Failure
+from dataset.caching.prefetch import Failure, read_ahead
 from dataset.config import FRAME_STEP, DatasetConfig, DatasetTable
 from dataset.sources.decoding import check_resolution
-from dataset.sources.faults import Fault, list_faults
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import Fault, MediaSource, list_faults
 from modules.atomic_write import write_text
 from modules.bars import Bar
 from modules.contract.data import LatentSpec
@@ -88,8 +86,7 @@ def _measure_table(
 
     fits: dict[Fit | None, Fit | None] = {}  # each once: there are few
     bar = Bar(len(found.sources), "Measuring" if decodes else "Reading headers", "file")
-    ahead = decode_ahead if decodes else read_ahead
-    for source, result in ahead(found.sources, lambda source: source, work, workers, bar):
+    for source, result in read_ahead(found.sources, lambda one: one, work, workers, bar, decodes):
         look = Look(problem=str(result)) if isinstance(result, Failure) else result
         found.looks.append(replace(look, fit=fits.setdefault(look.fit, look.fit)))
         _count_look(found, source, found.looks[-1])

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from data_tools.report.looks import choose_evenly
 from dataset.batches.order import changed_caption
-from dataset.caching.prefetch import decode_ahead
-from dataset.caching.reports import CacheReport, Failure
+from dataset.caching.prefetch import CacheReport, Failure, read_ahead
 from dataset.config import DatasetConfig
 from dataset.options import COLOURS, DebugOptions
 from dataset.sources.decoding import DecodedSource, Item, decode_source
@@ -60,7 +59,8 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
         left = debug.console_num_images if way == "console" else None
         sources = find_sources(table)
         bar = Bar(len(sources), "Decoding", "source", shown=False)
-        with contextlib.closing(decode_ahead(sources, lambda one: one, decode, workers, bar)) as decoded:
+        ahead = read_ahead(sources, lambda one: one, decode, workers, bar, decodes=True)
+        with contextlib.closing(ahead) as decoded:
             for source, result in decoded:
                 if isinstance(result, Failure):
                     failures.append(result)

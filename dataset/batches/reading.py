@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.batches.finding import NO_COMMANDS, CachingCommands
-from dataset.batches.items import NO_LIVE_PARTS, LiveParts, TrainingItem, group_items
+from dataset.batches.items import (
+    NO_COMMANDS,
+    NO_LIVE_PARTS,
+    CachingCommands,
+    LiveParts,
+    TrainingItem,
+    group_items,
+)
 from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import (
@@ -25,7 +31,7 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import CacheStore, Stores
 from dataset.sources.decoding import bucket_of
-from dataset.sources.masks import has_mask
+from dataset.sources.frames import has_mask
 from dataset.table import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, LatentSpec, MadeBy
 from modules.errors import CacheError
@@ -90,10 +96,12 @@ def read_batch(
     read = []
     for place, (item, number, flip) in enumerate(zip(items, numbers, sides, strict=True)):
         encoded = live.encoded.get(place)
-        whole = _read_item(item, stores, latent, commands, checks, number, encoded, live)
-        read.append(replace(whole, tensors=choose_side(whole.tensors, flip)))
-    if any(LOSS_MASK in one.tensors for one in read):
-        read = [_with_mask(one) for one in read]
+        one = _read_item(item, stores, latent, commands, checks, number, encoded, live)
+        read.append(replace(one, tensors=choose_side(one.tensors, flip)))
+    if any(LOSS_MASK in one.tensors for one in read):  # one without a mask gets ones, which change nothing
+        shapes = [one.tensors["latents"].shape[1:] for one in read]
+        whole = [{LOSS_MASK: torch.ones(shape, dtype=torch.float16)} for shape in shapes]
+        read = [replace(one, tensors={**mask, **one.tensors}) for one, mask in zip(read, whole, strict=True)]
     first = read[0]
     for item, other in zip(items, read, strict=True):
         if other.tensors.keys() != first.tensors.keys():
@@ -118,12 +126,6 @@ def read_batch(
         () if set(weights) == {1.0} else weights,
         preserved if any(preserved) else (),
     )
-
-
-def _with_mask(read: "_ReadItem") -> "_ReadItem":
-    """Return an item with a mask; one that has none gets ones, which change nothing."""
-    whole = torch.ones(read.tensors["latents"].shape[1:], dtype=torch.float16)
-    return replace(read, tensors={LOSS_MASK: whole, **read.tensors})
 
 
 @dataclass(frozen=True)

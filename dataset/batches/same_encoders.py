@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dataset.batches.finding import NO_COMMANDS, CachingCommands
+from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.contract.data import LATENTS_MADE, MadeBy
 
 logger = logging.getLogger(__name__)

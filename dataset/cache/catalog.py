@@ -10,16 +10,17 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import sqlite3
 import struct
+import tarfile
 import time
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from dataset.cache.old_tars import read_old_shard
-from dataset.shard_names import INDEX, SHARD
+from dataset.sources.media_source import INDEX, SHARD
 from modules.atomic_write import LEFTOVER_SECONDS, atomic_path
 from modules.errors import CacheError
 
@@ -339,3 +340,49 @@ def _is_whole(path: Path) -> bool:
             return False
         page, pages = struct.unpack_from(">H", header, 16)[0], struct.unpack_from(">I", header, 28)[0]
         return bool(os.fstat(file.fileno()).st_size == pages * (65536 if page == 1 else page))
+
+
+# --- shards of earlier versions: tars, each entry behind a comment with its facts
+# ------------------------------------------------------------------------------------------------------------
+
+_COMMENT = re.compile(
+    rb" comment=(reelsmith 1 (entry|removed) (\d{1,9}) (\d{1,11}) ([0-9a-f]{8}) )([0-9a-f]{8}) (.+?)\n"
+    rb"(?=\0|\d+ path=|$)",
+    re.DOTALL,
+)
+_MOST_COMMENT = 1 << 16
+
+# name, offset of its bytes, generation, length (None: it was removed), CRC-32 of its bytes
+OldRow = tuple[bytes, int, int, int | None, int]
+
+
+def read_old_shard(path: Path) -> tuple[list[OldRow], bool]:
+    """Return the records of a tar up to its end or a damaged header, and whether all were read.
+
+    That an entry was removed stands in a global header. `tools/convert_cache.py --to shards` makes such
+    shards anew. Raises OSError.
+    """
+    rows: list[OldRow] = []
+    is_whole, size, found = True, path.stat().st_size, None
+    with path.open("rb") as file:
+        while True:
+            try:
+                header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+            except tarfile.HeaderError as error:
+                is_end = isinstance(error, tarfile.EOFHeaderError)  # type: ignore[attr-defined]
+                return rows, is_whole and is_end
+            start = file.tell()
+            end = start + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and header.size <= _MOST_COMMENT:
+                content = file.read(header.size)
+                found = _COMMENT.search(content)
+                if found is not None and zlib.crc32(found[1] + found[7]) != int(found[6], 16):
+                    is_whole, found = False, None
+                if found is not None and found[2] == b"removed":
+                    rows.append((found[7], 0, int(found[3]), None, -1))
+            elif found is not None and header.size == int(found[4]) and end <= size:
+                rows.append((found[7], start, int(found[3]), header.size, int(found[5], 16)))
+                found = None
+            else:
+                is_whole = False
+            file.seek(end)

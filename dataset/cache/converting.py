@@ -23,7 +23,7 @@ from dataset.cache.shard_files import merge_shards, shard_faults
 from dataset.cache.shards import ShardStore
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import ConvertCacheOptions
-from dataset.shard_names import INDEX, OLD_INDEX, is_of_shards
+from dataset.sources.media_source import INDEX, OLD_INDEX, is_of_shards
 from modules.atomic_write import explain_errors, remove_leftovers, write_bytes
 from modules.bars import track
 from modules.command import as_typed

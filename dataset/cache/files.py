@@ -164,11 +164,6 @@ def is_safe_name(name: str) -> bool:
     return name not in {"", ".", ".."} and _BAD_CHARACTER.search(name) is None
 
 
-def part_name(name: str) -> str:
-    """Return the name of a text cache until all encoders have written, e.g. `clip_hv_te.safetensors.part`."""
-    return name + PART
-
-
 def tensor_name(key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None) -> str:
     """Return the name in a file of the tensor that is `key` in batches.
 

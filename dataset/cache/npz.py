@@ -49,8 +49,8 @@ from dataset.cache.npz_files import (
 )
 from dataset.config import DatasetTable
 from dataset.sources.decoding import bucket_of
+from dataset.sources.frames import shrink_mask
 from dataset.sources.listing import find_sources
-from dataset.sources.masks import shrink_mask
 from modules.atomic_write import explain_errors
 from modules.contract.data import LOSS_MASK, LatentSpec
 from modules.contract.rules import NpzFormat

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataset.cache.files import Entry, Header, tensor_key
-from dataset.sources.masks import shrink_mask
+from dataset.sources.frames import shrink_mask
 from modules.atomic_write import atomic_path
 from modules.devices import dtype_name
 from modules.errors import CacheError

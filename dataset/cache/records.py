@@ -34,7 +34,6 @@ T = TypeVar("T")
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
-MOST_FRAMES = 10_000_000  # of a clip: days
 MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
 
@@ -110,7 +109,7 @@ def latent_record_of(data: Mapping[str, Any]) -> LatentRecord:
     """
     clip = data["clip"]
     if clip is not None:
-        clip = ClipFacts(tuple(clip["size"]), _frames(clip["kept_frames"]), clip["complete"])
+        clip = ClipFacts(tuple(clip["size"]), clip["kept_frames"], clip["complete"])
     return LatentRecord(
         encoder=dict(data["encoder"]),
         options=dict(data["options"]),
@@ -144,12 +143,6 @@ def text_records(header: Header) -> dict[str, TextRecord]:
     Raises CacheError if they are damaged.
     """
     return _read_record(header, "texts", text_records_of) or {}
-
-
-def _frames(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= MOST_FRAMES:
-        raise ValueError(f"a clip of {value!r} frames")
-    return value
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
@@ -191,11 +184,6 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
     if size_bytes != then.size_bytes:
         return False
     return mtime_ns == then.mtime_ns or _content_hash(path, size_bytes, mtime_ns, origin) == then.sha256
-
-
-def modified_ns(path: Path) -> int:
-    """Return when a file, or the newest image of a folder, was last written, in nanoseconds since 1970."""
-    return stamp_of(path)[1]
 
 
 def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
@@ -322,7 +310,7 @@ class CacheChecks:
                 path is not None
                 and path.exists()
                 and not is_unchanged(file, path)
-                and modified_ns(path) <= self.started_ns
+                and stamp_of(path)[1] <= self.started_ns
             ):
                 return path
         return None
@@ -332,4 +320,4 @@ class CacheChecks:
         now = read_caption(path)
         if now is None or captions_in(now, table)[number : number + 1] == (caption,):
             return None
-        return now if modified_ns(path) <= self.started_ns else None
+        return now if stamp_of(path)[1] <= self.started_ns else None

@@ -20,7 +20,7 @@ from dataset.cache.catalog import (
     machine,
     may_be_written,
 )
-from dataset.shard_names import INDEX, OLD_INDEX, is_of_shards
+from dataset.sources.media_source import INDEX, OLD_INDEX, is_of_shards
 from modules.atomic_write import check_space, explain_errors, flush_folder, remove_leftovers
 from modules.errors import CacheError, OutputError
 from modules.file_locks import only_one

@@ -2,11 +2,10 @@
 
 existing: places of caches, existing ones, tensors computed before
 latents: from a source to the batches that families encode
-loop: encode media to latents and captions to embeddings
+loop: encode media and captions; run the commands
 on_ray: cache on a Ray cluster, by shards of the work
 planning: cache files of a source, and which are valid
-prefetch: work ahead in threads; write in the background
-reports: report what a caching run did
+prefetch: work ahead in threads; report what was done
 text_plans: text caches: valid, unfinished and missing outputs
 texts: encode the captions without a valid text cache
 work: encode the items without a valid latent cache

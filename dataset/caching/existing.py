@@ -22,9 +22,8 @@ from dataset.cache.records import difference
 from dataset.cache.store import CacheStore
 from dataset.caching.text_plans import CaptionFile
 from dataset.config import DatasetTable
-from dataset.sources.faults import Fault, raise_faults
-from dataset.sources.media_source import MediaSource
-from dataset.sources.prepared import PREPARED, explain_channels, read_prepared, read_tensor
+from dataset.sources.cogvideox import PREPARED, explain_channels, read_prepared, read_tensor
+from dataset.sources.media_source import Fault, MediaSource, raise_faults
 from modules.checkpoints.containers import load_pickled
 from modules.contract.data import Conditions, MediaTable
 from modules.contract.family import Described, Encodes, TextEncoder
@@ -56,29 +55,24 @@ class LatentNames:
     def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
         """List them, without opening one. kind: of the table, "image" or "video"."""
         self._rest: dict[str, LatentName] = {}  # by the end of a name
-        self._names: dict[str, str | list[str]] = {}  # by stem; mostly there is one
+        self._files: dict[str, tuple[str, ...]] = {}  # by stem; mostly there is one
         for file, stem, rest in latent_names(store.names(), tag, kind):
             self._rest.setdefault(file[len(stem) :], rest)
-            before = self._names.setdefault(stem, file)
-            if before is not file:
-                self._names[stem] = [*([before] if isinstance(before, str) else before), file]
+            self._files[stem] = (*self._files.get(stem, ()), file)
 
     def of(self, stem: str) -> Names:
         """Return those of one source."""
-        return {file: self._rest[file[len(stem) :]] for file in self._files(stem)}
+        return {file: self._rest[file[len(stem) :]] for file in self._files.get(stem, ())}
 
     def not_in(self, names: Container[str], but_of: Container[str]) -> list[str]:
         """Return the files that are not among `names`, by stem, without those of the sources `but_of`."""
-        stale = {
-            stem: [file for file in sorted(self._files(stem)) if file not in names]
-            for stem in self._names
-            if stem not in but_of and not all(file in names for file in self._files(stem))
-        }
-        return [file for _, files in sorted(stale.items()) for file in files]
-
-    def _files(self, stem: str) -> Sequence[str]:
-        found = self._names.get(stem)
-        return () if found is None else (found,) if isinstance(found, str) else found
+        stale = [
+            (stem, file)
+            for stem, files in self._files.items()
+            for file in files
+            if file not in names and stem not in but_of
+        ]
+        return [file for _, file in sorted(stale)]
 
 
 ExistingNames = Mapping[int, LatentNames]  # by table index

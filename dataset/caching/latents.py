@@ -2,30 +2,25 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dataset.cache.files import (
-    FLIPPED,
-)
-from dataset.cache.records import (
-    ClipFacts,
-    FileIdentity,
-    identify,
-)
+from dataset.cache.files import FLIPPED, LatentName
+from dataset.cache.records import ClipFacts, FileIdentity, LatentRecord, identify
 from dataset.caching.existing import Caches, Names, media_table
 from dataset.caching.planning import Recipe, SourcePlan, complete
 from dataset.caching.prefetch import check_memory
 from dataset.config import DatasetTable
+from dataset.sources.cogvideox import measure, read_moments
 from dataset.sources.decoding import NO_FRAMES, DecodedSource, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, frames_wanted
-from dataset.sources.prepared import measure, read_moments
+from dataset.sources.media_source import MediaSource
 from modules.checkpoints.finite import is_finite
-from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders
+from modules.contract.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
 
@@ -51,27 +46,37 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A source whose frames are in memory."""
+class Pending:
+    """An item to encode, which waits until its batch is full."""
 
-    plan: SourcePlan  # its `missing` is known
-    media: DecodedSource  # without frames if all crops are cut already
-    crops: Mapping[Span, Crop]
-    files: tuple[FileIdentity, ...]
-    clip: ClipFacts | None
+    table: DatasetTable
+    name: LatentName
+    span: Span
+    record: LatentRecord  # without checksums
+    crop: Crop
+    there: Names  # its existing cache files
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the bytes of its frames and of its mask."""
+        mask = 0 if self.crop.mask is None else self.crop.mask.nbytes
+        return mask + sum(tensor.nbytes for tensor in self.crop.tensors)
 
 
-def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
-    """Read the frames of a source, complete its plan, and hash its files if something is missing.
+def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> tuple[SourcePlan, Iterable[Pending]]:
+    """Read the frames of a source; return its plan, complete, and its missing items.
 
-    Raises MediaError, DatasetError or OSError if the source cannot be used.
+    Items that overlap, or are large, are cut out one by one when they are asked for. Raises MediaError,
+    DatasetError or OSError if the source cannot be used.
     """
-    source = plan.source
+    source, clip, latent = plan.source, None, recipe.latent
     if source.tensors is not None:
-        return take_moments(plan, recipe)
+        media, clip, crop = _take_moments(source, latent)
+        files = tuple(itertools.starmap(identify, source.parts))
+        return plan, list(_missing_items(plan, media, existing, recipe, files, clip, crop))
     with fetch(source) as here:
         check_memory(here)
-        media = decode_source(here, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+        media = decode_source(here, recipe.fps, latent.pixel_step, latent.frame_step)
     media = dataclasses.replace(media, source=source)
     if min(media.bucket) < SMALLEST_SIDE:
         width, height = media.bucket
@@ -79,26 +84,45 @@ def decode(plan: SourcePlan, existing: Names, recipe: Recipe) -> Decoded:
             f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
             f"{SMALLEST_SIDE}"
         )
-    plan, clip = complete(plan, media, existing, recipe), None
+    plan = complete(plan, media, existing, recipe)
     if source.table.kind == "video":
         enough, length = frames_wanted(source.table), len(media.frames)
         # decoding stops early where there are enough: then there may be more
         clip = ClipFacts(media.size, length, complete=enough is None or length < enough)
-    missing = plan.missing or ()
-    files = tuple(itertools.starmap(identify, source.parts)) if missing else ()
-    size_bytes = sum(clip.nbytes for clip in (media.frames, *media.control))
-    if sum(length for _, length in missing) > len(media.frames) or size_bytes > PARTIAL_BYTES:
-        # overlapping or large: cut each when its turn comes
-        return Decoded(plan, media, {}, files, clip)
-    crops = {span: cut(media, span) for span in missing}
-    media = dataclasses.replace(media, frames=NO_FRAMES, control=(), mask=None)
-    return Decoded(plan, media, crops, files, clip)
+    files = tuple(itertools.starmap(identify, source.parts)) if plan.missing else ()
+    items = _missing_items(plan, media, existing, recipe, files, clip)
+    is_large = sum(clip.nbytes for clip in (media.frames, *media.control)) > PARTIAL_BYTES
+    overlaps = sum(length for _, length in plan.missing or ()) > len(media.frames)
+    return plan, items if is_large or overlaps else list(items)
 
 
-def take_moments(plan: SourcePlan, recipe: Recipe) -> Decoded:
+def _missing_items(
+    plan: SourcePlan,
+    media: DecodedSource,
+    existing: Names,
+    recipe: Recipe,
+    files: tuple[FileIdentity, ...],
+    clip: ClipFacts | None,
+    crop: Crop | None = None,
+) -> Iterator[Pending]:
+    """Yield the items that a plan lacks. crop: of the only one, if it is not cut out of frames."""
+    source, table = plan.source, plan.source.table
+    of_table = recipe.table_options(source)
+    for span in plan.missing or ():
+        size, of_span = (media.size, None) if table.kind == "image" else (media.bucket, span)
+        options = {"size": [*media.size], "bucket": [*media.bucket], "span": [*span], **of_table}
+        yield Pending(
+            table,
+            LatentName(source.stem, size, of_span),
+            span,
+            LatentRecord(recipe.encoder, options, files, clip, parts=0, crc32={}),
+            crop or cut(media, span),
+            {file: one for file, one in existing.items() if (one.size, one.span) == (size, of_span)},
+        )
+
+
+def _take_moments(source: MediaSource, latent: LatentSpec) -> tuple[DecodedSource, ClipFacts, Crop]:
     """Read the moments of a source that needs no decoding. Raises MediaError if they cannot be used."""
-    source, latent = plan.source, recipe.latent
-    assert source.tensors is not None
     paths = [path for path, _ in source.parts]
     # copies: a file that is mapped can change, and Windows does not replace it
     moments = tuple(read_moments(path, latent).clone() for path in paths)
@@ -107,9 +131,8 @@ def take_moments(plan: SourcePlan, recipe: Recipe) -> Decoded:
         raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
     span = clip.span(latent.frame_step)
     media = DecodedSource(source, clip.size, clip.size, NO_FRAMES, (), (span,), None)
-    crop = Crop(torch.from_numpy(NO_FRAMES), (), None, moments=moments)
     facts = ClipFacts(clip.size, clip.frames, complete=True)
-    return Decoded(plan, media, {span: crop}, tuple(map(identify, paths)), facts)
+    return media, facts, Crop(torch.from_numpy(NO_FRAMES), (), None, moments=moments)
 
 
 def cut(media: DecodedSource, span: Span) -> Crop:

@@ -9,7 +9,8 @@ run that does only one shard of it removes nothing, because it does not know wha
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,13 +19,16 @@ import torch.distributed as dist
 
 from dataset.cache.store import Stores
 from dataset.caching.existing import Caches
-from dataset.caching.reports import CacheReport, join_reports
+from dataset.caching.prefetch import CacheReport, conclude, join_reports
 from dataset.caching.texts import TextWork
-from dataset.caching.work import MediaWork
+from dataset.caching.work import MediaWork, workers_of
 from dataset.config import DatasetConfig
-from dataset.options import CachingOptions
-from modules.devices import choose_device
+from dataset.options import CachingOptions, DebugOptions
+from modules.console import Row, in_words
+from modules.devices import choose_device, leave_cudnn_out
 from modules.errors import OptionError
+from modules.installation import import_own
+from modules.planning.device_memory import peak_in_words
 
 T = TypeVar("T")
 
@@ -76,7 +80,10 @@ def join_processes(environment: Mapping[str, str] | None = None) -> Iterator[Sha
     Raises OptionError if the launcher's variables are incomplete.
     """
     variables = os.environ if environment is None else environment
-    rank, count, local_rank = (_first(variables, names) for names in (RANK, COUNT, LOCAL_RANK))
+    rank, count, local_rank = (
+        next((int(variables[name]) for name in names if name in variables), None)
+        for names in (RANK, COUNT, LOCAL_RANK)
+    )
     if count is None or count <= 1:
         yield Share(0, 1, 0)
         return
@@ -95,10 +102,6 @@ def join_processes(environment: Mapping[str, str] | None = None) -> Iterator[Sha
     finally:
         if started_here:
             dist.destroy_process_group()
-
-
-def _first(variables: Mapping[str, str], names: Sequence[str]) -> int | None:
-    return next((int(variables[name]) for name in names if name in variables), None)
 
 
 def cache_media(
@@ -156,3 +159,61 @@ def _cache(
                 removed += work.remove_stale(table, done, failed, options.keep_cache)
             work.stores.close(config.datasets, is_last=True)
         return join_reports(reports, sum(share.gather(removed)), share.is_main)
+
+
+def run_latent_caching(
+    family: Caches, config: DatasetConfig, options: CachingOptions, debug: DebugOptions, following: str = ""
+) -> None:
+    """Run --debug_mode, --check, or the caching of latents. following: the command that comes next.
+
+    Raises UserError if caching fails, and SystemExit with the result of a check.
+    """
+    if debug.debug_mode is not None:
+        views = import_own("data_tools.report.views")
+        conclude(views.show_datasets(family, config, debug, workers_of(options)))
+    elif options.check:
+        raise SystemExit(import_own("data_tools.report.check").check_latent_caching(family, config, options))
+    else:
+        _run(cache_media, family, config, options, "sources", ("Next, cache the captions", following))
+
+
+def run_text_caching(
+    family: Caches, config: DatasetConfig, options: CachingOptions, following: str = ""
+) -> None:
+    """Run --check, or the caching of texts. following: the command that comes next.
+
+    Raises UserError if caching fails, and SystemExit with the result of a check.
+    """
+    if options.check:
+        raise SystemExit(import_own("data_tools.report.check").check_text_caching(family, config, options))
+    next_command = "Next, check all before training", following
+    _run(cache_texts, family, config, options, "captions", next_command)
+
+
+def _run(
+    cache: Callable[[Caches, DatasetConfig, CachingOptions], CacheReport],
+    family: Caches,
+    config: DatasetConfig,
+    options: CachingOptions,
+    what: str,
+    following: Row,
+) -> None:
+    """Cache, and show the results. what: sources or captions. following: shown if no shard is missing."""
+    if options.disable_cudnn_backend:
+        leave_cudnn_out()
+    start = time.monotonic()
+    report = cache(family, config, options)
+    memory = peak_in_words(choose_device(options.device))
+    costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
+    if not options.shard.is_given:
+        conclude(report, costs, [following])
+        return
+    rows: list[Row] = [
+        ("this shard", f"{report.share} of {report.whole} {what}"),
+        (
+            "when all are done",
+            "run this command once without --num_shards and --shard_index: it checks everything, makes what "
+            "is missing and removes what is stale",
+        ),
+    ]
+    conclude(report, [*rows, *costs])

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dataset.caching.existing import Caches
-from dataset.caching.reports import CacheReport
+from dataset.caching.prefetch import CacheReport
 from dataset.caching.texts import TextWork
 from dataset.caching.work import MediaWork
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.options import CachingOptions, ShardOptions
-from dataset.ray_options import RayOptions
+from dataset.options import CachingOptions, RayOptions, ShardOptions
 from modules.command import as_typed
 from modules.console import show_box
 from modules.devices import choose_device, leave_cudnn_out

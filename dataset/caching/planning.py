@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataset.cache.files import Entry, LatentName
+from dataset.cache.files import Header, LatentName
 from dataset.cache.records import (
     ClipFacts,
     LatentRecord,
@@ -22,13 +22,12 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, Names, media_table, names_of
-from dataset.caching.prefetch import MANY, map_ahead
-from dataset.caching.reports import Failure
+from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config import DatasetTable
+from dataset.sources.cogvideox import GivenClip, measure_source
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
 from dataset.sources.media_source import MediaSource, pause_collection
-from dataset.sources.prepared import GivenClip, measure_source
 from modules.bars import Bar
 from modules.contract.data import LOSS_MASK, LatentSpec, MediaTable
 from modules.errors import CacheError, MediaError
@@ -142,7 +141,7 @@ class _Planning:
     def __init__(self, source: MediaSource, existing: Names, recipe: Recipe, reads_values: bool) -> None:
         self.source, self.table, self.existing, self.recipe = source, source.table, existing, recipe
         self.store, self.reads_values = recipe.stores.of(source.table), reads_values
-        self._entries: dict[str, Entry] = {}  # that were read
+        self._headers: dict[str, Header] = {}  # that were read
 
     def plan(self) -> SourcePlan:
         """Compare the cache files with the ones that this run would make.
@@ -235,18 +234,19 @@ class _Planning:
         Raises CacheError if it is wrong.
         """
         recipe, path = self.recipe, self.table.cache_directory / file
-        is_shared, entry = self.store.is_shared(file), self._read(file)
-        record = latent_record(entry.header)
+        is_shared, entry = self.store.is_shared(file), self.store.read(file) if self.reads_values else None
+        header = self._header(file) if entry is None else entry.header
+        record = latent_record(header)
         if record is None:
-            if self.source.mask_from is not None and not (is_shared and LOSS_MASK in entry.header.keys):
+            if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
                 raise CacheError(f"{path}: it has no mask of the loss")
             if not (recipe.skip_existing or is_shared):
                 raise CacheError(f"{path}: it has no record of what it was made from")
             window = self.table.fp_latent_window_size
             length = span[1] if files[file].section is None else section_frames(window, recipe.latent)
             shape = recipe.latent.shape(length, bucket[1], bucket[0])[2:]
-            if shape not in entry.header.grids:
-                grids = ", ".join("x".join(map(str, grid)) for grid in sorted(entry.header.grids))
+            if shape not in header.grids:
+                grids = ", ".join("x".join(map(str, grid)) for grid in sorted(header.grids))
                 ours = "x".join(map(str, shape))
                 raise CacheError(
                     f"{path}: it holds {grids or 'no latents'}, this configuration writes {ours}"
@@ -257,14 +257,14 @@ class _Planning:
         changed = recipe.difference(record, self.source, size, bucket, span) or self._find_change(record)
         if changed is not None:
             raise CacheError(f"{path}: {changed}")
-        if self.reads_values:
+        if entry is not None:
             verify_tensors(entry, record.crc32)
         return False
 
-    def _read(self, file: str) -> Entry:
-        if file not in self._entries:
-            self._entries[file] = self.store.read(file, self.reads_values)
-        return self._entries[file]
+    def _header(self, file: str) -> Header:
+        if file not in self._headers:
+            self._headers[file] = self.store.read(file, is_whole=False).header
+        return self._headers[file]
 
     def _find_change(self, record: LatentRecord) -> str | None:
         parts = self.source.parts
@@ -280,7 +280,7 @@ class _Planning:
     def _record_of(self, file: str) -> LatentRecord | None:
         """Return the record of a file that is readable and has one."""
         with contextlib.suppress(CacheError):
-            return latent_record(self._read(file).header)
+            return latent_record(self._header(file))
         return None
 
     def _find_known_clip(self) -> ClipFacts | None:

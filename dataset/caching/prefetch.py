@@ -1,20 +1,129 @@
-"""Work ahead on many sources in threads, in order and within a memory limit; write in the background."""
+"""Work ahead on many sources in threads, in order and within a memory limit; report what was done."""
 
 import collections
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
-from dataset.caching.reports import Failure
 from dataset.config_keys import AUTO
 from dataset.sources.frames import frames_wanted
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
-from modules.errors import MediaError, UserError
+from modules.console import Row, show_box
+from modules.errors import DatasetError, MediaError, UserError
 from modules.media.decoding import is_animation
 from modules.media.reading import video_info
+
+logger = logging.getLogger(__name__)
+
+NAMED = 3  # how many of the clips that give fewer items
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A source that gave no item, and the reason."""
+
+    path: Path
+    reason: str
+    table: int
+    stem: str
+
+    @staticmethod
+    def of(source: MediaSource, reason: object) -> "Failure":
+        """Make the failure of a source. reason: a text or the exception."""
+        return Failure(source.path, str(reason), source.table.index, source.stem)
+
+    def __str__(self) -> str:
+        return self.reason if str(self.path) in self.reason else f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Results of a run. Counts are numbers of cache files."""
+
+    written: int = 0
+    kept: int = 0
+    # files in use that another program made, at least in part: they have no record
+    foreign: int = 0
+    removed: int = 0
+    failures: tuple[Failure, ...] = ()  # sources that could not be read
+    dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
+    shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
+    share: int = 0  # how many of the sources or captions this run looked at
+    whole: int = 0  # how many there are
+    is_main: bool = True  # whether this process reports for all
+
+
+def join_reports(reports: Sequence[CacheReport], removed: int = 0, is_main: bool = True) -> CacheReport:
+    """Join the reports of several processes to one."""
+    of_sources = {
+        name: tuple(
+            sorted(
+                (one for report in reports for one in getattr(report, name)), key=lambda one: str(one.path)
+            )
+        )
+        for name in ("failures", "dropped", "shortened")
+    }
+    return CacheReport(
+        written=sum(report.written for report in reports),
+        kept=sum(report.kept for report in reports),
+        foreign=sum(report.foreign for report in reports),
+        removed=removed,
+        share=sum(report.share for report in reports),
+        whole=max((report.whole for report in reports), default=0),
+        is_main=is_main,
+        **of_sources,
+    )
+
+
+def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
+    """Show the results. rows, commands: further lines of the box.
+
+    Raises DatasetError if a source failed; in processes other than the main one, SystemExit with its code.
+    """
+    if not report.is_main:
+        if report.failures:
+            raise SystemExit(DatasetError.exit_code)
+        return
+    if report.dropped:
+        lines = "\n  ".join(map(str, report.dropped))
+        logger.warning("%d sources give no item and are not trained on:\n  %s", len(report.dropped), lines)
+    if report.shortened:
+        logger.warning(
+            "%d clips give no item of some lengths. The first: %s",
+            len(report.shortened),
+            "; ".join(map(str, report.shortened[:NAMED])),
+        )
+    if report.foreign:
+        logger.warning(
+            "%d files were made by another program: only their sizes could be compared (--skip_existing)",
+            report.foreign,
+        )
+    if report.written or report.kept or report.removed or report.share < report.whole:
+        files = f"{report.written} written, {report.kept} kept, {report.removed} removed"
+        show_box("Caching is finished", [("cache files", files), *rows], () if report.failures else commands)
+    if report.failures:
+        raise failure_error(report.failures, "sources")
+    if report.dropped and not report.written and not report.kept and report.share == report.whole:
+        raise DatasetError(
+            f"not one of the {report.whole} sources gives an item to train on: the lines above say why. "
+            "Lower target_frames, or use longer clips"
+        )
+
+
+def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
+    """Return the error at the end of a run for its failures. things: a word for them."""
+    lines = "\n  ".join(map(str, failures))
+    return DatasetError(
+        f"{len(failures)} of the {things} could not be used; all others are done:\n  {lines}\n"
+        "  Repair or remove these files, then run the same command again."
+    )
+
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -119,11 +228,14 @@ def read_ahead(
 
     decodes: `work` decodes its source, and waiting frames stay under DECODED_BYTES; else it reads little.
     """
-
-    def size_bytes(job: T) -> int:
-        return estimate_decoded_bytes(source_of(job)) if decodes else 0
-
-    with bar, contextlib.closing(run_ahead(jobs, work, workers, size_bytes, DECODED_BYTES)) as ahead:
+    ahead = run_ahead(
+        jobs,
+        work,
+        workers,
+        lambda job: estimate_decoded_bytes(source_of(job)) if decodes else 0,
+        DECODED_BYTES,
+    )
+    with bar, contextlib.closing(ahead):
         for job, result in ahead:
             if not isinstance(result, Exception):
                 yield job, result
@@ -133,17 +245,6 @@ def read_ahead(
                 raise result
             del result  # frees its frames before waiting for the next source
             bar.update()
-
-
-def decode_ahead(
-    jobs: Sequence[T],
-    source_of: Callable[[T], MediaSource],
-    work: Callable[[T], R],
-    workers: int,
-    bar: Bar,
-) -> Generator[tuple[T, R | Failure], None, None]:
-    """Do as `read_ahead` for work that decodes its source."""
-    return read_ahead(jobs, source_of, work, workers, bar, decodes=True)
 
 
 def estimate_decoded_bytes(source: MediaSource) -> int:

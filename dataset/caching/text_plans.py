@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.cache.files import Entry, Header, empty_text_name, part_name, text_file_name
+from dataset.cache.files import PART, Entry, empty_text_name, text_file_name
 from dataset.cache.records import (
-    TextRecord,
     difference,
     text_records,
     verify_tensors,
@@ -152,7 +151,7 @@ class TextRecipe:
         the header is read. None: it is missing or damaged.
         """
         store, right = self.stores.of_texts(file.table), dict[str, bool]()
-        name = part_name(file.file_name) if in_part else file.file_name
+        name = file.file_name + PART if in_part else file.file_name
         if store.stamp(name) is None:
             return None, right
         try:
@@ -167,10 +166,14 @@ class TextRecipe:
         for encoder, identity in self.encoders:
             record = records.get(encoder.name)
             if record is None:
-                if accepts and _is_foreign(entry.header, encoder, file.caption):
+                # whose tensors are of the same caption
+                theirs = entry.header.metadata.get("caption1", file.caption) == file.caption
+                if accepts and theirs and encoder.keys <= entry.header.keys:
                     right[encoder.name] = False
                 continue
-            changed = _difference(record, identity, file)
+            changed = difference(record.encoder, identity) or difference(
+                {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
+            )
             if changed is not None:
                 logger.debug("%s: %s", store.folder / name, changed)
                 continue
@@ -183,14 +186,3 @@ class TextRecipe:
         if in_part and (records.keys() - right.keys() or not right):
             return None, {}
         return entry, right
-
-
-def _difference(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
-    return difference(record.encoder, identity) or difference(
-        {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
-    )
-
-
-def _is_foreign(header: Header, encoder: TextEncoder, caption: str | None) -> bool:
-    """Return whether a file without this encoder's record holds its tensors for the same caption."""
-    return encoder.keys <= header.keys and header.metadata.get("caption1", caption) == caption

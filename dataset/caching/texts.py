@@ -25,7 +25,6 @@ from dataset.cache.files import (
     is_text_cache,
     is_text_name,
     parse_more_text_name,
-    part_name,
     tensor_key,
     tensor_name,
 )
@@ -39,11 +38,9 @@ from dataset.caching.existing import (
     remove_caches,
 )
 from dataset.caching.latents import require_finite
-from dataset.caching.prefetch import WriteBehind
-from dataset.caching.reports import NAMED, CacheReport
+from dataset.caching.prefetch import NAMED, CacheReport, WriteBehind
 from dataset.caching.text_plans import (
     CaptionFile,
-    EncodingPlan,
     TextRecipe,
     distinct_texts,
     list_caption_files,
@@ -122,7 +119,13 @@ class TextWork:
             rows = [("data", f"{self._config.path}, {captions}"), ("device", str(self._device))]
             show_box("Caching texts", rows)
         files = [file for batch in pieces for file in batch]
-        plans = self._plan(files)
+        plans = self._recipe.plan_all(files, self._workers)
+        for plan in plans:
+            part = plan.file.file_name + PART
+            if plan.in_part and not plan.missing:  # an earlier run was stopped before it could do so
+                self._finish(plan.file, *self._recipe.find(plan.file, in_part=True))
+            elif part in self._parts and not plan.missing:
+                self.stores.of_texts(plan.file.table).remove(part)
         for encoder, identity in self._recipe.encoders:
             # whether it is the last one to write, by the path of the file
             to_do = {
@@ -180,24 +183,6 @@ class TextWork:
         if self._loaded is not None:
             self._loaded.free()
             self._loaded = None
-
-    def _plan(self, files: Sequence[CaptionFile]) -> list[EncodingPlan]:
-        """Compare all texts with their files; finish those that need nothing else. Returns the plans of those
-        that were read.
-
-        A `.part` is removed only if its file is complete. If it is no use it is replaced: another process may
-        have written a better one since.
-        """
-        plans = self._recipe.plan_all(files, self._workers)
-        for plan in plans:
-            if plan.missing:
-                continue
-            part = part_name(plan.file.file_name)
-            if plan.in_part:  # an earlier run was stopped before it could do so
-                self._finish(plan.file, *self._recipe.find(plan.file, in_part=True))
-            elif part in self._parts:
-                self.stores.of_texts(plan.file.table).remove(part)
-        return plans
 
     def _take_given(
         self,
@@ -300,7 +285,7 @@ class TextWork:
         if is_last:
             self._finish(file, new, {encoder, *there})
         else:
-            store.write(part_name(file.file_name), new.named, new.header.metadata)
+            store.write(file.file_name + PART, new.named, new.header.metadata)
 
     def _finish(self, file: CaptionFile, new: Entry | None, there: Collection[str]) -> None:
         """Join an entry with the file, if there is one; write the file, then remove its `.part`.
@@ -327,7 +312,7 @@ class TextWork:
                 "  Let one of the two end, then run this command again."
             )
         store.write(file.file_name, new.named, new.header.metadata)
-        store.remove(part_name(file.file_name))  # last: another process may need it until then
+        store.remove(file.file_name + PART)  # last: another process may need it until then
 
 
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +30,6 @@ from dataset.caching.existing import (
     Caches,
     ExistingNames,
     LatentNames,
-    Names,
     media_table,
     names_of,
     npz_names,
@@ -41,34 +40,28 @@ from dataset.caching.existing import (
 )
 from dataset.caching.latents import (
     PARTIAL_BYTES,
-    Crop,
-    Decoded,
     EncodersOnDemand,
+    Pending,
     add_mirrored,
     batch_media,
-    cut,
     decode,
     mirror_media,
     require_finite,
 )
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
-from dataset.caching.prefetch import WriteBehind, read_ahead
-from dataset.caching.reports import CacheReport, Failure
+from dataset.caching.prefetch import CacheReport, Failure, WriteBehind, read_ahead
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.decoding import check_resolution
-from dataset.sources.faults import LISTED, Fault, list_faults
-from dataset.sources.frames import Span, find_wrong_rates
+from dataset.sources.frames import find_wrong_rates, shrink_mask
 from dataset.sources.listing import find_all_sources, warn_captions
-from dataset.sources.masks import shrink_mask
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, show_box
 from modules.contract.data import LOSS_MASK, CacheEntry, MomentsBatch
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
-from modules.media.buckets import Size
 
 logger = logging.getLogger(__name__)
 
@@ -81,23 +74,6 @@ class EncodedPart:
 
     report: CacheReport
     right: frozenset[tuple[int, str]]  # table index and name of each valid entry
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """An item that waits until its batch is full."""
-
-    table: DatasetTable
-    name: LatentName
-    span: Span
-    record: LatentRecord  # without checksums
-    crop: Crop
-    there: Names  # its existing cache files
-
-    @property
-    def size_bytes(self) -> int:
-        mask = 0 if self.crop.mask is None else self.crop.mask.nbytes
-        return mask + sum(tensor.nbytes for tensor in self.crop.tensors)
 
 
 class MediaWork:
@@ -139,7 +115,7 @@ class MediaWork:
         self._family, self._config, self._options, self._device = family, config, options, device
         self._encoders = EncodersOnDemand(family, device)
         # items that wait, by what those of a batch must have in common
-        self._pending: dict[tuple[object, ...], list[_Pending]] = {}
+        self._pending: dict[tuple[object, ...], list[Pending]] = {}
         self._written: set[tuple[int, str]] = set()  # table index and name of each file of this `encode`
 
     def encode(self, pieces: Sequence[MediaSource], who: str | None) -> EncodedPart:
@@ -217,50 +193,36 @@ class MediaWork:
         """
         finished: list[SourcePlan] = []
         failures: list[Failure] = []
-
-        def work(plan: SourcePlan) -> Decoded:
-            return decode(plan, names_of(self._existing, plan.source), self._recipe)
-
-        bar = Bar(len(plans), "Encoding", "source", shows)
-        ahead = read_ahead(plans, lambda plan: plan.source, work, workers, bar, decodes=True)
+        ahead = read_ahead(
+            plans,
+            lambda plan: plan.source,
+            lambda plan: decode(plan, names_of(self._existing, plan.source), self._recipe),
+            workers,
+            Bar(len(plans), "Encoding", "source", shows),
+            decodes=True,
+        )
         with WriteBehind() as writer, contextlib.closing(ahead), torch.no_grad():
             for _, result in ahead:
                 if isinstance(result, Failure):
                     failures.append(result)
                 else:
-                    finished.append(result.plan)
-                    self._add(result, writer)
+                    finished.append(result[0])
+                    self._add(result[1], writer)
                 del result  # frees its frames before waiting for the next source
             for group in list(self._pending):
                 self._encode(group, writer)
         return finished, failures
 
-    def _add(self, decoded: Decoded, writer: WriteBehind) -> None:
+    def _add(self, items: Iterable[Pending], writer: WriteBehind) -> None:
         """Put the missing items of a source into their batches; encode full batches."""
-        plan, media, recipe, table = decoded.plan, decoded.media, self._recipe, decoded.plan.source.table
-        there = names_of(self._existing, plan.source)
-        of_table = recipe.table_options(plan.source)
-        for span in plan.missing or ():
-            is_image = table.kind == "image"
-            of_name: tuple[Size, Span | None] = (media.size, None) if is_image else (media.bucket, span)
-            options = {"size": [*media.size], "bucket": [*media.bucket], "span": [*span]}
-            item = _Pending(
-                table,
-                LatentName(plan.source.stem, *of_name),
-                span,
-                LatentRecord(
-                    recipe.encoder, options | of_table, decoded.files, decoded.clip, parts=0, crc32={}
-                ),
-                decoded.crops[span] if span in decoded.crops else cut(media, span),
-                {file: other for file, other in there.items() if (other.size, other.span) == of_name},
-            )
-            group = (table.index, *(tensor.shape for tensor in item.crop.tensors))
+        for item in items:
+            group = (item.table.index, *(tensor.shape for tensor in item.crop.tensors))
             self._pending.setdefault(group, []).append(item)
-            if len(self._pending[group]) >= (self._options.batch_size or table.batch_size):
+            if len(self._pending[group]) >= (self._options.batch_size or item.table.batch_size):
                 self._encode(group, writer)
-        sizes = {group: sum(item.size_bytes for item in items) for group, items in self._pending.items()}
+        sizes = {group: sum(item.size_bytes for item in some) for group, some in self._pending.items()}
         if sum(sizes.values()) > PARTIAL_BYTES:
-            self._encode(max(sizes, key=lambda group: sizes[group]), writer)
+            self._encode(max(sizes, key=sizes.__getitem__), writer)
 
     def _encode(self, group: tuple[object, ...], writer: WriteBehind) -> None:
         items = self._pending.pop(group)
@@ -285,7 +247,7 @@ class MediaWork:
         for item, entries in zip(items, encoded, strict=True):
             self._submit(item, entries, writer)
 
-    def _submit(self, item: _Pending, entries: Sequence[CacheEntry], writer: WriteBehind) -> None:
+    def _submit(self, item: Pending, entries: Sequence[CacheEntry], writer: WriteBehind) -> None:
         """Have an item's files written, and then its other files removed: sections that it no longer has."""
         names, crop = set(), item.crop
         store = self._recipe.stores.of(item.table)

@@ -19,6 +19,7 @@ def caption_path(media: Path, extension: str) -> Path:
 
 
 SHOWN = 60  # characters of a caption in a message
+MOST_CAPTIONS = 100  # of an item; each has a cache file
 
 
 def read_caption(path: Path) -> str | None:
@@ -60,6 +61,18 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     if table.changes.is_raw:
         return (text,)
     return (join_parts(add_ends(next(iter(lines_of(text)), ""), table), table.changes),)
+
+
+def first_and_more(
+    captions: tuple[str, ...] | None, where: Path | str | None
+) -> tuple[str | None, tuple[str, ...]]:
+    """Split captions into the first and the others. Raises DatasetError if there are too many."""
+    if captions and len(captions) > MOST_CAPTIONS:
+        raise DatasetError(
+            f"{where}: {len(captions)} captions, at most {MOST_CAPTIONS} are used. With multi_caption = true "
+            "each line is one; leave it out if the lines are one text."
+        )
+    return (captions[0], captions[1:]) if captions else (None, ())
 
 
 def caption_lines(text: str, table: DatasetTable) -> list[str]:

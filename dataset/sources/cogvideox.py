@@ -1,19 +1,150 @@
-"""List the clips of a data set in CogVideoX form: two lists, or a table; and tensors computed before."""
+"""List the clips of a data set in CogVideoX form, two lists or a table, and read tensors computed before.
 
+A file of moments, as CogVideoX's tools write them, is one tensor 2C F H/8 W/8: C means, then C logarithms of
+variances, before any normalisation.
+"""
+
+import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from dataset.config import DatasetTable
 from dataset.sources.captions import complete_captions, not_utf8
 from dataset.sources.columns import JSONL, column_names, read_columns, table_format
-from dataset.sources.faults import Fault
-from dataset.sources.media_source import EMBEDS, MOMENTS, GivenTensors, MediaSource
+from dataset.sources.frames import Span
+from dataset.sources.media_source import EMBEDS, MOMENTS, Fault, GivenTensors, MediaSource
+from modules.atomic_write import write_text
+from modules.checkpoints.containers import load_pickled
+from modules.contract.data import LatentSpec
 from modules.control_codes import shorten
-from modules.errors import DatasetError
+from modules.errors import CheckpointError, DatasetError, MediaError
+from modules.media.buckets import Size
 from modules.paths import expand_path
-from modules.text_files import MAX_CAPTION_BYTES, bad_character, read_lines
+from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, read_lines, read_text
+
+PREPARED = "reelsmith_prepared.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class GivenClip:
+    """The clip that moments stand for."""
+
+    size: Size  # width, height in pixels
+    frames: int
+
+    def span(self, frame_step: int) -> Span:
+        """Return the span of its one item, all of it: the model takes frame_step * n + 1 frames."""
+        return (0, (self.frames - 1) // frame_step * frame_step + 1)
+
+
+def read_tensor(path: Path) -> Tensor:
+    """Read the tensor of a .pt file, mapped. Code in it is refused, not run.
+
+    Raises MediaError if the file is missing, damaged, or holds anything else.
+    """
+    if not path.exists():
+        raise MediaError(f"{path} does not exist")
+    try:
+        content = load_pickled(path)
+    except CheckpointError as error:
+        raise MediaError(str(error)) from error
+    if not isinstance(content, Tensor):
+        raise MediaError(f"{path} holds {type(content).__name__}, not a tensor")
+    return content
+
+
+def read_moments(path: Path, latent: LatentSpec) -> Tensor:
+    """Read moments 2C F h w, mapped. latent: of the model that they are for.
+
+    A first axis of 1 is a batch, as some tools leave it. Raises MediaError as `read_tensor`, and if they are
+    not of that shape.
+    """
+    moments = read_tensor(path)
+    if moments.ndim == 5 and len(moments) == 1:
+        moments = moments[0]
+    found = "x".join(map(str, moments.shape))
+    if moments.ndim != 4 or not moments.numel() or not moments.is_floating_point():
+        raise MediaError(
+            f"{path} holds {found or 'a number'} of {moments.dtype}, not moments of a VAE (channels x frames "
+            "x height x width)"
+        )
+    if moments.shape[0] != 2 * latent.channels:
+        raise MediaError(
+            f"{path} has {moments.shape[0]} channels: {explain_channels(moments.shape[0], latent)}"
+        )
+    return moments
+
+
+def explain_channels(found: int, latent: LatentSpec) -> str:
+    """Say which channels are wanted instead of `found`."""
+    plain = " These look like latents, not like moments." if found == latent.channels else ""
+    return (
+        f"this model's VAE has {2 * latent.channels}, a mean and a variance for each of {latent.channels}."
+        f"{plain} Compute them with this model's VAE (prepare_dataset.py), or leave out load_tensors"
+    )
+
+
+def measure(moments: Tensor, latent: LatentSpec, path: Path) -> GivenClip:
+    """Return the clip of moments 2C F h w.
+
+    Its frames are those that the form states: four for each latent frame if there is an even number of
+    these; else the first stands for one. Raises MediaError if the model does not take the size.
+    """
+    step, rows, columns = latent.stride
+    count, height, width = moments.shape[1], moments.shape[2] * rows, moments.shape[3] * columns
+    if height % latent.pixel_step or width % latent.pixel_step:
+        raise MediaError(
+            f"{path} is of a clip of {width}x{height}; the model takes sides that are multiples of "
+            f"{latent.pixel_step}"
+        )
+    return GivenClip((width, height), count * step if count % 2 == 0 else (count - 1) * step + 1)
+
+
+def measure_source(source: MediaSource, latent: LatentSpec) -> GivenClip:
+    """Return the clip of a source with tensors, from the header of its file. Raises as `read_moments`."""
+    assert source.tensors is not None
+    path = source.tensors.moments
+    return measure(read_moments(path, latent), latent, path)
+
+
+@dataclass(frozen=True)
+class PreparedFolder:
+    """Facts that all items of a prepared folder share. Values are those of JSON."""
+
+    architecture: str | None  # `Family.name` of the model whose VAE made the moments; None: there are none
+    vae: Mapping[str, str]  # identity of that VAE
+    settings: Mapping[str, Any]  # what items depend on besides their sources
+
+
+def write_prepared(folder: Path, prepared: PreparedFolder) -> None:
+    """Write the file of a folder. Raises OutputError if that fails."""
+    content = {"version": VERSION, **asdict(prepared)}
+    write_text(folder / PREPARED, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def read_prepared(folder: Path) -> PreparedFolder | None:
+    """Read the file of a folder; None if there is none: another program made it.
+
+    Raises DatasetError if it cannot be read.
+    """
+    path = folder / PREPARED
+    if not path.exists():
+        return None
+    try:
+        content = parse_json(read_text(path))
+        return PreparedFolder(content["architecture"], dict(content["vae"]), dict(content["settings"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). prepare_dataset.py writes it; prepare "
+            "the data into another folder, or remove this file if the data are of another program."
+        ) from error
+
 
 # lists of the folder form; the second name of prompts is what the tools of CogVideoX write
 PROMPTS, VIDEOS = ("prompt.txt", "prompts.txt"), "videos.txt"

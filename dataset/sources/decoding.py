@@ -14,8 +14,17 @@ from numpy.typing import NDArray
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.fetching import fetch
-from dataset.sources.frames import Span, frames_wanted, keep_pattern, resample_indices, spans
-from dataset.sources.masks import Mask, read_moving, read_still, stack_alphas
+from dataset.sources.frames import (
+    Mask,
+    Span,
+    frames_wanted,
+    keep_pattern,
+    read_moving,
+    read_still,
+    resample_indices,
+    spans,
+    stack_alphas,
+)
 from dataset.sources.media_source import MediaSource
 from modules.errors import DatasetError, MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror

@@ -10,11 +10,9 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.captions import captions_in, explain_captions, read_caption
-from dataset.sources.faults import Fault
-from dataset.sources.masks import find_masks
-from dataset.sources.media_source import MediaSource
-from dataset.sources.rows import first_and_more
+from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption
+from dataset.sources.frames import find_masks
+from dataset.sources.media_source import Fault, MediaSource
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.reading import TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags

@@ -8,9 +8,15 @@ from pathlib import Path
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import explain_captions, read_caption
 from dataset.sources.cogvideox import list_cogvideox
-from dataset.sources.faults import LISTED, Fault, list_faults, raise_faults
 from dataset.sources.folders import describe_entries, list_table_folder, unsearched_folders
-from dataset.sources.media_source import MediaSource, pause_collection
+from dataset.sources.media_source import (
+    LISTED,
+    Fault,
+    MediaSource,
+    list_faults,
+    pause_collection,
+    raise_faults,
+)
 from dataset.sources.tables import list_metadata, list_rows
 from dataset.sources.tars import list_tars
 from modules.errors import DatasetError

@@ -1,6 +1,7 @@
 """A source of a dataset: an image or clip with its caption and companions; nothing is opened yet.
 
-Its bytes are in a file at its path, in a tar, in a table, or at an address.
+Its bytes are in a file at its path, in a tar, in a table, or at an address. Below: its names for caches and
+downloads, and faults of files, collected so that one run reports all of them.
 """
 
 import contextlib
@@ -8,12 +9,17 @@ import errno
 import gc
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from dataset.config import DatasetTable
 from dataset.table import FROM_ALPHA, FROM_FILE
+from modules.errors import DatasetError
+from modules.paths import address_identity, address_name, short_hash, split_address
 
 # folders beside that of the clips, in CogVideoX form
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
@@ -155,3 +161,95 @@ def pause_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+# what Windows allows in no name, separators of folders, and control characters
+_UNFIT = re.compile(r'[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff/\\:*?"<>|]')
+LONGEST_SUFFIX = 12  # of an address
+MOST_BYTES = 120  # of a stem; behind it stand span, size and the family's name, at most 255 bytes in all
+
+
+def readable_stem(name: str) -> str:
+    """Return a name as the beginning of a file's name: `a/b` becomes `a_b`; it never begins with a dot."""
+    stem = _UNFIT.sub("_", name).strip(" ") or "_"
+    if stem.startswith("."):
+        stem = f"_{stem[1:]}"
+    return stem.encode("utf-8")[:MOST_BYTES].decode("utf-8", "ignore").rstrip(" .") or "_"
+
+
+def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
+    """Return the stems; where several are equal, but for upper case, each gets a hash of its identity.
+
+    identities: texts that differ if the sources do. So neither the order of a table nor other rows matter to
+    a stem that occurs once, and equal sources keep equal stems, which the listing reports.
+    """
+    counts = Counter(stem.casefold() for stem in stems)
+    return [
+        stem if counts[stem.casefold()] == 1 else f"{stem}-{short_hash(identity)}"
+        for stem, identity in zip(stems, identities, strict=True)
+    ]
+
+
+def local_name(address: str) -> str:
+    """Return the name of a downloaded file: the address's last part, readable, with a hash of the address,
+    and its suffix.
+    """
+    stem, suffix = split_name(address)
+    return f"{stem}-{short_hash(address_identity(address), 16)}{suffix}"
+
+
+@lru_cache(maxsize=1024)  # asked for twice
+def split_name(address: str) -> tuple[str, str]:
+    """Return the last part of an address, readable, and its suffix; without one, the host."""
+    stem, dot, end = address_name(address).rpartition(".")
+    if not stem or not 0 < len(end) < LONGEST_SUFFIX or not end.isalnum():
+        stem, dot, end = address_name(address), "", ""
+    return readable_stem(stem or split_address(address).hostname or ""), dot + end
+
+
+LISTED = 20  # how many faults of one kind a message shows
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong. A text that is a whole sentence ends with a full stop."""
+
+    kind: str  # "captions cannot be read": follows a count
+    text: str  # one line: where, and what
+    stem: str | None = None  # of the source that it concerns
+    ends_run: bool = True  # False: what it concerns is skipped, and counted at the end
+
+
+def raise_faults(faults: Sequence[Fault]) -> None:
+    """Raise DatasetError with all faults by kind, if there are any that end a run."""
+    faults = [fault for fault in faults if fault.ends_run]
+    if len(faults) == 1 and faults[0].text.endswith("."):
+        raise DatasetError(faults[0].text)
+    if faults:
+        raise DatasetError("\n".join(list_faults(faults, LISTED)))
+
+
+def list_faults(faults: Iterable[Fault], most: int) -> list[str]:
+    """Return lines: each kind with its count, then its first `most` faults."""
+    by_kind: dict[str, list[str]] = {}
+    for fault in faults:
+        by_kind.setdefault(fault.kind, []).append(fault.text)
+    lines = []
+    for kind, texts in by_kind.items():
+        lines += [f"{len(texts)} {kind}:", *(f"  {text}" for text in texts[:most])]
+        lines += [f"  ... and {len(texts) - most} more"] if len(texts) > most else []
+    return lines
+
+
+INDEX = "cache-index.sqlite"
+OLD_INDEX = "cache-index.parquet"  # of shards in tars, as earlier versions made them
+# finished, of earlier versions, and being written: by two words of the machine
+SHARD = re.compile(r"cache-[0-9a-f]{16}\.(sqlite|tar)|cache-[0-9a-f]{32}\.writing")
+
+
+def is_of_shards(name: str) -> bool:
+    """Whether a file name is that of a shard, of what SQLite keeps beside one, or of the index."""
+    # the beginning first: folders may have millions of other names
+    return name.startswith("cache-") and (
+        name in {INDEX, OLD_INDEX} or SHARD.fullmatch(name.removesuffix("-journal")) is not None
+    )

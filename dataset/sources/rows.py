@@ -9,18 +9,23 @@ from typing import Any
 from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
-from dataset.sources.captions import caption_lines, complete_captions
-from dataset.sources.faults import Fault
+from dataset.sources.captions import caption_lines, complete_captions, first_and_more
 from dataset.sources.fetching import protocol_problem
-from dataset.sources.media_source import MediaSource, Origin, Remote
-from dataset.sources.stems import local_name, split_name, unique_stems
+from dataset.sources.media_source import (
+    Fault,
+    MediaSource,
+    Origin,
+    Remote,
+    local_name,
+    split_name,
+    unique_stems,
+)
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, protocol_of, split_address
 from modules.text_files import MAX_CAPTION_BYTES, bad_character
 
 MOST_SHOWN = 80  # characters of a path in a message
-MOST_CAPTIONS = 100  # of an item; each has a cache file
 DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other
 
 Part = tuple[Path, Origin | None]  # a file, and where its bytes are if they are not there
@@ -200,18 +205,6 @@ def control_number(name: str) -> int | None:
 def download_folder(table: DatasetTable) -> Path:
     """Return a table's folder for downloads."""
     return table.download_directory or table.cache_directory / DOWNLOADS
-
-
-def first_and_more(
-    captions: tuple[str, ...] | None, where: Path | str | None
-) -> tuple[str | None, tuple[str, ...]]:
-    """Split captions into the first and the others. Raises DatasetError if there are too many."""
-    if captions and len(captions) > MOST_CAPTIONS:
-        raise DatasetError(
-            f"{where}: {len(captions)} captions, at most {MOST_CAPTIONS} are used. With multi_caption = true "
-            "each line is one; leave it out if the lines are one text."
-        )
-    return (captions[0], captions[1:]) if captions else (None, ())
 
 
 def _check_text(text: str, where: str) -> None:

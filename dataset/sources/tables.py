@@ -19,11 +19,9 @@ from dataset.sources.columns import (
     read_jsonl,
     table_format,
 )
-from dataset.sources.faults import Fault
-from dataset.sources.media_source import MediaSource, ParquetCell
+from dataset.sources.media_source import Fault, MediaSource, ParquetCell, readable_stem, unique_stems
 from dataset.sources.parquet import cell_column, cells_of, parquet_parts
 from dataset.sources.rows import RefusedAddress, RowReader, control_number
-from dataset.sources.stems import readable_stem, unique_stems
 from modules.errors import DatasetError
 from modules.media.reading import image_suffixes
 from modules.paths import check_length, expand_path, is_address

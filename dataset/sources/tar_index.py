@@ -15,19 +15,17 @@ import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from modules.atomic_write import atomic_path
+from modules.atomic_write import write_text
 from modules.errors import DatasetError, OutputError
 from modules.paths import short_hash
 from modules.text_files import MAX_CAPTION_BYTES, bad_character, parse_json, require_regular_file
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 FOLDER = "tar_index"  # in the cache directory
-INDEX_KEY = b"reelsmith_tar_index"
-COLUMNS = ("key", "name", "offset", "size", "caption", "extras")
 LEAST_SAMPLES = 1000  # fewer are read from their tar each time
 MASK, CONTROL = "mask", "control"
 _ROLE = re.compile(r"(mask|control)(?:_(\d{1,9}))?(\.\w+)", re.ASCII)
@@ -102,11 +100,10 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     made_for = json.dumps(
         [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)], ensure_ascii=False
     )
-    path = cache_directory / FOLDER / f"{tar.stem[:80]}-{short_hash(str(tar.resolve()))}.parquet"
-    if path.is_file():
-        kept = _read_kept(path, made_for)
-        if kept is not None:
-            return kept
+    path = cache_directory / FOLDER / f"{tar.stem[:80]}-{short_hash(str(tar.resolve()))}.json"
+    kept = _read_kept(path, made_for)
+    if kept is not None:
+        return kept
     with tar.open("rb", buffering=0) as file:
         found = _scan(file, stat.st_size, rules, tar)
     # a tar that just grows may have the same time twice; damage is looked at again
@@ -323,45 +320,23 @@ def _without_times(file: BinaryIO, found: tarfile.TarInfo) -> str:
 
 def _keep(path: Path, made_for: str, index: TarIndex) -> None:
     """Write an index. A folder that cannot be written is no fault: the tar is read again next time."""
+    samples = [(one.key, one.media, one.caption, one.extras) for one in index.samples]
     try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError:
-        return
-    extras = [json.dumps([(*one[:2], *one[2]) for one in sample.extras]) for sample in index.samples]
-    rows = [
-        (one.key, *one.media, one.caption, text if one.extras else None)
-        for one, text in zip(index.samples, extras, strict=True)
-    ]
-    kinds = (pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string(), pa.string())
-    columns = map(pa.array, zip(*rows, strict=True), kinds)
-    told = json.dumps({"made_for": made_for, "others": index.others, "num_others": index.num_others})
-    table = pa.table(dict(zip(COLUMNS, columns, strict=True)), metadata={INDEX_KEY: told.encode()})
-    try:
-        with atomic_path(path) as temporary:
-            parquet.write_table(table, temporary, compression="zstd")
+        write_text(path, json.dumps([made_for, index.others, index.num_others, samples]))
     except OutputError as error:
         logger.info("the index of a tar is not kept: %s", error)
 
 
 def _read_kept(path: Path, made_for: str) -> TarIndex | None:
-    """Return a kept index; None if it is of another state of the tar, or damaged."""
+    """Return a kept index; None if there is none, or one of another state of the tar, or a damaged one."""
     try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        return None
-    samples = []
-    try:
-        with parquet.ParquetFile(path) as file:
-            told: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[INDEX_KEY])
-            if told["made_for"] != made_for:
-                return None
-            for batch in file.iter_batches(columns=list(COLUMNS), use_threads=False):
-                columns = [batch.column(name).to_pylist() for name in COLUMNS]
-                for key, name, offset, size, caption, text in zip(*columns, strict=True):
-                    packed = json.loads(text or "[]")
-                    extras = tuple((role, number, Member(*rest)) for role, number, *rest in packed)
-                    samples.append(TarSample(key, Member(name, offset, size), caption, extras))
-        return TarIndex(samples, [], told["others"], told["num_others"])
-    except (OSError, ArrowException, ValueError, KeyError):
+        stated, others, num_others, found = json.loads(path.read_text("utf-8"))
+        if stated != made_for:
+            return None
+        samples = []
+        for key, media, caption, extras in found:
+            beside = tuple((role, number, Member(*member)) for role, number, member in extras)
+            samples.append(TarSample(key, Member(*media), caption, beside))
+        return TarIndex(samples, [], others, num_others)
+    except (OSError, ValueError, TypeError):
         return None

@@ -10,13 +10,18 @@ from typing import Any
 from urllib.request import url2pathname
 
 from dataset.config import DatasetTable
-from dataset.shard_names import is_of_shards
 from dataset.sources.captions import captions_in
-from dataset.sources.faults import Fault
 from dataset.sources.fetching import HTTP, download, find_remote
-from dataset.sources.media_source import MediaSource, TarMember
+from dataset.sources.media_source import (
+    Fault,
+    MediaSource,
+    TarMember,
+    is_of_shards,
+    local_name,
+    readable_stem,
+    unique_stems,
+)
 from dataset.sources.rows import Part, check_controls, download_folder, make_source
-from dataset.sources.stems import local_name, readable_stem, unique_stems
 from dataset.sources.tables import CAPTION_COLUMNS
 from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
 from modules.control_codes import shorten

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_tools.report.check import check_caching
-from dataset.batches.finding import find_items
+from dataset.batches.items import find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts

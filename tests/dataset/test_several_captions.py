@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.report.check import check_training
-from dataset.batches.finding import CachingCommands, find_items
+from dataset.batches.items import CachingCommands, find_items
 from dataset.batches.order import choose_captions
 from dataset.batches.reading import read_batch
 from dataset.cache.files import EMPTY, read_entry

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dataset.batches.finding import NO_COMMANDS, find_items, require_items
+from dataset.batches.items import NO_COMMANDS, find_items, require_items
 from dataset.batches.order import split_validation
 from dataset.cache.records import CacheChecks
 from dataset.cache.store import MemoryStore

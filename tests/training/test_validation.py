@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.batches.finding import NO_COMMANDS, find_items
+from dataset.batches.items import NO_COMMANDS, find_items
 from dataset.batches.order import split_validation
 from dataset.config import load_dataset_config
 from modules.contract.loading import Placement

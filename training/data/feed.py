@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dataset.batches.finding import CachingCommands
+from dataset.batches.items import CachingCommands
 from dataset.batches.order import BatchOrder, RunPlace, change_captions, choose_captions, choose_sides
 from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.records import CacheChecks

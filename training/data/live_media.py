@@ -13,15 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dataset.batches.finding import CachingCommands
-from dataset.batches.items import LiveParts, LiveTable, TrainingItem
+from dataset.batches.items import CachingCommands, LiveParts, LiveTable, TrainingItem
 from dataset.batches.reading import read_batch
 from dataset.cache.records import CacheChecks
 from dataset.cache.store import Stores
 from dataset.caching.existing import Caches
 from dataset.caching.latents import Crop, EncodersOnDemand, batch_media, cut
 from dataset.sources.decoding import IMAGE_SPANS, decode_source
-from dataset.sources.masks import shrink_mask
+from dataset.sources.frames import shrink_mask
 from dataset.table import NO_AUGMENTATION, DatasetTable
 from modules.contract.data import LOSS_MASK, Batch, LatentSpec
 from modules.errors import DatasetError

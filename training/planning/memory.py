@@ -9,8 +9,7 @@ from math import prod
 
 import torch
 
-from dataset.batches.finding import CachingCommands
-from dataset.batches.items import TrainingItem
+from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import count_repeats, repeat_items
 from dataset.batches.reading import stores_for
 from dataset.cache.records import CacheChecks

@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from data_tools.report.check import check_caching, check_training
-from dataset.batches.finding import CachingCommands
+from dataset.batches.items import CachingCommands
 from dataset.caching.loop import cache_media, cache_texts
 from modules.errors import OptionError
 from tests.dataset.caching.test_loop import change, make_config

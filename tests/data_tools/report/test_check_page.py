@@ -11,9 +11,8 @@ from data_tools.report.findings import TableFindings
 from data_tools.report.looks import draw_crop, show
 from data_tools.report.page import CHECK_STRIP, choose_sources, write_check_page
 from dataset.config import DatasetConfig
-from dataset.sources.faults import Fault
 from dataset.sources.listing import find_sources
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import Fault, MediaSource
 from modules.media.buckets import fit_cover
 from tests.browser import open_page
 from tests.dataset.making import make_clip, make_image, make_table

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from dataset.batches.finding import (
+from dataset.batches.items import (
     CachingCommands,
+    ItemKind,
+    TrainingItem,
     find_items,
     require_items,
 )
-from dataset.batches.items import ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch
 from dataset.cache.files import write_tensors

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data_tools.report.check import check_training
-from dataset.batches.finding import CachingCommands, find_items
+from dataset.batches.items import CachingCommands, find_items
 from dataset.batches.reading import read_batch
 from dataset.batches.same_encoders import SameEncoders
 from dataset.caching.loop import cache_media, cache_texts

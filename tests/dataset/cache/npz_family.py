@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset.batches.finding import find_items, require_items
+from dataset.batches.items import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.store import Stores
 from dataset.caching.existing import npz_names

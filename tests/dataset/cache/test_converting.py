@@ -8,7 +8,7 @@ from dataset.cache.catalog import list_shards
 from dataset.cache.converting import files_to_shards, other_form, shards_to_files
 from dataset.cache.files import write_tensors
 from dataset.cache.shards import ShardStore
-from dataset.shard_names import INDEX, is_of_shards
+from dataset.sources.media_source import INDEX, is_of_shards
 from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.making import make_table

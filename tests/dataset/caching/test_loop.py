@@ -10,7 +10,7 @@ import torch
 
 from dataset.cache.files import read_entry, write_tensors
 from dataset.caching.loop import cache_media, cache_texts
-from dataset.caching.reports import conclude
+from dataset.caching.prefetch import conclude
 from dataset.config import DatasetConfig
 from modules.errors import CacheError, DatasetError
 from tests.dataset.making import make_clip, make_table

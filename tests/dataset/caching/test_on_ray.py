@@ -9,7 +9,7 @@ import pytest
 import cache_on_ray
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.on_ray import CachingActor, conclude_shards
-from dataset.ray_options import SCRIPTS, read_ray_options
+from dataset.options import SCRIPTS, read_ray_options
 from modules.errors import DatasetError
 from tests.commands import ROOT
 from tests.dataset.caching.test_shards import contents, family, into, make_dataset

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from data_tools.report.check import check_caching, check_training
-from dataset.batches.finding import find_items, require_items
+from dataset.batches.items import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.catalog import list_shards
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import open_store
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
-from dataset.shard_names import INDEX
+from dataset.sources.media_source import INDEX
 from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.making import make_image, make_table

@@ -11,7 +11,7 @@ import requests
 
 from dataset.sources.fetching import download, protocol_problem
 from dataset.sources.listing import find_sources
-from dataset.sources.stems import local_name
+from dataset.sources.media_source import local_name
 from modules.errors import DatasetError, MediaError
 from modules.paths import address_identity, hide_secrets, is_address
 from tests.dataset.making import make_table

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dataset.sources.cogvideox import list_cogvideox
-from dataset.sources.faults import Fault
 from dataset.sources.listing import find_sources
+from dataset.sources.media_source import Fault
 from modules.errors import DatasetError
 from tests.data_tools.cogvideox.making import NAMES, read_table, save, write_data, write_lists
 from tests.dataset.making import make_table

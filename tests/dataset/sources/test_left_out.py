@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dataset.config import load_dataset_config
-from dataset.sources.faults import Fault
 from dataset.sources.listing import find_all_sources, find_sources
+from dataset.sources.media_source import Fault
 from modules.media.writing import write_png
 from tests.dataset.making import make_table
 from tests.tiny.project import moving_square

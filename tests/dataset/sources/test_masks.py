@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.batches.finding import CachingCommands, find_items
+from dataset.batches.items import CachingCommands, find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.sources.decoding import decode_source
+from dataset.sources.frames import shrink_mask
 from dataset.sources.listing import find_sources
-from dataset.sources.masks import shrink_mask
 from modules.contract.data import LOSS_MASK
 from modules.errors import CacheError, DatasetError, MediaError
 from tests.dataset.making import make_clip, make_frames, make_image, make_table, subset_table

@@ -12,9 +12,9 @@ import pytest
 
 from dataset.cache.records import identify, is_unchanged
 from dataset.config import DatasetTable
-from dataset.sources.faults import Fault
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources
+from dataset.sources.media_source import Fault
 from modules.errors import DatasetError, MediaError
 from tests.dataset.making import make_image, make_table
 

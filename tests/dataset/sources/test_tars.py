@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from dataset.sources.decoding import decode_source
-from dataset.sources.faults import Fault
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import Fault, MediaSource
 from dataset.sources.tar_index import FOLDER, LEAST_SAMPLES, TarDamage, read_members
 from dataset.sources.tars import expand_braces
 from modules.errors import DatasetError, MediaError

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.batches.finding import NO_COMMANDS, find_items
+from dataset.batches.items import NO_COMMANDS, find_items
 from dataset.batches.order import BatchOrder
 from dataset.config import load_dataset_config
 from modules.contract.data import Batch
