@@ -74,8 +74,8 @@ def _measure_pages(folder: Path, prompts: int) -> tuple[float, list[float]]:
 
     from modules.media.writing import write_video
     from training.reports.history import History
+    from training.reports.logs import StepReport
     from training.reports.page import PageFacts
-    from training.reports.readings import StepReport
     from training.reports.reporter import RunReporter
 
     folder.mkdir()

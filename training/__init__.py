@@ -10,7 +10,6 @@ following: command lines that can follow a training
 image_options: compose the options of image trainers
 learning: load networks, make optimizer, put the run together
 learning_options: options of the trained part, its optimizer and rate
-live_choice: which texts are encoded while training
 loop: batches, loss, gradients, steps; then log, sample, save
 loss: flow matching: add noise, predict velocity, compare
 noise_options: options of noise levels, loss and weighting

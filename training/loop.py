@@ -24,8 +24,7 @@ from training.data.feed import MicroBatch
 from training.loss import training_loss
 from training.optimizers.optimizer import evaluation
 from training.processes import is_any, sum_over_processes
-from training.reports.logs import name_rates
-from training.reports.readings import WISHES, StepReport, losses_by_expert
+from training.reports.logs import WISHES, StepReport, losses_by_expert, name_rates
 from training.samples import SamplingStopped, is_due_after_epoch, is_due_at_step
 from training.training_run import SAMPLE, SAVE, TrainingRun
 from training.validation import EPOCH, STEP, describe_validation
@@ -125,7 +124,7 @@ def _accumulate(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Accumulate the gradients of this process' share of the group.
 
-    Returns its part of the step's row (see `reports/readings.py`), on the device, and the keys of its items.
+    Returns its part of the step's row (see `reports/logs.py`), on the device, and the keys of its items.
     """
     count = len(run.experts)
     row = torch.zeros(WISHES.stop + (2 * count if count > 1 else 0), device=run.device)

@@ -21,12 +21,10 @@ from modules.errors import DatasetError, OptionError, OutputError
 from modules.fp8.products import add_product
 from modules.option_values import require
 from modules.speed_options import Quantisation
-from training.caching_inside import prepare_sources
+from training.caching_inside import find_live_texts, prepare_sources
 from training.checks import check_before_loading, list_unused_options
-from training.data.live_media import BatchSources
-from training.data.live_text import LiveTexts
+from training.data.live import BatchSources, LiveTexts
 from training.experts import check_computing, note_experts
-from training.live_choice import find_live_texts
 from training.optimizers.stepping import check_fused_backward
 from training.options import TrainingOptions
 from training.processes import make_accelerator

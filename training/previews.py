@@ -23,10 +23,9 @@ from modules.devices import choose_device
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.seeds import derive_seed
-from training.caching_inside import list_live_tables, open_stores, plan_tables
-from training.data.live_media import BatchSources
+from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
+from training.data.live import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights, spans_of
-from training.live_choice import find_live_texts
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
 from training.options import TrainingOptions
 from training.plan import read_config

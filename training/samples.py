@@ -29,7 +29,7 @@ from modules.errors import OptionError
 from modules.media.pixels import frames_of
 from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
-from training.data.live_text import LiveTexts
+from training.data.live import LiveTexts
 from training.loss import Autocast, DitOf
 from training.run_options import SampleOptions
 

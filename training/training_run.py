@@ -23,15 +23,14 @@ from modules.planning.device_memory import MemoryWatch
 from networks.added import AddedLoras
 from training.averages import WeightAverage
 from training.data.feed import Feed
-from training.data.live_text import LiveTexts
+from training.data.live import LiveTexts
 from training.experts import AUTOCAST, ExpertNetworks, dtype_of
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
-from training.reports.logs import Logs
-from training.reports.readings import Readings
+from training.reports.logs import Logs, Readings
 from training.reports.reporter import RunReporter
 from training.samples import NoSampler, Sampler
 from training.saving.files import MinuteClock, Names, NoSaver, Saver

@@ -16,8 +16,7 @@ from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.records import CacheChecks
 from modules.contract.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
-from training.data.live_media import BatchSources
-from training.data.live_text import NO_TEXTS, LiveTexts
+from training.data.live import NO_TEXTS, BatchSources, LiveTexts
 from training.data.timesteps import times_at
 from training.loss import PLAIN_LOSS, Autocast, DitOf, LossRule, NoisyBatch, Trains, measure_errors
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions

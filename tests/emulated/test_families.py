@@ -94,7 +94,7 @@ def test_no_step_waits(run: Run) -> None:
     What is due between two steps, as at the end of an epoch, has it read before.
     """
     waits = run.train.places("take_step")
-    assert waits.keys() == {"training/reports/readings.py flush"}, waits
+    assert waits.keys() == {"training/reports/logs.py flush"}, waits
     assert waits.total() < STEPS
     for done in (run.train, run.generate):
         assert not done.places("denoise"), done.places("denoise")

@@ -18,8 +18,8 @@ from tests.training.toy_texts import (
     write_pictures,
     write_subset,
 )
-from training.data.live_text import LiveTexts
-from training.live_choice import choose_live_texts
+from training.caching_inside import choose_live_texts
+from training.data.live import LiveTexts
 from training.plan import read_config
 from training.planning.memory import predict
 from training.run import prepare_run, train_network

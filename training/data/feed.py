@@ -27,7 +27,7 @@ from modules.contract.rules import ONE_EXPERT, Expert
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
-from training.data.live_media import BatchSources
+from training.data.live import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch
 from training.noise_options import NOTHING, PLAIN_NOISE, SIGMA, TIMESTEP, NoiseOptions, TimestepOptions

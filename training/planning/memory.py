@@ -45,8 +45,7 @@ from modules.planning.memory_plan import (
 )
 from modules.speed_options import SwapOptions
 from training.data.feed import Randomness
-from training.data.live_media import BatchSources
-from training.data.live_text import NO_TEXTS, LiveTexts
+from training.data.live import NO_TEXTS, BatchSources, LiveTexts
 from training.experts import placement_of
 from training.loss import NoisyBatch, Trains
 from training.options import TrainingOptions

@@ -33,7 +33,7 @@ from modules.planning.dry_run import (
 )
 from modules.private_torch import disable_modes
 from networks.adapter import make_network
-from training.data.live_text import NO_TEXTS, LiveTexts
+from training.data.live import NO_TEXTS, LiveTexts
 from training.experts import AUTOCAST, dress
 from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
 from training.optimizers.optimizer import make_optimizer, set_training

@@ -3,7 +3,6 @@
 history: keep all reports of a run in lines
 logs: progress bar, TensorBoard and wandb
 page: one HTML page about a training
-readings: read numbers of a step one step later
 reporter: pass a run's events to history and page
 sample_files: find samples of a run, draw sheets
 """

@@ -12,8 +12,8 @@ from typing import Any
 
 from modules.media.reading import Frame
 from training.reports.history import History
+from training.reports.logs import StepReport
 from training.reports.page import ClipStore, PageFacts, write_training_page
-from training.reports.readings import StepReport
 from training.reports.sample_files import (
     find_samples,
     join_strip,

@@ -25,12 +25,12 @@ from training.reports.logs import (
     SEEN,
     Logs,
     StepClock,
+    StepReport,
     check_trackers,
     name_rates,
     public_config,
     tracker_arguments,
 )
-from training.reports.readings import StepReport
 from training.run_options import AcceleratorOptions
 
 PLAIN = AcceleratorOptions.usual()

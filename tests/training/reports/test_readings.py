@@ -12,7 +12,7 @@ from modules.contract.data import Conditions
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from tests.training.toy import ToyFamily, toy_options, write_caches
 from training.loop import train
-from training.reports.readings import Moment, Readings
+from training.reports.logs import Moment, Readings
 from training.run import prepare_run
 
 STEP, PAUSE = 0.125, 100.0  # seconds: eight steps a second

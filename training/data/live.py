@@ -1,17 +1,19 @@
-"""Pictures that are encoded while training, and where else the parts of a batch come from.
+"""Pictures and texts that are encoded while training, and where else the parts of a batch come from.
 
 Pictures that augmentation changes each time cannot be cached: the training process reads, changes and encodes
 them once for each of their micro-batches. Their randomness is a function of the run's seed and the
-micro-batch's number, as that of noise and timesteps.
+micro-batch's number, as that of noise and timesteps. Text encoders stay loaded beside the network if captions
+vary, if they learn, or if there are no caches; every process encodes the captions of its own micro-batches.
 """
 
-import dataclasses
+import contextlib
+import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataset.batches.items import CachingCommands, LiveParts, LiveTable, TrainingItem
 from dataset.batches.reading import read_batch
@@ -22,7 +24,10 @@ from dataset.caching.latents import Crop, EncodersOnDemand, batch_media, cut
 from dataset.sources.decoding import IMAGE_SPANS, decode_source
 from dataset.sources.frames import shrink_mask
 from dataset.table import NO_AUGMENTATION, DatasetTable
-from modules.contract.data import LOSS_MASK, Batch, LatentSpec
+from modules.contract.data import LOSS_MASK, Batch, Conditions, LatentSpec
+from modules.contract.family import LearningEncoder, TextEncoder
+from modules.contract.requests import Prompt, Prompts
+from modules.contract.steps import EncodedPrompts
 from modules.errors import DatasetError
 from modules.seeds import derive_seed
 
@@ -63,7 +68,7 @@ class LiveMedia:
     def _read(self, item: TrainingItem, numbers: random.Random) -> Crop:
         source = self._tables[item.table.index].sources[item.source_stem]
         # an item that is validated on has another table, which changes nothing
-        source = dataclasses.replace(source, table=item.table)
+        source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps
         changes = None if item.table.augmentation == NO_AUGMENTATION else numbers
         media = decode_source(source, fps, spec.pixel_step, spec.frame_step, changes)
@@ -117,3 +122,88 @@ class BatchSources:
         sides = [flip and place not in encoded for place, flip in enumerate(flips)]
         live = LiveParts(self.tables, encoded)
         return read_batch(items, latent, commands, checks, captions, self.stores, sides, live)
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LiveTexts:
+    """Hold the text encoders that stay loaded; none may. Outputs of all others come from caches."""
+
+    encoders: Sequence[TextEncoder]
+    learning: Sequence[LearningEncoder] = ()  # those of them that get a network, in their order
+    able: Sequence[str] = ()  # prefixes of all encoders that could learn, in the order of their rates
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Return the names of the tensors that they make."""
+        return frozenset().union(*(encoder.keys for encoder in self.encoders))
+
+    def load(self, device: torch.device) -> None:
+        """Load all encoders, frozen."""
+        for encoder in self.encoders:
+            encoder.load(device)
+        for encoder in self.learning:
+            encoder.network.requires_grad_(False)
+        if names := " and ".join(encoder.name for encoder in self.encoders):
+            logger.info("Captions are encoded while training, by %s.", names)
+
+    def free(self) -> None:
+        """Free all encoders."""
+        for encoder in self.encoders:
+            encoder.free()
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the networks that learn by the prefixes of their names in LoRA files. Call `load` first."""
+        return {encoder.lora_prefix: encoder.network for encoder in self.learning}
+
+    def add_to(self, batch: Batch) -> Batch:
+        """Return a batch with the outputs of these encoders for its captions, B first; on the CPU.
+
+        Gradients flow to trained parts, if they are on. Other encoders are asked without.
+        """
+        if not self.encoders:
+            return batch
+        prompts = [Prompt(caption) for caption in batch.captions]
+        tensors = dict(batch.tensors)
+        for encoder in self.encoders:
+            encoded = self._encode(encoder, prompts)
+            for name in encoder.keys:
+                tensors[name] = _stack([one[name] for one in encoded], name in encoder.variable_length)
+        return replace(batch, tensors=tensors)
+
+    def renew(
+        self, wanted: Mapping[int, Prompts], known: Mapping[int, EncodedPrompts]
+    ) -> dict[int, EncodedPrompts]:
+        """Return the encoded texts of a sample, anew from the encoders that learn.
+
+        wanted: its texts by section; `known` has all their outputs. Conditions have no batch dimension.
+        """
+        with torch.no_grad():
+            return {section: self._renew(texts, known[section]) for section, texts in wanted.items()}
+
+    def _renew(self, texts: Prompts, known: EncodedPrompts) -> EncodedPrompts:
+        made: dict[str, dict[str, Tensor | list[Tensor]]] = {}
+        for name in ("positive", "negative", "blank", "away"):
+            text, conditions = getattr(texts, name), getattr(known, name)
+            if text is not None and conditions is not None:
+                made[name] = dict(conditions)
+                for encoder in self.learning:
+                    made[name] |= encoder.encode([text])[0]
+        return replace(known, **made)
+
+    def _encode(self, encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[Conditions]:
+        learns = any(encoder is one for one in self.learning)
+        with contextlib.nullcontext() if learns else torch.no_grad():
+            return encoder.encode(prompts)
+
+
+NO_TEXTS = LiveTexts(())  # all texts come from caches
+
+
+def _stack(values: Sequence[Tensor | list[Tensor]], is_varying: bool) -> Tensor | list[Tensor]:
+    """Return one tensor B ..., or a list with an entry for each sample if their lengths vary."""
+    rows = [value[0] if isinstance(value, list) else value for value in values]
+    return rows if is_varying or isinstance(values[0], list) else torch.stack(rows)
