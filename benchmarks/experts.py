@@ -23,7 +23,7 @@ from generation.denoise import predictor  # noqa: E402
 from generation.experts import Check, DitTurns, TurnRules  # noqa: E402
 from modules.contract.loading import Placement  # noqa: E402
 from modules.contract.steps import Step  # noqa: E402
-from modules.offload.host_memory import PlainTransfer  # noqa: E402
+from modules.offload.host_memory import Transfer  # noqa: E402
 from modules.offload.turns import HostCopy  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 from modules.planning.dry_run import HOST, Ledger  # noqa: E402
@@ -43,7 +43,7 @@ class Device:
     """Counts the bytes of weights on the device; a `Transfer` whose copies are done at once."""
 
     def __init__(self) -> None:
-        self._plain = PlainTransfer(HOST)
+        self._plain = Transfer(HOST)
         self.weights = self.most = 0
         self.mark, self.copy, self.wait, self.finish = (
             getattr(self._plain, name) for name in ("mark", "copy", "wait", "finish")

@@ -14,16 +14,18 @@ from modules.contract.rules import MagCache, MagCalibration, StepCaching, TeaCac
 from modules.contract.steps import DitAt
 from modules.errors import OptionError
 from modules.option_values import MOST, show_number
-from modules.step_cache.rules import (
+from modules.step_cache import (
     FEWEST_STEPS,
     Changes,
     MagCacheRule,
     Ratios,
+    Rule,
+    StepCache,
     TeaCacheRule,
     measure_pass,
     resample,
+    run_around,
 )
-from modules.step_cache.runner import Rule, StepCache, run_around
 
 logger = logging.getLogger(__name__)
 

@@ -102,8 +102,7 @@ class TokenizerSource:
             logger.info("tokenizer of %s: the one inside %s", what, checkpoint_path)
             return self._read_pieces(_read_embedded(checkpoint_path), checkpoint_path)
         if file is None:
-            find = self.files.download if may_download else self.files.require_local
-            file = find(checkpoint_path)
+            file = self.files.download(checkpoint_path, may_download)
         logger.info("tokenizer of %s: %s", what, file)
         return self._read_json(file) if file.suffix == ".json" else self._read_pieces(None, file)
 

@@ -21,7 +21,6 @@ from modules.contract.requests import Prepared, Prompt
 from modules.contract.rules import Expert, noisiest
 from modules.contract.steps import DitAt, EncodedPrompts, Step
 from modules.errors import MemoryPlanError, OptionError
-from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import host_room
 from modules.planning.dry_run import (
     ACCELERATOR,
@@ -44,10 +43,12 @@ from modules.planning.memory_plan import (
     MemoryPlan,
     Phase,
     Room,
+    advise,
     dtypes_of,
     gib,
     parts_of,
     print_plan,
+    resolve_swap,
     room_on,
     swaps_of,
     workspace,

@@ -16,8 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
-from modules.attention.attend import Lengths, attend
-from modules.attention.second_text import SecondText, Steer
+from modules.attention.attend import Lengths, SecondText, Steer, attend
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype
 from modules.speed_options import AttentionChoice

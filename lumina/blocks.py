@@ -15,8 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from lumina.configs import LuminaConfig
-from modules.attention.attend import Lengths, attend
-from modules.attention.second_text import SecondText
+from modules.attention.attend import Lengths, SecondText, attend
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype, run_float32
 from modules.layers.rope import rotate, sinusoid
@@ -31,7 +30,7 @@ class LuminaTokens:
 
     In the published code the caption stands in front. Attention does not depend on the order of its tokens,
     only on their positions, and with the image first it lies at the same place in all samples of a batch.
-    With a second caption x is B L+T+T' C (`modules.attention.second_text`).
+    With a second caption x is B L+T+T' C (`modules.attention.attend`).
     """
 
     grid: tuple[int, int]  # image tokens along rows, columns

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import DIT, LuminaConfig
-from modules.attention.attend import Lengths, lengths_on
-from modules.attention.second_text import SecondText
+from modules.attention.attend import Lengths, SecondText, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype

@@ -33,13 +33,12 @@ output_files: check output names, ask about existing files
 pages/: HTML pages of runs, datasets and comparisons
 parser: argparse from records, and answers to mistakes
 paths: paths and addresses as users write them
-plan_advice: choose `--blocks_to_swap auto`, and advise on memory
 planning/: the memory of a run, predicted before it starts
 private_torch: everything private of torch that is used
 run_blocks: the one loop over a transformer's blocks
 seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, block swap, VAE, plan
-step_cache/: rules decide which passes to skip; a runner skips
+step_cache: rules decide which passes to skip; a runner skips
 text_encodings: guess the encoding of a file not in UTF-8
 text_files: text files that a user names, read safely
 varints: read whole numbers of varying length

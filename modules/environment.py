@@ -94,22 +94,11 @@ def _install(python: Path, wanted: list[str]) -> None:
     alone = [line for line in wanted if requirement_name(line) in WITHOUT_DEPENDENCIES]
     # torch first, so that no other package chooses its version
     torch_first = [line for line in plain if requirement_name(line) == "torch"]
-    for lines, flags in (
-        (torch_first, []),
-        ([line for line in plain if line not in torch_first], []),
-        (alone, ["--no-deps"]),
-    ):
+    others = [line for line in plain if line not in torch_first]
+    for lines, flags in ((torch_first, []), (others, []), (alone, ["--no-deps"])):
         if lines:
-            command = [
-                str(python),
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--disable-pip-version-check",
-                *flags,
-                *lines,
-            ]
+            command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            command += [*flags, *lines]
             if subprocess.run(command, env={**os.environ, "PYTHONUTF8": "1"}).returncode:
                 raise UserError(
                     f"pip could not install {', '.join(lines)}. See its message above, fix the cause and "

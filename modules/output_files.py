@@ -18,18 +18,8 @@ WINDOWS_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 WINDOWS_SIGNS = set('<>:"|?*')
 # of files that are no safetensors file
 OTHER_KINDS = {
-    ".pt",
-    ".pth",
-    ".bin",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".txt",
-    ".json",
-    ".toml",
-    ".zip",
-    ".mp4",
-    ".png",
+    *(".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx"),
+    *(".txt", ".json", ".toml", ".zip", ".mp4", ".png"),
 }
 
 

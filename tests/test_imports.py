@@ -49,7 +49,6 @@ FLOORS = {
         {"checkpoints", "compile", "run_blocks"},
         {"offload"},
         {"dressing", "planning", "step_cache"},
-        {"plan_advice"},
     ),
     "dataset": (
         {"config_keys", "options"},

@@ -2,5 +2,4 @@
 
 attend: the only entry: back ends, packages, packed samples
 sdpa: torch's scaled_dot_product_attention, with the best kernels
-second_text: steer attention away from a second text
 """

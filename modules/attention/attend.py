@@ -76,9 +76,6 @@ def _fill_up(samples: Sequence[Tensor], length: int) -> Tensor:
     return torch.cat(pieces).unflatten(0, (len(samples), length))
 
 
-# Letters: B batch, L query tokens, S key tokens, T real tokens of all samples together, N heads, D head width
-
-
 def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Run FlashAttention 2 (Dao 2023, arXiv 2307.08691): B L N D."""
     from flash_attn import flash_attn_func
@@ -139,9 +136,6 @@ def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths)
 def _output(result: Any) -> Tensor:
     """Return the attention output alone: early builds return the softmax's normaliser too."""
     return result[0] if isinstance(result, tuple) else result
-
-
-# Letters: B batch, L tokens with padding, T real tokens of all samples together, N heads, D head width
 
 
 logger = logging.getLogger(__name__)
@@ -346,3 +340,33 @@ def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, t
                 raise ArithmeticError("its results are wrong")
             if training:
                 torch.autograd.grad(result.float().sum(), inputs)
+
+
+# Letters: B batch, L tokens of picture or video, T tokens of the first text, T' of the second, N heads
+
+
+# outputs of attention to the text asked for and to another one, each B L N D -> what takes their place
+Steer = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SecondText:
+    """Place of a second text among the tokens B L+T+T' ..., and its use."""
+
+    before: int  # tokens of the picture, L
+    count: int  # its own tokens, T'
+    lengths: Lengths | None  # how many of the L + T' tokens are real; None: all
+    steer: Steer
+
+    def without(self, x: Tensor) -> Tensor:
+        """Return the picture with the first text, B L+T ..."""
+        return x[:, : -self.count]
+
+    def alone(self, x: Tensor) -> Tensor:
+        """Return the picture with the second text, B L+T' ..."""
+        return torch.cat([x[:, : self.before], x[:, -self.count :]], dim=1)
+
+    def combine(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the attention of all tokens, B L+T+T' N D, from their attention with either text alone."""
+        steered = self.steer(first[:, : self.before], second[:, : self.before])
+        return torch.cat([steered, first[:, self.before :], second[:, self.before :]], dim=1)

@@ -1,7 +1,7 @@
 """Load transformers of every family: prefixes of names, the dtype of weights, filling a network."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -111,8 +111,10 @@ class DitFormat(Generic[Config, Dit]):
     def load(self, path: Path, placement: Placement, *settings: Any) -> Dit:
         """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-        dtype: see `choose_dtype` and `fill_dit`. `placement.patch` is called with the published parameter
-        names. Raises CheckpointError if the file is another model's, is incomplete, or has unknown tensors.
+        dtype: see `choose_dtype`; some layers are always kept in float32, and with
+        `placement.keep_file_dtypes` each layer has the dtype of its weight in the file. `placement.patch` is
+        called with the published parameter names. Raises CheckpointError if the file is another model's, is
+        incomplete, or has unknown tensors, and if an fp8 file is to be rounded again or patched.
         """
         with open_checkpoint(path) as opened:
             checkpoint = bare_names(opened)
@@ -125,10 +127,32 @@ class DitFormat(Generic[Config, Dit]):
             counts = " + ".join(str(len(blocks)) for blocks in spec.blocks(dit).values())
             size = f"{counts} blocks of width {header.config.dim}"
             logger.info("Loading %s: %s, %s, as %s", path, what, size, dtype_name(target))
-            fill_dit(
-                dit, checkpoint, self.sources(checkpoint, header), placement, target, spec, what, self.ignore
+            sources = self.sources(checkpoint, header)
+
+            def kept(name: str, stored: torch.dtype) -> torch.dtype:
+                if name.startswith(spec.keep_float32):
+                    return torch.float32
+                if not placement.keep_file_dtypes:
+                    return target
+                # a layer has one dtype
+                weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
+                own = checkpoint.tensors[sources[weight].names[0]].dtype if weight in sources else stored
+                return own if own.itemsize > 1 else target
+
+            load_module(
+                dit,
+                checkpoint,
+                sources,
+                device=placement.device,
+                dtype=kept,
+                patch=placement.patch,
+                ignore=self.ignore,
+                what=what,
+                fp8=_fp8_layers(dit, checkpoint, sources, placement, spec),
+                host=placement.host,
+                check=placement.check,
             )
-        return dit
+        return dit.eval()
 
 
 def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
@@ -164,52 +188,6 @@ def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement
     return placement if asks else replace(placement, compute_dtype=dit_dtype)
 
 
-def fill_dit(
-    dit: nn.Module,
-    checkpoint: Checkpoint,
-    sources: Mapping[str, TensorSource],
-    placement: Placement,
-    target: torch.dtype,
-    spec: DitSpec,
-    what: str,
-    ignore: Sequence[str] = (),
-) -> None:
-    """Load a transformer that was built on the meta device, tensor by tensor, without gradients.
-
-    Each tensor goes to its device. target: dtype of the weights; with `placement.keep_file_dtypes` each layer
-    has the dtype of its weight in the file instead. spec: which layers are always kept in float32, and which
-    may be kept in 8 bits (`placement.fp8`). ignore: as for `load_module`. `placement.patch` gets the names
-    in `sources`. Raises CheckpointError as `load_module`, and if an fp8 file is to be rounded again or
-    patched.
-    """
-
-    def kept(name: str, stored: torch.dtype) -> torch.dtype:
-        if name.startswith(spec.keep_float32):
-            return torch.float32
-        if not placement.keep_file_dtypes:
-            return target
-        # a layer has one dtype
-        weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
-        own = checkpoint.tensors[sources[weight].names[0]].dtype if weight in sources else stored
-        return own if own.itemsize > 1 else target
-
-    fp8 = _fp8_layers(dit, checkpoint, sources, placement, spec)
-    load_module(
-        dit,
-        checkpoint,
-        sources,
-        device=placement.device,
-        dtype=kept,
-        patch=placement.patch,
-        ignore=ignore,
-        what=what,
-        fp8=fp8,
-        host=placement.host,
-        check=placement.check,
-    )
-    dit.eval()
-
-
 def _fp8_layers(
     dit: nn.Module,
     checkpoint: Checkpoint,
@@ -221,17 +199,21 @@ def _fp8_layers(
 
     If the layers multiply in 8 bits too, the last blocks stay in 16 bits: see `LAST_IN_16_BITS`.
     """
-    quantisation, path = placement.fp8, checkpoint.path
+    quantisation = placement.fp8
     if quantisation is None:
         return None
-    last = _last_blocks(dit, spec) if quantisation.fp8_matmul else ()
-    kept = find_fp8_weights(
-        _without(linear_weights(dit, spec.block_lists), last), sources, checkpoint.tensors
-    )
+    blocks = [f"{name}.{index}." for name, found in spec.blocks(dit).items() for index in range(len(found))]
+    wide: tuple[str, ...] = ()
+    if quantisation.fp8_matmul and len(blocks) >= 4 * LAST_IN_16_BITS:
+        wide = tuple(blocks[-LAST_IN_16_BITS:])
+
+    def others(names: frozenset[str]) -> frozenset[str]:
+        return frozenset(name for name in names if not name.startswith(wide))
+
+    kept = find_fp8_weights(others(linear_weights(dit, spec.block_lists)), sources, checkpoint.tensors)
     if not kept:
-        rounded = _without(linear_weights(dit, spec.block_lists, spec.fp8_exclude), last)
-        return Fp8Loading(quantisation, rounded)
-    refuse_fp8_file(path, quantisation, placement.patch is not None)
+        return Fp8Loading(quantisation, others(linear_weights(dit, spec.block_lists, spec.fp8_exclude)))
+    refuse_fp8_file(checkpoint.path, quantisation, placement.patch is not None)
     return Fp8Loading(quantisation, kept=kept)
 
 
@@ -251,13 +233,3 @@ def refuse_fp8_file(path: Path, quantisation: Quantisation, has_loras: bool) -> 
             "converted to 16 bits.",
             path,
         )
-
-
-def _last_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
-    """Return the name prefixes of the last blocks, `blocks.38.` and `blocks.39.`; none for a few blocks."""
-    blocks = [f"{name}.{index}." for name, found in spec.blocks(dit).items() for index in range(len(found))]
-    return tuple(blocks[-LAST_IN_16_BITS:]) if len(blocks) >= 4 * LAST_IN_16_BITS else ()
-
-
-def _without(names: frozenset[str], beginnings: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(name for name in names if not name.startswith(beginnings))

@@ -68,6 +68,21 @@ def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> in
     )
 
 
+def _config_beside(path: Path) -> tuple[Path, Any]:
+    """Return the path of the config.json in a model's folder, and its content; None if there is no such file.
+
+    Raises CheckpointError if it cannot be read.
+    """
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        return file, parse_json(read_text(file)) if file.is_file() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as the configuration of a model ({error}). Copy it again, or remove it.",
+            file,
+        ) from error
+
+
 def told_beside(path: Path, part: str, kind: str, dim: int, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings of the network from the config.json in its folder.
 
@@ -75,15 +90,14 @@ def told_beside(path: Path, part: str, kind: str, dim: int, defaults: Mapping[st
     model has several. kind: prefix of its model_type. dim: the width by the tensors. defaults: values of
     missing keys. Raises CheckpointError if config.json cannot be read.
     """
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if not file.is_file():
+    file, whole = _config_beside(path)
+    if whole is None:
         return {}
     try:
-        whole = parse_json(read_text(file))
         config = whole.get(part, whole)
         named = config.get("model_type")
         settings: dict[str, Any] = {**(defaults if named is not None else {}), **config}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} cannot be read as the configuration of a model ({error}).", file
         ) from error
@@ -125,15 +139,7 @@ def stated_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | Non
     classes: names that `_class_name` has for this model. Raises CheckpointError if the file cannot be read or
     its number is below 1.
     """
-    path = (checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        settings = parse_json(read_text(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}. Copy it again, or remove it.", path
-        ) from error
+    path, settings = _config_beside(checkpoint.path)
     if (
         not isinstance(settings, dict)
         or settings.get("_class_name") not in classes

@@ -202,7 +202,12 @@ class _Filling:
             shape = self._shapes[name]
             tensor = torch.empty(shape, dtype=dtype, device=self._device) if place is None else place
             self._write(name, tensor)
-        _place_weight(self._module, name, tensor)
+        parent_name, _, leaf = name.rpartition(".")
+        parent = self._module.get_submodule(parent_name)
+        if leaf in parent._parameters:
+            parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            parent._buffers[leaf] = tensor
 
     def finish(self) -> None:
         """Check that all values are finite, and free the buffer."""
@@ -271,15 +276,6 @@ class _Filling:
         if place is not None:
             weight = place.copy_(weight) if self._is_filled_here else place
         attach(layer, weight, None if scale is None else scale.clone(), fp8.quantisation)
-
-
-def _place_weight(module: nn.Module, name: str, tensor: Tensor) -> None:
-    parent_name, _, leaf = name.rpartition(".")
-    parent = module.get_submodule(parent_name)
-    if leaf in parent._parameters:
-        parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        parent._buffers[leaf] = tensor
 
 
 def _check_fit(

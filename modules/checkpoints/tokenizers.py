@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download
 from tokenizers import Encoding, Tokenizer
 
 from modules.checkpoints.containers import describe_kind, is_pointer_or_page
@@ -82,31 +82,28 @@ class TokenizerFiles:
             fingerprint(file) if file is not None else "/".join(filter(None, (self.repository, self.folder)))
         )
 
-    def download(self, checkpoint_path: Path) -> Path:
+    def download(self, checkpoint_path: Path, may_download: bool = True) -> Path:
         """Return the tokenizer's file of the hub, from its cache if it is there.
 
-        Raises CheckpointError if the hub cannot be reached.
+        Raises CheckpointError if it is not there and the hub cannot be reached, or may not be asked.
         """
         try:
-            return Path(hf_hub_download(self.repository, self.on_hub, subfolder=self.folder or None))
+            return Path(
+                hf_hub_download(
+                    self.repository,
+                    self.on_hub,
+                    subfolder=self.folder or None,
+                    local_files_only=not may_download,
+                )
+            )
         except Exception as error:  # no network, no such host, a proxy's answer: many classes, one remedy
+            reached = f"the hub cannot be reached ({first_line(error)})"
+            why = reached if may_download else "the hub's cache has none"
             raise CheckpointError(
-                f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and the hub "
-                f"cannot be reached ({first_line(error)})\n  Give {self.option} {self._describe()}.",
+                f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and {why}\n"
+                f"  Give {self.option} {self._describe()}.",
                 checkpoint_path,
             ) from error
-
-    def require_local(self, checkpoint_path: Path) -> Path:
-        """Return the hub's file if it was downloaded before. Raises CheckpointError if not."""
-        name = "/".join(filter(None, (self.folder, self.on_hub)))
-        file = try_to_load_from_cache(self.repository, name)
-        if not isinstance(file, str):
-            raise CheckpointError(
-                f"no tokenizer for {checkpoint_path} beside it, inside it or in the hub's cache. Give "
-                f"{self.option} {self._describe()}.",
-                checkpoint_path,
-            )
-        return Path(file)
 
     def read(self, file: Path) -> Tokenizer:
         """Read the tokenizer of a tokenizer.json, without padding and truncation.

@@ -31,9 +31,7 @@ def stream_tensors(
     files. Raises ValueError if `read` returns another dtype or shape, OutputError if the file cannot be
     written, or nothing could read it again.
     """
-    order = _order(tensors)
-    header = _header({name: tensors[name] for name in order}, metadata)
-    _check_header(header, tensors, path)
+    order, header = _lay_out(tensors, metadata, path)
     size_bytes = len(header) + sum(info.size_bytes for info in tensors.values())
     with atomic_path(path, size_bytes) as temporary, temporary.open("wb") as file:
         file.write(header)
@@ -60,9 +58,7 @@ def save_tensors(
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the bytes of the file that `stream_tensors` would write. Raises OutputError as it does."""
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    order = _order(infos)
-    header = _header({name: infos[name] for name in order}, metadata)
-    _check_header(header, infos, "safetensors")
+    order, header = _lay_out(infos, metadata, "safetensors")
     whole = io.BytesIO()
     whole.write(header)
     for name in order:
@@ -70,32 +66,29 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return whole.getvalue()
 
 
-def _order(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the names, largest element size first, then by name."""
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+def _lay_out(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None, what: Path | str
+) -> tuple[list[str], bytes]:
+    """Return the names in the order of the file, and its header.
 
-
-def _check_header(header: bytes, tensors: Mapping[str, TensorInfo], what: Path | str) -> None:
-    if len(header) - 8 > MAX_HEADER_BYTES:
-        raise OutputError(
-            f"{what}: the names of its {len(tensors):,} tensors and its metadata take {len(header):,} bytes; "
-            f"safetensors files with more than {MAX_HEADER_BYTES:,} cannot be read. Give shorter names."
-        )
-
-
-def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
-    """Return 8 bytes of length, then JSON padded with spaces to a multiple of 8.
-
-    Source: huggingface.co/docs/safetensors.
+    Order: largest element size first, then by name. Header: 8 bytes of length, then JSON padded with spaces
+    to a multiple of 8. Source: huggingface.co/docs/safetensors. Raises OutputError if it is too large.
     """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    for name, info in tensors.items():
+    for name in order:
+        info = tensors[name]
         start, end = end, end + info.size_bytes
         entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    if len(text) > MAX_HEADER_BYTES:
+        raise OutputError(
+            f"{what}: the names of its {len(tensors):,} tensors and its metadata take {len(text):,} bytes; "
+            f"safetensors files with more than {MAX_HEADER_BYTES:,} cannot be read. Give shorter names."
+        )
+    return order, len(text).to_bytes(8, "little") + text
 
 
 def _write_data(file: BinaryIO, tensor: Tensor) -> None:

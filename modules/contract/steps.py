@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modules.attention.second_text import Steer
+from modules.attention.attend import Steer
 from modules.contract.data import Conditions, MediaEncoders, add_batch_axis
 from modules.layers.rope import Slow
 

@@ -20,7 +20,7 @@ Micikevicius et al. 2022, arXiv 2209.05433, with row-wise scales as in torchao.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,23 +45,10 @@ PIECE = 1 << 26  # values quantised at a time in uncompiled code: 256 MiB of flo
 FAST_SUMS, EXACT_SUMS = True, False
 
 
-class Product(Protocol):
-    """Multiply a and b with scaled rows of a and columns of b, and add a bias; sum in float32, round once.
-
-    a: M K e4m3, row-major. b: K N e4m3, column-major. scale_a: M 1, scale_b: 1 N, both float32. bias: N or
-    None. fast_sums: see FAST_SUMS. Returns M N in `dtype`, bfloat16 or float16.
-    """
-
-    def __call__(
-        self,
-        a: Tensor,
-        b: Tensor,
-        scale_a: Tensor,
-        scale_b: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        fast_sums: bool,
-    ) -> Tensor: ...
+# Multiplies a and b with scaled rows of a and columns of b, and adds a bias; sums in float32, rounds once.
+# Takes a: M K e4m3, row-major; b: K N e4m3, column-major; scale_a: M 1, scale_b: 1 N, both float32; bias: N
+# or None; dtype: of the result M N, bfloat16 or float16; fast_sums: see FAST_SUMS.
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype, bool], Tensor]
 
 
 def row_scaled_product(
@@ -192,12 +179,8 @@ def _try(product: Product, device: torch.device) -> None:
         rows, columns = torch.ones(tokens, 1, device=device), torch.ones(1, STEP, device=device)
         bias = torch.zeros(STEP, device=device)
         out = product(tile, tile[:STEP].t(), rows, columns, bias, torch.bfloat16, FAST_SUMS)
-        _check_tile(out)
-
-
-def _check_tile(out: Tensor) -> None:
-    if not bool((out == STEP).all()):
-        raise RuntimeError(f"the product of two tiles of ones is {float(out.flatten()[0])}, not {STEP}")
+        if not bool((out == STEP).all()):
+            raise RuntimeError(f"the product of two tiles of ones is {float(out.flatten()[0])}, not {STEP}")
 
 
 def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:

@@ -5,6 +5,7 @@ over the axes of a video as in the released video models. Sinusoids: Vaswani et 
 and for timesteps Ho et al. 2020, arXiv 2006.11239; the video models put cosines first.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -32,24 +33,11 @@ class Slow:
     period: float  # positions until it has turned once
 
 
-def axis_angles(
-    length: int,
-    width: int,
-    theta: float = THETA,
-    dtype: torch.dtype = torch.float64,
-    slow: Slow | None = None,
-) -> Tensor:
-    """Return the angles of positions 0, 1, ... on one axis: length x width/2.
-
-    width: channels that belong to the axis, even. slow: see `angles_at`.
-    """
-    return angles_at(torch.arange(length, dtype=dtype), width, theta, slow)
-
-
 def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | None = None) -> Tensor:
     """Return the angles of any positions on an axis: n -> n x width/2, in their dtype.
 
-    slow: one frequency in place of the trained one. Raises ValueError if the axis lacks that frequency.
+    width: channels that belong to the axis, even. slow: one frequency in place of the trained one. Raises
+    ValueError if the axis lacks that frequency.
     """
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
     if slow is not None:
@@ -78,39 +66,18 @@ def exact_table(
     theta: float = THETA,
     device: torch.device = CPU,
     slow: Slow | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Return the (cosine, sine) pairs of a grid's tokens in row-major order: L 1 D/2 2 float32 on `device`.
 
-    Angles are float64. sizes: positions along each axis (frames, rows, columns). widths: channels of each
-    axis, D in total. slow: of the first axis.
+    sizes: positions along each axis (frames, rows, columns). widths: channels of each axis, D in total.
+    slow: of the first axis. dtype: of the angles; at position 1000 a float32 angle is wrong in the fifth
+    digit.
     """
-    # float64: at position 1000 a float32 angle is wrong in the fifth digit
-    return _table(sizes, widths, theta, torch.float64, device, slow)
-
-
-def float32_table(
-    sizes: Sequence[int],
-    widths: Sequence[int],
-    theta: float = THETA,
-    device: torch.device = CPU,
-    slow: Slow | None = None,
-) -> Tensor:
-    """Return the table that `exact_table` returns, from float32 angles."""
-    return _table(sizes, widths, theta, torch.float32, device, slow)
-
-
-def _table(
-    sizes: Sequence[int],
-    widths: Sequence[int],
-    theta: float,
-    dtype: torch.dtype,
-    device: torch.device,
-    slow: Slow | None,
-) -> Tensor:
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
     axes = [
-        turns(axis_angles(size, width, theta, dtype, None if axis else slow)).float()
+        turns(angles_at(torch.arange(size, dtype=dtype), width, theta, None if axis else slow)).float()
         for axis, (size, width) in enumerate(zip(sizes, widths, strict=True))
     ]
     return on_grid([send_ahead(one, device) for one in axes]).unsqueeze(1)
@@ -121,6 +88,7 @@ def turns(angles: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
+float32_table = functools.partial(exact_table, dtype=torch.float32)
 TABLES = {"default": exact_table, "comfy": float32_table}  # values of --rope_func
 
 

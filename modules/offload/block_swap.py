@@ -427,17 +427,12 @@ def swap_of(network: nn.Module) -> BlockSwap | None:
     return found if isinstance(found, BlockSwap) else None
 
 
-def settle(network: nn.Module) -> None:
-    """Make every parameter hold its newest values, readable and writable: before saving and restoring."""
-    swap = swap_of(network)
-    if swap is not None:
-        swap.settle()
-
-
 def settle_all(networks: Iterable[nn.Module]) -> None:
-    """`settle` each of several networks."""
+    """Make all parameters hold their newest values, readable and writable: before saving and restoring."""
     for network in networks:
-        settle(network)
+        swap = swap_of(network)
+        if swap is not None:
+            swap.settle()
 
 
 def move_network(network: nn.Module, device: torch.device) -> None:

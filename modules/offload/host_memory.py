@@ -19,7 +19,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy
 import torch
@@ -240,54 +240,44 @@ def _unregister(addresses: Sequence[int]) -> None:
 Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source), of one size
 
 
-class Transfer(Protocol):
-    """Copies to and from a device, in the order in which they are requested.
+class Transfer:
+    """Copies to and from a device, in the order in which they are requested; here each is done at once.
 
-    A moment is whatever `mark` and `copy` return.
+    For devices whose copies need no stream of their own, such as the CPU. A moment is whatever `mark` and
+    `copy` return.
     """
-
-    def memory(self, size_bytes: int) -> Tensor: ...  # on the device, uint8, uninitialised
-
-    def mark(self) -> Any: ...  # the moment at which all computation queued so far is done
-
-    # starts after that moment; returns the moment at which it is done
-    def copy(self, pairs: Pairs, after: Any) -> Any: ...
-
-    def wait(self, moment: Any) -> None: ...  # computation queued from now on starts after that moment
-
-    def finish(self) -> None: ...  # returns when all copies are done
-
-
-class PlainTransfer:
-    """For devices whose copies need no stream of their own, such as the CPU: each is done at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def memory(self, size_bytes: int) -> Tensor:
+        """Return memory on the device: uint8, uninitialised."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
-    def mark(self) -> None:
-        """Return None: all work is done already, or runs in order."""
+    def mark(self) -> Any:
+        """Return the moment at which all computation queued so far is done."""
 
-    def copy(self, pairs: Pairs, after: None) -> None:
+    def copy(self, pairs: Pairs, after: Any) -> Any:
+        """Copy, from the moment `after` on; return the moment at which it is done."""
         for target, source in pairs:
             target.copy_(source)
 
-    def wait(self, moment: None) -> None: ...
+    def wait(self, moment: Any) -> None:
+        """Have computation that is queued from now on start after that moment."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Return when all copies are done."""
 
 
-class CudaTransfer:
+class CudaTransfer(Transfer):
     """For CUDA: copies in a stream of their own. Moments are events."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        super().__init__(device)
         self._stream = torch.cuda.Stream(device)
 
     def memory(self, size_bytes: int) -> Tensor:
-        memory = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
+        memory = super().memory(size_bytes)
         # if it is freed during a copy into it, torch does not reuse it before the copy is done
         memory.record_stream(self._stream)
         return memory
@@ -311,7 +301,7 @@ class CudaTransfer:
 
 def transfer_to(device: torch.device) -> Transfer:
     """Return the transfer for the device."""
-    return CudaTransfer(device) if device.type == "cuda" else PlainTransfer(device)
+    return CudaTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
 def offload_layer(layer: nn.Module, host: Tensor, device: torch.device) -> None:

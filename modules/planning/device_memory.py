@@ -17,41 +17,14 @@ logger = logging.getLogger(__name__)
 FULL = 0.97  # of the device's memory; from here on the driver may spill to host memory
 
 
-@dataclass(frozen=True)
-class Usage:
-    """Bytes of a device, as reported by torch and the driver."""
+def spills(total: int, free: int, reserved: int) -> bool:
+    """Return whether some of the memory that torch has reserved on a device must be host memory.
 
-    total: int
-    free: int  # as the driver reports
-    reserved: int  # by torch, in this process
-
-    @property
-    def spills(self) -> bool:
-        """Return whether some of the memory that torch has reserved must be host memory.
-
-        Drivers on Windows, and so on WSL, give host memory to a program that asks for more than the card has,
-        instead of refusing; copies over PCIe then make steps many times slower. The sign is that torch has
-        reserved more than the card has, or nearly all of a card with nothing free.
-        """
-        return self.reserved > self.total or (
-            self.reserved >= FULL * self.total and self.free <= (1 - FULL) * self.total
-        )
-
-    @property
-    def warning(self) -> str:
-        return (
-            f"The GPU's memory is full: torch has reserved {gib(self.reserved)} of {gib(self.total)} GiB. "
-            "If the driver falls back to host memory (Windows: CUDA - Sysmem Fallback Policy), steps become "
-            "many times slower.\n"
-            "  Run with --plan to see what to change, such as a larger --blocks_to_swap; or close other "
-            "programs that use the GPU."
-        )
-
-
-def usage_of(device: torch.device) -> Usage:
-    """Return the current usage of a CUDA device."""
-    free, total = torch.cuda.mem_get_info(device)
-    return Usage(total, free, torch.cuda.memory_reserved(device))
+    Drivers on Windows, and so on WSL, give host memory to a program that asks for more than the card has,
+    instead of refusing; copies over PCIe then make steps many times slower. The sign is that torch has
+    reserved more than the card has, or nearly all of a card with nothing free.
+    """
+    return reserved > total or (reserved >= FULL * total and free <= (1 - FULL) * total)
 
 
 def spare_bytes(device: torch.device) -> int:
@@ -59,8 +32,9 @@ def spare_bytes(device: torch.device) -> int:
 
     A margin is subtracted.
     """
-    usage = usage_of(device)
-    return usage.free + usage.reserved - torch.cuda.memory_allocated(device) - round(MARGIN * usage.total)
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused - round(MARGIN * total)
 
 
 def bytes_on(network: nn.Module, device: torch.device) -> int:
@@ -152,7 +126,15 @@ class MemoryWatch:
         """Log one line, the first time that the device is full."""
         if self._has_warned:
             return
-        usage = usage_of(self.device)
-        if usage.spills:
-            logger.warning(usage.warning)
+        free, total = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
+        if spills(total, free, reserved):
             self._has_warned = True
+            logger.warning(
+                "The GPU's memory is full: torch has reserved %s of %s GiB. If the driver falls back to host "
+                "memory (Windows: CUDA - Sysmem Fallback Policy), steps become many times slower.\n"
+                "  Run with --plan to see what to change, such as a larger --blocks_to_swap; or close other "
+                "programs that use the GPU.",
+                gib(reserved),
+                gib(total),
+            )

@@ -1,16 +1,17 @@
 """Predict the peak of device and host memory by part, show it as a table, and decide whether it fits."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from modules.contract.family import DitSpec
 from modules.control_codes import escape_control_codes
-from modules.errors import MemoryPlanError, OptionError
+from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.offload.swap_plan import SwapPlan, big_weights, most_blocks
 from modules.planning.dry_run import (
     ATTENTION,
@@ -25,7 +26,7 @@ from modules.planning.dry_run import (
     Moment,
     round_up_bytes,
 )
-from modules.speed_options import SwapOptions
+from modules.speed_options import Speed, SwapOptions, set_blocks_to_swap
 
 GIB = 1 << 30
 # Device memory outside torch's tensors: the CUDA context with its kernels, a few hundred MB on every driver.
@@ -219,46 +220,25 @@ def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> 
     )
 
 
-TITLE = "Memory plan"
-HEADINGS = ("GiB", "device", "host", "")
-
-
-def rows_of(plan: MemoryPlan) -> list[tuple[str, str, str, str]]:
-    """Return the plan as rows of a table: part, device, host, note."""
-    rows = []
+def show(plan: MemoryPlan, last_line: str) -> None:
+    """Print the plan as a table (part, device, host, note), and its last line."""
+    rows = [("GiB", "device", "host", "")]
     for phase in plan.phases:
         marked = f"{phase.name} (largest)" if phase is plan.worst and len(plan.phases) > 1 else phase.name
-        parts = [MemoryPart(f"  {part.name}", part.device, part.host, part.note) for part in phase.parts]
         rows += [
             (part.name, gib(part.device), gib(part.host) if part.host else "", part.note)
-            for part in (MemoryPart(marked, phase.device, phase.host), *parts)
+            for part in (
+                MemoryPart(marked, phase.device, phase.host),
+                *(replace(part, name=f"  {part.name}") for part in phase.parts),
+            )
         ]
-    return rows
-
-
-def show(plan: MemoryPlan, last_line: str) -> None:
-    """Print the table and its last line; with colour on a terminal."""
-    rows = rows_of(plan)
-    if not sys.stdout.isatty():
-        widths = [max(len(row[index]) for row in (HEADINGS, *rows)) for index in range(3)]
-        lines = [
-            f"{name:<{widths[0]}}  {device:>{widths[1]}}  {host:>{widths[2]}}  {note}".rstrip()
-            for name, device, host, note in (HEADINGS, *rows)
-        ]
-        text = "\n".join([TITLE, *lines, *plan.remarks, last_line])
-        sys.stdout.write(f"{escape_control_codes(text)}\n")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=TITLE, title_justify="left")
-    for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if index in {1, 2} else "left")
-    for row in rows:
-        table.add_row(*row, style=None if row[0].startswith("  ") else "bold")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(escape_control_codes("\n".join([*plan.remarks, last_line])), markup=False)
+    widths = [max(len(row[index]) for row in rows) for index in range(3)]
+    lines = [
+        f"{name:<{widths[0]}}  {device:>{widths[1]}}  {host:>{widths[2]}}  {note}".rstrip()
+        for name, device, host, note in rows
+    ]
+    text = "\n".join(["Memory plan", *lines, *plan.remarks, last_line])
+    sys.stdout.write(f"{escape_control_codes(text)}\n")
 
 
 class Swappable(Protocol):
@@ -338,3 +318,69 @@ def comparison(predicted: int, measured: int) -> str:
     if abs(difference) > TOLERANCE:
         line += f" That is more than {TOLERANCE:.0%} off: please report it with this line and your options."
     return line
+
+
+logger = logging.getLogger(__name__)
+
+Predicted = TypeVar("Predicted", bound=Swappable)
+
+
+def resolve_swap(
+    speed: Speed, room: Room | None, predict: Callable[[], Predicted]
+) -> tuple[Speed, Predicted | None]:
+    """Return the options with the number that --blocks_to_swap auto stands for, and the prediction.
+
+    room: of a CUDA device; without one nothing is rehearsed, and auto is 0. The prediction is None if there
+    is no room or the rehearsal failed, which is logged: a plan is an aid, without one a run is as good.
+    Raises UserErrors as the rehearsal does, MemoryPlanError if it fails and auto waits for it, and
+    OptionError if the network has fewer blocks than are to be swapped.
+    """
+    if room is None:
+        return (set_blocks_to_swap(speed, 0) if speed.swap.is_auto else speed), None
+    try:
+        prediction = predict()
+    except UserError:
+        raise
+    except Exception as error:
+        if speed.swap.is_auto:
+            raise MemoryPlanError(
+                f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks."
+            ) from error
+        logger.warning("The memory of this run cannot be predicted (%s: %s).", type(error).__name__, error)
+        return speed, None
+    blocks, reason = swap_for(prediction, speed.swap, room)
+    if reason is not None:
+        logger.info(reason)
+        speed = set_blocks_to_swap(speed, blocks)
+    return speed, prediction
+
+
+def advise(
+    prediction: Predicted,
+    cheaper: Sequence[tuple[str, Callable[[], Predicted]]],
+    usable: int,
+    swapped: int = 0,
+    can_swap: bool = True,
+    phase: str = "",
+) -> tuple[list[str], Predicted | None]:
+    """Advise changes by which a prediction fits, the cheapest first; each line adds to those before it.
+
+    cheaper: options not in use, and the prediction with each and all before it.
+    usable: bytes of the device. swapped: blocks that the options swap.
+    phase: words behind the bytes, " while denoising".
+    Returns the lines, and the last prediction if even that does not fit.
+    """
+    lines: list[str] = []
+    unchanged = [("", lambda: prediction)]
+    for name, predict in cheaper or unchanged:
+        prediction = predict()
+        if name:
+            needed = prediction.device(swapped)
+            lines.append(f"{name}: {gib(needed)} GiB{phase}" + (" fits" if needed <= usable else ""))
+            if needed <= usable:
+                return lines, None
+        count = smallest_swap(prediction, usable) if can_swap else None
+        if count is not None:
+            needed = prediction.device(count)
+            return [*lines, f"--blocks_to_swap {count}: {gib(needed)} GiB{phase} fits"], None
+    return lines, prediction

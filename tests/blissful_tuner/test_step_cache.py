@@ -12,7 +12,7 @@ from modules.contract.requests import Request
 from modules.contract.rules import MagCache, StepCaching, TeaCache
 from modules.contract.steps import Tweaks
 from modules.run_blocks import spec_of
-from modules.step_cache.runner import Branch
+from modules.step_cache import Branch
 from tests.modules.step_cache.turns import turn
 from tests.preparing import prepare
 from tests.tiny.dits import ONE_OF_EACH, TinyDit

@@ -17,7 +17,7 @@ from generation.experts import Check, DitTurns, TurnRules
 from modules.contract.loading import Placement
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE, Expert
 from modules.errors import CheckpointError
-from modules.offload.host_memory import PlainTransfer
+from modules.offload.host_memory import Transfer
 from modules.offload.turns import HostCopy
 from tests.modules.fake_device import CountedMemory
 from tests.tiny.wan_dit import tiny_state, write_dit
@@ -223,7 +223,7 @@ def test_ctrl_c_ends_the_reading_and_leaves_usable_networks() -> None:
     assert "bring 1" in stage.denoise((1, 0), [VIDEO])
 
 
-class CountingTransfer(CountedMemory, PlainTransfer):
+class CountingTransfer(CountedMemory, Transfer):
     """A device whose memory is counted."""
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ from modules.layers.modulation import add_gated, modulate
 from networks.lora_layer import keep_mask
 from tests.gpu.measuring import equal_bits, relative_error, sent
 from tests.tiny.dits import DITS, TinyDit, gradients
+from training.optimizers.stepping import stochastic_bfloat16
 
 CPU = torch.device("cpu")
 SEED = (0x9E3779B9, 0x7F4A7C15)  # low and high half
@@ -83,3 +84,17 @@ def test_noise_made_on_the_cpu_has_the_same_bits_on_every_device(device: torch.d
     noise = SeededNoise(77, device, cpu_noise=True)
     assert equal_bits(noise.draw((2, 3, 5)), expected)
     assert not equal_bits(noise.draw((2, 3, 5)), expected)  # it goes on
+
+
+def test_rounding_is_right_on_average_and_keeps_what_is_no_number(device: torch.device) -> None:
+    values = torch.full((1 << 16,), 1.0 + 2.0**-10, device=device)  # an eighth of a step of bf16
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0], device=device)
+
+    rounded = stochastic_bfloat16(values, torch.Generator(device).manual_seed(0))
+    kept = stochastic_bfloat16(special, torch.Generator(device).manual_seed(0))
+
+    assert set(rounded.float().unique().tolist()) == {1.0, 1.0 + 2.0**-7}
+    share = float((rounded.float() > 1).double().mean())
+    assert abs(share - 0.125) < 4 * (0.125 * 0.875 / len(values)) ** 0.5
+    assert bool(kept[0].isnan())
+    assert torch.equal(kept[1:].float(), special[1:])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modules.contract.family import DitSpec
 from modules.contract.steps import Tweaks
 from modules.offload import host_memory
-from modules.offload.block_swap import host_weights, move_network, settle, swap_blocks, swap_of
+from modules.offload.block_swap import host_weights, move_network, settle_all, swap_blocks, swap_of
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from modules.offload.host_memory import CudaTransfer, Pairs, Transfer
 from modules.offload.swap_plan import SwapPlan
@@ -31,18 +31,13 @@ CYCLES = 1_000_000  # of the device's clock: most of a millisecond
 CHECKPOINTS = ("kept", "checkpointed", "offloaded")
 
 
-class LateCopies:
-    """A `CudaTransfer` that begins each copy late: what does not wait for it reads old memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._inner = CudaTransfer(device)
-        self.memory, self.mark = self._inner.memory, self._inner.mark
-        self.wait, self.finish = self._inner.wait, self._inner.finish
+class LateCopies(CudaTransfer):
+    """Begins each copy late: what does not wait for it reads old memory."""
 
     def copy(self, pairs: Pairs, after: Any) -> Any:
-        with torch.cuda.stream(self._inner._stream):
+        with torch.cuda.stream(self._stream):
             torch.cuda._sleep(CYCLES)
-        return self._inner.copy(pairs, after)
+        return super().copy(pairs, after)
 
 
 def transfer_to(device: torch.device, late: str) -> Transfer | None:
@@ -139,7 +134,7 @@ def test_weights_that_learn_are_copied_back(cuda: torch.device, deterministic: N
         stack = stack_on(cuda, blocks, late=late, learns=True)
         step_in_backward(stack)
         passes(stack, cuda, 3, spoil=False)
-        settle(stack)
+        settle_all([stack])
         results.append([weight.detach().cpu().clone() for weight in stack.parameters()])
     assert same(*results)
     untrained = next(stack_on(cuda, learns=True).parameters())

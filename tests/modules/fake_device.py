@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.offload.host_memory import Pairs
+from modules.offload.host_memory import Pairs, Transfer
 
 NONSENSE = 255  # in every byte: not a number in all floating types
 
@@ -36,7 +36,7 @@ def hide(tensor: Tensor) -> None:
     tensor.view(-1).view(torch.uint8).bitwise_not_()
 
 
-class FakeDevice:
+class FakeDevice(Transfer):
     """A `Transfer`. Host memory is expected to be hidden.
 
     A copy arrives when it is waited for, at the very latest moment; from when it is asked for its target is

@@ -53,25 +53,6 @@ def test_backends_may_be_written_in_either_case(name: str) -> None:
     assert choice is None if name.lower() == "no" else choice is not None and choice.backend == name.lower()
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("True", True),
-        ("t", True),
-        ("1", True),
-        ("False", False),
-        ("0", False),
-        ("auto", None),
-        ("AUTO", None),
-    ],
-)
-def test_sizes_are_open_fixed_or_found_out(text: str, expected: bool | None) -> None:
-    choice = generation("--compile", "--compile_args", "inductor", "default", text, "false")
-
-    assert choice is not None
-    assert choice.dynamic is expected
-
-
 def test_generation_compiles_for_each_size_unless_told_otherwise() -> None:
     assert generation("--compile") == Compilation("inductor", "default", False, False)
 

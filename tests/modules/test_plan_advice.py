@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from modules.errors import MemoryPlanError, OptionError
-from modules.plan_advice import advise, resolve_swap
-from modules.planning.memory_plan import CONTEXT, GIB, MARGIN, Room
+from modules.planning.memory_plan import CONTEXT, GIB, MARGIN, Room, advise, resolve_swap
 from modules.speed_options import AUTO, SwapOptions, TrainingSpeedOptions
 from tests.training.toy import toy_options
 

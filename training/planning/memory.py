@@ -15,7 +15,6 @@ from dataset.batches.reading import stores_for
 from dataset.cache.records import CacheChecks
 from modules.contract.data import LatentSpec
 from modules.contract.family import Described
-from modules.plan_advice import advise, resolve_swap
 from modules.planning.device_memory import MemoryWatch, host_room
 from modules.planning.dry_run import (
     BATCH,
@@ -35,10 +34,12 @@ from modules.planning.memory_plan import (
     Phase,
     Room,
     Swapped,
+    advise,
     dtypes_of,
     gib,
     parts_of,
     print_plan,
+    resolve_swap,
     room_on,
     swaps_of,
     workspace,

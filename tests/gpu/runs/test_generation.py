@@ -66,11 +66,6 @@ def test_swapped_blocks_change_no_bit(project: Project, device: torch.device, us
     assert equal_bits(swapped, plain)
 
 
-def test_fp8_weights_give_the_latents_of_the_cpu(project: Project, device: torch.device) -> None:
-    ours, theirs = (project.generate(where, *FP8) for where in (device, CPU))
-    assert relative_error(ours, theirs) < 5e-2  # they compute in bf16
-
-
 def test_fp8_products_give_nearly_the_latents_of_fp8_weights(project: Project, device: torch.device) -> None:
     if not supports_fp8(device):
         pytest.skip(f"{device} has no fp8 units")

@@ -5,20 +5,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.attention.attend import (
     BACKENDS,
     attend,
     check_backend,
     lengths_on,
-    pack,
     refusal,
     try_out,
 )
 from modules.errors import OptionError
 from modules.speed_options import SDPA, AttentionChoice
-from tests.modules.attention_packages import PACKAGES, Call, packed, put_in
+from tests.modules.attention_packages import PACKAGES, Call, put_in
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 COUNTS = (9, 4, 7)  # real tokens of the samples of a padded batch of 9
@@ -116,60 +114,6 @@ def test_packages_get_real_tokens_only_with_arguments_in_their_order(
         )
 
 
-class _Sizes(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns, and whether attention was given a mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.masked = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        returned = result if isinstance(result, (tuple, list)) else [result]
-        self.largest = max(self.largest, *(one.numel() for one in returned if isinstance(one, Tensor)), 0)
-        self.masked |= "scaled_dot_product" in func.name() and (kwargs or {}).get("attn_mask") is not None
-        return result
-
-
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("mode", EVERY_MODE)
-def test_lengths_make_no_matrix_of_queries_and_keys(
-    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool
-) -> None:
-    choice, _ = _choice(monkeypatch, mode, split)
-    # 5760 numbers; a mask would have 8100 or more
-    inputs = [torch.randn(2, 90, 2, 16, requires_grad=True) for _ in range(3)]
-
-    with _Sizes() as sizes:
-        attend(*inputs, choice, lengths_on((90, 50), CPU)).sum().backward()
-
-    assert 0 < sizes.largest <= inputs[0].numel()
-    assert not sizes.masked
-
-
-def test_packing_a_sample_costs_the_backward_pass_no_batch_of_zeros() -> None:
-    """A slice of the whole batch would have a gradient of the batch's size for every sample."""
-    tokens, lengths = torch.randn(8, 9, 1, 4, requires_grad=True), lengths_on((9, *[4] * 7), CPU)
-    total = pack(tokens, lengths).sum()
-    made = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            result = func(*args, **(kwargs or {}))
-            made.append(result.numel() if isinstance(result, Tensor) else 0)
-            return result
-
-    with Watch():
-        total.backward()
-
-    assert made.count(tokens.numel()) <= 2  # the gradient, and at most one copy of it
-
-
 @pytest.mark.parametrize("mode", PACKAGES)
 def test_packages_compute_in_autocasts_dtype_as_torch_does(
     monkeypatch: pytest.MonkeyPatch, mode: str
@@ -193,44 +137,6 @@ def test_few_tokens_in_bfloat16_on_a_cpu_stay_near_float32(counts: tuple[int, ..
     expected = attend(*inputs, SDPA, lengths, repeats)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.float(), expected, atol=2e-2, rtol=2e-2)  # bfloat16 has 8 bits
-
-
-@torch.library.custom_op("reelsmith_tests::varlen", mutates_args=())
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, q_longest: int, k_longest: int
-) -> Tensor:
-    """As the package has it: an operation that tracing does not look into."""
-    return packed(q, k, v, q_starts.tolist(), k_starts.tolist())
-
-
-_varlen.register_fake(lambda q, *_: torch.empty_like(q))
-
-
-@pytest.mark.parametrize(("mode", "split"), [("sdpa", False), ("sdpa", True), ("flash", False)])
-def test_it_compiles_as_one_graph_that_serves_other_lengths(
-    monkeypatch: pytest.MonkeyPatch, mode: str, split: bool
-) -> None:
-    """One graph for the first lengths, one more in which they are symbols."""
-    module = ModuleType("flash_attn")
-    module.__dict__["flash_attn_varlen_func"] = _varlen
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    choice, made = AttentionChoice(mode, split), []
-
-    def count(graph: Any, _: Any) -> Any:
-        made.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda q, k, v, lengths: attend(q, k, v, choice, lengths), fullgraph=True, backend=count
-    )
-    for counts in ((9, 4), (9, 6), (9, 3), (9, 7)):
-        inputs, lengths = _inputs(2, 9, 9), lengths_on(counts, CPU)
-        torch.testing.assert_close(
-            compiled(*inputs, lengths), attend(*inputs, choice, lengths), atol=NEAR, rtol=NEAR
-        )
-    torch._dynamo.reset()
-    assert len(made) <= 2
 
 
 def _bfloat16() -> torch.dtype:

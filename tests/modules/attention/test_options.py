@@ -6,25 +6,12 @@ import pytest
 
 from modules.parser import parse_options
 from modules.speed_options import (
-    GENERATION_VALUES,
-    SDPA,
     AttentionChoice,
     GenerationAttentionOptions,
     TrainingAttentionOptions,
     flag_of,
 )
 from tests.commands import assert_user_error, run_script
-
-TRAIN = (
-    "--output_dir",
-    "out",
-    "--output_name",
-    "x",
-    "--dataset_config",
-    "dataset.toml",
-    "--dit",
-    "no such file",
-)
 
 
 def _training(*arguments: str) -> TrainingAttentionOptions:
@@ -65,14 +52,6 @@ def test_the_first_back_end_counts_and_the_others_are_named(
     )
 
 
-def test_splitting_goes_with_every_back_end() -> None:
-    assert _training("--split_attn").choice == AttentionChoice("sdpa", split=True)
-    assert _training("--xformers", "--split_attn").choice == AttentionChoice("xformers", split=True)
-    assert _generation("--attn_mode", "flash3", "--split_attn").choice == AttentionChoice(
-        "flash3", split=True
-    )
-
-
 @pytest.mark.parametrize(
     ("value", "mode"),
     [
@@ -83,31 +62,6 @@ def test_splitting_goes_with_every_back_end() -> None:
 def test_generation_names_back_ends_by_values(value: str, mode: str) -> None:
     assert _generation("--attn_mode", value).choice == AttentionChoice(mode)
     assert _generation("--attn_mode", flag_of(mode, training=False).split()[1]).choice.mode == mode
-
-
-def test_torchs_own_attention_is_what_nothing_else_means() -> None:
-    assert _generation().choice == _generation(splits=False).choice == SDPA
-    assert set(GENERATION_VALUES) == {"torch", "sdpa", "flash", "flash2", "flash3", "sageattn", "xformers"}
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "words"),
-    [
-        (
-            "wan_train_network.py",
-            ("--sage_attn", "--flash3"),
-            ("--sage_attn has no backward pass", "Leave --sage_attn out"),
-        ),
-    ],
-)
-def test_training_refuses_before_it_opens_a_model(
-    tmp_path: Path, script: str, arguments: tuple[str, ...], words: tuple[str, ...]
-) -> None:
-    folder = tmp_path.as_posix()
-    table = f'[[datasets]]\nimage_directory = "{folder}"\ncache_directory = "{folder}/cache"\n'
-    (tmp_path / "dataset.toml").write_text(f"[general]\nresolution = [32, 32]\n{table}", encoding="utf-8")
-
-    assert_user_error(run_script(script, *TRAIN, *arguments, folder=tmp_path, check=False), *words)
 
 
 @pytest.mark.parametrize(

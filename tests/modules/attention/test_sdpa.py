@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as functional
-from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -149,34 +147,6 @@ def test_only_the_kernels_given_are_used_and_the_backward_pass_takes_the_forward
     assert torch._C._get_sdp_priority_order() == before
     assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.math_sdp_enabled()
-
-
-@pytest.mark.parametrize(
-    ("order", "is_flash"), [([CUDNN, FLASH, EFFICIENT, MATH], True), ([CUDNN, MATH], False)]
-)
-def test_a_compiled_graph_holds_the_kernel_of_the_order(order: list[SDPBackend], is_flash: bool) -> None:
-    """One graph without breaks; the choice is made while tracing, and nothing of it is left in what runs."""
-    graphs: list[list[str]] = []
-
-    def note(graph: Any, _: Any) -> Any:
-        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
-        return make_boxed_func(graph.forward)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda q, k, v: attend_in_order(q, k, v, None, order),
-        fullgraph=True,
-        backend=aot_autograd(fw_compiler=note, bw_compiler=note),
-    )
-    inputs = _heads()
-    result = compiled(*inputs)
-    result.sum().backward()
-    torch._dynamo.reset()
-
-    forward, backward = graphs
-    assert any("flash_attention" in name for name in forward) is is_flash
-    assert any("flash_attention_for_cpu_backward" in name for name in backward) is is_flash
-    assert not any("sdpa_kernel" in name for graph in graphs for name in graph)
 
 
 def test_the_order_is_the_gpus_under_compile_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,15 +64,6 @@ def test_sources_rename_split_and_transpose(tmp_path: Path) -> None:
     assert module["v"].weight.untyped_storage().nbytes() == 8 * 4 * 4  # not the whole of what it was cut from
 
 
-def test_tensors_to_ignore_may_stand_in_the_file(tmp_path: Path) -> None:
-    content = state() | {"text.0.weight": torch.zeros(1)}
-
-    with open_checkpoint(write(tmp_path / "a.safetensors", content)) as checkpoint:
-        load_module(
-            network(), checkpoint, plain_sources(checkpoint), device=CPU, dtype=same, ignore=("text.*",)
-        )
-
-
 def test_on_the_meta_device_nothing_is_read(tmp_path: Path) -> None:
     module = network()
     with open_checkpoint(write(tmp_path / "a.safetensors", state())) as checkpoint:

@@ -138,27 +138,6 @@ def test_released_fp8_files_stay_as_they_are(tmp_path: Path, family: str, dialec
     )
 
 
-def test_scales_by_blocks_of_columns_are_kept(tmp_path: Path) -> None:
-    """As newer tools save them: out x blocks x 1, in the dtype that the weights had."""
-    state = in_bf16(KINDS["wan"])
-    weight = state["blocks.0.ffn.0.weight"]
-    scale = (weight.unflatten(1, (-1, 64)).abs().amax(2, keepdim=True).float() / 448).bfloat16()
-    state["blocks.0.ffn.0.weight"] = (
-        (weight.unflatten(1, (-1, 64)) / scale).flatten(1).clamp(-448, 448).to(E4M3)
-    )
-    state["blocks.0.ffn.0.scale_weight"] = scale
-
-    dit = wan.load_dit(wan_dit.write_dit(tmp_path, state), replace(CPU, fp8=CAST))
-
-    layer = dit.blocks[0].ffn[0]
-    assert scale_of(layer).shape == (256, 2, 1)
-    torch.testing.assert_close(
-        meant(layer), weight.float(), rtol=2**-4, atol=2**-9 * float(weight.abs().max())
-    )
-    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(layer(x), nn.functional.linear(x, meant(layer).bfloat16(), layer.bias))
-
-
 def test_e5m2_files_stay_as_they_are(tmp_path: Path) -> None:
     state = in_bf16(KINDS["wan"])
     stored = {name: t.to(torch.float8_e5m2) if t.ndim == 2 else t for name, t in state.items()}

@@ -153,53 +153,6 @@ def test_lcm_equals_diffusers_on_levels_of_its_own(steps: int) -> None:
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("has_table", [False, True])
-def test_lcm_by_hand(has_table: bool) -> None:
-    """x0 = x - sigma v, then (1 - sigma') x0 + sigma' noise; or x0 + sigma' noise of a noise predictor."""
-    levels = TABLE if has_table else ()
-    noises = [recorded_draws(9)((1, 2, 1, 2, 2)) for _ in range(3)]
-    left = iter(noises)
-    solver = solver_for("lcm", 4, 3.0, levels, draw=lambda shape: next(left))
-    sigmas = solver.schedule.sigmas.tolist()
-    ours = by_hand = recorded_draws(0)((1, 2, 1, 2, 2)) * sigmas[0]
-    for index in range(4):
-        ours = solver.step(index, 0.3 * ours + index, ours)
-        clean = by_hand - sigmas[index] * (0.3 * by_hand + index)
-        share = 1.0 if has_table else 1 - sigmas[index + 1]
-        by_hand = clean if index == 3 else share * clean + sigmas[index + 1] * noises[index]
-        torch.testing.assert_close(ours, by_hand, atol=1e-4, rtol=1e-6)
-    assert next(left, None) is None
-
-
-def test_a_step_that_needs_no_noise_draws_none() -> None:
-    drawn = []
-
-    def draw(shape: Sequence[int]) -> Tensor:
-        drawn.append(tuple(shape))
-        return torch.zeros(*shape)
-
-    for name in ("lcm", "dpm++sde"):
-        solver, sample = solver_for(name, 3, 5.0, draw=draw), torch.ones(1, 2, 1, 2, 2)
-        for index in range(3):
-            sample = solver.step(index, 0.5 * sample, sample)
-    assert drawn == [(1, 2, 1, 2, 2)] * 4  # not in the two steps to sigma 0
-    for name in ("euler", "unipc", "unipc-bh1", "dpm++"):
-        solver_for(name, 3, 5.0, draw=draw).step(0, sample, sample)
-    assert len(drawn) == 4
-
-
-@pytest.mark.parametrize("deviation", [0.5, 2.0])
-def test_the_stochastic_form_keeps_the_spread_of_the_data(deviation: float) -> None:
-    """Of data that are normal: where the deterministic path ends with the right spread, so does this one."""
-    spread = deviation**2
-    solver = solver_for("dpm++sde", 200, 1.0, draw=recorded_draws(1))
-    sample = recorded_draws(0)((1, 1, 1, 100, 200))
-    for index, sigma in enumerate(solver.schedule.sigmas.tolist()[:-1]):
-        variance = spread * (1 - sigma) ** 2 + sigma**2
-        sample = solver.step(index, (sigma - spread * (1 - sigma)) / variance * sample, sample)
-    assert float(sample.std()) == pytest.approx(deviation, rel=0.02)  # 20000 values: 0.5 % by chance
-
-
 def noise_table() -> tuple[float, ...]:
     """Sigmas of the 1000 timesteps of Stable Diffusion 1: sqrt((1 - abar) / abar), betas even in their
     roots.
@@ -249,17 +202,6 @@ def test_a_model_that_predicts_noise_is_followed_as_diffusers_does(name: str, st
         ours = solver.step(index, predict(ours, sigmas[index]), ours)
 
     assert float((ours - expected).abs().max() / expected.abs().max()) < 1e-5
-
-
-def test_diffusers_visits_the_same_levels_of_a_table() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="linspace"
-    )
-    theirs.set_timesteps(7)
-    ours = make_schedule("euler", 7, 3.0, TABLE)
-    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=5e-5, atol=0)  # their betas are float32
-    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ["euler", "unipc", "unipc-bh1", "dpm++", "dpm++sde", "lcm"])
@@ -320,15 +262,6 @@ def test_the_way_into_sigma_0_costs_no_more_than_the_second_power(name: str) -> 
     assert 0.9 < order_of("euler", 2.0, 1.0) < 1.1
     # its length falls with the steps, and so does what x0 changes on it
     assert order_of(name, 2.0, 1.0) > 1.9
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_framepack_makes_videos_in_few_steps(steps: int) -> None:
-    start = torch.ones(1, 1, 1, 1, 1)
-    solver, samples = solver_for("unipc-bh1", steps, 3.0), follow("unipc-bh1", steps, 3.0, start)
-    last = float(solver.schedule.sigmas[-2])
-    assert len(samples) == steps + 1
-    torch.testing.assert_close(samples[-1], samples[-2] - last * (0.1 * samples[-2] + math.sin(last)))
 
 
 def test_unipc_may_begin_at_pure_noise() -> None:

@@ -61,20 +61,6 @@ def test_a_gated_sum_has_the_bits_of_separate_operators(
     assert_same([found, *gradients(found, inputs)], [expected, *gradients(expected, inputs)])
 
 
-@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learning"])
-@pytest.mark.parametrize("dtype", BOTH, ids=str)
-def test_modulating_without_a_shift_has_the_bits_of_separate_operators(
-    learns: bool, dtype: torch.dtype
-) -> None:
-    normed, scale = draw(B, L, C, dtype=dtype), draw(B, 1, C, learns=learns)
-
-    found, expected = modulate(normed, None, scale, dtype), (normed.float() * (1 + scale)).to(dtype)
-
-    assert_same(
-        [found, *gradients(found, (normed, scale))], [expected, *gradients(expected, (normed, scale))]
-    )
-
-
 @pytest.mark.parametrize("split", [5, -5])
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_segments_have_the_bits_of_each_by_itself(split: int, compiles: bool) -> None:
@@ -94,17 +80,6 @@ def test_two_segments_have_the_bits_of_each_by_itself(split: int, compiles: bool
         parts.append(add_gated(modulate(x[:, here], plus, times, torch.float32), opened, branch[:, here]))
     expected = torch.cat(parts, dim=1)
     assert_same([found, *gradients(found, inputs)], [expected, *gradients(expected, inputs)])
-
-
-def test_without_gradients_both_are_the_same() -> None:
-    x, branch = draw(B, L, C), draw(B, L, C, dtype=torch.bfloat16)
-    shift, scale = draw(1, 1, C), draw(1, 1, C)
-
-    with torch.no_grad():
-        found = add_gated(modulate(x, shift, scale, torch.float32), scale, branch)
-
-    assert not found.requires_grad
-    assert torch.equal(found, add_gated(modulate(x, shift, scale, torch.float32), scale, branch).detach())
 
 
 def test_recomputation_ends_before_the_last_branch_is_added() -> None:
@@ -129,11 +104,3 @@ def test_recomputation_ends_before_the_last_branch_is_added() -> None:
 
     checkpoint(block, x, draw(1, 1, C), use_reentrant=False).sum().backward()  # a gate that learns needs it
     assert len(calls) == 3
-
-
-def test_a_trained_gate_has_its_gradient_under_a_checkpoint() -> None:
-    inputs = draw(B, L, C), draw(1, 1, C), draw(B, L, C, dtype=torch.bfloat16)
-
-    found = gradients(checkpoint(add_gated, *inputs, use_reentrant=False), inputs)
-
-    assert_same(found, gradients(add_gated(*inputs), inputs))

@@ -9,7 +9,6 @@ from modules.layers.rope import (
     Grid,
     Slow,
     angles_at,
-    axis_angles,
     exact_table,
     float32_table,
     rotate,
@@ -17,6 +16,7 @@ from modules.layers.rope import (
 )
 from tests.golden_cases import read_case
 
+WHOLE = torch.arange(8, dtype=torch.float64)
 WIDTHS = (44, 42, 42)  # frames, rows, columns of a Wan head of 128
 
 
@@ -52,7 +52,7 @@ def test_a_slowed_frequency_is_one_of_the_first_axis_alone() -> None:
 @pytest.mark.parametrize("index", [-1, 22])
 def test_an_axis_has_no_frequency_beyond_its_pairs(index: int) -> None:
     with pytest.raises(ValueError, match=f"22 frequencies, none of number {index}"):
-        axis_angles(9, 44, slow=Slow(index, 40.0))
+        angles_at(torch.arange(9.0), 44, slow=Slow(index, 40.0))
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -73,5 +73,5 @@ def test_positions_need_be_neither_counted_nor_whole() -> None:
 
     angles = angles_at(positions, 42)
 
-    assert torch.equal(angles[:2], axis_angles(8, 42)[[7, 0]])
-    torch.testing.assert_close(angles[2:], positions[2:, None] * axis_angles(2, 42)[1], rtol=1e-15, atol=0)
+    assert torch.equal(angles[:2], angles_at(WHOLE, 42)[[7, 0]])
+    torch.testing.assert_close(angles[2:], positions[2:, None] * angles_at(WHOLE, 42)[1], rtol=1e-15, atol=0)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from modules.offload.checkpointing import Offload, checkpoint_blocks
-from modules.offload.host_memory import Pairs
+from modules.offload.host_memory import Pairs, Transfer
 from tests.tiny.dits import DITS, TinyDit, gradients
 
 SIZE, LARGER = (2, 4, 6, 9), (3, 6, 8, 11)
 
 
-class LateTransfer:
+class LateTransfer(Transfer):
     """A copy happens when it is waited for; the source of a saved one is spoilt then, as memory that is used
     for something else.
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.steps import Tweaks
-from modules.offload.block_swap import move_network, settle, swap_of
+from modules.offload.block_swap import move_network, settle_all, swap_of
 from modules.offload.checkpointing import checkpoint_blocks
 from tests.modules.fake_device import FakeDevice, hide
 from tests.modules.swap_cases import CASES, Case, gradients, learner, same, step_in_backward, swapped
@@ -153,7 +153,7 @@ def test_weights_that_learn_are_copied_back(checkpointing: bool) -> None:
         step_in_backward(dit.train())
         for seed in range(3):
             dit(**case.inputs(seed)).square().mean().backward()
-        settle(dit)
+        settle_all([dit])
         for tensor in () if host is None else host.adopt(dit).values():
             hide(tensor)
         results.append([weight.detach().clone() for weight in dit.parameters()])

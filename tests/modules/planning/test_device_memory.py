@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from modules.planning.device_memory import MemoryWatch, Usage, bytes_on, host_room
+from modules.planning.device_memory import MemoryWatch, bytes_on, host_room, spills
 from modules.planning.memory_plan import GIB
 
 
 @pytest.mark.parametrize(
-    ("free", "reserved", "spills"),
+    ("free", "reserved", "expected"),
     [
         (0, 26 * GIB, True),  # more than the card has
         (GIB // 10, 24 * GIB - GIB // 2, True),  # nearly all of it, and nothing is free
@@ -17,14 +17,8 @@ from modules.planning.memory_plan import GIB
         (2 * GIB, 24 * GIB - GIB // 2, False),  # cached, the driver has room
     ],
 )
-def test_what_a_card_cannot_hold_lies_in_host_memory(free: int, reserved: int, spills: bool) -> None:
-    assert Usage(24 * GIB, free, reserved).spills == spills
-
-
-def test_the_warning_names_numbers_and_remedies() -> None:
-    line = Usage(total=24 * GIB, free=0, reserved=26 * GIB).warning
-    assert "26.00 of 24.00 GiB" in line
-    assert "--blocks_to_swap" in line
+def test_what_a_card_cannot_hold_lies_in_host_memory(free: int, reserved: int, expected: bool) -> None:
+    assert spills(24 * GIB, free, reserved) == expected
 
 
 def test_the_bytes_of_a_network_are_those_on_that_device() -> None:
@@ -81,3 +75,15 @@ def test_the_peak_of_a_step_is_not_that_of_the_samples_before_it(
     counter.take(8 * GIB)
     watch.after_pause()
     assert watch.highest == 9 * GIB
+
+
+def test_a_full_card_is_warned_of_once_with_numbers_and_remedies(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Counter(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 17 * GIB)
+    watch = MemoryWatch(torch.device("cuda"))
+    watch.warn_if_full()
+    watch.warn_if_full()
+    assert caplog.text.count("reserved 17.00 of 16.00 GiB") == 1
+    assert "--blocks_to_swap" in caplog.text

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from modules.contract.steps import Tweaks
 from modules.run_blocks import Hidden, Runner
-from modules.step_cache.rules import Changes, Ratios, measure_pass, polynomial
+from modules.step_cache import Changes, Ratios, measure_pass, polynomial
 from tests.modules.step_cache.turns import nothing, turn
 from tests.tiny.dits import ONE_OF_EACH
 

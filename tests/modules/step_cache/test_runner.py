@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from modules.contract.steps import Turn, Tweaks
 from modules.offload.block_swap import swap_of
 from modules.run_blocks import Hidden, run_in_order, runner_of, set_runner
-from modules.step_cache.rules import MagCacheRule, TeaCacheRule
-from modules.step_cache.runner import Signal, StepCache, first_input, run_around
+from modules.step_cache import MagCacheRule, Signal, StepCache, TeaCacheRule, first_input, run_around
 from tests.modules.fake_device import FakeDevice
 from tests.modules.step_cache.turns import turn
 from tests.modules.swap_cases import CASES, Case, swapped
@@ -128,14 +127,6 @@ def test_another_network_has_its_own_residuals() -> None:
         low(**second, tweaks=at(0))
         assert torch.equal(found, low(**third, tweaks=at(1)))
     assert runner_of(high) is runner_of(low) is run_in_order
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_interruption_leaves_no_runner_behind(error: type[BaseException]) -> None:
-    dit = ONE_OF_EACH[0].make(1).eval()
-    with pytest.raises(error), cached(dit):
-        raise error
-    assert runner_of(dit) is run_in_order
 
 
 @pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda each: each.name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.step_cache.rules import TeaCacheRule
+from modules.step_cache import TeaCacheRule
 from tests.modules.step_cache.turns import nothing, turn
 
 # inputs of ones times a number: the change is that of the number, against the number before

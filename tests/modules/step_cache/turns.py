@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from modules.contract.steps import Turn
-from modules.step_cache.runner import Rule
+from modules.step_cache import Rule
 
 
 def turn(step: int, num_steps: int, which: str = "positive") -> Turn:
