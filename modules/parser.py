@@ -319,7 +319,7 @@ def add_options(
     are the script's own;
     `refused` says why the script refuses an option. group: where a record without a title goes.
     """
-    own, more = defaults or {}, settings or {}
+    own, more, reasons = defaults or {}, settings or {}, refused or {}
     for cls in records:
         place = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
@@ -335,7 +335,7 @@ def add_options(
                     without={*without, *inner.get("without", ())},
                     defaults={**inner.get("defaults", {}), **own},
                     settings={**inner.get("settings", {}), **more},
-                    refused={**inner.get("refused", {}), **(refused or {})},
+                    refused={**inner.get("refused", {}), **reasons},
                 )
             elif declared is not None and declared.help:
                 required = {**declared.settings, **more.get(name, {})}.get("required") or declared.positional
@@ -344,9 +344,8 @@ def add_options(
                     parser.set_defaults(**{name.replace("-", "_"): default})
                 else:
                     action = _add_option(there, name, hint, default, declared, more.get(name, {}))
-                    if name in (refused or {}):
-                        reason = (refused or {})[name]
-                        action.refusal = Refusal(action.help or "", reason, "", (), {})  # type: ignore[attr-defined]
+                    if name in reasons:
+                        action.refusal = Refusal(action.help or "", reasons[name], "", (), {})  # type: ignore[attr-defined]
         for name, refusal in ((name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)):
             if isinstance(refusal, Refusal) and name not in without:
                 tail = "" if refusal.reason else f"not needed: {refusal.instead}"
