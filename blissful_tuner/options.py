@@ -40,9 +40,6 @@ class NagOptions(Options, title=NAG):
         return self.nag_scale not in (None, 1) and self.nag_alpha != 0
 
 
-NO_NAG = NagOptions()
-
-
 MOST_SCALE = 1000  # of guidance, and of every other factor here
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 

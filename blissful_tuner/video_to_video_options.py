@@ -118,6 +118,3 @@ def check_share(option: str, share: float) -> None:
     """Raise OptionError if a share does not lie between 0 and 1."""
     if not 0 <= share <= 1:
         raise OptionError(f"{option} {share:g}: give a share of the steps from 0 to 1")
-
-
-NO_SOURCE = SourceOptions()

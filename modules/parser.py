@@ -60,11 +60,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
         super().__init__(*args, add_help=False, **{"formatter_class": _HelpFormatter, **settings})  # type: ignore[misc]
-        if add_help:
-            self.add_argument(
-                "-h", action=_Help, dest="help", nargs=0, help="show the options that people use"
-            )
-            self.add_argument("--help", action=_Help, nargs=0, help="show all options")
+        texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
+        for flag, text in texts.items():  # `parse_args` reads them
+            self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
 
     def print_help(self, file: Any = None, is_short: bool = False) -> None:
         """Print all options, by group, or one screen of them; in colour on a terminal."""
@@ -132,10 +130,13 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but report mistyped options before missing ones, often the same option."""
         words = sys.argv[1:] if args is None else list(args)
-        if not {"-h", "--help"} & set(words):
-            self._refuse_line_end(words)
-            self._refuse_unknown(words)
-            self._refuse_joined(words)
+        asked = {"-h", "--help"} & {*words}
+        if asked:
+            self.print_help(is_short="--help" not in asked)
+            self.exit()
+        self._refuse_line_end(words)
+        self._refuse_unknown(words)
+        self._refuse_joined(words)
         found, others = self.parse_known_args(words, namespace)
         if others:
             self.error(self._explain_rest(words, others))
@@ -271,18 +272,6 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {shown})" if len(shown) <= _LONGEST_DEFAULT else text
 
 
-class _Help(argparse.Action):
-    """Print the help, the short one for -h, and exit."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
-        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **settings)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        assert isinstance(parser, Parser)
-        parser.print_help(is_short=self.option_strings[0] == "-h")
-        parser.exit()
-
-
 def _rank(group: argparse._ArgumentGroup) -> int:
     """Return the place of a group in the help: most used ones first, in the order of the parser."""
     actions = group._group_actions
@@ -319,7 +308,7 @@ def add_options(
     are the script's own;
     `refused` says why the script refuses an option. group: where a record without a title goes.
     """
-    own, more = defaults or {}, settings or {}
+    own, more, reasons = defaults or {}, settings or {}, refused or {}
     for cls in records:
         place = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
@@ -335,7 +324,7 @@ def add_options(
                     without={*without, *inner.get("without", ())},
                     defaults={**inner.get("defaults", {}), **own},
                     settings={**inner.get("settings", {}), **more},
-                    refused={**inner.get("refused", {}), **(refused or {})},
+                    refused={**inner.get("refused", {}), **reasons},
                 )
             elif declared is not None and declared.help:
                 required = {**declared.settings, **more.get(name, {})}.get("required") or declared.positional
@@ -344,9 +333,8 @@ def add_options(
                     parser.set_defaults(**{name.replace("-", "_"): default})
                 else:
                     action = _add_option(there, name, hint, default, declared, more.get(name, {}))
-                    if name in (refused or {}):
-                        reason = (refused or {})[name]
-                        action.refusal = Refusal(action.help or "", reason, "", (), {})  # type: ignore[attr-defined]
+                    if name in reasons:
+                        action.refusal = Refusal(action.help or "", reasons[name], "", (), {})  # type: ignore[attr-defined]
         for name, refusal in ((name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)):
             if isinstance(refusal, Refusal) and name not in without:
                 tail = "" if refusal.reason else f"not needed: {refusal.instead}"

@@ -93,7 +93,9 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
         sum(char > "\x7f" for char in damaged) - wrong > 3 * wrong
     ):  # single bytes of another encoding are rare
         return EncodingGuess("utf-8", damaged, is_sure=False)
-    ranked = sorted(_scores(content), key=lambda found: -found[0])  # stable: NAMES has the order of equals
+    decoded = [(name, _decode(content, name)) for name in NAMES if not name.startswith("utf")]
+    found = [(_score(text, name), name, text) for name, text in decoded if text is not None]
+    ranked = sorted(found, key=lambda each: -each[0])  # stable: NAMES has the order of equals
     if not ranked or ranked[0][0] < 0:
         return None
     score, name, text = ranked[0]
@@ -139,16 +141,6 @@ def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
 
 def _is_unsure(guess: EncodingGuess | None) -> bool:
     return guess is None or not (guess.is_sure or guess.encoding.startswith("utf"))
-
-
-def _scores(content: bytes) -> list[tuple[float, str, str]]:
-    """Score every encoding that decodes the bytes: (score, name, text)."""
-    found = []
-    for name in NAMES:
-        text = None if name.startswith("utf") else _decode(content, name)
-        if text is not None:
-            found.append((_score(text, name), name, text))
-    return found
 
 
 def _decode(content: bytes, encoding: str) -> str | None:

@@ -175,7 +175,7 @@ class Companions:
             int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata
         ):  # chapters or a time code, which FFmpeg writes anew in MP4 and MOV
             return
-        elif self._is_playable(stream) and self._can_hold(stream):
+        elif self._can_hold(stream):
             self._add_copy(target, stream, name)
         elif stream.type == "audio" and stream.codec_context is not None:
             added, convert = add_aac(target, stream)
@@ -191,15 +191,6 @@ class Companions:
             self._keep(stream, added, name, convert)
         else:
             self._leave_out(name)
-
-    def _is_playable(self, stream: Any) -> bool:
-        unplayed = _UNPLAYED.get(self._suffix)
-        return not (
-            stream.type == "audio"
-            and unplayed is not None
-            and stream.codec_context is not None
-            and unplayed.match(stream.codec_context.name)
-        )
 
     def _add_copy(self, target: Any, stream: Any, name: str) -> None:
         delayed = None
@@ -223,6 +214,9 @@ class Companions:
 
     def _can_hold(self, stream: Any) -> bool:
         """Return whether the new file can hold the stream: a small one is written in memory."""
+        unplayed, context = _UNPLAYED.get(self._suffix), stream.codec_context
+        if stream.type == "audio" and unplayed and context is not None and unplayed.match(context.name):
+            return False
         try:
             with open_container(self._path) as again, av.open(BytesIO(), "w", MUXERS[self._suffix]) as trial:
                 added = trial.add_stream_from_template(stream, opaque=True)

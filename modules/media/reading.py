@@ -174,15 +174,6 @@ def _plays(path: Path) -> bool:
     return path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
 
 
-@dataclass(frozen=True)
-class TimedFrame:
-    """A frame, H W C, and when it is shown, in seconds."""
-
-    pixels: Frame
-    start: float
-    end: float
-
-
 def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[Frame]:
     """Yield all frames (H W 3, upright) in playing order, of a video file or a folder of images.
 
@@ -193,16 +184,16 @@ def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
     if path.is_dir():
         yield from (read_image(image, alpha) for image in folder_images(path))
         return
-    for frame in timed_frames(path, alpha, threads):
-        yield frame.pixels
+    for frame, _, _ in timed_frames(path, alpha, threads):
+        yield frame
 
 
-def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[TimedFrame]:
-    """Yield all frames of a video file with their times, as `video_frames` does."""
+def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[tuple[Frame, float, float]]:
+    """Yield all frames of a video file as `video_frames` does, each with its start and its end in seconds."""
     if is_animation(path):
         end = 0.0
         for pixels, seconds in animation_frames(path):
-            yield TimedFrame(pixels if alpha else blend_on_white(pixels), end, end + seconds)
+            yield pixels if alpha else blend_on_white(pixels), end, end + seconds
             end += seconds
         return
     with open_video(path) as (container, stream):
@@ -212,7 +203,7 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
             has_alpha = alpha and any(part.is_alpha for part in frame.format.components)
             pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1)
-            yield TimedFrame(turn_upright(pixels, frame.rotation), start, start + shown)
+            yield turn_upright(pixels, frame.rotation), start, start + shown
 
 
 def frames_at_rate(path: Path, rate: float, alpha: bool = False) -> Iterator[Frame]:
@@ -221,19 +212,19 @@ def frames_at_rate(path: Path, rate: float, alpha: bool = False) -> Iterator[Fra
     Frames are dropped where there are more, and repeated where there are fewer. Raises MediaError as
     `video_frames`, and if one is shown longer than LONGEST_SHOWN.
     """
-    count, begin = 0, 0.0
-    shown: TimedFrame | None = None
-    for frame in timed_frames(path, alpha):
-        begin = frame.start if shown is None else begin
-        while shown is not None and (count + PLACE_IN_FRAME) / rate < frame.start - begin:
-            _check_shown(path, frame.start - shown.start)
-            yield shown.pixels
+    count, begin, start, end = 0, 0.0, 0.0, 0.0
+    shown: Frame | None = None
+    for frame, frame_start, frame_end in timed_frames(path, alpha):
+        begin = frame_start if shown is None else begin
+        while shown is not None and (count + PLACE_IN_FRAME) / rate < frame_start - begin:
+            _check_shown(path, frame_start - start)
+            yield shown
             count += 1
-        shown = frame
+        shown, start, end = frame, frame_start, frame_end
     assert shown is not None  # else `timed_frames` raises
-    _check_shown(path, shown.end - shown.start)
-    while not count or (count + PLACE_IN_FRAME) / rate < shown.end - begin:
-        yield shown.pixels
+    _check_shown(path, end - start)
+    while not count or (count + PLACE_IN_FRAME) / rate < end - begin:
+        yield shown
         count += 1
 
 

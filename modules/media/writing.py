@@ -214,7 +214,10 @@ def write_shown(
         replaced = {name.lower() for name in given}  # whatever their case, which .mkv does not keep
         old = others.tags if others else {}
         all_tags = {name: text for name, text in old.items() if name.lower() not in replaced} | dict(given)
-        options = _shown_options(suffix, rate, all_tags)
+        options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
+        if suffix != ".mkv":
+            options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
+            options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(all_tags)
         with create_container(temporary, suffix, all_tags, options) as container:
             stream = add_video_stream(
                 container, kind, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
@@ -252,15 +255,6 @@ def _open_others(
             yield Companions(path, source, suffix, rate, covers)
         else:
             yield SectionSound(section, source)
-
-
-def _shown_options(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the options of a container to which packets come in the order of their times."""
-    options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
-    if suffix != ".mkv":
-        options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
-        options["movflags"] = "+faststart" + "+use_metadata_tags" * needs_own_tags(tags)
-    return options
 
 
 def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:

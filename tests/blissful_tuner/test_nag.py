@@ -8,14 +8,14 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import NormalisedGuidance
-from blissful_tuner.options import NO_NAG, PLAIN_GUIDANCE, NagOptions
+from blissful_tuner.options import PLAIN_GUIDANCE, NagOptions
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
 from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks
 from tests.preparing import prepare
 
 SHAPE = (2, 5, 3, 4)  # B L N D
-ON = replace(NO_NAG, nag_scale=5.0)
+ON = NagOptions(nag_scale=5.0)
 
 
 def seen(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from blissful_tuner.guidance import check_guidance
-from blissful_tuner.video_to_video_options import NO_SOURCE
+from blissful_tuner.video_to_video_options import SourceOptions
 from generation.request import make_request, seed_of
 from generation.script_options import RequestOptions
 from modules.errors import OptionError
@@ -31,7 +31,7 @@ OPTIONS = RequestOptions(
     image_path=None,
     end_image_path=None,
     control_path=None,
-    source=NO_SOURCE,
+    source=SourceOptions(),
     embedded_guidance=None,
     extras={},
 )

@@ -18,7 +18,7 @@ def write_secret(folder: Path) -> None:
     """The same bright pictures as .mp4, .mov, .ts and numbered .png."""
     frames = [np.full((48, 64, 3), BRIGHT, np.uint8)] * 9
     write_video(folder / "secret.mp4", frames, 16, preset="ultrafast")
-    write_video(folder / "secret.mov", frames, 16, preset="ultrafast")
+    write_stream(folder / "secret.mov", "mov", "libx264", frames)
     write_stream(folder / "secret.ts", "mpegts", "mpeg2video", frames)
     for number in range(1, 4):
         Image.fromarray(frames[0]).save(folder / f"secret{number}.png")
