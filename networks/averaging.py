@@ -36,7 +36,15 @@ def average_files(options: AveragingOptions) -> None:
     """
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_checkpoint(path)) for path in options.files()]
-        files = _leave_out(opened if options.no_sort else sort_by_step(opened))
+        steps = {file.path: file.metadata.get("ss_steps", "") for file in opened}
+        if options.no_sort:
+            pass
+        elif all(step.isdecimal() and len(step) < 19 for step in steps.values()):
+            opened.sort(key=lambda file: (int(steps[file.path]), file.path.name))
+        else:
+            logger.info("The files do not all say their step, so they are sorted by their time of change.")
+            opened.sort(key=lambda file: (file.path.stat().st_mtime_ns, file.path.name))
+        files = _leave_out(opened)
         _check_same(files)
         weights = file_weights(len(files), options)
         for file, weight in zip(files, weights, strict=True):
@@ -80,15 +88,6 @@ def exponent_of(sigma_rel: float) -> float:
     """
     square = sigma_rel**-2
     return float(np.roots([1, 7, 16 - square, 12 - square]).real.max())
-
-
-def sort_by_step(files: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the files by the step in their metadata; if one does not say it, all by their time of change."""
-    steps = {file.path: file.metadata.get("ss_steps", "") for file in files}
-    if all(step.isdecimal() and len(step) < 19 for step in steps.values()):
-        return sorted(files, key=lambda file: (int(steps[file.path]), file.path.name))
-    logger.info("The files do not all say their step, so they are sorted by their time of change.")
-    return sorted(files, key=lambda file: (file.path.stat().st_mtime_ns, file.path.name))
 
 
 def _leave_out(files: Sequence[Checkpoint]) -> list[Checkpoint]:

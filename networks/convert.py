@@ -1,5 +1,7 @@
 """Rewrite LoRA files in another dialect; put the LoRAs of two experts into one file, and take them apart."""
 
+import json
+import re
 from collections.abc import Mapping
 from logging import getLogger
 from pathlib import Path
@@ -21,13 +23,9 @@ from networks.deltas import (
 )
 from networks.key_formats import OURS, dialect_in_words
 from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
-from networks.metadata import NETWORKS, PEFT_SETTINGS, STALE, add_hashes, join_metadata
-from networks.module_names import (
-    choose_family,
-    likely_family,
-    read_family,
-)
-from networks.names.layouts import IN_DIFFUSERS, TRAINED_ON, FamilyNames
+from networks.metadata import NETWORKS, PARTS_METADATA, PEFT_SETTINGS, STALE, add_hashes
+from networks.module_names import FAMILIES, choose_family, read_family
+from networks.names.layouts import IN_DIFFUSERS, TRAINED_EXPERT, TRAINED_ON, FamilyNames
 from networks.names.video import FRAMEPACK
 from networks.parts import fuse
 from networks.tool_options import ComfyConvertOptions, ConvertOptions, FluxConvertOptions
@@ -225,6 +223,44 @@ def _likely_family(lora: LoraFile) -> str | None:
     }
     found = likely_family(inputs)
     return LIKELY_FAMILY[lora.dialect] if found is None else found.name
+
+
+def likely_family(inputs: Mapping[str, int]) -> FamilyNames | None:
+    """Return the family whose published models have as many blocks as these modules, and as wide ones.
+
+    inputs: underscored name in diffusers' layout -> how many values the module takes. For files that do not
+    name their model; None if no family fits.
+    """
+    numbers: dict[str, int] = {}
+    widths: set[int] = set()
+    for name, width in inputs.items():
+        found = re.match(r"((?:single_)?transformer_blocks)_(\d+)_", name)
+        if found is not None:
+            numbers[found[1]] = max(numbers.get(found[1], 0), int(found[2]) + 1)
+        if name.endswith(("attn_to_q", "attn_add_q_proj")):
+            widths.add(width)
+    fitting = [
+        family
+        for family in FAMILIES
+        if {family.width} == widths and any(numbers.get(name) == depth for name, depth in family.depths)
+    ]
+    return fitting[0] if fitting else None
+
+
+def join_metadata(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Return metadata for a file with a part for each expert; `metadata_of` takes them apart again.
+
+    parts: expert -> its metadata.
+    """
+    plain = [{key: value for key, value in one.items() if key != TRAINED_EXPERT} for one in parts.values()]
+    common = {key: value for key, value in plain[0].items() if all(one.get(key) == value for one in plain)}
+    own = {
+        expert: {key: value for key, value in one.items() if key not in common}
+        for expert, one in zip(parts, plain, strict=True)
+    }
+    if not any(own.values()):
+        return common
+    return {**common, PARTS_METADATA: json.dumps(own, ensure_ascii=False, sort_keys=True)}
 
 
 def _save(

@@ -18,6 +18,7 @@ from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_check
 from modules.checkpoints.writing import save_tensors, stream_tensors
 from modules.console import as_size, in_words, show_box
 from modules.contract.loading import TensorInfo
+from modules.contract.rules import expert_of_file
 from modules.devices import choose_device, dtype_name
 from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing
@@ -26,7 +27,7 @@ from networks.deltas import LORA, Factors, group_by_module, strength
 from networks.key_formats import OURS, family_of
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.lora_network import prefix_of
-from networks.metadata import add_hashes, expert_of_model
+from networks.metadata import NETWORKS, add_hashes
 from networks.module_names import choose_family, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.parts import fuse
@@ -192,6 +193,14 @@ def merge_into_file(
         stream_tensors(output, written, read, metadata)
     result = f"{output} ({as_size(output.stat().st_size)})"
     show_box("Merging is finished", [("Merged model", result), ("time", in_words(time.monotonic() - start))])
+
+
+def expert_of_model(path: Path) -> str | None:
+    """Return the expert that a model's file or folder holds, by its name or its folder's; None if unknown.
+
+    `high_noise_model/` is the official repository's, `transformer/` beside `transformer_2/` diffusers'.
+    """
+    return expert_of_file(path, {start.removesuffix("."): expert for start, expert in NETWORKS.items()})
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int) -> None:

@@ -3,7 +3,6 @@ description in a line.
 """
 
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from modules.checkpoints.opening import Checkpoint
 from modules.checkpoints.writing import save_tensors
-from modules.contract.rules import expert_of_file, named_expert
+from modules.contract.rules import named_expert
 from modules.text_files import parse_json, read_text
 from networks.deltas import DORA, Factors, group_by_module, rank_of
 from networks.key_formats import OURS, dialect_in_words, family_of, other_kind, to_native
@@ -42,14 +41,6 @@ def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
     if value == FOR_BOTH:
         return FOR_BOTH
     return EXPERT_VALUES.get(value) or named_expert(path.stem)
-
-
-def expert_of_model(path: Path) -> str | None:
-    """Return the expert that a model's file or folder holds, by its name or its folder's; None if unknown.
-
-    `high_noise_model/` is the official repository's, `transformer/` beside `transformer_2/` diffusers'.
-    """
-    return expert_of_file(path, {start.removesuffix("."): expert for start, expert in NETWORKS.items()})
 
 
 def in_words(expert: str) -> str:
@@ -81,22 +72,6 @@ def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
     own = parse_json(metadata.get(PARTS_METADATA, "{}")).get(expert, {})
     value = next(value for value, name in EXPERT_VALUES.items() if name == expert)
     return {**common, **{str(key): str(text) for key, text in own.items()}, TRAINED_EXPERT: value}
-
-
-def join_metadata(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Return metadata for a file with a part for each expert; `metadata_of` takes them apart again.
-
-    parts: expert -> its metadata.
-    """
-    plain = [{key: value for key, value in one.items() if key != TRAINED_EXPERT} for one in parts.values()]
-    common = {key: value for key, value in plain[0].items() if all(one.get(key) == value for one in plain)}
-    own = {
-        expert: {key: value for key, value in one.items() if key not in common}
-        for expert, one in zip(parts, plain, strict=True)
-    }
-    if not any(own.values()):
-        return common
-    return {**common, PARTS_METADATA: json.dumps(own, ensure_ascii=False, sort_keys=True)}
 
 
 LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000

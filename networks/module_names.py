@@ -42,28 +42,6 @@ def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
     return best
 
 
-def likely_family(inputs: Mapping[str, int]) -> FamilyNames | None:
-    """Return the family whose published models have as many blocks as these modules, and as wide ones.
-
-    inputs: underscored name in diffusers' layout -> how many values the module takes. For files that do not
-    name their model; None if no family fits.
-    """
-    numbers: dict[str, int] = {}
-    widths: set[int] = set()
-    for name, width in inputs.items():
-        found = re.match(r"((?:single_)?transformer_blocks)_(\d+)_", name)
-        if found is not None:
-            numbers[found[1]] = max(numbers.get(found[1], 0), int(found[2]) + 1)
-        if name.endswith(("attn_to_q", "attn_add_q_proj")):
-            widths.add(width)
-    fitting = [
-        family
-        for family in FAMILIES
-        if {family.width} == widths and any(numbers.get(name) == depth for name, depth in family.depths)
-    ]
-    return fitting[0] if fitting else None
-
-
 def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
     """Return the family that a LoRA file's metadata name; None if they name none, or an unknown one."""
     version = metadata.get(TRAINED_ON, "")

@@ -113,7 +113,7 @@ class Asking:
     def _texts(self, line: Line) -> list[tuple[int, str]]:
         """Return the seed of each picture of a line, and the line with its variants chosen."""
         count = line.pictures or self.options.prompts.images_per_prompt
-        given = None if line.is_plain else _given_seeds(line.text)
+        given = None if line.is_plain else split_seeds(line.text)
         seeds = self.seeds.for_line(given)
         if line.is_plain:
             return [(next(seeds), line.text) for _ in range(count)]
@@ -158,13 +158,6 @@ class Asking:
         )
 
 
-def _given_seeds(text: str) -> tuple[int, ...] | None:
-    try:
-        return split_seeds(text)
-    except ValueError as error:
-        raise OptionError(f"--d: {error}") from None
-
-
 def _check_parts(parts: int) -> None:
     """Raise OptionError if a mask has no use: no picture to repaint and no regions."""
     if parts == 1:
@@ -178,7 +171,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
     """Raise OptionError if a line cannot be used, as far as that shows without a model."""
     if line.is_plain:
         return
-    _given_seeds(line.text)
+    split_seeds(line.text)
     values = read_line(expand(line.text, Random(0))[0], line.label)
     parts, networks = len(split_parts(values["prompt"])), options.networks
     if options.prompts.mask_path is not None and "{" not in line.text:  # variants may have other parts

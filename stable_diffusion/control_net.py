@@ -27,7 +27,7 @@ from modules.errors import OptionError
 from modules.media.reading import Frame, read_image, resize_frame
 from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
 from stable_diffusion.control_net_files import OPTION, load_control_net, open_control_net, read_control_net
-from stable_diffusion.network_options import CannyThresholds, ControlOptions, ControlUse
+from stable_diffusion.network_options import ControlOptions, ControlUse
 from stable_diffusion.starting import STRIDE
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ KEPT = 16  # prepared images that are kept for the next batch; one of 1024 x 102
 
 
 @lru_cache(KEPT)
-def _read_guide(path: Path, canny: CannyThresholds | None, width: int, height: int) -> Frame:
+def _read_guide(path: Path, canny: tuple[int, int] | None, width: int, height: int) -> Frame:
     return prepare(read_image(path), canny, width, height)
 
 
@@ -194,7 +194,7 @@ def is_active(use: ControlUse, call: UnetCall) -> bool:
     return call.step / call.num_steps <= use.ratio
 
 
-def prepare(image: Frame, canny: CannyThresholds | None, width: int, height: int) -> Frame:
+def prepare(image: Frame, canny: tuple[int, int] | None, width: int, height: int) -> Frame:
     """Return an image, H W 3, at a size. canny: thresholds of the edges that are drawn in its place."""
     if image.shape[:2] != (height, width):
         image = resize_frame(image, (width, height), "lanczos")
@@ -202,5 +202,5 @@ def prepare(image: Frame, canny: CannyThresholds | None, width: int, height: int
         return image
     # found at the picture's size, so that lines stay one pixel wide; white on black. Canny's method on the
     # grey image, without blurring it. Source: Canny 1986, in OpenCV's form
-    edges = cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), canny.low, canny.high)
+    edges = cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), *canny)
     return np.repeat(np.asarray(edges, dtype=np.uint8)[..., None], 3, axis=2)

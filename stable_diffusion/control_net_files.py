@@ -88,7 +88,12 @@ def read_control_net(
     unet = {**_UNET_DEFAULTS, **unet}
     bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be beside it
     is_difference = any(name.removeprefix(PREFIX) == DIFFERENCE for name in checkpoint.tensors)
-    _refuse_others(bare)
+    for pattern, what in _OTHERS:
+        if any(re.fullmatch(pattern, name) for name in bare.tensors):
+            raise CheckpointError(
+                f"{bare.path} is not a ControlNet; it looks like {what}.\n  Give {GIVE} to {OPTION}.",
+                bare.path,
+            )
     translate = name_translator(bare.tensors)
     sources = {
         _own_name(name, translate): source
@@ -103,15 +108,6 @@ def read_control_net(
     config = _read_config(bare, sources, unet)
     _compare(checkpoint, config, unet, words)
     return ControlNetPlan(bare, sources, {**config, **_read_folder(path)}, is_difference)
-
-
-def _refuse_others(checkpoint: Checkpoint) -> None:
-    for pattern, what in _OTHERS:
-        if any(re.fullmatch(pattern, name) for name in checkpoint.tensors):
-            raise CheckpointError(
-                f"{checkpoint.path} is not a ControlNet; it looks like {what}.\n  Give {GIVE} to {OPTION}.",
-                checkpoint.path,
-            )
 
 
 _OWN_NAMES = (
@@ -155,6 +151,13 @@ def _read_config(
     texts = [place for place, depth in zip(places, depths, strict=True) if depth]
     projected = [place for place, has in zip(places, attends, strict=True) if has]
     blocks = count(sources, _BLOCKS)
+    added = {}  # conditions of SDXL: sizes and pooled text
+    if "add_embedding.linear_1.weight" in sources:
+        added = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": unet.get("addition_time_embed_dim"),
+            "projection_class_embeddings_input_dim": shape("add_embedding.linear_1.weight", 2)[1],
+        }
     return {
         "in_channels": shape("conv_in.weight")[1],
         "conditioning_channels": shape(f"{_HINT}.conv_in.weight")[1],
@@ -177,7 +180,7 @@ def _read_config(
             if f"{next(iter(projected), '')}.proj_in.weight" in sources
             else unet["use_linear_projection"]
         ),
-        **_read_added(shape, sources, unet),
+        **added,
         **{name: unet[name] for name in _AS_UNET if name in unet},
     }
 
@@ -187,17 +190,6 @@ _AS_UNET = (
     *("attention_head_dim", "num_attention_heads", "upcast_attention", "norm_num_groups", "norm_eps"),
     *("act_fn", "flip_sin_to_cos", "freq_shift"),
 )
-
-
-def _read_added(shape: Any, sources: Mapping[str, TensorSource], unet: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of SDXL's added conditions: sizes and pooled text."""
-    if "add_embedding.linear_1.weight" not in sources:
-        return {}
-    return {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": unet.get("addition_time_embed_dim"),
-        "projection_class_embeddings_input_dim": shape("add_embedding.linear_1.weight", 2)[1],
-    }
 
 
 def _depth(sources: Mapping[str, TensorSource], block: str) -> int:

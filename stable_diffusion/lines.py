@@ -129,13 +129,14 @@ def _check_name(name: str) -> None:
 def split_seeds(line: str) -> tuple[int, ...] | None:
     """Return the seeds of a line's --d, which are needed before its variants are chosen; None without them.
 
-    Raises ValueError if they cannot be read.
+    Raises OptionError if they cannot be read.
     """
-    for part in line.split(" --")[1:]:
-        word, _, text = part.partition(" ")
-        if word.lower() == "d":
-            return _seeds(text.strip())
-    return None
+    found = (part.partition(" ") for part in line.split(" --")[1:])
+    text = next((text.strip() for word, _, text in found if word.lower() == "d"), None)
+    try:
+        return None if text is None else _seeds(text)
+    except ValueError as error:
+        raise OptionError(f"--d: {error}") from None
 
 
 # Dynamic prompts: `a {red|green} cat`, where one variant is chosen for each picture.

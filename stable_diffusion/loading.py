@@ -119,7 +119,13 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
     if path.is_dir():
         marks = read_folder_marks(path)
         check_told(options, marks.kind)
-        _check_prediction(options, marks, path)
+        has_config = (path / "scheduler" / "scheduler_config.json").is_file()
+        if options.v_parameterization and has_config and not marks.predicts_velocity:
+            raise OptionError(
+                f"--v_parameterization: the scheduler/scheduler_config.json of {path} says that the model "
+                'predicts noise. Leave it out, or write "prediction_type": "v_prediction" there if that is '
+                "wrong"
+            )
         texts = read_folder_texts(path, marks.kind, files)
         unet = read_folder_unet(path, files)
         vae = _read_vae(
@@ -129,7 +135,14 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
         checkpoint = files.enter_context(open_checkpoint(path))
         marks = read_marks(path, checkpoint.tensors)
         check_told(options, marks.kind)
-        _log_marks(checkpoint.tensors, marks, path)
+        averages = sum(name.startswith(EMA) for name in checkpoint.tensors)
+        if averages:
+            logger.info(
+                "%s: %d averaged tensors (model_ema.) are not used; the U-Net beside them is", path, averages
+            )
+        if marks.predicts_velocity:
+            also = " with a zero terminal SNR" if marks.zero_terminal_snr else ""
+            logger.info("%s says that it predicts v%s", path, also)
         texts = read_texts(checkpoint, marks.kind)
         own = checkpoint.without_prefix(UNET, others=("",))
         unet = read_unet(own, marks.kind, _pooled(texts))
@@ -189,26 +202,6 @@ def _read_vae(path: Path, option: str, marks: Marks, files: ExitStack) -> LoadPl
 
 
 PATTERNS_VAE = ("config.json", "diffusion_pytorch_model.safetensors", "vae/*.json", "vae/*.safetensors")
-
-
-def _check_prediction(options: ModelOptions, marks: Marks, folder: Path) -> None:
-    has_config = (folder / "scheduler" / "scheduler_config.json").is_file()
-    if options.v_parameterization and has_config and not marks.predicts_velocity:
-        raise OptionError(
-            f"--v_parameterization: the scheduler/scheduler_config.json of {folder} says that the model "
-            'predicts noise. Leave it out, or write "prediction_type": "v_prediction" there if that is wrong'
-        )
-
-
-def _log_marks(names: Any, marks: Marks, path: Path) -> None:
-    averages = sum(name.startswith(EMA) for name in names)
-    if averages:
-        logger.info(
-            "%s: %d averaged tensors (model_ema.) are not used; the U-Net beside them is", path, averages
-        )
-    if marks.predicts_velocity:
-        also = " with a zero terminal SNR" if marks.zero_terminal_snr else ""
-        logger.info("%s says that it predicts v%s", path, also)
 
 
 def _pooled(texts: tuple[TextPlan, ...]) -> int:

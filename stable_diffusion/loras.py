@@ -188,7 +188,11 @@ def load_networks(
     if options.network_pre_calc:
         return ChosenLoras(defaults, _folded(targets, adjustable), None)
     parts = [_added(target, adjustable, model) for target in targets]
-    _log_added(adjustable, parts)
+    for index, use in enumerate(adjustable):
+        own = [part for target in parts for part in target[index].values()]
+        whole = sum(part.is_made_whole for part in own)
+        hint = f"; {whole} of them are made anew at each step: --network_pre_calc is faster" if whole else ""
+        logger.info(f"{use.lora.path}: added to {len(own)} modules, strength {use.multiplier:g}{hint}")
 
     def use_multipliers(multipliers: Multipliers) -> None:
         for target in parts:
@@ -238,21 +242,12 @@ def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[
     known = places(target.network, target.published)
     parts = []
     for use in uses:
-        found = [fitting(part.lora, known, OPTION) for part in uses_for([use], target.prefix)]
+        found = [fitting(part, known, OPTION) for part in uses_for([use], target.prefix)]
         factors = found[0] if found else {}
         parts.append({name: AddedPart(known[name], one) for name, one in factors.items()})
     for layer in attach_parts(parts, known):
         layer.switch_on(model.device, model.dtype)
     return parts
-
-
-def _log_added(uses: Sequence[LoraUse], parts: Sequence[Sequence[Mapping[str, AddedPart]]]) -> None:
-    """Log the LoRAs added at run time. parts: of each network, of each file."""
-    for index, use in enumerate(uses):
-        own = [part for target in parts for part in target[index].values()]
-        whole = sum(part.is_made_whole for part in own)
-        hint = f"; {whole} of them are made anew at each step: --network_pre_calc is faster" if whole else ""
-        logger.info(f"{use.lora.path}: added to {len(own)} modules, strength {use.multiplier:g}{hint}")
 
 
 def _shown(metadata: Mapping[str, str]) -> str:

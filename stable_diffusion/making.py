@@ -56,13 +56,9 @@ class MakesIdeas(Protocol):
     ) -> AbstractContextManager[Idea | None]: ...
 
 
-@dataclass(frozen=True, eq=False)
-class _Texts:
-    """The states of the texts of a batch, one for each picture."""
-
-    positive: list[TextState]
-    negative: list[TextState] | None  # None: nothing is guided away from
-    blank: list[TextState] | None  # of the empty text, for the third pass of --negative_scale
+# the states of the prompts of a batch, of the negative texts (None: nothing is guided away from), and of the
+# empty text for the third pass of --negative_scale
+_Texts = tuple[list[TextState], list[TextState] | None, list[TextState] | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,10 +188,11 @@ class Maker:
         positive_sizes, negative_sizes = (
             time_ids(settings, negative) if self.model.kind is SDXL else None for negative in (False, True)
         )
-        positive = make_conditions(texts.positive, device, positive_sizes)
+        prompted, *others = texts
+        positive = make_conditions(prompted, device, positive_sizes)
         negative, blank = (
             None if states is None else make_conditions(states, device, negative_sizes, negative=True)
-            for states in (texts.negative, texts.blank)
+            for states in others
         )
         return Section(noise, positive, negative, blank)
 
@@ -246,7 +243,7 @@ class Maker:
             return [joined(picture, [texts[number]] * settings.parts) for picture, texts in pairs]
 
         positive = [joined(picture, parts) for picture, parts in zip(pictures, prompts, strict=True)]
-        return _Texts(self._see(pictures, positive), everywhere(0), everywhere(1))
+        return self._see(pictures, positive), everywhere(0), everywhere(1)
 
     def _see(self, pictures: Sequence[AskedPicture], states: list[TextState]) -> list[TextState]:
         """Put the vectors of the input pictures into the states, if the options say so."""

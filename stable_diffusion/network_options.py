@@ -14,19 +14,13 @@ VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the l
 
 
 @dataclass(frozen=True)
-class CannyThresholds:
-    """Edges: the grey image changes by more than `high`, or by more than `low` next to an edge."""
-
-    low: int
-    high: int
-
-
-@dataclass(frozen=True)
 class ControlUse:
     """How one ControlNet or ControlNet-LLLite is used."""
 
     path: Path
-    canny: CannyThresholds | None  # edges of the guide image are drawn; None: it is taken as it is
+    # edges of the guide image are drawn: where the grey image changes by more than the second number, or by
+    # more than the first next to such an edge; None: it is taken as it is
+    canny: tuple[int, int] | None
     multiplier: float
     ratio: float  # it acts in steps i of n (from 0) with i / n <= ratio
 
@@ -98,7 +92,7 @@ class ControlOptions(Options, title="ControlNet"):
         )
 
 
-def read_preparation(text: str) -> CannyThresholds | None:
+def read_preparation(text: str) -> tuple[int, int] | None:
     """Read a value of --control_net_preps. Raises OptionError if it is none that can be prepared here."""
     if text == "none":
         return None
@@ -108,7 +102,7 @@ def read_preparation(text: str) -> CannyThresholds | None:
             f"--control_net_preps {text}: only none and canny_LOW_HIGH, such as canny_63_191, are known. "
             "Prepare the guide image with another program, and give none"
         )
-    return CannyThresholds(int(found[1] or LOW), int(found[2] or HIGH))
+    return int(found[1] or LOW), int(found[2] or HIGH)
 
 
 def check_control(

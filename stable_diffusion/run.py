@@ -209,17 +209,13 @@ class Run:
                     logger.info("%s", paths[-1])
         except torch.OutOfMemoryError as error:
             free_memory(self.loaded.maker.model.device)
-            raise _too_little(error, batch) from error
+            settings = batch[0].settings
+            raise MemoryPlanError(
+                f"the device has too little memory for {count_of(len(batch), 'picture')} of "
+                f"{settings.width} x {settings.height}: {str(error).partition('. ')[0]}.\n"
+                "  Use --fp16 or --bf16, --vae_slices 32, --vae_batch_size 1, or smaller --W and --H"
+            ) from error
         return paths
-
-
-def _too_little(error: torch.OutOfMemoryError, batch: Sequence[AskedPicture]) -> MemoryPlanError:
-    settings = batch[0].settings
-    return MemoryPlanError(
-        f"the device has too little memory for {count_of(len(batch), 'picture')} of {settings.width} x "
-        f"{settings.height}: {str(error).partition('. ')[0]}.\n"
-        "  Use --fp16 or --bf16, --vae_slices 32, --vae_batch_size 1, or smaller --W and --H"
-    )
 
 
 def generate(options: GenImgOptions, load: Load = assemble) -> None:

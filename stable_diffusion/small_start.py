@@ -52,7 +52,12 @@ class DeepShrinks:
                 *(pictures[0].label, shrink.ds_timesteps_1, shrink.ds_timesteps_2),
             )
         shrinking = _Shrinking(shrink, input_blocks(self.unet))
-        _check_depths(shrink, len(shrinking.blocks))
+        for name, depth in (("ds_depth_1", shrink.ds_depth_1), ("ds_depth_2", shrink.ds_depth_2)):
+            if depth is not None and not 0 <= depth < len(shrinking.blocks):
+                raise OptionError(
+                    f"--{name} {depth}: this model's U-Net has the input blocks 0 to "
+                    f"{len(shrinking.blocks) - 1}. Give one of them, such as 3"
+                )
         with ExitStack() as stack:
             for handle in _install(shrinking, self.unet):
                 stack.callback(handle.remove)
@@ -62,15 +67,6 @@ class DeepShrinks:
                 "%s: Deep Shrink never acts: with this --strength all timesteps are below --ds_timesteps_1 "
                 "(%d). Give a lower one, or a higher --strength.",
                 *(pictures[0].label, shrink.ds_timesteps_1),
-            )
-
-
-def _check_depths(shrink: DeepShrinkOptions, count: int) -> None:
-    for name, depth in (("ds_depth_1", shrink.ds_depth_1), ("ds_depth_2", shrink.ds_depth_2)):
-        if depth is not None and not 0 <= depth < count:
-            raise OptionError(
-                f"--{name} {depth}: this model's U-Net has the input blocks 0 to {count - 1}. Give one "
-                "of them, such as 3"
             )
 
 

@@ -78,7 +78,13 @@ def add_words(
     if not words:
         return tuple(towers)
     check_words(words, [tower.network.embeddings.token_embedding.embedding_dim for tower in towers], kind)
-    _check_new(words, towers)
+    for word in words:
+        if any(len(tower.tokenize(word.word)) == 1 for tower in towers):
+            raise CheckpointError(
+                f"{word.option} {word.path}: {word.word} is a word that the text encoder knows already. "
+                "Rename the file, as its name is the word for it.",
+                word.path,
+            )
     for word in words:
         logger.info("textual inversion: %s (%d vectors)", word.word, _count(word))
     return tuple(
@@ -163,17 +169,6 @@ def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: Model
             raise CheckpointError(
                 f"{word.option} {word.path}: it has {_count(word)} vectors; a text encoder reads {SIZE} "
                 "tokens at a time, so that more than these are never read together.",
-                word.path,
-            )
-
-
-def _check_new(words: Sequence[LearnedWord], towers: Sequence[TextTower]) -> None:
-    """Raise CheckpointError if one of the words is a token already."""
-    for word in words:
-        if any(len(tower.tokenize(word.word)) == 1 for tower in towers):
-            raise CheckpointError(
-                f"{word.option} {word.path}: {word.word} is a word that the text encoder knows already. "
-                "Rename the file, as its name is the word for it.",
                 word.path,
             )
 

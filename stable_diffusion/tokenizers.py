@@ -40,8 +40,11 @@ def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
     found: dict[Path, ClipWords] = {}
     words = []
     for number, is_open_clip in enumerate(are_open_clip):
-        files = _files(number, is_open_clip)
-        file = _in_cache(files, cache, is_open_clip) or files.find(None, checkpoint)
+        names = OPEN_CLIP if is_open_clip else (CLIP_L,)
+        own = "tokenizer" if number == 0 else f"tokenizer_{number + 1}"
+        files = clip_tokenizer_files(OPTION, (own, *names, "tokenizer", CLIP_L, "clip_l", "."))
+        places = [checkpoint] if cache is None or not cache.is_dir() else [cache, checkpoint]
+        file = next((file for place in places if (file := files.find(None, place)) is not None), None)
         if file is None:
             file = next(iter(found), None) or _download(files, cache, checkpoint)
         if file not in found:
@@ -60,22 +63,6 @@ def check_vocabulary(words: ClipWords, rows: int, checkpoint: Path) -> None:
             f"{last}. Give the tokenizer that belongs to it in {OPTION}.",
             checkpoint,
         )
-
-
-def _files(number: int, is_open_clip: bool) -> TokenizerFiles:
-    ending = "" if number == 0 else f"_{number + 1}"
-    names = OPEN_CLIP if is_open_clip else (CLIP_L,)
-    return clip_tokenizer_files(OPTION, (f"tokenizer{ending}", *names, "tokenizer", CLIP_L, "clip_l", "."))
-
-
-def _in_cache(files: TokenizerFiles, cache: Path | None, is_open_clip: bool) -> Path | None:
-    if cache is None or not cache.is_dir():
-        return None
-    for name in (*(OPEN_CLIP if is_open_clip else ()), CLIP_L, "clip_l", "."):
-        file = next((cache / name / each for each in files.names if (cache / name / each).is_file()), None)
-        if file is not None:
-            return file
-    return None
 
 
 def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Path:

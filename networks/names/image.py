@@ -7,11 +7,10 @@ from networks.names.layouts import (
     SWAPPED,
     FamilyNames,
     WeightPart,
-    each,
     renamed_parts,
     stacked_parts,
 )
-from networks.names.video import BLOCK_ALIASES, BLOCK_MODULES, BLOCK_PARTS
+from networks.names.video import BLOCK_ALIASES, BLOCK_PARTS
 
 # FLUX.1 and Chroma as Black Forest Labs publish them; ComfyUI and sd-scripts use these names. Chroma has no
 # modulation layers and no embedding of time, pooled text and guidance, but `distilled_guidance_layer`; its
@@ -43,15 +42,6 @@ _FLUX_REST = (
 FLUX = FamilyNames(
     "flux",
     "flux-1-dev",
-    (
-        *each("double_blocks.{n}.img_", "mod.lin attn.qkv attn.proj mlp.0 mlp.2"),
-        *each("double_blocks.{n}.txt_", "mod.lin attn.qkv attn.proj mlp.0 mlp.2"),
-        *each("single_blocks.{n}.", "linear1 linear2 modulation.lin"),
-        *each("", "img_in txt_in"),
-        *(f"{name}.{layer}" for _, name in _VECTORS for layer in ("in_layer", "out_layer")),
-        *each("distilled_guidance_layer.", "in_proj out_proj layers.{n}.in_layer layers.{n}.out_layer"),
-        *each("final_layer.", "linear adaLN_modulation.1"),
-    ),
     parts=(
         *stacked_parts("transformer_blocks.{n}.attn.to_{x}", "double_blocks.{n}.img_attn.qkv"),
         *stacked_parts("transformer_blocks.{n}.attn.add_{x}_proj", "double_blocks.{n}.txt_attn.qkv"),
@@ -107,7 +97,6 @@ _HUNYUAN_REST = (
 HUNYUAN_IMAGE = FamilyNames(
     "hunyuan_image",
     "hunyuan-image-2.1",
-    (*BLOCK_MODULES, *each("byt5_in.", "layernorm fc1 fc2 fc3"), *each("time_r_in.mlp.", "0 2")),
     (*BLOCK_ALIASES, ("time_r_in.in_layer", "time_r_in.mlp.0"), ("time_r_in.out_layer", "time_r_in.mlp.2")),
     (
         *BLOCK_PARTS,
@@ -148,18 +137,6 @@ _LUMINA_REST = (
 LUMINA = FamilyNames(
     "lumina",
     "lumina-2",
-    (
-        *(
-            module
-            for block in _LUMINA_BLOCKS
-            for module in each(
-                block, "attention.qkv attention.out feed_forward.w1 feed_forward.w2 feed_forward.w3"
-            )
-        ),
-        *each("", "noise_refiner.{n}.adaLN_modulation.1 layers.{n}.adaLN_modulation.1"),
-        *each("", "x_embedder t_embedder.mlp.0 t_embedder.mlp.2 cap_embedder.0 cap_embedder.1"),
-        *each("final_layer.", "linear adaLN_modulation.1"),
-    ),
     parts=(
         # several queries share one key and value: k and v are the last rows, q all before them
         *(

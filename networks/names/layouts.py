@@ -7,6 +7,7 @@ the path.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 
@@ -43,7 +44,6 @@ class FamilyNames:
 
     name: str  # as in `ss_base_model_version`
     architecture: str  # as in `modelspec.architecture`, before its "/lora"
-    modules: tuple[str, ...]
     aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
     parts: tuple[WeightPart, ...] = ()  # of a layout that cuts some of our modules up
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
@@ -75,6 +75,13 @@ class FamilyNames:
     )
     # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
     experts: tuple[tuple[str, str], ...] = ()
+    further: tuple[str, ...] = ()  # our paths that no other layout has
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Return our paths of all modules that LoRAs change."""
+        named = (*(ours for _, ours in self.aliases), *(part.ours for part in self.parts), *self.further)
+        return tuple(dict.fromkeys(named))
 
 
 def each(start: str, endings: str) -> tuple[str, ...]:

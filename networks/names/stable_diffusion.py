@@ -92,7 +92,6 @@ _SD, _SDXL = _pairs(4, "0", (0,)), (*_pairs(3, "{n}", (2,)), *ADDED)
 SD1 = FamilyNames(
     "sd1",
     "stable-diffusion-v1",
-    tuple(dict.fromkeys(ours for _, ours in _SD)),
     aliases=_SD,
     start=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,
@@ -116,7 +115,6 @@ SD2 = replace(
 SDXL = FamilyNames(
     "sdxl",
     "stable-diffusion-xl-v1-base",
-    tuple(dict.fromkeys(ours for _, ours in _SDXL)),
     aliases=_SDXL,
     start=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,

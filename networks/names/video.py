@@ -12,16 +12,6 @@ from networks.names.layouts import (
     stacked_parts,
 )
 
-_WAN_BLOCK = (
-    *each("blocks.{n}.self_attn.", "q k v o norm_q norm_k"),
-    *each("blocks.{n}.cross_attn.", "q k v o k_img v_img norm_q norm_k norm_k_img"),
-    *each("blocks.{n}.", "ffn.0 ffn.2 norm3"),
-)
-_WAN_REST = (
-    *each("", "patch_embedding time_projection.1 head.head ref_conv"),
-    *each("img_emb.proj.", "0 1 3 4"),
-)
-
 _IMAGE_ATTENTION = (
     *each("blocks.{n}.cross_attn.", "k_img v_img norm_k_img"),
     *each("img_emb.proj.", "0 1 3 4"),
@@ -36,7 +26,6 @@ _DIFFUSERS_ATTENTION = (
 WAN = FamilyNames(
     "wan",
     "wan2.1",
-    (*_WAN_BLOCK, *_WAN_REST, *each("text_embedding.", "0 2"), *each("time_embedding.", "0 2")),
     # diffusers layout
     (
         *(
@@ -62,6 +51,7 @@ WAN = FamilyNames(
         ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
         ("proj_out", "head.head"),
     ),
+    further=("patch_embedding", "ref_conv"),
     versions=("wan2", "wan-2", "wan_2"),
     experts=(("transformer", HIGH_NOISE), ("transformer_2", LOW_NOISE)),
     optional=_IMAGE_ATTENTION,
@@ -111,21 +101,6 @@ _DIFFUSERS_REST = (
     ),
 )
 
-BLOCK_MODULES = (
-    *each("double_blocks.{n}.img_", "attn_qkv attn_proj mlp.fc1 mlp.fc2 mod.linear attn_q_norm attn_k_norm"),
-    *each("double_blocks.{n}.txt_", "attn_qkv attn_proj mlp.fc1 mlp.fc2 mod.linear attn_q_norm attn_k_norm"),
-    *each("single_blocks.{n}.", "linear1 linear2 modulation.linear q_norm k_norm"),
-    *each(
-        "txt_in.individual_token_refiner.blocks.{n}.",
-        "self_attn_qkv self_attn_proj mlp.fc1 mlp.fc2 adaLN_modulation.1",
-    ),
-    *each(
-        "txt_in.",
-        "input_embedder t_embedder.mlp.0 t_embedder.mlp.2 c_embedder.linear_1 c_embedder.linear_2",
-    ),
-    *each("", "img_in.proj time_in.mlp.0 time_in.mlp.2 guidance_in.mlp.0 guidance_in.mlp.2"),
-    *each("final_layer.", "linear adaLN_modulation.1"),
-)
 # ComfyUI's names where they differ in more than "." for "_"
 _REFINER = "txt_in.individual_token_refiner.blocks.{n}"
 BLOCK_ALIASES = (
@@ -182,9 +157,9 @@ COMFYUI_TENSORS = (
 HUNYUAN_VIDEO = FamilyNames(
     "hunyuan_video",
     "hunyuan-video",
-    (*BLOCK_MODULES, "vector_in.in_layer", "vector_in.out_layer"),
     BLOCK_ALIASES,
     (*BLOCK_PARTS, *renamed_parts("", "", _DIFFUSERS_REST)),
+    further=each("txt_in.individual_token_refiner.blocks.{n}.", "norm1 norm2"),
     converted_for="ComfyUI",
     depths=(("transformer_blocks", 20), ("single_transformer_blocks", 40)),
     width=3072,
@@ -194,35 +169,10 @@ HUNYUAN_VIDEO = FamilyNames(
 FRAMEPACK = FamilyNames(
     "framepack",
     "framepack",
-    (
-        *each(
-            "transformer_blocks.{n}.attn.",
-            "to_q to_k to_v add_q_proj add_k_proj add_v_proj to_out.0 to_add_out",
-        ),
-        *each("transformer_blocks.{n}.attn.", "norm_q norm_k norm_added_q norm_added_k"),
-        *each(
-            "transformer_blocks.{n}.",
-            "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2 norm1.linear norm1_context.linear",
-        ),
-        *each(
-            "single_transformer_blocks.{n}.",
-            "attn.to_q attn.to_k attn.to_v proj_mlp proj_out norm.linear attn.norm_q attn.norm_k",
-        ),
-        *each(
-            "context_embedder.token_refiner.refiner_blocks.{n}.",
-            "attn.to_q attn.to_k attn.to_v attn.to_out.0",
-        ),
-        *each("context_embedder.token_refiner.refiner_blocks.{n}.", "ff.net.0.proj ff.net.2 norm_out.linear"),
-        "context_embedder.proj_in",
-        *each("context_embedder.time_text_embed.timestep_embedder.", "linear_1 linear_2"),
-        *each("context_embedder.time_text_embed.text_embedder.", "linear_1 linear_2"),
-        *(
-            f"time_text_embed.{vector}_embedder.{layer}"
-            for vector in ("timestep", "guidance", "text")
-            for layer in ("linear_1", "linear_2")
-        ),
+    further=(
+        *(part.theirs for part in HUNYUAN_VIDEO.parts),
         *each("clean_x_embedder.", "proj proj_2x proj_4x"),
-        *each("", "x_embedder.proj image_projection.up image_projection.down norm_out.linear proj_out"),
+        *each("image_projection.", "up down"),
     ),
     takes=("hunyuan_video",),
     # as diffusers' HunyuanVideoFramepackPipeline needs it; with another start it loads no layer

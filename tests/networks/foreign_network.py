@@ -1,5 +1,6 @@
 """A network module of another maker with the usual `create_network(...)`, as small as can be: a learned bias
-per Linear.
+per Linear; or, with `algo=full`, weights of its own in place of the model's, which it takes away as LyCORIS
+does.
 """
 
 from typing import Any
@@ -50,6 +51,35 @@ class BiasNetwork(nn.Module):
         self.train()
 
 
+class FullNetwork(nn.Module):
+    """Holds a copy of the weight of each Linear of the blocks; the state dict has the differences to what
+    they were.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        linears = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
+        self.targets = {name: module for name, module in linears.items() if name.startswith("blocks.")}
+
+    def apply_to(
+        self, text_encoder: object, unet: nn.Module, apply_text_encoder: bool = True, apply_unet: bool = True
+    ) -> None:
+        for name, module in self.targets.items():
+            for leaf in ("weight", "bias"):
+                own = nn.Parameter(module.get_parameter(leaf).detach().clone())
+                self.register_parameter(f"{name}.{leaf}".replace(".", "_"), own)
+                delattr(module, leaf)
+            module.forward = self._forward(name.replace(".", "_"))  # type: ignore[method-assign]
+
+    def _forward(self, name: str) -> Any:
+        def call(x: Tensor) -> Tensor:
+            return nn.functional.linear(
+                x, self.get_parameter(f"{name}_weight"), self.get_parameter(f"{name}_bias")
+            )
+
+        return call
+
+
 def create_network(
     multiplier: float,
     network_dim: int,
@@ -58,5 +88,8 @@ def create_network(
     text_encoder: object,
     unet: nn.Module,
     **kwargs: Any,
-) -> BiasNetwork:
+) -> nn.Module:
+    if kwargs.get("algo") == "full":
+        assert torch.is_grad_enabled()
+        return FullNetwork(unet)
     return BiasNetwork(unet, multiplier, network_dim, network_alpha, kwargs)

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modules.contract.loading import Placement
+from networks.apply import LoraPatch
+from networks.loading import LoraFile, LoraUse, read_lora
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.module_names import module_path
@@ -110,13 +112,23 @@ def join_all(network: nn.Module) -> None:
             layer.joins_from = 0
 
 
+@torch.no_grad()
+def add_lora(dit: Any, lora: Path | LoraFile, multiplier: float = 1.0) -> Any:
+    """Put all of a LoRA into the weights of a model, and return the model."""
+    patch = LoraPatch([LoraUse(lora if isinstance(lora, LoraFile) else read_lora(lora), multiplier)])
+    dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
+    patch.check()
+    assert patch.unused() == []
+    return dit
+
+
 def saved_by_diffusers(
-    theirs: Any, path: Path, targets: Any, alpha: int = 4, with_settings: bool = True
+    theirs: Any, path: Path, targets: Any, alpha: int = 4, with_settings: bool = True, **settings: Any
 ) -> Path:
     """Give a model of diffusers a random LoRA of rank 4 and save it, the adapter's settings in the metadata
     or nowhere.
     """
-    theirs.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, **settings))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:

@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.apply import LoraPatch
-from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from tests.hunyuan_model.making import in_diffusers, run_there, tiny_inputs, tiny_model
-from tests.networks.making import randomize, saved_by_diffusers
+from tests.networks.making import add_lora, randomize, saved_by_diffusers
 from tests.tiny.loras import make_lora
 
 NEAR = 5e-6  # of the largest value; float32, summed in another order
@@ -40,12 +38,7 @@ def saved(path: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32, **a
 @torch.no_grad()
 def run_here(kind: str, path: Path, multiplier: float = 1.0) -> Tensor:
     """What the model with a LoRA file added gives."""
-    dit = tiny_model(kind)
-    patch = LoraPatch([LoraUse(read_lora(path), multiplier)])
-    dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
-    patch.check()
-    assert patch.unused() == []
-    return dit(**tiny_inputs(kind))
+    return add_lora(tiny_model(kind), path, multiplier)(**tiny_inputs(kind))
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:

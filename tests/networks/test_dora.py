@@ -19,7 +19,7 @@ from networks.deltas import decompose, find_fault, weight_delta
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.lora_layer import LoraLayer
 from tests.hunyuan_model import making as hunyuan
-from tests.networks.making import inputs, tiny_dit
+from tests.networks.making import add_lora, inputs, tiny_dit
 from tests.networks.test_interoperability import TOLERANCE, run_there
 from tests.tiny.loras import lora_like
 from tests.training.conftest import _fresh_accelerator  # noqa: F401
@@ -105,16 +105,6 @@ def add_dora(theirs: Any, targets: Any) -> None:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-@torch.no_grad()
-def with_lora(dit: Any, given: dict[str, Any], path: Path) -> Tensor:
-    """What one of our models with a LoRA file added gives."""
-    patch = LoraPatch([LoraUse(read_lora(path))])
-    dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
-    patch.check()
-    assert patch.unused() == []
-    return dit(**given)
-
-
 @pytest.mark.parametrize("target", [None, "default", "other"])
 def test_a_dora_that_diffusers_saves_acts_on_wan_as_there(tmp_path: Path, target: str | None) -> None:
     dit = tiny_dit(tmp_path)
@@ -130,7 +120,7 @@ def test_a_dora_that_diffusers_saves_acts_on_wan_as_there(tmp_path: Path, target
 
     expected = run_there(theirs, dit)
 
-    torch.testing.assert_close(with_lora(dit, inputs(dit), path), expected, **TOLERANCE)
+    torch.testing.assert_close(add_lora(dit, path)(**inputs(dit)), expected, **TOLERANCE)
     assert (expected - plain).abs().max() > 0.05
 
 
@@ -148,7 +138,7 @@ def test_a_dora_for_the_parts_of_fused_weights_acts_on_hunyuan_video_as_there(
         assert any("linear1" in name for name in load_file(path))
 
     out, expected = (
-        with_lora(hunyuan.tiny_model("t2v"), hunyuan.tiny_inputs("t2v"), path),
+        add_lora(hunyuan.tiny_model("t2v"), path)(**hunyuan.tiny_inputs("t2v")),
         hunyuan.run_there(theirs, hunyuan.tiny_inputs("t2v")),
     )
 

@@ -18,9 +18,9 @@ from modules.contract.rules import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
-from networks.metadata import STALE, expert_of, expert_of_model, save_network
+from networks.metadata import STALE, expert_of, save_network
 from networks.names.video import WAN
-from tests.networks.making import inputs, randomize, tiny_dit, wan_network
+from tests.networks.making import add_lora, inputs, randomize, tiny_dit, wan_network
 from tests.networks.test_interoperability import TOLERANCE, run_there
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.wan.making import in_diffusers
@@ -48,22 +48,6 @@ EXPERTS = (HIGH_NOISE, LOW_NOISE)
 )
 def test_the_name_of_a_file_tells_its_expert(name: str, expert: str | None) -> None:
     assert expert_of({}, Path(f"{name}.safetensors")) == expert
-
-
-def test_the_place_of_a_model_tells_its_expert(tmp_path: Path) -> None:
-    for folder in ("a/high_noise_model", "b/transformer", "b/transformer_2", "c/transformer"):
-        (tmp_path / folder).mkdir(parents=True)
-    found = {
-        "a/high_noise_model": HIGH_NOISE,
-        "a/high_noise_model/diffusion_pytorch_model.safetensors.index.json": HIGH_NOISE,
-        "a/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": LOW_NOISE,
-        "b/transformer": HIGH_NOISE,
-        "b/transformer_2/diffusion_pytorch_model.safetensors": LOW_NOISE,
-        "c/transformer": None,  # a model with a single network
-        "c/wan2.1.safetensors": None,
-    }
-
-    assert {name: expert_of_model(tmp_path / name) for name in found} == found
 
 
 @pytest.mark.parametrize(
@@ -109,12 +93,9 @@ class Pair:
     def here(self, expert: str, lora: LoraFile) -> Tensor:
         """What our transformer makes of its inputs with a LoRA."""
         dit = self.dits[expert]
-        patch = LoraPatch([LoraUse(lora)])
         changed = WanModel(dit.config)
-        changed.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
-        patch.check()
-        assert patch.unused() == []
-        return changed.eval()(**inputs(dit))
+        changed.load_state_dict(dit.state_dict())
+        return add_lora(changed, lora).eval()(**inputs(dit))
 
     def wanted(self, expert: str) -> Tensor:
         return self.here(expert, read_lora(self.paths[expert]))

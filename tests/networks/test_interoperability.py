@@ -1,23 +1,19 @@
 """LoRAs saved here load in diffusers and act there as here; those that diffusers and PEFT save load here."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders import WanLoraLoaderMixin
-from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor
 
-from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import LoraUse, read_lora
+from networks.loading import read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from tests.hunyuan_model import making as hunyuan
-from tests.networks.making import inputs, tiny_dit, wan_network
+from tests.networks.making import add_lora, inputs, saved_by_diffusers, tiny_dit, wan_network
 from tests.wan.making import in_diffusers
 from wan.model import WanModel
 
@@ -96,75 +92,41 @@ def test_a_lora_saved_by_diffusers_acts_here_as_there(
     other = in_diffusers(dit.config, dit.state_dict())
     alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
     targets = ["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"]
-    other.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, **patterns))
-    for name, parameter in other.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    if with_settings:
-        other.save_lora_adapter(tmp_path, weight_name="lora.safetensors")
-    else:
-        names = {
-            name.replace(".default", ""): tensor
-            for name, tensor in other.state_dict().items()
-            if "lora_" in name
-        }
-        save_file(
-            {f"transformer.{name}": tensor for name, tensor in names.items()}, tmp_path / "lora.safetensors"
-        )
+    path = saved_by_diffusers(other, tmp_path / "lora.safetensors", targets, alpha, with_settings, **patterns)
 
-    patch = LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"))])
-    merged = {name: patch(name, weight) for name, weight in dit.state_dict().items()}
-    patch.check()
-    dit.load_state_dict(merged)
-
-    assert patch.unused() == []
-    torch.testing.assert_close(dit(**inputs(dit)), run_there(other, dit), **TOLERANCE)
+    torch.testing.assert_close(add_lora(dit, path)(**inputs(dit)), run_there(other, dit), **TOLERANCE)
 
 
 @pytest.mark.parametrize("target", [None, "default", "other"])
 def test_a_lora_with_biases_acts_as_in_diffusers(tmp_path: Path, target: str | None) -> None:
     dit = tiny_dit(tmp_path)
     other = in_diffusers(dit.config, dit.state_dict())
-    other.add_adapter(LoraConfig(r=4, lora_alpha=3, target_modules=["to_q", "net.2"], lora_bias=True))
-    for name, parameter in other.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    other.save_lora_adapter(tmp_path, weight_name="lora.safetensors")
-    path, plain = tmp_path / "lora.safetensors", in_diffusers(dit.config, dit.state_dict())
+    path = tmp_path / "lora.safetensors"
+    saved_by_diffusers(other, path, ["to_q", "net.2"], 3, lora_bias=True)
+    plain = in_diffusers(dit.config, dit.state_dict())
     expected = run_there(other, dit)
     if target is not None:
         convert_file(path, tmp_path / "converted.safetensors", target)
         path = tmp_path / "converted.safetensors"
 
-    patch = LoraPatch([LoraUse(read_lora(path))])
-    dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
-    patch.check()
-
-    torch.testing.assert_close(dit(**inputs(dit)), expected, **TOLERANCE)
+    torch.testing.assert_close(add_lora(dit, path)(**inputs(dit)), expected, **TOLERANCE)
     assert float((expected - run_there(plain, dit)).abs().max()) > 0.01
     if target == "other":  # which diffusers reads again
         load_there(plain, path)
         torch.testing.assert_close(run_there(plain, dit), expected, **TOLERANCE)
 
 
-def with_biases(theirs: Any, folder: Path, targets: str, **settings: Any) -> Path:
-    """Give a model of diffusers a random LoRA with biases and save it."""
-    theirs.add_adapter(LoraConfig(r=4, lora_alpha=3, target_modules=targets, lora_bias=True, **settings))
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    theirs.save_lora_adapter(folder, weight_name="lora.safetensors")
-    return folder / "lora.safetensors"
-
-
 @torch.no_grad()
 def test_biases_of_the_parts_of_fused_weights_are_put_together(tmp_path: Path) -> None:
     theirs, dit, given = hunyuan.in_diffusers("t2v"), hunyuan.tiny_model("t2v"), hunyuan.tiny_inputs("t2v")
-    path = with_biases(theirs, tmp_path, r".*\.(to_q|to_v|add_k_proj|proj_mlp)", alpha_pattern={"to_q": 9})
+    targets, settings = (
+        r".*\.(to_q|to_v|add_k_proj|proj_mlp)",
+        {"alpha_pattern": {"to_q": 9}, "lora_bias": True},
+    )
+    path = saved_by_diffusers(theirs, tmp_path / "lora.safetensors", targets, 3, **settings)
     convert_file(path, tmp_path / "fused.safetensors", "default")
 
-    patch = LoraPatch([LoraUse(read_lora(tmp_path / "fused.safetensors"))])
-    dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
+    add_lora(dit, tmp_path / "fused.safetensors")
 
     assert any("linear1.lora_up.bias" in name for name in read_lora(tmp_path / "fused.safetensors").tensors)
     torch.testing.assert_close(dit(**given), hunyuan.run_there(theirs, given), **TOLERANCE)

@@ -9,13 +9,11 @@ import torch
 from diffusers import HunyuanVideoFramepackPipeline
 from torch import Tensor, nn
 
-from networks.apply import LoraPatch
 from networks.convert import convert_file
-from networks.loading import LoraUse, read_lora
 from networks.metadata import save_network
 from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS, read_case
-from tests.networks.making import assert_recorded, golden_lora, randomize, saved_by_diffusers
+from tests.networks.making import add_lora, assert_recorded, golden_lora, randomize, saved_by_diffusers
 from tests.tiny.loras import make_lora
 
 NEAR = 5e-6  # of the largest value; float32, summed in another order
@@ -61,11 +59,7 @@ IN_DIFFUSERS = {
 @torch.no_grad()
 def run_here(path: Path) -> Tensor:
     """What the model with a LoRA file added gives."""
-    dit, patch = tiny_model(), LoraPatch([LoraUse(read_lora(path))])
-    dit.load_state_dict({name: patch(name, weight) for name, weight in dit.state_dict().items()})
-    patch.check()
-    assert patch.unused() == []
-    return dit(**tiny_inputs())
+    return add_lora(tiny_model(), path)(**tiny_inputs())
 
 
 def made_there(folder: Path, targets: Any, alpha: int, with_settings: bool = True) -> tuple[Path, Tensor]:

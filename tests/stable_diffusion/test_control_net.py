@@ -16,7 +16,7 @@ from modules.errors import CheckpointError, MediaError, OptionError
 from stable_diffusion.contract import SD1, UnetCall
 from stable_diffusion.control_net import BatchGuides, check_control_nets, load_control_nets
 from stable_diffusion.control_net_files import load_control_net, open_control_net, read_control_net
-from stable_diffusion.network_options import CannyThresholds, ControlOptions, ControlUse
+from stable_diffusion.network_options import ControlOptions, ControlUse
 from tests.manifests import write_hollow
 from tests.stable_diffusion.controlling import (
     OF_NAME,
@@ -172,16 +172,6 @@ def test_guides_follow_the_size_of_the_latents(tmp_path: Path) -> None:
         torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_pictures_without_guides_are_left_alone(tmp_path: Path) -> None:
-    nets = load_control_nets(
-        options_of(write_control_net(tmp_path / "n.safetensors", "sd1")), model_of("sd1")
-    )
-    assert nets is not None
-
-    with nets.for_batch([picture()], 64, 48) as idea:
-        assert idea is None
-
-
 # Wrong files
 
 
@@ -277,7 +267,7 @@ def test_a_released_one_of_xl_is_refused_for_sd1(tmp_path: Path) -> None:
         check_control_nets(options_of(path), RELEASED_UNETS["sd1"], SD1)
 
 
-NONE, CANNY = (ControlUse(Path("net"), canny, 1.0, 1.0) for canny in (None, CannyThresholds(63, 191)))
+NONE, CANNY = (ControlUse(Path("net"), canny, 1.0, 1.0) for canny in (None, (63, 191)))
 OPTION = "--control_net_models"
 
 
@@ -312,8 +302,8 @@ def test_values_belong_to_models_in_their_order() -> None:
     ).uses
 
     assert first == ControlUse(Path("0.safetensors"), None, 0.5, 1.0)
-    assert second == ControlUse(Path("1.safetensors"), CannyThresholds(10, 20), 2.0, 0.25)
-    assert options_of(TWO[0], control_net_preps=("canny",)).uses[0].canny == CannyThresholds(63, 191)
+    assert second == ControlUse(Path("1.safetensors"), (10, 20), 2.0, 0.25)
+    assert options_of(TWO[0], control_net_preps=("canny",)).uses[0].canny == (63, 191)
 
 
 @pytest.mark.parametrize(

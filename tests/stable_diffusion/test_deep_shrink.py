@@ -111,14 +111,6 @@ def test_each_depth(unet: Any, depth: int, height: int, width: int, ratio: float
     assert (made - run(unet, call)).abs().max() > 1e-3
 
 
-def test_phases_follow_the_timestep(unet: Any) -> None:
-    shrink = DeepShrinkOptions(ds_depth_1=2, ds_depth_2=4, ds_timesteps_2=300)
-    for timestep, depth in ((650.0, 2), (649.0, 4), (300.0, 4), (299.0, None)):
-        call = call_of(8, 8, timestep, unet)
-        wanted = walk(unet, call, depth, 0.5)
-        torch.testing.assert_close(shrunk(unet, call, shrink), wanted, atol=1e-5, rtol=1e-5)
-
-
 def test_nothing_stays_behind(unet: Any) -> None:
     call = call_of(9, 12, 900.0, unet)
     before = run(unet, call)

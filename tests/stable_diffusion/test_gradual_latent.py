@@ -139,23 +139,6 @@ def test_steps_are_those_of_the_plain_computation(gradual: GradualLatentOptions,
         torch.testing.assert_close(mine.squeeze(2), theirs, atol=2e-5, rtol=1e-5)
 
 
-def test_what_the_unsharp_mask_sharpens_counts() -> None:
-    parts, whole, none = (
-        sampled(replace(GRADUAL, gradual_latent_unsharp_params=unsharp))[-1]
-        for unsharp in ("3,0.5,0.8,0", "3,0.5,0.8,1", None)
-    )
-    assert (parts - whole).abs().max() > 1e-3
-    assert (whole - none).abs().max() > 1e-3
-
-
-def test_at_full_size_it_is_euler_a() -> None:
-    plain = begin_sampling(make_scheduler("euler_a", False), STEPS, generators())
-    sample = start()
-    for index in range(STEPS):
-        sample = plain.step(index, output_of(plain.model_input(index, sample)), sample)
-    assert torch.equal(sampled(replace(GRADUAL, gradual_latent_ratio=1.0))[-1], sample)
-
-
 def test_growth_begins_below_the_timestep_and_is_counted_from_there() -> None:
     gradual = GradualLatentOptions(gradual_latent_timesteps=700, gradual_latent_ratio_step=0.1)
     timesteps = [float(t) for t in range(950, 0, -50)]

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.checkpoints import band_convolutions
-from stable_diffusion.contract import SD2, SDXL, Model
+from stable_diffusion.contract import SDXL, Model
 from tests.stable_diffusion.loaded import load
 from tests.tiny.stable_diffusion import (
     KINDS,
@@ -148,20 +148,6 @@ def test_files_of_lower_precision_load(dtype: torch.dtype, folder: Path, tmp_pat
 
     name = "mid_block.attentions.0.proj_in.weight"
     assert torch.equal(model.unet.state_dict()[name], unet_state("sd1")[name].to(dtype).float())
-
-
-def test_scaled_8_bit_weights_are_multiplied_out(folder: Path, tmp_path: Path) -> None:
-    state = single_file_state("sdxl")
-    name = "model.diffusion_model.middle_block.1.proj_in.weight"
-    scale = state[name].abs().max() / 448
-    state[name.removesuffix("weight") + "scale_weight"] = scale
-    rounded = (state[name] / scale).to(torch.float8_e4m3fn)
-    state[name] = rounded
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "fp8.safetensors")
-
-    model = quick(folder, tmp_path / "fp8.safetensors")
-
-    torch.testing.assert_close(model.unet.mid_block.attentions[0].proj_in.weight, rounded.float() * scale)
 
 
 # Containers and folders
@@ -341,13 +327,6 @@ def test_a_folder_says_in_its_scheduler_what_it_predicts(folder: Path, tmp_path:
     assert not load(folder / "sd1").predicts_velocity
     with pytest.raises(OptionError, match="v_parameterization"):
         load(folder / "sd1", "--v_parameterization")
-
-
-def test_a_folder_of_sd2_misses_the_layer_that_was_never_used(folder: Path) -> None:
-    model = load(folder / "sd2")
-
-    assert model.kind is SD2
-    assert model.texts[0].missing_layers == 1
 
 
 def test_a_file_that_left_the_unused_layer_out_already_keeps_all_others(folder: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_an_unknown_option_is_left_out_with_a_warning(caplog: pytest.LogCaptureF
 )
 def test_seeds_are_found_before_variants_are_chosen(line: str, seeds: tuple[int, ...] | None) -> None:
     if "{" in line:
-        with pytest.raises(ValueError, match="not a whole number"):
+        with pytest.raises(OptionError, match="not a whole number"):
             split_seeds(line)
     else:
         assert split_seeds(line) == seeds

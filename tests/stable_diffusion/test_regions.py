@@ -2,7 +2,6 @@
 # Letters: B pictures, R rows, P parts, L tokens of a part, N tokens of a picture
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from modules.errors import MediaError, OptionError
+from modules.errors import OptionError
 from stable_diffusion.contract import AskedPicture, PictureSettings, UnetCall
 from stable_diffusion.regions import (
     Regions,
@@ -195,26 +194,6 @@ def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> 
     assert all(lora.region is None for layers in loras for lora in layers.values())
 
 
-def test_regions_follow_features_of_any_size(halves: Path) -> None:
-    """As with Deep Shrink, which scales the features inside the U-Net by a ratio."""
-    unet = tiny_unet("sd1")
-    loras = add_loras(unet, 2)
-    call = a_call("sd1", [a_context("sd1", 1, 2), a_context("sd1", 2, 2)], rows=2)
-    small = replace(call, sample=call.sample[..., :7, :11])
-    maker = Regions(unet, loras)
-
-    with maker.for_batch([a_picture(halves, 2)], WIDTH, HEIGHT) as idea:
-        assert idea is not None
-        large = run(unet, idea(call))
-        made = run(unet, idea(small))
-        again = run(unet, idea(call))
-
-    changes = [{name: lora.change for name, lora in layers.items()} for layers in loras]
-    regions = maker.of(a_picture(halves, 2), WIDTH, HEIGHT)
-    torch.testing.assert_close(made, plain(unet, small, regions, changes), **CLOSE)
-    torch.testing.assert_close(large, again, rtol=0, atol=0)
-
-
 def test_a_failure_leaves_the_unet_as_it_was(halves: Path) -> None:
     unet = tiny_unet("sd1")
     loras = add_loras(unet, 2)
@@ -273,12 +252,6 @@ def test_colors_are_codes(colors: Path) -> None:
         everywhere,
         everywhere,
     ]
-
-
-def test_a_mask_that_is_no_picture(tmp_path: Path) -> None:
-    (tmp_path / "mask.png").write_text("no picture")
-    with pytest.raises(MediaError, match=r"mask\.png"):
-        read_regions(tmp_path / "mask.png", 2, 64, 64)
 
 
 # Texts

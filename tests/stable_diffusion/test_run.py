@@ -283,14 +283,3 @@ def test_options_that_do_not_go_together_are_refused(arguments: list[str], words
     with pytest.raises(OptionError) as caught:
         options(*arguments)
     assert words in str(caught.value)
-
-
-def test_both_names_of_an_option_work(tmp_path: Path) -> None:
-    picture = write_picture(tmp_path / "a.png")
-    asked = options(
-        *("--mask_image", picture, "--image_path", picture, "--gradual_latent_ratio_every_n_steps", 2),
-        *("--control_net_models", "a", "--control_net_weights", 0.5, "--guide_image_path", picture),
-    )
-    assert asked.prompts.mask_path == picture
-    assert asked.gradual_latent.gradual_latent_every_n_steps == 2
-    assert asked.control.control_net_multipliers == (0.5,)

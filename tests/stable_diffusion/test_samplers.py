@@ -74,12 +74,6 @@ def test_pndm_from_a_picture_leaves_out_the_steps_that_need_pure_noise() -> None
     assert latents.std() == pytest.approx(float(clean.std()), rel=0.1)
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.04])
-def test_too_little_strength_makes_no_step(strength: float) -> None:
-    solver = begin_sampling(make_scheduler("euler", False), 20, generators(1), strength)
-    assert solver.first == solver.schedule.num_steps == 20
-
-
 @pytest.mark.parametrize("sampler", NAMES)
 def test_zero_terminal_snr_begins_with_noise_alone(sampler: str) -> None:
     """As in diffusers' own classes, where they have it; all begin at the last timestep of training."""

@@ -72,12 +72,6 @@ def test_a_word_is_its_vectors_in_the_place_of_tokens(tmp_path: Path, kind: str)
     assert not torch.equal(found.context, other.context)
 
 
-def test_vectors_in_eight_bits_are_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "blob.safetensors", {"emb_params": vectors().to(torch.float8_e4m3fn)})
-    (word,) = read_words([path])
-    torch.testing.assert_close(word.vectors[0], vectors().to(torch.float8_e4m3fn).float())
-
-
 def test_words_are_found_alone_the_longest_first() -> None:
     found = with_words(tokenize, {"blob": [1], "blob x": [2], "<a>": [3]})
     assert found("blob x") == [2]
