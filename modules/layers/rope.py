@@ -89,7 +89,7 @@ def turns(angles: Tensor) -> Tensor:
 
 
 float32_table = functools.partial(exact_table, dtype=torch.float32)
-TABLES = {"default": exact_table, "comfy": float32_table}  # values of --rope_func
+TABLES: dict[str, Callable[..., Tensor]] = {"default": exact_table, "comfy": float32_table}  # values of --rope_func
 
 
 class Grid(NamedTuple):
