@@ -13,7 +13,7 @@ from generation.script_options import RequestOptions
 from modules.errors import OptionError
 from tests.preparing import prepare
 
-OPTIONS = RequestOptions(
+OPTIONS = RequestOptions.usual(
     prompt="a cat", video_size=(480, 832), fps=16.0, guidance_scale=5.0, source=SourceOptions()
 )
 
