@@ -27,14 +27,15 @@ from generation.making import (
     denoise_all,
     encode_all_inputs,
     make_job,
+    of_each_line,
     tell_unused_sources,
 )
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, own_stem, words_of
 from generation.progress import in_short, name_model
-from generation.prompt_lines import read_generation_lines
-from generation.run import check_models, explain_lack, jobs_of_lines, leave_out_missing, make_session
+from generation.prompt_lines import lines_of
+from generation.run import check_models, explain_lack, leave_out_missing, make_session
 from generation.session import wanted_texts
 from generation.sheets import ClipGrid, Row, write_grids
 from modules.atomic_write import make_folder
@@ -94,13 +95,10 @@ def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -
     options, predicted = resolve_options(family, options, device, room_on(device))
     session = make_session(family, options, dit_loader(family, (), device, options), keep=False)
     run = GenerationRun(family, options, session, predicted)
-    if options.from_file is None:
-        jobs = [make_job(run, "the prompt", {})]
-        tell_unused_sources(options.request.source, jobs)
-    else:
-        lines, failures = read_generation_lines(options.from_file), Failures()
-        jobs = jobs_of_lines(run, options.from_file, lines, failures)
-        failures.raise_if_any(len(lines))
+    lines, failures = lines_of(options.from_file), Failures(strict=options.from_file is None)
+    jobs = [*of_each_line(run, lines, failures, make_job).values()]
+    failures.raise_if_any(len(lines))
+    tell_unused_sources(options.request.source, jobs)
     check_models(run)
     run = run.with_previews()
     make_folder(options.output.save_path, "--save_path")

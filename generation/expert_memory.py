@@ -10,7 +10,7 @@ from operator import sub
 from generation.experts import TurnRules, plan_turns
 from generation.grid_options import cells_of
 from generation.options import GenerationOptions
-from generation.prompt_lines import parse_generation_line, read_generation_lines
+from generation.prompt_lines import lines_of, parse_generation_line
 from generation.request import prepare_line
 from generation.session import needs_media
 from modules.contract.family import Family
@@ -105,11 +105,8 @@ def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
 
     Invalid lines are skipped if at least one line is valid; their errors are reported when their turn comes.
     """
-    lines = (
-        [""] if options.from_file is None else [line for _, line in read_generation_lines(options.from_file)]
-    )
     requests, errors = [], []
-    for line in lines:
+    for line in lines_of(options.from_file).values():
         try:
             with quiet():
                 says = parse_generation_line(line, options.line_options) if line else {}

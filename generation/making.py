@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar, track
 from modules.checkpoints.finite import is_finite
 from modules.checkpoints.latents import SavedLatents, load_latents
+from modules.command import each_warning_once
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
@@ -58,6 +59,8 @@ from modules.errors import CheckpointError, UserError
 from modules.planning.memory_plan import comparison
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,25 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
     return GenerationJob(label, prepared)
 
 
+def of_each_line(
+    run: GenerationRun,
+    lines: Mapping[str, str | None],
+    failures: Failures,
+    make: Callable[[GenerationRun, str, Mapping[str, Any]], T],
+) -> dict[str, T]:
+    """Return what `make` makes of each prompt line, by its label, without those that cannot be made.
+
+    lines: as `lines_of` gives them. Raises CheckpointError: a wrong model file is wrong for every line.
+    """
+    made, path = {}, run.options.from_file
+    with each_warning_once():
+        for label, line in lines.items():
+            with failures.note_errors(label, fatal=CheckpointError):
+                where = label if path is None else f"{path}, {label}"
+                made[label] = make(run, label, {} if line is None else run.read_line(line, where))
+    return made
+
+
 def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:
     """Encode all texts, encode all images and videos, denoise all, decode all.
 
@@ -183,6 +205,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     requests = [job.prepared for job in jobs]
     make_folder(run.options.output.save_path, "--save_path")
     if not run.options.interactive:
+        tell_unused_sources(run.options.request.source, jobs)
         show_start(run.family, requests, run.loras, run.options.output.save_path, run.session.device)
     texts = run.session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)

@@ -6,7 +6,6 @@ import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
@@ -139,14 +138,14 @@ def save_pixels(
     playing: Iterator[Frame] = chain(first, frames)
     is_single = len(first) == 1
     is_picture = is_single and (options.pictures or options.numbers_single or not options.writes_images)
-    last = LastFrame() if first and options.save_last_frame and not is_picture else None
-    is_last_plain = post is None or not post.hides
-    if last is not None and is_last_plain:
-        playing = last.note(playing)
+    last = deque[Frame](maxlen=1)
+    saves_last, hides = options.save_last_frame and not is_picture, post is not None and post.hides
+    if saves_last and not hides:
+        playing = remember(playing, last)
     if post is not None:
         playing, fps = post.lead(playing, fps, is_single)
-    if last is not None and not is_last_plain:
-        playing = last.note(playing)
+    if saves_last and hides:
+        playing = remember(playing, last)
     del first  # a frame takes megabytes
     if is_picture:
         ending = "_000.png" if options.numbers_single else ".png"
@@ -154,7 +153,7 @@ def save_pixels(
         (frame,) = playing
         write_png(path, frame, as_png_texts(metadata or {}))
         return path
-    beside = [] if last is None else [LAST_FRAME_SUFFIX]
+    beside = [LAST_FRAME_SUFFIX] if saves_last else []
     if options.writes_images:
         path = plain = options.save_path / free_stem(options.save_path, stem, ["", *beside])
         with atomic_folder(path) as folder:
@@ -164,8 +163,10 @@ def save_pixels(
     else:
         path = _save_video(options, stem, playing, fps, metadata, beside)
         plain = path.with_suffix("")
-    if last is not None:
-        last.write(plain, as_png_texts(metadata or {}))
+    if last:
+        beside_it = plain.with_name(f"{plain.name}{LAST_FRAME_SUFFIX}")
+        write_png(beside_it, last[0], as_png_texts(metadata or {}))
+        logger.info("Last frame: %s", beside_it)
     return path
 
 
@@ -196,24 +197,11 @@ def _save_video(
     return path
 
 
-@dataclass
-class LastFrame:
-    """The last of the frames that have gone by, for --save_last_frame."""
-
-    frame: Frame | None = None
-
-    def note(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        """Pass the frames on and keep the last one."""
-        for frame in frames:
-            self.frame = frame
-            yield frame
-
-    def write(self, output: Path, texts: Mapping[str, str]) -> None:
-        """Write it beside an output. output: its path without suffix."""
-        assert self.frame is not None, "a video has frames"
-        path = output.with_name(f"{output.name}{LAST_FRAME_SUFFIX}")
-        write_png(path, self.frame, texts)
-        logger.info("Last frame: %s", path)
+def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
+    """Pass the frames on and keep them in `last`, which holds one."""
+    for frame in frames:
+        last.append(frame)
+        yield frame
 
 
 def write_frames(

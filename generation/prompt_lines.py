@@ -284,6 +284,13 @@ def read_generation_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
+def lines_of(path: Path | None) -> dict[str, str | None]:
+    """Return the prompt lines of a --from_file file by their labels; None: the command line alone."""
+    if path is None:
+        return {"the prompt": None}
+    return {f"line {number}": line for number, line in read_generation_lines(path)}
+
+
 def numbered_lines(text: str) -> list[tuple[int, str]]:
     """Return the lines that have a prompt with their numbers, counted from 1."""
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if not is_blank(line)]

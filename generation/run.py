@@ -17,29 +17,27 @@ from generation.asking import line_reader
 from generation.dressing import DitLoader, LorasByExpert, dit_loader, expert_loras
 from generation.experts import TurnRules
 from generation.making import (
-    GenerationJob,
     GenerationRun,
     decode_files,
     make_job,
     make_outputs,
-    tell_unused_sources,
+    of_each_line,
 )
 from generation.memory import plan_generation, resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
-from generation.prompt_lines import is_blank, read_generation_lines
+from generation.prompt_lines import is_blank, lines_of
 from generation.request import seed_of
 from generation.script_options import as_typed
 from generation.session import Session
 from generation.sheets import make_sheets
 from modules.attention.attend import check_backend
 from modules.checkpoints.opening import open_checkpoint
-from modules.command import each_warning_once
 from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
-from modules.errors import CheckpointError, OptionError
+from modules.errors import OptionError
 from modules.fp8.products import add_product
 from modules.installation import import_own
 from modules.offload.swap_plan import check_swap
@@ -200,13 +198,10 @@ def generate(family: Family, options: GenerationOptions) -> None:
         check_loras_fit(file, of_expert, options.speed.fp8.quantisation)
     if options.preview.preview_latent_every is not None:
         run = run.with_previews()
-    if options.from_file is not None:
-        make_from_file(run, options.from_file)
-    elif options.interactive:
+    if options.interactive:
         converse(run)
-    elif options.sheet.is_asked:
-        failures, cells = make_sheets(run, {"the prompt": None})
-        failures.raise_if_any(cells)
+    elif options.from_file is not None or options.sheet.is_asked:
+        make_lines(run)
     else:
         make_prompt(run)
 
@@ -262,7 +257,6 @@ def make_prompt(run: GenerationRun) -> None:
         first = None if request.seed is None else seed_of(request.seed)
         seeds = [{} if first is None else {"seed": first + number} for number in range(count)]
         jobs = [make_job(run, f"video {number}", seed) for number, seed in enumerate(seeds, 1)]
-    tell_unused_sources(request.source, jobs[:1])
     failures = Failures(strict=count == 1)
     make_outputs(run, jobs, failures)
     failures.raise_if_any(count)
@@ -314,33 +308,18 @@ def save_merged_model(family: Family, uses: LorasByExpert, path: Path, device: t
             logger.warning(f"There is no LoRA for the {expert.words}: {files[index]} is used as it is")
 
 
-def make_from_file(run: GenerationRun, path: Path) -> None:
-    """Generate every line of a prompt file, phase by phase, so that each network is loaded once."""
-    lines = read_generation_lines(path)
+def make_lines(run: GenerationRun) -> None:
+    """Generate every prompt line, or its sheet, phase by phase, so that each network is loaded once."""
+    path, failures = run.options.from_file, Failures()
+    lines = lines_of(path)
+    count = len(lines)
     if run.options.sheet.is_asked:
-        failures, cells = make_sheets(run, {f"line {number}": line for number, line in lines}, f"{path}, ")
-        failures.raise_if_any(cells, f"{path}: ")
-        return
-    failures = Failures()
-    jobs = jobs_of_lines(run, path, lines, failures)
-    if jobs:
-        make_outputs(run, jobs, failures)
-    failures.raise_if_any(len(lines), f"{path}: ")
-
-
-def jobs_of_lines(
-    run: GenerationRun, path: Path, lines: Sequence[tuple[int, str]], failures: Failures
-) -> list[GenerationJob]:
-    """Return the jobs of a prompt file's lines that can be made. Raises CheckpointError."""
-    jobs = []
-    with each_warning_once():
-        for number, line in lines:
-            # a wrong model file is wrong for every line
-            with failures.note_errors(label := f"line {number}", fatal=CheckpointError):
-                jobs.append(make_job(run, label, run.read_line(line, f"{path}, {label}")))
-    if jobs:
-        tell_unused_sources(run.options.request.source, jobs)
-    return jobs
+        count = make_sheets(run, lines, failures)
+    else:
+        jobs = [*of_each_line(run, lines, failures, make_job).values()]
+        if jobs:
+            make_outputs(run, jobs, failures)
+    failures.raise_if_any(count, "" if path is None else f"{path}: ")
 
 
 def converse(run: GenerationRun) -> None:
@@ -361,7 +340,7 @@ def converse(run: GenerationRun) -> None:
             failures = Failures()
             with failures.note_errors("the prompt"):
                 if run.options.sheet.is_asked:
-                    make_sheets(run, {"the prompt": line})
+                    make_sheets(run, {"the prompt": line}, failures)
                     continue
                 values = dict(run.read_line(line))
                 values = {**said, **values} if remembers else values

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from blissful_tuner.metadata import as_png_texts, as_tags
 from generation.grid_options import Axis, cells_of
-from generation.making import GenerationJob, GenerationRun, make_job, make_outputs, tell_unused_sources
+from generation.making import GenerationJob, GenerationRun, make_job, make_outputs, of_each_line
 from generation.outputs import own_stem, words_of
 from generation.progress import in_short
 from generation.request import draw_seed
-from modules.command import as_typed, each_warning_once
+from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.devices import Failures
 from modules.errors import CheckpointError
@@ -189,28 +190,16 @@ Place = tuple[int, int]  # column, row
 Cells = Mapping[Place, GenerationJob]  # of one sheet; those that cannot be made are missing
 
 
-def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], where: str = "") -> tuple[Failures, int]:
-    """Make a sheet of each prompt line.
-
-    lines: label -> text; None: the command line alone. where: goes before labels in warnings. Returns the
-    failures, and the number of cells. Raises CheckpointError if a model file is wrong.
-    """
-    failures, sheets = Failures(), dict[str, Cells]()
-    with each_warning_once():
-        for label, line in lines.items():
-            with failures.note_errors(label, fatal=CheckpointError):
-                values = {} if line is None else run.read_line(line, f"{where}{label}")
-                sheets[label] = lay_out(run, label, values, failures)
+def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: Failures) -> int:
+    """Make a sheet of each prompt line, and return the number of cells. lines: as for `of_each_line`."""
+    sheets = of_each_line(run, lines, failures, partial(lay_out, failures=failures))
     jobs = [job for cells in sheets.values() for job in cells.values()]
-    made: Mapping[str, Path] = {}
-    if jobs:
-        tell_unused_sources(run.options.request.source, jobs)
-        made = make_outputs(run, jobs, failures)
+    made = make_outputs(run, jobs, failures) if jobs else {}
     for label, cells in sheets.items():
         paths = {place: made[job.label] for place, job in cells.items() if job.label in made}
         if paths:
             logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
-    return failures, sum(1 for _ in cells_of(run.options.axes, {})) * len(lines)
+    return sum(1 for _ in cells_of(run.options.axes, {})) * len(lines)
 
 
 def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures: Failures) -> Cells:

@@ -1,8 +1,6 @@
 """Latent previews: what is shown, when, and that nothing depends on them."""
 
 import logging
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +14,7 @@ from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview
 from blissful_tuner.options import PreviewOptions
 from blissful_tuner.taehv import enlarge, project
 from modules.contract.steps import Piece, Section, Step, StepDone
-from modules.media.reading import read_image, video_frames, video_info
-from tests.commands import ROOT
+from modules.media.reading import read_image, video_info
 from wan.spec import LATENT
 
 CPU = torch.device("cpu")
@@ -128,32 +125,3 @@ def test_an_error_is_one_warning_and_a_file_that_cannot_be_written_is_tried_agai
     with preview_clip(previews, 16.0) as ((watch,), on_section):
         watch(step(0, 4))
     assert in_the_way.is_file()
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import numpy as np
-from blissful_tuner.latent_preview import LatentPreviews
-from wan.spec import LATENT
-
-def frames(killed):
-    for index in range(6):
-        if killed and index == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield np.full((32, 48, 3), 40 * index, np.uint8)
-
-previews = LatentPreviews(1, Path(sys.argv[1]), LATENT, None, None)
-previews.write(lambda: (lambda: frames(False), 4.0, False))
-previews.write(lambda: (lambda: frames(True), 4.0, False))
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
-def test_a_kill_in_the_middle_leaves_the_preview_before(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, timeout=120)
-    assert done.returncode == -9
-    assert len(list(video_frames(tmp_path / "latent_preview.mp4"))) == 6
-    left = [path.name for path in tmp_path.iterdir() if path.name != "latent_preview.mp4"]
-    assert len(left) == 1  # removed by a later run
-    assert left[0].startswith(".latent_preview.mp4.")

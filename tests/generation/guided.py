@@ -55,6 +55,12 @@ class Watched:
         return self.family.predict(dit, noisy, timesteps, cond, tweaks)
 
 
+def latents_in(folder: Path) -> dict[int, Tensor]:
+    """Return the latents that a run left, by seed."""
+    paths = folder.glob("*_latent.safetensors")
+    return {int(path.name.split("_")[1]): load_file(path)["latent"] for path in paths}
+
+
 @dataclass(frozen=True)
 class Script:
     """A family's script with its models on disk."""
@@ -71,8 +77,7 @@ class Script:
             ["--save_path", str(folder), *SIZE, *self.words, *say, *map(str, arguments)],
             make=lambda family, options: generate(Watched(family, calls), options),
         )
-        paths = list(folder.glob("*_latent.safetensors"))
-        return {int(path.name.split("_")[1]): load_file(path)["latent"] for path in paths}, calls
+        return latents_in(folder), calls
 
     def latents(self, folder: Path, *arguments: object) -> Tensor:
         """Return the latents of a single video."""

@@ -13,6 +13,7 @@ import fpack_generate_video
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_png
+from tests.generation.guided import latents_in
 from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
 
 SIZE = ("--video_size", "32", "48", "--infer_steps", "2", "--device", "cpu")
@@ -40,10 +41,7 @@ def run(folder: Path, files: TinyFramePack, *arguments: object, output: str = "l
 def latents(folder: Path, files: TinyFramePack, *arguments: object) -> dict[int, Tensor]:
     """The latents that are left, by seed."""
     run(folder, files, *arguments)
-    return {
-        int(path.name.split("_")[1]): load_file(path)["latent"]
-        for path in folder.glob("*_latent.safetensors")
-    }
+    return latents_in(folder)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -140,7 +138,7 @@ def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
     # for lines 3 and 6
     assert caplog.text.count("--video_sections 2 is ignored because a single picture is made") == 1
 
-    made = {int(path.name.split("_")[1]): load_file(path)["latent"] for path in (tmp_path / "file").iterdir()}
+    made = latents_in(tmp_path / "file")
     singly: dict[int, tuple[object, ...]] = {
         1: ("--prompt", "a cat", "--image_path", start, "--video_seconds", 1, "--latent_window_size", 2),
         2: ("--prompt", "a dog", *usual),
@@ -194,19 +192,9 @@ def test_latents_of_the_known_tool_are_read(tmp_path: Path, files: TinyFramePack
     """Its names have no prefix."""
     said = {"seeds": "77", "fps": "24", "latent_window_size": "2", "prompt": "a cat"}
     save_file({"latent": torch.zeros(16, 5, 4, 6)}, tmp_path / "theirs.safetensors", said)
-    fpack_generate_video.main(
-        [
-            *(
-                "--latent_path",
-                str(tmp_path / "theirs.safetensors"),
-                "--vae",
-                str(files.vae),
-                "--container",
-                "mkv",
-            ),
-            *("--save_path", str(tmp_path / "out"), "--device", "cpu", "--vae_dtype", "float32"),
-        ]
-    )
+    words = ["--latent_path", tmp_path / "theirs.safetensors", "--save_path", tmp_path / "out"]
+    words += ["--vae", files.vae, "--vae_dtype", "float32", "--container", "mkv", "--device", "cpu"]
+    fpack_generate_video.main([str(word) for word in words])
     (video,) = (tmp_path / "out").iterdir()
     assert "_77_theirs" in video.name
     assert len(list(video_frames(video))) == 17

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
 from generation.denoise import make_latents
-from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.options import GenerationOptions
 from generation.progress import GrowingVideo, fade_in_clip
 from generation.run import generate
 from generation.script_options import ScriptDefaults
@@ -29,7 +29,7 @@ from modules.errors import OutputError
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import video_frames
 from modules.media.writing import join_segments
-from modules.options import read_options
+from tests.generation.test_run import options as toy_options
 from tests.generation.toy_family import WINDOW, ToyDit, ToyFamily, ToyVae
 from tests.held_memory import held_memory
 
@@ -39,22 +39,8 @@ TEXTS = {0: EncodedPrompts({"letters": [torch.full((1, 1), 3.0)]})}
 ORDERS = pytest.mark.parametrize("backwards", [True, False], ids=["in front", "behind"])
 
 
-def options(folder: Path, *arguments: object) -> GenerationOptions:
-    parser = generation_parser(None, DEFAULTS)
-    common = [
-        "--save_path",
-        str(folder),
-        "--device",
-        "cpu",
-        "--video_size",
-        "32",
-        "48",
-        "--prompt",
-        "cat",
-        "--seed",
-        "1",
-    ]
-    return read_options(GenerationOptions, read_arguments(parser, [*common, *map(str, arguments)]))
+def options(folder: Path) -> GenerationOptions:
+    return toy_options(folder, "--prompt", "cat", "--seed", 1, defaults=DEFAULTS)
 
 
 def session(family: ToyFamily, device: str = "cpu", spare: int = 0, host: int | None = None) -> Session:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import hv_generate_video
 from modules.errors import OptionError
+from tests.generation.guided import latents_in
 from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
 
 SIZE = ("--video_size", "32", "48", "--video_length", "5", "--infer_steps", "2", "--device", "cpu")
@@ -22,37 +22,16 @@ def t2v(tmp_path_factory: pytest.TempPathFactory) -> TinyHunyuan:
 
 def generate(folder: Path, files: TinyHunyuan, *arguments: object) -> dict[int, Tensor]:
     """The latents that are left, by seed."""
-    words = [
-        "--save_path",
-        str(folder),
-        *SIZE,
-        *files.models,
-        "--output_type",
-        "latent",
-        *map(str, arguments),
-    ]
-    hv_generate_video.main(words)
-    return {
-        int(path.name.split("_")[1]): load_file(path)["latent"]
-        for path in folder.glob("*_latent.safetensors")
-    }
+    words = ["--save_path", folder, *SIZE, *files.models, "--output_type", "latent", *arguments]
+    hv_generate_video.main([str(word) for word in words])
+    return latents_in(folder)
 
 
 def test_latents_are_decoded_with_nothing_but_the_vae(tmp_path: Path, t2v: TinyHunyuan) -> None:
     generate(tmp_path / "latents", t2v, "--prompt", "a cat", "--seed", 7)
     (path,) = (tmp_path / "latents").iterdir()
-    hv_generate_video.main(
-        [
-            "--latent_path",
-            str(path),
-            "--vae",
-            str(t2v.vae),
-            "--save_path",
-            str(tmp_path / "out"),
-            "--device",
-            "cpu",
-        ]
-    )
+    words = ["--latent_path", path, "--vae", t2v.vae, "--save_path", tmp_path / "out", "--device", "cpu"]
+    hv_generate_video.main([str(word) for word in words])
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".mp4"]
 
 

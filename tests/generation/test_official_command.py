@@ -72,16 +72,8 @@ def test_every_option_has_its_word() -> None:
     words = official(
         *("--prompt", "-a cat", "--video-size", "100", "--infer-steps", "20", "--flow-shift", "9"),
         *("--embedded-cfg-scale", "4", "--use-cpu-offload", "--use-fp8", "--reproduce", "--apply-final-norm"),
-        *(
-            "--hidden-state-skip-layer",
-            "1",
-            "--dit-weight",
-            "my.pt",
-            "--neg-prompt",
-            "bad",
-            "--cfg-scale",
-            "2",
-        ),
+        *("--hidden-state-skip-layer", "1", "--dit-weight", "my.pt"),
+        *("--neg-prompt", "bad", "--cfg-scale", "2"),
         *("--model-base", "base", "--text-encoder-precision", "bf16", "--text-encoder-precision-2", "bf16"),
     )
 
@@ -137,16 +129,8 @@ def test_sizes_are_compared_with_those_of_the_release(caplog: pytest.LogCaptureF
     caplog.set_level(logging.WARNING)
     for resolution, sizes in SIZES.items():
         for height, width in sizes:
-            words = [
-                "--prompt",
-                "a",
-                "--video-size",
-                str(height),
-                str(width),
-                "--model-resolution",
-                resolution,
-            ]
-            read_official(None, words)
+            size = ["--video-size", str(height), str(width)]
+            read_official(None, ["--prompt", "a", *size, "--model-resolution", resolution])
     assert not caplog.text
 
     read_official(None, ["--prompt", "a", "--video-size", "540", "960"])  # becomes 544, which it knows

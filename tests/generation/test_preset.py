@@ -1,19 +1,15 @@
 """--optimized on machines that lack something, and on files that are in fp8."""
 
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-import fpack_generate_video
-import hv_generate_video
 import wan_generate_video
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import leave_out_missing
 from modules.options import read_options
 from tests.generation.toy_family import ToyFamily
-from tests.tiny.wan import TinyWan, write_tiny_wan
 
 CPU = torch.device("cpu")
 
@@ -23,11 +19,6 @@ def read(folder: Path, *arguments: object) -> GenerationOptions:
     parser.set_defaults(rope_func="default")
     words = ["--save_path", folder, "--prompt", "p", *arguments]
     return read_options(GenerationOptions, read_arguments(parser, [str(word) for word in words]))
-
-
-@pytest.fixture(scope="module")
-def t2v(tmp_path_factory: pytest.TempPathFactory) -> TinyWan:
-    return write_tiny_wan(tmp_path_factory.mktemp("t2v"))
 
 
 def test_what_a_cpu_lacks_is_left_out_with_a_warning_each(
@@ -67,16 +58,3 @@ def test_one_line_says_what_is_set_what_is_missing_and_what_was_given(
     assert said_of(tmp_path, caplog, "--optimized", *given).endswith(
         "sets --rope_func; left to what you gave: --attn_mode, --compile, --fp8_scaled, --fp16_accumulation"
     )
-
-
-@pytest.mark.parametrize(
-    ("script", "expected"),
-    [
-        (wan_generate_video, {"fp16_accumulation": True, "rope_func": "comfy"}),
-        (hv_generate_video, {"fp8_fast": True}),
-        (fpack_generate_video, {"fp8_fast": True}),
-    ],
-)
-def test_the_preset_of_each_script(script: ModuleType, expected: dict[str, object]) -> None:
-    everywhere = {"attn_mode": "sageattn", "compile": True, "fp8_scaled": True}
-    assert dict(script.DEFAULTS.optimized) == everywhere | expected

@@ -185,46 +185,13 @@ def test_an_option_that_is_not_given_is_not_recorded_unless_the_known_tools_do(n
     assert found.keys() - extra == {f"bt_{name}" for name in always.split()}
 
 
-LISTS = {
-    "nothing": """
-        save_path output_type no_metadata no_progressive_save prompt_in_name num_videos
-        prompt_rewrite prompt_rewrite_model keep_pngs save_last_frame codec container from_file
-        interactive latent_path plan save_merged_model preview_latent_every preview_vae sheet
-        blocks_to_swap img_in_txt_in_offloading vae_cache_cpu vae_chunk_size dit_in_channels
-        magcache_calibration teacache_calibration block_swap_ring_size compile_cache_size_limit
-        lazy_loading offload_inactive_dit
-    """,
-    "request": """
-        prompt nag_prompt prompt_2 negative_prompt fps infer_steps guidance_scale
-        guidance_scale_high_noise lora_weight_high_noise lora_multiplier_high_noise cfg_schedule
-        seed video_size flow_shift embedded_cfg_scale video_length video_seconds video_sections
-        strength image_path end_image_path control_path video_path i2i_path from_latent v2v_denoise
-        v2v_noise_mode v2v_pad_mode v2v_extra_noise i2_extra_noise control_image_path
-        control_image_mask_path task device f1 latent_window_size one_frame_inference
-        one_frame_auto_resize lora_weight lora_multiplier optimized scheduler
-    """,
-    "decoding": """
-        vae vae_dtype vae_tiling vae_spatial_tile_sample_min_size bulk_decode trim_tail_frames
-        ckpt_dir post
-    """,
-}
-
-
-@pytest.mark.parametrize("kind", LISTS)
-def test_records_say_of_each_option_what_stood_in_a_list(kind: str) -> None:
-    found = {
-        option for script in SCRIPTS.values() for option, its_kind in script.facts.items() if its_kind == kind
-    }
-    assert found == set(LISTS[kind].split())
-
-
 def test_every_option_is_one_of_four_kinds_and_the_same_in_every_script() -> None:
     kinds: dict[str, set[str]] = {}
     for script in SCRIPTS.values():
         for option, kind in script.facts.items():
             kinds.setdefault(option, set()).add(kind)
     assert {option: found for option, found in kinds.items() if len(found) > 1} == {}
-    assert set().union(*kinds.values()) == {"setting", *LISTS}
+    assert set().union(*kinds.values()) == {"setting", "request", "decoding", "nothing"}
 
 
 def test_files_are_recorded_by_name(tmp_path: Path) -> None:

@@ -13,27 +13,8 @@ from generation.script_options import RequestOptions
 from modules.errors import OptionError
 from tests.preparing import prepare
 
-OPTIONS = RequestOptions(
-    prompt="a cat",
-    prompt_2=None,
-    negative_prompt=None,
-    nag_prompt=None,
-    video_size=(480, 832),
-    video_length=None,
-    fps=16.0,
-    infer_steps=None,
-    seed=None,
-    guidance_scale=5.0,
-    guidance_scale_high_noise=None,
-    cfg_schedule=None,
-    flow_shift=None,
-    sample_solver="unipc",
-    image_path=None,
-    end_image_path=None,
-    control_path=None,
-    source=SourceOptions(),
-    embedded_guidance=None,
-    extras={},
+OPTIONS = RequestOptions.usual(
+    prompt="a cat", video_size=(480, 832), fps=16.0, guidance_scale=5.0, source=SourceOptions()
 )
 
 
@@ -50,19 +31,10 @@ def test_a_line_wins_over_the_command_line() -> None:
         "cfg_schedule": "1-2",
     }
     request = make_request(replace(OPTIONS, seed="9", control_path=Path("c.mp4")), line)
-    assert (request.prompt, request.width, request.height, request.frames, request.seed) == (
-        "a dog",
-        64,
-        480,
-        9,
-        3,
-    )
-    assert (request.steps, request.guidance_scale, request.flow_shift, request.cfg_schedule) == (
-        4,
-        2.0,
-        1.5,
-        "1-2",
-    )
+    said = (request.prompt, request.width, request.height, request.frames, request.seed)
+    assert said == ("a dog", 64, 480, 9, 3)
+    assert (request.steps, request.guidance_scale, request.flow_shift) == (4, 2.0, 1.5)
+    assert request.cfg_schedule == "1-2"
     assert request.image_path == Path("~/x.png").expanduser()
     assert request.control_path == Path("c.mp4")
 
@@ -82,16 +54,11 @@ def test_what_only_the_family_reads_goes_there_as_text() -> None:
     assert request.image_path is None
 
 
-@pytest.mark.parametrize(("text", "seed"), [("42", 42), ("hello", 2475399061)])
-def test_a_given_seed_is_kept_or_hashed(text: str, seed: int) -> None:
-    assert make_request(replace(OPTIONS, seed=text)).seed == seed
-
-
-def test_the_seed_of_a_text_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_given_seed_is_kept_or_hashed_and_then_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         assert seed_of(" 42 ") == 42
         assert not caplog.messages
-        assert seed_of("hello") == 2475399061
+        assert make_request(replace(OPTIONS, seed="hello")).seed == 2475399061
     assert caplog.messages == ["Seed of the text 'hello': 2475399061"]
 
 

@@ -21,21 +21,15 @@ from modules.media.reading import video_frames
 from modules.options import read_options
 from tests.generation.toy_family import ToyFamily
 
+DEFAULTS = ScriptDefaults(fps=16, guidance_scale=5.0)
+COMMON = ["--device", "cpu", "--video_size", "32", "48"]
 
-def options(folder: Path, *arguments: object) -> GenerationOptions:
-    parser = generation_parser(None, ScriptDefaults(fps=16, guidance_scale=5.0))
-    common = [
-        "--save_path",
-        str(folder),
-        "--device",
-        "cpu",
-        "--video_size",
-        "32",
-        "48",
-        "--video_length",
-        "5",
-    ]
-    return read_options(GenerationOptions, read_arguments(parser, [*common, *map(str, arguments)]))
+
+def options(folder: Path, *arguments: object, defaults: ScriptDefaults = DEFAULTS) -> GenerationOptions:
+    words = [*COMMON, "--save_path", str(folder), *map(str, arguments)]
+    if not defaults.in_sections:
+        words = ["--video_length", "5", *words]
+    return read_options(GenerationOptions, read_arguments(generation_parser(None, defaults), words))
 
 
 def run(folder: Path, *arguments: object) -> list[str]:

@@ -1,5 +1,6 @@
 """From a request to latents: the loop against recorded runs, batched passes, noise."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -36,17 +37,7 @@ def note(noted: list[Any], what: object) -> bool:
 
 def golden_wan() -> WanModel:
     description, _ = read_case("wan_dit_t2v")
-    names = {
-        "dim",
-        "ffn_dim",
-        "freq_dim",
-        "text_dim",
-        "num_heads",
-        "num_layers",
-        "in_dim",
-        "out_dim",
-        "text_len",
-    }
+    names = {field.name for field in fields(WanConfig)}
     config = WanConfig(**{key: value for key, value in description["config"].items() if key in names})
     model = WanModel(config)
     model.load_state_dict(make_weights(description["weights_model_key"], description["weights"]))

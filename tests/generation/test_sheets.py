@@ -8,14 +8,12 @@ import pytest
 from safetensors.torch import load_file
 
 from generation.grid_options import split_values
-from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
-from generation.script_options import ScriptDefaults
 from generation.sheets import EMPTY, HEAD, LINE
 from modules.errors import UserError
 from modules.media.reading import read_image, video_frames
-from modules.options import read_options
 from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.generation.test_run import options, run
 from tests.generation.toy_family import ToyFamily
 from tests.media_tags import read_tags
 from tests.tiny.families import FAMILIES
@@ -30,20 +28,6 @@ AXES = {
     "framepack": ("seed=1,2", "video_sections=1,2"),
     "framepack one frame": ("seed=1,2", "embedded_cfg_scale=3,10"),
 }
-
-
-def options(folder: Path, *arguments: object) -> GenerationOptions:
-    parser = generation_parser(None, ScriptDefaults(fps=16, guidance_scale=5.0))
-    size = ["--device", "cpu", "--video_size", "32", "48", "--video_length", "5"]
-    words = ["--save_path", str(folder), *size, *map(str, arguments)]
-    return read_options(GenerationOptions, read_arguments(parser, words))
-
-
-def run(folder: Path, *arguments: object, family: ToyFamily | None = None) -> list[str]:
-    """What the toy networks noted, without the single passes."""
-    family = family or ToyFamily()
-    generate(family, options(folder, *arguments))
-    return [line for line in family.diary if not line.startswith("pass")]
 
 
 def sheet_in(folder: Path) -> Path:

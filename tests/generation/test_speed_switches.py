@@ -13,19 +13,8 @@ from modules.media.reading import read_image
 from tests.media_tags import read_tags
 from tests.tiny.families import ONE_OF_EACH, TinyFamily, write_for_anywhere
 
-SIZE = [
-    "--video_size",
-    "32",
-    "32",
-    "--infer_steps",
-    "2",
-    "--device",
-    "cpu",
-    "--prompt",
-    "a cat",
-    "--seed",
-    "1",
-]
+SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--device", "cpu", "--seed", "1"]
+SIZE += ["--prompt", "a cat"]
 
 
 @pytest.fixture(scope="module", params=ONE_OF_EACH, ids=lambda one: one.name)

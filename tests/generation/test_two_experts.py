@@ -196,14 +196,8 @@ def test_what_does_not_fit_is_refused_before_anything_loads(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    words = [
-        "--dit",
-        str(files.dit.parent / "high.safetensors"),
-        "--vae",
-        str(files.vae),
-        "--t5",
-        str(files.t5),
-    ]
+    words = ["--dit", str(files.dit.parent / "high.safetensors")]
+    words += ["--vae", str(files.vae), "--t5", str(files.t5)]
     single = Script(wan_generate_video.main, [*change(words), *LENGTH, "--dit", str(files.dit)])
     with pytest.raises(OptionError, match=message):
         single.run(tmp_path)

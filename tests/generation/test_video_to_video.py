@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import fpack_generate_video
@@ -19,6 +19,7 @@ from hunyuan_model.vae import load_vae as load_hunyuan_vae
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.media.pixels import byte_clips, to_pixels
 from modules.media.writing import write_png
+from tests.generation.guided import latents_in
 from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
 from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
 from tests.tiny.project import moving_square, write_image
@@ -43,10 +44,7 @@ class Script:
         """The latents that are left, C F h w, by seed."""
         words = [*self.files.models, "--save_path", folder, "--output_type", "latent", *SIZE, *self.say]
         self.main([str(word) for word in (*words, *arguments)])
-        return {
-            int(path.name.split("_")[1]): load_file(path)["latent"]
-            for path in folder.glob("*_latent.safetensors")
-        }
+        return latents_in(folder)
 
     def one(self, folder: Path, *arguments: object) -> Tensor:
         (latents,) = self.run(folder, *arguments).values()

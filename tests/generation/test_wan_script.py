@@ -62,19 +62,8 @@ def by_hand(
 
 
 def test_latents_equal_a_computation_by_hand(tmp_path: Path, t2v: TinyWan) -> None:
-    generate(
-        tmp_path,
-        t2v,
-        "--prompt",
-        "a cat",
-        "--seed",
-        7,
-        "--sample_solver",
-        "vanilla",
-        "--cpu_noise",
-        "--output_type",
-        "latent",
-    )
+    say = ("--prompt", "a cat", "--seed", 7, "--sample_solver", "vanilla", "--cpu_noise")
+    generate(tmp_path, t2v, *say, "--output_type", "latent")
     expected = by_hand(t2v, "a cat", 7, [5.0] * 3)
     assert float((latents_in(tmp_path) - expected).abs().max() / expected.abs().max()) < 1e-4
 
@@ -84,17 +73,9 @@ def test_a_lora_changes_the_result_and_a_merged_model_gives_the_same(tmp_path: P
     write_lora(lora, t2v.dit)
     say = ("--prompt", "a cat", "--seed", 1, "--output_type", "latent")
     generate(tmp_path / "plain", t2v, *say)
-    generate(tmp_path / "lora", t2v, *say, "--lora_weight", lora, "--lora_multiplier", 0.7)
-    generate(
-        tmp_path / "merge",
-        t2v,
-        "--lora_weight",
-        lora,
-        "--lora_multiplier",
-        0.7,
-        "--save_merged_model",
-        tmp_path / "m.safetensors",
-    )
+    weights = ("--lora_weight", lora, "--lora_multiplier", 0.7)
+    generate(tmp_path / "lora", t2v, *say, *weights)
+    generate(tmp_path / "merge", t2v, *weights, "--save_merged_model", tmp_path / "m.safetensors")
     generate(tmp_path / "merged", TinyWan(tmp_path / "m.safetensors", t2v.vae, t2v.t5, t2v.clip), *say)
     assert not torch.allclose(latents_in(tmp_path / "plain"), latents_in(tmp_path / "lora"), atol=1e-3)
     assert torch.equal(latents_in(tmp_path / "lora"), latents_in(tmp_path / "merged"))
@@ -103,31 +84,16 @@ def test_a_lora_changes_the_result_and_a_merged_model_gives_the_same(tmp_path: P
 def test_image_to_video_takes_the_images_aspect(tmp_path: Path) -> None:
     files = write_tiny_wan(tmp_path / "models", "i2v")
     write_image(tmp_path / "in.png", 64, 32)
-    generate(
-        tmp_path / "out",
-        files,
-        "--prompt",
-        "p",
-        "--image_path",
-        tmp_path / "in.png",
-        "--output_type",
-        "both",
-        task="i2v-14B",
-    )
+    say = ("--prompt", "p", "--image_path", tmp_path / "in.png", "--output_type", "both")
+    generate(tmp_path / "out", files, *say, task="i2v-14B")
     # near 32 x 48 pixels in area, twice as wide as high
     assert latents_in(tmp_path / "out").shape == (16, 2, 2, 6)
 
 
 def test_first_and_last_image_and_end_image(tmp_path: Path) -> None:
     write_image(tmp_path / "in.png", 48, 32)
-    paths = (
-        "--image_path",
-        tmp_path / "in.png",
-        "--end_image_path",
-        tmp_path / "in.png",
-        "--output_type",
-        "both",
-    )
+    image = tmp_path / "in.png"
+    paths = ("--image_path", image, "--end_image_path", image, "--output_type", "both")
     for kind, frames in (("flf2v", 2), ("i2v", 3)):
         files = write_tiny_wan(tmp_path / kind / "models", kind)
         generate(tmp_path / kind, files, "--prompt", "p", *paths, "--trim_tail_frames", 3, task=f"{kind}-14B")
