@@ -22,11 +22,11 @@ from encoders.tiles import Cut, compute_in_tiles, sample_posterior
 from modules.checkpoints.dialects import (
     LoadPlan,
     Names,
-    checked_shapes_of,
     count,
     load_planned,
     other_kind,
     rename_sources,
+    shapes_of,
     translate_name,
 )
 from modules.checkpoints.encoders import ALL_IN_ONE, check_groups, stated_groups
@@ -77,7 +77,7 @@ def read_autoencoder(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong
     as_matrices(sources, ATTENTION)
-    shape = checked_shapes_of(checkpoint, sources, wrong)
+    shape = shapes_of(checkpoint, sources, wrong)
     channels = shape("decoder.conv_in.weight")[1]
     if channels != LATENT_CHANNELS or "quant_conv.weight" in sources:
         raise CheckpointError(

@@ -10,14 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modules.checkpoints.dialects import (
-    LoadPlan,
-    checked_shapes_of,
-    count,
-    other_kind,
-    rename_sources,
-    shapes_of,
-)
+from modules.checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
 from modules.checkpoints.encoders import head_width, network_in, told_beside
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.checkpoints.tokenizers import TokenizerFiles
@@ -116,7 +109,7 @@ def plan_clip_text(
     config.json; may be empty. Raises CheckpointError if a tensor that gives a dimension is missing or the
     tower takes too few tokens.
     """
-    shape = checked_shapes_of(own, sources, other_kind(own, "a CLIP text encoder", use.option, use.release))
+    shape = shapes_of(own, sources, other_kind(own, "a CLIP text encoder", use.option, use.release))
     vocabulary, dim = shape("embeddings.token_embedding.weight", 2)
     positions = shape("embeddings.position_embedding.weight", 2)[0]
     if positions < CLIP_TOKENS:

@@ -17,7 +17,7 @@ from modules.devices import own_stream
 from modules.dressing import dress, swapped_weights
 from modules.errors import OptionError
 from modules.fp8.products import add_product
-from modules.offload.block_swap import HostWeights
+from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.speed_options import Quantisation
 from networks.apply import LoraPatch, OriginalWeights

@@ -11,10 +11,10 @@ from hunyuan_image.configs import LATENT
 from hunyuan_image.vae_blocks import FOLDED, GROUPS, HunyuanImageVaeConfig
 from modules.checkpoints.dialects import (
     LoadPlan,
-    checked_shapes_of,
     count,
     other_kind,
     rename_sources,
+    shapes_of,
     translate_name,
 )
 from modules.checkpoints.opening import Checkpoint, plain_sources
@@ -46,7 +46,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
 
 
 def _read_config(checkpoint: Checkpoint, sources: Mapping[str, TensorSource]) -> HunyuanImageVaeConfig:
-    shape = checked_shapes_of(checkpoint, sources, other_kind(checkpoint, WHAT, "--vae", RELEASE))
+    shape = shapes_of(checkpoint, sources, other_kind(checkpoint, WHAT, "--vae", RELEASE))
     levels = {count(sources, rf"{part}\.\d+") for part in (r"encoder\.down", r"decoder\.up")}
     if levels != {LEVELS}:
         raise _wrong(checkpoint, f"it has {' and '.join(map(str, levels))} levels, the model has {LEVELS}")

@@ -11,9 +11,9 @@ from torch import nn
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
 from modules.contract.family import DitSpec
-from modules.offload.block_swap import HostWeights, host_weights, swap_blocks
+from modules.offload.block_swap import swap_blocks
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces, offload_to_host
-from modules.offload.swap_plan import SwapPlan
+from modules.offload.swap_plan import HostWeights, SwapPlan, host_weights
 from modules.speed_options import SwapOptions
 
 

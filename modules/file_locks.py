@@ -1,11 +1,42 @@
-"""Locks on files, which end with the process that holds them, however it ends."""
+"""Locks on open files, which end with the process that holds them, however it ends.
+
+`filelock` up to 3.20 waits for ever on a volume without locks, and may give one lock to two processes if its
+file is removed.
+"""
 
 import contextlib
 import errno
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: BinaryIO, waits: bool) -> None:
+        file.seek(1 << 62)  # others cannot read what is locked: a byte that no file reaches
+        while True:
+            try:
+                # the one that waits gives up after ten seconds
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if waits else msvcrt.LK_NBLCK, 1)
+                return
+            except OSError as error:
+                if not waits or error.errno != errno.EDEADLK:
+                    raise
+
+else:
+    import fcntl
+
+    def _lock(file: BinaryIO, waits: bool) -> None:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
 
 
 @contextlib.contextmanager
@@ -15,19 +46,23 @@ def only_one(path: Path, waits: bool = True) -> Iterator[None]:
     path: a file that is there meanwhile. waits: if not, raises BlockingIOError at once. On a volume without
     locks nobody waits. Raises OSError if the file cannot be made.
     """
-    from filelock import FileLock, Timeout  # it imports asyncio
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=-1 if waits else 0)
-    except Timeout:
-        raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock") from None
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file: there it stays
-            path.unlink()
-        lock.release()
+    while True:
+        with path.open("ab") as file:
+            try:
+                _lock(file, waits)
+            except OSError as error:
+                if waits:
+                    raise
+                raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock") from error
+            try:
+                is_there = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+            except FileNotFoundError:
+                is_there = False
+            if not is_there:  # who had the lock before has removed the file
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows removes no open file: there it stays
+                    path.unlink()
+            return

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from modules.checkpoints.dialects import (
     LoadPlan,
     Names,
-    checked_shapes_of,
     count,
     other_kind,
     rename_sources,
+    shapes_of,
     translate_name,
 )
 from modules.checkpoints.encoders import check_groups, stated_groups
@@ -156,7 +156,7 @@ class _Sizes:
     def __init__(self, checkpoint: Checkpoint, sources: Mapping[str, TensorSource]) -> None:
         self.path = checkpoint.path
         self.sources = sources
-        self.shape = checked_shapes_of(checkpoint, sources, self.broken("a tensor has another shape"))
+        self.shape = shapes_of(checkpoint, sources, self.broken("a tensor has another shape"))
 
     def broken(self, why: str) -> CheckpointError:
         """Return the error for a U-Net that cannot be one."""
@@ -240,7 +240,7 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> LoadPl
         or "decoder.conv_in.weight" not in sources
     ):
         raise wrong
-    shape = checked_shapes_of(own, sources, wrong)
+    shape = shapes_of(own, sources, wrong)
     levels = {count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     channels = shape("decoder.conv_in.weight")[1]
     if channels != LATENT_CHANNELS or levels != {LEVELS}:

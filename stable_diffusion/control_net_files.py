@@ -16,7 +16,7 @@ from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from modules.checkpoints.dialects import checked_shapes_of, count, other_kind
+from modules.checkpoints.dialects import count, other_kind, shapes_of
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.model_files import require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
@@ -138,7 +138,7 @@ def _read_config(
         f"such network. Give {GIVE} to {OPTION}.",
         checkpoint.path,
     )
-    shape = checked_shapes_of(checkpoint, sources, wrong)
+    shape = shapes_of(checkpoint, sources, wrong)
     down = [f"down_blocks.{level}" for level in range(count(sources, r"down_blocks\.\d+"))]
     if not down:
         raise wrong

@@ -16,7 +16,7 @@ from modules.contract.loading import Placement
 from modules.contract.rules import HIGH_NOISE, ONE_EXPERT, Expert
 from modules.devices import dtype_name
 from modules.errors import OptionError
-from modules.offload.block_swap import HostWeights
+from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.speed_options import Quantisation
 from networks.adapter import OWN_NETWORKS

@@ -387,6 +387,6 @@ def _check_index(index: Path | None, checkpoint: Checkpoint) -> None:
 
 
 def _digest(file: TensorFile, name: str) -> bytes:
-    tensor = file.read(name)
-    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
-    return hashlib.sha256(memoryview(cast(Any, flat.numpy()))).digest()
+    info = file.tensors[name]
+    tensor = file.borrow(name, torch.empty(info.size_bytes, dtype=torch.uint8)).contiguous()
+    return hashlib.sha256(memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))).digest()

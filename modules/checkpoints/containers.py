@@ -1,7 +1,7 @@
 """Read files of named tensors: safetensors, and torch's zip or pickle files without running code.
 
-Each reader lists its tensors without reading them and reads one at a time into its own memory, so that no
-file stays mapped and a file on a slow or vanishing volume gives an error instead of a crash.
+Each reader lists its tensors without reading them and lends one at a time, to be copied, so that no file
+stays mapped and a file on a slow or vanishing volume gives an error instead of a crash.
 """
 
 import json
@@ -70,8 +70,6 @@ class TensorFile(Protocol):
 
     @property
     def left_out(self) -> Sequence[str]: ...  # what stands beside the tensors and is not read
-
-    def read(self, name: str) -> Tensor: ...  # on the CPU, in memory of its own
 
     # to be copied from at once; bytes may lie in `scratch` (uint8)
     def borrow(self, name: str, scratch: Tensor) -> Tensor: ...
@@ -148,41 +146,30 @@ class SafetensorsFile:
         header = json.loads(self._file.read(length))
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self._places = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
-        self.tensors = {name: self._info(name, entry) for name, entry in header.items()}
-
-    def read(self, name: str) -> Tensor:
-        info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        if info.size_bytes:
-            self._read_into(name, tensor.reshape(-1).view(torch.uint8))
-        return tensor
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
+                self._file.close()
+                raise CheckpointError(
+                    f"{path}: {name} is of type {entry['dtype']}, which is not supported. Give the bf16, "
+                    "fp16 or fp8 file of the model.",
+                    path,
+                )
+            self.tensors[name] = TensorInfo(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         info = self.tensors[name]
         room = scratch[: info.size_bytes]
-        self._read_into(name, room)
-        return room.view(info.dtype).view(info.shape)
-
-    def _read_into(self, name: str, room: Tensor) -> None:
         self._file.seek(self._places[name])
         if self._file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):
             raise CheckpointError(
                 f"{self.path} ends inside {name}: it was cut short while being read. Copy it again.",
                 self.path,
             )
+        return room.view(info.dtype).view(info.shape)
 
     def close(self) -> None:
         self._file.close()
-
-    def _info(self, name: str, entry: Mapping[str, Any]) -> TensorInfo:
-        if entry["dtype"] in SAFETENSORS_DTYPES:
-            return TensorInfo(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        self._file.close()
-        raise CheckpointError(
-            f"{self.path}: {name} is of type {entry['dtype']}, which is not supported. Give the bf16, "
-            "fp16 or fp8 file of the model.",
-            self.path,
-        )
 
 
 class TorchFile:
@@ -208,10 +195,6 @@ class TorchFile:
                 raise CheckpointError(
                     f"{path} is damaged: {name} takes {info.size_bytes} bytes, the whole file {size}.", path
                 )
-
-    def read(self, name: str) -> Tensor:
-        # a tensor that is a view (of a larger storage, or transposed) becomes one of its own size
-        return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         return self._tensors[name].detach()  # mapped: its pages belong to the file

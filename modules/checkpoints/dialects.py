@@ -87,36 +87,22 @@ def count(names: Iterable[str], start: str) -> int:
 
 
 def shapes_of(
-    checkpoint: Checkpoint, sources: Mapping[str, TensorSource]
-) -> Callable[[str], tuple[int, ...]]:
-    """Return a function: our name -> shape of the tensor in the file.
+    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError | None = None
+) -> Callable[..., tuple[int, ...]]:
+    """Return a function: our name, number of axes (default 4) -> shape of the tensor in the file.
 
-    It raises CheckpointError if the file lacks the tensor.
+    It raises CheckpointError if the file lacks the tensor, and `wrong`, if that is given, if the tensor has
+    another number of axes or no values.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, axes: int = 4) -> tuple[int, ...]:
         if name not in sources:
             raise CheckpointError(
                 f"{checkpoint.path} is incomplete: {name} is missing. Download or copy it again.",
                 checkpoint.path,
             )
-        return checkpoint.tensors[sources[name].names[0]].shape
-
-    return shape
-
-
-def checked_shapes_of(
-    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError
-) -> Callable[..., tuple[int, ...]]:
-    """Return a function: our name, number of axes (default 4) -> shape of the tensor in the file.
-
-    It raises `wrong` if the tensor has another number of axes or no values, and as that of `shapes_of`.
-    """
-    shape_of = shapes_of(checkpoint, sources)
-
-    def shape(name: str, axes: int = 4) -> tuple[int, ...]:
-        found = shape_of(name)
-        if len(found) != axes or 0 in found:
+        found = checkpoint.tensors[sources[name].names[0]].shape
+        if wrong is not None and (len(found) != axes or 0 in found):
             raise wrong
         return found
 

@@ -229,10 +229,7 @@ class _Filling:
         source = self._sources[name]
         is_stored_so = source.build is None and self._stored_dtype(name) == tensor.dtype
         if tensor.device.type == "cpu" and self._patch is None and is_stored_so:
-            # straight to where it stays
-            part = self._checkpoint.borrow(source.names[0], tensor.view(-1).view(torch.uint8))
-            if part.data_ptr() != tensor.data_ptr():  # of a mapped file
-                tensor.copy_(part)
+            self._checkpoint.read(source.names[0], tensor)  # straight to where it stays
             self._finite.note(source.names[0], tensor)
         elif tensor.device.type != "meta":
             tensor.copy_(self._make(name, tensor.dtype))

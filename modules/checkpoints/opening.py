@@ -5,17 +5,17 @@ with open_checkpoint(path) as checkpoint:
     ...                                              # `filling.load_module` fills a network with them
 """
 
-import contextlib
 import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from modules.checkpoints.containers import TensorFile, open_file
@@ -48,28 +48,26 @@ class Checkpoint:
         self.left_out = tuple(name for file in files for name in file.left_out)  # of torch files: optimizer
         self.parts = {file.path: file.metadata for file in files}  # its files, and what each says
 
-    def read(self, name: str) -> Tensor:
-        """Read that tensor to the CPU, contiguous, in its own memory.
+    def read(self, name: str, tensor: Tensor | None = None) -> Tensor:
+        """Read a tensor to the CPU: into memory of its own, or into `tensor`, which is contiguous.
 
         Raises CheckpointError if the file ends too soon.
         """
-        file, stored = self._places[name]
-        with self._explain_errors():
-            return file.read(stored)
+        info = self.tensors[name]
+        if tensor is None:
+            tensor = torch.empty(info.shape, dtype=info.dtype)
+        found = self.borrow(name, tensor.view(-1).view(torch.uint8))
+        # a mapped file lends its own memory, also a view of a larger storage
+        return tensor if found.data_ptr() == tensor.data_ptr() else tensor.copy_(found)
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return that tensor on the CPU; copy it before anything else is read.
 
-        scratch: bytes (uint8) that may be used.
+        scratch: bytes (uint8) that may be used. Raises CheckpointError as `read`.
         """
         file, stored = self._places[name]
-        with self._explain_errors():
-            return file.borrow(stored, scratch)
-
-    @contextlib.contextmanager
-    def _explain_errors(self) -> Iterator[None]:
         try:
-            yield
+            return file.borrow(stored, scratch)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path} cannot be read: {error.strerror or error}.", self.path

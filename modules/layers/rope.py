@@ -89,7 +89,8 @@ def turns(angles: Tensor) -> Tensor:
 
 
 float32_table = functools.partial(exact_table, dtype=torch.float32)
-TABLES: dict[str, Callable[..., Tensor]] = {"default": exact_table, "comfy": float32_table}  # values of --rope_func
+# values of --rope_func
+TABLES: dict[str, Callable[..., Tensor]] = {"default": exact_table, "comfy": float32_table}
 
 
 class Grid(NamedTuple):

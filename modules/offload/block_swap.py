@@ -18,7 +18,6 @@ the weight's name, and the weight is fetched again. Trained weights are stepped 
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,84 +27,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
 
-from modules.contract.loading import TensorInfo
 from modules.contract.steps import Tweaks
 from modules.offload.host_memory import (
-    ALONE,
-    HostTensors,
-    Machine,
     Transfer,
-    allocate,
-    machine_of,
     offload_layer,
     transfer_to,
-    wait_for_all,
 )
-from modules.offload.swap_plan import ListPlan, SwapPlan, big_layers
+from modules.offload.swap_plan import HostWeights, ListPlan, big_layers
 from modules.run_blocks import Hidden, Runner, runner_of, set_runner
 
 logger = logging.getLogger(__name__)
 
 _NAME = "_block_swap"  # under which a network carries its own
-
-
-class HostWeights:
-    """The weights of one network that are in host memory: a `HostPlace`."""
-
-    def __init__(self, plan: SwapPlan, pinned: bool, machine: Machine = ALONE, whole: bool = False) -> None:
-        """pinned: for a CUDA device. machine: the processes that share the memory.
-
-        whole: all tensors, for a network that takes turns; else those that the plan keeps off the device.
-        """
-        self.plan = plan
-        self._pinned, self._machine, self._whole = pinned, machine, whole
-        self._held: HostTensors | None = None
-
-    def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Allocate the memory. Raises OptionError if the network has too few blocks."""
-        names = tensors if self._whole else self.plan.names(network)
-        self._held = allocate({name: tensors[name] for name in names}, self._pinned, self._machine)
-        return self._held.tensors
-
-    @property
-    def is_filled_here(self) -> bool:
-        return self._held is None or self._held.is_filled_here
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Return the memory by name; none before loading."""
-        return {} if self._held is None else self._held.tensors
-
-    def finish(self) -> None:
-        wait_for_all(self._machine)
-
-    def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:
-        """Return the swapped weights by name; move them here if the network was loaded without `hold`."""
-        names = self.plan.names(network)
-        if self._held is None:
-            weights = {name: network.get_parameter(name) for name in names}
-            held = self.hold(
-                network,
-                {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
-            )
-            for name, weight in weights.items():
-                if self.is_filled_here:
-                    held[name].copy_(weight.data)
-                weight.data = held[name]  # one by one: no second copy of all
-            self.finish()
-        return {name: self.tensors[name] for name in names}
-
-
-def host_weights(
-    plan: SwapPlan, device: torch.device, environment: Mapping[str, str] = os.environ, whole: bool = False
-) -> HostWeights | None:
-    """Return the host memory for the weights that the plan keeps off the device; None if there are none.
-
-    whole: for all weights.
-    """
-    if not (plan or whole):
-        return None
-    return HostWeights(plan, device.type == "cuda", machine_of(environment), whole)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,13 +5,17 @@ Some blocks stay on the device; the others are streamed through a few slots, whi
 Streamed blocks are spread evenly among resident ones, whose computation hides the copies.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from modules.contract.family import DitSpec
+from modules.contract.loading import TensorInfo
 from modules.errors import OptionError
+from modules.offload.host_memory import ALONE, HostTensors, Machine, allocate, machine_of, wait_for_all
 from modules.speed_options import SLOTS
 
 
@@ -119,3 +123,62 @@ def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]
     for name, module in network.get_submodule(path).named_modules(prefix=path):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             yield name, module
+
+
+class HostWeights:
+    """The weights of one network that are in host memory: a `HostPlace`."""
+
+    def __init__(self, plan: SwapPlan, pinned: bool, machine: Machine = ALONE, whole: bool = False) -> None:
+        """pinned: for a CUDA device. machine: the processes that share the memory.
+
+        whole: all tensors, for a network that takes turns; else those that the plan keeps off the device.
+        """
+        self.plan = plan
+        self._pinned, self._machine, self._whole = pinned, machine, whole
+        self._held: HostTensors | None = None
+
+    def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
+        """Allocate the memory. Raises OptionError if the network has too few blocks."""
+        names = tensors if self._whole else self.plan.names(network)
+        self._held = allocate({name: tensors[name] for name in names}, self._pinned, self._machine)
+        return self._held.tensors
+
+    @property
+    def is_filled_here(self) -> bool:
+        return self._held is None or self._held.is_filled_here
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the memory by name; none before loading."""
+        return {} if self._held is None else self._held.tensors
+
+    def finish(self) -> None:
+        wait_for_all(self._machine)
+
+    def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:
+        """Return the swapped weights by name; move them here if the network was loaded without `hold`."""
+        names = self.plan.names(network)
+        if self._held is None:
+            weights = {name: network.get_parameter(name) for name in names}
+            held = self.hold(
+                network,
+                {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
+            )
+            for name, weight in weights.items():
+                if self.is_filled_here:
+                    held[name].copy_(weight.data)
+                weight.data = held[name]  # one by one: no second copy of all
+            self.finish()
+        return {name: self.tensors[name] for name in names}
+
+
+def host_weights(
+    plan: SwapPlan, device: torch.device, environment: Mapping[str, str] = os.environ, whole: bool = False
+) -> HostWeights | None:
+    """Return the host memory for the weights that the plan keeps off the device; None if there are none.
+
+    whole: for all weights.
+    """
+    if not (plan or whole):
+        return None
+    return HostWeights(plan, device.type == "cuda", machine_of(environment), whole)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.loading import TensorInfo
-from modules.offload.block_swap import HostWeights, swap_of
+from modules.offload.block_swap import swap_of
 from modules.offload.host_memory import Transfer, allocate, transfer_to
+from modules.offload.swap_plan import HostWeights
 
 
 class HostCopy:

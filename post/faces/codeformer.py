@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear, pad, scaled_dot_product_attention, silu
 
-from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, other_kind
+from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
@@ -293,7 +293,7 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
     if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:
         raise other
     sources = plain_sources(checkpoint)
-    shape = checked_shapes_of(checkpoint, sources, other)
+    shape = shapes_of(checkpoint, sources, other)
     encoder, generator = (_blocks(part, checkpoint) for part in ("encoder", "generator"))
     places, tokens = shape("position_emb", 2)
     codes, code_width = shape("quantize.embedding.weight", 2)

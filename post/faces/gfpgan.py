@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, leaky_relu
 
-from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, other_kind
+from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
 from modules.checkpoints.opening import Checkpoint, plain_sources
 
 # Letters: B faces, C channels, h w height and width of features, S side of a face in pixels
@@ -213,7 +213,7 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
     if "conv_body_first.weight" not in names or "stylegan_decoder.constant_input.weight" not in names:
         raise other
     sources = plain_sources(checkpoint)
-    shape = checked_shapes_of(checkpoint, sources, other)
+    shape = shapes_of(checkpoint, sources, other)
     levels = count(names, r"conv_body_down\.\d+")
     body = (
         shape("conv_body_first.weight")[0],

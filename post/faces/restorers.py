@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, leaky_relu
 
-from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, load_planned, other_kind
+from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
 from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
 from modules.command import as_typed
 from modules.errors import CheckpointError
@@ -123,7 +123,7 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
     if "out_mask_conv.conv2d.weight" not in checkpoint.tensors:
         raise other
     sources = plain_sources(checkpoint)
-    shape = checked_shapes_of(checkpoint, sources, other)
+    shape = shapes_of(checkpoint, sources, other)
 
     def rows(name: str) -> int:
         return shape(f"{name}.conv2d.weight")[0]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
-from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, load_planned, other_kind
+from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
@@ -225,7 +225,7 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
         f"{checkpoint.path} is no RetinaFace: a tensor of it has another shape. Give {FILES} to {option}.",
         checkpoint.path,
     )
-    shape = checked_shapes_of(checkpoint, sources, wrong)
+    shape = shapes_of(checkpoint, sources, wrong)
     body = read_resnet(shape, lambda start: count(names, rf"{start}\.\d+")) if is_resnet else None
     config = RetinaFaceConfig(body or read_mobilenet(shape), shape("fpn.output1.0.weight")[0])
     return LoadPlan(config, checkpoint, sources, ignore=("*.num_batches_tracked",))

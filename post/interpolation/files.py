@@ -10,14 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from modules.checkpoints.dialects import (
-    LoadPlan,
-    checked_shapes_of,
-    count,
-    load_planned,
-    other_kind,
-    rename_sources,
-)
+from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
 from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.text_files import read_text
@@ -51,7 +44,7 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
     other = other_kind(checkpoint, "GIMM-VFI", "--model", "the folder with gimmvfi_r_arb or gimmvfi_f_arb")
     if not {"hyponet.params_dict.linear_wb0", "amt_init_decoder.convblock.4.weight"} <= sources.keys():
         raise other
-    shape = checked_shapes_of(checkpoint, sources, other)
+    shape = shapes_of(checkpoint, sources, other)
 
     def of(name: str, axes: int = 4) -> tuple[int, ...]:
         return shape(f"{name}.weight" if axes == 4 else name, axes)

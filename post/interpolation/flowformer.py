@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
-from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, count, other_kind
+from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from post.interpolation.flowformer_memory import (
     HEADS,
@@ -236,7 +236,7 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
     wanted = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")
     if not {"memory_encoder.channel_convertor.weight", "memory_decoder.proj.weight"} <= sources.keys():
         raise wanted
-    shape = checked_shapes_of(checkpoint, sources, wanted)
+    shape = shapes_of(checkpoint, sources, wanted)
     features = _read_trunk("memory_encoder.feat_encoder.svt", shape)
     context = _read_trunk("context_encoder.svt", shape)
     matching = shape("memory_encoder.channel_convertor.weight")[0]

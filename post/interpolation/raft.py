@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu, unfold
 
-from modules.checkpoints.dialects import LoadPlan, checked_shapes_of, other_kind
+from modules.checkpoints.dialects import LoadPlan, other_kind, shapes_of
 from modules.checkpoints.opening import Checkpoint, plain_sources
 from post.contract import batch_norm
 from post.interpolation.layers import CHANNELS, Correlation, EncodedPicture, conv, grid_of
@@ -240,7 +240,7 @@ def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
     wanted = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")
     if not {"update_block.gru.convz1.weight", "cnet.norm1.running_var"} <= sources.keys():
         raise wanted
-    shape = checked_shapes_of(checkpoint, sources, wanted)
+    shape = shapes_of(checkpoint, sources, wanted)
 
     def rows(name: str) -> int:
         return shape(f"{name}.weight")[0]

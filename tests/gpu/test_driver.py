@@ -11,9 +11,8 @@ from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import open_checkpoint, plain_sources
 from modules.contract.loading import Placement, TensorInfo
 from modules.devices import send_ahead
-from modules.offload.block_swap import host_weights
 from modules.offload.host_memory import PIECE, _register, allocate
-from modules.offload.swap_plan import SwapPlan
+from modules.offload.swap_plan import SwapPlan, host_weights
 from tests.gpu.measuring import equal_bits, poison
 from tests.modules.making import write
 from tests.tiny.wan_dit import tiny_state, write_dit

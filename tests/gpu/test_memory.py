@@ -23,8 +23,7 @@ from modules.fp8.products import add_product, supports_fp8
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.rope import rotate
-from modules.offload.block_swap import host_weights
-from modules.offload.swap_plan import SwapPlan
+from modules.offload.swap_plan import SwapPlan, host_weights
 from modules.planning.dry_run import ACCELERATOR, dry_run
 from modules.planning.memory_plan import TOLERANCE, workspace
 from networks.adapter import make_network

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from modules.contract.family import DitSpec
 from modules.contract.steps import Tweaks
 from modules.offload import host_memory
-from modules.offload.block_swap import host_weights, move_network, settle_all, swap_blocks, swap_of
+from modules.offload.block_swap import move_network, settle_all, swap_blocks, swap_of
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from modules.offload.host_memory import CudaTransfer, Pairs, Transfer
-from modules.offload.swap_plan import SwapPlan
+from modules.offload.swap_plan import SwapPlan, host_weights
 from modules.offload.turns import HostCopy
 from modules.planning.memory_plan import plan_swapped_bytes
 from modules.run_blocks import Hidden, run_blocks

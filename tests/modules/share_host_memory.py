@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from modules.contract.loading import Placement
-from modules.offload.block_swap import host_weights, swap_blocks
-from modules.offload.swap_plan import SwapPlan
+from modules.offload.block_swap import swap_blocks
+from modules.offload.swap_plan import SwapPlan, host_weights
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from tests.gpu.measuring import sent

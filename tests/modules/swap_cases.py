@@ -14,10 +14,10 @@ from frame_pack.model import FramePackModel
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.spec import DIT as HUNYUAN
 from modules.contract.family import DitSpec
-from modules.offload.block_swap import HostWeights, host_weights, move_network, swap_blocks
+from modules.offload.block_swap import move_network, swap_blocks
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
 from modules.offload.host_memory import Transfer
-from modules.offload.swap_plan import SwapPlan
+from modules.offload.swap_plan import HostWeights, SwapPlan, host_weights
 from modules.speed_options import SLOTS
 from tests.gpu.measuring import sent
 from tests.hunyuan_model import making

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modules.checkpoints.model_files import read_once
+from modules.checkpoints.model_files import find_model_folder, read_once
 from modules.checkpoints.opening import Checkpoint
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, DownloadError, UserError
 
 READS: list[Path] = []
 
@@ -47,3 +47,29 @@ def test_a_damaged_file_is_named_as_it_was_given(tmp_path: Path, monkeypatch: py
     Path("model.safetensors").write_bytes(b"no model")
     with pytest.raises(CheckpointError, match=r"^model\.safetensors"):
         read_once(Path("model.safetensors"), names)
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert find_model_folder("--model", str(tmp_path), ("*.json",)) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./a", "C:\\models/a", "~nobody-here/model", "x" * 300])
+def test_what_is_neither_a_folder_nor_a_repository_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UserError, match="--model .*(no such|no file|of Windows)"):
+        find_model_folder("--model", name, ())
+
+
+def test_a_file_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").touch()
+
+    with pytest.raises(CheckpointError, match="no such folder"):
+        find_model_folder("--model", "owner/name", ())
+
+
+def test_a_repository_is_not_fetched_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(DownloadError, match="--model nobody/no-such-model: .*HF_HUB_OFFLINE"):
+        find_model_folder("--model", "nobody/no-such-model", ("*.json",))

@@ -15,7 +15,12 @@ from modules.fp8.weights import (
     scale_of,
     store_scale,
 )
-from modules.speed_options import Quantisation
+from modules.parser import parse_options
+from modules.speed_options import (
+    GenerationFp8Options,
+    Quantisation,
+    TrainingFp8Options,
+)
 from tests.golden_cases import read_case
 
 CAST, TENSOR, ROWS = (Quantisation(kind) for kind in ("cast", "tensor", "rows"))
@@ -175,3 +180,47 @@ def test_float32_layers_compute_outside_autocast_and_give_back_the_usual_dtype(a
         x.float(), multiplied_out(layer, torch.float32), layer.bias.float()
     ).bfloat16()
     assert torch.equal(out, expected)
+
+
+def training(*arguments: str) -> TrainingFp8Options:
+    return parse_options(None, arguments, TrainingFp8Options)[0]
+
+
+def generation(*arguments: str) -> GenerationFp8Options:
+    return parse_options(None, arguments, GenerationFp8Options)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "quantisation"),
+    [
+        ((), None),
+        (("--fp8_base",), Quantisation("cast")),
+        (("--fp8_base", "--fp8_fast"), Quantisation("cast", fp8_matmul=True)),
+        (("--fp8_base", "--fp8_scaled", "--fp8_fast"), Quantisation("rows", fp8_matmul=True)),
+        (("--fp8_base", "--fp8_scaled", "--upcast_quantization"), Quantisation("rows", float32_scales=True)),
+    ],
+)
+def test_what_training_options_mean(arguments: tuple[str, ...], quantisation: Quantisation | None) -> None:
+    assert training(*arguments).quantisation == quantisation
+
+
+@pytest.mark.parametrize(
+    ("arguments", "quantisation"),
+    [
+        ((), None),
+        (("--fp8",), Quantisation("cast")),
+        (("--fp8", "--fp8_fast"), Quantisation("cast", fp8_matmul=True)),
+        (("--fp8", "--fp8_scaled", "--fp8_fast"), Quantisation("rows", fp8_matmul=True)),
+        (
+            ("--fp8_scaled", "--upcast_linear", "--fp8_fast"),
+            Quantisation("rows", float32_linear=True, fp8_matmul=True),
+        ),
+    ],
+)
+def test_what_generation_options_mean(arguments: tuple[str, ...], quantisation: Quantisation | None) -> None:
+    assert generation(*arguments).quantisation == quantisation
+
+
+def test_fast_generation_without_fp8_weights_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert generation("--fp8_fast").quantisation is None
+    assert "--fp8_fast is ignored" in caplog.text

@@ -1,17 +1,17 @@
 import gc
 import json
 import os
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.contract.loading import HostPlace, Placement, TensorInfo
-from modules.offload.block_swap import host_weights
-from modules.offload.host_memory import ALIGNMENT, allocate
-from modules.offload.swap_plan import SwapPlan
+from modules.offload.host_memory import ALIGNMENT, LoadedNetwork, allocate
+from modules.offload.swap_plan import SwapPlan, host_weights
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from tests.commands import ROOT, run_python
@@ -183,3 +183,35 @@ def test_what_the_driver_does_not_lock_serves_too_and_its_error_is_taken_back(
     del held
     gc.collect()
     assert not driver.locked
+
+
+def test_a_network_is_made_once_and_moves_from_then_on() -> None:
+    held, made = LoadedNetwork[nn.Linear, str](), list[torch.device]()
+
+    def make(device: torch.device) -> tuple[nn.Linear, str]:
+        made.append(device)
+        return nn.Linear(2, 2, device=device), "beside"
+
+    held.load(torch.device("cpu"), make)
+    first, beside = held.get()
+    held.load(torch.device("meta"), make)
+
+    assert made == [torch.device("cpu")]
+    assert beside == "beside"
+    assert held.get()[0] is first
+    assert first.weight.device.type == "meta"
+
+
+def test_a_freed_network_is_gone_and_may_be_loaded_again() -> None:
+    held = LoadedNetwork[nn.Linear, None]()
+    held.load(torch.device("cpu"), lambda device: (nn.Linear(2, 2), None))
+    network = weakref.ref(held.get()[0])
+
+    held.free()
+    held.free()
+
+    assert network() is None
+    with pytest.raises(AssertionError, match="load"):
+        held.get()
+    held.load(torch.device("cpu"), lambda device: (nn.Linear(3, 3), None))
+    assert held.get()[0].in_features == 3

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from modules.contract.loading import Placement
-from modules.offload.block_swap import HostWeights, host_weights, swap_blocks, swap_of
-from modules.offload.swap_plan import SwapPlan
+from modules.offload.block_swap import swap_blocks, swap_of
+from modules.offload.swap_plan import HostWeights, SwapPlan, host_weights
 from modules.offload.turns import HostCopy
 from modules.speed_options import Quantisation
 from tests.modules.fake_device import CountedMemory, FakeDevice, hide
