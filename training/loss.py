@@ -42,11 +42,6 @@ class NoisyBatch:
     expert: int = 0  # index of the one that they all go to
     perturbation: Tensor | None = None  # further noise of the input, which is not to be predicted; like noise
 
-    @property
-    def input_noise(self) -> Tensor:
-        """Return the noise for the latents: B C F H W float32."""
-        return self.noise if self.perturbation is None else self.noise + self.perturbation
-
     def place_weights(self, errors: Tensor) -> Tensor | None:
         """Return how much each place of errors B C F H W counts, B 1 F H W or B 1 1 H W; None: all alike.
 
@@ -118,7 +113,10 @@ def measure_errors(
     given, sigmas, timesteps = noisy_batch.given_frames, noisy_batch.sigmas, noisy_batch.timesteps
     latents = family.latent.to_model(noisy_batch.batch.tensor("latents"))
     conditions = family.batch_conditions(latents, noisy_batch.batch)
-    noisy = add_noise(latents, noisy_batch.input_noise, sigmas, family.noise.data_shares(sigmas))
+    noise = noisy_batch.noise
+    if noisy_batch.perturbation is not None:
+        noise = noise + noisy_batch.perturbation
+    noisy = add_noise(latents, noise, sigmas, family.noise.data_shares(sigmas))
     if given:
         noisy = torch.cat([latents[:, :, :given], noisy[:, :, given:]], dim=2)
     network = functools.partial(predict, family, dit, noisy, noisy_batch, conditions, autocast, rule)

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 
 import torch
@@ -44,7 +44,14 @@ def make_accelerator(
     started: names the folder of TensorBoard's files; None: now. Raises OptionError if the device does not
     support this precision or a tracker is not installed.
     """
-    _refuse_sharding(os.environ)
+    for variable, name in SHARDING.items():  # before accelerate looks for the packages that split a model
+        if os.environ.get(variable, "false").lower() in {"1", "true", "yes", "y", "t", "on"}:
+            raise OptionError(
+                f"accelerate launch asks for {name} ({variable}): the model is not split here, each process "
+                "holds all of it. "
+                "Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N, or run accelerate "
+                "config again"
+            )
     folder = None
     if logs.logging_dir is not None:
         folder = logs.logging_dir / f"{logs.log_prefix or ''}{started or datetime.now():%Y%m%d%H%M%S}"
@@ -70,8 +77,10 @@ def make_accelerator(
             f"--mixed_precision {options.mixed_precision} has no effect on {accelerator.device.type}: use "
             "bf16 or no"
         )
+    count, device = accelerator.num_processes, accelerator.device
     if accelerator.is_main_process:
-        _report(options, accelerator)
+        where = f"{count} processes on {device.type}" if count > 1 else f"Training on {device}"
+        logger.info(f"{where}, mixed precision {options.mixed_precision}, torch {torch.__version__}")
     if (
         options.fp16_accumulation
         and allow_fp16_accumulation(accelerator.device)
@@ -79,32 +88,6 @@ def make_accelerator(
     ):
         logger.warning("--fp16_accumulation: gradients are less exact too; compare with a run without it.")
     return accelerator
-
-
-def _refuse_sharding(environment: Mapping[str, str]) -> None:
-    """Raise OptionError if the launcher is set to split the model.
-
-    Call it before accelerate looks for the packages that split.
-    """
-    for variable, name in SHARDING.items():
-        if environment.get(variable, "false").lower() in {"1", "true", "yes", "y", "t", "on"}:
-            raise OptionError(
-                f"accelerate launch asks for {name} ({variable}): the model is not split here, each process "
-                "holds all of it. "
-                "Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N, or run accelerate "
-                "config again"
-            )
-
-
-def _report(options: AcceleratorOptions, accelerator: Accelerator) -> None:
-    count, device = accelerator.num_processes, accelerator.device
-    where = f"{count} processes on {device.type}" if count > 1 else f"Training on {device}"
-    logger.info(f"{where}, mixed precision {options.mixed_precision}, torch {torch.__version__}")
-    if options.ddp_gradient_as_bucket_view or options.ddp_static_graph:
-        logger.info(
-            "--ddp_gradient_as_bucket_view and --ddp_static_graph are ignored because gradients are averaged "
-            "without a DDP wrapper."
-        )
 
 
 BUCKET_ELEMENTS = 64 << 20  # a LoRA fits into one buffer, a whole DiT is sent in pieces

@@ -273,6 +273,7 @@ class LogOptions(Options, title="logs"):
 
 NO_LOGS = LogOptions.usual()
 PRECISIONS = ("no", "fp16", "bf16")
+NO_WRAPPER = "gradients are averaged without a DDP wrapper."
 
 
 class AcceleratorOptions(Options, title="precision and processes"):
@@ -303,10 +304,8 @@ class AcceleratorOptions(Options, title="precision and processes"):
         hint="minutes; the most is a year",
         facts=FREE,
     )
-    ddp_gradient_as_bucket_view: bool = option(
-        "accepted; gradients are averaged without a DDP wrapper", facts=FREE
-    )
-    ddp_static_graph: bool = option("accepted; gradients are averaged without a DDP wrapper", facts=FREE)
+    ddp_gradient_as_bucket_view = not_needed(NO_WRAPPER)
+    ddp_static_graph = not_needed(NO_WRAPPER)
 
     def __post_init__(self) -> None:
         if self.mixed_precision not in PRECISIONS:  # from the launcher; argparse checks the rest

@@ -78,7 +78,8 @@ def test_what_cannot_be_is_refused_by_name(argv: list[str], message: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "argv", [["--lowram"], ["--full_bf16"], ["--mem_eff_attn"], ["--skip_until_initial_step"]]
+    "argv",
+    [["--lowram"], ["--full_bf16"], ["--skip_until_initial_step"], ["--persistent_data_loader_workers"]],
 )
 def test_what_is_not_needed_is_answered_in_a_line(argv: list[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):

@@ -63,6 +63,12 @@ def test_a_value_that_cannot_be_used_is_refused_by_name(argv: list[str], expecte
     assert expected in str(error.value)
 
 
+def test_what_is_always_so_is_answered_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert options("--ddp_static_graph") == options()
+    assert "--ddp_static_graph is not needed: gradients are averaged without a DDP wrapper." in caplog.text
+
+
 def test_what_has_to_be_given_depends_on_what_is_asked_for() -> None:
     def made(*argv: str) -> TrainingOptions:
         return read_options(TrainingOptions, read_arguments(parser(), argv, {}))

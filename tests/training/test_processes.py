@@ -1,6 +1,5 @@
 """Device, precision and processes."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -41,13 +40,8 @@ def _fresh_processes() -> Iterator[None]:
         state._reset_state()
 
 
-def options(precision: str = "no", fp16_accumulation: bool = False, ddp: bool = False) -> AcceleratorOptions:
-    return AcceleratorOptions.usual(
-        mixed_precision=precision,
-        fp16_accumulation=fp16_accumulation,
-        ddp_gradient_as_bucket_view=ddp,
-        ddp_static_graph=ddp,
-    )
+def options(precision: str = "no", fp16_accumulation: bool = False) -> AcceleratorOptions:
+    return AcceleratorOptions.usual(mixed_precision=precision, fp16_accumulation=fp16_accumulation)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
@@ -71,13 +65,6 @@ def test_a_launcher_that_would_split_the_model_is_refused(
         make_accelerator(options())
     monkeypatch.setenv(variable, "false")
     assert make_accelerator(options()).num_processes == 1
-
-
-def test_options_of_ddp_are_answered_with_what_they_change(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        make_accelerator(options(ddp=True))
-
-    assert caplog.text.count("--ddp_static_graph are ignored because") == 1
 
 
 @pytest.fixture

@@ -12,10 +12,8 @@ from tests.training.test_resume import EVERYTHING
 from tests.training.toy import same, train_toy, train_with_kills, write_caches
 
 CHECKPOINTS = [
-    "--gradient_checkpointing",
-    "--gradient_checkpointing_cpu_offload",
-    "--gradient_checkpointing_keep",
-    "attention",
+    *("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"),
+    *("--gradient_checkpointing_keep", "attention"),
 ]
 COMPILED = ["--compile", "--compile_args", "eager", "default", "auto", "true"]
 

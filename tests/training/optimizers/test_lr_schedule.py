@@ -102,19 +102,12 @@ def test_each_group_keeps_its_own_rate() -> None:
         ("--lr_scheduler", "cosine", "--lr_warmup_steps", "3"),
         ("--lr_scheduler_type", "CosineAnnealingLR", "--lr_scheduler_args", "T_max=20"),
         (
-            "--lr_scheduler_type",
-            "torch.optim.lr_scheduler.MultiStepLR",
-            "--lr_scheduler_args",
-            "milestones=(4,9)",
-            "gamma=0.5",
+            *("--lr_scheduler_type", "torch.optim.lr_scheduler.MultiStepLR"),
+            *("--lr_scheduler_args", "milestones=(4,9)", "gamma=0.5"),
         ),
         (
-            "--lr_scheduler_type",
-            "OneCycleLR",
-            "--lr_scheduler_args",
-            "max_lr=0.01",
-            "total_steps=20",
-            "cycle_momentum=False",
+            *("--lr_scheduler_type", "OneCycleLR"),
+            *("--lr_scheduler_args", "max_lr=0.01", "total_steps=20", "cycle_momentum=False"),
         ),
     ],
 )

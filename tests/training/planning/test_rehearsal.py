@@ -179,12 +179,8 @@ def test_a_hunyuan_step_takes_what_was_predicted(
     [
         ["--optimizer_type", "AdamW"],
         [
-            "--optimizer_type",
-            "Adafactor",
-            "--full_bf16",
-            "--fused_backward_pass",
-            "--optimizer_args",
-            "relative_step=False",
+            *("--optimizer_type", "Adafactor", "--full_bf16", "--fused_backward_pass"),
+            *("--optimizer_args", "relative_step=False"),
         ],
         ["--optimizer_type", "AdamW", "--full_bf16"],
     ],
