@@ -143,7 +143,7 @@ def reading(path: Path) -> Iterator[None]:
             f"{path} has more than the {MAX_PIXELS / 1e6:.0f} million pixels that are read. Make the picture "
             "smaller."
         ) from None
-    except _DAMAGE + ffmpeg_errors() as error:
+    except (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError)) as error:  # FFmpeg's if used
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"{path} cannot be read: {reason}") from error
 
@@ -171,9 +171,3 @@ else:
                 ) from None
 
     av = _WhenUsed()
-
-
-def ffmpeg_errors() -> tuple[type[Exception], ...]:
-    """Return the classes of FFmpeg's errors; none if FFmpeg has not been used yet."""
-    error = getattr(sys.modules.get("av"), "FFmpegError", None)
-    return () if error is None else (error,)

@@ -88,40 +88,29 @@ class Timing:
             if held is not None:
                 yield held
             held = packet
-        if held is not None:
-            self._end_with(held)
-            yield held
-
-    def _end_with(self, packet: Any) -> None:
-        """Store the last packet so late that all together last as long as the pictures are shown.
-
-        MP4 counts from one packet to the next one stored: of a picture that is held near the end it would
-        lose what the encoder is ahead.
-        """
+        if held is None:
+            return
+        # stored so late that all together last as long as the pictures are shown: MP4 counts from one packet
+        # to the next one stored, and would lose what the encoder is ahead of a picture held near the end
         assert self._first is not None
-        end = self._first + round(self.seconds * self._ticks)
-        packet.dts = max(packet.dts, min(packet.pts, end - packet.duration))
+        end, last = self._first + round(self.seconds * self._ticks), round(self._end * self._ticks)
+        held.dts = max(held.dts, min(held.pts, end - held.duration))
         # and, if another picture is shown after it, as long as is missing, but not beyond the end of all
-        last = round(self._end * self._ticks)
-        packet.duration = max(packet.duration, min(end - packet.dts, last - packet.pts))
+        held.duration = max(held.duration, min(end - held.dts, last - held.pts))
+        yield held
 
     def _apply(self, packet: Any) -> None:
         shown, stored = (round(number * packet.time_base * self._rate) for number in (packet.pts, packet.dts))
         packet.time_base = Fraction(1, self._ticks)
         packet.pts, packet.duration = self._held[shown]
-        packet.dts = self._stored_at(stored)
+        if stored < 0 and self._ahead is None:
+            # the shortest of the first: with a mean, pictures held long would begin the file seconds early
+            self._ahead = min(length for _, length in self._held.values())
+        before = round(self._begin * self._ticks) + stored * (self._ahead or 0)  # counted backwards
+        packet.dts = before if stored < 0 else self._held[stored][0]
         self._first = packet.dts if self._first is None else self._first
         for number in [number for number in self._held if number < stored]:
             del self._held[number]  # no later packet is stored or shown before this one
-
-    def _stored_at(self, number: int) -> int:
-        """Return when a picture is stored; those before the first are counted backwards."""
-        if number >= 0:
-            return self._held[number][0]
-        if self._ahead is None:
-            # the shortest of the first: with a mean, pictures held long would begin the file seconds early
-            self._ahead = min(length for _, length in self._held.values())
-        return round(self._begin * self._ticks) + number * self._ahead
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
