@@ -21,7 +21,6 @@ from hunyuan_model.text_encoders import (
     IMAGE_TEMPLATE,
     VIDEO_TEMPLATE,
     LlavaTextEncoder,
-    PromptTemplate,
     clip_text_encoder,
 )
 from modules.contract.family import TextEncoder
@@ -33,14 +32,11 @@ from tests.tiny.hunyuan_encoders import (
     LLAMA_LAYERS,
     LLM_DIM,
     clip_text_config,
-    clip_text_layouts,
     clip_text_tensors,
     llama_config,
     llama_tensors,
-    save,
     write_clip_tokenizer,
     write_comfy_text_encoders,
-    write_llama_tokenizer,
     write_text_encoders,
 )
 
@@ -206,25 +202,6 @@ def test_the_second_text_is_for_clip_alone(folder: Path) -> None:
     assert torch.equal(llm[0], llm[1])
 
 
-def test_outputs_hold_no_memory_of_their_neighbours(folder: Path) -> None:
-    for encoder in (LlavaTextEncoder(folder), clip_text_encoder(folder)):
-        encoder.load(CPU)
-        for conditions in encoder.encode([Prompt("a"), Prompt("b")]):
-            assert set(conditions) == encoder.keys
-            for tensor in conditions.values():
-                assert isinstance(tensor, Tensor)
-                assert tensor.untyped_storage().nbytes() == tensor.nbytes
-        assert encoder.encode([]) == []
-
-
-def test_many_prompts_are_encoded_in_groups_in_their_order(folder: Path) -> None:
-    encoder = LlavaTextEncoder(folder, torch.float32)
-    prompts = [f"{number} rabbits" for number in range(11)]
-    together = encoded(encoder, prompts)["llm"]
-    for index in (0, 7, 8, 10):
-        assert_close(together[index], encoded(encoder, [prompts[index]])["llm"][0])
-
-
 def test_identity_follows_all_that_an_output_depends_on(folder: Path, tmp_path: Path) -> None:
     write_text_encoders(tmp_path)
     path = tmp_path / "text_encoder"
@@ -261,40 +238,3 @@ def test_a_tokenizer_that_cuts_the_template_elsewhere_is_warned_of(
     tokenizer.save_pretrained(tmp_path)
     LlavaTextEncoder(folder, torch.float32, tokenizer=tmp_path).load(CPU)
     assert "the model's own makes 95: prompts will be cut" in caplog.text
-
-
-def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(tmp_path: Path) -> None:
-    write_llama_tokenizer(tmp_path)
-    write_clip_tokenizer(tmp_path / "tokenizer_2")
-    tensors, clip_tensors = llama_tensors(), clip_text_tensors()
-    tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][:100]
-    clip_tensors["embeddings.token_embedding.weight"] = clip_tensors["embeddings.token_embedding.weight"][
-        :100
-    ]
-    for encoder in (
-        LlavaTextEncoder(save(tmp_path / "llava.safetensors", tensors)),
-        clip_text_encoder(save(tmp_path / "clip.safetensors", clip_text_layouts(clip_tensors)["text"])),
-    ):
-        encoder.load(CPU)
-        with pytest.raises(CheckpointError, match=r"knows 100 tokens.*--text_encoder[12]_tokenizer"):
-            encoder.encode([Prompt("a rabbit")])
-
-
-@pytest.mark.parametrize("kind", [LlavaTextEncoder, clip_text_encoder])
-def test_tokens_are_counted_and_what_is_read_ends_where_the_encoder_stops(folder: Path, kind: type) -> None:
-    # its own tokenizer makes another number of tokens of the template than the released one
-    more = {"template": PromptTemplate(VIDEO_TEMPLATE.system)} if kind is LlavaTextEncoder else {}
-    encoder = kind(folder, torch.float32, **more)
-    count = encoder.token_counter()
-    encoder.load(CPU)
-
-    for text in PROMPTS:
-        (encoded,) = encoder.encode([Prompt(text)])
-        mask = next(value for key, value in encoded.items() if key.endswith("mask"))
-        found = count(text)
-        assert int(mask.sum()) == min(found.tokens, found.limit)
-        assert found.is_cut == (found.tokens > found.limit)
-        if found.is_cut:  # its last word may be cut too, and then has other tokens
-            assert abs(count(text[: found.kept]).tokens - found.limit) <= 2
-            assert count(text[: found.kept + 12]).tokens > found.limit
-    assert count(PROMPTS[-1]).is_cut
