@@ -14,9 +14,9 @@ from frame_pack.text_encoders import FramePackClip, FramePackLlama
 from hunyuan_image.text_encoders import QwenTextEncoder
 from hunyuan_model.text_encoders import (
     VIDEO_TEMPLATE,
+    HunyuanClip,
     LlavaTextEncoder,
     PromptTemplate,
-    clip_text_encoder,
 )
 from lumina.text_encoder import GemmaTextEncoder
 from modules.contract.data import Conditions
@@ -63,7 +63,7 @@ def make_framepack(folder: Path) -> FramePackLlama:
 
 def make_clip(folder: Path) -> Encoder:
     write_text_encoders(folder)
-    return clip_text_encoder(folder, torch.float32)
+    return HunyuanClip(folder, torch.float32)
 
 
 def make_pooled_clip(folder: Path) -> FramePackClip:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
 from encoders.text_encoder import FileTextEncoder
 from encoders.tokenizers import TextTokenizer
-from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, LlavaTextEncoder, clip_text_encoder, find_pad
+from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, HunyuanClip, LlavaTextEncoder, find_pad
 from modules.errors import CheckpointError
 from tests.tiny.hunyuan_encoders import LLAMA_SPECIAL, save, write_clip_tokenizer, write_llama_tokenizer
 from tests.tiny.wan_encoders import sentencepiece_model, t5_hf_tensors, t5_tensors, write_tokenizer
@@ -65,7 +65,7 @@ KINDS = {
         "--text_encoder1_tokenizer the folder tokenizer of hunyuanvideo-community",
     ),
     "CLIP-L": Kind(
-        clip_text_encoder,
+        HunyuanClip,
         write_clip_tokenizer,
         (".", "tokenizer_2", "../tokenizer_2"),
         "vocab.json",

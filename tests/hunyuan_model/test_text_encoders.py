@@ -20,8 +20,8 @@ from transformers import (
 from hunyuan_model.text_encoders import (
     IMAGE_TEMPLATE,
     VIDEO_TEMPLATE,
+    HunyuanClip,
     LlavaTextEncoder,
-    clip_text_encoder,
 )
 from modules.contract.family import TextEncoder
 from modules.contract.requests import Prompt
@@ -166,7 +166,7 @@ def test_the_final_norm_comes_on_top_of_the_state(folder: Path, pipeline: Hunyua
 
 def test_clips_pooled_state_is_that_of_the_pipeline(folder: Path, pipeline: HunyuanVideoPipeline) -> None:
     prompts = [*PROMPTS, "a rabbit <|endoftext|> and a dog"]
-    ours = encoded(clip_text_encoder(folder, torch.float32), prompts)
+    ours = encoded(HunyuanClip(folder, torch.float32), prompts)
     with torch.no_grad():
         theirs = pipeline._get_clip_prompt_embeds(prompts, device=CPU)
     tokens = pipeline.tokenizer_2(
@@ -186,7 +186,7 @@ def test_the_single_files_give_the_same_as_the_release(folder: Path, tmp_path: P
     files = write_comfy_text_encoders(tmp_path)
     for kind, official, single in (
         (LlavaTextEncoder, folder / "text_encoder", files["text_encoder1"]),
-        (clip_text_encoder, folder / "text_encoder_2", files["text_encoder2"]),
+        (HunyuanClip, folder / "text_encoder_2", files["text_encoder2"]),
     ):
         expected, found = (encoded(kind(path, torch.float32), PROMPTS) for path in (official, single))
         for key, tensor in expected.items():
@@ -195,7 +195,7 @@ def test_the_single_files_give_the_same_as_the_release(folder: Path, tmp_path: P
 
 def test_the_second_text_is_for_clip_alone(folder: Path) -> None:
     both = Prompt("a rabbit", second="a dog")
-    clip = encoded(clip_text_encoder(folder, torch.float32), [both, "a dog", "a rabbit"])["clipL"]
+    clip = encoded(HunyuanClip(folder, torch.float32), [both, "a dog", "a rabbit"])["clipL"]
     assert torch.equal(clip[0], clip[1])
     assert not torch.equal(clip[0], clip[2])
     llm = encoded(LlavaTextEncoder(folder, torch.float32), [both, "a rabbit"])["llm"]
@@ -221,10 +221,10 @@ def test_identity_follows_all_that_an_output_depends_on(folder: Path, tmp_path: 
     assert {key for key in before if before[key] != changed[key]} == {"llm_config"}
 
     path = tmp_path / "text_encoder_2"
-    before = dict(clip_text_encoder(path).identity)
+    before = dict(HunyuanClip(path).identity)
     merges = path / "merges.txt"
     merges.write_text(merges.read_text(encoding="utf-8").rsplit("\n", 2)[0] + "\n", encoding="utf-8")
-    changed = dict(clip_text_encoder(path).identity)
+    changed = dict(HunyuanClip(path).identity)
     assert {key for key in before if before[key] != changed[key]} == {"clipL_tokenizer"}
 
 
