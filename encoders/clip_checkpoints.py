@@ -19,6 +19,9 @@ from modules.errors import CheckpointError
 
 CLIP_HEAD_WIDTH = 64  # of CLIP-L; cannot be read from the tensors
 CLIP_TOKENS = 77
+# statistics of CLIP's training images, RGB in 0..1: Radford et al. 2021, arXiv 2103.00020
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 # values that a config.json leaves out: transformers do not write what equals their default
 CLIP_DEFAULTS = {"hidden_size": 512, "num_attention_heads": 8, "layer_norm_eps": 1e-5}

@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from encoders.clip_checkpoints import (
+    MEAN,
+    STD,
     ClipTextConfig,
     ClipUse,
     ClipVisionConfig,
@@ -227,11 +229,6 @@ def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: Cl
 
 
 # Letters: B images, L patches and the class token, C width, P width of the projection
-
-
-# statistics of CLIP's training images, RGB in 0..1: Radford et al. 2021, arXiv 2103.00020
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipVisionEmbeddings(nn.Module):

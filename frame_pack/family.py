@@ -28,11 +28,7 @@ from frame_pack.options import (
 from frame_pack.positions import position_scale
 from frame_pack.requests import FramePackRequest, prepare_request, tell_unused_paddings
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, parse_paddings, video_frames
-from frame_pack.text_encoders import FramePackClip, FramePackLlama
-from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
-from hunyuan_model.text_encoders import template_of
-from hunyuan_model.token_refiner import FRAMEPACK_REFINER, multiply_text
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import (
     Batch,
@@ -92,15 +88,11 @@ class FramePack(OneTransformer):
     is_f1: bool = False
     bulk_decode: bool = False
     paddings: tuple[int, ...] = ()  # --latent_paddings
-    system_prompt: str | None = None
-    skip_layers: int = SKIP_LAYERS
-    final_norm: bool = False
     # images generated from control images, in place of clips: in caches, and in training samples
     one_frame: OneFrame | None = None
     takes_shape: bool = False  # a single picture has the shape of its control image: --one_frame_auto_resize
     rope_threshold: float | None = None  # the timestep from which on positions in a picture are multiplied
     rope_factor: float = 1.0  # by this
-    text_multipliers: tuple[float, float] | None = None
     trained_guidance: float = 1.0  # embedded guidance that training feeds
     # generation: without a negative prompt it is empty; training samples: then no guidance
     negative_is_empty: bool = True
@@ -157,19 +149,7 @@ class FramePack(OneTransformer):
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
-        given, dtype = self.files, self.files.beside(self.files.text_dtype)
-        return [
-            FramePackLlama(
-                given.text_encoder1_path,
-                dtype,
-                given.text_encoder1_tokenizer,
-                template_of(self.system_prompt),
-                self.skip_layers,
-                self.final_norm,
-                in_fp8=given.llm_in_fp8,
-            ),
-            FramePackClip(given.text_encoder2_path, dtype, given.text_encoder2_tokenizer),
-        ]
+        return self.files.text_encoders()
 
     @property
     def media_identity(self) -> Mapping[str, str]:
@@ -220,10 +200,7 @@ class FramePack(OneTransformer):
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer."""
-        dit = super().load_dit(placement, expert)
-        if self.text_multipliers is not None:
-            multiply_text(dit, FRAMEPACK_REFINER, *self.text_multipliers)
-        return dit
+        return self.files.multiply_text(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: all in the caches but the target latents, and guidance (B)."""
@@ -398,18 +375,14 @@ def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
             options.latent_paddings,
         )
     return FramePack(
-        _all_files(options),
+        replace(_all_files(options), reading=options.reading),
         window=options.latent_window_size,
         is_f1=options.f1,
         bulk_decode=options.bulk_decode,
         paddings=() if options.latent_paddings is None else parse_paddings(options.latent_paddings),
         takes_shape=options.one_frame_auto_resize,
-        system_prompt=options.reading.custom_system_prompt,
-        skip_layers=options.reading.hidden_state_skip_layer,
-        final_norm=options.reading.apply_final_norm,
         rope_threshold=options.rope_scaling_timestep_threshold,
         rope_factor=options.rope_scaling_factor,
-        text_multipliers=options.reading.text_multipliers,
     )
 
 

@@ -8,7 +8,9 @@ from typing import ClassVar
 
 from frame_pack.checkpoints import FORMAT
 from frame_pack.image_checkpoints import FILES, OPTION, read_siglip
+from frame_pack.text_encoders import FramePackClip, FramePackLlama
 from hunyuan_model.files import HunyuanFiles
+from hunyuan_model.token_refiner import FRAMEPACK_REFINER
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
@@ -22,6 +24,8 @@ class FramePackFiles(HunyuanFiles):
     image_encoder: Path | None = None
 
     format: ClassVar = FORMAT
+    refiner: ClassVar = FRAMEPACK_REFINER
+    encoders: ClassVar = (FramePackLlama, FramePackClip)
 
     @property
     def image_encoder_path(self) -> Path:

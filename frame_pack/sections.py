@@ -10,7 +10,7 @@ Source: Zhang and Agrawala 2025, arXiv 2504.12626; section numbers and paddings 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -191,81 +191,54 @@ class CleanLatents:
 
 @dataclass(frozen=True)
 class Order:
-    """An order of making sections, as functions for a loop over them.
+    """An order of making sections, for a loop over them.
 
     The history holds the finished latents, B C F H W in playing order, always at least 19 frames: black ones
     in place of missing ones. The same loop over true latents, instead of made ones, gives training inputs.
     """
 
-    # number of sections, window, --latent_paddings
-    plan: Callable[[int, int, Sequence[int]], tuple[SectionPlan, ...]]
-    # start, end image (B C 1 H W) -> the history before the first section
-    begin: Callable[[Tensor, Tensor | None], Tensor]
-    seen: Callable[[Tensor, Tensor], CleanLatents]  # start, history -> what the next section sees
-    grown: Callable[[Tensor, Tensor], Tensor]  # history, section just made -> the longer history
-    # start, history, number of latent frames made -> these frames after the start image
-    video: Callable[[Tensor, Tensor, int], Tensor]
     in_front: bool  # each section is played before those made earlier
 
+    def plan(self, sections: int, window: int, paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
+        """Return the sections in the order of making. paddings: --latent_paddings, which F1 ignores."""
+        if not self.in_front:
+            return tuple(SectionPlan(index, 0, f1_indices(window)) for index in range(sections))
+        all_paddings = (*paddings, *default_paddings(sections)[len(paddings) :])[:sections]
+        return tuple(
+            SectionPlan(sections - 1 - made, padding, section_indices(padding, window))
+            for made, padding in enumerate(all_paddings)
+        )
 
-def _plan_backwards(sections: int, window: int, paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
-    all_paddings = (*paddings, *default_paddings(sections)[len(paddings) :])[:sections]
-    return tuple(
-        SectionPlan(sections - 1 - made, padding, section_indices(padding, window))
-        for made, padding in enumerate(all_paddings)
-    )
+    def begin(self, start: Tensor, end: Tensor | None) -> Tensor:
+        """Return the history before the first section. start, end: images, B C 1 H W; F1 ignores the end."""
+        history = start.new_zeros(*start.shape[:2], HISTORY, *start.shape[3:])
+        if not self.in_front:
+            return torch.cat([history, start], dim=2)
+        if end is not None:
+            history[:, :, :1] = end
+        return history
 
+    def seen(self, start: Tensor, history: Tensor) -> CleanLatents:
+        """Return what the next section sees."""
+        if self.in_front:
+            near, half, quarter = history[:, :, :HISTORY].split([1, FRAMES_2X, FRAMES_4X], dim=2)
+        else:
+            quarter, half, near = history[:, :, -HISTORY:].split([FRAMES_4X, FRAMES_2X, 1], dim=2)
+        return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
 
-def _plan_forwards(sections: int, window: int, _paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
-    return tuple(SectionPlan(index, 0, f1_indices(window)) for index in range(sections))
+    def grown(self, history: Tensor, section: Tensor) -> Tensor:
+        """Return the history with the section that was just made."""
+        return torch.cat([section, history] if self.in_front else [history, section], dim=2)
 
-
-def _begin_backwards(start: Tensor, end: Tensor | None) -> Tensor:
-    history = _black(start)
-    if end is not None:
-        history[:, :, :1] = end
-    return history
-
-
-def _begin_forwards(start: Tensor, _end: Tensor | None) -> Tensor:
-    return torch.cat([_black(start), start], dim=2)
-
-
-def _black(start: Tensor) -> Tensor:
-    return start.new_zeros(*start.shape[:2], HISTORY, *start.shape[3:])
-
-
-def _look_backwards(start: Tensor, history: Tensor) -> CleanLatents:
-    near, half, quarter = history[:, :, :HISTORY].split([1, FRAMES_2X, FRAMES_4X], dim=2)
-    return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
-
-
-def _look_forwards(start: Tensor, history: Tensor) -> CleanLatents:
-    quarter, half, near = history[:, :, -HISTORY:].split([FRAMES_4X, FRAMES_2X, 1], dim=2)
-    return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
-
-
-def _grow_backwards(history: Tensor, section: Tensor) -> Tensor:
-    return torch.cat([section, history], dim=2)
+    def video(self, start: Tensor, history: Tensor, made: int) -> Tensor:
+        """Return the start image and so many latent frames that were made."""
+        if self.in_front:
+            return torch.cat([start, history[:, :, :made]], dim=2)
+        return history[:, :, -(made + 1) :]  # this includes the start image
 
 
-def _grow_forwards(history: Tensor, section: Tensor) -> Tensor:
-    return torch.cat([history, section], dim=2)
-
-
-def _video_backwards(start: Tensor, history: Tensor, made: int) -> Tensor:
-    return torch.cat([start, history[:, :, :made]], dim=2)
-
-
-def _video_forwards(_start: Tensor, history: Tensor, made: int) -> Tensor:
-    return history[:, :, -(made + 1) :]  # this includes the start image
-
-
-# F1 ignores --latent_paddings and the end image
-ANTI_DRIFTING = Order(
-    _plan_backwards, _begin_backwards, _look_backwards, _grow_backwards, _video_backwards, in_front=True
-)
-F1 = Order(_plan_forwards, _begin_forwards, _look_forwards, _grow_forwards, _video_forwards, in_front=False)
+ANTI_DRIFTING = Order(in_front=True)
+F1 = Order(in_front=False)
 
 
 # The flow shift

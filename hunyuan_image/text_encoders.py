@@ -167,7 +167,7 @@ class QwenTextEncoder(FileTextEncoder[Llama]):
             ids = torch.tensor([row])
             states = network(ids.to(network.device), torch.ones_like(ids).to(network.device))
             real = torch.ones(len(row) - dropped, dtype=torch.int64)
-            results.append({"vlm_embed": [states[0, dropped:].cpu()], "vlm_mask": [real]})
+            results.append({"vlm_embed": [states[0, dropped:].cpu().clone()], "vlm_mask": [real]})
         return results
 
 

@@ -17,7 +17,7 @@ from hunyuan_model.conditioning import (
     first_frame_of,
     sample_moments,
 )
-from hunyuan_model.configs import HUNYUAN_VIDEO, SKIP_LAYERS, SKYREELS_I2V
+from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.options import (
     HunyuanGenerationOptions,
@@ -26,8 +26,7 @@ from hunyuan_model.options import (
     HunyuanTrainingOptions,
 )
 from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
-from hunyuan_model.text_encoders import CLIP, LlavaTextEncoder, clip_text_encoder, template_of
-from hunyuan_model.token_refiner import HUNYUAN_REFINER, multiply_text
+from hunyuan_model.text_encoders import CLIP, LlavaTextEncoder
 from modules.contract.data import (
     Batch,
     CacheEntry,
@@ -77,10 +76,6 @@ class HunyuanVideo(OneTransformer):
     """
 
     files: HunyuanFiles
-    skip_layers: int = SKIP_LAYERS
-    final_norm: bool = False
-    system_prompt: str | None = None  # None: the release's
-    text_multipliers: tuple[float, float] | None = None
     dit_channels: int | None = None  # that the transformer has to take
     caches_image: bool = False  # caching: also the first frame alone
     trained_guidance: float = 1.0  # what training feeds the model's guidance input
@@ -137,19 +132,7 @@ class HunyuanVideo(OneTransformer):
 
     def text_encoders(self) -> Sequence[TextEncoder]:
         """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
-        files, dtype = self.files, self.files.beside(self.files.text_dtype)
-        return [
-            LlavaTextEncoder(
-                files.text_encoder1_path,
-                dtype,
-                files.text_encoder1_tokenizer,
-                template_of(self.system_prompt),
-                skip_layers=self.skip_layers,
-                final_norm=self.final_norm,
-                in_fp8=files.llm_in_fp8,
-            ),
-            clip_text_encoder(files.text_encoder2_path, dtype, files.text_encoder2_tokenizer),
-        ]
+        return self.files.text_encoders()
 
     @property
     def media_identity(self) -> Mapping[str, str]:
@@ -202,10 +185,7 @@ class HunyuanVideo(OneTransformer):
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer: `OneTransformer.load_dit`."""
-        dit = super().load_dit(placement, expert)
-        if self.text_multipliers is not None:
-            multiply_text(dit, HUNYUAN_REFINER, *self.text_multipliers)
-        return dit
+        return self.files.multiply_text(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, guidance (B), `condition_latents` (B C F H W).
@@ -387,12 +367,8 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
 def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
     """Describe the family for hv_generate_video.py."""
     return HunyuanVideo(
-        HunyuanFiles(options.dit).add_encoders(options.vae, options.text),
+        HunyuanFiles(options.dit, reading=options.reading).add_encoders(options.vae, options.text),
         dit_channels=options.dit_in_channels,
-        skip_layers=options.reading.hidden_state_skip_layer,
-        final_norm=options.reading.apply_final_norm,
-        system_prompt=options.reading.custom_system_prompt,
-        text_multipliers=options.reading.text_multipliers,
     )
 
 

@@ -5,19 +5,23 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import nn
 
 from encoders.clip_checkpoints import read_clip_text
+from encoders.clip_l import PooledClip
 from encoders.files import TransformerFiles
 from hunyuan_model.checkpoints import FORMAT
-from hunyuan_model.options import HunyuanTextOptions, HunyuanVaeOptions
+from hunyuan_model.options import AS_TRAINED, HunyuanTextOptions, HunyuanVaeOptions, TextReadingOptions
 from hunyuan_model.text_checkpoints import LLAMA_FILES, read_llama
-from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, LlavaTextEncoder, clip_text_encoder
+from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, HunyuanClip, LlavaTextEncoder, template_of
+from hunyuan_model.token_refiner import HUNYUAN_REFINER, multiply_text
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.checkpoints.dits import DitFormat
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint
+from modules.contract.family import TextEncoder
 from modules.devices import choose_compute_dtype
 
 
@@ -32,7 +36,10 @@ class HunyuanFiles(TransformerFiles):
     vae_tile_frames: int = TILE_FRAMES
     vae_chunk_size: int | None = None
     llm_in_fp8: bool = False
+    reading: TextReadingOptions = AS_TRAINED  # how texts are read
 
+    refiner: ClassVar[tuple[str, str]] = HUNYUAN_REFINER
+    encoders: ClassVar[tuple[type[LlavaTextEncoder], type[PooledClip]]] = (LlavaTextEncoder, HunyuanClip)
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
     usual: ClassVar[torch.dtype] = torch.float16
 
@@ -70,6 +77,28 @@ class HunyuanFiles(TransformerFiles):
             llm_in_fp8=options.fp8_llm,
         )
 
+    def text_encoders(self) -> list[TextEncoder]:
+        """Return LLaVA's language model and CLIP-L; their files are opened when they are loaded."""
+        dtype, reading, (llava, clip) = self.beside(self.text_dtype), self.reading, self.encoders
+        return [
+            llava(
+                self.text_encoder1_path,
+                dtype,
+                self.text_encoder1_tokenizer,
+                template_of(reading.custom_system_prompt),
+                reading.hidden_state_skip_layer,
+                reading.apply_final_norm,
+                self.llm_in_fp8,
+            ),
+            clip(self.text_encoder2_path, dtype, self.text_encoder2_tokenizer),
+        ]
+
+    def multiply_text(self, dit: nn.Module) -> nn.Module:
+        """Scale the tokens of texts in a transformer that is loaded, as --te_multiplier says."""
+        if self.reading.text_multipliers is not None:
+            multiply_text(dit, self.refiner, *self.reading.text_multipliers)
+        return dit
+
     def load_vae(self, device: torch.device) -> HunyuanVae:
         """Load the VAE. Raises as `hunyuan_model.vae.load_vae`."""
         dtype, frames = self.beside(self.vae_dtype), self.vae_tile_frames
@@ -87,7 +116,7 @@ class HunyuanFiles(TransformerFiles):
             width = read_once(path, _llama_width)
             check_state_width("--text_encoder1", path, width, self.dit, text_dim, LLAMA_FILES)
         if self.text_encoder2 is not None or needed:
-            path = clip_text_encoder(self.text_encoder2_path).path
+            path = HunyuanClip(self.text_encoder2_path).path
             width = read_once(path, _clip_width)
             check_state_width("--text_encoder2", path, width, self.dit, pooled_dim, CLIP.release)
         if self.text_encoder1_tokenizer is not None:

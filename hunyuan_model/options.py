@@ -50,6 +50,22 @@ class HunyuanTextOptions(Options):
     )
 
 
+def read_multipliers(words: tuple[str, ...] | None) -> tuple[float, float] | None:
+    """Return the numbers of --te_multiplier; None if it is not given.
+
+    Raises OptionError if they are not numbers.
+    """
+    if words is None:
+        return None
+    try:
+        tokens, mean = map(float, words)
+    except ValueError:
+        tokens = mean = math.nan
+    if not (math.isfinite(tokens) and math.isfinite(mean)):
+        raise OptionError(f"--te_multiplier {' '.join(words)}: give two numbers, such as 1.2 1.0")
+    return tokens, mean
+
+
 class TextReadingOptions(Options):
     """How a generation reads its texts, with the encoders that HunyuanVideo and FramePack share."""
 
@@ -76,6 +92,9 @@ class TextReadingOptions(Options):
     def text_multipliers(self) -> tuple[float, float] | None:
         """Return the factors of --te_multiplier for the text's tokens and for their mean."""
         return read_multipliers(self.te_multiplier)
+
+
+AS_TRAINED = TextReadingOptions()
 
 
 class HunyuanLatentCachingOptions(Options, title="HunyuanVideo"):
@@ -134,22 +153,6 @@ def _check_channels(channels: int) -> None:
         raise OptionError(
             f"--dit_in_channels {channels}: 16 for text-to-video, 32 for SkyReels V1 image-to-video"
         )
-
-
-def read_multipliers(words: tuple[str, ...] | None) -> tuple[float, float] | None:
-    """Return the numbers of --te_multiplier; None if it is not given.
-
-    Raises OptionError if they are not numbers.
-    """
-    if words is None:
-        return None
-    try:
-        tokens, mean = map(float, words)
-    except ValueError:
-        tokens = mean = math.nan
-    if not (math.isfinite(tokens) and math.isfinite(mean)):
-        raise OptionError(f"--te_multiplier {' '.join(words)}: give two numbers, such as 1.2 1.0")
-    return tokens, mean
 
 
 def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -216,8 +216,9 @@ def find_pad(tokenizer: TextTokenizer) -> int:
     return next((number for number in ids if number is not None), 0)
 
 
-def clip_text_encoder(
-    path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None
-) -> ClipTextEncoder:
-    """Make text encoder 2: CLIP-L. Arguments as of `ClipTextEncoder`."""
-    return ClipTextEncoder(path, dtype, tokenizer, CLIP)
+class HunyuanClip(ClipTextEncoder):
+    """Text encoder 2: CLIP-L."""
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float16, tokenizer: Path | None = None) -> None:
+        """Set up the encoder. Arguments as of `ClipTextEncoder`."""
+        super().__init__(path, dtype, tokenizer, CLIP)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from modules.checkpoints.dialects import other_kind
 from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
-from modules.checkpoints.kinds import OF_TOOLS, kind_of
+from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
@@ -65,11 +66,10 @@ def identify(path: Path) -> str | None:
     try:
         with open_checkpoint(path) as checkpoint:
             named = bare_names(checkpoint)
-            shapes = {_published_name(name): tuple(info.shape) for name, info in named.tensors.items()}
-            what = _describe_other(shapes)
-            if what.startswith("it looks like"):
-                return what
-            return f"it is a Wan transformer (--dit) for --task {_names_of(_header(named))}"
+            kind = kind_of(named.tensors)
+            if _is_wan(_shapes(named)):
+                return f"it is a Wan transformer (--dit) for --task {_names_of(_header(named))}"
+            return None if kind is None else f"it looks like {kind}"
     except CheckpointError:
         return None
 
@@ -153,19 +153,19 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[WanConfig]) -> Mapping[st
     )
 
 
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {_published_name(name): tuple(info.shape) for name, info in checkpoint.tensors.items()}
+
+
+def _is_wan(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return len(shapes.get("patch_embedding.weight", ())) == 5 and "blocks.0.self_attn.q.weight" in shapes
+
+
 def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
-    names = checkpoint.tensors
+    names, shapes = checkpoint.tensors, _shapes(checkpoint)
     dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"
-    shapes = {
-        (_published_name(name) if dialect == "diffusers" else name): info.shape
-        for name, info in names.items()
-    }
-    if len(shapes.get("patch_embedding.weight", ())) != 5 or "blocks.0.self_attn.q.weight" not in shapes:
-        raise CheckpointError(
-            f"{checkpoint.path} is not a Wan transformer: {_describe_other(shapes)}.\n  Give the checkpoint "
-            "of a transformer to --dit.",
-            checkpoint.path,
-        )
+    if not _is_wan(shapes):
+        raise other_kind(checkpoint, "a Wan transformer", "--dit", "the checkpoint of a transformer")
     _refuse_other_variants(checkpoint.path, shapes)
     block_weight = "blocks.0.attn1.to_q.weight" if dialect == "diffusers" else "blocks.0.self_attn.q.weight"
     return DitHeader(_config(checkpoint.path, shapes), dialect, names[block_weight].dtype)
@@ -221,41 +221,6 @@ def _refuse_other_variants(path: Path, shapes: Mapping[str, tuple[int, ...]]) ->
             "  Give a T2V, I2V, FLF2V, TI2V, Fun-InP or Fun-Control checkpoint to --dit.",
             path,
         )
-
-
-def _describe_other(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Describe in a few words a file that is not a Wan transformer."""
-    for name, what in (
-        (
-            "decoder.upsamples.0.upsamples.0.residual.2.weight",
-            "it looks like the VAE of Wan2.2 TI2V-5B, of 48 channels (--vae)",
-        ),
-        ("decoder.conv1.weight", "it looks like the Wan2.1 VAE (--vae)"),
-        (
-            "encoder.down_blocks.0.downsampler.resample.1.weight",
-            "it looks like the VAE of Wan2.2 TI2V-5B in diffusers layout (--vae)",
-        ),
-        ("decoder.conv_in.weight", "it looks like a VAE (--vae)"),
-        ("token_embedding.weight", "it looks like the umT5 text encoder (--t5)"),
-        ("encoder.block.0.layer.0.SelfAttention.q.weight", "it looks like a T5 text encoder (--t5)"),
-        ("visual.patch_embedding.weight", "it looks like the CLIP image encoder (--clip)"),
-        (
-            "vision_model.embeddings.patch_embedding.bias",
-            "it looks like a SigLIP image encoder (--image_encoder)",
-        ),
-        ("vision_model.embeddings.patch_embedding.weight", "it looks like a CLIP image encoder (--clip)"),
-        ("double_blocks.0.img_attn_qkv.weight", "it looks like a HunyuanVideo transformer"),
-        ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "it looks like a HunyuanVideo transformer"),
-        ("double_blocks.0.img_attn.qkv.weight", "it looks like a FLUX transformer"),
-    ):
-        if name in shapes:
-            return what
-    if any(re.search(r"\.(lora_down|lora_up|lora_A|lora_B|hada_w1_a|lokr_w1)\b", name) for name in shapes):
-        return "it looks like a LoRA (--lora_weight, --network_weights)"
-    of_tool = kind_of(shapes, OF_TOOLS)
-    if of_tool is not None:
-        return f"it looks like {of_tool}"
-    return "it has no patch_embedding.weight with five axes and no blocks.0.self_attn.q.weight"
 
 
 def _names_of(header: DitHeader[WanConfig]) -> str:

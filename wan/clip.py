@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.clip_layers import MEAN, STD
+from encoders.clip_checkpoints import MEAN, STD
 from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name, half_where_fast

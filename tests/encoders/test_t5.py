@@ -93,37 +93,6 @@ def test_states_equal_those_of_transformers(file: Path, uses_mask: bool) -> None
     assert rows[1] == [1]  # the end token alone
 
 
-def test_a_prompt_gives_the_same_alone_and_texts_are_not_cleaned(file: Path) -> None:
-    encoder = encoder_of(file)
-    together = stacked(encoder, *PROMPTS)[0]
-    torch.testing.assert_close(together[2:], stacked(encoder, PROMPTS[2])[0])
-    assert not torch.equal(together[2:], stacked(encoder, "two dogs & a cat, 7:30")[0])
-    assert encoder.encode([]) == []
-    many = [f"{number} rabbits" for number in range(200)]  # more than are computed at once
-    torch.testing.assert_close(stacked(encoder, *many)[0][190:191], stacked(encoder, many[190])[0])
-
-
-def test_parts_of_a_prompt_weigh_their_rows(file: Path) -> None:
-    encoder = encoder_of(file)
-    text = "a small rabbit"
-    plain, weighed = stacked(encoder, text, Prompt(text, ((2, 7, 1.5),)))[0]
-    ratios = (weighed / plain).nanmean(dim=1)
-    assert ratios[0] == 1
-    assert (ratios[LENGTH - 4 :] == 1).all()
-    assert ratios.max() == pytest.approx(1.5)
-
-
-def test_tokens_are_counted_and_long_prompts_cut(file: Path) -> None:
-    count = T5TextEncoder(file, max_length=LENGTH).token_counter()
-    assert not count(PROMPTS[0]).is_cut
-    long = count("rabbit " * 60)
-    assert long.is_cut
-    assert long.limit == LENGTH
-    states, mask = stacked(encoder_of(file), "rabbit " * 60)
-    assert mask.sum() == LENGTH
-    assert states.shape[1] == LENGTH
-
-
 def test_weights_in_8_bits_stay_near_and_the_files_own_are_kept(file: Path, tmp_path: Path) -> None:
     exact = stacked(encoder_of(file), *PROMPTS)[0]
     encoder = encoder_of(file, in_fp8=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hunyuan_image.text_encoders import (
     AFTER,
@@ -114,32 +113,6 @@ def test_states_equal_those_of_transformers_class_for_pictures_and_texts(tmp_pat
         states = model(ids, output_hidden_states=True).hidden_states[-3]
 
     torch.testing.assert_close(ours["vlm_embed"][0], states[0, DROPPED:], rtol=0, atol=1e-5)
-
-
-def test_weights_of_parts_multiply_the_states_of_their_tokens(tmp_path: Path) -> None:
-    encoder = QwenTextEncoder(write_qwen(tmp_path), torch.float32)
-
-    plain, weighed = encode(encoder, "a red cat", Prompt("a red cat", ((2, 5, 1.5),)))
-
-    rows: Tensor = weighed["vlm_embed"][0] / plain["vlm_embed"][0]
-    factors = rows.mean(dim=1).round(decimals=3).tolist()
-    tokenizer = encoder._loaded.get()[1]
-    found = tokenizer.read(f"{BEFORE}a red cat{AFTER}").places[DROPPED:]
-    places = [-1 if place is None else place[0] - len(BEFORE) for place in found]
-    assert factors == [1.5 if 1 <= place < 5 else 1.0 for place in places]
-    assert 1.5 in factors
-
-
-def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
-    encoder, text = QwenTextEncoder(write_qwen(tmp_path), torch.float32), "q " * 1100
-
-    (found,) = encode(encoder, text)
-    counted = encoder.token_counter()(text)
-
-    assert len(found["vlm_embed"][0]) == 1024 == counted.limit
-    assert counted.tokens > 1024
-    assert counted.is_cut
-    assert not encoder.token_counter()("a cat").is_cut
 
 
 def test_glyphs_are_cut_at_128_bytes_and_keep_their_end(tmp_path: Path) -> None:

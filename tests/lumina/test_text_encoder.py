@@ -3,15 +3,12 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from encoders.tokenizers import check_ids
 from lumina.text_encoder import GemmaTextEncoder
 from modules.contract.family import can_learn
 from modules.contract.requests import Prompt
-from modules.errors import CheckpointError
 from modules.run_blocks import spec_of
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.lumina import write_gemma
@@ -72,30 +69,6 @@ def test_gradients_flow_and_a_lora_finds_the_layers(tmp_path: Path) -> None:
     assert [len(blocks) for blocks in spec_of(encoder.network).blocks(encoder.network).values()] == [2]
 
 
-def test_weights_multiply_the_states_of_their_part_alone(tmp_path: Path) -> None:
-    encoder = tiny_encoder(tmp_path, system_prompt="Draw.", max_tokens=40)
-    with torch.no_grad():
-        plain, weighed = (
-            one["hidden_state"]
-            for one in encoder.encode([Prompt("a red cat"), Prompt("a red cat", ((2, 5, 2.0),))])
-        )
-
-    changed = (weighed != plain).any(dim=1)  # type: ignore[union-attr]
-    assert 0 < int(changed.sum()) < 8
-    torch.testing.assert_close(weighed[changed], 2 * plain[changed])  # type: ignore[index]
-
-
-def test_tokens_are_counted_behind_the_system_prompt(tmp_path: Path) -> None:
-    encoder = GemmaTextEncoder(write_gemma(tmp_path), system_prompt="Draw.", max_tokens=16)
-    count = encoder.token_counter()
-
-    short, long = count("a cat"), count("two dogs run in the snow at night and more")
-
-    assert (short.kept, short.is_cut, short.limit) == (5, False, 16)
-    assert long.tokens > 16
-    assert 0 < long.kept < len(long.text)
-
-
 def test_the_tokenizer_inside_a_file_is_that_beside_it(tmp_path: Path) -> None:
     """SentencePiece bytes as ComfyUI puts them into the file."""
     model = train_pieces(tokens=60)
@@ -119,8 +92,3 @@ def test_the_tokenizer_inside_a_file_is_that_beside_it(tmp_path: Path) -> None:
     assert found[0]["input_ids"][0] == 2  # type: ignore[index]
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])  # type: ignore[arg-type]
     assert inside.identity["gemma2_tokenizer"] == "inside the checkpoint"
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_named() -> None:
-    with pytest.raises(CheckpointError, match="knows 3 tokens.*--gemma2_tokenizer"):
-        check_ids([[1, 3]], 3, Path("gemma"), "--gemma2_tokenizer")

@@ -207,7 +207,7 @@ def test_a_large_file_that_stays_in_float32_is_warned_about(
 def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     dit = write_dit(tmp_path, tiny_state("i2v"), "diffusers")
     vae = tmp_path / "vae.safetensors"
-    save_file({"decoder.conv1.weight": torch.zeros(1)}, vae)
+    save_file({"decoder.upsamples.0.residual.2.weight": torch.zeros(1)}, vae)
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, other)
     siglip = tmp_path / "siglip.safetensors"
@@ -218,7 +218,7 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
 
     assert identify(siglip) == "it looks like a SigLIP image encoder (--image_encoder)"
     assert identify(dit) == "it is a Wan transformer (--dit) for --task i2v-14B"
-    assert identify(vae) == "it looks like the Wan2.1 VAE (--vae)"
+    assert identify(vae) == "it looks like a Wan2.1 VAE (--vae)"
     assert identify(other) is None
     assert identify(tmp_path / "nothing.safetensors") is None
 
@@ -226,13 +226,13 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "what"),
     [
-        ("decoder.conv1.weight", "Wan2.1 VAE"),
+        ("decoder.upsamples.0.residual.2.weight", "Wan2.1 VAE"),
         ("decoder.upsamples.0.upsamples.0.residual.2.weight", "VAE of Wan2.2 TI2V-5B"),
-        ("token_embedding.weight", "umT5"),
+        ("blocks.0.pos_embedding.embedding.weight", "umT5"),
         ("diffusion_model.blocks.0.ffn.0.lora_A.weight", "LoRA"),
         ("lora_unet_blocks_0_ffn_0.lora_down.weight", "LoRA"),
         ("double_blocks.0.img_attn_qkv.weight", "HunyuanVideo"),
-        ("something.weight", "no patch_embedding.weight"),
+        ("something.weight", "an unknown model with tensors such as something.weight"),
     ],
 )
 def test_a_file_of_another_network_is_refused_with_what_it_looks_like(

@@ -42,37 +42,6 @@ def part(text: str, words: str, weight: float) -> tuple[int, int, float]:
     return start, start + len(words), weight
 
 
-def test_a_weight_of_one_changes_no_bit(encoder: WanTextEncoder) -> None:
-    for text in (TEXT, LONG, UNCLEAN):
-        assert torch.equal(rows_of(encoder, text, ((2, 6, 1.0),)), rows_of(encoder, text))
-
-
-def test_the_rows_of_the_parts_tokens_are_multiplied(encoder: WanTextEncoder) -> None:
-    def tokens_in(text: str) -> int:
-        return len(rows_of(encoder, text)) - 1  # without the end token
-
-    plain = rows_of(encoder, TEXT)
-    weighed = rows_of(encoder, TEXT, (part(TEXT, "sun rises", 1.5), part(TEXT, "squirrel", -0.25)))
-
-    expected = plain.clone()
-    for before, words, weight in (
-        ("the", "the sun rises", 1.5),
-        ("the sun rises over the hills while a", "the sun rises over the hills while a squirrel", -0.25),
-    ):
-        expected[tokens_in(before) : tokens_in(words)] *= weight
-    assert torch.equal(weighed, expected)
-    assert torch.equal(weighed[-1], plain[-1])  # the end token
-    assert not torch.equal(weighed, plain)
-
-
-def test_prompts_of_one_call_have_their_own_weights(encoder: WanTextEncoder) -> None:
-    prompts = [Prompt(TEXT), Prompt(TEXT, ((4, 7, 2.0),)), Prompt("a dog", ((2, 5, 0.0),))]
-    together = [conditions["t5"][0] for conditions in encoder.encode(prompts)]
-    for prompt, rows in zip(prompts, together, strict=True):
-        torch.testing.assert_close(rows, rows_of(encoder, prompt.text, prompt.spans), rtol=1e-5, atol=1e-5)
-    assert not together[2][-3:-1].any()  # of its letters
-
-
 def test_both_forms_of_the_tokenizer_place_tokens_alike(folder: Path) -> None:
     json, pieces = (
         TOKENIZER.load(folder / "google" / "umt5-xxl" / name, folder / T5_FILE, "umT5").read
