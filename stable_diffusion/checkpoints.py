@@ -89,7 +89,7 @@ GROUPS = 32  # of all group norms, as released; cannot be read from the tensors
 SD1_HEADS = 8  # of each attention, as released
 HEAD_WIDTH = 64  # of the later kinds
 SIZE_NUMBERS = 6  # that SDXL is told: original size, crop, target size
-USES = {4: "pictures", 9: "inpainting"}  # channels that the U-Net may take
+USES = (4, 9)  # channels that the U-Net may take: of pictures, and of inpainting
 
 
 def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[UnetSizes]:
@@ -121,13 +121,6 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[
     widths = [shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers))]
     down = [depths_of("down", level, layer) for level, layer in enumerate(layers)]
     up = [depths_of("up", level, layer + 1) for level, layer in enumerate(layers[::-1])]
-    in_channels = shape("conv_in.weight")[1]
-    if in_channels not in USES:
-        raise CheckpointError(
-            f"--ckpt {checkpoint.path}: its U-Net takes {in_channels} channels; those that take 4 (pictures) "
-            f"and 9 (inpainting) can be used.\n  Give {GIVE}.",
-            checkpoint.path,
-        )
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
     attended = next((depths for depths in down[::-1] if any(depths)), None)
     if attended is None or not has_middle:
@@ -136,7 +129,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[
     first = f"down_blocks.{level}.attentions.0."
     config: dict[str, Any] = {
         "sample_size": kind.size // 8,
-        "in_channels": in_channels,
+        "in_channels": shape("conv_in.weight")[1],
         "out_channels": shape("conv_out.weight")[0],
         "block_out_channels": tuple(widths),
         "layers_per_block": layers,
