@@ -89,7 +89,7 @@ GROUPS = 32  # of all group norms, as released; cannot be read from the tensors
 SD1_HEADS = 8  # of each attention, as released
 HEAD_WIDTH = 64  # of the later kinds
 SIZE_NUMBERS = 6  # that SDXL is told: original size, crop, target size
-USES = {4: "pictures", 9: "inpainting"}  # channels that the U-Net may take
+USES = (4, 9)  # channels that the U-Net may take: of pictures, and of inpainting
 
 
 def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[UnetSizes]:
@@ -100,37 +100,43 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[
     """
     names = checkpoint.tensors
     sources = rename_sources(plain_sources(checkpoint), name_translator(names))
-    sizes = _Sizes(checkpoint, sources)
     layers = read_levels(names)
-    for level, layer in enumerate(layers):  # a name with a large number would make a level endless
-        if layer < 1 or layer != count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
-            raise sizes.broken("some of its input_blocks are missing")
-    widths = [sizes.shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers))]
-    down = [sizes.depths("down", level, layer) for level, layer in enumerate(layers)]
-    up = [sizes.depths("up", level, layer + 1) for level, layer in enumerate(layers[::-1])]
-    in_channels = sizes.shape("conv_in.weight")[1]
-    if in_channels not in USES:
-        raise CheckpointError(
-            f"--ckpt {checkpoint.path}: its U-Net takes {in_channels} channels; those that take 4 (pictures) "
-            f"and 9 (inpainting) can be used.\n  Give {GIVE}.",
+
+    def broken(why: str) -> CheckpointError:
+        return CheckpointError(
+            f"--ckpt {checkpoint.path}: its U-Net is not one of Stable Diffusion, or is damaged: {why}.\n"
+            f"  Give {GIVE}.",
             checkpoint.path,
         )
+
+    def depths_of(side: str, level: int, blocks: int) -> tuple[int, ...]:
+        """Return the transformer layers beside each residual block of a level; 0: no attention."""
+        start = rf"{side}_blocks\.{level}\.attentions"
+        return tuple(count(sources, rf"{start}\.{n}\.transformer_blocks\.\d+") for n in range(blocks))
+
+    shape = shapes_of(checkpoint, sources, broken("a tensor has another shape"))
+    for level, layer in enumerate(layers):  # a name with a large number would make a level endless
+        if layer < 1 or layer != count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
+            raise broken("some of its input_blocks are missing")
+    widths = [shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers))]
+    down = [depths_of("down", level, layer) for level, layer in enumerate(layers)]
+    up = [depths_of("up", level, layer + 1) for level, layer in enumerate(layers[::-1])]
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
     attended = next((depths for depths in down[::-1] if any(depths)), None)
     if attended is None or not has_middle:
-        raise sizes.broken("it has no attention to the text")
+        raise broken("it has no attention to the text")
     level = max(level for level, depths in enumerate(down) if any(depths))
     first = f"down_blocks.{level}.attentions.0."
     config: dict[str, Any] = {
         "sample_size": kind.size // 8,
-        "in_channels": in_channels,
-        "out_channels": sizes.shape("conv_out.weight")[0],
+        "in_channels": shape("conv_in.weight")[1],
+        "out_channels": shape("conv_out.weight")[0],
         "block_out_channels": tuple(widths),
         "layers_per_block": layers,
         "down_block_types": tuple(_block_type(depths, "Down") for depths in down),
         "up_block_types": tuple(_block_type(depths, "Up") for depths in up),
         "norm_num_groups": GROUPS,
-        "cross_attention_dim": sizes.shape(f"{first}transformer_blocks.0.attn2.to_k.weight", 2)[1],
+        "cross_attention_dim": shape(f"{first}transformer_blocks.0.attn2.to_k.weight", 2)[1],
         "use_linear_projection": len(checkpoint.tensors[sources[f"{first}proj_in.weight"].names[0]].shape)
         == 2
         if f"{first}proj_in.weight" in sources
@@ -141,37 +147,23 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> LoadPlan[
         ),
         **_depth_settings(down, up),
     }
-    if kind is SDXL:
-        config |= _told_sizes(sizes, pooled)
+    if kind is SDXL:  # conditions beside the text: its pooled state, and sizes as waves
+        width = shape("add_embedding.linear_1.weight", 2)[1]
+        waves, rest = divmod(width - pooled, SIZE_NUMBERS)
+        if rest or waves < 2 or waves % 2:
+            raise broken(
+                f"label_emb takes {width} numbers, no pooled text of {pooled} and {SIZE_NUMBERS} sizes"
+            )
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": waves,
+            "projection_class_embeddings_input_dim": width,
+        }
     heads = SD1_HEADS if kind is SD1 else HEAD_WIDTH
     for width, depths in zip(widths, down, strict=True):
         if width % GROUPS or (any(depths) and width % heads):
-            raise sizes.broken(f"a width of {width} channels cannot be divided into groups and heads")
+            raise broken(f"a width of {width} channels cannot be divided into groups and heads")
     return LoadPlan(config, checkpoint, sources)
-
-
-class _Sizes:
-    """Reads dimensions off tensors by diffusers' names."""
-
-    def __init__(self, checkpoint: Checkpoint, sources: Mapping[str, TensorSource]) -> None:
-        self.path = checkpoint.path
-        self.sources = sources
-        self.shape = shapes_of(checkpoint, sources, self.broken("a tensor has another shape"))
-
-    def broken(self, why: str) -> CheckpointError:
-        """Return the error for a U-Net that cannot be one."""
-        return CheckpointError(
-            f"--ckpt {self.path}: its U-Net is not one of Stable Diffusion, or is damaged: {why}.\n"
-            f"  Give {GIVE}.",
-            self.path,
-        )
-
-    def depths(self, side: str, level: int, blocks: int) -> tuple[int, ...]:
-        """Return the transformer layers beside each residual block of a level; 0: no attention."""
-        start = rf"{side}_blocks\.{level}\.attentions"
-        return tuple(
-            count(self.sources, rf"{start}\.{place}\.transformer_blocks\.\d+") for place in range(blocks)
-        )
 
 
 def _block_type(depths: Sequence[int], way: str) -> str:
@@ -188,22 +180,6 @@ def _depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) 
         "reverse_transformer_layers_per_block": tuple(
             tuple(max(1, depth) for depth in depths) for depths in up
         ),
-    }
-
-
-def _told_sizes(sizes: _Sizes, pooled: int) -> dict[str, Any]:
-    """Return the settings of SDXL's conditions beside the text: its pooled state, and sizes as waves."""
-    width = sizes.shape("add_embedding.linear_1.weight", 2)[1]
-    waves, rest = divmod(width - pooled, SIZE_NUMBERS)
-    if rest or waves < 2 or waves % 2:
-        raise sizes.broken(
-            f"label_emb takes {width} numbers, which are not a pooled text of {pooled} and {SIZE_NUMBERS} "
-            "sizes"
-        )
-    return {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": waves,
-        "projection_class_embeddings_input_dim": width,
     }
 
 

@@ -129,7 +129,6 @@ class UnetCall:
     timestep: float
     sample: Tensor  # R c h w, scaled as the sampler wants it
     context: Tensor  # R L C
-    pictures: int  # B; R is B times the passes that run together
     negative_rows: int  # how many of the rows, from the end, belong to negative or empty texts
     added: Mapping[str, Tensor] = field(default_factory=dict)  # SDXL: text_embeds, time_ids
     residuals: Any = None  # of ControlNets: (one tensor for each skip, one for the middle)

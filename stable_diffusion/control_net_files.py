@@ -144,7 +144,10 @@ def _read_config(
         raise wrong
     attends = [f"{block}.attentions.0.norm.weight" in sources for block in (*down, "mid_block")]
     # smaller ones of XL have attentions without transformer blocks, or no attention at all
-    depths = [_depth(sources, block) for block in (*down, "mid_block")]
+    depths = [
+        count(sources, rf"{re.escape(block)}\.attentions\.0\.transformer_blocks\.\d+")
+        for block in (*down, "mid_block")
+    ]
     if attends[-2] and depths[-2] != depths[-1]:
         raise wrong  # diffusers has one number for both
     places = [f"{block}.attentions.0" for block in (*down, "mid_block")]
@@ -190,10 +193,6 @@ _AS_UNET = (
     *("attention_head_dim", "num_attention_heads", "upcast_attention", "norm_num_groups", "norm_eps"),
     *("act_fn", "flip_sin_to_cos", "freq_shift"),
 )
-
-
-def _depth(sources: Mapping[str, TensorSource], block: str) -> int:
-    return count(sources, rf"{re.escape(block)}\.attentions\.0\.transformer_blocks\.\d+")
 
 
 def _read_folder(path: Path) -> dict[str, Any]:
@@ -251,9 +250,8 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
 def _values(config: Mapping[str, Any], name: str) -> tuple[Any, ...]:
     """Return the different values of a setting, which may be one for all levels or one for each."""
     value = config.get(name)
-    if name == "layers_per_block":
-        return tuple(set(value)) if isinstance(value, (tuple, list)) else (value,)
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return tuple(dict.fromkeys(values)) if name == "layers_per_block" else values
 
 
 def _words(values: tuple[Any, ...]) -> str:

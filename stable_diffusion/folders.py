@@ -1,6 +1,6 @@
 """Folders in the layout of diffusers: which kind they hold, and how their networks are loaded.
 
-U-Net and VAE have the dimensions of their config.json; nothing else is taken from the folder on trust.
+The U-Net has the dimensions of its config.json; nothing else is taken from the folder on trust.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from modules.checkpoints.dialects import LoadPlan
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
-from stable_diffusion.checkpoints import LATENT_CHANNELS, LEVELS, USES, UnetSizes, VaeSizes, vae_sources
+from stable_diffusion.checkpoints import UnetSizes, VaeSizes, read_vae
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.kinds import GIVE, Marks
 from stable_diffusion.text_checkpoints import TextPlan, read_folder_text
@@ -52,7 +52,6 @@ _PLAIN = {
 # settings that are read here; diffusers' classes see to the others
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "in_channels": (int,),
-    "latent_channels": (int,),
     "addition_time_embed_dim": (int, type(None)),
     "block_out_channels": (list,),
 }
@@ -87,13 +86,6 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
                 f"1.x, 2.x or XL has{lcm}.\n  Give {GIVE}.",
                 folder,
             )
-    channels = config.get("in_channels", 4)
-    if channels not in USES:
-        raise CheckpointError(
-            f"--ckpt {folder}: its U-Net takes {channels} channels; those that take 4 (pictures) "
-            "and 9 (inpainting) can be used.",
-            folder,
-        )
     return LoadPlan(config, checkpoint, plain_sources(checkpoint))
 
 
@@ -101,13 +93,6 @@ def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitS
     """Plan how to load the VAE of a folder with config.json and weights; files: closes opened files."""
     checkpoint = files.enter_context(open_part(folder, ("diffusion_pytorch_model",)))
     config = _read_config(folder, AutoencoderKL)
-    levels = config.get("block_out_channels", ())
-    if config.get("latent_channels", 4) != LATENT_CHANNELS or len(levels) != LEVELS:
-        raise CheckpointError(
-            f"{option} {folder}: this VAE has {config.get('latent_channels', 4)} latent channels and "
-            f"{len(levels)} levels; those of Stable Diffusion have {LATENT_CHANNELS} and {LEVELS}.",
-            folder,
-        )
     if config.get("latents_mean") is not None or config.get("shift_factor"):
         raise CheckpointError(
             f"{option} {folder}: this VAE moves its latents (latents_mean or shift_factor in config.json), "
@@ -123,8 +108,7 @@ def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitS
             stated,
             latent_scale,
         )
-    own, sources = vae_sources(checkpoint)
-    return LoadPlan({**config, "scaling_factor": latent_scale}, own, sources)
+    return read_vae(checkpoint, option, latent_scale)
 
 
 def read_folder_texts(folder: Path, kind: ModelKind, files: ExitStack) -> tuple[TextPlan, ...]:

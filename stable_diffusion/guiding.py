@@ -252,7 +252,9 @@ def check_guides(options: GuideOptions) -> None:
                     checkpoint.path,
                 )
     if options.vgg16_guidance_scale:
-        _load_vgg16(options, torch.device("meta"), torch.float32)
+        assert options.vgg16_guidance_model is not None
+        last = options.vgg16_guidance_layer
+        load_vgg16(options.vgg16_guidance_model, last, torch.device("meta"), torch.float32)
 
 
 def load_guides(options: GuideOptions, model: Model) -> Guides | None:
@@ -264,7 +266,9 @@ def load_guides(options: GuideOptions, model: Model) -> Guides | None:
         clip = _load_clip(options, model)
         logger.info("guidance by CLIP: %s", options.clip_guidance_model)
     if options.vgg16_guidance_scale:
-        vgg = _load_vgg16(options, model.device, model.dtype)
+        assert options.vgg16_guidance_model is not None
+        last = options.vgg16_guidance_layer
+        vgg = load_vgg16(options.vgg16_guidance_model, last, model.device, model.dtype)
         logger.info("guidance by VGG16: %s", options.vgg16_guidance_model)
     return Guides(options, model, clip, vgg)
 
@@ -284,8 +288,3 @@ def _load_clip(options: GuideOptions, model: Model) -> WholeClip:
             path,
         )
     return WholeClip(text, projection, vision)
-
-
-def _load_vgg16(options: GuideOptions, device: torch.device, dtype: torch.dtype) -> Vgg16:
-    assert options.vgg16_guidance_model is not None
-    return load_vgg16(options.vgg16_guidance_model, options.vgg16_guidance_layer, device, dtype)

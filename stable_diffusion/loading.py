@@ -29,6 +29,7 @@ from modules.paths import explain_missing
 from modules.speed_options import AttentionChoice
 from stable_diffusion.checkpoints import (
     SIZE_NUMBERS,
+    USES,
     UnetSizes,
     VaeSizes,
     band_convolutions,
@@ -210,8 +211,15 @@ def _pooled(texts: tuple[TextPlan, ...]) -> int:
 
 
 def _check_together(release: OpenedCheckpoint) -> None:
-    """Raise CheckpointError if the text encoders' states do not fit the U-Net."""
+    """Raise CheckpointError if the U-Net takes other channels than a sampler gives, or other text states."""
     config, path = release.unet.config, release.path
+    channels = config.get("in_channels", 4)
+    if channels not in USES:
+        raise CheckpointError(
+            f"--ckpt {path}: its U-Net takes {channels} channels; those that take 4 (pictures) and 9 "
+            f"(inpainting) can be used.\n  Give {GIVE}.",
+            path,
+        )
     taken = config.get("cross_attention_dim", 1280)
     width = sum(plan.network.config.dim for plan in release.texts)  # the states of all encoders, side by side
     if taken != width:

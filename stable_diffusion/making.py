@@ -144,7 +144,6 @@ class Maker:
             passes = UnetPasses(
                 self.model,
                 beginning.sampler,
-                len(pictures),
                 [idea for idea in ideas if idea is not None],
                 beginning.beside,
             )

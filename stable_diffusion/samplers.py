@@ -1,6 +1,6 @@
 """Samplers: diffusers' schedulers as solvers of the loop; and calls of the U-Net, with guidance."""
 
-# Letters: B pictures, R rows of one call, L tokens, C width, h w latent size
+# Letters: B pictures, R rows of one call: B for each pass, L tokens, C width, h w latent size
 
 import inspect
 import warnings
@@ -228,7 +228,6 @@ class UnetPasses:
 
     model: Model
     sampler: SchedulerSolver
-    pictures: int  # B
     ideas: Sequence[Idea] = ()  # each sees the call as those before it left it
     # B 5 h w: mask and masked picture, which the U-Net of an inpainting checkpoint sees beside the sample
     beside: Tensor | None = None
@@ -245,7 +244,6 @@ class UnetPasses:
             timestep=turn.timestep,
             sample=self.sampler.model_input(self.sampler.first + turn.step, noisy.squeeze(2)),
             context=_tensor(cond, CONTEXT),
-            pictures=self.pictures,
             negative_rows=int(_tensor(cond, IS_NEGATIVE).sum()),
             added={name: _tensor(cond, name) for name in (POOLED, SIZES) if name in cond},
         )
@@ -257,7 +255,7 @@ class UnetPasses:
         dtype = self.model.dtype
         sample = call.sample
         if self.beside is not None:
-            passes = len(sample) // self.pictures
+            passes = len(sample) // len(self.beside)
             sample = torch.cat([sample, self.beside.repeat(passes, 1, 1, 1)], dim=1)
         others: dict[str, Any] = {}
         if call.residuals is not None:

@@ -110,7 +110,7 @@ def test_deep_shrink(sd1: Files, tmp_path: Path) -> None:
     ) -> Any:
         t = float(timestep)
         depths.append(2 if t >= 600 else 4 if t >= 300 else None)
-        call = UnetCall(0, 1, t, sample, encoder_hidden_states, 1, 1)
+        call = UnetCall(0, 1, t, sample, encoder_hidden_states, 1)
         return (walk(unet, call, depths[-1], 0.5),)
 
     normal, unet.forward = unet.forward, shrunk

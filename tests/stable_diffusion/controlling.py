@@ -48,9 +48,7 @@ def write_guide(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> 
     return path
 
 
-def call_of(
-    kind: str, rows: int = 2, step: int = 0, pictures: int = 1, size: tuple[int, int] = (64, 48)
-) -> UnetCall:
+def call_of(kind: str, rows: int = 2, step: int = 0, size: tuple[int, int] = (64, 48)) -> UnetCall:
     generator = torch.Generator().manual_seed(3)
     config = KINDS[kind].unet
     added = {}
@@ -66,7 +64,6 @@ def call_of(
         timestep=501.0,
         sample=torch.randn((rows, 4, size[1] // 8, size[0] // 8), generator=generator),
         context=torch.randn((rows, 77, config["cross_attention_dim"]), generator=generator),
-        pictures=pictures,
         negative_rows=rows // 2,
         added=added,
     )

@@ -34,7 +34,7 @@ def call_of(height: int, width: int, timestep: float, unet: Any, residuals: Any 
     generator = torch.Generator().manual_seed(height + width)
     sample = torch.randn(2, 4, height, width, generator=generator)
     context = torch.randn(2, 7, unet.config.cross_attention_dim, generator=generator)
-    return UnetCall(0, 4, timestep, sample, context, 1, 1, residuals=residuals)
+    return UnetCall(0, 4, timestep, sample, context, 1, residuals=residuals)
 
 
 def run(unet: Any, call: UnetCall) -> Tensor:

@@ -72,7 +72,7 @@ def a_call(kind: str, contexts: Sequence[Tensor], rows: int, pictures: int = 1) 
     if kind == "sdxl":
         ids = torch.tensor([[HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH]]).float().expand(rows, -1)
         added = {"text_embeds": torch.randn((rows, 64), generator=generator), "time_ids": ids}
-    return UnetCall(0, 4, 500.0, sample, torch.cat(list(contexts), 1), pictures, rows // 2, added)
+    return UnetCall(0, 4, 500.0, sample, torch.cat(list(contexts), 1), rows // 2, added)
 
 
 def a_context(kind: str, seed: int, rows: int) -> Tensor:
