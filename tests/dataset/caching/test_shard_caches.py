@@ -94,21 +94,6 @@ def test_batches_are_the_same_from_both_forms(undisturbed: dict[str, Path]) -> N
             assert torch.equal(mine, other)
 
 
-def test_what_changed_is_made_again_and_what_is_gone_is_removed(copy: Callable[[str], Path]) -> None:
-    config = make(copy("shards"), "shards")
-    folder = config.path.parent
-    make_image(folder / "pic_03.png", colour=(250, 0, 0))
-    (folder / "pic_04.txt").write_text("another caption", encoding="utf-8")
-    for path in folder.glob("pic_05.*"):
-        path.unlink()
-    assert cache_media(two(), config, options()).removed == 1
-    assert cache_texts(two(), config, options()).removed == 1
-    single = make(folder, "files", cache_directory=folder / "single")
-    cache(single)
-    assert entries(config) == entries(single)
-    assert len(files(config)) == 2
-
-
 # --- damage
 # ------------------------------------------------------------------------------------------------------------
 
