@@ -174,10 +174,9 @@ def run_latent_caching(
         return
     if options.check:
         raise SystemExit(import_own("data_tools.report.check").check_latent_caching(family, config, options))
-    else:
-        _cache_and_conclude(
-            cache_media, family, config, options, "sources", ("Next, cache the captions", following)
-        )
+    _cache_and_conclude(
+        cache_media, family, config, options, "sources", ("Next, cache the captions", following)
+    )
 
 
 def run_text_caching(
