@@ -55,7 +55,7 @@ def entries(config: DatasetConfig) -> dict[str, bytes]:
 
 def files(config: DatasetConfig) -> dict[str, bytes]:
     (table,) = config.datasets
-    return {path.name: path.read_bytes() for path in table.cache_directory.iterdir()}
+    return {path.name: path.read_bytes() for path in table.cache_directory.iterdir() if path.suffix != ".tmp"}
 
 
 @pytest.fixture(scope="module")
