@@ -7,9 +7,9 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from dataset.config_keys import MODES, Form, Unfit
+from dataset.config_keys import MODES, SubsetKey, TableKey, Unfit
 from modules.errors import DatasetError
 from modules.paths import NOTHING, explain_missing, hide_secrets
 from modules.text_encodings import guess_encoding
@@ -26,13 +26,6 @@ KINDS = {
 
 
 BAD = object()  # marks a value that has been reported
-
-
-class Key(Protocol):
-    """What reading needs of a key."""
-
-    @property
-    def form(self) -> Form: ...
 
 
 def parse_config(path: Path) -> dict[str, Any]:
@@ -88,7 +81,7 @@ def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:
 
 
 def read_keys(
-    keys: Mapping[str, Key],
+    keys: Mapping[str, TableKey] | Mapping[str, SubsetKey],
     table: Mapping[str, Any],
     where: str,
     problems: list[str],

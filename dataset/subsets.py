@@ -16,14 +16,7 @@ from typing import Any
 from dataset.config_keys import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS
 from dataset.key_reading import BAD, read_keys, without_nulls
 from dataset.subset_options import SubsetOptions
-from dataset.table import (
-    Augmentation,
-    BucketRule,
-    CaptionChanges,
-    DatasetConfig,
-    DatasetTable,
-    Table,
-)
+from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
 from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 # of a network's file: `modules.checkpoints.opening.fingerprint`
 _FINGERPRINT = re.compile(r"([0-9a-f]{8})[0-9a-f]{24}")
+SHORTENED = r"\1..."
 # key of `Family.media_identity` for the conditions stored with the latents, in which tables may differ
 _BESIDE_LATENTS = frozenset({"image", "sections"})
 
@@ -36,24 +37,27 @@ class SameEncoders:
 
     def difference(self, made_by: Iterable[MadeBy]) -> str | None:
         """Return the text of the warning; None if there is nothing new."""
-        pairs = []
+        files, parts, has_other_networks = list[str](), set[bool](), False
         for made in made_by:
             first = self._first.setdefault(made.part, made)
-            if made.part not in self._told and _find_differing(first, made):
-                self._told.add(made.part)
-                pairs.append((first, made))
-        if not pairs:
+            keys = [] if made.part in self._told else _find_differing(first, made)
+            if not keys:
+                continue
+            self._told.add(made.part)
+            parts.add(first.part == LATENTS_MADE)
+            for one in (first, made):
+                texts = {key: one.encoder.get(key, "none") for key in keys}
+                has_other_networks |= any(map(_FINGERPRINT.fullmatch, texts.values()))
+                said = [f"{key} {_FINGERPRINT.sub(SHORTENED, text)}" for key, text in texts.items()]
+                files.append(f"{one.path}: {', '.join(said)}")
+        if not files:
             return None
-        files = [
-            f"{one.path}: {_in_words(one, other)}" for pair in pairs for one, other in (pair, pair[::-1])
-        ]
-        parts = {first.part == LATENTS_MADE for first, _ in pairs}
         again = ([self.commands.latents] if True in parts else []) + (
             [self.commands.text] if False in parts else []
         )
         consequence = (
             "Unless the encoders' files hold the same network, the model learns a mixture that fits neither."
-            if any(_are_other_networks(*pair) for pair in pairs)
+            if has_other_networks
             else "Their values differ slightly."
         )
         remedy = f"{consequence} To make all caches alike, cache again with:"
@@ -68,14 +72,6 @@ def describe_identity(identity: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _in_words(one: MadeBy, other: MadeBy) -> str:
-    """Describe the differences between two encoders' identities; fingerprints are shortened."""
-    texts = {
-        key: _FINGERPRINT.sub(r"\1...", one.encoder.get(key, "none")) for key in _find_differing(one, other)
-    }
-    return ", ".join(f"{key} {text}" for key, text in texts.items())
-
-
 def _find_differing(one: MadeBy, other: MadeBy) -> list[str]:
     """Return the keys in which two identities differ.
 
@@ -86,8 +82,3 @@ def _find_differing(one: MadeBy, other: MadeBy) -> list[str]:
     else:
         keys = (one.encoder.keys() & other.encoder.keys()) - _BESIDE_LATENTS
     return sorted(key for key in keys if one.encoder.get(key) != other.encoder.get(key))
-
-
-def _are_other_networks(one: MadeBy, other: MadeBy) -> bool:
-    texts = [made.encoder.get(key, "") for key in _find_differing(one, other) for made in (one, other)]
-    return any(_FINGERPRINT.fullmatch(text) for text in texts)

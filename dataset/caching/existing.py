@@ -12,11 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dataset.cache.files import (
-    Header,
-    LatentName,
-    latent_names,
-)
+from dataset.cache.files import Header, LatentName, latent_names
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import difference
 from dataset.cache.store import CacheStore

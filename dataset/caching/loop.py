@@ -171,10 +171,12 @@ def run_latent_caching(
     if debug.debug_mode is not None:
         views = import_own("data_tools.report.views")
         conclude(views.show_datasets(family, config, debug, workers_of(options)))
-    elif options.check:
+        return
+    if options.check:
         raise SystemExit(import_own("data_tools.report.check").check_latent_caching(family, config, options))
-    else:
-        _run(cache_media, family, config, options, "sources", ("Next, cache the captions", following))
+    _cache_and_conclude(
+        cache_media, family, config, options, "sources", ("Next, cache the captions", following)
+    )
 
 
 def run_text_caching(
@@ -187,10 +189,10 @@ def run_text_caching(
     if options.check:
         raise SystemExit(import_own("data_tools.report.check").check_text_caching(family, config, options))
     next_command = "Next, check all before training", following
-    _run(cache_texts, family, config, options, "captions", next_command)
+    _cache_and_conclude(cache_texts, family, config, options, "captions", next_command)
 
 
-def _run(
+def _cache_and_conclude(
     cache: Callable[[Caches, DatasetConfig, CachingOptions], CacheReport],
     family: Caches,
     config: DatasetConfig,

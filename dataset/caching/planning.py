@@ -6,7 +6,7 @@ This is decided from records, if possible without decoding.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dataset.cache.files import Header, LatentName
@@ -23,7 +23,6 @@ from dataset.cache.records import (
 from dataset.cache.store import Stores
 from dataset.caching.existing import ExistingNames, Names, media_table, names_of
 from dataset.caching.prefetch import MANY, Failure, map_ahead
-from dataset.config import DatasetTable
 from dataset.sources.cogvideox import GivenClip, measure_source
 from dataset.sources.decoding import DecodedSource, bucket_of, plan_source
 from dataset.sources.frames import Span, describe_short, frames_wanted, spans
@@ -49,33 +48,20 @@ class Recipe:
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
     stores: Stores
     verify: bool = False  # read all values, however many entries there are
-    _of_tables: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
-    _sections: dict[tuple[int, int], int | None] = field(default_factory=dict)
 
     def table_options(self, source: MediaSource) -> dict[str, Any]:
-        """Return those of a source's options that are the same for most sources of its table."""
-        table, mask_from, has_tensors = source.table, source.mask_from, source.tensors is not None
-        key = (table.index, mask_from, has_tensors)
-        if key not in self._of_tables:
-            options: dict[str, Any] = {}
-            if table.kind == "video":
-                fps = None if table.source_fps is None else self.fps
-                options |= {"source_fps": table.source_fps, "fps": fps}
-            if mask_from is not None:
-                options["mask"] = mask_from
-            if has_tensors:
-                options["moments"] = True
-            if table.augmentation.flip:
-                options[FLIP] = True
-            self._of_tables[key] = options | table.section_keys
-        return self._of_tables[key]
-
-    def sections_in(self, table: DatasetTable, frames: int) -> int | None:
-        """Return the number of sections of an item of so many frames. Raises MediaError if too short."""
-        key = (table.index, frames)
-        if key not in self._sections:
-            self._sections[key] = self.sections(media_table(table), frames)
-        return self._sections[key]
+        """Return the options of a source that are the same for most sources of its table."""
+        table, mask_from, options = source.table, source.mask_from, dict[str, Any]()
+        if table.kind == "video":
+            options["source_fps"] = table.source_fps
+            options["fps"] = None if table.source_fps is None else self.fps
+        if mask_from is not None:
+            options["mask"] = mask_from
+        if source.tensors is not None:
+            options["moments"] = True
+        if table.augmentation.flip:
+            options[FLIP] = True
+        return options | table.section_keys
 
     def difference(
         self, record: LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
@@ -194,7 +180,7 @@ class _Planning:
             there.setdefault((name.size, name.span), {})[file] = name
         items: list[tuple[int, ...]] = []
         for span in wanted:
-            sections = recipe.sections_in(table, span[1])
+            sections = recipe.sections(media_table(table), span[1])
             # what training sees: the whole item, or each of its sections
             whole = (
                 section_frames(table.fp_latent_window_size, recipe.latent)

@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.cache.files import PART, Entry, empty_text_name, text_file_name
-from dataset.cache.records import (
-    difference,
-    text_records,
-    verify_tensors,
-)
+from dataset.cache.records import difference, text_records, verify_tensors
 from dataset.cache.store import Stores
 from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable

@@ -30,21 +30,10 @@ from dataset.cache.files import (
 )
 from dataset.cache.records import TextRecord, identify, text_metadata, text_records
 from dataset.cache.store import Stores
-from dataset.caching.existing import (
-    Caches,
-    npz_names,
-    read_embeds,
-    refuse_changing,
-    remove_caches,
-)
+from dataset.caching.existing import Caches, npz_names, read_embeds, refuse_changing, remove_caches
 from dataset.caching.latents import require_finite
 from dataset.caching.prefetch import NAMED, CacheReport, WriteBehind
-from dataset.caching.text_plans import (
-    CaptionFile,
-    TextRecipe,
-    distinct_texts,
-    list_caption_files,
-)
+from dataset.caching.text_plans import CaptionFile, TextRecipe, distinct_texts, list_caption_files
 from dataset.caching.work import EncodedPart, list_sources, workers_of
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions

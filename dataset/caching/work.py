@@ -16,14 +16,7 @@ from functools import partial
 import torch
 
 from dataset.cache.converting import require_form
-from dataset.cache.files import (
-    FORMAT_VERSION,
-    SUFFIX,
-    LatentName,
-    checksum,
-    is_latent_cache,
-    tensor_name,
-)
+from dataset.cache.files import FORMAT_VERSION, SUFFIX, LatentName, checksum, is_latent_cache, tensor_name
 from dataset.cache.records import LatentRecord, latent_metadata
 from dataset.cache.store import CacheStore, Stores
 from dataset.caching.existing import (

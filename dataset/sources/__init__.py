@@ -7,11 +7,10 @@ decoding: turn a source into items to encode
 fetching: make the bytes of a source a file; downloads
 folders: list a folder, its control media, what is unused
 frames: drop frames to a rate, cut spans; masks
-listing: find the sources of a table, and check them
+listing: find the sources of a table, of tars too
 media_source: an image or clip, its names and faults
 parquet: bounded reading of Parquet files, files in columns
 rows: turn rows of lists and tables into sources
 tables: sources of JSONL lists, tables and metadata JSON files
 tar_index: samples of a tar, kept for the next run
-tars: sources of image_tars or video_tars, in place
 """

@@ -1,26 +1,44 @@
-"""Find the sources of a dataset table, whatever its source is, and check what holds for all of them."""
+"""Find the sources of a dataset table, whatever its source is, and check what holds for all of them.
 
+Below: those of image_tars and video_tars, WebDataset tars, which are not unpacked.
+"""
+
+import glob
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from urllib.request import url2pathname
 
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.captions import explain_captions, read_caption
+from dataset.sources.captions import captions_in, explain_captions, read_caption
 from dataset.sources.cogvideox import list_cogvideox
+from dataset.sources.fetching import HTTP, download, find_remote
 from dataset.sources.folders import describe_entries, list_table_folder, unsearched_folders
 from dataset.sources.media_source import (
     LISTED,
     Fault,
     MediaSource,
+    TarMember,
+    is_of_shards,
     list_faults,
+    local_name,
     pause_collection,
     raise_faults,
+    readable_stem,
+    unique_stems,
 )
-from dataset.sources.tables import list_metadata, list_rows
-from dataset.sources.tars import list_tars
-from modules.errors import DatasetError
-from modules.paths import path_exists
+from dataset.sources.rows import Part, check_controls, download_folder, make_source
+from dataset.sources.tables import CAPTION_COLUMNS, list_metadata, list_rows
+from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
+from modules.control_codes import shorten
+from modules.errors import DatasetError, MediaError
+from modules.media.decoding import ANIMATION_SUFFIXES
+from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.paths import expand_path, hide_secrets, is_address, path_exists, protocol_of, split_address
 
 logger = logging.getLogger(__name__)
 
@@ -175,3 +193,193 @@ def _bad_stems(table: DatasetTable, sources: Sequence[MediaSource]) -> list[Faul
             text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
             faults.append(Fault(long, text, source.stem))
     return faults
+
+
+# --- tars
+# ------------------------------------------------------------------------------------------------------------
+
+MOST_NAMES = 100_000  # that one pattern stands for
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})", re.ASCII)
+
+
+def list_tars(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
+    """Return the sources of the table, in any order; add errors to `faults`.
+
+    Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that ends no
+    run. Raises DatasetError if no tar is named.
+    """
+    samples: list[tuple[Path, TarSample]] = []
+    rules = _rules(table)
+    num_others, example = 0, ""
+    for tar in _find_tars(table, faults):
+        kind = f"tars of {table.name} cannot be read to their end"
+        try:
+            index = read_index(tar, rules, table.cache_directory)
+        except DatasetError as error:
+            faults.append(Fault(f"tars of {table.name} cannot be used", str(error)))
+            continue
+        except OSError as error:
+            faults.append(Fault(kind, f"{tar}: {error.strerror}", ends_run=False))
+            continue
+        samples += [(tar, sample) for sample in index.samples]
+        kind_of_sample = f"samples of {table.name} cannot be used"
+        faults += [Fault(kind_of_sample, f"{name_parts(tar, key)}: {text}.") for key, text in index.faults]
+        if index.damage is not None:
+            faults.append(Fault(kind, f"{tar}: {index.damage}", ends_run=False))
+        num_others += index.num_others
+        example = example or next((str(name_parts(tar, key)) for key in index.others), "")
+    if num_others:
+        logger.warning(
+            "%s: %d samples, such as %s, hold no %s and are not used.",
+            table.name,
+            num_others,
+            example,
+            table.kind,
+        )
+    return check_controls(table, _sources(table, samples, faults), faults, f"samples of {table.name}")
+
+
+def _rules(table: DatasetTable) -> TarRules:
+    images, clips = image_suffixes(), VIDEO_SUFFIXES | ANIMATION_SUFFIXES
+    is_image = table.kind == "image"
+    return TarRules(
+        media=tuple(sorted(images if is_image else VIDEO_SUFFIXES)),
+        spare=tuple(sorted({".gif"} if is_image else ANIMATION_SUFFIXES)),
+        beside=tuple(sorted(images | {".gif"} if is_image else images | clips)),
+        caption_suffix=(table.caption_extension or ".txt").lower(),
+        caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
+        json_first=table.caption_column is not None,
+        multi_caption=table.multi_caption,
+    )
+
+
+def _sources(
+    table: DatasetTable, samples: Sequence[tuple[Path, TarSample]], faults: list[Fault]
+) -> list[MediaSource]:
+    """Return the sources of samples; the stem of one is its key, with a hash where two tars have it."""
+    names = Counter(tar.name for tar in {tar for tar, _ in samples})
+    labels = {tar: tar.name if names[tar.name] == 1 else str(tar) for tar, _ in samples}
+    stems = unique_stems(
+        [readable_stem(sample.key) for _, sample in samples],
+        [f"{labels[tar]}/{sample.key}" for tar, sample in samples],
+    )
+    sources = []
+    for (tar, sample), stem in zip(samples, stems, strict=True):
+        path = name_parts(tar, readable_path(sample.media.name))
+        try:
+            sources.append(_source(table, tar, sample, path, stem))
+        except DatasetError as error:
+            faults.append(Fault(f"samples of {table.name} cannot be used", str(error), stem))
+    return sources
+
+
+def _source(table: DatasetTable, tar: Path, sample: TarSample, path: Path, stem: str) -> MediaSource:
+    def part(member: Member) -> Part:
+        origin = TarMember(tar, member.offset, member.size_bytes)
+        return name_parts(tar, readable_path(member.name)), origin
+
+    captions = None if sample.caption is None else captions_in(sample.caption, table)
+    controls = [part(one) for role, _, one in sample.extras if role == CONTROL][: table.control_count]
+    mask = next((part(one) for role, _, one in sample.extras if role == MASK), None)
+    return make_source(table, path, stem, part(sample.media), captions, controls, mask)
+
+
+def name_parts(path: Path, name: str) -> Path:
+    """Return the name of a member in messages: the tar's path, then the parts of its name."""
+    return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
+
+
+def readable_path(name: str) -> str:
+    """Return a member's name with each part as `readable_stem` writes it; the suffix stays."""
+    folder, mark, base = name.rpartition("/")
+    if mark:
+        folder = "/".join(map(readable_stem, folder.split("/")))
+    stem, dot, suffix = base.rpartition(".")
+    return f"{folder}{mark}{readable_stem(stem)}{dot}{suffix}"
+
+
+# --- which tars
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _find_tars(table: DatasetTable, faults: list[Fault]) -> list[Path]:
+    """Return the tars that a table names, each once, in order; those at addresses are downloaded."""
+    assert table.tars is not None
+    found: dict[Path, None] = {}
+    for pattern in table.tars:
+        for name in expand_braces(pattern, table.name):
+            if is_address(name) and not table.allow_urls:
+                kind = f"tars of {table.name} are at addresses, read only with allow_urls = true"
+                faults.append(Fault(kind, hide_secrets(name)))
+                continue
+            try:
+                found |= dict.fromkeys(_tars_of(table, name))
+            except MediaError as error:
+                faults.append(Fault(f"tars of {table.name} cannot be had", str(error), ends_run=False))
+            except DatasetError as error:
+                faults.append(Fault(f"names in {table.name} are of no tar", str(error)))
+    return list(found)
+
+
+def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
+    """Yield the tars of a name without braces. Raises DatasetError if there is none, MediaError if one
+    cannot be downloaded.
+    """
+    if is_address(name) and protocol_of(name) == "file":
+        name = url2pathname(split_address(name).path)
+    if is_address(name):
+        has_pattern = protocol_of(name) not in HTTP and any(mark in name for mark in "*?[")
+        addresses = find_remote(name) if has_pattern else [name]
+        if not addresses:
+            raise DatasetError(f"{hide_secrets(name)}: no file there fits.")
+        for address in addresses:
+            target = download_folder(table) / local_name(address)
+            if not target.is_file():
+                logger.info("downloading %s", hide_secrets(address))
+            download(address, target)
+            yield target
+        return
+    try:
+        path = expand_path(name)
+    except ValueError as error:
+        raise DatasetError(f"{shorten(name, 80)!r}: {error}.") from None
+    if path.exists():
+        if path.is_dir():
+            raise DatasetError(f"{path} is a folder. Name its tars: {path / '*.tar'}")
+        yield path
+        return
+    has_pattern = any(mark in name for mark in "*?[")
+    matches = sorted(glob.glob(str(path))) if has_pattern else []  # noqa: PTH207  # of any depth and root
+    # the caches may lie beside the sources
+    matches = [name for name in matches if not is_of_shards(Path(name).name)]
+    if not matches:
+        looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+        raise DatasetError(f"{path}: no such file{looked}. Correct the path.")
+    yield from map(Path, matches)
+
+
+def expand_braces(pattern: str, where: str) -> list[str]:
+    """Return the names that `{000..012}` and `{a,b}` stand for, in order; numbers keep their zeros.
+
+    Raises DatasetError if they are too many.
+    """
+    names = [pattern]
+    while _BRACES.search(names[0]):
+        longer: list[str] = []
+        for name in names:
+            found = _BRACES.search(name)
+            assert found is not None  # equal but for what others stood for
+            options: Sequence[Any] = found[1].split(",")
+            width, limits = 0, _RANGE.fullmatch(found[1])
+            if limits is not None:
+                first, last = int(limits[1]), int(limits[2])
+                width = len(limits[1]) if limits[1].startswith("0") else 0
+                options = range(first, last + 1) if first <= last else range(first, last - 1, -1)
+            if len(longer) + len(options) > MOST_NAMES:
+                raise DatasetError(
+                    f"{where}: {hide_secrets(pattern)} stands for more than {MOST_NAMES:,} names"
+                )
+            longer += [f"{name[: found.start()]}{one:0>{width}}{name[found.end() :]}" for one in options]
+        names = longer
+    return names

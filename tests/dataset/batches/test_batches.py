@@ -5,13 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dataset.batches.items import (
-    CachingCommands,
-    ItemKind,
-    TrainingItem,
-    find_items,
-    require_items,
-)
+from dataset.batches.items import CachingCommands, ItemKind, TrainingItem, find_items, require_items
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch
 from dataset.cache.files import write_tensors

@@ -9,6 +9,7 @@ import pytest
 from dataset.batches.items import ItemKind, TrainingItem
 from dataset.batches.order import BatchOrder, repeat_regularisation
 from tests.dataset.making import subset_table
+from training.planning.memory import largest_batch
 
 KIND = ItemKind("toy")
 
@@ -71,3 +72,12 @@ def test_regularisation_counts_in_its_own_dataset(tmp_path: Path) -> None:
 
     assert order.num_items == 6 + 6 + 9
     assert [counts[item.key] for item in items[2:6]] == [2, 2, 1, 1]
+
+
+def test_the_largest_batch_is_of_the_first_items_of_its_bucket(tmp_path: Path) -> None:
+    table = subset_table(tmp_path, batch_size=3, num_repeats=2)
+    other = replace(table, index=1, group=1, batch_size=9, num_repeats=1)
+    items = [*make_items(table, 5), *make_items(other, 2), *make_items(other, 8, (32, 32))]
+
+    assert largest_batch(items) == tuple(items[:3])  # 12288 pixels; nine of the small ones would be 9216
+    assert largest_batch(items[4:]) == (items[4], items[4])  # as often as it is repeated

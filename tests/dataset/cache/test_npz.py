@@ -32,7 +32,6 @@ from tests.dataset.cache.npz_family import (
     read_all,
     same,
 )
-from tests.dataset.making import make_image
 from tests.dataset.toy_family import ToyFamily, options
 
 LATENTS, TEXTS = "pic 0_0040x0040_toy.npz", "pic 0_toy_te.npz"
@@ -179,16 +178,6 @@ def test_damaged_values_are_found_when_they_are_read(folder: Path) -> None:
         read_all(config)
     assert cache(config) == (1, 0)
     read_all(config)
-
-
-def test_changed_sources_are_encoded_again(folder: Path) -> None:
-    cache(make_config(folder))
-    make_image(folder / "pic 0.png", (40, 40), (1, 2, 3))
-    (folder / "pic 1.txt").write_text("another", encoding="utf-8")
-
-    with pytest.raises(CacheError, match=r"pic 0\.png has changed"):
-        read_all(make_config(folder))
-    assert cache(make_config(folder)) == (1, 1)
 
 
 def test_nothing_is_removed_as_stale(folder: Path) -> None:

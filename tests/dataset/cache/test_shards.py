@@ -64,7 +64,9 @@ def shard(folder: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """The files of a folder, without what a killed process was writing: that goes when it is old."""
+    paths = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".tmp"]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def seen(folder: Path) -> dict[str, int]:

@@ -183,18 +183,6 @@ def test_latents_that_are_nan_or_infinite_are_refused_by_name(tmp_path: Path, va
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 
-def test_every_section_of_a_clip_is_a_file_and_all_must_be_there(tmp_path: Path) -> None:
-    config = make_config(tmp_path, clips=(5,))
-    family = ToyFamily(sections=3)
-    cache_media(family, config, options())
-    assert names(tmp_path) == [
-        f"clip_0_00000-005-{section:04d}_0032x0032_toy.safetensors" for section in range(3)
-    ]
-    assert cache_media(family, config, options()).kept == 3
-    (tmp_path / "cache" / names(tmp_path)[1]).unlink()
-    assert cache_media(family, config, options()).written == 3
-
-
 def test_texts_that_become_nan_are_refused_by_name(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     with pytest.raises(CacheError, match=r"clip_1: 12 of 12 values of t5 are NaN or infinite"):

@@ -43,7 +43,7 @@ def into(config: DatasetConfig, folder: Path) -> DatasetConfig:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files by their names."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tmp"}
 
 
 def entries(config: DatasetConfig) -> dict[str, bytes]:

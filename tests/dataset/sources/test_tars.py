@@ -13,10 +13,9 @@ import pytest
 
 from dataset.sources.decoding import decode_source
 from dataset.sources.fetching import fetch
-from dataset.sources.listing import find_sources
+from dataset.sources.listing import expand_braces, find_sources
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.sources.tar_index import FOLDER, LEAST_SAMPLES, TarDamage, read_members
-from dataset.sources.tars import expand_braces
 from modules.errors import DatasetError, MediaError
 from tests.dataset.making import make_table
 
