@@ -294,76 +294,33 @@ def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {flag: action for action in parser._actions for flag in action.option_strings}
 
 
-# Find the models of tools that name none, where tools/download.py puts them. Standard library only.
 logger = logging.getLogger(__name__)
 
 MODELS = Path("models")  # what tools/download.py takes for --to without that option
-
-
-@dataclass(frozen=True)
-class ModelPlace:
-    """Where a downloaded model of a tool is, below the folder of all models."""
-
-    tool: str
-    mode: str  # --mode that it is for; empty for tools without
-    task: str  # of tools/download.py --family tools
-    files: tuple[str, ...]  # all that have to be there
-    is_folder: bool = False  # --model takes the folder of the files, not the first of them
-
-    @property
-    def given(self) -> str:
-        """Return the value of --model, below the folder of all models."""
-        return str(Path(self.files[0]).parent) if self.is_folder else self.files[0]
-
-
-# of a tool and mode the first that is there counts
-PLACES = (
-    ModelPlace(
-        "upscaler",
-        "swinir",
-        "swinir",
-        ("upscalers/003_realSR_BSRGAN_DFOWMFC_s64w8_SwinIR-L_x4_GAN.pth",),
-    ),
-    ModelPlace("upscaler", "esrgan", "realesrgan_x4", ("upscalers/RealESRGAN_x4plus.pth",)),
-    ModelPlace("upscaler", "esrgan", "realesrgan_x2", ("upscalers/RealESRGAN_x2plus.pth",)),
-    ModelPlace(
-        "GIMMVFI",
-        "gimmvfi_f",
-        "gimmvfi_f",
-        ("gimmvfi/gimmvfi_f_arb_lpips_fp32.safetensors", "gimmvfi/flowformer_sintel_fp32.safetensors"),
-        is_folder=True,
-    ),
-    ModelPlace(
-        "GIMMVFI",
-        "gimmvfi_r",
-        "gimmvfi_r",
-        ("gimmvfi/gimmvfi_r_arb_lpips_fp32.safetensors", "gimmvfi/raft-things_fp32.safetensors"),
-        is_folder=True,
-    ),
-    ModelPlace("facefix", "gfpgan", "gfpgan", ("facefix/GFPGANv1.4.pth",)),
-    ModelPlace("facefix", "codeformer", "codeformer", ("facefix/codeformer.pth",)),
-    ModelPlace("yolo_blur", "", "yunet", ("facefix/face_detection_yunet_2023mar.onnx",)),
-)
+# --mode -> tasks of tools/download.py --family tools, where they have another name; tools without it: ""
+TASKS = {"esrgan": ("realesrgan_x4", "realesrgan_x2"), "": ("yunet",)}
 
 
 def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT / MODELS)) -> Path | None:
     """Return the downloaded model for a tool, and log which; None for a mode that the tool does not have.
 
     tool: its name in `TOOLS`. mode: of --mode, empty for tools without. folders: where models are downloaded
-    to; the first that has the files counts. Raises OptionError with the command that downloads it if it is in
-    none.
+    to; the first that has all files of the first task counts. Raises OptionError with the command that
+    downloads it if it is in none.
     """
-    fitting = [place for place in PLACES if place.tool == tool and place.mode in ("", mode)]
-    if not fitting:
+    sets = import_own("downloads.catalogue").model_sets()
+    models = {one.task: one.components[0] for one in sets if one.family == "tools"}
+    tasks = [task for task in TASKS.get(mode, (mode,)) if task in models]
+    if not tasks:
         return None  # the tool says so itself
-    for place in fitting:
+    for task in tasks:
         for folder in folders:
-            if all((folder / file).is_file() for file in place.files):
-                path = folder / place.given
+            if all((folder / file.name).is_file() for file in models[task].files):
+                path = folder / models[task].path
                 logger.info("%s: --model is not given; %s is used", tool, path)
                 return path
-    command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", fitting[0].task])
-    missing = folders[0] / fitting[0].files[0]
+    command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", tasks[0]])
+    missing = folders[0] / models[tasks[0]].files[0].name
     raise OptionError(
         f"no model is given, and {missing} is not there.\n  Give --model FILE (model=FILE in a chain), or "
         f"download it: {command}"

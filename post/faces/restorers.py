@@ -1,5 +1,6 @@
 """Find and load the networks that restore and segment faces, from released files."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -262,20 +263,13 @@ def find_model(given: Path, mode: str) -> Path:
     """Return the model's file for the value of --model. Raises CheckpointError if a folder has none."""
     if not given.is_dir():
         return given  # a file that is not there is reported when it is opened
-    found = _first_file(given, MODELS[mode])
-    if found is not None:
-        return found
-    raise CheckpointError(
-        f"--model {given}: no {MODELS[mode][0]}.pth is in this folder.\n  Give the path of the file, or "
-        f"download it with {_download_command(mode)}, or from {ORIGINS[mode]}.",
-        given,
-    )
+    return _first_file(given, MODELS[mode], "--model", ORIGINS[mode], mode)
 
 
 def find_parsenet(model: Path, mode: str) -> Path:
     """Return ParseNet's file beside the model's. Raises CheckpointError if there is none."""
-    what = "ParseNet, which finds the parts of a face,"
-    return _find_helper(model, PARSENET, what, f"download it with {_download_command(mode)}, or")
+    what = "ParseNet, which finds the parts of a face"
+    return _first_file(model.parent, (PARSENET,), what, ORIGINS[PARSENET], mode)
 
 
 def find_detector(model: Path, mode: str, named: str) -> Path:
@@ -283,60 +277,46 @@ def find_detector(model: Path, mode: str, named: str) -> Path:
 
     Raises CheckpointError if it is not there.
     """
+    what = f"--detection_model {named}"
     if named in RETINAFACES:
         stem = RETINAFACES[named]
-        # tools/download.py has the larger one only
-        how = (
-            f"download it with {_download_command(mode)}, or"
-            if stem == next(iter(RETINAFACES.values()))
-            else "or"
-        )
-        more = f"Give another file to --detection_model, {how}"
-        return _find_helper(model, stem, f"the detector {named}", more)
-    if named != YUNET:
-        path = Path(named)
-        if path.exists():
-            return path
+        is_larger = stem == next(iter(RETINAFACES.values()))  # tools/download.py has no other
+        return _first_file(model.parent, (stem,), what, ORIGINS[stem], mode if is_larger else None)
+    if named == YUNET:
+        files = [path for path in sorted(model.parent.glob("*.onnx")) if "yunet" in path.name.lower()]
+        if files:
+            return files[-1]  # their names end with a date
+        raise _missing(what, ".onnx file with yunet in its name", model.parent, ORIGINS[YUNET], YUNET)
+    path = Path(named)
+    if not path.exists():
         names = ", ".join([*RETINAFACES, YUNET])
         raise CheckpointError(
-            f"--detection_model {named}: there is no such file. Give the path of one, or one of {names}.",
-            path,
+            f"{what}: there is no such file. Give the path of one, or one of {names}.", path
         )
-    files = [path for path in sorted(model.parent.glob("*.onnx")) if "yunet" in path.name.lower()]
-    if files:
-        return files[-1]  # their names end with a date
-    raise CheckpointError(
-        f"--detection_model yunet: no .onnx file with yunet in its name is in {model.parent}.\n  Give its "
-        f"path, or download it with {_download_command(YUNET)}, or from {ORIGINS[YUNET]}.",
-        model.parent,
-    )
+    return path
 
 
-def _download_command(task: str) -> str:
-    return as_typed(["python", "tools/download.py", "--family", "tools", "--task", task])
+def _first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
+    """Return the first of these files, whatever its suffix, in small or capital letters.
 
-
-def _find_helper(model: Path, stem: str, what: str, how: str) -> Path:
-    folder = model.parent
-    found = _first_file(folder, (stem,))
-    if found is not None:
-        return found
-    how = how[0].upper() + how[1:]
-    raise CheckpointError(
-        f"{what} is missing: no {stem}.pth is in {folder}, the folder of --model.\n  {how} put it there from "
-        f"{ORIGINS[stem]}.",
-        folder,
-    )
-
-
-def _first_file(folder: Path, stems: Sequence[str]) -> Path | None:
-    """Return the first of these files, whatever its suffix, in small or capital letters."""
-    try:
+    what, origin, task: as for `_missing`. Raises CheckpointError if none is there.
+    """
+    files: dict[str, Path] = {}
+    with contextlib.suppress(OSError):  # the folder of a file that is not there
         files = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
-    except OSError:
-        return None  # the folder of a file that is not there
     for stem in stems:
         for suffix in SUFFIXES:
             if f"{stem}{suffix}".lower() in files:
                 return files[f"{stem}{suffix}".lower()]
-    return None
+    raise _missing(what, f"{stems[0]}.pth", folder, origin, task)
+
+
+def _missing(what: str, file: str, folder: Path, origin: str, task: str | None) -> CheckpointError:
+    """Return the error of a file that is not there. task: of tools/download.py, which has it."""
+    command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", task or ""])
+    download = "" if task is None else f"download it with {command}, or "
+    return CheckpointError(
+        f"{what}: no {file} is in {folder}.\n  Give another file or folder, or put it there: {download}take "
+        f"it from {origin}.",
+        folder,
+    )

@@ -7,30 +7,22 @@ import pytest
 
 from downloads.catalogue import model_sets
 from modules.errors import OptionError
-from post.chain_options import PLACES, ModelPlace, default_model
+from post.chain_options import TASKS, default_model
+from post.options import CODEFORMER, GFPGAN, WITH_FLOWFORMER, WITH_RAFT
 
 SETS = {one.task: one for one in model_sets() if one.family == "tools"}
-NAMES = [place.task for place in PLACES]
 
 
 def write(folder: Path, task: str) -> None:
     """Empty files in the places of a set."""
-    place = next(place for place in PLACES if place.task == task)
-    for file in place.files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).touch()
+    for file in SETS[task].components[0].files:
+        (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file.name).touch()
 
 
-def test_every_set_of_tools_has_a_place() -> None:
-    assert sorted(NAMES) == sorted(SETS)
-
-
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.task)
-def test_places_are_those_of_the_list_of_downloads(place: ModelPlace) -> None:
-    model = SETS[place.task].components[0]
-
-    assert [file.name for file in model.files] == list(place.files)
-    assert model.path.as_posix() == Path(place.given).as_posix()
+def test_every_set_of_tools_is_taken_by_a_mode() -> None:
+    modes = ("swinir", "esrgan", WITH_RAFT, WITH_FLOWFORMER, GFPGAN, CODEFORMER, "")
+    assert sorted(task for mode in modes for task in TASKS.get(mode, (mode,))) == sorted(SETS)
 
 
 @pytest.mark.parametrize(

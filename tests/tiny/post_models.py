@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 
 from modules.media.writing import write_video
-from post.chain_options import PLACES
 from tests.tiny.onnx_files import write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
 from tests.tiny.post_flowformer import write_flowformer
@@ -19,8 +18,8 @@ SIDE, FRAMES = 128, 3  # of the video: interpolation takes no smaller one
 def lay_out_tools(folder: Path) -> None:
     """Models of all tools in `folder`/models, yolo_face.onnx and video.mp4, in which a red dot is a face."""
     models = folder / "models"
-    for place in PLACES:
-        (models / place.files[0]).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("upscalers", "gimmvfi", "facefix"):
+        (models / name).mkdir(parents=True, exist_ok=True)
     write_swinir(models / "upscalers" / "003_realSR_BSRGAN_DFOWMFC_s64w8_SwinIR-L_x4_GAN.pth")
     write_rrdb(models / "upscalers" / "RealESRGAN_x4plus.pth")
     write_rrdb(models / "upscalers" / "RealESRGAN_x2plus.pth", unshuffle=2)

@@ -222,8 +222,8 @@ def test_the_weight_of_another_network_is_refused() -> None:
 @pytest.mark.parametrize(
     ("absent", "words", "said"),
     [
-        ("GFPGANv1.4.pth", (), "no GFPGANv1.4.pth is in this folder"),
-        ("codeformer.safetensors", ("--mode", "codeformer"), "no codeformer.pth is in this folder"),
+        ("GFPGANv1.4.pth", (), "no GFPGANv1.4.pth is in"),
+        ("codeformer.safetensors", ("--mode", "codeformer"), "no codeformer.pth is in"),
         ("parsing_parsenet.pth", (), "no parsing_parsenet.pth is in"),
         ("detection_Resnet50_Final.pth", (), "no detection_Resnet50_Final.pth is in"),
         ("", ("--detection_model", "retinaface_mobile0.25"), "no detection_mobilenet0.25_Final.pth is in"),
