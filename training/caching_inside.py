@@ -243,11 +243,11 @@ def _share_entries(stores: Sequence[MemoryStore]) -> None:
 UNET_ONLY = "--network_train_unet_only"
 
 
-def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts:
-    """Return the encoders that have to stay loaded: for captions that vary, and those that learn.
+def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts:
+    """Return the encoders that stay loaded: for captions that vary, those that learn, texts without caches.
 
-    Without any, all texts come from caches, if these are there. Raises OptionError if caches are asked for
-    texts that change, or if an encoder that is needed is not given.
+    Without any, all texts come from caches. Raises OptionError if caches are asked for texts that change, or
+    if an encoder that is needed is not given.
     """
     asked = options.caching is not None and options.caching.caches_texts
     varying = next((table for table in config.datasets if table.changes.varying_keys), None)
@@ -256,43 +256,31 @@ def choose_live_texts(family: Family, options: TrainingOptions, config: DatasetC
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "
             "dropout or token warm-up), so that they cannot be cached. Leave out one of the two"
         )
-    if varying is None and not _may_learn(options):
-        return NO_TEXTS
-    encoders = _encoders(
-        family, "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
-    )
-    able = [encoder for encoder in encoders if can_learn(encoder)]
-    learning = _learning(family, options, able)
-    prefixes = [encoder.lora_prefix for encoder in able]
-    if varying is not None:
-        return LiveTexts(encoders, learning, prefixes)
-    if not learning:
-        return NO_TEXTS
-    if not asked:
-        return LiveTexts(encoders, learning, prefixes)
-    if len(learning) == len(encoders):
-        # they do not learn because all texts are cached, as the guides' commands have it
-        names = ", ".join(encoder.name for encoder in learning)
-        if options.parts is None or not options.parts.trains_dit:
-            raise OptionError(
-                f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it out"
+    if varying is not None or _may_learn(options):
+        why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
+        encoders = _encoders(family, why)
+        able = [encoder for encoder in encoders if can_learn(encoder)]
+        learning, prefixes = _learning(family, options, able), [encoder.lora_prefix for encoder in able]
+        if varying is not None or (learning and not asked):
+            return LiveTexts(encoders, learning, prefixes)
+        if 0 < len(learning) < len(encoders):
+            return LiveTexts(learning, learning, prefixes)
+        if learning:
+            # they do not learn because all texts are cached, as the guides' commands have it
+            names = ", ".join(encoder.name for encoder in learning)
+            if options.parts is None or not options.parts.trains_dit:
+                raise OptionError(
+                    f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it "
+                    "out"
+                )
+            logger.info(
+                "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the "
+                "transformer is trained, as with %s. To train both leave out the caches.",
+                names,
+                UNET_ONLY,
             )
-        logger.info(
-            "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the transformer "
-            "is trained, as with %s. To train both leave out the caches.",
-            names,
-            UNET_ONLY,
-        )
+    if asked or not options.is_for_images:
         return NO_TEXTS
-    return LiveTexts(learning, learning, prefixes)
-
-
-def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts:
-    """Return the encoders that stay loaded; none if all texts come from caches. Raises OptionError."""
-    texts = choose_live_texts(family, options, config)
-    is_asked = options.caching is not None and options.caching.caches_texts
-    if texts.encoders or is_asked or not options.is_for_images:
-        return texts
     stores, end = Stores(npz_names(family)), text_file_name("", family.cache_tag)
     if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):
         return NO_TEXTS

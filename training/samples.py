@@ -37,7 +37,13 @@ logger = logging.getLogger(__name__)
 
 BIT_RATE = 8_000_000  # of the known tuners' samples
 # of the keys of a prompt file
-DEFAULTS = {"width": 256, "height": 256, "frame_count": 1, "sample_steps": 20, "discrete_flow_shift": 14.5}
+DEFAULTS: dict[str, float] = {
+    "width": 256,
+    "height": 256,
+    "frame_count": 1,
+    "sample_steps": 20,
+    "discrete_flow_shift": 14.5,
+}
 
 
 class SamplingStopped(Exception):
@@ -240,7 +246,10 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     Sizes are rounded down to sizes of the family.
     """
     latent = family.latent
-    values = {**_usual_values(family), **{key: value for key, value in entry.items() if value is not None}}
+    own, usual = family.defaults, DEFAULTS
+    if latent.is_of_pictures:
+        usual = {"width": own.width, "height": own.height, "frame_count": 1, "sample_steps": own.steps}
+    values = {**usual, **{key: value for key, value in entry.items() if value is not None}}
 
     def path(key: str) -> Path | None:
         return to_path(key, str(values[key])) if values.get(key) else None
@@ -284,14 +293,6 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         control_path=path("control_video_path"),
         extra=extra,
     )
-
-
-def _usual_values(family: Family) -> Mapping[str, float]:
-    """Return the defaults of prompts: of picture models the family's own values."""
-    if not family.latent.is_of_pictures:
-        return DEFAULTS
-    own = family.defaults
-    return {"width": own.width, "height": own.height, "frame_count": 1, "sample_steps": own.steps}
 
 
 def _solver_of(values: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from tests.training.toy_texts import (
     write_pictures,
     write_subset,
 )
-from training.caching_inside import choose_live_texts
+from training.caching_inside import find_live_texts
 from training.data.live import LiveTexts
 from training.plan import read_config
 from training.planning.memory import predict
@@ -136,13 +136,13 @@ def test_encoders_whose_outputs_are_all_cached_do_not_learn(
 
     with caplog.at_level("INFO"):
         options = image_toy_options(tmp_path, *both)
-        texts = choose_live_texts(TextFamily(), options, read_config(options))
+        texts = find_live_texts(TextFamily(), options, read_config(options))
 
     assert not texts.encoders
     assert "does not learn" in caplog.text
     options = image_toy_options(tmp_path, *both, "--network_train_text_encoder_only")
     with pytest.raises(OptionError, match="its outputs change"):
-        choose_live_texts(TextFamily(), options, read_config(options))
+        find_live_texts(TextFamily(), options, read_config(options))
 
 
 def test_captions_that_vary_exclude_their_caches(tmp_path: Path) -> None:
