@@ -12,6 +12,8 @@ from typing import Any
 from modules.command import as_typed, command_line
 from modules.installation import import_own
 from modules.option_values import option_words
+from modules.options import Options
+from modules.parser import parse_options
 
 CLIPS, PICTURES = "it encodes the clips", "it encodes the pictures"
 
@@ -141,7 +143,7 @@ def identify(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Script:
-    """Hold a script's function. Made by `caching_script`, `training_script` and `generation_script`."""
+    """Hold a script's function. Made by `tool_script`, `caching_script` and the like."""
 
     main: Callable[..., None]  # takes the words behind the script's name; None: those of the command line
 
@@ -152,3 +154,18 @@ class Script:
     def run(self) -> None:
         """Run the script as a program, with the options of the command line."""
         command_line(self.main, explain=identify)
+
+
+def tool_script(about: str | None, record: type[Options], place: str) -> Script:
+    """Return the script of a tool, which reads `record` and hands it to a function.
+
+    about: the script's docstring. place: of the function, such as `networks.averaging.average_files`; it is
+    imported after the options are read, as torch loads then.
+    """
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        (options,) = parse_options(about, argv, record)
+        module, _, name = place.rpartition(".")
+        getattr(import_own(module), name)(options)
+
+    return Script(main)

@@ -192,15 +192,9 @@ def summarise(values: Sequence[float]) -> Numbers | None:
     if not len(values):
         return None
     numbers = np.asarray(values, np.float64)
-    found = {
-        "count": len,
-        "min": np.min,
-        "median": np.median,
-        "mean": np.mean,
-        "max": np.max,
-        "total": np.sum,
-    }
-    return {name: _plain(measure(numbers)) for name, measure in found.items()}
+    found = {name: getattr(np, name)(numbers) for name in ("min", "median", "mean", "max")}
+    found = {"count": len(numbers), **found, "total": numbers.sum()}
+    return {name: _plain(value) for name, value in found.items()}
 
 
 def count_bins(values: Sequence[float]) -> list[Numbers]:
