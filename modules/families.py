@@ -156,16 +156,21 @@ class Script:
         command_line(self.main, explain=identify)
 
 
-def tool_script(about: str | None, record: type[Options], place: str) -> Script:
+def tool_script(
+    about: str | None,
+    record: type[Options],
+    place: str,
+    prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
+) -> Script:
     """Return the script of a tool, which reads `record` and hands it to a function.
 
     about: the script's docstring. place: of the function, such as `networks.averaging.average_files`; it is
-    imported after the options are read, as torch loads then.
+    imported after the options are read, as torch loads then. prepare: makes its arguments of the options.
     """
 
     def main(argv: Sequence[str] | None = None) -> None:
-        (options,) = parse_options(about, argv, record)
+        arguments = prepare(*parse_options(about, argv, record))
         module, _, name = place.rpartition(".")
-        getattr(import_own(module), name)(options)
+        getattr(import_own(module), name)(*arguments)
 
     return Script(main)
