@@ -15,7 +15,6 @@ SAME_COLOURS, MOST_SHIFT, LEAST_GAIN = 0.06, 0.25, 0.6
 SAME_FLAT = 0.02  # of one colour, all counts
 LEAST_DEVIATION = 0.03  # of the cells, below which rounding decides the factor
 BITS = 64  # that a hash takes
-MOST_COMPARED, MOST_PAIRS = 1 << 22, 1 << 14  # hashes and colours at a time
 
 Colours = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # N K C: small pictures; N: whether they are flat
 Indices = NDArray[np.int64]
@@ -44,25 +43,21 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
     signs = bits.astype(np.float32) * 2 - 1
     least = (BITS - 2 * NEAR) * len(first[0].hashes)
     labels = np.arange(len(first))  # equal ones belong together
-    rows = max(1, MOST_COMPARED // len(first))
-    for start in range(0, len(first), rows):
-        near = np.argwhere(signs[start : start + rows] @ signs[start:].T >= least) + start
-        for pairs in np.array_split(near, len(near) // MOST_PAIRS + 1):
-            one, other = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]].T
-            fits = _have_same_colours(colours, one, other)
-            for here, there in zip(one[fits], other[fits], strict=True):
-                if labels[here] != labels[there]:
-                    labels[labels == labels[there]] = labels[here]
+    for row in range(len(first)):
+        near = row + 1 + np.flatnonzero(signs[row + 1 :] @ signs[row] >= least)
+        near = near[labels[near] != labels[row]]
+        for other in near[_have_same_colours(colours, row, near)] if len(near) else ():
+            labels[labels == labels[other]] = labels[row]
     groups: dict[int, list[int]] = {}
     for label, places in zip(labels, alike, strict=True):
         groups.setdefault(int(label), []).extend(places)
     return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
 
-def _have_same_colours(colours: Colours, one: Indices, other: Indices) -> NDArray[np.bool_]:
-    """Return for each pair whether one is the other with some brightness and contrast."""
+def _have_same_colours(colours: Colours, one: int, others: Indices) -> NDArray[np.bool_]:
+    """Return for each of the others whether it is the one with some brightness and contrast."""
     small, is_flat = colours
-    first, second = (small[places].astype(np.float32) / np.float32(255) for places in (one, other))
+    first, second = (small[places].astype(np.float32) / np.float32(255) for places in ([one], others))
     means = first.mean(axis=(1, 2)), second.mean(axis=(1, 2))
     centred = first - means[0][:, None, None], second - means[1][:, None, None]
     powers = np.square(centred[0]).mean(axis=(1, 2)), np.square(centred[1]).mean(axis=(1, 2))
@@ -75,4 +70,4 @@ def _have_same_colours(colours: Colours, one: Indices, other: Indices) -> NDArra
     is_same = (rest <= SAME_COLOURS) & (np.abs(means[0] - means[1]) <= MOST_SHIFT)
     is_same &= (gain >= LEAST_GAIN) | (power < LEAST_DEVIATION**2)
     is_same_flat = np.abs(first - second).mean(axis=1).max(axis=1) <= SAME_FLAT
-    return np.where(is_flat[one] | is_flat[other], is_flat[one] & is_flat[other] & is_same_flat, is_same)
+    return np.where(is_flat[one] | is_flat[others], is_flat[one] & is_flat[others] & is_same_flat, is_same)
