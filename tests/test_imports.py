@@ -60,7 +60,7 @@ FLOORS = {
         {"batches", "caching"},
         {"scripts"},
     ),
-    "data_tools": ({"captions", "cogvideox", "cutting", "report"},),
+    "data_tools": ({"frames"}, {"captions", "cogvideox", "cutting", "report"}),
     "post": (
         {"contract", "options", "streaming"},
         {"tiling"},

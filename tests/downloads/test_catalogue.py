@@ -13,14 +13,7 @@ import pytest
 
 from dataset.options import read_latent_caching, read_text_caching
 from docs.model_tables import FIRST, family_table, models_tables, page_of
-from downloads.catalogue import (
-    ModelSet,
-    ReleasedFile,
-    download_hint,
-    families,
-    known_components,
-    model_sets,
-)
+from downloads.catalogue import ModelSet, ReleasedFile, download_hint, families, known_components, model_sets
 from downloads.listing import describe_set
 from downloads.options import DownloadOptions
 from flux.configs import RELEASES

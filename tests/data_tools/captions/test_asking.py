@@ -5,13 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_tools.captions.asking import (
-    caption_in,
-    choose_frames,
-    read_shown,
-    reword,
-    reword_lines,
-)
+from data_tools.captions.asking import caption_in, choose_frames, read_shown, reword, reword_lines
 from data_tools.captions.options import WordingOptions
 from dataset.sources.captions import complete_captions
 from tests.dataset.making import frame_numbers, make_clip, make_frames, make_image, make_table

@@ -58,16 +58,6 @@ def test_a_list_keeps_its_other_lines_its_ends_its_mark_and_its_first_state(tmp_
     assert sorted(one.name for one in tmp_path.glob("*list*")) == ["list.jsonl", "list.jsonl.bak"]
 
 
-def test_each_replaced_hand_written_caption_is_in_a_backup(tmp_path: Path) -> None:
-    for old, new in (("first", "second"), ("second", "third")):
-        captions = open_list(tmp_path, json.dumps({"video_path": "a", "caption": old}))
-        put(captions, "a", new, old, True)
-
-    assert texts_in(captions.path) == ["third"]
-    assert texts_in(tmp_path / "list.jsonl.bak") == ["first"]
-    assert texts_in(tmp_path / "list.jsonl.2.bak") == ["second"]
-
-
 def test_what_is_written_into_a_list_meanwhile_stays(tmp_path: Path) -> None:
     captions = open_list(tmp_path, '{"video_path": "a"}\n{"video_path": "b"}\n')
     more = '{"video_path": "new"}\n{"video_path": "b", "n": 1}\n{"video_path": "a", "caption": "hand"}\n{"vid'
