@@ -4,10 +4,10 @@ All options: python new_project.py --help
 """
 
 import modules.interpreter  # noqa: F401
-from modules.families import tool_script
+from modules.families import plain_script
 from project.options import NewOptions
 
-main = tool_script(__doc__, NewOptions, "project.files.write_project")
+main = plain_script(__doc__, "project.files.write_project", NewOptions)
 
 
 if __name__ == "__main__":

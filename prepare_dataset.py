@@ -5,9 +5,9 @@ All options: python prepare_dataset.py --help
 
 import modules.interpreter  # noqa: F401
 from data_tools.cogvideox.options import PrepareOptions
-from modules.families import tool_script
+from modules.families import plain_script
 
-main = tool_script(__doc__, PrepareOptions, "data_tools.cogvideox.preparing.prepare")
+main = plain_script(__doc__, "data_tools.cogvideox.preparing.prepare", PrepareOptions)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ All options: python run_project.py --help
 """
 
 import modules.interpreter  # noqa: F401
-from modules.families import tool_script
+from modules.families import plain_script
 from project.options import RunOptions
 
-main = tool_script(__doc__, RunOptions, "project.running.run_project")
+main = plain_script(__doc__, "project.running.run_project", RunOptions)
 
 
 if __name__ == "__main__":

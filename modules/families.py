@@ -3,7 +3,7 @@
 No family is imported before it is asked for: a script that only prints its help reads its own alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -143,7 +143,7 @@ def identify(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Script:
-    """Hold a script's function. Made by `tool_script`, `caching_script` and the like."""
+    """Hold a script's function. Made by `plain_script`, `caching_script` and the like."""
 
     main: Callable[..., None]  # takes the words behind the script's name; None: those of the command line
 
@@ -156,21 +156,23 @@ class Script:
         command_line(self.main, explain=identify)
 
 
-def tool_script(
+def plain_script(
     about: str | None,
-    record: type[Options],
-    place: str,
+    work: str,
+    *records: type[Options],
+    without: Collection[str] = (),
     prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
 ) -> Script:
-    """Return the script of a tool, which reads `record` and hands it to a function.
+    """Return the script that reads options and hands the first record to a function.
 
-    about: the script's docstring. place: of the function, such as `networks.averaging.average_files`; it is
-    imported after the options are read, as torch loads then. prepare: makes its arguments of the options.
+    about: the script's docstring. work: the function, as `networks.merging.merge_flux`, with which torch
+    loads. without: as for `add_options`. prepare: makes its arguments of the record.
     """
 
-    def main(argv: Sequence[str] | None = None) -> None:
-        arguments = prepare(*parse_options(about, argv, record))
-        module, _, name = place.rpartition(".")
-        getattr(import_own(module), name)(*arguments)
+    def run_tool(argv: Sequence[str] | None = None) -> None:
+        options, *_ = parse_options(about, argv, *records, without=without)
+        arguments = prepare(options)
+        module, _, function = work.rpartition(".")
+        getattr(import_own(module), function)(*arguments)
 
-    return Script(main)
+    return Script(run_tool)

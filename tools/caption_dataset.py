@@ -16,13 +16,13 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 import modules.interpreter  # noqa: F401
 from data_tools.captions.options import CaptioningOptions
 from dataset.config import load_dataset_config
-from modules.families import tool_script
+from modules.families import plain_script
 
-main = tool_script(
+main = plain_script(
     __doc__,
-    CaptioningOptions,
     "data_tools.captions.run.run_captioning",
-    lambda options: (load_dataset_config(options.dataset_config), options),
+    CaptioningOptions,
+    prepare=lambda options: (load_dataset_config(options.dataset_config), options),
 )
 
 

@@ -13,13 +13,13 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 import modules.interpreter  # noqa: F401
 from data_tools.report.options import ReportOptions
 from dataset.config import load_dataset_config
-from modules.families import tool_script
+from modules.families import plain_script
 
-main = tool_script(
+main = plain_script(
     __doc__,
-    ReportOptions,
     "data_tools.report.run.run_report",
-    lambda options: (load_dataset_config(options.dataset_config), options),
+    ReportOptions,
+    prepare=lambda options: (load_dataset_config(options.dataset_config), options),
 )
 
 

@@ -9,9 +9,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from data_tools.cutting.options import CuttingOptions
-from modules.families import tool_script
+from modules.families import plain_script
 
-main = tool_script(__doc__, CuttingOptions, "data_tools.cutting.run.cut_footage")
+main = plain_script(__doc__, "data_tools.cutting.run.cut_footage", CuttingOptions)
 
 
 if __name__ == "__main__":
