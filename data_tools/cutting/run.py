@@ -46,19 +46,12 @@ SUFFIXES = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
 WAIT_SECONDS = 0.5  # Windows tells a waiting thread of Ctrl-C only then
 NAMED = 3  # files that a message names
 MICRO = 1_000_000
+# a source (absolute), the name of its clips, and the record of an earlier run
+CuttingJob = tuple[Path, str, CutRecord | None]
 
 
 class CuttingStopped(Exception):
     """End of work that another thread asked for."""
-
-
-@dataclass(frozen=True)
-class CuttingJob:
-    """A source, the name of its clips, and the record of an earlier run."""
-
-    source: Path  # absolute
-    stem: str
-    record: CutRecord | None
 
 
 @dataclass(frozen=True)
@@ -91,14 +84,14 @@ def cut_footage(options: CuttingOptions) -> None:
     failures: list[tuple[Path, Exception]] = []
     results = []
     try:
-        for job, result in _each(jobs, shop, failures):
+        for source, result in _each(jobs, shop, failures):
             results.append(result)
             if result.record is None:
-                lines = [f"{job.source}: {_in_words(result.clips)}", *map(_scene_line, result.clips)]
+                lines = [f"{source}: {_in_words(result.clips)}", *map(_scene_line, result.clips)]
                 sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
                 continue
             if result.is_new:
-                logger.info("%s: %s", job.source, _in_words(result.clips))
+                logger.info("%s: %s", source, _in_words(result.clips))
             clip_list.add(result.record, result.is_new)
     finally:
         clip_list.write()
@@ -149,7 +142,7 @@ def _name_jobs(sources: dict[Path, str], records: dict[str, CutRecord]) -> list[
             number += 1
             stem = f"{wanted}-{number}"
         taken.add(stem.casefold())
-        jobs.append(CuttingJob(path, stem, record))
+        jobs.append((path, stem, record))
     return jobs
 
 
@@ -165,7 +158,8 @@ class Workshop:
 
     def cut(self, job: CuttingJob) -> CutResult:
         """Cut a video, or finish the work of an interrupted run. Raises UserError."""
-        record, path, options = job.record, job.source, self.options
+        path, stem, record = job
+        options = self.options
         why = "" if record is None else record.changes(path, options)
         if record is not None and record.is_done and not why:
             return CutResult(record, (), is_new=False)
@@ -180,7 +174,7 @@ class Workshop:
             clips = plan_clips(look, options.lengths, options.choice)
             if options.dry_run:
                 return CutResult(None, clips)
-            new = start_record(path, job.stem, options, look, clips)
+            new = start_record(path, stem, options, look, clips)
             self._make_way(new, record)
             write_record(self.output, new)
             record = new
@@ -293,8 +287,8 @@ def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: Planne
 
 def _each(
     jobs: Sequence[CuttingJob], shop: Workshop, failures: list[tuple[Path, Exception]]
-) -> Iterator[tuple[CuttingJob, CutResult]]:
-    """Yield each job and its result, in order; errors go to `failures`, of several videos at once."""
+) -> Iterator[tuple[Path, CutResult]]:
+    """Yield each source and its result, in order; errors go to `failures`, of several videos at once."""
     pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
     try:
         for job, future in [(job, pool.submit(shop.cut, job)) for job in jobs]:
@@ -302,13 +296,13 @@ def _each(
                 wait([future], WAIT_SECONDS)
             error = future.exception()
             if error is None:
-                yield job, future.result()
+                yield job[0], future.result()
             elif not isinstance(error, (UserError, OSError)):
                 raise error
             else:
-                failures.append((job.source, error))
+                failures.append((job[0], error))
                 if len(jobs) > 1:
-                    logger.error("%s is skipped: %s", job.source, error)
+                    logger.error("%s is skipped: %s", job[0], error)
     finally:
         shop.stop.set()  # if this ends early, so do the threads: at the next frame
         pool.shutdown(wait=True, cancel_futures=True)
