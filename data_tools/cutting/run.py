@@ -24,7 +24,7 @@ from data_tools.cutting.records import (
     write_record,
 )
 from data_tools.cutting.scenes import load_detector
-from dataset.caching.reports import Failure, failure_error
+from dataset.caching.prefetch import Failure, failure_error
 from dataset.sources.media_source import readable_stem
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar

@@ -13,8 +13,7 @@ import numpy as np
 from data_tools.report.findings import NO_CAPTION, TableFindings, count_batches, is_unread
 from data_tools.report.looks import Look, cut_percent
 from dataset.config import DatasetConfig
-from dataset.sources.faults import Fault
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import Fault, MediaSource
 from modules.control_codes import shorten
 from modules.media.buckets import Fit, Size
 
