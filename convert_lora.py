@@ -1,10 +1,10 @@
 """Convert a LoRA file between dialects. All options: python convert_lora.py --help"""
 
 import modules.interpreter  # noqa: F401
-from networks.scripts import lora_tool
+from modules.families import plain_script
 from networks.tool_options import ConvertOptions
 
-main = lora_tool(__doc__, "networks.convert.convert", ConvertOptions)
+main = plain_script(__doc__, "networks.convert.convert", ConvertOptions)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Merge LoRAs into a model file, one tensor at a time. All options: python merge_lora.py --help"""
 
 import modules.interpreter  # noqa: F401
-from networks.scripts import lora_tool
+from modules.families import plain_script
 from networks.tool_options import MergeOptions
 
-main = lora_tool(__doc__, "networks.merging.merge_dit", MergeOptions)
+main = plain_script(__doc__, "networks.merging.merge_dit", MergeOptions)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,12 @@
 All options: python new_project.py --help
 """
 
-from collections.abc import Sequence
-
 import modules.interpreter  # noqa: F401
-from modules.command import command_line
-from modules.parser import parse_options
+from modules.families import plain_script
 from project.options import NewOptions
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_options(__doc__, argv, NewOptions)
-
-    from project.files import write_project  # libraries that read clips load here
-
-    write_project(options)
+main = plain_script(__doc__, "project.files.write_project", NewOptions)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    main.run()

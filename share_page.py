@@ -3,21 +3,17 @@
 All options: python share_page.py --help
 """
 
-from collections.abc import Sequence
-
 import modules.interpreter  # noqa: F401
-from modules.command import command_line
+from modules.families import plain_script
 from modules.pages.options import ShareOptions
-from modules.parser import parse_options
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_options(__doc__, argv, ShareOptions)
-
-    from modules.pages.page import share_page
-
-    share_page(options.page, options.copy)
+main = plain_script(
+    __doc__,
+    "modules.pages.page.share_page",
+    ShareOptions,
+    prepare=lambda options: (options.page, options.copy),
+)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    main.run()

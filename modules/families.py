@@ -3,7 +3,7 @@
 No family is imported before it is asked for: a script that only prints its help reads its own alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +12,8 @@ from typing import Any
 from modules.command import as_typed, command_line
 from modules.installation import import_own
 from modules.option_values import option_words
+from modules.options import Options
+from modules.parser import parse_options
 
 CLIPS, PICTURES = "it encodes the clips", "it encodes the pictures"
 
@@ -141,7 +143,7 @@ def identify(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Script:
-    """Hold a script's function. Made by `caching_script`, `training_script` and `generation_script`."""
+    """Hold a script's function. Made by `plain_script`, `caching_script` and the like."""
 
     main: Callable[..., None]  # takes the words behind the script's name; None: those of the command line
 
@@ -152,3 +154,25 @@ class Script:
     def run(self) -> None:
         """Run the script as a program, with the options of the command line."""
         command_line(self.main, explain=identify)
+
+
+def plain_script(
+    about: str | None,
+    work: str,
+    *records: type[Options],
+    without: Collection[str] = (),
+    prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
+) -> Script:
+    """Return the script that reads options and hands the first record to a function.
+
+    about: the script's docstring. work: the function, as `networks.merging.merge_flux`, with which torch
+    loads. without: as for `add_options`. prepare: makes its arguments of the record.
+    """
+
+    def run_tool(argv: Sequence[str] | None = None) -> None:
+        options, *_ = parse_options(about, argv, *records, without=without)
+        arguments = prepare(options)
+        module, _, function = work.rpartition(".")
+        getattr(import_own(module), function)(*arguments)
+
+    return Script(run_tool)

@@ -292,7 +292,7 @@ def test_the_recipes_for_ray_run(tmp_path: Path, tmp_path_factory: pytest.TempPa
         _, script, *words = shlex.split(command)
         run_python(ROOT / script, "--gpus_per_actor", "0", "--temp_dir", sockets, *words, folder=tmp_path)
     else:
-        (code,) = PYTHON.findall((ROOT / "docs" / "dataset.md").read_text(encoding="utf-8"))
+        (code,) = PYTHON.findall((ROOT / "docs" / "dataset_large.md").read_text(encoding="utf-8"))
         start = f"import ray\nray.init(num_cpus=2, include_dashboard=False, _temp_dir={str(sockets)!r})\n"
         code = start + code.replace("num_gpus=1", "num_gpus=0").replace("concurrency=4", "concurrency=2")
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

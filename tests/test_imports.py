@@ -41,8 +41,8 @@ FLOORS = {
         {"compile_options"},
         {"speed_options"},
         {"command", "console", "environment", "fp8"},
-        {"families"},
         {"downloading", "parser"},
+        {"families"},
         {"console_options"},
         {"attention", "bars", "layers", "media"} | {"minimal_options"},
         {"contract", "pages"},
@@ -60,7 +60,7 @@ FLOORS = {
         {"batches", "caching"},
         {"scripts"},
     ),
-    "data_tools": ({"captions", "cogvideox", "cutting", "report"},),
+    "data_tools": ({"frames"}, {"captions", "cogvideox", "cutting", "report"}),
     "post": (
         {"contract", "options", "streaming"},
         {"tiling"},

@@ -7,7 +7,6 @@ All options: python tools/caption_dataset.py --help
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: then Python looks for modules in its folder
@@ -17,18 +16,15 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 import modules.interpreter  # noqa: F401
 from data_tools.captions.options import CaptioningOptions
 from dataset.config import load_dataset_config
-from modules.command import command_line
-from modules.parser import parse_options
+from modules.families import plain_script
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_options(__doc__, argv, CaptioningOptions)
-    config = load_dataset_config(options.dataset_config)
-
-    from data_tools.captions.run import run_captioning  # torch loads here, after every option has been read
-
-    run_captioning(config, options)
+main = plain_script(
+    __doc__,
+    "data_tools.captions.run.run_captioning",
+    CaptioningOptions,
+    prepare=lambda options: (load_dataset_config(options.dataset_config), options),
+)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    main.run()

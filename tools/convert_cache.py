@@ -4,7 +4,6 @@ All options: python tools/convert_cache.py --help
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: then Python looks for modules in its folder
@@ -14,18 +13,18 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 import modules.interpreter  # noqa: F401
 from dataset.config import load_dataset_config
 from dataset.options import ConvertCacheOptions
-from modules.command import command_line
-from modules.parser import parse_options
+from modules.families import plain_script
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_options(__doc__, argv, ConvertCacheOptions)
-    config = None if options.dataset_config is None else load_dataset_config(options.dataset_config)
-
-    from dataset.cache.converting import convert_caches
-
-    convert_caches(options, config)
+main = plain_script(
+    __doc__,
+    "dataset.cache.converting.convert_caches",
+    ConvertCacheOptions,
+    prepare=lambda options: (
+        options,
+        options.dataset_config and load_dataset_config(options.dataset_config),
+    ),
+)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    main.run()

@@ -4,7 +4,6 @@ All options: python tools/dataset_report.py --help
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: then Python looks for modules in its folder
@@ -14,18 +13,15 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 import modules.interpreter  # noqa: F401
 from data_tools.report.options import ReportOptions
 from dataset.config import load_dataset_config
-from modules.command import command_line
-from modules.parser import parse_options
+from modules.families import plain_script
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_options(__doc__, argv, ReportOptions)
-    config = load_dataset_config(options.dataset_config)
-
-    from data_tools.report.run import run_report  # the libraries that read media load here
-
-    run_report(config, options)
+main = plain_script(
+    __doc__,
+    "data_tools.report.run.run_report",
+    ReportOptions,
+    prepare=lambda options: (load_dataset_config(options.dataset_config), options),
+)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    main.run()

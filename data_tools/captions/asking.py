@@ -7,10 +7,10 @@ from pathlib import Path
 
 from data_tools.captions.options import AskOptions, WordingOptions
 from data_tools.captions.places import CaptionPlace
+from data_tools.frames import pick_frames
 from dataset.sources.captions import add_trigger, lines_of
 from modules.answers import take_answer
-from modules.errors import MediaError
-from modules.media.reading import Frame, folder_images, read_image, resize_stretched, video_frames, video_info
+from modules.media.reading import Frame, read_image, resize_stretched
 from modules.text_files import MAX_CAPTION_BYTES
 
 Frames = tuple[Frame, ...]  # each H W 3
@@ -28,7 +28,6 @@ PROMPTS = {
     "from beginning to end, the surroundings, how the camera moves, the light and the style. Begin with the "
     "subject. Say nothing that is not seen, do not mention frames, and answer with the description alone.",
 }
-TRIES = 3  # of reading a clip: a header may have a wrong number of frames
 # what servers and tokenizers leave in an answer: <|im_end|>, </s>, <end_of_turn>
 _TOKENS = re.compile(
     r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:pad|unk|bos|eos|end_of_turn|end_of_utterance|end_of_text)>"
@@ -63,20 +62,9 @@ def read_shown(path: Path, is_image: bool, wanted: int, max_pixels: int) -> Fram
     """
     if is_image:
         return (_shrink(read_image(path), max_pixels),)
-    if path.is_dir():
-        images = folder_images(path)
-        shown = choose_frames(len(images), wanted)
-        return tuple(_shrink(read_image(images[index]), max_pixels) for index in shown)
-    num_frames = video_info(path).frames or 0
-    for _ in range(TRIES):
-        shown, found, frames = choose_frames(num_frames, wanted), 0, []
-        for found, frame in enumerate(video_frames(path), 1):
-            if found - 1 in shown:
-                frames.append(_shrink(frame, max_pixels))
-        if found == num_frames:
-            return tuple(frames)
-        num_frames = found  # the header says nothing, or another number
-    raise MediaError(f"{path} has another number of frames each time it is read. Is it being written?")
+    return tuple(
+        pick_frames(path, lambda number: choose_frames(number, wanted), lambda one: _shrink(one, max_pixels))
+    )
 
 
 def _shrink(frame: Frame, max_pixels: int) -> Frame:

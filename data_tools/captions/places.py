@@ -33,6 +33,7 @@ EXTENSION = ".txt"  # of tables that name none
 MADE = ".captions_made.jsonl"
 BACKUP = ".bak"
 TRIES, PAUSE = 5, 0.2  # seconds between two; while another program writes a list
+Change = tuple[dict[str, Any], dict[str, Any]]  # old values of a line, new ones
 MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "hand-written"
 
 
@@ -50,8 +51,8 @@ def keep_backup(path: Path) -> None:
 class CaptionList:
     """A JSONL list whose captions are written one by one; at any moment the file is whole.
 
-    Only changed lines are written anew, and these keep their other values. Lines that somebody writes
-    meanwhile stay.
+    Only changed lines are written anew, and these keep their other values. It is read again if somebody has
+    written meanwhile, whose lines stay.
     """
 
     def __init__(self, table: DatasetTable) -> None:
@@ -59,9 +60,10 @@ class CaptionList:
         assert table.jsonl_file is not None
         self.path, self._key = table.jsonl_file, f"{table.kind}_path"
         self._lines: list[str] = []
+        self._numbers: dict[str, int] = {}  # path in the line -> its place
         self._stamp: tuple[int, ...] = ()
-        self._read()
         self._has_backup = False  # of the state before this run
+        self._read()
         self.entries: dict[Path, str] = {}  # of each source, its path as it stands in its line
         rows = RowReader(table, self.path, self._key, is_list=True)
         for entry in self._numbers:
@@ -70,95 +72,60 @@ class CaptionList:
             else:
                 self.entries[expand_path(entry)] = entry
 
-    def take_waiting(self, waiting: Path) -> None:
-        """Put in the captions that a killed run of an earlier version left in a file beside the list."""
-        found: dict[str, dict[str, Any]] = {}
-        for line in read_lines(waiting):
-            with contextlib.suppress(ValueError, LookupError, TypeError):  # the last one may be unfinished
-                one = parse_json(line)
-                found[one["path"]] = one
-        for entry in list(self._numbers):
-            one, there = found.get(_key_of(entry), {}), self.record(entry).get("caption")
-            if "caption" in one and (None if there is None else _hash_of(str(there))) == one.get("old"):
-                self.put(entry, one["caption"], there, bool(one.get("is_foreign")))
-        waiting.unlink()
-
     def record(self, entry: str) -> dict[str, Any]:
-        """Return the values of a line; none if it is there no more."""
+        """Return the values of the line with that path; none if it is there no more."""
         number = self._numbers.get(entry)
         return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
 
-    def put(self, entry: str, caption: str, old: str | None, is_foreign: bool) -> bool:
-        """Write the caption of a line, unless somebody has changed it meanwhile; returns whether it was.
+    def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
+        """Write values into lines; return into how many: not those that somebody has changed meanwhile.
 
-        entry: the path in the line. old: the caption that is to be replaced. is_foreign: a person wrote it:
-        then, and if there is no .bak yet, the list is kept as .bak. Raises OutputError.
+        changes: by the path in the line. is_foreign: a person wrote what is
+        replaced: then, and if there is no .bak yet, the list of before this run is kept as .bak. Raises
+        OutputError.
         """
         for _ in range(TRIES):
-            self._read_changes()
-            if entry not in self._numbers or self.record(entry).get("caption") != old:
-                return False
-            if is_foreign or not self.path.with_name(self.path.name + BACKUP).exists():
-                self.keep_once()
-            if self._replace({entry: {"caption": caption}}):
-                return True
-        raise OutputError(f"{self.path}: another program keeps writing this list. Close it, then run again.")
-
-    def keep_once(self) -> None:
-        """Keep the list as .bak, if that was not done in this run."""
-        if not self._has_backup:
-            keep_backup(self.path)
-        self._has_backup = True
-
-    def write(self, changes: Mapping[str, dict[str, Any]]) -> None:
-        """Write other values into lines. changes: by the path in the line. Raises OutputError."""
-        for _ in range(TRIES):
-            self._read_changes()
-            if self._replace(changes):
-                return
-        raise OutputError(f"{self.path}: another program keeps writing this list. Close it, then run again.")
-
-    def _replace(self, changes: Mapping[str, dict[str, Any]]) -> bool:
-        """Write the list with other values; return False and write nothing if somebody has written since."""
-        lines = list(self._lines)
-        for entry in changes.keys() & self._numbers.keys():
-            number = self._numbers[entry]
-            line = lines[number]
-            text = json.dumps(self.record(entry) | changes[entry], ensure_ascii=False)
-            if bad_character(text):  # another value has half a character, as an escape
-                text = json.dumps(self.record(entry) | changes[entry])
-            lines[number] = line.replace(line.strip("\ufeff\r\n"), text)
-        path = self.path.resolve()  # a link stays one
-        try:
-            with atomic_path(path, self._stamp[1]) as temporary:
-                temporary.write_bytes("".join(lines).encode("utf-8"))
-                shutil.copymode(path, temporary)
-                if _stamp_of(self.path) != self._stamp:
-                    raise _ListChanged
-        except (_ListChanged, FileNotFoundError):  # an editor may put the old file away first
-            time.sleep(PAUSE)
-            return False
-        self._lines, self._stamp = lines, _stamp_of(self.path)
-        return True
-
-    def _read_changes(self) -> None:
-        for number in range(TRIES):
             try:
                 if _stamp_of(self.path) != self._stamp:
                     self._read()
-                return
-            except FileNotFoundError:  # an editor may put the old file away first
-                if number + 1 == TRIES:
-                    raise OutputError(
-                        f"{self.path}: the list is gone. Put it back, then run again."
-                    ) from None
+                lines, count = list(self._lines), 0
+                for entry, (old, new) in changes.items():
+                    values = self.record(entry)
+                    if not values or any(values.get(key) != value for key, value in old.items()):
+                        continue
+                    text = json.dumps(values | new, ensure_ascii=False)
+                    if bad_character(text):  # another value has half a character, as an escape
+                        text = json.dumps(values | new)
+                    line = lines[self._numbers[entry]]
+                    lines[self._numbers[entry]] = line.replace(line.strip("\ufeff\r\n"), text)
+                    count += 1
+                if not count:
+                    return 0
+                has_older = self.path.with_name(self.path.name + BACKUP).exists()
+                if not self._has_backup and (is_foreign or not has_older):
+                    keep_backup(self.path)
+                    self._has_backup = True
+                path = self.path.resolve()  # a link stays one
+                with atomic_path(path, self._stamp[1]) as temporary:
+                    temporary.write_bytes("".join(lines).encode("utf-8"))
+                    shutil.copymode(path, temporary)
+                    if _stamp_of(self.path) != self._stamp:
+                        raise _ListChanged
+            except (_ListChanged, FileNotFoundError):  # an editor may put the old file away first
                 time.sleep(PAUSE)
+            else:
+                self._lines, self._stamp = lines, _stamp_of(self.path)
+                return count
+        raise OutputError(
+            f"{self.path}: the list is gone, or another program keeps writing it. Put it back, or close that "
+            "program, then run again."
+        )
 
     def _read(self) -> None:
         self._stamp = _stamp_of(self.path)
         with self.path.open(encoding="utf-8", newline="") as file:
             self._lines = file.readlines()
-        self._numbers: dict[str, int] = {}  # path in the line -> its place
+        self._numbers = {}
         for number, line in enumerate(self._lines):
             # a line may be half written by somebody else
             with contextlib.suppress(ValueError, LookupError, TypeError):
@@ -172,11 +139,6 @@ class _ListChanged(Exception):
 def _stamp_of(path: Path) -> tuple[int, int]:
     state = path.stat()
     return state.st_mtime_ns, state.st_size
-
-
-def _key_of(entry: str) -> str:
-    """Return a line's path, or of an address a hash: it may hold a secret."""
-    return short_hash(address_identity(entry)) if is_address(entry) else entry
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +157,8 @@ class CaptionPlace:
         """Return the caption's name in the record of its folder: no address, as that may hold a secret."""
         if self.lines is None:
             return self.file.name
-        return f"{self.file.name}: {_key_of(self.entry)}"
+        is_remote = is_address(self.entry)
+        return f"{self.file.name}: {short_hash(address_identity(self.entry)) if is_remote else self.entry}"
 
     @property
     def media(self) -> str:
@@ -212,7 +175,8 @@ class CaptionPlace:
         """
         if self.lines is not None:
             made.add(self.name, text)
-            return self.lines.put(self.entry, text, self.caption, is_foreign)
+            change = {"caption": self.caption}, {"caption": text}
+            return self.lines.write({self.entry: change}, is_foreign) > 0
         try:
             has_changed = read_caption(self.file) != self.caption
         except DatasetError:

@@ -18,6 +18,7 @@ from data_tools.captions.places import (
     OURS,
     CaptionList,
     CaptionPlace,
+    Change,
     MadeCaptions,
     find_places,
     keep_backup,
@@ -70,10 +71,6 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
     """
     start = time.monotonic()
     is_again = options.overwrite or options.overwrite_all
-    for table in config.datasets if not options.dry_run else ():
-        waiting = table.jsonl_file and table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
-        if waiting and waiting.exists():
-            CaptionList(table).take_waiting(waiting)
     places = find_places(config, texts=is_again or options.fill_empty)
     made = read_made(places)
     jobs, num_done = plan_captions(places, made, options)
@@ -215,8 +212,8 @@ def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool)
         head = f"{count_of(len(edits), 'caption')} would be changed. Nothing is written."
         _say([head, *_first(lines, LISTED_EDITS)])
     else:
-        changes: dict[CaptionList, dict[str, dict[str, Any]]] = defaultdict(dict)
-        for place, old, new, values in edits:
+        changes: dict[CaptionList, dict[str, Change]] = defaultdict(dict)
+        for place, old, new, change in edits:
             record = made[place.file.parent]
             if record.has(place.name, old):  # it stays one of this program
                 record.add(place.name, new)
@@ -224,10 +221,9 @@ def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool)
                 keep_backup(place.file)
                 write_text(place.file, new)
             else:
-                changes[place.lines][place.entry] = values
+                changes[place.lines][place.entry] = change
         for captions, by_entry in changes.items():
-            captions.keep_once()
-            captions.write(by_entry)
+            captions.write(by_entry, is_foreign=True)
         rest = f"{len(places) - len(edits)} are as they were"
         show_box("Editing is finished", [("captions", f"{len(edits)} changed, {rest}")])
     if emptied:
@@ -240,8 +236,8 @@ def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool)
 
 def _edits(
     places: Sequence[CaptionPlace], wording: WordingOptions
-) -> Iterator[tuple[CaptionPlace, str, str, dict[str, Any]]]:
-    """Yield captions that change: place, old and new text, and of a line of a list the new values.
+) -> Iterator[tuple[CaptionPlace, str, str, Change]]:
+    """Yield captions that change: place, old and new text, and of a line of a list the old and new values.
 
     The new text is empty if it, or one of several, would be.
     """
@@ -250,18 +246,24 @@ def _edits(
         if place.lines is not None:
             record = place.lines.record(place.entry)
             keys = ("caption", "captions") if several else ("caption",)
-            old = {key: _texts(record[key]) for key in keys if record.get(key) is not None}
-            new = {key: [reword(text, wording) for text in texts] for key, texts in old.items()}
+            old: dict[str, Any] = {key: record[key] for key in keys if record.get(key) is not None}
+            new = {key: _reworded(value, wording) for key, value in old.items()}
             changed = [key for key in new if new[key] != old[key]]
-            before, after = ([text for key in changed for text in one[key]] for one in (old, new))
-            values = {key: new[key] if isinstance(record[key], list) else new[key][0] for key in changed}
+            old, new = ({key: one[key] for key in changed} for one in (old, new))
+            before, after = ([text for value in one.values() for text in _texts(value)] for one in (old, new))
             if changed:
-                yield place, "\n".join(before), "\n".join(after) if all(after) else "", values
+                yield place, "\n".join(before), "\n".join(after) if all(after) else "", (old, new)
         elif place.caption is not None:
             text = reword_lines(place.caption, wording, several)
             if text != place.caption:
-                yield place, place.caption, text, {}
+                yield place, place.caption, text, ({}, {})
 
 
 def _texts(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
+
+
+def _reworded(value: str | list[str], wording: WordingOptions) -> str | list[str]:
+    if isinstance(value, str):
+        return reword(value, wording)
+    return [reword(text, wording) for text in value]

@@ -5,17 +5,16 @@ server and of libraries are searched for it before they are shown.
 """
 
 import base64
-import contextlib
 import io
 import logging
 import math
 import os
-import queue
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -57,11 +56,7 @@ OTHER_NAMES: Mapping[str, str | None] = {
 
 
 class _TryAgain(Exception):
-    """The server could not answer this time. seconds: that it asks to wait."""
-
-    def __init__(self, reason: str, seconds: float = math.nan) -> None:
-        super().__init__(reason)
-        self.seconds = seconds
+    """The server could not answer this time: the reason, and the seconds that it asks to wait, else NaN."""
 
 
 class _Session(requests.Session):
@@ -104,38 +99,35 @@ class ApiServer:
     def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
         """Yield a caption, or why there is none, for each place, as they arrive.
 
-        Requests that wait for their answer when the caller ends are left to themselves.
+        If the caller ends, nothing more is asked; the program waits for the answers of requests on their way.
         """
-        done: queue.SimpleQueue[tuple[CaptionPlace, Any]] = queue.SimpleQueue()
-        waiting: queue.SimpleQueue[CaptionPlace] = queue.SimpleQueue()
 
-        def work() -> None:
-            with contextlib.suppress(queue.Empty):
-                while not self._stop.is_set():
-                    place = waiting.get_nowait()
-                    try:
-                        done.put((place, self.describe(place, look(place))))
-                    except BaseException as error:
-                        if not isinstance(error, (MediaError, NoCaptionError)):
-                            self._stop.set()  # it ends the run: nothing more is asked
-                        done.put((place, error))
+        def work(place: CaptionPlace) -> str:
+            if self._stop.is_set():
+                raise NoCaptionError("the run has ended")
+            try:
+                return self.describe(place, look(place))
+            except (MediaError, NoCaptionError):
+                raise
+            except BaseException:
+                self._stop.set()  # it ends the run: nothing more is asked
+                raise
 
         self._stop.clear()
-        for place in places:
-            waiting.put(place)
-        for number in range(min(self._workers, len(places))):
-            threading.Thread(target=work, name=f"request-{number}", daemon=True).start()
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="request")
         try:
-            num_left = len(places)
-            while num_left:
-                try:
-                    place, result = done.get(timeout=0.5)  # on Windows, Ctrl-C is noticed between two calls
-                except queue.Empty:
-                    continue
-                num_left -= 1
-                yield place, result
+            futures = {pool.submit(work, place): place for place in places}
+            for future in as_completed(futures):
+                error = future.exception()
+                if error is None:
+                    yield futures[future], future.result()
+                elif isinstance(error, (MediaError, NoCaptionError)):
+                    yield futures[future], error
+                else:
+                    raise error
         finally:
             self._stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def describe(self, place: CaptionPlace, frames: Frames) -> str:
         """Return the caption of an image or clip.
@@ -153,20 +145,16 @@ class ApiServer:
             "temperature": self.ask.temperature,
             **({"seed": self.ask.seed} if self.ask.temperature else {}),
         }
-        reason = ""
         for number in range(TRIES):
             try:
                 return self._request(body)
             except _TryAgain as error:
-                reason = str(error)
-                seconds = error.seconds if error.seconds >= 0 else self.first_wait * 2**number
-            if number + 1 == TRIES:
-                break
-            seconds = min(seconds, LONGEST_WAIT)
-            if reason not in self._told:
+                reason, wanted = error.args
+            seconds = min(wanted if wanted >= 0 else self.first_wait * 2**number, LONGEST_WAIT)
+            if number + 1 < TRIES and reason not in self._told:
                 self._told.add(reason)
                 logger.warning("%s; it is asked again after %.1f s, %d times at most", reason, seconds, TRIES)
-            if self._stop.wait(seconds):
+            if number + 1 < TRIES and self._stop.wait(seconds):
                 raise NoCaptionError("the run has ended")
         raise NoCaptionError(f"{TRIES} requests failed, the last because {reason}", server_failed=True)
 
@@ -189,7 +177,7 @@ class ApiServer:
                 ) from None
             if isinstance(error, requests.Timeout) or isinstance(cause, TimeoutError):
                 why = f"there is no whole answer within {self.timeout:g} s (--api_timeout)"
-            raise _TryAgain(f"the connection broke: {why}") from None
+            raise _TryAgain(f"the connection broke: {why}", math.nan) from None
         self._has_answered = True
         if status == 200:
             return self._caption_in(text)

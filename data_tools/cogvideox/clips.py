@@ -5,7 +5,6 @@ size.
 """
 
 import contextlib
-import itertools
 import math
 import random
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -21,12 +20,13 @@ from torch import Tensor
 from data_tools.cogvideox.items import PreparedItem, write_media
 from data_tools.cogvideox.models import DTYPES, EncodeMoments
 from data_tools.cogvideox.options import EncodingOptions, PrepareOptions, ShapeOptions
+from data_tools.frames import pick_frames
 from dataset.caching.prefetch import DECODED_BYTES, Failure, WriteBehind, run_ahead
 from modules.bars import Bar
 from modules.errors import MediaError
 from modules.media.buckets import Size
 from modules.media.pixels import to_pixels
-from modules.media.reading import Frame, resize_cover, resize_stretched, video_frames, video_info
+from modules.media.reading import Frame, resize_cover, resize_stretched
 from modules.seeds import derive_seed
 
 T = TypeVar("T")
@@ -142,34 +142,25 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     """
     chance = random.Random(derive_seed(options.seed, "prepare", name))
     draws = (chance.random(), chance.random()), chance.random() < (options.random_flip or 0.0)
-    stated = video_info(path).frames
-    for available in (stated, None):  # the header may be wrong
-        available = available or sum(1 for _ in video_frames(path, threads=threads))
-        frames = _read_frames(path, available, options, draws, threads)
-        if frames is not None:
-            return frames
-    raise MediaError(f"{path} has other frames whenever it is read")
+    size: Size | None = None
 
+    def choose(available: int) -> range:
+        count = choose_frames(available, options.frame_buckets, options.max_num_frames)
+        if count is None:
+            raise MediaError(
+                f"{path} has {available} frames, the smallest of --frame_buckets is "
+                f"{min(options.frame_buckets)}"
+            )
+        return range(0, available // count * count, available // count)
 
-def _read_frames(
-    path: Path, available: int, options: ShapeOptions, draws: Draws, threads: int
-) -> Clip | None:
-    """Read a clip of so many frames; None if there are fewer."""
-    count = choose_frames(available, options.frame_buckets, options.max_num_frames)
-    if count is None:
-        raise MediaError(
-            f"{path} has {available} frames, the smallest of --frame_buckets is {min(options.frame_buckets)}"
-        )
-    # to the end of the file, so that a damaged one is noticed
-    step = available // count
-    indices = range(0, step * count, step)
-    frames = (frame for index, frame in enumerate(video_frames(path, threads=threads)) if index in indices)
-    first = next(frames, None)
-    if first is None:
-        return None
-    size = choose_size((first.shape[1], first.shape[0]), options.height_buckets, options.width_buckets)
-    clip = np.stack([shape_frame(frame, size, options, draws) for frame in itertools.chain([first], frames)])
-    return clip if len(clip) == count else None
+    def shape(frame: Frame) -> Frame:
+        nonlocal size
+        if size is None:  # that of the first frame: a folder may have images of several
+            sides = (frame.shape[1], frame.shape[0])
+            size = choose_size(sides, options.height_buckets, options.width_buckets)
+        return shape_frame(frame, size, options, draws)
+
+    return np.stack(pick_frames(path, choose, shape, threads))
 
 
 def choose_frames(available: int, buckets: Sequence[int], most: int) -> int | None:

@@ -5,10 +5,10 @@ names of all that follow: named files are ours, and any other file belongs to th
 """
 
 import json
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from data_tools.cutting.clips import PlannedClip, VideoLook
@@ -20,7 +20,6 @@ from modules.text_files import parse_json, read_lines, read_text
 
 MARK = ".split_video"  # folder of the records, beside the clips
 VERSION = 1
-LIST_SECONDS = 10.0  # at least between two times that the list is written during a run
 
 
 @dataclass(frozen=True)
@@ -143,17 +142,18 @@ class ClipList:
         # clips whose line has a caption
         self.captioned = {one for one, line in self._read() if one and "caption" in parse_json(line)}
         self._unlisted: list[tuple[CutRecord, bool]] = []  # whose lines are not written yet
-        self._last = time.monotonic()
+        self._lock = Lock()
 
     def add(self, record: CutRecord, is_new: bool) -> None:
-        """Add the lines of a source, and write them now and then; a clip that has a line keeps it.
+        """Add the lines of a source; a clip that has a line keeps it.
 
-        is_new: whether it was cut in this run; else a user may have removed clips.
+        is_new: whether it was cut in this run, then its lines are written at once; else a user may have
+        removed clips.
         """
-        if str(self._path) in record.lists and self._was_there:
-            return
-        self._unlisted.append((record, is_new))
-        if time.monotonic() - self._last >= LIST_SECONDS:
+        if is_new or str(self._path) not in record.lists or not self._was_there:
+            with self._lock:
+                self._unlisted.append((record, is_new))
+        if is_new:
             self.write()
 
     def write(self, removed: Collection[Path] = ()) -> None:
@@ -161,21 +161,22 @@ class ClipList:
 
         Raises OutputError, also if the list cannot be read again.
         """
-        if not (self._unlisted or removed):
-            return
-        names = set(map(str, removed))
-        there = [(path, line) for path, line in self._read() if path not in names]
-        lines, known = [line for _, line in there], {path for path, _ in there}
-        for record, is_new in self._unlisted:
-            for one in record.clips:
-                facts = _line_of(self._output, record, one)
-                if facts["video_path"] not in known and (is_new or (self._output / one.name).exists()):
-                    lines.append(json.dumps(facts, ensure_ascii=False))
-        write_bytes(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
-        for record, _ in self._unlisted:
-            lists = tuple(dict.fromkeys([*record.lists, str(self._path)]))
-            write_record(self._output, replace(record, lists=lists))
-        self._unlisted, self._last = [], time.monotonic()
+        with self._lock:
+            if not (self._unlisted or removed):
+                return
+            names = set(map(str, removed))
+            there = [(path, line) for path, line in self._read() if path not in names]
+            lines, known = [line for _, line in there], {path for path, _ in there}
+            for record, is_new in self._unlisted:
+                for one in record.clips:
+                    facts = _line_of(self._output, record, one)
+                    if facts["video_path"] not in known and (is_new or (self._output / one.name).exists()):
+                        lines.append(json.dumps(facts, ensure_ascii=False))
+            write_bytes(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
+            for record, _ in self._unlisted:
+                lists = tuple(dict.fromkeys([*record.lists, str(self._path)]))
+                write_record(self._output, replace(record, lists=lists))
+            self._unlisted = []
 
     def _read(self) -> Iterator[tuple[str, str]]:
         """Yield the path of the clip of each line, empty if it is of none, and the line."""

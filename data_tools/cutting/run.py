@@ -24,6 +24,7 @@ from data_tools.cutting.records import (
     write_record,
 )
 from data_tools.cutting.scenes import load_detector
+from dataset.caching.prefetch import Failure, failure_error
 from dataset.sources.media_source import readable_stem
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar
@@ -45,19 +46,12 @@ SUFFIXES = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
 WAIT_SECONDS = 0.5  # Windows tells a waiting thread of Ctrl-C only then
 NAMED = 3  # files that a message names
 MICRO = 1_000_000
+# a source (absolute), the name of its clips, and the record of an earlier run
+CuttingJob = tuple[Path, str, CutRecord | None]
 
 
 class CuttingStopped(Exception):
     """End of work that another thread asked for."""
-
-
-@dataclass(frozen=True)
-class CuttingJob:
-    """A source, the name of its clips, and the record of an earlier run."""
-
-    source: Path  # absolute
-    stem: str
-    record: CutRecord | None
 
 
 @dataclass(frozen=True)
@@ -78,45 +72,37 @@ def cut_footage(options: CuttingOptions) -> None:
     started = time.monotonic()
     load_detector(options.scenes)  # which says what is missing before anything is read
     sources = find_videos(options.input, options.output)
-    output = options.output.resolve()
+    output, list_path = options.output.resolve(), options.list_path.resolve()
     if bad_character(str(output)):
         raise OptionError(f"--output {ascii(str(output))}: the list of clips cannot hold this name")
     jobs = _name_jobs(sources, {} if options.dry_run else read_records(output))
-    shop = Workshop(options, output, options.num_workers == 1 or len(jobs) == 1)
-    failures: dict[Path, Exception] = {}
-    if options.dry_run:
-        for job, result in _each(jobs, shop, failures):
-            lines = [f"{job.source}: {_in_words(result.clips)}", *map(_scene_line, result.clips)]
-            sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
-    else:
-        list_path = options.list_path.resolve()
+    if not options.dry_run:
         make_folder(output, "--output")
         make_folder(list_path.parent, "--jsonl")
-        clip_list = ClipList(list_path, output)
-        jobs = _check(jobs, shop, clip_list, failures)
-        results = []
-        try:
-            for job, result in _each(jobs, shop, failures):
-                results.append(result)
-                assert result.record is not None
-                clip_list.add(result.record, result.is_new)
-                if result.is_new:
-                    logger.info("%s: %s", job.source, _in_words(result.clips))
-        finally:
-            clip_list.write()
-        if results:
-            _show_results(results, list_path, time.monotonic() - started)
+    clip_list = ClipList(list_path, output)
+    shop = Workshop(options, output, options.num_workers == 1 or len(jobs) == 1, clip_list)
+    failures: list[tuple[Path, Exception]] = []
+    results = []
+    try:
+        for source, result in _each(jobs, shop, failures):
+            results.append(result)
+            if result.record is None:
+                lines = [f"{source}: {_in_words(result.clips)}", *map(_scene_line, result.clips)]
+                sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
+                continue
+            if result.is_new:
+                logger.info("%s: %s", source, _in_words(result.clips))
+            clip_list.add(result.record, result.is_new)
+    finally:
+        clip_list.write()
+    if results and not options.dry_run:
+        _show_results(results, list_path, time.monotonic() - started)
     if len(failures) == len(sources) == 1:
-        (error,) = failures.values()
+        ((_, error),) = failures
         raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
     if failures:
-        said = ((path, str(error)) for path, error in sorted(failures.items()))
-        lines = [f"  {text}" if str(path) in text else f"  {path}: {text}" for path, text in said]
-        raise DatasetError(
-            f"{len(failures)} of {count_of(len(sources), 'video')} could not be cut; all others are done:\n"
-            + "\n".join(lines)
-            + "\n  Repair or remove these files, then run the same command again."
-        )
+        told = [Failure(path, str(error), 0, path.stem) for path, error in failures]
+        raise failure_error(told, count_of(len(sources), "video"))
 
 
 def find_videos(given: Path, output: Path) -> dict[Path, str]:
@@ -156,56 +142,8 @@ def _name_jobs(sources: dict[Path, str], records: dict[str, CutRecord]) -> list[
             number += 1
             stem = f"{wanted}-{number}"
         taken.add(stem.casefold())
-        jobs.append(CuttingJob(path, stem, record))
+        jobs.append((path, stem, record))
     return jobs
-
-
-def _check(
-    jobs: Sequence[CuttingJob], shop: "Workshop", clip_list: ClipList, failures: dict[Path, Exception]
-) -> list[CuttingJob]:
-    """Return the jobs that can be done; lines of clips that will be cut anew are taken out before."""
-    kept, stale = [], []
-    for job in jobs:
-        with _reported(job, len(jobs), failures):
-            old = _old_clips(job, shop, clip_list.captioned)
-            if old and job.record is not None:
-                write_record(shop.output, replace(job.record, lists=()))
-            stale += old
-            kept.append(job)
-    clip_list.write(removed=stale)
-    return kept
-
-
-def _old_clips(job: CuttingJob, shop: "Workshop", captioned: set[str]) -> list[Path]:
-    """Return the clips of an earlier cut that have to go, because options or the source are others now.
-
-    captioned: clips with a caption in the list. Raises OutputError if a user has put work into them: captions
-    beside them or in the list, another file.
-    """
-    output, options = shop.output, shop.options
-    why = "" if job.record is None else job.record.changes(job.source, options)
-    if job.record is None or not why:
-        return []
-    sizes = {output / one.name: one.size_bytes for one in job.record.clips}
-    there = [path for path in sizes if os.path.lexists(path)]
-    stems = {path.stem for path in there}
-    beside = sorted(path for path in output.iterdir() if path.stem in stems and path not in sizes)
-    touched = [path for path in there if sizes[path] and path.stat().st_size != sizes[path]]
-    with_words = [path for path in there if str(path) in captioned]
-    if touched or beside or with_words:
-        work = (
-            f"{count_of(len(with_words), 'clip')} with a caption in {options.list_path.name}, such as "
-            f"{with_words[0].name}"
-            if with_words
-            else f"files that belong to its clips, such as {beside[0].name}"
-            if beside
-            else f"clips that were changed, such as {touched[0].name}"
-        )
-        raise OutputError(
-            f"{job.source} was cut in another way ({why}), and there are {work}. Cutting anew would make "
-            "them wrong: move them away, or choose another --output."
-        )
-    return there
 
 
 @dataclass(frozen=True)
@@ -215,16 +153,19 @@ class Workshop:
     options: CuttingOptions
     output: Path  # absolute
     shows_bars: bool
+    clip_list: ClipList
     stop: Event = field(default_factory=Event)
 
     def cut(self, job: CuttingJob) -> CutResult:
         """Cut a video, or finish the work of an interrupted run. Raises UserError."""
-        record, path, options = job.record, job.source, self.options
+        path, stem, record = job
+        options = self.options
         why = "" if record is None else record.changes(path, options)
         if record is not None and record.is_done and not why:
             return CutResult(record, (), is_new=False)
         if record is None or why:
             if record is not None:
+                self._check_untouched(path, record, why)
                 logger.warning("%s is cut anew: %s", path, why)
             info = source_info(path)
             detector = load_detector(options.scenes)(float(info.rate))
@@ -233,7 +174,7 @@ class Workshop:
             clips = plan_clips(look, options.lengths, options.choice)
             if options.dry_run:
                 return CutResult(None, clips)
-            new = start_record(path, job.stem, options, look, clips)
+            new = start_record(path, stem, options, look, clips)
             self._make_way(new, record)
             write_record(self.output, new)
             record = new
@@ -248,6 +189,35 @@ class Workshop:
         write_record(self.output, record)
         return CutResult(record, clips, written=written)
 
+    def _check_untouched(self, source: Path, record: CutRecord, why: str) -> None:
+        """Raise OutputError if a user has put work into the clips of an earlier cut.
+
+        That is captions beside them or in the list, or another file. why: it is cut anew.
+        """
+        sizes = {self.output / one.name: one.size_bytes for one in record.clips}
+        there = [path for path in sizes if os.path.lexists(path)]
+        stems = {path.stem for path in there}
+        for words, touched in (
+            (
+                f"with a caption in {self.options.list_path.name}",
+                [path for path in there if str(path) in self.clip_list.captioned],
+            ),
+            (
+                "with other files of their names beside them",
+                sorted(path for path in self.output.iterdir() if path.stem in stems and path not in sizes),
+            ),
+            (
+                "that were changed",
+                [path for path in there if sizes[path] and path.stat().st_size != sizes[path]],
+            ),
+        ):
+            if touched:
+                raise OutputError(
+                    f"{source} was cut in another way ({why}), and there are clips {words}, such as "
+                    f"{touched[0].name}. Cutting anew would make them wrong: move them away, or choose "
+                    "another --output."
+                )
+
     def _frames(self, path: Path, what: str, deep: bool = False) -> Generator[Picture, None, None]:
         """Yield the pictures of a video, with a bar. Raises MediaError."""
         with Bar(source_info(path).frames, f"{what} {path.name}", FRAMES, self.shows_bars) as bar:
@@ -258,7 +228,7 @@ class Workshop:
                 bar.update()
 
     def _make_way(self, new: CutRecord, old: CutRecord | None) -> None:
-        """Remove the clips of an earlier cut; `_old_clips` has found nothing in them that is a user's.
+        """Remove the clips of an earlier cut and their lines; nothing of a user's is in them.
 
         Raises OutputError if a clip would take the name of a file that is not ours.
         """
@@ -273,6 +243,7 @@ class Workshop:
         if old is not None:
             # first of all it says that they are not complete: a run that ends here is followed by another
             write_record(self.output, replace(old, options={}, is_done=False, lists=()))
+            self.clip_list.write(removed=[self.output / name for name in ours])
             for name in ours:
                 (self.output / name).unlink(missing_ok=True)
 
@@ -315,36 +286,26 @@ def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: Planne
 
 
 def _each(
-    jobs: Sequence[CuttingJob], shop: Workshop, failures: dict[Path, Exception]
-) -> Iterator[tuple[CuttingJob, CutResult]]:
-    """Yield each job and its result, in order; errors go to `failures`."""
-
-    def work(job: CuttingJob) -> CutResult | None:
-        with _reported(job, len(jobs), failures):
-            return shop.cut(job)
-        return None
-
+    jobs: Sequence[CuttingJob], shop: Workshop, failures: list[tuple[Path, Exception]]
+) -> Iterator[tuple[Path, CutResult]]:
+    """Yield each source and its result, in order; errors go to `failures`, of several videos at once."""
     pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
     try:
-        for job, future in [(job, pool.submit(work, job)) for job in jobs]:
+        for job, future in [(job, pool.submit(shop.cut, job)) for job in jobs]:
             while not future.done():
                 wait([future], WAIT_SECONDS)
-            if (result := future.result()) is not None:
-                yield job, result
+            error = future.exception()
+            if error is None:
+                yield job[0], future.result()
+            elif not isinstance(error, (UserError, OSError)):
+                raise error
+            else:
+                failures.append((job[0], error))
+                if len(jobs) > 1:
+                    logger.error("%s is skipped: %s", job[0], error)
     finally:
         shop.stop.set()  # if this ends early, so do the threads: at the next frame
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _reported(job: CuttingJob, total: int, failures: dict[Path, Exception]) -> Iterator[None]:
-    """Put an error into `failures`; of several videos, say at once which one fails."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        failures[job.source] = error
-        if total > 1:
-            logger.error("%s is skipped: %s", job.source, error)
 
 
 def _scene_line(clip: PlannedClip) -> str:

@@ -1,7 +1,6 @@
 """Look at a dataset: --check, its page, the page of dataset_report.py, and the frames that a model sees.
 
 check: plans of caching and caches of a training, verified
-copies: find nearly equal pictures and clips by hashes
 findings: faults, remarks and totals of each table
 looks: read a source once: frames, crop, numbers, measures
 numbers: all numbers of a dataset as one JSON object

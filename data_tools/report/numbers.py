@@ -4,7 +4,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from data_tools.report.findings import NO_CAPTION, TableFindings, count_batches, is_unread
 from data_tools.report.looks import Look, cut_percent
 from dataset.config import DatasetConfig
-from dataset.sources.media_source import MediaSource
+from dataset.sources.media_source import Fault, MediaSource
 from modules.control_codes import shorten
 from modules.media.buckets import Fit, Size
 
@@ -59,7 +59,24 @@ def collect_numbers(
     for found in tables:
         for key, count in found.buckets.items():
             sizes[_whole_key(key)] += count
-    looked = [(found, source, look) for found in tables for source, look in _looked(found)]
+    looked = [(found, *pair) for found in tables for pair in zip(found.sources, found.looks, strict=False)]
+    measured = [(str(source.path), look.measures) for _, source, look in looked if look.measures is not None]
+
+    def with_reason(name: str) -> list[Numbers]:
+        return [
+            {"path": str(source.path), "reason": getattr(look, name), "table": found.table.index + 1}
+            for found, source, look in looked
+            if getattr(look, name) is not None
+        ]
+
+    def told(name: str, is_listed: Callable[[Fault], bool]) -> list[Numbers]:
+        return [
+            {"kind": fault.kind, "text": fault.text, "table": found.table.index + 1}
+            for found in tables
+            for fault in getattr(found, name)
+            if is_listed(fault)
+        ]
+
     return {
         "dataset_config": str(config.path),
         "decoded": decodes,
@@ -74,23 +91,10 @@ def collect_numbers(
             {"width": width, "height": height, "frames": frames, "items": items}
             for (width, height, frames), items in sorted(sizes.items())
         ],
-        "broken": [
-            {"path": str(source.path), "reason": look.problem, "table": found.table.index + 1}
-            for found, source, look in looked
-            if look.problem is not None
-        ],
-        "faults": [
-            {"kind": fault.kind, "text": fault.text, "table": found.table.index + 1}
-            for found in tables
-            for fault in found.faults
-            if fault.kind not in (CANNOT_BE_READ, NO_CAPTION)  # these have their own lists
-        ],
-        "remarks": [  # about files that no source uses
-            {"kind": fault.kind, "text": fault.text, "table": found.table.index + 1}
-            for found in tables
-            for fault in found.remarks
-            if fault.stem is None
-        ],
+        "broken": with_reason("problem"),
+        # those of files and captions have their own lists
+        "faults": told("faults", lambda fault: fault.kind not in (CANNOT_BE_READ, NO_CAPTION)),
+        "remarks": told("remarks", lambda fault: fault.stem is None),  # about files that no source uses
         "captions": (
             each[0]["captions"]
             if len(each) == 1
@@ -98,20 +102,10 @@ def collect_numbers(
         ),
         "near_duplicates": [[str(path) for path in group] for group in copies],
         **{
-            name: list(
-                dict.fromkeys(
-                    str(source.path)
-                    for _, source, look in looked
-                    if look.measures is not None and getattr(look.measures, f"is_{name}")
-                )
-            )
+            name: list(dict.fromkeys(path for path, one in measured if getattr(one, f"is_{name}")))
             for name in ("black", "static", "blurred")
         },
-        "without_items": [
-            {"path": str(source.path), "reason": look.none, "table": found.table.index + 1}
-            for found, source, look in looked
-            if look.none is not None
-        ],
+        "without_items": with_reason("none"),
         **_distributions([look for found in tables for look in found.looks]),
     }
 
@@ -123,11 +117,6 @@ def count_fits(found: TableFindings) -> dict[Size, Counter[Fit]]:
         if look.lengths and look.fit is not None:
             fits.setdefault(look.fit.bucket, Counter())[look.fit] += 1
     return fits
-
-
-def _looked(found: TableFindings) -> Iterator[tuple[MediaSource, Look]]:
-    """Yield the sources of a table that were measured: all, or none."""
-    return zip(found.sources, found.looks, strict=False)
 
 
 def _items_per_epoch(found: TableFindings) -> int:
@@ -202,14 +191,8 @@ def summarise(values: Sequence[float]) -> Numbers | None:
     if not len(values):
         return None
     numbers = np.asarray(values, np.float64)
-    found = {
-        "count": len(numbers),
-        "min": numbers.min(),
-        "median": np.median(numbers),
-        "mean": numbers.mean(),
-        "max": numbers.max(),
-        "total": numbers.sum(),
-    }
+    found = {name: getattr(np, name)(numbers) for name in ("min", "median", "mean", "max")}
+    found = {"count": len(numbers), **found, "total": numbers.sum()}
     return {name: _plain(value) for name, value in found.items()}
 
 

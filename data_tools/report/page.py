@@ -45,15 +45,8 @@ FILTERS = (
     ("blurred", "blurred"),
     ("cut", "a fifth or more cut off"),
 )
-
-
-@dataclass(frozen=True)
-class CaptionPart:
-    """A part of a caption, and who does not read it."""
-
-    text: str
-    unread_by: tuple[str, ...]
-    is_lost: bool  # no encoder reads it
+# a part of a caption, the encoders that do not read it, and whether none reads it
+CaptionPart = tuple[str, tuple[str, ...], bool]
 
 
 @dataclass(frozen=True)
@@ -69,16 +62,6 @@ class Card:
     texts: Sequence[Sequence[CaptionPart]]  # the captions as each group of encoders reads them
     windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # length, (start, width) in %, how many
     marks: Sequence[str]  # classes by which the page filters
-
-
-@dataclass(frozen=True)
-class CropDrawing:
-    """The outlines of the sources fitted to a bucket, around what is kept of them."""
-
-    rows: Sequence[Numbers]  # the buckets of this size
-    view: str
-    text: str
-    boxes: Sequence[tuple[int, int, int, int, int]]  # x, y, width and height of an outline, how many files
 
 
 def write_check_page(
@@ -243,7 +226,7 @@ def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]
 def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
     """Split a caption where encoders stop reading. Encoders that read the same text share one entry."""
     if not counts:
-        return [[CaptionPart(_shorten(caption, MOST_CHARACTERS), (), False)]]
+        return [[(_shorten(caption, MOST_CHARACTERS), (), False)]]
     by_text: dict[str, list[tuple[str, TokenCount]]] = {}
     for name, count in counts:
         by_text.setdefault(count.text, []).append((name, count))
@@ -255,7 +238,7 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
             unread = tuple(name for name, count in readers if count.kept <= start)
             is_lost = len(unread) == len(readers)
             text_shown = _shorten(text[start:end], MOST_LOST if is_lost else MOST_CHARACTERS)
-            segments.append(CaptionPart(text_shown, unread, is_lost))
+            segments.append((text_shown, unread, is_lost))
         found.append(segments)
     return found
 
@@ -290,7 +273,7 @@ def _describe(table: DatasetTable) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[CropDrawing], int]:
+def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[Numbers], int]:
     """Return drawings of what the buckets of most items cut off, and how many sizes are not drawn."""
     by_size: dict[Size, list[Numbers]] = {}
     for bucket in table["buckets"]:
@@ -301,8 +284,8 @@ def _draw_table(table: Numbers, found: TableFindings) -> tuple[list[CropDrawing]
     return drawn, len(by_size) - len(drawn)
 
 
-def _draw_crops(bucket: Size, rows: Sequence[Numbers], fits: Counter[Fit]) -> CropDrawing:
-    """Draw a bucket; of very many different outlines the most frequent are drawn."""
+def _draw_crops(bucket: Size, rows: Sequence[Numbers], fits: Counter[Fit]) -> Numbers:
+    """Draw the outlines of sources around what a bucket keeps of them: the most frequent, of very many."""
     # where the edges of the whole source lie, if the bucket's corner is 0, 0
     boxes = [
         (-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in fits.most_common(MOST_OUTLINES)
@@ -312,7 +295,8 @@ def _draw_crops(bucket: Size, rows: Sequence[Numbers], fits: Counter[Fit]) -> Cr
     pad = MARGIN * max(width, height) / 100
     view = f"{left - pad:g} {top - pad:g} {width + 2 * pad:g} {height + 2 * pad:g}"
     text = f"{fits.total():,} files, outlines of {len(fits):,} sizes around what is kept"
-    return CropDrawing(rows, view, f"{bucket[0]} x {bucket[1]}: {text}", boxes)
+    # rows: the buckets of this size. boxes: x, y, width and height of an outline, how many files
+    return {"rows": rows, "view": view, "text": f"{bucket[0]} x {bucket[1]}: {text}", "boxes": boxes}
 
 
 def _number(value: float) -> str:

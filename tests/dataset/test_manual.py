@@ -10,7 +10,10 @@ from dataset.config import KEYS, MODES, load_dataset_config
 from dataset.config_keys import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MANUAL = (ROOT / "docs" / "dataset.md").read_text(encoding="utf-8")
+MANUAL = "".join(
+    (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    for page in ("dataset", "dataset_keys", "dataset_large")
+)
 PICTURES = (ROOT / "docs" / "image_datasets.md").read_text(encoding="utf-8")
 TOOLS = (ROOT / "docs" / "dataset_tools.md").read_text(encoding="utf-8")
 

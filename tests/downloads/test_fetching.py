@@ -100,7 +100,7 @@ def _wait_at_most(times: int) -> Callable[[float], None]:
     return wait
 
 
-@pytest.mark.parametrize("stated", ["bytes 0-9/18", "bytes 131073-255999/256000", "bytes", "", "\x1b[31m"])
+@pytest.mark.parametrize("stated", ["bytes 131073-255999/256000", "\x1b[31m"])
 def test_a_site_that_misstates_the_part_that_it_sends_is_refused_at_once(
     hub: FakeHub, tmp_path: Path, stated: str
 ) -> None:
@@ -121,15 +121,11 @@ def test_a_site_that_misstates_the_part_that_it_sends_is_refused_at_once(
     ("name", "data"),
     [
         ("model.safetensors", b"not a model at all"),
-        ("model.safetensors", b"<!doctype html>..."),
-        ("model.safetensors", b"GGUF\3\0\0\0\0\0\0\0\0\0\0\0"),
         ("model.safetensors", (100).to_bytes(8, "little") + b'{"a": 1}'),
         ("model.safetensors", (10).to_bytes(8, "little") + b"{}        "),
         ("model.pth", b"\x80\x02not a pickle at all"),
-        ("model.pth", b"PK\3\4 not a zip archive"),
         ("model.pt", (2).to_bytes(8, "little") + b"{}"),
         ("tokenizer.json", b"Not found, sorry!!"),
-        ("tokenizer.json", b'"a text"'),
         ("spiece.model", b"version https://git-lfs.github.com/spec/v1"),
         ("face.onnx", b"PK\3\4..."),
     ],

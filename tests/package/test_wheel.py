@@ -153,11 +153,8 @@ def test_it_caches_trains_and_generates_as_the_checkout_does(installed: Installe
     ]
     family.prepare(tmp_path)
     family.prepare(installed.folder)
-    for script, *options in (
-        family.cache_latents,
-        family.cache_texts,
-        [*family.train, *steps, "--output_name", "lora"],
-    ):
+    train = [*family.train, *steps, "--output_name", "lora"]
+    for script, *options in (family.cache_latents, family.cache_texts, train):
         run_script(script, *options, folder=tmp_path)
 
     installed.run("reelsmith", "cache", "latents", "wan", *family.cache_latents[1:])
@@ -172,16 +169,8 @@ def test_it_caches_trains_and_generates_as_the_checkout_does(installed: Installe
     )
     installed.run("python", "-c", spawning, *training, "spawned")
     generate = [*family.generate[1:], "--prompt", "a cat", "--video_size", 32, 32, "--infer_steps", 2]
-    installed.run(
-        "reelsmith",
-        "generate",
-        "wan",
-        *generate,
-        "--lora_weight",
-        "output/direct.safetensors",
-        "--save_path",
-        "videos",
-    )
+    made = ["--lora_weight", "output/direct.safetensors", "--save_path", "videos"]
+    installed.run("reelsmith", "generate", "wan", *generate, *made)
 
     expected = load_file(tmp_path / "output" / "lora.safetensors")
     for name in ("launched", "direct", "spawned"):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from modules.text_files import parse_toml
 from networks.loading import read_lora
 from tests.commands import QUIET, ROOT, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -144,12 +143,3 @@ def test_ctrl_c_ends_the_command_and_the_run(collected: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert "$ python wan_cache_latents.py" not in said
-
-
-def test_the_training_leaves_the_table_of_run_alone(collected: Path) -> None:
-    tables = parse_toml((collected / "run.toml").read_text(encoding="utf-8"))
-    assert {*tables} == {"training", "reelsmith"}
-    code, said = run_here(
-        "wan_train_network.py", "--config_file", collected / "run.toml", "--check", folder=collected.parent
-    )
-    assert "ignored" not in said

@@ -16,7 +16,7 @@ from tests.tiny.vision_model import write_llava
 
 
 def lay_out_published(folder: Path, site: str) -> None:
-    """The clips of `folder`/clips in the forms of docs/dataset.md. site: where they are served."""
+    """The clips of `folder`/clips in the forms of docs/dataset_large.md. site: where they are served."""
     clips = sorted((folder / "clips").glob("*.mp4"))
     rows = [{"file": f"clips/{clip.name}", "description": CAPTIONS[0]} for clip in clips]
     with (folder / "clips.csv").open("w", newline="", encoding="utf-8") as file:

@@ -5,8 +5,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.servers import run_handler
 
 # the number of the request, from 0, and what it asks -> status and JSON text, a caption, or the raw answer
 Reply = Callable[[int, dict[str, Any]], tuple[int, str] | str | bytes]
@@ -63,13 +65,6 @@ def run_server(reply: Reply, retry_after: str | None = None) -> Iterator[FakeSer
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    seen.address = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with run_handler(Handler) as address:
+        seen.address = f"{address}/v1"
         yield seen
-    finally:
-        server.shutdown()
-        server.server_close()

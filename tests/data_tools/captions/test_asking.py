@@ -2,22 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.captions.asking import (
-    NoCaptionError,
-    caption_in,
-    choose_frames,
-    read_shown,
-    reword,
-    reword_lines,
-)
+from data_tools.captions.asking import caption_in, choose_frames, read_shown, reword, reword_lines
 from data_tools.captions.options import WordingOptions
 from dataset.sources.captions import complete_captions
-from modules.errors import MediaError
-from modules.media.writing import write_video
 from tests.dataset.making import frame_numbers, make_clip, make_frames, make_image, make_table
 
 
@@ -29,7 +19,7 @@ def test_frames_are_the_middles_of_equal_parts(num_frames: int, wanted: int, cho
     assert choose_frames(num_frames, wanted) == chosen
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ""])
+@pytest.mark.parametrize("suffix", [".mkv", ""])
 def test_clips_of_all_kinds_are_sampled_alike(suffix: str, tmp_path: Path) -> None:
     make = make_clip if suffix else make_frames  # a Matroska header has no count
     path = make(tmp_path / f"clip{suffix}", 12)
@@ -44,16 +34,6 @@ def test_animations_and_images_are_read_and_large_frames_scaled_down(tmp_path: P
     (frame,) = read_shown(make_image(tmp_path / "b.png", (200, 100)), True, 8, 5000)
     assert frame.shape == (50, 100, 3)
     assert [frame.shape for frame in read_shown(tmp_path / "a.gif", False, 2, 10**6)] == [(32, 64, 3)] * 2
-
-
-def test_what_cannot_be_read_is_a_media_error(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    path = tmp_path / "clip.mkv"
-    write_video(path, (rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(40)), 24)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-    with pytest.raises(MediaError, match=r"clip\.mkv"):
-        read_shown(path, False, 2, 10**6)
 
 
 AROUND = WordingOptions.usual(
@@ -77,12 +57,6 @@ AROUND = WordingOptions.usual(
 )
 def test_an_answer_becomes_one_line(answer: str, caption: str) -> None:
     assert caption_in(answer, False) == caption
-
-
-@pytest.mark.parametrize("answer", ["<think>what is it", " \n<|endoftext|>"])
-def test_an_answer_without_text_is_no_caption(answer: str) -> None:
-    with pytest.raises(NoCaptionError, match="--max_new_tokens ended it"):
-        caption_in(answer, True)
 
 
 def test_words_are_put_in_as_the_keys_of_a_table_do_and_not_twice(tmp_path: Path) -> None:

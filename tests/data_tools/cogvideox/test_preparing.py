@@ -124,7 +124,7 @@ def test_caches_of_prepared_tensors_equal_those_of_the_clips_and_load_no_encoder
 ) -> None:
     data = write_data(tmp_path / "data", count=2)
     output = tmp_path / "prepared"
-    encode(data, output, models[family], "--id_token", "BW")
+    encode(data, output, models[family], "--id_token", "BW", "--save_image_latents")
     # our own encoding of the clips that were prepared, under the names that they got
     clips = tmp_path / "clips"
     (clips / "videos").mkdir(parents=True)
@@ -142,7 +142,8 @@ def test_caches_of_prepared_tensors_equal_those_of_the_clips_and_load_no_encoder
 
     def cache(config: Path) -> None:
         dataset, model = ["--dataset_config", str(config)], models[family]
-        latents.main([*dataset, "--vae", str(model / "vae"), "--vae_dtype", "float32"])
+        first_frames = ["--i2v"] if family == "hv" else []
+        latents.main([*dataset, "--vae", str(model / "vae"), "--vae_dtype", "float32", *first_frames])
         texts.main([*dataset, *(word.format(model) for word in words)])
 
     cache(own)

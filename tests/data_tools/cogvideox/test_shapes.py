@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.cogvideox.clips import (
-    batches_by_shape,
-    choose_frames,
-    choose_size,
-    read_clip,
-    shape_frame,
-)
+from data_tools.cogvideox.clips import batches_by_shape, choose_frames, choose_size, read_clip, shape_frame
 from data_tools.cogvideox.options import SIDES, ShapeOptions
 from modules.errors import MediaError
 from tests.dataset.making import frame_numbers, make_clip, make_frames

@@ -7,16 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.cutting.clips import (
-    BLACK,
-    BLURRED,
-    SHORT,
-    STATIC,
-    PictureMeasures,
-    PlannedClip,
-    VideoLook,
-    plan_clips,
-)
+from data_tools.cutting.clips import BLURRED, SHORT, PictureMeasures, PlannedClip, VideoLook, plan_clips
 from data_tools.cutting.options import ChoiceOptions, LengthOptions
 from modules.media.measures import BLACK_PIXEL, STATIC_CHANGE
 from modules.media.measures import BLURRED as BLURRED_BELOW
@@ -84,22 +75,6 @@ def test_pieces_of_a_variable_rate_are_equal_in_time() -> None:
 
     assert spans(clips) == [(0, 20), (20, 40), (40, 45), (45, 50)]
     assert [clip.seconds for clip in clips] == pytest.approx([1, 1, 1, 1])
-
-
-@pytest.mark.parametrize(
-    ("sample", "keep", "reason"),
-    [
-        ({"is_black": True}, {"keep_black": True}, BLACK),
-        ({"cells": np.full((4, 4, 3), 90, np.uint8)}, {"keep_static": True}, STATIC),
-    ],
-)
-def test_black_and_static_clips_are_left_out_unless_wanted(
-    sample: dict[str, Any], keep: dict[str, Any], reason: str
-) -> None:
-    look = look_of(at_rate(25, 60), **sample)
-
-    assert [clip.dropped for clip in plan_clips(look, lengths(), CHOICE)] == [reason]
-    assert [clip.dropped for clip in plan_clips(look, lengths(), replace(CHOICE, **keep))] == [""]
 
 
 def test_blurred_clips_are_left_out_on_demand() -> None:

@@ -223,7 +223,7 @@ def test_a_damaged_video_is_reported_and_the_others_are_cut(
     (folder / "a.mp4").write_bytes(content[: len(content) // 2])
     (folder / "c.mp4").write_bytes(b"no video")
 
-    with pytest.raises(DatasetError, match="2 of 3 videos could not be cut; all others are done"):
+    with pytest.raises(DatasetError, match="2 of the 3 videos could not be used; all others are done"):
         run(folder, tmp_path / "out", "--num_workers", 2)
 
     assert [clip.name for clip in clips_in(tmp_path / "out")] == ["b_00001.mp4", "b_00002.mp4"]
@@ -250,12 +250,7 @@ main(sys.argv[1:])
 
 @pytest.mark.parametrize(
     ("at", "before"),
-    [
-        (1, True),
-        (4, True),
-        *(pytest.param(*point, marks=pytest.mark.slow) for point in ((0, False), (2, True), (2, False))),
-        *(pytest.param(*point, marks=pytest.mark.slow) for point in ((3, True), (3, False), (5, True))),
-    ],
+    [(1, True), (4, True), *(pytest.param(at, False, marks=pytest.mark.slow) for at in (0, 2, 3))],
 )
 def test_a_run_that_is_killed_leaves_whole_clips_and_the_next_one_finishes_it(
     film: Path, undisturbed: dict[str, bytes], tmp_path: Path, at: int, before: bool
@@ -263,29 +258,19 @@ def test_a_run_that_is_killed_leaves_whole_clips_and_the_next_one_finishes_it(
     """Names are given in this order: record, clip 1, clip 2, record, list, record."""
     output = tmp_path / "out"
     code = KILLED.format(root=str(ROOT), at=at, before=before)
-
-    assert start(film, output, "-c", code).wait() == 9
-
-    assert_finished_by_a_rerun(film, output, undisturbed)
-
-
-def start(film: Path, output: Path, *program: object) -> "subprocess.Popen[bytes]":
-    words = [*program, "--input", film, "--output", output, "--preset", "ultrafast"]
-    return subprocess.Popen([sys.executable, *map(str, words)], env={**os.environ, **QUIET}, cwd=ROOT)
-
-
-def assert_finished_by_a_rerun(film: Path, output: Path, undisturbed: dict[str, bytes]) -> None:
-    """Clips that are there are whole and stay; the rest follows; no other file is left."""
-    there = clips_in(output) if output.exists() else []
-    assert {clip.name: clip.read_bytes() for clip in there}.items() <= undisturbed.items()
-    kept = {clip.name: clip.stat().st_mtime_ns for clip in there}
+    words = ["-c", code, "--input", film, "--output", output, "--preset", "ultrafast"]
+    environment = {**os.environ, **QUIET}
+    assert subprocess.run([sys.executable, *map(str, words)], env=environment, cwd=ROOT).returncode == 9
+    there = {clip.name: clip.stat().st_mtime_ns for clip in clips_in(output)}
+    assert {name: (output / name).read_bytes() for name in there}.items() <= undisturbed.items()
 
     clips = run(film, output)
 
     assert {clip.name: clip.read_bytes() for clip in clips} == undisturbed
-    assert {name: (output / name).stat().st_mtime_ns for name in kept} == kept
+    assert {name: (output / name).stat().st_mtime_ns for name in there} == there
     assert [Path(line["video_path"]).name for line in lines_of(output)] == list(undisturbed)
-    assert {path.name for path in output.iterdir()} == {*undisturbed, "clips.jsonl", ".split_video"}
+    left = {path.name for path in output.iterdir() if path.suffix != ".tmp"}  # those go when they are old
+    assert left == {*undisturbed, "clips.jsonl", ".split_video"}
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_the_crop_is_drawn_where_the_model_cuts() -> None:
 def test_a_damaged_clip_shows_what_could_be_read(tmp_path: Path) -> None:
     make_clip(tmp_path / "a.mp4", 60)
     content = (tmp_path / "a.mp4").read_bytes()
-    (tmp_path / "a.mp4").write_bytes(content[: len(content) - 200])
+    (tmp_path / "a.mp4").write_bytes(content[: len(content) * 2 // 3])
     (source,) = find_sources(make_table(tmp_path, resolution=(32, 32), target_frames=(5,)))
 
     look = show(source, 16.0, LATENT, CHECK_STRIP)

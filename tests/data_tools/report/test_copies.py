@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from data_tools.report.copies import SAME_FLAT, group_copies
 from data_tools.report.looks import Measures
+from data_tools.report.run import SAME_FLAT, group_copies
 from modules.media.measures import NEAR
 
 GREY = bytes([100] * 48)
