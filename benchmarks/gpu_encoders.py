@@ -62,7 +62,7 @@ def texts(row: Row, path: Path, device: torch.device) -> Bench:
 
 def _umt5(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, int]:
     """Load umT5; as many texts at once as its encoder takes."""
-    from encoders.tokenizers import TOKENS_AT_ONCE
+    from encoders.text_encoder import TOKENS_AT_ONCE
     from wan.t5 import load_t5
 
     t5 = load_t5(path, device)

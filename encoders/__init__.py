@@ -9,7 +9,6 @@ files: files of one transformer, and what follows
 pictures: cache entries of single pictures, colours of latents
 t5: T5-XXL for the shared loops, and ByT5 for letters
 t5_network: the encoder networks of T5 and umT5, their files
-text_encoder: prompts to rows of tokens, weights, loading
+text_encoder: tokenizers, rows of tokens, weights, counting, loading
 tiles: overlapping pieces and their joining; posterior draws
-tokenizers: found, read and cut; rows of ids
 """

@@ -15,8 +15,14 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 from encoders.clip_checkpoints import CLIP_END, CLIP_START, CLIP_TOKENS, ClipUse, read_clip_text
 from encoders.clip_layers import ClipText, load_clip_text
-from encoders.text_encoder import FileTextEncoder, Written
-from encoders.tokenizers import TextTokenizer, TokenizerSource, fill_rows, merges_of
+from encoders.text_encoder import (
+    FileTextEncoder,
+    TextTokenizer,
+    TokenizerSource,
+    Written,
+    fill_rows,
+    merges_of,
+)
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles

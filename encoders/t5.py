@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 
 from encoders.t5_network import T5Config, T5Kind, T5Network, load_t5, read_t5
-from encoders.text_encoder import FileTextEncoder
-from encoders.tokenizers import END as TEXT_END
-from encoders.tokenizers import TextTokenizer, TokenizerSource, fill_rows, in_groups
+from encoders.text_encoder import END as TEXT_END
+from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, fill_rows, in_groups
 from modules.checkpoints.model_files import inside, read_once
 from modules.checkpoints.opening import Checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles

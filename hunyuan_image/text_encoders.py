@@ -16,8 +16,7 @@ import torch
 
 from encoders.t5 import byte_rows, load_byt5
 from encoders.t5_network import T5Network
-from encoders.text_encoder import FileTextEncoder, Written
-from encoders.tokenizers import TextTokenizer, TokenizerSource
+from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, Written
 from hunyuan_image.configs import GLYPH_TOKENS, TEXT_TOKENS
 from hunyuan_model.llama import Llama, load_llama
 from hunyuan_model.text_checkpoints import LanguageModel, LlamaConfig, read_llama

@@ -15,8 +15,14 @@ import torch
 
 from encoders.clip_checkpoints import ClipUse, clip_tokenizer_files
 from encoders.clip_l import ClipTextEncoder
-from encoders.text_encoder import FileTextEncoder, Written
-from encoders.tokenizers import TextTokenizer, TokenizerSource, check_ids, fill_rows
+from encoders.text_encoder import (
+    FileTextEncoder,
+    TextTokenizer,
+    TokenizerSource,
+    Written,
+    check_ids,
+    fill_rows,
+)
 from hunyuan_model.configs import SKIP_LAYERS
 from hunyuan_model.llama import Llama, load_llama
 from hunyuan_model.text_checkpoints import read_llama

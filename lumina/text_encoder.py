@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from encoders.text_encoder import FileTextEncoder, Written
-from encoders.tokenizers import TextTokenizer, TokenizerSource, fill_rows
+from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, Written, fill_rows
 from lumina.configs import PROMPT_START
 from lumina.gemma import gemma_states, load_gemma, read_gemma, require_transformers
 from lumina.options import MAX_TOKENS

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from encoders.t5_network import T5Network, load_t5
-from encoders.text_encoder import FileTextEncoder, Written
-from encoders.tokenizers import END, TextTokenizer, TokenizerSource, in_groups
+from encoders.text_encoder import END, FileTextEncoder, TextTokenizer, TokenizerSource, Written, in_groups
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt, Spans

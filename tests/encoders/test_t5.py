@@ -10,7 +10,7 @@ from transformers import T5Config, T5EncoderModel
 
 from encoders.t5 import T5_XXL, T5TextEncoder, byte_rows, load_byt5, read_byt5_header
 from encoders.t5_network import T5Kind, T5Network, load_t5, read_t5
-from encoders.tokenizers import fill_rows
+from encoders.text_encoder import fill_rows
 from modules.checkpoints.filling import load_module
 from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import can_learn

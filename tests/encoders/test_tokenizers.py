@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
-from encoders.text_encoder import FileTextEncoder
-from encoders.tokenizers import TextTokenizer
+from encoders.text_encoder import FileTextEncoder, TextTokenizer
 from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, HunyuanClip, LlavaTextEncoder, find_pad
 from modules.errors import CheckpointError
 from tests.tiny.hunyuan_encoders import LLAMA_SPECIAL, save, write_clip_tokenizer, write_llama_tokenizer

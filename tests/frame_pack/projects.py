@@ -72,25 +72,6 @@ def sample_latents(tiny: TinyFamily, lora: Path, lines: str, folder: Path) -> li
     return family.decoded
 
 
-def generated_latents(tiny: TinyFamily, lora: Path, folder: Path, *arguments: object) -> Tensor:
-    """The same from the generation script: 1 16 F h w. For in the project's folder."""
-    say = (
-        "--lora_weight",
-        lora,
-        "--prompt",
-        "a cat",
-        "--seed",
-        "7",
-        "--output_type",
-        "latent",
-        "--save_path",
-        folder,
-    )
-    succeed_here(*tiny.generate, *SIZE, *say, *arguments, folder=Path.cwd())
-    (path,) = folder.glob("*_latent.safetensors")
-    return load_file(path)["latent"][None]
-
-
 ProjectOf = Callable[[str], tuple[TinyFamily, Path]]
 
 

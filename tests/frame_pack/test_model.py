@@ -74,22 +74,6 @@ def test_forward_equals_diffusers_with_the_same_weights(
     assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
 
 
-def test_gradients_equal_those_of_diffusers() -> None:
-    model, theirs, inputs = tiny_model().requires_grad_(True), in_diffusers(), tiny_inputs()
-
-    model(**inputs).square().mean().backward()
-    run_there(theirs, inputs).square().mean().backward()
-
-    parameters = dict(theirs.named_parameters())
-    assert parameters.keys() == dict(model.named_parameters()).keys()
-    for name, ours in model.named_parameters():
-        expected = parameters[name].grad
-        assert ours.grad is not None
-        assert expected is not None
-        # a gradient adds up thousands of products in another order; at a key's bias they cancel
-        assert (ours.grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-9, name
-
-
 def test_samples_of_a_batch_may_stand_at_different_places() -> None:
     model, inputs = tiny_model(), tiny_inputs((5, 11))
     for name, value in inputs.items():

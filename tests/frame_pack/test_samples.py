@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from modules.contract.loading import Placement
-from tests.frame_pack.projects import CPU, ProjectOf, generated_latents, sample_latents
-from tests.parity.reference import relative_error
+from tests.frame_pack.projects import CPU, ProjectOf, sample_latents
 from tests.tiny.loras import make_lora
 
 NEAR = 1e-4  # of the largest value, float32: the LoRA is beside the weights in one, in them in the other
@@ -35,30 +34,6 @@ def lora(project_of: ProjectOf, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 SLOW = pytest.mark.slow  # a training and a generation each; one of them goes with every change
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["framepack", pytest.param("framepack f1", marks=SLOW), pytest.param("framepack one frame", marks=SLOW)],
-)
-def test_latents_of_a_sample_equal_those_of_the_generation_script(
-    name: str, project_of: ProjectOf, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two sections, or a picture with two control images of which one is transparent."""
-    family, folder = project_of(name)
-    monkeypatch.chdir(folder)
-
-    (sample,) = sample_latents(family, lora, family.sample_line, tmp_path)
-    expected = generated_latents(family, lora, tmp_path / "made")
-    assert sample.shape == expected.shape
-    assert relative_error(sample, expected) <= NEAR
-    if name == "framepack":
-        assert (
-            relative_error(
-                sample, generated_latents(family, lora, tmp_path / "weak", "--lora_multiplier", "0")
-            )
-            > 0.01
-        )
 
 
 @pytest.mark.parametrize("name", ["framepack one frame"])
