@@ -1,4 +1,4 @@
-"""Find and check model files and folders given by options: that each exists and fits its option."""
+"""Find and check model files and folders given by options; read latent files, as generation writes them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
