@@ -7,23 +7,9 @@ from modules.options import FREE, HABIT, NO_PIXELS, Options, option, unsupported
 
 # accelerate's DynamoBackend, literal because option files import nothing heavy; lower case is accepted too
 DYNAMO_BACKENDS = (
-    "NO",
-    "EAGER",
-    "AOT_EAGER",
-    "INDUCTOR",
-    "AOT_TS_NVFUSER",
-    "NVPRIMS_NVFUSER",
-    "CUDAGRAPHS",
-    "OFI",
-    "FX2TRT",
-    "ONNXRT",
-    "TENSORRT",
-    "AOT_TORCHXLA_TRACE_ONCE",
-    "TORCHXLA_TRACE_ONCE",
-    "TVM",
-    "IPEX",
-    "HPU_BACKEND",
-    "NEURON",
+    *("NO", "EAGER", "AOT_EAGER", "INDUCTOR", "AOT_TS_NVFUSER", "NVPRIMS_NVFUSER", "CUDAGRAPHS", "OFI"),
+    *("FX2TRT", "ONNXRT", "TENSORRT", "AOT_TORCHXLA_TRACE_ONCE", "TORCHXLA_TRACE_ONCE", "TVM", "IPEX"),
+    *("HPU_BACKEND", "NEURON"),
 )
 INDUCTOR = "inductor"  # torch's own compiler, which writes Triton kernels for a GPU and C++ for a CPU
 DEFAULT_MODE = "default"
