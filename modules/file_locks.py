@@ -66,9 +66,10 @@ def only_one(path: Path, waits: bool = True) -> Iterator[None]:
             try:
                 _lock(file, waits)
             except OSError as error:
-                if waits:
+                if not waits:
+                    raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock") from error
+                if error.errno not in _UNSUPPORTED:
                     raise
-                raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock") from error
             try:
                 is_there = os.path.samestat(path.stat(), os.fstat(file.fileno()))
             except FileNotFoundError:
