@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from modules.checkpoints.latents import load_latents
+from modules.checkpoints.model_files import load_latents
 from modules.contract.data import LatentSpec, MediaEncoders
 from modules.contract.family import Family
 from modules.contract.requests import Prepared, Request, check_opens

@@ -39,7 +39,7 @@ from generation.run import check_models, explain_lack, leave_out_missing, make_s
 from generation.session import wanted_texts
 from generation.sheets import ClipGrid, Row, write_grids
 from modules.atomic_write import make_folder
-from modules.checkpoints.latents import load_latents
+from modules.checkpoints.model_files import load_latents
 from modules.command import as_typed
 from modules.compile import check_compilation
 from modules.console import count_of, in_words, show_box

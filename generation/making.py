@@ -47,7 +47,7 @@ from generation.session import CPU, NO_ENCODERS, Session, encode_inputs, needs_m
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar, track
 from modules.checkpoints.finite import is_finite
-from modules.checkpoints.latents import SavedLatents, load_latents
+from modules.checkpoints.model_files import SavedLatents, load_latents
 from modules.command import each_warning_once
 from modules.contract.data import Conditions, MediaEncoders
 from modules.contract.family import Family

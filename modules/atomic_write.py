@@ -1,17 +1,23 @@
 """Write files atomically: to a temporary name in the same folder, flushed to disk, then renamed.
 
-Temporary names are `.NAME.MARK.tmp`. A leftover of a killed process is known by its age, so that a file that
-another process is writing is never taken for one. Nothing is locked: locks of network folders do not hold
-everywhere.
+Temporary names, `.NAME.MARK.tmp`, name their writer. A mark has the machine, the process and a random number,
+in hexadecimal. So the leftover of a killed process is known at once on its own machine, and a file that
+another process is writing is never taken for one. On other machines that share the folder only the age of a
+file can be asked. Nothing is locked: locks of network folders do not hold everywhere.
 """
 
 import contextlib
 import errno
+import functools
+import math
 import os
+import platform
 import re
 import secrets
 import shutil
 import time
+import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -157,11 +163,11 @@ def recover_folder(path: Path) -> None:
 def remove_leftovers(
     folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS
 ) -> None:
-    """Remove temporary files and folders of killed runs.
+    """Remove temporary files and folders of killed runs. Files of living processes are left alone.
 
     of: given the final name of a temporary file, returns whether to remove it. older_seconds: how long a file
-    must have been unchanged; 0 if nobody else can be writing it. Machines that share the folder need clocks
-    that agree to within an hour.
+    must have been unchanged if its name does not show whether its writer lives. Machines that share the
+    folder need clocks that agree to within an hour.
     """
     now = time.time()
     with os.scandir(folder) as entries:
@@ -171,7 +177,8 @@ def remove_leftovers(
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 # a folder's time changes with every file put into it
-                if older_seconds and entry.stat(follow_symlinks=False).st_mtime > now - older_seconds:
+                changed = entry.stat(follow_symlinks=False).st_mtime
+                if changed > now - _least_age(temporary, older_seconds):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
@@ -271,10 +278,40 @@ def explain_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-# earlier versions put the writer's machine and process into the mark, in front
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{8}|[0-9a-f]{18})\.tmp")
+# the mark of earlier versions had eight random digits, which tell nothing of the writer
+_MARK = r"[0-9a-f]{8}|(?P<machine>[0-9a-f]{8})(?P<process>[0-9a-f]{6})[0-9a-f]{4}"
+_TEMPORARY = re.compile(rf"\.(?P<name>.+)\.(?:{_MARK})\.tmp")
+_PROC = Path("/proc")
 
 
 def temporary_name(path: Path) -> Path:
     """Return a new temporary path in the folder of `path`."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    mark = f"{_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
+    return path.with_name(f".{path.name}.{mark}.tmp")
+
+
+def _least_age(temporary: re.Match[str], older_seconds: float) -> float:
+    """Return how many seconds a leftover must have been unchanged. older_seconds: if nothing is known."""
+    is_ours = temporary["machine"] is not None and int(temporary["machine"], 16) == _machine()
+    if not is_ours or os.name == "nt":  # asking by a signal would end the process there
+        return older_seconds
+    try:
+        os.kill(int(temporary["process"], 16), 0)
+    except ProcessLookupError:
+        return -math.inf  # whatever the clock of the folder's machine says
+    except OSError:  # it is somebody else's
+        pass
+    # the number may have been given to another process since, so age counts for living ones too
+    return LEFTOVER_SECONDS
+
+
+@functools.cache
+def _machine() -> int:
+    """Return a number that identifies this boot of the machine and this container."""
+    words = [platform.node()]
+    try:
+        words.append((_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii"))
+        words.append(str((_PROC / "self/ns/pid").stat().st_ino))
+    except OSError:
+        words.append(str(uuid.getnode()))
+    return zlib.crc32("\n".join(words).encode())

@@ -7,23 +7,9 @@ from modules.options import FREE, HABIT, NO_PIXELS, Options, option, unsupported
 
 # accelerate's DynamoBackend, literal because option files import nothing heavy; lower case is accepted too
 DYNAMO_BACKENDS = (
-    "NO",
-    "EAGER",
-    "AOT_EAGER",
-    "INDUCTOR",
-    "AOT_TS_NVFUSER",
-    "NVPRIMS_NVFUSER",
-    "CUDAGRAPHS",
-    "OFI",
-    "FX2TRT",
-    "ONNXRT",
-    "TENSORRT",
-    "AOT_TORCHXLA_TRACE_ONCE",
-    "TORCHXLA_TRACE_ONCE",
-    "TVM",
-    "IPEX",
-    "HPU_BACKEND",
-    "NEURON",
+    *("NO", "EAGER", "AOT_EAGER", "INDUCTOR", "AOT_TS_NVFUSER", "NVPRIMS_NVFUSER", "CUDAGRAPHS", "OFI"),
+    *("FX2TRT", "ONNXRT", "TENSORRT", "AOT_TORCHXLA_TRACE_ONCE", "TORCHXLA_TRACE_ONCE", "TVM", "IPEX"),
+    *("HPU_BACKEND", "NEURON"),
 )
 INDUCTOR = "inductor"  # torch's own compiler, which writes Triton kernels for a GPU and C++ for a CPU
 DEFAULT_MODE = "default"
@@ -94,10 +80,6 @@ class CompileWords(Options):
             "FULLGRAPH": "true" if self.compile_fullgraph else None,
         }
         return {name: value for name, value in values.items() if value is not None}
-
-    def put_into(self, args: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the words of --compile_args with those that are given here in their places."""
-        return tuple(self.given.get(name, word) for name, word in zip(COMPILE_ARGS, args, strict=True))
 
     def check(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> None:
         """Raise OptionError if the words, here or of --compile_args, do nothing or say the same."""
@@ -217,7 +199,9 @@ class GenerationCompileOptions(Options):
 
 def compilation_of(args: tuple[str, ...], words: CompileWords) -> Compilation:
     """Parse the four words of --compile_args, or their replacement. Raises OptionError if one is unknown."""
-    backend, mode, dynamic, fullgraph = words.put_into(args)
+    backend, mode, dynamic, fullgraph = (
+        words.given.get(name, word) for name, word in zip(COMPILE_ARGS, args, strict=True)
+    )
     is_dynamic = (
         None
         if dynamic.strip().lower() in {"auto", "none"}

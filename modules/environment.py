@@ -35,7 +35,8 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
     wanted = [*runtime, *_extra_requirements(extra), *packages]
     is_active = sys.prefix != sys.base_prefix
     folder = Path(sys.prefix) if is_active else ROOT / ".venv"
-    python = Path(sys.executable) if is_active else _python_of(folder)
+    inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
+    python = Path(sys.executable) if is_active else folder / inside
     if not python.exists():
         create_environment(folder)
     stamp = folder / f"reelsmith-{extra or 'runtime'}.stamp"
@@ -116,7 +117,3 @@ def _extra_requirements(extra: str | None) -> list[str]:
 def _runs(python: Path, *arguments: str) -> bool:
     """Return whether this call of Python succeeds; its output is discarded."""
     return subprocess.run([str(python), *arguments], capture_output=True).returncode == 0
-
-
-def _python_of(folder: Path) -> Path:
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +40,19 @@ else:
                 raise
 
 
+_open: "weakref.WeakSet[BinaryIO]" = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """Close files that a forked process inherited: they would keep the locks of a killed parent."""
+    for file in list(_open):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which forks nothing
+    os.register_at_fork(after_in_child=_close_all)
+
+
 @contextlib.contextmanager
 def only_one(path: Path, waits: bool = True) -> Iterator[None]:
     """Let one process at a time do the block: others wait until it has ended, or is killed.
@@ -48,12 +62,14 @@ def only_one(path: Path, waits: bool = True) -> Iterator[None]:
     """
     while True:
         with path.open("ab") as file:
+            _open.add(file)
             try:
                 _lock(file, waits)
             except OSError as error:
-                if waits:
+                if not waits:
+                    raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock") from error
+                if error.errno not in _UNSUPPORTED:
                     raise
-                raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock") from error
             try:
                 is_there = os.path.samestat(path.stat(), os.fstat(file.fileno()))
             except FileNotFoundError:

@@ -192,7 +192,7 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     if not dry_run:
         store.close(is_last=True)  # what a killed run left is whole after it
         if folder.is_dir():
-            remove_leftovers(folder, is_cache_name)
+            remove_leftovers(folder, is_cache_name, older_seconds=0)
     names = sorted(filter(is_safe_name, store.names()))
     copied = size_bytes = 0
     damaged = [] if dry_run else shard_faults(folder)

@@ -8,7 +8,6 @@ encoders: find encoders in Hugging Face's layout
 filling: fill a network from an open file
 finite: find NaN or infinite weights while reading
 kinds: recognise model files by the names of tensors
-latents: read latent files, as generation writes them
 model_files: check model files and folders given by options
 opening: open model files in any container
 tokenizers: find and read the tokenizer of a text encoder

@@ -257,14 +257,6 @@ def split(tensors: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, 
     return groups
 
 
-def shard_paths(path: Path, count: int) -> list[Path]:
-    """Return the names of the files that `path`, a .safetensors file, is cut into."""
-    return [
-        path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
-        for number in range(1, count + 1)
-    ]
-
-
 def index_path(path: Path) -> Path:
     """Return the name of the index of a model cut into files."""
     return path.with_name(path.name + INDEX)
@@ -303,7 +295,10 @@ def write_shards(
         raise OptionError(
             f"--shard_size: the model would be cut into {len(groups):,} files. Give a larger size"
         )
-    paths = shard_paths(path, len(groups))
+    paths = [
+        path.with_name(f"{path.stem}-{number:05d}-of-{len(groups):05d}{path.suffix}")
+        for number in range(1, len(groups) + 1)
+    ]
     size_bytes = sum(info.size_bytes for info in tensors.values())
     weight_map = {name: target.name for group, target in zip(groups, paths, strict=True) for name in group}
     index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}

@@ -178,7 +178,12 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
-        self._tensors, self.left_out = _unwrap(load_pickled(path), path)
+        content = load_pickled(path)
+        self._tensors, self.left_out = _named_tensors(content, set())
+        if not self._tensors:
+            raise CheckpointError(
+                f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
+            )
         self.tensors = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
         }
@@ -276,19 +281,6 @@ def _special_kind(tensor: Tensor) -> str | None:
 def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
     reason = reason.strip().splitlines()[0].split(". ")[0]
     return CheckpointError(f"{path} is damaged or incomplete: {reason}. Download or copy it again.", path)
-
-
-def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the named tensors inside the containers that a trainer wrapped around them, and the rest.
-
-    Raises CheckpointError if there are none.
-    """
-    found, left_out = _named_tensors(content, set())
-    if not found:
-        raise CheckpointError(
-            f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
-        )
-    return found, tuple(left_out)
 
 
 def _named_tensors(content: Any, seen: set[int]) -> tuple[dict[str, Tensor], list[str]]:

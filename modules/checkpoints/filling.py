@@ -179,6 +179,7 @@ class _Filling:
             (
                 sum(checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in sources[name].names)
                 for name in dtypes
+                if device.type != "meta"
             ),
             default=0,
         )

@@ -1,10 +1,16 @@
-"""Find and check model files and folders given by options: that each exists and fits its option."""
+"""Find and check model files and folders given by options; read latent files, as generation writes them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
+from modules.checkpoints.containers import load_pickled
+from modules.checkpoints.finite import is_finite
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.command import as_typed
 from modules.control_codes import shorten
@@ -83,3 +89,51 @@ def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
             f"{option} {name}: there is no such folder, and it cannot be fetched from the hub: {why}. Give "
             "the folder of a model."
         ) from None
+
+
+@dataclass(frozen=True)
+class SavedLatents:
+    """Contents of a latent file."""
+
+    latents: Tensor  # B C F H W
+    metadata: Mapping[str, str]
+
+
+def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
+    """Read a latent file: safetensors, or a pickled tensor. option: names it in messages.
+
+    only_shape: the latents have no numbers, they are on the meta device, and only the file's header is read.
+    Raises CheckpointError if the file is damaged or has no latents.
+    """
+    metadata: Mapping[str, str] = {}
+    found: Any = None
+    if path.suffix == ".safetensors":
+        with open_checkpoint(path) as file:
+            metadata = file.metadata
+            info = file.tensors.get("latent")
+            if info is not None:
+                found = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
+    else:
+        content = load_pickled(path)  # mapped: nothing is read yet
+        found = content.get("latent") if isinstance(content, dict) else content
+        if only_shape and isinstance(found, Tensor):
+            found = found.to("meta")
+    if not isinstance(found, Tensor):
+        raise CheckpointError(
+            f"{option} {path} has no tensor `latent`. Give a file written with --output_type latent",
+            path,
+        )
+    if found.ndim == 4:
+        found = found[None]
+    if found.ndim != 5 or len(found) != 1 or not found.numel():
+        raise CheckpointError(
+            f"{option} {path}: `latent` has the shape {tuple(found.shape)}; C F H W of one video is needed",
+            path,
+        )
+    if not only_shape and not bool(is_finite(found)):
+        raise CheckpointError(
+            f"{option} {path}: its latents have values that are NaN or infinite, which show nothing. Make "
+            "them again",
+            path,
+        )
+    return SavedLatents(found.float(), metadata)

@@ -283,14 +283,18 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     scales = scales_in(checkpoint.tensors)
     beside = set(scales.values())
     sources = {}
+
+    def keep(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return weight, None if scale is None else store_scale(scale)
+
     for name in checkpoint.tensors:
         if name in beside or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
             continue
         in_fp8 = is_fp8(checkpoint.tensors[name].dtype)
         if name in scales:
-            sources[name] = TensorSource((name, scales[name]), dequantise, _with_scale if in_fp8 else None)
+            sources[name] = TensorSource((name, scales[name]), dequantise, keep if in_fp8 else None)
         else:
-            sources[name] = TensorSource((name,), as_fp8=_without_scale if in_fp8 else None)
+            sources[name] = TensorSource((name,), as_fp8=keep if in_fp8 else None)
     return sources
 
 
@@ -302,14 +306,6 @@ def scales_in(names: Iterable[str]) -> dict[str, str]:
         for ending in _SCALES
         if name.endswith(ending)
     }
-
-
-def _with_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return weight, store_scale(scale)
-
-
-def _without_scale(weight: Tensor) -> tuple[Tensor, None]:
-    return weight, None
 
 
 def _refuse_foreign_quantisation(checkpoint: Checkpoint) -> None:

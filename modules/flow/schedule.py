@@ -8,6 +8,7 @@ velocity` is the clean estimate.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -112,14 +113,6 @@ def _whole_timesteps(noisiest: float, steps: int, flow_shift: float) -> Schedule
     return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]).float(), timesteps)
 
 
-def _unipc_grid(steps: int, flow_shift: float) -> Schedule:
-    return _whole_timesteps(_NOISIEST_TRAINED_SIGMA, steps, flow_shift)
-
-
-def _dpm_grid(steps: int, flow_shift: float) -> Schedule:
-    return _whole_timesteps(1.0, steps, flow_shift)
-
-
 def _lcm_grid(steps: int, flow_shift: float) -> Schedule:
     # down to the lowest timestep that models are trained on, from which the last jump goes to 0
     levels = torch.linspace(1, 1 / TRAIN_TIMESTEPS, steps, dtype=torch.float32)
@@ -130,9 +123,9 @@ def _lcm_grid(steps: int, flow_shift: float) -> Schedule:
 _GRIDS: dict[str, Callable[[int, float], Schedule]] = {
     "euler": _even_grid,
     "euler-trained": _trained_grid,
-    "unipc": _unipc_grid,
+    "unipc": partial(_whole_timesteps, _NOISIEST_TRAINED_SIGMA),
     "unipc-bh1": _even_grid,
-    "dpm++": _dpm_grid,
-    "dpm++sde": _dpm_grid,
+    "dpm++": partial(_whole_timesteps, 1.0),
+    "dpm++sde": partial(_whole_timesteps, 1.0),
     "lcm": _lcm_grid,
 }

@@ -9,6 +9,7 @@ lambda.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -264,15 +265,11 @@ def _move_with_noise(here: _Level, there: _Level, sample: Tensor, x0: Tensor, dr
     return moved + there.sigma * math.sqrt(1 - kept**2) * draw(sample.shape)
 
 
-def _bh1(schedule: Schedule) -> UniPC:
-    return UniPC(schedule, BH1)
-
-
 _SOLVERS: dict[str, Callable[[Schedule], Solver]] = {
     "euler": Euler,
     "euler-trained": Euler,
     "unipc": UniPC,
-    "unipc-bh1": _bh1,
+    "unipc-bh1": partial(UniPC, variant=BH1),
     "dpm++": DpmPlusPlus,
 }
 _NOISY_SOLVERS: dict[str, Callable[[Schedule, Draw], Solver]] = {"dpm++sde": DpmPlusPlus, "lcm": Lcm}

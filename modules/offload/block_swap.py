@@ -128,14 +128,6 @@ class BlockSwap:
         self._turns, self._skipped = False, frozenset[int]()
         self._at: tuple[int, bool] | None = None
 
-    def begin(self, turns: bool, skipped: Set[int]) -> None:
-        """Start a forward pass.
-
-        turns: a backward pass follows. skipped: positions of blocks that do not run.
-        """
-        self._turns, self._skipped, self._at = turns, frozenset(skipped), None
-        self._prepare(next(self._route(0, False), 0), False)
-
     def bring(self, position: int, skipped: Set[int]) -> None:
         """Have the weights of a block on the device before a pass, which skips those blocks.
 
@@ -152,7 +144,9 @@ class BlockSwap:
 
     def run_all(self, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
         """Run the blocks by the runner that was set before; `modules.run_blocks` calls this."""
-        self.begin(torch.is_grad_enabled(), tweaks.skip_blocks)
+        # with gradients a backward pass follows
+        self._turns, self._skipped, self._at = torch.is_grad_enabled(), frozenset(tweaks.skip_blocks), None
+        self._prepare(next(self._route(0, False), 0), False)
         inner(dit, hidden, tweaks)
 
     def enter(self, position: int, backward: bool) -> None:
@@ -184,7 +178,7 @@ class BlockSwap:
                 torch.set_autocast_cache_enabled(caches)
         for tensor in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(functools.partial(self._come_back, position))
+                tensor.register_hook(lambda _: self.enter(position, backward=True))
         return output
 
     def settle(self) -> None:
@@ -265,9 +259,6 @@ class BlockSwap:
             slot.is_entered = True
         if backward and unit.learns:
             slot.is_changed = True  # they are stepped as soon as their gradients are complete
-
-    def _come_back(self, position: int, gradient: Tensor) -> None:
-        self.enter(position, backward=True)
 
     def _pack(self, tensor: Tensor) -> Tensor | Kept:
         slot, index = self._owners.get(tensor.untyped_storage().data_ptr(), (None, 0))

@@ -28,11 +28,6 @@ class ListPlan:
     streamed: tuple[int, ...]  # indices of the blocks that are copied from host memory each time
     slots: int  # on the device, shared by the streamed blocks
 
-    @property
-    def device_blocks(self) -> int:
-        """Return how many blocks' weights are on the device at most."""
-        return self.num_blocks - len(self.streamed) + self.slots
-
 
 def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> ListPlan:
     """Plan one list. swapped: as --blocks_to_swap counts, at most num_blocks - 1.

@@ -56,7 +56,12 @@ class HostCopy:
             if not tensor.requires_grad and tensor not in held
         }
         filled = {} if place is None else place.tensors
-        there = {name: filled[name] for name, tensor in moving.items() if _is_at(tensor, filled.get(name))}
+        there = {
+            name: filled[name]
+            for name, tensor in moving.items()
+            if name in filled
+            and (tensor.data_ptr(), tensor.dtype) == (filled[name].data_ptr(), filled[name].dtype)
+        }
         rest = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape))
             for name, tensor in moving.items()
@@ -91,7 +96,10 @@ class HostCopy:
             return
         try:
             with torch.inference_mode(False), torch.no_grad():
-                views = [_view(self._transfer.memory(host.nbytes), host) for _, host in self._pairs]
+                views = [
+                    self._transfer.memory(host.nbytes).view(host.dtype).view(host.shape)
+                    for _, host in self._pairs
+                ]
                 if views:
                     pairs = [(view, host) for view, (_, host) in zip(views, self._pairs, strict=True)]
                     # marked when all memory is there: deterministic runs fill it first
@@ -115,11 +123,3 @@ class HostCopy:
             swap.park()
         for tensor, host in self._pairs:
             tensor.data = host
-
-
-def _is_at(tensor: Tensor, place: Tensor | None) -> bool:
-    return place is not None and tensor.data_ptr() == place.data_ptr() and tensor.dtype == place.dtype
-
-
-def _view(memory: Tensor, host: Tensor) -> Tensor:
-    return memory[: host.nbytes].view(host.dtype).view(host.shape)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.checkpoints.latents import load_latents
+from modules.checkpoints.model_files import load_latents
 from networks.loading import read_lora
 from tests.faults.damage import (
     Damage,

@@ -17,7 +17,7 @@ from generation.outputs import (
     save_latents,
     save_pixels,
 )
-from modules.checkpoints.latents import load_latents
+from modules.checkpoints.model_files import load_latents
 from modules.errors import CheckpointError, OptionError
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import read_image

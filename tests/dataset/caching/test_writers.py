@@ -7,6 +7,7 @@ import dataclasses
 import multiprocessing
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,6 +161,18 @@ def test_a_file_that_another_process_is_writing_is_not_swept(tmp_path: Path) -> 
         assert written in names(tmp_path)
         assert other.end() == 0
     assert names(tmp_path) == [LATENT.format(0), LATENT.format(1)]
+
+
+def test_what_a_killed_process_was_writing_goes_at_once(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    with Other(latents_stopping_before_a_rename, tmp_path) as other:
+        os.kill(other.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+        other.process.join(PATIENCE)
+        (left,) = names(tmp_path)
+        if os.name == "nt":  # there nobody asks whether a process lives
+            os.utime(tmp_path / "cache" / left, (0, 0))
+        assert cache_media(ToyFamily(), config, options(shard=shard(0, 2))).written == 1
+    assert left not in names(tmp_path)
 
 
 @MOSTLY_FILES
