@@ -95,10 +95,6 @@ class CompileWords(Options):
         }
         return {name: value for name, value in values.items() if value is not None}
 
-    def put_into(self, args: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the words of --compile_args with those that are given here in their places."""
-        return tuple(self.given.get(name, word) for name, word in zip(COMPILE_ARGS, args, strict=True))
-
     def check(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> None:
         """Raise OptionError if the words, here or of --compile_args, do nothing or say the same."""
         if not is_on and args != usual:
@@ -217,7 +213,10 @@ class GenerationCompileOptions(Options):
 
 def compilation_of(args: tuple[str, ...], words: CompileWords) -> Compilation:
     """Parse the four words of --compile_args, or their replacement. Raises OptionError if one is unknown."""
-    backend, mode, dynamic, fullgraph = words.put_into(args)
+    given = words.given
+    backend, mode, dynamic, fullgraph = (
+        given.get(name, word) for name, word in zip(COMPILE_ARGS, args, strict=True)
+    )
     is_dynamic = (
         None
         if dynamic.strip().lower() in {"auto", "none"}
