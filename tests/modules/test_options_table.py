@@ -169,6 +169,22 @@ def test_no_option_takes_an_absurd_number(record: type[Options], capsys: pytest.
             assert f"--{name}" in f"{raised.value}{capsys.readouterr().err}"
 
 
+@pytest.mark.parametrize(("record", "field"), _with("spares"))
+def test_a_file_that_is_read_is_not_replaced(
+    record: type[Options], field: "Field[Any]", tmp_path: Path
+) -> None:
+    names = {option_name(one): one for one in fields(record)}
+    file = tmp_path / "x.safetensors"
+    file.touch()
+    for other in field.metadata["spares"]:
+        both = [field, names[other]]
+        needed = [names[need] for one in both for need in one.metadata.get("needs", ())]
+        values = {one.name: _given(record, one.name) for one in needed}
+        values[names[other].name] = (file,) if "tuple" in str(hints_of(record)[names[other].name]) else file
+        with pytest.raises(OptionError, match="would be lost. Give a new name|exclude each other"):
+            _make(record, **{**values, field.name: file})
+
+
 @pytest.mark.parametrize(("record", "field"), _with("needs"))
 def test_an_option_without_what_it_needs_is_refused(record: type[Options], field: "Field[Any]") -> None:
     with pytest.raises(OptionError, match=f"^--{option_name(field)} needs --"):

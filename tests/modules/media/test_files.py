@@ -155,26 +155,17 @@ def test_the_first_frames_of_a_cut_file_can_still_be_used(tmp_path: Path) -> Non
     assert [next(frames).shape for _ in range(5)] == [(64, 64, 3)] * 5
 
 
-@pytest.mark.parametrize("name", ["empty.mp4", "empty.png", "noise.mp4", "noise.png", "absent.mp4", "folder"])
-def test_unreadable_files_are_named_with_the_reason(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    if name.startswith("noise"):
-        path.write_bytes(bytes(range(256)) * 20)
-    elif name.startswith("empty"):
-        path.touch()
-    elif name == "folder":
-        path.mkdir()
-    reason = {
-        "empty": "0 bytes",
-        "noise": "cannot be read|can be read",
-        "absent": "does not exist",
-        "folder": "without images",
-    }[path.stem]
+@pytest.mark.parametrize(("content", "reason"), [(b"", "0 bytes"), (bytes(range(256)), "can be read")])
+def test_an_unreadable_picture_is_named_with_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "x.png").write_bytes(content)
 
-    with pytest.raises(MediaError, match=reason) as caught:
-        read_image(path) if name.endswith(".png") else list(video_frames(path))
+    with pytest.raises(MediaError, match=rf"x\.png .*{reason}"):
+        read_image(tmp_path / "x.png")
 
-    assert str(path) in str(caught.value)
+
+def test_a_folder_without_images_is_no_video(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="a folder without images"):
+        list(video_frames(tmp_path))
 
 
 def test_a_name_with_a_colon_is_a_file_name(tmp_path: Path) -> None:
