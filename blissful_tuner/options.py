@@ -193,7 +193,7 @@ class PromptRewriteOptions(Options, title="prompts that a chat model rewrites"):
         hint="the folder of a chat model",
     )
     prompt_rewrite_model: Path | None = option(
-        "folder of the chat model; needs the package transformers",
+        "folder of the chat model",
         facts=NO_PIXELS,
         needs="prompt_rewrite",
         hint="normal or master",

@@ -4,7 +4,6 @@ The two modes are those of the prompt rewrite model of HunyuanVideo (Kong et al.
 section 4.4); the instruction is our own. Any chat model that `transformers` loads from a folder will do.
 """
 
-import importlib.util
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 from modules.answers import take_answer
 from modules.contract.requests import Prepared, Prompt, Prompts
 from modules.control_codes import shorten
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from modules.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
@@ -47,12 +46,7 @@ class PromptRewriter:
     """A chat model with its tokenizer. Equal prompts give equal answers: nothing is drawn."""
 
     def __init__(self, folder: Path, mode: str) -> None:
-        """Set up the rewriter; `load` reads the files. mode: normal, master.
-
-        Raises OptionError if the package transformers is missing.
-        """
-        if importlib.util.find_spec("transformers") is None:  # importing it takes seconds
-            raise OptionError("--prompt_rewrite needs the package transformers: pip install transformers")
+        """Set up the rewriter; `load` reads the files. mode: normal, master."""
         self.folder = folder
         self.mode = mode
         self._loaded = LoadedNetwork[Any, Any]()

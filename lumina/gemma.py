@@ -3,7 +3,6 @@
 Only the layers before the wanted state are built and loaded. Source: Gemma Team 2024, arXiv 2408.00118.
 """
 
-import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_ki
 from modules.checkpoints.encoders import SPIECE_MODEL, network_in, told_beside
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.contract.family import DitSpec
-from modules.errors import CheckpointError, InstallationError
+from modules.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +68,6 @@ def load_gemma(path: Path, device: torch.device, dtype: torch.dtype) -> nn.Modul
         gemma = load_planned(read_gemma(checkpoint), build_gemma, device, dtype, f"Gemma 2 ({OPTION})")
     _fill_computed(gemma, device)
     return gemma
-
-
-def require_transformers() -> None:
-    """Raise InstallationError if the package transformers is missing."""
-    if importlib.util.find_spec("transformers") is None:  # importing it takes seconds
-        raise InstallationError(
-            f"{OPTION} needs the package transformers. Install it: pip install transformers"
-        )
 
 
 def build_gemma(config: GemmaConfig) -> nn.Module:

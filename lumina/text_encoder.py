@@ -14,7 +14,7 @@ from torch import nn
 
 from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, Written, fill_rows
 from lumina.configs import PROMPT_START
-from lumina.gemma import gemma_states, load_gemma, read_gemma, require_transformers
+from lumina.gemma import gemma_states, load_gemma, read_gemma
 from lumina.options import MAX_TOKENS
 from modules.checkpoints.model_files import inside
 from modules.checkpoints.opening import open_checkpoint
@@ -93,11 +93,6 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         """Raise CheckpointError if it has no begin token."""
         if tokenizer.number(BEGIN) is None:
             raise GEMMA_FILES.unreadable(tokenizer.file, ValueError(f"it has no {BEGIN}"))
-
-    def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
-        require_transformers()
-        super().load(device)
 
     def load_network(self, device: torch.device) -> nn.Module:
         """Load Gemma 2."""

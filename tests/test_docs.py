@@ -239,7 +239,6 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         lay_out_tools(tmp_path)
     commands = commands_of(page)
     if any("models/chat" in command for command in commands):
-        pytest.importorskip("transformers")
         write_chat_model(tmp_path / "models" / "chat")
     makes_caches = any("cache_latents.py" in command for command in commands)
     for command in commands:
@@ -256,7 +255,6 @@ def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None
     lay_out_named(tmp_path, ABOUT_DATA, TINY)
     commands = commands_of(page)
     if any("models/vision" in command for command in commands):
-        pytest.importorskip("transformers")
         lay_out_vision_model(tmp_path)
     with serve(tmp_path / "clips") as site, run_server(lambda *_: "a caption") as describer:
         lay_out_published(tmp_path, site.url)

@@ -170,14 +170,8 @@ class RowNoise:
 def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     """Load the model that --model names.
 
-    Raises InstallationError if transformers is missing, CheckpointError if the folder holds another model,
-    DownloadError as `find_model_folder`.
+    Raises CheckpointError if the folder holds another model, DownloadError as `find_model_folder`.
     """
-    if importlib.util.find_spec("transformers") is None:  # importing it takes seconds
-        raise InstallationError(
-            "--model needs the package transformers. Install it: pip install transformers, or use a server: "
-            "--api_base"
-        )
     device = choose_device(options.device)
     dtype = choose_compute_dtype(options.dtype, "--dtype", None)
     assert options.model is not None

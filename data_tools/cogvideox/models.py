@@ -17,7 +17,7 @@ from modules.contract.family import TextEncoder
 from modules.contract.requests import Prompt
 from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
-from modules.errors import CheckpointError, InstallationError, OptionError
+from modules.errors import CheckpointError, OptionError
 from modules.families import FAMILIES
 from modules.parser import parse_options
 from modules.text_files import parse_json, read_text
@@ -260,12 +260,7 @@ def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
 
 
 def _packages() -> tuple[Any, Any]:
-    try:
-        import diffusers
-        import transformers
-    except ImportError as error:
-        raise InstallationError(
-            f"CogVideoX's own models need a package that is missing ({error}): pip install diffusers "
-            "transformers sentencepiece. Wan and HunyuanVideo need none."
-        ) from error
+    import diffusers  # slow
+    import transformers
+
     return diffusers, transformers

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,10 @@ from blissful_tuner.prompt_rewrite import (
     PromptRewriter,
 )
 from modules.answers import take_answer
-from modules.errors import CheckpointError, OptionError
+from modules.errors import CheckpointError
 from tests.tiny.chat_model import write_chat_model
 from tests.tiny.wan import write_tiny_wan
 
-transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
 
 
@@ -94,9 +92,3 @@ def test_a_folder_cannot_name_code_to_fetch(key: str, own_copy: Path) -> None:
     rewriter.load(CPU)
     model, _ = rewriter._loaded.get()
     assert model.config._attn_implementation == "eager"
-
-
-def test_a_missing_package_is_named(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(OptionError, match="--prompt_rewrite needs the package transformers"):
-        PromptRewriter(chat_model, "normal")

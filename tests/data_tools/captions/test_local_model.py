@@ -21,7 +21,6 @@ from tests.data_tools.captions.making import make_folder, options_of, read_capti
 from tests.dataset.making import make_clip
 from tests.tiny.vision_model import TEMPLATE, WORDS, write_llava, write_qwen
 
-pytest.importorskip("transformers")
 ASK = AskOptions.usual(prompt="a cat", max_pixels=4096, max_new_tokens=8)
 
 
