@@ -131,3 +131,14 @@ def test_help_shows_defaults_and_colours_on_a_terminal_only(
     assert "\x1b" not in plain
     assert "\x1b[36m--codec\x1b[0m" in coloured
     assert re.sub(r"\x1b\[\d+m", "", coloured) == plain
+
+
+@pytest.mark.parametrize("script", TOOLS)
+def test_a_tool_shows_its_help(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert end.value.code in {0, None}
+    assert f"usage: {Path(script).name}" in capsys.readouterr().out

@@ -300,7 +300,8 @@ def make_reporter(
     return RunReporter(
         page_path(folder, name),
         facts,
-        History(history_path(folder, name), progress.session_id, progress.step, is_written),
+        # others read nothing of it
+        History(history_path(folder, name), progress.session_id, progress.step if is_main else 0, is_written),
         dict(enumerate(sampler.prompts)),
         progress.step,
         lambda: plan.accelerator.trackers if is_main else (),  # they start later

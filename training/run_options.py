@@ -57,7 +57,7 @@ class LoopOptions(Options, title="training run"):
         hint="0 reads in the training process itself, 8 is usual",
     )
     persistent_data_loader_workers = not_needed(
-        "readers are always kept from one epoch to the next.", "keep the readers from one epoch to the next"
+        "readers of short epochs are always kept.", "keep the readers from one epoch to the next"
     )
     seed: int | None = option(
         "seed of data order, noise, timesteps, dropout and LoRA weights, a number or any text; random "

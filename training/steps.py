@@ -85,10 +85,14 @@ class StepPlan:
         """
         return [index for index in group if index % self.processes == process]
 
-    def keys(self, process: int, epoch: int, position: int) -> "Keys":
-        """Return (epoch, micro-batch) in the order in which a process needs them, from a place to the end."""
+    def keys(self, process: int, epoch: int, position: int, num_epochs: int | None = None) -> "Keys":
+        """Return (epoch, micro-batch) in the order in which a process needs them, from a place to the end.
+
+        num_epochs: at most so many.
+        """
         shares = []
-        for number in range(epoch, self.num_epochs):
+        end_epoch = self.num_epochs if num_epochs is None else min(epoch + num_epochs, self.num_epochs)
+        for number in range(epoch, end_epoch):
             start = position if number == epoch else 0
             steps = max(0, self.total_steps - self.steps_until(number, start))
             end = min(self.num_batches, start + steps * self.group_size)

@@ -115,6 +115,8 @@ class TriggerFiles:
             try:
                 if path.lstat().st_mtime_ns == changed:
                     path.unlink()
+            except FileNotFoundError:
+                pass  # taken away meanwhile
             except OSError as error:
                 logger.warning("%s cannot be removed, and is ignored until it changes: %s", path, error)
                 self._passed[path] = changed

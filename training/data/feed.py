@@ -31,9 +31,10 @@ from training.data.live import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch
 from training.noise_options import NOTHING, PLAIN_NOISE, SIGMA, TIMESTEP, NoiseOptions, TimestepOptions
-from training.steps import StepPlan
+from training.steps import Keys, StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
+MOST_KEPT = 50_000  # items of an epoch whose readers stay for the next one
 ALIGNMENT = 64  # bytes: enough for every dtype
 
 
@@ -233,9 +234,17 @@ class Feed:
     def start(self, epoch: int, position: int) -> Generator[MicroBatch]:
         """Yield all micro-batches from that place to the end of the run.
 
-        The readers stay from one epoch to the next: to start them takes longer than a short epoch.
+        The readers stay from one epoch to the next: to start them takes longer than a short epoch. Those of a
+        long epoch end with it: each would make the order of the next one, in memory of its own.
         """
-        keys = self.plan.keys(self.process, epoch, position)
+        if self.batches.order.num_items <= MOST_KEPT:
+            yield from self._load(self.plan.keys(self.process, epoch, position), epoch)
+            return
+        for number in range(epoch, self.plan.num_epochs):
+            start = position if number == epoch else 0
+            yield from self._load(self.plan.keys(self.process, number, start, 1), number)
+
+    def _load(self, keys: Keys, epoch: int) -> Generator[MicroBatch]:
         self.batches.order.epoch(epoch)  # once, not in every worker
         ending = multiprocessing.Event()
         loader: DataLoader[Packed | UserError] = DataLoader(
