@@ -142,9 +142,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but print the help first if that is asked for."""
         words = sys.argv[1:] if args is None else list(args)
-        asked = {"-h", "--help"} & {*words}
+        asked = {word for word in words if word == "-h" or (word[3:] and "--help".startswith(word))}
         if asked:
-            self.print_help(is_short="--help" not in asked)
+            self.print_help(is_short=asked == {"-h"})
             self.exit()
         return super().parse_known_args(words, namespace)
 

@@ -9,6 +9,7 @@ otherwise calls the one before it, so that training computes what it would compu
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError
-from networks.apply import LoraPatch
+from networks.apply import changes_of
 from networks.deltas import (
     DORA,
     LORA,
@@ -29,12 +30,13 @@ from networks.deltas import (
     weight_delta,
 )
 from networks.key_formats import OURS
-from networks.loading import LoraFile, LoraUse, warn_of_rest
+from networks.loading import LoraFile, LoraUse, list_some, warn_of_absent, warn_of_other_family, warn_of_rest
 from networks.lora_products import add_product
-from networks.module_names import replace_dots
+from networks.module_names import choose_family, replace_dots
 from networks.names.layouts import FIRST_LAYERS
 from networks.parts import for_model
 
+logger = getLogger(__name__)
 _MID = "lora_mid.weight"
 _LOW_RANK = {*LORA, _MID, "alpha", "lora_up.bias", "diff_b"}  # the weight changes by small factors only
 _OF_BIAS = {"alpha", "diff_b", "lora_up.bias"}
@@ -277,7 +279,7 @@ def add_loras(dit: nn.Module, uses: Sequence[LoraUse], is_compiled: bool = False
     known, parts = places(dit), []
     for use in uses:
         refuse_dora(use.lora)
-        found = fitting(use, known, "--sample_lora")
+        found = fitting(use.lora, known, "--sample_lora")
         if is_compiled:
             left_out = [name for name in found if not known[name].adds_to_output]
             what = "modules are not changed because blocks are compiled"
@@ -329,24 +331,43 @@ def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, C
     return found
 
 
-def fitting(use: LoraUse, known: Mapping[str, ChangedPlace], option: str) -> dict[str, Factors]:
+def fitting(lora: LoraFile, known: Mapping[str, ChangedPlace], option: str) -> dict[str, Factors]:
     """Return the factors of a file for the modules of a model; warn of those that it does not have.
 
     option: that names the file, for messages. Raises CheckpointError if the file does not fit the model.
     """
-    patch = LoraPatch([use], option=option)
-    for name, place in known.items():
-        module, weight = name.removeprefix(OURS), place.parameter
-        patch.add_to(f"{module}.weight", torch.empty_like(weight, device="meta"))
-        if place.adds_to_output or place.has("bias"):
-            patch.add_to(f"{module}.bias", torch.empty(len(weight), device="meta"))
-    patch.check()
     heights = {name: len(place.parameter) for name, place in known.items()}
-    stored = group_by_module(for_model(use.lora.tensors, heights.get))
+    stored = group_by_module(for_model(lora.tensors, heights.get))
+    missed = [name for name in stored if name not in known]
     found: dict[str, Factors] = {name: factors for name, factors in stored.items() if name in known}
+    family = choose_family(name.removeprefix(OURS) for name in known)
+    if not found:
+        made = lora.family()
+        kinds = "" if made is None or made is family else f" It is for {made.name}."
+        raise CheckpointError(
+            f"{option} {lora.path} does not fit this model, which has no {list_some(missed, 2)}.{kinds}\n"
+            "  Give a LoRA that was trained for this model.",
+            lora.path,
+        )
     for name, factors in list(found.items()):
-        is_first = known[name].path.endswith(FIRST_LAYERS)
-        if is_first and other_channels(factors, known[name].parameter) is not None:
+        place, weight = known[name], known[name].parameter
+        other = other_channels(factors, weight) if place.path.endswith(FIRST_LAYERS) else None
+        if other is not None:
+            logger.warning(f"{lora.path}: {other}; the rest is used without it")
             bias = bias_delta(factors, torch.device("cpu"))
             found[name] = {} if bias is None else {"diff_b": bias}
+        for change in changes_of(LoraUse(lora), found[name]):
+            if change.leaf == "weight":
+                change.fit(None, weight, name, "this model", f"{option} ")
+            elif place.adds_to_output or place.has("bias"):
+                of_bias = weight.new_empty(len(weight))
+                change.fit(None, of_bias, f"the bias of {name}", "this model", f"{option} ")
+            else:
+                remedy = "Give a LoRA that was trained for this model."
+                raise CheckpointError(
+                    f"{option} {lora.path} does not fit this model: {name} has no bias there.\n  {remedy}",
+                    lora.path,
+                )
+    warn_of_absent(lora.path, missed, len(stored), "modules are not in this model", family)
+    warn_of_other_family(lora, family)
     return found

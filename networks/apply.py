@@ -29,7 +29,7 @@ from networks.deltas import (
 )
 from networks.key_formats import OURS, module_of_tensor
 from networks.loading import LoraFile, LoraUse, list_some, warn_of_absent, warn_of_other_family
-from networks.module_names import Relative, alias, choose_family, relatives, replace_dots
+from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, FamilyNames
 from networks.parts import part_rows
 
@@ -39,7 +39,6 @@ LIKELY_MODEL = "hunyuan_video"
 _BLOCK_ELEMENTS = 1 << 20  # of a weight that are changed at once: 4 MB in float32
 _OF_BIAS = {"diff_b", "lora_up.bias"}
 _CPU, _META = torch.device("cpu"), torch.device("meta")
-_FIRST = tuple(map(replace_dots, FIRST_LAYERS))
 
 
 @dataclass(frozen=True)
@@ -170,15 +169,13 @@ class LoraPatch:
         parameter_names: Iterable[str] | None = None,
         model: Path | None = None,
         is_text: bool = False,
-        option: str = "",
     ) -> None:
         """parameter_names: of a file in another layout than ours, such as the diffusers one. model: its file,
-        for messages. is_text: it is a text encoder, whose names no family has. option: that names
-        the LoRAs, for messages.
+        for messages. is_text: it is a text encoder, whose names no family has.
         """
         self._uses = tuple(uses)
         self._is_text = is_text
-        self._path, self._option = model, f"{option} " if option else ""
+        self._path = model
         self._model = "this model" if model is None else str(model)
         # "lora_unet_blocks_0_ffn_0.weight" -> what is added to it
         self._changes: dict[str, list[Change]] = {}
@@ -211,14 +208,11 @@ class LoraPatch:
         """
         changes = []
         for key, change, relative in self._find(name):
-            if (
-                replace_dots(name).endswith(_FIRST)
-                and (other := other_channels(change.factors, weight)) is not None
-            ):
+            if name.endswith(FIRST_LAYERS) and (other := other_channels(change.factors, weight)) is not None:
                 self._narrower[id(change.use)] = other
                 continue
             self._taken[id(change.use)].add(key)
-            changes.append(change.fit(relative, weight, name, self._model, self._option).on(weight.device))
+            changes.append(change.fit(relative, weight, name, self._model).on(weight.device))
         for rows in () if weight.is_meta else _blocks(weight, changes):
             part = weight if rows is None else weight[rows]
             total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
@@ -283,8 +277,8 @@ class LoraPatch:
         if made is not None and family is not None and made is not family:
             kinds = f" It is for {made.name}, the model is {family.name}."
         return CheckpointError(
-            f"{self._option}{lora.path} does not fit {self._model}, which has none of its {len(missed)} "
-            f"weights, such as {list_some(missed, 2)}."
+            f"{lora.path} does not fit {self._model}, which has none of its {len(missed)} weights, such as "
+            f"{list_some(missed, 2)}."
             f"{kinds}\n  Give a LoRA that was trained for this model.",
             self._path or lora.path,
         )

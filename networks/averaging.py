@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,11 +82,19 @@ def file_weights(count: int, options: AveragingOptions) -> list[float]:
 def exponent_of(sigma_rel: float) -> float:
     """Return the gamma >= 0 of the power function t^gamma whose standard deviation is this share of the run.
 
-    Squared, sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)) is a cubic equation; this is its
-    largest root.
+    Inverts sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), which falls as gamma rises.
     """
-    square = sigma_rel**-2
-    return float(np.roots([1, 7, 16 - square, 12 - square]).real.max())
+    low, high = 0.0, 1.0
+
+    def is_wide(gamma: float) -> bool:
+        return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)) > sigma_rel
+
+    while is_wide(high):
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_wide(middle) else (low, middle)
+    return low
 
 
 def _leave_out(files: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from modules.checkpoints.opening import checkpoint_paths
+from modules.checkpoints.opening import checkpoint_paths, open_checkpoint
 from modules.checkpoints.writing import save_tensors
 from modules.console import as_size, show_box
 from modules.contract.rules import HIGH_NOISE, LOW_NOISE
@@ -24,7 +24,8 @@ from networks.deltas import (
 from networks.key_formats import OURS, dialect_in_words
 from networks.loading import LoraFile, list_some, read_lora, warn_of_other_expert
 from networks.metadata import NETWORKS, PARTS_METADATA, PEFT_SETTINGS, STALE, add_hashes
-from networks.module_names import FAMILIES, choose_family, read_family
+from networks.module_names import FAMILIES, alias, choose_family, read_family, to_alias
+from networks.names.image import HUNYUAN_IMAGE
 from networks.names.layouts import IN_DIFFUSERS, TRAINED_EXPERT, TRAINED_ON, FamilyNames
 from networks.names.video import FRAMEPACK
 from networks.parts import fuse
@@ -67,9 +68,30 @@ def convert_flux(options: FluxConvertOptions) -> None:
 
 
 def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
-    """Convert a LoRA of HunyuanImage-2.1 to ComfyUI's names, or back. Raises as `convert_file`."""
-    target = "default" if options.reverse else "other"
-    convert_file(options.src_path, options.dst_path, target, "hunyuan_image")
+    """Write a LoRA of HunyuanImage-2.1 with ComfyUI's module names, or the other way round.
+
+    Tensors and metadata stay; hashes are made anew if there are metadata. Raises CheckpointError if nothing
+    in the file has a name to change.
+    """
+    source = options.src_path
+    with open_checkpoint(source) as checkpoint:
+        stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
+        metadata = {k: v for k, v in checkpoint.metadata.items() if not k.startswith(STALE)}
+    renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, alias if options.reverse else to_alias)
+    if renamed.keys() == stored.keys():
+        direction = "ComfyUI's names to ours" if options.reverse else "our names to ComfyUI's"
+        raise CheckpointError(
+            f"{source} has no module to rename from {direction}, such as {next(iter(stored), 'none')}.\n"
+            f"  Give a LoRA for {HUNYUAN_IMAGE.name}; --reverse is the way back.",
+            source,
+        )
+    save_tensors(options.dst_path, renamed, add_hashes(renamed, metadata) if metadata else {})
+    rows = [
+        ("from", str(source)),
+        ("to", f"{options.dst_path} ({as_size(options.dst_path.stat().st_size)})"),
+        ("tensors", f"{len(renamed)}, {len(renamed.keys() - stored.keys())} with another name"),
+    ]
+    show_box("The LoRA is converted", rows)
 
 
 def convert_file(

@@ -134,7 +134,9 @@ def save_network(
 
 # where diffusers keeps the adapter's settings among a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
+MAX_EXPRESSIONS = 1_000  # characters of all regular expressions in a file's settings together
 SECONDS = 0.5  # that a search for one path may take: a hostile one keeps Python's `re` busy for years
+_PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 
 
 def peft_config(path: Path, metadata: Mapping[str, str], start: str) -> dict[str, Any]:
@@ -183,17 +185,17 @@ def peft_alphas(
     """
     if not config:
         return {}
-    values = {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
-    patterns = {key: _compile_key(key) for key in values}
+    patterns = PeftPatterns(
+        {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+    )
     default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
     alphas = {}
     for module, factors in modules.items():
         rank = rank_of(factors)
         if rank is None or "alpha" in factors:
             continue
-        # of several keys that match PEFT takes the first
-        found = next((key for key, pattern in patterns.items() if _matches(pattern, paths[module])), None)
-        alpha = default if found is None else values[found]
+        alpha = patterns.find(paths[module])
+        alpha = default if alpha is None else alpha
         if alpha is None:
             continue
         if config.get("use_rslora"):
@@ -209,16 +211,38 @@ def _finite(value: Any) -> float:
     return number
 
 
-def _matches(key: "regex.Pattern[str]", path: str) -> bool:
-    """Tell whether a key of PEFT's is for a module. Raises ValueError if it takes too long."""
-    try:
-        return key.match(path, timeout=SECONDS) is not None
-    except TimeoutError:
-        raise ValueError(f"the key {key.pattern!r} takes too long to search {path} for") from None
+class PeftPatterns:
+    """The keys of PEFT's `alpha_pattern` with their values; of several that match, PEFT takes the first.
+
+    A key is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for it.
+    """
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        """Raises ValueError if a key is no expression, or if these are too long."""
+        self._values = values
+        self._places = {key: place for place, key in enumerate(values)}
+        expressions = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
+        if sum(map(len, expressions)) > MAX_EXPRESSIONS:
+            raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
+        self._expressions = {key: _compile_key(key) for key in expressions}
+
+    def find(self, path: str) -> float | None:
+        """Return the value for a module path (`blocks.0.attn1.to_q`), or None if no key matches.
+
+        Raises ValueError if an expression takes too long.
+        """
+        ends = [path, *(path[index + 1 :] for index, char in enumerate(path) if char == ".")]
+        found = [end for end in ends if end in self._places]
+        for key, pattern in self._expressions.items():
+            try:
+                if pattern.match(path, timeout=SECONDS):
+                    found.append(key)
+            except TimeoutError:
+                raise ValueError(f"the key {key!r} takes too long to search {path} for") from None
+        return self._values[min(found, key=self._places.__getitem__)] if found else None
 
 
 def _compile_key(key: str) -> "regex.Pattern[str]":
-    """Return the pattern of a key: the end of a path (`to_q`, `attn1.to_q`) or an expression for it."""
     try:
         return regex.compile(rf"(.*\.)?({key})$")  # as PEFT does
     except regex.error as error:

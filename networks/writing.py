@@ -223,11 +223,16 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     return found if len(found) == len(pieces) else "its magnitudes belong to the whole weight"
 
 
-def rename_to_aliases(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
-    """Return the tensors of our LoRA, renamed to the family's aliases where modules have one."""
+def rename_to_aliases(
+    tensors: Mapping[str, Tensor], family: FamilyNames, change: Callable[[str, FamilyNames], str] = to_alias
+) -> dict[str, Tensor]:
+    """Return the tensors of our LoRA renamed to the family's aliases where modules have one.
+
+    change: `to_alias`, or `alias` for the way back.
+    """
     renamed = {}
     for name, tensor in tensors.items():
         module, dot, part = name.removeprefix(OURS).partition(".")
         own = name.startswith(OURS)
-        renamed[f"{OURS}{to_alias(module, family)}{dot}{part}" if own else name] = tensor
+        renamed[f"{OURS}{change(module, family)}{dot}{part}" if own else name] = tensor
     return renamed

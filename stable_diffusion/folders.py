@@ -55,6 +55,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "addition_time_embed_dim": (int, type(None)),
     "block_out_channels": (list,),
 }
+_COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
 
 
 def read_folder_marks(folder: Path) -> Marks:
@@ -77,6 +78,10 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
     """Plan how to load the folder's U-Net. files: closes opened files."""
     checkpoint = files.enter_context(open_part(folder / "unet", ("diffusion_pytorch_model",)))
     config = _read_config(folder / "unet", UNet2DConditionModel)
+    layers = max(_largest(config.get(name)) for name in _COUNTED)
+    if layers > len(checkpoint.tensors):  # they bound what is built
+        file = folder / "unet" / "config.json"
+        raise CheckpointError(f"{file}: it has more layers than its file has tensors. Copy it again.", file)
     for name, values in _PLAIN.items():
         if config.get(name) not in values:
             is_lcm = name == "time_cond_proj_dim"
@@ -203,3 +208,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} is not a configuration. Copy it again.", file)
     return found
+
+
+def _largest(value: Any) -> float:
+    """Return the largest number in a value of JSON; 0 if it has none."""
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0)
+    return value if isinstance(value, int | float) else 0

@@ -242,7 +242,7 @@ def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[
     known = places(target.network, target.published)
     parts = []
     for use in uses:
-        found = [fitting(part, known, OPTION) for part in uses_for([use], target.prefix)]
+        found = [fitting(part.lora, known, OPTION) for part in uses_for([use], target.prefix)]
         factors = found[0] if found else {}
         parts.append({name: AddedPart(known[name], one) for name, one in factors.items()})
     for layer in attach_parts(parts, known):

@@ -9,6 +9,12 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from networks.options import multipliers_for
 
+# of known scripts, for files that say themselves what they are; our own modules are read in the same way
+KNOWN_MODULES = (
+    *("networks.lora", "networks.loha", "networks.lokr", "networks.lora_fa", "networks.dylora"),
+    *("lycoris", "lycoris.kohya"),
+)
+NOT_READ = {"networks.oft": "OFT", "networks.control_net_lllite": "a ControlNet-LLLite"}
 LOW, HIGH = 63, 191  # thresholds of "canny" alone
 VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling
 
@@ -243,8 +249,22 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
     )
 
     def __post_init__(self) -> None:
+        self._check_modules()
         self._check_counts()
         multipliers_for(self.files, self.network_mul or (), "--network_mul")
+
+    def _check_modules(self) -> None:
+        for name in self.network_module or ():
+            what = NOT_READ.get(name)
+            if what is not None:
+                use = "--control_net_lllite_models takes it" if "LLLite" in what else "it is not supported"
+                raise OptionError(f"--network_module {name} is for {what}: {use}. Leave --network_module out")
+            if name not in KNOWN_MODULES and not name.startswith("networks.lora"):
+                raise OptionError(
+                    f"--network_module {name}: modules of others are not supported in gen_img.py. Leave "
+                    f"--network_module out, or give one of {', '.join(KNOWN_MODULES)}: the files are "
+                    "recognised by their tensors"
+                )
 
     def _check_counts(self) -> None:
         files = len(self.files)

@@ -117,47 +117,55 @@ class Part:
 def parse_weights(text: str) -> tuple[Part, ...]:
     """Return the parts of a prompt, without marks and without empty parts.
 
-    Neighbours of equal weight are one part, so that a text without marks is one part: itself. Raises nothing.
+    Neighbours of equal weight are one part, so that a text without marks is one part: itself. Takes time in
+    proportion to the length. Raises nothing.
     """
-    pieces: list[Part] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # how many pieces stand before each open bracket
-    begins_chunk = False
+    # texts, None for BREAK, a bracket that opens as (kind, [its weight]), one that closes as (kind, None)
+    events: list[str | tuple[str, list[float] | None] | None] = []
+    opened: dict[str, list[list[float]]] = {"(": [], "[": []}
     place = 0
-
-    def add(plain: str) -> None:
-        nonlocal begins_chunk
-        if plain:
-            pieces.append(Part(plain, begins_chunk=begins_chunk))
-            begins_chunk = False
-
-    def weigh(first: int, factor: float) -> None:
-        for index, piece in enumerate(pieces[first:], first):
-            pieces[index] = replace(piece, weight=max(-MOST, min(MOST, piece.weight * factor)))
-
     for mark in _MARKS.finditer(text):
-        add(text[place : mark.start()])
+        events.append(text[place : mark.start()])
         place = mark.end()
         kind = "[" if mark["bracket"] in ("[", "]") else "("
         if mark["chunk"]:
-            begins_chunk = True
+            events.append(None)
         elif mark["bracket"] in ("(", "["):
-            opened[kind].append(len(pieces))
+            opened[kind].append([USUAL[kind]])
+            events.append((kind, opened[kind][-1]))
         elif mark["escaped"] or not opened[kind]:
-            add(mark["escaped"] or mark[0])
+            events.append(mark["escaped"] or mark[0])
         else:
-            # float() of too many digits is infinite, which is no weight
-            weigh(opened[kind].pop(), float(mark["number"]) if mark["number"] else USUAL[kind])
-    add(text[place:])
-    for kind, firsts in opened.items():
-        while firsts:
-            weigh(firsts.pop(), USUAL[kind])
+            own = opened[kind].pop()
+            if mark["number"]:
+                # float() of too many digits is infinite, which is no weight
+                own[0] = _bounded(float(mark["number"]))
+            events.append((kind, None))
+    events.append(text[place:])
     parts: list[Part] = []
-    for piece in pieces:
-        if parts and parts[-1].weight == piece.weight and not piece.begins_chunk:
-            parts[-1] = replace(parts[-1], text=parts[-1].text + piece.text)
-        else:
-            parts.append(piece)
+    products = {"(": [1.0], "[": [1.0]}  # of the open brackets, from the outermost on
+    begins_chunk = False
+    for event in events:
+        if event is None:
+            begins_chunk = True
+        elif isinstance(event, tuple):
+            kind, factor = event
+            if factor is None:
+                products[kind].pop()
+            else:
+                products[kind].append(_bounded(products[kind][-1] * factor[0]))
+        elif event:
+            weight = _bounded(products["("][-1] * products["["][-1])
+            if parts and parts[-1].weight == weight and not begins_chunk:
+                parts[-1] = replace(parts[-1], text=parts[-1].text + event)
+            else:
+                parts.append(Part(event, weight, begins_chunk))
+            begins_chunk = False
     return tuple(parts)
+
+
+def _bounded(weight: float) -> float:
+    return max(-MOST, min(MOST, weight))
 
 
 SIZE = 75  # tokens of a chunk
@@ -190,11 +198,13 @@ def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
 
 def cut_text(parts: Sequence[Part], tokenize: Tokenize, most: int) -> str:
     """Return the end of a text that does not fit into `most` chunks, in whole words. Tokenizes many times."""
-    words = [
-        Part(word, begins_chunk=part.begins_chunk and place == 0)
-        for part in parts
-        for place, word in enumerate(part.text.split())
-    ]
+    words: list[Part] = []
+    begins_chunk = False
+    for part in parts:
+        begins_chunk = begins_chunk or part.begins_chunk  # blanks may stand between BREAK and its word
+        for word in part.text.split():
+            words.append(Part(word, begins_chunk=begins_chunk))
+            begins_chunk = False
     sizes = range(1, len(words) + 1)
     fits = bisect_right(sizes, most, key=lambda size: len(cut_into_chunks(words[:size], tokenize)))
     return " ".join(word.text for word in words[fits:])

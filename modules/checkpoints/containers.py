@@ -5,6 +5,7 @@ stays mapped and a file on a slow or vanishing volume gives an error instead of 
 """
 
 import json
+import math
 import pickle
 import re
 import warnings
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modules.contract.loading import TensorInfo
@@ -22,6 +22,7 @@ from modules.errors import CheckpointError
 from modules.text_files import require_regular_file
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arithmetic overflows
 
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
@@ -54,6 +55,8 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+# of the format, but of no model that can be used here: 4 and 6 bits, complex numbers
+OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
 class TensorFile(Protocol):
@@ -128,34 +131,67 @@ def describe_kind(start: bytes) -> str:
 
 
 class SafetensorsFile:
-    """A safetensors file. The library checks its header; tensors are read without mapping the file."""
+    """A safetensors file, read without the library: its `safe_open` maps the whole file.
+
+    Windows sets as much memory aside for that ("the paging file is too small").
+    """
 
     left_out: Sequence[str] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with safe_open(path, framework="np"):  # the header agrees with itself and with the file's size
-                pass
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} is damaged or incomplete: {error}. Download or copy it again.", path
-            ) from error
-        self._file = path.open("rb")
-        length = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(length))
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        self._places = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
         self.tensors: dict[str, TensorInfo] = {}
+        self._places: dict[str, int] = {}
+        self._file = path.open("rb")
+        try:
+            self.metadata = self._read_header(path.stat().st_size)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            self._file.close()
+            raise CheckpointError(
+                f"{path} is damaged or incomplete: its header cannot be read ({error}). Download or copy it "
+                "again.",
+                path,
+            ) from error
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_header(self, size: int) -> dict[str, str]:
+        """Fill `tensors` and `_places`, return the metadata. Every number is checked against the others."""
+        length = int.from_bytes(self._file.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"it claims {length} bytes, the file has {size}")
+        header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_drop_repeats)
+        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+        "".join([*header, *metadata, *metadata.values()]).encode("utf-8")  # raises for halves of characters
+        places = []
         for name, entry in header.items():
-            if entry["dtype"] not in SAFETENSORS_DTYPES:
-                self._file.close()
+            shape, (begin, end), kind = entry["shape"], entry["data_offsets"], entry["dtype"]
+            if kind in OTHER_DTYPES:
                 raise CheckpointError(
-                    f"{path}: {name} is of type {entry['dtype']}, which is not supported. Give the bf16, "
-                    "fp16 or fp8 file of the model.",
-                    path,
+                    f"{self.path}: {name} is of type {kind}, which is not supported. Give the bf16, fp16 or "
+                    "fp8 file of the model.",
+                    self.path,
                 )
-            self.tensors[name] = TensorInfo(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if kind not in SAFETENSORS_DTYPES:
+                raise ValueError(f"{name} has the unknown type {kind}")
+            if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+                raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
+            if math.prod(max(number, 1) for number in shape) > MAX_ELEMENTS:
+                raise ValueError(f"{name} has the impossible shape {shape}")
+            info = self.tensors[name] = TensorInfo(SAFETENSORS_DTYPES[kind], tuple(shape))
+            if end - begin != info.size_bytes:
+                raise ValueError(f"{name} has {end - begin} bytes for shape {list(shape)}")
+            places.append((begin, end, name))
+            self._places[name] = 8 + length + begin
+        last = 0
+        for begin, end, name in sorted(places):
+            if begin != last:
+                raise ValueError(f"the data of {name} begin at byte {begin}, not {last}")
+            last = end
+        if 8 + length + last != size:
+            raise ValueError(f"the file has {size} bytes, it describes {8 + length + last}")
+        return metadata
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         info = self.tensors[name]
@@ -170,6 +206,13 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _drop_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("it has a name twice")
+    return content
 
 
 class TorchFile:

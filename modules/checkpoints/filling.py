@@ -31,7 +31,7 @@ from modules.checkpoints.opening import QUANT_EXTRAS, Checkpoint
 from modules.contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
 from modules.devices import empty_pinned, release_pinned_memory
 from modules.errors import CheckpointError, OptionError
-from modules.fp8.weights import E4M3, attach, linear_weights, quantise
+from modules.fp8.weights import E4M3, attach, dequantise, linear_weights, quantise
 from modules.speed_options import Quantisation
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def encoder_loading(
     return Fp8Loading(Quantisation("rows", float32_scales=True), names - kept, kept)
 
 
+_SAMPLED_ROWS = 64  # of a weight, on which its rounding error is measured
 FIRST_WEIGHTS = {init.constant_, init.kaiming_uniform_, init.normal_, init.uniform_}
 
 
@@ -138,9 +139,18 @@ def load_module(
     filling.finish()
     if fp8 is not None and fp8.kept:
         logger.info("%s: %d linear layers stay in fp8 as the file has them", what, len(fp8.kept))
-    if fp8 is not None and fp8.rounded:
+    if fp8 is not None and filling.errors:
         how = "cast to fp8" if fp8.quantisation.kind == "cast" else "in fp8 with a scale per row"
-        logger.info("%s: %d linear layers %s", what, len(fp8.rounded), how)
+        errors = torch.stack([error.cpu() for error in filling.errors.values()])
+        wrong = errors.isfinite().logical_not().nonzero().flatten().tolist()
+        if wrong:  # the file's own are finite: a LoRA made them so
+            name = list(filling.errors)[wrong[0]]
+            raise CheckpointError(
+                f"{what}: {name} has NaN or infinite values, which fp8 cannot hold. Copy the file again."
+            )
+        mean, low, high = (100 * float(one) for one in (errors.mean(), errors.min(), errors.max()))
+        text = "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)"
+        logger.info(text, what, len(errors), how, mean, low, high)
     if filling.held and host is not None:
         host.finish()
 
@@ -174,6 +184,7 @@ class _Filling:
             )
         self._is_filled_here = host is None or host.is_filled_here
         self._finite = FiniteCheck(checkpoint.path)
+        self.errors: dict[str, Tensor] = {}  # of rounding to 8 bits, by name
         # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
         room = max(
             (
@@ -270,10 +281,23 @@ class _Filling:
             weight, scale = self._sources[name].make_fp8(self._parts(self._sources[name]))
             weight = weight.clone() if place is None else weight  # not a view of the buffer
         else:
-            weight, scale = quantise(self._make(name, self._stored_dtype(name)), fp8.quantisation)
+            made = self._make(name, self._stored_dtype(name))
+            weight, scale = quantise(made, fp8.quantisation)
+            self.errors[name] = _rounding_error(made, weight, scale)
         if place is not None:
             weight = place.copy_(weight) if self._is_filled_here else place
         attach(layer, weight, None if scale is None else scale.clone(), fp8.quantisation)
+
+
+def _rounding_error(weight: Tensor, rounded: Tensor, scale: Tensor | None) -> Tensor:
+    """Return the sum of |difference| over that of |weight|, on some rows; NaN if a scale is not finite."""
+    step = max(1, len(weight) // _SAMPLED_ROWS)
+    sample = weight[::step].float()
+    some = scale if scale is None or scale.ndim == 1 else scale[::step]
+    # rows of a float8 tensor as bytes: not every operation supports the dtype
+    back = dequantise(rounded.view(torch.uint8)[::step].view(E4M3), some)
+    error = (back - sample).abs().sum() / sample.abs().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return error if scale is None else error + 0 * scale.sum()
 
 
 def _check_fit(

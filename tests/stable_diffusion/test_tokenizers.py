@@ -81,7 +81,7 @@ def test_a_download_is_kept_for_runs_without_a_network(
     whole = stored / "tokenizer.json"
     asked = []
 
-    def fetch(repository: str, name: str, subfolder: str | None = None) -> str:
+    def fetch(repository: str, name: str, subfolder: str | None = None, **_: object) -> str:
         asked.append((repository, name))
         return str(whole)
 
