@@ -58,6 +58,30 @@ def loha(name: str, module: nn.Module) -> tuple[Factors, Tensor]:
     return f, (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"]) * 1.5 / RANK
 
 
+def loha_with_cores(name: str, module: nn.Module) -> tuple[Factors, Tensor]:
+    shape = module.weight.shape
+    if len(shape) < 4 or shape[2] == 1:
+        return loha(name, module)
+    out, channels, *kernel = shape  # type: ignore[misc]
+    f: Factors = {"alpha": torch.tensor(float(RANK))}
+    halves = []
+    for k in "12":
+        f[f"hada_t{k}"] = random(RANK, RANK, *kernel, seed=f"{name}t{k}")
+        f[f"hada_w{k}_a"] = random(RANK, out, seed=f"{name}{k}a")
+        f[f"hada_w{k}_b"] = random(RANK, channels, seed=f"{name}{k}b")
+        half = torch.einsum("ijkl,jr->irkl", f[f"hada_t{k}"], f[f"hada_w{k}_b"])
+        halves.append(torch.einsum("irkl,io->orkl", half, f[f"hada_w{k}_a"]))
+    return f, halves[0] * halves[1]
+
+
+def lokr(name: str, module: nn.Module) -> tuple[Factors, Tensor]:
+    out, channels, *kernel = module.weight.shape  # type: ignore[misc]
+    f: Factors = {"lokr_w1": random(2, 2, seed=name)}
+    f["lokr_w2"] = random(out // 2, channels // 2, *kernel, seed=f"{name}2")
+    ones = [1] * len(kernel)
+    return f, torch.kron(f["lokr_w1"].reshape(2, 2, *ones), f["lokr_w2"])
+
+
 def locon_with_core(name: str, module: nn.Module) -> tuple[Factors, Tensor]:
     out, channels, *kernel = module.weight.shape  # type: ignore[misc]
     if not kernel or kernel[0] == 1:
@@ -85,10 +109,17 @@ def dora(name: str, module: nn.Module) -> tuple[Factors, Tensor]:
     return f, f["dora_scale"] * whole / norms - weight
 
 
+def whole(name: str, module: nn.Module) -> tuple[Factors, Tensor]:
+    change = random(*module.weight.shape, seed=name, scale=0.02)  # type: ignore[misc]
+    return {"diff": change}, change
+
+
 FORMS = {
     "LoRA": lora,
     "of another shape": of_other_shape,
     "LoHa": loha,
+    "LoHa with cores": loha_with_cores,
+    "LoKr": lokr,
     "LoCon": locon_with_core,
     "DoRA": dora,
 }
@@ -157,6 +188,20 @@ def test_products_are_added_in_place_and_rounded_once(dtype: torch.dtype, shape:
         expected = (expected.float() + change).to(dtype)
     torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-6)
     assert torch.autograd.grad(module(x.requires_grad_()).sum(), x)[0].shape == shape
+
+
+@torch.no_grad()
+def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
+    module, x = nn.Linear(6, 8), random(2, 5, 6, seed="x", scale=1)
+    place, plain, bias = ChangedPlace("x.weight", module), module(x), random(8, seed="bias")
+    factors, change = lora("one", module)
+    parts = [AddedPart(place, factors, 0.5), AddedPart(place, {**factors, "diff_b": bias}, 1.0)]
+    layer = AddedLayer(place, parts)
+    layer.attach()
+    layer.switch_on(torch.device("cpu"), torch.float32)
+    parts[0].region = torch.zeros_like
+
+    torch.testing.assert_close(module(x), plain + x @ change.T + bias, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -371,3 +371,16 @@ def test_config_of_a_folder_counts_where_tensors_are_silent(folder: Path, tmp_pa
     file.write_text(json.dumps({**config, "attention_head_dim": 4, "_diffusers_version": "0.6"}))
 
     assert load(copy).unet.mid_block.attentions[0].transformer_blocks[0].attn1.heads == 4
+
+
+@pytest.mark.parametrize("layers", [400, 10**9, [2, [10**9]]])
+def test_more_layers_than_tensors_are_refused_before_they_are_made(
+    folder: Path, tmp_path: Path, layers: object
+) -> None:
+    copy = shutil.copytree(folder / "sd1", tmp_path / "sd1")
+    file = copy / "unet" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "transformer_layers_per_block": layers}), encoding="utf-8")
+
+    with pytest.raises(CheckpointError, match="it has more layers than its file has tensors"):
+        load(copy)

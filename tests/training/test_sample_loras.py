@@ -8,7 +8,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
+from networks.added import add_loras
+from networks.apply import LoraPatch
+from networks.loading import LoraUse, read_lora
 from tests.training.toy import ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network
 from training.run_options import _split_multiplier
@@ -24,13 +28,41 @@ def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-LORA = {"lora_down.weight": random(2, 8), "lora_up.weight": random(16, 2), "alpha": torch.tensor(1.0)}
+KINDS = {
+    "LoRA": {"lora_down.weight": random(2, 8), "lora_up.weight": random(16, 2), "alpha": torch.tensor(1.0)},
+    "LoRA with bias": {
+        "lora_down.weight": random(2, 8),
+        "lora_up.weight": random(16, 2),
+        "diff_b": random(16),
+    },
+    "LoKr": {"lokr_w1": random(4, 2), "lokr_w2": random(4, 4)},
+    "LoHa": {
+        **{"hada_w1_a": random(16, 2), "hada_w1_b": random(2, 8)},
+        **{"hada_w2_a": random(16, 2), "hada_w2_b": random(2, 8)},
+    },
+    "difference": {"diff": random(16, 8), "diff_b": random(16)},
+}
 
 
 def write_file(folder: Path, factors: dict[str, Tensor], module: str = "blocks_0_up") -> Path:
     path = folder / "own style.safetensors"
     save_file({f"lora_unet_{module}.{part}": tensor for part, tensor in factors.items()}, path)
     return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_added_is_what_merging_gives_and_switched_off_nothing(tmp_path: Path, kind: str) -> None:
+    lora = read_lora(write_file(tmp_path, KINDS[kind]))
+    dit = ToyFamily().load_dit(Placement(CPU))
+    merged = ToyFamily().load_dit(Placement(CPU, patch=LoraPatch([LoraUse(lora, 0.5)])))
+    inputs = random(1, 2, 1, 4, 4), torch.tensor([500.0]), [torch.ones(1, 1)]
+    with torch.no_grad():
+        before = dit(*inputs)
+        added = add_loras(dit, [LoraUse(lora, 0.5)])
+        with added.switched_on(CPU, torch.float32):
+            torch.testing.assert_close(dit(*inputs), merged(*inputs), rtol=1e-5, atol=1e-6)
+            assert not torch.equal(dit(*inputs), before)
+        assert torch.equal(dit(*inputs), before)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +72,7 @@ def write_file(folder: Path, factors: dict[str, Tensor], module: str = "blocks_0
 )
 def test_the_run_ends_with_the_same_bits_and_samples_differ(tmp_path: Path, how: list[object]) -> None:
     write_caches(tmp_path)
-    path = write_file(tmp_path, LORA)
+    path = write_file(tmp_path, KINDS["LoRA"])
     (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\n", encoding="utf-8")
     options = [*how, "--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 2]
     plain: list[Tensor] = []
@@ -90,9 +122,9 @@ def test_a_missing_file_or_a_multiplier_that_is_none_is_refused(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("factors", "module", "reason"),
     [
-        (LORA, "blocks_7_up", "does not fit this model, which has no"),
-        (LORA, "blocks_0_down", r"has \[16, 8\], the model \[8, 16\]"),
-        ({**LORA, "dora_scale": torch.ones(16, 1)}, "blocks_0_up", "is a DoRA"),
+        (KINDS["LoRA"], "blocks_7_up", "does not fit this model, which has no"),
+        (KINDS["LoRA"], "blocks_0_down", r"has \[16, 8\], the model \[8, 16\]"),
+        ({**KINDS["LoRA"], "dora_scale": torch.ones(16, 1)}, "blocks_0_up", "is a DoRA"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_before_the_first_step(

@@ -118,6 +118,12 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path, kind: Kind) -> Non
         assert same_bytes(layer.weight, quantise(state[f"{name}.weight"] + 0.01, ROWS)[0]), name
 
 
+def test_weights_that_a_lora_makes_infinite_are_refused(tmp_path: Path, kind: Kind) -> None:
+    path = kind.write(tmp_path, in_bf16(kind))
+    with pytest.raises(CheckpointError, match="NaN or infinite values, which fp8 cannot hold"):
+        kind.load(path, replace(CPU, fp8=ROWS, patch=lambda _, weight: weight * torch.inf))
+
+
 @pytest.mark.parametrize(("family", "dialect"), RELEASED)
 def test_released_fp8_files_stay_as_they_are(tmp_path: Path, family: str, dialect: str) -> None:
     kind = KINDS[family]
