@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -365,6 +366,40 @@ def test_tars_of_earlier_versions_are_read_and_written_beside(tars: Path) -> Non
     merge_shards(tars, with_tars=True)
     assert seen(tars) == state
     assert sorted(contents(tars)) == sorted([shard(tars).name, INDEX])
+
+
+def test_a_damaged_tar_costs_its_entries_and_is_mended(tars: Path) -> None:
+    whole = {path.name: path.read_bytes() for path in tars.glob("*.tar")}
+    for name, data in whole.items():
+        for how, place in damages(len(data), 761):
+            folder = tars.with_name("damaged")
+            shutil.copytree(tars, folder)
+            damaged = bytearray(data)
+            if how == "flip":
+                damaged[place] ^= 0x10
+            else:
+                del damaged[place:]
+            (folder / name).write_bytes(damaged)
+            alive, store = seen(folder), ShardStore(folder)
+            gone = [name for name in OLD_WHOLE if name not in alive]
+            assert not gone or shard_faults(folder) or set(store.names()) >= set(gone), (how, place)
+            assert how != "flip" or len(gone) < 2, place
+            store.close(is_last=True)
+            assert seen(folder) == alive, (how, place)
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("size", [-512, 1 << 90])
+def test_a_tar_with_a_hostile_size_ends(tmp_path: Path, size: int) -> None:
+    header = bytearray(tarfile.TarInfo("a").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (size % (1 << 96)).to_bytes(12, "big")
+    header[124] |= 0x80
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "cache-0123456789abcdef.tar"
+    path.write_bytes(header + bytes(1024))
+
+    assert catalog.read_old_shard(path) == ([], False)
 
 
 # --- kills
