@@ -411,8 +411,10 @@ Step = tuple[str, str, int]
 
 def steps(count: int) -> list[Step]:
     chance = random.Random(5)
-    kinds = ["write", "remove", "close", "settle"]
-    return [(chance.choices(kinds, [6, 2, 1, 1])[0], chance.choice(NAMES), number) for number in range(count)]
+    kinds = ["write", "remove", "close", "settle", "sleep"]
+    return [
+        (chance.choices(kinds, [6, 2, 1, 1, 1])[0], chance.choice(NAMES), number) for number in range(count)
+    ]
 
 
 def take(store: ShardStore, step: Step) -> None:
@@ -421,6 +423,8 @@ def take(store: ShardStore, step: Step) -> None:
         write(store, name, number)
     elif kind == "remove":
         store.remove(name)
+    elif kind == "sleep":
+        time.sleep(shards.COMMIT_SECONDS * 1.2)
     else:
         store.close(is_last=kind == "settle")
 
@@ -452,7 +456,7 @@ def test_what_was_closed_survives_kills_and_nothing_is_half_there(tmp_path: Path
         states, last = [state], 0
         for number, step in enumerate(plan[done : done + count + 1], 1):
             states.append(after(states[-1], step))
-            if step[0] in ("close", "settle") and number <= count:
+            if step[0] in ("close", "settle", "sleep") and number <= count:
                 last = number
         found = seen(tmp_path)
         assert found in states[last:]
@@ -463,6 +467,18 @@ def test_what_was_closed_survives_kills_and_nothing_is_half_there(tmp_path: Path
     assert shard_faults(tmp_path) == []
     assert done >= kills // 2
     assert catalog.Catalog(tmp_path).has_index
+
+
+@needs_fork
+def test_what_was_written_in_a_burst_survives_a_later_kill(tmp_path: Path) -> None:
+    def work(acknowledge) -> None:  # type: ignore[no-untyped-def]
+        fill(ShardStore(tmp_path), NAMES)
+        time.sleep(4 * shards.COMMIT_SECONDS)
+        acknowledge()
+        time.sleep(60)  # the next clip is encoded
+
+    assert run_and_kill(work, 12 * shards.COMMIT_SECONDS) == (1, False)
+    assert seen(tmp_path) == WHOLE
 
 
 @needs_fork
