@@ -232,7 +232,7 @@ def find_items(
                         continue
                 if id(what) not in buckets:
                     buckets[id(what)] = _bucket(table, what, latent, table.cache_directory / name)
-                files = parts[stem, replace(what, section=None)] if parts else 1
+                files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
                 captions = one.num_captions(stem) if one.texts else texts.captions.get(stem, 1)
                 bucket = buckets[id(what)]
                 items.append(TrainingItem(name, len(stem), table, bucket, kind, files, captions))

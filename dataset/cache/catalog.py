@@ -357,7 +357,7 @@ OldRow = tuple[bytes, int, int, int | None, int]
 
 
 def read_old_shard(path: Path) -> tuple[list[OldRow], bool]:
-    """Return the records of a tar up to its end or a damaged header, and whether all were read.
+    """Return the records of a tar, and whether it is whole: behind a damaged place the next one is searched.
 
     That an entry was removed stands in a global header. `tools/convert_cache.py --to shards` makes such
     shards anew. Raises OSError.
@@ -365,12 +365,18 @@ def read_old_shard(path: Path) -> tuple[list[OldRow], bool]:
     rows: list[OldRow] = []
     is_whole, size, found = True, path.stat().st_size, None
     with path.open("rb") as file:
-        while True:
+        while (position := file.tell()) < size:
             try:
                 header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+                if not 0 <= header.size <= size:
+                    raise tarfile.HeaderError("a wrong size")
             except tarfile.HeaderError as error:
                 is_end = isinstance(error, tarfile.EOFHeaderError)  # type: ignore[attr-defined]
-                return rows, is_whole and is_end
+                if is_end and size - position == 2 * tarfile.BLOCKSIZE:
+                    return rows, is_whole
+                is_whole, found = False, None
+                file.seek(position + tarfile.BLOCKSIZE)
+                continue
             start = file.tell()
             end = start + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and header.size <= _MOST_COMMENT:
@@ -386,3 +392,4 @@ def read_old_shard(path: Path) -> tuple[list[OldRow], bool]:
             else:
                 is_whole = False
             file.seek(end)
+    return rows, False

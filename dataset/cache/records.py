@@ -34,6 +34,7 @@ T = TypeVar("T")
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
+MOST_FRAMES = 10_000_000  # of a clip: days
 MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
 
@@ -109,7 +110,7 @@ def latent_record_of(data: Mapping[str, Any]) -> LatentRecord:
     """
     clip = data["clip"]
     if clip is not None:
-        clip = ClipFacts(tuple(clip["size"]), clip["kept_frames"], clip["complete"])
+        clip = ClipFacts(tuple(clip["size"]), _frames(clip["kept_frames"]), clip["complete"])
     return LatentRecord(
         encoder=dict(data["encoder"]),
         options=dict(data["options"]),
@@ -143,6 +144,12 @@ def text_records(header: Header) -> dict[str, TextRecord]:
     Raises CacheError if they are damaged.
     """
     return _read_record(header, "texts", text_records_of) or {}
+
+
+def _frames(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MOST_FRAMES:
+        raise ValueError(f"a clip of {value!r} frames")
+    return value
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:

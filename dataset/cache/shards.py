@@ -1,7 +1,7 @@
 """A store that keeps its entries in few large files: SQLite databases, one for each writer.
 
 Each writer fills a shard of its own, so that any number may write into a folder. A kill or a power cut costs
-at most what was written within a quarter of a second. `tools/convert_cache.py` turns shards into files.
+at most what was written in the last quarter of a second. `tools/convert_cache.py` turns shards into files.
 """
 
 import contextlib
@@ -43,7 +43,9 @@ class ShardStore:
         self._catalog: Catalog | None = None
         self._added: dict[str, CatalogRow] = {}  # in place of those of the catalog
         self._writer: ShardWriter | None = None
+        self._timer: threading.Timer | None = None
         self._committed = 0.0  # when
+        self._failure: OutputError | None = None  # of the timer
         self._opened: dict[str, sqlite3.Connection] = {}
         self._process = os.getpid()
 
@@ -113,6 +115,7 @@ class ShardStore:
         lost then.
         """
         with self._lock:
+            self._raise_failure()
             self._finish()
             if is_last:
                 self._forget()
@@ -122,6 +125,7 @@ class ShardStore:
 
     def _put(self, name: str, data: bytes | None) -> None:
         with self._lock:
+            self._raise_failure()
             old, writer = self._row(name), self._writer
             if writer is not None and (
                 writer.size >= self._shard_bytes or writer.began + SHARD_SECONDS < time.monotonic()
@@ -141,15 +145,42 @@ class ShardStore:
                         place = self._writer.drop(encode_name(name))  # no other shard knows it
                     else:
                         place = self._writer.put(encode_name(name), generation, data)
-                    # each waits for the disk
-                    if time.monotonic() - self._committed > COMMIT_SECONDS:
-                        self._writer.rows.execute("COMMIT")
-                        self._committed = time.monotonic()
+                    self._commit_in_time()
             except BaseException:
                 self._give_up()
                 raise
             size, crc32 = (None, 0) if data is None else (len(data), zlib.crc32(data))
             self._added[name] = CatalogRow(self._writer.path.name, place, generation, size, crc32)
+
+    def _commit_in_time(self) -> None:
+        """Commit at most four times a second: each waits for the disk."""
+        assert self._writer is not None
+        left = self._committed + COMMIT_SECONDS - time.monotonic()
+        if left <= 0:
+            self._writer.rows.execute("COMMIT")
+            self._committed = time.monotonic()
+        elif self._timer is None:
+            self._timer = threading.Timer(left, self._commit_later)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _commit_later(self) -> None:
+        with self._lock:
+            self._timer = None
+            if self._writer is None or not self._writer.rows.in_transaction:
+                return
+            try:
+                with explain_sqlite(self._writer.path):
+                    self._writer.rows.execute("COMMIT")
+                self._committed = time.monotonic()
+            except OutputError as error:
+                self._failure = error
+                self._give_up()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def _give_up(self) -> None:
         """Finish the shard with what was committed, after an error."""

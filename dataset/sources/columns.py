@@ -32,8 +32,6 @@ FORMATS: Mapping[str, str] = {
     **dict.fromkeys((".tsv", ".tab"), TSV),
     **dict.fromkeys((".jsonl", ".ndjson"), JSONL),
 }
-# encodings whose equal texts pyarrow can hold once
-_HELD_ONCE = frozenset({"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"})
 BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # of Parquet, in memory at a time
 FIRST_LINES = 100  # of JSONL, whose keys are taken for the columns
 LONGEST_CELL = 131_072  # characters of a CSV cell; the standard library's own limit
@@ -197,13 +195,13 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
 
 
 def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableRow]:
-    columns, nested, texts = _parquet_columns(path, wanted)
+    columns, nested, lists = _parquet_columns(path, wanted)
     for name, kind in nested.items():  # whose size is unknown
         raise DatasetError(
             f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
         )
     number = 0
-    with open_parquet(path, texts) as file:
+    with open_parquet(path, lists) as file:
         limit = Unpacking.of(path)
         if not columns:
             limit.add(ROW_BYTES * file.metadata.num_rows)
@@ -226,44 +224,38 @@ def _parquet_rows(path: Path, wanted: Collection[str] | None) -> Iterator[TableR
 def _parquet_columns(
     path: Path, wanted: Collection[str] | None
 ) -> tuple[tuple[str, ...], dict[str, Any], list[str]]:
-    """Return the wanted columns; those of them that hold nested values, with their types; and the names of
-    texts, whose equal ones are then held once.
+    """Return the wanted columns; those of them that hold nested values, with their types; and of lists of
+    texts the names of their texts, whose equal ones are then held once.
     """
     with open_parquet(path) as file:
-        schema, metadata = file.schema_arrow, file.metadata
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-        other = {one.path_in_schema for one in chunks if not _HELD_ONCE.issuperset(one.encodings)}
-        leaves = {one.path_in_schema for one in chunks} - other
+        schema, leaves = file.schema_arrow, [file.schema.column(n).path for n in range(len(file.schema))]
     from pyarrow import types
 
     _check_names(path, schema.names)
     columns = tuple(name for name in schema.names if wanted is None or name in wanted)
-    nested, texts = {}, []
+    nested, lists = {}, []
     for name in columns:
         kind = schema.field(name).type
         if types.is_list(kind) or types.is_large_list(kind):
             kind = kind.value_type
+            lists += [leaf for leaf in leaves if leaf.startswith(f"{name}.")]
         if types.is_nested(kind):
             nested[name] = kind
-        elif "string" in str(kind) or "binary" in str(kind):
-            texts += [leaf for leaf in leaves if leaf == name or leaf.startswith(f"{name}.")]
-    return columns, nested, texts
+    return columns, nested, lists
 
 
 def _values(array: Any, limit: Unpacking) -> list[Any]:
     """Return the values of a batch's column."""
     from pyarrow import compute, types
 
-    inner, is_list = array, types.is_list(array.type) or types.is_large_list(array.type)
-    if is_list:
+    if types.is_list(array.type) or types.is_large_list(array.type):
+        array.validate(full=True)  # places in a dictionary are not looked at else
         inner = array.flatten()
         limit.add(VALUE_BYTES * len(inner))
-    if types.is_dictionary(inner.type):
-        array.validate(full=True)  # places in a dictionary are not looked at else
-        sizes = compute.binary_length(inner.dictionary)
-        limit.add(compute.sum(compute.take(sizes, inner.indices)).as_py() or 0)
+        if types.is_dictionary(inner.type):
+            sizes = compute.binary_length(inner.dictionary)
+            limit.add(compute.sum(compute.take(sizes, inner.indices)).as_py() or 0)
+        return list(array.to_pylist())
     values: list[Any] = array.to_pylist()
-    if not types.is_dictionary(inner.type):
-        limit.add(sum(len(value) for value in values if isinstance(value, (str, bytes))))
+    limit.add(sum(len(value) for value in values if isinstance(value, (str, bytes))))
     return values

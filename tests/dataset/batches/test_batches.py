@@ -50,6 +50,17 @@ def test_items_are_found_by_name_alone(tmp_path: Path) -> None:
     assert found.items[0].text_path.name == "clip_0_toy_te.safetensors"
 
 
+def test_whole_clips_beside_sections_are_one_part_each(tmp_path: Path) -> None:
+    table = make_table(tmp_path, fp_latent_window_size=2)
+    table.cache_directory.mkdir()
+    for name in ("a_00000-005_0032x0032", "b_00000-009-0000_0032x0032", "b_00000-009-0001_0032x0032"):
+        (table.cache_directory / f"{name}_toy.safetensors").touch()
+    for stem in "ab":
+        (table.cache_directory / f"{stem}_toy_te.safetensors").touch()
+    found = find_items(DatasetConfig(table.config_path, (table,)), "toy", LATENT)
+    assert [item.parts for item in found.items] == [1, 2, 2]
+
+
 def test_images_get_the_bucket_of_their_original_size(tmp_path: Path) -> None:
     table = make_table(tmp_path, "image_directory", resolution=(960, 544), enable_bucket=True)
     table.cache_directory.mkdir()

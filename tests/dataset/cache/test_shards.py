@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -367,6 +368,40 @@ def test_tars_of_earlier_versions_are_read_and_written_beside(tars: Path) -> Non
     assert sorted(contents(tars)) == sorted([shard(tars).name, INDEX])
 
 
+def test_a_damaged_tar_costs_its_entries_and_is_mended(tars: Path) -> None:
+    whole = {path.name: path.read_bytes() for path in tars.glob("*.tar")}
+    for name, data in whole.items():
+        for how, place in damages(len(data), 761):
+            folder = tars.with_name("damaged")
+            shutil.copytree(tars, folder)
+            damaged = bytearray(data)
+            if how == "flip":
+                damaged[place] ^= 0x10
+            else:
+                del damaged[place:]
+            (folder / name).write_bytes(damaged)
+            alive, store = seen(folder), ShardStore(folder)
+            gone = [name for name in OLD_WHOLE if name not in alive]
+            assert not gone or shard_faults(folder) or set(store.names()) >= set(gone), (how, place)
+            assert how != "flip" or len(gone) < 2, place
+            store.close(is_last=True)
+            assert seen(folder) == alive, (how, place)
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("size", [-512, 1 << 90])
+def test_a_tar_with_a_hostile_size_ends(tmp_path: Path, size: int) -> None:
+    header = bytearray(tarfile.TarInfo("a").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (size % (1 << 96)).to_bytes(12, "big")
+    header[124] |= 0x80
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "cache-0123456789abcdef.tar"
+    path.write_bytes(header + bytes(1024))
+
+    assert catalog.read_old_shard(path) == ([], False)
+
+
 # --- kills
 # ------------------------------------------------------------------------------------------------------------
 
@@ -376,8 +411,10 @@ Step = tuple[str, str, int]
 
 def steps(count: int) -> list[Step]:
     chance = random.Random(5)
-    kinds = ["write", "remove", "close", "settle"]
-    return [(chance.choices(kinds, [6, 2, 1, 1])[0], chance.choice(NAMES), number) for number in range(count)]
+    kinds = ["write", "remove", "close", "settle", "sleep"]
+    return [
+        (chance.choices(kinds, [6, 2, 1, 1, 1])[0], chance.choice(NAMES), number) for number in range(count)
+    ]
 
 
 def take(store: ShardStore, step: Step) -> None:
@@ -386,6 +423,8 @@ def take(store: ShardStore, step: Step) -> None:
         write(store, name, number)
     elif kind == "remove":
         store.remove(name)
+    elif kind == "sleep":
+        time.sleep(shards.COMMIT_SECONDS * 1.2)
     else:
         store.close(is_last=kind == "settle")
 
@@ -417,7 +456,7 @@ def test_what_was_closed_survives_kills_and_nothing_is_half_there(tmp_path: Path
         states, last = [state], 0
         for number, step in enumerate(plan[done : done + count + 1], 1):
             states.append(after(states[-1], step))
-            if step[0] in ("close", "settle") and number <= count:
+            if step[0] in ("close", "settle", "sleep") and number <= count:
                 last = number
         found = seen(tmp_path)
         assert found in states[last:]
@@ -428,6 +467,18 @@ def test_what_was_closed_survives_kills_and_nothing_is_half_there(tmp_path: Path
     assert shard_faults(tmp_path) == []
     assert done >= kills // 2
     assert catalog.Catalog(tmp_path).has_index
+
+
+@needs_fork
+def test_what_was_written_in_a_burst_survives_a_later_kill(tmp_path: Path) -> None:
+    def work(acknowledge) -> None:  # type: ignore[no-untyped-def]
+        fill(ShardStore(tmp_path), NAMES)
+        time.sleep(4 * shards.COMMIT_SECONDS)
+        acknowledge()
+        time.sleep(60)  # the next clip is encoded
+
+    assert run_and_kill(work, 12 * shards.COMMIT_SECONDS) == (1, False)
+    assert seen(tmp_path) == WHOLE
 
 
 @needs_fork

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dataset.cache.files import read_entry, write_tensors
+from dataset.cache.records import latent_metadata, latent_record
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import conclude
 from dataset.config import DatasetConfig
@@ -156,6 +157,24 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
     second.write_bytes(data)
     assert cache_media(ToyFamily(), config, options()).written == 2
     assert cache_media(ToyFamily(), config, options()).kept == 2
+
+
+@pytest.mark.parametrize("frames", [10**12, -1, "9", True])
+def test_a_record_of_impossible_frames_counts_as_damaged(tmp_path: Path, frames: Any) -> None:
+    config = make_config(tmp_path, clips=(9,))
+    cache_media(ToyFamily(), config, options())
+    path = tmp_path / "cache" / names(tmp_path)[0]
+    entry = read_entry(path)
+    record = latent_record(entry.header)
+    assert record is not None
+    assert record.clip is not None
+    clip = dataclasses.replace(record.clip, kept_frames=frames)
+    changed = latent_metadata(dataclasses.replace(record, clip=clip))
+    write_tensors(path, entry.named, {**entry.header.metadata, **changed})
+
+    with pytest.raises(CacheError, match="damaged, its record cannot be read"):
+        latent_record(read_entry(path).header)
+    assert cache_media(ToyFamily(), config, options()).written == 1
 
 
 @pytest.mark.parametrize(("grid", "kept"), [("2x4x4", 1), ("2x4x6", 0)])

@@ -111,6 +111,36 @@ def test_a_small_file_of_much_is_refused_before_it_fills_the_memory(
     assert pool.max_memory() - before < 200 * MIB
 
 
+def understate(path: Path) -> None:
+    """Let a file's metadata say that its columns unpack to 1000 bytes."""
+    group = pq.read_metadata(path).row_group(0)
+    content = bytearray(path.read_bytes())
+    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for size in {group.total_byte_size, group.column(0).total_uncompressed_size}:
+        stated, new = varint(2 * size), varint(2 * 1000)  # twice: the lowest bit is the sign
+        new = bytes(byte | 128 for byte in new).ljust(len(stated) - 1, b"\x80") + b"\0"  # as long
+        assert stated in content[end:]
+        content[end:] = content[end:].replace(stated, new)
+    path.write_bytes(content)
+    assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 1000
+
+
+def varint(number: int) -> bytes:
+    return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+
+def test_pages_decide_where_the_metadata_lie(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    options = {"use_dictionary": False, "data_page_size": 1 << 30, "write_statistics": False}
+    path = write(tmp_path / "t.parquet", {"image": pa.array([bytes(200 * MIB)])}, **options)
+    understate(path)
+    pool: pa.MemoryPool = request.getfixturevalue("pool")  # after writing
+
+    for read in (lambda: list(read_columns(path)), lambda: read_cell(cells_of(path, "image")(1))):
+        with pytest.raises((DatasetError, MediaError), match=r"unpacks to more than \d+ MiB"):
+            read()
+        assert pool.max_memory() < 10 * MIB
+
+
 def test_a_usual_table_is_read_whole(tmp_path: Path) -> None:
     rows = [
         {"path": f"{number}.png", "caption": "a picture of a cat " * 20, "captions": ["a", None, "b"]}
