@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGET = {
     "blissful_tuner": (3530, 21),
     "data_tools": (5750, 31),
-    "dataset": (11580, 48),
+    "dataset": (11700, 48),
     "downloads": (800, 7),
     "encoders": (2510, 12),
     "flux": (1390, 10),
@@ -25,20 +25,20 @@ BUDGET = {
     "hunyuan_image": (1410, 11),
     "hunyuan_model": (3390, 19),
     "lumina": (1370, 11),
-    "modules": (16890, 98),
-    "networks": (7320, 36),
+    "modules": (16960, 98),
+    "networks": (7390, 36),
     "package": (390, 7),
     "post": (7880, 38),
     "project": (490, 4),
     "scripts": (1040, 43),
-    "stable_diffusion": (7210, 29),
+    "stable_diffusion": (7250, 29),
     "tools": (210, 7),
-    "training": (11430, 50),
+    "training": (11440, 50),
     "wan": (3650, 17),
 }
-TESTS = 84700  # lines
+TESTS = 85100  # lines
 # files and functions of ours that are called, as `python benchmarks/way.py` prints them
-WAYS = {"one clip, cache and train": (161, 1128), "one prompt with a LoRA": (100, 653)}
+WAYS = {"one clip, cache and train": (161, 1133), "one prompt with a LoRA": (100, 656)}
 GROWTH = 1.05
 NOT_PRODUCT = {"tests", "benchmarks", "docs", "pocket"}
 NAMED = re.compile(r"^(\w+/?): (.+)$", re.MULTILINE)  # a file or room, and what it is for
