@@ -5,16 +5,17 @@ server and of libraries are searched for it before they are shown.
 """
 
 import base64
+import contextlib
 import io
 import logging
 import math
 import os
+import queue
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -99,35 +100,38 @@ class ApiServer:
     def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
         """Yield a caption, or why there is none, for each place, as they arrive.
 
-        If the caller ends, nothing more is asked; the program waits for the answers of requests on their way.
+        Requests that wait for their answer when the caller ends are left to themselves.
         """
+        done: queue.SimpleQueue[tuple[CaptionPlace, Any]] = queue.SimpleQueue()
+        waiting: queue.SimpleQueue[CaptionPlace] = queue.SimpleQueue()
 
-        def work(place: CaptionPlace) -> str:
-            if self._stop.is_set():
-                raise NoCaptionError("the run has ended")
-            try:
-                return self.describe(place, look(place))
-            except (MediaError, NoCaptionError):
-                raise
-            except BaseException:
-                self._stop.set()  # it ends the run: nothing more is asked
-                raise
+        def work() -> None:
+            with contextlib.suppress(queue.Empty):
+                while not self._stop.is_set():
+                    place = waiting.get_nowait()
+                    try:
+                        done.put((place, self.describe(place, look(place))))
+                    except BaseException as error:
+                        if not isinstance(error, (MediaError, NoCaptionError)):
+                            self._stop.set()  # it ends the run: nothing more is asked
+                        done.put((place, error))
 
         self._stop.clear()
-        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="request")
+        for place in places:
+            waiting.put(place)
+        for number in range(min(self._workers, len(places))):
+            threading.Thread(target=work, name=f"request-{number}", daemon=True).start()
         try:
-            futures = {pool.submit(work, place): place for place in places}
-            for future in as_completed(futures):
-                error = future.exception()
-                if error is None:
-                    yield futures[future], future.result()
-                elif isinstance(error, (MediaError, NoCaptionError)):
-                    yield futures[future], error
-                else:
-                    raise error
+            num_left = len(places)
+            while num_left:
+                try:
+                    place, result = done.get(timeout=0.5)  # on Windows, Ctrl-C is noticed between two calls
+                except queue.Empty:
+                    continue
+                num_left -= 1
+                yield place, result
         finally:
             self._stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def describe(self, place: CaptionPlace, frames: Frames) -> str:
         """Return the caption of an image or clip.

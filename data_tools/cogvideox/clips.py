@@ -160,7 +160,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
             size = choose_size(sides, options.height_buckets, options.width_buckets)
         return shape_frame(frame, size, options, draws)
 
-    return np.stack(pick_frames(path, choose, shape, threads))
+    return np.stack(pick_frames(path, choose, shape, threads, exact=False))
 
 
 def choose_frames(available: int, buckets: Sequence[int], most: int) -> int | None:

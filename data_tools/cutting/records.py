@@ -139,10 +139,16 @@ class ClipList:
         """Read the list if there is one. Raises OutputError if it cannot be read."""
         self._path, self._output = path, output
         self._was_there = path.exists()
-        # clips whose line has a caption
-        self.captioned = {one for one, line in self._read() if one and "caption" in parse_json(line)}
+        for _ in self._read():  # says at once if it cannot be read
+            pass
         self._unlisted: list[tuple[CutRecord, bool]] = []  # whose lines are not written yet
         self._lock = Lock()
+
+    @property
+    def captioned(self) -> set[str]:
+        """Return the clips whose line has a caption now. Raises OutputError if the list cannot be read."""
+        with self._lock:
+            return {path for path, line in self._read() if path and "caption" in parse_json(line)}
 
     def add(self, record: CutRecord, is_new: bool) -> None:
         """Add the lines of a source; a clip that has a line keeps it.

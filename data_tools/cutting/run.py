@@ -175,6 +175,8 @@ class Workshop:
             if options.dry_run:
                 return CutResult(None, clips)
             new = start_record(path, stem, options, look, clips)
+            if record is not None:
+                self._check_untouched(path, record, why)  # looking takes long: a user may have worked
             self._make_way(new, record)
             write_record(self.output, new)
             record = new
@@ -197,10 +199,11 @@ class Workshop:
         sizes = {self.output / one.name: one.size_bytes for one in record.clips}
         there = [path for path in sizes if os.path.lexists(path)]
         stems = {path.stem for path in there}
+        captioned = self.clip_list.captioned
         for words, touched in (
             (
                 f"with a caption in {self.options.list_path.name}",
-                [path for path in there if str(path) in self.clip_list.captioned],
+                [path for path in there if str(path) in captioned],
             ),
             (
                 "with other files of their names beside them",

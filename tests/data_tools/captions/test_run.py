@@ -1,5 +1,6 @@
 """Which captions are written, kept and edited."""
 
+import json
 import os
 import subprocess
 import sys
@@ -285,3 +286,20 @@ def _written(folder: Path, is_list: bool) -> list[str]:
         return list(read_captions(folder).values())
     texts = [line.get("caption") for line in read_lines(folder)]
     return sorted({str(text) for text in texts if text is not None})
+
+
+def test_a_run_goes_on_with_what_an_earlier_version_left(tmp_path: Path, server: FakeServer) -> None:
+    config = make_list(tmp_path)
+    path = read_lines(tmp_path)[1]["image_path"]
+    waiting = tmp_path / ".list.jsonl.captions"
+    waiting.write_text(json.dumps({"path": path, "old": None, "caption": "of before"}), encoding="utf-8")
+    state = everything_in(tmp_path)
+    run(config, None, "--model", tmp_path, "--dry_run")
+    assert everything_in(tmp_path) == state
+    before = len(server.bodies)
+
+    run(config, server)
+
+    assert len(server.bodies) == before + 2
+    assert read_lines(tmp_path)[1]["caption"] == "of before"
+    assert not waiting.exists()

@@ -1,9 +1,11 @@
 """Captions from a server: what it is asked, when it is asked again, and that the key shows nowhere."""
 
 import base64
+import gc
 import io
 import logging
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,32 @@ def test_a_busy_server_is_asked_again(status: int, tmp_path: Path) -> None:
 
     assert len(server.bodies) == 5
     assert len(read_captions(tmp_path)) == 3
+
+
+def test_the_end_of_a_run_waits_for_no_answer_and_refusals_are_not_kept(tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    def reply(number: int, body: dict[str, Any]) -> tuple[int, str]:
+        assert not number or gate.wait(20)
+        return 422, "this picture is refused"
+
+    config = make_folder(tmp_path)
+    places = find_places(load_dataset_config(config), False)
+    with run_server(reply) as server:
+        options = options_of(config, "--api_base", server.address, "--api_model", "m")
+        answers = ApiServer(options.api, options.ask, {}).answer(places, lambda _: ())
+        _, error = next(answers)
+        assert isinstance(error, NoCaptionError)
+        kept = weakref.ref(error)
+        del error
+        waiting = [one for one in threading.enumerate() if one.name.startswith("request")]
+        assert waiting
+        assert all(one.daemon for one in waiting)  # the end of the program leaves them to themselves
+        gate.set()
+        next(answers)
+        gc.collect()
+        assert kept() is None
+        answers.close()
 
 
 def test_another_address_is_neither_read_nor_followed(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Frames and sizes of prepared clips, compared with plain computations."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools import frames
 from data_tools.cogvideox.clips import batches_by_shape, choose_frames, choose_size, read_clip, shape_frame
 from data_tools.cogvideox.options import SIDES, ShapeOptions
 from modules.errors import MediaError
+from modules.media.reading import video_info
 from tests.dataset.making import frame_numbers, make_clip, make_frames
 
 
@@ -93,6 +96,19 @@ def test_a_clip_is_read_as_its_chosen_frames_at_its_chosen_size(tmp_path: Path) 
     assert frame_numbers(read_clip(folder, shape(), "name", threads=0)) == [0, 1, 2, 3]
     with pytest.raises(MediaError, match=r"has 5 frames, the smallest of --frame_buckets is 6"):
         read_clip(folder, shape(frame_buckets=(6, 8)), "name", threads=0)
+
+
+@pytest.mark.parametrize(("stated", "step"), [(24, 3), (40, 2)])
+def test_a_wrong_header_counts_as_long_as_its_frames_are_there(
+    stated: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_clip(tmp_path / "clip.mp4", 23, (40, 72))
+    info = replace(video_info(path), frames=stated)
+    monkeypatch.setattr(frames, "video_info", lambda _: info)
+
+    clip = read_clip(path, shape(), "name", threads=1)
+
+    assert frame_numbers(clip) == list(range(0, 8 * step, step))
 
 
 def test_batches_are_of_one_shape_full_ones_first_and_the_rest_at_the_end() -> None:

@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 
+from data_tools.cutting.clips import VideoLook, look_at
 from dataset.caching.loop import cache_media
 from dataset.config import load_dataset_config
 from dataset.sources.listing import find_sources
@@ -198,6 +199,25 @@ def test_clips_with_work_of_the_user_are_not_cut_anew(film: Path, tmp_path: Path
         run(film, output, "--max_frames", 28)
 
     assert state_of(output) == before
+
+
+def test_captions_that_are_written_while_a_video_is_looked_at_stay(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    clips = run(film, output)
+
+    def write_and_look(*arguments: Any) -> VideoLook:
+        lines = [{**line, "caption": "a hill"} for line in lines_of(output)]
+        (output / "clips.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        return look_at(*arguments)
+
+    monkeypatch.setattr("data_tools.cutting.run.look_at", write_and_look)
+    with pytest.raises(OutputError, match=r"with a caption in clips\.jsonl"):
+        run(film, output, "--max_frames", 28)
+
+    assert [line["caption"] for line in lines_of(output)] == ["a hill", "a hill"]
+    assert clips_in(output) == clips
 
 
 def test_a_file_of_the_user_is_never_replaced(film: Path, tmp_path: Path) -> None:
