@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # room -> lines and files of Python at most; `scripts` are the files of the root
 BUDGET = {
     "blissful_tuner": (3530, 21),
-    "data_tools": (5750, 31),
+    "data_tools": (5800, 31),
     "dataset": (11700, 48),
     "downloads": (800, 7),
     "encoders": (2510, 12),
@@ -36,7 +36,7 @@ BUDGET = {
     "training": (11440, 50),
     "wan": (3650, 17),
 }
-TESTS = 85100  # lines
+TESTS = 85200  # lines
 # files and functions of ours that are called, as `python benchmarks/way.py` prints them
 WAYS = {"one clip, cache and train": (161, 1133), "one prompt with a LoRA": (100, 656)}
 GROWTH = 1.05

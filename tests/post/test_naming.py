@@ -135,7 +135,7 @@ def test_results_of_two_inputs_never_share_a_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "output", "error", "words"),
     [
-        ("missing.mp4", None, OptionError, "--input .* does not exist"),
+        ("missing.mp4", None, OptionError, "--input .*: no such file"),
         ("empty", None, MediaError, "holds no video and no picture"),
         ("results", None, MediaError, "but 1 with _SWIN, which are results"),
         ("clips", "out.mkv", OptionError, "is a file, and --input"),
