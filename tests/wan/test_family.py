@@ -140,7 +140,8 @@ def test_a_float32_file_is_never_in_memory_as_float32(
     before = weights_in_memory()
     family = computing_in(family_of("t2v-14B", "t2v"), torch.bfloat16)
     weights = list(family.load_dit(Placement(CPU)).parameters())
-    allowed = sum(weight.nbytes for weight in weights) + 4 * max(weight.numel() for weight in weights)
+    largest = 4 * max(weight.numel() for weight in weights) + 64  # with what aligns the buffer for reading
+    allowed = sum(weight.nbytes for weight in weights) + largest
     assert 0.8 * allowed < peak - before <= allowed
 
     computing_in(family, None).load_dit(Placement(CPU))
