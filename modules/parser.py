@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
         super().__init__(*args, add_help=False, **{"formatter_class": _HelpFormatter, **settings})  # type: ignore[misc]
         texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
-        for flag, text in texts.items():  # `parse_known_args` reads them
+        for flag, text in texts.items():  # `_show_help` reads them
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
 
     def print_help(self, file: Any = None, is_short: bool = False) -> None:
@@ -130,10 +130,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but report mistyped options before missing ones, often the same option."""
         words = sys.argv[1:] if args is None else list(args)
-        if not {"-h", "--help"} & {*words}:
-            self._refuse_line_end(words)
-            self._refuse_unknown(words)
-            self._refuse_joined(words)
+        self._show_help(words)
+        self._refuse_line_end(words)
+        self._refuse_unknown(words)
+        self._refuse_joined(words)
         found, others = self.parse_known_args(words, namespace)
         if others:
             self.error(self._explain_rest(words, others))
@@ -142,11 +142,15 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but print the help first if that is asked for."""
         words = sys.argv[1:] if args is None else list(args)
+        self._show_help(words)
+        return super().parse_known_args(words, namespace)
+
+    def _show_help(self, words: Sequence[str]) -> None:
+        """Print the help and end if a word asks for it."""
         asked = {word for word in words if word == "-h" or (word[3:] and "--help".startswith(word))}
         if asked:
             self.print_help(is_short=asked == {"-h"})
             self.exit()
-        return super().parse_known_args(words, namespace)
 
     def _explain_rest(self, words: Sequence[str], others: Sequence[str]) -> str:
         """Explain words that belong to no option."""

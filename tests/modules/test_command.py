@@ -170,10 +170,11 @@ def test_a_hint_does_not_say_again_what_a_file_looks_like(capsys: pytest.Capture
 
 @pytest.mark.parametrize("word", ["-h", "--he", "--help"])
 def test_help_is_shown_whatever_stands_beside_it(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        _parser().parse_known_args(["--fast", word, "--unknown"])
-    assert end.value.code in {0, None}
-    assert capsys.readouterr().out.startswith("usage: make.py")
+    for parse in (_parser().parse_args, _parser().parse_known_args):
+        with pytest.raises(SystemExit) as end:
+            parse(["--fast", word, "--unknown"])
+        assert end.value.code in {0, None}
+        assert capsys.readouterr().out.startswith("usage: make.py")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a signal to one process elsewhere")
