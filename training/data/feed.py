@@ -237,12 +237,10 @@ class Feed:
         The readers stay from one epoch to the next: to start them takes longer than a short epoch. Those of a
         long epoch end with it: each would make the order of the next one, in memory of its own.
         """
-        if self.batches.order.num_items <= MOST_KEPT:
-            yield from self._load(self.plan.keys(self.process, epoch, position), epoch)
-            return
-        for number in range(epoch, self.plan.num_epochs):
+        together = self.plan.num_epochs if self.batches.order.num_items <= MOST_KEPT else 1
+        for number in range(epoch, self.plan.num_epochs, max(together, 1)):
             start = position if number == epoch else 0
-            yield from self._load(self.plan.keys(self.process, number, start, 1), number)
+            yield from self._load(self.plan.keys(self.process, number, start, together), number)
 
     def _load(self, keys: Keys, epoch: int) -> Generator[MicroBatch]:
         self.batches.order.epoch(epoch)  # once, not in every worker
