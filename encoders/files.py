@@ -18,7 +18,7 @@ from modules.checkpoints.model_files import read_once, require_file
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import MediaEncoders, MediaTable
 from modules.contract.loading import Placement
-from modules.contract.rules import ONE_EXPERT, Expert
+from modules.contract.rules import ONE_EXPERT, Expert, ReferenceRules
 from modules.devices import choose_compute_dtype, dtype_name
 from modules.speed_options import VaeOptions
 
@@ -109,6 +109,11 @@ class OneTransformer(Protocol):
     def experts(self) -> tuple[Expert, ...]:
         """The one network, for all noise levels."""
         return ONE_EXPERT
+
+    @property
+    def references(self) -> ReferenceRules | None:
+        """Return None: it takes no reference pictures."""
+        return None
 
     def check_given_files(self) -> None:
         """Check every file that an option names, needed or not. Loads nothing."""

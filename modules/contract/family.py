@@ -28,7 +28,7 @@ from modules.contract.data import (
 )
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt, Request
-from modules.contract.rules import CountTokens, Expert, ModelRelease, SourceRules
+from modules.contract.rules import CountTokens, Expert, ModelRelease, ReferenceRules, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 
 
@@ -204,6 +204,10 @@ class Encodes(Protocol):
 
     # images: what conditions need too
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders: ...
+
+    @property
+    # None: control media, if it takes any, are fitted like the frames they belong to
+    def references(self) -> ReferenceRules | None: ...
 
     # DatasetError where its items cannot be cached; nothing is loaded
     def check_table(self, table: MediaTable) -> None: ...

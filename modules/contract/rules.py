@@ -266,3 +266,15 @@ def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int,
         return spans[number][2] if number >= 0 and first < spans[number][1] else 1.0
 
     return [of(place) for place in places]
+
+
+@dataclass(frozen=True)
+class ReferenceRules:
+    """How a family takes reference pictures: the control images of an item, or of a request.
+
+    Each keeps a size of its own: that of the target, or what the keys of its table say.
+    """
+
+    most: int  # of one item or request
+    step: int = 16  # sides are multiples of this, in pixels
+    seen_by_text: bool = False  # by a text encoder: a changed one makes texts stale
