@@ -1,6 +1,7 @@
 """Latent previews: what is shown, when, and that nothing depends on them."""
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
+from blissful_tuner.latent_preview import LatentPreviews, LatestWriter, make_previews, preview_clip
 from blissful_tuner.options import PreviewOptions
 from blissful_tuner.taehv import enlarge, project
 from modules.contract.steps import Piece, Section, Step, StepDone
@@ -125,3 +126,26 @@ def test_an_error_is_one_warning_and_a_file_that_cannot_be_written_is_tried_agai
     with preview_clip(previews, 16.0) as ((watch,), on_section):
         watch(step(0, 4))
     assert in_the_way.is_file()
+
+
+SOON = 30.0  # seconds that a test would wait for what should happen at once
+
+
+def test_a_newer_item_replaces_one_that_waits() -> None:
+    written: list[int] = []
+    began, may_go_on = threading.Event(), threading.Event()
+
+    def write(item: int) -> None:
+        written.append(item)
+        began.set()
+        assert may_go_on.wait(SOON)
+
+    writer = LatestWriter(write)
+    writer.put(1)
+    assert began.wait(SOON)
+    for item in (2, 3, 4):  # returns though the first is still being written
+        writer.put(item)
+    may_go_on.set()
+    writer.close()
+
+    assert written == [1, 4]

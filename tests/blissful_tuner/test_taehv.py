@@ -1,8 +1,9 @@
-"""TAEHV: equal to the recorded one, for the latents of the family only, with memory that does not grow."""
+"""Latents as colours. TAEHV: equal to the recorded one, for the latents of the family only."""
 
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from blissful_tuner.taehv import (
     TinyDecoder,
     TinyVae,
     check_taehv,
+    enlarge,
     load_taehv,
+    project,
 )
 from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError
@@ -70,3 +73,36 @@ def test_published_files_fit_the_latents_that_they_are_for(
     other = replace(spec, channels=spec.channels + 1)
     with pytest.raises(CheckpointError, match=rf"is for other latents: it decodes {spec.channels} channels"):
         check_taehv(path, other)
+
+
+TWO = LatentSpec(
+    channels=2,
+    stride=(4, 8, 8),
+    pixel_step=16,
+    frame_step=4,
+    preview_factors=((1.0, 0.0, -1.0), (0.5, 2.0, 0.0)),
+    preview_bias=(0.25, 0.0, 1.0),
+)
+
+
+def test_each_place_is_mapped_to_a_colour_of_its_own() -> None:
+    latents = torch.tensor([[[[3.0, -1.0]]], [[[2.0, 4.0]]]])  # 2 1 1 2
+
+    colours = project(latents, TWO)
+
+    expected = torch.tensor([[[[4.25, 1.25]]], [[[4.0, 8.0]]], [[[-2.0, 2.0]]]])
+    torch.testing.assert_close(colours, expected, rtol=0, atol=1e-6)
+
+
+def test_the_whole_range_is_used_once_over_the_clip_not_in_each_frame() -> None:
+    colours = torch.zeros(3, 2, 4, 4)
+    colours[:, 0, :2] = -3.0
+    colours[:, 1, 2:] = 5.0
+
+    dark, light = enlarge(colours, 8, 8)
+
+    assert dark.shape == light.shape == (32, 32, 3)
+    assert dark.dtype == np.uint8
+    assert (dark.min(), light.max()) == (0, 255)
+    assert 90 <= dark.max() <= 110  # zero is 3/8 of the range; bicubic goes a little beyond
+    assert 70 <= light.min() <= 96
