@@ -16,14 +16,15 @@ from data_tools.captions.run import run_captioning
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError, UserError
 from tests.commands import QUIET, ROOT
-from tests.data_tools.captions.api_server import FakeServer, run_server
 from tests.data_tools.captions.making import (
+    FakeServer,
     everything_in,
     make_folder,
     make_list,
     options_of,
     read_captions,
     read_lines,
+    run_server,
 )
 
 HAND = "written by a person\n"

@@ -22,7 +22,7 @@ from post.chain_options import read_tool
 from post.contract import Clip
 from post.faces.boxes import FoundFace
 from post.options import BlurOptions
-from tests.post.blurring.test_covering import changed
+from tests.post.blurring.test_tracks import changed
 from tests.tiny.onnx_files import write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
 
