@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.guidance import check_guidance, choose_applied_steps, make_guidance, parse_cfg_schedule
-from blissful_tuner.options import (
-    PLAIN_GUIDANCE,
-    GuidanceOptions,
-)
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.session import wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.requests import Request

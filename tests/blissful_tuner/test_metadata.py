@@ -149,15 +149,9 @@ LINES = [
     "MODEL_TYPE: wan",
     "TASK: t2v-14B",
     "PROMPT: " + PROMPT.replace("\n", "\\n"),
-    "NEGATIVE_PROMPT: N/A",
-    "SEEDS: 12345678901234567890",
-    "INFER_STEPS: 20",
-    "EMBEDDED_CFG_SCALE: 6.0",
-    "GUIDANCE_SCALE: 5.0",
-    "CFG_SCHEDULE: 1-3, e~2",
-    "FPS: 16",
-    "HEIGHT: 480",
-    "TUNERVER: reelsmith",
+    *("NEGATIVE_PROMPT: N/A", "SEEDS: 12345678901234567890", "INFER_STEPS: 20"),
+    *("EMBEDDED_CFG_SCALE: 6.0", "GUIDANCE_SCALE: 5.0", "CFG_SCHEDULE: 1-3, e~2", "FPS: 16"),
+    *("HEIGHT: 480", "TUNERVER: reelsmith"),
 ]
 FRAME = np.zeros((64, 64, 3), dtype=np.uint8)
 

@@ -131,16 +131,6 @@ def test_a_mistake_is_named_with_its_place_value_and_remedy(
         assert part in text
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
-    text = problem(
-        tmp_path,
-        '[[datasets]]\nimage_directory = "a"\nbatch_size = 0\nrepeats = 2\n[[datasets]]\nvideo_directory = '
-        '"b"\nframe_stride = 0',
-    )
-
-    assert all(part in text for part in ("batch_size", "repeats", "frame_stride"))
-
-
 def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
     images, videos = tables(
         tmp_path,
@@ -149,6 +139,9 @@ def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
         image_directory = "data/pics"
         control_directory = "data/control"
         caption_extension = ".txt"
+        fp_1f_clean_indices = [0, 10]
+        fp_1f_target_index = 1
+        fp_latent_window_size = 9
         [[datasets]]
         video_jsonl_file = "data/clips.jsonl"
         cache_directory = "cache"
@@ -167,6 +160,8 @@ def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
         "image_directory": "pics",
         "control_directory": "control",
         "has_control": True,
+        "fp_1f_clean_indices": [0, 10],
+        "fp_1f_target_index": 1,
     }
     assert videos.describe(has_control=True) | {"resolution": None} == {
         "resolution": None,
@@ -184,23 +179,6 @@ def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
         "max_frames": 129,
         "source_fps": 30.0,
     }
-
-
-def test_what_sections_are_made_from_is_in_the_metadata_where_it_is_not_the_usual(tmp_path: Path) -> None:
-    (pictures,) = tables(
-        tmp_path,
-        """
-        [[datasets]]
-        image_directory = "data/pics"
-        control_directory = "data/control"
-        caption_extension = ".txt"
-        fp_1f_clean_indices = [0, 10]
-        fp_1f_target_index = 1
-        fp_latent_window_size = 9
-        """,
-    )
-    found = {name: value for name, value in pictures.describe().items() if name.startswith("fp_")}
-    assert found == {"fp_1f_clean_indices": [0, 10], "fp_1f_target_index": 1}
 
 
 @pytest.fixture(autouse=True)

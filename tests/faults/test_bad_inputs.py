@@ -253,7 +253,6 @@ def test_a_flipped_bit_in_the_header_never_changes_latents_silently(good: Path, 
 
 
 # --- states to resume from
-# --------------------------------------------------------------------------------------------------------
 
 
 def save_content(folder: Path, content: object) -> None:
@@ -323,10 +322,7 @@ def test_latest_goes_past_a_state_that_was_cut(
     project: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed.output, tmp_path / "out")
-    truncated(
-        undisturbed.output / "x-state" / FILE,
-        tmp_path / "out" / "x-state" / FILE,
-    )
+    truncated(undisturbed.output / "x-state" / FILE, tmp_path / "out" / "x-state" / FILE)
 
     code, said = run_here(*WAN.train, "--output_dir", tmp_path / "out", folder=project)
 

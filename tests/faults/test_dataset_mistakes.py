@@ -43,11 +43,7 @@ IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "curly quotes": ('".txt"', "\u201c.txt\u201d", ("straight quotes",)),
     "backslashes": ('"clips"', '"C:\\data\\clips"', ("forward slashes or single quotes",)),
     "a colon": ("resolution =", "resolution:", ("joined with =", "line 2")),
-    "a key twice": (
-        "batch_size = 1",
-        "batch_size = 1\nbatch_size = 2",
-        ("line 6", "remove one of the two"),
-    ),
+    "a key twice": ("batch_size = 1", "batch_size = 1\nbatch_size = 2", ("line 6", "remove one of the two")),
     "one bracket": ("[[datasets]]", "[datasets]", ("[[datasets]]", "needs two pairs of brackets")),
     "two brackets": ("[general]", "[[general]]", ("write [general]",)),
     "two general tables": ("[[datasets]]", "[general]\n[[datasets]]", ("may stand once", "join the tables")),

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +189,6 @@ def frames_of(path: Path) -> NDArray[np.uint8]:
 def files_in(folder: Path) -> set[str]:
     """The names of all that lies in a folder, hidden or not."""
     return {path.name for path in folder.iterdir()}
-
-
-RATE = Fraction(16)
 
 
 def main() -> None:

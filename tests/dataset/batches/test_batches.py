@@ -86,15 +86,6 @@ def test_items_without_text_are_left_out_with_a_warning(
     assert "python cache_text.py --y" in caplog.text
 
 
-@pytest.mark.parametrize("remove", ["*_toy.safetensors", "*_te.safetensors"])
-def test_missing_caches_give_both_commands(tmp_path: Path, remove: str) -> None:
-    config = cached(tmp_path)
-    for path in (tmp_path / "cache").glob(remove):
-        path.unlink()
-    with pytest.raises(CacheError, match=r"(?s)python cache_latents\.py --x.*python cache_text\.py --y"):
-        require_items(find_items(config, "toy", LATENT), COMMANDS)
-
-
 def test_a_batch_stacks_what_has_one_size_and_lists_the_rest(tmp_path: Path) -> None:
     config = cached(tmp_path)
     (tmp_path / "clip_1.txt").write_text("one", encoding="utf-8")

@@ -2,6 +2,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,6 @@ def test_clips_become_files_of_the_known_format(tmp_path: Path) -> None:
         "format_version": "1.0.1",
         "frame_count": "5",
     }
-
-
-def test_a_second_run_encodes_nothing_and_loads_no_encoder(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
-    family = ToyFamily()
-    report = cache_media(family, config, options())
-    assert (report.written, report.kept, family.loaded, family.seen) == (0, 2, 0, [])
 
 
 def test_caches_beside_the_clips_and_names_of_any_script_do_no_harm(tmp_path: Path) -> None:
@@ -150,16 +143,17 @@ def test_a_clip_that_is_too_short_is_named(tmp_path: Path, caplog: pytest.LogCap
     assert "clip_1.mp4: 3 frames, the shortest of target_frames is 5" in caplog.text
 
 
-def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", [cache_media, cache_texts])
+def test_a_damaged_file_is_made_again(tmp_path: Path, cache: Callable[..., Any]) -> None:
     config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
+    cache(ToyFamily(), config, options())
     first, second = (tmp_path / "cache" / name for name in names(tmp_path))
     first.write_bytes(first.read_bytes()[:-3])
     data = bytearray(second.read_bytes())
     data[-1] ^= 4  # one bit of the last value
     second.write_bytes(data)
-    assert cache_media(ToyFamily(), config, options()).written == 2
-    assert cache_media(ToyFamily(), config, options()).kept == 2
+    assert cache(ToyFamily(), config, options()).written == 2
+    assert cache(ToyFamily(), config, options()).kept == 2
 
 
 @pytest.mark.parametrize("frames", [10**12, -1, "9", True])
@@ -242,15 +236,6 @@ def test_skip_existing_keeps_text_files_of_other_programs_with_the_same_caption(
     )
     report = cache_texts(ToyFamily(), config, options(skip_existing=True))
     assert (report.kept, report.foreign) == (kept, kept)
-
-
-def test_missing_captions_are_listed_before_anything_is_loaded(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    (tmp_path / "clip_1.txt").unlink()
-    family = ToyFamily()
-    with pytest.raises(DatasetError, match=r"clip_1\.mp4"):
-        cache_texts(family, config, options())
-    assert family.text[0].loaded == 0
 
 
 PROCESS = """

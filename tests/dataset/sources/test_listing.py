@@ -33,18 +33,8 @@ def write_list(folder: Path, *records: dict) -> None:
 
 
 def test_a_folder_gives_its_images_sorted_by_path(tmp_path: Path) -> None:
-    touch(
-        tmp_path,
-        "b.PNG",
-        "a.jpg",
-        "c d é漢.webp",
-        "e.bmp",
-        "f.jpeg",
-        "notes.txt",
-        "clip.mp4",
-        ".hidden.png",
-        "inner/g.png",
-    )
+    touch(tmp_path, "b.PNG", "a.jpg", "c d é漢.webp", "e.bmp", "f.jpeg")
+    touch(tmp_path, "notes.txt", "clip.mp4", ".hidden.png", "inner/g.png")
 
     sources = find_sources(make_table(tmp_path, "image_directory"))
 
@@ -82,17 +72,8 @@ def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
 def test_control_images_go_by_stem_and_number(tmp_path: Path) -> None:
     control = tmp_path / "control"
     touch(tmp_path, "a.png", "a_1.png", "a_10.png")
-    touch(
-        control,
-        "a_2.png",
-        "a.webp",
-        "a_1_0002.png",
-        "a_1_01.png",
-        "a_10_0.png",
-        "a_10_1.png",
-        "a.txt",
-        "unrelated.png",
-    )
+    touch(control, "a_2.png", "a.webp", "a_1_0002.png", "a_1_01.png", "a_10_0.png", "a_10_1.png")
+    touch(control, "a.txt", "unrelated.png")
     table = make_table(tmp_path, "image_directory", control_directory=control, fp_1f_clean_indices=(0, 1))
 
     found = {source.stem: [path.name for path in source.control] for source in find_sources(table)}

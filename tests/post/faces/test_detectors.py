@@ -254,10 +254,7 @@ Weights = dict[str, np.ndarray]
             _node("Conv", ["images", "one"], ["y"], pads=[30_000] * 4),
             {"one": np.ones((1, 3, 1, 1), np.float32)},
         ),
-        (
-            _node("Mul", ["a", "b"], ["big"]),
-            {"a": np.array([1, 900, 900]), "b": np.array([1, 90, 90])},
-        ),
+        (_node("Mul", ["a", "b"], ["big"]), {"a": np.array([1, 900, 900]), "b": np.array([1, 90, 90])}),
     ],
     ids=["filled", "expanded", "tiled", "counted", "enlarged", "padded", "multiplied"],
 )

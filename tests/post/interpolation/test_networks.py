@@ -14,12 +14,7 @@ from modules.checkpoints.dialects import load_planned
 from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from post.interpolation.files import is_with_raft, read_gimm
-from post.interpolation.flowformer import (
-    FlowDecoderConfig,
-    FlowFormer,
-    FlowFormerConfig,
-    read_flowformer,
-)
+from post.interpolation.flowformer import FlowDecoderConfig, FlowFormer, FlowFormerConfig, read_flowformer
 from post.interpolation.flowformer_memory import MemoryConfig
 from post.interpolation.layers import Correlation, EncodedPicture, FlowEstimator, grid_of, splat, warp
 from post.interpolation.motion import GimmVfi, Interpolation, MotionConfig, MotionField, normalised

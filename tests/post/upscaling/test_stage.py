@@ -6,21 +6,16 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from modules.errors import OptionError
 from modules.media.encoding import Picture
-from modules.media.reading import read_image, video_frames
 from post.upscaling.stage import UpscalerStage, bytes_per_pixel, make_upscaler, result_bytes
-from tests.faults.messages import succeed_here
 from tests.post.upscaling.plain_clips import (
     ALL_WRITERS,
     CPU,
-    FRAMES,
     HEIGHT,
     WIDTH,
     WRITERS,
@@ -83,32 +78,6 @@ def test_a_stage_takes_only_the_pictures_that_it_computes(tmp_path: Path) -> Non
         assert len(taken) == 3 + index // 3 * 3
 
 
-def test_memory_that_ends_is_met_with_tiles_once_a_clip(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO)
-    model = write_rrdb(tmp_path / "x.pth")
-    stage = make_upscaler(options(model, mode="esrgan"), CPU)
-    assert isinstance(stage, UpscalerStage)
-    forward = stage.upscaler.network.forward
-
-    def small(images: Tensor) -> Tensor:
-        if images.shape[-1] > 70:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(images)
-
-    monkeypatch.setattr(stage.upscaler.network, "forward", small)
-    wide = [Picture(np.tile(each.pixels, (3, 3, 1)), each.start, each.seconds) for each in pictures()[:3]]
-    caplog.clear()
-
-    made = run(stage, wide, clip(width=3 * WIDTH, height=3 * HEIGHT))
-
-    assert made[0].pixels.shape == (12 * HEIGHT, 12 * WIDTH, 3)
-    assert [record.getMessage() for record in caplog.records] == [
-        "Memory is full: from now on pictures are cut into tiles of 64 pixels."
-    ]
-
-
 def test_tiles_are_chosen_before_memory_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     stage = make_upscaler(options(write_rrdb(tmp_path / "x.pth"), mode="esrgan"), CPU)
@@ -151,48 +120,3 @@ def test_a_size_that_no_picture_can_have_is_refused(tmp_path: Path, scale: float
 def test_tiles_that_are_mostly_shared_are_refused() -> None:
     with pytest.raises(OptionError, match="--tile_overlap 32 is more than half of --tile 48"):
         options(Path("x.pth"), tile=48, tile_overlap=32)
-
-
-SCRIPT = "blissful_tuner/upscaler.py"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    """As in the script's process here, so that sums have one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def write_lossless(path: Path) -> Path:
-    """A clip of odd size whose pixels come back as they are."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=Fraction(24))
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "bgr0"
-        for picture in pictures():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-@pytest.mark.parametrize(("kind", "scale"), [("swinir", 3), ("esrgan", 4)])
-def test_the_frames_of_a_video_are_those_of_a_plain_loop_to_the_bit(
-    tmp_path: Path, kind: str, scale: int
-) -> None:
-    model, source = WRITERS[kind](tmp_path / "x.pth"), write_lossless(tmp_path / "clip.mkv")
-    assert np.array_equal(np.stack(list(video_frames(source))), [each.pixels for each in pictures()])
-    words = ["--model", model, "--input", source, "--mode", kind, "--scale", scale, "--device", "cpu"]
-
-    succeed_here(SCRIPT, *words, "--codec", "h264", "--container", "mp4", "--keep_pngs", folder=tmp_path)
-
-    expected = whole_clip(model, pictures(), scale, 255).numpy().astype(np.uint8)
-    kept = [read_image(path) for path in sorted((tmp_path / "frames").iterdir())]
-    assert np.array_equal(np.stack(kept), expected)
-    shown = np.stack(list(video_frames(tmp_path / f"clip_{kind.upper()}.mp4")))
-    assert len(shown) == FRAMES
-    height, width = shown.shape[1:3]  # 4:2:0 takes even sizes only
-    assert (height, width) == (HEIGHT * scale // 2 * 2, WIDTH * scale // 2 * 2)
-    # colours are blurred by 4:2:0, brightness is not
-    weights = np.array([0.2126, 0.7152, 0.0722])
-    assert np.abs(shown @ weights - expected[:, :height, :width] @ weights).mean() < 3
