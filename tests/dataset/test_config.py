@@ -10,7 +10,6 @@ import pytest
 from dataset.config import KEYS, MODES, DatasetTable, load_dataset_config
 from dataset.config_keys import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
 from dataset.table import Augmentation, CaptionChanges
-from modules.errors import DatasetError
 
 
 def write(folder: Path, text: str, name: str = "data.toml") -> Path:
@@ -21,12 +20,6 @@ def write(folder: Path, text: str, name: str = "data.toml") -> Path:
 
 def tables(folder: Path, text: str) -> tuple[DatasetTable, ...]:
     return load_dataset_config(write(folder, text)).datasets
-
-
-def problem(folder: Path, text: str) -> str:
-    with pytest.raises(DatasetError) as caught:
-        tables(folder, text)
-    return str(caught.value)
 
 
 def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
@@ -99,36 +92,6 @@ def test_a_uniform_sample_of_one_is_head(tmp_path: Path, caplog) -> None:
 
     assert table.frame_extraction == "head"
     assert 'the same as "head"' in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("line", "parts"),
-    [
-        ('batch_size = "4"', ['batch_size = "4" (text)', "a whole number, 1 or more"]),
-        ("batch_size = true", ["batch_size = true (true or false)"]),
-        ("target_frames = []", ["target_frames = [] (a list)"]),
-        (
-            "fp_1f_target_index = 1",
-            ["fp_1f_target_index = 1 is for image tables", "video_directory makes this one videos"],
-        ),
-        (
-            f'[[datasets]]\nimage_directory = "i"\nfp_1f_target_index = {10**20}\n'
-            "fp_1f_clean_indices = [0, 10000]",
-            ["fp_1f_target_index = 1000", "a whole number below 10000", "fp_1f_clean_indices = [0, 10000]"],
-        ),
-        ('image_directory = "x"', ["image_directory and video_directory exclude each other"]),
-        ("max_frames = 0", ["max_frames = 0"]),
-    ],
-)
-def test_a_mistake_is_named_with_its_place_value_and_remedy(
-    tmp_path: Path, line: str, parts: list[str]
-) -> None:
-    text = problem(
-        tmp_path, f'[[datasets]]\nimage_directory = "ok"\n[[datasets]]\nvideo_directory = "v"\n{line}'
-    )
-
-    for part in [str(tmp_path / "data.toml"), "[[datasets]] ", *parts]:
-        assert part in text
 
 
 def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:

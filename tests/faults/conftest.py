@@ -61,11 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         chosen = STANDING_FOR_ALL.get(name)
         if any(word in item.name for word in LEFT_TO_OTHERS.get(name, ())):
             item.add_marker(pytest.mark.slow)
-        if (
-            chosen is not None
-            and "place" not in found.params
-            and not any(word in item.name for word in chosen)
-        ):
+        if chosen is not None and not any(word in item.name for word in chosen):
             item.add_marker(pytest.mark.slow)
 
 

@@ -51,6 +51,8 @@ IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "key of the folder misspelt": ("video_directory", "video_dir", ("Did you mean video_directory?",)),
     "key in the wrong table": ("batch_size", "target_frames", ("only in a [[datasets]] table",)),
     "extension without a dot": ('".txt"', '"txt"', ("with its dot",)),
+    "batch as a text": ("= 1", '= "4"', ('batch_size = "4" (text)', "a whole number, 1 or more")),
+    "batch as a switch": ("= 1", "= true", ("batch_size = true (true or false)",)),
     "batch with a fraction": ("batch_size = 1", "batch_size = 1.5", ("1.5 (a number)",)),
     "spans to fill a memory": ("[5]", "[5]\nframe_sample = 1000000000", ("1000000000", "at most 10000")),
     "repeats to fill a memory": (
@@ -59,9 +61,18 @@ IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("1000000000", "at most 100000"),
     ),
     "no frames": ("[5]", "[0]", ("target_frames = [0]",)),
+    "no spans": ("[5]", "[]", ("target_frames = [] (a list)",)),
+    "no frames at most": ("[5]", "[5]\nmax_frames = 0", ("max_frames = 0",)),
     "unknown mode": ("[5]", '[5]\nframe_extraction = "heads"', ('Did you mean "head"?',)),
     "no rate": ("[5]", "[5]\nsource_fps = 0", ("source_fps = 0",)),
-    "key of images": ("[5]", "[5]\nfp_1f_target_index = 1", ("is for image tables",)),
+    "key of images": (
+        *("[5]", "[5]\nfp_1f_target_index = 1"),
+        ("fp_1f_target_index = 1 is for image tables", "video_directory makes this one videos"),
+    ),
+    "places beyond all": (
+        *("[5]", f"[5]{SECOND.replace('video', 'image')}fp_1f_target_index = {10**20}"),
+        ("fp_1f_target_index = 1000", "a whole number below 10000"),
+    ),
     "two sources": ('"clips"', '"clips"\nimage_directory = "clips"', ("exclude each other",)),
     "no source": ("video_directory", "#", ("video_directory", "missing")),
     "near folder": ('"clips"', '"clip"', ("clip: No such file", "Did you mean clips?")),

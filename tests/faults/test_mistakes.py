@@ -22,6 +22,8 @@ WAN_WHOLE, HV_WHOLE, FP_WHOLE = WHOLE_TRAININGS
 WAN, HV, FP = GENERATIONS
 CACHE, CACHE_TEXTS = "wan_cache_latents.py", "wan_cache_text_encoder_outputs.py"
 MERGE, CONVERT, AVERAGE = "merge_lora.py", "convert_lora.py", "lora_post_hoc_ema.py"
+HV_CACHES, HV_TEXTS = ("cache_latents.py",), ("cache_text_encoder_outputs.py",)
+FIRST, SECOND = (f"model/text_encoder{end}/model.safetensors" for end in ("", "_2"))
 SAMPLED = "--sample_at_first --sample_prompts samples.txt"
 
 
@@ -197,6 +199,20 @@ FILES = (
     wrong(AVERAGE, "--output_file lora.safetensors", "--output_file lora.safetensors", "Give a new name"),
     wrong(AVERAGE, "--output_file BAD/folder", "--output_file", "is a folder"),
 )
+OF_ANOTHER_KIND = (
+    wrong((*GENERATIONS, *TRAININGS), "--dit model/vae.safetensors", "vae.safetensors is not", "--dit"),
+    wrong((FP, FP_TRAIN), "--dit model/siglip.safetensors", "siglip.safetensors is not", "--dit"),
+    wrong(WAN, "--vae model/clip.safetensors", "clip.safetensors is not", "--vae"),
+    wrong(CACHE, "--vae model/t5.safetensors", "t5.safetensors is not", "--vae"),
+    wrong(HV_CACHES, f"--vae {SECOND}", f"{SECOND} is not", "--vae"),
+    wrong(CACHE, "--clip model/dit.safetensors", "dit.safetensors is not", "--clip"),
+    wrong(CACHE_TEXTS, "--t5 model/clip.safetensors", "clip.safetensors is not", "--t5"),
+    wrong((HV, *HV_TEXTS), f"--text_encoder1 {SECOND}", f"{SECOND} is not", "--text_encoder1"),
+    wrong(HV_TEXTS, f"--text_encoder2 {FIRST}", f"{FIRST} is not", "--text_encoder2"),
+    wrong((FP, "fpack_cache_latents.py"), "--image_encoder model/vae.safetensors", "vae.safetensors is not"),
+    wrong("fpack_cache_latents.py", "--vae model/siglip.safetensors", "siglip.safetensors is not", "--vae"),
+    wrong(WAN_TRAIN, "--base_weights model/t5.safetensors", "t5.safetensors is no LoRA"),
+)
 # how paths go wrong on their way from a page or a shell
 MISTYPED = (
     wrong(WAN, "--dit=https://example.org/wan.safetensors", "this is an address. Download"),
@@ -266,7 +282,8 @@ TOGETHER = (
     wrong(HV, "--riflex_index 9", "--riflex_index 9", "from 1 to 8"),
     wrong(FP, "--riflex_index 4", "--riflex_index"),
 )
-MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "path": MISTYPED, "together": TOGETHER}
+MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "kind": OF_ANOTHER_KIND, "path": MISTYPED}
+MISTAKES |= {"together": TOGETHER}
 
 
 def _cases() -> list[object]:

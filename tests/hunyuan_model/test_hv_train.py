@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from hunyuan_model.checkpoints import load_dit
 from modules.contract.loading import Placement
-from tests.commands import ROOT
 from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_dit import tiny_state, write_dit
@@ -19,7 +18,6 @@ from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 from tests.tiny.project import write_clips, write_dataset, write_image
 
 SCRIPT = "hv_train.py"
-DYING = ROOT / "tests" / "faults" / "run_and_die.py"
 DATASET = ("--dataset_config", "dataset.toml")
 VAE = ("--vae", "model/vae.safetensors", "--vae_dtype", "float32")
 ENCODERS = ("--text_encoder1", "model/text_encoder", "--text_encoder2", "model/text_encoder_2")

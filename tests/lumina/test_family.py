@@ -283,13 +283,12 @@ def test_forward_equals_diffusers_with_the_same_weights(lengths: tuple[int, ...]
     assert (direction - expected).abs().max() <= NEAR * expected.abs().max()
 
 
-PLACE = torch.device("cpu")
 SYSTEM = "You are an assistant designed to generate high-quality images based on user prompts."
 
 
 def tiny_encoder(tmp_path: Path, **settings: object) -> GemmaTextEncoder:
     encoder = GemmaTextEncoder(write_gemma(tmp_path / "gemma"), torch.float32, **settings)  # type: ignore[arg-type]
-    encoder.load(PLACE)
+    encoder.load(CPU)
     return encoder
 
 
@@ -302,7 +301,7 @@ def test_texts_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:
 
     for with_system in (SYSTEM, ""):
         encoder = GemmaTextEncoder(folder, torch.float32, None, with_system, max_tokens=description["length"])
-        encoder.load(PLACE)
+        encoder.load(CPU)
         cases = [n for n, case in enumerate(description["texts"]) if case["system_prompt"] == with_system]
         texts = [description["texts"][number] for number in cases]
         prompts = [Prompt(case["prompt"], is_negative=case["is_negative"]) for case in texts]
@@ -354,7 +353,7 @@ def test_the_tokenizer_inside_a_file_is_that_beside_it(tmp_path: Path) -> None:
     inside = GemmaTextEncoder(alone / "gemma.safetensors", torch.float32, max_tokens=16)
     found = []
     for encoder in (beside, inside):
-        encoder.load(PLACE)
+        encoder.load(CPU)
         with torch.no_grad():
             found.append(encoder.encode([Prompt("a red cat")])[0])
 

@@ -1,4 +1,4 @@
-"""The video VAEs of both generations against recorded numbers, diffusers, and their own whole-clip form."""
+"""The video VAEs of both generations against recorded numbers and diffusers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -251,6 +251,3 @@ def test_a_vae_of_pictures_with_transparency_is_refused(tmp_path: Path) -> None:
     tensors = vae_tensors() | {"encoder.conv1.weight": torch.zeros(8, 4, 3, 3, 3)}
     with pytest.raises(CheckpointError, match="takes 4 channels"):
         made(tmp_path, tensors)
-
-
-# The whole-clip form, written from the description of the streaming rules and not from the streaming code

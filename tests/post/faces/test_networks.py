@@ -188,7 +188,6 @@ def test_codeformer_of_another_shape_of_codes_is_refused(tmp_path: Path) -> None
         read_codeformer(checkpoint)
 
 
-CPU = torch.device("cpu")
 PUBLISHED = ("resnet50", "mobile0.25")
 
 

@@ -197,7 +197,6 @@ def test_features_beyond_the_edge_compare_as_zero() -> None:
     assert kept[..., 3:].any()
 
 
-CPU, META = torch.device("cpu"), torch.device("meta")
 TRUNK = (StageConfig(4, 128, 8), StageConfig(2, 256, 4))
 RELEASED = FlowFormerConfig(
     features=TRUNK,
