@@ -55,18 +55,6 @@ def numbers(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(1, 1, 1, 2, 2)
 
 
-@pytest.mark.parametrize(
-    ("stage", "expected"),
-    [
-        (cfg_zero(5.0, NEGATIVE), (-3.0, 10.0, 7.0, 20.0)),
-        (perp_neg(5.0, 1.5, NEGATIVE), (-10 / 3, 25 / 3, 28 / 3, 21.0)),
-    ],
-)
-def test_documented_examples(stage: GuidanceStage, expected: tuple[float, ...]) -> None:
-    velocity = combine(stage, numbers(1, 2, 3, 4), numbers(1, 0, 1, 0), numbers(0, 0, 1, 1))
-    torch.testing.assert_close(velocity, numbers(*expected))
-
-
 class Network:
     """Answers each pass with its own numbers, and notes the calls."""
 

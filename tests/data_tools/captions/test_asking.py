@@ -318,17 +318,3 @@ def test_a_list_that_is_gone_is_one_message(tmp_path: Path, monkeypatch: pytest.
 
     with pytest.raises(OutputError, match="the list is gone"):
         put(captions, "a", "x", None, False)
-
-
-def test_captions_that_a_killed_earlier_version_left_are_put_in(tmp_path: Path) -> None:
-    captions = open_list(tmp_path, '{"video_path": "a"}\n{"video_path": "b", "caption": "hand"}\n')
-    waiting = tmp_path / ".list.jsonl.captions"
-    waiting.write_bytes(
-        b'\n{"path": "a", "old": null, "caption": "made"}\n'
-        b'{"path": "b", "old": null, "caption": "no"}\n{"p\xc3'
-    )
-
-    captions.take_waiting(waiting)
-
-    assert texts_in(captions.path) == ["made", "hand"]
-    assert not waiting.exists()
