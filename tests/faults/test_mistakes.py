@@ -23,7 +23,7 @@ WAN, HV, FP = GENERATIONS
 CACHE, CACHE_TEXTS = "wan_cache_latents.py", "wan_cache_text_encoder_outputs.py"
 MERGE, CONVERT, AVERAGE = "merge_lora.py", "convert_lora.py", "lora_post_hoc_ema.py"
 HV_CACHES, HV_TEXTS = ("cache_latents.py",), ("cache_text_encoder_outputs.py",)
-FIRST, SECOND = (f"model/text_encoder{end}/model.safetensors" for end in ("", "_2"))
+SECOND = "model/text_encoder_2/model.safetensors"
 SAMPLED = "--sample_at_first --sample_prompts samples.txt"
 
 
@@ -137,7 +137,7 @@ FILES = (
     wrong(GENERATIONS, "--save_merged_model model/dit.safetensors", "would be lost. Give a new name"),
     wrong(WAN, "--t5_tokenizer BAD/lfs.json", "--t5_tokenizer", "git lfs pull"),
     wrong(WAN, "--ckpt_dir BAD/text.txt", "--ckpt_dir", "no such folder"),
-    wrong((HV, FP), "--text_encoder2 model/text_encoder", "--text_encoder2"),
+    wrong((HV, FP, *HV_TEXTS), "--text_encoder2 model/text_encoder", "--text_encoder2"),
     wrong((HV, FP), "--text_encoder2_tokenizer BAD/page.json", "--text_encoder2_tokenizer", "a web page"),
     wrong(HV, "--video_path BAD/text.txt", "--video_path", "text.txt"),
     wrong(HV, "--video_path BAD/folder", "--video_path", "a folder without images"),
@@ -208,7 +208,6 @@ OF_ANOTHER_KIND = (
     wrong(CACHE, "--clip model/dit.safetensors", "dit.safetensors is not", "--clip"),
     wrong(CACHE_TEXTS, "--t5 model/clip.safetensors", "clip.safetensors is not", "--t5"),
     wrong((HV, *HV_TEXTS), f"--text_encoder1 {SECOND}", f"{SECOND} is not", "--text_encoder1"),
-    wrong(HV_TEXTS, f"--text_encoder2 {FIRST}", f"{FIRST} is not", "--text_encoder2"),
     wrong((FP, "fpack_cache_latents.py"), "--image_encoder model/vae.safetensors", "vae.safetensors is not"),
     wrong("fpack_cache_latents.py", "--vae model/siglip.safetensors", "siglip.safetensors is not", "--vae"),
     wrong(WAN_TRAIN, "--base_weights model/t5.safetensors", "t5.safetensors is no LoRA"),

@@ -3,7 +3,6 @@
 Numbers: tests/parity/test_framepack_caches.py.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,8 @@ from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTa
 from modules.errors import DatasetError
 from modules.media.writing import write_video
 from modules.speed_options import VaeOptions
-from tests.faults.messages import run_here
-from tests.tiny.framepack import TinyFramePack, write_siglip, write_tiny_framepack
+from tests.faults.messages import succeed_here
+from tests.tiny.framepack import write_siglip, write_tiny_framepack
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 from tests.tiny.hunyuan_vae import write_vae
 from tests.tiny.project import CAPTIONS, moving_square, write_clips, write_dataset, write_image
@@ -222,67 +221,23 @@ def test_what_cannot_be_cached_is_named_before_anything_is_loaded(
     assert not (folder / "cache").exists()
 
 
-SCRIPT = "fpack_cache_text_encoder_outputs.py"
-# metadata of the known tuners, beside the caption
-KNOWN = {"architecture": "framepack", "format_version": "1.0.1"}
-WINDOW = 9
+def test_text_caches_are_those_of_the_known_tuners(tmp_path: Path) -> None:
+    files = write_tiny_framepack(tmp_path / "models")
+    write_clips(tmp_path / "clips")
+    write_dataset(tmp_path, frames="37", batch_size=3)
+    encoders = ("--text_encoder1", files.text_encoder1, "--text_encoder2", files.text_encoder2)
+    script = "fpack_cache_text_encoder_outputs.py"
+    succeed_here(script, "--dataset_config", tmp_path / "dataset.toml", *encoders, folder=tmp_path)
 
-
-@dataclass(frozen=True)
-class Project:
-    """A folder with models, clips with captions, and caches made by `command`."""
-
-    folder: Path
-    files: TinyFramePack
-
-    @property
-    def encoders(self) -> list[str]:
-        return [
-            "--text_encoder1",
-            str(self.files.text_encoder1),
-            "--text_encoder2",
-            str(self.files.text_encoder2),
-        ]
-
-    def run(self) -> tuple[int, str]:
-        """The script on the clips, as a program of its own."""
-        config = self.folder / "dataset.toml"
-        return run_here(SCRIPT, "--dataset_config", config, *self.encoders, folder=self.folder)
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    folder = tmp_path_factory.mktemp("a project")
-    files = write_tiny_framepack(folder / "models")
-    write_clips(folder / "clips")
-    write_dataset(folder, frames=str(4 * WINDOW + 1), batch_size=3)
-    code, said = Project(folder, files).run()
-    assert code == 0, said
-    return Project(folder, files)
-
-
-def cache_file(folder: Path, index: int) -> Path:
-    return folder / "cache" / f"clip {index}_fp_te.safetensors"
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata, with the library alone."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118 (it is no mapping)
-
-
-def test_the_files_are_those_of_the_known_tuners(project: Project) -> None:
-    assert sorted((project.folder / "cache").iterdir()) == [
-        cache_file(project.folder, index) for index in range(4)
-    ]
-    for index, caption in enumerate(CAPTIONS):
-        tensors, metadata = read(cache_file(project.folder, index))
-        assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
+    names = {f"clip {index}_fp_te.safetensors": caption for index, caption in enumerate(CAPTIONS)}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == names.keys()
+    for name, caption in names.items():
+        with safe_open(tmp_path / "cache" / name, framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()} == {
             "llama_vec_float16": (torch.float16, (512, LLM_DIM)),
             "llama_attention_mask": (torch.bool, (512,)),
             "clip_l_pooler_float16": (torch.float16, (CLIP_DIM,)),
         }
-        assert {key: text for key, text in metadata.items() if not key.startswith("reelsmith")} == {
-            **KNOWN,
-            "caption1": caption,
-        }
+        known = {key: text for key, text in metadata.items() if not key.startswith("reelsmith")}
+        assert known == {"architecture": "framepack", "format_version": "1.0.1", "caption1": caption}

@@ -18,6 +18,7 @@ from encoders.tiles import posterior_generator
 from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
 from frame_pack.files import FramePackFiles
 from frame_pack.inputs import one_frame_inputs, video_inputs
+from frame_pack.one_frame import OneFrame, parse_one_frame
 from frame_pack.options import FramePackGenerationOptions, FramePackTrainingOptions
 from frame_pack.requests import FramePackRequest, prepare_request
 from hunyuan_model.spec import LATENT as VAE_LATENT
@@ -292,17 +293,42 @@ def test_texts_and_images_reach_their_sections(picture: Path, caplog: pytest.Log
     assert own(request).images == (picture,) * 4
 
 
+def training_family(folder: Path, *more: str) -> FramePack:
+    parser = argparse.ArgumentParser()
+    add_options(parser, FramePackTrainingOptions)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    return family_for_training(
+        read_options(FramePackTrainingOptions, parser.parse_args([*files(folder), *more]))
+    )
+
+
+def files(folder: Path) -> list[str]:
+    dit = write_dit(folder, tiny_state(image_dim=SIGLIP_DIM))
+    return ["--dit", str(dit), "--image_encoder", str(write_siglip(folder / "siglip.safetensors"))]
+
+
+def test_a_sample_of_a_training_of_pictures_is_a_picture_by_default(tmp_path: Path, picture: Path) -> None:
+    samples = training_family(tmp_path, "--one_frame")
+
+    def asked(**extra: str) -> OneFrame | None:
+        request = Request("a cat", 1, 48, 32, extra={"image_path": str(picture), **extra})
+        return own(samples.prepare(request)).one_frame
+
+    assert asked() == asked(one_frame="default") == parse_one_frame("default")
+    assert (
+        asked(one_frame="target_index=5") == parse_one_frame("target_index=5") != parse_one_frame("default")
+    )
+
+
 def test_without_a_negative_prompt_a_sample_has_no_guidance_and_a_generation_an_empty_one(
     tmp_path: Path, picture: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dit = write_dit(tmp_path, tiny_state(image_dim=SIGLIP_DIM))
-    words = ["--dit", str(dit), "--image_encoder", str(write_siglip(tmp_path / "siglip.safetensors"))]
-    training, generation = argparse.ArgumentParser(), argparse.ArgumentParser()
-    add_options(training, FramePackTrainingOptions)
-    training.add_argument("--guidance_scale", type=float, default=1.0)
+    generation = argparse.ArgumentParser()
     add_options(generation, FramePackGenerationOptions)
-    samples = family_for_training(read_options(FramePackTrainingOptions, training.parse_args(words)))
-    videos = family_for_generation(read_options(FramePackGenerationOptions, generation.parse_args(words)))
+    samples = training_family(tmp_path)
+    videos = family_for_generation(
+        read_options(FramePackGenerationOptions, generation.parse_args(files(tmp_path)))
+    )
     asked = Request("a cat", 1, 48, 32, guidance_scale=3.0, extra={"image_path": str(picture)})
 
     def guided(model: FramePack, request: Request) -> tuple[tuple[float, ...], str]:

@@ -1,4 +1,4 @@
-"""Whole tiny transformers and random numbers on a device against the CPU. Compiled blocks on a device: numbers
+"""Tiny transformers and random numbers on a device against the CPU. Compiled blocks on a device: numbers
 of uncompiled ones, one compilation for all blocks and all steps.
 
 On CUDA inductor compiles, for the CPU Dynamo alone: what it captures runs with torch's own kernels.
