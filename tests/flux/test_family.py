@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 import flux_minimal_inference
@@ -25,7 +24,7 @@ from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.schedule import make_schedule
 from modules.speed_options import VaeOptions
 from tests.flux.making import tiny_inputs, tiny_model
-from tests.golden_cases import DRAWN, make_weights, read_case
+from tests.golden_cases import DRAWN, read_case, write_model
 from tests.tiny.flux import tiny_state, write_dit, write_tiny_flux
 
 CPU = torch.device("cpu")
@@ -44,11 +43,7 @@ VAE = VaeOptions(vae=None, vae_dtype=None, vae_tiling=False, vae_spatial_tile_sa
 
 def golden_family(folder: Path, case: str, masks_text: bool = False) -> Flux:
     """The family with the weights of a recorded case in a file."""
-    description, _ = read_case(case)
-    save_file(
-        make_weights(description["weights_model_key"], description["weights"]), folder / "dit.safetensors"
-    )
-    return Flux(FluxFiles(folder / "dit.safetensors", masks_text=masks_text))
+    return Flux(FluxFiles(write_model(case, folder), masks_text=masks_text))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from modules.contract.steps import Tweaks
 from modules.errors import CheckpointError
 from modules.planning.dry_run import dry_run, place
 from modules.speed_options import SDPA
-from tests.flux.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.flux.making import in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.golden_cases import load_model, read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.flux import CONFIGS, tiny_state, write_dit
 
@@ -24,7 +25,8 @@ NEAR = 1e-5  # of the largest value: the same formulas in float32, summed in ano
 
 @pytest.mark.parametrize("case", ["flux_dit_guidance", "flux_dit_noguidance"])
 def test_flux_equals_the_recorded_output(case: str) -> None:
-    model, description, stored = golden_model(case)
+    model = load_model(case, load_dit)
+    description, stored = read_case(case)
     tolerance = description["tolerance"]["out*"]
     given = (stored["latents"].unsqueeze(2), 1000 * stored["t"], stored["t5"])
 
@@ -39,7 +41,8 @@ def test_flux_equals_the_recorded_output(case: str) -> None:
 
 
 def test_chroma_equals_the_recorded_output() -> None:
-    model, description, stored = golden_model("chroma_dit")
+    model = load_model("chroma_dit", load_dit)
+    description, stored = read_case("chroma_dit")
     timesteps = 1000 * stored["t"]
 
     rows = model.distilled_guidance_layer(timesteps, torch.zeros_like(timesteps))
