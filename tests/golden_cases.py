@@ -1,14 +1,18 @@
 """Read the parity vectors in tests/golden (its README.md states the rule for weights)."""
 
 import json
+import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from modules.contract.loading import Placement
 
 FOLDER = Path(__file__).parent / "golden"
 SALT = "golden-a"
@@ -45,6 +49,21 @@ def make_weights(model_key: str, table: list[list[Any]], salt: str = SALT) -> di
             values = values / numpy.sqrt(numpy.prod(shape[1:]))
         weights[name] = torch.from_numpy(numpy.asarray(values, dtype=numpy.float32))
     return weights
+
+
+def write_model(case: str, folder: Path) -> Path:
+    """A checkpoint of a case whose weights have published names."""
+    description, _ = read_case(case)
+    path = folder / "dit.safetensors"
+    save_file(make_weights(description["weights_model_key"], description["weights"]), path)
+    return path
+
+
+def load_model(case: str, load_dit: Callable[[Path, Placement], Any]) -> Any:
+    """The network of such a case, as it is loaded from its checkpoint."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = write_model(case, Path(folder))
+        return load_dit(path, Placement(torch.device("cpu"))).eval().requires_grad_(False)
 
 
 def make_input(case: str, name: str, shape: list[int], scale: float, salt: str = SALT) -> Tensor:

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 
 from tests.commands import ROOT, run_python
-from tests.data_tools.captions.api_server import run_server
+from tests.data_tools.captions.making import run_server
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
 from tests.tiny.chat_model import write_chat_model

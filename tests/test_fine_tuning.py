@@ -16,7 +16,7 @@ from tests.faults.messages import succeed_here
 from tests.test_families import SIZE, shown
 from tests.tiny.families import FAMILIES, TinyFamily
 
-CHOSEN = ("wan t2v-1.3B", "wan i2v-14B-FC", "framepack", "framepack one frame")  # hv_train.py: its own tests
+CHOSEN = ("wan t2v-1.3B", "wan i2v-14B-FC", "hunyuan_video", "framepack", "framepack one frame")
 SLOW = ("wan i2v-14B-FC", "framepack one frame")
 CASES = [
     pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name in SLOW else ())

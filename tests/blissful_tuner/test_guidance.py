@@ -1,20 +1,20 @@
-"""Guidance strategies on passes whose results are known."""
+"""Guidance strategies on passes whose results are known, their schedules and contradictions."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from blissful_tuner.guidance import choose_applied_steps, make_guidance
-from blissful_tuner.options import (
-    PLAIN_GUIDANCE,
-    GuidanceOptions,
-)
+from blissful_tuner.guidance import check_guidance, choose_applied_steps, make_guidance, parse_cfg_schedule
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from generation.session import wanted_texts
 from modules.contract.data import Conditions
 from modules.contract.requests import Request
+from modules.contract.rules import GuidanceRules
 from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks
+from modules.errors import OptionError
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 
@@ -131,3 +131,95 @@ def test_a_rescaled_velocity_has_the_deviation_of_the_positive_one_in_each_sampl
     ratio = (velocity / plain).flatten(1)
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))  # one factor for each sample
     assert not torch.isclose(ratio[0, 0], ratio[1, 0])
+
+
+CASE, _ = read_case("cfg_schedule")
+
+
+@pytest.mark.parametrize(("text", "expected"), CASE["cases"])
+def test_schedules_are_the_measured_ones(text: str, expected: dict[str, Any]) -> None:
+    if "raises" in expected:
+        with pytest.raises(OptionError, match="cfg_schedule entry"):
+            parse_cfg_schedule(text, CASE["infer_steps"], CASE["guidance_scale"])
+    else:
+        table = parse_cfg_schedule(text, CASE["infer_steps"], CASE["guidance_scale"])
+        assert {str(step): scale for step, scale in table.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "scale", "expected"),
+    [
+        ("e~2:6.4, 1-4, 9-10", 10, 5, {1: 5, 2: 5, 3: 5, 4: 5, 6: 6.4, 8: 6.4, 9: 5, 10: 5}),
+        (
+            "1-10,!3,e~4:2",
+            12,
+            6,
+            {**dict.fromkeys((1, 2, 5, 6, 7, 9, 10), 6), **dict.fromkeys((4, 8, 12), 2)},
+        ),
+        ("!1-2,1-4", 10, 3, {3: 3, 4: 3}),
+        ("1-4:7,2", 6, 5, {1: 7, 2: 5, 3: 7, 4: 7}),
+    ],
+)
+def test_documented_schedules(text: str, steps: int, scale: float, expected: dict[int, float]) -> None:
+    assert parse_cfg_schedule(text, steps, scale) == expected
+
+
+def check_options(
+    options: dict[str, Any], scale: float = 5.0, schedule: str | None = None, negative: str | None = None
+) -> None:
+    request = Request("p", 0, steps=4, guidance_scale=scale, cfg_schedule=schedule, negative_prompt=negative)
+    check_guidance(prepare(request, usual_negative=""), replace(PLAIN_GUIDANCE, **options))
+
+
+def test_a_schedule_and_a_skip_mode_are_refused_together() -> None:
+    with pytest.raises(OptionError, match="--cfg_schedule '1' and --cfg_skip_mode late"):
+        check_options({"cfg_skip_mode": "late", "cfg_apply_ratio": 0.5}, schedule="1")
+
+
+@pytest.mark.parametrize("options", [{"cfgzerostar_scaling": True}, {"cfgzerostar_init_steps": 1}])
+@pytest.mark.parametrize(("scale", "schedule"), [(1.0, None), (5.0, "!1")])
+def test_zero_star_is_refused_where_no_step_has_guidance(
+    options: dict[str, Any], scale: float, schedule: str | None
+) -> None:
+    (option,) = options
+    with pytest.raises(OptionError, match=f"--{option}.* needs guidance, and no step uses guidance: give a"):
+        check_options(options, scale, schedule)
+    check_options(options, 1.0, "2:3")
+
+
+DESCRIPTION, TENSORS = read_case("image_guidance")
+
+
+def guided(scale: float, rules: GuidanceRules, sigma: float = 0.9) -> tuple[Tensor, int]:
+    """The velocity of a step, and how many passes it made."""
+    positive, negative = TENSORS["cond"][0].unsqueeze(2), TENSORS["uncond"][0].unsqueeze(2)
+    network = Passes(positive, negative)
+    prepared = replace(prepare(Request("p", 0, steps=1, guidance_scale=scale)), rules=rules)
+    guidance = make_guidance(prepared, PLAIN_GUIDANCE)
+    velocity = guidance(Step(0, 1, sigma, 1000 * sigma, torch.zeros_like(positive)), network, network.section)
+    return velocity, len(network.made)
+
+
+@pytest.mark.parametrize("case", DESCRIPTION["lumina"], ids=lambda case: case["name"])
+def test_a_limited_velocity_equals_the_recorded_one(case: dict[str, float | str]) -> None:
+    limit = float(case["renorm_cfg"]) or None
+
+    velocity, _ = guided(float(case["guidance_scale"]), GuidanceRules(norm_limit=limit))
+
+    torch.testing.assert_close(velocity.squeeze(2), TENSORS[str(case["name"])], atol=2e-4, rtol=1e-4)
+    if case["limited"]:
+        assert velocity.norm() <= 1.0001 * float(case["renorm_cfg"]) * TENSORS["cond"][0].norm()
+
+
+@pytest.mark.parametrize(("sigma", "passes"), [(1.0, 2), (0.76, 2), (0.75, 1), (0.1, 1)])
+def test_late_steps_have_no_guidance(sigma: float, passes: int) -> None:
+    velocity, made = guided(3.5, GuidanceRules(below_share=0.25), sigma)
+    assert made == passes
+    assert torch.equal(velocity, TENSORS["cond"][0].unsqueeze(2)) is (passes == 1)
+
+
+def test_a_share_of_zero_needs_no_negative_text() -> None:
+    prepared = prepare(Request("p", 0, steps=3, guidance_scale=3.5))
+    late = replace(prepared, rules=GuidanceRules(below_share=0.0))
+    assert wanted_texts(prepared)[0].negative is not None
+    assert wanted_texts(late)[0].negative is None

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataset.config import DatasetTable, load_dataset_config
+from dataset.config import DatasetConfig, DatasetTable, load_dataset_config
 from dataset.config_keys import DATASET, SUBSET_KEYS
+from dataset.subset_options import SubsetOptions
 from modules.media.writing import write_video
+from modules.parser import parse_options
 
 GREY_STEP = 4  # frame i of a clip made here is grey 4 * i + 4
 
@@ -62,3 +64,14 @@ def make_frames(folder: Path, num_frames: int, size: tuple[int, int] = (32, 32))
 def frame_numbers(frames: Any) -> list[int]:
     """Which frames of a made clip these are (F H W C)."""
     return [round(float(frame.mean()) / GREY_STEP) - 1 for frame in frames]
+
+
+def given(*words: str | Path) -> SubsetOptions:
+    """What a command line with these words says."""
+    return parse_options("", [str(word) for word in words], SubsetOptions)[0]
+
+
+def load(folder: Path, text: str, *words: str | Path) -> DatasetConfig:
+    path = folder / "data.toml"
+    path.write_text(text.replace("FOLDER", folder.as_posix()), encoding="utf-8")
+    return load_dataset_config(path, given(*words))

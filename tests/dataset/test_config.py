@@ -2,13 +2,14 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
 
-from dataset.config import DatasetTable, load_dataset_config
+from dataset.config import KEYS, MODES, DatasetTable, load_dataset_config
+from dataset.config_keys import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
 from dataset.table import Augmentation, CaptionChanges
-from modules.errors import DatasetError
 
 
 def write(folder: Path, text: str, name: str = "data.toml") -> Path:
@@ -19,12 +20,6 @@ def write(folder: Path, text: str, name: str = "data.toml") -> Path:
 
 def tables(folder: Path, text: str) -> tuple[DatasetTable, ...]:
     return load_dataset_config(write(folder, text)).datasets
-
-
-def problem(folder: Path, text: str) -> str:
-    with pytest.raises(DatasetError) as caught:
-        tables(folder, text)
-    return str(caught.value)
 
 
 def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
@@ -99,46 +94,6 @@ def test_a_uniform_sample_of_one_is_head(tmp_path: Path, caplog) -> None:
     assert 'the same as "head"' in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("line", "parts"),
-    [
-        ('batch_size = "4"', ['batch_size = "4" (text)', "a whole number, 1 or more"]),
-        ("batch_size = true", ["batch_size = true (true or false)"]),
-        ("target_frames = []", ["target_frames = [] (a list)"]),
-        (
-            "fp_1f_target_index = 1",
-            ["fp_1f_target_index = 1 is for image tables", "video_directory makes this one videos"],
-        ),
-        (
-            f'[[datasets]]\nimage_directory = "i"\nfp_1f_target_index = {10**20}\n'
-            "fp_1f_clean_indices = [0, 10000]",
-            ["fp_1f_target_index = 1000", "a whole number below 10000", "fp_1f_clean_indices = [0, 10000]"],
-        ),
-        ('image_directory = "x"', ["image_directory and video_directory exclude each other"]),
-        ("max_frames = 0", ["max_frames = 0"]),
-    ],
-)
-def test_a_mistake_is_named_with_its_place_value_and_remedy(
-    tmp_path: Path, line: str, parts: list[str]
-) -> None:
-    text = problem(
-        tmp_path, f'[[datasets]]\nimage_directory = "ok"\n[[datasets]]\nvideo_directory = "v"\n{line}'
-    )
-
-    for part in [str(tmp_path / "data.toml"), "[[datasets]] ", *parts]:
-        assert part in text
-
-
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
-    text = problem(
-        tmp_path,
-        '[[datasets]]\nimage_directory = "a"\nbatch_size = 0\nrepeats = 2\n[[datasets]]\nvideo_directory = '
-        '"b"\nframe_stride = 0',
-    )
-
-    assert all(part in text for part in ("batch_size", "repeats", "frame_stride"))
-
-
 def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
     images, videos = tables(
         tmp_path,
@@ -147,6 +102,9 @@ def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
         image_directory = "data/pics"
         control_directory = "data/control"
         caption_extension = ".txt"
+        fp_1f_clean_indices = [0, 10]
+        fp_1f_target_index = 1
+        fp_latent_window_size = 9
         [[datasets]]
         video_jsonl_file = "data/clips.jsonl"
         cache_directory = "cache"
@@ -165,6 +123,8 @@ def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
         "image_directory": "pics",
         "control_directory": "control",
         "has_control": True,
+        "fp_1f_clean_indices": [0, 10],
+        "fp_1f_target_index": 1,
     }
     assert videos.describe(has_control=True) | {"resolution": None} == {
         "resolution": None,
@@ -184,23 +144,6 @@ def test_the_metadata_entry_has_the_keys_of_the_format(tmp_path: Path) -> None:
     }
 
 
-def test_what_sections_are_made_from_is_in_the_metadata_where_it_is_not_the_usual(tmp_path: Path) -> None:
-    (pictures,) = tables(
-        tmp_path,
-        """
-        [[datasets]]
-        image_directory = "data/pics"
-        control_directory = "data/control"
-        caption_extension = ".txt"
-        fp_1f_clean_indices = [0, 10]
-        fp_1f_target_index = 1
-        fp_latent_window_size = 9
-        """,
-    )
-    found = {name: value for name, value in pictures.describe().items() if name.startswith("fp_")}
-    assert found == {"fp_1f_clean_indices": [0, 10], "fp_1f_target_index": 1}
-
-
 @pytest.fixture(autouse=True)
 def _warnings_are_seen(caplog) -> None:
     caplog.set_level(logging.WARNING)
@@ -215,3 +158,55 @@ def test_a_table_knows_its_source(tmp_path: Path, source: str, key: str) -> None
 
     assert (table.kind, table.source_key) == ("video", key)
     assert table.describe()[key] == table.source.name
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MANUAL = "".join(
+    (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    for page in ("dataset", "dataset_keys", "dataset_large")
+)
+PICTURES = (ROOT / "docs" / "image_datasets.md").read_text(encoding="utf-8")
+TOOLS = (ROOT / "docs" / "dataset_tools.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", MANUAL + TOOLS + PICTURES, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("text", blocks("toml"), ids=range(len(blocks("toml"))))
+def test_its_configurations_load(tmp_path: Path, text: str, caplog) -> None:
+    path = tmp_path / "data.toml"
+    path.write_text(text, encoding="utf-8")
+
+    load_dataset_config(path)
+
+    assert not caplog.records
+
+
+def test_its_lists_are_valid() -> None:
+    records = [json.loads(line) for text in blocks("jsonl") for line in text.splitlines()]
+
+    assert records
+    assert all({"caption"} < record.keys() for record in records)
+
+
+def test_it_names_every_key_and_mode_with_where_it_may_stand() -> None:
+    rows = {
+        match[1]: match[0].split("|") for match in re.finditer(r"^\| `(\w+)` \|.*$", MANUAL, re.MULTILINE)
+    }
+
+    assert rows.keys() == KEYS.keys()
+    for name, key in KEYS.items():
+        assert (rows[name][-2].strip() == "yes") == key.in_general, name
+        assert bool(rows[name][-4].strip()) == ("image" in key.kinds), name
+        assert bool(rows[name][-3].strip()) == ("video" in key.kinds), name
+    assert all(f'`"{mode}"`' in MANUAL for mode in MODES)
+
+
+def test_the_manual_of_pictures_names_every_key_with_where_it_may_stand() -> None:
+    table = PICTURES[PICTURES.index("## Every key") : PICTURES.index("## Without a file")]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    places = {name: row[-1].strip("| ") for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+
+    words = {SUBSET: "subset", ANYWHERE: "anywhere", DATASET: "dataset"}
+    assert places == {name: words[key.place] for name, key in SUBSET_KEYS.items()}

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from data_tools.report.check import check_caching
 from dataset.batches.items import find_items, require_items
@@ -25,8 +23,6 @@ from modules.contract.data import LOSS_MASK
 from tests.dataset.making import make_clip, make_image
 from tests.dataset.serving import Site, site
 from tests.dataset.toy_family import LATENT, ToyFamily, options
-from tests.faults.messages import succeed_here
-from tests.tiny.families import FAMILIES
 
 __all__ = ["site"]
 NAMES = ("a b", "ü", "third")
@@ -45,13 +41,6 @@ def make_media(folder: Path, kind: str) -> list[dict[str, str]]:
         (folder / f"{name}.txt").write_text(f"caption of {name}\n", encoding="utf-8")
         rows.append({"file_name": path.name, "text": f"caption of {name}"})
     return rows
-
-
-def make_tar(path: Path, folder: Path, prefix: str = "") -> Path:
-    with tarfile.open(path, "w") as tar:
-        for file in sorted(folder.iterdir()):
-            tar.add(file, f"{prefix}{file.name}")
-    return path
 
 
 def config_of(folder: Path, name: str, keys: dict[str, Any]) -> DatasetConfig:
@@ -209,27 +198,3 @@ def test_masks_and_control_images_come_from_columns_and_from_tars(tmp_path: Path
         found.append(caches_of(tmp_path / name))
 
     assert found[0] == found[1]
-
-
-@pytest.mark.slow
-def test_training_from_tars_equals_training_from_a_folder(tmp_path: Path) -> None:
-    family = FAMILIES[0]
-    family.prepare(tmp_path)
-    loras = []
-    for form in ("folder", "tars"):
-        if form == "tars":
-            make_tar(tmp_path / "clips.tar", tmp_path / "clips")
-            shutil.rmtree(tmp_path / "clips")
-            shutil.rmtree(tmp_path / "cache")
-            path = tmp_path / "dataset.toml"
-            text = path.read_text(encoding="utf-8")
-            folder = f'video_directory = "{tmp_path.as_posix()}/clips"'
-            assert folder in text
-            path.write_text(text.replace(folder, 'video_tars = "clips.tar"'), encoding="utf-8")
-        succeed_here(*family.cache_latents, folder=tmp_path)
-        succeed_here(*family.cache_texts, folder=tmp_path)
-        output = ["--output_dir", form, "--output_name", "lora", "--seed", "1", "--max_train_steps", "3"]
-        succeed_here(*family.train, *output, "--max_data_loader_n_workers", "0", folder=tmp_path)
-        loras.append(load_file(tmp_path / form / "lora.safetensors"))
-    assert loras[0].keys() == loras[1].keys()
-    assert all(torch.equal(loras[0][name], loras[1][name]) for name in loras[0])

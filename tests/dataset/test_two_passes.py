@@ -145,7 +145,6 @@ def half(path: Path, caption: str = "clip number 0") -> None:
 
 
 # --- training
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_training_refuses_unfinished_files_with_the_command(tmp_path: Path) -> None:
@@ -166,7 +165,6 @@ def test_training_refuses_unfinished_files_with_the_command(tmp_path: Path) -> N
 
 
 # --- kills
-# ------------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys

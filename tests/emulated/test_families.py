@@ -8,10 +8,12 @@ nothing here; tests/wan compares both ways.
 """
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.emulated_cuda.pairs import Done, differences, run_on_device
 from tests.faults.messages import succeed_here
@@ -98,3 +100,11 @@ def test_no_step_waits(run: Run) -> None:
     assert waits.total() < STEPS
     for done in (run.train, run.generate):
         assert not done.places("denoise"), done.places("denoise")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _can_be_emulated() -> None:
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("the emulated device is compiled with g++, on Linux")
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        pytest.skip("this torch has kernels for CUDA itself: run the tests marked gpu")

@@ -8,12 +8,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
-from encoders.autoencoder import (
-    SCALE,
-    SHIFT,
-    load_autoencoder,
-    read_autoencoder_header,
-)
+from encoders.autoencoder import SCALE, SHIFT, load_autoencoder, read_autoencoder_header
 from encoders.tiles import sample_posterior
 from modules.errors import CheckpointError
 from modules.media.pixels import byte_clips, to_pixels

@@ -12,12 +12,7 @@ from encoders.t5 import T5TextEncoder
 from encoders.text_encoder import FileTextEncoder
 from frame_pack.text_encoders import FramePackClip, FramePackLlama
 from hunyuan_image.text_encoders import QwenTextEncoder
-from hunyuan_model.text_encoders import (
-    VIDEO_TEMPLATE,
-    HunyuanClip,
-    LlavaTextEncoder,
-    PromptTemplate,
-)
+from hunyuan_model.text_encoders import VIDEO_TEMPLATE, HunyuanClip, LlavaTextEncoder, PromptTemplate
 from lumina.text_encoder import GemmaTextEncoder
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt

@@ -41,10 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 # what of a family is tried in the default suite; the rest is slow: many processes each, through code that all
 # families share
-STANDING_FOR_ALL = {
-    FRAMEPACK.name: ("while_sampling]",),
-    FLUX.name: ("mid_write]",),
-}
+STANDING_FOR_ALL = {FRAMEPACK.name: ("while_sampling]",), FLUX.name: ("mid_write]",)}
 # the same for families of which only these are not tried
 LEFT_TO_OTHERS = {
     HUNYUAN_VIDEO.name: (
@@ -64,11 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         chosen = STANDING_FOR_ALL.get(name)
         if any(word in item.name for word in LEFT_TO_OTHERS.get(name, ())):
             item.add_marker(pytest.mark.slow)
-        if (
-            chosen is not None
-            and "place" not in found.params
-            and not any(word in item.name for word in chosen)
-        ):
+        if chosen is not None and not any(word in item.name for word in chosen):
             item.add_marker(pytest.mark.slow)
 
 

@@ -19,12 +19,7 @@ from tests.commands import ROOT
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
-from tests.tiny.project import (
-    write_clips,
-    write_dataset,
-    write_image,
-    write_plain_pictures,
-)
+from tests.tiny.project import write_clips, write_dataset, write_image, write_plain_pictures
 from tests.tiny.wan import write_tiny_wan
 from training.saving.states import CHECKSUM, FILE, SavedState, read_state
 

@@ -29,7 +29,7 @@ from tests.faults.damage import (
     truncated,
 )
 from tests.faults.messages import assert_one_message, run_here
-from tests.faults.runs import WAN, as_bytes, assert_same_tensors, copy_data
+from tests.faults.runs import WAN, as_bytes, copy_data
 from tests.tiny.project import moving_square
 from wan.spec import LATENT
 
@@ -89,19 +89,6 @@ def test_training_refuses_a_bad_cache_with_the_command_that_mends_it(
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", [LATENTS, TEXT], ids=["latents", "text"])
-@pytest.mark.parametrize("damage", ["truncated", "with a flipped bit"])
-def test_caching_again_mends_a_bad_cache(name: str, damage: str, project: Path, tmp_path: Path) -> None:
-    config = copy_data(project, tmp_path, cached=True)
-    BAD_CACHES[damage](project / "cache" / name, tmp_path / "cache" / name)
-
-    command = CACHE_LATENTS if name == LATENTS else CACHE_TEXTS
-    code, said = run_here(*command, "--dataset_config", config, folder=project)
-
-    assert code == 0, said
-    assert_same_tensors(tmp_path / "cache" / name, project / "cache" / name)
-
-
 def test_a_flipped_bit_never_changes_what_is_trained_on(project: Path, tmp_path: Path) -> None:
     config, dice = load_dataset_config(copy_data(project, tmp_path, cached=True)), random.Random(4)
     item = next(item for item in find_items(config, "wan", LATENT).items if item.source_stem == "clip 1")
@@ -128,7 +115,6 @@ def told(batch: Batch) -> tuple[object, ...]:
 
 
 # --- clips and captions
-# -----------------------------------------------------------------------------------------------------------
 
 
 def cut_matroska(good: Path, bad: Path) -> None:
@@ -172,22 +158,6 @@ def test_a_clip_that_cannot_be_read_is_reported_and_all_others_are_cached(
         load_file(path)
 
 
-def test_a_clip_without_a_cached_caption_is_left_out_with_a_warning(project: Path, tmp_path: Path) -> None:
-    config = copy_data(project, tmp_path, cached=True)
-    (tmp_path / "cache" / TEXT).unlink()
-
-    code, said = run_here(
-        *SHORT_TRAINING, "--dataset_config", config, "--output_dir", tmp_path / "out", folder=project
-    )
-
-    assert code == 0, said
-    assert (
-        f"WARNING: 1 of the sources have latents but no text cache (the first: {tmp_path / 'cache' / TEXT})"
-        in said
-    )
-    assert "python wan_cache_text_encoder_outputs.py" in said
-
-
 @pytest.mark.parametrize("gone", ["*", "*_te.safetensors"])
 def test_missing_caches_are_answered_with_both_commands(gone: str, project: Path, tmp_path: Path) -> None:
     config = copy_data(project, tmp_path, cached=True)
@@ -206,7 +176,6 @@ def test_missing_caches_are_answered_with_both_commands(gone: str, project: Path
 
 
 # --- configurations
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", [(), ("--check",)])

@@ -22,6 +22,8 @@ WAN_WHOLE, HV_WHOLE, FP_WHOLE = WHOLE_TRAININGS
 WAN, HV, FP = GENERATIONS
 CACHE, CACHE_TEXTS = "wan_cache_latents.py", "wan_cache_text_encoder_outputs.py"
 MERGE, CONVERT, AVERAGE = "merge_lora.py", "convert_lora.py", "lora_post_hoc_ema.py"
+HV_CACHES, HV_TEXTS = ("cache_latents.py",), ("cache_text_encoder_outputs.py",)
+SECOND = "model/text_encoder_2/model.safetensors"
 SAMPLED = "--sample_at_first --sample_prompts samples.txt"
 
 
@@ -135,7 +137,7 @@ FILES = (
     wrong(GENERATIONS, "--save_merged_model model/dit.safetensors", "would be lost. Give a new name"),
     wrong(WAN, "--t5_tokenizer BAD/lfs.json", "--t5_tokenizer", "git lfs pull"),
     wrong(WAN, "--ckpt_dir BAD/text.txt", "--ckpt_dir", "no such folder"),
-    wrong((HV, FP), "--text_encoder2 model/text_encoder", "--text_encoder2"),
+    wrong((HV, FP, *HV_TEXTS), "--text_encoder2 model/text_encoder", "--text_encoder2"),
     wrong((HV, FP), "--text_encoder2_tokenizer BAD/page.json", "--text_encoder2_tokenizer", "a web page"),
     wrong(HV, "--video_path BAD/text.txt", "--video_path", "text.txt"),
     wrong(HV, "--video_path BAD/folder", "--video_path", "a folder without images"),
@@ -196,6 +198,19 @@ FILES = (
     wrong(CONVERT, "--input model/dit.safetensors", "is no LoRA"),
     wrong(AVERAGE, "--output_file lora.safetensors", "--output_file lora.safetensors", "Give a new name"),
     wrong(AVERAGE, "--output_file BAD/folder", "--output_file", "is a folder"),
+)
+OF_ANOTHER_KIND = (
+    wrong((*GENERATIONS, *TRAININGS), "--dit model/vae.safetensors", "vae.safetensors is not", "--dit"),
+    wrong((FP, FP_TRAIN), "--dit model/siglip.safetensors", "siglip.safetensors is not", "--dit"),
+    wrong(WAN, "--vae model/clip.safetensors", "clip.safetensors is not", "--vae"),
+    wrong(CACHE, "--vae model/t5.safetensors", "t5.safetensors is not", "--vae"),
+    wrong(HV_CACHES, f"--vae {SECOND}", f"{SECOND} is not", "--vae"),
+    wrong(CACHE, "--clip model/dit.safetensors", "dit.safetensors is not", "--clip"),
+    wrong(CACHE_TEXTS, "--t5 model/clip.safetensors", "clip.safetensors is not", "--t5"),
+    wrong((HV, *HV_TEXTS), f"--text_encoder1 {SECOND}", f"{SECOND} is not", "--text_encoder1"),
+    wrong((FP, "fpack_cache_latents.py"), "--image_encoder model/vae.safetensors", "vae.safetensors is not"),
+    wrong("fpack_cache_latents.py", "--vae model/siglip.safetensors", "siglip.safetensors is not", "--vae"),
+    wrong(WAN_TRAIN, "--base_weights model/t5.safetensors", "t5.safetensors is no LoRA"),
 )
 # how paths go wrong on their way from a page or a shell
 MISTYPED = (
@@ -266,7 +281,8 @@ TOGETHER = (
     wrong(HV, "--riflex_index 9", "--riflex_index 9", "from 1 to 8"),
     wrong(FP, "--riflex_index 4", "--riflex_index"),
 )
-MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "path": MISTYPED, "together": TOGETHER}
+MISTAKES = {"number": NUMBERS, "name": NAMES, "file": FILES, "kind": OF_ANOTHER_KIND, "path": MISTYPED}
+MISTAKES |= {"together": TOGETHER}
 
 
 def _cases() -> list[object]:

@@ -1,4 +1,4 @@
-"""FLUX.1 and Chroma transformers of the recorded cases, and tiny ones here and in diffusers."""
+"""Tiny FLUX.1 and Chroma transformers, here and in diffusers, and what their forward takes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,39 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux.configs import ApproximatorConfig, FluxConfig
 from flux.model import FluxModel, pack, unpack
-from tests.golden_cases import make_weights, read_case
 from tests.tiny.flux import CONFIGS, diffusers_state, tiny_state
 
 TEXT_ROWS = 9
-
-
-def golden_model(case: str, weights_of: str = "") -> tuple[FluxModel, dict[str, Any], dict[str, Tensor]]:
-    """The model of a recorded case, its description, its tensors. weights_of: the case with the model."""
-    description, tensors = read_case(case)
-    model_description = read_case(weights_of)[0] if weights_of else description
-    sizes = model_description["config"]
-    is_chroma = "approximator_in_dim" in sizes
-    config = FluxConfig(
-        dim=sizes["hidden_size"],
-        ffn_dim=int(sizes["hidden_size"] * sizes["mlp_ratio"]),
-        num_heads=sizes["num_heads"],
-        double_blocks=sizes["depth"],
-        single_blocks=sizes["depth_single_blocks"],
-        token_dim=sizes["in_channels"],
-        text_dim=sizes["context_in_dim"],
-        pooled_dim=sizes.get("vec_in_dim", 0),
-        has_guidance=sizes["guidance_embed"] and not is_chroma,
-        approximator=ApproximatorConfig(
-            sizes["approximator_in_dim"], sizes["approximator_hidden_size"], sizes["approximator_depth"]
-        )
-        if is_chroma
-        else None,
-    )
-    model = FluxModel(config)
-    model.load_state_dict(make_weights(model_description["weights_model_key"], model_description["weights"]))
-    return model.eval().requires_grad_(False), description, tensors
 
 
 def tiny_model(kind: str) -> FluxModel:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
 from torch import Tensor
 
+import flux_minimal_inference
 from flux.family import Flux, family_for_text_caching, family_for_training
 from flux.files import FluxFiles
 from flux.model import pack
+from flux.official_options import generation_words, read_minimal
 from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOptions
 from flux.spec import size_shift, tokens_of
 from generation.denoise import make_latents
@@ -22,7 +24,7 @@ from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.schedule import make_schedule
 from modules.speed_options import VaeOptions
 from tests.flux.making import tiny_inputs, tiny_model
-from tests.golden_cases import DRAWN, make_weights, read_case
+from tests.golden_cases import DRAWN, read_case, write_model
 from tests.tiny.flux import tiny_state, write_dit, write_tiny_flux
 
 CPU = torch.device("cpu")
@@ -41,11 +43,7 @@ VAE = VaeOptions(vae=None, vae_dtype=None, vae_tiling=False, vae_spatial_tile_sa
 
 def golden_family(folder: Path, case: str, masks_text: bool = False) -> Flux:
     """The family with the weights of a recorded case in a file."""
-    description, _ = read_case(case)
-    save_file(
-        make_weights(description["weights_model_key"], description["weights"]), folder / "dit.safetensors"
-    )
-    return Flux(FluxFiles(folder / "dit.safetensors", masks_text=masks_text))
+    return Flux(FluxFiles(write_model(case, folder), masks_text=masks_text))
 
 
 @pytest.mark.parametrize(
@@ -236,3 +234,91 @@ def test_caches_of_a_t5_that_read_otherwise_are_refused(tmp_path: Path) -> None:
             dev.batch_conditions(latents, Batch({**texts, name: wrong}, ("a",), ("a",)))
     with pytest.raises(CacheError, match="257 tokens of T5, this transformer was trained with 256"):
         schnell.batch_conditions(latents, batch)
+
+
+def words_of(*argv: str) -> dict[str, str | None]:
+    """Option -> its value; None for a switch."""
+    words = generation_words(read_minimal("", ["--ckpt_path", "flux1-dev.safetensors", *argv]))
+    return {option: value or None for option, _, value in (word.partition("=") for word in words)}
+
+
+def test_the_guides_defaults_are_put_into_our_words() -> None:
+    words = words_of()
+
+    assert words["--prompt"] == "A photo of a cat"
+    assert words["--guidance_scale"] == "1.0"
+    assert words["--embedded_cfg_scale"] == "3.5"
+    assert words["--dit_dtype"] == words["--text_encoder_dtype"] == words["--vae_dtype"] == "bfloat16"
+    assert "--seed" not in words
+    assert "--infer_steps" not in words  # those of the model
+
+
+def test_sizes_are_rounded_up_to_whole_tokens() -> None:
+    words = generation_words(read_minimal("", ["--ckpt_path", "x", "--width", "1000", "--height", "17"]))
+
+    size = words.index("--image_size")
+    assert words[size + 1 : size + 3] == ["32", "1008"]
+
+
+def test_dtypes_of_8_bits_are_ways_to_keep_weights() -> None:
+    words = words_of("--flux_dtype", "fp8_e4m3fn", "--t5xxl_dtype", "fp8", "--clip_l_dtype", "float16")
+
+    assert words["--dit_dtype"] == "bfloat16"
+    assert words["--text_encoder_dtype"] == "float16"
+    assert {"--fp8", "--fp8_t5"} <= words.keys()
+    assert "--fp8" in words_of("--dtype", "float8_e4m3fn")
+
+
+def test_loras_have_their_strengths() -> None:
+    words = generation_words(
+        read_minimal("", ["--ckpt_path", "x", "--lora_weights", "a;b.safetensors;0.5", "c"])
+    )
+
+    start = words.index("--lora_weight")
+    assert words[start : start + 6] == [
+        "--lora_weight",
+        "a;b.safetensors",
+        "c",
+        "--lora_multiplier",
+        "0.5",
+        "1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--lora_weights", "a;much"], "PATH;STRENGTH"),
+        (["--clip_l_dtype", "float16", "--t5xxl_dtype", "float32"], "one dtype"),
+        (["--ae_dtype", "fp8"], "--ae_dtype fp8"),
+        (["--width", "0"], "--width 0"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(argv: list[str], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        words_of(*argv)
+
+
+def test_options_of_a_line_hold_for_the_next_until_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = write_tiny_flux(tmp_path / "models")
+    lines = iter(
+        ["a cat --w 17 --h 16 --s 1 --d 4", "a dog --m 0.5", "a fox --n bad --c 2 --d 6", "", "a hare"]
+    )
+    monkeypatch.setattr("generation.run.line_reader", lambda *said: lambda: next(lines))
+    files = {"--ckpt_path": models.dit, "--clip_l": models.clip_l, "--t5xxl": models.t5xxl, "--ae": models.ae}
+    words = [word for option, path in files.items() for word in (option, str(path))]
+
+    flux_minimal_inference.main(
+        [*words, "--dtype", "float32", "--output_dir", str(tmp_path / "out"), "--interactive"]
+    )
+
+    made = sorted((tmp_path / "out").glob("*.png"))
+    texts = [Image.open(path).info for path in made]
+    assert [text["bt_prompt"] for text in texts] == ["a cat", "a fox"]  # there is no LoRA to have a strength
+    assert {text["bt_width"] for text in texts} == {"32"}
+    assert [text["bt_seeds"] for text in texts] == ["4", "6"]
+    assert [text["bt_guidance_scale"] for text in texts] == ["1.0", "2.0"]
+    assert "--m 0.5: there are 0 LoRAs" in caplog.text
+    assert next(lines) == "a hare"

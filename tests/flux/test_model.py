@@ -1,21 +1,32 @@
 """The FLUX.1 and Chroma transformers against recorded vectors, against diffusers, and against themselves."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from flux.model import pack
+from flux.checkpoints import identify, load_dit, read_dit_header
+from flux.configs import ApproximatorConfig
+from flux.model import Approximator, pack
+from modules.checkpoints.opening import open_checkpoint
+from modules.contract.loading import Placement
 from modules.contract.steps import Tweaks
-from tests.flux.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
-from tests.tiny.flux import CONFIGS
+from modules.errors import CheckpointError
+from modules.planning.dry_run import dry_run, place
+from modules.speed_options import SDPA
+from tests.flux.making import in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.golden_cases import load_model, read_case
+from tests.manifests import tensor_list, write_hollow
+from tests.tiny.flux import CONFIGS, tiny_state, write_dit
 
 NEAR = 1e-5  # of the largest value: the same formulas in float32, summed in another order
 
 
 @pytest.mark.parametrize("case", ["flux_dit_guidance", "flux_dit_noguidance"])
 def test_flux_equals_the_recorded_output(case: str) -> None:
-    model, description, stored = golden_model(case)
+    model = load_model(case, load_dit)
+    description, stored = read_case(case)
     tolerance = description["tolerance"]["out*"]
     given = (stored["latents"].unsqueeze(2), 1000 * stored["t"], stored["t5"])
 
@@ -30,7 +41,8 @@ def test_flux_equals_the_recorded_output(case: str) -> None:
 
 
 def test_chroma_equals_the_recorded_output() -> None:
-    model, description, stored = golden_model("chroma_dit")
+    model = load_model("chroma_dit", load_dit)
+    description, stored = read_case("chroma_dit")
     timesteps = 1000 * stored["t"]
 
     rows = model.distilled_guidance_layer(timesteps, torch.zeros_like(timesteps))
@@ -76,3 +88,79 @@ def test_no_gradient_goes_into_the_approximator() -> None:
     grads: dict[str, Any] = {name: one.grad for name, one in model.named_parameters()}
     assert all(grad is None for name, grad in grads.items() if name.startswith("distilled_guidance_layer"))
     assert all(grad is not None for name, grad in grads.items() if "linear1" in name)
+
+
+def test_the_network_of_modulations_can_be_rehearsed() -> None:
+    """Every run on a GPU begins with one, in which numbers of the host and of the device must not mix."""
+    with torch.device("meta"):
+        network = Approximator(ApproximatorConfig(64, 80, 5), rows=30, out_dim=128, eps=1e-6)
+
+    with dry_run() as ledger:
+        place(network, ledger)
+        times = torch.empty(1, device=ledger.device)
+        rows = network(times, times)
+
+    assert rows.shape == (1, 30, 128)
+
+
+CPU = Placement(torch.device("cpu"), attention=SDPA)
+META = Placement(torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "kind"),
+    [("flux1-dev-dit", "dev"), ("flux1-dev-dit-diffusers", "dev"), ("chroma1-dit", "chroma")],
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_published_models_load_at_full_size(tmp_path: Path, manifest: str, kind: str, prefix: str) -> None:
+    path = write_hollow(tmp_path / "dit.safetensors", tensor_list(manifest), prefix)
+
+    dit = load_dit(path, META)
+
+    config = dit.config
+    assert (config.kind, config.double_blocks, config.single_blocks, config.num_heads) == (kind, 19, 38, 24)
+    assert (config.dim, config.ffn_dim, config.text_dim, config.channels) == (3072, 12288, 4096, 16)
+    assert config.modulations == 344
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("dialect", ["safetensors", "sharded", "prefixed", "diffusers", "diffusers_sharded"])
+def test_every_layout_gives_the_same_weights(tmp_path: Path, kind: str, dialect: str) -> None:
+    state = tiny_state(kind)
+
+    dit = load_dit(write_dit(tmp_path, state, dialect), CPU)
+
+    assert dit.config == CONFIGS[kind]
+    loaded = dit.state_dict()
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_a_pruned_model_has_the_blocks_of_its_file(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state("dev", double_blocks=1, single_blocks=2))
+
+    with open_checkpoint(path) as checkpoint:
+        config = read_dit_header(checkpoint).config
+
+    assert (config.double_blocks, config.single_blocks) == (1, 2)
+    assert len(load_dit(path, CPU).single_blocks) == 2
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_file_says_what_it_is(tmp_path: Path, kind: str) -> None:
+    found = identify(write_dit(tmp_path, tiny_state(kind)))
+
+    assert found is not None
+    assert kind in found.lower()
+
+
+@pytest.mark.parametrize(
+    "manifest", ["hunyuanvideo-t2v-dit-comfy", "hunyuanvideo-t2v-dit-diffusers", "clip-l-text"]
+)
+def test_other_models_are_refused_and_not_claimed(tmp_path: Path, manifest: str) -> None:
+    path = write_hollow(tmp_path / "other.safetensors", tensor_list(manifest))
+
+    assert identify(path) is None
+    with pytest.raises(CheckpointError, match="is not a FLUX.1 or Chroma transformer; it looks like"):
+        load_dit(path, META)

@@ -7,9 +7,9 @@ import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 from torch import Tensor
 
-from frame_pack.configs import FramePackConfig
+from frame_pack.checkpoints import load_dit
 from frame_pack.model import FramePackModel
-from tests.golden_cases import make_weights, read_case
+from tests.golden_cases import load_model, read_case
 from tests.tiny.framepack_dit import CONFIG, tiny_state
 
 TEXT_ROWS = 12
@@ -21,25 +21,6 @@ CLEAN |= {"clean_latents_4x": (6, "clean_latent_4x_indices")}
 def golden_model() -> tuple[FramePackModel, dict[str, Tensor], dict[str, Any]]:
     """The model of the golden case, the inputs of its forward pass, and what is stored beside them."""
     description, tensors = read_case("framepack_dit")
-    sizes = description["config"]
-    dim = sizes["num_attention_heads"] * sizes["attention_head_dim"]
-    config = FramePackConfig(
-        dim=dim,
-        ffn_dim=int(dim * sizes["mlp_ratio"]),
-        num_heads=sizes["num_attention_heads"],
-        double_blocks=sizes["num_layers"],
-        single_blocks=sizes["num_single_layers"],
-        refiner_blocks=sizes["num_refiner_layers"],
-        refiner_ffn_dim=int(dim * sizes["mlp_ratio"]),
-        in_dim=sizes["in_channels"],
-        out_dim=sizes["out_channels"],
-        text_dim=sizes["text_embed_dim"],
-        pooled_dim=sizes["pooled_projection_dim"],
-        image_dim=sizes["image_proj_dim"],
-        image_hidden_dim=3 * dim,
-    )
-    model = FramePackModel(config)
-    model.load_state_dict(make_weights(description["weights_model_key"], description["weights"]))
     names = {
         "noisy": "hidden_states",
         "timesteps": "timestep",
@@ -52,7 +33,8 @@ def golden_model() -> tuple[FramePackModel, dict[str, Tensor], dict[str, Any]]:
     }
     names |= {name: name for latents, (_, indices) in CLEAN.items() for name in (latents, indices)}
     inputs = {ours: tensors[theirs] for ours, theirs in names.items()}
-    return model.eval().requires_grad_(False), inputs, tensors | {"tolerance": description["tolerance"]}
+    tolerance = {"tolerance": description["tolerance"]}
+    return load_model("framepack_dit", load_dit), inputs, tensors | tolerance
 
 
 def tiny_model(**sizes: int) -> FramePackModel:

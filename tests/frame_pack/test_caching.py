@@ -4,12 +4,13 @@ Numbers: tests/parity/test_framepack_caches.py.
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+import fpack_cache_latents
 from frame_pack.caching import clip_entries, clip_sections, count_sections
 from frame_pack.family import family_for_latent_caching
 from frame_pack.image_encoder import load_siglip
@@ -19,9 +20,14 @@ from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from hunyuan_model.options import HunyuanVaeOptions
 from hunyuan_model.vae import load_vae
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
+from modules.errors import DatasetError
+from modules.media.writing import write_video
 from modules.speed_options import VaeOptions
-from tests.tiny.framepack import write_siglip
+from tests.faults.messages import succeed_here
+from tests.tiny.framepack import write_siglip, write_tiny_framepack
+from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 from tests.tiny.hunyuan_vae import write_vae
+from tests.tiny.project import CAPTIONS, moving_square, write_clips, write_dataset, write_image
 
 CPU = torch.device("cpu")
 
@@ -51,13 +57,13 @@ def test_sections_are_counted_by_the_window(window: int, frames: int, sections: 
 # The family
 
 
-def caching_options(**switches: Any) -> FramePackLatentCachingOptions:
-    vae = HunyuanVaeOptions(
-        file=VaeOptions(vae=None, vae_dtype=None, vae_tiling=False, vae_spatial_tile_sample_min_size=None),
-        vae_chunk_size=None,
-    )
+def caching_options(
+    vae: Path | None = None, image_encoder: Path | None = None, **switches: bool
+) -> FramePackLatentCachingOptions:
+    file = VaeOptions(vae=vae, vae_dtype=None, vae_tiling=False, vae_spatial_tile_sample_min_size=None)
     given = dict.fromkeys(("f1", "one_frame", "one_frame_no_2x", "one_frame_no_4x"), False) | switches
-    return FramePackLatentCachingOptions(vae=vae, image_encoder=None, **given)
+    hunyuan = HunyuanVaeOptions(file=file, vae_chunk_size=None)
+    return FramePackLatentCachingOptions(vae=hunyuan, image_encoder=image_encoder, **given)
 
 
 def test_every_switch_that_changes_caches_is_part_of_what_they_were_made_from(tmp_path: Path) -> None:
@@ -70,17 +76,10 @@ def test_every_switch_that_changes_caches_is_part_of_what_they_were_made_from(tm
         switches += [
             {"one_frame": True, "one_frame_no_2x": no_2x, "one_frame_no_4x": no_4x} for no_4x in (False, True)
         ]
-    vae = HunyuanVaeOptions(
-        file=VaeOptions(
-            vae=models["vae"], vae_dtype=None, vae_tiling=False, vae_spatial_tile_sample_min_size=None
-        ),
-        vae_chunk_size=None,
-    )
-    found = []
-    for given in switches:
-        all_given = dict.fromkeys(("f1", "one_frame", "one_frame_no_2x", "one_frame_no_4x"), False) | given
-        options = FramePackLatentCachingOptions(vae=vae, image_encoder=models["image_encoder"], **all_given)
-        found.append(dict(family_for_latent_caching(options).media_identity))
+    found = [
+        dict(family_for_latent_caching(caching_options(**models, **given)).media_identity)
+        for given in switches
+    ]
     assert len({str(sorted(identity.items())) for identity in found}) == len(switches)
     assert all(
         identity.keys() == {"vae", "vae_dtype", "tile", "tile_frames", "image_encoder", "sections"}
@@ -144,3 +143,101 @@ def test_a_section_says_where_in_the_clip_its_target_is(order: Order) -> None:
     assert sorted(entry.start for entry in entries) == [1, 10, 19]
     for entry in entries:
         assert torch.equal(entry.tensors["latents"], latents[0, :, entry.start : entry.start + 9])
+
+
+CLIPS = """
+[[datasets]]
+video_directory = "{folder}/clips"
+cache_directory = "{folder}/cache"
+resolution = [32, 32]
+caption_extension = ".txt"
+{more}
+"""
+PICTURES = CLIPS.replace("video_directory", "image_directory").replace("clips", "pictures")
+
+
+def make_project(folder: Path, **frames: int) -> Path:
+    """Clips of so many frames, two pictures and control images for them; the models; the folder."""
+    for name in ("clips", "pictures", "control"):
+        (folder / name).mkdir(parents=True)
+    for seed, (name, count) in enumerate((frames or {"one": 9}).items()):
+        write_video(folder / "clips" / f"{name}.mp4", moving_square(count, 32, 32, seed), fps=30)
+        (folder / "clips" / f"{name}.txt").write_text(name, encoding="utf-8")
+    for name in ("pic", "other"):
+        write_image(folder / "pictures" / f"{name}.png", 32, 32)
+        write_image(folder / "control" / f"{name}.png", 32, 32)
+        (folder / "pictures" / f"{name}.txt").write_text(name, encoding="utf-8")
+    write_vae(folder / "vae.safetensors")
+    write_siglip(folder / "siglip.safetensors")
+    return folder
+
+
+def arguments(folder: Path, dataset: str, *switches: str, more: str = "") -> list[str]:
+    """The words behind the script's name; nothing in them but the dataset file has to exist."""
+    config = folder / "dataset.toml"
+    config.write_text(
+        dataset.format(folder=folder.as_posix(), more=more.format(folder=folder.as_posix())), encoding="utf-8"
+    )
+    models = ["--vae", str(folder / "vae.safetensors"), "--image_encoder", str(folder / "siglip.safetensors")]
+    return ["--dataset_config", str(config), "--device", "cpu", *models, "--vae_dtype", "float32", *switches]
+
+
+# sections of two latent frames, one or two of them
+SHORT = "target_frames = [9, 17]\nfp_latent_window_size = 2"
+CONTROL = 'control_directory = "{folder}/control"'
+
+
+@pytest.mark.parametrize(
+    ("dataset", "switches", "more", "message"),
+    [
+        (CLIPS, (), "", r"target_frames = \[1\], but clips of 1 frames are too short: a section takes 37"),
+        (
+            CLIPS,
+            ("--f1",),
+            "target_frames = [33, 73]",
+            "clips of 33 frames are too short: a section takes 37",
+        ),
+        (CLIPS, ("--one_frame",), SHORT, "these are videos"),
+        (CLIPS, (), SHORT + '\ncontrol_directory = "{folder}/clips"', "FramePack takes no control video"),
+        (PICTURES, (), "", "these are images"),
+        (
+            PICTURES,
+            ("--one_frame",),
+            "",
+            "needs control images, from which each image is made. Set control_directory",
+        ),
+        (PICTURES, ("--one_frame",), CONTROL + "\nfp_1f_clean_indices = [0, 10]", "pic_0.png, pic_1.png"),
+    ],
+)
+def test_what_cannot_be_cached_is_named_before_anything_is_loaded(
+    tmp_path: Path, dataset: str, switches: tuple[str, ...], more: str, message: str
+) -> None:
+    folder = make_project(tmp_path / "data")
+    for model in folder.glob("*.safetensors"):
+        model.unlink()  # what is not there cannot be loaded
+    with pytest.raises(DatasetError, match=message) as caught:
+        fpack_cache_latents.main(arguments(folder, dataset, *switches, more=more))
+    assert "dataset.toml, [[datasets]] 1" in str(caught.value)
+    assert not (folder / "cache").exists()
+
+
+def test_text_caches_are_those_of_the_known_tuners(tmp_path: Path) -> None:
+    files = write_tiny_framepack(tmp_path / "models")
+    write_clips(tmp_path / "clips")
+    write_dataset(tmp_path, frames="37", batch_size=3)
+    encoders = ("--text_encoder1", files.text_encoder1, "--text_encoder2", files.text_encoder2)
+    script = "fpack_cache_text_encoder_outputs.py"
+    succeed_here(script, "--dataset_config", tmp_path / "dataset.toml", *encoders, folder=tmp_path)
+
+    names = {f"clip {index}_fp_te.safetensors": caption for index, caption in enumerate(CAPTIONS)}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == names.keys()
+    for name, caption in names.items():
+        with safe_open(tmp_path / "cache" / name, framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()} == {
+            "llama_vec_float16": (torch.float16, (512, LLM_DIM)),
+            "llama_attention_mask": (torch.bool, (512,)),
+            "clip_l_pooler_float16": (torch.float16, (CLIP_DIM,)),
+        }
+        known = {key: text for key, text in metadata.items() if not key.startswith("reelsmith")}
+        assert known == {"architecture": "framepack", "format_version": "1.0.1", "caption1": caption}

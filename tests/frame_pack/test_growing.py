@@ -1,5 +1,6 @@
 """A FramePack video that can be watched while it is made."""
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fpack_generate_video import main
-from frame_pack.family import FramePack
-from frame_pack.sections import video_frames
+from frame_pack.family import FramePack, family_for_generation
+from frame_pack.options import FramePackGenerationOptions
+from frame_pack.sections import section_frames, video_frames
 from generation.denoise import make_latents
 from generation.progress import fade_in_clip
+from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.contract.data import MediaEncoders
 from modules.contract.steps import DecodePart, Piece, Section
-from modules.media.reading import video_frames as frames_in
-from modules.media.writing import write_png
+from modules.options import read_options
+from modules.parser import add_options
 from tests.frame_pack.stubs import CPU, RepeatingVae, family, images, request, texts
-from tests.tiny.framepack import write_tiny_framepack
+from tests.tiny.hunyuan_vae import write_vae
 
 SECTIONS = 4
 
@@ -91,38 +93,60 @@ def test_what_is_shown_is_what_the_finished_video_shows(is_f1: bool, window: int
         assert shown.shape[2] + edge.shape[2] == video_frames(SECTIONS - 1, window) - 4
 
 
-@pytest.mark.parametrize(
-    "more", [(), pytest.param(("--f1",), marks=pytest.mark.slow)], ids=["anti-drifting", "f1"]
-)
-def test_the_script_shows_a_video_until_it_is_there(
-    tmp_path: Path, more: tuple[str, ...], caplog: pytest.LogCaptureFixture
-) -> None:
-    files = write_tiny_framepack(tmp_path / "models")
-    write_png(tmp_path / "start.png", (torch.zeros(32, 32, 3, dtype=torch.uint8) + 99).numpy())
-    words = [
-        "--image_path",
-        str(tmp_path / "start.png"),
-        "--prompt",
-        "a cat",
-        "--seed",
-        "7",
-        "--save_path",
-        str(tmp_path / "out"),
-    ]
-    words += [
-        "--video_size",
-        "32",
-        "32",
-        "--latent_window_size",
-        "2",
-        "--video_sections",
-        "3",
-        "--infer_steps",
-        "1",
-    ]
-    with caplog.at_level("INFO"):
-        main([*words, "--device", "cpu", *files.models, *more])
-    (video,) = (tmp_path / "out").iterdir()
-    assert sum(1 for _ in frames_in(video)) == video_frames(3, 2)
-    assert caplog.text.count(f"Preview: {video.with_suffix('')}_progress.mp4") == 1
-    assert "preview of the video has failed" not in caplog.text
+def decoded_frames(latents: torch.Tensor, **settings: bool | int) -> tuple[torch.Tensor, list[int]]:
+    """The values of a corner over the frames, and the lengths that were decoded at once."""
+    vae = RepeatingVae()
+    pixels = torch.cat(list(family(**settings).decode(MediaEncoders(vae), latents)), dim=2)
+    return pixels[0, 0, :, 0, 0], vae.lengths
+
+
+def rising(count: int) -> torch.Tensor:
+    """Latents whose frames are 0, 1/64, 2/64 ... once they are scaled as the VAE takes them."""
+    return (torch.arange(count).float() / 64 * VAE_LATENT.scale).view(1, 1, -1, 1, 1).repeat(1, 16, 1, 2, 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("window", [9, 4])
+def test_sections_decode_to_as_many_frames_as_all_at_once(count: int, window: int) -> None:
+    latents = rising(window * count + 1)
+
+    blended, parts = decoded_frames(latents, window=window)
+    bulk, whole = decoded_frames(latents, window=window, bulk_decode=True)
+
+    assert len(blended) == len(bulk) == 4 * window * count + 1
+    assert whole == [window * count + 1]
+    assert parts == ([window + 1] if count == 1 else [2 * window + 1, *[2 * window] * (count - 2), window])
+
+
+class NumberingVae(RepeatingVae):
+    """Clips are a half, one, one and a half ...
+
+    all over, in the order of decoding: colours from 1 on do not exist.
+    """
+
+    def decode_unclamped(self, latents: Tensor) -> Iterator[Tensor]:
+        for chunk in super().decode_unclamped(latents):
+            yield torch.full_like(chunk, 0.5 * len(self.lengths))
+
+
+def test_seams_go_over_linearly_from_the_earlier_clip_to_the_later() -> None:
+    """Colours out of range are cut off after the transition, as released."""
+    chunks = family().decode(MediaEncoders(NumberingVae()), rising(28))
+    blended = torch.cat(list(chunks), dim=2)[0, 0, :, 0, 0]
+    overlap, weights = section_frames(9), torch.linspace(1, 0, section_frames(9))
+    seams = [weights * 0.5 * number + (1 - weights) * 0.5 * (number + 1) for number in (1, 2)]
+    expected = torch.cat([torch.full((73 - overlap,), 0.5), seams[0], torch.ones(69 - 2 * overlap), seams[1]])
+    torch.testing.assert_close(blended, expected.clamp(max=1))
+
+
+def test_what_is_decoded_together_is_cut_in_space_and_not_in_time(tmp_path: Path) -> None:
+    """Sections have transitions of their own; the VAE's would be further ones within them."""
+    parser = argparse.ArgumentParser()
+    add_options(parser, FramePackGenerationOptions)
+    args = parser.parse_args(
+        ["--vae", str(write_vae(tmp_path / "vae.safetensors")), "--vae_dtype", "float32"]
+    )
+    model = family_for_generation(read_options(FramePackGenerationOptions, args))
+    tiling = model.media_encoders(torch.device("cpu"), images=False).vae.tiling
+    assert tiling.edge == 256
+    assert tiling.frames >= 4 * 10_000

@@ -1,15 +1,32 @@
 """The FramePack transformer against recorded vectors, against diffusers, and against itself."""
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import hunyuan_model.checkpoints
+import wan.checkpoints
+from frame_pack.batches import HISTORY
+from frame_pack.checkpoints import identify, load_dit, read_dit_header
+from frame_pack.family import FramePack
+from frame_pack.files import FramePackFiles
 from frame_pack.model import FramePackModel
 from hunyuan_model.blocks import HunyuanTokens
+from modules import families
+from modules.checkpoints.model_files import read_once
+from modules.contract.data import Batch
+from modules.contract.loading import Placement
+from modules.errors import CacheError, CheckpointError
 from tests.frame_pack.making import CLEAN, golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS
+from tests.manifests import tensor_list, write_hollow
+from tests.tiny.framepack_dit import CONFIG, DIALECTS, tiny_state, write_dit
 
 NEAR = 2e-6  # of the largest value: the same formulas in float32, summed in another order
 
@@ -88,3 +105,167 @@ def test_samples_of_a_batch_may_stand_at_different_places() -> None:
         alone = {name: value[sample : sample + 1] for name, value in inputs.items()}
         assert (model(**alone) - together[sample]).abs().max() <= NEAR * together.abs().max()
     assert not torch.allclose(model(**tiny_inputs((5, 11)))[1], together[1])
+
+
+CPU = Placement(torch.device("cpu"))
+META = Placement(torch.device("meta"))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_gives_the_same_weights(tmp_path: Path, dialect: str) -> None:
+    state = tiny_state()
+    path = write_dit(tmp_path, state, dialect)
+
+    loaded = load_dit(path, CPU).state_dict()
+
+    assert read_once(path, read_dit_header).config == CONFIG
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_the_published_file_of_full_size_loads_without_leftovers(tmp_path: Path) -> None:
+    tensors = tensor_list("framepack-dit")
+
+    dit = load_dit(write_hollow(tmp_path / "dit.safetensors", tensors), META)
+
+    parameters = sum(weight.numel() for weight in dit.parameters())
+    assert parameters == sum(math.prod(shape) for _, shape in tensors.values()) == 12874314816
+    assert dit.compute_dtype == torch.bfloat16
+    config = dit.config
+    assert (config.dim, config.num_heads, config.double_blocks, config.single_blocks) == (3072, 24, 20, 40)
+    assert (config.text_dim, config.pooled_dim, config.image_dim, config.refiner_blocks) == (
+        4096,
+        768,
+        1152,
+        2,
+    )
+    assert (config.patch_size, config.in_dim, config.out_dim) == ((1, 2, 2), 16, 16)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_file_says_what_it_is_and_no_other_family_takes_it(tmp_path: Path, dialect: str) -> None:
+    path = write_dit(tmp_path, tiny_state(), dialect)
+
+    assert identify(path) == families.identify(path) == "it is a FramePack transformer (--dit)"
+    with pytest.raises(CheckpointError, match="is a FramePack transformer"):
+        read_once(path, hunyuan_model.checkpoints.read_dit_header)
+    with pytest.raises(CheckpointError, match="is not a Wan transformer"):
+        read_once(path, wan.checkpoints.read_dit_header)
+
+
+WINDOW, AREA = 2, (4, 6)
+Change = Callable[[dict[str, Tensor]], object]
+
+
+class Seen(nn.Module):
+    """Keeps what it is called with."""
+
+    def forward(
+        self, noisy: Tensor, *others: object, position_scale: object, tweaks: object, **history: object
+    ) -> Tensor:
+        self.given = (noisy, *others)
+        self.history = history
+        return noisy
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> FramePack:
+    return FramePack(
+        FramePackFiles(write_dit(tmp_path_factory.mktemp("dit"), tiny_state())), trained_guidance=2.5
+    )
+
+
+def batch() -> Batch:
+    """Two sections at different places, with all of their history: the first picture, and what comes behind
+    the section.
+    """
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(2, *shape, generator=generator)
+
+    def places(start: int, count: int) -> Tensor:
+        return torch.stack([torch.arange(start, start + count), torch.arange(start + 4, start + 4 + count)])
+
+    tensors = {
+        "latents": draw(16, WINDOW, *AREA),
+        "latent_indices": places(1, WINDOW),
+        "latents_clean": draw(16, 2, *AREA).half(),
+        "clean_latent_indices": torch.tensor([[0, 3], [0, 7]]),
+        "latents_clean_2x": draw(16, 2, *AREA),
+        "clean_latent_2x_indices": places(5, 2),
+        "latents_clean_4x": draw(16, 16, *AREA),
+        "clean_latent_4x_indices": places(7, 16),
+        "image_embeddings": draw(9, CONFIG.image_dim).half(),
+        "llama_vec": draw(512, CONFIG.text_dim),
+        "llama_attention_mask": torch.arange(512).expand(2, -1) < torch.tensor([[7], [500]]),
+        "clip_l_pooler": draw(CONFIG.pooled_dim),
+    }
+    return Batch(tensors, ("a cat", "a dog"), ("clip 0_00000-017-0001", "clip 1_00000-017-0000"))
+
+
+def changed(change: Change) -> Batch:
+    tensors = {name: value for name, value in batch().tensors.items() if isinstance(value, Tensor)}
+    change(tensors)
+    return replace(batch(), tensors=tensors)
+
+
+def predicted(family: FramePack, one: Batch) -> Seen:
+    dit, noisy = Seen(), torch.zeros(2, 16, WINDOW, *AREA)
+    family.predict(
+        dit, noisy, torch.tensor([965.5172, 3.0]), family.batch_conditions(one.tensor("latents"), one)
+    )
+    return dit
+
+
+def test_the_transformer_is_given_what_the_caches_hold(family: FramePack) -> None:
+    one = batch()
+    seen = predicted(family, one)
+    names = ("llama_vec", "llama_attention_mask", "clip_l_pooler", "image_embeddings", "latent_indices")
+
+    assert torch.equal(seen.given[1], torch.tensor([965.5172, 3.0]))  # not rounded
+    assert torch.equal(seen.given[5], torch.tensor([2500.0, 2500.0]))
+    for name, given in zip(names, (*seen.given[2:5], *seen.given[6:8]), strict=True):
+        assert given is one.tensors[name]
+    for latents, (argument, indices) in HISTORY.items():
+        assert torch.equal(seen.history[argument], one.tensor(latents).float())
+        assert seen.history[indices] is one.tensors[indices]
+    assert seen.history["clean_latents"].dtype == torch.float32  # as the noisy ones, whatever the caches keep
+
+
+def test_a_kind_of_history_without_latents_is_black_and_one_without_places_is_not_there(
+    family: FramePack,
+) -> None:
+    def without(tensors: dict[str, Tensor]) -> None:
+        del tensors["latents_clean_2x"], tensors["latents_clean_4x"], tensors["clean_latent_4x_indices"]
+
+    seen = predicted(family, changed(without))
+
+    assert seen.history.keys() == {
+        "clean_latents",
+        "clean_latent_indices",
+        "clean_latents_2x",
+        "clean_latent_2x_indices",
+    }
+    assert seen.history["clean_latents_2x"].shape == (2, 16, 2, *AREA)
+    assert not seen.history["clean_latents_2x"].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("llama_vec", "fpack_cache_text_encoder_outputs.py and the text encoders of HunyuanVideo"),
+        ("clip_l_pooler", "fpack_cache_text_encoder_outputs.py and the text encoders of HunyuanVideo"),
+        ("image_embeddings", "fpack_cache_latents.py and the SigLIP image encoder of FramePack"),
+    ],
+)
+def test_caches_of_another_encoder_are_named(family: FramePack, name: str, command: str) -> None:
+    def widen(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = torch.zeros(*tensors[name].shape[:-1], 96)
+
+    with pytest.raises(
+        CacheError,
+        match=rf"{name} in its cache is 96 numbers wide, .*framepack.safetensors takes .*{command}",
+    ):
+        predicted(family, changed(widen))

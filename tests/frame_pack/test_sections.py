@@ -2,13 +2,24 @@
 sections.
 """
 
+import argparse
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
+from frame_pack.configs import DIT
+from frame_pack.family import HISTORY, FramePack, family_for_generation
+from frame_pack.options import FramePackGenerationOptions
+from frame_pack.section_syntax import parse_entries
 from frame_pack.sections import (
     ANTI_DRIFTING,
+    F1,
+    Order,
     blend_overlaps,
     count_sections,
     count_tokens,
@@ -20,8 +31,18 @@ from frame_pack.sections import (
     section_frames,
     sections_in,
 )
+from hunyuan_model.options import AS_TRAINED
+from modules.compile import compile_blocks
+from modules.compile_options import Compilation
+from modules.contract.data import Conditions
+from modules.contract.loading import Placement
+from modules.errors import OptionError
 from modules.flow.schedule import make_schedule
+from modules.options import read_options
+from modules.parser import add_options
+from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.golden_cases import read_case
+from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
 
 DESCRIPTION, TENSORS = read_case("framepack_schedule")
 
@@ -57,9 +78,6 @@ def test_a_training_video_shorter_than_a_section_has_none() -> None:
 )
 def test_each_section_finds_its_entry(entries: dict[int, str], found: list[str]) -> None:
     assert [entry_for(entries, index, 3) for index in range(3)] == found
-
-
-# The history
 
 
 # The flow shift
@@ -126,3 +144,144 @@ def test_clips_are_taken_one_by_one_and_given_on_before_the_next() -> None:
     assert taken == [0]
     next(pieces)
     assert taken == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        ("a cat", {0: "a cat"}),
+        ("1:a cat: it walks", {0: "1:a cat: it walks"}),  # without ;;; a colon is plain text
+        ("0:a;;;1:b;;;-1:c", {0: "a", 1: "b", -1: "c"}),
+        ("a;;;2:b", {0: "a", 2: "b"}),
+        ("0-2:a;;;3:b", {0: "a", 1: "a", 2: "a", 3: "b"}),
+        ("0:a;;;1-2:b;;;2:c", {0: "a", 1: "b", 2: "c"}),  # the later counts
+        (" 0 : a ;;; 1 : b ", {0: "a", 1: "b"}),
+        ("0:a: b;;;1:c:d", {0: "a: b", 1: "c:d"}),
+        ("3:c;;;2:b", {0: "b", 2: "b", 3: "c"}),  # no entry 0: the first from the start
+        ("-1:c;;;-2:b", {0: "b", -1: "c", -2: "b"}),  # the furthest from the end
+        ("a cat: it walks;;;1:b", {0: "a cat: it walks", 1: "b"}),
+        (r"C:\a.png;;;-1:D:\b.png", {0: r"C:\a.png", -1: r"D:\b.png"}),
+        (r"0:C:\a.png;;;1:D:\b.png", {0: r"C:\a.png", 1: r"D:\b.png"}),
+        ("--1:a;;;1:b", {0: "--1:a", 1: "b"}),
+        ("0:a;;; ;;;", {0: "a"}),
+        (";;;", {0: ""}),
+        ("-1-1:a;;;0:b", {-1: "a", 0: "b", 1: "a"}),
+    ],
+)
+def test_pieces_are_for_the_sections_they_name(text: str, entries: dict[int, str]) -> None:
+    assert parse_entries(text, "--prompt") == entries
+
+
+@pytest.mark.parametrize("text", ["3-1:a;;;0:b", "0-99999999:a;;;0:b"])
+def test_ranges_that_cannot_be_are_refused(text: str) -> None:
+    with pytest.raises(OptionError, match=r"--image_path: \d-\d+ is not a range of sections"):
+        parse_entries(text, "--image_path")
+
+
+INPUTS = tiny_inputs((7,))
+NAMES = {"llama_vec": "llama", "llama_attention_mask": "llama_mask", "clip_l_pooler": "clip_l"}
+NAMES |= {name: latents for name, (latents, _) in HISTORY.items()}
+CONDITIONS: Conditions = {ours: INPUTS[theirs] for ours, theirs in NAMES.items()} | {
+    name: value
+    for name, value in INPUTS.items()
+    if name in ("guidance", "image_embeddings") or name.endswith("indices")
+}
+
+
+def options(*words: str) -> FramePackGenerationOptions:
+    parser = argparse.ArgumentParser()
+    add_options(parser, FramePackGenerationOptions)
+    return read_options(FramePackGenerationOptions, parser.parse_args(list(words)))
+
+
+def velocity(
+    family: FramePack, dit: nn.Module, timestep: float, guidance: torch.dtype = torch.float32
+) -> Tensor:
+    conditions = {**CONDITIONS, "guidance": INPUTS["guidance"].to(guidance)}
+    return family.predict(dit, INPUTS["noisy"], torch.tensor([timestep]), conditions)
+
+
+def scaled(dit: nn.Module, timestep: float, factor: float, guidance: torch.dtype = torch.float32) -> Tensor:
+    given: dict[str, Any] = INPUTS | {
+        "timesteps": torch.tensor([timestep]),
+        "guidance": INPUTS["guidance"].to(guidance).float(),
+    }
+    return dit(**given, position_scale=factor)
+
+
+def test_positions_are_scaled_from_the_threshold_on() -> None:
+    family, dit = family_for_generation(options("--rope_scaling_timestep_threshold", "800")), tiny_model()
+
+    assert torch.equal(velocity(family, dit, 799.0), scaled(dit, 799.0, 1.0))
+    assert torch.equal(velocity(family, dit, 800.0), scaled(dit, 800.0, 0.5))
+    assert not torch.equal(scaled(dit, 800.0, 0.5), scaled(dit, 800.0, 1.0))
+    family = family_for_generation(
+        options("--rope_scaling_timestep_threshold", "800", "--rope_scaling_factor", "0.7")
+    )
+    assert torch.equal(velocity(family, dit, 900.0), scaled(dit, 900.0, 0.7))
+
+
+def test_the_text_is_multiplied_in_the_transformer_that_is_loaded(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state())
+    family = family_for_generation(options("--dit", str(path), "--te_multiplier", "1.3", "0.7"))
+    expected = tiny_model()
+    plain = expected(**INPUTS)
+    refiner = expected.context_embedder
+    for block in refiner.token_refiner.refiner_blocks:
+        block.register_forward_hook(lambda _, given, out: 1.3 * out)
+    refiner.time_text_embed.text_embedder.register_forward_hook(lambda _, given, out: 0.7 * out)
+
+    found = family.load_dit(Placement(torch.device("cpu")))(**INPUTS)
+
+    assert torch.equal(found, expected(**INPUTS))
+    assert not torch.equal(found, plain)
+    unchanged = replace(family, files=replace(family.files, reading=AS_TRAINED)).load_dit(
+        Placement(torch.device("cpu"))
+    )
+    assert torch.equal(unchanged(**INPUTS), plain)
+
+
+SIZES = {"double_blocks": 2, "single_blocks": 3}
+ONE = tiny_inputs((11,))  # one sample, of tokens enough to multiply in 8 bits
+WINDOW = ONE["noisy"].shape[2]
+COMPILED_NEAR = 1e-5  # of the largest value, float32: sums in another order
+
+
+@pytest.fixture(params=[ANTI_DRIFTING, F1], ids=["anti-drifting", "f1"])
+def sections(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What the transformer is given in each section of a video of five."""
+    start = torch.randn(1, CONFIG.in_dim, 1, 6, 10, generator=torch.Generator().manual_seed(1))
+    order: Order = request.param
+    history, found = order.begin(start, None), []
+    for section in order.plan(5, WINDOW, ()):
+        seen, places = order.seen(start, history), section.indices
+        found.append(
+            ONE
+            | {
+                "latent_indices": torch.tensor([places.target]),
+                "clean_latents": seen.clean,
+                "clean_latent_indices": torch.tensor([places.clean]),
+                "clean_latents_2x": seen.clean_2x,
+                "clean_latent_2x_indices": torch.tensor([places.clean_2x]),
+                "clean_latents_4x": seen.clean_4x,
+                "clean_latent_4x_indices": torch.tensor([places.clean_4x]),
+            }
+        )
+        history = order.grown(history, ONE["noisy"])
+    return found
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_compiled_blocks_of_each_list_share_one_compilation_in_all_sections(
+    sections: list[dict[str, Any]],
+) -> None:
+    dit = tiny_model(**SIZES)
+    with torch.no_grad():
+        expected = [dit(**inputs) for inputs in sections]
+        compile_blocks(dit, DIT, Compilation("eager", fullgraph=True))
+
+        found = [dit(**inputs) for inputs in sections]
+
+    assert counters["stats"]["unique_graphs"] == len(DIT.block_lists) == 2
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= COMPILED_NEAR * other.abs().max()

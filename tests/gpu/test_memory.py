@@ -94,10 +94,7 @@ WORKS = (
     Work("rotary", halves(TOKENS), turned),
     Work("attention", halves(TOKENS, TOKENS, TOKENS), attend, learning=3),
     Work(
-        "cross attention",
-        halves(TOKENS, (1, 512, HEADS, WIDTH), (1, 512, HEADS, WIDTH)),
-        attend,
-        learning=3,
+        "cross attention", halves(TOKENS, (1, 512, HEADS, WIDTH), (1, 512, HEADS, WIDTH)), attend, learning=3
     ),
     Work("gelu", halves((1, LENGTH, 8960)), lambda x: functional.gelu(x, approximate="tanh")),
 )

@@ -1,4 +1,6 @@
-"""HunyuanImage-2.1 as the shared loops see it: sampling, prompts, sizes, options, and what is refused."""
+"""HunyuanImage-2.1 as the shared loops see it: sampling, prompts, sizes, options, and what is refused; its
+transformer against recorded vectors and diffusers; and its files.
+"""
 
 import argparse
 import json
@@ -13,27 +15,37 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
 from generation.denoise import LoopStart, SeededNoise, denoise
+from hunyuan_image.checkpoints import load_dit, read_dit_header
 from hunyuan_image.configs import LATENT, NOISE
 from hunyuan_image.family import GENERATION, SAMPLES, HunyuanImage
 from hunyuan_image.files import HunyuanImageFiles
-from hunyuan_image.options import (
-    HunyuanImageTrainingOptions,
-    ProjectedGuidanceOptions,
-    translate_training,
-)
+from hunyuan_image.options import HunyuanImageTrainingOptions, ProjectedGuidanceOptions, translate_training
 from hunyuan_image_train_network import DEFAULTS as TRAINING
+from modules.checkpoints.opening import open_checkpoint
 from modules.contract.data import Batch, MediaTable
+from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Request
 from modules.contract.steps import EncodedPrompts, Section
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
-from modules.families import FAMILIES
+from modules.families import FAMILIES, identify
 from modules.flow.schedule import make_schedule
 from modules.flow.solvers import solver_for
 from modules.options import read_options
 from modules.parser import add_options
 from tests.golden_cases import FOLDER, read_case
-from tests.hunyuan_image.making import golden_model, tiny_model
-from tests.tiny.hunyuan_image import GLYPH_DIM, TEXT_DIM, tiny_state, write_dit, write_tiny_hunyuan_image
+from tests.hunyuan_image.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.manifests import tensor_list, write_hollow
+from tests.tiny.hunyuan_dit import tiny_state as video_state
+from tests.tiny.hunyuan_encoders import save
+from tests.tiny.hunyuan_image import (
+    CONFIG,
+    DIALECTS,
+    GLYPH_DIM,
+    TEXT_DIM,
+    tiny_state,
+    write_dit,
+    write_tiny_hunyuan_image,
+)
 from training.image_options import image_training_parser
 
 CPU = torch.device("cpu")
@@ -243,3 +255,100 @@ def test_tiles_are_those_of_the_release_and_not_too_small() -> None:
     assert (plain.tile, tiled.tile) == (None, 384)
     with pytest.raises(OptionError, match="--vae_spatial_tile_sample_min_size 64"):
         read_options(HunyuanImageTrainingOptions, training_args("--vae_spatial_tile_sample_min_size", "64"))
+
+
+NEAR = 3e-6  # of the largest value: the same formulas in float32, summed in another order
+
+
+def test_forward_equals_the_recorded_output() -> None:
+    case, tensors = read_case("hunyuan_image_dit")
+    inputs = (tensors[name] for name in ("text", "text_mask", "byt5", "byt5_mask"))
+
+    velocity = golden_model()(tensors["x"], tensors["t"].float(), *inputs)
+
+    assert velocity.dtype == torch.float32
+    torch.testing.assert_close(velocity, tensors["out"], **case["tolerance"]["out"])
+
+
+def test_refined_text_order_and_rotary_angles_equal_the_recorded_ones() -> None:
+    case, tensors = read_case("hunyuan_image_dit")
+    model, counts = golden_model(), tensors["text_mask"].sum(1).tolist()
+
+    text = model.txt_in(tensors["text"], tensors["t"].float(), counts, torch.float32)
+    inputs = (tensors[name] for name in ("text", "text_mask", "byt5", "byt5_mask"))
+    x, tokens = model.embed(tensors["x"], tensors["t"].float(), *inputs)
+
+    glyphs = tensors["byt5_mask"].sum(1).tolist()
+    for sample, count in enumerate(counts):
+        torch.testing.assert_close(
+            text[sample, :count], tensors["refined_text"][sample, :count], rtol=0, atol=2e-4
+        )
+        start = tokens.video + glyphs[sample]
+        assert torch.equal(x[sample, start : start + count], text[sample, :count])
+    turns = tokens.rotary.squeeze(1).repeat_interleave(2, dim=-2)
+    for index, name in enumerate(("rope_cos", "rope_sin")):
+        torch.testing.assert_close(turns[..., index], tensors[name], rtol=0, atol=1e-6)
+    assert tokens.lengths is not None
+    real = tensors["joined_mask"].sum(1)
+    assert [count - tokens.video for count in tokens.lengths.counts] == real.tolist()
+    assert x.shape[1] - tokens.video == real.max()  # cut to the longest
+
+
+@pytest.mark.parametrize(
+    ("lengths", "glyphs"), [((5, 9), (4, 0)), ((7,), (6,)), ((9, 9), (2, 2)), ((1, 3), (0, 0))]
+)
+def test_forward_equals_diffusers_with_the_same_weights(
+    lengths: tuple[int, ...], glyphs: tuple[int, ...]
+) -> None:
+    inputs = tiny_inputs(lengths, glyphs)
+
+    velocity = tiny_model()(**inputs)
+
+    expected = run_there(in_diffusers(), inputs)
+    assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+PLACE = Placement(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_layout_gives_the_same_network(dialect: str, tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state(), dialect)
+
+    dit = load_dit(path, PLACE)
+
+    assert dit.config == CONFIG
+    with torch.no_grad():
+        assert torch.equal(dit(**tiny_inputs()), tiny_model()(**tiny_inputs()))
+
+
+def test_the_published_transformer_loads_at_full_size(tmp_path: Path) -> None:
+    path = write_hollow(tmp_path / "hunyuanimage2.1.safetensors", tensor_list("hunyuanimage2.1-dit"))
+
+    dit = load_dit(path, Placement(torch.device("meta")))
+
+    config = dit.config
+    assert (config.dim, config.num_heads, config.double_blocks, config.single_blocks) == (3584, 28, 20, 40)
+    assert (config.in_dim, config.text_dim, config.glyph_dim) == (64, 3584, 1472)
+    assert sum(each.numel() for each in dit.parameters()) == 17425795520
+    assert dit.compute_dtype == torch.bfloat16
+    assert identify(path) == "it is a HunyuanImage-2.1 transformer (--dit)"
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({**tiny_state(), "time_r_in.mlp.0.weight": torch.zeros(2)}, "distilled"),
+        ({**tiny_state(), "guidance_in.mlp.0.weight": torch.zeros(2)}, "distilled"),
+        (video_state(), "HunyuanVideo"),
+        ({**tiny_state(), "img_in.proj.weight": torch.zeros(64, 64, 2, 2)}, "patches of 2 x 2"),
+        (tiny_state(in_dim=16), "16 latent channels"),
+        ({key: value for key, value in tiny_state().items() if "time_in" not in key}, "incomplete"),
+    ],
+    ids=["meanflow", "guidance", "video", "patches", "channels", "incomplete"],
+)
+def test_other_files_are_refused_by_name(state: dict[str, Tensor], says: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "dit.safetensors", state)
+
+    with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError, match=says):
+        read_dit_header(checkpoint)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hunyuan_model.configs import HunyuanVideoConfig
+from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.model import HunyuanVideoModel
-from tests.golden_cases import make_weights, read_case
+from tests.golden_cases import load_model, read_case
 from tests.tiny.hunyuan_dit import CONFIGS, diffusers_state, tiny_state
 
 TEXT_ROWS = 12
@@ -17,23 +17,6 @@ TEXT_ROWS = 12
 def golden_model(case: str) -> tuple[HunyuanVideoModel, dict[str, Tensor], dict[str, Any]]:
     """The model of a golden case, the inputs of its forward pass, and what is stored beside them."""
     description, tensors = read_case(case)
-    sizes = description["config"]
-    config = HunyuanVideoConfig(
-        dim=sizes["hidden_size"],
-        ffn_dim=int(sizes["hidden_size"] * sizes["mlp_width_ratio"]),
-        num_heads=sizes["heads_num"],
-        double_blocks=sizes["mm_double_blocks_depth"],
-        single_blocks=sizes["mm_single_blocks_depth"],
-        refiner_blocks=sizes["refiner_depth"],
-        refiner_ffn_dim=int(sizes["hidden_size"] * sizes["mlp_width_ratio"]),
-        in_dim=sizes["in_channels"],
-        out_dim=sizes["out_channels"],
-        text_dim=sizes["text_states_dim"],
-        pooled_dim=sizes["text_states_dim_2"],
-        has_guidance=sizes["guidance_embed"],
-    )
-    model = HunyuanVideoModel(config)
-    model.load_state_dict(make_weights(description["weights_model_key"], description["weights"]))
     names = {
         "noisy": "x",
         "timesteps": "t",
@@ -43,7 +26,7 @@ def golden_model(case: str) -> tuple[HunyuanVideoModel, dict[str, Tensor], dict[
         "guidance": "guidance",
     }
     inputs = {ours: tensors[theirs] for ours, theirs in names.items()}
-    return model.eval().requires_grad_(False), inputs, tensors | {"tolerance": description["tolerance"]}
+    return load_model(case, load_dit), inputs, tensors | {"tolerance": description["tolerance"]}
 
 
 def tiny_model(kind: str, **sizes: int) -> HunyuanVideoModel:

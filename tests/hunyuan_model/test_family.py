@@ -13,8 +13,7 @@ from generation.denoise import SeededNoise
 from hunyuan_model import conditioning
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
-from hunyuan_model.vae import load_vae
-from modules.contract.data import Batch, MediaBatch, MediaEncoders, MediaTable
+from modules.contract.data import Batch, MediaTable
 from modules.contract.loading import Placement
 from modules.contract.requests import Request
 from modules.contract.steps import EncodedPrompts
@@ -41,10 +40,7 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> FamilyOf:
         if (kind, dtype) not in made:
             files = write_tiny_hunyuan(root / f"{kind} {dtype}", kind, dtype)
             made[kind, dtype] = HunyuanFiles(
-                files.dit,
-                vae=files.vae,
-                text_encoder1=files.text_encoder1,
-                text_encoder2=files.text_encoder2,
+                files.dit, vae=files.vae, text_encoder1=files.text_encoder1, text_encoder2=files.text_encoder2
             )
         files_there = replace(made[kind, dtype], dit_dtype=settings.pop("dit_dtype", None))
         return HunyuanVideo(files_there, **settings)  # type: ignore[arg-type]
@@ -265,24 +261,6 @@ def test_the_caching_command_is_that_for_the_transformer(family_of: FamilyOf) ->
     assert family_of().caching_switches == ()
     assert family_of("i2v").caching_switches == ("--i2v",)
     assert HunyuanVideo(HunyuanFiles()).caching_switches == ()  # --show_timesteps does without a transformer
-
-
-def test_an_items_latents_do_not_depend_on_its_neighbours(family_of: FamilyOf) -> None:
-    """Nor on --i2v; another name gives another sample of the posterior."""
-    family = family_of()
-    encoders = MediaEncoders(load_vae(family.files.vae_path, CPU, torch.float32))
-    frames = torch.randint(
-        0, 256, (2, 5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
-    media = MediaBatch(frames, ("one", "two"), ((0, 5), (0, 5)))
-
-    both = family.encode_media(encoders, media)
-    alone = replace(family, caches_image=True).encode_media(encoders, media.split_for(torch.device("cpu"))[1])
-    renamed = family.encode_media(encoders, replace(media.split_for(torch.device("cpu"))[1], keys=("three",)))
-
-    assert torch.equal(both[1][0].tensors["latents"], alone[0][0].tensors["latents"])
-    assert alone[0][0].tensors["latents_image"].shape == (16, 1, 4, 4)
-    assert not torch.equal(both[1][0].tensors["latents"], renamed[0][0].tensors["latents"])
 
 
 def test_control_videos_are_refused(family_of: FamilyOf) -> None:

@@ -17,12 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hunyuan_model.text_encoders import (
-    IMAGE_TEMPLATE,
-    VIDEO_TEMPLATE,
-    HunyuanClip,
-    LlavaTextEncoder,
-)
+from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE, HunyuanClip, LlavaTextEncoder
 from modules.contract.family import TextEncoder
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError

@@ -6,9 +6,9 @@ import torch
 from diffusers import Lumina2Transformer2DModel
 from torch import Tensor
 
-from lumina.configs import LuminaConfig
+from lumina.checkpoints import load_dit
 from lumina.model import LuminaModel
-from tests.golden_cases import make_weights, read_case
+from tests.golden_cases import load_model
 from tests.tiny.lumina import CONFIG, diffusers_state, tiny_state
 
 TEXT_ROWS = 12
@@ -16,25 +16,7 @@ TEXT_ROWS = 12
 
 def golden_model() -> LuminaModel:
     """The model of the golden cases."""
-    description, _ = read_case("lumina_dit")
-    sizes = description["config"]
-    config = LuminaConfig(
-        dim=sizes["dim"],
-        ffn_dim=sizes["ffn_dim"],
-        num_heads=sizes["n_heads"],
-        num_kv_heads=sizes["n_kv_heads"],
-        num_layers=sizes["n_layers"],
-        noise_refiner_layers=sizes["n_refiner_layers"],
-        context_refiner_layers=sizes["n_refiner_layers"],
-        in_dim=sizes["in_channels"],
-        text_dim=sizes["cap_feat_dim"],
-        time_dim=sizes["time_dim"],
-    )
-    model = LuminaModel(config)
-    weights = make_weights(description["weights_model_key"], description["weights"])
-    del weights["norm_final.weight"]  # in the files, but not used
-    model.load_state_dict(weights)
-    return model.eval().requires_grad_(False)
+    return load_model("lumina_dit", load_dit)
 
 
 def tiny_model() -> LuminaModel:

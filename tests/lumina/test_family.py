@@ -1,28 +1,44 @@
-"""Lumina-Image-2.0 as the shared loops see it: sampling, prompts, sizes, options, and what is refused."""
+"""Lumina-Image-2.0 as the shared loops see it: sampling, prompts, sizes, options, and what is refused; its
+transformer against recorded vectors and diffusers; its text encoder; and its files.
+"""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from encoders.autoencoder import read_autoencoder_header
 from generation.denoise import make_latents
+from lumina.checkpoints import load_dit, read_dit_header
 from lumina.family import DEFAULTS, Lumina
 from lumina.files import LuminaFiles
+from lumina.gemma import load_gemma, read_gemma
 from lumina.official_options import generation_words, read_minimal
 from lumina.options import LuminaTrainingOptions, translate_training
+from lumina.text_encoder import GemmaTextEncoder
 from lumina_generate_image import DEFAULTS as SCRIPT
 from lumina_train_network import DEFAULTS as TRAINING
+from modules import families
+from modules.checkpoints.model_files import read_once
+from modules.contract.family import can_learn
+from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt, Request
 from modules.contract.steps import EncodedPrompts
-from modules.errors import OptionError
+from modules.errors import CheckpointError, OptionError
 from modules.flow.schedule import make_schedule
 from modules.parser import add_options
-from tests.golden_cases import FOLDER, read_case
-from tests.lumina.making import golden_model
+from modules.run_blocks import spec_of
+from tests.golden_cases import FOLDER, make_weights, read_case
+from tests.lumina.making import golden_model, in_diffusers, tiny_inputs, tiny_model
+from tests.manifests import TensorList, tensor_list, write_hollow
+from tests.tiny.lumina import ALL_IN_ONE, CONFIG, gemma_state, tiny_state, write_dit, write_gemma
+from tests.tiny.pieces import train_pieces
 from training.image_options import image_training_parser
 
 CPU = torch.device("cpu")
@@ -143,13 +159,7 @@ def test_the_guides_command_is_that_of_the_generation_script(tmp_path: Path) -> 
             "0",
         ]
         + [
-            "--image_width",
-            "1000",
-            "--image_height",
-            "777",
-            "--lora_weights",
-            f"{lora};0.5",
-            "other",
+            *("--image_width", "1000", "--image_height", "777", "--lora_weights", f"{lora};0.5", "other"),
             "--offload",
         ]
         + ["--use_sage_attn", "--system_prompt", "Draw."],
@@ -167,3 +177,186 @@ def test_the_guides_command_is_that_of_the_generation_script(tmp_path: Path) -> 
 
 def test_prompt_lines_have_the_options_of_lumina_s_guidance() -> None:
     assert {SCRIPT.line_options[letter].key for letter in ("ctr", "rcfg")} == set(SCRIPT.extras)
+
+
+PLACE, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
+LAYOUTS = ("safetensors", "sharded", "prefixed", "diffusers", "diffusers_sharded")
+
+
+def all_in_one() -> TensorList:
+    """A file as Neta Lumina's: transformer, text encoder and autoencoder."""
+    parts = {
+        "model.diffusion_model.": tensor_list("lumina2-dit"),
+        ALL_IN_ONE: tensor_list("gemma2-2b-comfy"),
+        "vae.": tensor_list("flux1-ae"),
+    }
+    tensors = {start + name: entry for start, part in parts.items() for name, entry in part.items()}
+    beside = {"logit_scale": ("F32", ()), "spiece_model": ("U8", (4096,))}
+    return tensors | {f"text_encoders.gemma2_2b.{name}": entry for name, entry in beside.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_weights_and_dimensions(tmp_path: Path, layout: str) -> None:
+    state = tiny_state()
+    path = write_dit(
+        tmp_path,
+        state | {"norm_final.weight": torch.ones(CONFIG.dim)} if layout == "safetensors" else state,
+        layout,
+    )
+
+    loaded = load_dit(path, PLACE).state_dict()
+
+    assert read_once(path, read_dit_header).config == CONFIG
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    assert families.identify(path) == "it is a Lumina-Image-2.0 transformer (--pretrained_model_name_or_path)"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, alone: bool) -> None:
+    """Alone, and all three networks in one file."""
+    tensors = tensor_list("lumina2-dit")
+    path = write_hollow(tmp_path / "dit.safetensors", tensors if alone else all_in_one())
+
+    dit = load_dit(path, META)
+
+    unused = math.prod(tensors["norm_final.weight"][1])
+    assert sum(weight.numel() for weight in dit.parameters()) == 2609771456 - unused
+    assert (dit.config.dim, dit.config.num_heads, dit.config.num_kv_heads) == (2304, 24, 8)
+    assert (dit.config.num_layers, dit.config.text_dim, dit.compute_dtype) == (26, 2304, torch.bfloat16)
+    text = path if not alone else write_hollow(tmp_path / "g.safetensors", tensor_list("gemma2-2b-comfy"))
+    gemma = load_gemma(text, torch.device("meta"), torch.bfloat16)
+    assert len(gemma.get_submodule("layers")) == 25  # type: ignore[arg-type]
+    last = ("model.layers.25.", "model.norm.")  # not needed for the state before it
+    left = [shape for name, (_, shape) in tensor_list("gemma2-2b-comfy").items() if not name.startswith(last)]
+    assert sum(weight.numel() for weight in gemma.parameters()) == sum(map(math.prod, left))
+    if not alone:
+        assert read_autoencoder_header(path).latent_channels == 16
+
+
+@pytest.mark.parametrize("which", ["gemma", "cut"])
+def test_other_files_are_refused_with_what_to_give(tmp_path: Path, which: str) -> None:
+    state = gemma_state() if which == "gemma" else tiny_state()
+    state.pop("t_embedder.mlp.0.weight", None)
+    save_file(state, tmp_path / "file.safetensors")
+    kind = "is not a Lumina-Image-2.0 transformer; it looks like a Gemma language model"
+    words = "incomplete Lumina-Image-2.0" if which == "cut" else kind
+
+    with pytest.raises(CheckpointError, match=words):
+        load_dit(tmp_path / "file.safetensors", PLACE)
+
+
+def test_a_file_that_is_no_gemma_2_is_refused(tmp_path: Path) -> None:
+    path = write_dit(tmp_path, tiny_state())
+    with pytest.raises(CheckpointError, match="is not a Gemma 2 language model"):
+        read_once(path, _width)
+    other = gemma_state() | {"model.layers.0.self_attn.q_norm.weight": torch.ones(32)}
+    save_file(other, tmp_path / "gemma3.safetensors")
+    with pytest.raises(CheckpointError, match="is not a Gemma 2 language model"):
+        read_once(tmp_path / "gemma3.safetensors", _width)
+
+
+def _width(checkpoint: object) -> int:
+    return read_gemma(checkpoint).config.dim  # type: ignore[arg-type]
+
+
+NEAR = 3e-6  # of the largest value: the same formulas in float32, summed in another order
+
+
+def test_forward_equals_the_recorded_output() -> None:
+    description, tensors = read_case("lumina_dit")
+
+    direction = golden_model()(tensors["x"], tensors["t"], tensors["cap_feats"], tensors["cap_mask"])
+
+    torch.testing.assert_close(direction, tensors["out"], **description["tolerance"]["out"])
+    expected = tensors["out_qk_eps_1e-5"]
+    assert (direction - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+@pytest.mark.parametrize("lengths", [(5, 11), (7,), (12, 12), (1, 3, 9)])
+def test_forward_equals_diffusers_with_the_same_weights(lengths: tuple[int, ...]) -> None:
+    inputs = tiny_inputs(lengths)
+
+    direction = tiny_model()(**inputs)
+
+    expected = in_diffusers(tiny_state())(*inputs.values()).sample
+    assert (direction - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+SYSTEM = "You are an assistant designed to generate high-quality images based on user prompts."
+
+
+def tiny_encoder(tmp_path: Path, **settings: object) -> GemmaTextEncoder:
+    encoder = GemmaTextEncoder(write_gemma(tmp_path / "gemma"), torch.float32, **settings)  # type: ignore[arg-type]
+    encoder.load(CPU)
+    return encoder
+
+
+def test_texts_ids_and_states_equal_those_recorded(tmp_path: Path) -> None:
+    description, tensors = read_case("lumina_text")
+    recorded = description["models"]["gemma2"]
+    folder = write_gemma(tmp_path)
+    save_file(make_weights(recorded["weights_model_key"], recorded["weights"]), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma2", **recorded["config"]}), "utf-8")
+
+    for with_system in (SYSTEM, ""):
+        encoder = GemmaTextEncoder(folder, torch.float32, None, with_system, max_tokens=description["length"])
+        encoder.load(CPU)
+        cases = [n for n, case in enumerate(description["texts"]) if case["system_prompt"] == with_system]
+        texts = [description["texts"][number] for number in cases]
+        prompts = [Prompt(case["prompt"], is_negative=case["is_negative"]) for case in texts]
+        with torch.no_grad():
+            encoded = encoder.encode(prompts)
+
+        assert [encoder.write(prompt).text for prompt in prompts] == [case["text"] for case in texts]
+        for number, found in zip(cases, encoded, strict=True):
+            assert torch.equal(found["input_ids"], tensors["ids"][number])  # type: ignore[arg-type]
+            assert torch.equal(found["attention_mask"], tensors["mask"][number])  # type: ignore[arg-type]
+            torch.testing.assert_close(found["hidden_state"], tensors["states"][number], atol=3e-4, rtol=0)
+
+
+def test_a_negative_prompt_has_the_system_prompt_only_if_asked_for(tmp_path: Path) -> None:
+    folder = write_gemma(tmp_path)
+    for in_negative, expected in ((False, "dull"), (True, "Draw. <Prompt Start> dull")):
+        encoder = GemmaTextEncoder(folder, system_prompt="Draw.", in_negative=in_negative)
+        assert encoder.write(Prompt("dull", is_negative=True)).text == expected
+        assert encoder.write(Prompt("dull")).text == "Draw. <Prompt Start> dull"
+    assert Prompt("dull") != Prompt("dull", is_negative=True)  # what the cache of a session looks up
+
+
+def test_gradients_flow_and_a_lora_finds_the_layers(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path, max_tokens=16)
+    assert can_learn(encoder)
+    assert encoder.lora_prefix == "lora_te"
+    weight = encoder.network.get_parameter("layers.0.mlp.up_proj.weight").requires_grad_()
+
+    encoder.encode([Prompt("a cat")])[0]["hidden_state"].sum().backward()  # type: ignore[union-attr]
+
+    assert weight.grad is not None
+    assert weight.grad.abs().max() > 0
+    assert [len(blocks) for blocks in spec_of(encoder.network).blocks(encoder.network).values()] == [2]
+
+
+def test_the_tokenizer_inside_a_file_is_that_beside_it(tmp_path: Path) -> None:
+    """SentencePiece bytes as ComfyUI puts them into the file."""
+    model = train_pieces(tokens=60)
+    folder = write_gemma(tmp_path / "gemma")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(model)
+    beside = GemmaTextEncoder(folder, torch.float32, max_tokens=16)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    weights = load_file(folder / "model.safetensors")
+    blob = torch.frombuffer(bytearray(model), dtype=torch.uint8)
+    save_file(weights | {"spiece_model": blob}, alone / "gemma.safetensors")
+    (alone / "config.json").write_bytes((folder / "config.json").read_bytes())
+    inside = GemmaTextEncoder(alone / "gemma.safetensors", torch.float32, max_tokens=16)
+    found = []
+    for encoder in (beside, inside):
+        encoder.load(CPU)
+        with torch.no_grad():
+            found.append(encoder.encode([Prompt("a red cat")])[0])
+
+    assert found[0]["input_ids"][0] == 2  # type: ignore[index]
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])  # type: ignore[arg-type]
+    assert inside.identity["gemma2_tokenizer"] == "inside the checkpoint"

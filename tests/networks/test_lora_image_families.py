@@ -12,12 +12,13 @@ from torch import Tensor, nn
 import tests.flux.making as flux
 import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
+from flux.checkpoints import load_dit
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
-from tests.golden_cases import make_weights, read_case
+from tests.golden_cases import load_model, make_weights, read_case
 from tests.tiny.loras import make_lora
 from tests.tiny.lumina import tiny_state
 
@@ -64,7 +65,7 @@ def gradients(network: OwnNetwork) -> dict[str, Tensor]:
 
 
 def _flux(case: str, given: dict[str, Tensor]) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    model, _, _ = flux.golden_model(case)
+    model = load_model(case, load_dit)
     guidance = torch.ones(2) if "pooled" in given else None
 
     def run(noisy: Tensor) -> Tensor:

@@ -1,8 +1,14 @@
 """The wheel: what is in it, and that it does what the checkout does."""
 
 import json
+import os
+import subprocess
+import sys
+import venv
 import zipfile
+from collections.abc import Mapping
 from configparser import ConfigParser
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,11 +17,52 @@ from safetensors.torch import load_file
 from modules.version import VERSION
 from package.rewriting import find_own_imports
 from package.staging import find_own_names, find_rooms
-from tests.commands import ROOT, assert_user_error, run_python, run_script
-from tests.package.installing import Installed, build, install
+from tests.commands import ROOT, assert_user_error, run_program, run_python, run_script
 from tests.test_imports import HEAVY, SCRIPTS, TOOLS
 from tests.tiny.families import FAMILIES
 from tests.tiny.wan_dit import tiny_state, write_dit
+
+BUILD = "import sys; from package import backend; to = sys.argv[1]; backend.build_{kind}(to)"
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An environment with the package, and an empty folder to work in."""
+
+    python: Path
+    packages: Path  # its site-packages
+    folder: Path
+
+    def run(
+        self, *words: object, environment: Mapping[str, str] | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a console command, or `python`, in the empty folder."""
+        program = self.python.with_name(str(words[0]))
+        clean = {"PYTHONPATH": "", **(environment or {})}
+        return run_program(program, *words[1:], folder=self.folder, environment=clean, check=check)
+
+
+def build(kind: str, folder: Path) -> Path:
+    """Build the wheel or the sdist of the checkout into `folder`. Returns the file."""
+    run_python("-c", BUILD.format(kind=kind), folder, folder=ROOT)
+    (path,) = folder.iterdir()
+    return path
+
+
+def install(wheel: Path, folder: Path) -> Installed:
+    """Install a wheel into a new environment in `folder`."""
+    home = folder / "an environment"
+    venv.create(home, symlinks=os.name != "nt")
+    python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(run_program(python, "-c", ask).stdout.strip())
+    shared = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (packages / "shared.pth").write_text("\n".join(shared), encoding="utf-8")
+    run_python("-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel)
+    empty = folder / "an empty folder ü"
+    empty.mkdir()
+    return Installed(python, packages, empty)
+
 
 MODULES = [script.removesuffix(".py").replace("/", ".") for script in (*SCRIPTS, *TOOLS)]
 NAMES = [module.rpartition(".")[2] for module in MODULES]
@@ -142,14 +189,8 @@ def test_it_caches_trains_and_generates_as_the_checkout_does(installed: Installe
     network = ["--network_module", "networks.lora_wan", "--network_dim", "4"]
     assert network == family.train[-6:-2]
     steps = [
-        "--seed",
-        "1",
-        "--max_train_steps",
-        "3",
-        "--output_dir",
-        "output",
-        "--max_data_loader_n_workers",
-        "2",
+        *("--seed", "1", "--max_train_steps", "3", "--output_dir", "output"),
+        *("--max_data_loader_n_workers", "2"),
     ]
     family.prepare(tmp_path)
     family.prepare(installed.folder)

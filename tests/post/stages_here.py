@@ -1,14 +1,16 @@
 """Stages without networks, and runs with them."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from modules.command import command_line
 from modules.media.encoding import Picture
 from modules.media.options import FormatOptions
 from modules.media.reading import read_image, video_frames
@@ -189,4 +191,22 @@ def files_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-RATE = Fraction(16)
+def main() -> None:
+    """Make a run whose stage takes its time, for tests that end it: INPUT OUTPUT."""
+    source, output = map(Path, sys.argv[1:3])
+    form = replace(H264, keep_pngs=True)
+    count = [0]
+
+    def wait(picture: Picture) -> None:
+        count[0] += 1
+        if count[0] == 4:  # the encoder has its first frames
+            sys.stdout.write("at work\n")
+            sys.stdout.flush()
+        if count[0] > 4:
+            time.sleep(0.2)
+
+    run_stages([Same(seen=wait)], source, output, form)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,24 +1,36 @@
-"""The tools' scripts from file to file, on tiny networks: one, a chain, generation."""
+"""The tools' scripts from file to file, on tiny networks: one, a chain, generation, compiled parts."""
 
 import contextlib
+from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from generation.run import generate
+import post.stages
+from blissful_tuner.GIMMVFI import main
+from modules.compile_options import Compilation
+from modules.errors import CheckpointError, MediaError, OptionError
 from modules.media.encoding import Picture, in_eight_bits
-from modules.media.reading import read_image, read_tags, video_frames, video_info
+from modules.media.reading import read_image, read_tags, timed_frames, video_frames, video_info
+from modules.media.writing import write_video
 from post.chain_options import read_chain
 from post.contract import Clip
+from post.options import ToolNetworkOptions, UpscalerOptions
+from post.run import run_chain
 from post.stages import lead_through, make_stages, results
+from post.tiling import compile_parts
+from post.upscaling.files import load_upscaler
 from tests.faults.messages import assert_one_message, run_here
-from tests.generation.test_run import only, options
-from tests.generation.toy_family import ToyFamily
+from tests.post.interpolation.test_stage import moving, plain
 from tests.post.stages_here import files_in, frames_of, kept_frames, write_clip
+from tests.tiny.post_flowformer import write_flowformer
+from tests.tiny.post_interpolation import write_gimm_f, write_gimm_r
 from tests.tiny.post_upscaling import write_rrdb, write_swinir
 from tests.tiny.project import write_image
 
@@ -121,17 +133,118 @@ def test_what_cannot_be_is_one_message_and_leaves_no_file(
     assert (tmp_path / "a.mp4").read_bytes() == before
 
 
-def test_generation_writes_the_enlarged_video_once(tmp_path: Path) -> None:
-    model = write_rrdb(tmp_path / "r.pth")
-    family = ToyFamily()
+@pytest.fixture(scope="module")
+def gimm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of both modes."""
+    gimm = write_gimm_f(write_gimm_r(tmp_path_factory.mktemp("gimm")))
+    write_flowformer(gimm / "flowformer_sintel_fp32.safetensors")
+    return gimm
 
-    words = ("--prompt", "cat", "--seed", 1, "--post", f"upscaler 'model={model}' scale=1.5")
-    generate(family, options(tmp_path / "out", *words, "--container", "mkv"))
 
-    path = only(tmp_path / "out", "*")
-    info = video_info(path)
-    assert (info.width, info.height, info.fps) == (72, 48, 16.0)
-    assert len(list(video_frames(path))) == 5
-    tags = read_tags(path)
-    assert tags["bt_width"] == "48"
-    assert family.diary[-1] == "decode"
+def write_odd(path: Path, count: int = 5) -> Path:
+    """A clip of odd sides that holds its pixels exactly."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 145, 129, "bgr0"
+        for pixels in moving(count, width=145, height=129):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mode", "factor", "count"), [("gimmvfi_r", 2, 5), ("gimmvfi_r", 3, 5), ("gimmvfi_f", 2, 3)]
+)
+def test_a_clip_gets_pictures_between(gimm: Path, tmp_path: Path, mode: str, factor: int, count: int) -> None:
+    clip = write_odd(tmp_path / "clip.mkv", count)
+    words = f"--input {clip} --model {gimm} --mode {mode} --factor {factor} --device cpu"
+
+    main([*words.split(), "--codec", "h264", "--container", "mp4", "--keep_pngs"])
+
+    output = tmp_path / "clip_VFI.mp4"
+    info = video_info(output)
+    assert (info.width, info.height, info.fps) == (144, 128, 24 * factor)
+    after = list(timed_frames(output))
+    starts = [index / (24 * factor) for index in range((count - 1) * factor + 1)]
+    assert [start for _, start, _ in after] == pytest.approx(starts, abs=0.001)
+
+    sources = list(video_frames(clip))
+    made = iter(plain(gimm, sources, tuple(n / factor for n in range(1, factor)), mode))
+    expected = [
+        sources[index // factor] if index % factor == 0 else next(made) for index in range(len(after))
+    ]
+    for found, frame in zip(kept_frames(tmp_path), expected, strict=True):
+        assert np.array_equal(found, frame)
+
+
+def test_what_does_not_fit_is_refused_and_nothing_written(gimm: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.mkv"
+    write_video(small, moving(3, width=64, height=64), 24, "prores")
+    with pytest.raises(MediaError, match="needs at least 97 pixels"):
+        main(f"--input {small} --model {gimm} --mode gimmvfi_r --device cpu".split())
+    single = write_odd(tmp_path / "single.mkv", count=1)
+    with pytest.raises(MediaError, match="one picture"):
+        main(f"--input {single} --model {gimm} --mode gimmvfi_r --device cpu".split())
+    with pytest.raises(CheckpointError, match="no file of gimmvfi_f"):
+        main(f"--input {single} --model {tmp_path} --device cpu".split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["single.mkv", "small.mkv"]
+
+
+CPU = torch.device("cpu")
+EAGER = Compilation("eager", fullgraph=True)
+
+
+def network_options(compile: bool) -> ToolNetworkOptions:
+    return ToolNetworkOptions(model=Path("x.pth"), compile=compile)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize(
+    ("write", "forms"),
+    # of SwinIR's block for 6 windows, then for any number, and for one
+    [(write_rrdb, 1), (partial(write_swinir, heads=(3,), depths=(2,)), 3)],
+)
+def test_compiled_networks_compute_the_same(tmp_path: Path, write: object, forms: int) -> None:
+    assert callable(write)
+    network = load_upscaler(write(tmp_path / "x.pth"), CPU, torch.float32).network
+    images = torch.rand(1, 3, 8, 12).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        plain = network(images)
+        compile_parts(network_options(False), network.repeated, EAGER)
+        assert torch.equal(network(images), plain)
+        assert not counters["stats"]
+        compile_parts(network_options(True), network.repeated, EAGER)
+        compiled = network(images)
+
+    assert counters["stats"]["unique_graphs"] == forms
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def no_compiler() -> Iterator[None]:
+    import torch._inductor.cpp_builder
+
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        yield
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_compiled", "no_compiler")
+def test_it_is_refused_for_a_later_tool_before_any_network_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, model = write_clip(tmp_path / "a.mp4"), str(write_rrdb(tmp_path / "x.safetensors"))
+    words = ["--input", str(clip), "--model", model, "--device", "cpu"]
+    words += ["--output", str(tmp_path / "new/a.mkv")]
+    chain = read_chain("upscaler", "", [*words, "--then", "upscaler", "--model", model, "--compile"])
+    loaded: list[object] = []
+    check, _ = post.stages.TOOLS[UpscalerOptions]
+    make = (check, lambda *given: loaded.append(given))
+    monkeypatch.setitem(post.stages.TOOLS, UpscalerOptions, make)
+
+    with pytest.raises(OptionError, match=r"--then upscaler: .*needs a C\+\+ compiler"):
+        run_chain(chain)
+
+    assert not loaded
+    assert not (tmp_path / "new").exists()

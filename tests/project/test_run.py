@@ -6,14 +6,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import av
 import pytest
+from PIL import Image
 
+from dataset.config import load_dataset_config
+from downloads.catalogue import ModelSet
+from modules.media.reading import Frame
+from modules.text_files import parse_toml
 from networks.loading import read_lora
+from project.options import find_models
 from tests.commands import QUIET, ROOT, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.project.folder import write_folder
+from tests.tiny.project import moving_square
 
 FILES = {"dit": "dit.safetensors", "vae": "vae.safetensors", "t5": "t5.safetensors"}
 POCKET = [
@@ -143,3 +151,134 @@ def test_ctrl_c_ends_the_command_and_the_run(collected: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert "$ python wan_cache_latents.py" not in said
+
+
+MODELS = find_models()
+WRITTEN = ["dataset.toml", "prompts.txt", "run.toml"]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copied = tmp_path_factory.mktemp("collected") / "my clips"
+    write_folder(copied)
+    return copied
+
+
+@pytest.fixture
+def copied(raw: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(raw, tmp_path / "my clips"))
+
+
+def describe(copied: Path, *words: object, model: ModelSet = MODELS[0]) -> tuple[int, str]:
+    names = ["--family", model.family, "--task", model.task]
+    return run_here("new_project.py", copied, *names, *words, folder=copied.parent)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{model.family} {model.task}")
+def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> None:
+    data, step = model.data, model.data.get("frame_step", 4)
+    script = next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
+
+    told = describe(copied, "--memory", 12, "--trigger_word", "mrsfluff", model=model)
+    code, said = run_here(script, "--config_file", copied / "run.toml", "--check", folder=copied.parent)
+
+    assert told == (0, "")
+    assert code == 1  # nothing is cached
+    # models that are recognised by their file miss it
+    known = "are animated", "no such file", " downloads it."
+    assert not [line for line in said.splitlines() if not any(words in line for words in known)]
+    tables = load_dataset_config(copied / "dataset.toml").datasets
+    assert all(table.trigger_word == "mrsfluff" for table in tables)
+    for table in (table for table in tables if table.kind == "video"):
+        assert (table.source_fps == "auto") is (data["frames"] > 1)
+        assert table.target_frames[-1] % step == 1
+        assert min(data["frames"], 1 + step) <= table.target_frames[-1] <= data["frames"]
+        assert (1 in table.target_frames) is (not data.get("from_image"))
+    assert {table.kind for table in tables} == ({"video"} if data.get("from_image") else {"video", "image"})
+    prompts = (copied / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.startswith("mrsfluff, ") for line in prompts] == [True, True, False]
+
+
+@pytest.mark.parametrize("memory", [0, 8, 12, 24, 80])
+def test_options_follow_from_the_card(memory: int, copied: Path) -> None:
+    [large] = [model for model in MODELS if (model.family, model.task) == ("wan", "t2v-14B")]
+    describe(copied, "--memory", memory, model=large)
+    values = parse_toml((copied / "run.toml").read_text(encoding="utf-8"))["training"]
+    assert values.get("blocks_to_swap") == ("auto" if memory else None)
+    assert ("fp8_scaled" in values) is (0 < memory < 53)  # of 26.6 GiB of weights
+    assert ("gradient_checkpointing_cpu_offload" in values) is (0 < memory <= 16)
+    assert ("fp8" in values["t5"]) is (0 < memory < 16)
+
+
+def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (copied / "b.txt").unlink()
+    (copied / "a.mp4").write_bytes(b"no clip")
+    shutil.copytree(copied, copied / "more")
+    shutil.copytree(copied, copied / "cache")
+
+    done = run_script("new_project.py", copied, "--family", "wan", "--task", "i2v-14B-480p", "--memory", "0")
+
+    said = done.stdout
+    assert f"{copied}: 14 clips and 8 pictures. wan i2v-14B-480p at 96x64, 21 frames, on a CPU" in said
+    assert f"no video in {copied / 'a.mp4'}" in said or str(copied / "a.mp4") in said
+    assert "b.mkv, b.mkv: without a caption" in said
+    assert "i.png, j.jpg, k.webp and 5 more: pictures, of which this model learns nothing" in said
+    assert load_dataset_config(copied / "dataset.toml").datasets[1].directory == copied / "more"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--family", "wan"], "--task is missing: give one of t2v-1.3B, "),
+        (["--task", "t2v-1.3B"], "--family is missing: give one of wan, "),
+        (["--family", "won"], "Did you mean wan?"),
+        (
+            ["--family", "lumina", "--model_file", "vae=x"],
+            "--model_file vae=x: give NAME=PATH with one of dit, ",
+        ),
+        (["--family", "framepack", "--task", "f1"], "--task f1 learns from clips of at least 1.2 seconds"),
+    ],
+)
+def test_what_cannot_be_written_is_one_message(words: list[str], told: str, tmp_path: Path) -> None:
+    write_folder(tmp_path / "short", seconds=0.5)
+    code, said = run_here("new_project.py", "short", *words, folder=tmp_path)
+    assert_one_message(code, said, told)
+    assert not set(WRITTEN) & {path.name for path in (tmp_path / "short").iterdir()}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_no_file_is_replaced_unasked(name: str, copied: Path) -> None:
+    (copied / name).write_text("mine", encoding="utf-8")
+    assert_one_message(*describe(copied), name, "--overwrite")
+    assert (copied / name).read_text(encoding="utf-8") == "mine"
+    assert describe(copied, "--overwrite") == (0, "")
+    assert (copied / name).read_text(encoding="utf-8") != "mine"
+
+
+CAPTION = "mrsfluff, a square moves"
+
+
+def write_folder(folder: Path, seconds: float = 1.5, size: tuple[int, int] = (96, 64)) -> None:
+    """Write 12 files: clips of four containers and three rates, animations, pictures; all have captions."""
+    folder.mkdir()
+    clips = [("a.mp4", 30), ("b.mkv", 24), ("c.webm", 25), ("d.mov", 16), ("e.mp4", 60), ("f.avi", 30)]
+    for seed, (name, rate) in enumerate(clips):
+        frames = moving_square(round(seconds * rate), *size, seed)
+        _write_clip(folder / name, frames, rate, "libvpx" if name.endswith("webm") else "libx264")
+    for seed, name in enumerate(("g.gif", "h.webp")):
+        first, *others = map(Image.fromarray, moving_square(round(seconds * 20), *size, seed))
+        first.save(folder / name, save_all=True, append_images=others, duration=50)
+    for seed, name in enumerate(("i.png", "j.jpg", "k.webp", "l.bmp")):
+        Image.fromarray(moving_square(1, *size, seed)[0]).save(folder / name)
+    for path in sorted(folder.iterdir()):
+        path.with_suffix(".txt").write_text(f"{CAPTION} {path.stem}", encoding="utf-8")
+
+
+def _write_clip(path: Path, frames: Sequence[Frame], rate: int, codec: str) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())

@@ -11,7 +11,7 @@ from encoders.clip_layers import load_clip_vision
 from modules.errors import CheckpointError, DownloadError, OptionError
 from stable_diffusion.contract import Model, TextState
 from stable_diffusion.text import FOLDER, PictureVectors, find_image_tower
-from tests.encoders.test_clip_vision import noise, write_tower
+from tests.encoders.test_clip import noise, write_tower
 from tests.faults.messages import run_here
 from tests.stable_diffusion.text_towers import make_towers
 from tests.tiny.stable_diffusion import TEXT_DIM, tokenizer_folder, write_sdxl

@@ -221,4 +221,4 @@ DITS = (
     *(_lumina(), _flux("dev"), _flux("chroma"), _hunyuan_image()),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
-TI2V = _wan("ti2v")  # differs from t2v where frames are given: tests/wan/test_given_frames.py
+TI2V = _wan("ti2v")  # differs from t2v where frames are given: tests/wan/test_model.py

@@ -86,6 +86,10 @@ def test_relatives_are_refused_by_name(tmp_path: Path, tensors: TensorList, name
     assert ("--task" in str(caught.value)) != ("unknown" in name), "what to use instead"
 
 
+IMAGE = "img_emb, which takes features of an image, is"
+ALIKE = "Use --task t2v-14B or t2v-1.3B or t2v-A14B (their files have the same tensors), or give a Wan2.1 I2V"
+
+
 @pytest.mark.parametrize(
     ("kind", "task", "difference", "advice"),
     [
@@ -93,53 +97,27 @@ def test_relatives_are_refused_by_name(tmp_path: Path, tensors: TensorList, name
             "i2v",
             "t2v-14B",
             "takes 36 input channels, t2v-14B has 16",
-            "Use --task i2v-14B, or give a Wan T2V checkpoint",
+            "--task i2v-14B, or give a Wan T2V",
         ),
-        (
-            "t2v",
-            "i2v-14B",
-            "takes 16 input channels, i2v-14B has 36",
-            "Use --task t2v-14B or t2v-1.3B or t2v-A14B (their files have the same tensors), or give a "
-            "Wan2.1 I2V checkpoint",
-        ),
-        (
-            "i2v",
-            "i2v-A14B",
-            "img_emb, which takes features of an image, is there; i2v-A14B has none",
-            "Use --task i2v-14B, or give a Wan2.2 I2V checkpoint",
-        ),
+        ("t2v", "i2v-14B", "takes 16 input channels, i2v-14B has 36", f"{ALIKE} checkpoint"),
+        ("i2v", "i2v-A14B", f"{IMAGE} there; i2v-A14B has none", "i2v-14B, or give a Wan2.2 I2V"),
         (
             "i2v-2.2",
             "i2v-14B",
-            "img_emb, which takes features of an image, is missing; i2v-14B has it",
-            "Use --task i2v-A14B, or give a Wan2.1 I2V checkpoint",
+            f"{IMAGE} missing; i2v-14B has it",
+            "--task i2v-A14B, or give a Wan2.1 I2V",
         ),
         (
             "fun-control-2.2",
             "i2v-A14B",
-            "takes 52 input channels, i2v-A14B has 36",
-            "Use --task t2v-A14B-FC or i2v-A14B-FC, or give a Wan2.2 I2V checkpoint",
+            "52 input channels, i2v-A14B has 36",
+            "t2v-A14B-FC or i2v-A14B-FC",
         ),
-        (
-            "ti2v",
-            "t2v-1.3B-FC",
-            "img_emb, which takes features of an image, is missing",
-            "ti2v-5B, or give a",
-        ),
-        (
-            "fun-control",
-            "t2v-1.3B",
-            "takes 48 input",
-            "Use --task t2v-1.3B-FC or t2v-14B-FC or i2v-14B-FC, or",
-        ),
+        ("ti2v", "t2v-1.3B-FC", f"{IMAGE} missing", "ti2v-5B, or give a"),
+        ("fun-control", "t2v-1.3B", "takes 48 input", "t2v-1.3B-FC or t2v-14B-FC or i2v-14B-FC, or"),
         ("flf2v", "i2v-14B", "img_emb.emb_pos has places for two images", "Use --task flf2v-14B"),
         ("i2v", "flf2v-14B", "img_emb.emb_pos is missing", "Use --task i2v-14B"),
-        (
-            "t2v",
-            "i2v-14B-FC",
-            "takes 16 input channels, i2v-14B-FC has 48",
-            "give a Wan2.1 Fun-Control checkpoint to --dit",
-        ),
+        ("t2v", "i2v-14B-FC", "takes 16 input channels, i2v-14B-FC has 48", "give a Wan2.1 Fun-Control"),
     ],
 )
 def test_another_kind_than_the_task_is_an_error_that_names_the_right_task(

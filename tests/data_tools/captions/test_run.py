@@ -16,14 +16,15 @@ from data_tools.captions.run import run_captioning
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError, UserError
 from tests.commands import QUIET, ROOT
-from tests.data_tools.captions.api_server import FakeServer, run_server
 from tests.data_tools.captions.making import (
+    FakeServer,
     everything_in,
     make_folder,
     make_list,
     options_of,
     read_captions,
     read_lines,
+    run_server,
 )
 
 HAND = "written by a person\n"
@@ -288,11 +289,13 @@ def _written(folder: Path, is_list: bool) -> list[str]:
     return sorted({str(text) for text in texts if text is not None})
 
 
-def test_a_run_goes_on_with_what_an_earlier_version_left(tmp_path: Path, server: FakeServer) -> None:
-    config = make_list(tmp_path)
-    path = read_lines(tmp_path)[1]["image_path"]
+def test_a_run_goes_on_with_what_a_killed_earlier_version_left(tmp_path: Path, server: FakeServer) -> None:
+    config = make_list(tmp_path, ['{"image_path": {}}'] * 2 + ['{"image_path": {}, "caption": "hand"}'])
+    _, second, third = (line["image_path"] for line in read_lines(tmp_path))
     waiting = tmp_path / ".list.jsonl.captions"
-    waiting.write_text(json.dumps({"path": path, "old": None, "caption": "of before"}), encoding="utf-8")
+    made = {second: "of before", third: "no"}
+    records = [{"path": path, "old": None, "caption": text} for path, text in made.items()]
+    waiting.write_bytes("\n".join(["", *map(json.dumps, records), '{"p']).encode() + b"\xc3")
     state = everything_in(tmp_path)
     run(config, None, "--model", tmp_path, "--dry_run")
     assert everything_in(tmp_path) == state
@@ -300,6 +303,6 @@ def test_a_run_goes_on_with_what_an_earlier_version_left(tmp_path: Path, server:
 
     run(config, server)
 
-    assert len(server.bodies) == before + 2
-    assert read_lines(tmp_path)[1]["caption"] == "of before"
+    assert len(server.bodies) == before + 1
+    assert [line["caption"] for line in read_lines(tmp_path)][1:] == ["of before", "hand"]
     assert not waiting.exists()

@@ -18,8 +18,7 @@ from data_tools.captions.run import run_captioning
 from data_tools.captions.server import ApiServer
 from dataset.config import load_dataset_config
 from modules.errors import UserError
-from tests.data_tools.captions.api_server import run_server
-from tests.data_tools.captions.making import make_folder, options_of, read_captions
+from tests.data_tools.captions.making import make_folder, options_of, read_captions, run_server
 
 SECRET = "sk-test-0123456789"
 

@@ -1,12 +1,21 @@
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
 from data_tools.report.check import check_caching, check_training
+from data_tools.report.repair import repair_captions
+from data_tools.report.views import show_datasets
 from dataset.batches.items import CachingCommands
 from dataset.caching.loop import cache_media, cache_texts
+from dataset.config import DatasetConfig
+from dataset.options import GUESS, DebugOptions
 from modules.errors import OptionError
+from modules.media.reading import image_size, read_image, video_frames
 from tests.dataset.caching.test_loop import change, make_config
+from tests.dataset.making import frame_numbers, make_clip, make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 
 COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
@@ -107,3 +116,96 @@ def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> Non
         assert part in text
     assert result.lines[-1] == "Something is wrong: see above. Faults: 4. Remarks above: 4."
     assert result.exit_code == 1
+
+
+DEBUG = DebugOptions(debug_mode="console", console_width=16, console_back=None, console_num_images=None)
+
+
+def test_pictures_show_frames_from_the_first_to_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    config = make_config(tmp_path, clips=(9,), target_frames=(5,))
+    show_datasets(ToyFamily(), config, replace(DEBUG, debug_mode="image"), workers=1)
+    path = tmp_path / "debug_views" / "0_clip_0_00000-005.png"
+    assert image_size(path) == (5 * 32, 32)
+    assert frame_numbers([read_image(path)[:, 32 * place : 32 * place + 32] for place in range(5)]) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_clips_show_the_control_beside_the_frames(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    make_clip(tmp_path / "control" / "clip_0.mp4", 9)
+    config = make_config(tmp_path, clips=(9,), control_directory=tmp_path / "control")
+    show_datasets(ToyFamily(), config, replace(DEBUG, debug_mode="video"), workers=1)
+    frames = list(video_frames(tmp_path / "debug_views" / "0_clip_0_00000-005.mp4"))
+    assert len(frames) == 5
+    assert frames[0].shape == (32, 64, 3)
+
+
+def test_unreadable_clips_are_reported(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    (tmp_path / "clip_0.mp4").write_bytes(b"")
+    report = show_datasets(ToyFamily(), config, DEBUG, workers=1)
+    assert [failure.stem for failure in report.failures] == ["clip_0"]
+
+
+GERMAN = "ein roter Käfer fährt über die Straße"
+
+
+def config_of(folder: Path, captions: dict[str, bytes]) -> DatasetConfig:
+    for name, content in captions.items():
+        make_image(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_bytes(content)
+    table = make_table(folder, "image_directory", caption_extension=".txt")
+    return DatasetConfig(table.config_path, (table,))
+
+
+def test_captions_are_converted_and_the_old_files_kept(tmp_path: Path) -> None:
+    old = {"a": GERMAN.encode("cp1252"), "b": GERMAN.encode("utf-16"), "c": GERMAN.encode()}
+    lines, left = repair_captions(config_of(tmp_path, old), GUESS)
+
+    assert left == 0
+    assert lines[0].startswith("2 captions converted")
+    for name in old:
+        assert (tmp_path / f"{name}.txt").read_text(encoding="utf-8") == GERMAN
+    assert (tmp_path / "a.txt.bak").read_bytes() == old["a"]
+    assert (tmp_path / "b.txt.bak").read_bytes() == old["b"]
+    assert not (tmp_path / "c.txt.bak").exists()
+
+
+def test_an_unsure_guess_is_left_and_named_and_can_be_given(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"a": "naïve".encode("cp1252")})
+
+    lines, left = repair_captions(config, GUESS)
+
+    assert left == 1
+    assert "--repair_captions cp1252" in lines[1]
+    assert (tmp_path / "a.txt").read_bytes() == "naïve".encode("cp1252")
+    assert repair_captions(config, "cp1252")[1] == 0
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "naïve"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00\xd8", b"\x89PNG\r\n\x1a\n\x00\x00\xff"])
+def test_what_is_no_text_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
+    lines, left = repair_captions(config_of(tmp_path, {"a": content}), GUESS)
+
+    assert left == 1
+    assert (tmp_path / "a.txt").read_bytes() == content
+
+
+def test_an_older_backup_is_never_replaced(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"a": GERMAN.encode("cp1252")})
+    (tmp_path / "a.txt.bak").write_bytes(b"older")
+
+    lines, left = repair_captions(config, GUESS)
+
+    assert "a.txt.bak is there already" in lines[1]
+    assert (tmp_path / "a.txt").read_bytes() == GERMAN.encode("cp1252")
+    assert (tmp_path / "a.txt.bak").read_bytes() == b"older"

@@ -1,20 +1,24 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data_tools.report.check import check_training
 from dataset.batches.items import CachingCommands, ItemKind, TrainingItem, find_items, require_items
-from dataset.batches.order import BatchOrder, split_validation
+from dataset.batches.order import BatchOrder, repeat_regularisation, split_validation
 from dataset.batches.reading import read_batch
+from dataset.batches.same_encoders import SameEncoders
 from dataset.cache.files import write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, DatasetTable
 from modules.errors import CacheError
 from tests.dataset.caching.test_loop import change, make_config
-from tests.dataset.making import make_clip, make_table
-from tests.dataset.toy_family import LATENT, ToyFamily, options
+from tests.dataset.making import make_clip, make_table, subset_table
+from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
+from training.planning.memory import largest_batch
 
 COMMANDS = CachingCommands("python cache_latents.py --x", "python cache_text.py --y")
 
@@ -82,15 +86,6 @@ def test_items_without_text_are_left_out_with_a_warning(
     assert "python cache_text.py --y" in caplog.text
 
 
-@pytest.mark.parametrize("remove", ["*_toy.safetensors", "*_te.safetensors"])
-def test_missing_caches_give_both_commands(tmp_path: Path, remove: str) -> None:
-    config = cached(tmp_path)
-    for path in (tmp_path / "cache").glob(remove):
-        path.unlink()
-    with pytest.raises(CacheError, match=r"(?s)python cache_latents\.py --x.*python cache_text\.py --y"):
-        require_items(find_items(config, "toy", LATENT), COMMANDS)
-
-
 def test_a_batch_stacks_what_has_one_size_and_lists_the_rest(tmp_path: Path) -> None:
     config = cached(tmp_path)
     (tmp_path / "clip_1.txt").write_text("one", encoding="utf-8")
@@ -122,68 +117,45 @@ def test_caches_of_the_known_tuners_load(tmp_path: Path) -> None:
     assert batch.captions == ("a text",)
 
 
-def _spoil_resolution(folder: Path, config: DatasetConfig) -> DatasetConfig:
-    return change(config, resolution=(64, 64))
-
-
-def _spoil_rate(folder: Path, config: DatasetConfig) -> DatasetConfig:
-    return change(config, source_fps=30.0)
-
-
-def _spoil_bits(folder: Path, config: DatasetConfig) -> DatasetConfig:
+def spoilt(folder: Path, config: DatasetConfig, what: str) -> DatasetConfig:
+    """Change the first clip's cache, its source or the table."""
     path = folder / "cache" / "clip_0_00000-005_0032x0032_toy.safetensors"
     data = bytearray(path.read_bytes())
-    data[-2] ^= 1
-    path.write_bytes(data)
-    return config
-
-
-def _spoil_length(folder: Path, config: DatasetConfig) -> DatasetConfig:
-    path = folder / "cache" / "clip_0_00000-005_0032x0032_toy.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    return config
-
-
-def _spoil_shape(folder: Path, config: DatasetConfig) -> DatasetConfig:
-    path = folder / "cache" / "clip_0_00000-005_0032x0032_toy.safetensors"
-    write_tensors(path, {"latents_2x4x6_bfloat16": torch.zeros(2, 2, 4, 6)}, {"architecture": "toy"})
-    return config
-
-
-def _spoil_source(folder: Path, config: DatasetConfig) -> DatasetConfig:
-    make_clip(folder / "clip_0.mp4", 12)
-    return config
+    if what == "bits":
+        data[-2] ^= 1
+        path.write_bytes(data)
+    elif what == "length":
+        path.write_bytes(data[:100])
+    elif what == "shape":
+        write_tensors(path, {"latents_2x4x6_bfloat16": torch.zeros(2, 2, 4, 6)}, {"architecture": "toy"})
+    elif what == "source":
+        make_clip(folder / "clip_0.mp4", 12)
+    elif what == "caption":
+        (folder / "clip_0.txt").write_text("something else", encoding="utf-8")
+    return change(
+        config, **{"resolution": {"resolution": (64, 64)}, "rate": {"source_fps": 30.0}}.get(what, {})
+    )
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("what", "reason"),
     [
-        (_spoil_resolution, "made for 32x32 pixels, .* asks for 64x64"),
-        (_spoil_rate, "made for source_fps = None, .* has 30"),
-        (_spoil_bits, "do not match their checksum"),
-        (_spoil_length, "damaged"),
-        (_spoil_shape, "shape 2x2x4x6, .* asks for 2x2x4x4"),
-        (_spoil_source, r"clip_0\.mp4 has changed"),
+        ("resolution", "made for 32x32 pixels, .* asks for 64x64"),
+        ("rate", "made for source_fps = None, .* has 30"),
+        ("bits", "do not match their checksum"),
+        ("length", "damaged"),
+        ("shape", "shape 2x2x4x6, .* asks for 2x2x4x4"),
+        ("source", r"clip_0\.mp4 has changed"),
+        ("caption", "something else"),
     ],
 )
-def test_a_wrong_latent_file_is_named_with_the_reason_and_the_command(
-    tmp_path: Path, spoil: Any, reason: str
+def test_a_wrong_file_is_named_with_the_reason_and_the_command(
+    tmp_path: Path, what: str, reason: str
 ) -> None:
-    config = spoil(tmp_path, cached(tmp_path))
-    item = find_items(config, "toy", LATENT).items[0]
+    item = find_items(spoilt(tmp_path, cached(tmp_path), what), "toy", LATENT).items[0]
+    file, script = ("toy_te", "text") if what == "caption" else ("00000-005_0032x0032_toy", "latents")
     with pytest.raises(
-        CacheError,
-        match=rf"(?s)clip_0_00000-005_0032x0032_toy\.safetensors: .*{reason}.*python cache_latents\.py",
-    ):
-        read_batch([item], LATENT, COMMANDS)
-
-
-def test_a_changed_caption_is_named_with_the_command(tmp_path: Path) -> None:
-    config = cached(tmp_path)
-    (tmp_path / "clip_0.txt").write_text("something else", encoding="utf-8")
-    item = find_items(config, "toy", LATENT).items[0]
-    with pytest.raises(
-        CacheError, match=r"(?s)clip_0_toy_te\.safetensors: .*something else.*python cache_text\.py"
+        CacheError, match=rf"(?s)clip_0_{file}\.safetensors: .*{reason}.*python cache_{script}\.py"
     ):
         read_batch([item], LATENT, COMMANDS)
 
@@ -225,3 +197,131 @@ def test_validation_takes_whole_sources(tmp_path: Path) -> None:
 
 
 RECORDED = [["2", "0"], ["3"], ["4", "1"]]
+
+
+KIND = ItemKind("toy")
+
+
+def make_items(table, count: int, bucket: tuple[int, int] = (64, 64)) -> list[TrainingItem]:
+    return [
+        TrainingItem(f"s{table.index}n{number}_0064x0064_toy", 4, table, bucket, KIND)
+        for number in range(count)
+    ]
+
+
+def keys_of(order: BatchOrder, epoch: int = 0) -> Counter[str]:
+    return Counter(item.key for batch in order.epoch(epoch) for item in batch)
+
+
+def test_subsets_of_a_dataset_share_batches_of_one_size(tmp_path: Path) -> None:
+    table = subset_table(tmp_path, batch_size=4, num_repeats=2)
+    other = replace(table, index=1, subset=1, num_repeats=1)
+    apart = replace(table, index=2, group=1, subset=0, num_repeats=1)
+    items = [
+        *make_items(table, 3),
+        *make_items(other, 2),
+        *make_items(apart, 3),
+        *make_items(other, 1, (64, 32)),
+    ]
+    order = BatchOrder(items, 5)
+
+    batches = list(order.epoch(0))
+
+    assert sorted(len(batch) for batch in batches) == [1, 3, 4, 4]
+    assert any({item.table.index for item in batch} == {0, 1} for batch in batches)
+    assert all(len({item.table.batch_group for item in batch}) == 1 for batch in batches)
+    assert keys_of(order)["s0n0_0064x0064_toy"] == 2
+    assert keys_of(order)["s1n0_0064x0064_toy"] == 2  # in two buckets
+
+
+@pytest.mark.parametrize(
+    ("repeats", "learned", "expected"),
+    [
+        ([1, 1, 1], 3, [1, 1, 1]),
+        ([1, 1, 1], 2, [1, 1, 0]),  # the rest is not used
+        ([1, 1, 1], 7, [3, 2, 2]),
+        ([2, 2, 1], 3, [2, 2, 0]),  # whole images only
+        ([2, 1], 10, [6, 4]),
+        ([1], 0, [0]),
+    ],
+)
+def test_regularisation_images_are_as_many_as_others(repeats, learned: int, expected: list[int]) -> None:
+    assert repeat_regularisation(repeats, learned) == expected
+
+
+def test_regularisation_counts_in_its_own_dataset(tmp_path: Path) -> None:
+    table = subset_table(tmp_path, num_repeats=3, batch_size=2)
+    reg = replace(table, index=1, subset=1, num_repeats=1, is_reg=True)
+    apart = replace(table, index=2, group=1, num_repeats=1)
+    items = [*make_items(table, 2), *make_items(reg, 4), *make_items(apart, 9)]
+    order = BatchOrder(items, 1)
+
+    counts = keys_of(order, 3)
+
+    assert order.num_items == 6 + 6 + 9
+    assert [counts[item.key] for item in items[2:6]] == [2, 2, 1, 1]
+
+
+def test_the_largest_batch_is_of_the_first_items_of_its_bucket(tmp_path: Path) -> None:
+    table = subset_table(tmp_path, batch_size=3, num_repeats=2)
+    other = replace(table, index=1, group=1, batch_size=9, num_repeats=1)
+    items = [*make_items(table, 5), *make_items(other, 2), *make_items(other, 8, (32, 32))]
+
+    assert largest_batch(items) == tuple(items[:3])  # 12288 pixels; nine of the small ones would be 9216
+    assert largest_batch(items[4:]) == (items[4], items[4])  # as often as it is repeated
+
+
+ONE, OTHER = "1a2b3c4d" * 4, "99887766" * 4
+
+
+def cached_by_two(
+    folder: Path, media: dict[str, str], other_media: dict[str, str], other_text: str = "first"
+) -> DatasetConfig:
+    """Two clips, of which the second's caches were made by other encoders."""
+    config = make_config(folder)
+    second = ToyFamily(media_identity=other_media, text=[ToyText(identity={"t5": other_text})])
+    for family in (ToyFamily(media_identity=media), second):
+        kept = {path: path.read_bytes() for path in (folder / "cache").glob("clip_0*")}
+        cache_media(family, config, options())
+        cache_texts(family, config, options())
+        for path, content in kept.items():
+            path.write_bytes(content)
+    return config
+
+
+def said_of(config: DatasetConfig) -> list[str]:
+    """What is said when each item is read twice."""
+    encoders = SameEncoders(COMMANDS)
+    items = find_items(config, "toy", LATENT).items
+    assert len(items) == 2
+    found = [encoders.difference(read_batch([item], LATENT).made_by) for item in [*items, *items]]
+    return [said for said in found if said is not None]
+
+
+def test_what_differs_is_told_once_with_a_file_of_each_and_what_to_do(tmp_path: Path) -> None:
+    config = cached_by_two(tmp_path, {"vae": ONE, "tile": "None"}, {"vae": OTHER, "tile": "None"})
+    (said,) = said_of(config)
+    assert said.splitlines() == [
+        "Not all caches were made by the same encoders:",
+        f"  {tmp_path / 'cache' / 'clip_0_00000-005_0032x0032_toy.safetensors'}: vae 1a2b3c4d...",
+        f"  {tmp_path / 'cache' / 'clip_1_00000-005_0032x0032_toy.safetensors'}: vae 99887766...",
+        "  Unless the encoders' files hold the same network, the model learns a mixture that fits neither. "
+        "To make all caches alike, cache again with:",
+        "  python cache_latents.py --x",
+    ]
+
+
+def test_another_dtype_is_no_other_network(tmp_path: Path) -> None:
+    config = cached_by_two(
+        tmp_path, {"vae": ONE, "vae_dtype": "bfloat16"}, {"vae": ONE, "vae_dtype": "float16", "clip": OTHER}
+    )
+    (said,) = said_of(config)
+    assert "clip_0_00000-005_0032x0032_toy.safetensors: vae_dtype bfloat16" in said
+    assert "clip_1_00000-005_0032x0032_toy.safetensors: vae_dtype float16" in said
+    assert "Their values differ slightly." in said
+
+
+def test_check_says_it_and_finds_nothing_wrong(tmp_path: Path) -> None:
+    result = check_training(cached_by_two(tmp_path, {"vae": ONE}, {"vae": OTHER}), "toy", LATENT, COMMANDS)
+    assert "  Not all caches were made by the same encoders:" in result.lines
+    assert result.exit_code == 0

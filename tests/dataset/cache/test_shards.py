@@ -338,7 +338,6 @@ def test_a_shard_of_a_later_version_is_left_alone(folder: Path) -> None:
 
 
 # --- shards of earlier versions
-# ------------------------------------------------------------------------------------------------------------
 
 OLD_NUMBERS = [("clip_0_toy", 10), ("clip_2_toy", 2), ("clip_3_toy", 3), ("ein Bär " + "x" * 100 + "_toy", 5)]
 OLD_WHOLE = {f"{stem}_te.safetensors": number for stem, number in OLD_NUMBERS}
@@ -403,7 +402,6 @@ def test_a_tar_with_a_hostile_size_ends(tmp_path: Path, size: int) -> None:
 
 
 # --- kills
-# ------------------------------------------------------------------------------------------------------------
 
 State = dict[str, int]
 Step = tuple[str, str, int]

@@ -2,12 +2,16 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data_tools.report.check import check_caching
+from dataset.batches.items import find_items
+from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_metadata, latent_record
 from dataset.caching.loop import cache_media, cache_texts
@@ -15,7 +19,7 @@ from dataset.caching.prefetch import conclude
 from dataset.config import DatasetConfig
 from modules.errors import CacheError, DatasetError
 from tests.dataset.making import make_clip, make_table
-from tests.dataset.toy_family import ToyFamily, ToyText, options
+from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -58,14 +62,6 @@ def test_clips_become_files_of_the_known_format(tmp_path: Path) -> None:
         "format_version": "1.0.1",
         "frame_count": "5",
     }
-
-
-def test_a_second_run_encodes_nothing_and_loads_no_encoder(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
-    family = ToyFamily()
-    report = cache_media(family, config, options())
-    assert (report.written, report.kept, family.loaded, family.seen) == (0, 2, 0, [])
 
 
 def test_caches_beside_the_clips_and_names_of_any_script_do_no_harm(tmp_path: Path) -> None:
@@ -147,16 +143,17 @@ def test_a_clip_that_is_too_short_is_named(tmp_path: Path, caplog: pytest.LogCap
     assert "clip_1.mp4: 3 frames, the shortest of target_frames is 5" in caplog.text
 
 
-def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", [cache_media, cache_texts])
+def test_a_damaged_file_is_made_again(tmp_path: Path, cache: Callable[..., Any]) -> None:
     config = make_config(tmp_path)
-    cache_media(ToyFamily(), config, options())
+    cache(ToyFamily(), config, options())
     first, second = (tmp_path / "cache" / name for name in names(tmp_path))
     first.write_bytes(first.read_bytes()[:-3])
     data = bytearray(second.read_bytes())
     data[-1] ^= 4  # one bit of the last value
     second.write_bytes(data)
-    assert cache_media(ToyFamily(), config, options()).written == 2
-    assert cache_media(ToyFamily(), config, options()).kept == 2
+    assert cache(ToyFamily(), config, options()).written == 2
+    assert cache(ToyFamily(), config, options()).kept == 2
 
 
 @pytest.mark.parametrize("frames", [10**12, -1, "9", True])
@@ -241,15 +238,6 @@ def test_skip_existing_keeps_text_files_of_other_programs_with_the_same_caption(
     assert (report.kept, report.foreign) == (kept, kept)
 
 
-def test_missing_captions_are_listed_before_anything_is_loaded(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    (tmp_path / "clip_1.txt").unlink()
-    family = ToyFamily()
-    with pytest.raises(DatasetError, match=r"clip_1\.mp4"):
-        cache_texts(family, config, options())
-    assert family.text[0].loaded == 0
-
-
 PROCESS = """
 import logging, sys
 from pathlib import Path
@@ -286,3 +274,65 @@ def test_processes_share_the_work_and_one_cleans_up_when_all_are_done(tmp_path: 
     assert [output[:2] for output in outputs] == [["3", "3"], ["2", "2"]]  # of 5 each
     assert all(output[2:] == ["5", "1", "5"] for output in outputs)
     assert len(names(tmp_path)) == 10
+
+
+def section_names(count: int, stem: str = "clip_0", frames: int = 5) -> list[str]:
+    return [f"{stem}_00000-{frames:03d}-{section:04d}_0032x0032_toy.safetensors" for section in range(count)]
+
+
+def cached(folder: Path, sections: int = 3, **changes: Any) -> DatasetConfig:
+    config = make_config(folder, **({"clips": (5,), "fp_latent_window_size": 2} | changes))
+    cache_media(ToyFamily(sections=sections), config, options())
+    cache_texts(ToyFamily(), config, options())
+    return config
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_one_missing_section_makes_all_again(
+    tmp_path: Path, gone: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = cached(tmp_path)
+    (tmp_path / "cache" / section_names(3)[gone]).unlink()
+    with caplog.at_level("INFO"):
+        assert cache_media(ToyFamily(sections=3), config, options()).written == 3
+    left = ", ".join(str(section) for section in range(3) if section != gone)
+    assert f"sections {left} were found, 3 files belong together" in caplog.text
+    assert cache_media(ToyFamily(sections=3), config, options()).kept == 3
+
+
+def test_the_keys_of_sections_make_files_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = cached(tmp_path)
+    wider = change(config, fp_latent_window_size=9)
+    with caplog.at_level("INFO"):
+        assert cache_media(ToyFamily(sections=3), wider, options()).written == 3
+    assert "fp_latent_window_size was 2, is now 9" in caplog.text
+
+
+def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    family = ToyFamily(refuses="it is no good")
+    with pytest.raises(DatasetError, match=r"data\.toml, \[\[datasets\]\] 1 .*: it is no good"):
+        cache_media(family, config, options())
+    assert (family.loaded, family.seen, (tmp_path / "cache").exists()) == (0, [], False)
+    result = check_caching(family, config, 1, False)
+    assert result.exit_code == 1
+    assert "it is no good" in "\n".join(result.lines)
+
+
+def test_sections_of_other_programs_are_as_long_as_the_window(tmp_path: Path) -> None:
+    table = make_table(tmp_path, fp_latent_window_size=2)
+    table.cache_directory.mkdir()
+    make_clip(tmp_path / "a.mp4", 5)
+    text = {"varlen_t5_float16": torch.ones(4, 4)}
+    write_tensors(
+        table.cache_directory / "a_toy_te.safetensors", text, {"architecture": "toy", "caption1": "a text"}
+    )
+    for section, frames in enumerate((2, 9)):
+        tensors = {f"latents_{frames}x4x4_float16": torch.ones(2, frames, 4, 4)}
+        write_tensors(
+            table.cache_directory / section_names(2, "a", 17)[section], tensors, {"architecture": "toy"}
+        )
+    good, bad = find_items(DatasetConfig(table.config_path, (table,)), "toy", LATENT).items
+    assert read_batch([good], LATENT).tensor("latents").shape == (1, 2, 2, 4, 4)
+    with pytest.raises(CacheError, match="shape 2x9x4x4, .* asks for 2x2x4x4"):
+        read_batch([bad], LATENT)

@@ -1,23 +1,40 @@
-"""Shards: several runs that each cache a share of one dataset, and the last one that checks it all."""
+"""Shards: several runs that each cache a share of one dataset, by hand or on a Ray cluster, and the last one
+that checks it all; and caches with `cache_format = "shards"`.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import random
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import cache_on_ray
+from data_tools.report.check import check_caching, check_training
+from dataset.batches.items import find_items, require_items
+from dataset.batches.reading import read_batch
+from dataset.cache.catalog import list_shards
 from dataset.cache.files import write_tensors
 from dataset.cache.shards import ShardStore
 from dataset.cache.store import open_store
 from dataset.caching.loop import cache_media, cache_texts
+from dataset.caching.on_ray import CachingActor, conclude_shards
 from dataset.config import DatasetConfig
-from dataset.options import ShardOptions
+from dataset.options import SCRIPTS, ShardOptions, read_ray_options
+from dataset.sources.media_source import INDEX
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
-from modules.errors import OptionError
+from modules.errors import CacheError, DatasetError, OptionError
+from tests.commands import ROOT
+from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.caching.test_loop import change, make_config
-from tests.dataset.toy_family import ToyFamily, ToyText, options
+from tests.dataset.making import make_image, make_table
+from tests.dataset.test_two_passes import COMMANDS, KEYS, two
+from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
+from tests.faults.runs import FAMILIES, write_project
 
 CLIPS = (9, 5, 9, 13, 9)
 
@@ -114,3 +131,218 @@ def test_a_shard_removes_nothing_and_the_last_run_what_is_stale(tmp_path: Path) 
 def test_a_shard_that_is_not_there_is_refused() -> None:
     with pytest.raises(OptionError, match="--shard_index 4: .*, so with --num_shards 4 give 0 to 3"):
         ShardOptions(num_shards=4, shard_index=4)
+
+
+COUNT = 12
+FORMS = ("files", "shards")
+
+
+def make(folder: Path, form: str, **changes: object) -> DatasetConfig:
+    """Pictures with captions, and a cache of this form."""
+    if not (folder / "pic_00.png").exists():
+        folder.mkdir(exist_ok=True)
+        for number in range(COUNT):
+            make_image(folder / f"pic_{number:02d}.png", colour=(10 * number, 20, 30))
+            (folder / f"pic_{number:02d}.txt").write_text(f"picture {number}", encoding="utf-8")
+    settings = {"resolution": (32, 32), "caption_extension": ".txt", "cache_format": form, **changes}
+    table = make_table(folder, "image_directory", **settings)
+    return DatasetConfig(folder / "data.toml", (table,))
+
+
+def cache(config: DatasetConfig) -> tuple[int, int]:
+    """Cache all; how many latents and texts were written."""
+    return cache_media(two(), config, options()).written, cache_texts(two(), config, options()).written
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of pictures for each form, cached by nobody else."""
+    first = tmp_path_factory.mktemp("forms") / "files"
+    make(first, "files")
+    shutil.copytree(first, first.with_name("shards"))
+    for form in FORMS:
+        assert cache(make(first.with_name(form), form)) == (COUNT, COUNT)
+    return {form: first.with_name(form) for form in FORMS}
+
+
+@pytest.fixture
+def copy(undisturbed: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """Copies one of these folders."""
+
+    def copied(form: str) -> Path:
+        shutil.copytree(undisturbed[form], tmp_path / form)
+        return tmp_path / form
+
+    return copied
+
+
+def test_batches_are_the_same_from_both_forms(undisturbed: dict[str, Path]) -> None:
+    batches = []
+    for form in FORMS:
+        config = make(undisturbed[form], form)
+        assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).exit_code == 0
+        items = require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS)
+        batches.append(read_batch(items, LATENT, COMMANDS))
+    ours, theirs = batches
+    assert (ours.captions, ours.keys) == (theirs.captions, theirs.keys)
+    for key, value in ours.tensors.items():
+        for mine, other in zip(value, theirs.tensors[key], strict=True):
+            assert torch.equal(mine, other)
+
+
+# --- damage
+
+
+def shard_of(config: DatasetConfig) -> Path:
+    folder = config.datasets[0].cache_directory
+    (name,) = list_shards(folder)
+    return folder / name
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
+    copy: Callable[[str], Path], how: str, has_index: bool
+) -> None:
+    config = make(copy("shards"), "shards")
+    right = entries(config)
+    path = shard_of(config)
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[data.index(b"latents_1x") + 20] ^= 1
+    path.write_bytes(data)
+    if not has_index:
+        (path.parent / INDEX).unlink()
+
+    result = check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS)
+    assert result.exit_code == 1
+    with pytest.raises(CacheError, match=r"(?s)(cut|do not match).*cache_latents\.py --x"):
+        read_batch(require_items(find_items(config, "toy", LATENT, KEYS), COMMANDS), LATENT, COMMANDS)
+
+    if how == "cut":
+        for planned in (
+            check_caching(two(), config, 1, False),
+            check_caching(two(), config, 1, False, parts=["texts"]),
+        ):
+            assert planned.exit_code == 0
+            assert f"    {path} is damaged: it was cut" in "\n".join(planned.lines)
+    made = sum(cache(config))
+    assert made == 1 if how == "flipped" else made <= 24
+    assert entries(config) == right
+    assert len(contents(config.datasets[0].cache_directory)) == 2
+    assert check_training(config, "toy", LATENT, COMMANDS, text_keys=KEYS).exit_code == 0
+
+
+# --- kills, and several at once
+
+
+@needs_fork
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_goes_on_and_equals_an_undisturbed_one(
+    undisturbed: dict[str, Path], tmp_path: Path, kills: int
+) -> None:
+    expected = entries(make(undisturbed["shards"], "shards"))
+    chance, interrupted = random.Random(kills), 0
+    for number in range(kills):
+        folder = tmp_path / str(number)
+        shutil.copytree(undisturbed["files"], folder, ignore=shutil.ignore_patterns("cache"))
+        config = make(folder, "shards")
+        for _ in range(3):
+            _, is_over = run_and_kill(
+                lambda _, config=config: cache(config) and None, chance.uniform(0.02, 0.8)
+            )
+            interrupted += not is_over
+        there = entries(config) if config.datasets[0].cache_directory.is_dir() else {}
+        media = cache_media(two(), config, options())
+        assert media.kept >= sum("_te." not in name for name in there)
+        cache_texts(two(), config, options())
+        assert entries(config) == expected
+        assert len(contents(config.datasets[0].cache_directory)) == 2
+    assert interrupted
+
+
+def main_of(used: ToyFamily, config: Any, **changes: Any) -> Callable[..., None]:
+    """What `main` of a caching script does."""
+
+    def main(words: Sequence[str], run: Callable[..., None]) -> None:
+        assert words == ("--words",)
+        run(used, config, options(**changes), "following")
+
+    return main
+
+
+OPTIONS = read_ray_options(None, ["wan_cache_latents.py", "--vae", "V"])
+
+
+def run_actor(used: ToyFamily, config: Any) -> dict[str, Any]:
+    """The row of an actor that does the only shard."""
+    row = CachingActor(main_of(used, config), ("--words",), True, 1, 1)({"shard_index": [0]})
+    return {column: value for column, (value,) in row.items()}
+
+
+@pytest.mark.parametrize("is_latents", [True, False], ids=["latents", "texts"])
+def test_an_actor_loads_the_encoders_once_and_gives_the_bytes_of_a_plain_run(
+    tmp_path: Path, is_latents: bool
+) -> None:
+    config = make_dataset(tmp_path)
+    cache = cache_media if is_latents else cache_texts
+    cache(family(), into(config, tmp_path / "plain"), options())
+    used = family()
+    actor = CachingActor(main_of(used, into(config, tmp_path / "shared")), ("--words",), is_latents, 3, 1)
+
+    rows = [actor({"shard_index": indices}) for indices in ([2], [0, 1])]
+
+    assert contents(tmp_path / "shared") == contents(tmp_path / "plain")
+    assert (used.loaded if is_latents else used.text[0].loaded) == 1
+    assert [row["shard_index"] for row in rows] == [[2], [0, 1]]
+    assert sum(number for row in rows for number in row["sources"]) == (5 if is_latents else 6)
+    assert sum(number for row in rows for number in row["written"]) == len(contents(tmp_path / "plain"))
+    assert not any(text for row in rows for text in row["error"])
+    report = cache(family(), into(config, tmp_path / "shared"), options())
+    assert (report.written, report.removed) == (0, 0)
+
+
+def test_what_an_actor_cannot_do_is_told_in_its_row(tmp_path: Path) -> None:
+    config = make_dataset(tmp_path)
+    refused = ToyFamily(refuses="no such thing")
+    row = run_actor(refused, config)
+    assert "no such thing" in row["error"]
+    with pytest.raises(DatasetError, match=r"1 of 1 shards could not be done(.|\n)*shard 0: .*no such thing"):
+        conclude_shards([row], OPTIONS)
+
+    (tmp_path / "clip_1.mp4").write_bytes(b"no clip")
+    with pytest.raises(DatasetError, match=r"1 of the sources(.|\n)*clip_1"):
+        conclude_shards([run_actor(family(), config)], OPTIONS)
+
+
+def test_all_caching_scripts_run_on_a_cluster_and_no_others() -> None:
+    scripts = {path.stem for path in ROOT.glob("*cache_*.py")} - {"cache_on_ray"}
+    assert scripts == set(SCRIPTS)
+    read = read_ray_options(None, ["--num_actors", "2", "some/wan_cache_latents.py", "--vae", "V"])
+    assert (read.script, read.is_latents, read.command[1:]) == ("wan_cache_latents", True, ("--vae", "V"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["latents", "texts"])
+def test_a_cluster_of_two_workers_gives_the_bytes_of_a_plain_run(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    pytest.importorskip("ray.data")
+    scripts = next(one for one in FAMILIES if one.name == "wan")
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, scripts)
+    text = (tmp_path / "dataset.toml").read_text(encoding="utf-8")
+    (tmp_path / "shared.toml").write_text(text.replace("/cache", "/shared"), encoding="utf-8")
+    script, *words = scripts.cache_latents if part == "latents" else scripts.cache_texts
+    shared = [word.replace("dataset.toml", "shared.toml") for word in words]
+    module = __import__(script.removesuffix(".py"))
+    module.main(words)
+    sockets = tmp_path_factory.getbasetemp().parent / f"ray{part[0]}"  # a short path
+
+    arguments = ["--num_actors", "2", "--gpus_per_actor", "0", "--temp_dir", str(sockets)]
+    cache_on_ray.main([*arguments, script, *shared])
+
+    assert len(contents(tmp_path / "cache")) == 6
+    assert contents(tmp_path / "shared") == contents(tmp_path / "cache")

@@ -1,7 +1,13 @@
 """Addresses: what may be shown of them, and that each is downloaded once, whole, and by one process."""
 
+import io
+import json
 import logging
+import os
+import random
+import tarfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +15,11 @@ import fsspec
 import pytest
 import requests
 
-from dataset.sources.fetching import download, protocol_problem
-from dataset.sources.listing import find_sources
-from dataset.sources.media_source import local_name
+from dataset.sources.decoding import decode_source
+from dataset.sources.fetching import download, fetch, protocol_problem
+from dataset.sources.listing import expand_braces, find_sources
+from dataset.sources.media_source import Fault, MediaSource, local_name
+from dataset.sources.tar_index import FOLDER, LEAST_SAMPLES, TarDamage, read_members
 from modules.errors import DatasetError, MediaError
 from modules.paths import address_identity, hide_secrets, is_address
 from tests.dataset.making import make_table
@@ -189,3 +197,188 @@ def test_sources_at_addresses_show_no_secret_anywhere(tmp_path: Path) -> None:
     )
     (one,) = find_sources(make_table(tmp_path, "image_jsonl_file", allow_urls=True))
     assert (one.path, one.origins) == (tmp_path / "a b.png", ())
+
+
+Files = Mapping[str, bytes | str]
+SAMPLE = 2 * 3 * 512  # bytes of two members, each a header and two blocks
+PADDING = 1024 - 700
+LONG = "folder/" * 20 + "ü" * 60
+
+
+def write_tar(path: Path, files: Files, form: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, content in files.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def table_of(folder: Path, *tars: str | Path, **changes: Any) -> Any:
+    return make_table(folder, "image_directory", directory=None, tars=tuple(map(str, tars)), **changes)
+
+
+def listed(folder: Path, *tars: str | Path, **changes: Any) -> tuple[list[MediaSource], list[Fault]]:
+    faults: list[Fault] = []
+    return find_sources(table_of(folder, *tars, **changes), faults=faults), faults
+
+
+def content_of(source: MediaSource) -> bytes:
+    with fetch(source) as here:
+        return here.path.read_bytes()
+
+
+def test_ranges_of_names_are_spelled_out() -> None:
+    assert expand_braces("c-{008..011}.tar", "") == ["c-008.tar", "c-009.tar", "c-010.tar", "c-011.tar"]
+    assert expand_braces("{a,b}{2..1}", "") == ["a2", "a1", "b2", "b1"]
+    for many in ("{0..999999999999}", "{0..999}{0..999}"):
+        with pytest.raises(DatasetError, match="stands for more than 100,000 names"):
+            expand_braces(many, "data.toml")
+
+
+def test_samples_are_the_files_of_one_name_up_to_the_first_dot(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "a-0.tar",
+        {
+            "x/1.jpg": b"one",
+            "x/1.txt": " first \r\n",
+            "x/1.json": json.dumps({"caption": "other"}),
+            "x/2.512.png": b"two",
+            "x/2.json": json.dumps({"prompt": "second"}),
+            "x/._2.png": b"of a Mac",
+            "3.seg.png": b"three",
+            "4.json": "{}",
+        },
+    )
+    write_tar(tmp_path / "a-1.tar", {"x/1.jpg": b"again", "x/1.mask.png": b"m"})
+
+    sources, faults = listed(tmp_path, tmp_path / "a-*.tar")
+
+    assert faults == []
+    by_caption = {source.caption: source for source in sources}
+    assert [by_caption[one].stem.split("-")[0] for one in ("first", "second")] == ["x_1", "x_2"]
+    assert len({source.stem for source in sources}) == 4  # x/1 is in both tars
+    assert sorted(map(content_of, sources)) == [b"again", b"one", b"three", b"two"]
+    assert by_caption["second"].path == tmp_path / "a-0.tar" / "x" / "2.512.png"
+    assert [one.mask for one in sources if one.mask] == [tmp_path / "a-1.tar" / "x" / "1.mask.png"]
+
+    both = write_tar(tmp_path / "j.tar", {"1.png": b"", "1.txt": "t", "1.json": '{"k": "j"}'})
+    (one,), _ = listed(tmp_path, both, caption_column="k")
+    assert one.caption == "j"
+    many = write_tar(tmp_path / "m.tar", {"1.png": b"", "1.txt": "a\n\nb\n"})
+    (one,), _ = listed(tmp_path, many, multi_caption=True, trigger_word="ohwx")
+    assert (one.caption, one.more_captions) == ("ohwx, a", ("ohwx, b",))
+
+
+def test_a_cut_tar_gives_what_is_before_the_cut_wherever_it_is(tmp_path: Path) -> None:
+    files = {f"{index}.{end}": bytes([index]) * 700 for index in range(4) for end in ("png", "jpgx")}
+    whole = write_tar(tmp_path / "w.tar", files).read_bytes()
+    for size in range(0, 4 * SAMPLE + 1, 256):
+        (tmp_path / "t.tar").write_bytes(whole[:size])
+        sources, faults = listed(tmp_path, tmp_path / "t.tar")
+        assert [fault.ends_run for fault in faults] == [False], size
+        assert all(content_of(one) == bytes([int(one.stem)]) * 700 for one in sources)
+        # whether the first one is whole is not known before the second begins
+        expected = 0 if size < SAMPLE + 512 + 700 else (size + PADDING) // SAMPLE
+        assert len(sources) == expected, size
+    assert len(listed(tmp_path, tmp_path / "w.tar")[0]) == 4
+
+
+def test_a_damaged_picture_is_called_by_its_place_in_the_tar(tmp_path: Path) -> None:
+    (one,), _ = listed(tmp_path, write_tar(tmp_path / "t.tar", {"x/1.png": b"no picture"}))
+    with pytest.raises(MediaError, match=r"t.tar.x.1.png is no image") as caught:
+        decode_source(one, 16.0)
+    assert "reelsmith-extracted" not in str(caught.value)
+
+
+def test_the_times_of_an_incremental_backup_are_no_part_of_its_names(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("./1.png").tobuf(tarfile.GNU_FORMAT))
+    header[345:369] = b"15300655051\x0015300655051\x00"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "t.tar"
+    path.write_bytes(bytes(header) + bytes(1024))
+
+    sources, faults = listed(tmp_path, path)
+
+    assert faults == []
+    assert [one.path.name for one in sources] == ["1.png"]
+
+
+def hostile(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 3) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, size
+    header = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    return header + (b"abc".ljust(512, b"\0") if kind in (tarfile.REGTYPE, tarfile.AREGTYPE) else b"")
+
+
+def test_hostile_names_lead_nowhere(tmp_path: Path) -> None:
+    names = ["/etc/passwd.png", "../../up.png", "a/../../b.png", "C:\\x.png", "c\n\x1b[31m.png"]
+    names += ["d\u202e.png", "\udcff.png", "..png", "CON.png", " .png", "e" * 300 + ".png"]
+    # some programs state the size of what a link leads to, and no data follow
+    content = hostile("first.png", tarfile.LNKTYPE, "/etc/passwd", 700)
+    content += b"".join(hostile(name) for name in names)
+    content += hostile("link.png", tarfile.SYMTYPE, "/etc/passwd", 0)
+    content += hostile("hard.png", tarfile.LNKTYPE, "/etc/passwd", 0)
+    content += hostile("device.png", tarfile.CHRTYPE, size=0) + hostile("pipe.png", tarfile.FIFOTYPE, size=0)
+    content += hostile("folder.png", tarfile.DIRTYPE, size=0)
+    path = tmp_path / "t.tar"
+    path.write_bytes(content + bytes(1024))
+    before = sorted(tmp_path.rglob("*"))
+
+    sources, faults = listed(tmp_path, path)
+
+    assert faults == []
+    assert len(sources) == len(names) - 1  # "..png" has no name before the dot
+    for one in sources:
+        assert one.path.is_relative_to(path)
+        assert ".." not in one.path.parts
+        assert one.stem.isprintable()
+        assert not set(one.stem) & set('/\\:*?"<>|')
+        assert len(one.stem.encode()) <= 140
+        assert content_of(one) == b"abc"
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "data.toml"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_tar_never_gives_another_error(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    whole = write_tar(
+        tmp_path / "w.tar", {f"{LONG}{index}.png": b"x" * 99 for index in range(5)}
+    ).read_bytes()
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(rng.randint(1, 20)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        with io.BytesIO(bytes(content)) as file:
+            try:
+                found = list(read_members(file, len(content)))
+            except TarDamage:
+                continue
+        assert all(one.offset + one.size_bytes <= len(content) for one in found)
+
+
+def test_the_index_of_a_large_tar_is_kept_until_the_tar_changes(tmp_path: Path) -> None:
+    count = LEAST_SAMPLES
+    files = {f"{index:05d}.{end}": f"{end} {index}" for index in range(count) for end in ("png", "txt")}
+    path = write_tar(tmp_path / "t.tar", files | {"00000.mask.png": "m"}, tarfile.USTAR_FORMAT)
+    cache = tmp_path / "cache"
+
+    first, _ = listed(tmp_path, path, cache_directory=cache)
+    (kept,) = (cache / FOLDER).iterdir()
+    made = kept.stat().st_mtime_ns
+    again, _ = listed(tmp_path, path, cache_directory=cache)
+
+    assert kept.stat().st_mtime_ns == made
+    assert len(first) == count
+    assert [repr(one).split("table=")[0] for one in again] == [repr(one).split("table=")[0] for one in first]
+    assert [one.origins for one in again] == [one.origins for one in first]
+    for change in (lambda: os.utime(path, ns=(1, 1)), lambda: kept.write_bytes(kept.read_bytes()[:-9])):
+        made = kept.stat().st_mtime_ns
+        change()
+        assert len(listed(tmp_path, path, cache_directory=cache)[0]) == count
+        assert kept.stat().st_mtime_ns != made
+    # what is a caption depends on the table
+    assert listed(tmp_path, path, cache_directory=cache, caption_extension=".cap")[0][0].caption is None
+    assert listed(tmp_path, path, cache_directory=cache, caption_extension=".txt")[0][0].caption == "txt 0"

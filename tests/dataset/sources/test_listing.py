@@ -1,13 +1,23 @@
 """Which files a table means, their captions and their control media."""
 
+import dataclasses
 import json
+import logging
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from dataset.sources.listing import find_sources, missing_captions, require_captions
+from dataset.config import load_dataset_config
+from dataset.sources.cogvideox import list_cogvideox
+from dataset.sources.listing import find_all_sources, find_sources, missing_captions, require_captions
+from dataset.sources.media_source import Fault
 from modules.errors import DatasetError
+from modules.media.writing import write_png
+from tests.data_tools.cogvideox.making import NAMES, read_table, save, write_data, write_lists
 from tests.dataset.making import make_table
+from tests.tiny.project import CAPTIONS, moving_square
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -23,18 +33,8 @@ def write_list(folder: Path, *records: dict) -> None:
 
 
 def test_a_folder_gives_its_images_sorted_by_path(tmp_path: Path) -> None:
-    touch(
-        tmp_path,
-        "b.PNG",
-        "a.jpg",
-        "c d é漢.webp",
-        "e.bmp",
-        "f.jpeg",
-        "notes.txt",
-        "clip.mp4",
-        ".hidden.png",
-        "inner/g.png",
-    )
+    touch(tmp_path, "b.PNG", "a.jpg", "c d é漢.webp", "e.bmp", "f.jpeg")
+    touch(tmp_path, "notes.txt", "clip.mp4", ".hidden.png", "inner/g.png")
 
     sources = find_sources(make_table(tmp_path, "image_directory"))
 
@@ -72,17 +72,8 @@ def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
 def test_control_images_go_by_stem_and_number(tmp_path: Path) -> None:
     control = tmp_path / "control"
     touch(tmp_path, "a.png", "a_1.png", "a_10.png")
-    touch(
-        control,
-        "a_2.png",
-        "a.webp",
-        "a_1_0002.png",
-        "a_1_01.png",
-        "a_10_0.png",
-        "a_10_1.png",
-        "a.txt",
-        "unrelated.png",
-    )
+    touch(control, "a_2.png", "a.webp", "a_1_0002.png", "a_1_01.png", "a_10_0.png", "a_10_1.png")
+    touch(control, "a.txt", "unrelated.png")
     table = make_table(tmp_path, "image_directory", control_directory=control, fp_1f_clean_indices=(0, 1))
 
     found = {source.stem: [path.name for path in source.control] for source in find_sources(table)}
@@ -163,3 +154,132 @@ def test_every_line_needs_all_control_images_where_one_has(tmp_path: Path) -> No
         find_sources(make_table(tmp_path, "image_jsonl_file", fp_1f_clean_indices=(0, 5)))
 
     assert "b.png" in str(caught.value)
+
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="links need rights there, and there are no such pipes")
+
+
+@POSIX
+def test_dead_links_pipes_and_folders_among_pictures_are_told(tmp_path: Path) -> None:
+    for name in ("a.png", "target.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "dead.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "good.png").symlink_to(tmp_path / "target.txt")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    faults: list[Fault] = []
+
+    sources = find_sources(make_table(tmp_path, "image_directory"), faults=faults)
+
+    assert [source.path.name for source in sources] == ["a.png", "good.png"]
+    told = [fault.text for fault in faults if not fault.ends_run]
+    assert [line.partition(": ")[2] for line in told] == [
+        f"the link leads to {tmp_path / 'gone.png'}, which is not there",
+        "it is a folder",
+        "it is a named pipe, not a regular file",
+    ]
+
+
+def test_folders_of_media_inside_a_folder_are_told_unless_a_table_has_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.png", "more/b.png", "used/c.png", "cache/d.png", "notes/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    table = make_table(tmp_path, "image_directory")
+    other = dataclasses.replace(table, directory=tmp_path / "used", index=1, cache_directory=tmp_path / "c")
+    config = dataclasses.replace(load_dataset_config(tmp_path / "data.toml"), datasets=(table, other))
+
+    find_all_sources(config, captions=False)
+
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path / 'more'}: its images are not used")
+
+
+def test_what_a_tool_made_of_another_file_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frame = moving_square(1, 16, 16, 1)[0]
+    tags = {"post_1": "upscaler"}
+    for name, said in {"a": {}, "a_SWIN": tags, "a_b_SWIN_": tags, "b_SWIN": tags, "a_2": {}}.items():
+        write_png(tmp_path / f"{name}.png", frame, said)
+
+    with caplog.at_level(logging.WARNING):
+        sources = find_sources(make_table(tmp_path, "image_directory"))
+
+    assert [source.stem for source in sources] == ["a", "a_2", "b_SWIN"]  # that has no source here
+    assert "2 files, such as" in caplog.text
+
+
+FORMS = {
+    "lists": (),
+    "csv": ('dataset_file = "data.csv"',),
+    "jsonl": ('dataset_file = "data.jsonl"',),
+    "csv by columns": ('dataset_file = "data.csv"', 'caption_column = "caption"', 'video_column = "video"'),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("cog") / "data set")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_gives_the_items_of_our_own_list(form: str, data: Path, tmp_path: Path) -> None:
+    own = [
+        json.dumps({"video_path": str(data / "videos" / f"{name}.mp4"), "caption": caption})
+        for name, caption in zip(NAMES, CAPTIONS, strict=False)
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(own), encoding="utf-8")
+
+    found = find_sources(read_table(tmp_path, data, *FORMS[form]))
+    expected = find_sources(make_table(tmp_path, "video_jsonl_file"))
+
+    assert len(found) == 3
+    assert [(one.path, one.stem, one.caption, one.control, one.tensors) for one in found] == [
+        (one.path, one.stem, one.caption, one.control, one.tensors) for one in expected
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("t.jsonl", '{{"caption": "{0}", "video_path": "{1}"}}\n'),
+        ("t.jsonl", '{{"caption": "kept", "prompt": "{0}", "video_path": "no", "video": "{1}"}}\n'),
+        ("t.csv", 'prompt,video\n"{0}",{1}\n'),
+    ],
+)
+def test_a_table_may_have_the_other_usual_columns(name: str, line: str, data: Path, tmp_path: Path) -> None:
+    table = tmp_path / name
+    table.write_text(line.format("a red fox", "videos/00000.mp4"), encoding="utf-8")
+
+    (found,) = find_sources(read_table(tmp_path, data, f'dataset_file = "{table.as_posix()}"'))
+
+    assert (found.caption, found.path) == ("a red fox", data / "videos" / "00000.mp4")
+
+
+def test_tensors_are_beside_the_folder_of_clips_which_may_be_absent(tmp_path: Path) -> None:
+    write_lists(tmp_path, ("one", "two"), ["part/videos/a.mp4", "part/videos/b.mp4"])
+    table = read_table(tmp_path, tmp_path, "load_tensors = true")
+    part = tmp_path / "part"
+
+    with pytest.raises(DatasetError, match=r"1 folders are missing, .*\n .*part.video_latents"):
+        find_sources(table)
+    save(torch.zeros(32, 1, 4, 4), part / "video_latents" / "a.pt")
+    with pytest.raises(DatasetError, match=r"1 files are missing, .*\n .*video_latents.b\.pt"):
+        find_sources(table)
+    save(torch.zeros(32, 1, 4, 4), part / "video_latents" / "b.pt")
+    save(torch.zeros(226, 4096), part / "prompt_embeds" / "a.pt")
+    with pytest.raises(DatasetError, match=r"1 files are missing, .*\n .*prompt_embeds.b\.pt"):
+        find_sources(table)
+    (part / "prompt_embeds" / "a.pt").unlink()
+    (part / "prompt_embeds").rmdir()
+
+    faults: list[Fault] = []
+    sources = list_cogvideox(table, faults)
+
+    assert not faults
+    assert [one.tensors.moments for one in sources if one.tensors] == [
+        part / "video_latents" / f"{name}.pt" for name in "ab"
+    ]
+    assert all(one.tensors and one.tensors.embeds is None for one in sources)

@@ -1,20 +1,26 @@
 """Tables of sources: which columns, where relative paths start, which rows cannot be used."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dataset.cache.records import identify, is_unchanged
 from dataset.config import DatasetTable
+from dataset.sources import parquet
+from dataset.sources.columns import column_names, read_columns
 from dataset.sources.fetching import fetch
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import Fault
+from dataset.sources.parquet import cells_of, read_cell
 from modules.errors import DatasetError, MediaError
 from tests.dataset.making import make_image, make_table
 
@@ -121,3 +127,157 @@ def test_a_row_that_cannot_be_used_leaves_the_others_as_they_are(tmp_path: Path)
     sources = find_sources(table_of(tmp_path, rows, "t.jsonl", multi_caption=True), faults=faults)
     assert [source.stem.split("-")[0] for source in sources] == ["b", "b"]
     assert "101 captions, at most 100" in faults[0].text
+
+
+ROWS = [{"path": "a.png", "caption": "one,\ntwo"}, {"path": "b c.png", "caption": 'say "ü"'}]
+MIB = 1 << 20
+LONG = "x" * MIB
+
+
+def rows_of(path: Path, *wanted: str) -> list[tuple[str, int, dict[str, Any], str | None]]:
+    found = read_columns(path, wanted or None)
+    return [(row.unit, row.number, dict(row.values), row.fault) for row in found]
+
+
+def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
+    csv, tsv, jsonl = (tmp_path / f"t.{end}" for end in ("csv", "tsv", "jsonl"))
+    csv.write_bytes('\ufeffpath,caption\r\na.png,"one,\r\ntwo"\r\nb c.png,"say ""ü"""\r\n'.encode())
+    tsv.write_text('path\tcaption\na.png\t"one,\ntwo"\n\nb c.png\t"say ""ü"""', encoding="utf-8")
+    jsonl.write_text(
+        '{"caption": "one,\\ntwo", "path": "a.png", "more": 1}\n\n'
+        '{"path": "b c.png", "caption": "say \\"ü\\"", "more": null}\n',
+        encoding="utf-8",
+    )
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "t.parquet")
+
+    numbers = {}
+    for path in (csv, tsv, jsonl, tmp_path / "t.parquet"):
+        found = rows_of(path, "path", "caption", "absent")
+        assert [values for _, _, values, _ in found] == ROWS
+        numbers[path.suffix] = [f"{unit} {number}" for unit, number, _, _ in found]
+
+    assert numbers == {
+        ".csv": ["line 2", "line 4"],
+        ".tsv": ["line 2", "line 5"],
+        ".jsonl": ["line 1", "line 3"],
+        ".parquet": ["row 1", "row 2"],
+    }
+    assert column_names(csv) == column_names(tsv) == column_names(tmp_path / "t.parquet")
+    assert column_names(jsonl) == ("caption", "path", "more")
+
+
+def test_a_spreadsheet_may_separate_by_semicolons(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path;caption\na.png;one, two\n", encoding="utf-8")
+    assert rows_of(tmp_path / "t.csv") == [("line", 2, {"path": "a.png", "caption": "one, two"}, None)]
+
+
+# --- Parquet
+
+
+@pytest.fixture
+def pool() -> Iterator[pa.MemoryPool]:
+    """What Arrow takes in a test."""
+    before = pa.default_memory_pool()
+    counted = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(counted)
+    yield counted
+    parquet._group.cache_clear()  # what it holds is of this pool
+    pa.set_memory_pool(before)
+
+
+def repeated(value: Any, count: int) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([value]))
+
+
+def write(path: Path, columns: dict[str, Any], **options: Any) -> Path:
+    pq.write_table(pa.table(columns), path, **{"compression": "zstd", "store_schema": False, **options})
+    assert path.stat().st_size < 200_000
+    return path
+
+
+def lists_of(value: str, count: int, each: int) -> pa.Array:
+    offsets = pa.array(np.arange(0, count * each + 1, each, dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, repeated(value, count * each))
+
+
+@pytest.mark.parametrize(
+    ("column", "options"),
+    [
+        (lambda: repeated(LONG, 4000), {}),
+        (lambda: repeated("a.png", 1_000_000), {}),
+        (lambda: lists_of(LONG, 2, 2000), {}),
+        (lambda: lists_of("", 2, 8_000_000), {}),
+        (lambda: pa.array([LONG] * 100), {"use_dictionary": False, "data_page_size": 1 << 30}),
+        (lambda: pa.array([LONG] * 100), {"column_encoding": "DELTA_BYTE_ARRAY", "use_dictionary": False}),
+        (lambda: pa.array([bytes(MIB)] * 100, pa.binary(MIB)), {}),
+    ],
+    ids=["a long text", "many rows", "lists", "long lists", "zstd", "prefixes", "of a fixed size"],
+)
+def test_a_small_file_of_much_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, pool: pa.MemoryPool, column: Any, options: dict[str, Any]
+) -> None:
+    path = write(tmp_path / "t.parquet", {"caption": column()}, **options)
+    before = pool.max_memory()  # of writing
+
+    with pytest.raises(DatasetError, match=r"unpacks to more than \d+ MiB"):
+        list(read_columns(path, ["caption"]))
+
+    assert pool.max_memory() - before < 200 * MIB
+
+
+def understate(path: Path) -> None:
+    """Let a file's metadata say that its columns unpack to 1000 bytes."""
+    group = pq.read_metadata(path).row_group(0)
+    content = bytearray(path.read_bytes())
+    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for size in {group.total_byte_size, group.column(0).total_uncompressed_size}:
+        stated, new = varint(2 * size), varint(2 * 1000)  # twice: the lowest bit is the sign
+        new = bytes(byte | 128 for byte in new).ljust(len(stated) - 1, b"\x80") + b"\0"  # as long
+        assert stated in content[end:]
+        content[end:] = content[end:].replace(stated, new)
+    path.write_bytes(content)
+    assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 1000
+
+
+def varint(number: int) -> bytes:
+    return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+
+def test_pages_decide_where_the_metadata_lie(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    options = {"use_dictionary": False, "data_page_size": 1 << 30, "write_statistics": False}
+    path = write(tmp_path / "t.parquet", {"image": pa.array([bytes(200 * MIB)])}, **options)
+    understate(path)
+    pool: pa.MemoryPool = request.getfixturevalue("pool")  # after writing
+
+    for read in (lambda: list(read_columns(path)), lambda: read_cell(cells_of(path, "image")(1))):
+        with pytest.raises((DatasetError, MediaError), match=r"unpacks to more than \d+ MiB"):
+            read()
+        assert pool.max_memory() < 10 * MIB
+
+
+def test_a_usual_table_is_read_whole(tmp_path: Path) -> None:
+    rows = [
+        {"path": f"{number}.png", "caption": "a picture of a cat " * 20, "captions": ["a", None, "b"]}
+        for number in range(3000)
+    ]
+    for compression in ("zstd", "none"):
+        pq.write_table(
+            pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=1000, compression=compression
+        )
+        assert [dict(row.values) for row in read_columns(tmp_path / "t.parquet")] == rows
+
+
+def test_damaged_pages_are_one_message(tmp_path: Path) -> None:
+    rows = [{"path": f"{number}.png", "captions": ["a", "b"], "image": b"abc"} for number in range(50)]
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    content, numbers = path.read_bytes(), np.random.default_rng(0)
+    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # behind it pyarrow itself may abort
+    for _ in range(100):
+        damaged = bytearray(content)
+        for place in numbers.integers(4, end, 3):
+            damaged[place] = numbers.integers(0, 256)
+        path.write_bytes(bytes(damaged))
+        for read in (lambda: list(read_columns(path)), lambda: read_cell(cells_of(path, "image")(7))):
+            with contextlib.suppress(DatasetError, MediaError):
+                read()

@@ -134,11 +134,7 @@ def two_experts() -> TinyFamily:
         return [*words[:place], "--dit_high_noise", "model/dit_high.safetensors", *words[place:]]
 
     return replace(
-        one,
-        name=EXPERTS,
-        prepare=prepare,
-        train=with_both(one.train),
-        generate=with_both(one.generate),
+        one, name=EXPERTS, prepare=prepare, train=with_both(one.train), generate=with_both(one.generate)
     )
 
 

@@ -2,17 +2,27 @@
 saves memory changes no bit.
 """
 
+import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from modules.fp8.products import supports_fp8
 from modules.media.reading import Frame, read_image
+from post.contract import Clip
+from post.interpolation.stage import make_interpolation
+from post.upscaling.stage import make_upscaler
 from tests.gpu.measuring import equal_bits, relative_error
-from tests.gpu.runs.project import CPU, DEEP, EXPERTS, ON_GPU, OTHERS, Project, latents_in
+from tests.gpu.runs.project import CPU, DEEP, EXPERTS, ON_GPU, OTHERS, Project, latents_in, run
+from tests.post.interpolation import test_stage as interpolating
+from tests.post.upscaling import plain_clips
+from tests.tiny.post_interpolation import write_gimm_r
 from tests.tiny.taehv import write_taehv
 
 pytestmark = ON_GPU
@@ -128,3 +138,119 @@ def test_compiled_blocks_give_the_latents_of_eager_ones(
     compiled = ("--compile", "--compile_args", "inductor", "default", "auto", "False")
     eager = project.generate(device)
     assert relative_error(project.generate(device, *compiled), eager) < 1e-3
+
+
+Caches = dict[str, dict[str, Tensor]]  # by name of the file
+# relative, by the dtype in which a tensor is kept: a GPU computes encoders in float16 that the CPU has in
+# float32
+TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+
+
+def caches(
+    project: Project, device: torch.device, folder: Path, *latents: object, side: int | None = None
+) -> Caches:
+    """Make the caches of a project on a device, in a folder of their own. side: of what is cached, in
+    pixels.
+    """
+    config = folder / "dataset.toml"
+    text = (project.folder / "dataset.toml").read_text(encoding="utf-8")
+    here = (project.folder / "cache").as_posix()
+    assert f'"{here}"' in text
+    text = text.replace(f'"{here}"', f'"{(folder / "cache").as_posix()}"')
+    if side is not None:
+        text = re.sub(r"resolution = .*", f"resolution = [{side}, {side}]", text)
+    config.write_text(text, encoding="utf-8")
+    where = ("--dataset_config", config, "--device", device)
+    project.run(device, *project.family.cache_latents, *where, *latents)
+    project.run(device, *project.family.cache_texts, *where)
+    return {path.name: load_file(path) for path in sorted((folder / "cache").glob("*.safetensors"))}
+
+
+def assert_near(ours: Caches, theirs: Caches) -> None:
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for file, tensors in theirs.items():
+        assert ours[file].keys() == tensors.keys(), file
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                error = relative_error(ours[file][name], tensor)
+                assert error < TOLERANCE[tensor.dtype], f"{file}: {name}: {error:.1e}"
+            else:
+                assert torch.equal(ours[file][name], tensor), f"{file}: {name}"
+
+
+@pytest.mark.parametrize("name", [*DEEP, *OTHERS])
+def test_latents_and_texts_are_those_of_the_cpu(
+    name: str, project_of: Find, device: torch.device, tmp_path: Path
+) -> None:
+    """Clips, pictures, CLIP's and SigLIP's embeddings, all text encoders."""
+    project = project_of(name)
+    theirs = {path.name: load_file(path) for path in (project.folder / "cache").glob("*.safetensors")}
+    assert_near(caches(project, device, tmp_path), theirs)
+
+
+@pytest.mark.parametrize("name", ["wan t2v-1.3B", "hunyuan_video", "flux", "hunyuan_image"])
+def test_latents_of_tiles_are_those_of_the_cpu(
+    name: str, project_of: Find, device: torch.device, tmp_path: Path
+) -> None:
+    project, made = project_of(name), []
+    tiles = ("--vae_spatial_tile_sample_min_size", "64")
+    for where, folder in ((device, "ours"), (CPU, "theirs")):
+        (tmp_path / folder).mkdir()
+        made.append(caches(project, where, tmp_path / folder, *tiles, side=128))
+    assert_near(*made)
+    (tmp_path / "whole").mkdir()
+    whole = caches(project, CPU, tmp_path / "whole", side=128)
+    latents = [next(iter(made[1][name].values())) for name in whole if "_te" not in name]
+    plain = [next(iter(tensors.values())) for name, tensors in whole.items() if "_te" not in name]
+    assert not any(torch.equal(*pair) for pair in zip(latents, plain, strict=True))  # there are tiles
+
+
+def assert_levels(ours: list[Frame], theirs: list[Frame], levels: int) -> None:
+    """No pixel differs by more levels of 255."""
+    assert len(ours) == len(theirs) > 0
+    for mine, other in zip(ours, theirs, strict=True):
+        assert np.abs(mine.astype(int) - other.astype(int)).max() <= levels
+
+
+@pytest.mark.parametrize("kind", plain_clips.ALL_WRITERS)
+def test_pictures_are_enlarged_as_on_the_cpu(kind: str, device: torch.device, tmp_path: Path) -> None:
+    model = plain_clips.ALL_WRITERS[kind](tmp_path / "x.pth")
+    made = []
+    for where in (device, CPU):
+        stage = make_upscaler(plain_clips.options(model), where)
+        pictures = plain_clips.run(stage, plain_clips.pictures(), plain_clips.clip())
+        made.append([picture.pixels for picture in pictures])
+    assert_levels(*made, levels=1)
+
+
+def test_pictures_between_are_those_of_the_cpu(device: torch.device, tmp_path: Path) -> None:
+    folder, frames = write_gimm_r(tmp_path), interpolating.moving(3)
+    starts = [Fraction(index, 24) for index in range(3)]
+    clip = Clip(tmp_path / "clip.mkv", 130, 128, Fraction(24), 3, False)
+    made = []
+    for where in (device, CPU):
+        stage = make_interpolation(interpolating.options(folder), where)
+        made.append([picture.pixels for picture in stage.run(interpolating.stream(frames, starts), clip)])
+    assert len(made[0]) == 5
+    assert_levels(*made, levels=2)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_pictures_of_stable_diffusion_are_those_of_the_cpu(
+    kind: str, device: torch.device, tmp_path: Path
+) -> None:
+    pytest.importorskip("diffusers")
+    from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sdxl
+
+    model = (write_sd1 if kind == "sd1" else write_sdxl)(tmp_path)
+    words = ("--ckpt", model, "--tokenizer_cache_dir", tokenizer_folder(tmp_path / "t"), "--W", 64, "--H", 64)
+    asked = (
+        *("--prompt", "a cat", "--seed", 7, "--steps", 4, "--images_per_prompt", 2),
+        "--sequential_file_name",
+    )
+    made = []
+    for name, where in (("ours", device), ("theirs", CPU)):
+        run(tmp_path, where, "gen_img.py", *words, *asked, "--outdir", name, "--device", where)
+        made.append([read_image(path) for path in sorted((tmp_path / name).glob("*.png"))])
+    assert_levels(*made, levels=2)

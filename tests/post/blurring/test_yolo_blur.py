@@ -22,11 +22,10 @@ from post.chain_options import read_tool
 from post.contract import Clip
 from post.faces.boxes import FoundFace
 from post.options import BlurOptions
-from tests.post.blurring.test_covering import changed
+from tests.post.blurring.test_tracks import changed
 from tests.tiny.onnx_files import write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector
 
-ROOT = Path(__file__).resolve().parents[3]
 HEIGHT, WIDTH, COUNT = 64, 96, 24
 PALE = 125  # this red is missed (score 0.15), and can still be seen well
 SEEN = 75  # at most so red is what is left of a dot under the blur

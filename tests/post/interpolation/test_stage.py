@@ -188,11 +188,7 @@ def test_what_cannot_be_interpolated_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mode": "film"}, "--mode film"),
-        ({"ds_factor": 0.29}, "--ds_factor 0.29"),
-    ],
+    ("changes", "message"), [({"mode": "film"}, "--mode film"), ({"ds_factor": 0.29}, "--ds_factor 0.29")]
 )
 def test_values_that_make_no_sense_are_refused(
     tmp_path: Path, changes: dict[str, object], message: str

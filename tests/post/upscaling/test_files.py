@@ -32,10 +32,7 @@ NEAR = {"rtol": 0.0, "atol": 1e-5}  # float32; differences are below 1e-6
 
 
 def enlarge(
-    path: Path,
-    images: Tensor,
-    repeats_edge: bool | None = None,
-    dtype: torch.dtype = torch.float32,
+    path: Path, images: Tensor, repeats_edge: bool | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """What a file's network makes; repeats_edge: None: as its kind has it."""
     upscaler = load_upscaler(path, CPU, dtype)

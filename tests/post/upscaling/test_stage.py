@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from modules.errors import OptionError
 from modules.media.encoding import Picture
@@ -77,32 +76,6 @@ def test_a_stage_takes_only_the_pictures_that_it_computes(tmp_path: Path) -> Non
     for index in range(4):
         next(results)
         assert len(taken) == 3 + index // 3 * 3
-
-
-def test_memory_that_ends_is_met_with_tiles_once_a_clip(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO)
-    model = write_rrdb(tmp_path / "x.pth")
-    stage = make_upscaler(options(model, mode="esrgan"), CPU)
-    assert isinstance(stage, UpscalerStage)
-    forward = stage.upscaler.network.forward
-
-    def small(images: Tensor) -> Tensor:
-        if images.shape[-1] > 70:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(images)
-
-    monkeypatch.setattr(stage.upscaler.network, "forward", small)
-    wide = [Picture(np.tile(each.pixels, (3, 3, 1)), each.start, each.seconds) for each in pictures()[:3]]
-    caplog.clear()
-
-    made = run(stage, wide, clip(width=3 * WIDTH, height=3 * HEIGHT))
-
-    assert made[0].pixels.shape == (12 * HEIGHT, 12 * WIDTH, 3)
-    assert [record.getMessage() for record in caplog.records] == [
-        "Memory is full: from now on pictures are cut into tiles of 64 pixels."
-    ]
 
 
 def test_tiles_are_chosen_before_memory_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

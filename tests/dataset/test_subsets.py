@@ -1,0 +1,343 @@
+"""The image guides' dataset configuration as tables."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.batches.items import TrainingItem, find_items, group_items, require_items
+from dataset.batches.reading import read_batch
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.config import DatasetConfig
+from dataset.sources.listing import find_sources
+from dataset.subsets import folders_config
+from dataset.table import Augmentation, BucketRule, CaptionChanges
+from modules.contract.data import LOSS_MASK
+from modules.errors import DatasetError
+from tests.dataset.making import given, load, make_image
+from tests.dataset.toy_family import LATENT, ToyFamily, options
+
+TWO_SIZES = """
+[general]
+enable_bucket = true
+caption_extension = ".txt"
+shuffle_caption = true
+keep_tokens = 1
+
+[[datasets]]
+resolution = 1024
+batch_size = 2
+
+  [[datasets.subsets]]
+  image_dir = "FOLDER/cat"
+  num_repeats = 10
+  class_tokens = "cat"
+  keep_tokens = 2
+
+  [[datasets.subsets]]
+  image_dir = "FOLDER/reg"
+  is_reg = true
+
+[[datasets]]
+resolution = [768, 512]
+bucket_reso_steps = 32
+shuffle_caption = false
+
+  [[datasets.subsets]]
+  image_dir = "FOLDER/cat"
+  flip_aug = true
+  interpolation_type = "bicubic"
+  caption_extention = ".caption"
+  custom_attributes = { diff_output_preservation = true }
+"""
+
+
+def faults(folder: Path, text: str, *words: str) -> str:
+    with pytest.raises(DatasetError) as caught:
+        load(folder, text, *words)
+    return str(caught.value)
+
+
+def test_a_subset_is_a_table_and_values_fall_back(tmp_path: Path) -> None:
+    cat, reg, small = load(tmp_path, TWO_SIZES, "--prior_loss_weight", "0.5", "--random_crop").datasets
+
+    assert [(table.group, table.subset, table.index) for table in (cat, reg, small)] == [
+        (0, 0, 0),
+        (0, 1, 1),
+        (1, 0, 2),
+    ]
+    assert (cat.resolution, cat.batch_size, cat.num_repeats, cat.class_tokens) == ((1024, 1024), 2, 10, "cat")
+    assert cat.changes == CaptionChanges(shuffle=True, keep_tokens=2, is_raw=True)
+    assert (reg.is_reg, reg.prior_loss_weight, cat.prior_loss_weight) == (True, 0.5, 1.0)
+    assert (reg.changes.keep_tokens, reg.num_repeats) == (1, 1)
+    assert small.buckets == BucketRule(256, 1024, 32, "bicubic")
+    assert small.changes == CaptionChanges(keep_tokens=1)
+    assert small.augmentation == Augmentation(flip=True, random_crop=True)
+    assert (small.caption_extension, cat.caption_extension) == (".caption", ".txt")
+    assert small.custom_attributes == {"diff_output_preservation": True}
+    assert cat.name.endswith(f"data.toml, [[datasets]] 1, subset 1 ({tmp_path / 'cat'})")
+
+
+def test_each_table_has_a_cache_folder_of_its_own(tmp_path: Path) -> None:
+    text = TWO_SIZES + '\n  [[datasets.subsets]]\n  image_dir = "FOLDER/cat"\n'
+
+    folders = [table.cache_directory for table in load(tmp_path, text).datasets]
+
+    assert folders == [
+        tmp_path / "cat" / "1024x1024",
+        tmp_path / "reg" / "1024x1024",
+        tmp_path / "cat" / "768x512",
+        tmp_path / "cat" / "768x512_2",
+    ]
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    text = """
+    [general]
+    suffle_caption = true
+    [[datasets]]
+    batch_size = 0
+    image_dir = "here"
+      [[datasets.subsets]]
+      resolution = 512
+      keep_tokens = "2"
+      caption_extention = ".txt"
+      caption_extension = ".txt"
+    [[datasets]]
+    resolution = 512
+    """
+
+    said = faults(tmp_path, text)
+
+    assert said.splitlines()[0].endswith("data.toml cannot be used:")
+    for line in (
+        "[general]: unknown key suffle_caption = true. Did you mean shuffle_caption?",
+        "[[datasets]] 1: batch_size = 0 (a whole number); allowed: a whole number, 1 or more",
+        '[[datasets]] 1: image_dir = "here" is for [[datasets.subsets]]; move it there',
+        "[[datasets]] 1, subset 1: resolution = 512 is for [[datasets]] or [general]; move it there",
+        '[[datasets]] 1, subset 1: keep_tokens = "2" (text); allowed: a whole number, 0 or more',
+        "[[datasets]] 1, subset 1: caption_extention and caption_extension are the same key; leave out one",
+        "[[datasets]] 2 has no [[datasets.subsets]]; each folder of pictures needs one",
+    ):
+        assert line in said
+
+
+def test_a_subset_needs_pictures(tmp_path: Path) -> None:
+    assert "subset 1: image_dir, the folder of its pictures, is missing" in faults(
+        tmp_path, "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nnum_repeats = 2"
+    )
+
+
+def pictures_in(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_image(path)
+    return folder
+
+
+def test_folders_say_repeats_and_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = pictures_in(tmp_path / "train", "10_shs cat/a.png", "2_dog/b.png", "notes/c.png", "0_off/d.png")
+    reg = pictures_in(tmp_path / "reg", "1_cat/r.png")
+    (train / "2_dog" / "b.txt").write_text("a dog", encoding="utf-8")
+    words = ("--train_data_dir", train, "--reg_data_dir", reg, "--resolution", "512,768")
+
+    config = folders_config(given(*words, "--caption_extension", ".txt", "--train_batch_size", "3"))
+
+    found = [(table.num_repeats, table.class_tokens, table.is_reg, table.group) for table in config.datasets]
+    assert found == [(10, "shs cat", False, 0), (2, "dog", False, 0), (1, "cat", True, 0)]
+    assert {(table.resolution, table.batch_size) for table in config.datasets} == {((512, 768), 3)}
+    assert [find_sources(table)[0].caption for table in config.datasets] == ["shs cat", "a dog", "cat"]
+    assert sorted(record.args[1].name for record in caplog.records) == ["0_off", "notes"]
+
+
+def test_a_json_names_pictures_and_their_captions(tmp_path: Path) -> None:
+    pictures = pictures_in(tmp_path / "pics", "a.png", "b.jpg", "sub/a.png", "c.webp")
+    elsewhere = pictures_in(tmp_path / "other", "d.png") / "d.png"
+    entries = {
+        "a": {"caption": "one", "tags": "x, y", "train_resolution": [64, 64]},
+        "b.jpg": {"tags": "tag"},
+        "sub/a": {"caption": "first\nsecond"},
+        str(elsewhere): {"caption": "far"},
+    }
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    words = ("--train_data_dir", pictures, "--in_json", path, "--dataset_repeats", "4", "--resolution", "64")
+
+    (table,) = folders_config(given(*words)).datasets
+    sources = find_sources(table)
+
+    assert {source.path: source.caption for source in sources} == {
+        pictures / "a.png": "one, x, y",
+        pictures / "b.jpg": "tag",
+        pictures / "sub" / "a.png": "first",
+        elsewhere: "far",
+    }
+    assert len({source.stem for source in sources}) == 4
+    assert table.num_repeats == 4
+    assert table.cache_directory == pictures / "64x64"
+
+
+def test_tags_end_every_line_of_a_caption_with_wildcards(tmp_path: Path) -> None:
+    pictures_in(tmp_path / "pics", "a.png")
+    (tmp_path / "m.json").write_text('{"a": {"caption": "one\\ntwo", "tags": "x\\ny"}}', encoding="utf-8")
+    text = (
+        "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'FOLDER/pics'\n"
+        "metadata_file = 'FOLDER/m.json'\nenable_wildcard = true"
+    )
+
+    (source,) = find_sources(load(tmp_path, text).datasets[0])
+
+    assert source.caption == "one, x,y\ntwo, x,y"
+
+
+OF_TWO_SIZES = """
+[general]
+caption_extension = ".txt"
+enable_bucket = true
+min_bucket_reso = 16
+bucket_reso_steps = 16
+[[datasets]]
+resolution = 32
+batch_size = 2
+  [[datasets.subsets]]
+  image_dir = "FOLDER/cat"
+  class_tokens = "cat"
+  num_repeats = 2
+  caption_prefix = "photo of"
+  [[datasets.subsets]]
+  image_dir = "FOLDER/reg"
+  class_tokens = "animal"
+  is_reg = true
+[[datasets]]
+resolution = [64, 32]
+  [[datasets.subsets]]
+  image_dir = "FOLDER/cat"
+"""
+
+
+def make_pictures(folder: Path) -> None:
+    for name, size in (("cat/a", (40, 40)), ("cat/b", (120, 40)), ("reg/r", (40, 40))):
+        (folder / name).parent.mkdir(exist_ok=True)
+        make_image(folder / f"{name}.png", size)
+    (folder / "cat" / "a.txt").write_text("one\ntwo", encoding="utf-8")
+
+
+def cache(config: DatasetConfig) -> tuple[int, list[str]]:
+    """Cache all; return how many pictures were encoded, and the texts."""
+    family = ToyFamily()
+    cache_media(family, config, options())
+    cache_texts(family, config, options())
+    return sum(map(len, family.seen)), family.text[0].calls
+
+
+def items_of(config: DatasetConfig) -> tuple[TrainingItem, ...]:
+    return require_items(find_items(config, "toy", LATENT, frozenset({"t5"})))
+
+
+def test_datasets_of_two_sizes_share_a_folder_of_pictures(tmp_path: Path) -> None:
+    make_pictures(tmp_path)
+    (tmp_path / "cat" / "b.txt").write_text("other", encoding="utf-8")
+    config = load(tmp_path, OF_TWO_SIZES)
+
+    counts, texts = cache(config)
+    items = items_of(config)
+
+    assert counts == 5
+    assert sorted(texts) == ["animal", "one", "other", "photo of one", "photo of other"]
+    assert cache(config) == (0, [])  # nothing is made twice
+    found = {(item.source_stem, item.table.index): item.bucket for item in items}
+    assert found == {
+        ("a", 0): (32, 32),
+        ("b", 0): (48, 16),
+        ("r", 1): (32, 32),
+        ("a", 2): (32, 32),
+        ("b", 2): (64, 32),
+    }
+    assert len(group_items(items)) == 4  # a and r share one
+
+
+def test_a_batch_of_several_subsets_has_a_weight_for_each(tmp_path: Path) -> None:
+    make_pictures(tmp_path)
+    config = load(
+        tmp_path, OF_TWO_SIZES.split("[[datasets]]\nresolution = [64")[0], "--prior_loss_weight", "0.5"
+    )
+    cache(config)
+    items = [item for item in items_of(config) if item.bucket == (32, 32)]
+
+    batch = read_batch(items, LATENT)
+
+    assert batch.captions == ("photo of one", "animal")
+    assert batch.loss_weights == (1.0, 0.5)
+
+
+def test_a_picture_without_caption_and_class_is_refused(tmp_path: Path) -> None:
+    make_pictures(tmp_path)
+
+    with pytest.raises(DatasetError, match="no b.txt beside it, and no class_tokens in its table"):
+        cache(load(tmp_path, OF_TWO_SIZES))
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("random_crop = true\ncolor_aug = true", "color_aug and random_crop change what is encoded"),
+        ("shuffle_caption = true", "shuffle_caption change"),
+        ("enable_wildcard = true", "its texts cannot be cached"),
+    ],
+)
+def test_what_changes_each_time_is_not_cached(tmp_path: Path, key: str, said: str) -> None:
+    make_pictures(tmp_path)
+    subset = f"image_dir = 'FOLDER/cat'\nclass_tokens = ''\n{key}"
+    text = f"[[datasets]]\nresolution = 32\n[[datasets.subsets]]\n{subset}"
+
+    with pytest.raises(DatasetError, match=said):
+        cache(load(tmp_path, text))
+
+
+@pytest.mark.parametrize("is_option", [True, False])
+def test_masks_lie_on_their_pictures(tmp_path: Path, is_option: bool) -> None:
+    """The left half is learned, in a bucket to which the picture is cropped without resizing."""
+    key = "conditioning_data_dir" if is_option else "mask_directory"
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "pics").mkdir()
+    left = Image.new("RGB", (80, 40))
+    left.paste((255, 255, 255), (0, 0, 40, 40))
+    left.save(tmp_path / "pics" / "a.png")
+    left.resize((160, 80)).save(tmp_path / "masks" / "a.png")
+    text = (
+        "[[datasets]]\nresolution = 64\nenable_bucket = true\nbucket_no_upscale = true\n"
+        "bucket_reso_steps = 16\n"
+        f"[[datasets.subsets]]\nimage_dir = 'FOLDER/pics'\nclass_tokens = 'x'\n{key} = 'FOLDER/masks'"
+    )
+    config = load(tmp_path, text, *(["--masked_loss"] if is_option else []))
+    family = ToyFamily()
+
+    cache_media(family, config, options())
+    cache_texts(family, config, options())
+    (mask,) = read_batch(list(items_of(config)), LATENT).tensor(LOSS_MASK)
+
+    frames = family.media[0].frames[0, 0, ..., 0]
+    assert frames.shape == (32, 80)
+    means = torch.nn.functional.avg_pool2d(frames[None].float() / 255, 8)
+    np.testing.assert_allclose(mask[0].float(), means[0], atol=0.04)
+
+
+def test_control_pictures_are_control_media(tmp_path: Path) -> None:
+    make_pictures(tmp_path)
+    (tmp_path / "control").mkdir()
+    for name in "ab":
+        make_image(tmp_path / "control" / f"{name}.png", (20, 20), (9, 9, 9))
+    text = (
+        "[[datasets]]\nresolution = 32\n[[datasets.subsets]]\nimage_dir = 'FOLDER/cat'\nclass_tokens = 'x'\n"
+        "conditioning_data_dir = 'FOLDER/control'"
+    )
+    config = load(tmp_path, text)
+    cache(config)
+
+    batch = read_batch(list(items_of(config)), LATENT)
+
+    assert batch.tensor("latents_control").unique().tolist() == [9.0]
