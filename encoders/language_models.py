@@ -170,6 +170,7 @@ def read_language_model(
             "Put the model's config.json beside it, or give another copy of the file.",
             checkpoint.path,
         )
+    theta, eps = _read_constants(checkpoint.path, told, model)
     is_normed = final_norm or states[-1] == -1
     config = LanguageConfig(
         vocabulary=vocabulary,
@@ -180,8 +181,8 @@ def read_language_model(
         head_width=width,
         num_layers=num_layers,
         final_norm=is_normed,
-        theta=_read_theta(checkpoint.path, told, model),
-        eps=float(told.get("rms_norm_eps", model.eps)),
+        theta=theta,
+        eps=eps,
         model=model,
     )
     unused = (
@@ -193,20 +194,27 @@ def read_language_model(
     return LoadPlan(config, own, sources, unused)
 
 
-def _read_theta(path: Path, told: Mapping[str, Any], model: LanguageModel) -> float:
-    """Return the base of the rotary frequencies.
+def _read_constants(path: Path, told: Mapping[str, Any], model: LanguageModel) -> tuple[float, float]:
+    """Return the base of the rotary frequencies, and the number that norms add.
 
-    Raises CheckpointError if they are stretched, as in Llama 3.1 and later.
+    Raises CheckpointError if the frequencies are stretched, as in Llama 3.1 and later.
     """
-    rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    try:
+        rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        theta = float(rope.get("rope_theta", told.get("rope_theta", model.theta)))
+        eps = float(told.get("rms_norm_eps", model.eps))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: the config.json beside it cannot be read ({error}). Copy it again, or remove it.", path
+        ) from error
     if kind not in model.rope_types:
         raise CheckpointError(
             f"{path}: its config.json asks for rotary frequencies of type {kind}, which the model that "
             f"the transformer was trained with does not use. Give {model.files} to {model.option}.",
             path,
         )
-    return float(rope.get("rope_theta", told.get("rope_theta", model.theta)))
+    return theta, eps
 
 
 class HostAngles(nn.Module):

@@ -25,6 +25,7 @@ PATCHES = "patch_embed.proj.weight"
 HEAD_WIDTH = 80  # as released; cannot be read from the tensors
 WINDOW = 112  # pixels that layers attend within, likewise
 FULL_EVERY = 8  # each eighth layer attends to the whole picture, likewise
+MOST_TOLD = 1 << 16  # of these in a config.json
 MOST_RATIO = 200  # of the sides of a picture, for the released image processor
 
 
@@ -96,10 +97,9 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     window = told.get("window_size", WINDOW)
     full = told.get("fullatt_block_indexes", list(range(FULL_EVERY - 1, num_layers, FULL_EVERY)))
     sizes = (heads, window, *(full if isinstance(full, list) else [None]))
-    fits = all(isinstance(size, int) and 0 <= size <= dim for size in sizes)
-    if not fits or patch != columns or merge**2 * dim != wide or merge < 1 or heads < 1 or dim % (4 * heads):
-        raise wrong
-    if window < patch * merge:
+    told_fits = all(isinstance(size, int) and 0 <= size < MOST_TOLD for size in sizes)
+    is_square = patch == columns and merge >= 1 and merge**2 * dim == wide
+    if not told_fits or not is_square or heads < 1 or dim % (4 * heads) or window < patch * merge:
         raise wrong
     config = VisionConfig(
         dim=dim,
