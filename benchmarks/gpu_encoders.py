@@ -72,19 +72,23 @@ def _umt5(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, i
 
 def _llama(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, int]:
     """Load HunyuanVideo's Llama; texts stand behind the template."""
+    from encoders.language_models import LLAMA, language_states, load_language_model
     from hunyuan_model.configs import SKIP_LAYERS
-    from hunyuan_model.llama import load_llama
-    from hunyuan_model.text_encoders import PROMPTS_AT_ONCE, VIDEO_TEMPLATE
+    from hunyuan_model.text_encoders import LLAVA_USE, VIDEO_TEMPLATE
 
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    llama = load_llama(path, device, dtype, SKIP_LAYERS, final_norm=False)
+    llama: Any = load_language_model(path, LLAMA, device, dtype, (-1 - SKIP_LAYERS,))
     start = VIDEO_TEMPLATE.crop_start or 0
-    shape = (PROMPTS_AT_ONCE, start + length)
+    shape = (LLAVA_USE.at_once, start + length)
     ids, mask = (
         torch.randint(1, llama.embed_tokens.num_embeddings, shape),
         torch.ones(shape, dtype=torch.int64),
     )
-    return llama, lambda: llama(ids.to(device), mask.to(device))[:, start:].cpu(), len(ids)
+
+    def encode() -> torch.Tensor:
+        return language_states(llama, llama.embed_tokens(ids.to(device)), mask.to(device))[:, start:].cpu()
+
+    return llama, encode, len(ids)
 
 
 TEXT_NETWORKS = {"wan": _umt5, "hunyuan_video": _llama}

@@ -1,4 +1,4 @@
-"""Compare our text encoders with the classes of transformers: start, memory, seconds, and numbers.
+"""Compare our umT5 with the class of transformers: start, memory, seconds, and numbers.
 
     pip install transformers
     python benchmarks/text_encoders.py
@@ -21,8 +21,6 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from encoders.t5_network import T5Config  # noqa: E402
-from hunyuan_model.llama import Llama  # noqa: E402
-from hunyuan_model.text_checkpoints import LlamaConfig  # noqa: E402
 from tests.tiny.wan_encoders import t5_hf_tensors  # noqa: E402
 from wan.t5 import T5Network  # noqa: E402
 
@@ -34,8 +32,8 @@ START = (
     "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
 )
 IMPORTS = {
-    "ours": "import wan.t5, hunyuan_model.text_encoders",
-    "transformers": "from transformers import UMT5EncoderModel, LlamaModel, CLIPTextModel, CLIPVisionModel",
+    "ours": "import wan.t5",
+    "transformers": "from transformers import UMT5EncoderModel, CLIPTextModel, CLIPVisionModel",
 }
 
 
@@ -47,7 +45,6 @@ def main() -> None:
     compare_starts(args.repeats)
     with torch.no_grad():
         compare_t5(args.layers, args.repeats)
-        compare_llama(args.layers, args.repeats)
 
 
 def compare_starts(repeats: int) -> None:
@@ -89,34 +86,6 @@ def compare_t5(layers: int, repeats: int) -> None:
             return [row[: len(prompt)] for row, prompt in zip(states, prompts, strict=True)]
 
         compare(f"umT5, theirs padded to {length}", lambda: ours(prompts), of_transformers, repeats)
-
-
-def compare_llama(layers: int, repeats: int) -> None:
-    """Compare Llama 3 of the released width on prompts padded to 351 tokens, as HunyuanVideo wants them."""
-    from transformers import LlamaConfig as TheirConfig
-    from transformers import LlamaModel
-
-    ours = Llama(LlamaConfig(1000, 4096, 14336, 32, 8, 128, num_layers=layers, final_norm=True))
-    theirs = LlamaModel(
-        TheirConfig(
-            vocab_size=1000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=layers,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            rope_theta=500000.0,
-            rms_norm_eps=1e-5,
-        )
-    )
-    theirs.load_state_dict(ours.state_dict(), assign=True)
-    ids, mask = pad([torch.randint(1, 1000, (length,)) for length in LENGTHS], 351)
-    compare(
-        "Llama 3",
-        lambda: [ours(ids, mask)],
-        lambda: [theirs.eval()(ids, attention_mask=mask, use_cache=False).last_hidden_state],
-        repeats,
-    )
 
 
 def pad(prompts: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:

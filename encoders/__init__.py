@@ -6,6 +6,9 @@ clip_checkpoints: files of CLIP's text and image towers
 clip_l: CLIP-L for the shared loops, and its tokenizer
 clip_layers: CLIP's towers, and layers shared with SigLIP
 files: files of one transformer, and what follows
+language_encoder: language models for the shared loops; chat templates
+language_models: files of Llama, Qwen, Mistral, and their networks
+picture_prompts: pictures in prompts: Qwen2.5-VL's vision tower
 pictures: cache entries of single pictures, colours of latents
 t5: T5-XXL for the shared loops, and ByT5 for letters
 t5_network: the encoder networks of T5 and umT5, their files

@@ -24,6 +24,7 @@ from modules.contract.data import Conditions, weigh_rows
 from modules.contract.requests import Prompt, Spans
 from modules.contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.errors import CheckpointError
+from modules.offload.block_swap import move_network
 from modules.offload.host_memory import LoadedNetwork
 
 # Letters: B prompts, L tokens
@@ -157,10 +158,15 @@ def merges_of(file: Path | None) -> Path | None:
     return file.with_name("merges.txt") if file is not None and file.name == "vocab.json" else None
 
 
-def fill_rows(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask, each B L int64, with the rows padded on the right."""
-    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
-    mask = torch.tensor([[*[1] * len(row), *[0] * (length - len(row))] for row in rows])
+def fill_rows(
+    rows: Sequence[Sequence[int]], length: int, pad: int, on_left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return token ids and mask, each B L int64, with the rows padded on the right, or on the left."""
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        own = slice(length - len(row), None) if on_left else slice(len(row))
+        ids[index, own], mask[index, own] = torch.tensor(row, dtype=torch.int64), 1
     return ids, mask
 
 
@@ -214,6 +220,7 @@ class Written(NamedTuple):
     spans: Spans  # of its parts
     before: str = ""  # what a template puts in front
     after: str = ""
+    uncounted: int = 0  # tokens in front that stand for pictures: they do not count towards the most
 
     @property
     def text(self) -> str:
@@ -291,7 +298,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     def load(self, device: torch.device) -> None:
         """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
-        self._loaded.load(device, self._read)
+        self._loaded.load(device, self._read, move_network)
 
     def _read(self, device: torch.device) -> tuple[Network, TextTokenizer]:
         # first, so that a bad tokenizer is reported before gigabytes are read
@@ -319,13 +326,20 @@ class FileTextEncoder(ABC, Generic[Network]):
         The states of a part's tokens are multiplied by the part's weight. Raises CheckpointError if the
         tokenizer has more tokens than the network.
         """
-        if not prompts:
+        return self.encode_written([self.write(prompt) for prompt in prompts], self.compute)
+
+    def encode_written(
+        self, written: Sequence[Written], compute: Callable[..., list[Conditions]]
+    ) -> list[Conditions]:
+        """Return what `encode` returns. compute: `self.compute`, or the same with further inputs."""
+        if not written:
             return []
         network, tokenizer = self._loaded.get()
         dropped = self.count_dropped(tokenizer)
-        written = [self.write(prompt) for prompt in prompts]
         read = [tokenizer.read(one.text) for one in written]
-        kept = [tokens.cut(dropped + self.most) for tokens in read]
+        kept = [
+            tokens.cut(dropped + one.uncounted + self.most) for tokens, one in zip(read, written, strict=True)
+        ]
         for whole, cut, one in zip(read, kept, written, strict=True):
             if self.tells_cuts and len(cut.ids) < len(whole.ids):
                 left_out = len(whole.ids) - len(cut.ids)
@@ -335,7 +349,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         rows = [tokens.ids for tokens in kept]
         known = len(network.get_parameter(self.embedding))
         check_ids(rows, known, self.path, self.source.files.option)
-        results = self.compute(network, tokenizer, rows, dropped)
+        results = compute(network, tokenizer, rows, dropped)
         if not self.weighed:
             return results
         return [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from encoders.clip_l import PooledClip
-from hunyuan_model.text_encoders import CLIP, LlavaTextEncoder
+from hunyuan_model.text_encoders import CLIP, LLAVA_USE, LlavaTextEncoder
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
 
@@ -23,10 +23,11 @@ TEXT_ROWS = 512  # rows for the language model's states, zeros after those of th
 class FramePackLlama(LlavaTextEncoder):
     """Text encoder 1: the language model's states of a prompt's own tokens, at most 256 of them."""
 
-    name = "llama"
-    keys = frozenset({"llama_vec", "llama_attention_mask"})
+    usual = replace(LLAVA_USE, name="llama", states_key="llama_vec", mask_key="llama_attention_mask")
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+    def encode(
+        self, prompts: Sequence[Prompt], pictures: Sequence[Sequence[Tensor]] = ()
+    ) -> list[Conditions]:
         """Return {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}.
 
         Each is encoded alone and padded to one length, as in the release. Fewer tokens or several prompts at
@@ -51,7 +52,7 @@ class FramePackClip(PooledClip):
 
 
 def _in_rows(encoded: Conditions) -> Conditions:
-    states, mask = encoded["llm"], encoded["llm_mask"]
+    states, mask = encoded["llama_vec"], encoded["llama_attention_mask"]
     assert isinstance(states, Tensor)
     assert isinstance(mask, Tensor)
     count = int(mask.sum())

@@ -19,7 +19,7 @@ from hunyuan_image.options import (
     HunyuanImageTrainingOptions,
     ProjectedGuidanceOptions,
 )
-from hunyuan_image.text_encoders import GlyphTextEncoder, QwenTextEncoder, find_quoted
+from hunyuan_image.text_encoders import QWEN_USE, GlyphTextEncoder, find_quoted
 from modules.contract.data import (
     Batch,
     Conditions,
@@ -45,7 +45,7 @@ from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import choose_compute_dtype
 from modules.options import NO_OPTIONS
 
-TEXT_KEYS = QwenTextEncoder.keys | GlyphTextEncoder.keys
+TEXT_KEYS = QWEN_USE.keys | GlyphTextEncoder.keys
 # argument of the network -> name in caches
 TEXT_INPUTS = {
     "text": "vlm_embed",

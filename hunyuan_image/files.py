@@ -10,7 +10,7 @@ from encoders.files import TransformerFiles
 from encoders.t5 import BYT5, read_byt5_header
 from hunyuan_image.checkpoints import FORMAT
 from hunyuan_image.options import HunyuanImageTextOptions, HunyuanImageVaeOptions
-from hunyuan_image.text_encoders import QWEN, TOKENIZER, GlyphTextEncoder, QwenTextEncoder, read_qwen
+from hunyuan_image.text_encoders import QWEN_USE, TOKENIZER, GlyphTextEncoder, QwenTextEncoder, read_qwen
 from hunyuan_image.vae import HunyuanImageVae, load_vae
 from hunyuan_image.vae_checkpoints import read_vae
 from modules.checkpoints.encoders import check_state_width
@@ -58,7 +58,8 @@ class HunyuanImageFiles(TransformerFiles):
 
     @property
     def text_encoder_path(self) -> Path:
-        return require_file(self.text_encoder, QWEN.option, "Qwen2.5-VL's language model encodes the prompts")
+        what = "Qwen2.5-VL's language model encodes the prompts"
+        return require_file(self.text_encoder, QWEN_USE.model.option, what)
 
     @property
     def byt5_path(self) -> Path:
@@ -91,7 +92,8 @@ class HunyuanImageFiles(TransformerFiles):
         """Check the text encoders: `TransformerFiles.check_texts`."""
         if self.text_encoder is not None or needed:
             path, takes = self.qwen().path, None if config is None else config.text_dim
-            check_state_width(QWEN.option, path, read_once(path, _text_width), self.dit, takes, QWEN.files)
+            qwen, width = QWEN_USE.model, read_once(path, _text_width)
+            check_state_width(qwen.option, path, width, self.dit, takes, qwen.files)
         if self.byt5 is not None or needed:
             path, takes = self.glyphs().path, None if config is None else config.glyph_dim
             check_state_width(BYT5.option, path, read_byt5_header(path).dim, self.dit, takes, BYT5.release)

@@ -6,7 +6,6 @@ lengths are those of the released HunyuanImage-2.1.
 """
 # Letters: L tokens, C = width of the model
 
-import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -14,15 +13,14 @@ from pathlib import Path
 
 import torch
 
+from encoders.language_encoder import LanguageModelEncoder, LanguageUse
+from encoders.language_models import QWEN25_VL, LanguageConfig, read_language_model
 from encoders.t5 import byte_rows, load_byt5
 from encoders.t5_network import T5Network
-from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, Written
+from encoders.text_encoder import TokenizerSource
 from hunyuan_image.configs import GLYPH_TOKENS, TEXT_TOKENS
-from hunyuan_model.llama import Llama, load_llama
-from hunyuan_model.text_checkpoints import LanguageModel, LlamaConfig, read_llama
-from hunyuan_model.text_encoders import warn_of_other_template
 from modules.checkpoints.model_files import inside
-from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
+from modules.checkpoints.opening import Checkpoint, fingerprint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.data import Conditions
 from modules.contract.requests import Prompt
@@ -33,7 +31,6 @@ from modules.offload.host_memory import LoadedNetwork
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-SKIP_LAYERS = 2  # after the state that is used, which is not normed
 DROPPED = 34  # tokens of the template before the prompt, whose states are cut off
 BEFORE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -41,26 +38,6 @@ BEFORE = (
 )
 AFTER = "<|im_end|>"
 
-QWEN = LanguageModel(
-    what="the language model of Qwen2.5-VL",
-    option="--text_encoder",
-    files="qwen_2.5_vl_7b.safetensors of Comfy-Org, or the folder of Qwen/Qwen2.5-VL-7B-Instruct,",
-    kind="qwen2",
-    beside=(
-        *("lm_head.", "visual.", "tokenizer"),  # tokenizer: its bytes in ComfyUI's files
-        *("model.lm_head.", "model.visual.", "language_model.lm_head."),
-    ),
-    defaults={
-        "hidden_size": 8192,
-        "num_attention_heads": 64,
-        "rope_theta": 1e6,
-        "rms_norm_eps": 1e-5,
-    },
-    theta=1e6,
-    eps=1e-6,
-    has_bias=True,
-    rope_types=("default", "mrope"),
-)
 TOKENIZER = TokenizerSource(
     TokenizerFiles(
         option="--text_encoder_tokenizer",
@@ -74,6 +51,20 @@ TOKENIZER = TokenizerSource(
     adds_own=False,
 )
 
+
+QWEN_USE = LanguageUse(
+    name="vlm",
+    states_key="vlm_embed",
+    mask_key="vlm_mask",
+    model=QWEN25_VL,
+    source=TOKENIZER,
+    most=TEXT_TOKENS,
+    before=BEFORE,
+    after=AFTER,
+    dropped=DROPPED,
+    states=(-3,),  # two layers follow it; it is not normed
+    at_once=1,
+)
 
 # in this order; an apostrophe is no mark, and a text ends on its line
 _QUOTED = tuple(re.compile(f"{first}(.*?){last}") for first, last in ('""', "\u2018\u2019", "\u201c\u201d"))
@@ -90,16 +81,11 @@ def glyph_text(prompt: str) -> str | None:
     return "".join(f'Text "{text}". ' for text in quoted) if quoted else None
 
 
-class QwenTextEncoder(FileTextEncoder[Llama]):
-    """The language model of Qwen2.5-VL. Each prompt gives a state for each of its tokens."""
+class QwenTextEncoder(LanguageModelEncoder):
+    """The language model of Qwen2.5-VL. Each prompt gives a state for each of its tokens.
 
-    name = "vlm"
-    keys = frozenset({"vlm_embed", "vlm_mask"})
-    variable_length = keys
-    source = TOKENIZER
-    most = TEXT_TOKENS
-    weighed = "vlm_embed"
-    tells_cuts = True
+    Each is encoded alone: several at once would sum in another order, which changes the last bits.
+    """
 
     def __init__(
         self,
@@ -109,65 +95,12 @@ class QwenTextEncoder(FileTextEncoder[Llama]):
         in_fp8: bool = False,
         on_cpu: bool = False,
     ) -> None:
-        """Set up the encoder; `load` reads the files.
-
-        path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
-        compute dtype. in_fp8: keep the linear layers in 8 bits. on_cpu: compute there, whatever the device.
-        """
-        super().__init__(inside(path, "text_encoder"), tokenizer)
-        self.dtype = dtype
-        self.in_fp8 = in_fp8
-        self.on_cpu = on_cpu
+        """Set up the encoder. Arguments as of `LanguageModelEncoder`."""
+        super().__init__(QWEN_USE, path, dtype, tokenizer, in_fp8, on_cpu)
 
     @property
-    def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used."""
-        with open_checkpoint(self.path) as checkpoint:
-            config = read_qwen(checkpoint)
-        return self.identify(
-            "vlm",
-            config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
-            dtype=dtype_name(self.dtype),
-            template=hashlib.sha256(f"{BEFORE}{{}}{AFTER}".encode()).hexdigest()[:16],
-            weights="fp8" if self.in_fp8 else None,
-        )
-
-    def write(self, prompt: Prompt) -> Written:
-        """Return the prompt in its template."""
-        return Written(prompt.text, prompt.spans, BEFORE, AFTER)
-
-    def count_dropped(self, tokenizer: TextTokenizer) -> int:
-        """Return the number of tokens before the prompt, as of the model's own tokenizer."""
-        return DROPPED
-
-    def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn if the tokenizer makes another number of tokens of the template."""
-        warn_of_other_template(len(tokenizer.read(BEFORE).ids), DROPPED, self.source.files.option)
-
-    def load(self, device: torch.device) -> None:
-        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
-        super().load(CPU if self.on_cpu else device)
-
-    def load_network(self, device: torch.device) -> Llama:
-        """Load the language model."""
-        llama = load_llama(self.path, device, self.dtype, SKIP_LAYERS, False, self.in_fp8, QWEN)
-        logger.info("text encoder: %s, computing in %s", self.path, dtype_name(self.dtype))
-        return llama
-
-    def compute(
-        self, network: Llama, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
-    ) -> list[Conditions]:
-        """Return {"vlm_embed": [L C], "vlm_mask": [L int64]} for each prompt, one at a time.
-
-        L: number of the prompt's tokens with the end of its turn; all are real.
-        """
-        results: list[Conditions] = []
-        for row in rows:
-            ids = torch.tensor([row])
-            states = network(ids.to(network.device), torch.ones_like(ids).to(network.device))
-            real = torch.ones(len(row) - dropped, dtype=torch.int64)
-            results.append({"vlm_embed": [states[0, dropped:].cpu().clone()], "vlm_mask": [real]})
-        return results
+    def state(self) -> None:
+        """Caches do not name the state: it never was another one."""
 
 
 class GlyphTextEncoder:
@@ -241,9 +174,9 @@ class GlyphTextEncoder:
         self._loaded.free()
 
 
-def read_qwen(checkpoint: Checkpoint) -> LlamaConfig:
+def read_qwen(checkpoint: Checkpoint) -> LanguageConfig:
     """Read the dimensions of the language model in an open file.
 
     Raises CheckpointError if it holds another model.
     """
-    return read_llama(checkpoint, SKIP_LAYERS, False, QWEN).config
+    return read_language_model(checkpoint, QWEN_USE.model, QWEN_USE.states).config

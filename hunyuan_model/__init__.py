@@ -7,12 +7,10 @@ configs: dimensions of a transformer, and training settings
 family: HunyuanVideo and SkyReels V1, described for the shared loops
 files: paths of a run, each checked against its option
 joining: video and text tokens side by side, written once
-llama: Llama 3 or Qwen 2.5 as a text encoder
 model: the transformer, with the names of published checkpoints
 official_options: the release's command line, in our words
 options: own options for caching, training and generation
 spec: latents, guidance and names in the transformer
-text_checkpoints: files of the language model: dialects, dimensions
 text_encoders: a language model and CLIP-L, for the shared loops
 token_refiner: language model states to text tokens
 vae: the video VAE: pixels to latents and back

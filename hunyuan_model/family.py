@@ -26,7 +26,7 @@ from hunyuan_model.options import (
     HunyuanTrainingOptions,
 )
 from hunyuan_model.spec import DIT, GUIDANCE_UNIT, LATENT
-from hunyuan_model.text_encoders import CLIP, LlavaTextEncoder
+from hunyuan_model.text_encoders import CLIP, LLAVA_USE
 from modules.contract.data import (
     Batch,
     CacheEntry,
@@ -61,7 +61,7 @@ from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
-TEXT_KEYS = LlavaTextEncoder.keys | CLIP.keys
+TEXT_KEYS = LLAVA_USE.keys | CLIP.keys
 # argument of the network, in their order -> name in caches
 TEXT_INPUTS = {"llama": "llm", "llama_mask": "llm_mask", "clip_l": "clipL"}
 EMBEDDED_GUIDANCE = 6.0  # where nothing is said

@@ -10,9 +10,9 @@ from torch import nn
 from encoders.clip_checkpoints import read_clip_text
 from encoders.clip_l import PooledClip
 from encoders.files import TransformerFiles
+from encoders.language_models import LLAMA, read_language_model
 from hunyuan_model.checkpoints import FORMAT
 from hunyuan_model.options import AS_TRAINED, HunyuanTextOptions, HunyuanVaeOptions, TextReadingOptions
-from hunyuan_model.text_checkpoints import LLAMA_FILES, read_llama
 from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, HunyuanClip, LlavaTextEncoder, template_of
 from hunyuan_model.token_refiner import HUNYUAN_REFINER, multiply_text
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
@@ -114,7 +114,7 @@ class HunyuanFiles(TransformerFiles):
         if self.text_encoder1 is not None or needed:
             path = LlavaTextEncoder(self.text_encoder1_path).path
             width = read_once(path, _llama_width)
-            check_state_width("--text_encoder1", path, width, self.dit, text_dim, LLAMA_FILES)
+            check_state_width("--text_encoder1", path, width, self.dit, text_dim, LLAMA.files)
         if self.text_encoder2 is not None or needed:
             path = HunyuanClip(self.text_encoder2_path).path
             width = read_once(path, _clip_width)
@@ -126,8 +126,7 @@ class HunyuanFiles(TransformerFiles):
 
 
 def _llama_width(checkpoint: Checkpoint) -> int:
-    # the width does not depend on the chosen state
-    return read_llama(checkpoint, skip_layers=0, final_norm=False).config.dim
+    return read_language_model(checkpoint, LLAMA).config.dim  # the same for every state
 
 
 def _clip_width(checkpoint: Checkpoint) -> int:

@@ -5,33 +5,20 @@ HunyuanVideo.
 """
 # Letters: B prompts, L tokens, C = width of the model
 
-import hashlib
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from encoders.clip_checkpoints import ClipUse, clip_tokenizer_files
 from encoders.clip_l import ClipTextEncoder
-from encoders.text_encoder import (
-    FileTextEncoder,
-    TextTokenizer,
-    TokenizerSource,
-    Written,
-    check_ids,
-    fill_rows,
-)
+from encoders.language_encoder import LanguageModelEncoder, LanguageUse
+from encoders.language_models import LLAMA
+from encoders.text_encoder import TextTokenizer, TokenizerSource
 from hunyuan_model.configs import SKIP_LAYERS
-from hunyuan_model.llama import Llama, load_llama
-from hunyuan_model.text_checkpoints import read_llama
-from modules.checkpoints.model_files import inside
-from modules.checkpoints.opening import open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import Conditions
-from modules.contract.requests import Prompt
-from modules.devices import dtype_name
 from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -62,7 +49,6 @@ LLAMA_TOKENIZER = TokenizerSource(
 )
 
 PROMPT_TOKENS = 256  # states of the language model that are kept
-PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
 
 
 @dataclass(frozen=True)
@@ -109,16 +95,23 @@ def template_of(system: str | None) -> PromptTemplate:
     return VIDEO_TEMPLATE if system is None else PromptTemplate(system)
 
 
-class LlavaTextEncoder(FileTextEncoder[Llama]):
+LLAVA_USE = LanguageUse(
+    name="llm",
+    states_key="llm",
+    mask_key="llm_mask",
+    model=LLAMA,
+    source=LLAMA_TOKENIZER,
+    most=PROMPT_TOKENS,
+    pad="",
+    record="llm",
+)
+
+
+class LlavaTextEncoder(LanguageModelEncoder):
     """Text encoder 1: the Llama 3 of LLaVA. Each prompt gives 256 states; those after its end are masked."""
 
-    name = "llm"
-    keys = frozenset({"llm", "llm_mask"})
     what = "text encoder 1"
-    source = LLAMA_TOKENIZER
-    most = PROMPT_TOKENS
-    weighed = "llm"
-    tells_cuts = True
+    usual: ClassVar[LanguageUse] = LLAVA_USE
 
     def __init__(
         self,
@@ -132,82 +125,35 @@ class LlavaTextEncoder(FileTextEncoder[Llama]):
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
-        path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
-        compute dtype. skip_layers: number of layers after the state that is returned; 0 returns the last
-        state, always normed. final_norm: norm other states too. in_fp8: keep the linear layers in 8 bits.
+        path, dtype, tokenizer, in_fp8: as of `LanguageModelEncoder`. skip_layers: number of layers after the
+        state that is returned; 0 returns the last state, always normed. final_norm: norm other states too.
         """
-        super().__init__(inside(path, "text_encoder"), tokenizer)
-        self.dtype = dtype
+        use = replace(
+            self.usual,
+            before=template.before,
+            after=template.after,
+            dropped=template.crop_start,
+            states=(-1 - skip_layers,),
+            final_norm=final_norm or skip_layers == 0,
+        )
+        super().__init__(use, path, dtype, tokenizer, in_fp8)
         self.template = template
-        self.skip_layers = skip_layers
-        self.final_norm = final_norm or skip_layers == 0
-        self.in_fp8 = in_fp8
 
     @property
-    def identity(self) -> Mapping[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used."""
-        with open_checkpoint(self.path) as checkpoint:
-            config = read_llama(checkpoint, self.skip_layers, self.final_norm).config
-        return self.identify(
-            "llm",
-            config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
-            dtype=dtype_name(self.dtype),
-            state=f"{self.skip_layers} layers skipped" + (", normed" if self.final_norm else ""),
-            template=hashlib.sha256(self.template.text.encode()).hexdigest()[:16],
-            weights="fp8" if self.in_fp8 else None,
-        )
-
-    def write(self, prompt: Prompt) -> Written:
-        """Return the prompt in its template."""
-        return Written(prompt.text, prompt.spans, self.template.before, self.template.after)
-
-    def count_dropped(self, tokenizer: TextTokenizer) -> int:
-        """Return the number of tokens before the prompt."""
-        known = self.template.crop_start
-        return len(tokenizer.read(self.template.before).ids) if known is None else known
+    def state(self) -> str:
+        """What the identity says of the state that is read."""
+        return f"{-1 - self.use.states[0]} layers skipped" + (", normed" if self.use.final_norm else "")
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Warn if the tokenizer makes other tokens of the template than the model's own."""
-        counted, known = len(tokenizer.read(self.template.before).ids), self.template.crop_start
-        if known is None:
+        super().check_tokenizer(tokenizer)
+        if self.use.dropped is None:
             said = "system prompt: %s (%d tokens before the prompt, which are cut off)"
-            logger.info(said, self.template.system, counted)
-        else:
-            warn_of_other_template(counted, known, self.source.files.option)
+            logger.info(said, self.template.system, self.count_dropped(tokenizer))
 
-    def load_network(self, device: torch.device) -> Llama:
-        """Load the language model."""
-        llama = load_llama(self.path, device, self.dtype, self.skip_layers, self.final_norm, self.in_fp8)
-        logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
-        return llama
-
-    def compute(
-        self, network: Llama, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
-    ) -> list[Conditions]:
-        """Return {"llm": 256 C, "llm_mask": 256 int64, 1 for real tokens} for each prompt."""
-        pad, length = find_pad(tokenizer), dropped + self.most
-        check_ids([[pad]], network.embed_tokens.num_embeddings, self.path, self.source.files.option)
-        results: list[Conditions] = []
-        for first in range(0, len(rows), PROMPTS_AT_ONCE):
-            ids, mask = fill_rows(rows[first : first + PROMPTS_AT_ONCE], length, pad)
-            states = network(ids.to(network.device), mask.to(network.device))[:, dropped:].cpu()
-            results += [
-                {"llm": state.clone(), "llm_mask": kept.clone()}
-                for state, kept in zip(states, mask[:, dropped:], strict=True)
-            ]
-        return results
-
-
-def warn_of_other_template(counted: int, known: int, option: str) -> None:
-    """Warn if a tokenizer, of an option, makes another number of tokens of a template than is known."""
-    if counted != known:
-        logger.warning(
-            "the tokenizer makes %d tokens of the template before the prompt, the model's own makes %d: "
-            "prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
-            counted,
-            known,
-            option,
-        )
+    def find_pad(self, tokenizer: TextTokenizer) -> int:
+        """Return the id to pad rows with, by the tokenizer's own files."""
+        return find_pad(tokenizer)
 
 
 def find_pad(tokenizer: TextTokenizer) -> int:

@@ -57,6 +57,7 @@ OF_FAMILIES: Marks = (
     ),
     ("model.layers.0.pre_feedforward_layernorm.weight", "a Gemma language model (--gemma2)"),
     ("layers.0.pre_feedforward_layernorm.weight", "a Gemma language model (--gemma2)"),
+    ("model.layers.0.self_attn.q_norm.weight", "a Qwen3 language model (--text_encoder)"),
     ("model.embed_tokens.weight", "a language model (--text_encoder1)"),
     ("embed_tokens.weight", "a language model (--text_encoder1)"),
     ("language_model.model.embed_tokens.weight", "a language model (--text_encoder1)"),

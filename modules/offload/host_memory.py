@@ -342,12 +342,17 @@ class LoadedNetwork(Generic[Network, Beside]):
     def __init__(self) -> None:
         self._pair: tuple[Network, Beside] | None = None
 
-    def load(self, device: torch.device, make: Callable[[torch.device], tuple[Network, Beside]]) -> None:
+    def load(
+        self,
+        device: torch.device,
+        make: Callable[[torch.device], tuple[Network, Beside]],
+        move: Callable[[nn.Module, torch.device], object] = nn.Module.to,
+    ) -> None:
         """Make both, with the network on the device; or move a network that is already loaded."""
         if self._pair is None:
             self._pair = make(device)
         else:
-            self._pair[0].to(device)
+            move(self._pair[0], device)
 
     def get(self) -> tuple[Network, Beside]:
         """Return both. Call `load` first."""

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from encoders.clip_checkpoints import read_clip_text
 from encoders.clip_layers import ClipText, load_clip_text
-from hunyuan_model.llama import Llama, load_llama
-from hunyuan_model.text_checkpoints import read_llama
+from encoders.language_models import LLAMA, build_language_model, load_language_model, read_language_model
 from hunyuan_model.text_encoders import CLIP
 from modules.checkpoints.dialects import LoadPlan
-from modules.checkpoints.filling import load_module
+from modules.checkpoints.filling import load_module, on_meta_device
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, scale_of
@@ -41,8 +40,12 @@ CPU = torch.device("cpu")
 Read = Callable[[Checkpoint], LoadPlan[Any]]
 
 
-def load_whole_llama(path: Path, dtype: torch.dtype = torch.float32) -> Llama:
-    return load_llama(path, CPU, dtype, skip_layers=0, final_norm=True)
+def read_llama(checkpoint: Checkpoint, skip: int = 0) -> LoadPlan[Any]:
+    return read_language_model(checkpoint, LLAMA, (-1 - skip,))
+
+
+def load_whole_llama(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return load_language_model(path, LLAMA, CPU, dtype)
 
 
 def load_clip(path: Path, dtype: torch.dtype = torch.float32) -> ClipText:
@@ -77,7 +80,7 @@ def fitted(path: Path, read: Read, build: Callable[[Any], nn.Module]) -> nn.Modu
     """The network of a file without data; loading raises for every leftover."""
     with open_checkpoint(path) as checkpoint:
         plan = read(checkpoint)
-        with torch.device("meta"):
+        with on_meta_device():
             network = build(plan.config)
         load_module(
             network,
@@ -95,9 +98,8 @@ def fitted(path: Path, read: Read, build: Callable[[Any], nn.Module]) -> nn.Modu
 def test_published_language_models_fit_at_full_size(tmp_path: Path, manifest: str, skip: int) -> None:
     tensors = fp8_list(tensor_list("llava-llama3-single")) if manifest == "fp8" else tensor_list(manifest)
     path = write_hollow(tmp_path / "model.safetensors", tensors)
-    network = fitted(path, lambda checkpoint: read_llama(checkpoint, skip, final_norm=skip == 0), Llama)
-    assert isinstance(network, Llama)
-    config = network.config
+    config = read_config(path, partial(read_llama, skip=skip))
+    network: Any = fitted(path, partial(read_llama, skip=skip), build_language_model)
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_width) == (
         32 - skip,
         32,
@@ -148,9 +150,8 @@ def test_every_clip_layout_gives_the_same_weights(tmp_path: Path, layout: str, s
 
 def test_layers_of_an_fp8_file_stay_as_they_are(tmp_path: Path) -> None:
     stored, meant = scaled_fp8(llama_tensors())
-    llama = load_llama(
-        save(tmp_path / "fp8.safetensors", stored), CPU, torch.float16, 0, final_norm=True, in_fp8=True
-    )
+    path = save(tmp_path / "fp8.safetensors", stored)
+    llama = load_language_model(path, LLAMA, CPU, torch.float16, in_fp8=True)
     layers = quantised_layers(llama)
     assert "layers.1.self_attn.q_proj" in layers
     for name, layer in layers.items():
@@ -165,7 +166,7 @@ def test_fp8_weights_are_multiplied_out(tmp_path: Path, prefix: str) -> None:
     named = {name if name == "scaled_fp8" else prefix + name: tensor for name, tensor in stored.items()}
     path = save(tmp_path / "fp8.safetensors", named)
     assert_equal(load_whole_llama(path), meant)
-    loaded = load_llama(path, CPU, torch.float16, skip_layers=2, final_norm=False).state_dict()
+    loaded = load_language_model(path, LLAMA, CPU, torch.float16, (-3,)).state_dict()
     weight = "layers.1.self_attn.q_proj.weight"
     assert torch.equal(loaded[weight], meant[weight].half())
     assert "layers.2.self_attn.q_proj.weight" not in loaded

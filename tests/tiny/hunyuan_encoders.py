@@ -14,9 +14,9 @@ from torch import Tensor
 
 from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_layers import ClipText
-from hunyuan_model.llama import Llama
-from hunyuan_model.text_checkpoints import LlamaConfig
+from encoders.language_models import LanguageConfig, build_language_model
 from hunyuan_model.text_encoders import IMAGE_TEMPLATE, VIDEO_TEMPLATE
+from modules.checkpoints.filling import on_meta_device
 from tests.tiny.wan_encoders import CORPUS, random_tensors
 
 LLM_DIM = 128  # width of the language model's states
@@ -45,11 +45,13 @@ LLAMA_SPECIAL = (
 
 def llama_config(
     heads: int = 2, kv_heads: int = 1, head_width: int = 128, layers: int = LLAMA_LAYERS
-) -> LlamaConfig:
+) -> LanguageConfig:
     """A whole model, final norm included; its attention is wider than the model, which the released one's is
     not.
     """
-    return LlamaConfig(LLAMA_VOCABULARY, LLM_DIM, 192, heads, kv_heads, head_width, layers, final_norm=True)
+    return LanguageConfig(
+        LLAMA_VOCABULARY, LLM_DIM, 192, heads, kv_heads, head_width, layers, final_norm=True
+    )
 
 
 def clip_text_config(dim: int = CLIP_DIM) -> ClipTextConfig:
@@ -57,11 +59,11 @@ def clip_text_config(dim: int = CLIP_DIM) -> ClipTextConfig:
 
 
 def llama_tensors(
-    seed: int = 3, dtype: torch.dtype = torch.float32, config: LlamaConfig | None = None
+    seed: int = 3, dtype: torch.dtype = torch.float32, config: LanguageConfig | None = None
 ) -> dict[str, Tensor]:
     """A language model with the names of the bare LlamaModel."""
-    with torch.device("meta"):
-        network = Llama(config or llama_config())
+    with on_meta_device():
+        network = build_language_model(config or llama_config())
     return {name: tensor.to(dtype) for name, tensor in random_tensors(network, seed).items()}
 
 
@@ -159,7 +161,7 @@ def scaled_fp8(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 # Configurations, as transformers write them
 
 
-def llama_config_json(config: LlamaConfig | None = None) -> dict[str, object]:
+def llama_config_json(config: LanguageConfig | None = None) -> dict[str, object]:
     """The config.json of a LlamaForCausalLM."""
     config = config or llama_config()
     return {

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from encoders.language_models import QWEN25_VL, LanguageConfig, build_language_model
 from encoders.t5_network import T5Config, T5Network
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_image.vae_blocks import HunyuanImageVaeConfig, HunyuanImageVaeDecoder, HunyuanImageVaeEncoder
-from hunyuan_model.llama import Llama
-from hunyuan_model.text_checkpoints import LlamaConfig
+from modules.checkpoints.filling import on_meta_device
 from tests.golden_cases import read_case
 from tests.tiny.dit_files import write_dialect
 from tests.tiny.hunyuan_encoders import prefixed, save
@@ -38,7 +38,7 @@ CONFIG = HunyuanImageConfig(
 # narrow where pictures are large; the last level folds 32 channels into 128
 VAE = HunyuanImageVaeConfig(CHANNELS, (32, 32, 32, 32, 32, 128), 2, 3)
 QWEN_LAYERS = 4
-QWEN = LlamaConfig(524, TEXT_DIM, 96, 2, 1, 32, QWEN_LAYERS, True, theta=1e6, eps=1e-6, has_bias=True)
+QWEN = LanguageConfig(524, TEXT_DIM, 96, 2, 1, 32, QWEN_LAYERS, True, 1e6, 1e-6, QWEN25_VL)
 BYT5 = T5Config(384, GLYPH_DIM, 32, 48, 2, 2, 32, shares_positions=True)
 DIALECTS = ("safetensors", "sharded", "prefixed", "comfy", "diffusers", "diffusers_sharded")
 
@@ -231,8 +231,8 @@ def write_vae(path: Path, seed: int = 5) -> Path:
 
 def qwen_state(seed: int = 3) -> dict[str, Tensor]:
     """Random weights of the whole language model, with the names of Qwen2ForCausalLM."""
-    with torch.device("meta"):
-        network = Llama(QWEN)
+    with on_meta_device():
+        network = build_language_model(QWEN)
     head = {"lm_head.weight": torch.ones(QWEN.vocabulary, TEXT_DIM)}
     return prefixed(random_tensors(network, seed), "model.", **head)
 

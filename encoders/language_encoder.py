@@ -1,0 +1,307 @@
+"""Language models as the shared loops use them: what a family says of its prompts, and what becomes of them.
+
+    USE = LanguageUse(name="vl", states_key="vl_embed", model=QWEN25_VL, source=QWEN_TOKENIZER, ...)
+    encoder = LanguageModelEncoder(USE, path, torch.bfloat16)     # a TextEncoder of modules/contract
+    encoder.encode(prompts)                                       # {"vl_embed": [L C]} for each
+    encoder.encode(prompts, pictures)                             # each with pictures of its own
+
+Source of the chat templates: the released tokenizers of Qwen3.
+"""
+# Letters: B prompts, L tokens, T tokens after padding, C width of the model, n states that are joined
+
+import functools
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+from encoders.language_models import (
+    LanguageModel,
+    language_states,
+    load_language_model,
+    read_language_model,
+)
+from encoders.picture_prompts import (
+    PictureUse,
+    ReadPictures,
+    embed_pictures,
+    load_vision_tower,
+    read_pictures,
+)
+from encoders.text_encoder import (
+    FileTextEncoder,
+    TextTokenizer,
+    TokenizerSource,
+    Written,
+    check_ids,
+    fill_rows,
+    merges_of,
+)
+from modules.checkpoints.model_files import inside
+from modules.checkpoints.opening import open_checkpoint
+from modules.checkpoints.tokenizers import TokenizerFiles
+from modules.contract.data import Conditions
+from modules.contract.requests import Prompt
+from modules.devices import dtype_name
+from modules.errors import MediaError
+
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+# how Qwen splits a text before merging, and its tokens behind the vocabulary, for files other than
+# tokenizer.json, which states both. Source: Yang et al. 2025, arXiv 2505.09388, and its released tokenizer
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>"),
+    *("<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
+    *("<tool_response>", "</tool_response>", "<think>", "</think>"),
+)
+
+
+def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
+    """Read tokenizer.json, or vocab.json with merges.txt. Raises CheckpointError if it cannot be read."""
+    merges = merges_of(file)
+    if merges is None:
+        return files.read(file)
+    for part in (file, merges):
+        files.check_bytes(part)
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(file), str(merges)))
+    except Exception as error:  # the library raises nothing more precise
+        raise files.unreadable(file, error) from error
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in _QWEN_TOKENS])
+    return tokenizer
+
+
+def qwen_tokenizer(option: str, repository: str, folder: str = "tokenizer") -> TokenizerSource:
+    """Return where the tokenizer of a Qwen model may be. option: that names it. repository: on the hub."""
+    beside = (".", "tokenizer", "../tokenizer")  # inside the encoder's folder; beside a file or text_encoder
+    names = ("tokenizer.json", "vocab.json")
+    files = TokenizerFiles(option, names, folder, repository, beside, token="<|im_start|>")
+    return TokenizerSource(files, adds_own=False, read_file=read_qwen_tokenizer)
+
+
+def qwen3_chat(thinks: bool) -> tuple[str, str]:
+    """Return the text before and after a prompt: Qwen3's chat template, of one message.
+
+    thinks: `enable_thinking` there.
+    """
+    answer = "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n")
+    return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
+
+
+@dataclass(frozen=True)
+class LanguageUse:
+    """What a family takes from a language model: the text around prompts, and the states of which tokens."""
+
+    name: str  # of the encoder, in messages and cache records
+    states_key: str  # of the states in what `encode` returns
+    model: LanguageModel
+    source: TokenizerSource
+    most: int  # tokens of a prompt that are kept, without those that are dropped
+    before: str = ""  # the template up to the prompt
+    after: str = ""
+    # tokens of the model's own tokenizer before the prompt, whose states are cut off; None: count them
+    dropped: int | None = 0
+    # numbers of layers before the states that are read and joined, ascending; -1 is the last, normed, and -2
+    # the one before it (alone, and not for files whose last layers were cut off)
+    states: tuple[int, ...] = (-1,)
+    final_norm: bool = False  # norm the last state that is read even if layers follow it
+    # token that fills prompts to `most` tokens, all of which have states; None: prompts keep their length
+    pad: str | None = None
+    pads_left: bool = False
+    mask_key: str = ""  # of a mask with 1 for real tokens; "": none is returned
+    weighed: bool = (
+        True  # the weights of a prompt's parts multiply its states (not if it is padded on the left)
+    )
+    at_once: int = 8  # prompts; bounds memory
+    pictures: PictureUse | None = None  # how pictures stand in a prompt; None: never
+    record: str = ""  # what its facts in cache records begin with; "": the name
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Return the keys of what `encode` returns."""
+        return frozenset({self.states_key, self.mask_key} - {""})
+
+    @property
+    def template(self) -> str:
+        """Return the text around a prompt, with `{}` in its place, and around its pictures."""
+        return f"{self.before}{self.pictures.text if self.pictures else ''}{{}}{self.after}"
+
+
+class LanguageModelEncoder(FileTextEncoder[nn.Module]):
+    """A language model. Each prompt gives a state for each of its tokens."""
+
+    tells_cuts = True
+
+    def __init__(
+        self,
+        use: LanguageUse,
+        path: Path,
+        dtype: torch.dtype = torch.bfloat16,
+        tokenizer: Path | None = None,
+        in_fp8: bool = False,
+        on_cpu: bool = False,
+        streamed: bool = False,
+    ) -> None:
+        """Set up the encoder; `load` reads the files.
+
+        path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
+        compute dtype. in_fp8: keep the linear layers of the language model in 8 bits. on_cpu: compute there,
+        whatever the device. streamed: keep its layers in host memory and copy each to the device for its
+        turn.
+        """
+        super().__init__(inside(path, "text_encoder"), tokenizer)
+        self.use, self.dtype = use, dtype
+        self.in_fp8, self.on_cpu, self.streamed = in_fp8, on_cpu, streamed
+        self.name, self.source, self.most = use.name, use.source, use.most
+        self.keys = use.keys
+        self.variable_length = use.keys if use.pad is None else frozenset()
+        self.weighed = use.states_key if use.weighed else ""
+
+    @property
+    def state(self) -> str | None:
+        """What the identity says of the states that are read."""
+        return f"{', '.join(map(str, self.use.states))}{', normed' if self.use.final_norm else ''}"
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Return fingerprints of checkpoint and tokenizer, config.json's values and the options used."""
+        with open_checkpoint(self.path) as checkpoint:
+            config = read_language_model(checkpoint, self.use.model, self.use.states).config
+        return self.identify(
+            self.use.record or self.name,
+            config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
+            dtype=dtype_name(self.dtype),
+            state=self.state,
+            template=hashlib.sha256(self.use.template.encode()).hexdigest()[:16],
+            weights="fp8" if self.in_fp8 else None,
+        )
+
+    def write(self, prompt: Prompt) -> Written:
+        """Return the prompt in its template."""
+        return Written(prompt.text, prompt.spans, self.use.before, self.use.after)
+
+    def count_dropped(self, tokenizer: TextTokenizer) -> int:
+        """Return the number of tokens before the prompt, as of the model's own tokenizer."""
+        known = self.use.dropped
+        return len(tokenizer.read(self.use.before).ids) if known is None else known
+
+    def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
+        """Warn if the tokenizer makes another number of tokens of the template than is cut off."""
+        counted, known = len(tokenizer.read(self.use.before).ids), self.use.dropped
+        if known and counted != known:
+            logger.warning(
+                "the tokenizer makes %d tokens of the template before the prompt, the model's own makes %d: "
+                "prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
+                counted,
+                known,
+                self.source.files.option,
+            )
+
+    def load(self, device: torch.device) -> None:
+        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
+        super().load(CPU if self.on_cpu else device)
+
+    def load_network(self, device: torch.device) -> nn.Module:
+        """Load the language model, with its vision tower if the family shows it pictures."""
+        use = self.use
+        network = load_language_model(
+            *(self.path, use.model, device, self.dtype),
+            *(use.states, use.final_norm, self.in_fp8, self.streamed),
+        )
+        if use.pictures is not None:
+            network.visual = load_vision_tower(self.path, use.model, device, self.dtype)
+        logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
+        return network
+
+    def find_token(self, tokenizer: TextTokenizer, token: str) -> int:
+        """Return the id of a token. Raises CheckpointError if the tokenizer does not have it."""
+        number = tokenizer.number(token)
+        if number is None:
+            raise self.source.files.unreadable(tokenizer.file, ValueError(f"it has no {token}"))
+        return number
+
+    def find_pad(self, tokenizer: TextTokenizer) -> int:
+        """Return the id to pad rows with."""
+        return self.find_token(tokenizer, self.use.pad) if self.use.pad else 0
+
+    def compute(
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        rows: Sequence[list[int]],
+        dropped: int,
+        pictures: Sequence[ReadPictures] = (),
+    ) -> list[Conditions]:
+        """Return the states for each prompt, [L nC] or T nC if padded, and their mask.
+
+        L: number of the prompt's tokens with those of the template behind it. pictures: of each prompt.
+        """
+        use, pad, results = self.use, self.find_pad(tokenizer), list[Conditions]()
+        embeddings = network.get_submodule(self.embedding.removesuffix(".weight"))
+        weight = network.get_parameter(self.embedding)
+        check_ids([[pad]], len(weight), self.path, self.source.files.option)
+        for first in range(0, len(rows), use.at_once):
+            group, shown = rows[first : first + use.at_once], pictures[first : first + use.at_once]
+            length = max(map(len, group)) if use.pad is None else dropped + use.most
+            ids, mask = fill_rows(group, length, pad, use.pads_left)
+            tokens, places = embeddings(ids.to(weight.device)), None
+            if any(one.sides for one in shown):
+                assert use.pictures is not None
+                token = self.find_token(tokenizer, use.pictures.token)
+                tokens, places = embed_pictures(network.get_submodule("visual"), tokens, ids, shown, token)
+            states = language_states(network, tokens, mask.to(weight.device), use.states, places)
+            for state, real, row in zip(states[:, dropped:].cpu(), mask[:, dropped:], group, strict=True):
+                kept = slice(len(row) - dropped) if use.pad is None else slice(None)
+                found = {use.states_key: state[kept].clone(), **self._mask(real[kept])}
+                results.append({key: [value] for key, value in found.items()} if use.pad is None else found)
+        return results
+
+    def _mask(self, real: Tensor) -> dict[str, Tensor]:
+        return {self.use.mask_key: real.clone()} if self.use.mask_key else {}
+
+    def encode(
+        self, prompts: Sequence[Prompt], pictures: Sequence[Sequence[Tensor]] = ()
+    ) -> list[Conditions]:
+        """Return what `FileTextEncoder.encode` returns.
+
+        pictures: of each prompt, each H W 3 uint8 RGB; () for none.
+        Tokens of pictures do not count towards the most. Raises MediaError if a picture cannot be shown, and
+        CheckpointError if the tokenizer has no token for pictures.
+        """
+        if not any(pictures):
+            return super().encode(prompts)
+        use, (network, tokenizer) = self.use.pictures, self._loaded.get()
+        assert use is not None, f"{self.name} takes no pictures"
+        read = [read_pictures(network.get_submodule("visual"), own, use) for own in pictures]
+        token = self.find_token(tokenizer, use.token)
+        written = []
+        for prompt, own in zip(prompts, read, strict=True):
+            one = self.write(prompt)
+            before = one.before + "".join(
+                use.write(index, count) for index, count in enumerate(own.counts, 1)
+            )
+            if token in tokenizer.read(one.own).ids:
+                raise MediaError(
+                    f"{use.token} in a prompt stands for a picture. Write something else: {one.own}"
+                )
+            written.append(one._replace(before=before, uncounted=sum(own.counts)))
+        return self.encode_written(written, functools.partial(self.compute, pictures=read))

@@ -1,0 +1,337 @@
+"""Language models as text encoders: files in every layout, and networks of the classes of transformers.
+
+Only the layers before the last state that is read are built and loaded, and never the head that predicts
+words. They are published under several prefixes, alone or beside an image tower: the prefix is whatever
+precedes the name of the token embeddings. Dimensions come from the tensors; what these do not show comes from
+a config.json beside them, else from the facts about the released model.
+"""
+# Letters: B prompts, L tokens, C width of the model, D width of a head
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from modules.checkpoints.encoders import SPIECE_MODEL, head_width, network_in, told_beside
+from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.contract.family import DitSpec
+from modules.devices import send_ahead
+from modules.errors import CheckpointError
+from modules.offload.block_swap import swap_blocks
+from modules.offload.swap_plan import SwapPlan, host_weights
+
+SPEC = DitSpec(block_lists=("layers",))
+Q_BIAS, Q_NORM = "self_attn.q_proj.bias", "self_attn.q_norm.weight"
+# tensors of a layer that some kinds of models have; Gemma has the last
+_MARKS = (Q_BIAS, Q_NORM, "pre_feedforward_layernorm.weight")
+_PARTS = ("lm_head.", "visual.", "vision_tower.", "multi_modal_projector.", "image_newline")
+# beginnings of the names of tensors beside the wanted network: other parts of the same model, and the bytes
+# of a tokenizer in ComfyUI's files
+BESIDE = (
+    *(f"{prefix}{part}" for prefix in ("", "model.", "language_model.") for part in _PARTS),
+    *("tokenizer", "tekken_model", SPIECE_MODEL),
+)
+# saved by old versions of transformers; computed here
+_COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Facts about a kind of released language models that its tensors do not show."""
+
+    what: str  # for messages: "a Llama language model"
+    option: str  # that names its file
+    files: str  # which files are one, for messages
+    classes: str  # of transformers, without "Config" and "Model"
+    kind: str  # prefix of `model_type` in a config.json
+    defaults: Mapping[str, float]  # values that its config.json leaves out
+    theta: float  # base of the rotary frequencies, if there is no config.json
+    eps: float  # likewise
+    head_width: int = 128  # likewise, if the tensors do not show it
+    marks: tuple[str, ...] = ()  # those of `_MARKS` that its layers have
+    rope_types: tuple[str, ...] = ("default",)  # kinds of rotary frequencies that are plain ones for a text
+    grid_shares: tuple[int, int, int] | None = None  # shares of the frequencies for time, rows and columns
+    skip_option: str = ""  # that chooses the state by the number of layers behind it
+    settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of transformers' configuration
+
+
+LLAMA = LanguageModel(
+    what="a Llama language model",
+    option="--text_encoder1",
+    files=(
+        "the folder text_encoder of HunyuanVideo, llava-llama-3-8b-v1_1-transformers or "
+        "llava_llama3_fp16.safetensors"
+    ),
+    classes="Llama",
+    kind="llama",
+    defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+    theta=500000.0,
+    eps=1e-5,
+    skip_option="--hidden_state_skip_layer",
+)
+QWEN25_VL = LanguageModel(
+    what="the language model of Qwen2.5-VL",
+    option="--text_encoder",
+    files="qwen_2.5_vl_7b.safetensors of Comfy-Org, or the folder of Qwen/Qwen2.5-VL-7B-Instruct,",
+    classes="Qwen2_5_VLText",
+    kind="qwen2",
+    defaults={"hidden_size": 8192, "num_attention_heads": 64, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    theta=1e6,
+    eps=1e-6,
+    marks=(Q_BIAS,),
+    rope_types=("default", "mrope"),
+    grid_shares=(2, 3, 3),
+    settings={"use_sliding_window": False},
+)
+QWEN3 = LanguageModel(
+    what="a Qwen3 language model",
+    option="--text_encoder",
+    files="qwen_3_4b.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-4B,",
+    classes="Qwen3",
+    kind="qwen3",
+    defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 1e6, "rms_norm_eps": 1e-6},
+    theta=1e6,
+    eps=1e-6,
+    marks=(Q_NORM,),
+    settings={"use_sliding_window": False},
+)
+MISTRAL3 = LanguageModel(
+    what="the language model of Mistral Small 3",
+    option="--text_encoder",
+    files="mistral_3_small_flux2_bf16.safetensors of Comfy-Org, or the folder text_encoder of FLUX.2-dev",
+    classes="Mistral",
+    kind="mistral",
+    defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+    theta=1e9,
+    eps=1e-5,
+    settings={"sliding_window": None},
+)
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Dimensions of a language model, and how much of it is run."""
+
+    vocabulary: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    num_layers: int  # that are run; layers after the last state that is read are left out
+    final_norm: bool
+    theta: float = LLAMA.theta  # base of the rotary frequencies
+    eps: float = LLAMA.eps
+    model: LanguageModel = LLAMA
+
+
+def read_language_model(
+    checkpoint: Checkpoint, model: LanguageModel, states: Sequence[int] = (-1,), final_norm: bool = False
+) -> LoadPlan[LanguageConfig]:
+    """Plan how to load the language model up to the last of the states that are read.
+
+    Reads files with all published prefixes, in 16 or 8 bits. model: which one it has to be. states: numbers
+    of layers before each state, ascending; a negative one counts from the end, -1 is the last, normed.
+    final_norm: norm another last state too. Raises CheckpointError for any other file, or if it has fewer
+    layers.
+    """
+    own = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", BESIDE)
+    if own is None or model.marks != tuple(mark for mark in _MARKS if f"layers.0.{mark}" in own.tensors):
+        raise other_kind(checkpoint, model.what, model.option, model.files)
+    sources = plain_sources(own)
+    damaged = f"{checkpoint.path}: its tensors do not have the sizes of {model.what}. Give {model.files} to"
+    shape = shapes_of(own, sources, CheckpointError(f"{damaged} {model.option}.", checkpoint.path))
+    all_layers = count(sources, r"layers\.\d+")
+    num_layers = states[-1] if states[-1] >= 0 else all_layers + 1 + states[-1]
+    if not 0 <= num_layers <= all_layers:
+        chosen = f"{model.skip_option} {-1 - states[-1]}: " if model.skip_option else ""
+        remedy = "a smaller number" if model.skip_option else f"{model.files} to {model.option}"
+        needed = f"has only {all_layers} layers" + ("" if chosen else f", {abs(states[-1])} are needed")
+        raise CheckpointError(f"{chosen}{checkpoint.path} {needed}. Give {remedy}.", checkpoint.path)
+    vocabulary, dim = shape("embed_tokens.weight", 2)
+    rows, key_rows = (shape(f"layers.0.self_attn.{letter}_proj.weight", 2)[0] for letter in "qk")
+    told = told_beside(checkpoint.path, "text_config", model.kind, dim, model.defaults)
+    width = (
+        shape(f"layers.0.{Q_NORM}", 1)[0]
+        if Q_NORM in model.marks
+        else head_width(checkpoint.path, rows, told, model.head_width)
+    )
+    # Qwen2.5-VL's heads are as wide together as the model; frequencies come in pairs
+    is_uneven = width < 2 or width % 2 or key_rows % width or rows % width
+    if is_uneven or (rows // width) % max(1, key_rows // width) or (model.grid_shares and rows != dim):
+        raise CheckpointError(
+            f"{checkpoint.path}: {rows} rows of queries and {key_rows} of keys cannot be divided into heads "
+            f"of {width} channels. "
+            "Put the model's config.json beside it, or give another copy of the file.",
+            checkpoint.path,
+        )
+    theta, eps = _read_constants(checkpoint.path, told, model)
+    is_normed = final_norm or states[-1] == -1
+    config = LanguageConfig(
+        vocabulary=vocabulary,
+        dim=dim,
+        ffn_dim=shape("layers.0.mlp.gate_proj.weight", 2)[0],
+        num_heads=rows // width,
+        num_kv_heads=key_rows // width,
+        head_width=width,
+        num_layers=num_layers,
+        final_norm=is_normed,
+        theta=theta,
+        eps=eps,
+        model=model,
+    )
+    unused = (
+        *_COMPUTED,
+        *(f"{start}*" for start in BESIDE),
+        *(f"layers.{index}.*" for index in range(num_layers, all_layers)),
+        *(() if is_normed else ("norm.weight",)),
+    )
+    return LoadPlan(config, own, sources, unused)
+
+
+def _read_constants(path: Path, told: Mapping[str, Any], model: LanguageModel) -> tuple[float, float]:
+    """Return the base of the rotary frequencies, and the number that norms add.
+
+    Raises CheckpointError if the frequencies are stretched, as in Llama 3.1 and later.
+    """
+    try:
+        rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        theta = float(rope.get("rope_theta", told.get("rope_theta", model.theta)))
+        eps = float(told.get("rms_norm_eps", model.eps))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: the config.json beside it cannot be read ({error}). Copy it again, or remove it.", path
+        ) from error
+    if kind not in model.rope_types:
+        raise CheckpointError(
+            f"{path}: its config.json asks for rotary frequencies of type {kind}, which the model that "
+            f"the transformer was trained with does not use. Give {model.files} to {model.option}.",
+            path,
+        )
+    return theta, eps
+
+
+class HostAngles(nn.Module):
+    """Rotary embedding of a model of transformers, computed on the CPU in float32 and sent to the device.
+
+    There it would follow the device's settings: products in TF32 cannot tell positions above 1024 apart.
+    """
+
+    def __init__(self, angles: nn.Module) -> None:
+        super().__init__()
+        self._angles = (angles,)  # no submodule: it stays on the CPU
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """Return cosine and sine in the dtype of x, on its device. position_ids: on the CPU."""
+        found = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids)
+        return tuple(send_ahead(part, x.device) for part in found)
+
+
+def build_language_model(config: LanguageConfig) -> nn.Module:
+    """Build the network, a class of transformers, for `on_meta_device`; its state dict has bare names."""
+    import transformers
+
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.theta}
+    if config.model.grid_shares is not None:
+        half, (time, rows, _) = config.head_width // 2, config.model.grid_shares
+        shares = half * time // 8, half * rows // 8
+        rope["mrope_section"] = [*shares, half - sum(shares)]
+    settings: dict[str, Any] = {
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "rms_norm_eps": config.eps,
+        "rope_theta": config.theta,
+        "rope_scaling": rope,
+        "use_cache": False,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        "attn_implementation": "sdpa",
+        **config.model.settings,
+    }
+    classes = config.model.classes
+    told = getattr(transformers, f"{classes}Config")(**settings)
+    network: Any = getattr(transformers, f"{classes}Model")(told)
+    if not config.final_norm:
+        network.norm = nn.Identity()
+    with torch.device("cpu"):
+        network.rotary_emb = HostAngles(type(network.rotary_emb)(told))
+    network.spec = SPEC
+    built: nn.Module = network
+    return built
+
+
+def load_language_model(
+    path: Path,
+    model: LanguageModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    states: Sequence[int] = (-1,),
+    final_norm: bool = False,
+    in_fp8: bool = False,
+    streamed: bool = False,
+) -> nn.Module:
+    """Load the language model up to the last of the states that are read.
+
+    fp8 weights are dequantized. in_fp8: keep the linear layers in 8 bits instead; an fp8 file's weights are
+    then used as they are. streamed: keep the layers in host memory and copy each to the device before it
+    runs; on a CPU they are there already. model, states, final_norm: as for `read_language_model`.
+    Raises CheckpointError if the file is damaged or holds another model.
+    """
+    with open_checkpoint(path) as checkpoint:
+        plan = read_language_model(checkpoint, model, states, final_norm)
+        swapped = plan.config.num_layers - 1 if streamed and device.type == "cuda" else 0
+        host = host_weights(SwapPlan(SPEC, max(swapped, 0)), device)
+        what = f"the language model ({model.option})"
+        network = load_planned(plan, build_language_model, device, dtype, what, in_fp8, host)
+    swap_blocks(network, host, device)
+    return network
+
+
+def causal_mask(mask: Tensor) -> Tensor:
+    """Return B 1 L L: which keys each query attends to. mask: B L, 1 for real tokens."""
+    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
+    return causal & mask.bool()[:, None, None, :]
+
+
+def language_states(
+    network: nn.Module,
+    tokens: Tensor,
+    mask: Tensor,
+    states: Sequence[int] = (-1,),
+    places: Tensor | None = None,
+) -> Tensor:
+    """Return the states that are read, joined: B L nC.
+
+    tokens: embeddings, B L C. mask: B L, 1 for real tokens. States of padding are computed from the real
+    tokens before them, as in the released pipelines. states: as the network was loaded with. places: of the
+    tokens, on the CPU, 3 B L; None: one after the other.
+    """
+    length = tokens.shape[1]
+    places = torch.arange(length)[None] if places is None else places
+    kept: list[Tensor] = []
+    layers: Any = network.layers
+    hooks = [layers[state - 1].register_forward_hook(functools.partial(_keep, kept)) for state in states[:-1]]
+    try:
+        # a mask of four axes is taken as it is
+        found = network(
+            inputs_embeds=tokens, attention_mask=causal_mask(mask), position_ids=places, use_cache=False
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last: Tensor = found.last_hidden_state
+    return torch.cat([*kept, last], dim=-1) if kept else last
+
+
+def _keep(kept: list[Tensor], layer: nn.Module, inputs: Any, output: Any) -> None:
+    kept.append(output if isinstance(output, Tensor) else output[0])

@@ -1,0 +1,345 @@
+"""Language models as encoders against the whole networks of transformers: layouts, states, fp8, bad files."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen3_chat, qwen_tokenizer
+from encoders.language_models import MISTRAL3, QWEN3, QWEN25_VL, SPEC, LanguageModel, load_language_model
+from encoders.text_encoder import TokenizerSource
+from modules.checkpoints.opening import open_checkpoint
+from modules.checkpoints.tokenizers import TokenizerFiles
+from modules.contract.family import TextEncoder
+from modules.contract.requests import Prompt
+from modules.errors import CheckpointError
+from tests.modules.fake_device import FakeDevice
+from tests.modules.swap_cases import swapped
+from tests.tiny.hunyuan_encoders import save, save_sharded, scaled_fp8
+from tests.tiny.language_models import (
+    DIM,
+    LAYERS,
+    QWEN3_TEMPLATE,
+    layouts,
+    mistral3,
+    qwen3,
+    qwen25_vl,
+    write_mistral_tokenizer,
+    write_model,
+    write_qwen_tokenizer,
+)
+from tests.tiny.language_models import qwen_tokenizer as tiny_tokenizer
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-5  # of the largest number, float32: the same operations, sums of padded rows in another order
+PROMPTS = ("a rabbit in the grass", "", "日本 🐇 don't   blink\n", "the rabbit runs through tall grass " * 9)
+SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-4B")
+BEFORE, AFTER = qwen3_chat(thinks=True)
+Z_IMAGE = LanguageUse("llm", "llm_embed", QWEN3, SOURCE, 128, BEFORE, AFTER, states=(-2,))
+QWEN_IMAGE = LanguageUse("vl", "vl_embed", QWEN25_VL, SOURCE, 128, BEFORE, AFTER, dropped=None)
+KLEIN = replace(Z_IMAGE, states=(1, 2, 3), pad="<|endoftext|>", mask_key="mask", weighed=False)
+MISTRAL_SOURCE = TokenizerSource(
+    TokenizerFiles("--text_encoder_tokenizer", ("tokenizer.json",), "", "mistralai/Mistral", (".",)),
+    adds_own=False,
+)
+FLUX2 = LanguageUse(
+    *("m3", "ctx_vec", MISTRAL3, MISTRAL_SOURCE, 128),
+    before="<s>[SYSTEM_PROMPT]Draw.[/SYSTEM_PROMPT][INST]",
+    after="[/INST]",
+    states=(1, 2, 3),
+    pad="<pad>",
+    pads_left=True,
+    weighed=False,
+)
+WHOLE = {"qwen3": qwen3, "qwen25_vl": qwen25_vl, "mistral3": mistral3}
+USES = {"qwen3": Z_IMAGE, "qwen25_vl": QWEN_IMAGE, "mistral3": FLUX2}
+
+
+def _tokenizer_for(name: str, folder: Path) -> Path:
+    return write_mistral_tokenizer(folder) if name == "mistral3" else write_qwen_tokenizer(folder)
+
+
+def encoded(encoder: LanguageModelEncoder, *prompts: str) -> list[dict[str, Tensor]]:
+    encoder.load(CPU)
+    with torch.no_grad():
+        found = encoder.encode([Prompt(prompt) for prompt in prompts])
+    return [
+        {key: value[0] if isinstance(value, list) else value for key, value in one.items()} for one in found
+    ]
+
+
+def expected(
+    model: Any, encoder: LanguageModelEncoder, prompts: Sequence[str]
+) -> list[tuple[Tensor, Tensor]]:
+    """The joined states of the whole network, rows padded as the encoder's, and the masks."""
+    use, tokenizer = encoder.use, encoder._loaded.get()[1]
+    rows = [tokenizer.read(f"{use.before}{prompt}{use.after}").ids for prompt in prompts]
+    dropped = encoder.count_dropped(tokenizer)
+    length = max(map(len, rows)) if use.pad is None else dropped + use.most
+    pad = tokenizer.number(use.pad) if use.pad else 0
+    found = []
+    for row in rows:
+        row = row[:length]
+        filler, real = [pad] * (length - len(row)), [1] * len(row)
+        ids = [*filler, *row] if use.pads_left else [*row, *filler]
+        seen = [*[0] * len(filler), *real] if use.pads_left else [*real, *[0] * len(filler)]
+        mask = torch.tensor([seen])
+        with torch.no_grad():
+            states = model(
+                input_ids=torch.tensor([ids]), attention_mask=mask, output_hidden_states=True, use_cache=False
+            ).hidden_states
+        found.append((torch.cat([states[index] for index in use.states], -1)[0, dropped:], mask[0, dropped:]))
+    return found
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
+
+
+@pytest.mark.parametrize("layout", ["transformers 4", "transformers 5", "old multimodal", "bare", "comfy"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_states_are_those_of_the_whole_network(name: str, layout: str, tmp_path: Path) -> None:
+    model = WHOLE[name]()
+    path = write_model(tmp_path / "model.safetensors", model, layout)
+    tokenizer = _tokenizer_for(name, tmp_path / "tokenizer")
+    encoder: TextEncoder = (own := LanguageModelEncoder(USES[name], path, torch.float32, tokenizer))
+
+    found = encoded(own, *PROMPTS)
+
+    for one, (states, mask) in zip(found, expected(model, own, PROMPTS), strict=True):
+        assert one.keys() == encoder.keys
+        (ours,) = (value for key, value in one.items() if key == own.use.states_key)
+        assert_close(ours, states if own.use.pad is not None else states[mask.bool()])
+        assert ours.untyped_storage().nbytes() == ours.nbytes
+
+
+def test_padded_states_of_several_layers_are_those_of_the_whole_network(tmp_path: Path) -> None:
+    model = qwen3()
+    path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", model)
+    encoder = LanguageModelEncoder(KLEIN, path, torch.float32)
+
+    found = encoded(encoder, *PROMPTS)
+
+    assert len(encoder.network.layers) == 3  # type: ignore[arg-type]
+    assert not encoder.variable_length
+    for one, (states, mask) in zip(found, expected(model, encoder, PROMPTS), strict=True):
+        assert one["llm_embed"].shape == (128, 3 * DIM)
+        assert_close(one["llm_embed"], states)
+        assert torch.equal(one["mask"], mask)
+
+
+@pytest.mark.parametrize("use", [Z_IMAGE, KLEIN, QWEN_IMAGE], ids=["one", "joined", "last"])
+def test_prompts_together_are_each_alone(use: LanguageUse, tmp_path: Path) -> None:
+    model = qwen25_vl() if use is QWEN_IMAGE else qwen3()
+    path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", model)
+    encoder = LanguageModelEncoder(use, path, torch.float32)
+    texts = [*PROMPTS, *(f"{number} rabbits" for number in range(9))]
+
+    for text, together in zip(texts, encoded(encoder, *texts), strict=True):
+        alone = encoded(encoder, text)[0]
+        assert_close(together[use.states_key], alone[use.states_key])
+
+
+def test_what_is_not_read_is_never_loaded(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.safetensors", qwen3())
+
+    network = load_language_model(path, QWEN3, CPU, torch.float32, (1, 2))
+
+    assert len(network.layers) == 2  # type: ignore[arg-type]
+    names = set(network.state_dict())
+    assert not any(name.startswith(("lm_head", "layers.2", "layers.3", "norm")) for name in names)
+
+
+def test_files_cut_behind_the_states_serve_and_shorter_ones_are_refused(tmp_path: Path) -> None:
+    model = qwen3()
+    whole = layouts(model)["transformers 4"]
+    left_out = ("model.layers.3.", "model.norm.", "lm_head.")
+    cut = {name: tensor for name, tensor in whole.items() if not name.startswith(left_out)}
+    path = save(write_qwen_tokenizer(tmp_path) / "cut.safetensors", cut)
+    encoder = LanguageModelEncoder(KLEIN, path, torch.float32)
+
+    ours = encoded(encoder, "a rabbit")[0]["llm_embed"]
+
+    assert_close(ours, expected(model, encoder, ["a rabbit"])[0][0])
+    with pytest.raises(CheckpointError, match=r"has only 3 layers, 4 are needed.*--text_encoder"):
+        load_language_model(path, QWEN3, CPU, torch.float32, (2, 4))
+
+
+def test_a_folder_of_shards_and_that_of_a_release_load(tmp_path: Path) -> None:
+    model = qwen3()
+    write_model(tmp_path / "one" / "model.safetensors", model)
+    save_sharded(tmp_path / "release" / "text_encoder", layouts(model)["transformers 4"])
+    for folder in (tmp_path / "one", tmp_path / "release" / "tokenizer"):
+        write_qwen_tokenizer(folder)
+
+    one = encoded(LanguageModelEncoder(Z_IMAGE, tmp_path / "one", torch.float32), "a rabbit")
+    release = encoded(LanguageModelEncoder(Z_IMAGE, tmp_path / "release", torch.float32), "a rabbit")
+
+    assert torch.equal(one[0]["llm_embed"], release[0]["llm_embed"])
+
+
+@pytest.mark.parametrize("ending", [".scale_weight", ".weight_scale"])
+def test_a_scaled_fp8_file_is_multiplied_out_or_stays(ending: str, tmp_path: Path) -> None:
+    model = qwen3()
+    stored, meant = scaled_fp8(layouts(model)["transformers 4"])
+    stored = {name.replace(".scale_weight", ending): tensor for name, tensor in stored.items()}
+    model.load_state_dict(meant)
+    path = save(write_qwen_tokenizer(tmp_path) / "fp8.safetensors", stored)
+    encoder = LanguageModelEncoder(Z_IMAGE, path, torch.float32)
+    ours = encoded(encoder, "a rabbit")[0]["llm_embed"]
+
+    (states, _), *_ = expected(model, encoder, ["a rabbit"])
+    assert_close(ours, states)
+    kept = LanguageModelEncoder(Z_IMAGE, path, torch.float32, in_fp8=True)
+    assert_close(encoded(kept, "a rabbit")[0]["llm_embed"], states)
+    assert kept.network.get_parameter("layers.0.mlp.up_proj.weight").dtype == torch.float8_e4m3fn
+    assert kept.identity != encoder.identity
+
+
+def test_weights_rounded_to_fp8_stay_near(tmp_path: Path) -> None:
+    path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", qwen3())
+    plain, rounded = (
+        encoded(LanguageModelEncoder(Z_IMAGE, path, torch.float32, in_fp8=in_fp8), "a rabbit")[0]["llm_embed"]
+        for in_fp8 in (False, True)
+    )
+    difference = (plain - rounded).norm() / plain.norm()
+    assert 0.001 < difference < 0.1  # a weight's relative error is 2.5 %
+
+
+def test_identity_follows_what_a_state_depends_on(tmp_path: Path) -> None:
+    path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", qwen3())
+    plain = dict(LanguageModelEncoder(Z_IMAGE, path).identity)
+
+    assert plain == dict(LanguageModelEncoder(Z_IMAGE, path, streamed=True, on_cpu=True).identity)
+    others = (
+        replace(Z_IMAGE, states=(-1,)),
+        replace(Z_IMAGE, after=qwen3_chat(thinks=False)[1]),
+        replace(Z_IMAGE, final_norm=True),
+    )
+    found = [plain, *(dict(LanguageModelEncoder(use, path).identity) for use in others)]
+    assert len({json.dumps(one) for one in found}) == 4
+
+
+# Templates and tokenizers
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_the_chat_is_what_the_template_of_transformers_writes(thinks: bool) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(), chat_template=QWEN3_TEMPLATE)
+    before, after = qwen3_chat(thinks)
+    for prompt in PROMPTS:
+        written = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinks,
+        )
+        assert f"{before}{prompt}{after}" == written
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
+def test_both_forms_of_qwens_tokenizer_give_its_tokens(form: str, tmp_path: Path) -> None:
+    folder = write_qwen_tokenizer(tmp_path, form)
+    ours, theirs = SOURCE.load(folder, tmp_path, "test"), tiny_tokenizer()
+    for text in (*PROMPTS, f"{BEFORE}Ⅷ ﬁ e\u0301 1234 <|image_pad|><think>{AFTER}"):
+        assert ours.read(text).ids == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.number("</think>") == theirs.token_to_id("</think>")
+
+
+def test_a_damaged_vocabulary_is_one_message(tmp_path: Path) -> None:
+    folder = write_qwen_tokenizer(tmp_path, "vocab.json")
+    (folder / "vocab.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"vocab.json cannot be read as a tokenizer"):
+        SOURCE.load(folder, tmp_path, "test")
+
+
+# Files that do not fit
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [("qwen3", QWEN25_VL), ("qwen25_vl", QWEN3), ("mistral3", QWEN3), ("qwen3", MISTRAL3)],
+)
+def test_another_language_model_is_refused_by_name(given: str, wanted: LanguageModel, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.safetensors", WHOLE[given]())
+    with pytest.raises(
+        CheckpointError, match=rf"is not {wanted.what}; it looks like .*\n.*to {wanted.option}"
+    ):
+        load_language_model(path, wanted, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", None, "missing: layers.1.mlp.up_proj.weight"),
+        ("model.norm.weight", None, "missing: norm.weight"),
+        ("model.layers.0.mlp.gate_proj.weight", None, "incomplete"),
+        ("model.layers.2.mlp.up_proj.weight", torch.ones(3, 3), "the file has 3 x 3, 96 x 64 is needed"),
+        ("model.embed_tokens.weight", torch.ones(5), "do not have the sizes"),
+        ("model.layers.0.self_attn.q_norm.weight", torch.ones(33), "cannot be divided into heads of 33"),
+        ("model.layers.0.self_attn.k_proj.weight", torch.ones(7, DIM), "7 of keys cannot be divided"),
+        ("model.layers.0.self_attn.surplus", torch.ones(2), "unexpected: layers.0.self_attn.surplus"),
+        ("other.weight", torch.ones(2), "1 tensors of an unknown network"),
+        ("model.norm.weight", torch.full((DIM,), torch.nan), "NaN"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_one_message(
+    name: str, tensor: Tensor | None, message: str, tmp_path: Path
+) -> None:
+    path = write_model(tmp_path / "model.safetensors", qwen3(), change={name: tensor})
+    with pytest.raises(CheckpointError, match=message):
+        load_language_model(path, QWEN3, CPU, torch.float32)
+
+
+def test_a_truncated_file_is_one_message(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.safetensors", qwen3())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError):
+        load_language_model(path, QWEN3, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "told", [{"rms_norm_eps": "a"}, {"rope_parameters": [1]}, {"rope_theta": None}, {"rope_parameters": 3}]
+)
+def test_a_configuration_without_sense_is_one_message(told: dict[str, Any], tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.safetensors", qwen3())
+    path.with_name("config.json").write_text(json.dumps({"model_type": "qwen3", "hidden_size": DIM, **told}))
+    with pytest.raises(CheckpointError, match="config.json"):
+        load_language_model(path, QWEN3, CPU, torch.float32)
+
+
+def test_layers_follow_from_the_file(tmp_path: Path) -> None:
+    from encoders.language_models import read_language_model
+
+    with open_checkpoint(write_model(tmp_path / "model.safetensors", mistral3())) as checkpoint:
+        config = read_language_model(checkpoint, MISTRAL3).config
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_width) == (LAYERS, 4, 2, 32)
+    assert (config.theta, config.eps, config.final_norm) == (1e9, 1e-5, True)
+
+
+@pytest.mark.parametrize("in_fp8", [False, True], ids=["whole", "fp8"])
+@pytest.mark.parametrize("use", [Z_IMAGE, KLEIN], ids=["one state", "joined"])
+def test_layers_copied_before_they_run_give_the_same_states(
+    use: LanguageUse, in_fp8: bool, tmp_path: Path
+) -> None:
+    """Host memory is useless for computing, and copies arrive at the last moment."""
+    path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", qwen3())
+    plain, streamed = (LanguageModelEncoder(use, path, torch.float32, in_fp8=in_fp8) for _ in range(2))
+    resident = encoded(plain, *PROMPTS)
+    streamed.load(CPU)
+    device = FakeDevice()
+    swapped(streamed.network, SPEC, 2, device)
+
+    for _ in range(2):
+        found = encoded(streamed, *PROMPTS)
+        for one, expected_one in zip(found, resident, strict=True):
+            assert torch.equal(one["llm_embed"], expected_one["llm_embed"])
+    assert device.log

@@ -1,0 +1,192 @@
+"""Tiny random language models in every file layout: Qwen2.5-VL, Qwen3 and Mistral Small 3."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from tests.tiny.hunyuan_encoders import prefixed, save
+from tests.tiny.wan_encoders import CORPUS, random_tensors
+
+VOCABULARY, DIM, LAYERS = 600, 64, 4
+QWEN_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>"),
+    *("<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
+    *("<tool_response>", "</tool_response>", "<think>", "</think>"),
+)
+MISTRAL_TOKENS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<pad>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+# what is written of a user's message, a system's and the beginning of an answer in Qwen3's chat template
+QWEN3_TEMPLATE = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": DIM,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 1e6}
+VISION: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 80,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": DIM,
+    "window_size": 56,
+    "fullatt_block_indexes": [1],
+}
+QWEN25_VL_TEXT = {**_TEXT, "rms_norm_eps": 1e-6, "rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
+QWEN3_CONFIG = {**_TEXT, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_parameters": _ROPE}
+MISTRAL_CONFIG = {
+    **_TEXT,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {**_ROPE, "rope_theta": 1e9},
+    "sliding_window": None,
+}
+
+
+def filled(model: Any, seed: int = 5) -> Any:
+    """A network of transformers with random weights that keep a signal at its size."""
+    model.load_state_dict(random_tensors(model, seed))
+    return model.eval()
+
+
+def qwen3() -> Any:
+    """The whole network, with its head."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return filled(Qwen3ForCausalLM(Qwen3Config(**QWEN3_CONFIG, tie_word_embeddings=False)))
+
+
+def qwen25_vl() -> Any:
+    """The whole network with its vision tower and head; token ids are those of `qwen_tokenizer`."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    ids = {name: qwen_tokenizer().token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad")}
+    config = Qwen2_5_VLConfig(
+        text_config=dict(QWEN25_VL_TEXT),
+        vision_config=dict(VISION),
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+    )
+    return filled(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def mistral3() -> Any:
+    """The language model of Mistral Small 3 with its head."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return filled(MistralForCausalLM(MistralConfig(**MISTRAL_CONFIG)))
+
+
+def layouts(model: Any) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a network under the names that files have."""
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    bare = {
+        name.removeprefix("model.").removeprefix("language_model."): tensor for name, tensor in own.items()
+    }
+    head = {"lm_head.weight": bare.pop("lm_head.weight")}
+    vision = {name: bare.pop(name) for name in list(bare) if name.startswith("visual.")}
+    one = torch.ones(2)
+    other = (
+        {} if vision else {"vision_tower.patch_conv.weight": one, "multi_modal_projector.norm.weight": one}
+    )
+    return {
+        "transformers 4": {**prefixed(bare, "model."), **vision, **head},
+        "transformers 5": {
+            **prefixed(bare, "model.language_model."),
+            **prefixed({**vision, **other}, "model."),
+            **head,
+        },
+        "old multimodal": {
+            **prefixed(bare, "language_model.model."),
+            **{f"language_model.{name}": tensor for name, tensor in head.items()},
+            **vision,
+            **other,
+        },
+        "bare": {**bare, **vision},
+        "comfy": {**prefixed(bare, "model."), **vision, "tekken_model": torch.arange(9, dtype=torch.uint8)},
+    }
+
+
+def _tokenizer(special: tuple[str, ...], behind: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    own = [AddedToken(name, special=True, normalized=False) for name in special]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=[] if behind else own,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if behind:
+        tokenizer.add_special_tokens(own)
+    return tokenizer
+
+
+def qwen_tokenizer() -> Tokenizer:
+    """Byte-level merges behind Qwen's cuts, its own tokens behind them."""
+    return _tokenizer(QWEN_TOKENS, behind=True)
+
+
+def write_qwen_tokenizer(folder: Path, form: str = "tokenizer.json") -> Path:
+    """Write tokenizer.json, or vocab.json with merges.txt. Returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = qwen_tokenizer()
+    if form == "tokenizer.json":
+        tokenizer.save(str(folder / form))
+    else:
+        tokenizer.model.save(str(folder))
+    return folder
+
+
+def write_mistral_tokenizer(folder: Path) -> Path:
+    """Write tokenizer.json. Returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _tokenizer(MISTRAL_TOKENS, behind=False).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def config_json(model: Any) -> dict[str, Any]:
+    """The config.json that transformers write."""
+    config: dict[str, Any] = model.config.to_dict()
+    return config
+
+
+def write_model(
+    path: Path, model: Any, layout: str = "transformers 4", change: Mapping[str, Tensor | None] | None = None
+) -> Path:
+    """Write one file with config.json beside it. change: tensors to put in or, None, to leave out."""
+    tensors = {**layouts(model)[layout], **(change or {})}
+    save(path, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+    path.with_name("config.json").write_text(json.dumps(config_json(model)), encoding="utf-8")
+    return path
