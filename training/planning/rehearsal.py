@@ -249,7 +249,8 @@ def dress_trainable(
 
 def _add_adapter(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> None:
     """Put --training_adapter into a DiT without content, switched on for good."""
-    use = read_adapter(options, family.experts[0], family.experts)
+    with disable_modes():  # the file has real tensors
+        use = read_adapter(options, family.experts[0], family.experts)
     if use is None:
         return
     adapter = add_loras(dit, [use], options.speed.compilation.choice is not None, TRAINING_ADAPTER)
