@@ -185,7 +185,7 @@ class AddedLayer(nn.Module):
     def __init__(self, place: ChangedPlace, parts: Sequence[AddedPart]) -> None:
         super().__init__()
         self.parts = tuple(parts)
-        self.is_on = False
+        self.is_on = False  # set it only while the parts are on a device
         self._place = place
         self._original = (place.module,)  # in a tuple, so that the module is no part of this one
         self._before: Callable[..., Tensor] = place.module.forward
@@ -232,20 +232,20 @@ class AddedLayer(nn.Module):
         return self._run_with(parts, *inputs, **named)
 
     def _run_with(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
-        module: Any = self._original[0]
-        names = [name for name in (self._place.leaf, "bias") if self._place.has(name)]
-        kept = {name: getattr(module, name).data for name in names}
+        parameters = self._original[0]._parameters
+        kept = {name: parameters[name] for name in (self._place.leaf, "bias") if self._place.has(name)}
         # all from the weights as they are, before any is changed
         changes = [part.changes() for part in parts]
         try:
             for change in changes:
                 for name, delta in change.items():
-                    parameter = getattr(module, name)
-                    parameter.data = _sum(parameter.data, delta)
+                    parameter = parameters[name]
+                    assert parameter is not None
+                    # another parameter, not other data: the backward pass needs the changed values
+                    parameters[name] = nn.Parameter(_sum(parameter.data, delta), requires_grad=False)
             return self._before(*inputs, **named)
         finally:
-            for name, data in kept.items():
-                getattr(module, name).data = data
+            parameters.update(kept)
 
 
 def _sum(weight: Tensor, delta: Tensor) -> Tensor:
@@ -255,8 +255,26 @@ def _sum(weight: Tensor, delta: Tensor) -> Tensor:
 class AddedLoras:
     """LoRAs of a model that are switched on for a while."""
 
-    def __init__(self, layers: Sequence[AddedLayer]) -> None:
+    def __init__(self, layers: Sequence[AddedLayer] = ()) -> None:
         self.layers = layers
+
+    def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Copy the factors to the device, where they stay, in the dtype to compute in."""
+        for layer in self.layers:
+            for part in layer.parts:
+                part.place_on(device, dtype)
+
+    @contextlib.contextmanager
+    def turned(self, is_on: bool) -> Iterator[None]:
+        """Add the LoRAs, or do not, while the block runs. Their factors stay where `place_on` put them."""
+        before = [layer.is_on for layer in self.layers]
+        for layer in self.layers:
+            layer.is_on = is_on
+        try:
+            yield
+        finally:
+            for layer, was_on in zip(self.layers, before, strict=True):
+                layer.is_on = was_on
 
     @contextlib.contextmanager
     def switched_on(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
@@ -270,16 +288,19 @@ class AddedLoras:
                 layer.switch_off()
 
 
-def add_loras(dit: nn.Module, uses: Sequence[LoraUse], is_compiled: bool = False) -> AddedLoras:
+def add_loras(
+    dit: nn.Module, uses: Sequence[LoraUse], is_compiled: bool = False, option: str = "--sample_lora"
+) -> AddedLoras:
     """Put LoRAs into a model, switched off. Call after a network was attached, before compilation.
 
     is_compiled: blocks will be; compiled code takes no other weights, so changes of norms are left out.
-    Raises CheckpointError if a file does not fit the model or is a DoRA.
+    option: that names the files, for messages. Raises CheckpointError if a file does not fit the model or is
+    a DoRA.
     """
     known, parts = places(dit), []
     for use in uses:
-        refuse_dora(use.lora)
-        found = fitting(use.lora, known, "--sample_lora")
+        refuse_dora(use.lora, option)
+        found = fitting(use.lora, known, option)
         if is_compiled:
             left_out = [name for name in found if not known[name].adds_to_output]
             what = "modules are not changed because blocks are compiled"
@@ -304,12 +325,12 @@ def attach_parts(
     return layers
 
 
-def refuse_dora(lora: LoraFile) -> None:
+def refuse_dora(lora: LoraFile, option: str) -> None:
     """Raise CheckpointError if a file is a DoRA: it cannot be added beside other changes of the weights."""
     decomposed = [name for name, factors in group_by_module(lora.tensors).items() if DORA in factors]
     if decomposed:
         raise CheckpointError(
-            f"--sample_lora {lora.path} is a DoRA ({decomposed[0]}), which depends on the weights it was "
+            f"{option} {lora.path} is a DoRA ({decomposed[0]}), which depends on the weights it was "
             "made for.\n  Give a LoRA, LoHa or LoKr.",
             lora.path,
         )

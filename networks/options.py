@@ -17,6 +17,48 @@ logger = logging.getLogger(__name__)
 MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
 
 
+BASE = "base"
+
+
+class FrozenModelOptions(Options, title="frozen model"):
+    """What the frozen model has in training steps alone, and whether it teaches the network."""
+
+    training_adapter: Path | None = option(
+        "LoRA file that the model has in training steps alone, such as one that undoes a distillation: "
+        "samples, the validation loss and what is saved are without it",
+        place="there",
+        facts=FREE,
+    )
+    training_adapter_multiplier: float = option(
+        "strength of --training_adapter",
+        default=1.0,
+        least=-MOST_MULTIPLIER,
+        most=MOST_MULTIPLIER,
+        needs="training_adapter",
+        hint="1 is usual",
+        facts=FREE,
+    )
+    teacher: str | None = option(
+        "base: the loss is also measured against what the frozen model, without the network and without "
+        "--training_adapter, predicts from all that there is: the caption where it was dropped, the first "
+        "frame if the model takes it. One more pass in each step, without gradients",
+        choices=(BASE,),
+        facts=HABIT,
+    )
+    teacher_weight: float = option(
+        "share of --teacher in the loss: (1 - W) * the usual loss + W * that against the teacher",
+        default=0.5,
+        above=0,
+        most=1,
+        needs="teacher",
+        hint="1 leaves nothing of the usual loss",
+        facts=HABIT,
+    )
+
+
+NOTHING_FROZEN = FrozenModelOptions.usual()
+
+
 class NetworkOptions(Options, title="network"):
     """Options of the network that `--network_module` builds and trains."""
 
@@ -67,6 +109,7 @@ class NetworkOptions(Options, title="network"):
     base_weights_multiplier: tuple[float, ...] | None = option(
         "strength of each file of --base_weights; missing ones are 1", needs="base_weights", facts=HABIT
     )
+    frozen: FrozenModelOptions
 
     def __post_init__(self) -> None:
         self.arguments()

@@ -24,7 +24,14 @@ from networks.apply import check_loras_fit
 from networks.loading import LoraUse, read_lora
 from networks.lora_settings import DEFAULT_RANK
 from networks.own_modules import OWN_MODULES, smallest_lora_bytes
-from training.experts import check_experts, network_for, read_lora_for
+from training.data.live import LiveTexts
+from training.experts import (
+    TRAINING_ADAPTER,
+    check_experts,
+    network_for,
+    read_adapter,
+    read_lora_for,
+)
 from training.noise_options import MIXTURES, NOTHING, SIZE_SHIFTS, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import make_optimizer
@@ -82,8 +89,31 @@ def _check_networks(family: Family, options: TrainingOptions) -> None:
             uses = [_use(path, expert, multiplier) for path, multiplier in files]
             if network.network_weights is not None and own is not None:
                 uses.append(LoraUse(read_lora(network.network_weights, with_texts=True)))
+            adapter = read_adapter(options, expert, family.experts)
+            if adapter is not None:
+                refuse_dora(adapter.lora, TRAINING_ADAPTER)
+                uses.append(adapter)
             if file is not None:
                 check_loras_fit(file, uses)
+
+
+def check_teacher(family: Family, options: TrainingOptions, texts: LiveTexts) -> None:
+    """Raise OptionError if --teacher is given and nothing can be told to it, or not from caches."""
+    asked = options.frozen.teacher
+    if asked is None:
+        return
+    if not family.fuller:
+        raise OptionError(
+            f"--teacher {asked}: there is nothing that the model {family.name} can be told besides, so that "
+            "the teacher would know no more than the network. Leave it out"
+        )
+    if texts.encoders:
+        names = " and ".join(encoder.name for encoder in texts.encoders)
+        raise OptionError(
+            f"--teacher {asked}: captions are encoded while training here, by {names}, and the teacher's "
+            "come from caches. Cache them (--cache_text_encoder_outputs), train the transformer alone "
+            "(--network_train_unet_only), or leave --teacher out"
+        )
 
 
 def _use(path: Path, expert: Expert, multiplier: float) -> LoraUse:
@@ -101,7 +131,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
         for expert, file in zip_longest(family.experts, family.dit_files):
             uses = [_use(path, expert, multiplier) for path, multiplier in samples.loras()]
             for use in uses:
-                refuse_dora(use.lora)
+                refuse_dora(use.lora, "--sample_lora")
             if file is not None:
                 check_loras_fit(file, uses)
 

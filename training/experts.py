@@ -20,7 +20,7 @@ from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.speed_options import Quantisation
 from networks.adapter import OWN_NETWORKS
-from networks.loading import LoraFile, read_lora, warn_of_other_expert
+from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
 from networks.own_modules import OWN_MODULES
@@ -30,6 +30,8 @@ from training.options import TrainingOptions
 from training.run_options import LoopOptions
 
 logger = logging.getLogger(__name__)
+
+TRAINING_ADAPTER = "--training_adapter"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,23 @@ def read_lora_for(path: Path, expert: Expert) -> LoraFile:
     lora = read_lora(path, by_expert=True).for_expert(expert.name)
     warn_of_other_expert(lora, expert.name)
     return lora
+
+
+def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Expert]) -> LoraUse | None:
+    """Read --training_adapter for one of the trained experts.
+
+    None if it is not given, or if the file says that it is for another one of them.
+    """
+    path, multiplier = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
+    if path is None:
+        return None
+    said = read_lora(path, by_expert=True).expert
+    if said != expert.name and said in [other.name for other in experts]:
+        logger.info(
+            "%s %s is for another one: the %s trains without it.", TRAINING_ADAPTER, path, expert.words
+        )
+        return None
+    return LoraUse(read_lora_for(path, expert), multiplier)
 
 
 def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:

@@ -1,13 +1,16 @@
 """Load the networks of a plan, make the trained part with its optimizer, and put the run together."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from modules.contract.data import CAPTION
 from modules.contract.family import Family
 from modules.contract.loading import HostPlace
 from modules.contract.rules import Expert
@@ -21,15 +24,18 @@ from networks.adapter import make_network
 from networks.added import AddedLoras, add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse
+from networks.options import FrozenModelOptions
 from training.averages import make_average
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.experts import (
+    TRAINING_ADAPTER,
     ExpertNetworks,
     check_dtype,
     dress,
     dtype_of,
     network_for,
     placement_of,
+    read_adapter,
     read_lora_for,
 )
 from training.loss import LossRule
@@ -80,6 +86,7 @@ def load_model(
     set_training(optimizer, True)
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
     rule = LossRule(options.loss, options.predicted, trainable.as_base)
+    adapter = AddedLoras([layer for loras in loading.adapters for layer in loras.layers])
     dits = ExpertNetworks(networks, loading.copies)
     is_watched = options.samples.sample_now and accelerator.is_main_process
     triggers = TriggerFiles(trigger_paths(plan.names) if is_watched else {}, bool(sampler.prompts))
@@ -88,6 +95,7 @@ def load_model(
         dits=dits,
         sample_dits=sampled or dits,
         sample_loras=loading.sample_loras,
+        adapter=adapter,
         trainable=trainable,
         optimizer=optimizer,
         optimizer_name=optimizer_name,
@@ -97,7 +105,7 @@ def load_model(
         average=make_average(options.average, networks, trainable, optimizer, accelerator.is_main_process),
         texts=plan.texts,
         feed=_make_feed(plan),
-        rule=rule,
+        rule=_add_teacher(rule, options.frozen, trainable, adapter),
         validation=_make_validation(plan, rule),
         sampler=sampler.renewed_by(plan.texts),
         memory=memory,
@@ -106,6 +114,7 @@ def load_model(
         triggers=triggers,
         clock=MinuteClock(options.saving.save_every_n_minutes if accelerator.is_main_process else None),
     )
+    adapter.place_on(run.device, run.compute_dtype)
     restore(run)
     return run
 
@@ -118,6 +127,7 @@ class Loading:
     swap: SwapOptions  # auto is resolved
     has_samples: bool
     sample_loras: list[AddedLoras] = field(default_factory=list)
+    adapters: list[AddedLoras] = field(default_factory=list)  # in networks that are trained
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
 
     @property
@@ -139,6 +149,9 @@ class Loading:
         dit = _load_dit(self.plan, family, index, host)
         attach(dit, expert)
         is_compiled = options.speed.compilation.choice is not None
+        given = read_adapter(options, expert, family.experts) if family is self.plan.family else None
+        if given is not None:
+            self.adapters.append(add_loras(dit, [given], is_compiled, TRAINING_ADAPTER))
         if self.has_samples and options.samples.loras():
             extra = [
                 LoraUse(read_lora_for(path, expert), multiplier)
@@ -223,6 +236,25 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
     learners.append(train_network(network, rates, given.scale_weight_norms, device))
 
 
+def _add_teacher(
+    rule: LossRule, options: FrozenModelOptions, trainable: Trainable, adapter: AddedLoras
+) -> LossRule:
+    """Return the rule with the teacher of --teacher: the models as their files have them."""
+    if options.teacher is None:
+        return rule
+    return replace(
+        rule, teacher_weight=options.teacher_weight, as_teacher=partial(_as_loaded, trainable, adapter)
+    )
+
+
+@contextlib.contextmanager
+def _as_loaded(trainable: Trainable, adapter: AddedLoras) -> Iterator[None]:
+    """Leave out what learns, and --training_adapter, while the block runs."""
+    assert trainable.as_base is not None  # options for a frozen model come with a network
+    with trainable.as_base(), adapter.turned(is_on=False):
+        yield
+
+
 def _make_stepping(
     plan: TrainingPlan, trainable: Trainable, optimizer: Optimizer, scaler: torch.amp.GradScaler
 ) -> StepAfterBackward | FusedBackward:
@@ -257,7 +289,15 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         plan.options.weighted_by,
     )
     return Feed(
-        MicroBatches(plan.order, plan.family.latent, randomness, plan.commands, plan.steps, plan.sources),
+        MicroBatches(
+            plan.order,
+            plan.family.latent,
+            randomness,
+            plan.commands,
+            plan.steps,
+            plan.sources,
+            reads_dropped=plan.options.frozen.teacher is not None and CAPTION in plan.family.fuller,
+        ),
         plan.steps,
         accelerator.process_index,
         loop.max_data_loader_n_workers,

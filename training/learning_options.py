@@ -11,11 +11,15 @@ from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import int_or_float, read_literals
 from modules.options import CHANGEABLE, HABIT, IDENTITY, Options, option, unsupported
-from networks.options import multipliers_for
+from networks.options import BASE, multipliers_for
 
 logger = logging.getLogger(__name__)
 
 EVERYTHING = "."  # occurs in every name
+_NOTHING_FROZEN = (
+    "the model itself is trained, so that there is no frozen one to add a LoRA to, or to learn from. Train a "
+    "LoRA instead"
+)
 
 
 class WholeDitOptions(Options, title="full fine-tuning"):
@@ -45,6 +49,11 @@ class WholeDitOptions(Options, title="full fine-tuning"):
         "float32",
         "keep the weights in fp16",
     )
+
+    training_adapter = unsupported(_NOTHING_FROZEN, "LoRA in training steps alone", metavar="FILE")
+    training_adapter_multiplier = unsupported(_NOTHING_FROZEN, "its strength", type=float)
+    teacher = unsupported(_NOTHING_FROZEN, "the frozen model as a teacher", choices=(BASE,))
+    teacher_weight = unsupported(_NOTHING_FROZEN, "its share in the loss", type=float)
 
     @property
     def name_parts(self) -> tuple[str, ...]:

@@ -82,7 +82,8 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[MicroBatch
     # before any weight is stepped
     rates = name_rates(run.schedule.get_last_lr(), run.trainable.group_names, run.optimizer)
     reached = _reached(run, group)
-    row, keys = _accumulate(run, group, micro_batches)
+    with run.adapter.turned(is_on=True):
+        row, keys = _accumulate(run, group, micro_batches)
     run.stepping.begin(reached)
     is_alone = run.steps.processes == 1
     here = (run.clock.is_due() or run.triggers.asks_for(SAVE), run.triggers.asks_for(SAMPLE))

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from modules.contract.data import LOSS_MASK, Batch, Conditions
+from modules.contract.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
 from modules.contract.family import Described, NoiseSpec, Predicts
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import numbers_on, send
@@ -42,6 +42,18 @@ class NoisyBatch:
     expert: int = 0  # index of the one that they all go to
     perturbation: Tensor | None = None  # further noise of the input, which is not to be predicted; like noise
 
+    def with_all(self, names: Collection[str]) -> "NoisyBatch":
+        """Return the batch with all that there is, also what the network in training is not told.
+
+        names: of what the model can be told (`Described.fuller`).
+        """
+        tensors = self.batch.tensors
+        if CAPTION in names:
+            tensors = {**tensors, **self.batch.undropped}
+        has_first = FIRST_FRAME in names and self.noise.shape[2] > 1
+        given = max(self.given_frames, int(has_first))
+        return replace(self, batch=replace(self.batch, tensors=tensors), given_frames=given)
+
     def place_weights(self, errors: Tensor) -> Tensor | None:
         """Return how much each place of errors B C F H W counts, B 1 F H W or B 1 1 H W; None: all alike.
 
@@ -63,9 +75,12 @@ class NoisyBatch:
         def moved_value(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
             return [move(item) for item in value] if isinstance(value, list) else move(value)
 
-        tensors: Conditions = {name: moved_value(value) for name, value in self.batch.tensors.items()}
+        tensors, undropped = (
+            {name: moved_value(value) for name, value in conditions.items()}
+            for conditions in (self.batch.tensors, self.batch.undropped)
+        )
         return NoisyBatch(
-            replace(self.batch, tensors=tensors),
+            replace(self.batch, tensors=tensors, undropped=undropped),
             move(self.noise),
             move(self.sigmas),
             move(self.timesteps),
@@ -90,6 +105,8 @@ class LossRule:
     prediction: str = RAW  # what of the output is compared with the velocity
     # inside it the DiT is the base model, without what learns; None: no batch asks for that
     as_base: Autocast | None = None
+    teacher_weight: float = 0.0  # share of the errors against the teacher
+    as_teacher: Autocast | None = None  # inside it the DiT is the teacher; None: there is none
 
 
 PLAIN_LOSS = LossRule()
@@ -105,44 +122,63 @@ def measure_errors(
     """Return the mean error of the predicted velocity for each sample: B, float32, on the device of the
     batch.
 
-    Samples that the batch names in `preserved` are compared with the base model's prediction.
+    Samples that the batch names in `preserved` are compared with the base model's prediction, and all with
+    the teacher's besides, if the rule has one.
+    """
+    batch = noisy_batch.batch
+    latents = family.latent.to_model(batch.tensor("latents"))
+    network = functools.partial(predict, family, dit, latents, noisy_batch, autocast, rule)
+    target = find_target(family.noise.velocity(latents, noisy_batch.noise), batch, network, rule)
+    taught = None
+    if rule.as_teacher is not None:
+        told = noisy_batch.with_all(family.fuller)
+        with torch.no_grad(), rule.as_teacher():
+            taught = predict(family, dit, latents, told, autocast, rule)
+    output = network()
+    errors = sample_errors(family.noise, output - target, noisy_batch, rule)
+    if taught is None:
+        return errors
+    of_teacher = sample_errors(family.noise, output - taught, told, rule)
+    return (1 - rule.teacher_weight) * errors + rule.teacher_weight * of_teacher
+
+
+def sample_errors(spec: NoiseSpec, differences: Tensor, noisy_batch: NoisyBatch, rule: LossRule) -> Tensor:
+    """Return the mean error of each sample: B, float32. differences: B C F H W.
+
     If the batch has a mask (`MASK`, `LOSS_MASK`), errors are multiplied by it before the mean over all
     elements: the mean is over the masked ones too, so the smaller a mask, the smaller the loss. Given frames
     are left out: the mean is over the others.
     """
-    given, sigmas, timesteps = noisy_batch.given_frames, noisy_batch.sigmas, noisy_batch.timesteps
-    latents = family.latent.to_model(noisy_batch.batch.tensor("latents"))
-    conditions = family.batch_conditions(latents, noisy_batch.batch)
-    noise = noisy_batch.noise
-    if noisy_batch.perturbation is not None:
-        noise = noise + noisy_batch.perturbation
-    noisy = add_noise(latents, noise, sigmas, family.noise.data_shares(sigmas))
-    if given:
-        noisy = torch.cat([latents[:, :, :given], noisy[:, :, given:]], dim=2)
-    network = functools.partial(predict, family, dit, noisy, noisy_batch, conditions, autocast, rule)
-
-    target = find_target(family.noise.velocity(latents, noisy_batch.noise), noisy_batch.batch, network, rule)
     thresholds = None
     if rule.options.has_threshold:
-        thresholds = find_thresholds(rule.options, family.noise, sigmas, timesteps)
-    errors = element_errors(rule.options, network() - target, thresholds)
+        thresholds = find_thresholds(rule.options, spec, noisy_batch.sigmas, noisy_batch.timesteps)
+    errors = element_errors(rule.options, differences, thresholds)
     weights = noisy_batch.place_weights(errors)
     if weights is not None:
         errors = errors * weights
-    return errors[:, :, given:].flatten(1).mean(1)
+    return errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
 
 
 def predict(
     family: Trains,
     dit: nn.Module,
-    noisy: Tensor,
+    latents: Tensor,
     noisy_batch: NoisyBatch,
-    conditions: Conditions,
     autocast: Autocast,
     rule: LossRule,
 ) -> Tensor:
-    """Return the network's prediction in the form of the target: B C F H W float32."""
-    tweaks = Tweaks(given_frames=noisy_batch.given_frames) if noisy_batch.given_frames else NO_TWEAKS
+    """Return the network's prediction in the form of the target: B C F H W float32.
+
+    latents: of the batch, in model space.
+    """
+    given, noise = noisy_batch.given_frames, noisy_batch.noise
+    conditions = family.batch_conditions(latents, noisy_batch.batch)
+    if noisy_batch.perturbation is not None:
+        noise = noise + noisy_batch.perturbation
+    noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.data_shares(noisy_batch.sigmas))
+    if given:
+        noisy = torch.cat([latents[:, :, :given], noisy[:, :, given:]], dim=2)
+    tweaks = Tweaks(given_frames=given) if given else NO_TWEAKS
     with autocast():
         velocity = family.predict(dit, noisy, noisy_batch.timesteps, conditions, tweaks)
     return compared(velocity.float(), noisy, noisy_batch.sigmas, rule.prediction, family.noise.output_sign)

@@ -12,7 +12,7 @@ from modules.option_values import require
 from modules.options import FREE, HABIT, Options, option, read_options
 from modules.parser import Parser, add_options, refuse_unsupported
 from modules.speed_options import TrainingSpeedOptions
-from networks.options import NetworkOptions
+from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from training.config_options import ConfigOptions, read_config_file
 from training.learning_options import (
     ONE_DIT,
@@ -106,6 +106,11 @@ class TrainingOptions(Options):
     def by_expert(self) -> ExpertTrainingOptions:
         """Return the options for several transformers, also where the script has none."""
         return self.experts or ONE_DIT
+
+    @property
+    def frozen(self) -> FrozenModelOptions:
+        """Return the options of the frozen model, also where there is none."""
+        return NOTHING_FROZEN if self.network is None else self.network.frozen
 
     @property
     def is_for_images(self) -> bool:

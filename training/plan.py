@@ -22,7 +22,7 @@ from modules.fp8.products import add_product
 from modules.option_values import require
 from modules.speed_options import Quantisation
 from training.caching_inside import find_live_texts, prepare_sources
-from training.checks import check_before_loading, list_unused_options
+from training.checks import check_before_loading, check_teacher, list_unused_options
 from training.data.live import BatchSources, LiveTexts
 from training.experts import check_computing, note_experts
 from training.optimizers.stepping import check_fused_backward
@@ -96,6 +96,7 @@ def make_plan(
     if options.caching is not None:  # before minutes of encoding
         check_before_loading(family, options, options.loop.max_train_steps, sampling)
     texts = find_live_texts(family, options, config)
+    check_teacher(family, options, texts)
     sources = prepare_sources(family, config, options.caching, device, texts.keys)
     training, validation = _find_items(family, options, config, sources, commands, progress.seed)
     takes_masks = is_main and options.subset is not None and options.subset.masked_loss

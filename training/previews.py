@@ -24,6 +24,7 @@ from modules.errors import OptionError
 from modules.installation import import_own
 from modules.seeds import derive_seed
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
+from training.checks import check_teacher
 from training.data.live import BatchSources
 from training.data.timesteps import Timesteps, draw, loss_weights, spans_of
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
@@ -99,6 +100,7 @@ def _plan(
     family.check_given_files()  # first: caches are made with them
     config = read_config(options)
     texts = find_live_texts(family, options, config)
+    check_teacher(family, options, texts)
     plans = plan_tables(family, config, options.caching, texts.keys)
     if not all(plan.can_be_planned for plan in plans):
         raise OptionError(

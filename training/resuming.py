@@ -12,12 +12,15 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from dataset.batches.order import BatchOrder
+from modules.checkpoints.opening import fingerprint
 from modules.contract.family import Family
 from modules.contract.rules import ONE_EXPERT, Expert
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import options_with
 from networks.lora_settings import DEFAULT_RANK
+from networks.options import NOTHING_FROZEN, FrozenModelOptions
+from training.experts import TRAINING_ADAPTER
 from training.optimizers.optimizer import class_path
 from training.options import TrainingOptions
 from training.reports.logs import public_config
@@ -133,7 +136,20 @@ def identity_of(
         GROUP_SIZE: plan.group_size,
         BATCHES: batches,
         TRANSFORMERS: _in_words(family.experts),
+        TRAINING_ADAPTER: describe_adapter(options.frozen, with_content=True),
     }
+
+
+def describe_adapter(options: FrozenModelOptions, with_content: bool = False) -> str | None:
+    """Return the name and strength of --training_adapter; None without one.
+
+    with_content: with a mark of what is in the file.
+    """
+    path = options.training_adapter
+    if path is None:
+        return None
+    content = f", {fingerprint(path)[:12]}" if with_content else ""
+    return f"{path.name}:{options.training_adapter_multiplier:g}{content}"
 
 
 def _in_words(experts: Sequence[Expert]) -> str:
@@ -188,8 +204,12 @@ def check_resumable(
         return {}
     # a state of before there were models with several transformers is of a model with one
     before = {TRANSFORMERS: _in_words(ONE_EXPERT), PER_EXPERT: identity.get(PER_EXPERT) and False}
+    before[TRAINING_ADAPTER] = None
     before, identity = _resolve({**before, **saved.identity}), _resolve(identity)
-    if unknown := {*identity} - {*before} | {*habits} - {*saved.habits}:
+    # likewise of before the frozen model could teach
+    unsaid = {f"--{name}": value for name, value in public_config(NOTHING_FROZEN).items()}
+    habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
+    if unknown := {*identity} - {*before} | {*habits} - {*habits_before}:
         logger.warning(
             "%s does not say what the run that saved it had for %s: its version did not record that. Give "
             "the same values as then.",
@@ -212,7 +232,7 @@ def check_resumable(
             f"--resume {saved.folder}: {which}.\n{lines}\n"
             f"  Use the saved values{also}, or start a new run from what was trained: {FRESH_START}"
         )
-    changed = _differences(saved.habits, habits)
+    changed = _differences(habits_before, habits)
     if may_change:
         found |= changed | _differences(saved.settings, listed_settings(options))
         return {name: f"{name}: {then} -> {now}" for name, (then, now) in found.items()}

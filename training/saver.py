@@ -22,6 +22,7 @@ from modules.devices import DTYPES
 from modules.offload.block_swap import settle_all
 from networks.loading import TRAINED_FOR
 from networks.lora_settings import DEFAULT_RANK
+from networks.options import FrozenModelOptions
 from training.averages import PART as AVERAGE
 from training.experts import dtype_of, expert_metadata
 from training.noise_options import L2
@@ -34,7 +35,7 @@ from training.optimizers.optimizer import (
 )
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
-from training.resuming import listed_settings, own_values
+from training.resuming import describe_adapter, listed_settings, own_values
 from training.saving.files import NoSaver, Publish, Saver
 from training.saving.hub import write_card
 from training.saving.states import ForeignState, SavedState, load_module, one_error, write_state
@@ -206,6 +207,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         if options.loss != L2 or options.is_for_images:
             values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
         values |= _image_values(plan)
+        values |= _frozen_values(options.frozen)
         if plan.progress.changes:
             values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
         further = [name for name in facts if name.startswith("sd_model_name_")]
@@ -213,6 +215,16 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         if "trained_for" in facts:
             values[TRAINED_FOR] = facts["trained_for"]
     return {key: str(value) for key, value in values.items()}
+
+
+def _frozen_values(options: FrozenModelOptions) -> dict[str, Any]:
+    """Return the entries on what the frozen model had and taught; none if it did neither."""
+    values: dict[str, Any] = {}
+    if options.training_adapter is not None:
+        values["ss_training_adapter"] = describe_adapter(options)
+    if options.teacher is not None:
+        values |= {"ss_teacher": options.teacher, "ss_teacher_weight": options.teacher_weight}
+    return values
 
 
 def file_metadata(

@@ -163,6 +163,7 @@ class TrainingRun:
     dits: ExpertNetworks  # of the experts that are trained
     sample_dits: ExpertNetworks  # those, or more that only samples are made with
     sample_loras: Sequence[AddedLoras]  # switched on for samples
+    adapter: AddedLoras  # --training_adapter: switched on for training steps
     trainable: Trainable
     optimizer: Optimizer
     optimizer_name: str  # for metadata

@@ -13,6 +13,8 @@ from encoders.files import OneTransformer
 from modules.checkpoints.dits import with_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import (
+    CAPTION,
+    FIRST_FRAME,
     Batch,
     CacheEntry,
     Conditions,
@@ -110,6 +112,11 @@ class Wan(OneTransformer):
     def noise(self) -> NoiseSpec:
         """Rectified flow; how often training gives the first frame."""
         return replace(FLOW, first_frame_probability=self.first_frame_probability)
+
+    @property
+    def fuller(self) -> tuple[str, ...]:
+        """What a teacher is told besides: the dropped caption; if the model takes one, the first frame."""
+        return (CAPTION, FIRST_FRAME) if self.task.keeps_image else (CAPTION,)
 
     @property
     def experts(self) -> tuple[Expert, ...]:

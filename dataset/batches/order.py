@@ -294,21 +294,25 @@ class RunPlace:
     total_steps: int
 
 
-def choose_captions(items: Sequence[TrainingItem], seed: int, number: int, epoch: int = 0) -> tuple[int, ...]:
+def choose_captions(
+    items: Sequence[TrainingItem], seed: int, number: int, epoch: int = 0, drops: bool = True
+) -> tuple[int, ...]:
     """Return for each item which of its captions is used, from 0, or EMPTY.
 
     number: of the micro-batch, in the whole run. epoch: from 0. EMPTY is chosen with the table's
     caption_dropout_rate, and in epochs whose captions are all empty; captions are equally likely.
+    drops: else the caption before it is dropped; those that are not are the same.
     """
     chosen = []
     for place, item in enumerate(items):
         rate, every = item.table.caption_dropout_rate, item.table.changes.dropout_every_n_epochs
         which = 0
         if every > 0 and (epoch + 1) % every == 0:  # all captions of every n-th epoch are empty
-            which = EMPTY
-        elif rate or item.captions > 1:
+            rate = 1.0
+        if rate or item.captions > 1:
             numbers = random.Random(derive_seed(seed, "caption", number, place))
-            which = EMPTY if numbers.random() < rate else numbers.randrange(item.captions)
+            is_dropped = numbers.random() < rate
+            which = EMPTY if is_dropped and drops else numbers.randrange(item.captions)
         chosen.append(which)
     return tuple(chosen)
 

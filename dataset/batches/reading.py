@@ -33,7 +33,7 @@ from dataset.cache.store import CacheStore, Stores
 from dataset.sources.decoding import bucket_of
 from dataset.sources.frames import has_mask
 from dataset.table import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
-from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, LatentSpec, MadeBy
+from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, Conditions, LatentSpec, MadeBy
 from modules.errors import CacheError
 
 
@@ -80,6 +80,7 @@ def read_batch(
     stores: Stores | None = None,
     flips: Sequence[bool] = (),
     live: LiveParts = NO_LIVE_PARTS,
+    undropped: Sequence[int] = (),
 ) -> Batch:
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
@@ -89,7 +90,8 @@ def read_batch(
     configuration asks for. checks: of the run, which remembers checked files. captions: the number of the
     caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them open.
     flips: which items are mirrored; () for none. live: the parts without a cache: texts are left out then,
-    and `captions` of the batch are as their files have them.
+    and `captions` of the batch are as their files have them. undropped: the numbers before dropout, for a
+    teacher, all cached; if `captions` are others, the batch has these texts too.
     """
     checks, stores = checks or CacheChecks(), stores or stores_for(items[0], latent)
     numbers, sides = captions or [0] * len(items), flips or [False] * len(items)
@@ -118,6 +120,14 @@ def read_batch(
     made_by = tuple(made for one in read for made in one.made_by)
     weights = tuple(item.table.prior_loss_weight for item in items)
     preserved = tuple(item.table.preserves_output for item in items)
+    full: Conditions = {}
+    if undropped and tuple(undropped) != tuple(numbers):
+        whole_texts = [
+            _read_text(item, stores, commands, checks, number, live)
+            for item, number in zip(items, undropped, strict=True)
+        ]
+        full = {name: _stack(name, items, whole_texts, commands) for name in sorted(first.text)}
+        made_by += tuple(made for one in whole_texts for made in one.made_by)
     return Batch(
         tensors,
         tuple(one.caption for one in read),
@@ -125,6 +135,7 @@ def read_batch(
         made_by,
         () if set(weights) == {1.0} else weights,
         preserved if any(preserved) else (),
+        full,
     )
 
 
@@ -160,6 +171,25 @@ def _read_item(
         checks.add(item.table.index, item.key)
         caption = live.tables[item.table.index].caption(item.source_stem, number)
         return _ReadItem(tensors, item.text_path, frozenset(), variable, caption, tuple(made_by))
+    text = _read_text(item, stores, commands, checks, number, live)
+    checks.add(item.table.index, item.key)
+    return replace(
+        text,
+        tensors={**tensors, **text.tensors},
+        variable=variable | text.variable,
+        made_by=(*made_by, *text.made_by),
+    )
+
+
+def _read_text(
+    item: TrainingItem,
+    stores: Stores,
+    commands: CachingCommands,
+    checks: CacheChecks,
+    number: int,
+    live: LiveParts,
+) -> _ReadItem:
+    """Read a cached caption of an item, without latents."""
     text_path, store = item.caption_path(number), stores.of_texts(item.table)
     with _remedy(commands.text, store, text_path.name):
         text = store.read(text_path.name)
@@ -174,17 +204,9 @@ def _read_item(
         caption = _check_caption(item, number, text, texts, checks, store.is_shared(text_path.name))
     if item.table.index in live.tables:  # caches of other programs do not say theirs
         caption = live.tables[item.table.index].caption(item.source_stem, number) or caption
-    checks.add(item.table.index, item.key)
     checks.add(item.table.index, text_path.name)
-    made_by += [MadeBy(text_path, name, record.encoder) for name, record in texts.items()]
-    return _ReadItem(
-        {**tensors, **text.tensors},
-        text_path,
-        frozenset(text.tensors),
-        variable | text.variable,
-        caption,
-        tuple(made_by),
-    )
+    made_by = tuple(MadeBy(text_path, name, record.encoder) for name, record in texts.items())
+    return _ReadItem(text.tensors, text_path, frozenset(text.tensors), text.variable, caption, made_by)
 
 
 def choose_side(tensors: Mapping[str, Tensor], flip: bool) -> dict[str, Tensor]:

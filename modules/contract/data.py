@@ -21,6 +21,9 @@ Conditions = Mapping[str, Tensor | list[Tensor]]
 # key of the mask of the loss in batches and caches: 1 is learned, 0 is not; F H W of the latents
 LOSS_MASK = "reelsmith_loss_mask"
 
+# what a model can be told that a sample in training may lack (`Described.fuller`)
+CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
+
 LATENTS_MADE = "latents"  # `MadeBy.part` of latent caches
 
 
@@ -61,6 +64,8 @@ class Batch:
     loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () where all are 1
     # which samples are to keep what the base model predicts for them; () where none is
     preserved: tuple[bool, ...] = ()
+    # tensors of the texts with the captions that were dropped, for a teacher; empty where none was
+    undropped: Conditions = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -177,6 +177,10 @@ class Described(Protocol):
     def defaults(self) -> SamplingDefaults: ...
 
     @property
+    # what a teacher is told beside what the network in training sees: CAPTION, FIRST_FRAME
+    def fuller(self) -> tuple[str, ...]: ...
+
+    @property
     def options(self) -> Any: ...  # the family's own option record; its facts say what resume compares
 
     @property

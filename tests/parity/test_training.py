@@ -8,7 +8,7 @@ rate. The caches are written here, by hand, in the known tuners' form and withou
 import hashlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import isfunction
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 import torch
 from diffusers.loaders import WanLoraLoaderMixin
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from tests.parity.training import (
     Drawn,
     Factors,
     Item,
+    Teacher,
     linear_modules,
     loss_and_gradients,
     noise_of,
@@ -115,7 +117,8 @@ class Descent:
 
 
 PLAIN = Descent()
-Batches = list[tuple[list[Item], Drawn]]  # of one step
+# of one step
+Batches = Sequence[tuple[list[Item], Drawn] | tuple[list[Item], Drawn, Teacher]]
 
 
 def assert_steps(
@@ -322,6 +325,58 @@ def test_training_goes_on_from_a_file_and_on_top_of_another(tmp_path: Path) -> N
     dit.fuse_lora(lora_scale=0.5)
     how = Descent(start=read_factors(start)[0])
     assert_steps(files, project, dit, one_batch_an_epoch(project, by_sigma), "continued on a base", how)
+
+
+def test_an_adapter_is_in_the_model_while_training_only(tmp_path: Path) -> None:
+    """The file's gradients are those of diffusers' transformer with the adapter merged; its tensors have no
+    trace of it, as the factors before the first step are the network's own.
+    """
+    project = write_project(tmp_path / "a project", "t2v")
+    (adapter,) = train(project, *STRONG, "--seed", 1, steps=1, name="adapter", in_process=True)
+    more = ("--training_adapter", adapter, "--training_adapter_multiplier", 0.5)
+
+    files = train(project, *DESCENT, *more, in_process=True)
+
+    dit = load_dit(project.dit)
+    dit.load_lora_adapter(WanLoraLoaderMixin.lora_state_dict(str(adapter)), prefix="transformer")
+    dit.fuse_lora(lora_scale=0.5)
+    assert_steps(files, project, dit, one_batch_an_epoch(project, by_sigma), "with an adapter")
+
+
+@pytest.mark.parametrize("kind", ["t2v", "ti2v"])
+def test_a_teacher_is_told_dropped_captions_and_a_first_frame_that_the_network_is_not(
+    tmp_path: Path, kind: str
+) -> None:
+    project, rate, weight = write_project(tmp_path / "a project", kind), 0.5, 0.4
+    with (project.folder / "dataset.toml").open("a", encoding="utf-8") as file:
+        file.write(f"caption_dropout_rate = {rate}\n")
+    empty = 3 * torch.randn(12, project.items[0].text.shape[1], generator=stream("empty")).bfloat16()
+    save_file({"varlen_t5_bfloat16": empty}, project.folder / "cache" / "wan_te.empty.safetensors")
+
+    files = train(project, *DESCENT, "--teacher", "base", "--teacher_weight", weight, in_process=True)
+
+    told: list[bool] = []
+
+    def batches_of(step: int) -> Batches:
+        full = shuffled(project.items, SEED, epoch=step)
+        draws = [random.Random(stream_seed(SEED, "caption", step, place)).random() for place in (0, 1)]
+        dropped = [number < rate for number in draws]
+        batch = [
+            replace(item, text=empty) if is_dropped else item
+            for item, is_dropped in zip(full, dropped, strict=True)
+        ]
+        drawn = draw(batch, step, by_sigma)
+        if kind == "ti2v":
+            given = torch.rand((), generator=stream(SEED, "given frames", step)).item() < 0.5
+            drawn = replace(drawn, given=int(given))
+            told.append(not given)
+        told.extend(dropped)
+        teacher = Teacher(full, replace(drawn, given=int(kind == "ti2v")), weight)
+        return [(batch, drawn, teacher)]
+
+    assert_steps(files, project, load_dit(project.dit), batches_of, f"{kind} with a teacher")
+    assert True in told
+    assert False in told
 
 
 def logged_in(folder: Path) -> EventAccumulator:

@@ -185,6 +185,15 @@ def linear_modules(dit_file: Path) -> dict[str, str]:
     return {path.replace(".", "_"): names[f"{path}.weight"].removesuffix(".weight") for path in paths}
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """What the frozen transformer sees, and its share of the loss."""
+
+    batch: Sequence[Item]
+    drawn: Drawn
+    weight: float
+
+
 def loss_and_gradients(
     dit: WanTransformer3DModel,
     modules: Mapping[str, str],
@@ -192,30 +201,44 @@ def loss_and_gradients(
     scale: float,
     batch: Sequence[Item],
     drawn: Drawn,
+    teacher: Teacher | None = None,
 ) -> tuple[float, Factors]:
     """The loss of one batch and its gradients by the factors."""
+    latents = torch.stack([item.latents.float() for item in batch])
+    taught = None
+    if teacher is not None:
+        with torch.no_grad():
+            taught = dit(*inputs_of(teacher.batch, teacher.drawn), return_dict=False)[0]
     with learning(dit, {name: [path] for name, path in modules.items()}, factors, scale) as found:
-        latents = torch.stack([item.latents.float() for item in batch])
-        mix = drawn.sigmas.float().view(-1, 1, 1, 1, 1)
-        noisy = (1 - mix) * latents + mix * drawn.noise
-        timesteps = drawn.timesteps.float()
-        if drawn.given:
-            noisy[:, :, : drawn.given] = latents[:, :, : drawn.given]
-            frames, rows, columns = (side // p for side, p in zip(noisy.shape[2:], (1, 2, 2), strict=True))
-            timesteps = timesteps.view(-1, 1, 1).repeat(1, frames, rows * columns)  # one for each token
-            timesteps[:, : drawn.given] = 0
-            timesteps = timesteps.flatten(1)
-        if batch[0].extra is not None:
-            noisy = torch.cat(
-                [noisy, torch.stack([item.extra for item in batch if item.extra is not None]).float()], dim=1
-            )
-        text = torch.cat([pad_text(item.text.float()) for item in batch])
-        clip = None
-        if batch[0].clip is not None:
-            clip = torch.stack([item.clip for item in batch if item.clip is not None]).float()
-            clip = clip.reshape(-1, 257, clip.shape[-1])
-        predicted = dit(noisy, timesteps, text, clip, return_dict=False)[0]
+        predicted = dit(*inputs_of(batch, drawn), return_dict=False)[0]
         errors = (predicted - (drawn.noise - latents)).square()[:, :, drawn.given :].flatten(1).mean(1)
+        if teacher is not None:
+            apart = (predicted - taught).square()[:, :, teacher.drawn.given :].flatten(1).mean(1)
+            errors = (1 - teacher.weight) * errors + teacher.weight * apart
         loss = (errors * drawn.weights.float()).mean()
         loss.backward()
     return float(loss.detach()), found()
+
+
+def inputs_of(batch: Sequence[Item], drawn: Drawn) -> tuple[Tensor | None, ...]:
+    """The transformer's inputs in order: noisy latents, timesteps, text, features of an image."""
+    latents = torch.stack([item.latents.float() for item in batch])
+    mix = drawn.sigmas.float().view(-1, 1, 1, 1, 1)
+    noisy = (1 - mix) * latents + mix * drawn.noise
+    timesteps = drawn.timesteps.float()
+    if drawn.given:
+        noisy[:, :, : drawn.given] = latents[:, :, : drawn.given]
+        frames, rows, columns = (side // p for side, p in zip(noisy.shape[2:], (1, 2, 2), strict=True))
+        timesteps = timesteps.view(-1, 1, 1).repeat(1, frames, rows * columns)  # one for each token
+        timesteps[:, : drawn.given] = 0
+        timesteps = timesteps.flatten(1)
+    if batch[0].extra is not None:
+        noisy = torch.cat(
+            [noisy, torch.stack([item.extra for item in batch if item.extra is not None]).float()], dim=1
+        )
+    text = torch.cat([pad_text(item.text.float()) for item in batch])
+    clip = None
+    if batch[0].clip is not None:
+        clip = torch.stack([item.clip for item in batch if item.clip is not None]).float()
+        clip = clip.reshape(-1, 257, clip.shape[-1])
+    return noisy, timesteps, text, clip

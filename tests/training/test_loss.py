@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from modules.contract.data import LOSS_MASK, Batch
+from modules.contract.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
 from modules.contract.family import NoiseSpec
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from tests.golden_cases import read_case
@@ -207,20 +207,65 @@ def test_further_noise_of_the_input_is_not_to_be_predicted() -> None:
     assert torch.equal(errors, plain)
 
 
+@contextmanager
+def saying(dit: Constant, value: float) -> Iterator[None]:
+    learned = dit.value
+    dit.value = torch.nn.Parameter(torch.tensor(value))
+    yield
+    dit.value = learned
+
+
 def test_preserved_samples_are_compared_with_the_base_model() -> None:
     """Its prediction is a constant 0.25 here, whatever the latents and the noise are."""
     batch, dit = noisy_batch(), Constant(0.5)
     batch = replace(batch, batch=replace(batch.batch, preserved=(False, True)))
 
-    @contextmanager
-    def as_base() -> Iterator[None]:
-        learned = dit.value
-        dit.value = torch.nn.Parameter(torch.tensor(0.25))
-        yield
-        dit.value = learned
-
-    errors = measure_errors(ToyFamily(), dit, batch, nullcontext, LossRule(as_base=as_base))
+    rule = LossRule(as_base=lambda: saying(dit, 0.25))
+    errors = measure_errors(ToyFamily(), dit, batch, nullcontext, rule)
 
     assert errors.tolist() == [1.5**2, 0.25**2]
     errors.sum().backward()
     assert dit.value.grad is not None
+
+
+def test_a_teacher_has_its_share_of_the_loss_beside_what_is_preserved() -> None:
+    """The model says 0.5, as the base 0.25, as the teacher 0.75; the first sample's velocity is -1."""
+    batch, dit = noisy_batch(), Constant(0.5)
+    batch = replace(batch, batch=replace(batch.batch, preserved=(False, True)))
+    rule = LossRule(
+        as_base=lambda: saying(dit, 0.25), teacher_weight=0.25, as_teacher=lambda: saying(dit, 0.75)
+    )
+
+    errors = measure_errors(ToyFamily(), dit, batch, nullcontext, rule)
+
+    of_teacher = 0.25 * 0.25**2
+    assert errors.tolist() == [0.75 * 1.5**2 + of_teacher, 0.75 * 0.25**2 + of_teacher]
+    errors.sum().backward()
+    assert dit.value.grad is not None
+
+
+def test_a_teacher_is_told_dropped_captions_and_the_first_frame() -> None:
+    """The frame that only the teacher is given has no part in what is compared with it."""
+    seen: list[tuple[float, float, int]] = []
+
+    class Watching(ToyFamily):
+        def predict(self, dit: Any, noisy: Any, timesteps: Any, cond: Any, tweaks: Tweaks = NO_TWEAKS) -> Any:
+            seen.append((float(cond["letters"][0].mean()), float(noisy[0, 0, 0, 0, 0]), tweaks.given_frames))
+            velocity = dit(noisy, timesteps, cond["letters"])
+            velocity = velocity.clone()
+            velocity[:, :, 0] += 100  # of the first frame, which must not count for what is given
+            return velocity
+
+    dit, batch = Constant(0.5), noisy_batch()
+    batch = batch.moved(lambda tensor: tensor.repeat(1, 1, 3, 1, 1) if tensor.ndim == 5 else tensor)
+    full = {"letters": [torch.full((1, 1), 7.0), torch.ones(3, 1)]}
+    batch = replace(batch, batch=replace(batch.batch, undropped=full))
+    rule = LossRule(teacher_weight=1.0, as_teacher=lambda: saying(dit, 0.75))
+
+    errors = measure_errors(Watching(fuller=(CAPTION, FIRST_FRAME)), dit, batch, nullcontext, rule)
+    assert errors.tolist() == [0.25**2, 0.25**2]
+    assert seen == [(7.0, 4.0 * LATENT.scale, 1), (1.0, 0.75 * 4.0 * LATENT.scale + 0.25, 0)]
+
+    seen.clear()
+    measure_errors(Watching(fuller=(CAPTION,)), dit, batch, nullcontext, rule)
+    assert [given for *_, given in seen] == [0, 0]

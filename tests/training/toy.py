@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
 from modules.checkpoints.writing import save_tensors
-from modules.contract.data import Batch, Conditions, LatentSpec, MediaEncoders, SamplingDefaults
+from modules.contract.data import CAPTION, Batch, Conditions, LatentSpec, MediaEncoders, SamplingDefaults
 from modules.contract.family import FLOW, DitSpec, Generates, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt, Request, settle, size_of
@@ -122,6 +122,7 @@ class ToyFamily:
     text_keys: frozenset[str] = frozenset({"letters"})
     defaults: SamplingDefaults = SamplingDefaults(3, 16.0, 5.0, None, 3.0, "unipc", 32, 32, 5)
     experts: tuple[Expert, ...] = ONE_EXPERT
+    fuller: tuple[str, ...] = (CAPTION,)
     options: Any = NO_OPTIONS
     media_identity: Mapping[str, str] = field(default_factory=dict)
     passes: list[bool] = field(default_factory=list)  # one for each pass: with gradients

@@ -172,12 +172,14 @@ class MicroBatches:
         commands: CachingCommands,
         plan: StepPlan | None = None,
         sources: BatchSources | None = None,
+        reads_dropped: bool = False,
     ) -> None:
         """plan: of the steps, for captions that grow with them. sources: where the parts of batches come
-        from; without it, from the caches that the tables name.
+        from; without it, from the caches that the tables name. reads_dropped: captions that are dropped are
+        read too, for a teacher.
         """
         self.order, self.latent, self.randomness, self.commands = order, latent, randomness, commands
-        self.plan, self.sources = plan, sources or BatchSources()
+        self.plan, self.sources, self.reads_dropped = plan, sources or BatchSources(), reads_dropped
         self.checks = CacheChecks()  # of the run, which begins here
 
     def __getitem__(self, key: Key) -> MicroBatch:
@@ -187,8 +189,9 @@ class MicroBatches:
         seed = self.randomness.seed
         chosen = choose_captions(items, seed, number, epoch)
         flips = choose_sides(items, seed, number)
+        dropped = choose_captions(items, seed, number, epoch, drops=False) if self.reads_dropped else ()
         batch = self.sources.read(
-            items, self.latent, self.commands, self.checks, (seed, number), chosen, flips
+            items, self.latent, self.commands, self.checks, (seed, number), chosen, flips, dropped
         )
         if self.sources.tables:
             steps = (0, 1) if self.plan is None else self._steps(self.plan, epoch, index)

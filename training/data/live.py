@@ -111,17 +111,18 @@ class BatchSources:
         stream: Sequence[int | str],
         captions: Sequence[int] | None = None,
         flips: Sequence[bool] = (),
+        undropped: Sequence[int] = (),
     ) -> Batch:
         """Read a batch; encode those of its pictures that are not cached.
 
-        stream: the seed of random numbers. captions, flips: see `read_batch`. Raises CacheError, or as
-        `LiveMedia.encode`.
+        stream: the seed of random numbers. captions, flips, undropped: see `read_batch`. Raises CacheError,
+        or as `LiveMedia.encode`.
         """
         encoded = {} if self.media is None else self.media.encode(items, *stream)
         # what is encoded now has been mirrored already
         sides = [flip and place not in encoded for place, flip in enumerate(flips)]
         live = LiveParts(self.tables, encoded)
-        return read_batch(items, latent, commands, checks, captions, self.stores, sides, live)
+        return read_batch(items, latent, commands, checks, captions, self.stores, sides, live, undropped)
 
 
 logger = logging.getLogger(__name__)

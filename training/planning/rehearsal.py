@@ -20,6 +20,7 @@ from modules.planning.dry_run import (
     NETWORK,
     OPTIMIZER,
     TEXTS,
+    WEIGHTS,
     WORKING,
     Counts,
     Ledger,
@@ -33,8 +34,9 @@ from modules.planning.dry_run import (
 )
 from modules.private_torch import disable_modes
 from networks.adapter import make_network
+from networks.added import add_loras
 from training.data.live import NO_TEXTS, LiveTexts
-from training.experts import AUTOCAST, dress
+from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, dtype_of, read_adapter
 from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
 from training.optimizers.optimizer import make_optimizer, set_training
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
@@ -102,12 +104,16 @@ class Rehearsal:
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.enter("forward outside the blocks")
+        base, teacher = contextlib.nullcontext, self.options.frozen.teacher
+        rule = LossRule(self.options.loss, self.options.predicted, base)
+        if teacher is not None:
+            rule = replace(rule, as_teacher=base)
         loss = training_loss(
             self.family,
             self.dit,
             noisy_batch,
             autocast_of(self.options, self.ledger.device),
-            LossRule(self.options.loss, self.options.predicted, contextlib.nullcontext),
+            rule,
         )
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
@@ -208,6 +214,7 @@ def dress_trainable(
         in_dit = options.parts is None or options.parts.trains_dit
         network = make_network(unread, family.lora_module, dit, 0, texts.networks, in_dit)
         place(network.module, ledger, NETWORK)
+        _add_adapter(family, options, dit, ledger)
         groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     else:
         assert options.whole_dit is not None
@@ -238,6 +245,19 @@ def dress_trainable(
         with ledger.allocating(NETWORK):
             average = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
     return Rehearsal(family, options, ledger, dit, parameters, optimizer, steps, average, blocks, texts)
+
+
+def _add_adapter(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> None:
+    """Put --training_adapter into a DiT without content, switched on for good."""
+    with disable_modes():  # the file has real tensors
+        use = read_adapter(options, family.experts[0], family.experts)
+    if use is None:
+        return
+    adapter = add_loras(dit, [use], options.speed.compilation.choice is not None, TRAINING_ADAPTER)
+    with ledger.allocating(WEIGHTS):
+        adapter.place_on(ledger.device, AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(dit)))
+    for layer in adapter.layers:
+        layer.is_on = True
 
 
 def held_by(optimizer: Optimizer) -> list[Tensor]:

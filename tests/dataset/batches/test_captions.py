@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_tools.report.check import check_training
 from dataset.batches.items import CachingCommands, ItemKind, TrainingItem, find_items
@@ -210,3 +211,36 @@ def test_the_choice_follows_the_rate_and_depends_on_seed_number_and_place_alone(
         chosen[700] == choose_captions(items, 3, 700) == choose_captions(items[:1], 3, 700) + chosen[700][1:]
     )
     assert chosen != [choose_captions(items, 4, number) for number in range(2000)]
+
+
+def test_a_dropped_caption_is_known_to_a_teacher(tmp_path: Path) -> None:
+    """It is the one that would have been drawn; captions that stay are the same."""
+    keys = "multi_caption = true\ncaption_dropout_rate = 0.5\nbatch_size = 2"
+    config = make_dataset(tmp_path, keys, {"a": "one two\nthree", "b": "x"})
+    cache(config)
+    items = find_items(config, "toy", LATENT, frozenset({"t5"})).items
+    numbers = range(300)
+    pairs = [
+        pair
+        for number in numbers
+        for pair in zip(
+            choose_captions(items, 3, number), choose_captions(items, 3, number, drops=False), strict=True
+        )
+    ]
+    assert all(with_dropout in (EMPTY, without) for with_dropout, without in pairs)
+    assert {without for with_dropout, without in pairs if with_dropout == EMPTY} == {0, 1}
+
+    batch = read_batch(items, LATENT, captions=(EMPTY, 0), undropped=(0, 0))
+
+    plain = read_batch(items, LATENT, captions=(EMPTY, 0))
+    assert batch.captions == plain.captions == ("", "x")
+    assert not plain.undropped
+    assert [tuple(one.shape) for one in batch.tensors["t5"]] == [(0, 4), (1, 4)]
+    whole = read_batch(items, LATENT, captions=(0, 0))
+    for found, wanted in zip(batch.undropped["t5"], whole.tensors["t5"], strict=True):
+        assert torch.equal(found, wanted)
+    assert not read_batch(items, LATENT, captions=(0, 0), undropped=(0, 0)).undropped
+    path = tmp_path / "cache" / "a_toy_te.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CacheError, match="a_toy_te.safetensors"):
+        read_batch(items, LATENT, COMMANDS, captions=(EMPTY, 0), undropped=(0, 0))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hunyuan_model.family import family_for_training as hunyuan_family
@@ -22,6 +23,7 @@ from modules.planning.memory_plan import GIB
 from networks.adapter import make_network
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, wan_dit
+from tests.tiny.project import write_lora
 from training.learning_options import WholeDitOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
@@ -159,6 +161,26 @@ def test_a_wan_step_takes_what_was_predicted(
         with monkeypatch.context() as patch:
             real = counted(family, options, batch, patch)
         assert_alike(predicted(family, options, batch), real)
+
+
+def test_an_adapter_and_a_teacher_take_what_was_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter's factors, in the dtype to compute in, count as weights of the model."""
+    path = tmp_path / "adapter.safetensors"
+    write_lora(path, tmp_path / "none", rank=64)
+    words = [*CHECKPOINTED, "--training_adapter", str(path), "--teacher", "base"]
+    family, options = wan(tmp_path, *words)
+    batch = wan_batch()
+    with monkeypatch.context() as patch:
+        real = counted(family, options, batch, patch)
+
+    found = predicted(family, options, batch)
+
+    assert_alike(found, real)
+    _, plain = largest(predicted(*wan(tmp_path, *CHECKPOINTED), batch))
+    factors = 2 * sum(tensor.numel() for tensor in load_file(path).values() if tensor.ndim)
+    assert largest(found)[1][WEIGHTS] - plain[WEIGHTS] == factors
 
 
 @pytest.mark.parametrize(
