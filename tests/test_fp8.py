@@ -156,14 +156,8 @@ def test_loras_are_merged_before_the_rounding(
     run(
         *family.generate,
         *say,
-        "--prompt",
-        "",
-        "--save_path",
-        str(tmp_path),
-        "--save_merged_model",
-        str(tmp_path / "merged.safetensors"),
-        "--device",
-        "cpu",
+        *("--prompt", "", "--save_path", str(tmp_path)),
+        *("--save_merged_model", str(tmp_path / "merged.safetensors"), "--device", "cpu"),
     )
 
     merged = TinyFamily(

@@ -128,15 +128,8 @@ def train(
     """Train a LoRA in float32; the files after each step. dits: options instead of --dit."""
     network = ["--network_module", "networks.lora_wan", "--network_dim", RANK, "--network_alpha", ALPHA]
     run = [
-        "--max_train_steps",
-        steps,
-        "--save_every_n_steps",
-        1,
-        "--seed",
-        SEED,
-        "--sdpa",
-        "--max_data_loader_n_workers",
-        0,
+        *("--max_train_steps", steps, "--save_every_n_steps", 1, "--seed", SEED, "--sdpa"),
+        *("--max_data_loader_n_workers", 0),
     ]
     dits = dits or ("--dit", project.dit)
     files = [*dits, "--dataset_config", project.folder / "dataset.toml", "--output_name", name]

@@ -97,16 +97,8 @@ CASES = {
     ),
     "slg original, dpm++, skipped steps": (
         [
-            "--slg_mode",
-            "original",
-            "--slg_layers",
-            "0,1",
-            "--slg_end",
-            1,
-            "--cfg_skip_mode",
-            "late",
-            "--cfg_apply_ratio",
-            0.5,
+            *("--slg_mode", "original", "--slg_layers", "0,1", "--slg_end", 1, "--cfg_skip_mode", "late"),
+            *("--cfg_apply_ratio", 0.5),
         ]
         + ["--sample_solver", "dpm++"],
         Sampling(
@@ -172,17 +164,8 @@ def test_the_tasks_own_number_of_steps_equals_that_of_diffusers(
     tmp_path: Path, folder: Path, theirs: Theirs, solver: str
 ) -> None:
     more = (
-        "--video_size",
-        HEIGHT,
-        WIDTH,
-        "--video_length",
-        FRAMES,
-        "--sample_solver",
-        solver,
-        "--prompt",
-        PROMPT,
-        "--seed",
-        SEED,
+        *("--video_size", HEIGHT, WIDTH, "--video_length", FRAMES, "--sample_solver", solver),
+        *("--prompt", PROMPT, "--seed", SEED),
     )
 
     latents = generate_one(tmp_path, folder, "t2v-1.3B", *more)
@@ -204,11 +187,7 @@ def test_cpu_noise_is_the_stream_of_the_global_generator(
         folder,
         "t2v-1.3B",
         *SIZE,
-        "--prompt",
-        PROMPT,
-        "--seed",
-        SEED,
-        "--cpu_noise",
+        *("--prompt", PROMPT, "--seed", SEED, "--cpu_noise"),
         in_process=True,
     )
 

@@ -14,17 +14,8 @@ from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
 
 ASK = (
-    "--prompt",
-    "a red apple",
-    "--seed",
-    4,
-    "--video_size",
-    32,
-    48,
-    "--video_length",
-    5,
-    "--infer_steps",
-    3,
+    *("--prompt", "a red apple", "--seed", 4, "--video_size", 32, 48, "--video_length", 5),
+    *("--infer_steps", 3),
 )
 TASKS = {"t2v": "t2v-1.3B", "i2v": "i2v-14B"}
 
@@ -84,16 +75,8 @@ def test_a_release_folder_needs_no_other_option(tmp_path: Path, folders: Callabl
         load_file(folder / "models" / "dit.safetensors"), release / "diffusion_pytorch_model.safetensors"
     )
     options = [
-        "--ckpt_dir",
-        release,
-        "--dit",
-        release,
-        "--task",
-        "i2v-14B",
-        "--save_path",
-        "made",
-        "--output_type",
-        "latent",
+        *("--ckpt_dir", release, "--dit", release, "--task", "i2v-14B", "--save_path", "made"),
+        *("--output_type", "latent"),
     ]
     image = ["--image_path", folder / "start.png"]
 

@@ -34,17 +34,8 @@ from tests.tiny.project import write_image
 
 SEED, STEPS, HEIGHT, WIDTH, FRAMES = 8, 3, 32, 48, 5
 ASK = (
-    "--prompt",
-    "a cat",
-    "--seed",
-    SEED,
-    "--infer_steps",
-    STEPS,
-    "--video_size",
-    HEIGHT,
-    WIDTH,
-    "--video_length",
-    FRAMES,
+    *("--prompt", "a cat", "--seed", SEED, "--infer_steps", STEPS, "--video_size", HEIGHT, WIDTH),
+    *("--video_length", FRAMES),
 )
 NEGATIVE = read_case("text_constants")[0]["wan_default_negative_prompt"]
 LEARN_FAST = ("--optimizer_type", "AdamW", "--learning_rate", 0.05)
@@ -108,12 +99,7 @@ def convert(source: Path, target: str) -> Path:
     output = source.with_name(f"{source.stem} {target}.safetensors")
     run_script(
         "convert_lora.py",
-        "--input",
-        source.name,
-        "--output",
-        output.name,
-        "--target",
-        target,
+        *("--input", source.name, "--output", output.name, "--target", target),
         folder=source.parent,
     )
     return output
@@ -143,13 +129,9 @@ def test_a_merged_model_is_that_which_diffusers_fuses(
 
     run_script(
         "merge_lora.py",
-        "--dit",
-        project.dit,
+        *("--dit", project.dit),
         *lora,
-        "--save_merged_model",
-        merged.name,
-        "--device",
-        "cpu",
+        *("--save_merged_model", merged.name, "--device", "cpu"),
         folder=tmp_path,
     )
 

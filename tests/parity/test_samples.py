@@ -36,12 +36,8 @@ def sample_latents(project: Project, line: str, folder: Path) -> Tensor:
     add_options(parser, WanTrainingOptions)
     words = ["--task", project.task, *models_in(project.models), "--network_dim", "4", "--sdpa"]
     words += [
-        "--dataset_config",
-        str(project.folder / "dataset.toml"),
-        "--output_dir",
-        str(folder),
-        "--output_name",
-        "lora",
+        *("--dataset_config", str(project.folder / "dataset.toml"), "--output_dir", str(folder)),
+        *("--output_name", "lora"),
     ]
     args = read_arguments(
         parser, [*words, "--network_weights", str(project.folder / "out" / "lora.safetensors")]

@@ -191,14 +191,8 @@ CASES: dict[str, tuple[str, list[object], Sampler, Weights]] = {
     "range, sigma_sqrt": (
         "t2v",
         [
-            "--timestep_sampling",
-            "uniform",
-            "--min_timestep",
-            100,
-            "--max_timestep",
-            800,
-            "--weighting_scheme",
-            "sigma_sqrt",
+            *("--timestep_sampling", "uniform", "--min_timestep", 100, "--max_timestep", 800),
+            *("--weighting_scheme", "sigma_sqrt"),
         ],
         by_uniform_in_range,
         sigma_sqrt,

@@ -26,15 +26,7 @@ PARTS = (
     "red AND blue --d 24",
 )
 SMALL = (
-    "--W",
-    "64",
-    "--H",
-    "48",
-    "--steps",
-    "3",
-    "--max_embeddings_multiples",
-    "2",
-    "--sequential_file_name",
+    *("--W", "64", "--H", "48", "--steps", "3", "--max_embeddings_multiples", "2", "--sequential_file_name"),
 )
 NETWORK = ("--network_module", "networks.lora", "--network_weights")
 

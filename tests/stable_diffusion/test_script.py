@@ -54,14 +54,8 @@ def test_the_texts_of_a_picture_make_it_again(model: list[str], tmp_path: Path) 
 @pytest.mark.slow
 def test_packages_that_nothing_uses_are_not_loaded(tmp_path: Path) -> None:
     words = [
-        "--ckpt",
-        str(tmp_path / "none.pt"),
-        "--prompt",
-        "x",
-        "--device",
-        "cpu",
-        "--outdir",
-        str(tmp_path),
+        *("--ckpt", str(tmp_path / "none.pt"), "--prompt", "x", "--device", "cpu"),
+        *("--outdir", str(tmp_path)),
     ]
     code = (
         "import sys, gen_img\n"

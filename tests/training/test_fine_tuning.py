@@ -333,8 +333,7 @@ def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) 
         tmp_path,
         FUSED,
         *UNCLIPPED,
-        "--validation_split",
-        "0.2",
+        *("--validation_split", "0.2"),
         *more,
         family=ToyFamily(on_decode=found.append),
     )

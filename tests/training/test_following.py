@@ -151,8 +151,7 @@ def test_the_best_file_is_generated_with_and_converted(tmp_path: Path) -> None:
     assert "--negative_prompt=-" in words
     assert words_of(convert)[-3:] == [
         str(tmp_path / "x-step00000010_comfyui.safetensors"),
-        "--target",
-        "other",
+        *("--target", "other"),
     ]
 
 

@@ -54,10 +54,7 @@ def cache(folder: Path, left: int = 255, right: int = 255) -> Path:
 def train(folder: Path, family: PictureFamily, *arguments: object) -> dict[str, torch.Tensor]:
     """The LoRA of a whole training, its options as a script of that family would have them."""
     usual = [
-        "--dataset_config",
-        folder / "dataset.toml",
-        "--output_dir",
-        folder / "output",
+        *("--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"),
         *("--output_name", "x", "--seed", 3),
     ]
     usual += ["--learning_rate", "1e-2", "--max_train_steps", STEPS, "--max_data_loader_n_workers", 0]

@@ -72,16 +72,8 @@ def test_generation_names_back_ends_by_values(value: str, mode: str) -> None:
 )
 def test_generation_refuses_before_it_opens_a_model(tmp_path: Path, script: str, value: str) -> None:
     arguments = (
-        "--prompt",
-        "a cat",
-        "--save_path",
-        "out",
-        "--dit",
-        "no such file",
-        "--device",
-        "cpu",
-        "--attn_mode",
-        value,
+        *("--prompt", "a cat", "--save_path", "out", "--dit", "no such file", "--device", "cpu"),
+        *("--attn_mode", value),
     )
 
     done = run_script(script, *arguments, folder=tmp_path, check=False)
