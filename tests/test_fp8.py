@@ -195,9 +195,7 @@ def _skip_without_fp8_texts(family: TinyFamily) -> None:
         pytest.skip("its text encoders are kept in 16 bits")
 
 
-def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
-    family: TinyFamily,
-) -> None:
+def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(family: TinyFamily) -> None:
     _skip_without_fp8_texts(family)
     option, key = TEXTS_IN_FP8[family.name]
 

@@ -197,9 +197,7 @@ def test_a_box_is_logged_as_aligned_lines(caplog: pytest.LogCaptureFixture) -> N
 
     show_box("Training", [("data", "2 clips"), ("files", "a\nb"), ("none", None)], [("Go on", "x 'a b'")])
 
-    assert caplog.messages == [
-        "Training\n  data:  2 clips\n  files: a\n         b\nGo on:\n  x 'a b'",
-    ]
+    assert caplog.messages == ["Training\n  data:  2 clips\n  files: a\n         b\nGo on:\n  x 'a b'"]
 
 
 @pytest.mark.parametrize("colour", [False, True])

@@ -37,10 +37,7 @@ CLIP = (
     "mlp.fc2",
 )
 T5 = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate.0", "ffn.fc1", "ffn.fc2")
-GEMMA = (
-    *(f"self_attn.{x}_proj" for x in "qkvo"),
-    *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
-)
+GEMMA = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
 
 
 def skeleton(shapes: Mapping[str, tuple[int, ...]], lists: tuple[str, ...] = ()) -> nn.Module:
@@ -150,10 +147,7 @@ def test_the_last_pattern_that_fits_counts_and_overlaps_are_logged(caplog: pytes
     assert (
         ranks["lora_unet_double_blocks_1_img_attn_qkv"],
         ranks["lora_unet_double_blocks_1_img_mlp_0"],
-    ) == (
-        2,
-        8,
-    )
+    ) == (2, 8)
     assert "4 modules fit 'img' and the later 'img_attn', which counts (2)" in caplog.text
 
 

@@ -10,12 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ChromaPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-)
+from diffusers import AutoencoderKL, ChromaPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel

@@ -173,7 +173,7 @@ def test_latents_of_one_picture_equal_the_reference(
     settings, controls, has_mask, places = PICTURES[name]
     paths = [project.picture(number) for number in controls]
     options: list[object] = [
-        *("--prompt", PROMPT, "--image_path", project.picture(0), "--one_frame_inference", settings),
+        *("--prompt", PROMPT, "--image_path", project.picture(0), "--one_frame_inference", settings)
     ]
     options += ["--control_image_path", *paths] if paths else []
     options += ["--control_image_mask_path", project.mask] if has_mask else []

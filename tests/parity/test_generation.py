@@ -8,13 +8,7 @@ import pytest
 import torch
 
 from tests.golden_cases import read_case
-from tests.parity.reference import (
-    Inputs,
-    Sampling,
-    SkippedLayers,
-    denoise,
-    draw_noise,
-)
+from tests.parity.reference import Inputs, Sampling, SkippedLayers, denoise, draw_noise
 from tests.parity.running import assert_equal, generate_one
 from tests.parity.theirs import Theirs
 from tests.tiny.wan import write_tiny_wan
@@ -133,10 +127,7 @@ CASES = {
         ["--cfgzerostar_scaling", "--slg_mode", "original", "--slg_layers", "0"],
         Sampling(skipped=SkippedLayers("original", frozenset({0})), formula="zero star"),
     ),
-    "perpendicular negative": (
-        ["--perp_neg", 1.5],
-        Sampling(formula="perpendicular", weight=1.5),
-    ),
+    "perpendicular negative": (["--perp_neg", 1.5], Sampling(formula="perpendicular", weight=1.5)),
     "perpendicular negative, slg uncond, dpm++": (
         ["--perp_neg", 2, "--slg_mode", "uncond", "--slg_layers", "1", "--sample_solver", "dpm++"],
         Sampling(

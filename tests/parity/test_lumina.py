@@ -26,14 +26,7 @@ from tests.encoders.test_autoencoder import diffusers_autoencoder
 from tests.faults.messages import succeed_here
 from tests.lumina.making import in_diffusers
 from tests.parity.running import TOLERANCE, assert_equal
-from tests.parity.training import (
-    Factors,
-    Item,
-    assert_steps_of_descent,
-    noise_of,
-    shuffled,
-    uniform_of,
-)
+from tests.parity.training import Factors, Item, assert_steps_of_descent, noise_of, shuffled, uniform_of
 from tests.tiny.lumina import GEMMA, TinyLumina, diffusers_state, gemma_state, write_tiny_lumina
 from tests.tiny.project import write_plain_pictures
 

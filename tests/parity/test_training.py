@@ -22,16 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from modules.contract.steps import Tweaks
-from tests.parity.projects import (
-    ALPHA,
-    RANK,
-    SEED,
-    WIDTH,
-    WIDTH_5B,
-    Project,
-    train,
-    write_project,
-)
+from tests.parity.projects import ALPHA, RANK, SEED, WIDTH, WIDTH_5B, Project, train, write_project
 from tests.parity.running import TOLERANCE, assert_equal
 from tests.parity.theirs import load_dit
 from tests.parity.training import (

@@ -65,11 +65,7 @@ def two(folder: Path) -> list[object]:
 
 
 def in_diffusers(
-    folder: Path,
-    boundary: float | None,
-    shift: float,
-    guidance: tuple[float, float],
-    **images: Image.Image,
+    folder: Path, boundary: float | None, shift: float, guidance: tuple[float, float], **images: Image.Image
 ) -> Tensor:
     """Latents of diffusers' pipeline. guidance: for much and for little noise; boundary None: one expert."""
     theirs = Theirs(folder)

@@ -40,10 +40,7 @@ def released(kind: str) -> dict[str, Tensor]:
     with META:
         unet = UNet2DConditionModel(**RELEASED_UNETS[kind]).state_dict()
         vae = AutoencoderKL(**VAE).state_dict()
-        parts = {
-            "model.diffusion_model.": ldm_unet(unet),
-            "first_stage_model.": ldm_vae(vae),
-        }
+        parts = {"model.diffusion_model.": ldm_unet(unet), "first_stage_model.": ldm_vae(vae)}
         assert len(unet) == TENSORS[kind]
         if kind == "sd1":
             parts["cond_stage_model.transformer."] = text(CLIP_L)
@@ -83,9 +80,5 @@ def test_a_released_file_is_recognised_and_fits_as_a_whole(kind: str, tmp_path: 
     assert layers == {"sd1": [12], "sd2": [23], "sdxl": [12, 32]}[kind]
     assert (
         sum(one.numel() for one in model.unet.parameters())
-        == {
-            "sd1": 859_520_964,
-            "sd2": 865_910_724,
-            "sdxl": 2_567_463_684,
-        }[kind]
+        == {"sd1": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684}[kind]
     )

@@ -32,10 +32,7 @@ def options_of(*paths: Path, **values: tuple[float, ...]) -> ControlOptions:
 def run(unet: UNet2DConditionModel, call: UnetCall) -> Tensor:
     with torch.no_grad():
         return unet(
-            call.sample,
-            call.timestep,
-            encoder_hidden_states=call.context,
-            added_cond_kwargs=dict(call.added),
+            call.sample, call.timestep, encoder_hidden_states=call.context, added_cond_kwargs=dict(call.added)
         ).sample
 
 

@@ -2,13 +2,7 @@ import random
 
 import pytest
 
-from stable_diffusion.tokenizers import (
-    MOST,
-    Part,
-    cut_into_chunks,
-    cut_text,
-    parse_weights,
-)
+from stable_diffusion.tokenizers import MOST, Part, cut_into_chunks, cut_text, parse_weights
 
 UP, DOWN = 1.1, 1 / 1.1
 

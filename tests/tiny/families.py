@@ -26,7 +26,7 @@ Command = list[str]  # script, then arguments
 WriteClips = Callable[[Path], None]
 # of a training
 OUTPUT = [
-    *("--output_dir", "output", "--output_name", "lora", "--seed", "1", "--max_data_loader_n_workers", "0"),
+    *("--output_dir", "output", "--output_name", "lora", "--seed", "1", "--max_data_loader_n_workers", "0")
 ]
 RATE = "1e-1"  # high: after three steps a LoRA has to show
 
@@ -236,7 +236,7 @@ def _hunyuan_image() -> TinyFamily:
     texts += ["--text_encoder_dtype", "float32"]
     models = ["--pretrained_model_name_or_path", "model/dit.safetensors", *vae, *texts]
     network = [
-        *("--network_module", "networks.lora_hunyuan_image", "--network_dim", "4", "--learning_rate", RATE),
+        *("--network_module", "networks.lora_hunyuan_image", "--network_dim", "4", "--learning_rate", RATE)
     ]
     return TinyFamily(
         name="hunyuan_image",

@@ -108,9 +108,7 @@ def test_another_size_of_a_step_goes_on_with_the_clips_that_are_left(tmp_path: P
     family = ToyFamily()
 
     train_toy(
-        tmp_path,
-        *[*CHANGED, "--gradient_accumulation_steps", 3, "--max_train_epochs", 2],
-        family=family,
+        tmp_path, *[*CHANGED, "--gradient_accumulation_steps", 3, "--max_train_epochs", 2], family=family
     )
 
     assert sum(family.passes) == 9  # four of the first epoch, in steps of 3 and 1; five of the second

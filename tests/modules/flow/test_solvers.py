@@ -308,8 +308,7 @@ def test_the_shift_keeps_both_ends_and_1_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("solver", "timesteps"),
-    [("unipc", [999, 922, 817, 666, 428]), ("dpm++", [1000, 923, 818, 666, 428])],
+    ("solver", "timesteps"), [("unipc", [999, 922, 817, 666, 428]), ("dpm++", [1000, 923, 818, 666, 428])]
 )
 def test_whole_timesteps_are_cut_not_rounded(solver: str, timesteps: list[int]) -> None:
     assert make_schedule(solver, 5, 3.0).timesteps.tolist() == timesteps

@@ -58,7 +58,7 @@ def test_cheaper_options_come_one_after_the_other(tmp_path: Path) -> None:
     _, options = wan(tmp_path)
     found = cheaper(options)
     assert [line for line, _ in found] == [
-        *("--gradient_checkpointing", "--fp8_base --fp8_scaled", "--gradient_checkpointing_cpu_offload"),
+        *("--gradient_checkpointing", "--fp8_base --fp8_scaled", "--gradient_checkpointing_cpu_offload")
     ]
     assert found[-1][1].loop.gradient_checkpointing
     assert found[-1][1].speed.fp8.fp8_scaled
