@@ -140,7 +140,7 @@ def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
         (["--optimizer_type", "Prodigy"], "one learning rate from the gradients of all weights"),
         (["--optimizer_type", "AdamWScheduleFree"], "counts its steps for all weights together"),
         (
-            ["--optimizer_type", "tests.training.optimizers.test_optimizer.Descent"],
+            ["--optimizer_type", "tests.training.optimizers.test_lr_schedule.Descent"],
             "not known to step each weight by itself",
         ),
     ],
