@@ -21,7 +21,7 @@ from tests.parity.stable_diffusion import (
     their_pixels,
     write_files,
 )
-from tests.stable_diffusion.test_deep_shrink import walk
+from tests.stable_diffusion.test_highres import walk
 
 PROMPT, NEGATIVE = "a red cat sits on a table", "blurred, ugly"
 TEXTS = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": 5.0}

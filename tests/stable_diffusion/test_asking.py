@@ -13,7 +13,7 @@ from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, Pictur
 from stable_diffusion.lines import Inputs, Line, find_inputs
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, SizeOptions
-from tests.stable_diffusion.asked import options, write_picture
+from tests.stable_diffusion.loaded import options, write_picture
 
 A = Line("the prompt", "a cat")
 NONE = Inputs()

@@ -31,9 +31,8 @@ from tests.stable_diffusion.making_loras import (
     write,
     write_kohya,
 )
-from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sd2, write_sdxl
+from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
 
-WRITERS: dict[str, Callable[[Path], Path]] = {"sd1": write_sd1, "sd2": write_sd2, "sdxl": write_sdxl}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 

@@ -11,7 +11,7 @@ import torch
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.media.reading import read_tags
 from stable_diffusion.run import generate, viewer_command
-from tests.stable_diffusion.asked import PlainMaker, options, write_picture
+from tests.stable_diffusion.loaded import PlainMaker, options, write_picture
 
 SIZE = ("--W", 16, "--H", 16)
 VGG = ("--vgg16_guidance_scale", "1", "--vgg16_guidance_model", "v")
