@@ -10,11 +10,10 @@ from torch import Tensor
 
 import wan_train_network
 from tests.commands import run_script
-from tests.parity.training import Item
+from tests.parity.training import ALPHA, RANK, SEED, Item
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_encoders import CLIP_DIM, TEXT_DIM
 
-SEED, RANK, ALPHA = 5, 4, 3.0
 WIDTH, HEIGHT, FRAMES = 48, 32, 5
 GRID = (2, HEIGHT // 8, WIDTH // 8)
 WIDTH_5B = 64  # a multiple of 32, as TI2V-5B asks for

@@ -79,8 +79,8 @@ Weights = Callable[[Tensor], Tensor]
 
 
 def draw(batch: list[Item], number: int, sampler: Sampler, weights: Weights = plain) -> Drawn:
-    sigmas, timesteps = sampler(uniform_of(batch, SEED, number))
-    return Drawn(noise_of(batch, SEED, number), sigmas, timesteps, weights(timesteps))
+    sigmas, timesteps = sampler(uniform_of(batch, number))
+    return Drawn(noise_of(batch, number), sigmas, timesteps, weights(timesteps))
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def one_batch_an_epoch(
     """Both items in one batch, whose order is that of the epoch."""
 
     def batches_of(step: int) -> Batches:
-        batch = shuffled(project.items, SEED, epoch=step)
+        batch = shuffled(project.items, epoch=step)
         return [(batch, draw(batch, step, sampler, weights))]
 
     return batches_of
