@@ -58,14 +58,8 @@ def test_the_lora_has_learned(trained: tuple[TinyFamily, Path]) -> None:
 def test_training_goes_on_from_its_state(trained: tuple[TinyFamily, Path]) -> None:
     family, folder = trained
     output = [
-        "--output_dir",
-        "output",
-        "--output_name",
-        "longer",
-        "--seed",
-        "1",
-        "--max_data_loader_n_workers",
-        "0",
+        *("--output_dir", "output", "--output_name", "longer", "--seed", "1"),
+        *("--max_data_loader_n_workers", "0"),
     ]
 
     succeed_here(
@@ -74,11 +68,9 @@ def test_training_goes_on_from_its_state(trained: tuple[TinyFamily, Path]) -> No
     succeed_here(
         *family.train,
         *output[:2],
-        "--output_name",
-        "whole",
+        *("--output_name", "whole"),
         *output[4:],
-        "--max_train_steps",
-        "5",
+        *("--max_train_steps", "5"),
         folder=folder,
     )
 
@@ -156,10 +148,8 @@ def shown(folder: Path) -> torch.Tensor:
 
 
 CHECKPOINTS = [
-    "--gradient_checkpointing",
-    "--gradient_checkpointing_cpu_offload",
-    "--gradient_checkpointing_keep",
-    "attention",
+    *("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"),
+    *("--gradient_checkpointing_keep", "attention"),
 ]
 
 
@@ -180,13 +170,8 @@ def test_compiled_training_goes_on_from_its_state(trained: tuple[TinyFamily, Pat
     family, folder = trained
     compiled = [
         *CHECKPOINTS,
-        "--dynamo_backend",
-        "eager",
-        "--dynamo_fullgraph",
-        "--seed",
-        "1",
-        "--max_data_loader_n_workers",
-        "0",
+        *("--dynamo_backend", "eager", "--dynamo_fullgraph", "--seed", "1"),
+        *("--max_data_loader_n_workers", "0"),
     ]
     train = [*family.train, *compiled, "--output_dir", "compiled", "--output_name"]
 
@@ -212,12 +197,7 @@ def test_compiled_generation_makes_the_same_latents(trained: tuple[TinyFamily, P
         *family.generate,
         *options,
         "fast",
-        "--compile",
-        "--compile_args",
-        "eager",
-        "default",
-        "auto",
-        "true",
+        *("--compile", "--compile_args", "eager", "default", "auto", "true"),
         folder=folder,
     )
 
@@ -237,10 +217,7 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
             "tools/compare.py",
             *family.generate[1:],
             *options,
-            "--output_type",
-            "both",
-            "--save_path",
-            "compared",
+            *("--output_type", "both", "--save_path", "compared"),
         ),
         *("--lora", "output/lora.safetensors", "--lora_multiplier", "0.5"),
         folder=folder,

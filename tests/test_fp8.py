@@ -156,14 +156,8 @@ def test_loras_are_merged_before_the_rounding(
     run(
         *family.generate,
         *say,
-        "--prompt",
-        "",
-        "--save_path",
-        str(tmp_path),
-        "--save_merged_model",
-        str(tmp_path / "merged.safetensors"),
-        "--device",
-        "cpu",
+        *("--prompt", "", "--save_path", str(tmp_path)),
+        *("--save_merged_model", str(tmp_path / "merged.safetensors"), "--device", "cpu"),
     )
 
     merged = TinyFamily(
@@ -201,9 +195,7 @@ def _skip_without_fp8_texts(family: TinyFamily) -> None:
         pytest.skip("its text encoders are kept in 16 bits")
 
 
-def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(
-    family: TinyFamily,
-) -> None:
+def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(family: TinyFamily) -> None:
     _skip_without_fp8_texts(family)
     option, key = TEXTS_IN_FP8[family.name]
 

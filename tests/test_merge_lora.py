@@ -44,14 +44,8 @@ def test_every_layout_of_a_model_is_merged_under_its_own_names(
     model = write_dit(tmp_path, state, dialect)
 
     merge(
-        "--dit",
-        model,
-        "--lora_weight",
-        lora,
-        "--lora_multiplier",
-        0.5,
-        "--save_merged_model",
-        tmp_path / "merged.safetensors",
+        *("--dit", model, "--lora_weight", lora, "--lora_multiplier", 0.5),
+        *("--save_merged_model", tmp_path / "merged.safetensors"),
     )
 
     patch = LoraPatch([LoraUse(read_lora(lora), 0.5)])
@@ -72,12 +66,8 @@ def test_metadata_are_kept_but_for_stale_hashes(tmp_path: Path, lora: Path) -> N
     )
 
     merge(
-        "--dit",
-        tmp_path / "dit.safetensors",
-        "--lora_weight",
-        lora,
-        "--save_merged_model",
-        tmp_path / "out.safetensors",
+        *("--dit", tmp_path / "dit.safetensors", "--lora_weight", lora),
+        *("--save_merged_model", tmp_path / "out.safetensors"),
     )
 
     with safe_open(tmp_path / "out.safetensors", "pt") as file:

@@ -19,11 +19,7 @@ from tests.training.toy import state_tensors
 OUTPUT = ("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0")
 SIZE = ("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3")
 ADAFACTOR = (
-    "--optimizer_type",
-    "adafactor",
-    "--optimizer_args",
-    "relative_step=False",
-    "scale_parameter=False",
+    *("--optimizer_type", "adafactor", "--optimizer_args", "relative_step=False", "scale_parameter=False"),
 )
 FUSED = ("--fused_backward_pass", *ADAFACTOR, "--learning_rate", "1e-2", "--max_grad_norm", "0")
 

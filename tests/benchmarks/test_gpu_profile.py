@@ -3,15 +3,7 @@
 import torch
 from torch import nn
 
-from benchmarks.gpu_profile import (
-    ATTENTION,
-    ELEMENTWISE,
-    PRODUCTS,
-    THIN,
-    group_of,
-    profile_calls,
-    report,
-)
+from benchmarks.gpu_profile import ATTENTION, ELEMENTWISE, PRODUCTS, THIN, group_of, profile_calls, report
 
 
 def test_a_real_profile_of_a_cpu_has_all_groups() -> None:

@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu_results import (
-    Results,
-    goals_of,
-)
+from benchmarks.gpu_results import Results, goals_of
 from benchmarks.gpu_rows import TRAINING
 from benchmarks.gpu_tables import BEGIN, END
 from tests.commands import ROOT

@@ -17,11 +17,7 @@ from frame_pack.family import LATENT, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions
 from frame_pack.requests import FramePackRequest
 from generation.denoise import SeededNoise, on_device, predictor
-from generation.memory import (
-    rehearse_decoding,
-    rehearse_denoising,
-    resolve_options,
-)
+from generation.memory import rehearse_decoding, rehearse_denoising, resolve_options
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from modules.contract.data import MediaEncoders
 from modules.contract.loading import Placement
@@ -114,8 +110,7 @@ def test_a_conversation_may_begin_before_it_is_said_what_is_made(tmp_path: Path)
 
     family, options = made_for(tmp_path, "--interactive", "--blocks_to_swap", "auto")
     with pytest.raises(
-        MemoryPlanError,
-        match="complete request on the command line: --image_path is missing",
+        MemoryPlanError, match="complete request on the command line: --image_path is missing"
     ):
         resolve_options(family, options, HOST, room)
 

@@ -45,14 +45,7 @@ def test_a_plan_is_printed_and_nothing_is_made(family: TinyFamily, tmp_path: Pat
         script,
         *arguments,
         *size,
-        "--prompt",
-        "a cat",
-        "--save_path",
-        "out",
-        "--plan",
-        "2",
-        "--device",
-        "cpu",
+        *("--prompt", "a cat", "--save_path", "out", "--plan", "2", "--device", "cpu"),
         folder=tmp_path,
     )
     lines = done.stdout.splitlines()

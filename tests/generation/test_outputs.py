@@ -10,13 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from generation.outputs import (
-    drop_tail,
-    output_stem,
-    own_stem,
-    save_latents,
-    save_pixels,
-)
+from generation.outputs import drop_tail, output_stem, own_stem, save_latents, save_pixels
 from modules.checkpoints.model_files import load_latents
 from modules.errors import CheckpointError, OptionError
 from modules.media.pixels import pixels_to_uint8

@@ -59,14 +59,8 @@ class Script:
 
 SCRIPTS = {
     "wan": Script(wan_generate_video.DEFAULTS, wan.WanGenerationOptions),
-    "hv": Script(
-        hv_generate_video.DEFAULTS,
-        hunyuan.HunyuanGenerationOptions,
-    ),
-    "fpack": Script(
-        fpack_generate_video.DEFAULTS,
-        frame_pack.FramePackGenerationOptions,
-    ),
+    "hv": Script(hv_generate_video.DEFAULTS, hunyuan.HunyuanGenerationOptions),
+    "fpack": Script(fpack_generate_video.DEFAULTS, frame_pack.FramePackGenerationOptions),
 }
 # said by the family when it has settled a request, and by the run
 FROM_FAMILY = {"task", "device", "f1", "latent_window_size", "one_frame_auto_resize"}

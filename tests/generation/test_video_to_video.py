@@ -194,11 +194,7 @@ def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts:
         ("wan", "--video_path CLIP --i2i_path CLIP/0.png", "--video_path .* and --i2i_path"),
         ("hv", "--video_path CLIP --from_latent x", "--video_path .* and --from_latent x"),
         ("fpack", "--video_path no.mp4", "--video_path no.mp4: no such file"),
-        (
-            "wan",
-            "--video_path TMP/text.mp4",
-            "--video_path: .*text.mp4.* Give a video, or a folder",
-        ),
+        ("wan", "--video_path TMP/text.mp4", "--video_path: .*text.mp4.* Give a video, or a folder"),
         ("wan", "--i2i_path TMP/text.mp4 --video_length 1", "--i2i_path: .*text.mp4.*. Give an image file"),
         ("wan", "--i2i_path CLIP/0.png", "--i2i_path .*0.png and --video_length 9"),
         ("wan", "--video_path TMP", "a folder without images"),

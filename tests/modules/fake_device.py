@@ -13,6 +13,10 @@ from modules.offload.host_memory import Pairs, Transfer
 NONSENSE = 255  # in every byte: not a number in all floating types
 
 
+class Interruption(BaseException):
+    """Comes from anywhere, as Ctrl-C."""
+
+
 class CountedMemory:
     """Before a `Transfer` among the bases: it knows how much of its memory is in use, and the most ever."""
 

@@ -3,16 +3,12 @@ them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from frame_pack.configs import DIT as FRAMEPACK
-from frame_pack.model import FramePackModel
-from hunyuan_model.model import HunyuanVideoModel
-from hunyuan_model.spec import DIT as HUNYUAN
 from modules.contract.family import DitSpec
 from modules.offload.block_swap import move_network, swap_blocks
 from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
@@ -20,13 +16,9 @@ from modules.offload.host_memory import Transfer
 from modules.offload.swap_plan import HostWeights, SwapPlan, host_weights
 from modules.speed_options import SLOTS
 from tests.gpu.measuring import sent
-from tests.hunyuan_model import making
 from tests.modules.fake_device import FakeDevice, hide
-from tests.tiny import dits, framepack_dit, hunyuan_dit, wan_dit
+from tests.tiny.dits import ONE_OF_EACH, Size, TinyDit
 from tests.tiny.loras import make_lora
-from tests.wan.making import tiny_inputs as wan_inputs
-from wan.model import WanModel
-from wan.spec import DIT as WAN
 
 CPU = torch.device("cpu")
 
@@ -47,48 +39,15 @@ class Case:
     most: int  # blocks that can be swapped
 
 
-def _wan() -> nn.Module:
-    dit = WanModel(replace(wan_dit.CONFIGS["t2v"], num_layers=5))
-    dit.load_state_dict(wan_dit.tiny_state("t2v", num_layers=5))
-    return dit.requires_grad_(False)
+def _case(name: str, tiny: TinyDit, blocks: tuple[int, ...], size: Size) -> Case:
+    def inputs(seed: int) -> dict[str, Any]:
+        given, generator = tiny.inputs(size, 1), torch.Generator().manual_seed(seed)
+        return {**given, "noisy": torch.randn(given["noisy"].shape, generator=generator)}
 
+    def make() -> nn.Module:
+        return tiny.make(blocks)
 
-def _wan_inputs(seed: int) -> dict[str, Any]:
-    inputs = wan_inputs("t2v", batch=1, frames=1)
-    return {
-        **inputs,
-        "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed)),
-    }
-
-
-def _hunyuan() -> nn.Module:
-    sizes = {"double_blocks": 3, "single_blocks": 7}
-    dit = HunyuanVideoModel(replace(hunyuan_dit.CONFIGS["t2v"], **sizes))
-    dit.load_state_dict(hunyuan_dit.tiny_state("t2v", **sizes))
-    return dit.requires_grad_(False)
-
-
-def _hunyuan_inputs(seed: int) -> dict[str, Any]:
-    inputs = making.tiny_inputs("t2v", (4,), frames=1)
-    return {
-        **inputs,
-        "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed)),
-    }
-
-
-def _framepack() -> nn.Module:
-    sizes = {"double_blocks": 3, "single_blocks": 7}
-    dit = FramePackModel(replace(framepack_dit.CONFIG, **sizes))  # type: ignore[arg-type]
-    dit.load_state_dict(framepack_dit.tiny_state(**sizes))
-    return dit.requires_grad_(False)
-
-
-def _framepack_inputs(seed: int) -> dict[str, Any]:
-    inputs = dits.ONE_OF_EACH[2].inputs((2, 4, 6, 7), 1)
-    return {
-        **inputs,
-        "noisy": torch.randn(inputs["noisy"].shape, generator=torch.Generator().manual_seed(seed)),
-    }
+    return Case(name, tiny.spec, make, inputs, _lora(tiny.lora), blocks, most=4)
 
 
 def _lora(name: str) -> Callable[[nn.Module], nn.Module]:
@@ -105,10 +64,11 @@ def _lora(name: str) -> Callable[[nn.Module], nn.Module]:
     return build
 
 
+WAN, HUNYUAN, FRAMEPACK = ONE_OF_EACH
 CASES = (
-    Case("wan", WAN, _wan, _wan_inputs, _lora("lora_wan"), (5,), 4),
-    Case("hunyuan", HUNYUAN, _hunyuan, _hunyuan_inputs, _lora("lora_hunyuan"), (3, 7), 4),
-    Case("framepack", FRAMEPACK, _framepack, _framepack_inputs, _lora("lora_framepack"), (3, 7), 4),
+    _case("wan", WAN, (5,), (1, 4, 6, 9)),
+    _case("hunyuan", HUNYUAN, (3, 7), (1, 4, 6, 4)),
+    _case("framepack", FRAMEPACK, (3, 7), (2, 4, 6, 7)),
 )
 
 

@@ -1,4 +1,4 @@
-"""Commands that messages tell to type, and what is said of mistyped ones and of many lines."""
+"""Commands that messages tell to type, what is said of mistyped ones; boxes, and bars of long loops."""
 
 import logging
 import os
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from modules import command
+from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar
+from modules.console import as_size, count_of, draw_box, in_words, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError
 from modules.parser import Parser
@@ -67,14 +69,6 @@ def test_the_line_end_of_another_shell_is_told(sign: str, capsys: pytest.Capture
             _parser().parse_args([*words, sign])
         assert f"the command ends in '{sign}', and its next line was not read" in capsys.readouterr().err
     assert _parser().parse_args(["--save_path", "x", "--prompt", sign]).prompt == sign
-
-
-@pytest.mark.parametrize("words", [["--help", "--promt"], ["-h", "more"]])
-def test_help_is_given_whatever_else_is_said(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        _parser().parse_args(words)
-    assert end.value.code == 0
-    assert "--layers" in capsys.readouterr().out
 
 
 def test_beginnings_of_options_and_values_like_options_are_taken_as_before() -> None:
@@ -193,3 +187,132 @@ def test_ctrl_c_while_a_program_ends_prints_no_traceback() -> None:
         _, errors = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
     assert errors == ""
+
+
+HOSTILE = "[red]a [bold]cat[/] :smile: \x1b[31m猫"
+
+
+def test_a_box_is_logged_as_aligned_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    show_box("Training", [("data", "2 clips"), ("files", "a\nb"), ("none", None)], [("Go on", "x 'a b'")])
+
+    assert caplog.messages == ["Training\n  data:  2 clips\n  files: a\n         b\nGo on:\n  x 'a b'"]
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_texts_of_the_user_are_shown_as_they_are(colour: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    show_box("\x1b[2J", [("prompt", HOSTILE)])
+
+    drawn = command._LineFormatter(colour, boxes=True).format(caplog.records[0])
+    assert r"[red]a [bold]cat[/] :smile: \x1b[31m猫" in drawn
+    assert r"\x1b[2J" in drawn
+    assert ("\x1b[2m" in drawn) is colour
+    assert "\x1b[2J" not in drawn
+    assert "\x1b[31m" not in drawn
+
+
+def test_a_terminal_gets_borders_of_its_width_and_commands_in_one_piece() -> None:
+    long = "python x.py " + "y" * 200
+
+    lines = draw_box("Done", [("path", "z" * 150)], [("Next", long)], False, True, columns=60).splitlines()
+
+    assert lines[0].startswith("╭─ Done ─")
+    assert {len(line) for line in lines[:-2]} == {60}
+    assert "".join(lines).count("z") == 150
+    assert lines[-2:] == ["Next:", f"  {long}"]
+
+
+def test_a_terminal_without_line_characters_gets_ascii() -> None:
+    assert draw_box("Done", [("a", "b")], [], False, False, columns=60).isascii()
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colours_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    class Screen:
+        """A terminal."""
+
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert command.wants_colour(Screen())
+    monkeypatch.setenv(variable, value)
+    assert not command.wants_colour(Screen())
+    assert command.draws_boxes(Screen()) is (variable == "NO_COLOR")
+
+
+def test_numbers_are_said_as_people_say_them() -> None:
+    seconds = (0.4, 99, 100, 3599, 3600, 7800, 48 * 3600, 100 * 3600)
+    said = ["0 s", "99 s", "2 min", "1 h", "1 h", "2 h 10 min", "2 d", "4 d 4 h"]
+    assert [in_words(one) for one in seconds] == said
+    assert [as_size(one) for one in (12, 9.96e3, 312e6, 1.44e9)] == [
+        "12 bytes",
+        "10.0 kB",
+        "312 MB",
+        "1.4 GB",
+    ]
+    assert (count_of(1, "clip"), count_of(0, "clip")) == ("1 clip", "0 clips")
+
+
+def test_without_a_terminal_a_line_is_written_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    now = [0.0]
+    with Bar(100, "Loading dit\x1b[31m", BYTES, now=lambda: now[0], is_terminal=lambda: False) as bar:
+        for moment in (1.0, LINE_EVERY, LINE_EVERY + 1, 2 * LINE_EVERY):
+            now[0] = moment
+            bar.update(10)
+
+    assert caplog.messages == [
+        r"Loading dit\x1b[31m: 20 bytes of 100 bytes, about 2 min left",
+        r"Loading dit\x1b[31m: 40 bytes of 100 bytes, about 90 s left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("total", "line"),
+    [
+        (30, "a.mp4: 20 of 30, 2 frames a second, about 5 s left"),
+        (10, "a.mp4: 20 of 10, 2 frames a second, about 0 s left"),  # a header that says too few
+        (None, "a.mp4: 20, 2 frames a second"),
+    ],
+)
+def test_a_line_about_frames_has_their_rate(total: float | None, line: str) -> None:
+    now = [0.0]
+    with Bar(total, "a.mp4", FRAMES, now=lambda: now[0], is_terminal=lambda: False) as bar:
+        bar.update(20)
+        now[0] = 10.0
+
+        assert bar.line() == line
+
+
+def test_a_short_loop_says_nothing(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    for is_terminal in (False, True):
+        with Bar(3, "Decoding", is_terminal=lambda is_terminal=is_terminal: is_terminal) as bar:  # type: ignore[misc]
+            bar.update(3)
+
+    assert not caplog.messages
+    assert not capsys.readouterr().err
+
+
+def test_a_bar_appears_after_a_second_and_is_removed(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = [0.0]
+    with Bar(4, "Decoding", "frame", now=lambda: now[0], is_terminal=lambda: True) as bar:
+        bar.update()
+        assert not capsys.readouterr().err
+        now[0] = 1.5
+        bar.update()
+        shown = capsys.readouterr().err
+    assert "Decoding:  50%|" in shown
+    assert "2/4" in shown
+    assert capsys.readouterr().err.endswith("\r")
+    assert not caplog.messages

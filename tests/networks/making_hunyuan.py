@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
@@ -22,15 +22,12 @@ IN_DIFFUSERS = {
 }
 
 
-def network_of(dit: nn.Module, rank: int = 4, alpha: float = 3.0, **arguments: Any) -> OwnNetwork:
-    """A LoRA with random up factors, not attached yet."""
-    network = make_lora("lora_hunyuan", rank, alpha, dit, **arguments)
+def saved(
+    path: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32, alpha: float = 3.0, **arguments: Any
+) -> OwnNetwork:
+    """A LoRA with random up factors, not attached."""
+    network = make_lora("lora_hunyuan", 4, alpha, tiny_model(kind), **arguments)
     randomize(network)
-    return network
-
-
-def saved(path: Path, kind: str = "t2v", dtype: torch.dtype = torch.float32, **arguments: Any) -> OwnNetwork:
-    network = network_of(tiny_model(kind), **arguments)
     save_network(network, path, dtype, {"ss_base_model_version": "hunyuan_video"})
     return network
 

@@ -1,15 +1,21 @@
-"""What LoRA, LoHa and LoKr factors add to a weight, against sums written out."""
+"""What factors of all forms add to a weight, against sums written out, and while a layer computes."""
+
+import functools
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as functional
+from torch import Tensor, nn
 
+from networks.added import AddedLayer, AddedPart, ChangedPlace
 from networks.deltas import bias_delta, find_fault, strength, weight_delta
+from tests.stable_diffusion.making_loras import RANK, Factors, low_rank, random
 
 CPU = torch.device("cpu")
 
 
-def random(*shape: int) -> Tensor:
+def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
@@ -24,37 +30,37 @@ def check(factors: dict[str, Tensor], expected: Tensor) -> None:
 
 
 def test_lora_is_up_times_down_times_alpha_over_rank() -> None:
-    down, up = random(3, 5), random(7, 3)
+    down, up = drawn(3, 5), drawn(7, 3)
     check({"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.5)}, 0.5 * up @ down)
 
 
 @pytest.mark.parametrize("alpha", [{}, {"alpha": torch.tensor(0.0)}])
 def test_missing_or_zero_alpha_means_the_rank(alpha: dict[str, Tensor]) -> None:
-    assert strength({"lora_down.weight": random(3, 5), "lora_up.weight": random(7, 3), **alpha}) == 1.0
+    assert strength({"lora_down.weight": drawn(3, 5), "lora_up.weight": drawn(7, 3), **alpha}) == 1.0
 
 
 def test_lora_of_a_convolution_keeps_the_kernel() -> None:
-    down, up = random(3, 5, 2, 2), random(7, 3, 1, 1)
+    down, up = drawn(3, 5, 2, 2), drawn(7, 3, 1, 1)
     check(
         {"lora_down.weight": down, "lora_up.weight": up}, torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down)
     )
 
 
 def test_lora_with_a_core_in_the_middle() -> None:
-    down, mid, up = random(3, 5, 1, 1), random(3, 3, 2, 2), random(7, 3, 1, 1)
+    down, mid, up = drawn(3, 5, 1, 1), drawn(3, 3, 2, 2), drawn(7, 3, 1, 1)
     expected = torch.einsum("or,rskl,si->oikl", up[:, :, 0, 0], mid, down[:, :, 0, 0])
     check({"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}, expected)
 
 
 def test_loha_is_the_product_of_two_loras() -> None:
-    a1, b1, a2, b2 = random(7, 3), random(3, 5), random(7, 3) + 1, random(3, 5) - 1
+    a1, b1, a2, b2 = drawn(7, 3), drawn(3, 5), drawn(7, 3) + 1, drawn(3, 5) - 1
     factors = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2, "alpha": torch.tensor(6.0)}
     check(factors, 2 * (a1 @ b1) * (a2 @ b2))
 
 
 def test_loha_of_a_convolution_with_cores() -> None:
-    a1, b1, a2, b2 = random(3, 7), random(3, 5), random(3, 7) + 1, random(3, 5) - 1
-    t1, t2 = random(3, 3, 2, 2), random(3, 3, 2, 2) + 1
+    a1, b1, a2, b2 = drawn(3, 7), drawn(3, 5), drawn(3, 7) + 1, drawn(3, 5) - 1
+    t1, t2 = drawn(3, 3, 2, 2), drawn(3, 3, 2, 2) + 1
     rebuilt = [torch.einsum("pqkl,po,qi->oikl", t, a, b) for t, a, b in ((t1, a1, b1), (t2, a2, b2))]
     factors = {
         "hada_w1_a": a1,
@@ -68,12 +74,12 @@ def test_loha_of_a_convolution_with_cores() -> None:
 
 
 def test_lokr_stored_whole_is_not_scaled() -> None:
-    w1, w2 = random(2, 3), random(4, 5)
+    w1, w2 = drawn(2, 3), drawn(4, 5)
     check({"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(8.0)}, torch.kron(w1, w2))
 
 
 def test_lokr_with_factors_is_scaled_by_their_rank() -> None:
-    w1, a, b = random(2, 3), random(4, 6), random(6, 5)
+    w1, a, b = drawn(2, 3), drawn(4, 6), drawn(6, 5)
     check(
         {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(3.0)},
         0.5 * torch.kron(w1, a @ b),
@@ -81,17 +87,17 @@ def test_lokr_with_factors_is_scaled_by_their_rank() -> None:
 
 
 def test_lokr_of_a_convolution_with_a_core() -> None:
-    w1, a, b, core = random(2, 3), random(6, 4), random(6, 5), random(6, 6, 2, 2)
+    w1, a, b, core = drawn(2, 3), drawn(6, 4), drawn(6, 5), drawn(6, 6, 2, 2)
     second = torch.einsum("pqkl,po,qi->oikl", core, a, b)
     expected = torch.kron(w1[:, :, None, None], second.contiguous())
     check({"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "lokr_t2": core}, expected)
 
 
 def test_whole_differences_and_bias_differences() -> None:
-    check({"diff": random(3, 4), "diff_b": random(3)}, random(3, 4))
-    delta = bias_delta({"diff_b": random(3)}, CPU)
+    check({"diff": drawn(3, 4), "diff_b": drawn(3)}, drawn(3, 4))
+    delta = bias_delta({"diff_b": drawn(3)}, CPU)
     assert delta is not None
-    assert torch.equal(delta, random(3))
+    assert torch.equal(delta, drawn(3))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +127,193 @@ def test_incomplete_factors_are_explained(parts: list[str], words: str) -> None:
     ],
 )
 def test_factors_that_are_no_matrices_are_explained(wrong: dict[str, Tensor]) -> None:
-    reason = find_fault({"lora_down.weight": random(3, 5), "lora_up.weight": random(7, 3)} | wrong)
+    reason = find_fault({"lora_down.weight": drawn(3, 5), "lora_up.weight": drawn(7, 3)} | wrong)
     assert reason is not None
     assert next(iter(wrong)) in reason
+
+
+def of_other_shape(name: str, module: nn.Module) -> Factors:
+    """Factors of a matrix for a 1x1 convolution, and the reverse."""
+    f = low_rank(name, module)
+    if module.weight.ndim == 4 and module.weight.shape[2] > 1:  # type: ignore[union-attr, operator, index]
+        return f
+    ones = [1, 1] if isinstance(module, nn.Linear) else []
+    return f | {
+        part: one.flatten(1).reshape(*one.shape[:2], *ones) for part, one in f.items() if part != "alpha"
+    }
+
+
+def loha(name: str, module: nn.Module) -> Factors:
+    out, rest = module.weight.shape[0], module.weight[0].numel()  # type: ignore[index, union-attr]
+    sizes = {"hada_w1_a": (out, RANK), "hada_w1_b": (RANK, rest)}
+    sizes |= {"hada_w2_a": (out, RANK), "hada_w2_b": (RANK, rest)}
+    made = {part: random(*size, seed=f"{name}{part}") for part, size in sizes.items()}
+    return {**made, "alpha": torch.tensor(1.5)}
+
+
+def loha_with_cores(name: str, module: nn.Module) -> Factors:
+    out, channels, *kernel = module.weight.shape  # type: ignore[misc]
+    if not kernel or kernel[0] == 1:
+        return loha(name, module)
+    sizes: dict[str, tuple[int, ...]] = {}
+    for k in "12":
+        sizes[f"hada_t{k}"] = (RANK, RANK, *kernel)
+        sizes |= {f"hada_w{k}_a": (RANK, out), f"hada_w{k}_b": (RANK, channels)}
+    return {part: random(*size, seed=f"{name}{part}") for part, size in sizes.items()}
+
+
+def lokr(name: str, module: nn.Module) -> Factors:
+    out, channels, *kernel = module.weight.shape  # type: ignore[misc]
+    second = random(out // 2, channels // 2, *kernel, seed=f"{name}2")
+    return {"lokr_w1": random(2, 2, seed=name), "lokr_w2": second}
+
+
+def locon_with_core(name: str, module: nn.Module) -> Factors:
+    out, channels, *kernel = module.weight.shape  # type: ignore[misc]
+    if not kernel or kernel[0] == 1:
+        return low_rank(name, module)
+    return {
+        "lora_down.weight": random(RANK, channels, 1, 1, seed=name),
+        "lora_mid.weight": random(RANK, RANK, *kernel, seed=f"{name} mid"),
+        "lora_up.weight": random(out, RANK, 1, 1, seed=f"{name} up"),
+        "alpha": torch.tensor(2.0),
+    }
+
+
+def dora(name: str, module: nn.Module) -> Factors:
+    f = low_rank(name, module)
+    norms = (module.weight.detach() + change_of(f, module)).flatten(1).norm(dim=1)  # type: ignore[operator]
+    magnitudes = norms * (1 + random(len(norms), seed=f"{name}m"))
+    return {**f, "dora_scale": magnitudes.reshape(-1, *[1] * (module.weight.ndim - 1))}  # type: ignore[operator]
+
+
+def change_of(factors: Factors, module: nn.Module) -> Tensor:
+    """What factors add to the weight of a module, by the formulas of the tests above."""
+    weight = module.weight.detach()  # type: ignore[union-attr, operator]
+    delta = weight_delta(factors, CPU)
+    assert delta is not None
+    delta = delta.reshape(weight.shape)
+    if "dora_scale" not in factors:
+        return delta
+    norms = (weight + delta).flatten(1).norm(dim=1).reshape(factors["dora_scale"].shape)
+    return factors["dora_scale"] * (weight + delta) / norms - weight
+
+
+FORMS: dict[str, Callable[[str, nn.Module], Factors]] = {
+    "LoRA": low_rank,
+    "of another shape": of_other_shape,
+    "LoHa": loha,
+    "LoHa with cores": loha_with_cores,
+    "LoKr": lokr,
+    "LoCon": locon_with_core,
+    "DoRA": dora,
+}
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "matrix": functools.partial(nn.Linear, 6, 8),
+    "convolution": functools.partial(nn.Conv2d, 6, 8, 3, stride=2, padding=1),
+    "convolution of 1": functools.partial(nn.Conv2d, 6, 8, 1, bias=False),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+@pytest.mark.parametrize("module", MODULES.values(), ids=list(MODULES))
+def test_what_is_added_equals_a_changed_weight(
+    module: Callable[[], nn.Module], form: Callable[[str, nn.Module], Factors]
+) -> None:
+    changed, wanted = module(), module()
+    wanted.load_state_dict(changed.state_dict())
+    place, x = ChangedPlace("x.weight", changed), random(2, 6, 5, 7, seed="x", scale=1)
+    x = x.movedim(1, -1) if isinstance(changed, nn.Linear) else x
+    parts = []
+    weight = changed.weight.clone()  # type: ignore[operator]
+    for name, multiplier in (("one", 0.5), ("two", -2.0), ("off", 0.0)):
+        factors = form(name, changed)
+        change = change_of(factors, changed)
+        parts.append(AddedPart(place, {**factors, "diff_b": random(8, seed=name)}, multiplier))
+        weight += multiplier * change.reshape(weight.shape)
+    layer = AddedLayer(place, parts)
+    layer.attach()
+    wanted.weight.copy_(weight)  # type: ignore[operator]
+    bias = 0.5 * random(8, seed="one") - 2 * random(8, seed="two")
+    bias = bias if isinstance(changed, nn.Linear) else bias[:, None, None]
+    plain = changed(x)
+
+    layer.switch_on(CPU, torch.float32)
+    torch.testing.assert_close(changed(x), wanted(x) + bias, rtol=1e-5, atol=1e-5)
+    parts[1].region = torch.zeros_like
+    parts[1].multiplier, parts[2].multiplier = 0.7, 0.0
+    alone = changed(x)
+    parts[1].multiplier = 0.0
+    assert torch.equal(alone, changed(x))
+    layer.switch_off()
+    assert torch.equal(changed(x), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (2, 5, 6)])
+def test_products_are_added_in_place_and_rounded_once(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    module, x = nn.Linear(6, 8).to(dtype), random(*shape, seed="x", scale=1).to(dtype)
+    place, names = ChangedPlace("x.weight", module), ("one", "two")
+    factors = {name: low_rank(name, module) for name in names}
+    plain = module(x)
+    layer = AddedLayer(place, [AddedPart(place, factors[name], 0.5) for name in names])
+    layer.attach()
+    layer.switch_on(CPU, dtype)
+
+    with torch.no_grad():
+        found = module(x)
+
+    expected = plain
+    for name in names:
+        down, up = (factors[name][f"lora_{which}.weight"] for which in ("down", "up"))
+        hidden = functional.linear(x, down.to(dtype)) * 0.5
+        change = hidden.float() @ (up * 2 / RANK).to(dtype).float().T
+        expected = (expected.float() + change).to(dtype)
+    torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-6)
+    assert torch.autograd.grad(module(x.requires_grad_()).sum(), x)[0].shape == shape
+
+
+@torch.no_grad()
+def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
+    module, x = nn.Linear(6, 8), random(2, 5, 6, seed="x", scale=1)
+    place, plain, bias = ChangedPlace("x.weight", module), module(x), random(8, seed="bias")
+    factors = low_rank("one", module)
+    change = change_of(factors, module)
+    parts = [AddedPart(place, factors, 0.5), AddedPart(place, {**factors, "diff_b": bias}, 1.0)]
+    layer = AddedLayer(place, parts)
+    layer.attach()
+    layer.switch_on(CPU, torch.float32)
+    parts[0].region = torch.zeros_like
+
+    torch.testing.assert_close(module(x), plain + x @ change.T + bias, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_change_of_a_bias_alone_is_added() -> None:
+    module, x = nn.Conv2d(6, 8, 3, padding=1), random(2, 6, 5, 7, seed="x", scale=1)
+    plain, change = module(x), random(8, seed="bias")
+    layer = AddedLayer(
+        ChangedPlace("x.weight", module),
+        [AddedPart(ChangedPlace("x.weight", module), {"diff_b": change}, 2.0)],
+    )
+    layer.attach()
+    layer.switch_on(CPU, torch.float32)
+
+    torch.testing.assert_close(module(x), plain + 2 * change[:, None, None])
+
+
+@torch.no_grad()
+def test_what_is_added_to_a_norm_can_be_changed_too() -> None:
+    norm, x = nn.LayerNorm(6), random(2, 6, seed="x", scale=1)
+    plain = norm(x)
+    place = ChangedPlace("norm.weight", norm)
+    parts = [AddedPart(place, {"diff": random(6, seed=name)}) for name in ("one", "two")]
+    layer = AddedLayer(place, parts)
+    layer.attach()
+    layer.switch_on(CPU, torch.float32)
+    parts[0].region = torch.zeros_like
+    parts[1].region = lambda added: added * 2
+
+    wanted = plain + 2 * functional.layer_norm(x, (6,)) * random(6, seed="two")
+    torch.testing.assert_close(norm(x), wanted)

@@ -17,7 +17,7 @@ from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from tests.networks.making import inputs, tiny_dit
-from tests.networks.test_interoperability import TOLERANCE, load_there, run_there
+from tests.networks.test_key_formats import TOLERANCE, load_there, run_there
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.wan.making import in_diffusers
 from wan.checkpoints import load_dit

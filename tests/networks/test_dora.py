@@ -20,7 +20,7 @@ from networks.loading import LoraFile, LoraUse, read_lora
 from networks.lora_layer import LoraLayer
 from tests.hunyuan_model import making as hunyuan
 from tests.networks.making import add_lora, inputs, tiny_dit
-from tests.networks.test_interoperability import TOLERANCE, run_there
+from tests.networks.test_key_formats import TOLERANCE, run_there
 from tests.tiny.loras import lora_like
 from tests.training.conftest import _fresh_accelerator  # noqa: F401
 from tests.training.toy import ToyFamily, same, train_toy, write_caches

@@ -181,12 +181,8 @@ def test_a_text_encoder_gets_its_part_and_nothing_else(tmp_path: Path) -> None:
 
     flux_merge_lora.main(
         [
-            *(
-                "--clip_l",
-                str(tmp_path / "clip.safetensors"),
-                "--clip_l_save_to",
-                str(tmp_path / "out.safetensors"),
-            ),
+            *("--clip_l", str(tmp_path / "clip.safetensors")),
+            *("--clip_l_save_to", str(tmp_path / "out.safetensors")),
             *("--models", str(tmp_path / "lora.safetensors"), "--ratios", "0.5"),
         ]
     )

@@ -1,4 +1,4 @@
-"""LoRA on FramePack: fidelity, files of its own, and files that go to and come from diffusers."""
+"""LoRA on FramePack: fidelity, files of diffusers, LoRAs of HunyuanVideo, names of its modules."""
 
 import inspect
 from pathlib import Path
@@ -9,14 +9,28 @@ import torch
 from diffusers import HunyuanVideoFramepackPipeline
 from torch import Tensor, nn
 
+from frame_pack.checkpoints import load_dit
+from modules.contract.loading import Placement
+from modules.errors import CheckpointError
+from networks.apply import LoraPatch
 from networks.convert import convert_file
+from networks.deltas import weight_delta
+from networks.key_formats import to_native
+from networks.loading import LoraFile, LoraUse, read_lora
 from networks.metadata import save_network
+from networks.module_names import module_path, replace_dots
+from networks.names.video import FRAMEPACK
+from networks.parts import cut
 from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS, read_case
+from tests.manifests import tensor_list
 from tests.networks.making import add_lora, assert_recorded, golden_lora, randomize, saved_by_diffusers
-from tests.tiny.loras import make_lora
-
-NEAR = 5e-6  # of the largest value; float32, summed in another order
+from tests.networks.making_hunyuan import assert_near, saved
+from tests.networks.test_read_by_comfyui import factors
+from tests.tiny import hunyuan_dit
+from tests.tiny.framepack_dit import tiny_state, write_dit
+from tests.tiny.hunyuan_dit import diffusers_state
+from tests.tiny.loras import lora_like, make_lora
 
 
 def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
@@ -62,14 +76,6 @@ def run_here(path: Path) -> Tensor:
     return add_lora(tiny_model(), path)(**tiny_inputs())
 
 
-def made_there(folder: Path, targets: Any, alpha: int, with_settings: bool = True) -> tuple[Path, Tensor]:
-    """A LoRA that diffusers saves, and what its model gives with it."""
-    theirs = in_diffusers()
-    path = saved_by_diffusers(theirs, folder / "theirs.safetensors", targets, alpha, with_settings)
-    with torch.no_grad():
-        return path, run_there(theirs, tiny_inputs())
-
-
 def load_there(theirs: Any, path: Path) -> None:
     """Load a LoRA file by the pipeline that users of diffusers call, of which only the transformer is
     there.
@@ -82,10 +88,6 @@ def load_there(theirs: Any, path: Path) -> None:
     HunyuanVideoFramepackPipeline(transformer=theirs, **others).load_lora_weights(
         str(path.parent), weight_name=path.name
     )
-
-
-def assert_near(found: Tensor, expected: Tensor) -> None:
-    assert (found - expected).abs().max() <= NEAR * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -117,9 +119,207 @@ def test_a_lora_that_diffusers_saves_acts_here_as_there(
     tmp_path: Path, targets: str, with_settings: bool
 ) -> None:
     alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
-    path, expected = made_there(tmp_path, IN_DIFFUSERS[targets], alpha, with_settings)
+    theirs = in_diffusers()
+    file = tmp_path / "theirs.safetensors"
+    path = saved_by_diffusers(theirs, file, IN_DIFFUSERS[targets], alpha, with_settings)
 
     out = run_here(path)
 
+    with torch.no_grad():
+        expected = run_there(theirs, tiny_inputs())
+
     assert_near(out, expected)
     assert (out - tiny_model()(**tiny_inputs())).abs().max() > 1e-3
+
+
+CPU = torch.device("cpu")
+TRUNK = hunyuan_dit.tiny_state()  # HunyuanVideo's weights, which the tiny FramePack below has too
+
+
+def framepack_state() -> dict[str, Tensor]:
+    """A FramePack transformer that has the tiny HunyuanVideo's weights wherever both have one of that
+    name.
+    """
+    return tiny_state() | diffusers_state(TRUNK)
+
+
+def changes(state: dict[str, Tensor], *uses: LoraUse) -> dict[str, Tensor]:
+    """What LoRAs add to each weight."""
+    patch = LoraPatch(uses)
+    found = {name: patch(name, weight) - weight for name, weight in state.items()}
+    patch.check()
+    assert patch.unused() == []
+    return found
+
+
+def random_lora(kind: str) -> LoraFile:
+    """Factors for every matrix of the tiny HunyuanVideo."""
+    generator, tensors = torch.Generator().manual_seed(3), dict[str, Tensor]()
+    for module in MATRICES:
+        made = factors(kind, TRUNK[f"{module}.weight"].flatten(1), generator)
+        if kind == "difference":
+            made["diff_b"] = 0.1 * torch.randn(len(made["diff"]), generator=generator)
+        tensors |= {f"lora_unet_{replace_dots(module)}.{part}": one for part, one in made.items()}
+    return LoraFile(Path("hv.safetensors"), tensors, {"ss_base_model_version": "hunyuan_video"}, "ours")
+
+
+MATRICES = [
+    name.removesuffix(".weight")
+    for name, weight in TRUNK.items()
+    if name.endswith(".weight") and weight.ndim > 1
+]
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "difference"])
+def test_a_lora_on_every_matrix_of_hunyuan_video_adds_the_same_to_framepack(kind: str) -> None:
+    lora = LoraUse(random_lora(kind), 0.7)
+
+    here, there = changes(framepack_state(), lora), diffusers_state(changes(TRUNK, lora))
+
+    assert there.keys() <= here.keys()
+    for name, delta in here.items():
+        if name not in there:
+            assert not delta.any(), name
+            continue
+        # float32, the weight was added and taken off
+        torch.testing.assert_close(delta, there[name], rtol=0, atol=2e-6)
+        assert delta.ndim == 1 or bool(delta.any()), name
+
+
+def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None:
+    saved(tmp_path / "lora.safetensors", alpha=3)
+    lora, dit = read_lora(tmp_path / "lora.safetensors"), tiny_model()
+    network = lora_like("lora_framepack", lora.tensors, dit)
+
+    problems = network.load_weights(tmp_path / "lora.safetensors")
+
+    assert problems == []
+    assert {layer.scale for layer in network.layers} == {3 / 4}
+    expected = changes(tiny_state(), LoraUse(lora))
+    for name, layer in network.named_children():
+        delta = weight_delta(
+            {f"lora_{part}.weight": getattr(layer, f"lora_{part}").weight for part in ("down", "up")}, CPU
+        )
+        path = module_path(name.removeprefix("lora_unet_"), FRAMEPACK)
+        assert delta is not None
+        torch.testing.assert_close(3 / 4 * delta, expected[f"{path}.weight"], rtol=0, atol=2e-6)
+    assert len(network.layers) == 2 * 12 + 3 * 5
+
+
+def test_a_hunyuan_lora_of_another_width_stays_whole(caplog: pytest.LogCaptureFixture) -> None:
+    name = "lora_unet_single_blocks_0_linear1"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(56, 2)}
+    heights = {
+        f"lora_unet_single_transformer_blocks_0_{part}": 8 for part in ("attn_to_q", "attn_to_k", "attn_to_v")
+    }
+
+    assert (
+        cut(tensors, (heights | {"lora_unet_single_transformer_blocks_0_proj_mlp": 16}).get).keys()
+        == tensors.keys()
+    )
+    assert "its 56 rows are not those of its parts, which have 8 + 8 + 8 + 16; it stays whole" in caplog.text
+
+
+# Patterns
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "changed"),
+    [
+        ("single_blocks", None, {"single_transformer_blocks": 15}),
+        ("single_transformer_blocks", None, {"single_transformer_blocks": 15}),
+        (
+            "img_attn_qkv",
+            "attn_to_k",
+            {"transformer_blocks.0.attn.to_q": 1, "transformer_blocks.1.attn.to_v": 1, ".to_": 4},
+        ),
+        (None, "single_(transformer_)?blocks|linear", {".ff": 8}),
+        ("transformer_blocks_0_attn_to_q", None, {"transformer_blocks.0.attn.to_q": 2}),
+    ],
+)
+def test_patterns_may_be_written_for_the_names_in_the_file_or_in_the_model(
+    tmp_path: Path, include: str | None, exclude: str | None, changed: dict[str, int]
+) -> None:
+    saved(tmp_path / "lora.safetensors")
+
+    found = changes(tiny_state(), LoraUse(read_lora(tmp_path / "lora.safetensors"), 1.0, include, exclude))
+
+    names = [name for name, delta in found.items() if delta.any()]
+    for part, number in changed.items():
+        assert len([name for name in names if part in name]) == number
+    assert all((include or "single") != "single" or "single" not in name for name in names)
+
+
+# What does not belong together
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"ss_base_model_version": "framepack"}, {"modelspec.architecture": "framepack/lora"}],
+    ids=["ss", "modelspec"],
+)
+def test_a_framepack_lora_on_hunyuan_video_is_warned_about(
+    metadata: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    factors = {"lora_down.weight": torch.ones(2, 128), "lora_up.weight": torch.ones(128, 2)}
+    name = "lora_unet_transformer_blocks_0_attn_to_q"
+    tensors = {f"{name}.{part}": tensor for part, tensor in factors.items()}
+
+    changes(TRUNK, LoraUse(LoraFile(Path("fp.safetensors"), tensors, metadata, "ours")))
+
+    assert (
+        "fp.safetensors was trained for framepack, as its metadata say, and is used on a hunyuan_video model"
+        in caplog.text
+    )
+    caplog.clear()
+    changes(diffusers_state(TRUNK), LoraUse(LoraFile(Path("fp.safetensors"), tensors, metadata, "ours")))
+    assert "trained for framepack" in caplog.text
+    caplog.clear()
+    changes(tiny_state(), LoraUse(LoraFile(Path("fp.safetensors"), tensors, metadata, "ours")))
+    changes(TRUNK, LoraUse(LoraFile(Path("fp.safetensors"), tensors, {}, "ours")))
+    assert not caplog.records
+
+
+def test_a_lora_of_wan_is_refused_with_both_models_named(tmp_path: Path) -> None:
+    tensors = {"lora_unet_blocks_0_ffn_0.diff": torch.ones(2, 2)}
+    patch = LoraPatch([LoraUse(LoraFile(Path("wan.safetensors"), tensors, {}, "ours"))])
+
+    load_dit(write_dit(tmp_path, tiny_state()), Placement(CPU, patch=patch))
+
+    with pytest.raises(
+        CheckpointError,
+        match=r"wan.safetensors does not fit this model.* It is for wan, the model is framepack",
+    ):
+        patch.check()
+
+
+# The lists of names
+
+
+def test_every_module_of_the_published_model_is_named() -> None:
+    for name in tensor_list("framepack-dit"):
+        path = name.removesuffix(".weight")
+        if name.endswith(".weight") and not (
+            path.startswith("context_embedder.") and path.endswith((".norm1", ".norm2"))
+        ):
+            assert module_path(replace_dots(path), FRAMEPACK) == path
+
+
+@pytest.mark.parametrize("start", ["diffusion_model.", "transformer."])
+@pytest.mark.parametrize("knows_attention", [False, True], ids=["before", "since it knows Qwen-Image"])
+def test_the_odd_names_of_the_known_tuners_conversion_are_read(knows_attention: bool, start: str) -> None:
+    """It replaces underscores after HunyuanVideo's rules, but for modules of another model of equal names."""
+    network = make_lora("lora_framepack", 4, 3.0, tiny_model())
+
+    def odd(name: str) -> str:
+        path = name.removeprefix("lora_unet_")
+        if knows_attention and path.startswith("transformer_blocks") and "_attn_" in path:
+            return str(module_path(path, FRAMEPACK))
+        return path.replace("_", ".").replace("attn.", "attn_")
+
+    names = [f"{start}{odd(name)}.lora_{factor}.weight" for name in network.names for factor in "AB"]
+
+    found = to_native({name: torch.ones(2, 2) for name in names})
+
+    assert {name.partition(".")[0] for name in found.tensors} == set(network.names)
+    assert found.unknown == found.text_encoder == ()

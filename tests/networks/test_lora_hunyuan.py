@@ -1,25 +1,33 @@
-"""LoRA on HunyuanVideo: fidelity, files of other tools, conversion, merging, names."""
+"""LoRA on HunyuanVideo: fidelity, files of other tools, conversion both ways, parts put together."""
 
+import logging
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from diffusers.loaders import HunyuanVideoLoraLoaderMixin, lora_pipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hunyuan_model.checkpoints import load_dit
 from modules.contract.loading import Placement
+from modules.errors import CheckpointError
 from networks.apply import LoraPatch
+from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
 from networks.module_names import relatives, replace_dots
 from networks.names.video import HUNYUAN_VIDEO
+from networks.parts import fuse
 from tests.golden_cases import read_case
-from tests.hunyuan_model.making import golden_model
+from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.manifests import tensor_list
 from tests.networks.making import assert_recorded, golden_lora, saved_with_points
-from tests.networks.making_hunyuan import assert_near, run_here, saved
-from tests.tiny.hunyuan_dit import comfy_state, diffusers_parts, tiny_state, write_dit
+from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved
+from tests.tiny.hunyuan_dit import CONFIGS, comfy_state, diffusers_parts, tiny_state, write_dit
 from tests.tiny.loras import make_lora
 
 CPU = torch.device("cpu")
@@ -98,3 +106,168 @@ def test_every_module_of_the_diffusers_layout_finds_what_it_is_part_of() -> None
         assert [relative.name for relative in relatives(path, HUNYUAN_VIDEO)][: len(parts)] == parts
         for part in parts:
             assert [relative.name for relative in relatives(part, HUNYUAN_VIDEO)] == [path]
+
+
+PUBLISHED_WIDTH = 3072
+
+
+@pytest.fixture
+def tiny_converter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' converter has the width of the published model written into it; here with that of the tiny
+    one.
+    """
+
+    def narrowed(code: types.CodeType) -> types.CodeType:
+        width = CONFIGS["t2v"].dim
+        constants = (
+            narrowed(c) if isinstance(c, types.CodeType) else width if c == PUBLISHED_WIDTH else c
+            for c in code.co_consts
+        )
+        return code.replace(co_consts=tuple(constants))
+
+    function = lora_pipeline._convert_hunyuan_video_lora_to_diffusers
+    tiny = types.FunctionType(narrowed(function.__code__), function.__globals__)
+    monkeypatch.setattr(lora_pipeline, function.__name__, tiny)
+
+
+def load_there(theirs: HunyuanVideoTransformer3DModel, path: Path) -> None:
+    theirs.load_lora_adapter(HunyuanVideoLoraLoaderMixin.lora_state_dict(str(path)), prefix="transformer")
+
+
+@pytest.mark.usefixtures("tiny_converter")
+@pytest.mark.parametrize("arguments", [{}, {"exclude_patterns": r"[r'.*mlp.*', r'single_blocks\.1\..*']"}])
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_a_lora_made_here_acts_in_diffusers_as_here(
+    tmp_path: Path, kind: str, arguments: dict[str, str]
+) -> None:
+    saved(tmp_path / "lora.safetensors", kind, **arguments)
+    convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
+    theirs = in_diffusers(kind)
+    plain = run_there(theirs, tiny_inputs(kind))
+
+    load_there(theirs, tmp_path / "other.safetensors")
+
+    expected = run_there(theirs, tiny_inputs(kind))
+    assert_near(run_here(kind, tmp_path / "lora.safetensors"), expected)
+    assert float((expected - plain).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("with_settings", [True, False])
+@pytest.mark.parametrize("targets", IN_DIFFUSERS)
+def test_a_lora_that_diffusers_saves_acts_here_as_there(
+    tmp_path: Path, targets: str, with_settings: bool
+) -> None:
+    alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
+    path, expected = made_there(tmp_path, "i2v", IN_DIFFUSERS[targets], alpha, with_settings)
+
+    out = run_here("i2v", path)
+
+    assert_near(out, expected)
+    assert float((out - tiny_model("i2v")(**tiny_inputs("i2v"))).abs().max()) > 1e-3
+
+
+@pytest.mark.usefixtures("tiny_converter")
+def test_there_and_back_through_diffusers_is_the_same_lora(tmp_path: Path) -> None:
+    network = saved(tmp_path / "lora.safetensors", alpha=4)
+    convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
+    cut = HunyuanVideoLoraLoaderMixin.lora_state_dict(str(tmp_path / "other.safetensors"))
+    save_file({name: tensor.clone() for name, tensor in cut.items()}, tmp_path / "cut.safetensors")
+
+    convert_file(tmp_path / "cut.safetensors", tmp_path / "back.safetensors", "default")
+
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == network.state_dict().keys()
+    assert all(torch.equal(back[name].float(), tensor) for name, tensor in network.state_dict().items())
+
+
+def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = [
+        f"lora_unet_single_transformer_blocks_{block}_attn_to_{letter}"
+        for block in (0, 1)
+        for letter in "qkv"
+    ]
+    tensors = {
+        f"{name}.lora_{part}.weight": torch.ones(2, 8) if part == "down" else torch.ones(8, 2)
+        for name in names
+        for part in ("down", "up")
+    }
+
+    with caplog.at_level(logging.INFO):
+        fused = fuse(tensors)
+
+    assert fused["lora_unet_single_blocks_1_linear1.lora_up.weight"].shape == (7 * 8, 2)
+    assert not fused["lora_unet_single_blocks_1_linear1.lora_up.weight"][24:].any()
+    assert len([record for record in caplog.records if "4 times as many rows" in record.message]) == 1
+
+
+def test_parts_with_alphas_of_their_own_keep_their_strength() -> None:
+    generator, expected, tensors = torch.Generator().manual_seed(0), [], {}
+    for letter, rank, alpha in (("q", 2, 1.0), ("k", 3, 6.0), ("v", 1, 0.0)):
+        down, up = torch.randn(rank, 5, generator=generator), torch.randn(4, rank, generator=generator)
+        name = f"lora_unet_transformer_blocks_7_attn_add_{letter}_proj"
+        tensors |= {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(alpha),
+        }
+        expected.append((alpha or rank) / rank * up @ down)
+
+    fused = fuse(tensors)
+
+    down, up, alpha = (
+        fused[f"lora_unet_double_blocks_7_txt_attn_qkv.{part}"]
+        for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    )
+    torch.testing.assert_close(alpha / len(down) * up @ down, torch.cat(expected))
+    assert len(fused) == 3
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_lokr_for_a_part_and_one_for_the_whole_change_the_right_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    if large:
+        monkeypatch.setattr("networks.apply._BLOCK_ELEMENTS", 1000)
+    generator = torch.Generator().manual_seed(0)
+    part, whole = torch.randn(16, 16, generator=generator), torch.randn(16, 16, generator=generator)
+    small, tall = torch.randn(8, 8, generator=generator), torch.randn(24, 8, generator=generator)
+    save_file(
+        {
+            "transformer.transformer_blocks.0.attn.to_v.lokr_w1": part,
+            "transformer.transformer_blocks.0.attn.to_v.lokr_w2": small,
+        },
+        tmp_path / "part.safetensors",
+    )
+    save_file(
+        {
+            "lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": whole,
+            "lora_unet_double_blocks_0_img_attn_qkv.lokr_w2": tall,
+        },
+        tmp_path / "whole.safetensors",
+    )
+    patch = LoraPatch([LoraUse(read_lora(tmp_path / f"{name}.safetensors")) for name in ("part", "whole")])
+    expected = torch.kron(whole, tall)
+    expected[256:] += torch.kron(part, small)
+
+    fused = patch("double_blocks.0.img_attn_qkv.weight", torch.zeros(384, 128))
+    cut = [patch(f"transformer_blocks.0.attn.to_{letter}.weight", torch.zeros(128, 128)) for letter in "qkv"]
+
+    torch.testing.assert_close(fused, expected)
+    torch.testing.assert_close(torch.cat(cut), expected)
+
+
+def test_a_part_of_another_size_is_refused(tmp_path: Path) -> None:
+    factors = {"lora_A.weight": torch.ones(2, 128), "lora_B.weight": torch.ones(256, 2)}
+    save_file(
+        {f"transformer.transformer_blocks.0.attn.to_v.{part}": t for part, t in factors.items()},
+        tmp_path / "x.safetensors",
+    )
+    patch = LoraPatch([LoraUse(read_lora(tmp_path / "x.safetensors"))])
+
+    with pytest.raises(
+        CheckpointError,
+        match=r"for double_blocks.0.img_attn_qkv.weight it has \[256, 128\], the model \[384, 128\]",
+    ):
+        patch("double_blocks.0.img_attn_qkv.weight", torch.zeros(384, 128))

@@ -14,7 +14,7 @@ from networks.loading import read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from tests.golden_cases import read_case
-from tests.networks.test_lora_image_modules import skeleton
+from tests.networks.test_lora_image_families import skeleton
 from tests.tiny.loras import make_lora
 
 QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"

@@ -10,11 +10,10 @@ from torch import Tensor
 
 import wan_train_network
 from tests.commands import run_script
-from tests.parity.training import Item
+from tests.parity.training import ALPHA, RANK, SEED, Item
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_encoders import CLIP_DIM, TEXT_DIM
 
-SEED, RANK, ALPHA = 5, 4, 3.0
 WIDTH, HEIGHT, FRAMES = 48, 32, 5
 GRID = (2, HEIGHT // 8, WIDTH // 8)
 WIDTH_5B = 64  # a multiple of 32, as TI2V-5B asks for
@@ -128,15 +127,8 @@ def train(
     """Train a LoRA in float32; the files after each step. dits: options instead of --dit."""
     network = ["--network_module", "networks.lora_wan", "--network_dim", RANK, "--network_alpha", ALPHA]
     run = [
-        "--max_train_steps",
-        steps,
-        "--save_every_n_steps",
-        1,
-        "--seed",
-        SEED,
-        "--sdpa",
-        "--max_data_loader_n_workers",
-        0,
+        *("--max_train_steps", steps, "--save_every_n_steps", 1, "--seed", SEED, "--sdpa"),
+        *("--max_data_loader_n_workers", 0),
     ]
     dits = dits or ("--dit", project.dit)
     files = [*dits, "--dataset_config", project.folder / "dataset.toml", "--output_name", name]

@@ -94,12 +94,8 @@ def cached(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Cached:
     elsewhere, models = tmp_path_factory.mktemp("elsewhere"), project / "models"
     dataset = ("--dataset_config", project / "dataset.toml")
     exact = (
-        "--vae",
-        models / "vae.safetensors",
-        "--vae_dtype",
-        "float32",
-        "--clip",
-        models / "clip.safetensors",
+        *("--vae", models / "vae.safetensors", "--vae_dtype", "float32"),
+        *("--clip", models / "clip.safetensors"),
     )
     run_script("wan_cache_latents.py", *dataset, *exact, folder=elsewhere)
     run_script(
@@ -230,12 +226,8 @@ def test_texts_of_a_bfloat16_encoder_have_the_known_name(
 
     wan_cache_text_encoder_outputs.main(
         [
-            "--dataset_config",
-            str(tmp_path / "dataset.toml"),
-            "--t5",
-            str(models / "t5.safetensors"),
-            "--device",
-            "cpu",
+            *("--dataset_config", str(tmp_path / "dataset.toml"), "--t5", str(models / "t5.safetensors")),
+            *("--device", "cpu"),
         ]
     )
 
@@ -257,20 +249,15 @@ def test_first_and_last_frame_conditions_equal_those_of_diffusers(
         encoding="utf-8",
     )
     models = (
-        "--vae",
-        project / "models" / "vae.safetensors",
-        "--clip",
-        project / "models" / "clip.safetensors",
-        "--flf2v",
+        *("--vae", project / "models" / "vae.safetensors"),
+        *("--clip", project / "models" / "clip.safetensors", "--flf2v"),
     )
 
     run_script(
         "wan_cache_latents.py",
-        "--dataset_config",
-        "dataset.toml",
+        *("--dataset_config", "dataset.toml"),
         *models,
-        "--vae_dtype",
-        "fp32",
+        *("--vae_dtype", "fp32"),
         folder=tmp_path,
     )
 
@@ -289,10 +276,7 @@ def test_without_a_dtype_latents_are_bfloat16(project: Path, cached: Cached, tmp
 
     run_script(
         "wan_cache_latents.py",
-        "--dataset_config",
-        "dataset.toml",
-        "--vae",
-        project / "models/vae.safetensors",
+        *("--dataset_config", "dataset.toml", "--vae", project / "models/vae.safetensors"),
         folder=tmp_path,
     )
 

@@ -23,17 +23,8 @@ from tests.tiny.wan import write_tiny_wan
 PROMPT, SEED, FRAMES, STEPS = "close up of a butterfly", 31, 9, 4
 HEIGHT, WIDTH = 32, 64  # asked for; images set the aspect
 OPTIONS = (
-    "--prompt",
-    PROMPT,
-    "--seed",
-    SEED,
-    "--video_size",
-    HEIGHT,
-    WIDTH,
-    "--video_length",
-    FRAMES,
-    "--infer_steps",
-    STEPS,
+    *("--prompt", PROMPT, "--seed", SEED, "--video_size", HEIGHT, WIDTH, "--video_length", FRAMES),
+    *("--infer_steps", STEPS),
 )
 NEGATIVE = read_case("text_constants")[0]["wan_default_negative_prompt"]
 SAMPLING = Sampling(scales=(5.0,) * STEPS)
@@ -185,10 +176,7 @@ def test_control_with_an_image(
     for index, frame in enumerate(frames):
         write_png(control / f"{index:03d}.png", frame)
     more = [
-        "--image_path",
-        start,
-        "--control_path",
-        control,
+        *("--image_path", start, "--control_path", control),
         *(["--end_image_path", end] if with_end else []),
     ]
 

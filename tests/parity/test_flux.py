@@ -1,21 +1,15 @@
-"""Pictures of flux_generate_image.py and flux_minimal_inference.py equal those of diffusers' pipelines.
-
-Both read the same prompts with their own tokenizers and encoders; the start noise is drawn equal.
-"""
+"""Pictures and steps of training of FLUX.1 and Chroma equal those of diffusers, at the same noise."""
 
 import json
+import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ChromaPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-)
+from diffusers import AutoencoderKL, ChromaPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -25,10 +19,23 @@ import flux_minimal_inference
 from encoders.autoencoder import SCALE, SHIFT
 from flux.model import unpack
 from modules.media.reading import read_image
-from tests.flux.making import in_diffusers
+from tests.faults.messages import succeed_here
+from tests.flux.making import in_diffusers, run_there
 from tests.parity.hunyuan import load_clip
 from tests.parity.running import assert_equal
-from tests.tiny.flux import TinyFlux, write_tiny_flux
+from tests.parity.training import (
+    Factors,
+    Item,
+    assert_steps_of_descent,
+    descent,
+    learning,
+    noise_of,
+    parts_of,
+    shuffled,
+    uniform_of,
+)
+from tests.tiny.families import FAMILIES
+from tests.tiny.flux import TinyFlux, diffusers_parts, write_tiny_flux
 from tests.tiny.hunyuan_encoders import clip_config_json
 from tests.tiny.picture_encoders import (
     autoencoder_config,
@@ -37,9 +44,10 @@ from tests.tiny.picture_encoders import (
     t5xxl_config,
     t5xxl_tensors,
 )
+from tests.tiny.project import write_plain_pictures
 
 PROMPT, NEGATIVE = "a small rabbit runs through the grass", "low quality, blurred"
-HEIGHT, WIDTH, STEPS, SEED = 48, 64, 3, 11
+HEIGHT, WIDTH, STEPS, DRAWN = 48, 64, 3, 11
 ROWS, COLUMNS = HEIGHT // 16, WIDTH // 16
 
 
@@ -122,7 +130,7 @@ def theirs(models: TinyFlux, kind: str, **asked: Any) -> tuple[Tensor, Tensor]:
     """Latents 16 1 h w and the picture H W 3, 0..255, of diffusers' pipeline."""
     pipeline = pipeline_of(models, kind)
     pipeline.set_progress_bar_config(disable=True)
-    noise = torch.randn(1, ROWS * COLUMNS, 64, generator=torch.Generator().manual_seed(SEED))
+    noise = torch.randn(1, ROWS * COLUMNS, 64, generator=torch.Generator().manual_seed(DRAWN))
     shared = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "latents": noise}
     tokens = pipeline(prompt=PROMPT, **shared, output_type="latent", **asked).images
     latents = unpack(tokens, ROWS, COLUMNS)
@@ -162,7 +170,7 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 def test_a_picture_equals_that_of_diffusers_pipeline(tmp_path: Path, name: str) -> None:
     kind, words, asked = CASES[name]
     models = write_tiny_flux(tmp_path / "models", kind)
-    size = ["--image_size", str(HEIGHT), str(WIDTH), "--infer_steps", str(STEPS), "--seed", str(SEED)]
+    size = ["--image_size", str(HEIGHT), str(WIDTH), "--infer_steps", str(STEPS), "--seed", str(DRAWN)]
     output = ["--output_type", "latent_images", "--save_path", str(tmp_path / "out"), "--device", "cpu"]
 
     flux_generate_image.main([*models.models, "--prompt", PROMPT, *size, *output, *words])
@@ -178,8 +186,89 @@ def test_the_guides_command_makes_the_same_picture(tmp_path: Path) -> None:
     # rounded up to whole tokens
     words += ["--height", str(HEIGHT - 3), "--width", str(WIDTH - 15)]
 
-    flux_minimal_inference.main([*words, "--prompt", PROMPT, "--steps", str(STEPS), "--seed", str(SEED)])
+    flux_minimal_inference.main([*words, "--prompt", PROMPT, "--steps", str(STEPS), "--seed", str(DRAWN)])
 
     (picture,) = (tmp_path / "out").glob("????????_??????.png")
     _, expected = theirs(models, "dev", guidance_scale=2.5)
     assert (torch.from_numpy(read_image(picture)).float() - expected).abs().max() < 0.6
+
+
+RATE, GUIDANCE = 0.5, 2.5
+FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens and shift of the released model
+
+
+@dataclass(frozen=True)
+class FluxItem(Item):
+    """text: T5's states."""
+
+    mask: Tensor = torch.zeros(0)
+    pooled: Tensor | None = None
+
+
+def read_items(folder: Path) -> list[FluxItem]:
+    """What the caches hold, sorted by name."""
+    items = []
+    for path in sorted(folder.glob("*_flux.safetensors")):
+        (latents,) = (value for name, value in load_file(path).items() if name.startswith("latents"))
+        texts = load_file(folder / f"{path.name.partition('_')[0]}_flux_te.safetensors")
+        found = {name.removesuffix("_float32"): value for name, value in texts.items()}
+        items.append(
+            FluxItem(latents, found["t5_out"], mask=found["t5_attn_mask"], pooled=found.get("l_pooled"))
+        )
+    return items
+
+
+def by_size(u: Tensor, latents: Tensor) -> Tensor:
+    """Noise levels of --timestep_sampling flux_shift."""
+    tokens = (latents.shape[-2] // 2) * (latents.shape[-1] // 2)
+    shift = FEW[1] + (tokens - FEW[0]) * (MANY[1] - FEW[1]) / (MANY[0] - FEW[0])
+    s = torch.sigmoid(torch.special.ndtri(u))
+    return math.exp(shift) / (math.exp(shift) + 1 / s - 1)
+
+
+def gradients_of(
+    dit: nn.Module,
+    parts: dict[str, list[str]],
+    factors: Factors,
+    batch: list[FluxItem],
+    number: int,
+    kind: str,
+) -> Factors:
+    """The gradients of the mean squared error by down and up, with a LoRA in every part."""
+    latents = torch.stack([item.latents for item in batch])
+    sigmas = by_size(uniform_of(batch, number), latents).float()
+    noise, mix = noise_of(batch, number), sigmas.view(-1, 1, 1, 1, 1)
+    inputs: dict[str, Any] = {
+        "noisy": (1 - mix) * latents + mix * noise,
+        "timesteps": 1000 * sigmas,
+        "t5": torch.stack([item.text for item in batch]),
+        # without --apply_t5_attn_mask FLUX sees the padding
+        "t5_mask": torch.stack([item.mask for item in batch]) if kind == "chroma" else None,
+        "pooled": None if kind == "chroma" else torch.stack([item.pooled for item in batch]),  # type: ignore[misc]
+        "guidance": torch.full((len(batch),), GUIDANCE),
+    }
+    with learning(dit, parts, factors) as found:
+        velocity = torch.cat([run_there(dit, inputs, sample) for sample in range(len(batch))])
+        (velocity - (noise - latents)).square().mean().backward()
+    return found()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("flux", "dev"), ("chroma", "chroma")])
+def test_each_step_follows_diffusers_gradient(tmp_path: Path, name: str, kind: str) -> None:
+    family = next(each for each in FAMILIES if each.name == name)
+    family.prepare(tmp_path)
+    write_plain_pictures(tmp_path, batch_size=4)
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    succeed_here(*family.cache_texts, folder=tmp_path)
+    times = ("--timestep_sampling", "flux_shift", "--guidance_scale", GUIDANCE)
+
+    succeed_here(*family.train, *descent(RATE), *times, folder=tmp_path)
+
+    dit_file = tmp_path / "model" / "dit.safetensors"
+    dit, parts = in_diffusers(kind, load_file(dit_file)), parts_of(dit_file, diffusers_parts)
+    items = read_items(tmp_path / "cache")
+
+    def gradients_at(factors: Factors, step: int) -> Factors:
+        return gradients_of(dit, parts, factors, shuffled(items, step), step, kind)
+
+    assert_steps_of_descent(tmp_path / "out", parts, RATE, gradients_at, name)

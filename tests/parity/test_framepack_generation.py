@@ -173,12 +173,7 @@ def test_latents_of_one_picture_equal_the_reference(
     settings, controls, has_mask, places = PICTURES[name]
     paths = [project.picture(number) for number in controls]
     options: list[object] = [
-        "--prompt",
-        PROMPT,
-        "--image_path",
-        project.picture(0),
-        "--one_frame_inference",
-        settings,
+        *("--prompt", PROMPT, "--image_path", project.picture(0), "--one_frame_inference", settings)
     ]
     options += ["--control_image_path", *paths] if paths else []
     options += ["--control_image_mask_path", project.mask] if has_mask else []
@@ -200,14 +195,8 @@ def test_latents_of_one_picture_equal_the_reference(
 @pytest.mark.parametrize("at_once", [False, True], ids=["blended", "at once"])
 def test_pictures_of_a_video_equal_the_reference(tmp_path: Path, project: Project, at_once: bool) -> None:
     options = [
-        "--prompt",
-        PROMPT,
-        "--image_path",
-        project.picture(0),
-        "--video_sections",
-        2,
-        "--output_type",
-        "latent_images",
+        *("--prompt", PROMPT, "--image_path", project.picture(0), "--video_sections", 2),
+        *("--output_type", "latent_images"),
     ]
 
     latents = generate(tmp_path, project, *options, *(["--bulk_decode"] if at_once else []))

@@ -55,14 +55,8 @@ def generate(folder: Path, files: TinyHunyuan, *arguments: object, in_process: b
     """The latents that hv_generate_video.py leaves, 1 16 F h w."""
     options = ["--dit", files.dit, "--vae", files.vae, "--text_encoder1", files.text_encoder1]
     options += [
-        "--text_encoder2",
-        files.text_encoder2,
-        "--output_type",
-        "latent",
-        "--device",
-        "cpu",
-        "--save_path",
-        folder / "made",
+        *("--text_encoder2", files.text_encoder2, "--output_type", "latent", "--device", "cpu"),
+        *("--save_path", folder / "made"),
     ]
     words = [str(word) for word in [*options, *arguments]]
     if in_process:
@@ -244,12 +238,8 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_clips(folder / "clips", count=2)
     write_dataset(folder, frames="5")
     texts = (
-        "--text_encoder1",
-        files.text_encoder1,
-        "--text_encoder2",
-        files.text_encoder2,
-        "--text_encoder_dtype",
-        "float32",
+        *("--text_encoder1", files.text_encoder1, "--text_encoder2", files.text_encoder2),
+        *("--text_encoder_dtype", "float32"),
     )
     config = ("--dataset_config", folder / "dataset.toml")
     run_script(

@@ -1,23 +1,23 @@
-"""A LoRA trained by the command line acts in diffusers as here, and one of another tool acts here as
-there.
-"""
+"""A LoRA trained by the command line acts in diffusers as here; a sample with the settings of trainers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders import WanLoraLoaderMixin
-from peft import LoraConfig
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modules.contract.loading import Placement
+from modules.options import read_options
+from modules.parser import add_options
+from networks.adapter import make_network
 from tests.commands import run_script
 from tests.golden_cases import read_case
 from tests.parity import reference
-from tests.parity.projects import ALPHA, RANK, Project, train, write_project
+from tests.parity.projects import Project, train, write_project
 from tests.parity.reference import (
     Inputs,
     Sampling,
@@ -27,24 +27,19 @@ from tests.parity.reference import (
     relative_error,
     to_pixels,
 )
-from tests.parity.running import assert_equal, generate_one
+from tests.parity.running import assert_equal, generate_one, models_in
 from tests.parity.theirs import Theirs
-from tests.parity.training import linear_modules
 from tests.tiny.project import write_image
+from tests.training.watched import Watched
+from training.options import TrainingOptions, read_arguments, training_parser
+from training.samples import prepare_samples
+from wan.family import family_for_training
+from wan.options import WanTrainingOptions
 
 SEED, STEPS, HEIGHT, WIDTH, FRAMES = 8, 3, 32, 48, 5
 ASK = (
-    "--prompt",
-    "a cat",
-    "--seed",
-    SEED,
-    "--infer_steps",
-    STEPS,
-    "--video_size",
-    HEIGHT,
-    WIDTH,
-    "--video_length",
-    FRAMES,
+    *("--prompt", "a cat", "--seed", SEED, "--infer_steps", STEPS, "--video_size", HEIGHT, WIDTH),
+    *("--video_length", FRAMES),
 )
 NEGATIVE = read_case("text_constants")[0]["wan_default_negative_prompt"]
 LEARN_FAST = ("--optimizer_type", "AdamW", "--learning_rate", 0.05)
@@ -108,12 +103,7 @@ def convert(source: Path, target: str) -> Path:
     output = source.with_name(f"{source.stem} {target}.safetensors")
     run_script(
         "convert_lora.py",
-        "--input",
-        source.name,
-        "--output",
-        output.name,
-        "--target",
-        target,
+        *("--input", source.name, "--output", output.name, "--target", target),
         folder=source.parent,
     )
     return output
@@ -143,13 +133,9 @@ def test_a_merged_model_is_that_which_diffusers_fuses(
 
     run_script(
         "merge_lora.py",
-        "--dit",
-        project.dit,
+        *("--dit", project.dit),
         *lora,
-        "--save_merged_model",
-        merged.name,
-        "--device",
-        "cpu",
+        *("--save_merged_model", merged.name, "--device", "cpu"),
         folder=tmp_path,
     )
 
@@ -157,73 +143,57 @@ def test_a_merged_model_is_that_which_diffusers_fuses(
     assert_equal(latents, there(project, loaded(lora_of(project), 0.7)), "merged")
 
 
-def in_dialect(project: Project, dialect: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The trained LoRA as other tools write it, alpha / rank multiplied into the up factor."""
-    stored, paths = load_file(lora_of(project)), linear_modules(project.dit)
-    tensors: dict[str, Tensor] = {}
-    for name, path in paths.items():
-        down, up = (stored[f"lora_unet_{name}.lora_{part}.weight"] for part in ("down", "up"))
-        official = f"diffusion_model.{official_path(name)}"
-        starts = {
-            "diffusion-pipe": official,
-            "diffusers": f"transformer.{path}",
-            "PEFT": f"base_model.model.{path}",
-        }
-        tensors[f"{starts[dialect]}.lora_A.weight"] = down
-        tensors[f"{starts[dialect]}.lora_B.weight"] = up * (ALPHA / RANK)
-    return tensors, {"format": "pt"}
+CPU = torch.device("cpu")
 
 
-def official_path(name: str) -> str:
-    """`blocks_0_cross_attn_k_img` -> `blocks.0.cross_attn.k_img`."""
-    blocks, index, rest = name.split("_", 2)
-    for part in ("self_attn", "cross_attn", "ffn"):
-        if rest.startswith(part):
-            return f"{blocks}.{index}.{part}.{rest.removeprefix(part + '_')}"
-    raise ValueError(name)
-
-
-@pytest.mark.parametrize("dialect", ["diffusion-pipe", "diffusers", "PEFT"])
-@pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_files_of_other_tools_act_as_ours(
-    tmp_path: Path, projects: Callable[[str], Project], kind: str, dialect: str
-) -> None:
-    project = projects(kind)
-    save_file(
-        *in_dialect(project, dialect)[:1], tmp_path / "other.safetensors", in_dialect(project, dialect)[1]
+def sample_latents(project: Project, line: str, folder: Path) -> Tensor:
+    """What a training that continues the project's LoRA would show at its next sample: 16 F h w."""
+    parser = training_parser("")
+    add_options(parser, WanTrainingOptions)
+    words = ["--task", project.task, *models_in(project.models), "--network_dim", "4", "--sdpa"]
+    words += [
+        *("--dataset_config", str(project.folder / "dataset.toml"), "--output_dir", str(folder)),
+        *("--output_name", "lora"),
+    ]
+    args = read_arguments(
+        parser, [*words, "--network_weights", str(project.folder / "out" / "lora.safetensors")]
     )
+    options, family = (
+        read_options(TrainingOptions, args),
+        Watched(family_for_training(read_options(WanTrainingOptions, args))),
+    )
+    (folder / "prompts.txt").write_text(f"{line}\n", encoding="utf-8")
+    sampler = prepare_samples(family, folder / "prompts.txt", folder / "sample", "lora", CPU, 0, 1)  # type: ignore[arg-type]
+    dit = family.load_dit(Placement(CPU))
+    make_network(options.network, family.lora_module, dit, seed=0).module.eval()
+    with torch.no_grad():
+        sampler.make(lambda _: dit, nullcontext, "000003", lambda: False)
+    ((latents,),) = family.decoded
+    return latents
 
-    latents = here(tmp_path / "other", project, "--lora_weight", tmp_path / "other.safetensors")
+
+def with_lora(project: Project) -> Theirs:
+    """diffusers' networks, the transformer with the LoRA file."""
+    theirs = Theirs(project.models)
+    state = WanLoraLoaderMixin.lora_state_dict(str(project.folder / "out" / "lora.safetensors"))
+    theirs.dit.load_lora_adapter(state, prefix="transformer")
+    return theirs
+
+
+def test_what_a_line_leaves_out_is_that_of_the_known_trainers(tmp_path: Path) -> None:
+    """One frame, 20 steps, flow shift 14.5, guidance 5 with the release's negative text; sizes rounded down
+    to multiples of 16.
+    """
+    project = write_project(tmp_path / "project", "t2v")
+    train(project, *LEARN_FAST, steps=3, in_process=True)
+    theirs = with_lora(project)
+    negative = read_case("text_constants")[0]["wan_default_negative_prompt"]
+    inputs = Inputs(draw_noise(3, 1, 32, 48), theirs.text("a squirrel"), theirs.text(negative))
+
+    sample = sample_latents(project, "a squirrel --w 50 --h 47 --d 3", tmp_path)
 
     assert_equal(
-        latents, here(tmp_path / "ours", project, "--lora_weight", lora_of(project)), f"{kind} {dialect}"
+        sample,
+        denoise(theirs.dit, inputs, Sampling(flow_shift=14.5, scales=(5.0,) * 20)),
+        "sample with defaults",
     )
-
-
-@pytest.mark.parametrize("alpha", [RANK, 9])
-def test_a_lora_that_diffusers_saves_acts_here_as_there(
-    tmp_path: Path, projects: Callable[[str], Project], alpha: int
-) -> None:
-    """On parts that our own LoRAs leave out, too; settings stand in the file's metadata."""
-    project = projects("t2v")
-    settings: Mapping[str, Any] = {
-        "r": RANK,
-        "lora_alpha": alpha,
-        "alpha_pattern": {"blocks.0.attn1.to_q": 2},
-    }
-
-    def add(dit: WanTransformer3DModel) -> None:
-        dit.add_adapter(
-            LoraConfig(**settings, target_modules=["to_q", "to_out.0", "net.0.proj", "time_proj", "proj_out"])
-        )
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in dit.named_parameters():
-            if "lora_" in name:
-                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-        dit.save_lora_adapter(tmp_path, weight_name="theirs.safetensors")
-
-    expected = there(project, add)
-    latents = here(tmp_path / "here", project, "--lora_weight", tmp_path / "theirs.safetensors")
-
-    assert_equal(latents, expected, f"saved by diffusers, alpha {alpha}")
-    assert relative_error(latents, there(project)) > 0.01

@@ -85,17 +85,8 @@ class Project:
         words = ["--dit", files.dit, "--vae", files.vae, *texts, "--image_encoder", files.image_encoder]
         words += [] if file == BFLOAT else ["--vae_dtype", "float16", "--text_encoder_dtype", "float16"]
         say = [
-            "--video_size",
-            HEIGHT,
-            WIDTH,
-            "--infer_steps",
-            STEPS,
-            "--seed",
-            SEED,
-            "--device",
-            "cpu",
-            "--prompt",
-            PROMPT,
+            *("--video_size", HEIGHT, WIDTH, "--infer_steps", STEPS, "--seed", SEED, "--device", "cpu"),
+            *("--prompt", PROMPT),
         ]
         fpack_generate_video.main(
             [str(word) for word in (*words, *say, "--save_path", out, "--output_type", "latent", *arguments)]
@@ -208,29 +199,14 @@ def test_hunyuan_video_in_bfloat16_is_as_exact_as_diffusers(tmp_path: Path) -> N
     )
     texts = ["--text_encoder1", files.text_encoder1, "--text_encoder2", files.text_encoder2]
     say = [
-        "--video_size",
-        HEIGHT,
-        WIDTH,
-        "--video_length",
-        frames,
-        "--infer_steps",
-        4,
-        "--prompt",
-        PROMPT,
-        "--seed",
-        SEED,
+        *("--video_size", HEIGHT, WIDTH, "--video_length", frames, "--infer_steps", 4, "--prompt", PROMPT),
+        *("--seed", SEED),
     ]
     words = [
-        "--dit",
-        files.dit,
-        "--vae",
-        files.vae,
+        *("--dit", files.dit, "--vae", files.vae),
         *texts,
         *say,
-        "--output_type",
-        "latent",
-        "--save_path",
-        tmp_path / "made",
+        *("--output_type", "latent", "--save_path", tmp_path / "made"),
     ]
 
     hv_generate_video.main([str(word) for word in (*words, "--device", "cpu")])
@@ -282,17 +258,8 @@ def test_wan_in_bfloat16_is_as_exact_as_diffusers(tmp_path: Path, project: Proje
     save_file(t5_tensors(dtype=BFLOAT), models / "t5.safetensors")
     negative = read_case("text_constants")[0]["wan_default_negative_prompt"]
     say = (
-        "--video_size",
-        HEIGHT,
-        WIDTH,
-        "--video_length",
-        frames,
-        "--infer_steps",
-        4,
-        "--prompt",
-        PROMPT,
-        "--seed",
-        SEED,
+        *("--video_size", HEIGHT, WIDTH, "--video_length", frames, "--infer_steps", 4, "--prompt", PROMPT),
+        *("--seed", SEED),
     )
 
     latents = generate_one(
@@ -315,14 +282,7 @@ def test_wan_in_bfloat16_is_as_exact_as_diffusers(tmp_path: Path, project: Proje
     (saved,) = (tmp_path / "made").glob("*_latent.safetensors")
     words = [
         *models_in(models),
-        "--task",
-        "i2v-14B",
-        "--latent_path",
-        saved,
-        "--output_type",
-        "images",
-        "--device",
-        "cpu",
+        *("--task", "i2v-14B", "--latent_path", saved, "--output_type", "images", "--device", "cpu"),
     ]
     wan_generate_video.main([str(word) for word in (*words, "--save_path", tmp_path / "pixels")])
 

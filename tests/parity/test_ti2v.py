@@ -130,8 +130,7 @@ def test_image_to_video(tmp_path: Path, models: Path, solver: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "made"),
-    [(90, 60, (96, 64)), pytest.param(30, 80, (32, 128), marks=pytest.mark.slow)],
+    ("height", "width", "made"), [(90, 60, (96, 64)), pytest.param(30, 80, (32, 128), marks=pytest.mark.slow)]
 )
 def test_an_image_of_another_size_is_scaled_to_cover_and_cropped(
     tmp_path: Path, models: Path, height: int, width: int, made: tuple[int, int]

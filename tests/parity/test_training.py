@@ -23,16 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from modules.contract.steps import Tweaks
-from tests.parity.projects import (
-    ALPHA,
-    RANK,
-    SEED,
-    WIDTH,
-    WIDTH_5B,
-    Project,
-    train,
-    write_project,
-)
+from tests.parity.projects import ALPHA, RANK, SEED, WIDTH, WIDTH_5B, Project, train, write_project
 from tests.parity.running import TOLERANCE, assert_equal
 from tests.parity.theirs import load_dit
 from tests.parity.training import (
@@ -90,8 +81,8 @@ Weights = Callable[[Tensor], Tensor]
 
 
 def draw(batch: list[Item], number: int, sampler: Sampler, weights: Weights = plain) -> Drawn:
-    sigmas, timesteps = sampler(uniform_of(batch, SEED, number))
-    return Drawn(noise_of(batch, SEED, number), sigmas, timesteps, weights(timesteps))
+    sigmas, timesteps = sampler(uniform_of(batch, number))
+    return Drawn(noise_of(batch, number), sigmas, timesteps, weights(timesteps))
 
 
 @dataclass(frozen=True)
@@ -181,7 +172,7 @@ def one_batch_an_epoch(
     """Both items in one batch, whose order is that of the epoch."""
 
     def batches_of(step: int) -> Batches:
-        batch = shuffled(project.items, SEED, epoch=step)
+        batch = shuffled(project.items, epoch=step)
         return [(batch, draw(batch, step, sampler, weights))]
 
     return batches_of
@@ -194,14 +185,8 @@ CASES: dict[str, tuple[str, list[object], Sampler, Weights]] = {
     "range, sigma_sqrt": (
         "t2v",
         [
-            "--timestep_sampling",
-            "uniform",
-            "--min_timestep",
-            100,
-            "--max_timestep",
-            800,
-            "--weighting_scheme",
-            "sigma_sqrt",
+            *("--timestep_sampling", "uniform", "--min_timestep", 100, "--max_timestep", 800),
+            *("--weighting_scheme", "sigma_sqrt"),
         ],
         by_uniform_in_range,
         sigma_sqrt,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -19,6 +20,7 @@ from tests.parity.theirs import dit_names, pad_text
 
 # module in our names, `blocks_0_self_attn_q` -> down (R in), up (out R)
 Factors = dict[str, tuple[Tensor, Tensor]]
+SEED, RANK, ALPHA = 5, 4, 3.0  # of all runs that are compared
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Item:
     text: Tensor  # n D
     clip: Tensor | None = None  # I D
     extra: Tensor | None = None  # C F h w, beside the noisy latents
+
+
+Kind = TypeVar("Kind", bound=Item)
 
 
 @dataclass(frozen=True)
@@ -52,21 +57,21 @@ def stream(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(*parts))
 
 
-def shuffled(items: Sequence[Item], seed: int, epoch: int) -> list[Item]:
+def shuffled(items: Sequence[Kind], epoch: int) -> list[Kind]:
     """The order of an epoch (from 0) within the only bucket of a dataset. items: sorted by name."""
     order = list(items)
-    random.Random(stream_seed(seed, "items", epoch)).shuffle(order)
+    random.Random(stream_seed(SEED, "items", epoch)).shuffle(order)
     return order
 
 
-def noise_of(batch: Sequence[Item], seed: int, number: int) -> Tensor:
+def noise_of(batch: Sequence[Item], number: int) -> Tensor:
     """The noise of micro-batch `number` of a run (from 0)."""
-    return torch.randn(len(batch), *batch[0].latents.shape, generator=stream(seed, "noise", number))
+    return torch.randn(len(batch), *batch[0].latents.shape, generator=stream(SEED, "noise", number))
 
 
-def uniform_of(batch: Sequence[Item], seed: int, number: int) -> Tensor:
+def uniform_of(batch: Sequence[Item], number: int) -> Tensor:
     """The uniform numbers that timesteps are made from: B float64."""
-    return torch.rand(len(batch), generator=stream(seed, "timesteps", number), dtype=torch.float64)
+    return torch.rand(len(batch), generator=stream(SEED, "timesteps", number), dtype=torch.float64)
 
 
 def read_factors(path: Path) -> tuple[Factors, float]:
@@ -90,20 +95,19 @@ def read_factors(path: Path) -> tuple[Factors, float]:
 def assert_steps_of_descent(
     output: Path,
     modules: Collection[str],
-    scale: float,
     rate: float,
     gradients_at: Callable[[Factors, int], Factors],
-    tolerance: float,
     label: str,
+    tolerance: float = 1e-4,
 ) -> None:
     """Two steps of plain gradient descent that saved `lora` into `output` went where the reference's
     gradients point.
 
-    modules: all that are trained. scale: alpha / rank. gradients_at: by down and up, of these factors at the
+    modules: all that are trained. gradients_at: by down and up, of these factors at the
     step of that number. tolerance: of the largest weight.
     """
     first, found = read_factors(output / "lora-step00000001.safetensors")
-    assert (first.keys(), found) == (set(modules), scale)
+    assert (first.keys(), found) == (set(modules), ALPHA / RANK)
     before = {name: (down, torch.zeros_like(up)) for name, (down, up) in first.items()}
     for step, name in enumerate(("lora-step00000001", "lora")):
         after, _ = read_factors(output / f"{name}.safetensors")
@@ -123,7 +127,7 @@ def assert_steps_of_descent(
 
 @contextmanager
 def learning(
-    dit: nn.Module, parts: Mapping[str, Sequence[str]], factors: Factors, scale: float
+    dit: nn.Module, parts: Mapping[str, Sequence[str]], factors: Factors, scale: float = ALPHA / RANK
 ) -> Iterator[Callable[[], Factors]]:
     """Add a LoRA to each module, whose rows may be several modules there; yield what returns the gradients by
     down and up.
@@ -166,11 +170,11 @@ def parts_of(dit_file: Path, parts_there: Callable[[str], Sequence[str]]) -> dic
     }
 
 
-def descent(rate: float, alpha: float, seed: int, steps: int = 2) -> tuple[str, ...]:
+def descent(rate: float, steps: int = 2) -> tuple[str, ...]:
     """The options of plain gradient descent that saves `lora` after each step."""
-    network = ("--network_alpha", alpha, "--output_dir", "out", "--output_name", "lora")
+    network = ("--network_alpha", ALPHA, "--output_dir", "out", "--output_name", "lora")
     optimizer = ("--optimizer_type", "torch.optim.SGD", "--learning_rate", rate, "--max_grad_norm", 0)
-    run = ("--max_train_steps", steps, "--save_every_n_steps", 1, "--seed", seed)
+    run = ("--max_train_steps", steps, "--save_every_n_steps", 1, "--seed", SEED)
     return tuple(map(str, (*network, *optimizer, *run, "--max_data_loader_n_workers", 0)))
 
 

@@ -17,16 +17,8 @@ from pocket.measure import CLIP, POCKET, model_options
 
 FILE = Path(__file__).resolve().parent.parent / "data" / "pocket_latents.safetensors"
 PROMPT = (
-    "--prompt",
-    "a red circle moving left",
-    "--seed",
-    "7",
-    "--infer_steps",
-    "4",
-    "--output_type",
-    "latent",
-    "--device",
-    "cpu",
+    *("--prompt", "a red circle moving left", "--seed", "7", "--infer_steps", "4"),
+    *("--output_type", "latent", "--device", "cpu"),
 )
 CASES: dict[str, tuple[str, ...]] = {
     "vanilla_shift_3": ("--sample_solver", "vanilla", "--flow_shift", "3", "--guidance_scale", "4"),
@@ -53,10 +45,7 @@ def latents(dit: Path, folder: Path, case: str) -> Tensor:
         *CLIP,
         *PROMPT,
         *CASES[case],
-        "--dit",
-        str(dit),
-        "--save_path",
-        str(folder),
+        *("--dit", str(dit), "--save_path", str(folder)),
     ]
     wan_generate_video.main(options)
     (path,) = folder.glob("*_latent.safetensors")

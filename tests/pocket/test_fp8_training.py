@@ -86,22 +86,11 @@ def losses(folder: Path, product: Product | None, *options: object) -> tuple[flo
     parser = training_parser("")
     add_options(parser, WanTrainingOptions)
     files = [
-        "--dataset_config",
-        folder / "dataset.toml",
-        "--output_dir",
-        folder / "output",
-        "--output_name",
-        "x",
+        *("--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"),
+        *("--output_name", "x"),
     ]
     network = [
-        "--network_module",
-        "networks.lora_wan",
-        "--network_dim",
-        32,
-        "--network_alpha",
-        32,
-        "--seed",
-        42,
+        *("--network_module", "networks.lora_wan", "--network_dim", 32, "--network_alpha", 32, "--seed", 42)
     ]
     times = ["--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--max_data_loader_n_workers", 0]
     rate = ["--learning_rate", "3e-3", "--lr_scheduler", "cosine", "--mixed_precision", "bf16"]

@@ -26,16 +26,8 @@ from wan.t5 import TOKENIZER, WanTextEncoder
 from wan.vae import load_vae
 
 STEPS = (
-    "--infer_steps",
-    "12",
-    "--sample_solver",
-    "vanilla",
-    "--flow_shift",
-    "3",
-    "--guidance_scale",
-    "3",
-    "--device",
-    "cpu",
+    *("--infer_steps", "12", "--sample_solver", "vanilla", "--flow_shift", "3", "--guidance_scale", "3"),
+    *("--device", "cpu"),
 )
 ASKED = {
     1: Asked("red", "circle", "left"),

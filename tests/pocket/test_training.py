@@ -34,24 +34,13 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, name: str, *options: object) -> Path:
     """The LoRA of a run in `folder`/NAME."""
     network = (
-        "--network_module",
-        "networks.lora_wan",
-        "--network_dim",
-        4,
-        "--learning_rate",
-        1e-2,
-        "--seed",
-        3,
+        *("--network_module", "networks.lora_wan", "--network_dim", 4, "--learning_rate", 1e-2, "--seed", 3),
         "--sdpa",
     )
     times = ("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--max_data_loader_n_workers", 0)
     output = (
-        "--dataset_config",
-        folder / "dataset.toml",
-        "--output_dir",
-        folder / name,
-        "--output_name",
-        "blorp",
+        *("--dataset_config", folder / "dataset.toml", "--output_dir", folder / name),
+        *("--output_name", "blorp"),
     )
     run_script("wan_train_network.py", *model_options(POCKET), *network, *times, *output, *options)
     return folder / name / "blorp.safetensors"
@@ -84,24 +73,15 @@ def test_a_converted_lora_makes_the_same_clip(trained: Path, tmp_path: Path) -> 
     for index, path in enumerate((trained, other)):
         folder = tmp_path / str(index)
         prompt = (
-            "--prompt",
-            "a red blorp moving left",
-            "--seed",
-            1,
-            "--infer_steps",
-            4,
-            "--output_type",
-            "latent",
+            *("--prompt", "a red blorp moving left", "--seed", 1, "--infer_steps", 4),
+            *("--output_type", "latent"),
         )
         run_script(
             "wan_generate_video.py",
             *model_options(POCKET),
             *CLIP,
             *prompt,
-            "--lora_weight",
-            path,
-            "--save_path",
-            folder,
+            *("--lora_weight", path, "--save_path", folder),
         )
         made += [load_file(latent)["latent"] for latent in folder.glob("*_latent.safetensors")]
     assert torch.allclose(made[0], made[1], atol=1e-5)

@@ -13,7 +13,7 @@ from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, Pictur
 from stable_diffusion.lines import Inputs, Line, find_inputs
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, SizeOptions
-from tests.stable_diffusion.asked import options, write_picture
+from tests.stable_diffusion.loaded import options, write_picture
 
 A = Line("the prompt", "a cat")
 NONE = Inputs()
@@ -209,7 +209,7 @@ def test_each_picture_takes_as_many_guides_as_there_are_control_nets(tmp_path: P
         write_picture(tmp_path / "in" / f"{name}.png")
     single = write_picture(tmp_path / "z.png")
     prompts = options(
-        *("--guide_image_path", tmp_path / "in", single, "--control_net_models", "a", "b"),
+        *("--guide_image_path", tmp_path / "in", single, "--control_net_models", "a", "b")
     ).prompts
     inputs = find_inputs(prompts, 2)
     stems = [[path.stem for path in inputs.guides_of(number)] for number in range(4)]

@@ -122,33 +122,33 @@ def test_several_take_turns_in_sd1_and_are_averaged_in_sdxl(tmp_path: Path) -> N
                 torch.testing.assert_close(each, one, atol=1e-5, rtol=1e-5)
 
 
-def test_the_last_part_of_a_prompt_counts(tmp_path: Path) -> None:
-    path, guide = write_control_net(tmp_path / "net.safetensors", "sd1"), write_guide(tmp_path / "guide.png")
+def added(
+    folder: Path, call: UnetCall, name: str = "net", parts: int = 1, size: tuple[int, int] = (64, 48)
+) -> tuple[list[Tensor], Path]:
+    """What the ControlNet of a file adds to a call, and its guide, which is 64 pixels wide."""
+    guide = write_guide(folder / "guide.png", size=(64, 64 if size != (64, 48) else 48))
+    path = write_control_net(folder / f"{name}.safetensors", "sd1")
     nets = load_control_nets(options_of(path), model_of("sd1"))
+    assert nets is not None
+    with torch.no_grad(), nets.for_batch([picture(guide, parts=parts)], *size) as idea:
+        assert idea is not None
+        return residuals(idea(call)), guide
+
+
+def test_the_last_part_of_a_prompt_counts(tmp_path: Path) -> None:
     call = call_of("sd1")
     both = replace(call, context=torch.cat([-call.context, call.context], dim=1))
-    assert nets is not None
 
-    with torch.no_grad(), nets.for_batch([picture(guide, parts=2)], 64, 48) as idea:
-        assert idea is not None
-        found = residuals(idea(both))
+    found, guide = added(tmp_path, both, parts=2)
 
-    for own, wanted in zip(found, theirs("sd1", call, pixels(guide).repeat(2, 1, 1, 1)), strict=True):
-        torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-5)
+    wanted = theirs("sd1", call, pixels(guide).repeat(2, 1, 1, 1))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_shuffle_acts_beside_the_prompt_alone_and_everywhere_alike(tmp_path: Path) -> None:
-    path, guide = (
-        write_control_net(tmp_path / "a_Shuffle.safetensors", "sd1"),
-        write_guide(tmp_path / "g.png"),
-    )
-    nets = load_control_nets(options_of(path), model_of("sd1"))
     call = call_of("sd1")
-    assert nets is not None
 
-    with torch.no_grad(), nets.for_batch([picture(guide)], 64, 48) as idea:
-        assert idea is not None
-        found = residuals(idea(call))
+    found, guide = added(tmp_path, call, name="a_Shuffle")
 
     for own, wanted in zip(found, theirs("sd1", call, pixels(guide).repeat(2, 1, 1, 1)), strict=True):
         torch.testing.assert_close(own[:1], wanted[:1].mean((2, 3), keepdim=True), atol=1e-5, rtol=1e-5)
@@ -156,20 +156,14 @@ def test_shuffle_acts_beside_the_prompt_alone_and_everywhere_alike(tmp_path: Pat
 
 
 def test_guides_follow_the_size_of_the_latents(tmp_path: Path) -> None:
-    path = write_control_net(tmp_path / "net.safetensors", "sd1")
-    guide = write_guide(tmp_path / "guide.png", size=(64, 64))
-    nets = load_control_nets(options_of(path), model_of("sd1"))
     call = call_of("sd1")
-    assert nets is not None
 
-    with torch.no_grad(), nets.for_batch([picture(guide)], 128, 96) as idea:  # the latents are half of it
-        assert idea is not None
-        found = residuals(idea(call))
+    found, guide = added(tmp_path, call, size=(128, 96))  # the latents are half of it
 
     image = Image.open(guide).resize((64, 48), Image.Resampling.LANCZOS)
     resized = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)[None] / 255
-    for own, wanted in zip(found, theirs("sd1", call, resized.repeat(2, 1, 1, 1)), strict=True):
-        torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-5)
+    wanted = theirs("sd1", call, resized.repeat(2, 1, 1, 1))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 # Wrong files

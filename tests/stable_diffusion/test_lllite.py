@@ -32,10 +32,7 @@ def options_of(*paths: Path, **values: tuple[float, ...]) -> ControlOptions:
 def run(unet: UNet2DConditionModel, call: UnetCall) -> Tensor:
     with torch.no_grad():
         return unet(
-            call.sample,
-            call.timestep,
-            encoder_hidden_states=call.context,
-            added_cond_kwargs=dict(call.added),
+            call.sample, call.timestep, encoder_hidden_states=call.context, added_cond_kwargs=dict(call.added)
         ).sample
 
 
@@ -120,32 +117,28 @@ def test_a_layer_that_convolves_is_changed_at_its_places(tmp_path: Path) -> None
     torch.testing.assert_close(seen[0], seen[1] + x, atol=1e-5, rtol=1e-5)
 
 
-def test_guides_follow_latents_that_grow(tmp_path: Path) -> None:
-    path, guide = write_lllite(tmp_path / "net.safetensors"), write_guide(tmp_path / "guide.png")
+def made_with(folder: Path, width: int, height: int, *calls: UnetCall) -> list[Tensor]:
+    """What the U-Net makes of calls in a batch of that size, with a net and a guide."""
+    path, guide = write_lllite(folder / "net.safetensors"), write_guide(folder / "guide.png")
     model = model_of("sdxl")
     lllites = load_lllites(options_of(path), model)
-    calls = [call_of("sdxl", size=size) for size in ((32, 24), (64, 48))]
     assert lllites is not None
+    with torch.no_grad(), lllites.for_batch([picture(guide)], width, height) as idea:
+        assert idea is not None
+        return [run(model.unet, idea(call)) for call in calls]
 
-    made = []
-    for sizes in (calls, calls[1:]):
-        with torch.no_grad(), lllites.for_batch([picture(guide)], 64, 48) as idea:
-            assert idea is not None
-            made.append([run(model.unet, idea(call)) for call in sizes])
 
-    assert torch.equal(made[0][1], made[1][0])
+def test_guides_follow_latents_that_grow(tmp_path: Path) -> None:
+    small, large = (call_of("sdxl", size=size) for size in ((32, 24), (64, 48)))
+
+    assert torch.equal(made_with(tmp_path, 64, 48, small, large)[1], made_with(tmp_path, 64, 48, large)[0])
 
 
 @pytest.mark.parametrize(("width", "height"), [(72, 40), (8, 24)])
 def test_sizes_that_levels_round_up_fit(tmp_path: Path, width: int, height: int) -> None:
-    path, guide = write_lllite(tmp_path / "net.safetensors"), write_guide(tmp_path / "guide.png")
-    model, call = model_of("sdxl"), call_of("sdxl", size=(width, height))
-    lllites = load_lllites(options_of(path), model)
-    assert lllites is not None
+    call = call_of("sdxl", size=(width, height))
 
-    with torch.no_grad(), lllites.for_batch([picture(guide)], width, height) as idea:
-        assert idea is not None
-        assert run(model.unet, idea(call)).shape == call.sample.shape
+    assert made_with(tmp_path, width, height, call)[0].shape == call.sample.shape
 
 
 # Wrong files

@@ -19,6 +19,7 @@ from tests.stable_diffusion.loaded import load
 from tests.tiny.stable_diffusion import (
     KINDS,
     VAE,
+    WRITERS,
     ldm_vae,
     single_file_state,
     text_state,
@@ -27,11 +28,8 @@ from tests.tiny.stable_diffusion import (
     vae_state,
     write_folder,
     write_sd1,
-    write_sd2,
     write_sdxl,
 )
-
-WRITE = {"sd1": write_sd1, "sd2": write_sd2, "sdxl": write_sdxl}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All tiny checkpoints: KIND.safetensors, folders KIND, and tokenizers."""
     folder = tmp_path_factory.mktemp("tiny models")
     tokenizer_folder(folder / "tokenizers")
-    for kind, write in WRITE.items():
+    for kind, write in WRITERS.items():
         write(folder)
         write_folder(kind, folder / kind)
     return folder

@@ -16,9 +16,14 @@ from networks.loading import read_lora
 from stable_diffusion.contract import Model
 from tests.stable_diffusion.loaded import load
 from tests.stable_diffusion.making_loras import in_places, put_in, results, write_kohya
-from tests.tiny.stable_diffusion import tokenizer_folder, unet_state, write_sd1, write_sd2, write_sdxl
+from tests.tiny.stable_diffusion import (
+    WRITERS,
+    tokenizer_folder,
+    unet_state,
+    write_sd1,
+    write_sdxl,
+)
 
-WRITERS = {"sd1": write_sd1, "sd2": write_sd2, "sdxl": write_sdxl}
 CPU = torch.device("cpu")
 
 

@@ -31,9 +31,8 @@ from tests.stable_diffusion.making_loras import (
     write,
     write_kohya,
 )
-from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sd2, write_sdxl
+from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
 
-WRITERS: dict[str, Callable[[Path], Path]] = {"sd1": write_sd1, "sd2": write_sd2, "sdxl": write_sdxl}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -227,10 +226,7 @@ def read_all(given: AddedNetworkOptions, model: Model) -> None:
 
 
 def test_a_lora_of_another_family_or_kind_is_named(fresh: Callable[..., Model], tmp_path: Path) -> None:
-    cross = {
-        "lora_down.weight": random(2, 2048, seed="a"),
-        "lora_up.weight": random(32, 2, seed="b"),
-    }
+    cross = {"lora_down.weight": random(2, 2048, seed="a"), "lora_up.weight": random(32, 2, seed="b")}
     wide = write(
         tmp_path / "wide.safetensors", {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": cross}
     )

@@ -15,10 +15,7 @@ from torch import Tensor, nn
 
 from modules.errors import OptionError
 from stable_diffusion.contract import AskedPicture, PictureSettings, UnetCall
-from stable_diffusion.regions import (
-    Regions,
-    read_regions,
-)
+from stable_diffusion.regions import Regions, read_regions
 from tests.tiny.stable_diffusion import KINDS, unet_state
 
 HEIGHT, WIDTH = 72, 120  # pixels: latents 9 x 15, features 5 x 8, no two alike and none even

@@ -11,7 +11,7 @@ import torch
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.media.reading import read_tags
 from stable_diffusion.run import generate, viewer_command
-from tests.stable_diffusion.asked import PlainMaker, options, write_picture
+from tests.stable_diffusion.loaded import PlainMaker, options, write_picture
 
 SIZE = ("--W", 16, "--H", 16)
 VGG = ("--vgg16_guidance_scale", "1", "--vgg16_guidance_model", "v")
@@ -176,14 +176,8 @@ def write_module(folder: Path, text: str) -> Path:
 def test_a_module_makes_prompts(tmp_path: Path) -> None:
     module = write_module(tmp_path, MODULE)
     asked = (
-        "--from_module",
-        module,
-        "--prompter_module_args",
-        "7",
-        "--prompt",
-        "a cat",
-        "--images_per_prompt",
-        2,
+        *("--from_module", module, "--prompter_module_args", "7", "--prompt", "a cat"),
+        *("--images_per_prompt", 2),
     )
     maker = run(tmp_path, *asked, "--batch_size", 8)
     said = [(picture.prompt, picture.label) for picture in maker.pictures]
@@ -269,10 +263,7 @@ def test_a_viewer_needs_a_screen() -> None:
         (
             [
                 *VGG,
-                "--guide_image_path",
-                ".",
-                "--highres_fix_scale",
-                "1",
+                *("--guide_image_path", ".", "--highres_fix_scale", "1"),
                 "--highres_fix_disable_control_net",
             ],
             "--highres_fix_disable_control_net with --vgg16_guidance_scale",

@@ -1,25 +1,49 @@
+"""Words with vectors of their own, also for each cross-attention; where tokenizers are found."""
+
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.nn import Parameter, ParameterDict
+from transformers import CLIPTokenizer
 
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OptionError
+from stable_diffusion.assembling import list_cross_attentions
+from stable_diffusion.contract import AskedPicture, PictureSettings
+from stable_diffusion.making import Maker
 from stable_diffusion.text import Texts
 from stable_diffusion.textual_inversion import read_words, with_words
-from tests.stable_diffusion.text_towers import make_towers, text_options, tokenize
-from tests.tiny.stable_diffusion import TEXT_DIM
+from stable_diffusion.tokenizers import check_vocabulary, find_tokenizers
+from tests.parity.stable_diffusion import their_scheduler
+from tests.stable_diffusion.loaded import make_towers, options, text_options, tokenize
+from tests.stable_diffusion.test_making import load, start_noise
+from tests.tiny.stable_diffusion import (
+    TEXT_DIM,
+    TOKENIZERS,
+    tokenizer_folder,
+    write_folder,
+    write_sd1,
+    write_sdxl,
+    write_tokenizer,
+)
 
 
 def vectors(count: int = 2, width: int = TEXT_DIM, seed: int = 1) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
-def write(path: Path, content: dict[str, object]) -> Path:
+def write(path: Path, content: Mapping[str, object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
-        save_file(content, path)
+        save_file(dict(content), path)
     else:
         torch.save(content, path)
     return path
@@ -119,3 +143,200 @@ def test_what_does_not_fit_the_model_is_refused(
     with pytest.raises(CheckpointError, match=message):
         Texts(towers, sort, text_options("--textual_inversion_embeddings", path))
     assert len(towers[0].network.embeddings.token_embedding.weight) == rows
+
+
+SIZE, STEPS, SCALE = 32, 3, 4.0
+LAYERS = {
+    "IN01": "down_blocks.0.attentions.0",
+    "IN02": "down_blocks.0.attentions.1",
+    "MID": "mid_block.attentions.0",
+    "OUT03": "up_blocks.1.attentions.0",
+    "OUT04": "up_blocks.1.attentions.1",
+    "OUT05": "up_blocks.1.attentions.2",
+}
+PROMPT, AVOIDED = "a (blob:1.3) cat", "ugly blob1"
+PICTURE = AskedPicture("line 1", PROMPT, AVOIDED, 5, PictureSettings(SIZE, SIZE, STEPS, SCALE), "")
+
+
+def load_with(folder: Path, option: str, rows: Mapping[str, Tensor]) -> Maker:
+    return load(folder, write_sd1, option, str(write(folder / "blob.safetensors", dict(rows))))
+
+
+def all_of(rows: Tensor) -> dict[str, Tensor]:
+    return {name: rows.clone() for name in LAYERS}
+
+
+def make(maker: Maker, *pictures: AskedPicture) -> Tensor:
+    return maker.make(pictures or [PICTURE], wants_images=False).latents
+
+
+def test_released_models_have_sixteen_of_them() -> None:
+    with torch.device("meta"):
+        names = UNet2DConditionModel().state_dict()  # of the size of Stable Diffusion 1.x
+    inner, outer = ("01", "02", "04", "05", "07", "08"), [f"{number:02d}" for number in range(3, 12)]
+    wanted = [*(f"IN{number}" for number in inner), "MID", *(f"OUT{number}" for number in outer)]
+    assert list(list_cross_attentions(names)) == wanted
+
+
+def test_each_layer_reads_its_own_vectors(tmp_path: Path) -> None:
+    """Against diffusers' U-Net, whose attentions are told what ordinary textual inversion makes of them."""
+    rows = {name: vectors(seed=number) for number, name in enumerate(LAYERS)}
+    made = make(load_with(tmp_path / "all", "--XTI_embeddings", rows))
+
+    alone = {
+        name: load_with(tmp_path / name, "--textual_inversion_embeddings", {"emb_params": own})
+        for name, own in rows.items()
+    }
+    contexts: dict[str, dict[str, Tensor]] = {
+        text: {LAYERS[name]: maker.texts.encode(text).context[None] for name, maker in alone.items()}
+        for text in (PROMPT, AVOIDED)
+    }
+    unet = UNet2DConditionModel.from_pretrained(write_folder("sd1", tmp_path / "theirs") / "unet")
+    told: dict[str, Tensor] = {}
+    for path in LAYERS.values():
+        for name, module in unet.get_submodule(path).named_modules():
+            if name.endswith("attn2"):
+
+                def tell(_: Any, args: Any, kwargs: Any, path: str = path) -> Any:
+                    return args, {**kwargs, "encoder_hidden_states": told[path]}
+
+                module.register_forward_pre_hook(tell, with_kwargs=True)
+    scheduler, latents = their_scheduler("ddim"), start_noise(5)
+    scheduler.set_timesteps(STEPS)
+    for timestep in scheduler.timesteps:
+        said = {}
+        for text, context in contexts.items():
+            told |= context
+            with torch.no_grad():
+                said[text] = unet(latents, timestep, context[LAYERS["MID"]]).sample
+        noise = said[AVOIDED] + SCALE * (said[PROMPT] - said[AVOIDED])
+        latents = scheduler.step(noise, timestep, latents).prev_sample
+
+    torch.testing.assert_close(made, latents, rtol=1e-4, atol=1e-4 * float(latents.abs().max()))
+    equal = make(load_with(tmp_path / "one", "--XTI_embeddings", all_of(rows["MID"])))
+    assert (made - equal).abs().max() > 1e-3
+
+
+def test_equal_vectors_are_ordinary_textual_inversion(tmp_path: Path) -> None:
+    """With parts of a prompt too, and the U-Net is as before once a batch is made."""
+    rows = vectors(seed=1)
+    extended = load_with(tmp_path / "a", "--XTI_embeddings", all_of(rows))
+    usual = load_with(tmp_path / "b", "--textual_inversion_embeddings", {"emb_params": rows})
+    parts = replace(PICTURE, prompt="a blob AND a dog", settings=replace(PICTURE.settings, parts=2))
+    plain = replace(PICTURE, prompt="a dog", negative_prompt="")
+    for picture in (PICTURE, parts, plain, PICTURE):
+        assert torch.allclose(make(extended, picture), make(usual, picture), rtol=1e-4, atol=1e-4)
+    assert not any("forward" in vars(module) for module in extended.model.unet.modules())
+
+
+def test_what_it_cannot_be_used_with_is_refused(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "blob.safetensors", all_of(vectors(seed=1))))
+    Image.new("RGB", (8, 8)).save(tmp_path / "guide.png")
+    with pytest.raises(OptionError, match="--XTI_embeddings and --control_net_models do not work together"):
+        options(
+            *("--XTI_embeddings", path, "--control_net_models", "a", "--guide_image_path"),
+            tmp_path / "guide.png",
+        )
+    with pytest.raises(OptionError, match="this is Stable Diffusion XL"):
+        load(tmp_path / "xl", write_sdxl, "--XTI_embeddings", path)
+    both = ["--XTI_embeddings", path, "--textual_inversion_embeddings"]
+    with pytest.raises(CheckpointError, match="are both for the word blob"):
+        load(
+            tmp_path / "x",
+            write_sd1,
+            *both,
+            str(write(tmp_path / "y" / "blob.safetensors", {"emb_params": vectors()})),
+        )
+
+
+BOTH = (False, True)
+TEXTS = ("a cat", "A  photo, of (a) girl's 2 dogs.", "naïve café 日本語 🙂", "", "x" * 400)
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr("modules.checkpoints.tokenizers.hf_hub_download", refuse)
+
+
+def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    tokenizer_folder(tmp_path)
+    for words, name in zip(find_tokenizers(tmp_path, tmp_path, BOTH), TOKENIZERS.values(), strict=True):
+        theirs = CLIPTokenizer.from_pretrained(tmp_path / name)
+
+        assert [words.tokenize(text) for text in TEXTS] == [
+            theirs(text, add_special_tokens=False).input_ids for text in TEXTS
+        ]
+        assert (words.start, words.end) == (theirs.bos_token_id, theirs.eos_token_id)
+
+
+def test_an_exclamation_mark_is_a_word_and_no_padding(tmp_path: Path) -> None:
+    """transformers cut it out as OpenCLIP's padding, token 0; it was a word while the encoder was trained."""
+    first, second = find_tokenizers(tokenizer_folder(tmp_path), tmp_path, BOTH)
+
+    assert first.tokenize("a dog!") == second.tokenize("a dog!")
+    assert 0 not in second.tokenize("a dog!")
+
+
+@pytest.mark.parametrize("name", [*TOKENIZERS.values(), "stabilityai_stable-diffusion-2"])
+def test_either_vocabulary_serves_openclip(name: str, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / name)
+
+    assert find_tokenizers(tmp_path, tmp_path / "sd2.safetensors", [True])[0].tokenize("cat")
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "clip_l", "openai_clip-vit-large-patch14", "."])
+def test_files_beside_a_single_file_are_found(place: str, tmp_path: Path, no_hub: None) -> None:
+    write_tokenizer(tmp_path / place)
+
+    assert len(find_tokenizers(None, tmp_path / "sdxl.safetensors", BOTH)) == 2
+
+
+def test_the_tokenizer_of_another_model_in_the_same_folder_is_left_alone(tmp_path: Path) -> None:
+    other = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    (tmp_path / "tokenizer").mkdir()
+    other.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    write_tokenizer(tmp_path / "clip_l")
+
+    assert find_tokenizers(None, tmp_path / "sd1.safetensors", [False])[0].tokenize("a cat")
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_missing_tokenizer_gets_one_message(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="--tokenizer_cache_dir") as raised:
+        find_tokenizers(tmp_path / "none yet", tmp_path / "sd1.safetensors", [False])
+
+    assert "openai/clip-vit-large-patch14" in str(raised.value)
+
+
+def test_a_download_is_kept_for_runs_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = write_tokenizer(tmp_path / "hub")
+    CLIPTokenizer.from_pretrained(stored).backend_tokenizer.save(str(stored / "tokenizer.json"))
+    whole = stored / "tokenizer.json"
+    asked = []
+
+    def fetch(repository: str, name: str, subfolder: str | None = None, **_: object) -> str:
+        asked.append((repository, name))
+        return str(whole)
+
+    monkeypatch.setattr("modules.checkpoints.tokenizers.hf_hub_download", fetch)
+    cache = tmp_path / "cache"
+
+    first = find_tokenizers(cache, tmp_path / "models" / "sdxl.safetensors", BOTH)
+    second = find_tokenizers(cache, tmp_path / "models" / "sdxl.safetensors", BOTH)
+
+    assert asked == [("openai/clip-vit-large-patch14", "tokenizer.json")]
+    assert first[0].tokenize("a cat") == second[1].tokenize("a cat") != []
+    assert (cache / TOKENIZERS["clip_l"] / "tokenizer.json").is_file()
+
+
+def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:
+    words = find_tokenizers(tokenizer_folder(tmp_path), tmp_path, [False])[0]
+
+    check_vocabulary(words, words.end + 1, tmp_path)
+    with pytest.raises(CheckpointError, match="rows of token embeddings"):
+        check_vocabulary(words, words.end, tmp_path)

@@ -1,7 +1,8 @@
 """The transformers of all families in one shape, for tests of what acts on them from outside."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class TinyDit:
 
     name: str
     spec: DitSpec
-    make: Callable[[int], nn.Module]  # number of blocks in each list
+    make: Callable[[int | Sequence[int]], nn.Module]  # number of blocks in each list
     lora: str  # its module's name
     inputs: Callable[[Size, int], dict[str, Any]]
 
@@ -61,13 +62,31 @@ def gradients(
     return velocity.detach(), found
 
 
+TWO_LISTS = ("double_blocks", "single_blocks")
+
+
+def _maker(
+    model: Any, config: Any, state: Callable[..., dict[str, Tensor]], *lists: str
+) -> Callable[[int | Sequence[int]], nn.Module]:
+    """Return what makes a frozen transformer. lists: the entries of its config that count blocks."""
+
+    def make(blocks: int | Sequence[int]) -> nn.Module:
+        counts = [blocks] * len(lists) if isinstance(blocks, int) else blocks
+        sizes = dict(zip(lists, counts, strict=True))
+        dit: nn.Module = model(replace(config, **sizes))
+        dit.load_state_dict(state(**sizes))
+        return dit.requires_grad_(False)
+
+    return make
+
+
+def _mask(batch: int, text: int) -> Tensor:
+    """Of a batch, texts differ in length."""
+    return (torch.arange(text) < (text - torch.arange(batch))[:, None]).long()
+
+
 def _wan(kind: str) -> TinyDit:
     config = wan_dit.CONFIGS[kind]
-
-    def make(blocks: int) -> nn.Module:
-        dit = WanModel(replace(config, num_layers=blocks))
-        dit.load_state_dict(wan_dit.tiny_state(kind, num_layers=blocks))
-        return dit.requires_grad_(False)
 
     def inputs(size: Size, batch: int) -> dict[str, Any]:
         generator, (*grid, text) = torch.Generator().manual_seed(7), size
@@ -82,30 +101,25 @@ def _wan(kind: str) -> TinyDit:
             given["image_embeds"] = torch.randn(batch, 257, config.image_dim, generator=generator)
         return given
 
+    make = _maker(WanModel, config, partial(wan_dit.tiny_state, kind), "num_layers")
     return TinyDit(f"wan {kind}", WanModel.spec, make, "lora_wan", inputs)
 
 
 def _hunyuan(kind: str) -> TinyDit:
     config = hunyuan_dit.CONFIGS[kind]
 
-    def make(blocks: int) -> nn.Module:
-        sizes = {"double_blocks": blocks, "single_blocks": blocks}
-        dit = HunyuanVideoModel(replace(config, **sizes))  # type: ignore[arg-type]
-        dit.load_state_dict(hunyuan_dit.tiny_state(kind, **sizes))
-        return dit.requires_grad_(False)
-
     def inputs(size: Size, batch: int) -> dict[str, Any]:
         generator, (*grid, text) = torch.Generator().manual_seed(7), size
-        lengths = torch.arange(batch).neg() + text  # of a batch, texts differ in length
         return {
             "noisy": torch.randn(batch, config.in_dim, *grid, generator=generator),
             "timesteps": torch.linspace(900.0, 100.0, batch),
             "llama": torch.randn(batch, text, config.text_dim, generator=generator),
-            "llama_mask": (torch.arange(text) < lengths[:, None]).long(),
+            "llama_mask": _mask(batch, text),
             "clip_l": torch.randn(batch, config.pooled_dim, generator=generator),
             "guidance": torch.linspace(1000.0, 6000.0, batch),
         }
 
+    make = _maker(HunyuanVideoModel, config, partial(hunyuan_dit.tiny_state, kind), *TWO_LISTS)
     return TinyDit(f"hunyuan {kind}", HunyuanVideoModel.spec, make, "lora_hunyuan", inputs)
 
 
@@ -113,20 +127,13 @@ def _framepack() -> TinyDit:
     """With all three kinds of history, of frames that are no multiples of two and of four."""
     config, history = framepack_dit.CONFIG, {"": 2, "_2x": 3, "_4x": 6}
 
-    def make(blocks: int) -> nn.Module:
-        sizes = {"double_blocks": blocks, "single_blocks": blocks}
-        dit = FramePackModel(replace(config, **sizes))  # type: ignore[arg-type]
-        dit.load_state_dict(framepack_dit.tiny_state(**sizes))
-        return dit.requires_grad_(False)
-
     def inputs(size: Size, batch: int) -> dict[str, Any]:
         generator, (frames, *area, text) = torch.Generator().manual_seed(7), size
-        lengths = torch.arange(batch).neg() + text  # of a batch, texts differ in length
         given = {
             "noisy": torch.randn(batch, config.in_dim, frames, *area, generator=generator),
             "timesteps": torch.linspace(900.0, 100.0, batch),
             "llama": torch.randn(batch, text, config.text_dim, generator=generator),
-            "llama_mask": (torch.arange(text) < lengths[:, None]).long(),
+            "llama_mask": _mask(batch, text),
             "clip_l": torch.randn(batch, config.pooled_dim, generator=generator),
             "guidance": torch.linspace(1000.0, 6000.0, batch),
             "image_embeddings": torch.randn(batch, 7, config.image_dim, generator=generator),
@@ -141,53 +148,43 @@ def _framepack() -> TinyDit:
             start += count
         return given
 
+    make = _maker(FramePackModel, config, framepack_dit.tiny_state, *TWO_LISTS)
     return TinyDit("framepack", FramePackModel.spec, make, "lora_framepack", inputs)
 
 
 def _flux(kind: str) -> TinyDit:
     config = flux.CONFIGS[kind]
 
-    def make(blocks: int) -> nn.Module:
-        sizes = {"double_blocks": blocks, "single_blocks": blocks}
-        dit = FluxModel(replace(config, **sizes))  # type: ignore[arg-type]
-        dit.load_state_dict(flux.tiny_state(kind, **sizes))
-        return dit.requires_grad_(False)
-
     def inputs(size: Size, batch: int) -> dict[str, Any]:
         generator, (_, *area, text) = torch.Generator().manual_seed(7), size
-        lengths = torch.arange(batch).neg() + text  # of a batch, texts differ in length
         given = {
             "noisy": torch.randn(batch, config.channels, 1, *area, generator=generator),
             "timesteps": torch.linspace(900.0, 100.0, batch),
             "t5": torch.randn(batch, text, config.text_dim, generator=generator),
-            "t5_mask": (torch.arange(text) < lengths[:, None]).long(),
+            "t5_mask": _mask(batch, text),
         }
         if config.pooled_dim:
             given["pooled"] = torch.randn(batch, config.pooled_dim, generator=generator)
             given["guidance"] = torch.linspace(1.0, 6.0, batch)
         return given
 
+    make = _maker(FluxModel, config, partial(flux.tiny_state, kind), *TWO_LISTS)
     return TinyDit(f"flux {kind}", dit_spec(kind), make, "lora_flux", inputs)
 
 
 def _lumina() -> TinyDit:
     config = lumina.CONFIG
 
-    def make(blocks: int) -> nn.Module:
-        dit = LuminaModel(replace(config, num_layers=blocks))
-        dit.load_state_dict(lumina.tiny_state(num_layers=blocks))
-        return dit.requires_grad_(False)
-
     def inputs(size: Size, batch: int) -> dict[str, Any]:
         generator, (_, *area, text) = torch.Generator().manual_seed(7), size
-        lengths = torch.arange(batch).neg() + text  # of a batch, texts differ in length
         return {
             "noisy": torch.randn(batch, config.in_dim, *area, generator=generator),
             "times": torch.linspace(0.1, 0.9, batch),
             "caption": torch.randn(batch, text, config.text_dim, generator=generator),
-            "caption_mask": (torch.arange(text) < lengths[:, None]).long(),
+            "caption_mask": _mask(batch, text),
         }
 
+    make = _maker(LuminaModel, config, lumina.tiny_state, "num_layers")
     return TinyDit("lumina", LuminaModel.spec, make, "lora_lumina", inputs)
 
 
@@ -195,24 +192,19 @@ def _hunyuan_image() -> TinyDit:
     """Of a batch, the first picture has nothing to write."""
     config = hunyuan_image.CONFIG
 
-    def make(blocks: int) -> nn.Module:
-        sizes = {"double_blocks": blocks, "single_blocks": blocks}
-        dit = HunyuanImageModel(replace(config, **sizes))  # type: ignore[arg-type]
-        dit.load_state_dict(hunyuan_image.tiny_state(**sizes))
-        return dit.requires_grad_(False)
-
     def inputs(size: Size, batch: int) -> dict[str, Any]:
         generator, (_, *area, text) = torch.Generator().manual_seed(7), size
-        lengths, glyphs = torch.arange(batch).neg() + text, 2 * torch.arange(batch)[:, None]
+        glyphs = 2 * torch.arange(batch)[:, None]
         return {
             "noisy": torch.randn(batch, config.in_dim, *area, generator=generator),
             "timesteps": torch.linspace(900.0, 100.0, batch).trunc(),
             "text": torch.randn(batch, text, config.text_dim, generator=generator),
-            "text_mask": (torch.arange(text) < lengths[:, None]).long(),
+            "text_mask": _mask(batch, text),
             "glyphs": torch.randn(batch, 4, config.glyph_dim, generator=generator),
             "glyph_mask": (torch.arange(4) < glyphs).long(),
         }
 
+    make = _maker(HunyuanImageModel, config, hunyuan_image.tiny_state, *TWO_LISTS)
     return TinyDit("hunyuan_image", HunyuanImageModel.spec, make, "lora_hunyuan_image", inputs)
 
 

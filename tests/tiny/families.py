@@ -26,14 +26,7 @@ Command = list[str]  # script, then arguments
 WriteClips = Callable[[Path], None]
 # of a training
 OUTPUT = [
-    "--output_dir",
-    "output",
-    "--output_name",
-    "lora",
-    "--seed",
-    "1",
-    "--max_data_loader_n_workers",
-    "0",
+    *("--output_dir", "output", "--output_name", "lora", "--seed", "1", "--max_data_loader_n_workers", "0")
 ]
 RATE = "1e-1"  # high: after three steps a LoRA has to show
 
@@ -69,14 +62,8 @@ def _wan(
         write_image(folder / "end.png", 32, 32)
 
     models = [
-        "--task",
-        task,
-        "--dit",
-        "model/dit.safetensors",
-        "--vae",
-        "model/vae.safetensors",
-        "--t5",
-        "model/t5.safetensors",
+        *("--task", task, "--dit", "model/dit.safetensors", "--vae", "model/vae.safetensors"),
+        *("--t5", "model/t5.safetensors"),
     ]
     clip = ["--clip", "model/clip.safetensors"] if with_clip else []
     network = ["--network_module", "networks.lora_wan", "--network_dim", "4", "--learning_rate", RATE]
@@ -85,28 +72,19 @@ def _wan(
         prepare=prepare,
         cache_latents=[
             "wan_cache_latents.py",
-            "--dataset_config",
-            "dataset.toml",
-            "--vae",
-            "model/vae.safetensors",
-            "--vae_dtype",
-            "float32",
+            *("--dataset_config", "dataset.toml", "--vae", "model/vae.safetensors"),
+            *("--vae_dtype", "float32"),
             *with_clip,
         ],
         cache_texts=[
             "wan_cache_text_encoder_outputs.py",
-            "--dataset_config",
-            "dataset.toml",
-            "--t5",
-            "model/t5.safetensors",
+            *("--dataset_config", "dataset.toml", "--t5", "model/t5.safetensors"),
         ],
         train=[
             "wan_train_network.py",
             *models,
             *clip,
-            "--dataset_config",
-            "dataset.toml",
-            "--sdpa",
+            *("--dataset_config", "dataset.toml", "--sdpa"),
             *network,
         ],
         generate=["wan_generate_video.py", *models, *clip, *media, *LENGTH],
@@ -168,8 +146,7 @@ def _framepack(
         prepare=prepare,
         cache_latents=[
             "fpack_cache_latents.py",
-            "--dataset_config",
-            "dataset.toml",
+            *("--dataset_config", "dataset.toml"),
             *vae,
             *image_encoder,
             *switches,
@@ -179,9 +156,7 @@ def _framepack(
             "fpack_train_network.py",
             *models,
             *switches,
-            "--dataset_config",
-            "dataset.toml",
-            "--sdpa",
+            *("--dataset_config", "dataset.toml", "--sdpa"),
             *network,
         ],
         generate=["fpack_generate_video.py", *models, *shared, *media, *START, "--negative_prompt", "dull"],
@@ -261,12 +236,7 @@ def _hunyuan_image() -> TinyFamily:
     texts += ["--text_encoder_dtype", "float32"]
     models = ["--pretrained_model_name_or_path", "model/dit.safetensors", *vae, *texts]
     network = [
-        "--network_module",
-        "networks.lora_hunyuan_image",
-        "--network_dim",
-        "4",
-        "--learning_rate",
-        RATE,
+        *("--network_module", "networks.lora_hunyuan_image", "--network_dim", "4", "--learning_rate", RATE)
     ]
     return TinyFamily(
         name="hunyuan_image",
@@ -325,9 +295,7 @@ FAMILIES = (
         "framepack one frame",
         switches=["--one_frame"],
         media=[
-            "--one_frame_inference",
-            "target_index=1,control_index=0;3",
-            "--control_image_path",
+            *("--one_frame_inference", "target_index=1,control_index=0;3", "--control_image_path"),
             *CONTROLS,
         ],
         line=f"--of target_index=1,control_index=0;3 --ci {CONTROLS[0]} --ci {CONTROLS[1]}",

@@ -31,13 +31,9 @@ class TinyFramePack:
         """The options that name VAE, text encoders and image encoder, all in float32."""
         texts = ["--text_encoder1", str(self.text_encoder1), "--text_encoder2", str(self.text_encoder2)]
         return [
-            "--vae",
-            str(self.vae),
-            "--vae_dtype",
-            "float32",
+            *("--vae", str(self.vae), "--vae_dtype", "float32"),
             *texts,
-            "--image_encoder",
-            str(self.image_encoder),
+            *("--image_encoder", str(self.image_encoder)),
         ]
 
     @property

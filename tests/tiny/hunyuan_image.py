@@ -244,11 +244,7 @@ def qwen_layouts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     patches = "visual.patch_embed.proj.weight"
     return {
         "comfy": {**state, patches: vision, "tokenizer": torch.arange(9, dtype=torch.uint8)},
-        "transformers": {
-            **prefixed(bare, "model.language_model."),
-            **head,
-            f"model.{patches}": vision,
-        },
+        "transformers": {**prefixed(bare, "model.language_model."), **head, f"model.{patches}": vision},
         "bare": bare,
     }
 

@@ -7,7 +7,7 @@ Networks are drawn once per process under diffusers' and Hugging Face's names; s
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -129,15 +129,17 @@ def write_sd1(folder: Path, channels: int = 4, name: str = "sd1.safetensors", **
     return _write_single(folder / name, "sd1", {"in_channels": channels, **sizes})
 
 
-def write_sd2(folder: Path, velocity: bool = False, name: str = "sd2.safetensors", **sizes: Any) -> Path:
-    """SD 2.x as a single file. Nothing in such a file tells whether it predicts v (`velocity`)."""
-    del velocity
+def write_sd2(folder: Path, name: str = "sd2.safetensors", **sizes: Any) -> Path:
+    """SD 2.x as a single file. Nothing in such a file tells whether it predicts v."""
     return _write_single(folder / name, "sd2", sizes)
 
 
 def write_sdxl(folder: Path, name: str = "sdxl.safetensors", **sizes: Any) -> Path:
     """SDXL as a single file."""
     return _write_single(folder / name, "sdxl", sizes)
+
+
+WRITERS: dict[str, Callable[..., Path]] = {"sd1": write_sd1, "sd2": write_sd2, "sdxl": write_sdxl}
 
 
 def write_folder(kind: str, folder: Path, velocity: bool = False, **sizes: Any) -> Path:

@@ -32,15 +32,9 @@ class TinyWan:
     def models(self) -> list[str]:
         """The options that name the models of a training or generation."""
         return [
-            "--dit",
-            str(self.dit),
+            *("--dit", str(self.dit)),
             *([] if self.dit_high_noise is None else ["--dit_high_noise", str(self.dit_high_noise)]),
-            "--vae",
-            str(self.vae),
-            "--t5",
-            str(self.t5),
-            "--clip",
-            str(self.clip),
+            *("--vae", str(self.vae), "--t5", str(self.t5), "--clip", str(self.clip)),
         ]
 
 

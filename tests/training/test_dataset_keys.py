@@ -1,18 +1,35 @@
-"""What dataset keys change in a run: texts, masks and weights. All is exact on resume and over processes."""
+"""What datasets change in a run: keys, shards, and families unlike the video families."""
 
+import argparse
+import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dataset.cache.files import checksum, write_tensors
+from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, text_metadata
+from dataset.caching.loop import cache_media, cache_texts
+from dataset.config import load_dataset_config
+from dataset.options import CachingOptions
 from modules.contract.data import LOSS_MASK
+from modules.contract.family import NoiseSpec
 from modules.errors import OptionError
+from modules.options import read_options
+from modules.parser import add_options
+from tests.faults.messages import run_here, succeed_here
+from tests.tiny.families import FAMILIES, TinyFamily
 from tests.training.toy import Killed, ToyFamily, killed_at, same, toy_options, train_toy, write_caches
+from tests.training.toy_images import LATENT, LEVELS, PictureFamily, count_tokens
 from training.loss import training_loss
+from training.noise_options import SAMPLERS, SIZE_SAMPLERS
+from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import prepare_run, train_network
 
 KEYS = "multi_caption = true\ncaption_dropout_rate = 0.3"
@@ -104,3 +121,156 @@ def test_a_changed_weight_is_another_run(tmp_path: Path) -> None:
 
     with pytest.raises(OptionError, match=r"batches of an epoch .* in the state, .* now"):
         train_network(ToyFamily(), toy_options(tmp_path, "--resume", "latest"))
+
+
+OF_THE_RUN = {"ss_ss_session_id", "ss_session_id", "ss_training_started_at", "ss_training_finished_at"}
+OF_THE_RUN |= {"modelspec.date", "sshs_model_hash"}
+
+
+def train_from(family: TinyFamily, folder: Path, form: str, workers: int) -> Path:
+    """Cache in a form and train_from; return the LoRA."""
+    config = folder / "dataset.toml"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace("[general]\n", f'[general]\ncache_format = "{form}"\n'), encoding="utf-8")
+    succeed_here(*family.cache_latents, folder=folder)
+    succeed_here(*family.cache_texts, folder=folder)
+    output = ["--output_dir", "output", "--output_name", form, "--seed", "1", "--max_train_steps", "2"]
+    succeed_here(*family.train, *output, "--max_data_loader_n_workers", str(workers), folder=folder)
+    config.write_text(text, encoding="utf-8")
+    return folder / "output" / f"{form}.safetensors"
+
+
+def facts(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return {
+            key: value.replace("shards", "files")
+            for key, value in file.metadata().items()
+            if key not in OF_THE_RUN
+        }
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(one, id=one.name, marks=() if one is FAMILIES[0] else pytest.mark.slow)
+        for one in FAMILIES
+    ],
+)
+def test_a_lora_from_shards_is_that_from_files(family: TinyFamily, tmp_path: Path) -> None:
+    family.prepare(tmp_path)
+    theirs = train_from(family, tmp_path, "files", workers=0)
+    (tmp_path / "cache").rename(tmp_path / "single")
+    ours = train_from(family, tmp_path, "shards", workers=1)
+
+    assert len(os.listdir(tmp_path / "cache")) == 2
+    assert len(os.listdir(tmp_path / "single")) >= 4 * 2
+    mine, other = load_file(ours), load_file(theirs)
+    assert mine.keys() == other.keys()
+    assert all(mine[name].equal(other[name]) for name in mine)
+    assert any(tensor.any() for name, tensor in mine.items() if "lora_up" in name or "lora_B" in name)
+    assert facts(ours) == facts(theirs)
+
+    if family is FAMILIES[0]:  # the trainings of picture models encode what they miss
+        code, said = run_here(*family.train, "--output_dir", "output", "--output_name", "x", folder=tmp_path)
+        assert code == 1
+        assert 'cache_format = "files", but in' in said
+        assert "tools/convert_cache.py --dataset_config dataset.toml --to files" in said
+    succeed_here(
+        "tools/convert_cache.py", "--dataset_config", "dataset.toml", "--to", "files", folder=tmp_path
+    )
+    for path in (tmp_path / "single").iterdir():
+        assert (tmp_path / "cache" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+NOISE_PREDICTION = NoiseSpec(training_offset=0.0, whole_timesteps=True, table=LEVELS)
+STEPS = 6
+
+
+def cache(folder: Path, left: int = 255, right: int = 255) -> Path:
+    """Three pictures of 32 x 32 pixels, cached. left, right: alpha of their halves."""
+    (folder / "pictures").mkdir()
+    random = np.random.default_rng(1)
+    for index in range(3):
+        pixels = random.integers(0, 256, (32, 32, 4), dtype=np.uint8)
+        pixels[:, :16, 3], pixels[:, 16:, 3] = left, right
+        Image.fromarray(pixels).save(folder / "pictures" / f"{index}.png")
+        (folder / "pictures" / f"{index}.txt").write_text("a" * (index + 1), encoding="utf-8")
+    path, here = folder / "dataset.toml", folder.as_posix()
+    table = (
+        f'image_directory = "{here}/pictures"\ncache_directory = "{here}/cache"\ncaption_extension = ".txt"\n'
+    )
+    path.write_text(
+        f"[general]\nresolution = [32, 32]\nbatch_size = 2\n[[datasets]]\n{table}", encoding="utf-8"
+    )
+    config = load_dataset_config(path)
+    parser = argparse.ArgumentParser()
+    add_options(parser, CachingOptions)
+    given = ["--dataset_config", str(path), "--device", "cpu", "--num_workers", "1"]
+    options = read_options(CachingOptions, parser.parse_args(given))
+    assert cache_media(PictureFamily(), config, options).written == 3
+    assert cache_texts(PictureFamily(), config, options).written == 3
+    return path
+
+
+def train(folder: Path, family: PictureFamily, *arguments: object) -> dict[str, torch.Tensor]:
+    """The LoRA of a whole training, its options as a script of that family would have them."""
+    usual = [
+        *("--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"),
+        *("--output_name", "x", "--seed", 3),
+    ]
+    usual += ["--learning_rate", "1e-2", "--max_train_steps", STEPS, "--max_data_loader_n_workers", 0]
+    parser = training_parser("", settings={"timestep_sampling": {"choices": (*SAMPLERS, *SIZE_SAMPLERS)}})
+    options = read_options(
+        TrainingOptions, read_arguments(parser, [str(one) for one in (*usual, *arguments)], {})
+    )
+    assert train_network(family, options) == 0
+    return load_file(folder / "output" / "x.safetensors")
+
+
+def made(noise: NoiseSpec | None = None) -> PictureFamily:
+    torch.manual_seed(7)
+    family = PictureFamily()
+    return family if noise is None else replace(family, noise=noise)
+
+
+def has_learned(tensors: dict[str, torch.Tensor]) -> bool:
+    return any(tensor.any() for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
+
+
+def test_a_picture_family_is_cached_and_trained_with_a_shift_that_follows_the_size(tmp_path: Path) -> None:
+    cache(tmp_path)
+    family = made()
+
+    assert has_learned(train(tmp_path, family, "--timestep_sampling", "flux_shift", "--loss_type", "huber"))
+
+    times = torch.cat([times for _, times in family.network.fed])
+    assert len(family.network.fed) == STEPS
+    assert times.min() > 0
+    assert times.max() <= 1  # without the 1 / 1000 that video families add
+    assert {tokens.shape[1:] for tokens, _ in family.network.fed} == {
+        (count_tokens((4, 4)), 4 * LATENT.channels)
+    }
+
+
+def test_transparent_places_of_a_picture_teach_nothing(tmp_path: Path) -> None:
+    for name, right in {"half": 255, "nothing": 0}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        cache(folder, left=0, right=right)
+        masks = [
+            read_entry(path).named["alpha_mask"] for path in (folder / "cache").glob("*_pic.safetensors")
+        ]
+        assert [mask.mean() for mask in masks] == [right / 255 / 2] * 3
+        assert has_learned(train(folder, made())) == (name == "half")
+
+
+def test_a_model_that_predicts_noise_is_trained_on_its_own_levels(tmp_path: Path) -> None:
+    cache(tmp_path)
+    family = made(NOISE_PREDICTION)
+
+    assert has_learned(train(tmp_path, family, "--timestep_sampling", "uniform", "--validation_split", "0.3"))
+
+    for _, times in family.network.fed:
+        torch.testing.assert_close(1000 * times, (1000 * times).round(), atol=1e-3, rtol=0)  # whole timesteps
+    spread = torch.cat([tokens.flatten() for tokens, _ in family.network.fed]).std()
+    assert 0.5 < spread < 1.5  # noise of up to 15 is scaled back by the family

@@ -97,8 +97,7 @@ def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [[], ["--timestep_sampling", "flux_shift", "--num_timestep_buckets", 4, "--min_timestep", 9]],
+    "sampling", [[], ["--timestep_sampling", "flux_shift", "--num_timestep_buckets", 4, "--min_timestep", 9]]
 )
 def test_the_expert_of_a_micro_batch_is_known_before_it_is_read(
     tmp_path: Path, sampling: list[object]

@@ -140,7 +140,7 @@ def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
         (["--optimizer_type", "Prodigy"], "one learning rate from the gradients of all weights"),
         (["--optimizer_type", "AdamWScheduleFree"], "counts its steps for all weights together"),
         (
-            ["--optimizer_type", "tests.training.optimizers.test_optimizer.Descent"],
+            ["--optimizer_type", "tests.training.optimizers.test_lr_schedule.Descent"],
             "not known to step each weight by itself",
         ),
     ],
@@ -333,8 +333,7 @@ def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) 
         tmp_path,
         FUSED,
         *UNCLIPPED,
-        "--validation_split",
-        "0.2",
+        *("--validation_split", "0.2"),
         *more,
         family=ToyFamily(on_decode=found.append),
     )

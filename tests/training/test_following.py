@@ -119,9 +119,7 @@ def test_what_begins_with_the_trained_files_names_one_for_each_network(tmp_path:
     for name in ("x", "x_low_noise", "x_high_noise"):
         (tmp_path / f"{name}.safetensors").touch()
     steps = replace(
-        next_steps(tmp_path, own),
-        names=Names(tmp_path, "x", (LOW_NOISE, HIGH_NOISE)),
-        experts=TWO_EXPERTS,
+        next_steps(tmp_path, own), names=Names(tmp_path, "x", (LOW_NOISE, HIGH_NOISE)), experts=TWO_EXPERTS
     )
 
     words = words_of(steps.commands(None, is_finished=True)[0])
@@ -151,8 +149,7 @@ def test_the_best_file_is_generated_with_and_converted(tmp_path: Path) -> None:
     assert "--negative_prompt=-" in words
     assert words_of(convert)[-3:] == [
         str(tmp_path / "x-step00000010_comfyui.safetensors"),
-        "--target",
-        "other",
+        *("--target", "other"),
     ]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from modules.errors import OptionError
 from modules.planning.dry_run import NETWORK, TEXTS, largest, round_up_bytes
 from tests.training.toy import same
-from tests.training.toy_texts import (
+from tests.training.toy_images import (
     TextFamily,
     TinyText,
     image_toy_options,

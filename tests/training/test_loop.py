@@ -1,4 +1,4 @@
-"""The training loop on a toy family."""
+"""What is refused before a run is prepared, and the training loop on a toy family."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.config import load_dataset_config
 from modules.contract.loading import Placement
-from modules.errors import MemoryPlanError, UserError
+from modules.errors import MemoryPlanError, OptionError, OutputError, UserError
 from modules.flow.schedule import add_noise
 from networks.adapter import make_network
 from tests.training.toy import (
@@ -33,6 +33,38 @@ from training.loop import take_step
 from training.optimizers.stepping import StepAfterBackward
 from training.run import prepare_run, train_network
 from training.training_run import TrainingRun
+
+
+def test_products_in_fp8_are_refused_at_start_where_the_device_has_none(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    watched: list[int] = []
+
+    with pytest.raises(OptionError, match=r"--fp8_fast: the device cpu has no fp8 units"):
+        train_toy(
+            tmp_path, "--fp8_base", "--fp8_scaled", "--fp8_fast", family=ToyFamily(watch=watched.append)
+        )
+
+    assert not watched
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
+def test_a_logging_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    write_caches(tmp_path, count=0)  # which would be told later
+
+    with pytest.raises(OutputError, match=r"--logging_dir /proc/x cannot be created"):
+        train_toy(tmp_path, "--logging_dir", "/proc/x")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
+def test_a_folder_that_nothing_can_be_written_to_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    write_caches(tmp_path)
+    watched: list[int] = []
+
+    with pytest.raises(OutputError, match=r"--output_dir /proc/self: nothing can be written there"):
+        train_toy(tmp_path, "--output_dir", "/proc/self", family=ToyFamily(watch=watched.append))
+
+    assert not watched
 
 
 def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:

@@ -170,8 +170,7 @@ def test_of_a_model_with_several_uses_the_file_says_what_it_was_trained_for() ->
 def test_the_licence_is_the_models_where_none_is_given() -> None:
     def licence(*argv: str, of_model: str | None) -> str | None:
         options = read_options(
-            TrainingOptions,
-            read_arguments(training_parser(None), ["--show_timesteps", "console", *argv], {}),
+            TrainingOptions, read_arguments(training_parser(None), ["--show_timesteps", "console", *argv], {})
         )
         return file_metadata({}, options, FAMILY, 5, 2, NOW, of_model).get("modelspec.license")
 

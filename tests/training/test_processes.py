@@ -51,8 +51,7 @@ def test_half_precision_on_a_cpu_is_one_clear_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "name"),
-    [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")],
+    ("variable", "name"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")]
 )
 def test_a_launcher_that_would_split_the_model_is_refused(
     monkeypatch: pytest.MonkeyPatch, variable: str, name: str

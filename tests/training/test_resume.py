@@ -82,8 +82,7 @@ def test_every_optimizer_goes_on_with_equal_bytes(tmp_path: Path, optimizer: lis
         pytest.importorskip(package)
     write_caches(tmp_path)
     which = [
-        "--optimizer_type",
-        optimizer[0],
+        *("--optimizer_type", optimizer[0]),
         *(["--optimizer_args", *optimizer[1:]] if optimizer[1:] else []),
     ]
     which += ["--network_dim", "64"]  # bitsandbytes keeps small tensors in 32 bits
@@ -237,8 +236,7 @@ def test_a_run_that_is_asked_to_end_while_sampling_makes_the_samples_later_with_
     write_caches(tmp_path, count=3)
     (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\na dog --s 2 --d 2\n", encoding="utf-8")
     options = [
-        "--sample_prompts",
-        tmp_path / "prompts.txt",
+        *("--sample_prompts", tmp_path / "prompts.txt"),
         *when,
         *("--max_train_steps", 5, "--resume", "latest"),
     ]

@@ -1,15 +1,23 @@
-"""Compiled blocks and what checkpoints keep, in whole runs: full fine-tuning, LoRA with dropout, kills in
-between.
-"""
+"""Compiled blocks and checkpoints in whole runs with kills in between; samples with LoRAs of their own."""
 
 import logging
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
 
-from modules.errors import OptionError
+from modules.contract.loading import Placement
+from modules.errors import CheckpointError, OptionError
+from networks.added import add_loras
+from networks.apply import LoraPatch
+from networks.loading import LoraUse, read_lora
 from tests.training.test_resume import EVERYTHING
-from tests.training.toy import same, train_toy, train_with_kills, write_caches
+from tests.training.toy import ToyFamily, same, toy_options, train_toy, train_with_kills, write_caches
+from training.run import train_network
+from training.run_options import _split_multiplier
 
 CHECKPOINTS = [
     *("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"),
@@ -50,3 +58,128 @@ def test_a_run_that_goes_on_uncompiled_is_told_of_it(
         train_toy(tmp_path, "--max_train_steps", 3, "--resume", "latest")
 
     assert "--compile was True when the state was saved" in caplog.text
+
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+KINDS = {
+    "LoRA": {"lora_down.weight": random(2, 8), "lora_up.weight": random(16, 2), "alpha": torch.tensor(1.0)},
+    "LoRA with bias": {
+        "lora_down.weight": random(2, 8),
+        "lora_up.weight": random(16, 2),
+        "diff_b": random(16),
+    },
+    "LoKr": {"lokr_w1": random(4, 2), "lokr_w2": random(4, 4)},
+    "LoHa": {
+        **{"hada_w1_a": random(16, 2), "hada_w1_b": random(2, 8)},
+        **{"hada_w2_a": random(16, 2), "hada_w2_b": random(2, 8)},
+    },
+    "difference": {"diff": random(16, 8), "diff_b": random(16)},
+}
+
+
+def write_file(folder: Path, factors: dict[str, Tensor], module: str = "blocks_0_up") -> Path:
+    path = folder / "own style.safetensors"
+    save_file({f"lora_unet_{module}.{part}": tensor for part, tensor in factors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_added_is_what_merging_gives_and_switched_off_nothing(tmp_path: Path, kind: str) -> None:
+    lora = read_lora(write_file(tmp_path, KINDS[kind]))
+    dit = ToyFamily().load_dit(Placement(CPU))
+    merged = ToyFamily().load_dit(Placement(CPU, patch=LoraPatch([LoraUse(lora, 0.5)])))
+    inputs = random(1, 2, 1, 4, 4), torch.tensor([500.0]), [torch.ones(1, 1)]
+    with torch.no_grad():
+        before = dit(*inputs)
+        added = add_loras(dit, [LoraUse(lora, 0.5)])
+        with added.switched_on(CPU, torch.float32):
+            torch.testing.assert_close(dit(*inputs), merged(*inputs), rtol=1e-5, atol=1e-6)
+            assert not torch.equal(dit(*inputs), before)
+        assert torch.equal(dit(*inputs), before)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [[], ["--gradient_checkpointing", "--blocks_to_swap", 1], COMPILED, ["--mixed_precision", "bf16"]],
+    ids=["usual", "swapped", "compiled", "bf16"],
+)
+def test_the_run_ends_with_the_same_bits_and_samples_differ(tmp_path: Path, how: list[object]) -> None:
+    write_caches(tmp_path)
+    path = write_file(tmp_path, KINDS["LoRA"])
+    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\n", encoding="utf-8")
+    options = [*how, "--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 2]
+    plain: list[Tensor] = []
+    expected = train_toy(tmp_path, *options, family=ToyFamily(on_decode=plain.append))
+    own: list[Tensor] = []
+
+    found = train_toy(
+        tmp_path, *options, "--sample_lora", f"{path}:3", family=ToyFamily(on_decode=own.append)
+    )
+
+    assert same(found, expected)
+    assert all(not torch.equal(one, other) for one, other in zip(plain, own, strict=True))
+    pictures = sorted((tmp_path / "output" / "sample").iterdir())
+    texts = {Image.open(picture).info["bt_sampled_from"] for picture in pictures}
+    assert "x_000002 + own style.safetensors:3" in texts
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+        ("C:\\x y\\a.safetensors:-1e-1", ("C:\\x y\\a.safetensors", -0.1)),
+        ("C:\\a.safetensors", ("C:\\a.safetensors", 1.0)),
+    ],
+)
+def test_a_multiplier_stands_behind_the_last_colon(given: str, wanted: tuple[str, float]) -> None:
+    path, multiplier = _split_multiplier(Path(given))
+
+    assert (PureWindowsPath(path), multiplier) == (PureWindowsPath(wanted[0]), wanted[1])
+
+
+def test_a_name_with_a_colon_in_it_is_taken_as_it_is_if_there_is_such_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: path.name == "a:2")
+
+    assert _split_multiplier(tmp_path / "a:2") == (tmp_path / "a:2", 1.0)
+
+
+@pytest.mark.parametrize("given", ["no.safetensors:0.8", "no.safetensors", "no:nan", "no:inf"])
+def test_a_missing_file_or_a_multiplier_that_is_none_is_refused(tmp_path: Path, given: str) -> None:
+    with pytest.raises(OptionError, match="--sample_lora"):
+        toy_options(tmp_path, "--sample_lora", given)
+
+
+@pytest.mark.parametrize(
+    ("factors", "module", "reason"),
+    [
+        (KINDS["LoRA"], "blocks_7_up", "does not fit this model, which has no"),
+        (KINDS["LoRA"], "blocks_0_down", r"has \[16, 8\], the model \[8, 16\]"),
+        ({**KINDS["LoRA"], "dora_scale": torch.ones(16, 1)}, "blocks_0_up", "is a DoRA"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_before_the_first_step(
+    tmp_path: Path, factors: dict[str, Tensor], module: str, reason: str
+) -> None:
+    write_caches(tmp_path)
+    path = write_file(tmp_path, factors, module)
+    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\n", encoding="utf-8")
+    family = ToyFamily()
+
+    with pytest.raises(CheckpointError, match=reason):
+        train_network(
+            family,
+            toy_options(
+                tmp_path,
+                *("--sample_prompts", tmp_path / "prompts.txt", "--sample_at_first", "--sample_lora", path),
+            ),
+        )
+    assert not family.passes

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 
 from modules.checkpoints.writing import save_tensors
 from modules.errors import OptionError
-from tests.training.test_sample_loras import COMPILED, KINDS, write_file
+from tests.training.test_speed import COMPILED, KINDS, write_file
 from tests.training.toy import (
     LATENT,
     ToyFamily,
@@ -20,7 +20,7 @@ from tests.training.toy import (
     train_with_kills,
     write_caches,
 )
-from tests.training.toy_texts import TextFamily, image_toy_options, write_pictures
+from tests.training.toy_images import TextFamily, image_toy_options, write_pictures
 from training.loss import training_loss
 from training.run import prepare_run, train_network
 

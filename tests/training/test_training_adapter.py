@@ -15,7 +15,7 @@ from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.names.layouts import TRAINED_EXPERT
-from tests.training.test_sample_loras import COMPILED, CPU, KINDS, random, write_file
+from tests.training.test_speed import COMPILED, CPU, KINDS, random, write_file
 from tests.training.toy import (
     TWO_EXPERTS,
     Killed,

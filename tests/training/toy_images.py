@@ -1,13 +1,19 @@
-"""Toy families unlike the video families, for the same loops: pictures, and a model that predicts noise."""
+"""Toy families unlike the video families: pictures, a model that predicts noise, texts that can learn."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dataset.caching.existing import Caches
+from modules.checkpoints.writing import save_tensors
 from modules.contract.data import (
+    Batch,
     CacheEntry,
     Conditions,
     LatentSpec,
@@ -16,11 +22,17 @@ from modules.contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from modules.contract.family import DitSpec, NoiseSpec
+from modules.contract.family import DitSpec, NoiseSpec, TextEncoder
 from modules.contract.loading import Placement
+from modules.contract.requests import Prompt
+from modules.contract.rules import CountTokens, TokenCount
 from modules.contract.steps import NO_TWEAKS, Tweaks
-from tests.training.toy import WIDTH, ToyBlock, ToyFamily
+from modules.options import NoOptions
+from tests.training.toy import WIDTH, ToyBlock, ToyDit, ToyFamily
+from training.image_options import ImageTrainerDefaults, read_image_training
 from training.loss import Trains
+from training.options import TrainingOptions
+from training.run import train_network
 
 LATENT = LatentSpec(channels=3, stride=(1, 8, 8), pixel_step=16, frame_step=1, scale=2.0, shift=-1.0)
 PATCH = 4 * LATENT.channels  # numbers of a token: 2 x 2 latents
@@ -110,3 +122,161 @@ class PictureFamily(ToyFamily):
 
 
 _: tuple[type[Caches], type[Trains]] = PictureFamily, PictureFamily
+
+
+class TinyText(nn.Module):
+    """Characters of a text through two layers; their mean."""
+
+    spec = DitSpec(("layers",))
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.embed = nn.Embedding(128, WIDTH)
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, text: str) -> Tensor:
+        x = self.embed(torch.tensor([ord(letter) % 128 for letter in text or " "]))
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x.mean(0)  # C
+
+
+class TextDit(ToyDit):
+    """The toy's network, with blocks of the name that a family's LoRA module asks for."""
+
+    spec = DitSpec(("double_blocks",))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double_blocks = self._modules.pop("blocks")
+
+    @property
+    def blocks(self) -> nn.Module:
+        return self.double_blocks
+
+
+@dataclass
+class TinyTextEncoder:
+    """One of the two; `asked` notes every text."""
+
+    name: str
+    key: str
+    lora_prefix: str
+    seed: int
+    asked: list[str] = field(default_factory=list)
+    made: TinyText | None = None
+    variable_length: frozenset[str] = frozenset()
+    identity: Mapping[str, str] = field(default_factory=lambda: {"tiny": "1"})
+
+    @property
+    def keys(self) -> frozenset[str]:
+        return frozenset({self.key})
+
+    @property
+    def network(self) -> TinyText:
+        assert self.made is not None
+        return self.made
+
+    def token_counter(self) -> CountTokens:
+        return lambda text: TokenCount(text, 1, 1, len(text))
+
+    def load(self, device: torch.device) -> None:
+        self.made = self.made or TinyText(self.seed)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        self.asked += [prompt.text for prompt in prompts]
+        return [{self.key: self.network(prompt.text)} for prompt in prompts]
+
+    def free(self) -> None:
+        self.made = None
+
+
+@dataclass(frozen=True)
+class TextFamily(ToyFamily):
+    """The toy with two texts."""
+
+    text_keys: frozenset[str] = frozenset({"first", "second"})
+    lora_module: str = "networks.lora_flux"
+    dit: DitSpec = TextDit.spec
+    made: list[TinyTextEncoder] = field(default_factory=list)  # every encoder that was asked for
+
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        new = [
+            TinyTextEncoder("clip", "first", "lora_te1", 1),
+            TinyTextEncoder("t5", "second", "lora_te3", 2),
+        ]
+        self.made.extend(new)
+        return new
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            return TextDit().to(placement.device, placement.storage_dtype or self.dtype)
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        return {name: batch.tensor(name) for name in ("first", "second")}
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        texts = zip(cond["first"], cond["second"], strict=True)
+        letters = [first + 2 * second for first, second in texts]
+        return super().predict(dit, noisy, timesteps, {"letters": letters}, tweaks)
+
+
+def write_pictures(folder: Path, count: int = 4, texts: bool = False, more: str = "") -> Path:
+    """Write pictures with captions, their latent caches and the dataset file; texts: with text caches."""
+    generator = torch.Generator().manual_seed(1)
+    (folder / "images").mkdir(parents=True)
+    for index in range(count):
+        Image.fromarray(np.full((32, 32, 3), 20 * index, np.uint8)).save(folder / "images" / f"p{index}.png")
+        (folder / "images" / f"p{index}.txt").write_text(f"red, big, number {index}", encoding="utf-8")
+        latents = torch.randn(2, 1, 4, 4, generator=generator)
+        save_tensors(
+            folder / "cache" / f"p{index}_0032x0032_toy.safetensors", {"latents_1x4x4_float32": latents}
+        )
+        if texts:
+            rows = torch.randn(2, WIDTH, generator=generator)
+            tensors = {"first_float32": rows[0], "second_float32": rows[1]}
+            save_tensors(folder / "cache" / f"p{index}_toy_te.safetensors", tensors)
+    here = folder.as_posix()
+    table = (
+        f'[[datasets]]\nimage_directory = "{here}/images"\ncache_directory = "{here}/cache"\n'
+        f'caption_extension = ".txt"\n{more}\n'
+    )
+    path = folder / "dataset.toml"
+    path.write_text(f"[general]\nresolution = [32, 32]\n{table}", encoding="utf-8")
+    return path
+
+
+def write_subset(folder: Path, keys: str) -> None:
+    """Write pictures with all caches, as a subset of the image guides' form with these keys."""
+    path = write_pictures(folder, texts=True)
+    here = folder.as_posix()
+    path.write_text(
+        f"[[datasets]]\nresolution = 32\nenable_bucket = false\n[[datasets.subsets]]\n"
+        f'image_dir = "{here}/images"\ncache_directory = "{here}/cache"\n'
+        f'caption_extension = ".txt"\n{keys}\n',
+        encoding="utf-8",
+    )
+
+
+def image_toy_options(folder: Path, *arguments: object, prediction: str = "raw") -> TrainingOptions:
+    """Options as an image trainer reads them; output goes to `folder`/output under the name x."""
+    usual = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"]
+    usual += ["--output_name", "x", "--seed", 3, "--learning_rate", "1e-2", "--max_train_steps", 6]
+    usual += ["--max_data_loader_n_workers", 0, "--no_page"]
+    defaults = ImageTrainerDefaults("uniform", 3.0, prediction)
+    argv = [str(one) for one in (*usual, *arguments)]
+    return read_image_training(None, NoOptions, defaults, argv)[0]
+
+
+def train_image_toy(
+    folder: Path, *arguments: object, family: TextFamily | None = None, **changes: str
+) -> dict[str, Tensor]:
+    """Train the whole way; returns the tensors of the final file."""
+    options = image_toy_options(folder, *arguments, **changes)
+    assert train_network(family or TextFamily(), options) == 0
+    return load_file(folder / "output" / "x.safetensors")

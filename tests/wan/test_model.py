@@ -21,7 +21,7 @@ from modules.flow.solvers import solver_for
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from modules.speed_options import AttentionChoice
 from tests.modules.fake_device import FakeDevice
-from tests.modules.offload import test_token_pieces as pieces
+from tests.modules.offload import test_checkpointing as pieces
 from tests.modules.swap_cases import swapped
 from tests.preparing import prepare
 from tests.tiny.dits import TI2V, TinyDit, gradients

@@ -22,8 +22,8 @@ from modules.media.streams import shown_frames, source_info
 from tests.commands import QUIET, ROOT
 from tests.data_tools.cutting.films import find_frame, plain, scene, write_film
 from tests.dataset.toy_family import ToyFamily, options
-from tests.modules.media.test_sections import clicks_in, sound_of
-from tests.modules.media.test_sections import write_film as write_clicks
+from tests.modules.media.test_streams import clicks_in, sound_of
+from tests.modules.media.test_streams import write_film as write_clicks
 from tools.split_video import main
 
 NTSC = Fraction(24000, 1001)

@@ -6,14 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.attention.attend import (
-    BACKENDS,
-    attend,
-    check_backend,
-    lengths_on,
-    refusal,
-    try_out,
-)
+from modules.attention.attend import BACKENDS, attend, check_backend, lengths_on, refusal, try_out
 from modules.errors import OptionError
 from modules.speed_options import SDPA, AttentionChoice
 from tests.modules.attention_packages import PACKAGES, Call, put_in

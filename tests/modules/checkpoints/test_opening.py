@@ -1,19 +1,25 @@
-"""Model files as users name them: shards, folders, prefixes; weights that are stored with scales."""
+"""Model files as users name them, and what they are by the names of their tensors."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from modules.checkpoints.dialects import other_kind
+from modules.checkpoints.kinds import kind_of
+from modules.checkpoints.model_files import find_model_folder, read_once
 from modules.checkpoints.opening import (
+    Checkpoint,
     checkpoint_paths,
     fingerprint,
     open_checkpoint,
     plain_sources,
 )
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, DownloadError, UserError
+from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.modules.making import tensors, write
 
 
@@ -128,3 +134,148 @@ def test_other_quantisations_are_refused(
         pytest.raises(CheckpointError, match=f"not supported.*{message}"),
     ):
         plain_sources(checkpoint)
+
+
+# how the manifest's name begins -> a part of what its file is called
+TOOLS = {
+    "swinir": "SwinIR",
+    "realesrgan": "Real-ESRGAN",
+    "esrgan-x4-mid": "an ESRGAN or BSRGAN",
+    "esrgan-x4-old": "old names",
+    "gimmvfi-r": "GIMM-VFI R,",
+    "gimmvfi-f": "GIMM-VFI F,",
+    "raft": "RAFT,",
+    "flowformer": "FlowFormer,",
+    "gfpgan": "GFPGAN",
+    "codeformer": "CodeFormer",
+    "retinaface": "RetinaFace",
+    "parsenet": "ParseNet",
+    "taehv": "TAEHV",
+    "taew": "TAEHV",
+}
+FAMILIES = {
+    "wan2.1-vae": "Wan2.1 VAE",
+    "wan2.2-vae": "VAE of Wan2.2",
+    "wan": "Wan transformer",
+    "umt5": "T5 encoder",
+    "t5xxl": "T5 encoder",
+    "clip-l-text": "CLIP text",
+    "clip-vit-large": "CLIP text",
+    "clip": "CLIP image",
+    "sigclip": "SigLIP",
+    "hunyuanvideo-vae": "VAE",
+    "hunyuanvideo-t2v-dit-diffusers": "a transformer in diffusers",
+    "hunyuanvideo": "HunyuanVideo transformer",
+    "skyreels-v1-i2v-diffusers": "a transformer in diffusers",
+    "skyreels-v1-t2v-diffusers": "a transformer in diffusers",
+    "skyreels": "HunyuanVideo transformer",
+    "framepack": "FramePack transformer",
+    "chroma1": "Chroma",
+    "flux1-ae": "a VAE for images",
+    "flux1-dev-dit-diffusers": "a transformer in diffusers",
+    "flux1": "FLUX",
+    "lumina2": "Lumina-Image-2.0 transformer",
+    "gemma2": "Gemma language model",
+    "hunyuanimage": "HunyuanImage",
+    "llava-llama3-vision": "CLIP image",
+    "llava": "language model",
+}
+
+
+def expected(manifest: str) -> str:
+    known = {**TOOLS, **FAMILIES}
+    return next(text for start, text in known.items() if manifest.startswith(start))
+
+
+@pytest.mark.parametrize("manifest", manifest_names(""))
+def test_every_published_file_is_named_right(manifest: str) -> None:
+    assert expected(manifest) in str(kind_of(tensor_list(manifest)))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.diffusion_model.input_blocks.0.0.weight", "down_blocks.0.resnets.0.time_emb_proj.weight"]
+)
+def test_the_u_net_of_stable_diffusion_is_named(name: str) -> None:
+    assert "Stable Diffusion" in str(kind_of([name, "first_stage_model.quant_conv.weight"]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["zero_convs.0.0.weight", "control_model.zero_convs.0.0.weight", "controlnet_down_blocks.0.weight"],
+)
+def test_a_control_net_is_not_called_a_checkpoint(name: str) -> None:
+    prefix = name.partition("zero")[0]
+    assert "a ControlNet (" in str(kind_of([f"{prefix}input_blocks.0.0.weight", name]))
+
+
+def test_an_error_about_another_file_names_it(tmp_path: Path) -> None:
+    path = write_hollow(tmp_path / "faces.safetensors", tensor_list("retinaface-mobile0.25"))
+    with open_checkpoint(path) as checkpoint:
+        error = other_kind(checkpoint, "an upscaler", "--model", "a SwinIR file")
+
+    assert "it looks like a RetinaFace face detector" in str(error)
+
+
+READS: list[Path] = []
+
+
+def names(checkpoint: Checkpoint) -> list[str]:
+    READS.append(checkpoint.path)
+    return list(checkpoint.tensors)
+
+
+def written(path: Path, *tensors: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: torch.zeros(1) for name in tensors}, path)
+    return path
+
+
+def test_a_file_is_opened_once_and_again_where_it_has_changed(tmp_path: Path) -> None:
+    READS.clear()
+    path = written(tmp_path / "a.safetensors", "one")
+    assert read_once(path, names) == read_once(path, names) == ["one"]
+    assert [path] == READS
+    written(path, "one", "two")
+    assert read_once(path, names) == ["one", "two"]
+
+
+def test_a_relative_path_means_the_file_in_the_present_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "two"):
+        written(tmp_path / folder / "model.safetensors", folder)
+        monkeypatch.chdir(tmp_path / folder)
+        assert read_once(Path("model.safetensors"), names) == [folder]
+
+
+def test_a_damaged_file_is_named_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.safetensors").write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match=r"^model\.safetensors"):
+        read_once(Path("model.safetensors"), names)
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert find_model_folder("--model", str(tmp_path), ("*.json",)) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./a", "C:\\models/a", "~nobody-here/model", "x" * 300])
+def test_what_is_neither_a_folder_nor_a_repository_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UserError, match="--model .*(no such|no file|of Windows)"):
+        find_model_folder("--model", name, ())
+
+
+def test_a_file_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").touch()
+
+    with pytest.raises(CheckpointError, match="no such folder"):
+        find_model_folder("--model", "owner/name", ())
+
+
+def test_a_repository_is_not_fetched_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(DownloadError, match="--model nobody/no-such-model: .*HF_HUB_OFFLINE"):
+        find_model_folder("--model", "nobody/no-such-model", ("*.json",))

@@ -7,20 +7,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from modules.fp8.weights import (
-    E4M3,
-    attach,
-    dequantise,
-    quantise,
-    scale_of,
-    store_scale,
-)
+from modules.fp8.weights import E4M3, attach, dequantise, quantise, scale_of, store_scale
 from modules.parser import parse_options
-from modules.speed_options import (
-    GenerationFp8Options,
-    Quantisation,
-    TrainingFp8Options,
-)
+from modules.speed_options import GenerationFp8Options, Quantisation, TrainingFp8Options
 from tests.golden_cases import read_case
 
 CAST, TENSOR, ROWS = (Quantisation(kind) for kind in ("cast", "tensor", "rows"))

@@ -1,14 +1,29 @@
+"""What checkpoints compute again and keep, inputs of blocks in host memory, feed-forwards in pieces.
+
+A transfer of the tests copies as late as it may and spoils what nobody may read any more. Pieces are small
+matrices, whose products may be summed in another order.
+"""
+
 import collections
+import logging
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from modules.compile import compile_blocks
+from modules.compile_options import Compilation
 from modules.contract.family import DitSpec
-from modules.offload.checkpointing import checkpoint_blocks
-from tests.tiny.dits import DITS, TinyDit, gradients
+from modules.offload.checkpointing import Offload, checkpoint_blocks, compute_in_pieces
+from modules.offload.host_memory import Pairs, Transfer
+from modules.speed_options import Quantisation
+from tests.networks.making import randomize
+from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
+from tests.tiny.loras import make_lora
 
 
 class Block(nn.Module):
@@ -123,3 +138,223 @@ def test_attention_that_is_kept_is_computed_once_and_gradients_are_the_same(
     for other in results[1:]:
         assert torch.equal(results[0][0], other[0])
         assert all(torch.equal(one, two) for one, two in zip(results[1][1], other[1], strict=True))
+
+
+SIZE, LARGER = (2, 4, 6, 9), (3, 6, 8, 11)
+
+
+class LateTransfer(Transfer):
+    """A copy happens when it is waited for; the source of a saved one is spoilt then, as memory that is used
+    for something else.
+    """
+
+    def __init__(self) -> None:
+        self.actions: list[str] = []
+        self._names: dict[int, int] = {}  # of pieces of host memory, in the order of their making
+        self._waiting: list[tuple[str, Tensor, Tensor]] = []
+
+    def make(self, size_bytes: int) -> Tensor:
+        piece = torch.full((size_bytes,), 255, dtype=torch.uint8)  # as numbers: NaN
+        self._names[piece.data_ptr()] = len(self._names)
+        return piece
+
+    def memory(self, size_bytes: int) -> Tensor:
+        raise AssertionError("such memory is held back by the stream of the copies")
+
+    def mark(self) -> str:
+        return "now"
+
+    def copy(self, pairs: Pairs, after: Any) -> int:
+        assert after == "now"
+        ((target, source),) = pairs
+        leaves = target.data_ptr() in self._names
+        name = f"{'save' if leaves else 'fetch'} {self._names[(target if leaves else source).data_ptr()]}"
+        self.actions.append(name)
+        target.fill_(math.nan)
+        self._waiting.append((name, target, source))
+        return len(self._waiting)
+
+    def wait(self, moment: int) -> None:
+        name, target, source = self._waiting[moment - 1]
+        self.actions.append(name.replace("save", "saved").replace("fetch", "fetched"))
+        target.copy_(source)
+        if name.startswith("save"):
+            source.data.fill_(math.nan)
+
+    def finish(self) -> None:
+        raise AssertionError("nothing waits on the host")
+
+
+def away() -> tuple[Offload, LateTransfer]:
+    transfer = LateTransfer()
+    return Offload(transfer, transfer.make), transfer
+
+
+def dressed(
+    tiny: TinyDit, offload: Offload | None, blocks: int = 3, **arguments: Any
+) -> tuple[nn.Module, Any]:
+    dit, network = tiny.with_lora(blocks, **arguments)
+    checkpoint_blocks(dit.train(), tiny.spec, offload=offload)
+    return dit, network
+
+
+def test_inputs_leave_while_their_block_computes_and_come_back_one_block_ahead() -> None:
+    tiny, (offload, transfer) = DITS[0], away()
+    dit, network = dressed(tiny, offload, blocks=4)
+
+    gradients(dit, network, tiny.inputs(SIZE, 1))
+
+    assert transfer.actions == [
+        *("save 0", "saved 0", "save 1", "saved 1", "save 2"),  # the input of the last block stays
+        # the third block is differentiated while the second's input comes
+        *("saved 2", "fetch 2", "fetched 2", "fetch 1"),
+        *("fetched 1", "fetch 0"),
+        "fetched 0",
+    ]
+
+
+def test_two_forward_passes_may_stand_before_their_backward_passes() -> None:
+    tiny = DITS[0]
+    results = []
+    for offload in (None, away()[0]):
+        dit, network = dressed(tiny, offload)
+        losses = [dit(**tiny.inputs(size, 1)).square().mean() for size in (SIZE, LARGER)]
+        losses[0].backward()
+        losses[1].backward()
+        results.append([parameter.grad for parameter in network.parameters()])
+
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_pass_that_is_given_up_gives_its_memory_back() -> None:
+    tiny, (offload, _) = DITS[0], away()
+    dit, network = dressed(tiny, offload)
+    dit(**tiny.inputs(SIZE, 1))  # nothing is differentiated
+    size = offload.memory.size_bytes
+
+    gradients(dit, network, tiny.inputs(SIZE, 1))
+
+    assert offload.memory.size_bytes == size
+
+
+def test_what_was_sent_for_and_is_not_used_is_waited_for() -> None:
+    """A backward pass that goes only half of the way: the memory of a copy may not be used for something else
+    before its end.
+    """
+    offload, transfer = away()
+    x = torch.ones(2, 2, requires_grad=True)
+    with offload.hooks():
+        first = x.square()
+        second = first.clone().square()
+    transfer.actions.clear()
+
+    torch.autograd.grad(second.sum(), first)
+    assert transfer.actions[-1] == "fetch 0"
+    del first, second
+
+    assert transfer.actions[-1] == "fetched 0"
+
+
+VIDEO = (3, 8, 8, 7)  # 48 video tokens
+PIECE = 17  # three pieces of 16
+FLOAT32, BF16 = 1e-5, 0.02  # of the largest number: other orders of sums; a few roundings of 1/256
+ROWS = Quantisation("rows")
+
+
+def results(
+    tiny: TinyDit,
+    pieces: bool,
+    autocast: bool = False,
+    dit: nn.Module | None = None,
+    backend: str = "",
+    **arguments: Any,
+) -> list[Tensor]:
+    """Velocity and gradients of LoRAs in checkpointed blocks."""
+    if dit is None:
+        dit, network = tiny.with_lora(**arguments)
+    else:
+        with torch.random.fork_rng():
+            network = make_lora(tiny.lora, 4, 2.0, dit, **arguments)
+        randomize(network)
+        network.attach()
+    if pieces:
+        compute_in_pieces(dit, tiny.spec, PIECE)
+    if backend:
+        compile_blocks(dit, tiny.spec, Compilation(backend, fullgraph=True))
+    checkpoint_blocks(dit, tiny.spec)
+    network.set_dropout_seed(3)
+    velocity, found = gradients(dit.train(), network, tiny.inputs(VIDEO, 2), autocast)
+    return [velocity, *found]
+
+
+def assert_alike(ours: list[Tensor], theirs: list[Tensor], share: float) -> None:
+    assert (ours[0] - theirs[0]).abs().max() <= share * theirs[0].abs().max()
+    largest = max(one.abs().max() for one in theirs[1:])
+    assert (
+        max((one - other).abs().max() for one, other in zip(ours[1:], theirs[1:], strict=True))
+        <= share * largest
+    )
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("tiny", DITS, ids=lambda dit: dit.name)
+def test_outputs_and_gradients_are_those_of_whole_inputs(tiny: TinyDit, autocast: bool) -> None:
+    assert_alike(results(tiny, True, autocast), results(tiny, False, autocast), BF16 if autocast else FLOAT32)
+
+
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
+def test_all_weights_may_learn(tiny: TinyDit) -> None:
+    found = []
+    for pieces in (False, True):
+        dit = tiny.make(2).requires_grad_(True)
+        if pieces:
+            compute_in_pieces(dit, tiny.spec, PIECE)
+        checkpoint_blocks(dit, tiny.spec)
+        velocity, grads = gradients(dit.train(), dit, tiny.inputs(VIDEO, 2))
+        found.append([velocity, *grads])
+    assert_alike(found[1], found[0], FLOAT32)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["nothing kept", "attention kept"])
+@pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)
+def test_nothing_is_computed_a_third_time(tiny: TinyDit, keep: bool) -> None:
+    flops = []
+    for pieces in (False, True):
+        dit, network = tiny.with_lora()
+        if pieces:
+            compute_in_pieces(dit, tiny.spec, PIECE)
+        checkpoint_blocks(dit, tiny.spec, keep)
+        with FlopCounterMode(display=False) as counter:
+            gradients(dit.train(), network, tiny.inputs(VIDEO, 1))
+        flops.append(counter.get_total_flops())
+    assert flops[1] <= flops[0]
+
+
+@pytest.mark.parametrize(
+    "share", [{"rank_dropout": "0.3"}, {"module_dropout": "0.5"}], ids=["rank", "module"]
+)
+def test_dropped_ranks_and_modules_are_the_same_in_all_pieces(share: dict[str, str]) -> None:
+    assert_alike(results(DITS[0], True, **share), results(DITS[0], False, **share), FLOAT32)
+
+
+def test_dropout_of_single_values_sees_whole_inputs() -> None:
+    """Its masks follow from the numbers of the elements and would be the same in every piece."""
+    found, expected = (results(DITS[0], pieces, neuron_dropout=0.3) for pieces in (True, False))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("backend", "tiny"),
+    [
+        ("eager", DITS[0]),
+        pytest.param("aot_eager", DITS[0], marks=pytest.mark.slow),
+        pytest.param("eager", DITS[2], marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch, backend: str, tiny: TinyDit) -> None:
+    # pytest would write all of it down
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    torch.compiler.reset()
+    found = results(tiny, True, backend=backend)
+    torch.compiler.reset()
+    assert_alike(found, results(tiny, False), FLOAT32)

@@ -4,21 +4,32 @@ The device is the fake one of the tests of block swap: a weight that is used on 
 or after it has left is not a number.
 """
 
+import gc
+import json
+import os
+import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.contract.loading import Placement
+from modules.contract.loading import HostPlace, Placement, TensorInfo
 from modules.offload.block_swap import swap_blocks, swap_of
+from modules.offload.host_memory import ALIGNMENT, LoadedNetwork, allocate
 from modules.offload.swap_plan import HostWeights, SwapPlan, host_weights
 from modules.offload.turns import HostCopy
 from modules.speed_options import Quantisation
-from tests.modules.fake_device import CountedMemory, FakeDevice, hide
+from networks.apply import LoraPatch
+from networks.loading import LoraUse, read_lora
+from tests.commands import ROOT, run_python
+from tests.modules.fake_device import CountedMemory, FakeDevice, Interruption, hide
 from tests.modules.swap_cases import CASES, CPU, Case, same, swapped
+from tests.tiny.project import write_lora
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
+from wan.spec import DIT
 
 WAN = CASES[0]
 
@@ -124,10 +135,6 @@ def test_a_network_that_has_worked_on_the_device_frees_all_it_has_there() -> Non
     assert same(output_of(WAN, dit), output_of(WAN, WAN.make().eval()))
 
 
-class Interruption(BaseException):
-    """Comes from anywhere, as Ctrl-C."""
-
-
 @pytest.mark.parametrize("name", ["mark", "memory", "copy", "wait"])
 def test_after_an_interruption_the_network_can_be_brought_again(name: str) -> None:
     device, dit = CountingDevice(), WAN.make().eval()
@@ -169,3 +176,199 @@ def test_compiled_blocks_are_not_compiled_again_when_a_network_comes_back() -> N
         counts.append(len(compiled))
     assert counts[0] > 0
     assert counts[1:] == counts[:1] * 2
+
+
+SIZES = {"num_layers": 5}
+
+
+def test_tensors_lie_where_a_device_likes_them_and_do_not_touch() -> None:
+    infos = {
+        "a": TensorInfo(torch.bfloat16, (3, 5)),
+        "b": TensorInfo(torch.float8_e4m3fn, (7,)),
+        "c": TensorInfo(torch.float32, (2,)),
+    }
+    held = allocate(infos, pinned=False)
+
+    for number, (name, info) in enumerate(infos.items()):
+        tensor = held.tensors[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape)
+        assert tensor.data_ptr() % ALIGNMENT == 0
+        tensor.view(torch.uint8).fill_(number)
+    assert [int(tensor.view(torch.uint8).unique()) for tensor in held.tensors.values()] == [0, 1, 2]
+    assert held.is_filled_here
+
+
+class Watched:
+    """A `HostPlace` that notes what is asked of it."""
+
+    def __init__(self, inner: HostPlace, is_filled_here: bool = True) -> None:
+        self.inner, self.is_filled_here, self.finished = inner, is_filled_here, 0
+        self.held: dict[str, Tensor] = {}
+
+    def hold(self, network, tensors):  # type: ignore[no-untyped-def]
+        self.held = dict(self.inner.hold(network, tensors))
+        return self.held
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_loras_are_merged_into_swapped_weights_and_one_that_fits_nothing_is_still_seen(
+    tmp_path: Path,
+) -> None:
+    path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16, **SIZES))
+    write_lora(tmp_path / "lora.safetensors", path)
+
+    def patch() -> LoraPatch:
+        return LoraPatch([LoraUse(read_lora(tmp_path / "lora.safetensors"))])
+
+    expected = dict(load_dit(path, Placement(CPU, patch=patch())).named_parameters())
+    plain = dict(load_dit(path, Placement(CPU)).named_parameters())
+    for is_filled_here in (True, False):
+        host, used = host_weights(SwapPlan(DIT, 4), CPU), patch()
+        assert host is not None
+        found = load_dit(path, Placement(CPU, patch=used, host=Watched(host, is_filled_here)))
+        used.check()
+        assert used.unused() == []
+        if is_filled_here:
+            assert all(torch.equal(expected[name], weight) for name, weight in found.named_parameters())
+        else:  # left to another process
+            assert not found.get_parameter("blocks.1.ffn.0.weight").any()
+    assert any(not torch.equal(expected[name], plain[name]) for name in plain)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="each process has its own elsewhere")
+def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
+    """What one writes all read; it is one file without a name, so it cannot outlive them."""
+    path = write_dit(tmp_path, tiny_state("t2v", **SIZES))
+    lora = tmp_path / "lora.safetensors"
+    write_lora(lora, path)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633"]
+    script = ROOT / "tests" / "modules" / "share_host_memory.py"
+
+    done = run_python(*launch, script, path, lora, "cpu", environment={"PYTHONPATH": str(ROOT)})
+
+    first, second = sorted(
+        (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")),
+        key=lambda seen: seen["rank"],
+    )
+    assert (first["fills"], second["fills"]) == (True, False)
+    assert first["mark"] == second["mark"] == 1234
+    assert first["files"] == second["files"]
+    assert [ending for _, ending in first["files"]] == ["(deleted)"]
+    assert first["unused"] == second["unused"] == []
+    with torch.no_grad():
+        expected = load_dit(path, Placement(CPU, patch=LoraPatch([LoraUse(read_lora(lora))])))(
+            **CASES[0].inputs(1)
+        )
+    assert first["output"] == second["output"] == expected.double().sum().item()
+
+
+class Driver:
+    """CUDA's runtime. It locks so many bytes in all; as the real one it keeps the error of a refused call for
+    the thread, until a kernel is started: that reports it.
+    """
+
+    class cudaError:
+        success = 0
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room, self.kept = room, 0
+        self.locked: dict[int, int] = {}  # address -> bytes
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch, "ones", self.start_kernel)
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        if size == 0 or size > self.room - sum(self.locked.values()):
+            self.kept = 2
+            return self.kept
+        self.locked[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+    def start_kernel(self, *_: object, **__: object) -> Tensor:
+        error, self.kept = self.kept, 0
+        if error:
+            raise RuntimeError("CUDA error: out of memory")
+        return torch.empty(1)
+
+
+MB = 1 << 20
+
+
+def test_memory_is_locked_in_pieces_whose_borders_no_tensor_and_no_page_crosses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = Driver(monkeypatch, room=10_000 * MB)
+    sizes = [700 * MB, 100 * MB + 5, 100 * MB, 100 * MB, 3, 700 * MB, 0]  # not touched: takes addresses only
+
+    held = allocate({str(i): TensorInfo(torch.uint8, (size,)) for i, size in enumerate(sizes)}, pinned=True)
+
+    ranges = [range(address, address + size) for address, size in sorted(driver.locked.items())]
+    assert [len(each) >> 20 for each in ranges] == [700, 200, 100, 700]
+    for tensor in filter(len, held.tensors.values()):
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes - 1
+        assert sum(first in each and last in each for each in ranges) == 1
+    pages = [range(each.start // 4096, (each.stop - 1) // 4096 + 1) for each in ranges]
+    assert all(one.stop <= other.start for one, other in pairwise(pages))
+    assert held.unlocked_bytes == 0
+
+    del held, tensor
+    gc.collect()
+    assert not driver.locked
+
+
+def test_what_the_driver_does_not_lock_serves_too_and_its_error_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = Driver(monkeypatch, room=500 * MB)
+    infos = {name: TensorInfo(torch.uint8, (200 * MB,)) for name in "abcd"}
+
+    held = allocate(infos, pinned=True)
+
+    assert list(driver.locked.values()) == [200 * MB]  # and not 400: others need some too
+    assert held.unlocked_bytes == 600 * MB
+    assert "refused to lock 0.6 of 0.8 GB" in caplog.text
+    driver.start_kernel()  # raises nothing
+    held.tensors["c"][-1] = 3
+
+    del held
+    gc.collect()
+    assert not driver.locked
+
+
+def test_a_network_is_made_once_and_moves_from_then_on() -> None:
+    held, made = LoadedNetwork[nn.Linear, str](), list[torch.device]()
+
+    def make(device: torch.device) -> tuple[nn.Linear, str]:
+        made.append(device)
+        return nn.Linear(2, 2, device=device), "beside"
+
+    held.load(torch.device("cpu"), make)
+    first, beside = held.get()
+    held.load(torch.device("meta"), make)
+
+    assert made == [torch.device("cpu")]
+    assert beside == "beside"
+    assert held.get()[0] is first
+    assert first.weight.device.type == "meta"
+
+
+def test_a_freed_network_is_gone_and_may_be_loaded_again() -> None:
+    held = LoadedNetwork[nn.Linear, None]()
+    held.load(torch.device("cpu"), lambda device: (nn.Linear(2, 2), None))
+    network = weakref.ref(held.get()[0])
+
+    held.free()
+    held.free()
+
+    assert network() is None
+    with pytest.raises(AssertionError, match="load"):
+        held.get()
+    held.load(torch.device("cpu"), lambda device: (nn.Linear(3, 3), None))
+    assert held.get()[0].in_features == 3

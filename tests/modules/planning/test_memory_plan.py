@@ -1,33 +1,39 @@
-"""Arithmetic of the plan on numbers, and on the headers of released files."""
+"""Arithmetic of the plan on numbers, on headers of released files, and on predictions with known bytes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 
 from modules.contract.family import DitSpec
+from modules.errors import MemoryPlanError, OptionError
 from modules.offload.swap_plan import SwapPlan
 from modules.planning.dry_run import KEPT, WEIGHTS, WORKING
 from modules.planning.memory_plan import (
     CONTEXT,
     GIB,
+    MARGIN,
     MemoryPart,
     MemoryPlan,
     Phase,
     Room,
     Swapped,
+    advise,
     comparison,
     parts_of,
     plan_swapped_bytes,
     print_plan,
+    resolve_swap,
     show,
     swap_for,
     swaps_of,
     verdict,
 )
-from modules.speed_options import SwapOptions
+from modules.speed_options import AUTO, SwapOptions, TrainingSpeedOptions
+from tests.training.toy import toy_options
 
 SPEC = DitSpec(block_lists=("blocks",))
 
@@ -91,36 +97,38 @@ def test_a_prediction_that_is_far_off_is_told() -> None:
 
 
 @dataclass(frozen=True)
-class Even:
-    """A prediction: 20 GiB, and 1 GiB less for each of at most 12 blocks."""
+class Known:
+    """So many GiB, of which every swapped block saves one."""
 
-    most: int = 12
+    gib: float
+    most: int = 3
 
     def device(self, blocks: int) -> int:
-        return (20 - blocks) * GIB
+        return int((self.gib - blocks) * GIB)
+
+
+EVEN = Known(20, most=12)
 
 
 def presented(swap: SwapOptions, room: Room | None, capsys: pytest.CaptureFixture[str]) -> str:
     def plan_of(blocks: int, remarks: Sequence[str]) -> MemoryPlan:
-        return MemoryPlan(
-            (Phase("training step", (MemoryPart("weights", Even().device(blocks)),)),),
-            tuple(remarks),
-        )
+        phase = Phase("training step", (MemoryPart("weights", EVEN.device(blocks)),))
+        return MemoryPlan((phase,), tuple(remarks))
 
-    print_plan(Even(), swap, room, plan_of, lambda room: [f"a card of more than {room.total // GIB}"])
+    print_plan(EVEN, swap, room, plan_of, lambda room: [f"a card of more than {room.total // GIB}"])
     return capsys.readouterr().out
 
 
 def test_auto_is_the_smallest_number_that_fits_else_the_largest() -> None:
     auto = SwapOptions(blocks_to_swap="auto")
     room = Room("a card", 18 * GIB, 16 * GIB)
-    count, reason = swap_for(Even(), auto, room)
+    count, reason = swap_for(EVEN, auto, room)
     assert count == 6
-    assert Even().device(count) <= room.usable < Even().device(count - 1)
+    assert EVEN.device(count) <= room.usable < EVEN.device(count - 1)
     assert reason is not None
     assert reason.startswith("--blocks_to_swap auto: 6. 14.00 GiB are predicted")
-    assert swap_for(Even(most=3), auto, room)[0] == 3
-    assert swap_for(Even(), auto, None)[0] == 0  # a CPU
+    assert swap_for(Known(20), auto, room)[0] == 3
+    assert swap_for(EVEN, auto, None)[0] == 0  # a CPU
 
 
 def test_a_plan_is_presented_with_the_blocks_that_auto_stands_for_and_advice_where_it_does_not_fit(
@@ -138,3 +146,85 @@ def test_a_plan_is_presented_with_the_blocks_that_auto_stands_for_and_advice_whe
     assert "a card of more than 16" in given
     assert "auto" not in given
     assert "Needs 20.00 GiB" in without
+
+
+def never() -> Known:
+    raise AssertionError("not asked for")
+
+
+def always(gib: float) -> Callable[[], Known]:
+    return lambda: Known(gib)
+
+
+@pytest.mark.parametrize(
+    ("cheaper", "expected", "last"),
+    [
+        ([("--a", always(4)), ("--b", never)], ["--a: 4.00 GiB fits"], None),
+        ([("--a", always(7)), ("--b", never)], ["--a: 7.00 GiB", "--blocks_to_swap 2: 5.00 GiB fits"], None),
+        (
+            [("--a", always(9)), ("--b", always(8))],
+            ["--a: 9.00 GiB", "--b: 8.00 GiB", "--blocks_to_swap 3: 5.00 GiB fits"],
+            None,
+        ),
+        ([("--a", always(9))], ["--a: 9.00 GiB"], Known(9)),
+        ([], ["--blocks_to_swap 2: 5.00 GiB fits"], None),
+    ],
+)
+def test_advice_adds_up_until_it_fits(
+    cheaper: list[tuple[str, Callable[[], Known]]], expected: list[str], last: Known | None
+) -> None:
+    assert advise(Known(7), cheaper, 5 * GIB) == (expected, last)
+
+
+def test_advice_names_the_phase_and_counts_the_blocks_that_are_swapped_already() -> None:
+    lines, _ = advise(Known(9), [("--a", always(7))], 5 * GIB, swapped=2, phase=" while denoising")
+
+    assert lines == ["--a: 5.00 GiB while denoising fits"]
+
+
+@pytest.mark.parametrize("cheaper", [[], [("--a", always(6))]])
+def test_what_cannot_swap_is_not_told_to(cheaper: list[tuple[str, Callable[[], Known]]]) -> None:
+    lines, last = advise(Known(6), cheaper, 5 * GIB, can_swap=False)
+
+    assert not any("swap" in line for line in lines)
+    assert last == Known(6)
+
+
+def room(gib: float) -> Room:
+    """Of which so much can be used."""
+    return Room("a card", 100 * GIB, math.ceil((gib * GIB + CONTEXT) / (1 - MARGIN)))
+
+
+@pytest.fixture
+def speed(tmp_path_factory: pytest.TempPathFactory) -> TrainingSpeedOptions:
+    return toy_options(tmp_path_factory.mktemp("toy")).speed
+
+
+def asking(speed: TrainingSpeedOptions, blocks: int | str) -> TrainingSpeedOptions:
+    return replace(speed, swap=SwapOptions(blocks_to_swap=blocks, img_in_txt_in_offloading=False))
+
+
+def test_auto_becomes_a_number_and_a_number_stays(speed: TrainingSpeedOptions) -> None:
+    assert resolve_swap(asking(speed, AUTO), room(5), always(7)) == (asking(speed, 2), Known(7))
+    assert resolve_swap(asking(speed, 1), room(5), always(7)) == (asking(speed, 1), Known(7))
+    with pytest.raises(OptionError, match="--blocks_to_swap 4: at most 3"):
+        resolve_swap(asking(speed, 4), room(5), always(7))
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(AUTO, 0), (2, 2)])
+def test_without_a_device_nothing_is_rehearsed(
+    speed: TrainingSpeedOptions, asked: int | str, expected: int
+) -> None:
+    assert resolve_swap(asking(speed, asked), None, never) == (asking(speed, expected), None)
+
+
+def test_a_rehearsal_that_fails_stops_a_run_only_if_auto_waits_for_it(
+    speed: TrainingSpeedOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> Known:
+        raise RuntimeError("an operator without a plan")
+
+    assert resolve_swap(asking(speed, 2), room(5), fail) == (asking(speed, 2), None)
+    assert "an operator without a plan" in caplog.text
+    with pytest.raises(MemoryPlanError, match="an operator without a plan"):
+        resolve_swap(asking(speed, AUTO), room(5), fail)

@@ -24,14 +24,7 @@ from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import Killed, ToyFamily, killed_at, same, toy_options, train_toy, write_caches
 from training.reports.history import History, SampleRow
 from training.reports.page import ClipStore, PageFacts, choose_columns, write_training_page
-from training.reports.sample_files import (
-    GAP,
-    LEAST_WIDTH,
-    TEXT_SIZE,
-    TITLE_SIZE,
-    log_samples,
-    write_sheet,
-)
+from training.reports.sample_files import GAP, LEAST_WIDTH, TEXT_SIZE, TITLE_SIZE, log_samples, write_sheet
 from training.run import train_network
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $(rm -rf ~) </style> \u202e"

@@ -1,6 +1,8 @@
-"""The model card: what it says, what hostile text cannot do, and whose card is left alone."""
+"""Uploads never end a run. The model card: what it says, and whose card is left alone."""
 
+import contextlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import yaml
 from safetensors import safe_open
 
 from modules.contract.rules import ModelRelease
+from modules.errors import OptionError
 from tests.training.toy import toy_options, train_toy, write_caches
-from training.saving.hub import make_uploads, may_replace, write_card
+from training.saving.hub import download_state, make_uploads, may_replace, write_card
 
 RELEASE = ModelRelease(("Wan-AI/Wan2.1-T2V-1.3B",), "Apache-2.0", "apache-2.0", "https://example.org/apache")
 METADATA = {
@@ -193,3 +196,99 @@ def test_a_run_uploads_a_card_and_marks_its_file_with_the_models_licence(
     assert values["widget"] == [{"text": "a cat"}]
     with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
         assert file.metadata()["modelspec.license"] == "Toy licence"
+
+
+class Api:
+    """Notes what it is asked."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.fails = fails
+
+    def __call__(self, token: str | None) -> "Api":
+        self.token = token
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        def call(**arguments: Any) -> None:
+            if self.fails:
+                raise ConnectionError("no network")
+            self.calls.append((name, arguments))
+
+        return call
+
+
+@pytest.mark.parametrize("background", [[], ["--async_upload"]])
+def test_files_and_states_go_to_their_place_in_order(tmp_path: Path, background: list[str]) -> None:
+    api = Api()
+    arguments = [
+        *("--huggingface_repo_id", "me/loras", "--huggingface_path_in_repo", "wan"),
+        "--save_state_to_huggingface",
+    ]
+    arguments += ["--huggingface_repo_visibility", "public", "--huggingface_token", "secret", *background]
+    uploads = make_uploads(toy_options(tmp_path, *arguments).hub, api)
+    (tmp_path / "x-state").mkdir()
+
+    uploads.publish(tmp_path / "x.safetensors")
+    uploads.publish_state(tmp_path / "x-state")
+    uploads.close()
+
+    assert api.token == "secret"
+    assert [name for name, _ in api.calls] == ["create_repo", "upload_file", "create_repo", "upload_folder"]
+    assert api.calls[0][1] == {
+        "repo_id": "me/loras",
+        "repo_type": "model",
+        "private": False,
+        "exist_ok": True,
+    }
+    assert api.calls[1][1]["path_in_repo"] == "wan/x.safetensors"
+    assert api.calls[3][1]["path_in_repo"] == "wan/x-state"
+
+
+def test_a_run_that_fails_still_sends_what_it_saved(tmp_path: Path) -> None:
+    api = Api()
+    uploads = make_uploads(
+        toy_options(tmp_path, "--huggingface_repo_id", "me/loras", "--async_upload").hub, api
+    )
+
+    def run() -> None:
+        with contextlib.closing(uploads):
+            uploads.publish(tmp_path / "x.safetensors")
+            raise OptionError("something else")
+
+    with pytest.raises(OptionError):
+        run()
+
+    assert [name for name, _ in api.calls] == ["create_repo", "upload_file"]
+
+
+def test_a_failed_upload_is_reported_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    uploads = make_uploads(toy_options(tmp_path, "--huggingface_repo_id", "me/loras").hub, Api(fails=True))
+
+    with caplog.at_level(logging.ERROR):
+        uploads.publish(tmp_path / "x.safetensors")
+
+    assert "was saved but not uploaded to me/loras: no network" in caplog.text
+
+
+def test_a_state_is_fetched_by_repository_path_revision_and_kind(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(**arguments: Any) -> str:
+        asked.update(arguments)
+        (tmp_path / "runs" / "x-state").mkdir(parents=True)
+        return str(tmp_path)
+
+    folder = download_state("me/loras/runs/x-state:v2:dataset", "secret", tmp_path, download)
+
+    assert folder == tmp_path / "runs" / "x-state"
+    assert {key: asked[key] for key in ("repo_id", "revision", "repo_type", "allow_patterns", "token")} == {
+        **{"repo_id": "me/loras", "revision": "v2", "repo_type": "dataset"},
+        **{"allow_patterns": "runs/x-state/*", "token": "secret"},
+    }
+
+
+@pytest.mark.parametrize("place", ["x-state", "me/loras", "me/loras:main"])
+def test_a_place_without_a_path_is_refused(tmp_path: Path, place: str) -> None:
+    with pytest.raises(OptionError, match=r"owner/repo/path"):
+        download_state(place, None, tmp_path, lambda **_: "")

@@ -18,14 +18,7 @@ from modules.errors import CheckpointError, OptionError, OutputError
 from tests.faults.damage import flip_bit
 from tests.training.toy import train_toy, write_caches
 from training.optimizers.optimizer import optimizer_state, restore_optimizer
-from training.saving.states import (
-    FILE,
-    SavedState,
-    find_latest,
-    load_module,
-    read_state,
-    write_state,
-)
+from training.saving.states import FILE, SavedState, find_latest, load_module, read_state, write_state
 from training.steps import Progress
 
 STATES = Path(__file__).parents[2] / "data" / "states"  # written by version 1

@@ -1,7 +1,8 @@
-"""How compilation is asked for, in training and in generation."""
+"""Which back end of attention and which compilation options ask for, and what command lines refuse."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,74 @@ from modules.compile_options import (
 )
 from modules.errors import OptionError
 from modules.parser import parse_options
+from modules.speed_options import (
+    AttentionChoice,
+    GenerationAttentionOptions,
+    TrainingAttentionOptions,
+    flag_of,
+)
+from tests.commands import assert_user_error, run_script
+
+
+def _training(*arguments: str) -> TrainingAttentionOptions:
+    return parse_options(None, arguments, TrainingAttentionOptions)[0]
+
+
+def _generation(*arguments: str, splits: bool = True) -> GenerationAttentionOptions:
+    without = () if splits else ("split_attn",)
+    return parse_options(None, arguments, GenerationAttentionOptions, without=without)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mode", "ignored"),
+    [
+        ((), "sdpa", ()),
+        (("--sdpa",), "sdpa", ()),
+        (("--flash_attn",), "flash", ()),
+        (("--flash3",), "flash3", ()),
+        (("--sage_attn",), "sage", ()),
+        (("--xformers",), "xformers", ()),
+        (("--flash3", "--xformers", "--sage_attn", "--flash_attn", "--sdpa"), "sdpa", None),
+        (
+            ("--flash3", "--xformers", "--sage_attn", "--flash_attn"),
+            "flash",
+            ("--sage_attn", "--xformers", "--flash3"),
+        ),
+        (("--flash3", "--xformers", "--sage_attn"), "sage", ("--xformers", "--flash3")),
+        (("--flash3", "--xformers"), "xformers", ("--flash3",)),
+    ],
+)
+def test_the_first_back_end_counts_and_the_others_are_named(
+    arguments: tuple[str, ...], mode: str, ignored: tuple[str, ...] | None
+) -> None:
+    options = _training(*arguments)
+    assert options.choice == AttentionChoice(mode)
+    assert options.ignored == (
+        ("--flash_attn", "--sage_attn", "--xformers", "--flash3") if ignored is None else ignored
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"),
+    [
+        *(("torch", "sdpa"), ("sdpa", "sdpa"), ("flash", "flash"), ("flash2", "flash"), ("flash3", "flash3")),
+        *(("sageattn", "sage"), ("xformers", "xformers")),
+    ],
+)
+def test_generation_names_back_ends_by_values(value: str, mode: str) -> None:
+    assert _generation("--attn_mode", value).choice == AttentionChoice(mode)
+    assert _generation("--attn_mode", flag_of(mode, training=False).split()[1]).choice.mode == mode
+
+
+def test_generation_refuses_before_it_opens_a_model(tmp_path: Path) -> None:
+    arguments = ("--prompt", "a cat", "--save_path", "out", "--dit", "no such file", "--device", "cpu")
+
+    done = run_script(
+        "hv_generate_video.py", *arguments, "--attn_mode", "flash", folder=tmp_path, check=False
+    )
+
+    assert_user_error(done, "--attn_mode flash runs on CUDA devices only", "Leave --attn_mode flash out")
+    assert not (tmp_path / "out").exists()
 
 
 def training(*argv: str) -> Compilation | None:
