@@ -160,7 +160,7 @@ def plan(path: Path, phase: str) -> None:
         "check_training": lambda: check_training(config, "toy", LATENT, text_keys=frozenset({"t5"})),
     }
     result = checks[phase]()
-    assert result.ok, result.lines  # type: ignore[attr-defined]
+    assert not result.exit_code, result.lines  # type: ignore[attr-defined]
 
 
 def measure(path: Path, phase: str) -> None:

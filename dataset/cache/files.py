@@ -4,16 +4,16 @@ Names and tensors are those of existing tuners, so that files can be exchanged. 
 file's origin (see records.py).
 """
 
-import contextlib
 import json
 import os
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, deserialize
@@ -24,6 +24,8 @@ from modules.checkpoints.writing import stream_tensors
 from modules.contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CacheError
+
+T = TypeVar("T")
 
 FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
 SUFFIX = ".safetensors"
@@ -201,10 +203,15 @@ def grid_in_name(name: str) -> Grid | None:
 class Header:
     """Metadata and tensor names of a cache file."""
 
-    path: Path
+    place: Path | str  # its path: of a million only a few are asked for
     metadata: Mapping[str, str]
     names: tuple[str, ...]  # of the tensors
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by name, if only the header is read
+
+    @property
+    def path(self) -> Path:
+        """Where it is, for messages."""
+        return Path(self.place)
 
     @property
     def keys(self) -> frozenset[str]:
@@ -235,24 +242,17 @@ class Entry:
         return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path | str) -> Header:
     """Read metadata and tensor names. Raises CacheError if the file is missing or damaged."""
-    with _open(path) as file:
-
-        def read(start: int, count: int) -> bytes:
-            file.seek(start)
-            return file.read(count)
-
-        return unpack_header(path, os.fstat(file.fileno()).st_size, read)
+    return _open(path, lambda file, size: unpack_header(path, size, file.read))
 
 
-def read_entry(path: Path) -> Entry:
+def read_entry(path: Path | str) -> Entry:
     """Read a cache file to the CPU. Raises CacheError if the file is missing or damaged."""
-    with _open(path) as file:
-        return unpack(path, file.read())
+    return _open(path, lambda file, _: unpack(path, file.read()))
 
 
-def unpack(path: Path, data: bytes) -> Entry:
+def unpack(path: Path | str, data: bytes) -> Entry:
     """Return the tensors of a cache file's bytes, sorted by name.
 
     path: for messages. Raises CacheError if they are no safetensors.
@@ -267,18 +267,18 @@ def unpack(path: Path, data: bytes) -> Entry:
     return Entry(Header(path, metadata, tuple(named)), named)
 
 
-def unpack_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> Header:
+def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Header:
     """Return the metadata and tensor names of a cache file of `size` bytes; its tensors are not read.
 
-    read: returns bytes by offset and count. Raises CacheError if they are no safetensors.
+    read: returns the next of its bytes, as many as asked for. Raises CacheError if they are no safetensors.
     """
     try:
-        start = read(0, min(size, _FIRST_BYTES))
+        start = read(min(size, _FIRST_BYTES))
         (length,) = struct.unpack_from("<Q", start)
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"its header claims {length} bytes of {size}")
         if length + 8 > len(start):
-            start = read(0, length + 8)
+            start += read(length + 8 - len(start))
         content = json.loads(start[8 : 8 + length])
         metadata = {str(key): str(value) for key, value in (content.pop("__metadata__", None) or {}).items()}
         shapes = {name: tuple(map(int, content[name]["shape"])) for name in sorted(content)}
@@ -333,16 +333,23 @@ def _all_cache_names(header: Header) -> bool:
     return bool(header.names) and all(_TENSOR_NAME.fullmatch(name) for name in header.names)
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    if not path.is_file():
-        raise CacheError(f"{path}: no such cache file")
+def _open(path: Path | str, use: Callable[[BinaryIO, int], T]) -> T:
+    """Return what `use` makes of a file and its size. There may be millions: nothing is asked twice."""
     try:
-        with path.open("rb") as file:
-            yield file
+        with open(path, "rb", 0, opener=_open_at_once) as file:  # noqa: PTH123  # Path.open takes longer
+            found = os.fstat(file.fileno())
+            if stat.S_ISREG(found.st_mode):
+                return use(file, found.st_size)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        pass
     except OSError as error:
         raise _damage_error(path, error) from error
+    raise CacheError(f"{path}: no such cache file")
 
 
-def _damage_error(path: Path, error: Exception) -> CacheError:
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # does not wait for a pipe's writer
+
+
+def _damage_error(path: Path | str, error: Exception) -> CacheError:
     return CacheError(f"{path}: damaged, cannot be read as safetensors ({error})")

@@ -5,6 +5,7 @@ at most what was written in the last quarter of a second. `tools/convert_cache.p
 """
 
 import contextlib
+import io
 import os
 import sqlite3
 import threading
@@ -255,9 +256,9 @@ class ShardStore:
         rows = self._open(row)
         if rows is None:
             data = read_row(rows, self.folder, row)
-            return unpack_header(path, len(data), lambda start, count: data[start : start + count])
+            return unpack_header(path, len(data), io.BytesIO(data).read)
         with rows.blobopen("entries", "data", row.place, readonly=True) as blob:
-            return unpack_header(path, len(blob), lambda start, count: bytes(blob[start : start + count]))
+            return unpack_header(path, len(blob), blob.read)
 
     def _open(self, row: CatalogRow) -> sqlite3.Connection | None:
         """Return an open shard; None of a tar. Another thread that still reads from one keeps it open."""

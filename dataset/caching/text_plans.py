@@ -55,9 +55,10 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
     with pause_collection():
         for found in of_tables.values():
             table, passes = found[0].table, (list[CaptionFile](), list[CaptionFile]())
+            of_table = table.caption_settings
             for source in found:
                 captions = (source.caption, *source.more_captions)
-                settings = table.caption_settings
+                settings = of_table
                 if len(captions) > 1:
                     settings = {**settings, "captions": len(captions)}
                 for number, caption in enumerate(captions):
@@ -131,8 +132,11 @@ class TextRecipe:
         store, name = self.stores.of_texts(file.table), file.file_name
         if self.stores.trusts and store.is_shared(name) and store.stamp(name) is not None:
             return None
-        _, in_part = self.find(file, in_part=True)  # before the file, as another process may finish it now
+        in_part: Mapping[str, bool] = {}
         _, right = self.find(file, reads_values=reads_values)
+        if len(right) < len(self.encoders):  # else the unfinished file, if there is one, is not needed
+            _, in_part = self.find(file, in_part=True)
+            _, right = self.find(file, reads_values=reads_values)  # another process may have finished it now
         wrong = [encoder.name for encoder, _ in self.encoders if encoder.name not in right]
         missing = tuple(name for name in wrong if name not in in_part)
         return EncodingPlan(file, missing, len(missing) < len(wrong), not all(right.values()))
@@ -148,13 +152,11 @@ class TextRecipe:
         """
         store, right = self.stores.of_texts(file.table), dict[str, bool]()
         name = file.file_name + PART if in_part else file.file_name
-        if store.stamp(name) is None:
-            return None, right
         try:
             entry = store.read(name, reads_values)
             records = text_records(entry.header)
         except CacheError as error:
-            if store.stamp(name) is not None:  # else another process has removed it since
+            if store.stamp(name) is not None:  # else it is not there
                 logger.warning("%s. It is made again.", error)
             return None, right
         # what a shared one does not say is not asked for: other programs keep no record

@@ -14,11 +14,12 @@ from dataset.batches.items import find_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry, write_tensors
 from dataset.cache.records import latent_metadata, latent_record
+from dataset.caching import planning, text_plans
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import conclude
 from dataset.config import DatasetConfig
 from modules.errors import CacheError, DatasetError
-from tests.dataset.making import make_clip, make_table
+from tests.dataset.making import make_clip, make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -156,6 +157,48 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, cache: Callable[..., Any])
     assert cache(ToyFamily(), config, options()).kept == 2
 
 
+@pytest.mark.parametrize("form", ["files", "shards"])
+def test_of_thousands_only_headers_and_files_are_compared_and_nothing_is_missed(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "MANY", 2)
+    monkeypatch.setattr(text_plans, "MANY", 2)
+    seen: list[str] = []  # sources that were compared key by key
+    compare = planning._Planning.plan
+    monkeypatch.setattr(
+        planning._Planning, "plan", lambda self: seen.append(self.source.stem) or compare(self)
+    )
+
+    def cached(config: DatasetConfig, family: ToyFamily, half: Any = cache_media) -> tuple[int, int, int]:
+        seen.clear()
+        report = half(dataclasses.replace(family, seen=[]), config, options(num_workers=1))
+        return report.written, report.kept, len(seen)
+
+    config, family = make_config(tmp_path, clips=(9, 9, 9, 9), cache_format=form), ToyFamily()
+    assert cached(config, family) == (4, 0, 4)
+    assert cached(config, family, cache_texts) == (4, 0, 0)
+    assert cached(config, family) == (0, 4, 1)
+    os.utime(tmp_path / "clip_0.mp4")  # a copy without its time
+    assert cached(config, family) == (0, 4, 1)
+    make_clip(tmp_path / "clip_1.mp4", 12)
+    assert cached(config, family) == (1, 3, 2)
+    (tmp_path / "clip_2.txt").write_text("another text", encoding="utf-8")
+    assert cached(config, family, cache_texts) == (1, 3, 0)
+    assert cached(change(config, target_frames=(5, 9)), family) == (4, 4, 4)
+    assert cached(config, family) == (0, 4, 4)  # with more files than are wanted
+    assert cached(config, family) == (0, 4, 1)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    make_image(masks / "clip_3.png")
+    assert cached(change(config, mask_directory=masks), family) == (1, 3, 2)
+    assert cached(config, family) == (1, 3, 2)
+    assert cached(config, dataclasses.replace(family, media_identity={"vae": "second"})) == (4, 0, 4)
+    if form == "files":
+        file = tmp_path / "cache" / "clip_3_00000-005_0032x0032_toy.safetensors"
+        file.write_bytes(file.read_bytes()[:-3])
+        assert cached(config, dataclasses.replace(family, media_identity={"vae": "second"})) == (1, 3, 2)
+
+
 @pytest.mark.parametrize("frames", [10**12, -1, "9", True])
 def test_a_record_of_impossible_frames_counts_as_damaged(tmp_path: Path, frames: Any) -> None:
     config = make_config(tmp_path, clips=(9,))
@@ -244,6 +287,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.dataset.caching.test_loop import make_config
 from tests.dataset.toy_family import ToyFamily, options
+from dataset.caching import planning, text_plans
 from dataset.caching.loop import cache_media, cache_texts
 folder, family = Path({folder!r}), ToyFamily()
 config = make_config(folder, clips=(9, 9, 9, 9, 9))
