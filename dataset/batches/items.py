@@ -12,13 +12,16 @@ from torch import Tensor
 
 from dataset.cache.converting import list_unsound
 from dataset.cache.files import (
+    CONTROL,
     EMPTY,
+    FLIPPED,
     PART,
     SUFFIX,
     LatentName,
     empty_text_name,
     latent_names,
     parse_more_text_name,
+    tensor_key,
     text_file_name,
 )
 from dataset.cache.npz import NpzNames
@@ -56,6 +59,8 @@ class TrainingItem:
     kind: ItemKind
     parts: int = 1  # how many files of the same clip are there
     captions: int = 1  # how many text files of the source are there, besides the empty prompt's
+    # height and width of each latents of a reference picture, if those of a batch have to be equal
+    references: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -69,8 +74,8 @@ class TrainingItem:
 
     @property
     def group(self) -> tuple[int, ...]:
-        """The common key of a batch's items: their table, or its group, and their bucket."""
-        return (self.table.batch_group, *self.bucket)
+        """The common key of a batch's items: their table, or its group, their bucket and references."""
+        return (self.table.batch_group, *self.bucket, *self.references)
 
     @property
     def latent_path(self) -> Path:
@@ -216,6 +221,9 @@ def find_items(
             (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
         )
         buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
+        # each once, of tables whose batches depend on them
+        references: dict[tuple[int, ...], tuple[int, ...]] = {}
+        has_references = table.references is not None and table.batch_size > 1 and not one.media
         has_empty_text, is_empty = empty_text in text_names, True
         del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
         with pause_collection():
@@ -235,7 +243,9 @@ def find_items(
                 files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
                 captions = one.num_captions(stem) if one.texts else texts.captions.get(stem, 1)
                 bucket = buckets[id(what)]
-                items.append(TrainingItem(name, len(stem), table, bucket, kind, files, captions))
+                sizes = reference_sizes(store, name) if has_references else ()
+                sizes = references.setdefault(sizes, sizes)
+                items.append(TrainingItem(name, len(stem), table, bucket, kind, files, captions, sizes))
         if is_empty:
             empty.append(table)
         elif table.drops_captions and not one.texts and not has_empty_text:
@@ -249,6 +259,20 @@ def find_items(
         tuple(incomplete),
         tuple(folder / stem for folder, stem in unlisted if stem not in listed[folder]),
     )
+
+
+def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
+    """Return the height and width of each latents of a reference picture in an entry, by their names.
+
+    Of an entry that cannot be read: none. Reading it for a batch says why.
+    """
+    try:
+        shapes = store.read(name, is_whole=False).header.shapes
+    except CacheError:
+        return ()
+    keys = [(tensor_key(one), shape) for one, shape in sorted(shapes.items())]
+    found = [shape[-2:] for key, shape in keys if key.startswith(CONTROL) and not key.endswith(FLIPPED)]
+    return tuple(side for shape in found for side in shape)
 
 
 class _TextNames:
