@@ -62,6 +62,12 @@ def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> Data
 
     Raises DatasetError if the family has no use for a key.
     """
+    flips = [one.name for one in config.datasets if one.augmentation.flip]
+    if rules is not None and rules.seen_by_text and flips:
+        raise DatasetError(
+            f"{flips[0]}: flip_aug mirrors reference pictures, but not what the text encoder sees of them. "
+            "Leave it out"
+        )
     if rules is not None:
         of_images = [
             replace(one, references=rules) if one.kind == "image" else one for one in config.datasets

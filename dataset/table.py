@@ -249,6 +249,11 @@ class DatasetTable:
         return len(self.fp_1f_clean_indices) if self.fp_1f_clean_indices else 1
 
     @property
+    def texts_see_references(self) -> bool:
+        """Return whether a text encoder sees the reference pictures of an image beside its caption."""
+        return self.references is not None and self.references.seen_by_text
+
+    @property
     def stated_fps(self) -> float | None:
         """Return source_fps if it is a number."""
         return None if isinstance(self.source_fps, str) else self.source_fps

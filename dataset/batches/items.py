@@ -12,16 +12,14 @@ from torch import Tensor
 
 from dataset.cache.converting import list_unsound
 from dataset.cache.files import (
-    CONTROL,
     EMPTY,
-    FLIPPED,
     PART,
     SUFFIX,
     LatentName,
     empty_text_name,
+    is_empty_text_name,
     latent_names,
     parse_more_text_name,
-    tensor_key,
     text_file_name,
 )
 from dataset.cache.npz import NpzNames
@@ -59,7 +57,7 @@ class TrainingItem:
     kind: ItemKind
     parts: int = 1  # how many files of the same clip are there
     captions: int = 1  # how many text files of the source are there, besides the empty prompt's
-    # height and width of each latents of a reference picture, if those of a batch have to be equal
+    # width and height of each latents of a reference picture, if those of a batch have to be equal
     references: tuple[int, ...] = ()
 
     @property
@@ -89,7 +87,9 @@ class TrainingItem:
     def caption_path(self, number: int) -> Path:
         """Return the text file of a caption, or of the empty prompt if `number` is EMPTY."""
         tag = self.kind.tag
-        name = empty_text_name(tag) if number == EMPTY else text_file_name(self.source_stem, tag, number)
+        if number == EMPTY and not self.table.texts_see_references:
+            return self.table.cache_directory / empty_text_name(tag)
+        name = text_file_name(self.source_stem, tag, number)
         return self.table.cache_directory / name
 
 
@@ -225,6 +225,11 @@ def find_items(
         references: dict[tuple[int, ...], tuple[int, ...]] = {}
         has_references = table.references is not None and table.batch_size > 1 and not one.media
         has_empty_text, is_empty = empty_text in text_names, True
+        # one for each source if an encoder sees its references, and the first of those that are not there
+        own_empty: set[str] | None = None
+        if table.drops_captions and table.texts_see_references and not one.texts:
+            own_empty = {name for name in text_names if is_empty_text_name(name, cache_tag)}
+            has_empty_text = True
         del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
         with pause_collection():
             for name, stem, what in latent_names(wanted, cache_tag, table.kind):
@@ -238,12 +243,16 @@ def find_items(
                     kept[table.cache_directory / text] = None
                     if text not in texts.first:
                         continue
+                empty_of_source = text_file_name(stem, cache_tag, EMPTY) if own_empty is not None else ""
+                if own_empty is not None and empty_of_source not in own_empty:
+                    missing_empty.append(table.cache_directory / empty_of_source)
+                    own_empty = None
                 if id(what) not in buckets:
                     buckets[id(what)] = _bucket(table, what, latent, table.cache_directory / name)
                 files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
                 captions = one.num_captions(stem) if one.texts else texts.captions.get(stem, 1)
                 bucket = buckets[id(what)]
-                sizes = reference_sizes(store, name) if has_references else ()
+                sizes = _reference_sizes(store, name) if has_references else ()
                 sizes = references.setdefault(sizes, sizes)
                 items.append(TrainingItem(name, len(stem), table, bucket, kind, files, captions, sizes))
         if is_empty:
@@ -261,18 +270,12 @@ def find_items(
     )
 
 
-def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
-    """Return the height and width of each latents of a reference picture in an entry, by their names.
-
-    Of an entry that cannot be read: none. Reading it for a batch says why.
-    """
+def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
+    """Return the sizes of an entry's references; none if it is damaged, as reading it for a batch says."""
     try:
-        shapes = store.read(name, is_whole=False).header.shapes
+        return store.read(name, is_whole=False).header.reference_sizes
     except CacheError:
         return ()
-    keys = [(tensor_key(one), shape) for one, shape in sorted(shapes.items())]
-    found = [shape[-2:] for key, shape in keys if key.startswith(CONTROL) and not key.endswith(FLIPPED)]
-    return tuple(side for shape in found for side in shape)
 
 
 class _TextNames:
@@ -288,7 +291,7 @@ class _TextNames:
             name
             for name in parts
             if (table.multi_caption and parse_more_text_name(name, tag) is not None)
-            or (table.drops_captions and name == empty_text_name(tag))
+            or (table.drops_captions and is_empty_text_name(name, tag))
         ]
         further: dict[str, set[int]] = {}
         for name in names if table.multi_caption else ():

@@ -317,6 +317,11 @@ def _check_caption(
         if is_known:
             continue
         _check_settings(item, path, record.settings)
+        if record.references and item.table.directory is not None:
+            folders = [item.table.control_directory] * len(record.references)
+            file = checks.changed_file(folders, record.references)
+            if file is not None:
+                raise CacheError(f"{path}: {file} has changed since its encoder saw it")
         if record.file is None or item.table.directory is None:
             continue
         caption_path = item.table.directory / record.file.name

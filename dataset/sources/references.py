@@ -1,8 +1,9 @@
 """Reference pictures: the control images of a family that takes several, each of a size of its own."""
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
+from dataset.sources.fetching import fetch
 from dataset.sources.media_source import MediaSource
 from modules.errors import DatasetError, MediaError
 from modules.media.augmenting import mirror
 from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover
-from modules.media.reading import Frame, fit_frame, read_image
+from modules.media.reading import Frame, fit_frame, image_size, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,36 @@ def read_reference(
         return place(picture)[None]
     placed = fit_frame(picture, fit)
     return (mirror(placed) if is_mirrored else placed)[None]
+
+
+@contextlib.contextmanager
+def hold_references(source: MediaSource | None) -> Iterator[tuple[Path, ...]]:
+    """Yield the files of a source's reference pictures until the block ends; None: no picture.
+
+    Raises MediaError if one is missing or too small, by its header alone.
+    """
+    if source is None:
+        yield ()
+        return
+    with fetch(source) as here:
+        for path in here.control:
+            fit_reference(source.table, image_size(path), path)
+        yield here.control
+
+
+def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
+    """Return the sizes that the reference pictures of an image get, from their headers; () if they are not
+    on disk.
+
+    bucket: of the image. Raises MediaError if one cannot be used.
+    """
+    if source.origins:
+        return ()
+    try:
+        fits = [fit_reference(source.table, image_size(path), path) for path in source.control]
+    except MediaError as error:
+        raise explain_reference(source, error) from error
+    return tuple(bucket if fit is None else fit.bucket for fit in fits)
 
 
 def explain_reference(source: MediaSource, error: Exception) -> MediaError:
