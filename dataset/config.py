@@ -7,14 +7,16 @@ of a file are reported together.
 import difflib
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dataset.config_keys import MODES
+from dataset.config_keys import MODES, SPELLINGS
 from dataset.key_reading import BAD, parse_config, read_keys, unknown, without_nulls
 from dataset.subset_options import SubsetOptions
 from dataset.subsets import read_subsets
 from dataset.table import FRAME_KEYS, KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table
+from modules.contract.rules import ReferenceRules
 from modules.errors import DatasetError
 
 __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_config"]
@@ -46,13 +48,40 @@ def load_dataset_config(path: Path, given: SubsetOptions | None = None) -> Datas
         entries = _entries(content, problems)
         elsewhere = "is allowed only in a [[datasets]] table; move it there"
         misplaced = {name: elsewhere for name, key in KEYS.items() if not key.in_general}
-        general = read_keys(KEYS, general, "[general]", problems, misplaced)
+        general = read_keys(KEYS, general, "[general]", problems, misplaced, SPELLINGS)
         read = [_read_table(path, index, entry, general, problems) for index, entry in enumerate(entries)]
         tables = tuple(table for table in read if table is not None)
     _check_cache_directories(tables, problems)
     if problems:
         raise DatasetError("\n  ".join([f"{path} cannot be used:", *problems]))
     return DatasetConfig(path, tables)
+
+
+def with_references(config: DatasetConfig, rules: ReferenceRules | None) -> DatasetConfig:
+    """Return a configuration whose control images are taken as a family does: `Family.references`.
+
+    Raises DatasetError if the family has no use for a key.
+    """
+    flips = [one.name for one in config.datasets if one.augmentation.flip]
+    if rules is not None and rules.seen_by_text and flips:
+        raise DatasetError(
+            f"{flips[0]}: flip_aug mirrors reference pictures, but not what the text encoder sees of them. "
+            "Leave it out"
+        )
+    if rules is not None:
+        of_images = [
+            replace(one, references=rules) if one.kind == "image" else one for one in config.datasets
+        ]
+        return replace(config, datasets=tuple(of_images))
+    problems = [
+        f"{table.name}: {' and '.join(table.control_keys)}: this model fits control images to the size of "
+        "their picture; the keys are for models that take reference pictures. Leave them out"
+        for table in config.datasets
+        if table.control_keys
+    ]
+    if problems:
+        raise DatasetError("\n".join(problems))
+    return config
 
 
 def _entries(content: Table, problems: list[str]) -> list[Any]:
@@ -89,7 +118,7 @@ def _read_table(
             sources = [one for one in SOURCES if kind in KEYS[one].kinds and one.endswith(key.only_with)]
             misplaced[name] = f"is for tables with {' or '.join(sources)}, not {source_key}"
     values = {name: key.default for name, key in KEYS.items()}
-    values |= general | read_keys(KEYS, entry, where, problems, misplaced)
+    values |= general | read_keys(KEYS, entry, where, problems, misplaced, SPELLINGS)
     if len(problems) > before or any(value is BAD for value in values.values()):
         return None
     fields = {name: value for name, value in values.items() if name not in SOURCES}

@@ -132,6 +132,7 @@ def _is_short(value: str) -> bool:
 
 
 YES_NO = _form(bool, lambda _: True, "true or false, without quotes")
+NO_LAYERS = _form(bool, lambda value: not value, "false; the layers of Qwen-Image-Layered are not supported")
 COUNT = _whole(1, MOST_COUNT)
 REPEATS = _whole(1, MOST_REPEATS)
 SAMPLES = _whole(1, MOST_SAMPLES)
@@ -201,6 +202,14 @@ def key(form: Form, default: Any = None, **facts: Any) -> Any:
 def of_kind(form: Form) -> Any:
     """Return a field that is set by `image_<name>` or `video_<name>`."""
     return dataclasses.field(default=None, metadata={"source": form})
+
+
+# keys of control images as other tuners spell them for one model
+SPELLINGS: Mapping[str, str] = {
+    "flux_kontext_no_resize_control": "no_resize_control",
+    "qwen_image_edit_no_resize_control": "no_resize_control",
+    "qwen_image_edit_control_resolution": "control_resolution",
+}
 
 
 # --- keys of the image guides' form

@@ -97,6 +97,7 @@ def read_keys(
     names of keys. more: keys that are read elsewhere.
     """
     values: dict[str, Any] = {}
+    spelt: dict[str, str] = {}  # the name that each key has in the table
     for name, value in table.items():
         real = (names or {}).get(name, name)
         if name in more:
@@ -106,8 +107,9 @@ def read_keys(
             problems.append(f"{where}: {unknown(name, value, [*more, *allowed])}")
         elif real in misplaced:
             problems.append(f"{where}: {name} = {show(value)} {misplaced[real]}")
-        elif real != name and real in table:
-            problems.append(f"{where}: {name} and {real} are the same key; leave out one")
+        elif spelt.setdefault(real, name) != name:
+            both = " and ".join(sorted((spelt[real], name), key=real.__eq__))  # its own name last
+            problems.append(f"{where}: {both} are the same key; leave out one")
         else:
             try:
                 values[real] = keys[real].form.read(value)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dataset.config import load_dataset_config
+from dataset.config import load_dataset_config, with_references
 from dataset.options import read_latent_caching, read_text_caching
 from modules.command import as_typed
 from modules.families import FAMILIES, Script
@@ -37,6 +37,7 @@ def cache_family_latents(
     words = ["python", f"{entry.cache}_text_encoder_outputs.py", *entry.texts.split()]
     following = as_typed([*words, "--dataset_config", str(options.dataset_config)])
     made = entry.make_family("latent_caching", own)
+    config = with_references(config, made.references)
     (run or run_latent_caching)(made, config, options, debug, following)
 
 
@@ -52,4 +53,6 @@ def cache_family_texts(
 
     words = ["python", f"{entry.script}_train_network.py", *entry.training]
     following = as_typed([*words, "--dataset_config", str(options.dataset_config), "--check"])
-    (run or run_text_caching)(entry.make_family("text_caching", own), config, options, following)
+    made = entry.make_family("text_caching", own)
+    config = with_references(config, made.references)
+    (run or run_text_caching)(made, config, options, following)

@@ -17,6 +17,7 @@ from dataset.config_keys import (
     EXTENSION,
     LIST_PATH,
     MODE,
+    NO_LAYERS,
     PATH,
     PLACE,
     PLACES,
@@ -35,6 +36,7 @@ from dataset.config_keys import (
     key,
     of_kind,
 )
+from modules.contract.rules import ReferenceRules
 from modules.paths import hide_secrets
 
 Table = Mapping[str, Any]
@@ -165,6 +167,12 @@ class DatasetTable:
     fp_1f_clean_indices: tuple[int, ...] | None = key(PLACES, kinds=IMAGE)
     fp_1f_target_index: int | None = key(PLACE, kinds=IMAGE)
     fp_1f_no_post: bool = key(YES_NO, False, kinds=IMAGE)
+    # of reference pictures; with both, only larger ones are resized
+    no_resize_control: bool = key(YES_NO, False, kinds=IMAGE)
+    control_resolution: tuple[int, int] | None = key(SIZE, kinds=IMAGE)  # None: that of the picture
+    multiple_target: bool = key(NO_LAYERS, False, kinds=IMAGE)
+    # how the family takes control images as references; None: they are fitted like their picture
+    references: ReferenceRules | None = None
     # --- of a subset of the image guides' form; our own tables have the defaults
     group: int | None = None  # index of its dataset, whose subsets share batches; None: it shares none
     subset: int | None = None  # place in its dataset, from 0
@@ -234,9 +242,16 @@ class DatasetTable:
         return f"{self.kind}_{next(end for end in SOURCE_FIELDS if getattr(self, end) is not None)}"
 
     @property
-    def control_count(self) -> int:
-        """Return how many control images an image has, if it has any."""
+    def control_count(self) -> int | None:
+        """Return how many control images an image has, if it has any; None: the number differs."""
+        if self.references is not None:
+            return None
         return len(self.fp_1f_clean_indices) if self.fp_1f_clean_indices else 1
+
+    @property
+    def texts_see_references(self) -> bool:
+        """Return whether a text encoder sees the reference pictures of an image beside its caption."""
+        return self.references is not None and self.references.seen_by_text
 
     @property
     def stated_fps(self) -> float | None:
@@ -246,8 +261,12 @@ class DatasetTable:
     @property
     def section_keys(self) -> dict[str, Any]:
         """Return the keys of SECTION_DEFAULTS that are set to another value, as JSON values."""
-        given = self._changed(SECTION_DEFAULTS)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        return self._changed(SECTION_DEFAULTS)
+
+    @property
+    def control_keys(self) -> dict[str, Any]:
+        """Return the keys of CONTROL_DEFAULTS that are set to another value, as JSON values."""
+        return self._changed(CONTROL_DEFAULTS)
 
     @property
     def caption_settings(self) -> dict[str, Any]:
@@ -274,7 +293,8 @@ class DatasetTable:
         return found
 
     def _changed(self, defaults: Table) -> dict[str, Any]:
-        return {name: getattr(self, name) for name, usual in defaults.items() if getattr(self, name) != usual}
+        values = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
         """Return the table's entry of the metadata list `ss_datasets`.
@@ -328,6 +348,8 @@ KEYS: Mapping[str, TableKey] = {
 }
 # what the latents of a family with sections depend on besides the frames
 SECTION_DEFAULTS = {name: key.default for name, key in KEYS.items() if name.startswith("fp_")}
+# what the latents of reference pictures depend on besides these and the picture's bucket
+CONTROL_DEFAULTS = {name: KEYS[name].default for name in ("no_resize_control", "control_resolution")}
 # which frames of a clip are taken
 FRAME_KEYS = ("target_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
 # what text caches depend on besides the caption files
@@ -337,6 +359,7 @@ CAPTION_DEFAULTS = {
 # what a run depends on besides names, sizes and order of its items
 LEARNING_DEFAULTS = {
     **CAPTION_DEFAULTS,
+    **CONTROL_DEFAULTS,
     **{name: KEYS[name].default for name in ("caption_dropout_rate", "prior_loss_weight", "alpha_mask")},
 }
 # `mask` of a latent record: where the mask of its loss is from

@@ -13,7 +13,7 @@ from dataset.batches.items import CachingCommands, TrainingItem, find_items, req
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import check_channels
 from dataset.batches.same_encoders import SameEncoders
-from dataset.config import DatasetConfig, load_dataset_config
+from dataset.config import DatasetConfig, load_dataset_config, with_references
 from dataset.subsets import folders_config
 from modules.compile import check_compilation
 from modules.contract.family import Family
@@ -86,7 +86,7 @@ def make_plan(
     held: until it is closed, no other run has the name of this one. sampling: the model of samples, if it has
     transformers that are not trained.
     """
-    config = read_config(options)  # a fault in it is told before anything is started
+    config = read_config(options, family)  # a fault in it is told before anything is started
     accelerator, fp8 = _join_processes(family, options)
     is_main, device = accelerator.is_main_process, accelerator.device
     _hold_name(options.saving, is_main, held)
@@ -177,8 +177,12 @@ def _hold_name(saving: SavingOptions, is_main_process: bool, held: ExitStack) ->
         raise SystemExit(code)
 
 
-def read_config(options: TrainingOptions) -> DatasetConfig:
+def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     """Read the data of a training: --dataset_config, or --train_data_dir and its companions."""
+    return with_references(_read_config(options), family.references)
+
+
+def _read_config(options: TrainingOptions) -> DatasetConfig:
     path, given = options.loop.dataset_config, options.subset
     if given is not None and given.replaces_toml:
         if path is None:

@@ -53,7 +53,7 @@ def show_preview(
         return 0
     if options.subset is not None and options.subset.debug_dataset:
         views, workers = import_own("data_tools.report.views"), max(1, os.cpu_count() or 1)
-        conclude(views.show_datasets(family, read_config(options), DEBUG_VIEW, workers))
+        conclude(views.show_datasets(family, read_config(options, family), DEBUG_VIEW, workers))
         return 0
     if options.loop.check:
         return _check(family, options, commands)
@@ -66,7 +66,7 @@ def show_preview(
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
     """Print the items that would be trained on, and write the page (--check); returns the exit code."""
     checks, findings = import_own("data_tools.report.check"), import_own("data_tools.report.findings")
-    config, workers = read_config(options), max(1, os.cpu_count() or 1)
+    config, workers = read_config(options, family), max(1, os.cpu_count() or 1)
     counters = findings.load_counters(family.text_encoders)
     plans = plan_tables(family, config, options.caching, find_live_texts(family, options, config).keys)
     if all(plan.is_own for plan in plans):
@@ -98,7 +98,7 @@ def _plan(
 ) -> None:
     """Print how much memory the run would need (--plan)."""
     family.check_given_files()  # first: caches are made with them
-    config = read_config(options)
+    config = read_config(options, family)
     texts = find_live_texts(family, options, config)
     check_teacher(family, options, texts)
     plans = plan_tables(family, config, options.caching, texts.keys)

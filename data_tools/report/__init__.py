@@ -6,6 +6,7 @@ looks: read a source once: frames, crop, numbers, measures
 numbers: all numbers of a dataset as one JSON object
 options: options of tools/dataset_report.py: dataset, page, hashes
 page: the page of a check and of the report
+pairs: reference pictures of an image, drawn beside it
 repair: rewrite captions as UTF-8; old files stay as .bak
 run: measure a dataset, then write page and JSON
 views: show the frames that a model will see

@@ -37,7 +37,7 @@ from dataset.cache.files import EMPTY
 from dataset.cache.store import Stores
 from dataset.caching.existing import Caches, LatentNames, media_table, names_of, npz_names, use_moments
 from dataset.caching.planning import Recipe, SourcePlan, complete, plan_all
-from dataset.caching.prefetch import Failure, read_ahead
+from dataset.caching.prefetch import Failure, map_ahead, read_ahead
 from dataset.caching.text_plans import TextRecipe, list_caption_files
 from dataset.caching.work import workers_of
 from dataset.config import DatasetConfig
@@ -45,11 +45,13 @@ from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.frames import find_wrong_rates
 from dataset.sources.media_source import Fault
+from dataset.sources.references import reference_buckets
 from modules.bars import Bar
 from modules.contract.data import LatentSpec, MediaTable
 from modules.contract.family import Described, TextEncoder
 from modules.control_codes import escape_control_codes
-from modules.errors import CacheError, DatasetError, OptionError
+from modules.errors import CacheError, DatasetError, MediaError, OptionError
+from modules.media.buckets import Size
 from modules.paths import is_address
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # what there is to check
@@ -189,7 +191,9 @@ def check_training(
     for table in config.datasets:
         found = TableFindings(table)
         items = [item for item in cached.items if item.table.index == table.index]
-        found.buckets.update({group[1:]: len(some) for group, some in group_items(items).items()})
+        for some in group_items(items).values():
+            references = (side * latent.stride[1] for side in some[0].references)
+            found.buckets[*some[0].bucket, *references] += len(some)
         _check_caches(found, items, cached, latent, encoders)
         _compare_sources(config, found, items, counters)
         is_held_back = ", for validation" if table.validation else ""
@@ -222,7 +226,8 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
             unreadable.append(result)
         else:
             plans.append(result)
-    found.buckets = Counter(item for plan in plans for item in plan.items)
+    for plan, references in _measure_references(found, plans, workers):
+        found.buckets.update((*item, *references) for item in plan.items)
     found.faults += [Fault("cannot be read", str(one), one.stem) for one in unreadable]
     for kind, lines in (
         ("give no item", [(plan.source, plan.reason) for plan in plans]),
@@ -240,6 +245,34 @@ def _check_sources(found: TableFindings, recipe: Recipe, workers: int) -> None:
         kept = sum(len(plan.kept) for plan in plans)
         to_encode = sum(len(plan.missing or ()) for plan in plans)
         found.caches.append(f"caches: {kept} files are valid, {to_encode} items need encoding")
+
+
+def _measure_references(
+    found: TableFindings, plans: Sequence[SourcePlan], workers: int
+) -> Iterable[tuple[SourcePlan, tuple[int, ...]]]:
+    """Yield each plan with the sides of its reference pictures, if those of a batch have to be equal.
+
+    What cannot be used becomes a fault. Only headers are read.
+    """
+    if found.table.references is None:
+        return ((plan, ()) for plan in plans)
+
+    def measure(plan: SourcePlan) -> tuple[Size, ...] | Failure:
+        try:
+            return reference_buckets(plan.source, (plan.items[0][0], plan.items[0][1])) if plan.items else ()
+        except MediaError as error:
+            return Failure.of(plan.source, error)
+
+    bar = Bar(len(plans), "Reading headers", "source", shown=False)
+    pairs = list(zip(plans, map_ahead(plans, measure, workers, bar), strict=True))
+    failures = [one for _, one in pairs if isinstance(one, Failure)]
+    found.faults += [Fault("cannot be read", str(one), one.stem) for one in failures]
+    counts = found.table.batch_size > 1
+    return (
+        (plan, tuple(itertools.chain(*sizes)) if counts else ())
+        for plan, sizes in pairs
+        if not isinstance(sizes, Failure)
+    )
 
 
 def _check_caches(
@@ -264,9 +297,10 @@ def _check_caches(
         return
     stores = stores_for(items[0], latent)
     drops = [EMPTY] if items[0].table.drops_captions else []
-    # each caption, and the empty prompt once
+    # each caption, and the empty prompt once, or for each item if an encoder sees its references
     pairs = ((item, number) for item in items for number in range(item.captions))
-    for item, number in itertools.chain(pairs, ((items[0], number) for number in drops)):
+    dropped = items if items[0].table.texts_see_references else items[:1]
+    for item, number in itertools.chain(pairs, ((item, number) for item in dropped for number in drops)):
         try:
             batch = read_batch([item], latent, encoders.commands, captions=[number], stores=stores)
         except CacheError as error:
@@ -293,5 +327,6 @@ def _compare_sources(
         {item.source_stem for item in items},
         "have no cache: too short, unreadable, or not cached yet",
     )
+    found.caches += sources.caches
     found.remarks += [*sources.faults, *sources.remarks]
     found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if one.stem not in stems]

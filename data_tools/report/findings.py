@@ -13,6 +13,7 @@ from dataset.sources.captions import describe_cut
 from dataset.sources.folders import folder_id, is_file, unsearched_folders
 from dataset.sources.listing import find_sources, missing_captions
 from dataset.sources.media_source import Fault, MediaSource, is_of_shards, list_faults
+from modules.console import count_of
 from modules.contract.family import TextEncoder
 from modules.contract.rules import CountTokens, TokenCount
 from modules.errors import CheckpointError, DatasetError, OptionError
@@ -34,7 +35,8 @@ class TableFindings:
     table: DatasetTable
     title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
     sources: Sequence[MediaSource] = ()
-    buckets: Counter[tuple[int, ...]] = field(default_factory=Counter)  # items by (width, height[, frames])
+    # items by (width, height), (width, height, frames), or with the width and height of each reference behind
+    buckets: Counter[tuple[int, ...]] = field(default_factory=Counter)
     faults: list[Fault] = field(default_factory=list)  # must be mended
     remarks: list[Fault] = field(default_factory=list)  # left out, or cut off: good to know
     caches: list[str] = field(default_factory=list)  # lines about its cache files
@@ -65,12 +67,18 @@ class TableFindings:
         times = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
         lines = []
         for bucket, count, batches, last in self.bucket_rows():
-            frames = "" if len(bucket) == 2 else f", {bucket[2]} frames"
+            frames = f", {bucket[2]} frames" if len(bucket) == 3 else references_in_words(bucket)
             remainder = f" (the last has {last})" if last < size else ""
             sizes = f"{bucket[0]}x{bucket[1]}{frames}"
             lines.append(f"{sizes}: {count} items x {times}, {batches} batches of {size}{remainder}")
         found = list_faults([*self.faults, *self.remarks], LISTED)
         return [self.title, *indent([*lines, *self.caches, *found])]
+
+
+def references_in_words(bucket: tuple[int, ...]) -> str:
+    """Return what stands behind the size of a bucket of images with reference pictures; "" for others."""
+    sizes = [f"{width}x{height}" for width, height in zip(bucket[2::2], bucket[3::2], strict=False)]
+    return f" with {' and '.join(sizes)}" if sizes else ""
 
 
 @dataclass(frozen=True)
@@ -162,11 +170,29 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     except DatasetError as error:
         found.unusable(error)
         return found
+    if table.references is not None:
+        _count_references(found)
     others = {folder_id(one.directory) for one in config.datasets if one.directory and one is not table}
     _check_unused(found, others)
     if table is config.datasets[0]:
         found.remarks += [Fault("folders are not searched", line) for line in unsearched_folders(config)]
     return found
+
+
+def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
+    """Return how many sources have each number of control media, ascending; nothing if none has any."""
+    counts = Counter(len(source.control) for source in sources)
+    return sorted(counts.items()) if any(counts) else []
+
+
+def _count_references(found: TableFindings) -> None:
+    """Add how many images have how many reference pictures, and a remark for each without any."""
+    counts = count_references(found.sources)
+    if counts:
+        words = ", ".join(f"{count_of(images, 'image')} with {number}" for number, images in counts)
+        found.caches.append(f"reference pictures: {words}")
+        kind = "have no reference picture, while others have"
+        found.remarks += [Fault(kind, str(one.path), one.stem) for one in found.sources if not one.control]
 
 
 def _check_unused(found: TableFindings, folders_in_use: Collection[str]) -> None:

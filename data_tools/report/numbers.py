@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.report.findings import NO_CAPTION, TableFindings, count_batches, is_unread
+from data_tools.report.findings import (
+    NO_CAPTION,
+    TableFindings,
+    count_batches,
+    count_references,
+    is_unread,
+)
 from data_tools.report.looks import Look, cut_percent
 from dataset.config import DatasetConfig
 from dataset.sources.media_source import Fault, MediaSource
@@ -154,6 +160,8 @@ def _count_table(found: TableFindings, epoch: int) -> Numbers:
             }
             for key, items, batches, last in rows
         ],
+        # how many items have how many control images or clips; nothing if none has any
+        "control": [{"files": number, "count": count} for number, count in count_references(found.sources)],
         "captions": count_captions(found.sources),
         **_distributions(found.looks),
     }

@@ -39,6 +39,14 @@ class ReportOptions(Options, title="report"):
         most=1024,
         hint="16, or 32 for Wan2.2 TI2V-5B",
     )
+    references: int = option(
+        "most reference pictures of an image that the model takes, for models that edit pictures; 0: it "
+        "takes none, and control images are counted as those of FramePack and Fun-Control",
+        default=0,
+        least=0,
+        most=1000,
+        hint="0 for a model without any",
+    )
     no_decode: bool = option(
         "read headers only, for very large datasets: nothing is measured and no copies are found; only "
         "files with thumbnails are decoded"

@@ -9,10 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.report.findings import NO_COUNTERS, CheckResult, Counters, TableFindings
+from data_tools.report.findings import (
+    NO_COUNTERS,
+    CheckResult,
+    Counters,
+    TableFindings,
+    references_in_words,
+)
 from data_tools.report.looks import Look, StripSize, show
 from data_tools.report.numbers import Numbers, count_fits
 from data_tools.report.options import ReportOptions
+from data_tools.report.pairs import ShownReference, show_references
 from dataset.caching.prefetch import Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.media_source import MediaSource
@@ -62,6 +69,7 @@ class Card:
     texts: Sequence[Sequence[CaptionPart]]  # the captions as each group of encoders reads them
     windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # length, (start, width) in %, how many
     marks: Sequence[str]  # classes by which the page filters
+    references: Sequence[ShownReference]  # of an image; none of clips
 
 
 def write_check_page(
@@ -131,6 +139,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
         **MOST,
     }
     shared["name_of"] = lambda path: Path(path).name
+    shared["references_in_words"] = references_in_words
     write_page(path, TEMPLATE, title, {**shared, **values})
     logger.info("wrote %s", path)
 
@@ -192,6 +201,7 @@ def _make_cards(
             [text for one in zip(captions, counts, strict=True) for text in caption_segments(*one)],
             _windows(look),
             [mark for mark, is_set in flags.items() if is_set],
+            show_references(source, look.fit, shown),
         )
 
     cards = []

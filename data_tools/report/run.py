@@ -17,12 +17,13 @@ from data_tools.report.numbers import CANNOT_BE_READ, collect_numbers
 from data_tools.report.options import ReportOptions
 from data_tools.report.page import write_report_page
 from dataset.caching.prefetch import Failure, read_ahead
-from dataset.config import FRAME_STEP, DatasetConfig, DatasetTable
+from dataset.config import FRAME_STEP, DatasetConfig, DatasetTable, with_references
 from dataset.sources.decoding import check_resolution
 from dataset.sources.media_source import Fault, MediaSource, list_faults
 from modules.atomic_write import write_text
 from modules.bars import Bar
 from modules.contract.data import LatentSpec
+from modules.contract.rules import ReferenceRules
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
 from modules.media.buckets import Fit
@@ -44,6 +45,8 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
     latent = LatentSpec(*LATENTS.get(options.pixel_step, USUAL), options.pixel_step, FRAME_STEP)
     decodes = not options.no_decode
+    if options.references:
+        config = with_references(config, ReferenceRules(options.references, options.pixel_step))
     tables = [
         _measure_table(config, table, options.fps, latent, decodes, workers) for table in config.datasets
     ]

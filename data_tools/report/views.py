@@ -22,7 +22,7 @@ from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.contract.family import Described
-from modules.media.reading import Frame
+from modules.media.reading import Frame, resize_frame
 from modules.media.writing import write_png, write_video
 from modules.seeds import derive_seed
 
@@ -124,7 +124,9 @@ def _numbers(source: MediaSource) -> random.Random:
 
 def side_by_side(media: DecodedSource, item: Item) -> NDArray[np.uint8]:
     """Return an item's frames (F H W 3), to the right control media and the mask; transparent is grey."""
-    parts = [media.crop(item.span), *map(_opaque, media.control_crops(item.span))]
+    frames = media.crop(item.span)
+    control = (_of_height(_opaque(one), frames.shape[1]) for one in media.control_crops(item.span))
+    parts = [frames, *control]
     mask = media.mask_crop(item.span)
     parts += [] if mask is None else [np.repeat(mask[..., None], 3, axis=3)]
     return np.concatenate(parts, axis=2)
@@ -190,6 +192,14 @@ def _opaque(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return frames
     alpha = frames[..., 3:].astype(np.float32) / 255
     return np.asarray(frames[..., :3] * alpha + 127.5 * (1 - alpha)).round().astype(np.uint8)
+
+
+def _of_height(frames: NDArray[np.uint8], height: int) -> NDArray[np.uint8]:
+    """Return F H W 3 of that height; reference pictures may have another."""
+    if frames.shape[1] == height:
+        return frames
+    size = (max(1, round(frames.shape[2] * height / frames.shape[1])), height)
+    return np.stack([resize_frame(frame, size, "area") for frame in frames])
 
 
 def _rgb(pixel: NDArray[np.uint8]) -> str:

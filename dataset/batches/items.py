@@ -17,6 +17,7 @@ from dataset.cache.files import (
     SUFFIX,
     LatentName,
     empty_text_name,
+    is_empty_text_name,
     latent_names,
     parse_more_text_name,
     text_file_name,
@@ -56,6 +57,8 @@ class TrainingItem:
     kind: ItemKind
     parts: int = 1  # how many files of the same clip are there
     captions: int = 1  # how many text files of the source are there, besides the empty prompt's
+    # width and height of each latents of a reference picture, if those of a batch have to be equal
+    references: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -69,8 +72,8 @@ class TrainingItem:
 
     @property
     def group(self) -> tuple[int, ...]:
-        """The common key of a batch's items: their table, or its group, and their bucket."""
-        return (self.table.batch_group, *self.bucket)
+        """The common key of a batch's items: their table, or its group, their bucket and references."""
+        return (self.table.batch_group, *self.bucket, *self.references)
 
     @property
     def latent_path(self) -> Path:
@@ -84,7 +87,9 @@ class TrainingItem:
     def caption_path(self, number: int) -> Path:
         """Return the text file of a caption, or of the empty prompt if `number` is EMPTY."""
         tag = self.kind.tag
-        name = empty_text_name(tag) if number == EMPTY else text_file_name(self.source_stem, tag, number)
+        if number == EMPTY and not self.table.texts_see_references:
+            return self.table.cache_directory / empty_text_name(tag)
+        name = text_file_name(self.source_stem, tag, number)
         return self.table.cache_directory / name
 
 
@@ -216,7 +221,15 @@ def find_items(
             (stem, replace(what, section=None)) for _, stem, what in clips if what.section is not None
         )
         buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
+        # each once, of tables whose batches depend on them
+        references: dict[tuple[int, ...], tuple[int, ...]] = {}
+        has_references = table.references is not None and table.batch_size > 1 and not one.media
         has_empty_text, is_empty = empty_text in text_names, True
+        # one for each source if an encoder sees its references, and the first of those that are not there
+        own_empty: set[str] | None = None
+        if table.drops_captions and table.texts_see_references and not one.texts:
+            own_empty = {name for name in text_names if is_empty_text_name(name, cache_tag)}
+            has_empty_text = True
         del names, text_names, latent_files  # a million names: what is needed of them is held elsewhere
         with pause_collection():
             for name, stem, what in latent_names(wanted, cache_tag, table.kind):
@@ -230,12 +243,18 @@ def find_items(
                     kept[table.cache_directory / text] = None
                     if text not in texts.first:
                         continue
+                empty_of_source = text_file_name(stem, cache_tag, EMPTY) if own_empty is not None else ""
+                if own_empty is not None and empty_of_source not in own_empty:
+                    missing_empty.append(table.cache_directory / empty_of_source)
+                    own_empty = None
                 if id(what) not in buckets:
                     buckets[id(what)] = _bucket(table, what, latent, table.cache_directory / name)
                 files = (parts[stem, replace(what, section=None)] or 1) if parts else 1
                 captions = one.num_captions(stem) if one.texts else texts.captions.get(stem, 1)
                 bucket = buckets[id(what)]
-                items.append(TrainingItem(name, len(stem), table, bucket, kind, files, captions))
+                sizes = _reference_sizes(store, name) if has_references else ()
+                sizes = references.setdefault(sizes, sizes)
+                items.append(TrainingItem(name, len(stem), table, bucket, kind, files, captions, sizes))
         if is_empty:
             empty.append(table)
         elif table.drops_captions and not one.texts and not has_empty_text:
@@ -251,6 +270,14 @@ def find_items(
     )
 
 
+def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
+    """Return the sizes of an entry's references; none if it is damaged, as reading it for a batch says."""
+    try:
+        return store.read(name, is_whole=False).header.reference_sizes
+    except CacheError:
+        return ()
+
+
 class _TextNames:
     """The text caches of a table among the names of its entries."""
 
@@ -264,7 +291,7 @@ class _TextNames:
             name
             for name in parts
             if (table.multi_caption and parse_more_text_name(name, tag) is not None)
-            or (table.drops_captions and name == empty_text_name(tag))
+            or (table.drops_captions and is_empty_text_name(name, tag))
         ]
         further: dict[str, set[int]] = {}
         for name in names if table.multi_caption else ():

@@ -17,7 +17,7 @@ from dataset.batches.items import (
     TrainingItem,
     group_items,
 )
-from dataset.cache.files import EMPTY, FLIPPED, Entry, tensor_key
+from dataset.cache.files import CONTROL, EMPTY, FLIPPED, Entry, tensor_key
 from dataset.cache.npz import NpzNames
 from dataset.cache.records import (
     CacheChecks,
@@ -32,7 +32,7 @@ from dataset.cache.records import (
 from dataset.cache.store import CacheStore, Stores
 from dataset.sources.decoding import bucket_of
 from dataset.sources.frames import has_mask
-from dataset.table import CAPTION_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
+from dataset.table import CAPTION_DEFAULTS, CONTROL_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
 from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, Conditions, LatentSpec, MadeBy
 from modules.errors import CacheError
 
@@ -275,6 +275,13 @@ def _latent_faults(
         bucket = bucket_of(table, (width, height), latent.pixel_step, item.latent_path)
         if tuple(made_for) != bucket:
             yield f"made for {_sides(made_for)} pixels, {table.name} asks for {_sides(bucket)}"
+        if any(key.startswith(CONTROL) for key in entry.tensors):
+            made_with = {key: value for key, value in record.options.items() if key in CONTROL_DEFAULTS}
+            changed = difference(
+                {**CONTROL_DEFAULTS, **made_with}, {**CONTROL_DEFAULTS, **table.control_keys}
+            )
+            if changed is not None:
+                yield f"{changed} in {table.name}"
         rate = record.options.get("source_fps")
         if table.kind == "video" and rate != table.source_fps:
             yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
@@ -332,6 +339,11 @@ def _check_caption(
         if is_known:
             continue
         _check_settings(item, path, record.settings)
+        if record.references and item.table.directory is not None:
+            folders = [item.table.control_directory] * len(record.references)
+            file = checks.changed_file(folders, record.references)
+            if file is not None:
+                raise CacheError(f"{path}: {file} has changed since its encoder saw it")
         if record.file is None or item.table.directory is None:
             continue
         caption_path = item.table.directory / record.file.name

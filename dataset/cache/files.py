@@ -34,6 +34,7 @@ NEVER_OLD = 1 << 62  # instead of a time: the entry has to be read to know wheth
 PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 
+CONTROL = "latents_control"  # keys of latents of control media; behind it `_0`, `_1`, ... of several
 FLIPPED = "_flipped"  # behind the key of mirrored latents
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
@@ -44,7 +45,8 @@ _TENSOR_NAME = re.compile(rf"(?:{VARIABLE})?\w+(?:_mask|_{_DTYPE})", re.ASCII)
 _LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(\d+)x(\d+)x(\d+)_{_DTYPE}", re.ASCII)
 # latents of any family, then texts: the first, further ones, the empty prompt, unfinished ones
 _CACHE_NAME = re.compile(
-    r"(.+_[0-9]+x[0-9]+_[a-z0-9]+|.+_[a-z0-9]+_te(\.caption[0-9]+)?|[a-z0-9]+_te\.empty)\.safetensors(\.part)?",
+    r"(.+_[0-9]+x[0-9]+_[a-z0-9]+|.+_[a-z0-9]+_te(\.caption[0-9]+)?|(.+_)?[a-z0-9]+_te\.empty)\.safetensors"
+    r"(\.part)?",
     re.DOTALL,
 )
 _MORE_TEXT = re.compile(r"(.+)_([a-z0-9]+)_te\.caption([2-9]|[1-9][0-9]{1,5})\.safetensors", re.DOTALL)
@@ -122,8 +124,11 @@ def text_file_name(stem: str, tag: str, number: int = 0) -> str:
     """Return e.g. `clip_wan_te.safetensors`: one for all items of a source.
 
     number: which of several captions. Further ones are `clip_wan_te.caption2.safetensors`, ..., names that
-    other programs take for neither a text cache nor a latent cache.
+    other programs take for neither a text cache nor a latent cache. EMPTY: the empty prompt of a source whose
+    reference pictures an encoder sees, `clip_wan_te.empty.safetensors`.
     """
+    if number == EMPTY:
+        return f"{stem}_{empty_text_name(tag)}"
     return f"{stem}_{tag}_te{f'.caption{number + 1}' if number else ''}{SUFFIX}"
 
 
@@ -146,8 +151,14 @@ def is_text_name(file_name: str, tag: str) -> bool:
     return (
         parse_text_name(file_name, tag) is not None
         or parse_more_text_name(file_name, tag) is not None
-        or file_name == empty_text_name(tag)
+        or is_empty_text_name(file_name, tag)
     )
+
+
+def is_empty_text_name(file_name: str, tag: str) -> bool:
+    """Whether a file name is that of the empty prompt, of a table or of one source."""
+    name = empty_text_name(tag)
+    return file_name == name or (file_name.endswith(f"_{name}") and not file_name.startswith("."))
 
 
 def parse_text_name(file_name: str, tag: str) -> str | None:
@@ -217,6 +228,13 @@ class Header:
     def keys(self) -> frozenset[str]:
         """Keys of the tensors in batches."""
         return frozenset(tensor_key(name) for name in self.names)
+
+    @property
+    def reference_sizes(self) -> tuple[int, ...]:
+        """Width and height of each latents of control media, in order; mirrored ones are not counted."""
+        keys = [(tensor_key(name), shape) for name, shape in sorted(self.shapes.items())]
+        found = [shape[-2:] for key, shape in keys if key.startswith(CONTROL) and not key.endswith(FLIPPED)]
+        return tuple(side for shape in found for side in reversed(shape))
 
     @property
     def grids(self) -> frozenset[Grid]:

@@ -82,6 +82,7 @@ class TextRecord:
     crc32: Mapping[str, str]
     # what the table adds to captions, and how many there are if several; only what is not the default
     settings: Mapping[str, Any] = field(default_factory=dict)
+    references: tuple[FileIdentity, ...] = ()  # pictures that the encoder saw with it
 
 
 def latent_metadata(record: LatentRecord) -> dict[str, str]:
@@ -93,8 +94,9 @@ def text_metadata(records: Mapping[str, TextRecord]) -> dict[str, str]:
     """Return the metadata entries for the records of a text cache, by encoder name."""
     texts = {name: dataclasses.asdict(record) for name, record in records.items()}
     for text in texts.values():
-        if not text["settings"]:
-            del text["settings"]
+        for key in ("settings", "references"):
+            if not text[key]:
+                del text[key]
     return _guard({"texts": texts})
 
 
@@ -151,6 +153,7 @@ def text_records_of(data: Mapping[str, Any]) -> dict[str, TextRecord]:
             file=None if one.get("file") is None else FileIdentity(**one["file"]),
             crc32=dict(one.get("crc32", {})),
             settings=dict(one.get("settings", {})),
+            references=tuple(FileIdentity(**file) for file in one.get("references", ())),
         )
         for name, one in data.items()
     }

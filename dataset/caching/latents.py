@@ -111,6 +111,7 @@ def _missing_items(
     for span in plan.missing or ():
         size, of_span = (media.size, None) if table.kind == "image" else (media.bucket, span)
         options = {"size": [*media.size], "bucket": [*media.bucket], "span": [*span], **of_table}
+        options |= source.control_keys
         yield Pending(
             table,
             LatentName(source.stem, size, of_span),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataset.cache.files import Header, LatentName
+from dataset.cache.files import CONTROL, Header, LatentName
 from dataset.cache.records import (
     ClipFacts,
     FileIdentity,
@@ -72,6 +72,7 @@ class Recipe:
     ) -> str | None:
         """Describe how a record of other encoders or options than this run's differs."""
         options = {"size": [*size], "bucket": [*bucket], "span": [*span], **self.table_options(source)}
+        options |= source.control_keys
         then = dict(record.options)
         if FLIP not in options:
             then.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
@@ -259,6 +260,9 @@ class _Planning:
         if record is None:
             if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
                 raise CacheError(f"{path}: it has no mask of the loss")
+            references = self.source.control if self.table.references is not None else ()
+            if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
+                raise CacheError(f"{path}: it has no latents of its {len(references)} reference pictures")
             if not (recipe.skip_existing or is_shared):
                 raise CacheError(f"{path}: it has no record of what it was made from")
             window = self.table.fp_latent_window_size

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.cache.files import PART, Entry, empty_text_name, text_file_name
-from dataset.cache.records import difference, text_records, verify_tensors
+from dataset.cache.files import EMPTY, PART, Entry, empty_text_name, text_file_name
+from dataset.cache.records import FileIdentity, difference, is_unchanged, text_records, verify_tensors
 from dataset.cache.store import Stores
 from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
-from dataset.sources.media_source import MediaSource, pause_collection
+from dataset.sources.media_source import MediaSource, Origin, pause_collection
 from modules.bars import Bar
 from modules.contract.family import TextEncoder
 from modules.errors import CacheError, DatasetError
@@ -36,6 +36,12 @@ class CaptionFile:
     settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
     pass_over: int = 0  # 0: the first captions of a table, 1: further ones, 2: the empty prompt
     embeds: Path | None = None  # what text encoders gave for it, computed before
+    source: MediaSource | None = None  # whose reference pictures an encoder sees with it
+
+    @property
+    def references(self) -> Sequence[tuple[Path, Origin | None]]:
+        """Return these pictures, as of `MediaSource.parts`."""
+        return () if self.source is None else self.source.parts[1 : 1 + len(self.source.control)]
 
     @property
     def path(self) -> Path:
@@ -67,15 +73,32 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
                     first = min(number, 1)
                     passes[first].append(
                         CaptionFile(
-                            table, name, source.stem, caption, source.caption_path, settings, first, embeds
+                            *(table, name, source.stem, caption, source.caption_path, settings, first),
+                            *(embeds, _if_seen(source)),
                         )
                     )
             files += [*passes[0], *passes[1]]
-            if table.drops_captions:
+            if table.drops_captions and table.texts_see_references:
+                files += [
+                    CaptionFile(
+                        table,
+                        text_file_name(source.stem, tag, EMPTY),
+                        f"the empty prompt of {source.stem}",
+                        *("", None),
+                        pass_over=2,
+                        source=_if_seen(source),
+                    )
+                    for source in found
+                ]
+            elif table.drops_captions:
                 files.append(
                     CaptionFile(table, empty_text_name(tag), "the empty prompt", "", None, pass_over=2)
                 )
     return files
+
+
+def _if_seen(source: MediaSource) -> MediaSource | None:
+    return source if source.control and source.table.texts_see_references else None
 
 
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[CaptionFile]:
@@ -96,6 +119,20 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> Sequence[Cap
                 "_to_disk"
             )
     return list(seen.values())
+
+
+def _find_changed_reference(then: Sequence[FileIdentity], file: CaptionFile) -> str | None:
+    """Describe how the pictures that an encoder saw with a text differ from those that are there now."""
+    now = file.references
+    if len(then) != len(now):
+        return f"it was made with {len(then)} reference pictures, now there are {len(now)}"
+    for (path, origin), one in zip(now, then, strict=True):
+        try:
+            if not is_unchanged(one, path, origin):
+                return f"{path} changed since"
+        except OSError as error:  # encoding it says what is wrong
+            return str(error)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +209,7 @@ class TextRecipe:
             changed = difference(record.encoder, identity) or difference(
                 {"caption": record.caption, **record.settings}, {"caption": file.caption, **file.settings}
             )
+            changed = changed or _find_changed_reference(record.references, file)
             if changed is not None:
                 logger.debug("%s: %s", store.folder / name, changed)
                 continue

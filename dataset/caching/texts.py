@@ -6,7 +6,9 @@ runs in a pass of its own, because two of them would not fit into memory. Until 
 file is always complete, also if several processes work on it: whoever finds the `.part` gone finds the file.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -32,19 +34,20 @@ from dataset.cache.records import TextRecord, identify, text_metadata, text_reco
 from dataset.cache.store import Stores
 from dataset.caching.existing import Caches, npz_names, read_embeds, refuse_changing, remove_caches
 from dataset.caching.latents import require_finite
-from dataset.caching.prefetch import NAMED, CacheReport, WriteBehind
+from dataset.caching.prefetch import NAMED, CacheReport, Failure, WriteBehind
 from dataset.caching.text_plans import CaptionFile, TextRecipe, distinct_texts, list_caption_files
 from dataset.caching.work import EncodedPart, list_sources, workers_of
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.captions import describe_cut
 from dataset.sources.listing import require_captions
+from dataset.sources.references import explain_reference, hold_references
 from modules.bars import Bar
 from modules.console import count_of, show_box
 from modules.contract.data import Conditions
 from modules.contract.family import TextEncoder
 from modules.contract.requests import Prompt
-from modules.errors import CacheError, CheckpointError
+from modules.errors import CacheError, CheckpointError, MediaError
 from modules.paths import path_exists
 
 logger = logging.getLogger(__name__)
@@ -95,6 +98,7 @@ class TextWork:
         self._family, self._config, self._device = family, config, device
         self._workers = workers_of(options)
         self._loaded: TextEncoder | None = None
+        self._failed: dict[str, Failure] = {}  # by the name of the file: its reference pictures are unusable
 
     def encode(self, pieces: Sequence[TextBatch], who: str | None) -> EncodedPart:
         """Encode every caption of some batches that has no valid entry, one encoder after the other.
@@ -108,6 +112,7 @@ class TextWork:
             rows = [("data", f"{self._config.path}, {captions}"), ("device", str(self._device))]
             show_box("Caching texts", rows)
         files = [file for batch in pieces for file in batch]
+        self._failed.clear()
         plans = self._recipe.plan_all(files, self._workers)
         for plan in plans:
             part = plan.file.file_name + PART
@@ -120,7 +125,7 @@ class TextWork:
             to_do = {
                 plan.file.path: encoder.name == plan.missing[-1]
                 for plan in plans
-                if encoder.name in plan.missing
+                if encoder.name in plan.missing and plan.file.file_name not in self._failed
             }
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
             if not to_do:
@@ -140,11 +145,12 @@ class TextWork:
                 bar = Bar(len(to_do), f"Encoding with {encoder.name}", "caption", who is not None)
                 with bar, torch.no_grad():
                     self._encode(encoder, identity, pieces, to_do, bar, writer)
-        changed = sum(bool(plan.missing or plan.in_part) for plan in plans)
+        changed = sum(bool(plan.missing or plan.in_part) for plan in plans) - len(self._failed)
         report = CacheReport(
             written=changed,
-            kept=len(files) - changed,
+            kept=len(files) - changed - len(self._failed),
             foreign=sum(plan.is_foreign for plan in plans),
+            failures=tuple(dict.fromkeys(self._failed.values())),
             share=len(files),
             whole=len(self._files),
         )
@@ -220,11 +226,30 @@ class TextWork:
             missing = {file.path for file in batch if file.path in to_do}
             if not missing:
                 continue
-            encoded = encoder.encode([Prompt(file.caption or "") for file in batch])
-            for file, conditions in zip(batch, encoded, strict=True):
+            for file, conditions in self._encode_batch(encoder, batch):
                 if file.path in missing:
                     self._submit(file, encoder, identity, conditions, to_do[file.path], writer)
             bar.update(len(missing))
+
+    def _encode_batch(self, encoder: TextEncoder, batch: TextBatch) -> list[tuple[CaptionFile, Conditions]]:
+        """Return the texts of a batch with their outputs.
+
+        If a reference picture cannot be used each text is encoded alone, and that one becomes a failure.
+        """
+        try:
+            with contextlib.ExitStack() as held:
+                pictures = [held.enter_context(hold_references(file.source)) for file in batch]
+                texts = zip(batch, pictures, strict=True)
+                encoded = encoder.encode([Prompt(file.caption or "", pictures=seen) for file, seen in texts])
+            return list(zip(batch, encoded, strict=True))
+        except MediaError as error:
+            if len(batch) > 1:
+                return [pair for file in batch for pair in self._encode_batch(encoder, [file])]
+            (file,) = batch
+            if file.source is None:
+                raise
+            self._failed[file.file_name] = Failure.of(file.source, explain_reference(file.source, error))
+            return []
 
     def _submit(
         self,
@@ -243,7 +268,8 @@ class TextWork:
             named[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
         is_file = file.caption_path is not None and path_exists(file.caption_path)  # else of class_tokens
         source = identify(file.caption_path) if file.caption_path is not None and is_file else None
-        record = TextRecord(identity, file.caption or "", source, {}, file.settings)
+        references = tuple(itertools.starmap(identify, file.references))
+        record = TextRecord(identity, file.caption or "", source, {}, file.settings, references)
         writer.submit(partial(self._write, file, named, encoder.name, record, is_last))
 
     def _write(

@@ -10,6 +10,7 @@ frames: drop frames to a rate, cut spans; masks
 listing: find the sources of a table, of tars too
 media_source: an image or clip, its names and faults
 parquet: bounded reading of Parquet files, files in columns
+references: reference pictures: which, how large, what is wrong
 rows: turn rows of lists and tables into sources
 tables: sources of JSONL lists, tables and metadata JSON files
 tar_index: samples of a tar, kept for the next run

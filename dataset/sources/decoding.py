@@ -26,6 +26,7 @@ from dataset.sources.frames import (
     stack_alphas,
 )
 from dataset.sources.media_source import MediaSource
+from dataset.sources.references import fit_reference, read_reference
 from modules.errors import DatasetError, MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
 from modules.media.buckets import (
@@ -174,7 +175,10 @@ def _decode_image(source: MediaSource, step: int, numbers: random.Random | None)
         placed = fit_frame(picture, own)
         return mirror(placed) if is_mirrored else placed
 
-    control = tuple(_control_image(read_image(path, alpha=True), place) for path in source.control)
+    if table.references is None:
+        control = tuple(_control_image(read_image(path, alpha=True), place) for path in source.control)
+    else:
+        control = tuple(read_reference(path, source, place, is_mirrored) for path in source.control)
     alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
     mask = None if source.mask is None else read_still(source.mask, place, size, 1)
     if table.alpha_mask:
@@ -291,8 +295,10 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
 
 
 def check_resolution(table: DatasetTable, step: int) -> None:
-    """Raise DatasetError if a table's resolution does not fit `step`, of the family's LatentSpec."""
+    """Raise DatasetError if a table's resolutions do not fit `step`, of the family's LatentSpec."""
     bucket_of(table, (LARGE, LARGE), step)
+    if table.references is not None:
+        fit_reference(table, (LARGE, LARGE), table.source)
 
 
 _bucket_sizes = functools.cache(bucket_sizes)

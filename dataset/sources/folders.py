@@ -112,7 +112,12 @@ def _folder_controls(
         except DatasetError as error:
             controls.append(())
             faults.append(Fault(kind, str(error), path.stem))
-    if table.kind == "image" and all(controls):
+    if table.references is not None and paths and not any(controls):
+        text = (
+            f"{table.control_directory} has no reference picture for any image, such as {paths[0].stem}.png"
+        )
+        faults.append(Fault(kind, text))
+    if table.kind == "image" and table.control_count is not None and all(controls):
         unused = [one for path in paths for one in folder.beyond(path.stem, table.control_count)]
         if unused:
             logger.warning(
@@ -152,13 +157,15 @@ class ControlFolder:
                 for owner in {longest, first if number.isdecimal() else longest}:
                     self._images.setdefault(owner, []).append(path)
 
-    def for_image(self, stem: str, count: int) -> tuple[Path, ...]:
-        """Return the first `count` control images of an image.
+    def for_image(self, stem: str, count: int | None) -> tuple[Path, ...]:
+        """Return the first `count` control images of an image; None: all but those named like another image.
 
         `<stem>.*` comes first, the others follow by the number after the last underscore. Raises DatasetError
         if there are fewer, or if a name that begins with `stem` has no number.
         """
         ranked = self._images_of(stem)
+        if count is None:
+            return tuple(path for path in ranked if path.stem == stem or path.stem not in self._stems)
         if len(ranked) < count:
             wanted = f"{stem}.png" if count == 1 else f"{count} images {stem}_0.png, {stem}_1.png, ..."
             raise DatasetError(

@@ -31,6 +31,7 @@ from dataset.sources.media_source import (
     readable_stem,
     unique_stems,
 )
+from dataset.sources.references import limit_references
 from dataset.sources.rows import Part, check_controls, download_folder, make_source
 from dataset.sources.tables import CAPTION_COLUMNS, list_metadata, list_rows
 from dataset.sources.tar_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
@@ -75,6 +76,7 @@ def find_sources(
         raise DatasetError(f"{table.name}: {table.source} {holds}. Add some, or correct the path.")
     if table.directory is None:  # those of a folder are sorted
         sources.sort(key=lambda source: str(source.path))
+    sources = limit_references(table, sources)
     found += _bad_stems(table, sources)
     if faults is None:
         raise_faults(found)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from dataset.config import DatasetTable
 from dataset.table import FROM_ALPHA, FROM_FILE
@@ -109,6 +110,11 @@ class MediaSource:
             return tuple((path, None) for path in given if path is not None)
         paths = (self.path, *self.control, *(() if self.mask is None else (self.mask,)))
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
+
+    @property
+    def control_keys(self) -> dict[str, Any]:
+        """Return the options of a record by which its reference pictures, if it has any, are resized."""
+        return self.table.control_keys if self.control else {}
 
     @property
     def mask_from(self) -> str | None:

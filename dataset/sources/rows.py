@@ -222,13 +222,10 @@ def check_controls(
     table: DatasetTable, sources: list[MediaSource], faults: list[Fault], where: str
 ) -> list[MediaSource]:
     """Add a fault for each source with too few control media, if any source has one. Returns `sources`."""
-    if any(source.control for source in sources):
-        lacking = [source for source in sources if len(source.control) < table.control_count]
-        needed = (
-            "control_path"
-            if table.control_count == 1
-            else f"control_path_0 to control_path_{table.control_count - 1}"
-        )
+    count = table.control_count
+    if count is not None and any(source.control for source in sources):
+        lacking = [source for source in sources if len(source.control) < count]
+        needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"
         kind = f"{where} have no {needed}, while others have"
         faults += [Fault(kind, str(source.path), source.stem) for source in lacking]
     return sources

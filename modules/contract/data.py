@@ -136,7 +136,9 @@ class MediaBatch:
     frames: Tensor  # B F H W C uint8, RGB
     keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
     spans: tuple[tuple[int, int], ...]  # (first kept frame, number of frames) of each crop; (0, 1) for images
-    control: tuple[Tensor, ...] = ()  # each B F H W C uint8; C = 4 where a control image has alpha
+    # each B F H W C uint8; C = 4 where a control image has alpha. Reference pictures: B 1 H W 3, each of its
+    # own size
+    control: tuple[Tensor, ...] = ()
     alpha: Tensor | None = None  # B H W uint8: of pictures that are transparent somewhere
     table: MediaTable = MediaTable()
 

@@ -129,9 +129,8 @@ class TextEncoder(Protocol):
 
     def load(self, device: torch.device) -> None: ...  # one that is loaded already moves there
 
-    def encode(
-        self, prompts: Sequence[Prompt]
-    ) -> list[Conditions]: ...  # one per prompt, without batch dimension (lists: one entry)
+    # one per prompt, without batch dimension (lists: one entry); MediaError if a picture cannot be read
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]: ...
 
     def free(self) -> None: ...
 

@@ -28,6 +28,8 @@ class Prompt:
     spans: Spans = ()
     second: str | None = None  # for the second text encoder of a family that has two; None: the same text
     is_negative: bool = False  # set by families that read negative prompts in another way
+    # reference pictures that an encoder sees with the text, in order; it reads and resizes them itself
+    pictures: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

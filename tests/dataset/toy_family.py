@@ -22,7 +22,7 @@ from modules.contract.data import (
     SamplingDefaults,
 )
 from modules.contract.requests import Prompt
-from modules.contract.rules import CountTokens, TokenCount, kept_characters
+from modules.contract.rules import CountTokens, ReferenceRules, TokenCount, kept_characters
 from modules.errors import DatasetError, MediaError
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
@@ -78,6 +78,7 @@ class ToyFamily:
     """
 
     name: str = "toy"
+    references: ReferenceRules | None = None
     cache_tag: str = "toy"
     latent: LatentSpec = LATENT
     defaults: SamplingDefaults = SamplingDefaults(4, 16.0, 5.0, None, 5.0, "unipc", 32, 32, 5)

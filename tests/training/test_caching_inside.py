@@ -74,12 +74,12 @@ def train(folder: Path, *arguments: object) -> dict[str, torch.Tensor]:
 
 
 def config_of(folder: Path, *arguments: object) -> DatasetConfig:
-    return read_config(read(folder, *arguments))
+    return read_config(read(folder, *arguments), PictureFamily())
 
 
 def prepare(folder: Path, *arguments: object) -> BatchSources:
     options = read(folder, *arguments)
-    return prepare_sources(family(), read_config(options), options.caching, CPU)
+    return prepare_sources(family(), read_config(options, PictureFamily()), options.caching, CPU)
 
 
 def batches(folder: Path, sources: BatchSources, number: int = 0, **more: Any) -> list[Batch]:
@@ -133,7 +133,7 @@ def test_a_removed_picture_is_not_trained(tmp_path: Path, live: tuple[str, ...])
     (tmp_path / "pictures/1.png").unlink()
 
     options = read(tmp_path, *TO_DISK)
-    sources = prepare_sources(family(), read_config(options), options.caching, CPU, live)
+    sources = prepare_sources(family(), read_config(options, PictureFamily()), options.caching, CPU, live)
 
     assert [one.keys for one in batches(tmp_path, sources)] == [("0_0048x0040_pic",), ("2_0048x0040_pic",)]
 
@@ -165,7 +165,7 @@ def test_a_model_without_npz_files_refuses_them(tmp_path: Path) -> None:
     options = read(tmp_path, "--cache_latents_to_disk")
 
     with pytest.raises(OptionError, match="--cache_latents_to_disk: this model has no npz files"):
-        plan_tables(PictureFamily(), read_config(options), options.caching)
+        plan_tables(PictureFamily(), read_config(options, PictureFamily()), options.caching)
 
 
 def test_live_pictures_are_a_function_of_seed_and_micro_batch(tmp_path: Path) -> None:
@@ -220,7 +220,9 @@ def test_validated_pictures_are_not_changed(tmp_path: Path) -> None:
 def test_texts_that_are_not_cached_are_left_out_of_batches(tmp_path: Path) -> None:
     make(tmp_path, "shuffle_caption = true")
     options = read(tmp_path, "--cache_latents")
-    sources = prepare_sources(family(), read_config(options), options.caching, CPU, ("letters",))
+    sources = prepare_sources(
+        family(), read_config(options, PictureFamily()), options.caching, CPU, ("letters",)
+    )
 
     first = batches(tmp_path, sources)[0]
 

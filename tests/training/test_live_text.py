@@ -136,13 +136,13 @@ def test_encoders_whose_outputs_are_all_cached_do_not_learn(
 
     with caplog.at_level("INFO"):
         options = image_toy_options(tmp_path, *both)
-        texts = find_live_texts(TextFamily(), options, read_config(options))
+        texts = find_live_texts(TextFamily(), options, read_config(options, TextFamily()))
 
     assert not texts.encoders
     assert "does not learn" in caplog.text
     options = image_toy_options(tmp_path, *both, "--network_train_text_encoder_only")
     with pytest.raises(OptionError, match="its outputs change"):
-        find_live_texts(TextFamily(), options, read_config(options))
+        find_live_texts(TextFamily(), options, read_config(options, TextFamily()))
 
 
 def test_captions_that_vary_exclude_their_caches(tmp_path: Path) -> None:

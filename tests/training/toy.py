@@ -24,6 +24,7 @@ from modules.contract.rules import (
     CountTokens,
     Expert,
     ModelRelease,
+    ReferenceRules,
     TokenCount,
 )
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
@@ -114,6 +115,7 @@ class ToyFamily:
     on_decode: Callable[[Tensor], None] = lambda _: None
     dtype: torch.dtype = torch.float32
     name: str = "toy"
+    references: ReferenceRules | None = None
     cache_tag: str = "toy"
     lora_module: str = "networks.lora_wan"
     latent: LatentSpec = LATENT

@@ -1,0 +1,132 @@
+"""Reference pictures: the control images of a family that takes several, each of a size of its own."""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset.config import DatasetTable
+from dataset.sources.fetching import fetch
+from dataset.sources.media_source import MediaSource
+from modules.errors import DatasetError, MediaError
+from modules.media.augmenting import mirror
+from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover
+from modules.media.reading import Frame, fit_frame, image_size, read_image
+
+logger = logging.getLogger(__name__)
+
+_bucket_sizes = functools.cache(bucket_sizes)
+
+
+def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[MediaSource]:
+    """Return sources with at most as many reference pictures as the model takes.
+
+    Warns of those with more, and of those without any while others have some.
+    """
+    if table.references is None or not any(source.control for source in sources):
+        return sources
+    most, number = table.references.most, len(sources)
+    over = [source for source in sources if len(source.control) > most]
+    if over:
+        logger.warning(
+            "%s: %d of %d images have more reference pictures than the %d that this model takes; those "
+            "behind are left out. The first: %s has %d",
+            *(table.name, len(over), number, most, over[0].path, len(over[0].control)),
+        )
+        sources = [_with_first_references(source, most) for source in sources]
+    none = [source for source in sources if not source.control]
+    if none:
+        logger.warning(
+            "%s: %d of %d images have no reference picture and are trained without one, such as %s. Add it, "
+            "or move the image to a table of its own, if that is not meant",
+            *(table.name, len(none), number, none[0].path),
+        )
+    return sources
+
+
+def _with_first_references(source: MediaSource, most: int) -> MediaSource:
+    surplus = range(1 + most, 1 + len(source.control))
+    origins = tuple(one for place, one in enumerate(source.origins) if place not in surplus)
+    return replace(source, control=source.control[:most], origins=origins) if surplus else source
+
+
+def read_reference(
+    path: Path, source: MediaSource, place: Callable[[Frame], Frame], is_mirrored: bool
+) -> NDArray[np.uint8]:
+    """Read a reference picture of an image, 1 H W 3.
+
+    place: resizes, crops and mirrors it like the image. is_mirrored: mirror one that keeps its size too.
+    Raises MediaError if it cannot be used.
+    """
+    try:
+        picture = read_image(path)
+        fit = fit_reference(source.table, (picture.shape[1], picture.shape[0]), path)
+    except MediaError as error:
+        raise explain_reference(source, error) from error
+    if fit is None:
+        return place(picture)[None]
+    placed = fit_frame(picture, fit)
+    return (mirror(placed) if is_mirrored else placed)[None]
+
+
+@contextlib.contextmanager
+def hold_references(source: MediaSource | None) -> Iterator[tuple[Path, ...]]:
+    """Yield the files of a source's reference pictures until the block ends; None: no picture.
+
+    Raises MediaError if one is missing or too small, by its header alone.
+    """
+    if source is None:
+        yield ()
+        return
+    with fetch(source) as here:
+        for path in here.control:
+            fit_reference(source.table, image_size(path), path)
+        yield here.control
+
+
+def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
+    """Return the sizes that the reference pictures of an image get, from their headers; () if they are not
+    on disk.
+
+    bucket: of the image. Raises MediaError if one cannot be used.
+    """
+    if source.origins:
+        return ()
+    try:
+        fits = [fit_reference(source.table, image_size(path), path) for path in source.control]
+    except MediaError as error:
+        raise explain_reference(source, error) from error
+    return tuple(bucket if fit is None else fit.bucket for fit in fits)
+
+
+def explain_reference(source: MediaSource, error: Exception) -> MediaError:
+    """Return the error of a reference picture that cannot be used, with the image and the remedy."""
+    text = f"a reference picture of {source.path.name} cannot be used: {error}"
+    return MediaError(f"{text.rstrip('.')}. Replace it, or remove it")
+
+
+def fit_reference(table: DatasetTable, size: Size, path: Path) -> Fit | None:
+    """Return how a reference picture of `size` is resized and cropped; None: like its image.
+
+    What keeps its size loses pixels at the right and below only, as in other tuners' caches. Raises
+    MediaError if it is too small, DatasetError if control_resolution is.
+    """
+    assert table.references is not None
+    (width, height), step, resolution = size, table.references.step, table.control_resolution
+    if min(size) < step:
+        raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {step}")
+    area = None if resolution is None else resolution[0] * resolution[1]
+    if table.no_resize_control and (area is None or width * height <= area):
+        return Fit(size, (0, 0), (width // step * step, height // step * step), "none")
+    if resolution is None or area is None:
+        return None
+    try:
+        sizes = _bucket_sizes(*resolution, step)
+    except ValueError as error:
+        raise DatasetError(f"{table.name}: control_resolution: {error}. Enlarge it.") from None
+    return fit_cover(size, choose_bucket(size, sizes, area, step, no_upscale=False))
