@@ -41,7 +41,10 @@ class Project:
         return latents, said
 
 
-NAMES = ("wan t2v-1.3B", "hunyuan_video", "framepack")
+NAMES = (
+    *("wan t2v-1.3B", "hunyuan_video", "framepack"),
+    pytest.param("kontext", marks=pytest.mark.slow),
+)
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -64,11 +64,7 @@ _WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752))
 _NEARLY_SQUARE = ((1328, 800), (1248, 832), (1184, 880), (1104, 944))
 _FLAT: tuple[Size, ...] = (*_WIDE, *_NEARLY_SQUARE)
 TRAINED_SIZES: tuple[Size, ...] = (*((h, w) for w, h in _FLAT), (1024, 1024), *reversed(_FLAT))
-KONTEXT_DEV = replace(
-    FLUX_DEV,
-    repositories=("black-forest-labs/FLUX.1-Kontext-dev",),
-    licence_url="https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md",
-)
+KONTEXT_DEV = replace(FLUX_DEV, repositories=("black-forest-labs/FLUX.1-Kontext-dev",))
 # a LoRA leaves out modulations unless they are asked for, as the known tuner's
 KONTEXT_DIT = replace(FLUX_DIT, lora_exclude=("img_mod", "txt_mod", "modulation"))
 # the network is fed 1000 sigma, as in generation; --discrete_flow_shift is for --timestep_sampling shift

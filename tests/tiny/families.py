@@ -393,7 +393,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
     family.prepare(folder, clips)
     if family.name == "hunyuan_video":
         write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
-    elif family.name == "flux":
+    elif family.name in {"flux", "kontext"}:
         write_tiny_flux(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "framepack":
         write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
