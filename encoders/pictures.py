@@ -179,7 +179,7 @@ def check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) -> 
         try:
             width, height = image_size(path)
         except MediaError as error:
-            raise OptionError(f"{option}: {error}. Give an image file.") from None
+            raise OptionError(f"{option}: {str(error).rstrip('.')}. Give an image file.") from None
         if min(width, height) < rules.step:
             raise OptionError(
                 f"{option} {path}: {width} x {height} pixels are too few, each side needs at least "

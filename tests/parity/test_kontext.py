@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -188,6 +189,9 @@ def test_a_lora_acts_in_diffusers_as_here(tmp_path: Path) -> None:
     flux_kontext_generate_image.main([*options, "--save_path", str(tmp_path / "made")])
 
     made = ours(tmp_path / "made")
+    (latents,) = (tmp_path / "made").glob("*.safetensors")
+    with safe_open(latents, "pt") as file:
+        assert file.metadata()["bt_control_image_path"] == "start.png"
     assert_same(made, theirs(models, reference, False, tmp_path / "there.safetensors", guidance_scale=2.5))
     plain, _ = theirs(models, reference, False, guidance_scale=2.5)
     assert (made[0] - plain).abs().max() > 0.01 * plain.abs().max()
