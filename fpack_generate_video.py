@@ -20,7 +20,7 @@ DEFAULTS = ScriptDefaults(
     infer_steps=25,
     sample_solver="unipc",
     embedded_guidance=10.0,
-    media=frozenset({"end_image_path"}),
+    media=frozenset({"end_image_path", "control_image_path"}),
     source=SourceDefaults(takes_image=False),
     has_second_prompt=True,
     has_length=False,

@@ -78,6 +78,8 @@ def output_metadata(
     optional |= {f"original_{name}": text for name, text in request.asked.typed.items()}
     media = ("image_path", "end_image_path", "control_path")
     optional |= {name: path.name for name in media if (path := getattr(request.asked, name)) is not None}
+    controls = request.asked.control_images
+    optional["control_image_path"] = "\n".join(path.name for path in controls) if controls else None
     values |= {name: value for name, value in optional.items() if value is not None}
     # of further experts: their guidance scales, and where they begin
     values |= {f"guidance_scale_{name}": scale for name, scale in request.asked.expert_guidance.items()}

@@ -57,8 +57,8 @@ def _order(component: Component) -> tuple[int, str]:
     """Return the place of a row: by the option's place in a command; tokenizers and 8 bits behind theirs."""
     places = (
         *("--ckpt", "--dit", "--dit_high_noise", "--lora_weight", "--lora_weight_high_noise"),
-        *("--vae", "--ae", "--t5", "--t5xxl", "--text_encoder", "--byt5", "--gemma2"),
-        *("--text_encoder1", "--clip_l", "--text_encoder2", "--clip"),
+        *("--vae", "--ae", "--t5", "--text_encoder1", "--t5xxl", "--text_encoder", "--byt5", "--gemma2"),
+        *("--clip_l", "--text_encoder2", "--clip"),
         *("--image_encoder", "--model"),
     )
     if component.option is not None:

@@ -3,7 +3,7 @@
 import shlex
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -96,8 +96,10 @@ def model_sets(fp8_encoders: bool = False) -> list[ModelSet]:
         chosen = [components[name] for name in entry["components"]]
         if fp8_encoders:
             chosen = [components[one.in_fp8] if one.in_fp8 else one for one in chosen]
-        more = entry.get("more", {})
-        templates = data["family"][entry["family"]]["commands"]
+        of_family = data["family"][entry["family"]]
+        renamed = of_family.get("options", {})
+        chosen = [replace(one, option=renamed.get(one.option, one.option)) for one in chosen]
+        more, templates = entry.get("more", {}), of_family["commands"]
         commands = {
             step: f"{templates[step]} {more.get(step, '')}".rstrip() for step in entry.get("steps", STEPS)
         }
@@ -109,7 +111,7 @@ def model_sets(fp8_encoders: bool = False) -> list[ModelSet]:
                 entry["released_by"],
                 tuple(chosen),
                 commands,
-                {**data["family"][entry["family"]].get("data", {}), **entry.get("data", {})},
+                {**of_family.get("data", {}), **entry.get("data", {})},
             )
         )
     return sets

@@ -65,6 +65,10 @@ class ClipUse:
         """Return the keys of the encoder's outputs."""
         return frozenset({self.pooled} if self.mask is None else {self.pooled, self.mask})
 
+    def read_width(self, checkpoint: Checkpoint) -> int:
+        """Return the numbers of the pooled state, for `read_once`. Raises as `read_clip_text`."""
+        return read_clip_text(checkpoint, self).config.dim
+
 
 @dataclass(frozen=True)
 class ClipTextConfig:

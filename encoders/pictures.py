@@ -1,6 +1,6 @@
 """What families of picture models share besides `encoders/files.py`, and colours of latents for previews."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -33,7 +33,8 @@ from modules.contract.requests import (
     size_of,
     whole_patches,
 )
-from modules.errors import DatasetError
+from modules.contract.rules import ReferenceRules
+from modules.errors import DatasetError, MediaError, OptionError
 from modules.media.pixels import byte_clips
 
 # Least squares fit of latents in model space to colours (R, G, B), which all known tools use
@@ -103,7 +104,7 @@ class ModelOfPictures(OneTransformer, Protocol):
                 f"{table.name}: the table has clips, and {self.called} can only learn pictures. Give "
                 "image_directory or image_jsonl_file, or train a video model."
             )
-        if table.has_control:
+        if table.has_control and self.references is None:
             raise DatasetError(
                 f"{table.name}: the table has control images, which {self.called} cannot take. Remove them."
             )
@@ -128,16 +129,28 @@ class ModelOfPictures(OneTransformer, Protocol):
         flow_shift: where the request says none.
         """
         self.files.check()
-        request = keep_usable_media(request, NO_MEDIA, f"{self.called} does not take it")
+        request = self.keep_media(request, self.called)
         width, height, _ = size_of(request, self.defaults)
         size = *whole_patches(width, height, self.latent), 1
         check_size(size, self.latent)
         shift = flow_shift if request.flow_shift is None else request.flow_shift
         return settle(request, self.defaults, size, shift, "")
 
+    def keep_media(self, request: Request, who: str) -> Request:
+        """Return the request without media that the model does not take. who: it, for messages.
+
+        Raises OptionError if reference pictures, where it takes them, cannot be used.
+        """
+        rules = self.references
+        taken = {**NO_MEDIA, "control_images": rules is not None}
+        request = keep_usable_media(request, taken, f"{who} does not take it")
+        if rules is not None:
+            check_references(request.control_images, rules, who)
+        return request
+
     def needs_media(self, prepared: Prepared) -> bool:
-        """Return False: no image must be encoded before denoising."""
-        return False
+        """Whether there are reference pictures, which must be encoded before denoising."""
+        return bool(prepared.asked.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return no conditions: there are those of texts only."""
@@ -147,3 +160,28 @@ class ModelOfPictures(OneTransformer, Protocol):
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         latents: Tensor = encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)])
         return latents * self.latent.scale
+
+
+def check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) -> None:
+    """Raise OptionError if a model cannot take these pictures. Reads headers. who: takes them, for messages.
+
+    They exist, as `keep_usable_media` has seen.
+    """
+    from modules.media.reading import image_size
+
+    option = "--control_image_path (--ci in a prompt line)"
+    if len(paths) > rules.most:
+        raise OptionError(
+            f"{option}: {len(paths)} reference pictures, {who} takes {rules.most} at most. Leave out "
+            + " ".join(map(str, paths[rules.most :]))
+        )
+    for path in paths:
+        try:
+            width, height = image_size(path)
+        except MediaError as error:
+            raise OptionError(f"{option}: {str(error).rstrip('.')}. Give an image file.") from None
+        if min(width, height) < rules.step:
+            raise OptionError(
+                f"{option} {path}: {width} x {height} pixels are too few, each side needs at least "
+                f"{rules.step}. Give a larger picture."
+            )

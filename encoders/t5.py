@@ -69,7 +69,7 @@ class T5Use:
 
     name: str = "t5"  # in cache records
     states: str = "t5_out"  # key of the states, L C
-    mask: str = "t5_attn_mask"  # key of the mask, L int64
+    mask: str | None = "t5_attn_mask"  # key of the mask, L int64; None: it is not returned
     kind: T5Kind = T5_XXL
     folders: tuple[str, ...] = (
         "text_encoder_2",
@@ -80,7 +80,11 @@ class T5Use:
     @property
     def keys(self) -> frozenset[str]:
         """Return the keys of the encoder's outputs."""
-        return frozenset({self.states, self.mask})
+        return frozenset({self.states} if self.mask is None else {self.states, self.mask})
+
+    def read_width(self, checkpoint: Checkpoint) -> int:
+        """Return the numbers of a state, for `read_once`. Raises as `read_t5`."""
+        return read_t5(checkpoint, self.kind).config.dim
 
 
 USE = T5Use()
@@ -143,7 +147,8 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
             masks = torch.cat([mask for _, mask in filled[len(results) : len(results) + len(group)]])
             states = network.encode_padded(torch.tensor(group), masks if self.uses_mask else None).cpu()
             results += [
-                {self.use.states: state.clone(), self.use.mask: mask.clone()}
+                {self.use.states: state.clone()}
+                | ({} if self.use.mask is None else {self.use.mask: mask.clone()})
                 for state, mask in zip(states, masks, strict=True)
             ]
         return results

@@ -5,6 +5,7 @@ checkpoints: transformer files, as published and as diffusers writes
 configs: dimensions of a transformer, releases and their settings
 family: FLUX.1 and Chroma, described for the shared loops
 files: paths of a run, each checked against its option
+kontext/: the variant that edits a reference picture
 model: the transformer, with the names of published checkpoints
 official_options: the image guides' command line, in our words
 options: own options for caching, training and generation

@@ -40,11 +40,9 @@ from modules.contract.data import (
 )
 from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from modules.contract.requests import (
-    NO_MEDIA,
     Prepared,
     Request,
     check_size,
-    keep_usable_media,
     settle,
     size_of,
 )
@@ -61,7 +59,7 @@ NAME = "FLUX.1 or Chroma"  # in messages
 CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
 CLIP_L_WIDTH = 768  # numbers of its pooled text
 SAMPLE_SIDE, SAMPLE_STEPS = 512, 20  # of training samples
-LATENTS_OF = frozenset({"flux", "chroma", "lumina"})  # models with the same autoencoder
+LATENTS_OF = frozenset({"flux", "flux_kontext", "chroma", "lumina"})  # models with the same autoencoder
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,12 @@ class Flux(ModelOfPictures):
             **name_texts(cond, self._text_inputs, device),
             guidance=send_ahead(guidance, device).float(),
             tweaks=tweaks.rename_away(lambda text: name_texts(text, self._text_inputs, device)),
+            **self.picture_inputs(cond, device),
         )
+
+    def picture_inputs(self, cond: Conditions, device: torch.device) -> Mapping[str, Any]:
+        """Return no arguments of the network besides those of texts and guidance."""
+        return {}
 
     # generation
 
@@ -190,7 +193,7 @@ class Flux(ModelOfPictures):
         """
         self.files.check(("dit",))
         kind = self.files.kind
-        request = keep_usable_media(request, NO_MEDIA, f"{self.files.dit_path} does not take it")
+        request = self.keep_media(request, str(self.files.dit_path))
         if request.second_prompt is not None and not self.files.has_pooled:
             logger.warning("--prompt_2 is ignored because Chroma has no second text encoder")
         usual = self.defaults

@@ -4,18 +4,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from encoders.clip_checkpoints import read_clip_text
+import torch
+
 from encoders.clip_l import CLIP_L, ClipTextEncoder
 from encoders.pictures import AutoencoderFiles
-from encoders.t5 import T5_FILES, T5_XXL, T5TextEncoder
-from encoders.t5_network import read_t5
+from encoders.t5 import USE, T5TextEncoder
 from flux.checkpoints import FORMAT, NAMES, OPTION
 from flux.configs import CHROMA, DEV, T5_TOKENS, FluxConfig
 from flux.options import FluxTextOptions
 from modules.checkpoints.dits import DitHeader
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import read_once, require_file
-from modules.checkpoints.opening import Checkpoint
 from modules.contract.family import TextEncoder
 from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
@@ -36,6 +35,8 @@ class FluxFiles(AutoencoderFiles):
     masks_text: bool = False  # --apply_t5_attn_mask; always so for Chroma
 
     format: ClassVar = FORMAT
+    clip_use: ClassVar = CLIP_L  # how options, messages and caches call the text encoders
+    t5_use: ClassVar = USE
 
     def add_text(self, options: FluxTextOptions) -> "FluxFiles":
         """Return a copy with the options of the text encoders."""
@@ -53,11 +54,11 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def clip_l_path(self) -> Path:
-        return require_file(self.clip_l, "--clip_l", "CLIP-L encodes the prompts")
+        return require_file(self.clip_l, self.clip_use.option, "CLIP-L encodes the prompts")
 
     @property
     def t5xxl_path(self) -> Path:
-        return require_file(self.t5xxl, "--t5xxl", "T5 encodes the prompts")
+        return require_file(self.t5xxl, self.t5_use.kind.option, "T5 encodes the prompts")
 
     def dit_header(self) -> DitHeader[FluxConfig]:
         """Read dimensions, dialect and dtype of the transformer file.
@@ -97,7 +98,6 @@ class FluxFiles(AutoencoderFiles):
     def text_encoders(self) -> list[TextEncoder]:
         """Return CLIP-L (not of Chroma) and T5; their files are opened when they are loaded."""
         dtype = self.beside(self.text_dtype)
-        clip = [ClipTextEncoder(self.clip_l_path, dtype, self.clip_l_tokenizer)] if self.has_pooled else []
         t5 = T5TextEncoder(
             self.t5xxl_path,
             dtype,
@@ -105,31 +105,30 @@ class FluxFiles(AutoencoderFiles):
             max_length=self.t5_tokens,
             uses_mask=self.uses_mask,
             in_fp8=self.t5_in_fp8,
+            use=self.t5_use,
         )
-        return [*clip, t5]
+        return [*([self._clip(dtype)] if self.has_pooled else []), t5]
 
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check CLIP-L and T5: `TransformerFiles.check_texts`."""
         pooled_dim, text_dim = (
             (None, None) if config is None else (config.pooled_dim or None, config.text_dim)
         )
+        clip, t5 = self.clip_use, self.t5_use
         if self.clip_l is not None or (needed and self.has_pooled):
-            path = ClipTextEncoder(self.clip_l_path).path
+            path = self._clip().path
             check_state_width(
-                "--clip_l", path, read_once(path, _clip_width), self.dit, pooled_dim, CLIP_L.release
+                clip.option, path, read_once(path, clip.read_width), self.dit, pooled_dim, clip.release
             )
         if self.t5xxl is not None or needed:
             path = T5TextEncoder(self.t5xxl_path).path
-            check_state_width("--t5xxl", path, read_once(path, _t5_width), self.dit, text_dim, T5_XXL.release)
+            check_state_width(
+                t5.kind.option, path, read_once(path, t5.read_width), self.dit, text_dim, t5.kind.release
+            )
         if self.clip_l_tokenizer is not None:
-            CLIP_L.tokenizer.check_given(self.clip_l_tokenizer)
+            clip.tokenizer.check_given(self.clip_l_tokenizer)
         if self.t5xxl_tokenizer is not None:
-            T5_FILES.check_given(self.t5xxl_tokenizer)
+            t5.tokenizer.check_given(self.t5xxl_tokenizer)
 
-
-def _clip_width(checkpoint: Checkpoint) -> int:
-    return read_clip_text(checkpoint, CLIP_L).config.dim
-
-
-def _t5_width(checkpoint: Checkpoint) -> int:
-    return read_t5(checkpoint, T5_XXL).config.dim
+    def _clip(self, dtype: torch.dtype = torch.bfloat16) -> ClipTextEncoder:
+        return ClipTextEncoder(self.clip_l_path, dtype, self.clip_l_tokenizer, self.clip_use)

@@ -2,7 +2,10 @@
 
 Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.py` lists the steps in float32.
 """
-# Letters: B batch, L picture tokens, T text tokens, N heads, D head width, C = N * D, M modulations
+# Letters: B batch, L picture tokens, with those of references, T text tokens, N heads, D head width,
+# C = N * D, M modulations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as functional
@@ -17,7 +20,7 @@ from hunyuan_model.model import HunyuanFinalLayer, PooledTextEmbedding, real_tok
 from modules.attention.attend import Lengths, lengths_on
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import ScaleNorm, activation_dtype, in_own_dtype
-from modules.layers.rope import Grid, GridTable, exact_table, sinusoid, table_maker
+from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
 from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
 
@@ -118,7 +121,7 @@ class FluxModel(nn.Module):
         self.final_layer = FluxFinalLayer(config)
         self._modulation_rows = [module for module in self.modules() if isinstance(module, ModulationRows)]
         widths = rotary_widths(dim // config.num_heads)
-        self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))
+        self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -134,6 +137,7 @@ class FluxModel(nn.Module):
         pooled: Tensor | None = None,
         guidance: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
     ) -> Tensor:
         """Velocity B Z 1 H W in float32.
 
@@ -141,9 +145,10 @@ class FluxModel(nn.Module):
         for real tokens, which come first; None: all count. Chroma keeps one token of padding more. pooled: B
         pooled_dim, of CLIP-L; None for Chroma. guidance: B, as it is asked for; a model without guidance does
         not look at it, None is 0. tweaks: ideas that change this call; their second text has the names t5,
-        t5_mask and pooled. Raises ValueError where sizes do not go together.
+        t5_mask and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own
+        size. Raises ValueError where sizes do not go together.
         """
-        hidden = Hidden(*self.embed(noisy, timesteps, t5, t5_mask, pooled, guidance, tweaks))
+        hidden = Hidden(*self.embed(noisy, timesteps, t5, t5_mask, pooled, guidance, tweaks, references))
         run_blocks(self, hidden, tweaks)
         return self.unembed(hidden.x, hidden.tokens)
 
@@ -156,16 +161,18 @@ class FluxModel(nn.Module):
         pooled: Tensor | None = None,
         guidance: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
     ) -> tuple[Tensor, HunyuanTokens]:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
-        A second text comes behind the first one.
+        References come behind the picture, a second text behind the first one.
         """
-        self._check(noisy, t5, t5_mask)
+        self._check([noisy, *references], t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        picture = in_own_dtype(self.img_in, pack(noisy)).to(dtype)
-        grid = (1, noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH)
-        rotary = self._rotary.of(Grid(grid), noisy.device)
+        pictures = [in_own_dtype(self.img_in, pack(one)).to(dtype) for one in (noisy, *references)]
+        # a reference stands at the next place of the axis of frames
+        grids = [Grid(grid_of(one), first=place) for place, one in enumerate((noisy, *references))]
+        rotary = self._rotary.of(tuple(grids), noisy.device)
         guidance = torch.zeros_like(timesteps) if guidance is None else guidance
         rows = None
         if self.config.approximator is not None:
@@ -179,13 +186,13 @@ class FluxModel(nn.Module):
             text, lengths = self._embed_text(given["t5"], given["t5_mask"], len(rotary), dtype)
             vector = self._embed_vector(timesteps, given["pooled"], guidance) if rows is None else rows
             texts.append(EmbeddedText(text, lengths, vector))
-        inputs = {"grid": grid, "rotary": rotary, "dtype": dtype, "attention": self.attention}
-        return join_tokens([picture], texts, tweaks.steer, **inputs)
+        inputs = {"grid": grids[0].sizes, "rotary": rotary, "dtype": dtype, "attention": self.attention}
+        return join_tokens(pictures, texts, tweaks.steer, **inputs)
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
         _, rows, columns = tokens.grid
-        return unpack(self.final_layer(x[:, : tokens.video], tokens).float(), rows, columns)
+        return unpack(self.final_layer(x[:, : rows * columns], tokens).float(), rows, columns)
 
     def _embed_vector(self, timesteps: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
         """Return the input of the blocks' modulation, B 1 C. guidance: None leaves it out."""
@@ -213,13 +220,19 @@ class FluxModel(nn.Module):
         lengths = None if counts is None else lengths_on([before + count for count in counts], t5.device)
         return in_own_dtype(self.txt_in, t5[:, :longest]).to(dtype), lengths
 
-    def _check(self, noisy: Tensor, t5: Tensor, mask: Tensor | None) -> None:
-        if noisy.shape[1] != self.config.channels:
-            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.channels}")
-        if noisy.shape[2] != 1 or noisy.shape[-2] % PATCH or noisy.shape[-1] % PATCH:
-            raise ValueError(f"latents of {tuple(noisy.shape[2:])}: one frame of even height and width")
+    def _check(self, pictures: Sequence[Tensor], t5: Tensor, mask: Tensor | None) -> None:
+        for one in pictures:
+            if one.shape[1] != self.config.channels:
+                raise ValueError(f"{one.shape[1]} input channels, the model takes {self.config.channels}")
+            if one.shape[2] != 1 or one.shape[-2] % PATCH or one.shape[-1] % PATCH:
+                raise ValueError(f"latents of {tuple(one.shape[2:])}: one frame of even height and width")
         if mask is not None and mask.shape != t5.shape[:2]:
             raise ValueError(f"a text mask of {tuple(mask.shape)} for text of {tuple(t5.shape[:2])}")
+
+
+def grid_of(latents: Tensor) -> tuple[int, int, int]:
+    """Return the frames, rows and columns of a picture's tokens. latents: B Z 1 H W."""
+    return 1, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
 
 
 def pack(latents: Tensor) -> Tensor:

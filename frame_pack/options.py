@@ -26,7 +26,6 @@ REQUEST_OPTIONS = {
     "video_seconds": "video_seconds",
     "video_sections": "video_sections",
     "one_frame_inference": "one_frame",
-    "control_image_path": "control_image_path",
     "control_image_mask_path": "control_image_mask_path",
 }
 FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
@@ -107,7 +106,6 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
         "generate an image, not a video: default, or with commas no_2x, no_4x, no_post, target_index=N, "
         "control_index=N;N"
     )
-    control_image_path: tuple[str, ...] | None = option("images that a single image is generated from")
     control_image_mask_path: tuple[str, ...] | None = option(
         "a mask for each control image: white parts are used; default: its alpha channel"
     )
@@ -178,10 +176,9 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
         "--latent_window_size": None if window == WINDOW else window,
     }
     if options.one_frame:
-        controls = [path for path in extra.get("control_image_path", "").split("\n") if path]
         return found | {
             "--one_frame_inference": extra.get("one_frame", "default"),
-            "--control_image_path": controls,
+            "--control_image_path": sample.get("control_images") or (),
         }
     seconds = f"{frames / FRAMES_PER_SECOND:.4g}" if frames else None
     return found | {"--f1": options.f1, "--video_seconds": seconds}

@@ -1,7 +1,7 @@
 """Settle a request for FramePack before anything is loaded: sections, their texts and images, or one picture.
 
 `Request.extra` holds what only this family knows, as text: `image_path` (as `frame_pack.section_syntax` reads
-it), `one_frame` (as `parse_one_frame` reads it), `video_sections`, `video_seconds`, `control_image_path` and
+it), `one_frame` (as `parse_one_frame` reads it), `video_sections`, `video_seconds` and
 `control_image_mask_path` (a path a line). It is parsed here, once, into a `FramePackRequest`.
 """
 
@@ -76,12 +76,12 @@ def prepare_request(
     width, height, _ = size_of(request, usual)
     frames = 1 if is_picture else video_frames(sections, window)
     check_size((width, height, min(frames, video_frames(1, window))), latent)
-    extra = _with_controls(request.extra)
+    request = _with_controls(request)
     own = FramePackRequest(
         _images_of(request, sections, is_picture),
         one_frame,
-        _paths(extra, "control_image_path"),
-        _paths(extra, "control_image_mask_path"),
+        request.control_images,
+        _paths(request.extra, "control_image_mask_path"),
     )
     if takes_shape and is_picture:
         width, height = _size_shaped_as((*own.controls, *own.images)[0], (width, height), latent.pixel_step)
@@ -104,7 +104,7 @@ def prepare_request(
             for index, (text, for_clip) in enumerate(zip(texts, second, strict=True))
         },
         own=own,
-        own_metadata=_metadata_of(extra, sections, window, is_f1),
+        own_metadata=_metadata_of(request.extra, sections, window, is_f1),
     )
 
 
@@ -198,24 +198,29 @@ def _shift_of_size(width: int, height: int, latent: LatentSpec, latent_frames: i
     return flow_shift_for(count_tokens(latent_frames, rows, columns))
 
 
-def _with_controls(extra: Mapping[str, str]) -> dict[str, str]:
-    """Return `extra` without unused control images and masks. Raises OptionError if a used one is missing."""
-    kept = dict(extra)
-    for name in ("control_image_path", "control_image_mask_path"):
-        if name in kept and "one_frame" not in kept:
+def _with_controls(request: Request) -> Request:
+    """Return the request without unused control images and masks. Raises OptionError if a used one is
+    missing.
+    """
+    images, extra = request.control_images, dict(request.extra)
+    masks = _paths(extra, "control_image_mask_path")
+    named = {"control_image_path": images, "control_image_mask_path": masks}
+    if "one_frame" not in extra:
+        for name in (name for name, paths in named.items() if paths):
             logger.warning("--%s is ignored because it is for --one_frame_inference", name)
-            del kept[name]
-        for path in _paths(kept, name):
+        extra.pop("control_image_mask_path", None)
+        return replace(request, control_images=(), extra=extra)
+    for name, paths in named.items():
+        for path in paths:
             _check_image(f"--{name}", path)
-    controls, masks = len(_paths(kept, "control_image_path")), len(_paths(kept, "control_image_mask_path"))
-    if masks > controls:
+    if len(masks) > len(images):
         logger.warning(
             "of %d masks the last %d are ignored because there are %d control images",
-            masks,
-            masks - controls,
-            controls,
+            len(masks),
+            len(masks) - len(images),
+            len(images),
         )
-    return kept
+    return request
 
 
 def _images_of(request: Request, sections: int, is_picture: bool) -> tuple[Path, ...]:

@@ -198,7 +198,7 @@ def family_of(path: Path, families: list[str]) -> str:
         metadata = read_safetensors_texts(path)
     said = " ".join(metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
     words = re.sub(r"[^a-z]", "", said.lower())
-    for name in families:
+    for name in sorted(families, key=len, reverse=True):  # flux_kontext is no flux
         if name.replace("_", "") in words:
             return name
     raise OptionError(

@@ -156,6 +156,10 @@ EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
+# of models that take reference pictures
+REFERENCES = {"ci": LineOption("control_image_path", read_path, repeats=True)}
+
+
 # the same for models whose videos are made in sections: each section may have its own text and start image,
 # and lengths are in seconds
 SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
@@ -163,7 +167,7 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "f": LineOption("video_seconds", read_number, instead_of="video_sections"),
     "vs": LineOption("video_sections", read_whole),
     "embedded_cfg_scale": LineOption("embedded_cfg_scale", read_number),
-    "ci": LineOption("control_image_path", read_path, repeats=True),
+    **REFERENCES,
     "cim": LineOption("control_image_mask_path", read_path, repeats=True),
     "of": LineOption("one_frame_inference", str),
     "p2": LineOption("prompt_2", str),

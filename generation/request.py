@@ -72,6 +72,7 @@ def make_request(
         value = None if name in options.extras else line.get(name, getattr(options, name))
         return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
+    controls = line.get("control_image_path", options.control_image_path) or ()
     typed: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
     texts = expand_texts(typed, prompts, seed) if prompts.draws else typed
     solver = line.get("sample_solver", options.sample_solver)
@@ -104,6 +105,7 @@ def make_request(
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
         control_path=path("control_path"),
+        control_images=tuple(to_path("--control_image_path", str(one)) for one in controls if str(one)),
         source=_source(options.source, line),
         extra=extra,
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},

@@ -13,7 +13,7 @@ from modules.errors import OptionError
 from modules.media.options import FormatOptions
 from modules.options import NO_PIXELS, OF_DECODING, SETTING, Options, option
 
-MEDIA = ("image_path", "end_image_path", "control_path")
+MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
 
 
 class RequestOptions(Options, title="what to make"):
@@ -56,6 +56,7 @@ class RequestOptions(Options, title="what to make"):
     image_path: Path | None = option("first image, for image-to-video", often=True)
     end_image_path: Path | None = option("last image")
     control_path: Path | None = option("control video or folder of images, for Fun-Control")
+    control_image_path: tuple[str, ...] | None = option("reference pictures, which the result is made from")
     source: SourceOptions
     embedded_guidance: float | None = option(
         "guidance scale that the distilled model takes as an input; needs no second pass",

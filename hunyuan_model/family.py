@@ -255,6 +255,7 @@ class HunyuanVideo(OneTransformer):
             "image_path": self._starts_from_image,
             "end_image_path": False,
             "control_path": False,
+            "control_images": False,
         }
         request = keep_usable_media(request, taken, f"{self.files.dit_path} does not take it")
         if self._starts_from_image:

@@ -158,7 +158,9 @@ class Lumina(ModelOfPictures):
     @property
     def source(self) -> SourceRules:
         """Return the rules for starts of denoising; FLUX and Chroma have the same autoencoder."""
-        return SourceRules((IMAGE, LATENTS), NAME, False, frozenset({"lumina", "flux", "chroma"}))
+        return SourceRules(
+            (IMAGE, LATENTS), NAME, False, frozenset({"lumina", "flux", "flux_kontext", "chroma"})
+        )
 
     def sections(
         self,

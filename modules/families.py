@@ -23,7 +23,7 @@ class FamilyEntry:
     """Name the folder, scripts and option records of a family."""
 
     room: str  # its folder; functions and records of its options.py have the same names in each
-    files: str = "checkpoints"  # the module in it with `identify`
+    files: str = "checkpoints"  # the module in it with `identify`; "": its files are another family's
     script: str = ""  # what the names of its scripts begin with
     cache: str = ""  # likewise, of its caching scripts
     makes: str = "image"  # end of its generation script's name
@@ -94,6 +94,15 @@ FAMILIES = {
         encoders=(("vae", "--ae", PICTURES),),
         texts="--t5xxl T5_FILE --clip_l CLIP_FILE",
     ),
+    "flux_kontext": FamilyEntry(
+        "flux.kontext",
+        files="",
+        script="flux_kontext",
+        cache="flux_kontext_cache",
+        record="Kontext",
+        encoders=(("vae", "--vae", PICTURES),),
+        texts="--text_encoder1 T5_FILE --text_encoder2 CLIP_FILE",
+    ),
     "framepack": FamilyEntry(
         "frame_pack",
         script="fpack",
@@ -134,7 +143,7 @@ def identify(path: Path) -> str | None:
     if not path.exists():
         hint: str | None = import_own("downloads.catalogue").download_hint(path)
         return hint
-    for entry in FAMILIES.values():
+    for entry in filter(lambda one: one.files, FAMILIES.values()):
         found: str | None = import_own(f"{entry.room}.{entry.files}").identify(path)
         if found is not None:
             return found

@@ -19,6 +19,7 @@ from tests.tiny.picture_project import (
     SIDE,
     lay_out_flux,
     lay_out_hunyuan_image,
+    lay_out_kontext,
     lay_out_lumina,
     lay_out_pictures,
     lay_out_sdxl,
@@ -70,6 +71,9 @@ SMALLER = {  # appended, so that the last value wins
         [*TRAINING, "--network_dim", "2"],
     ),
     "flux_generate_image.py": PICTURE,
+    # a reference at a trained size has a million pixels
+    "flux_kontext_train_network.py": [*TRAINING, "--network_dim", "2", "--no_resize_control"],
+    "flux_kontext_generate_image.py": [*PICTURE, "--no_resize_control"],
     "gen_img.py": ["--W", "64", "--H", "64", "--steps", "2"],
     "flux_minimal_inference.py": ["--width", "64", "--height", "64", "--steps", "2"],
     "hunyuan_image_minimal_inference.py": [*PICTURE, *QUICK_VAE],
@@ -168,6 +172,7 @@ APART = {"README", "first_lora"}
 # pages about picture models, and the models that they use
 PICTURE_MODELS = {
     "flux": lay_out_flux,
+    "flux_kontext": lay_out_kontext,
     "gen_img": lay_out_stable_diffusion,
     "hunyuan_image": lay_out_hunyuan_image,
     "image_datasets": lay_out_flux,
@@ -175,6 +180,7 @@ PICTURE_MODELS = {
 }
 SMALL = {  # what their dataset files say -> what fits tiny pictures
     "resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",
+    "resolution = [1024, 1024]": f"resolution = [{SIDE}, {SIDE}]",
     "num_repeats = 4": "num_repeats = 1",
     "--w 832 --h 1216": "--w 64 --h 96",
 }

@@ -41,7 +41,10 @@ class Project:
         return latents, said
 
 
-NAMES = ("wan t2v-1.3B", "hunyuan_video", "framepack")
+NAMES = (
+    *("wan t2v-1.3B", "hunyuan_video", "framepack"),
+    pytest.param("kontext", marks=pytest.mark.slow),
+)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -83,7 +86,7 @@ def test_each_branch_of_guidance_skips_by_itself(tmp_path: Path, project: Projec
     is computed.
     """
     sections = 2 if "framepack" in project.family.name else 1
-    joined = project.family.generate[0] == "hv_generate_video.py"
+    joined = project.family.name in {"hunyuan_video", "kontext"}
     for scale, branches in ((1, 1), (3, 1 if joined else 2)):
         _, said = project.one(tmp_path / str(scale), "--guidance_scale", scale, *BOLD)
         # c s s s c s s c

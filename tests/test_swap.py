@@ -47,7 +47,7 @@ class Project:
         return [load_file(path)["latent"] for path in sorted(output.glob("*.safetensors"))]
 
 
-TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux"}  # of blocks
+TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "kontext"}  # of blocks
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,9 @@ def _fresh_accelerator() -> Iterator[None]:
 
 # tests/frame_pack/test_training.py has one of these for every day
 FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)
-PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in ("lumina", "hunyuan_image", "flux")]
+PICTURES = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("lumina", "hunyuan_image", "flux", "kontext")
+]
 
 
 @pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", FRAMEPACK, *PICTURES])

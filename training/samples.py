@@ -256,10 +256,6 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
 
     controls = values.get("control_image_path") or []
     extra = {"one_frame": str(values["one_frame"])} if values.get("one_frame") is not None else {}
-    if controls:
-        extra["control_image_path"] = "\n".join(
-            [controls] if isinstance(controls, str) else map(str, controls)
-        )
     extra |= {name: str(values[name]) for name in ("cfg_trunc_ratio", "renorm_cfg") if name in entry}
     has_shift = family.defaults.flow_shift is not None
     scale = None if values.get("cfg_scale") is None else float(values["cfg_scale"])
@@ -291,6 +287,10 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         image_path=path("image_path"),
         end_image_path=path("end_image_path"),
         control_path=path("control_video_path"),
+        control_images=tuple(
+            to_path("control_image_path", str(one))
+            for one in ([controls] if isinstance(controls, str) else controls)
+        ),
         extra=extra,
     )
 

@@ -167,6 +167,7 @@ def take_inputs(task: WanTask, request: Request) -> Request:
         "image_path": task.takes_image or task.keeps_image,
         "end_image_path": task.takes_image,
         "control_path": task.has_control,
+        "control_images": False,
     }
     return keep_usable_media(request, taken, f"--task {task.name} does not take it")
 

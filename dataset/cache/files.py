@@ -210,6 +210,11 @@ def grid_in_name(name: str) -> Grid | None:
     return None if latents is None else (int(latents[2]), int(latents[3]), int(latents[4]))
 
 
+def _is_flat(name: str, tensor: Tensor) -> bool:
+    """Return whether latents are C H W of a picture (`LatentSpec.flat_in_caches`)."""
+    return tensor.ndim == 3 and grid_in_name(name) is not None
+
+
 @dataclass(frozen=True)
 class Header:
     """Metadata and tensor names of a cache file."""
@@ -251,8 +256,11 @@ class Entry:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors by their keys in batches."""
-        return {tensor_key(name): tensor for name, tensor in self.named.items()}
+        """Tensors by their keys in batches; latents have an axis of frames, which some files leave out."""
+        return {
+            tensor_key(name): tensor.unsqueeze(1) if _is_flat(name, tensor) else tensor
+            for name, tensor in self.named.items()
+        }
 
     @property
     def variable(self) -> frozenset[str]:

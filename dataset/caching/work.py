@@ -16,7 +16,15 @@ from functools import partial
 import torch
 
 from dataset.cache.converting import require_form
-from dataset.cache.files import FORMAT_VERSION, SUFFIX, LatentName, checksum, is_latent_cache, tensor_name
+from dataset.cache.files import (
+    FORMAT_VERSION,
+    SUFFIX,
+    LatentName,
+    checksum,
+    grid_in_name,
+    is_latent_cache,
+    tensor_name,
+)
 from dataset.cache.records import LatentRecord, latent_metadata
 from dataset.cache.store import CacheStore, Stores
 from dataset.caching.existing import (
@@ -269,6 +277,11 @@ class MediaWork:
         for key, tensor in entry.tensors.items():
             require_finite(tensor, file, key)
         named = {tensor_name(key, tensor, grid=entry.grid): tensor for key, tensor in entry.tensors.items()}
+        if self._family.latent.flat_in_caches:
+            named = {
+                name: tensor if grid_in_name(name) is None else tensor.squeeze(1)
+                for name, tensor in named.items()
+            }
         metadata = {
             "architecture": self._family.name,
             "width": str(name.size[0]),

@@ -227,6 +227,8 @@ class LatentSpec:
     # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
     in_sections: bool = False
     npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
+    # cache files hold a picture's latents as C H W, without the axis of its one frame
+    flat_in_caches: bool = False
 
     @property
     def is_of_pictures(self) -> bool:

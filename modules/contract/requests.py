@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from modules.contract.data import LatentSpec, SamplingDefaults
-from modules.contract.rules import AS_PLAIN, ONE_EXPERT, VIDEO, Expert, GuidanceRules, Source, StepCaching
+from modules.contract.rules import (
+    AS_PLAIN,
+    ONE_EXPERT,
+    VIDEO,
+    Expert,
+    GuidanceRules,
+    Source,
+    StepCaching,
+)
 from modules.errors import MediaError, OptionError
 from modules.layers.rope import Slow
 from modules.option_values import check_seed, show_number
@@ -64,6 +72,7 @@ class Request:
     image_path: Path | None = None
     end_image_path: Path | None = None
     control_path: Path | None = None
+    control_images: tuple[Path, ...] = ()  # reference pictures, in their order (--control_image_path)
     source: Source | None = None  # what denoising starts from; None: noise
     # options of the family as text, which only `prepare` reads
     extra: Mapping[str, str] = field(default_factory=dict)
@@ -118,7 +127,8 @@ logger = logging.getLogger(__name__)
 
 
 # for `keep_usable_media`: of a model that makes pictures from texts alone
-NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path"), False)
+NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path", "control_images"), False)
+_OPTIONS = {"control_images": "control_image_path"}  # of media whose option has another name
 
 MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
 
@@ -204,17 +214,17 @@ def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str)
     Raises OptionError if a file or folder that is taken does not exist.
     """
     for name, is_taken in taken.items():
-        path = getattr(request, name)
-        if path is None:
-            continue
-        if not is_taken:
-            logger.warning("--%s %s is ignored because %s", name, path, why_not)
-            dropped: dict[str, Any] = {name: None}
+        given, option = getattr(request, name), _OPTIONS.get(name, name)
+        paths = given if isinstance(given, tuple) else () if given is None else (given,)
+        if paths and not is_taken:
+            logger.warning("--%s %s is ignored because %s", option, " ".join(map(str, paths)), why_not)
+            dropped: dict[str, Any] = {name: () if given is paths else None}
             request = replace(request, **dropped)
-        elif not path.exists():
-            raise OptionError(
-                f"--{name} {path}: no such file or folder.{explain_missing(path)} Correct the path"
-            )
+        for path in paths if is_taken else ():
+            if not path.exists():
+                raise OptionError(
+                    f"--{option} {path}: no such file or folder.{explain_missing(path)} Correct the path"
+                )
     return request
 
 

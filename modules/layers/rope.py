@@ -67,18 +67,22 @@ def exact_table(
     device: torch.device = CPU,
     slow: Slow | None = None,
     dtype: torch.dtype = torch.float64,
+    first: int = 0,
 ) -> Tensor:
     """Return the (cosine, sine) pairs of a grid's tokens in row-major order: L 1 D/2 2 float32 on `device`.
 
     sizes: positions along each axis (frames, rows, columns). widths: channels of each axis, D in total.
     slow: of the first axis. dtype: of the angles; at position 1000 a float32 angle is wrong in the fifth
-    digit.
+    digit. first: position of the first frame.
     """
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
+    starts = (first, *[0] * (len(sizes) - 1))
     axes = [
-        turns(angles_at(torch.arange(size, dtype=dtype), width, theta, None if axis else slow)).float()
-        for axis, (size, width) in enumerate(zip(sizes, widths, strict=True))
+        turns(
+            angles_at(torch.arange(start, start + size, dtype=dtype), width, theta, None if axis else slow)
+        ).float()
+        for axis, (start, size, width) in enumerate(zip(starts, sizes, widths, strict=True))
     ]
     return on_grid([send_ahead(one, device) for one in axes]).unsqueeze(1)
 
@@ -98,6 +102,7 @@ class Grid(NamedTuple):
 
     sizes: tuple[int, ...]  # frames, rows, columns
     slow: Slow | None = None  # of the frames
+    first: int = 0  # position of the first frame
 
 
 class TableMaker(Protocol[Asked]):
@@ -115,7 +120,16 @@ def table_maker(
     """Return a function that makes the tables of one network. make: of `TABLES`; dtype: see `rotate`."""
 
     def of(grid: Grid, /, *, device: torch.device) -> Tensor:
-        return make(grid.sizes, widths, theta, device, grid.slow).to(dtype)
+        return make(grid.sizes, widths, theta, device, grid.slow, first=grid.first).to(dtype)
+
+    return of
+
+
+def joined_tables(make: TableMaker[Grid]) -> TableMaker[tuple[Grid, ...]]:
+    """Return a function that makes the table of several grids, whose tokens stand one behind the other."""
+
+    def of(grids: tuple[Grid, ...], /, *, device: torch.device) -> Tensor:
+        return torch.cat([make(grid, device=device) for grid in grids])
 
     return of
 

@@ -30,7 +30,7 @@ from modules.errors import CacheError, DatasetError
 from modules.media import opening
 from modules.media.reading import read_image
 from tests.dataset.making import make_image
-from tests.dataset.sources.test_tars import write_tar
+from tests.dataset.sources.test_addresses import write_tar
 from tests.dataset.toy_family import ToyFamily, ToyText, options
 
 RULES = ReferenceRules(most=2, step=16)

@@ -17,6 +17,7 @@ from downloads.catalogue import ModelSet, ReleasedFile, download_hint, families,
 from downloads.listing import describe_set
 from downloads.options import DownloadOptions
 from flux.configs import RELEASES
+from flux.kontext.family import KONTEXT_DEV
 from frame_pack.configs import FRAMEPACK, FRAMEPACK_F1
 from generation.options import read_generation
 from hunyuan_image.configs import HUNYUAN_IMAGE
@@ -50,8 +51,9 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
         found[f"{entry.cache}_latents.py"] = functools.partial(read_latent_caching, "", latents)
         found[f"{entry.cache}_text_encoder_outputs.py"] = functools.partial(read_text_caching, "", texts)
         training = f"{entry.script}_train_network"
-        record, images = entry.options_record("Training"), entry.makes == "image"
-        defaults = (importlib.import_module(training).DEFAULTS,) if images else ()
+        record, module = entry.options_record("Training"), importlib.import_module(training)
+        images = hasattr(module, "DEFAULTS")  # it follows the image guides
+        defaults = (module.DEFAULTS,) if images else ()
         read = read_image_training if images else read_training
         found[f"{training}.py"] = functools.partial(read, "", record, *defaults)
         defaults = importlib.import_module(entry.generation_script).DEFAULTS
@@ -238,7 +240,7 @@ def test_a_family_with_one_task_needs_no_task() -> None:
 def test_families_name_the_releases_and_licences_of_the_list() -> None:
     known = {one.released_by: one.components[0].licence for one in SETS}
     releases = [task.release for task in TASKS.values()]
-    image_releases = (*RELEASES.values(), HUNYUAN_IMAGE, LUMINA_2)
+    image_releases = (*RELEASES.values(), KONTEXT_DEV, HUNYUAN_IMAGE, LUMINA_2)
     for release in [*releases, *image_releases, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]:
         for repository in release.repositories:
             licence = known[repository]

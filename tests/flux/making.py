@@ -1,6 +1,6 @@
 """Tiny FLUX.1 and Chroma transformers, here and in diffusers, and what their forward takes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,24 +77,36 @@ def tiny_inputs(kind: str, lengths: tuple[int, ...] = (5, 3)) -> dict[str, Any]:
     }
 
 
-def run_there(model: nn.Module, inputs: dict[str, Any], sample: int) -> Tensor:
-    """What diffusers' class returns for one sample, cut to the tokens of its text that count, B Z 1 H W."""
+def places_of(latents: Tensor, first: int) -> Tensor:
+    """The places of a picture's tokens, L 3: `first`, row, column."""
+    rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
+    places = torch.full((rows, columns, 3), float(first))
+    places[..., 1] = torch.arange(rows)[:, None]
+    places[..., 2] = torch.arange(columns)
+    return places.flatten(0, 1)
+
+
+def run_there(
+    model: nn.Module, inputs: dict[str, Any], sample: int, references: Sequence[Tensor] = ()
+) -> Tensor:
+    """What diffusers' class returns for one sample, cut to the tokens of its text that count, B Z 1 H W.
+
+    references: of all samples, behind the picture, at 1, 2, ... of the first axis.
+    """
     one = {name: None if value is None else value[sample : sample + 1] for name, value in inputs.items()}
     noisy, mask = one["noisy"], one["t5_mask"]
+    pictures = [noisy, *(each[sample : sample + 1] for each in references)]
     rows, columns = noisy.shape[-2] // 2, noisy.shape[-1] // 2
-    places = torch.zeros(rows, columns, 3)
-    places[..., 1] += torch.arange(rows)[:, None]
-    places[..., 2] += torch.arange(columns)
     is_chroma = type(model).__name__ == "ChromaTransformer2DModel"
     rows_there = one["t5"].shape[1]
     count = rows_there if mask is None else min(int(mask.sum()) + is_chroma, rows_there)
     more = {} if is_chroma else {"pooled_projections": one["pooled"], "guidance": one["guidance"]}
     found = model(
-        hidden_states=pack(noisy),
+        hidden_states=torch.cat([pack(each) for each in pictures], dim=1),
         encoder_hidden_states=one["t5"][:, :count],
         timestep=one["timesteps"] / 1000,
-        img_ids=places.flatten(0, 1),
+        img_ids=torch.cat([places_of(each, place) for place, each in enumerate(pictures)]),
         txt_ids=torch.zeros(count, 3),
         **more,
     ).sample
-    return unpack(found, rows, columns)
+    return unpack(found[:, : rows * columns], rows, columns)

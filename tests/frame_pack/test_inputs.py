@@ -266,9 +266,7 @@ def test_one_picture_has_the_size_that_a_data_set_would_give_its_control_image(
     width, height = bucket_of(table, image, LATENT.pixel_step, control)
     said: dict[str, Any] = {"width": area[0], "height": area[1], "takes_shape": True}
 
-    with_control = settle(
-        picture, {"one_frame": "default", "control_image_path": f"{control}\n{picture}"}, **said
-    )
+    with_control = settle(picture, {"one_frame": "default"}, control_images=(control, picture), **said)
     of_start = settle(control, {"one_frame": "default"}, **said)
 
     for prepared in (with_control, of_start):

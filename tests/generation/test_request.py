@@ -39,6 +39,13 @@ def test_a_line_wins_over_the_command_line() -> None:
     assert request.control_path == Path("c.mp4")
 
 
+def test_references_of_a_line_replace_those_of_the_command_line() -> None:
+    options = replace(OPTIONS, control_image_path=("a.png", "b.png"))
+    assert make_request(options).control_images == (Path("a.png"), Path("b.png"))
+    assert make_request(options, {"control_image_path": ["c.png"]}).control_images == (Path("c.png"),)
+    assert make_request(OPTIONS).control_images == ()
+
+
 EXTRAS = {
     "image_path": ("image_path", "a.png"),
     "seconds": ("length", 5.0),

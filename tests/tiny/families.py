@@ -201,6 +201,42 @@ def _flux(name: str, kind: str) -> TinyFamily:
     )
 
 
+def _kontext() -> TinyFamily:
+    """FLUX.1 Kontext, which learns and makes edits of a reference; it keeps its small size."""
+
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+        write_tiny_flux(folder / "model")
+        write_plain_pictures(folder)
+        (folder / "control").mkdir(exist_ok=True)
+        for index in range(4):
+            write_image(folder / "control" / f"picture {index}.png", 48, 48)
+        with (folder / "dataset.toml").open("a", encoding="utf-8") as file:
+            file.write(f'control_directory = "{folder.as_posix()}/control"\n')
+        write_image(folder / "start.png", 64, 48)
+
+    dataset = ["--dataset_config", "dataset.toml"]
+    vae = ["--vae", "model/ae.safetensors", "--vae_dtype", "float32"]
+    texts = ["--text_encoder1", "model/t5xxl_fp16.safetensors", "--text_encoder2", "model/clip_l.safetensors"]
+    texts += ["--text_encoder_dtype", "float32"]
+    models = ["--dit", "model/dit.safetensors", *vae, *texts]
+    network = ["--network_module", "networks.lora_flux", "--network_dim", "4", "--learning_rate", RATE]
+    return TinyFamily(
+        name="kontext",
+        prepare=prepare,
+        cache_latents=["flux_kontext_cache_latents.py", *dataset, *vae],
+        cache_texts=["flux_kontext_cache_text_encoder_outputs.py", *dataset, *texts],
+        train=["flux_kontext_train_network.py", *models, *dataset, "--sdpa", *network, "--no_resize_control"],
+        generate=[
+            *("flux_kontext_generate_image.py", *models, "--control_image_path", "start.png"),
+            *("--no_resize_control", "--negative_prompt", "dull"),
+        ],
+        another_run=[],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull --ci start.png",
+    )
+
+
 def _lumina() -> TinyFamily:
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_lumina(folder / "model")
@@ -303,6 +339,7 @@ FAMILIES = (
     ),
     _flux("flux", "dev"),
     _flux("chroma", "chroma"),
+    _kontext(),
     _lumina(),
     _hunyuan_image(),
 )
@@ -324,7 +361,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
     family.prepare(folder, clips)
     if family.name == "hunyuan_video":
         write_tiny_hunyuan(folder / "model", "t2v", double_blocks=3, single_blocks=6)
-    elif family.name == "flux":
+    elif family.name in {"flux", "kontext"}:
         write_tiny_flux(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "framepack":
         write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)

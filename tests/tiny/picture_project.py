@@ -37,6 +37,15 @@ def lay_out_flux(folder: Path) -> None:
     write_t5xxl(folder)
 
 
+def lay_out_kontext(folder: Path) -> None:
+    """FLUX.1 Kontext and what it needs; beside the folder what pictures are made from."""
+    lay_out_flux(folder)
+    (folder / "flux1-dev.safetensors").rename(folder / "flux1-kontext-dev.safetensors")
+    (folder.parent / "before").mkdir()
+    for name in ("start", "before/0", "before/1"):
+        write_image(folder.parent / f"{name}.png", SIDE, SIDE)
+
+
 def lay_out_hunyuan_image(folder: Path) -> None:
     """HunyuanImage-2.1 and what it needs."""
     hunyuan_image.write_dit(folder, hunyuan_image.tiny_state(dtype=torch.bfloat16))

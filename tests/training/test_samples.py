@@ -66,7 +66,8 @@ def test_every_option_of_a_prompt_arrives() -> None:
         Path("a.png"),
         Path("c.mp4"),
     )
-    assert request.extra == {"one_frame": "default", "control_image_path": "d.png\ne.png"}
+    assert request.control_images == (Path("d.png"), Path("e.png"))
+    assert request.extra == {"one_frame": "default"}
 
 
 def test_the_sampler_and_the_guidance_limits_of_picture_prompts_arrive() -> None:

@@ -1,0 +1,260 @@
+"""FLUX.1 Kontext, described for the shared loops: FLUX.1 dev whose tokens are followed by a reference's."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from encoders.clip_l import CLIP_L
+from encoders.t5 import USE
+from flux.checkpoints import NAMES
+from flux.configs import DEV, FLUX_DEV, PATCH, FluxConfig
+from flux.family import GUIDANCE, Flux
+from flux.files import FluxFiles
+from flux.kontext.options import GUIDANCE as USUAL_GUIDANCE
+from flux.kontext.options import (
+    NAME,
+    KontextGenerationOptions,
+    KontextLatentCachingOptions,
+    KontextTextCachingOptions,
+    KontextTextOptions,
+    KontextTrainingOptions,
+)
+from flux.spec import FLUX_DIT, LATENT
+from modules.checkpoints.dits import DitHeader
+from modules.contract.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+)
+from modules.contract.family import DitSpec, Family, NoiseSpec, count_picture_tokens
+from modules.contract.requests import Prepared
+from modules.contract.rules import ModelRelease, ReferenceRules
+from modules.devices import choose_compute_dtype, send
+from modules.errors import CacheError, OptionError
+from modules.media.buckets import Size, choose_image_bucket
+from modules.media.pixels import byte_clips
+
+REFERENCE = "latents_control"  # name in caches and conditions
+LATENTS_AGAIN = "flux_kontext_cache_latents.py"
+TEXTS_AGAIN = "flux_kontext_cache_text_encoder_outputs.py"
+CLIP = replace(
+    CLIP_L,
+    pooled="clip_l_pooler",
+    what="text encoder 2",
+    option="--text_encoder2",
+    tokenizer=replace(CLIP_L.tokenizer, option="--text_encoder2_tokenizer"),
+)
+T5 = replace(
+    USE,
+    states="t5_vec",
+    mask=None,
+    kind=replace(USE.kind, option="--text_encoder1"),
+    tokenizer=replace(USE.tokenizer, option="--text_encoder1_tokenizer"),
+)
+# width and height of the pictures that the model was trained with. Source: the released code of Kontext
+_WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752))
+_NEARLY_SQUARE = ((1328, 800), (1248, 832), (1184, 880), (1104, 944))
+_FLAT: tuple[Size, ...] = (*_WIDE, *_NEARLY_SQUARE)
+TRAINED_SIZES: tuple[Size, ...] = (*((h, w) for w, h in _FLAT), (1024, 1024), *reversed(_FLAT))
+KONTEXT_DEV = replace(FLUX_DEV, repositories=("black-forest-labs/FLUX.1-Kontext-dev",))
+# a LoRA leaves out modulations unless they are asked for, as the known tuner's
+KONTEXT_DIT = replace(FLUX_DIT, lora_exclude=("img_mod", "txt_mod", "modulation"))
+# the network is fed 1000 sigma, as in generation; --discrete_flow_shift is for --timestep_sampling shift
+KONTEXT_NOISE = NoiseSpec(training_offset=0.0, tokens=count_picture_tokens)
+KONTEXT_LATENT = replace(LATENT, npz=None, flat_in_caches=True)
+GENERATION = SamplingDefaults(
+    steps=25,
+    fps=1.0,
+    guidance_scale=1.0,
+    embedded_guidance=USUAL_GUIDANCE,
+    flow_shift=None,
+    solver="euler",
+    width=256,
+    height=256,
+    frames=1,
+)
+SAMPLES = replace(GENERATION, steps=20)  # while training
+
+
+@dataclass(frozen=True)
+class KontextFiles(FluxFiles):
+    """Files of a run; T5 is text encoder 1, CLIP-L is 2, as the known tuner has them."""
+
+    dit_option: str = "--dit"
+
+    vae_option: ClassVar[str] = "--vae"
+    clip_use: ClassVar = CLIP
+    t5_use: ClassVar = T5
+
+    def add_encoders(self, options: KontextTextOptions) -> "KontextFiles":
+        """Return a copy with the options of the text encoders."""
+        return replace(
+            self,
+            t5xxl=options.text_encoder1,
+            t5xxl_tokenizer=options.text_encoder1_tokenizer,
+            clip_l=options.text_encoder2,
+            clip_l_tokenizer=options.text_encoder2_tokenizer,
+            text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            t5_in_fp8=options.fp8_t5,
+        )
+
+    def dit_header(self) -> DitHeader[FluxConfig]:
+        """Read dimensions, dialect and dtype of the file. Raises OptionError if it is no FLUX.1 dev."""
+        header = super().dit_header()
+        if header.kind != DEV:
+            raise OptionError(
+                f"--dit {self.dit_path} is {NAMES[header.kind]}; {NAME} is a FLUX.1 dev transformer. Give "
+                "flux1-kontext-dev.safetensors, or use flux_train_network.py and flux_generate_image.py"
+            )
+        return header
+
+
+@dataclass(frozen=True)
+class Kontext(Flux):
+    """Description of FLUX.1 Kontext for one run, built by the `family_for_...` functions below.
+
+    Nothing in a file tells it from FLUX.1 dev.
+    """
+
+    files: KontextFiles
+    trained_guidance: float = 1.0
+    # to the nearest of TRAINED_SIZES; else a reference keeps its own size
+    resizes_references: bool = True
+    defaults: SamplingDefaults = GENERATION
+
+    name: str = field(default="flux_kontext", init=False)
+    cache_tag: str = field(default="fk", init=False)
+    called: str = field(default=NAME, init=False)
+    noise: NoiseSpec = field(default=KONTEXT_NOISE, init=False)
+    latent: LatentSpec = field(default=KONTEXT_LATENT, init=False)
+    dit: DitSpec = field(default=KONTEXT_DIT, init=False)
+    release: ModelRelease = field(default=KONTEXT_DEV, init=False)
+    text_keys: frozenset[str] = field(default=T5.keys | CLIP.keys, init=False)
+
+    @property
+    def references(self) -> ReferenceRules:
+        """It edits one picture, or makes one from a text alone."""
+        return ReferenceRules(most=1)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Name of this model in saved files."""
+        own = {"base_model_version": "flux_kontext", "model_type": "flux_kontext", "task": "kontext"}
+        return {**super().metadata, **own}
+
+    # encoding
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return the cache entry of each picture: a posterior sample of it, the mean of its reference."""
+        entries = super().encode_media(encoders, media)
+        for reference in media.control:
+            means = encoders.vae.encode(byte_clips(reference))
+            entries = [
+                [replace(entry, tensors={**entry.tensors, REFERENCE: mean.clone()})]
+                for (entry,), mean in zip(entries, means, strict=True)
+            ]
+        return entries
+
+    # the network
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the conditions for training: text, guidance (B), and the reference if there is one."""
+        batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")
+        config = self.files.dit_header().config
+        widths = {T5.states: config.text_dim, CLIP.pooled: config.pooled_dim}
+        batch.check_widths(widths, self.files.dit_path, f"{TEXTS_AGAIN} and the text encoders of FLUX.1")
+        texts: dict[str, Tensor | list[Tensor]] = {name: batch.tensor(name) for name in self.text_keys}
+        texts[GUIDANCE] = torch.full((len(latents),), self.trained_guidance)
+        if REFERENCE in batch.tensors:
+            texts[REFERENCE] = self._reference(batch)
+        return texts
+
+    def _reference(self, batch: Batch) -> Tensor:
+        """Return the references of a batch, B C 1 h w. Raises CacheError for latents that are none."""
+        found = batch.tensor(REFERENCE)
+        channels, height, width = self.latent.channels, *found.shape[-2:]
+        if found.shape[1:-2] != (channels, 1) or height % PATCH or width % PATCH:
+            raise CacheError(
+                f"{batch.keys[0]}: {REFERENCE} in its cache is {'x'.join(map(str, found.shape[1:]))}, not "
+                f"{channels} channels of one picture with even sides. Cache again with {LATENTS_AGAIN}."
+            )
+        return found
+
+    @property
+    def _text_inputs(self) -> Mapping[str, str]:
+        return {"t5": T5.states, "pooled": CLIP.pooled}
+
+    def picture_inputs(self, cond: Conditions, device: torch.device) -> Mapping[str, Any]:
+        """Return the reference as the network's argument."""
+        found = cond.get(REFERENCE)
+        return {"references": [send(found, device)]} if isinstance(found, Tensor) else {}
+
+    # generation
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode the reference as `latents_control`, 1 C 1 h w: its posterior's mean."""
+        found: dict[str, Tensor | list[Tensor]] = {}
+        for path in prepared.asked.control_images:
+            found[REFERENCE] = encoders.vae.encode(byte_clips(self._read_reference(path)))
+        return {0: found}
+
+    def _read_reference(self, path: Path) -> Tensor:
+        """Read a reference at a trained size, stretched to it, or at its own: 1 1 H W 3 uint8.
+
+        Its own is cut at the right and below, so that it stays in place. Source: the released code of
+        Kontext (stretching), the known tuner (cutting).
+        """
+        from modules.media.reading import read_image, resize_frame
+
+        frame = read_image(path)
+        height, width = frame.shape[:2]
+        if self.resizes_references:
+            size = choose_image_bucket((width, height), TRAINED_SIZES)
+            frame = resize_frame(frame, size, "none" if size == (width, height) else "lanczos")
+        else:
+            step = self.references.step
+            frame = frame[: height // step * step, : width // step * step]
+        return torch.from_numpy(frame[None, None].copy())
+
+
+def family_for_latent_caching(options: KontextLatentCachingOptions) -> Kontext:
+    """Describe the family for flux_kontext_cache_latents.py."""
+    return Kontext(KontextFiles().add_vae(options.vae.file))
+
+
+def family_for_text_caching(options: KontextTextCachingOptions) -> Kontext:
+    """Describe the family for flux_kontext_cache_text_encoder_outputs.py."""
+    return Kontext(KontextFiles().add_encoders(options.text))
+
+
+def family_for_training(options: KontextTrainingOptions) -> Kontext:
+    """Describe the family for flux_kontext_train_network.py."""
+    return Kontext(
+        _kontext_files(options),
+        trained_guidance=options.embedded_guidance,
+        negative_is_empty=False,
+        options=options,
+        resizes_references=not options.no_resize_control,
+        defaults=SAMPLES,
+    )
+
+
+def family_for_generation(options: KontextGenerationOptions) -> Kontext:
+    """Describe the family for flux_kontext_generate_image.py."""
+    return Kontext(_kontext_files(options), resizes_references=not options.no_resize_control)
+
+
+def _kontext_files(options: KontextTrainingOptions | KontextGenerationOptions) -> KontextFiles:
+    files = KontextFiles(options.dit, choose_compute_dtype(options.dit_dtype, "--dit_dtype", None))
+    return files.add_vae(options.vae.file).add_encoders(options.text)
+
+
+_: type[Family] = Kontext

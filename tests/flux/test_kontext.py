@@ -1,0 +1,134 @@
+"""FLUX.1 Kontext: the network with references, what becomes of them, caches of the known tuner, refusals."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from flux.kontext.family import TRAINED_SIZES, Kontext, KontextFiles
+from modules.contract.data import Batch
+from modules.contract.requests import Request
+from modules.contract.steps import Tweaks
+from modules.errors import CacheError, OptionError
+from tests.faults.messages import succeed_here
+from tests.flux.making import in_diffusers, run_there, tiny_inputs, tiny_model
+from tests.tiny.families import FAMILIES
+from tests.tiny.flux import tiny_state, write_dit
+
+NEAR = 1e-5  # of the largest value: the same formulas in float32, summed in another order
+
+
+@pytest.mark.parametrize("sizes", [[(4, 10)], [(6, 8), (2, 4)]], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_references_of_any_size_are_seen_as_in_diffusers(sizes: list[tuple[int, int]], masked: bool) -> None:
+    inputs, there = tiny_inputs("dev"), in_diffusers("dev")
+    inputs = inputs if masked else inputs | {"t5_mask": None}
+    generator = torch.Generator().manual_seed(3)
+    references = [torch.randn(2, 16, 1, *size, generator=generator) for size in sizes]
+
+    velocity = tiny_model("dev")(**inputs, references=references)
+
+    expected = torch.cat([run_there(there, inputs, sample, references) for sample in range(2)])
+    assert velocity.shape == inputs["noisy"].shape
+    assert (velocity - expected).abs().max() <= NEAR * expected.abs().max()
+    assert (velocity - tiny_model("dev")(**inputs)).abs().max() > 0.01 * expected.abs().max()
+
+
+def test_a_skipped_block_passes_references_through() -> None:
+    inputs, reference = tiny_inputs("dev"), torch.ones(2, 16, 1, 4, 4)
+    model, skipping = tiny_model("dev"), Tweaks(skip_blocks=frozenset(range(5)))
+
+    velocity = model(**inputs, references=[reference], tweaks=skipping)
+
+    assert torch.equal(velocity, model(**inputs, tweaks=skipping))  # no block, so nothing is seen
+
+
+def family_of(folder: Path, kind: str = "dev") -> Kontext:
+    return Kontext(KontextFiles(write_dit(folder, tiny_state(kind))))
+
+
+def test_a_reference_gets_the_trained_size_that_diffusers_takes(tmp_path: Path) -> None:
+    assert list(TRAINED_SIZES) == PREFERRED_KONTEXT_RESOLUTIONS
+    family, path = family_of(tmp_path), tmp_path / "before.png"
+    pixels = numpy.random.default_rng(1).integers(0, 256, (75, 131, 3), dtype=numpy.uint8)
+    Image.fromarray(pixels).save(path)
+
+    stretched = family._read_reference(path)
+    own = replace(family, resizes_references=False)._read_reference(path)
+
+    expected = Image.fromarray(pixels).resize((1328, 800), Image.Resampling.LANCZOS)
+    assert torch.equal(stretched[0, 0], torch.from_numpy(numpy.array(expected)))
+    assert torch.equal(own[0, 0], torch.from_numpy(pixels[:64, :128].copy()))
+
+
+def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) -> None:
+    """They have the same tensors under the same names, and no record of ours."""
+    family = next(each for each in FAMILIES if each.name == "kontext")
+    family.prepare(tmp_path)
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    succeed_here(*family.cache_texts, folder=tmp_path)
+    run = ("--max_train_steps", "2", "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "out")
+    succeed_here(*family.train, *run, "--output_name", "ours", folder=tmp_path)
+    for path in (tmp_path / "cache").iterdir():
+        with safe_open(path, "pt") as file:
+            metadata = {key: text for key, text in file.metadata().items() if "reelsmith" not in key}
+        tensors = load_file(path)
+        if not path.stem.endswith("_te"):
+            assert metadata["architecture"] == "flux_kontext"
+            assert {name: tensor.shape for name, tensor in tensors.items()} == {
+                "latents_1x6x6_float32": (16, 6, 6),
+                "latents_control_1x6x6_float32": (16, 6, 6),
+            }
+        save_file(tensors, path, metadata)
+
+    succeed_here(*family.train, *run, "--output_name", "theirs", folder=tmp_path)
+
+    ours, theirs = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("ours", "theirs"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_batch_needs_its_texts_and_a_reference_that_is_one(tmp_path: Path) -> None:
+    family, latents = family_of(tmp_path), torch.zeros(1, 16, 1, 4, 4)
+    texts = {"t5_vec": torch.zeros(1, 8, 48), "clip_l_pooler": torch.zeros(1, 24)}
+    wrong = {**texts, "latents_control": torch.zeros(1, 16, 1, 3, 4)}
+
+    found = family.batch_conditions(latents, Batch({**texts, "latents_control": latents}, ("",), ("a",)))
+    assert torch.equal(found["guidance"], torch.ones(1))
+    assert found["latents_control"] is latents
+    with pytest.raises(CacheError, match=r"a: the cache has no clip_l_pooler.*flux_kontext_cache_text"):
+        family.batch_conditions(latents, Batch({"t5_vec": texts["t5_vec"]}, ("",), ("a",)))
+    with pytest.raises(CacheError, match=r"a: latents_control in its cache is 16x1x3x4.*flux_kontext_cache_"):
+        family.batch_conditions(latents, Batch(wrong, ("",), ("a",)))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["none.png"], r"--control_image_path .*none.png: no such file"),
+        (["text.png"], r"--ci.*text.png is no image.*Give an image file"),
+        (["."], r"--ci.*Give an image file"),
+        (["dot.png"], r"dot.png: 1 x 1 pixels are too few, each side needs at least 16"),
+        (["huge.png"], r"huge.png has more than the 134 million pixels that are read. Make the picture sm"),
+        (["good.png", "good.png"], r"2 reference pictures, .* takes 1 at most. Leave out .*good.png"),
+    ],
+)
+def test_a_reference_that_cannot_be_used_is_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    (tmp_path / "text.png").write_text("a cat", encoding="utf-8")
+    for name, size in {"dot": (1, 1), "good": (32, 32), "huge": (20000, 10000)}.items():
+        Image.new("1", size).save(tmp_path / f"{name}.png")
+    request = Request("p", 1, 32, 32, control_images=tuple(tmp_path / name for name in names))
+
+    with pytest.raises(OptionError, match=message):
+        family_of(tmp_path).prepare(request)
+
+
+@pytest.mark.parametrize(("kind", "called"), [("schnell", "FLUX.1 schnell"), ("chroma", "Chroma")])
+def test_another_kind_of_transformer_is_refused(tmp_path: Path, kind: str, called: str) -> None:
+    with pytest.raises(OptionError, match=rf"a {called} transformer; FLUX.1 Kontext is a FLUX.1 dev"):
+        family_of(tmp_path, kind).prepare(Request("p", 1, 32, 32))
