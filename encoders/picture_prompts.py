@@ -121,6 +121,7 @@ def build_vision_tower(config: VisionConfig) -> nn.Module:
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
     told = Qwen2_5_VLVisionConfig(
         depth=config.num_layers,
         hidden_size=config.dim,
@@ -132,7 +133,7 @@ def build_vision_tower(config: VisionConfig) -> nn.Module:
         window_size=config.window,
         fullatt_block_indexes=list(config.full_layers),
         out_hidden_size=config.out_dim,
-        attn_implementation="sdpa",
+        **attention,
     )
     tower: Any = Qwen2_5_VisionTransformerPretrainedModel(told)
     angles = type(tower.rotary_pos_emb)
@@ -164,14 +165,15 @@ def read_pictures(tower: nn.Module, pictures: Sequence[Tensor], use: PictureUse)
     """
     from PIL import Image
 
+    processor: Any
     try:  # that of transformers 5 under the older name needs torchvision
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-            Qwen2VLImageProcessorPil as Processor,
-        )
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        processor = Qwen2VLImageProcessorPil
     except ImportError:
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import (
-            Qwen2VLImageProcessor as Processor,
-        )
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+        processor = Qwen2VLImageProcessor
     config: Any = tower.config
     merge, patch, frames = config.spatial_merge_size, config.patch_size, config.temporal_patch_size
     if not pictures:
@@ -182,14 +184,14 @@ def read_pictures(tower: nn.Module, pictures: Sequence[Tensor], use: PictureUse)
             raise MediaError(
                 f"a picture of {width}x{height} is too long and narrow for {use.token}. Crop it."
             )
-    processor: Any = Processor(
+    cut = processor(
         patch_size=patch,
         temporal_patch_size=frames,
         merge_size=merge,
         min_pixels=use.fewest,
         max_pixels=use.most,
     )
-    found = processor(images=[Image.fromarray(picture.numpy()) for picture in pictures], return_tensors="pt")
+    found = cut(images=[Image.fromarray(picture.numpy()) for picture in pictures], return_tensors="pt")
     sides = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in found["image_grid_thw"]]
     return ReadPictures(found["pixel_values"], tuple(sides))
 

@@ -23,19 +23,23 @@ from tests.flux.making import in_diffusers, run_there
 from tests.parity.running import TOLERANCE
 from tests.parity.test_flux import (
     COLUMNS,
+    GUIDANCE,
     HEIGHT,
     NEGATIVE,
     PROMPT,
+    RATE,
     ROWS,
-    SEED,
     STEPS,
     WIDTH,
     assert_same,
+    by_size,
     ours,
     pipeline_of,
 )
-from tests.parity.test_flux_training import ALPHA, GUIDANCE, RANK, RATE, by_size
 from tests.parity.training import (
+    ALPHA,
+    RANK,
+    SEED,
     Factors,
     Item,
     assert_steps_of_descent,
