@@ -7,7 +7,14 @@ import json
 import math
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from modules.checkpoints.dialects import LoadPlan, load_planned
+from modules.checkpoints.opening import Checkpoint, open_checkpoint
 
 FOLDER = Path(__file__).parent / "data" / "checkpoints"
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U8": 1}
@@ -49,3 +56,11 @@ def write_hollow(path: Path, tensors: TensorList, prefix: str = "") -> Path:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + offset)
     return path
+
+
+def fit(path: Path, read: Callable[[Checkpoint], LoadPlan[Any]], build: Callable[[Any], Any]) -> Any:
+    """The network of such a file, on the meta device; loading raises for every leftover."""
+    with open_checkpoint(path) as checkpoint:
+        return load_planned(
+            read(checkpoint), build, torch.device("meta"), lambda _, stored: stored, "the option"
+        )

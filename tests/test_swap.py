@@ -56,7 +56,6 @@ def _fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-# tests/frame_pack/test_training.py has one of these for every day
 FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)
 PICTURES = [
     pytest.param(name, marks=pytest.mark.slow) for name in ("lumina", "hunyuan_image", "flux", "kontext")

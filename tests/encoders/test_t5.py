@@ -1,6 +1,7 @@
 """T5-XXL's and ByT5's encoders against recorded numbers and transformers; their files and tokenizers."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,12 @@ from transformers import T5Config, T5EncoderModel
 from encoders.t5 import T5_XXL, T5TextEncoder, byte_rows, load_byt5, read_byt5_header
 from encoders.t5_network import T5Kind, T5Network, load_t5, read_t5
 from encoders.text_encoder import fill_rows
-from modules.checkpoints.filling import load_module
-from modules.checkpoints.opening import open_checkpoint
 from modules.contract.family import can_learn
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from tests.fp8_reference import quantised_layers
 from tests.golden_cases import make_weights, read_case
-from tests.manifests import tensor_list, write_hollow
+from tests.manifests import fit, tensor_list, write_hollow
 from tests.tiny.hunyuan_encoders import prefixed, save
 from tests.tiny.picture_encoders import t5xxl_config, t5xxl_tensors, write_t5xxl
 from tests.tiny.wan_encoders import t5_comfy_fp8_tensors, t5_hf_tensors, t5_tensors
@@ -141,25 +140,13 @@ def test_every_layout_gives_the_same_weights(file: Path, tmp_path: Path) -> None
     }
     for name, stored in layouts.items():
         found = load_t5(save(tmp_path / f"{name}.safetensors", stored), CPU, T5_XXL).state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items()), name
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("manifest", ["t5xxl-single", "t5xxl-hf"])
 def test_published_files_fit_at_full_size(tmp_path: Path, manifest: str) -> None:
     path = write_hollow(tmp_path / "model.safetensors", tensor_list(manifest))
-    with open_checkpoint(path) as checkpoint:
-        plan = read_t5(checkpoint, T5_XXL)
-        with torch.device("meta"):
-            network = T5Network(plan.config)
-        load_module(
-            network,
-            plan.checkpoint,
-            plan.sources,
-            device=torch.device("meta"),
-            dtype=lambda _, stored: stored,
-            ignore=plan.ignore,
-        )
+    network = fit(path, partial(read_t5, kind=T5_XXL), T5Network)
     assert sum(tensor.numel() for tensor in network.state_dict().values()) == 4762310656
     linear = [part for part in network.blocks.modules() if isinstance(part, nn.Linear)]
     assert len(linear) == 168  # of which a LoRA may be put on each

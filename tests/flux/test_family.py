@@ -22,23 +22,11 @@ from modules.contract.requests import Request
 from modules.contract.steps import EncodedPrompts
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.schedule import make_schedule
-from modules.speed_options import VaeOptions
 from tests.flux.making import tiny_inputs, tiny_model
 from tests.golden_cases import DRAWN, read_case, write_model
 from tests.tiny.flux import tiny_state, write_dit, write_tiny_flux
 
 CPU = torch.device("cpu")
-TEXT = FluxTextOptions(
-    clip_l=None,
-    t5xxl=None,
-    clip_l_tokenizer=None,
-    t5xxl_tokenizer=None,
-    text_encoder_dtype=None,
-    fp8_t5=False,
-    t5xxl_max_token_length=None,
-    apply_t5_attn_mask=False,
-)
-VAE = VaeOptions(vae=None, vae_dtype=None, vae_tiling=False, vae_spatial_tile_sample_min_size=None)
 
 
 def golden_family(folder: Path, case: str, masks_text: bool = False) -> Flux:
@@ -166,13 +154,11 @@ def test_a_missing_transformer_is_called_by_the_option_that_was_typed(tmp_path: 
 
 
 def test_captions_for_chroma_need_no_clip() -> None:
+    text = FluxTextOptions(t5xxl=Path("t5"))
     with pytest.raises(OptionError, match="--model_type chroma"):
-        FluxTextCachingOptions(text=FluxTextOptions(**{**vars(TEXT), "t5xxl": Path("t5")}), model_type="flux")
-    options = FluxTextCachingOptions(
-        text=FluxTextOptions(**{**vars(TEXT), "t5xxl": Path("t5")}), model_type="chroma"
-    )
+        FluxTextCachingOptions(text=text)
 
-    family = family_for_text_caching(options)
+    family = family_for_text_caching(FluxTextCachingOptions(text=text, model_type="chroma"))
 
     assert family.text_keys == {"t5_out", "t5_attn_mask"}
     assert family.latent.npz is not None
@@ -182,11 +168,7 @@ def test_captions_for_chroma_need_no_clip() -> None:
 @pytest.mark.parametrize(("kind", "guidance"), [("dev", 2.5), ("chroma", 0.0)])
 def test_training_feeds_the_texts_and_the_guidance(tmp_path: Path, kind: str, guidance: float) -> None:
     path = write_dit(tmp_path, tiny_state(kind))
-    family = family_for_training(
-        FluxTrainingOptions(
-            dit=path, dit_dtype=None, model_type="flux", vae=VAE, text=TEXT, embedded_guidance=2.5
-        )
-    )
+    family = family_for_training(FluxTrainingOptions(dit=path, embedded_guidance=2.5))
     inputs = tiny_inputs(kind)
     names = {"t5_out": "t5", "t5_attn_mask": "t5_mask", "l_pooled": "pooled"}
     tensors = {name: inputs[key] for name, key in names.items() if inputs[key] is not None}

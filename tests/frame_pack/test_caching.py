@@ -1,8 +1,9 @@
-"""Which tables FramePack caches, and what lies in memory while it does.
+"""Which tables FramePack caches, what lies in memory while it does, and what a LoRA says of its training.
 
 Numbers: tests/parity/test_framepack_caches.py.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,22 +13,21 @@ from torch import Tensor
 
 import fpack_cache_latents
 from frame_pack.caching import clip_entries, clip_sections, count_sections
-from frame_pack.family import family_for_latent_caching
+from frame_pack.family import FramePack, family_for_latent_caching
 from frame_pack.image_encoder import load_siglip
 from frame_pack.inputs import apply_masks
 from frame_pack.options import FramePackLatentCachingOptions
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
-from hunyuan_model.options import HunyuanVaeOptions
 from hunyuan_model.vae import load_vae
 from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
 from modules.errors import DatasetError
-from modules.media.writing import write_video
-from modules.speed_options import VaeOptions
+from modules.parser import parse_options
 from tests.faults.messages import succeed_here
+from tests.tiny.families import FAMILIES, OUTPUT
 from tests.tiny.framepack import write_siglip, write_tiny_framepack
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 from tests.tiny.hunyuan_vae import write_vae
-from tests.tiny.project import CAPTIONS, moving_square, write_clips, write_dataset, write_image
+from tests.tiny.project import CAPTIONS, write_clips, write_dataset, write_image
 
 CPU = torch.device("cpu")
 
@@ -57,29 +57,17 @@ def test_sections_are_counted_by_the_window(window: int, frames: int, sections: 
 # The family
 
 
-def caching_options(
-    vae: Path | None = None, image_encoder: Path | None = None, **switches: bool
-) -> FramePackLatentCachingOptions:
-    file = VaeOptions(vae=vae, vae_dtype=None, vae_tiling=False, vae_spatial_tile_sample_min_size=None)
-    given = dict.fromkeys(("f1", "one_frame", "one_frame_no_2x", "one_frame_no_4x"), False) | switches
-    hunyuan = HunyuanVaeOptions(file=file, vae_chunk_size=None)
-    return FramePackLatentCachingOptions(vae=hunyuan, image_encoder=image_encoder, **given)
+def family_of(*words: object) -> FramePack:
+    (options,) = parse_options("", [str(word) for word in words], FramePackLatentCachingOptions)
+    return family_for_latent_caching(options)
 
 
 def test_every_switch_that_changes_caches_is_part_of_what_they_were_made_from(tmp_path: Path) -> None:
-    models = {
-        "vae": write_vae(tmp_path / "vae.safetensors"),
-        "image_encoder": write_siglip(tmp_path / "siglip.safetensors"),
-    }
-    switches: list[dict[str, bool]] = [{}, {"f1": True}]
-    for no_2x in (False, True):
-        switches += [
-            {"one_frame": True, "one_frame_no_2x": no_2x, "one_frame_no_4x": no_4x} for no_4x in (False, True)
-        ]
-    found = [
-        dict(family_for_latent_caching(caching_options(**models, **given)).media_identity)
-        for given in switches
-    ]
+    models = ["--vae", write_vae(tmp_path / "vae.safetensors")]
+    models += ["--image_encoder", write_siglip(tmp_path / "siglip.safetensors")]
+    less = ("--one_frame_no_2x", "--one_frame_no_4x")
+    switches = [(), ("--f1",), *(("--one_frame", *some) for some in ((), less[:1], less[1:], less))]
+    found = [dict(family_of(*models, *given).media_identity) for given in switches]
     assert len({str(sorted(identity.items())) for identity in found}) == len(switches)
     assert all(
         identity.keys() == {"vae", "vae_dtype", "tile", "tile_frames", "image_encoder", "sections"}
@@ -88,8 +76,8 @@ def test_every_switch_that_changes_caches_is_part_of_what_they_were_made_from(tm
 
 
 def test_the_vae_is_tiled_unasked_and_in_time_from_six_seconds_on() -> None:
-    encoders = family_for_latent_caching(caching_options()).files
-    assert (encoders.vae_tile, encoders.vae_tile_frames) == (256, 192)
+    files = family_of().files
+    assert (files.vae_tile, files.vae_tile_frames) == (256, 192)
 
 
 # What lies in memory
@@ -108,14 +96,9 @@ def test_items_encoded_together_equal_those_encoded_alone(encoders: MediaEncoder
 def assert_same(items: list[list[CacheEntry]], others: list[list[CacheEntry]]) -> None:
     for entries, alone in zip(items, others, strict=True):
         for entry, other in zip(entries, alone, strict=True):
-            assert (entry.section, entry.grid, entry.tensors.keys()) == (
-                other.section,
-                other.grid,
-                other.tensors.keys(),
-            )
-            for name, tensor in entry.tensors.items():
-                # float32: a batch sums in another order
-                torch.testing.assert_close(tensor, other.tensors[name], rtol=1e-4, atol=1e-4, msg=name)
+            assert (entry.section, entry.grid) == (other.section, other.grid)
+            # float32: a batch sums in another order
+            torch.testing.assert_close(entry.tensors, other.tensors, rtol=1e-4, atol=1e-4)
 
 
 # Masks
@@ -147,78 +130,48 @@ def test_a_section_says_where_in_the_clip_its_target_is(order: Order) -> None:
 
 CLIPS = """
 [[datasets]]
-video_directory = "{folder}/clips"
-cache_directory = "{folder}/cache"
+video_directory = "FOLDER/clips"
+cache_directory = "FOLDER/cache"
 resolution = [32, 32]
 caption_extension = ".txt"
-{more}
 """
 PICTURES = CLIPS.replace("video_directory", "image_directory").replace("clips", "pictures")
-
-
-def make_project(folder: Path, **frames: int) -> Path:
-    """Clips of so many frames, two pictures and control images for them; the models; the folder."""
-    for name in ("clips", "pictures", "control"):
-        (folder / name).mkdir(parents=True)
-    for seed, (name, count) in enumerate((frames or {"one": 9}).items()):
-        write_video(folder / "clips" / f"{name}.mp4", moving_square(count, 32, 32, seed), fps=30)
-        (folder / "clips" / f"{name}.txt").write_text(name, encoding="utf-8")
-    for name in ("pic", "other"):
-        write_image(folder / "pictures" / f"{name}.png", 32, 32)
-        write_image(folder / "control" / f"{name}.png", 32, 32)
-        (folder / "pictures" / f"{name}.txt").write_text(name, encoding="utf-8")
-    write_vae(folder / "vae.safetensors")
-    write_siglip(folder / "siglip.safetensors")
-    return folder
-
-
-def arguments(folder: Path, dataset: str, *switches: str, more: str = "") -> list[str]:
-    """The words behind the script's name; nothing in them but the dataset file has to exist."""
-    config = folder / "dataset.toml"
-    config.write_text(
-        dataset.format(folder=folder.as_posix(), more=more.format(folder=folder.as_posix())), encoding="utf-8"
-    )
-    models = ["--vae", str(folder / "vae.safetensors"), "--image_encoder", str(folder / "siglip.safetensors")]
-    return ["--dataset_config", str(config), "--device", "cpu", *models, "--vae_dtype", "float32", *switches]
-
-
 # sections of two latent frames, one or two of them
 SHORT = "target_frames = [9, 17]\nfp_latent_window_size = 2"
-CONTROL = 'control_directory = "{folder}/control"'
+CONTROL = 'control_directory = "FOLDER/control"'
 
 
 @pytest.mark.parametrize(
-    ("dataset", "switches", "more", "message"),
+    ("dataset", "switches", "message"),
     [
-        (CLIPS, (), "", r"target_frames = \[1\], but clips of 1 frames are too short: a section takes 37"),
-        (
-            CLIPS,
-            ("--f1",),
-            "target_frames = [33, 73]",
-            "clips of 33 frames are too short: a section takes 37",
-        ),
-        (CLIPS, ("--one_frame",), SHORT, "these are videos"),
-        (CLIPS, (), SHORT + '\ncontrol_directory = "{folder}/clips"', "FramePack takes no control video"),
-        (PICTURES, (), "", "these are images"),
+        (CLIPS, (), r"target_frames = \[1\], but clips of 1 frames are too short: a section takes 37"),
+        (CLIPS + "target_frames = [33, 73]", ("--f1",), "of 33 frames are too short: a section takes 37"),
+        (CLIPS + SHORT, ("--one_frame",), "these are videos"),
+        (CLIPS + SHORT + '\ncontrol_directory = "FOLDER/clips"', (), "FramePack takes no control video"),
+        (PICTURES, (), "these are images"),
         (
             PICTURES,
             ("--one_frame",),
-            "",
             "needs control images, from which each image is made. Set control_directory",
         ),
-        (PICTURES, ("--one_frame",), CONTROL + "\nfp_1f_clean_indices = [0, 10]", "pic_0.png, pic_1.png"),
+        (PICTURES + CONTROL + "\nfp_1f_clean_indices = [0, 10]", ("--one_frame",), "pic_0.png, pic_1.png"),
     ],
 )
 def test_what_cannot_be_cached_is_named_before_anything_is_loaded(
-    tmp_path: Path, dataset: str, switches: tuple[str, ...], more: str, message: str
+    tmp_path: Path, dataset: str, switches: tuple[str, ...], message: str
 ) -> None:
-    folder = make_project(tmp_path / "data")
-    for model in folder.glob("*.safetensors"):
-        model.unlink()  # what is not there cannot be loaded
+    write_clips(tmp_path / "clips", 1)
+    for name in ("pictures", "control"):
+        (tmp_path / name).mkdir()
+        write_image(tmp_path / name / "pic.png", 32, 32)
+    (tmp_path / "pictures" / "pic.txt").write_text("a picture", encoding="utf-8")
+    config = tmp_path / "dataset.toml"
+    config.write_text(dataset.replace("FOLDER", tmp_path.as_posix()), encoding="utf-8")
+    models = ("--vae", "gone.safetensors", "--image_encoder", "gone.safetensors")  # cannot be loaded
     with pytest.raises(DatasetError, match=message) as caught:
-        fpack_cache_latents.main(arguments(folder, dataset, *switches, more=more))
+        fpack_cache_latents.main(["--dataset_config", str(config), "--device", "cpu", *models, *switches])
     assert "dataset.toml, [[datasets]] 1" in str(caught.value)
-    assert not (folder / "cache").exists()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_text_caches_are_those_of_the_known_tuners(tmp_path: Path) -> None:
@@ -241,3 +194,35 @@ def test_text_caches_are_those_of_the_known_tuners(tmp_path: Path) -> None:
         }
         known = {key: text for key, text in metadata.items() if not key.startswith("reelsmith")}
         assert known == {"architecture": "framepack", "format_version": "1.0.1", "caption1": caption}
+
+
+def test_a_lora_says_what_it_was_trained_on(tmp_path: Path) -> None:
+    """Without --network_module it is FramePack's own."""
+    family = next(one for one in FAMILIES if one.name == "framepack")
+    family.prepare(tmp_path)
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    succeed_here(*family.cache_texts, folder=tmp_path)
+    place = family.train.index("--network_module")
+    unnamed = (*family.train[:place], *family.train[place + 2 :])
+    metadata = ("--metadata_title", "A cat", "--training_comment", "for a test", "--guidance_scale", "8")
+    more = ("--max_train_steps", 1, "--min_timestep", "100", *metadata)
+    succeed_here(*unnamed, *OUTPUT, *more, folder=tmp_path)
+
+    with safe_open(tmp_path / "output" / "lora.safetensors", "pt") as file:
+        found = file.metadata()
+    assert found["ss_base_model_version"] == "framepack"
+    assert found["ss_network_module"] == "networks.lora_framepack"
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "1.0")
+    assert (found["ss_sd_model_name"], found["ss_vae_name"]) == ("dit.safetensors", "vae.safetensors")
+    assert (found["ss_guidance_scale"], found["ss_training_comment"]) == ("8.0", "for a test")
+    # sections of clips of 5 and 9 frames
+    assert (found["ss_num_train_items"], found["ss_num_batches_per_epoch"]) == ("12", "6")
+    (dataset,) = json.loads(found["ss_datasets"])
+    assert (dataset["video_directory"], dataset["target_frames"]) == ("clips", [5, 9])
+    assert found["modelspec.sai_model_spec"] == "1.0.0"
+    assert found["modelspec.architecture"] == "framepack/lora"
+    assert found["reelsmith_trained_for"] == "videos of FramePack"
+    assert found["modelspec.implementation"] == "https://github.com/lllyasviel/FramePack"
+    assert (found["modelspec.title"], found["modelspec.resolution"]) == ("A cat", "1280x720")
+    assert found["modelspec.timestep_range"] == "100,1000"
+    assert len(found["sshs_model_hash"]) == 64

@@ -1,6 +1,5 @@
 """A FramePack video that can be watched while it is made."""
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,27 +15,19 @@ from generation.progress import fade_in_clip
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.contract.data import MediaEncoders
 from modules.contract.steps import DecodePart, Piece, Section
-from modules.options import read_options
-from modules.parser import add_options
+from modules.parser import parse_options
 from tests.frame_pack.stubs import CPU, RepeatingVae, family, images, request, texts
 from tests.tiny.hunyuan_vae import write_vae
 
 SECTIONS = 4
 
 
-class RememberingVae:
+class RememberingVae(RepeatingVae):
     """Each frame shows all before it too: what it looks like depends on where decoding began."""
-
-    def __init__(self) -> None:
-        self.repeating = RepeatingVae()
-
-    def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        for chunk in self.decode_unclamped(latents):
-            yield chunk.clamp(-1, 1)
 
     def decode_unclamped(self, latents: Tensor) -> Iterator[Tensor]:
         mixed = latents.cumsum(2) / torch.arange(1, latents.shape[2] + 1).sqrt().view(-1, 1, 1)
-        return self.repeating.decode_unclamped(mixed)
+        return super().decode_unclamped(mixed)
 
 
 class PaintingDit(nn.Module):
@@ -141,12 +132,8 @@ def test_seams_go_over_linearly_from_the_earlier_clip_to_the_later() -> None:
 
 def test_what_is_decoded_together_is_cut_in_space_and_not_in_time(tmp_path: Path) -> None:
     """Sections have transitions of their own; the VAE's would be further ones within them."""
-    parser = argparse.ArgumentParser()
-    add_options(parser, FramePackGenerationOptions)
-    args = parser.parse_args(
-        ["--vae", str(write_vae(tmp_path / "vae.safetensors")), "--vae_dtype", "float32"]
-    )
-    model = family_for_generation(read_options(FramePackGenerationOptions, args))
-    tiling = model.media_encoders(torch.device("cpu"), images=False).vae.tiling
+    words = ["--vae", str(write_vae(tmp_path / "vae.safetensors")), "--vae_dtype", "float32"]
+    (options,) = parse_options("", words, FramePackGenerationOptions)
+    tiling = family_for_generation(options).media_encoders(CPU, images=False).vae.tiling
     assert tiling.edge == 256
     assert tiling.frames >= 4 * 10_000

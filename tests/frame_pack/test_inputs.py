@@ -27,7 +27,7 @@ from modules.contract.requests import Prepared, Request
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from modules.options import read_options
-from modules.parser import add_options
+from modules.parser import add_options, parse_options
 from tests.dataset.making import make_table
 from tests.golden_cases import read_case
 from tests.preparing import prepare
@@ -321,12 +321,8 @@ def test_a_sample_of_a_training_of_pictures_is_a_picture_by_default(tmp_path: Pa
 def test_without_a_negative_prompt_a_sample_has_no_guidance_and_a_generation_an_empty_one(
     tmp_path: Path, picture: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    generation = argparse.ArgumentParser()
-    add_options(generation, FramePackGenerationOptions)
     samples = training_family(tmp_path)
-    videos = family_for_generation(
-        read_options(FramePackGenerationOptions, generation.parse_args(files(tmp_path)))
-    )
+    videos = family_for_generation(*parse_options("", files(tmp_path), FramePackGenerationOptions))
     asked = Request("a cat", 1, 48, 32, guidance_scale=3.0, extra={"image_path": str(picture)})
 
     def guided(model: FramePack, request: Request) -> tuple[tuple[float, ...], str]:

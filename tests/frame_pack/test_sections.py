@@ -2,7 +2,6 @@
 sections.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,7 @@ from modules.contract.data import Conditions
 from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.flow.schedule import make_schedule
-from modules.options import read_options
-from modules.parser import add_options
+from modules.parser import parse_options
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.golden_cases import read_case
 from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit
@@ -189,9 +187,8 @@ CONDITIONS: Conditions = {ours: INPUTS[theirs] for ours, theirs in NAMES.items()
 
 
 def options(*words: str) -> FramePackGenerationOptions:
-    parser = argparse.ArgumentParser()
-    add_options(parser, FramePackGenerationOptions)
-    return read_options(FramePackGenerationOptions, parser.parse_args(list(words)))
+    (found,) = parse_options("", words, FramePackGenerationOptions)
+    return found
 
 
 def velocity(

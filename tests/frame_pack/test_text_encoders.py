@@ -1,6 +1,5 @@
 """FramePack's text encoders against transformers, in every layout of their files."""
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from torch import Tensor, nn
+from transformers import (
+    CLIPTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from encoders.text_encoder import FileTextEncoder
@@ -19,14 +24,13 @@ from frame_pack.image_encoder import SiglipVision, load_siglip
 from frame_pack.options import FramePackGenerationOptions
 from frame_pack.text_encoders import TEXT_ROWS, FramePackClip, FramePackLlama
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE, PromptTemplate, template_of
-from modules.checkpoints.filling import load_module
-from modules.checkpoints.opening import open_checkpoint
+from modules.checkpoints.model_files import read_once
 from modules.contract.requests import Prompt
 from modules.media.pixels import to_pixels
-from modules.options import read_options
-from modules.parser import add_options
-from tests.frame_pack.texts_there import KEPT_TOKENS, TextsThere, template_there
-from tests.manifests import tensor_list, write_hollow
+from modules.parser import parse_options
+from tests.golden_cases import read_case
+from tests.manifests import fit, tensor_list, write_hollow
+from tests.parity.hunyuan import load_clip
 from tests.tiny.framepack_encoders import SIGLIP_DIM, siglip_config, siglip_layouts, siglip_tensors
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM, save, write_text_encoders
 
@@ -46,6 +50,51 @@ SYSTEMS = (
     "Describe the grass. " * 90,  # longer than what is kept of a prompt
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KEPT_TOKENS = 256
+
+
+def template_there(system: str | None = None) -> tuple[str, str]:
+    """What stands before a prompt and behind it. system: in place of the recorded system text."""
+    text = read_case("text_constants")[0]["hunyuanvideo_llm_templates"]["dit-llm-encode-video"]["template"]
+    before, behind = text.split("{}")
+    if system is not None:
+        start, end = before.index("\n\n") + 2, before.index("<|eot_id|>")
+        before = before[:start] + system + before[end:]
+    return before, behind
+
+
+class TextsThere:
+    """What the released FramePack makes of a text, with PyPI's transformers and the files that are given to
+    our scripts, on the CPU.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "text_encoder")
+        self.llama: nn.Module = LlamaForCausalLM.from_pretrained(
+            folder / "text_encoder", dtype=dtype
+        ).model.eval()
+        self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "text_encoder_2")
+        self.clip = load_clip(folder / "text_encoder_2").to(dtype)
+
+    @torch.no_grad()
+    def llama_vec(self, prompt: str, system: str | None = None) -> Tensor:
+        """n C: the third-last hidden states of the prompt's own tokens and what ends it, at most 256."""
+        before, behind = template_there(system)
+        start = len(self.tokenizer(before).input_ids)
+        filled = {"padding": "max_length", "max_length": KEPT_TOKENS + start, "truncation": True}
+        tokens = self.tokenizer([before + prompt + behind], **filled, return_tensors="pt")
+        inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        states = self.llama(**inputs, output_hidden_states=True).hidden_states[-3]
+        return states[0, start : int(tokens.attention_mask.sum())]
+
+    @torch.no_grad()
+    def clip_l_pooler(self, prompt: str) -> Tensor:
+        """C: the state of the first end token."""
+        filled = {"padding": "max_length", "max_length": 77, "truncation": True}
+        return self.clip(
+            self.clip_tokenizer([prompt], **filled, return_tensors="pt").input_ids
+        ).pooler_output[0]
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +179,10 @@ def test_the_usual_system_prompt_given_as_ones_own_changes_nothing(folder: Path)
 def test_the_option_of_the_generation_script_reaches_the_language_model(
     folder: Path, told: str | None
 ) -> None:
-    parser = argparse.ArgumentParser()
-    add_options(parser, FramePackGenerationOptions)
-    more = [] if told is None else ["--custom_system_prompt", told]
-    args = parser.parse_args(["--text_encoder1", str(folder), "--text_encoder2", str(folder), *more])
-    llama, clip = family_for_generation(read_options(FramePackGenerationOptions, args)).text_encoders()
+    words = ["--text_encoder1", str(folder), "--text_encoder2", str(folder)]
+    words += [] if told is None else ["--custom_system_prompt", told]
+    (options,) = parse_options("", words, FramePackGenerationOptions)
+    llama, clip = family_for_generation(options).text_encoders()
     assert llama.identity == FramePackLlama(folder, template=template_of(told)).identity
     assert clip.identity == FramePackClip(folder).identity
 
@@ -230,18 +278,8 @@ def test_every_layout_gives_the_same_weights(tmp_path: Path, layout: str, dtype:
 
 def test_the_published_file_fits_at_full_size(tmp_path: Path) -> None:
     tensors = tensor_list("sigclip-vision-384")
-    with open_checkpoint(write_hollow(tmp_path / "model.safetensors", tensors)) as checkpoint:
-        plan = read_siglip(checkpoint)
-        assert plan.config == SiglipConfig(1152, 4304, 16, 27, 384, 14)
-        with torch.device("meta"):
-            network = SiglipVision(plan.config)
-        load_module(  # raises for every leftover
-            network,
-            plan.checkpoint,
-            plan.sources,
-            device=torch.device("meta"),
-            dtype=lambda _, stored: stored,
-            ignore=plan.ignore,
-        )
+    path = write_hollow(tmp_path / "model.safetensors", tensors)
+    network = fit(path, read_siglip, SiglipVision)
+    assert read_once(path, read_siglip).config == SiglipConfig(1152, 4304, 16, 27, 384, 14)
     in_head = [name for name in tensors if name.startswith("vision_model.head.")]
     assert len(network.state_dict()) == len(tensors) - len(in_head)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hunyuan_model.checkpoints import load_dit
 from modules.contract.loading import Placement
-from tests.faults.messages import assert_one_message, run_here
+from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_dit import tiny_state, write_dit
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
@@ -53,8 +53,7 @@ def cached(folder: Path, kind: str, *more: str) -> Path:
         ("cache_latents.py", *VAE, *more),
         ("cache_text_encoder_outputs.py", *ENCODERS),
     ):
-        code, said = run_here(script, *DATASET, *arguments, folder=folder)
-        assert code == 0, said
+        succeed_here(script, *DATASET, *arguments, folder=folder)
     return folder
 
 
@@ -74,10 +73,9 @@ def train(
     project: Path, output: Path, *arguments: object, dit: list[str] | None = None
 ) -> dict[str, torch.Tensor]:
     """Run the script; returns the tensors of the file it ends with."""
-    code, said = run_here(
+    succeed_here(
         SCRIPT, *(dit or dit_of(project)), *SHORT, "--output_dir", output, *arguments, folder=project
     )
-    assert code == 0, said
     return load_file(output / "x.safetensors")
 
 

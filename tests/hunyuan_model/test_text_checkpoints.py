@@ -15,12 +15,11 @@ from encoders.clip_layers import ClipText, load_clip_text
 from encoders.language_models import LLAMA, build_language_model, load_language_model, read_language_model
 from hunyuan_model.text_encoders import CLIP
 from modules.checkpoints.dialects import LoadPlan
-from modules.checkpoints.filling import load_module, on_meta_device
 from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
 from modules.fp8.weights import dequantise, scale_of
 from tests.fp8_reference import quantised_layers
-from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
+from tests.manifests import TensorList, fit, manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_encoders import (
     CLIP_VOCABULARY,
     LLAMA_LAYERS,
@@ -53,10 +52,7 @@ def load_clip(path: Path, dtype: torch.dtype = torch.float32) -> ClipText:
 
 
 def assert_equal(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    state = network.state_dict()
-    assert state.keys() == tensors.keys()
-    for name, tensor in state.items():
-        assert torch.equal(tensor, tensors[name]), name
+    torch.testing.assert_close(network.state_dict(), tensors, rtol=0, atol=0)
 
 
 # Published files
@@ -76,30 +72,13 @@ def fp8_list(tensors: TensorList) -> TensorList:
     return found
 
 
-def fitted(path: Path, read: Read, build: Callable[[Any], nn.Module]) -> nn.Module:
-    """The network of a file without data; loading raises for every leftover."""
-    with open_checkpoint(path) as checkpoint:
-        plan = read(checkpoint)
-        with on_meta_device():
-            network = build(plan.config)
-        load_module(
-            network,
-            plan.checkpoint,
-            plan.sources,
-            device=torch.device("meta"),
-            dtype=lambda _, stored: stored,
-            ignore=plan.ignore,
-        )
-    return network
-
-
 @pytest.mark.parametrize("skip", [0, 2])
 @pytest.mark.parametrize("manifest", [*LLAMA_MANIFESTS, "fp8"])
 def test_published_language_models_fit_at_full_size(tmp_path: Path, manifest: str, skip: int) -> None:
     tensors = fp8_list(tensor_list("llava-llama3-single")) if manifest == "fp8" else tensor_list(manifest)
     path = write_hollow(tmp_path / "model.safetensors", tensors)
     config = read_config(path, partial(read_llama, skip=skip))
-    network: Any = fitted(path, partial(read_llama, skip=skip), build_language_model)
+    network: Any = fit(path, partial(read_llama, skip=skip), build_language_model)
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_width) == (
         32 - skip,
         32,
@@ -115,7 +94,7 @@ def test_published_language_models_fit_at_full_size(tmp_path: Path, manifest: st
 
 @pytest.mark.parametrize("manifest", CLIP_MANIFESTS)
 def test_published_clips_fit_at_full_size(tmp_path: Path, manifest: str) -> None:
-    network = fitted(
+    network = fit(
         write_hollow(tmp_path / "model.safetensors", tensor_list(manifest)),
         partial(read_clip_text, use=CLIP),
         ClipText,

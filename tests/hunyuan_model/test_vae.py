@@ -15,8 +15,7 @@ from encoders import tiles as vae_tiles
 from hunyuan_model.vae import HunyuanVae, load_vae
 from hunyuan_model.vae_blocks import HunyuanVaeConfig
 from hunyuan_model.vae_checkpoints import read_vae
-from modules.checkpoints.filling import load_module
-from modules.checkpoints.opening import open_checkpoint
+from modules.checkpoints.model_files import read_once
 from modules.errors import CheckpointError, OptionError
 from modules.media.pixels import byte_clips, to_pixels
 from modules.planning.dry_run import dry_run, place
@@ -274,23 +273,16 @@ def loaded(path: Path) -> HunyuanVae:
 
 
 def assert_same(vae: HunyuanVae, tensors: dict[str, Tensor]) -> None:
-    state = vae.state_dict()
-    assert state.keys() == tensors.keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+    torch.testing.assert_close(vae.state_dict(), tensors, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("manifest", manifest_names("hunyuanvideo-vae"))
 @pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
 def test_published_files_fit_tensor_for_tensor(tmp_path: Path, manifest: str, prefix: str) -> None:
     path = write_hollow(tmp_path / "vae.safetensors", tensor_list(manifest), prefix)
-    with open_checkpoint(path) as checkpoint:
-        plan = read_vae(checkpoint)
-        with torch.device("meta"):
-            vae = HunyuanVae(plan.config)
-        load_module(
-            vae, plan.checkpoint, plan.sources, device=torch.device("meta"), dtype=lambda *_: torch.float16
-        )
-    assert plan.config == HunyuanVaeConfig(16, 32, (128, 256, 512, 512), 2, (512, 512, 256, 128), 3)
+    vae = load_vae(path, torch.device("meta"), torch.float16)
+    config = HunyuanVaeConfig(16, 32, (128, 256, 512, 512), 2, (512, 512, 256, 128), 3)
+    assert read_once(path, read_vae).config == config
     assert {tensor.dtype for tensor in vae.state_dict().values()} == {torch.float16}
 
 
@@ -339,8 +331,7 @@ def test_without_a_config_two_channels_form_a_group_and_at_most_32_are(tmp_path:
     (tmp_path / "config.json").write_text(
         json.dumps({"_class_name": "Another", "norm_num_groups": 1}), encoding="utf-8"
     )
-    with open_checkpoint(path) as checkpoint:
-        assert read_vae(checkpoint).config == vae_config(width)
+    assert read_once(path, read_vae).config == vae_config(width)
 
 
 def meta_tensors(width: int = 8, z: int = 16) -> dict[str, Tensor]:

@@ -16,11 +16,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from encoders.t5_network import T5Network, load_t5
 from modules.checkpoints.dialects import LoadPlan
-from modules.checkpoints.filling import load_module
-from modules.checkpoints.opening import Checkpoint, open_checkpoint
+from modules.checkpoints.opening import Checkpoint
 from modules.errors import CheckpointError
 from tests.golden_cases import make_weights, read_case
-from tests.manifests import manifest_names, tensor_list, write_hollow
+from tests.manifests import fit, manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_encoders import (
     CLIP_DIM,
     clip_config,
@@ -60,18 +59,7 @@ def test_published_files_fit_at_full_size(
     tmp_path: Path, manifest: str, read: Read, build: Callable[[Any], nn.Module]
 ) -> None:
     tensors = tensor_list(manifest)
-    with open_checkpoint(write_hollow(tmp_path / "model.safetensors", tensors)) as checkpoint:
-        plan = read(checkpoint)
-        with torch.device("meta"):
-            network = build(plan.config)
-        load_module(  # raises for every leftover
-            network,
-            plan.checkpoint,
-            plan.sources,
-            device=torch.device("meta"),
-            dtype=lambda _, stored: stored,
-            ignore=plan.ignore,
-        )
+    network = fit(write_hollow(tmp_path / "model.safetensors", tensors), read, build)
     if build is not WanClipVision:  # of CLIP the last block and the text tower are left out
         loaded = sum(tensor.numel() for tensor in network.state_dict().values())
         assert loaded == sum(math.prod(shape) for _, shape in tensors.values())

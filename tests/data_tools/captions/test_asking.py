@@ -50,9 +50,7 @@ def test_animations_and_images_are_read_and_large_frames_scaled_down(tmp_path: P
     assert [frame.shape for frame in read_shown(tmp_path / "a.gif", False, 2, 10**6)] == [(32, 64, 3)] * 2
 
 
-AROUND = WordingOptions.usual(
-    trigger_word="zxc", caption_prefix="A video of", caption_suffix="in 4k.", replace=(), replace_regex=()
-)
+AROUND = WordingOptions(trigger_word="zxc", caption_prefix="A video of", caption_suffix="in 4k.")
 
 
 @pytest.mark.parametrize(

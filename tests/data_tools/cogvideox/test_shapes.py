@@ -25,17 +25,8 @@ from tests.tiny.wan_encoders import vae22_tensors, vae_tensors
 
 
 def shape(**changes: object) -> ShapeOptions:
-    values = {
-        "height_buckets": (32, 64),
-        "width_buckets": (32, 48),
-        "frame_buckets": (4, 8),
-        "max_num_frames": 49,
-        "target_fps": 8,
-        "random_flip": None,
-        "video_reshape_mode": None,
-        "seed": 42,
-    }
-    return ShapeOptions(**{**values, **changes})  # type: ignore[arg-type]
+    buckets = {"height_buckets": (32, 64), "width_buckets": (32, 48), "frame_buckets": (4, 8)}
+    return ShapeOptions.usual(**{**buckets, **changes})
 
 
 @pytest.mark.parametrize(

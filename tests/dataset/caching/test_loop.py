@@ -39,6 +39,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "cache").iterdir())
 
 
+def write_foreign(folder: Path, name: str, tensors: dict[str, torch.Tensor], **metadata: str) -> Path:
+    """A cache file of another program. name: without its suffix."""
+    path = folder / "cache" / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    write_tensors(path, tensors, {"architecture": "toy", **metadata})
+    return path
+
+
 def change(config: DatasetConfig, **changes: Any) -> DatasetConfig:
     return dataclasses.replace(
         config, datasets=tuple(dataclasses.replace(table, **changes) for table in config.datasets)
@@ -48,10 +56,7 @@ def change(config: DatasetConfig, **changes: Any) -> DatasetConfig:
 def test_clips_become_files_of_the_known_format(tmp_path: Path) -> None:
     report = cache_media(ToyFamily(), make_config(tmp_path), options())
 
-    assert names(tmp_path) == [
-        "clip_0_00000-005_0032x0032_toy.safetensors",
-        "clip_1_00000-005_0032x0032_toy.safetensors",
-    ]
+    assert names(tmp_path) == [f"clip_{index}_00000-005_0032x0032_toy.safetensors" for index in range(2)]
     entry = read_entry(tmp_path / "cache" / names(tmp_path)[0])
     assert report.written == 2
     assert list(entry.named) == ["latents_2x4x4_bfloat16"]
@@ -114,13 +119,13 @@ def test_files_of_items_that_are_gone_are_removed_unless_kept(tmp_path: Path) ->
     config = make_config(tmp_path, target_frames=(5, 9))
     cache_media(ToyFamily(), config, options())
     user = {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}
-    write_tensors(tmp_path / "cache" / "style_wan.safetensors", user, {})
-    write_tensors(tmp_path / "cache" / "my_00000-009_0032x0032_toy.safetensors", user, {})
-    write_tensors(
-        tmp_path / "cache" / "clip_9_00000-009_0032x0032_hv.safetensors",
-        {"latents_1x1x1_float32": torch.zeros(1)},
-        {},
-    )
+    other = {"latents_1x1x1_float32": torch.zeros(1)}
+    for name, tensors in (
+        ("style_wan", user),
+        ("my_00000-009_0032x0032_toy", user),
+        ("clip_9_00000-009_0032x0032_hv", other),
+    ):
+        write_tensors(tmp_path / "cache" / f"{name}.safetensors", tensors, {})
     left = tmp_path / "cache" / ".clip_0_00000-005_0032x0032_toy.safetensors.ab12cd34.tmp"
     left.write_bytes(b"left by a kill")
     os.utime(left, (0, 0))
@@ -222,13 +227,8 @@ def test_skip_existing_keeps_files_of_other_programs_where_the_size_is_right(
     tmp_path: Path, grid: str, kept: int
 ) -> None:
     config = make_config(tmp_path, clips=(9,))
-    path = tmp_path / "cache" / "clip_0_00000-005_0032x0032_toy.safetensors"
-    path.parent.mkdir()
-    write_tensors(
-        path,
-        {f"latents_{grid}_bfloat16": torch.zeros(2, *map(int, grid.split("x")))},
-        {"architecture": "toy"},
-    )
+    tensors = {f"latents_{grid}_bfloat16": torch.zeros(2, *map(int, grid.split("x")))}
+    write_foreign(tmp_path, "clip_0_00000-005_0032x0032_toy", tensors)
     report = cache_media(ToyFamily(), config, options(skip_existing=True))
     assert (report.kept, report.foreign, report.written) == (kept, kept, 1 - kept)
     # without the option it has no record
@@ -251,13 +251,8 @@ def test_texts_that_become_nan_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_each_encoder_adds_to_the_file_and_keeps_what_others_wrote(tmp_path: Path) -> None:
     config = make_config(tmp_path, clips=(5,))
-    path = tmp_path / "cache" / "clip_0_toy_te.safetensors"
-    path.parent.mkdir()
-    write_tensors(
-        path,
-        {"clipL_mask": torch.ones(3)},
-        {"architecture": "toy", "note": "mine", "caption1": "clip number 0"},
-    )
+    mask = {"clipL_mask": torch.ones(3)}
+    path = write_foreign(tmp_path, "clip_0_toy_te", mask, note="mine", caption1="clip number 0")
     llm = ToyText(name="llm", variable_length=frozenset({"llm"}), identity={"llm": "one"})
     cache_texts(ToyFamily(text=[ToyText(), llm]), config, options())
     entry = read_entry(path)
@@ -272,11 +267,7 @@ def test_skip_existing_keeps_text_files_of_other_programs_with_the_same_caption(
     tmp_path: Path, caption: str, kept: int
 ) -> None:
     config = make_config(tmp_path, clips=(5,))
-    path = tmp_path / "cache" / "clip_0_toy_te.safetensors"
-    path.parent.mkdir()
-    write_tensors(
-        path, {"varlen_t5_bfloat16": torch.ones(3, 4)}, {"architecture": "toy", "caption1": caption}
-    )
+    write_foreign(tmp_path, "clip_0_toy_te", {"varlen_t5_bfloat16": torch.ones(3, 4)}, caption1=caption)
     report = cache_texts(ToyFamily(), config, options(skip_existing=True))
     assert (report.kept, report.foreign) == (kept, kept)
 
@@ -300,9 +291,8 @@ print(len(family.seen), len(family.text[0].calls), report.written, report.remove
 @pytest.mark.slow
 def test_processes_share_the_work_and_one_cleans_up_when_all_are_done(tmp_path: Path) -> None:
     make_config(tmp_path, clips=(9, 9, 9, 9, 9))
-    stale = tmp_path / "cache" / "gone_00000-005_0032x0032_toy.safetensors"
-    stale.parent.mkdir()
-    write_tensors(stale, {"latents_2x4x4_bfloat16": torch.zeros(2, 2, 4, 4)}, {"architecture": "toy"})
+    stale = {"latents_2x4x4_bfloat16": torch.zeros(2, 2, 4, 4)}
+    write_foreign(tmp_path, "gone_00000-005_0032x0032_toy", stale)
     code = PROCESS.format(root=str(ROOT), folder=str(tmp_path))
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
     running = [
@@ -365,17 +355,11 @@ def test_a_table_that_cannot_be_cached_is_refused_before_anything_is_loaded(tmp_
 
 def test_sections_of_other_programs_are_as_long_as_the_window(tmp_path: Path) -> None:
     table = make_table(tmp_path, fp_latent_window_size=2)
-    table.cache_directory.mkdir()
     make_clip(tmp_path / "a.mp4", 5)
-    text = {"varlen_t5_float16": torch.ones(4, 4)}
-    write_tensors(
-        table.cache_directory / "a_toy_te.safetensors", text, {"architecture": "toy", "caption1": "a text"}
-    )
+    write_foreign(tmp_path, "a_toy_te", {"varlen_t5_float16": torch.ones(4, 4)}, caption1="a text")
     for section, frames in enumerate((2, 9)):
         tensors = {f"latents_{frames}x4x4_float16": torch.ones(2, frames, 4, 4)}
-        write_tensors(
-            table.cache_directory / section_names(2, "a", 17)[section], tensors, {"architecture": "toy"}
-        )
+        write_foreign(tmp_path, Path(section_names(2, "a", 17)[section]).stem, tensors)
     good, bad = find_items(DatasetConfig(table.config_path, (table,)), "toy", LATENT).items
     assert read_batch([good], LATENT).tensor("latents").shape == (1, 2, 2, 4, 4)
     with pytest.raises(CacheError, match="shape 2x9x4x4, .* asks for 2x2x4x4"):
