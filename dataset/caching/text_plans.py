@@ -158,8 +158,9 @@ class TextRecipe:
         """Compare all texts with their files; return the plans of those that were read."""
         reads_values = self.verify or len(files) < MANY
         bar = Bar(len(files), "Comparing", "caption", shown=False)
-        found = map_ahead(files, lambda file: self.plan(file, reads_values), workers, bar)
-        return [plan for plan in found if plan is not None]
+        with pause_collection():
+            found = map_ahead(files, lambda file: self.plan(file, reads_values), workers, bar)
+            return [plan for plan in found if plan is not None]
 
     def plan(self, file: CaptionFile, reads_values: bool = True) -> EncodingPlan | None:
         """Compare a text's file, finished or not, with the wanted outputs. Nothing is changed.
