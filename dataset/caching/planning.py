@@ -152,7 +152,13 @@ class _Planning:
 
     def _shape(self) -> tuple[object, ...] | None:
         """Return what `plan` depends on besides unchanged source files; None if they changed."""
-        shape: list[object] = [self.table.index, self.source.mask_from, self.source.tensors is None]
+        source = self.source
+        shape: list[object] = [
+            self.table.index,
+            source.mask_from,
+            len(source.control),
+            source.tensors is None,
+        ]
         for file in self.existing:
             try:
                 found = shared_part(self._header(file))
@@ -160,7 +166,7 @@ class _Planning:
                 return None
             if found is None or self._find_change(found[1]) is not None:
                 return None
-            shape += (file[len(self.source.stem) :], *found[0])
+            shape += (file[len(source.stem) :], *found[0])
         return tuple(shape)
 
     def plan(self) -> SourcePlan:
