@@ -160,6 +160,7 @@ SAME_COLOURS, MOST_SHIFT, LEAST_GAIN = 0.06, 0.25, 0.6
 SAME_FLAT = 0.02  # of one colour, all counts
 LEAST_DEVIATION = 0.03  # of the cells, below which rounding decides the factor
 BITS = 64  # that a hash takes
+PRODUCTS = 1 << 23  # of hashes at once: 32 MiB
 
 Colours = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # N K C: small pictures; N: whether they are flat
 Indices = NDArray[np.int64]
@@ -188,11 +189,16 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
     signs = bits.astype(np.float32) * 2 - 1
     least = (BITS - 2 * NEAR) * len(first[0].hashes)
     labels = np.arange(len(first))  # equal ones belong together
-    for row in range(len(first)):
-        near = row + 1 + np.flatnonzero(signs[row + 1 :] @ signs[row] >= least)
-        near = near[labels[near] != labels[row]]
-        for other in near[_have_same_colours(colours, row, near)] if len(near) else ():
-            labels[labels == labels[other]] = labels[row]
+    at_once = max(1, PRODUCTS // len(first))
+    for start in range(0, len(first), at_once):
+        rows, others = np.nonzero(signs[start : start + at_once] @ signs[start:].T >= least)
+        is_later = others > rows
+        rows, others = rows[is_later] + start, others[is_later] + start
+        for row in np.unique(rows):
+            near = others[slice(*np.searchsorted(rows, (row, row + 1)))]
+            near = near[labels[near] != labels[row]]
+            for other in near[_have_same_colours(colours, row, near)] if len(near) else ():
+                labels[labels == labels[other]] = labels[row]
     groups: dict[int, list[int]] = {}
     for label, places in zip(labels, alike, strict=True):
         groups.setdefault(int(label), []).extend(places)

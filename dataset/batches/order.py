@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dataset.batches.items import TrainingItem, group_items, tables_of
+from dataset.batches.items import TrainingItem, tables_of
 from dataset.cache.files import EMPTY
 from dataset.sources.captions import add_ends, join_parts, lines_of
+from dataset.sources.media_source import pause_collection
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
 from modules.seeds import derive_seed
 
@@ -70,12 +71,15 @@ class BatchOrder:
     def epoch(self, number: int) -> Sequence[tuple[TrainingItem, ...]]:
         """Return the batches of an epoch in order. number: from 0. The last one asked for is remembered."""
         if self._last != number:
+            self._last, self._batches = -1, []  # those held so far go first
             draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
             batches: list[tuple[TrainingItem, ...]] = []
-            for _, pool in sorted(self._pools.items()):
-                size, shuffled = pool[0].table.batch_size, _shuffled(pool, draw_bits)
-                batches += [tuple(shuffled[start : start + size]) for start in range(0, len(pool), size)]
-            self._last, self._batches = number, _shuffled(batches, draw_bits)
+            with pause_collection():
+                for _, pool in sorted(self._pools.items()):
+                    size, shuffled = pool[0].table.batch_size, _shuffled(pool, draw_bits)
+                    starts = range(0, len(pool), size)
+                    batches += [tuple(shuffled[start : start + size]) for start in starts]
+                self._last, self._batches = number, _shuffled(batches, draw_bits)
             self._starts = array("q", itertools.accumulate(map(len, self._batches), initial=0))
         return self._batches
 
@@ -120,12 +124,13 @@ def repeat_items(
 
     Where all occur equally often, all follow each other again and again, as ever: seeds keep their batches.
     """
-    times: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[int, ...], tuple[list[TrainingItem], list[int]]] = {}
     for item, count in zip(items, repeats, strict=True):
-        times.setdefault(item.group, []).append(count)
+        one = groups.setdefault(item.group, ([], []))
+        one[0].append(item)
+        one[1].append(count)
     pools = {}
-    for group, found in group_items(items).items():
-        counts = times[group]
+    for group, (found, counts) in groups.items():
         if min(counts) == max(counts):
             pools[group] = found * counts[0]
         else:

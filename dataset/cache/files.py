@@ -305,7 +305,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
             raise ValueError(f"its header claims {length} bytes of {size}")
         if length + 8 > len(start):
             start += read(length + 8 - len(start))
-        content = json.loads(start[8 : 8 + length])
+        content = json.loads(str(start[8 : 8 + length], "utf-8"))
         metadata = {str(key): str(value) for key, value in (content.pop("__metadata__", None) or {}).items()}
         shapes = {name: tuple(map(int, content[name]["shape"])) for name in sorted(content)}
         end = max((int(one["data_offsets"][1]) for one in content.values()), default=0)

@@ -105,7 +105,7 @@ class SingleFiles:
         return found.st_size, found.st_mtime_ns
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
-        path = os.path.join(self.folder, name)  # noqa: PTH118  # as above
+        path = f"{self.folder}{os.sep}{name}"  # as in `stamp`
         return read_entry(path) if is_whole else Entry(read_header(path), {})
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

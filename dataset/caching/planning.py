@@ -107,7 +107,8 @@ def plan_all(
     def plan(source: MediaSource) -> SourcePlan | Failure:
         try:
             planning = _Planning(source, names_of(existing, source), recipe, reads_values)
-            return planning.plan() if reads_values else planning.plan_by_shape()
+            few_are_read = reads_values or recipe.stores.trusts
+            return planning.plan() if few_are_read else planning.plan_by_shape()
         except (MediaError, OSError) as error:
             return Failure.of(source, error)
 
@@ -152,7 +153,13 @@ class _Planning:
 
     def _shape(self) -> tuple[object, ...] | None:
         """Return what `plan` depends on besides unchanged source files; None if they changed."""
-        shape: list[object] = [self.table.index, self.source.mask_from, self.source.tensors is None]
+        source = self.source
+        shape: list[object] = [
+            self.table.index,
+            source.mask_from,
+            len(source.control),
+            source.tensors is None,
+        ]
         for file in self.existing:
             try:
                 found = shared_part(self._header(file))
@@ -160,7 +167,7 @@ class _Planning:
                 return None
             if found is None or self._find_change(found[1]) is not None:
                 return None
-            shape += (file[len(self.source.stem) :], *found[0])
+            shape += (file[len(source.stem) :], *found[0])
         return tuple(shape)
 
     def plan(self) -> SourcePlan:
@@ -335,11 +342,13 @@ class _Planning:
         return max(known, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _image_size(self) -> Size | None:
-        """Return the size of an image, from a cache that knows it: opening the image takes several times as
-        long. None if there is no such cache and it would have to be fetched.
+        """Return the size of an image, of thousands by caches: opening the images takes longer. None if it
+        has to be fetched first, and has no cache that knows it.
 
         Raises MediaError if its header cannot be read.
         """
+        if (self.reads_values or self.recipe.stores.trusts) and not self.source.origins:
+            return image_size(self.source.path)
         for file, name in self.existing.items():
             read = self._record_of(file)
             if read is None or not read.files or read.options.get("size") != [*name.size]:

@@ -2,6 +2,7 @@
 unfinished files, and which are missing.
 """
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from dataset.cache.files import EMPTY, PART, Entry, empty_text_name, text_file_name
-from dataset.cache.records import FileIdentity, difference, is_unchanged, text_records, verify_tensors
+from dataset.cache.records import (
+    FileIdentity,
+    difference,
+    is_unchanged,
+    shared_text_part,
+    text_records,
+    verify_tensors,
+)
 from dataset.cache.store import Stores
 from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
@@ -153,13 +161,33 @@ class TextRecipe:
     skip_existing: bool  # outputs without a record count as valid if the caption is the same
     stores: Stores
     verify: bool = False  # read all values, however many entries there are
+    valid: set[tuple[object, ...]] = field(default_factory=set)  # what files found valid have in common
 
     def plan_all(self, files: Sequence[CaptionFile], workers: int = 1) -> list[EncodingPlan]:
         """Compare all texts with their files; return the plans of those that were read."""
         reads_values = self.verify or len(files) < MANY
         bar = Bar(len(files), "Comparing", "caption", shown=False)
-        found = map_ahead(files, lambda file: self.plan(file, reads_values), workers, bar)
-        return [plan for plan in found if plan is not None]
+        plan = self.plan if reads_values else self._plan_by_shape
+        with pause_collection():
+            return [plan for plan in map_ahead(files, plan, workers, bar) if plan is not None]
+
+    def _plan_by_shape(self, file: CaptionFile) -> EncodingPlan | None:
+        """Return what `plan` does without reading values. Texts whose files differ in nothing but caption and
+        values are compared once.
+        """
+        if file.source is not None or self.stores.trusts:  # it has pictures, or is not to be read at all
+            return self.plan(file, reads_values=False)
+        shape: tuple[object, ...] = ()
+        with contextlib.suppress(CacheError):
+            header = self.stores.of_texts(file.table).read(file.file_name, is_whole=False).header
+            found = shared_text_part(header, file.caption or "")
+            shape = (file.table.index, str(file.settings), *found) if found else ()
+        if shape in self.valid:
+            return EncodingPlan(file, (), in_part=False, is_foreign=False)
+        plan = self.plan(file, reads_values=False)
+        if shape and plan == EncodingPlan(file, (), False, False) and len(self.valid) < MANY:
+            self.valid.add(shape)
+        return plan
 
     def plan(self, file: CaptionFile, reads_values: bool = True) -> EncodingPlan | None:
         """Compare a text's file, finished or not, with the wanted outputs. Nothing is changed.
