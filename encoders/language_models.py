@@ -237,11 +237,6 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     """Build the network, a class of transformers, for `on_meta_device`; its state dict has bare names."""
     import transformers
 
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.theta}
-    if config.model.grid_shares is not None:
-        half, (time, rows, _) = config.head_width // 2, config.model.grid_shares
-        shares = half * time // 8, half * rows // 8
-        rope["mrope_section"] = [*shares, half - sum(shares)]
     settings: dict[str, Any] = {
         "vocab_size": config.vocabulary,
         "hidden_size": config.dim,
@@ -252,12 +247,16 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         "head_dim": config.head_width,
         "rms_norm_eps": config.eps,
         "rope_theta": config.theta,
-        "rope_scaling": rope,
         "use_cache": False,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         "attn_implementation": "sdpa",
         **config.model.settings,
     }
+    if config.model.grid_shares is not None:
+        half, (time, rows, _) = config.head_width // 2, config.model.grid_shares
+        shares = half * time // 8, half * rows // 8
+        sections = [*shares, half - sum(shares)]
+        settings["rope_scaling"] = {"rope_type": "default", "mrope_section": sections}
     classes = config.model.classes
     told = getattr(transformers, f"{classes}Config")(**settings)
     network: Any = getattr(transformers, f"{classes}Model")(told)
