@@ -12,6 +12,7 @@ from torch import Tensor
 
 from encoders.language_encoder import LanguageModelEncoder
 from encoders.picture_prompts import PictureUse, load_vision_tower, place_tokens, read_pictures, read_rgb
+from generation.memory import META, rehearsing
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError, MediaError
 from tests.encoders.test_language_models import QWEN_IMAGE, TOLERANCE, assert_close
@@ -208,3 +209,14 @@ def test_without_a_configuration_the_tower_is_the_released_one(model: Any, tmp_p
     assert (config.num_heads, config.window_size, list(config.fullatt_block_indexes)) == (1, 112, [])
     with pytest.raises(CheckpointError, match="has no vision tower"):
         load_vision_tower(write_model(tmp_path / "qwen3.safetensors", qwen3()), USE.model, CPU, torch.float32)
+
+
+def test_a_memory_plan_rehearses_prompts_with_pictures(encoder: LanguageModelEncoder, tmp_path: Path) -> None:
+    planned = LanguageModelEncoder(USE, encoder.path, torch.float32)
+    planned.load(META)
+    prompt = pictured(tmp_path, "a rabbit", pictures(*SIZES[:2]))
+    with rehearsing(planned) as ledger:
+        (found,) = planned.encode([prompt])
+    (real,) = encoder.encode([prompt])
+    assert found["vl_embed"][0].shape == real["vl_embed"][0].shape
+    assert ledger.peaks
