@@ -360,6 +360,16 @@ def test_a_configuration_without_sense_is_one_message(told: dict[str, Any], tmp_
         load_language_model(path, QWEN3, CPU, torch.float32)
 
 
+@pytest.mark.parametrize("sections", [[8, 0, 0], [4, 4], [3, 3, 3], "abc", [1e400, 1, 1]])
+def test_sections_of_frequencies_that_do_not_fit_are_one_message(sections: Any, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.safetensors", qwen25_vl())
+    rope = {"type": "mrope", "mrope_section": sections}
+    told = {"model_type": "qwen2_5_vl", "hidden_size": DIM, "num_attention_heads": 4, "rope_scaling": rope}
+    path.with_name("config.json").write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="config.json"):
+        load_language_model(path, QWEN25_VL, CPU, torch.float32)
+
+
 def test_layers_follow_from_the_file(tmp_path: Path) -> None:
     with open_checkpoint(write_model(tmp_path / "model.safetensors", mistral3())) as checkpoint:
         config = read_language_model(checkpoint, MISTRAL3).config

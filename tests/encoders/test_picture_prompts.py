@@ -102,6 +102,16 @@ def test_states_are_those_of_the_whole_network(layout: str, model: Any, tmp_path
         assert (ours - theirs).abs().max() <= 4 * TOLERANCE * theirs.abs().max()  # a second network before it
 
 
+def test_frequencies_are_divided_as_the_configuration_says(tmp_path: Path) -> None:
+    model = qwen25_vl(mrope_section=[5, 2, 1])
+    path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", model)
+    encoder = LanguageModelEncoder(USE, path, torch.float32)
+    encoder.load(CPU)
+    shown = pictures(*SIZES[:2])
+    (ours,), theirs = encode(encoder, ("a rabbit", shown)), expected(model, encoder, "a rabbit", shown)
+    assert (ours - theirs).abs().max() <= 4 * TOLERANCE * theirs.abs().max()
+
+
 def test_prompts_together_are_each_alone(encoder: LanguageModelEncoder) -> None:
     shown = pictures(*SIZES)
     prompts = [(f"{index} rabbits", shown[: index % 4]) for index in range(10)]
