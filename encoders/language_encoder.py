@@ -3,7 +3,6 @@
     USE = LanguageUse(name="vl", states_key="vl_embed", model=QWEN25_VL, source=QWEN_TOKENIZER, ...)
     encoder = LanguageModelEncoder(USE, path, torch.bfloat16)     # a TextEncoder of modules/contract
     encoder.encode(prompts)                                       # {"vl_embed": [L C]} for each
-    encoder.encode(prompts, pictures)                             # each with pictures of its own
 
 Source of the chat templates: the released tokenizers of Qwen3.
 """
@@ -278,30 +277,24 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _mask(self, real: Tensor) -> dict[str, Tensor]:
         return {self.use.mask_key: real.clone()} if self.use.mask_key else {}
 
-    def encode(
-        self, prompts: Sequence[Prompt], pictures: Sequence[Sequence[Tensor]] = ()
-    ) -> list[Conditions]:
-        """Return what `FileTextEncoder.encode` returns.
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Return what `FileTextEncoder.encode` returns, for prompts with the pictures that the family shows.
 
-        pictures: of each prompt, each H W 3 uint8 RGB; () for none.
         Tokens of pictures do not count towards the most. Raises MediaError if a picture cannot be shown, and
         CheckpointError if the tokenizer has no token for pictures.
         """
-        if not any(pictures):
+        use = self.use.pictures
+        if use is None or not any(prompt.pictures for prompt in prompts):
             return super().encode(prompts)
-        use, (network, tokenizer) = self.use.pictures, self._loaded.get()
-        assert use is not None, f"{self.name} takes no pictures"
-        read = [read_pictures(network.get_submodule("visual"), own, use) for own in pictures]
+        network, tokenizer = self._loaded.get()
+        tower = network.get_submodule("visual")
+        shown = [read_pictures(tower, list(map(use.read, use.choose(one.pictures))), use) for one in prompts]
         token = self.find_token(tokenizer, use.token)
         written = []
-        for prompt, own in zip(prompts, read, strict=True):
+        for prompt, own in zip(prompts, shown, strict=True):
             one = self.write(prompt)
-            before = one.before + "".join(
-                use.write(index, count) for index, count in enumerate(own.counts, 1)
-            )
-            if token in tokenizer.read(one.own).ids:
-                raise MediaError(
-                    f"{use.token} in a prompt stands for a picture. Write something else: {one.own}"
-                )
-            written.append(one._replace(before=before, uncounted=sum(own.counts)))
-        return self.encode_written(written, functools.partial(self.compute, pictures=read))
+            if own.sides and token in tokenizer.read(one.own).ids:
+                raise MediaError(f"{use.token} stands for a picture. Leave it out of the prompt: {one.own}")
+            text = "".join(use.write(index, count) for index, count in enumerate(own.counts, 1))
+            written.append(one._replace(before=one.before + text, uncounted=sum(own.counts)))
+        return self.encode_written(written, functools.partial(self.compute, pictures=shown))

@@ -128,6 +128,7 @@ class LanguageConfig:
     theta: float = LLAMA.theta  # base of the rotary frequencies
     eps: float = LLAMA.eps
     model: LanguageModel = LLAMA
+    sections: tuple[int, ...] = ()  # frequencies for time, rows and columns; (): by the model's shares
 
 
 def read_language_model(
@@ -170,7 +171,7 @@ def read_language_model(
             "Put the model's config.json beside it, or give another copy of the file.",
             checkpoint.path,
         )
-    theta, eps = _read_constants(checkpoint.path, told, model)
+    theta, eps, sections = _read_constants(checkpoint.path, told, model, width)
     is_normed = final_norm or states[-1] == -1
     config = LanguageConfig(
         vocabulary=vocabulary,
@@ -184,6 +185,7 @@ def read_language_model(
         theta=theta,
         eps=eps,
         model=model,
+        sections=sections,
     )
     unused = (
         *_COMPUTED,
@@ -194,8 +196,10 @@ def read_language_model(
     return LoadPlan(config, own, sources, unused)
 
 
-def _read_constants(path: Path, told: Mapping[str, Any], model: LanguageModel) -> tuple[float, float]:
-    """Return the base of the rotary frequencies, and the number that norms add.
+def _read_constants(
+    path: Path, told: Mapping[str, Any], model: LanguageModel, width: int
+) -> tuple[float, float, tuple[int, ...]]:
+    """Return the base of the rotary frequencies, the number that norms add, and sections of the frequencies.
 
     Raises CheckpointError if the frequencies are stretched, as in Llama 3.1 and later.
     """
@@ -204,7 +208,10 @@ def _read_constants(path: Path, told: Mapping[str, Any], model: LanguageModel) -
         kind = rope.get("rope_type", rope.get("type", "default"))
         theta = float(rope.get("rope_theta", told.get("rope_theta", model.theta)))
         eps = float(told.get("rms_norm_eps", model.eps))
-    except (ValueError, TypeError, AttributeError) as error:
+        sections = tuple(map(int, rope.get("mrope_section", ()))) if model.grid_shares else ()
+        if sections and (len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != width):
+            raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: the config.json beside it cannot be read ({error}). Copy it again, or remove it.", path
         ) from error
@@ -214,7 +221,7 @@ def _read_constants(path: Path, told: Mapping[str, Any], model: LanguageModel) -
             f"the transformer was trained with does not use. Give {model.files} to {model.option}.",
             path,
         )
-    return theta, eps
+    return theta, eps, sections
 
 
 class HostAngles(nn.Module):
@@ -237,11 +244,6 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     """Build the network, a class of transformers, for `on_meta_device`; its state dict has bare names."""
     import transformers
 
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.theta}
-    if config.model.grid_shares is not None:
-        half, (time, rows, _) = config.head_width // 2, config.model.grid_shares
-        shares = half * time // 8, half * rows // 8
-        rope["mrope_section"] = [*shares, half - sum(shares)]
     settings: dict[str, Any] = {
         "vocab_size": config.vocabulary,
         "hidden_size": config.dim,
@@ -252,12 +254,16 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         "head_dim": config.head_width,
         "rms_norm_eps": config.eps,
         "rope_theta": config.theta,
-        "rope_scaling": rope,
         "use_cache": False,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         "attn_implementation": "sdpa",
         **config.model.settings,
     }
+    if config.model.grid_shares is not None:
+        half, (time, rows, _) = config.head_width // 2, config.model.grid_shares
+        shares = half * time // 8, half * rows // 8
+        sections = config.sections or (*shares, half - sum(shares))
+        settings["rope_scaling"] = {"rope_type": "default", "mrope_section": list(sections)}
     classes = config.model.classes
     told = getattr(transformers, f"{classes}Config")(**settings)
     network: Any = getattr(transformers, f"{classes}Model")(told)

@@ -6,7 +6,7 @@ al. 2025, arXiv 2502.13923, and the released configuration.
 # Letters: B prompts, L tokens, P patches of all pictures, K numbers of a patch, C width of the language model
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +20,7 @@ from modules.checkpoints.dialects import LoadPlan, count, load_planned, shapes_o
 from modules.checkpoints.encoders import told_beside
 from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError, MediaError
+from modules.media.reading import read_image
 
 PATCHES = "patch_embed.proj.weight"
 HEAD_WIDTH = 80  # as released; cannot be read from the tensors
@@ -29,14 +30,25 @@ MOST_TOLD = 1 << 16  # of these in a config.json
 MOST_RATIO = 200  # of the sides of a picture, for the released image processor
 
 
+def read_rgb(path: Path) -> Tensor:
+    """Read a picture in its own size: H W 3 uint8. Raises MediaError if that is impossible."""
+    return torch.from_numpy(read_image(path))
+
+
 @dataclass(frozen=True)
 class PictureUse:
     """How a family shows pictures to the encoder of its prompts."""
 
     text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the picture
     token: str = "<|image_pad|>"
+    read: Callable[[Path], Tensor] = read_rgb  # a picture as it is shown, H W 3 uint8; MediaError
+    shown: int | None = None  # the first pictures that are shown; None: all
     fewest: int = 3136  # pixels; smaller pictures are enlarged
     most: int = 12845056  # pixels; larger pictures are reduced
+
+    def choose(self, paths: Sequence[Path]) -> Sequence[Path]:
+        """Return the files that are shown."""
+        return paths[: self.shown]
 
     def write(self, number: int, tokens: int) -> str:
         """Return the text of a picture, which stands for so many tokens."""

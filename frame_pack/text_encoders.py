@@ -25,9 +25,7 @@ class FramePackLlama(LlavaTextEncoder):
 
     usual = replace(LLAVA_USE, name="llama", states_key="llama_vec", mask_key="llama_attention_mask")
 
-    def encode(
-        self, prompts: Sequence[Prompt], pictures: Sequence[Sequence[Tensor]] = ()
-    ) -> list[Conditions]:
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"llama_vec": 512 C, "llama_attention_mask": 512 bool, true for real tokens}.
 
         Each is encoded alone and padded to one length, as in the release. Fewer tokens or several prompts at

@@ -1,6 +1,7 @@
 """Language models as encoders against the whole networks of transformers: layouts, states, fp8, bad files."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,23 @@ import torch
 from torch import Tensor
 
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen3_chat, qwen_tokenizer
-from encoders.language_models import MISTRAL3, QWEN3, QWEN25_VL, SPEC, LanguageModel, load_language_model
+from encoders.language_models import (
+    MISTRAL3,
+    QWEN3,
+    QWEN25_VL,
+    SPEC,
+    LanguageModel,
+    load_language_model,
+    read_language_model,
+)
+from encoders.picture_prompts import load_vision_tower
 from encoders.text_encoder import TokenizerSource
 from modules.checkpoints.opening import open_checkpoint
 from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.contract.family import TextEncoder
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
+from tests.manifests import tensor_list, write_hollow
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import swapped
 from tests.tiny.hunyuan_encoders import save, save_sharded, scaled_fp8
@@ -154,6 +165,39 @@ def test_what_is_not_read_is_never_loaded(tmp_path: Path) -> None:
     assert len(network.layers) == 2  # type: ignore[arg-type]
     names = set(network.state_dict())
     assert not any(name.startswith(("lm_head", "layers.2", "layers.3", "norm")) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "model", "layers", "heads"),
+    [
+        ("qwen3-4b", QWEN3, 36, (32, 8, 128)),
+        ("qwen3-8b", QWEN3, 36, (32, 8, 128)),
+        ("qwen2.5-vl-7b", QWEN25_VL, 28, (28, 4, 128)),
+    ],
+)
+def test_published_files_fit_at_full_size(
+    manifest: str, model: LanguageModel, layers: int, heads: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """Loading raises for every tensor that is left over."""
+    tensors = tensor_list(manifest)
+    path, meta = write_hollow(tmp_path / "model.safetensors", tensors), torch.device("meta")
+    with open_checkpoint(path) as checkpoint:
+        config = read_language_model(checkpoint, model).config
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_width) == (layers, *heads)
+    assert (config.theta, config.eps) == (1e6, 1e-6)
+    network = load_language_model(path, model, meta, torch.bfloat16)
+    beside = ("lm_head.", "visual.")
+    expected_size = sum(
+        math.prod(shape) for name, (_, shape) in tensors.items() if not name.startswith(beside)
+    )
+    assert sum(weight.numel() for weight in network.parameters()) == expected_size
+    cut = load_language_model(path, model, meta, torch.bfloat16, (9, 18, 27))
+    assert len(cut.layers) == 27  # type: ignore[arg-type]
+    if model is QWEN25_VL:
+        tower: Any = load_vision_tower(path, model, meta, torch.bfloat16)
+        told = tower.config
+        assert (told.num_heads, told.window_size, told.out_hidden_size) == (16, 112, config.dim)
+        assert list(told.fullatt_block_indexes) == [7, 15, 23, 31]
 
 
 def test_files_cut_behind_the_states_serve_and_shorter_ones_are_refused(tmp_path: Path) -> None:
@@ -316,9 +360,17 @@ def test_a_configuration_without_sense_is_one_message(told: dict[str, Any], tmp_
         load_language_model(path, QWEN3, CPU, torch.float32)
 
 
-def test_layers_follow_from_the_file(tmp_path: Path) -> None:
-    from encoders.language_models import read_language_model
+@pytest.mark.parametrize("sections", [[8, 0, 0], [4, 4], [3, 3, 3], "abc", [1e400, 1, 1]])
+def test_sections_of_frequencies_that_do_not_fit_are_one_message(sections: Any, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.safetensors", qwen25_vl())
+    rope = {"type": "mrope", "mrope_section": sections}
+    told = {"model_type": "qwen2_5_vl", "hidden_size": DIM, "num_attention_heads": 4, "rope_scaling": rope}
+    path.with_name("config.json").write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="config.json"):
+        load_language_model(path, QWEN25_VL, CPU, torch.float32)
 
+
+def test_layers_follow_from_the_file(tmp_path: Path) -> None:
     with open_checkpoint(write_model(tmp_path / "model.safetensors", mistral3())) as checkpoint:
         config = read_language_model(checkpoint, MISTRAL3).config
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_width) == (LAYERS, 4, 2, 32)

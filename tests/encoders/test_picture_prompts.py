@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from encoders.language_encoder import LanguageModelEncoder
-from encoders.picture_prompts import PictureUse, load_vision_tower, place_tokens, read_pictures
+from encoders.picture_prompts import PictureUse, load_vision_tower, place_tokens, read_pictures, read_rgb
+from generation.memory import META, rehearsing
 from modules.contract.requests import Prompt
 from modules.errors import CheckpointError, MediaError
 from tests.encoders.test_language_models import QWEN_IMAGE, TOLERANCE, assert_close
@@ -43,8 +45,6 @@ def processor() -> Any:
 
 def expected(model: Any, encoder: LanguageModelEncoder, prompt: str, shown: list[Tensor]) -> Tensor:
     """The normed last states of the whole network."""
-    from PIL import Image
-
     tokenizer = encoder._loaded.get()[1]
     inputs: dict[str, Any] = {}
     text = ""
@@ -73,9 +73,18 @@ def encoder(model: Any, tmp_path: Path) -> LanguageModelEncoder:
     return made
 
 
+def pictured(folder: Path, text: str, shown: list[Tensor]) -> Prompt:
+    """A prompt whose pictures are files below the folder."""
+    paths = tuple(folder / f"{index}_{picture.shape}.png" for index, picture in enumerate(shown))
+    for path, picture in zip(paths, shown, strict=True):
+        Image.fromarray(picture.numpy()).save(path)
+    return Prompt(text, pictures=paths)
+
+
 def encode(encoder: LanguageModelEncoder, *shown: tuple[str, list[Tensor]]) -> list[Tensor]:
+    folder = encoder.path.parent if encoder.path.is_file() else encoder.path
     with torch.inference_mode():
-        found = encoder.encode([Prompt(text) for text, _ in shown], [own for _, own in shown])
+        found = encoder.encode([pictured(folder, *one) for one in shown])
     return [one["vl_embed"][0] for one in found]
 
 
@@ -91,6 +100,16 @@ def test_states_are_those_of_the_whole_network(layout: str, model: Any, tmp_path
         theirs = expected(model, encoder, text, own)
         assert ours.shape == theirs.shape
         assert (ours - theirs).abs().max() <= 4 * TOLERANCE * theirs.abs().max()  # a second network before it
+
+
+def test_frequencies_are_divided_as_the_configuration_says(tmp_path: Path) -> None:
+    model = qwen25_vl(mrope_section=[5, 2, 1])
+    path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", model)
+    encoder = LanguageModelEncoder(USE, path, torch.float32)
+    encoder.load(CPU)
+    shown = pictures(*SIZES[:2])
+    (ours,), theirs = encode(encoder, ("a rabbit", shown)), expected(model, encoder, "a rabbit", shown)
+    assert (ours - theirs).abs().max() <= 4 * TOLERANCE * theirs.abs().max()
 
 
 def test_prompts_together_are_each_alone(encoder: LanguageModelEncoder) -> None:
@@ -109,8 +128,6 @@ def test_pictures_do_not_count_towards_the_most(encoder: LanguageModelEncoder) -
 
 
 def test_patches_are_those_of_the_released_processor(encoder: LanguageModelEncoder) -> None:
-    from PIL import Image
-
     shown = pictures(*SIZES)
     ours = read_pictures(encoder.network.get_submodule("visual"), shown, PICTURES)
     theirs = processor()([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt")
@@ -130,7 +147,7 @@ def test_words_behind_a_picture_stand_behind_its_longer_side() -> None:
 
 
 def test_the_token_of_pictures_in_a_prompt_is_refused(encoder: LanguageModelEncoder) -> None:
-    with pytest.raises(MediaError, match=r"<\|image_pad\|> in a prompt stands for a picture"):
+    with pytest.raises(MediaError, match=r"<\|image_pad\|> stands for a picture"):
         encode(encoder, ("a <|image_pad|>", pictures((60, 60))))
     encode(encoder, ("a <|image_pad|>", []))
 
@@ -139,6 +156,23 @@ def test_a_picture_too_long_to_be_shown_is_refused(encoder: LanguageModelEncoder
     with pytest.raises(MediaError, match="1x300 is too long"):
         encode(encoder, ("a", pictures((300, 1))))
     assert len(encode(encoder, ("a", pictures((1, 1))))[0]) > 0
+
+
+def test_the_family_says_how_and_how_many_pictures_are_shown(model: Any, tmp_path: Path) -> None:
+    half = replace(PICTURES, read=lambda path: read_rgb(path)[::2, ::2].contiguous(), shown=1)
+    path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", model)
+    encoder = LanguageModelEncoder(replace(USE, pictures=half), path, torch.float32)
+    encoder.load(CPU)
+    shown = pictures((180, 120), (90, 60))
+    (ours,) = encode(encoder, ("a rabbit", shown))
+    theirs = expected(model, encoder, "a rabbit", [shown[0][::2, ::2].contiguous()])
+    assert (ours - theirs).abs().max() <= 4 * TOLERANCE * theirs.abs().max()
+
+
+def test_a_file_that_is_no_picture_is_one_message(encoder: LanguageModelEncoder, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(MediaError, match=r"broken\.png"):
+        encoder.encode([Prompt("a", pictures=(tmp_path / "broken.png",))])
 
 
 def test_pictures_change_the_identity(encoder: LanguageModelEncoder) -> None:
@@ -185,3 +219,14 @@ def test_without_a_configuration_the_tower_is_the_released_one(model: Any, tmp_p
     assert (config.num_heads, config.window_size, list(config.fullatt_block_indexes)) == (1, 112, [])
     with pytest.raises(CheckpointError, match="has no vision tower"):
         load_vision_tower(write_model(tmp_path / "qwen3.safetensors", qwen3()), USE.model, CPU, torch.float32)
+
+
+def test_a_memory_plan_rehearses_prompts_with_pictures(encoder: LanguageModelEncoder, tmp_path: Path) -> None:
+    planned = LanguageModelEncoder(USE, encoder.path, torch.float32)
+    planned.load(META)
+    prompt = pictured(tmp_path, "a rabbit", pictures(*SIZES[:2]))
+    with rehearsing(planned) as ledger:
+        (found,) = planned.encode([prompt])
+    (real,) = encoder.encode([prompt])
+    assert found["vl_embed"][0].shape == real["vl_embed"][0].shape
+    assert ledger.peaks

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
-from modules.contract.requests import Prompt
 from tests.encoders.test_language_models import KLEIN, QWEN_IMAGE, Z_IMAGE
-from tests.encoders.test_picture_prompts import USE, pictures
+from tests.encoders.test_picture_prompts import USE, pictured, pictures
 from tests.tiny.language_models import qwen3, qwen25_vl, write_model, write_qwen_tokenizer
 
 TEXTS = ("a rabbit in the grass", "", "the sun rises over the hills")
@@ -18,7 +17,9 @@ TEXTS = ("a rabbit in the grass", "", "the sun rises over the hills")
 
 def encoded(encoder: LanguageModelEncoder, key: str, shown: list[list[Tensor]]) -> list[Tensor]:
     with torch.inference_mode():
-        found = encoder.encode([Prompt(text) for text in TEXTS], shown)
+        found = encoder.encode(
+            [pictured(encoder.path.parent, *one) for one in zip(TEXTS, shown, strict=True)]
+        )
     return [value[0] if isinstance(value := one[key], list) else value for one in found]
 
 
@@ -29,7 +30,7 @@ def test_streamed_layers_give_the_same_states(
 ) -> None:
     model = qwen25_vl() if use.model is QWEN_IMAGE.model else qwen3()
     path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", model)
-    shown = [pictures((60, 90)), [], pictures((90, 60), (30, 30))] if use.pictures else []
+    shown = [pictures((60, 90)), [], pictures((90, 60), (30, 30))] if use.pictures else [[]] * 3
     results = []
     for streamed in (False, True):
         encoder = LanguageModelEncoder(use, path, torch.float32, in_fp8=in_fp8, streamed=streamed)

@@ -56,7 +56,7 @@ VISION: dict[str, Any] = {
     "window_size": 56,
     "fullatt_block_indexes": [1],
 }
-QWEN25_VL_TEXT = {**_TEXT, "rms_norm_eps": 1e-6, "rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
+QWEN25_VL_TEXT = {**_TEXT, "rms_norm_eps": 1e-6}
 QWEN3_CONFIG = {**_TEXT, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_parameters": _ROPE}
 MISTRAL_CONFIG = {
     **_TEXT,
@@ -80,13 +80,16 @@ def qwen3() -> Any:
     return filled(Qwen3ForCausalLM(Qwen3Config(**QWEN3_CONFIG, tie_word_embeddings=False)))
 
 
-def qwen25_vl() -> Any:
-    """The whole network with its vision tower and head; token ids are those of `qwen_tokenizer`."""
+def qwen25_vl(**rope: Any) -> Any:
+    """The whole network with its vision tower and head; token ids are those of `qwen_tokenizer`.
+
+    rope: changes of its rotary frequencies.
+    """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     ids = {name: qwen_tokenizer().token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad")}
     config = Qwen2_5_VLConfig(
-        text_config=dict(QWEN25_VL_TEXT),
+        text_config={**QWEN25_VL_TEXT, "rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3], **rope}},
         vision_config=dict(VISION),
         image_token_id=ids["image_pad"],
         video_token_id=ids["video_pad"],
