@@ -13,7 +13,6 @@ from encoders.files import OneTransformer
 from modules.checkpoints.dits import with_dtype
 from modules.checkpoints.opening import fingerprint
 from modules.contract.data import (
-    CAPTION,
     FIRST_FRAME,
     Batch,
     CacheEntry,
@@ -116,7 +115,7 @@ class Wan(OneTransformer):
     @property
     def fuller(self) -> tuple[str, ...]:
         """What a teacher is told besides: the dropped caption; if the model takes one, the first frame."""
-        return (CAPTION, FIRST_FRAME) if self.task.keeps_image else (CAPTION,)
+        return (*super().fuller, FIRST_FRAME) if self.task.keeps_image else super().fuller
 
     @property
     def experts(self) -> tuple[Expert, ...]:
@@ -236,10 +235,7 @@ class Wan(OneTransformer):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C F H W in float32.
-
-        cond: t5 (list of n D), clip (B T 1280), condition_latents (B C F H W).
-        """
+        """Predict the velocity, B C F H W float32, from t5 (n D each), clip (B T 1280), condition_latents."""
 
         def given(texts: Conditions) -> Conditions:
             return {"text": [embeds.to(noisy.device) for embeds in texts["t5"]]}

@@ -104,10 +104,8 @@ class Rehearsal:
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.enter("forward outside the blocks")
-        base, teacher = contextlib.nullcontext, self.options.frozen.teacher
-        rule = LossRule(self.options.loss, self.options.predicted, base)
-        if teacher is not None:
-            rule = replace(rule, as_teacher=base)
+        base, teaches = contextlib.nullcontext, self.options.frozen.teacher is not None
+        rule = LossRule(self.options.loss, self.options.predicted, base, as_teacher=base if teaches else None)
         loss = training_loss(
             self.family,
             self.dit,
