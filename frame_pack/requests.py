@@ -1,8 +1,8 @@
 """Settle a request for FramePack before anything is loaded: sections, their texts and images, or one picture.
 
 `Request.extra` holds what only this family knows, as text: `image_path` (as `frame_pack.section_syntax` reads
-it), `one_frame` (as `parse_one_frame` reads it), `video_sections`, `video_seconds` and `control_image_mask_path` (a
-path a line). It is parsed here, once, into a `FramePackRequest`.
+it), `one_frame` (as `parse_one_frame` reads it), `video_sections`, `video_seconds` and
+`control_image_mask_path` (a path a line). It is parsed here, once, into a `FramePackRequest`.
 """
 
 import logging
