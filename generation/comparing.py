@@ -121,6 +121,7 @@ def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -
 
 
 def _check(options: GenerationOptions) -> None:
+    taken = ("images", "latent_images") if options.output.pictures else ("video", "both")
     refused = {
         "--interactive": options.interactive,
         "--sheet": options.sheet.is_asked,
@@ -129,7 +130,7 @@ def _check(options: GenerationOptions) -> None:
         "--num_videos": options.num_videos > 1,
         "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
         "--plan": options.speed.plan.is_asked,
-        f"--output_type {options.output.output_type}": options.output.output_type not in ("video", "both"),
+        f"--output_type {options.output.output_type}": options.output.output_type not in taken,
         "--no_metadata": options.output.no_metadata,
         "--keep_pngs": options.output.format.keep_pngs,
         "--post": bool(options.post.tools),
@@ -258,7 +259,7 @@ def networks_with(run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[
 
 
 def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str, Path]:
-    """Turn latents into clips; latent files stay only with --output_type both. Return all by label."""
+    """Turn latents into clips; latent files stay only if --output_type asks for them. Return all by label."""
     paths = {cell.label: _files(run.options, cell) for cell in cells}
 
     def read_latents(cell: GenerationJob, path: Path) -> Denoised:

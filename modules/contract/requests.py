@@ -7,15 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.contract.data import LatentSpec, SamplingDefaults
-from modules.contract.rules import (
-    AS_PLAIN,
-    ONE_EXPERT,
-    VIDEO,
-    Expert,
-    GuidanceRules,
-    Source,
-    StepCaching,
-)
+from modules.contract.rules import AS_PLAIN, ONE_EXPERT, VIDEO, Expert, GuidanceRules, Source, StepCaching
 from modules.errors import MediaError, OptionError
 from modules.layers.rope import Slow
 from modules.option_values import check_seed, show_number

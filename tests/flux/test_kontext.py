@@ -20,6 +20,7 @@ from tests.faults.messages import succeed_here
 from tests.flux.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.tiny.families import FAMILIES
 from tests.tiny.flux import tiny_state, write_dit
+from tests.tiny.project import write_image
 
 NEAR = 1e-5  # of the largest value: the same formulas in float32, summed in another order
 
@@ -68,24 +69,30 @@ def test_a_reference_gets_the_trained_size_that_diffusers_takes(tmp_path: Path) 
 
 
 def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) -> None:
-    """They have the same tensors under the same names, and no record of ours."""
+    """They have the same tensors under the same names, and no record of ours; one has no reference."""
     family = next(each for each in FAMILIES if each.name == "kontext")
     family.prepare(tmp_path)
+    write_image(tmp_path / "control" / "picture 0.png", 70, 80)
+    (tmp_path / "control" / "picture 3.png").unlink()
+    with (tmp_path / "dataset.toml").open("a", encoding="utf-8") as file:
+        file.write("no_resize_control = true\n")
     succeed_here(*family.cache_latents, folder=tmp_path)
     succeed_here(*family.cache_texts, folder=tmp_path)
-    run = ("--max_train_steps", "2", "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "out")
+    run = ("--max_train_steps", "4", "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "out")
     succeed_here(*family.train, *run, "--output_name", "ours", folder=tmp_path)
+    shapes = {}
     for path in (tmp_path / "cache").iterdir():
         with safe_open(path, "pt") as file:
             metadata = {key: text for key, text in file.metadata().items() if "reelsmith" not in key}
         tensors = load_file(path)
         if not path.stem.endswith("_te"):
             assert metadata["architecture"] == "flux_kontext"
-            assert {name: tensor.shape for name, tensor in tensors.items()} == {
-                "latents_1x6x6_float32": (16, 6, 6),
-                "latents_control_1x6x6_float32": (16, 6, 6),
-            }
+            shapes[path.name[:9]] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         save_file(tensors, path, metadata)
+    target = {"latents_1x6x6_float32": (16, 6, 6)}
+    assert shapes["picture 0"] == target | {"latents_control_1x10x8_float32": (16, 10, 8)}
+    assert shapes["picture 1"] == target | {"latents_control_1x6x6_float32": (16, 6, 6)}
+    assert shapes["picture 3"] == target
 
     succeed_here(*family.train, *run, "--output_name", "theirs", folder=tmp_path)
 
