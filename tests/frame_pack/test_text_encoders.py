@@ -27,7 +27,7 @@ from modules.options import read_options
 from modules.parser import add_options
 from tests.frame_pack.texts_there import KEPT_TOKENS, TextsThere, template_there
 from tests.manifests import tensor_list, write_hollow
-from tests.tiny.framepack_encoders import SIGLIP_DIM, siglip_config, siglip_layouts, siglip_tensors
+from tests.tiny.framepack import SIGLIP_DIM, siglip_config, siglip_layouts, siglip_tensors
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM, save, write_text_encoders
 
 CPU = torch.device("cpu")
