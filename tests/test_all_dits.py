@@ -1,14 +1,30 @@
-"""What the transformers of all families have in common: a batch, padding, attention's back ends, bfloat16."""
+"""The transformers of all families: batches, padding, back ends, a second text, and no wait for the host."""
 
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from blissful_tuner.guidance import make_guidance
+from blissful_tuner.guidance_formulas import NormalisedGuidance
+from blissful_tuner.options import PLAIN_GUIDANCE
+from generation.denoise import LoopStart, SeededNoise, denoise
+from generation.prompt_lines import SOLVERS
+from modules.contract.data import Conditions
+from modules.contract.requests import Request
+from modules.contract.steps import Away, Section, Tweaks
+from modules.flow.solvers import solver_for
+from modules.layers.rope import Slow
 from modules.speed_options import AttentionChoice
 from tests.modules.attention_packages import PACKAGES, put_in
-from tests.tiny.dits import DITS, Size, TinyDit
+from tests.preparing import prepare
+from tests.tiny.dits import DITS, TI2V, Size, TinyDit
 
 SIZE: Size = (2, 4, 6, 9)
 NEAR = 1e-5  # of the largest value, in float32
@@ -85,3 +101,265 @@ def test_bfloat16_autocast_stays_near_float32(dit: TinyDit) -> None:
         found = model(**inputs)
 
     assert_near(found.float(), expected, NEAR_IN_BF16)
+
+
+LONGER = (3, 4, 6, 9)  # latent frames, rows, columns, tokens of the text
+# arguments that a text gives
+TEXTS = (
+    *("text", "text_mask", "glyphs", "glyph_mask", "caption", "caption_mask"),
+    *("llama", "llama_mask", "clip_l", "t5", "t5_mask", "pooled"),
+)
+POOLED = {"clip_l", "pooled"}
+NAG = NormalisedGuidance(5.0, 2.5, 0.5)
+
+each_dit = pytest.mark.parametrize("tiny", DITS, ids=lambda each: each.name)
+
+
+def toward(first: Tensor, second: Tensor) -> Tensor:
+    return first
+
+
+def away(first: Tensor, second: Tensor) -> Tensor:
+    return second
+
+
+def texts_of(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: inputs[name] for name in TEXTS if name in inputs}
+
+
+def other_text(tiny: TinyDit, batch: int = 1, length: int = 6) -> dict[str, Any]:
+    """Another text of another length, with the pooled vector of the first one where there is one."""
+    text = {
+        name: [one.flip(0) * 0.5 for one in value] if isinstance(value, list) else value.flip(-1)
+        for name, value in texts_of(tiny.inputs((*LONGER[:3], length), batch)).items()
+    }
+    masks = {name: value.flip(-1) for name, value in text.items() if name.endswith("_mask")}  # as they were
+    pooled = {name: value for name, value in tiny.inputs(LONGER, batch).items() if name in POOLED}
+    return text | masks | pooled
+
+
+@torch.no_grad()
+def velocity(
+    tiny: TinyDit,
+    second: dict[str, Any] | None = None,
+    steer: Callable[[Tensor, Tensor], Tensor] = NAG,
+    batch: int = 1,
+    **given: Any,
+) -> Tensor:
+    """What the transformer makes of the usual inputs with a second text, if one is given."""
+    tweaks = Tweaks(away=None if second is None else Away(second, steer))
+    return tiny.make(2)(**{**tiny.inputs(LONGER, batch), **given}, tweaks=tweaks)
+
+
+def assert_same(steered: Tensor, plain: Tensor) -> None:
+    """Where texts have queries too, products of both texts are of other sizes, and rounded otherwise."""
+    torch.testing.assert_close(steered, plain, atol=5e-6, rtol=1e-5)
+
+
+@each_dit
+@pytest.mark.parametrize("batch", [1, 2])  # in a batch texts differ in length
+def test_what_sees_the_second_text_alone_is_the_pass_of_that_text(tiny: TinyDit, batch: int) -> None:
+    other = other_text(tiny, batch)
+
+    seen = velocity(tiny, other, away, batch)
+
+    torch.testing.assert_close(seen, velocity(tiny, batch=batch, **other), atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(seen, velocity(tiny, batch=batch), atol=1e-4)
+
+
+@each_dit
+def test_a_second_text_that_steers_nothing_changes_nothing(tiny: TinyDit) -> None:
+    assert_same(velocity(tiny, other_text(tiny), toward), velocity(tiny))
+
+
+@each_dit
+def test_steering_away_from_the_same_text_changes_nothing(tiny: TinyDit) -> None:
+    assert_same(velocity(tiny, texts_of(tiny.inputs(LONGER, 1))), velocity(tiny))
+
+
+@each_dit
+def test_one_second_text_serves_all_samples(tiny: TinyDit) -> None:
+    one = other_text(tiny)
+    twice = {
+        name: value * 2 if isinstance(value, list) else value.expand(2, *value.shape[1:])
+        for name, value in one.items()
+    }
+
+    # products of one text and of two are rounded otherwise
+    torch.testing.assert_close(
+        velocity(tiny, one, batch=2), velocity(tiny, twice, batch=2), atol=1e-5, rtol=1e-5
+    )
+
+
+@each_dit
+def test_normalised_guidance_leaves_the_pass_of_either_text(tiny: TinyDit) -> None:
+    other = other_text(tiny)
+    steered, plain = velocity(tiny, other), velocity(tiny)
+
+    assert not torch.allclose(steered, plain, atol=1e-4)
+    assert not torch.allclose(steered, velocity(tiny, **other), atol=1e-4)
+
+
+@pytest.mark.parametrize("tiny", DITS[2:4], ids=lambda each: each.name)
+def test_the_pooled_vector_of_the_second_text_reaches_only_that_text(tiny: TinyDit) -> None:
+    other = other_text(tiny)
+    changed = {**other, "clip_l": -other["clip_l"]}
+
+    assert_same(velocity(tiny, changed, toward), velocity(tiny))
+    assert not torch.allclose(velocity(tiny, changed), velocity(tiny, other), atol=1e-5)
+
+
+@each_dit
+def test_compiled_blocks_do_the_same(tiny: TinyDit) -> None:
+    torch._dynamo.reset()  # the families share a forward, and a process compiles it 8 times
+    other, dit = other_text(tiny), tiny.make(2)
+    for blocks in tiny.spec.blocks(dit).values():
+        for block in blocks:
+            block.compile(backend="eager", fullgraph=True)
+    inputs = tiny.inputs(LONGER, 1)
+
+    with torch.no_grad():
+        steered = dit(**inputs, tweaks=Tweaks(away=Away(other, NAG)))
+        plain = dit(**inputs)
+
+    torch.testing.assert_close(steered, velocity(tiny, other), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain, velocity(tiny), atol=1e-5, rtol=1e-5)
+
+
+def test_the_image_is_seen_as_without_a_second_text() -> None:
+    """Wan adds what it sees of the image after the texts are combined."""
+    tiny = DITS[1]
+    dit = tiny.make(1)
+    block = dit.get_submodule("blocks.0.cross_attn")
+    hidden, tokens = dit.embed(  # type: ignore[operator]
+        *tiny.inputs(LONGER, 1).values(), Tweaks(away=Away(other_text(tiny), lambda first, second: 0 * first))
+    )
+
+    with torch.no_grad():
+        seen = block(hidden, tokens)
+        without = block(hidden, replace(tokens, image=None))
+
+    assert torch.equal(without, block.o.bias.expand_as(without))  # type: ignore[union-attr, operator]
+    assert not torch.allclose(seen, without, atol=1e-3)
+
+
+META, HOST = torch.device("meta"), torch.device("cpu")
+
+
+class _Copies(TorchDispatchMode):
+    """Copies from the host to the device, by whether the host waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].device == HOST and named.get("device") == META:
+            if not named.get("non_blocking"):
+                self.waiting.append(f"a tensor of {tuple(args[0].shape)}")
+        elif (
+            func is torch.ops.aten.copy_.default
+            and args[0].device == META
+            and args[1].device == HOST
+            and not any(args[2:])
+        ):
+            self.waiting.append(f"into a tensor of {tuple(args[0].shape)}")
+        return func(*args, **named)
+
+
+class _Made(TorchFunctionMode):
+    """Tensors made on the device of numbers of the host: a copy that torch hides from modes of the other
+    kind.
+    """
+
+    def __init__(self, copies: _Copies) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in {torch.tensor, torch.as_tensor} and (kwargs or {}).get("device") == META:
+            self._copies.waiting.append(f"{func.__name__}({args[0]})")
+        return func(*args, **(kwargs or {}))
+
+
+def waits(call: Callable[..., object], inputs: dict[str, Any]) -> list[str]:
+    with _Copies() as copies, _Made(copies):
+        call(**inputs)
+    return copies.waiting
+
+
+def sent(value: Any) -> Any:
+    """As `modules.devices.send`, which leaves whole numbers on the host."""
+    if isinstance(value, list):
+        return [sent(each) for each in value]
+    return value.to(META) if value.is_floating_point() else value
+
+
+@pytest.fixture
+def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device has none."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("tiny", DITS, ids=lambda each: each.name)
+def test_a_pass_waits_for_nothing(tiny: TinyDit) -> None:
+    dit = tiny.make(2).to(META)
+    # texts of two lengths
+    inputs = {name: sent(value) for name, value in tiny.inputs((3, 4, 6, 9), 2).items()}
+
+    assert waits(dit, inputs) == []  # the first pass of its size makes a table of positions too
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("tiny", DITS, ids=lambda each: each.name)
+def test_a_second_text_and_a_slowed_frequency_wait_for_nothing_either(tiny: TinyDit) -> None:
+    dit = tiny.make(2).to(META)
+    inputs = {name: sent(value) for name, value in tiny.inputs((3, 4, 6, 9), 2).items()}
+    text = {name: inputs[name] for name in TEXTS if name in inputs}
+    slow = None if tiny.name == "framepack" else Slow(3, 90.0)
+    tweaks = Tweaks(away=Away(text, NormalisedGuidance(5.0, 3.5, 0.5)), slow_frames=slow)
+
+    assert waits(dit, {**inputs, "tweaks": tweaks}) == []
+
+
+@pytest.mark.usefixtures("no_autocast")
+def test_given_frames_wait_for_nothing_either() -> None:
+    dit = TI2V.make(2).to(META)
+    inputs = {name: sent(value) for name, value in TI2V.inputs((3, 4, 6, 9), 2).items()}
+
+    assert waits(dit, {**inputs, "tweaks": Tweaks(given_frames=1)}) == []
+
+
+class Halves:
+    """A family whose velocity is half of what the passes are given."""
+
+    def predict(
+        self, dit: torch.nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks
+    ) -> Tensor:
+        return 0.5 * noisy + timesteps.view(-1, 1, 1, 1, 1)
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("name", SOLVERS.values())
+def test_the_steps_of_a_solver_wait_for_nothing(name: str) -> None:
+    """With guidance and, as solvers that add noise ask for it, noise from the host."""
+    noise = SeededNoise(1, META, cpu_noise=True)
+    start = noise.draw((1, 2, 1, 3, 4))
+    section = Section(start, {}, {})
+    request = prepare(Request("p", 1, guidance_scale=5.0, steps=4))
+    inputs = {
+        "family": Halves(),
+        "dit_at": lambda timestep: torch.nn.Identity(),
+        "section": section,
+        "start": LoopStart(start),
+        "solver": solver_for(name, 4, 3.0, draw=noise.draw),
+        "guidance": make_guidance(request, PLAIN_GUIDANCE),
+    }
+    assert waits(denoise, inputs) == []

@@ -14,7 +14,6 @@ from tests.commands import ROOT, run_python
 from tests.data_tools.captions.making import run_server
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
-from tests.tiny.chat_model import write_chat_model
 from tests.tiny.picture_project import (
     SIDE,
     lay_out_flux,
@@ -25,7 +24,6 @@ from tests.tiny.picture_project import (
     lay_out_sdxl,
     lay_out_stable_diffusion,
 )
-from tests.tiny.post_models import lay_out_tools
 from tests.tiny.project import (
     lay_out_models,
     write_clips,
@@ -34,7 +32,13 @@ from tests.tiny.project import (
     write_picture_dataset,
     write_pictures,
 )
-from tests.tiny.published import lay_out_material, lay_out_published, lay_out_vision_model
+from tests.tiny.published import (
+    lay_out_material,
+    lay_out_published,
+    lay_out_tools,
+    lay_out_vision_model,
+    write_chat_model,
+)
 from tests.tiny.wan_encoders import write_encoders
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

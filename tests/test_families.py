@@ -1,11 +1,11 @@
-"""Every family and variant goes the whole way through its scripts: cache, train with a sample, resume,
-generate.
+"""Every family goes the whole way through its scripts: cache, train with a sample, resume, generate; whole
+transformers and keys of the dataset too.
 
-The first training is a program of its own; the other commands run in this process, where they start in no
-time.
+The first training is a program of its own; the other commands run here, where they start in no time.
 """
 
 import html
+import json
 import re
 import shlex
 import shutil
@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.commands import run_script
+from tests.commands import run_script, typed_there
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily
 
@@ -233,3 +235,95 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
         (ours,) = (folder / "compared").glob(f"001_7_{column}*_latent.safetensors")
         assert torch.equal(load_file(ours)["latent"], load_file(theirs)["latent"])
     assert list((folder / "compared").glob("compare_*.html"))
+
+
+CHOSEN = ("wan t2v-1.3B", "wan i2v-14B-FC", "hunyuan_video", "framepack", "framepack one frame")
+WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame")
+WHOLE_CASES = [
+    pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name in WHOLE_SLOW else ())
+    for each in FAMILIES
+    if each.name in CHOSEN
+]
+SEED = ("--seed", "1", "--max_data_loader_n_workers", "0")
+WHOLE_OUTPUT = ("--output_dir", "output", *SEED, "--max_train_steps", "3")
+
+
+@pytest.fixture(scope="module", params=WHOLE_CASES)
+def project(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TinyFamily, Path]:
+    """A folder with models and caches."""
+    family: TinyFamily = request.param
+    folder = tmp_path_factory.mktemp("whole")
+    family.prepare(folder)
+    (folder / "prompts.txt").write_text(f"{family.sample_line}\n", encoding="utf-8")
+    succeed_here(*family.cache_latents, folder=folder)
+    succeed_here(*family.cache_texts, folder=folder)
+    return family, folder
+
+
+def whole(family: TinyFamily) -> list[str]:
+    """The command that trains the transformer itself."""
+    return [family.train_whole, *family.train[1 : family.train.index("--network_module")]]
+
+
+def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[TinyFamily, Path]) -> None:
+    """The sample made while training is what the script makes of the file, and not of the one before."""
+    family, folder = project
+    samples = ["--sample_prompts", "prompts.txt", "--sample_every_n_steps", "3"]
+    rate = ["--learning_rate", "1e-2", "--optimizer_type", "adamw"]
+
+    succeed_here(*whole(family), *WHOLE_OUTPUT, "--output_name", "x", *rate, *samples, folder=folder)
+
+    before, after = (load_file(folder / name) for name in ("model/dit.safetensors", "output/x.safetensors"))
+    assert {name: tensor.shape for name, tensor in after.items()} == {
+        name: tensor.shape for name, tensor in before.items()
+    }
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    assert sum(not torch.equal(after[name], tensor) for name, tensor in before.items()) > 0.9 * len(before)
+    with safe_open(folder / "output" / "x.safetensors", "pt") as file:
+        assert "lora" not in file.metadata()["modelspec.architecture"]
+    page = (folder / "output" / "x.html").read_text(encoding="utf-8")
+    page = typed_there(html.unescape(re.sub("<!--.*?-->", "", page)))
+    assert f"python {family.train_whole}" in page
+    assert f"python {family.generate[0]}" in page
+    generate = [*family.generate, *SIZE, "--prompt", "a cat", "--seed", "7"]
+    succeed_here(*generate, "--dit", "output/x.safetensors", "--save_path", "videos", folder=folder)
+    succeed_here(*generate, "--save_path", "untrained", folder=folder)
+    ours, theirs, untrained = (
+        shown(folder / name).float() for name in ("output/sample", "videos", "untrained")
+    )
+    # mean levels of 255, as in test_families; the sample's video differs by its encoder's settings
+    assert (ours - theirs).abs().mean() < 6
+    assert (ours - untrained).abs().mean() > 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_nothing_is_learned_of_black_masks(family: TinyFamily, tmp_path: Path) -> None:
+    family.prepare(tmp_path)
+    config = tmp_path / "dataset.toml"
+    (tmp_path / "masks").mkdir()
+    for caption in (tmp_path / "clips").glob("*.txt"):
+        Image.new("RGB", (64, 64)).save(tmp_path / "masks" / f"{caption.stem}.png")
+    keys = f'mask_directory = "{tmp_path.as_posix()}/masks"\ntrigger_word = "ohwx"\n'
+    keys += "multi_caption = true\ncaption_dropout_rate = 0.5\n"
+    config.write_text(config.read_text(encoding="utf-8") + keys, encoding="utf-8")
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    succeed_here(*family.cache_texts, folder=tmp_path)
+    output = ["--output_dir", "output", "--output_name", "lora", "--seed", "1"]
+
+    succeed_here(
+        *family.train, *output, "--max_train_steps", "3", "--max_data_loader_n_workers", "0", folder=tmp_path
+    )
+
+    tensors = load_file(tmp_path / "output" / "lora.safetensors")
+    assert not any(tensor.any() for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
+    with safe_open(tmp_path / "output" / "lora.safetensors", "pt") as file:
+        (table,) = json.loads(file.metadata()["ss_datasets"])
+    assert {name: table[name] for name in ("mask_directory", "multi_caption", "trigger_word")} == {
+        "mask_directory": "masks",
+        "multi_caption": True,
+        "trigger_word": "ohwx",
+    }

@@ -272,3 +272,10 @@ def test_root_scripts_are_thin() -> None:
         for script in (*SCRIPTS, "quickstart.py", "run_tests.py")
     }
     assert {script: count for script, count in lines.items() if count > most.get(script, 150)} == {}
+
+
+def test_every_folder_is_credited() -> None:
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+
+    folders = {name for name in MAY_IMPORT if (ROOT / name).is_dir()} | {"pocket", "benchmarks"}
+    assert {name for name in folders if f"\n{name}/ " not in notice} == set()

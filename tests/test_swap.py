@@ -2,13 +2,12 @@
 the bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,12 +49,7 @@ class Project:
 TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "kontext"}  # of blocks
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
+# tests/frame_pack/test_training.py has one of these for every day
 FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)
 PICTURES = [
     pytest.param(name, marks=pytest.mark.slow) for name in ("lumina", "hunyuan_image", "flux", "kontext")

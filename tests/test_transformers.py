@@ -21,7 +21,6 @@ import wan.family
 from modules.contract.family import DitSpec
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
-from modules.offload.checkpointing import checkpoint_blocks
 from modules.run_blocks import spec_of
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 
@@ -44,16 +43,6 @@ class Transformer:
     linear: str  # a layer of a block that files in 8 bits hold so
     norm: str  # of a block
     always_float32: tuple[str, ...]  # layers that compute so whatever the others do
-
-    def learning(self) -> nn.Module:
-        return self.model("i2v").requires_grad_(True).train()
-
-    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        model.zero_grad()
-        model(**self.inputs("i2v")).square().mean().backward()
-        return {
-            name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
-        }
 
 
 TRANSFORMERS = {
@@ -116,24 +105,12 @@ def test_the_class_states_the_names_that_its_family_gives_to_the_loops(transform
     assert all(blocks for blocks in transformer.spec.blocks(model).values())
 
 
-def test_checkpointed_blocks_give_equal_gradients_to_every_weight(transformer: Transformer) -> None:
-    model = transformer.learning()
-    expected = transformer.gradients(model)
-
-    checkpoint_blocks(model, transformer.spec)
-
-    found = transformer.gradients(model)
-    assert len(found) == len(list(model.parameters()))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 def test_a_model_that_made_a_sample_in_inference_mode_trains_on(transformer: Transformer) -> None:
-    model = transformer.learning()
-
+    model, inputs = transformer.model("i2v").requires_grad_(True).train(), transformer.inputs("i2v")
     with torch.inference_mode():
-        model(**transformer.inputs("i2v"))
-
-    assert transformer.gradients(model)
+        model(**inputs)
+    model(**inputs).square().mean().backward()
+    assert any(weight.grad is not None for weight in model.parameters())
 
 
 @pytest.mark.parametrize(("name", "dialect"), FP8_FILES)

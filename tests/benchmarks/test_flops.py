@@ -1,20 +1,54 @@
-"""The operations that utilisation is computed from are those that torch counts."""
+"""Operations and passes over memory are counted right; tables of cards; plain generation."""
 
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from torch import nn
+import torch.nn.functional as functional
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.cards import CARDS, RUNS
 from benchmarks.flops import Work, joint_work, wan_work
+from benchmarks.generation import count_waits
+from benchmarks.gpu_families import generation_family, training_family
+from benchmarks.gpu_rows import GENERATION, TRAINING, WAN_14B, Row, Size
+from benchmarks.gpu_steps import random_batch, random_request
+from benchmarks.traffic import Rates, Traffic, chosen, count_denoising, count_training, report
+from benchmarks.traffic_count import (
+    AGAIN,
+    ATTENTION,
+    CAST,
+    COPY,
+    ELEMENTWISE,
+    FORWARD,
+    NORM,
+    PRODUCT,
+    THIN,
+    Counting,
+    Operation,
+)
+from blissful_tuner.guidance import make_guidance
+from blissful_tuner.options import PLAIN_GUIDANCE
+from generation.denoise import LoopStart, denoise
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
+from modules.contract.requests import Request
+from modules.contract.rules import ONE_EXPERT
+from modules.contract.steps import Section
+from modules.flow.solvers import solver_for
+from modules.planning.dry_run import dry_run
+from tests.commands import ROOT
+from tests.preparing import prepare
+from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.configs import WanConfig
 from wan.model import WanModel
 
-WAN_14B = WanConfig(5120, 13824, 256, 4096, 40, 40, 16, 16)
+CONFIG_14B = WanConfig(5120, 13824, 256, 4096, 40, 40, 16, 16)
 TINY_WAN = WanConfig(
     dim=256, ffn_dim=512, freq_dim=32, text_dim=32, num_heads=2, num_layers=2, in_dim=16, out_dim=16
 )
@@ -78,7 +112,7 @@ def _operations_of_blocks(
 
 def test_the_figures_of_wan_14b_are_those_of_its_arithmetic() -> None:
     """32,760 tokens: 1.68 PFLOP forward and 6.4 a step with checkpointing."""
-    work = wan_work(WAN_14B, 21 * 30 * 52)
+    work = wan_work(CONFIG_14B, 21 * 30 * 52)
     assert round(work.forward / 1e15, 2) == 1.68
     assert round(work.lora_step(checkpointing=True) / 1e15, 1) == 6.4
 
@@ -86,3 +120,123 @@ def test_the_figures_of_wan_14b_are_those_of_its_arithmetic() -> None:
 def test_a_step_without_checkpointing_has_no_recomputation() -> None:
     work = Work(linear=2.0, attention=4.0, cross=1.0)
     assert work.lora_step(checkpointing=True) - work.lora_step(checkpointing=False) == work.forward
+
+
+RATES = Rates(790e12, 600e12, 4.3e12)
+L, C, WIDE = 320, 512, 1024
+
+
+def counted(work: Callable[[torch.device], object]) -> list[Operation]:
+    with (
+        dry_run() as ledger,
+        torch.autograd.set_detect_anomaly(True, check_nan=False),
+        Counting(ledger.device) as counting,
+    ):
+        work(ledger.device)
+    return counting.operations
+
+
+def sizes(operations: list[Operation]) -> list[tuple[str, str, int]]:
+    return [(one.phase, one.group, one.size) for one in operations]
+
+
+def test_kernels_of_a_small_block_are_counted_as_by_hand() -> None:
+    def work(device: torch.device) -> None:
+        x = torch.empty(1, L, C, device=device)
+        weight, bias = torch.empty(WIDE, C, device=device), torch.empty(WIDE, device=device)
+        down = torch.empty(32, C, device=device)
+        normed = functional.layer_norm(x, (C,))
+        functional.linear(normed, weight, bias)
+        functional.linear(normed, down)
+        normed.to(torch.bfloat16)
+        torch.addcmul(x, torch.empty(1, 1, C, device=device).expand(1, L, C), normed)
+        x.add_(1)
+        torch.cat([x, x.view(1, L, C)], dim=1)
+        torch.mul(x, 2, out=torch.empty(1, L, C, dtype=torch.bfloat16, device=device))
+
+    tokens = 4 * L * C
+    assert sizes(counted(work)) == [
+        (FORWARD, NORM, 2 * tokens + 2 * 4 * L),
+        (FORWARD, PRODUCT, tokens + 4 * WIDE * C + 4 * WIDE + 4 * L * WIDE),
+        (FORWARD, THIN, tokens + 4 * 32 * C + 4 * L * 32),
+        (FORWARD, CAST, tokens + tokens // 2),
+        (FORWARD, ELEMENTWISE, 3 * tokens + 4 * C),
+        (FORWARD, ELEMENTWISE, 2 * tokens),
+        (FORWARD, COPY, 3 * tokens),
+        (FORWARD, ELEMENTWISE, tokens + tokens // 2),
+    ]
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_the_operations_of_a_tiny_model_are_those_of_its_sizes(tmp_path: Path, generates: bool) -> None:
+    path = write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16, num_layers=3))
+    options = () if generates else ("--gradient_checkpointing",)
+    kind = GENERATION if generates else TRAINING
+    row = Row("tiny", kind, WAN_14B, Size(288, 288, 5), "", options, text_tokens=512)
+
+    found, config = tiny_traffic(row, path)
+
+    work = wan_work(config, 2 * 18 * 18)
+    attention = chosen(found.step, group=ATTENTION).operations
+    assert attention == (2 if generates else 4.5) * (work.attention + work.cross)
+    products = sum(chosen(found.step, group=group).operations for group in (PRODUCT, THIN))
+    if generates:
+        assert products == pytest.approx(2 * work.linear, rel=0.25)  # and what is outside the blocks
+    else:
+        assert products > 3 * work.linear - work.last  # and those of a LoRA that is wide for this model
+    assert (chosen(found.step, AGAIN).count > 0) is not generates
+    lines = "\n".join(report(found, RATES, most=1000))
+    assert "wan/model.py" in lines
+    assert "modules/layers/rope.py" in lines
+
+
+def tiny_traffic(row: Row, path: Path) -> tuple[Traffic, object]:
+    if row.kind == GENERATION:
+        options, family = generation_family(row, path)
+        found = count_denoising(family, options, *random_request(row, family), RATES)
+    else:
+        options, family = training_family(row, path)
+        found = count_training(family, options, random_batch(row, family), RATES)
+    return found, family.files.dit_header().config
+
+
+def test_the_page_has_a_cell_for_each_run_and_card() -> None:
+    lines = (ROOT / "docs" / "cards.md").read_text(encoding="utf-8").splitlines()
+
+    for run in (run for runs in RUNS.values() for run in runs):
+        [row] = [line for line in lines if line.startswith(f"| {run.about} |")]
+        assert len(row.strip("|").split("|")) == len(CARDS) + 1
+    assert f"| | {' | '.join(f'{card} GB' for card in CARDS)} |" in lines
+
+
+STEPS = 3
+NETWORK = torch.nn.Identity()
+
+
+class Family:
+    """A family whose passes send a tensor to the device, or do not."""
+
+    def __init__(self, waits: bool) -> None:
+        self.waits = waits
+
+    def predict(self, dit: torch.nn.Module, noisy: Tensor, *_: Any) -> Tensor:
+        return noisy * torch.ones(1).to(noisy.device) if self.waits else noisy
+
+
+def arguments(family: Family) -> dict[str, Any]:
+    noise = torch.ones(1, 2, 1, 3, 4)
+    return {
+        "family": family,
+        "dit_at": lambda timestep: NETWORK,
+        "section": Section(noise, {}),
+        "start": LoopStart(noise),
+        "solver": solver_for("unipc", STEPS, 3.0),
+        "guidance": make_guidance(
+            prepare(Request("p", 1, guidance_scale=1.0, steps=STEPS)), PLAIN_GUIDANCE, ONE_EXPERT
+        ),
+    }
+
+
+@pytest.mark.parametrize(("waits", "expected"), [(False, 0), (True, STEPS)])
+def test_every_wait_of_a_step_is_counted(waits: bool, expected: int) -> None:
+    assert count_waits(denoise, arguments(Family(waits))) == expected

@@ -1,5 +1,7 @@
-"""The rows of the GPU benchmark do their work on tiny models on a CPU; what they take there says nothing."""
+"""The GPU benchmark on a CPU: its rows, runner, profile, and what is made of its numbers."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import gpu
+from benchmarks.gpu_checks import main
 from benchmarks.gpu_measuring import measure_row
-from benchmarks.gpu_rows import BY_NAME, Row, Size
+from benchmarks.gpu_profile import ATTENTION, ELEMENTWISE, PRODUCTS, THIN, group_of, profile_calls, report
+from benchmarks.gpu_results import Results, goals_of
+from benchmarks.gpu_rows import BY_NAME, TRAINING, Row, Size
+from benchmarks.gpu_tables import BEGIN, END
+from tests.commands import ROOT
 from tests.tiny import flux, wan_dit
 
 CPU = torch.device("cpu")
@@ -104,3 +112,179 @@ def test_without_a_gpu_nothing_is_measured() -> None:
         gpu.main(["--rows", "gen-flux"])
     with pytest.raises(SystemExit, match="loading has no steps"):
         gpu.main(["--profile", "load-bf16"])
+
+
+GOOD = "def test_good(): pass\n"
+FAILING = GOOD + "def test_bad():\n    assert 1 + 1 == 3, 'a wrong sum'\n"
+HANGING = GOOD + "import time\ndef test_endless():\n    time.sleep(600)\n"
+CRASHING = GOOD + "import os\ndef test_crash():\n    os._exit(7)\n"
+SKIPPING = "import pytest\ndef test_away():\n    pytest.skip('no such device')\n"
+MISSING = "import a_package_that_nobody_has\n" + GOOD
+BROKEN = "import benchmarks.no_such_part\n" + GOOD
+
+
+def checked(
+    tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str], *options: str
+) -> tuple[int, str, dict[str, dict[str, object]]]:
+    """The exit code, what was printed, and the groups by the name of their file."""
+    paths = [tmp_path / f"test_{name}.py" for name in files]
+    for path, text in zip(paths, files.values(), strict=True):
+        path.write_text(text, encoding="utf-8")
+    found = tmp_path / "found.json"
+    code = main([*map(str, paths), "--markers", "", "--output", str(found), *options])
+    groups = json.loads(found.read_text(encoding="utf-8"))["groups"]
+    return code, capsys.readouterr().out, {Path(group["name"]).stem[5:]: group for group in groups}
+
+
+@pytest.mark.slow
+def test_a_bad_file_does_not_lose_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"failing": FAILING, "hanging": HANGING, "crashing": CRASHING, "skipping": SKIPPING}
+    files |= {"missing": MISSING, "broken": BROKEN, "good": GOOD}
+    code, printed, groups = checked(tmp_path, files, capsys, "--group_seconds", "12", "--jobs", "2")
+
+    assert code == 1
+    assert {name: group["passed"] for name, group in groups.items()} == {
+        **dict.fromkeys(("failing", "hanging", "crashing", "good"), 1),
+        **dict.fromkeys(("skipping", "missing", "broken"), 0),
+    }
+    assert "a wrong sum" in printed
+    assert "stopped after 12 seconds (in " in printed
+    assert str(groups["hanging"]["running"]).endswith("test_endless")
+    assert str(groups["crashing"]["ended"]).startswith("ended with exit code 7")
+    assert str(groups["crashing"]["running"]).endswith("test_crash")
+    assert groups["skipping"]["skipped"] == {"no such device": 1}
+    assert groups["missing"]["skipped"] == {"needs a_package_that_nobody_has": 1}
+    assert not groups["missing"]["failures"]
+    assert groups["broken"]["failures"]  # a part of ours that is not there is a fault
+    assert "Not good: " in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_it_says_at_once_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REELSMITH_TEST_DEVICE", raising=False)
+    assert main([]) == 1
+    assert capsys.readouterr().out.startswith("Nothing was checked: torch sees no CUDA device here.")
+
+
+def test_a_real_profile_of_a_cpu_has_all_groups() -> None:
+    """A frozen layer with a LoRA beside it, attention, a norm."""
+    wide, down, up = nn.Linear(256, 768), nn.Linear(256, 16), nn.Linear(16, 768)
+    x = torch.randn(1, 200, 256)
+
+    def step() -> None:
+        q, k, v = (wide(x) + up(down(x))).unflatten(-1, (3, 4, 64)).transpose(1, 3).unbind(2)
+        seen = nn.functional.scaled_dot_product_attention(q, k, v)
+        nn.functional.layer_norm(seen, seen.shape[-1:]).square().mean().backward()
+
+    step()
+    found = profile_calls(step, 2, torch.device("cpu"))
+
+    groups = {group_of(kernel) for kernel in found.kernels}
+    assert {ATTENTION, PRODUCTS, THIN, ELEMENTWISE} <= groups
+    assert 0 < found.busy <= found.wall
+    thin = [kernel for kernel in found.kernels if group_of(kernel) == THIN]
+    assert all(16 in {side for shape in kernel.shapes for side in shape} for kernel in thin)
+    assert "| attention | " in report(found, 2)
+
+
+HEAD = {
+    "device": "a card",
+    "torch": "2.9",
+    "date": "2026-01-01",
+    "matmul": 8e14,
+    "upload": 5e10,
+    "copy": 4e12,
+}
+GIB = 1 << 30
+
+
+def row(kind: str = TRAINING, **changes: Any) -> dict[str, Any]:
+    """A row as the result file has it."""
+    usual = {
+        **{"kind": kind, "model": "Wan", "size": "8x8", "about": "bf16", "options": [], "took": 90.0},
+        **{"seconds": 10.0, "spread": 0.01, "calls": 3, "per": 1.0, "whole": 1.0, "warm_up": 60.0},
+        **{"operations": 5e15, "model_operations": 4e15, "device": 50 * GIB, "planned": 51 * GIB},
+        **{
+            "host": GIB,
+            "loading": 14.0,
+            "loaded": 28e9,
+            "losses": [2.0, 1.9],
+            "norms": [1.0],
+            "expected": 60.0,
+        },
+    }
+    return {**usual, **changes}
+
+
+def verdicts(**rows: dict[str, Any]) -> list[str]:
+    return [
+        str(goal)
+        for goal in goals_of(Results(HEAD, {name.replace("_", "-"): one for name, one in rows.items()}))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (10.0, ("missed: 65% of the bf16 peak in LoRA training of Wan 14B", "(wan14b-bf16 62.5%)")),
+        (9.0, ("met: 65% of the bf16 peak in LoRA training of Wan 14B", "(wan14b-bf16 69.4%)")),
+    ],
+)
+def test_the_share_of_the_peak_is_compared_with_its_goal(seconds: float, expected: tuple[str, str]) -> None:
+    goal, (start, end) = verdicts(wan14b_bf16=row(seconds=seconds))[0], expected
+    assert goal.startswith(start)
+    assert goal.endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "found"),
+    [
+        ({"seconds": 8.0}, "met", "1.25 times, losses 0.00% apart, norms of gradients 10.00% apart"),
+        ({"seconds": 8.5}, "missed", "1.18 times, losses 0.00% apart, norms of gradients 10.00% apart"),
+        (
+            {"seconds": 8.0, "losses": [2.0, 1.8]},
+            "missed",
+            "1.25 times, losses 5.26% apart, norms of gradients 10.00% apart",
+        ),
+        (
+            {"seconds": 8.0, "losses": []},
+            "missed",
+            "1.25 times, losses unknown, norms of gradients 10.00% apart",
+        ),
+    ],
+)
+def test_fp8_must_be_faster_at_equal_loss(changes: dict[str, Any], verdict: str, found: str) -> None:
+    goal = verdicts(wan14b_bf16=row(), wan14b_fp8_products=row(**{"norms": [1.1], **changes}))[1]
+    assert goal.startswith(f"{verdict}: wan14b-fp8-products at least 1.2 times")
+    assert goal.endswith(f"({found})")
+
+
+# The tables
+
+
+def test_tables_are_written_between_the_marks_of_the_documents_and_nowhere_else(tmp_path: Path) -> None:
+    results = Results(HEAD, path=tmp_path / "gpu.json")
+    results.note("wan14b-bf16", row())
+    documents = [tmp_path / name for name in ("speed.md", "README.md")]
+    shutil.copy(ROOT / "docs" / "speed.md", documents[0])
+    shutil.copy(ROOT / "benchmarks" / "README.md", documents[1])
+    before = [path.read_text(encoding="utf-8") for path in documents]
+    words = ["--tables", str(tmp_path / "gpu.json"), "--documents", *map(str, documents)]
+
+    gpu.main(words)
+    gpu.main(words)  # again: instead of what was there
+
+    for path, old in zip(documents, before, strict=True):
+        new = path.read_text(encoding="utf-8")
+        assert new.count("2026-01-01, a card, torch 2.9") == 1
+        assert "| Wan | 8x8 | bf16 | 10.00 |" in new
+        assert new.partition(BEGIN)[0] == old.partition(BEGIN)[0]
+        assert new.partition(END)[2] == old.partition(END)[2]
+
+
+# The result file
+
+
+# How long

@@ -18,7 +18,7 @@ from blissful_tuner.prompt_syntax import choose_alternatives, expand_texts, pars
 from modules.answers import take_answer
 from modules.errors import CheckpointError, OptionError
 from tests.golden_cases import read_case
-from tests.tiny.chat_model import write_chat_model
+from tests.tiny.published import write_chat_model
 from tests.tiny.wan import write_tiny_wan
 
 GOLDEN, _ = read_case("prompt_weights")

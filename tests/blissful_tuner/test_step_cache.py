@@ -13,7 +13,7 @@ from modules.contract.rules import MagCache, StepCaching, TeaCache
 from modules.contract.steps import Tweaks
 from modules.run_blocks import spec_of
 from modules.step_cache import Branch
-from tests.modules.step_cache.turns import turn
+from tests.modules.step_cache.test_runner import turn
 from tests.preparing import prepare
 from tests.tiny.dits import ONE_OF_EACH, TinyDit
 

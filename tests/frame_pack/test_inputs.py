@@ -31,9 +31,8 @@ from modules.parser import add_options, parse_options
 from tests.dataset.making import make_table
 from tests.golden_cases import read_case
 from tests.preparing import prepare
-from tests.tiny.framepack import write_siglip
+from tests.tiny.framepack import SIGLIP_DIM, write_siglip
 from tests.tiny.framepack_dit import tiny_state, write_dit
-from tests.tiny.framepack_encoders import SIGLIP_DIM
 from tests.tiny.project import write_image
 
 WIDTH, HEIGHT = 48, 32

@@ -31,7 +31,7 @@ from modules.parser import parse_options
 from tests.golden_cases import read_case
 from tests.manifests import fit, tensor_list, write_hollow
 from tests.parity.hunyuan import load_clip
-from tests.tiny.framepack_encoders import SIGLIP_DIM, siglip_config, siglip_layouts, siglip_tensors
+from tests.tiny.framepack import SIGLIP_DIM, siglip_config, siglip_layouts, siglip_tensors
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM, save, write_text_encoders
 
 CPU = torch.device("cpu")

@@ -66,7 +66,7 @@ class Script:
     """A family's script with its models on disk."""
 
     main: Callable[..., None]
-    words: Sequence[str]  # name the models and what each video needs
+    words: Sequence[object]  # name the models and what each video needs
 
     def run(self, folder: Path, *arguments: object, say: Sequence[str] = SAY) -> Made:
         """Make what the arguments ask for."""
@@ -74,7 +74,7 @@ class Script:
 
         calls: list[Call] = []
         self.main(
-            ["--save_path", str(folder), *SIZE, *self.words, *say, *map(str, arguments)],
+            [str(word) for word in ("--save_path", folder, *SIZE, *self.words, *say, *arguments)],
             make=lambda family, options: generate(Watched(family, calls), options),
         )
         return latents_in(folder), calls
@@ -82,6 +82,16 @@ class Script:
     def latents(self, folder: Path, *arguments: object) -> Tensor:
         """Return the latents of a single video."""
         (made,) = self.run(folder, *arguments)[0].values()
+        return made
+
+    def made(self, folder: Path, *arguments: object) -> dict[int, Tensor]:
+        """Make what the arguments ask for as a user does, and return the latents that are left."""
+        self.main([str(word) for word in ("--save_path", folder, *SIZE, *self.words, *arguments)])
+        return latents_in(folder)
+
+    def one(self, folder: Path, *arguments: object) -> Tensor:
+        """Return the latents of a single video that is made as a user does."""
+        (made,) = self.made(folder, *arguments).values()
         return made
 
 

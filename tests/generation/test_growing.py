@@ -2,8 +2,10 @@
 meanwhile.
 """
 
+import gc
 import logging
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,6 @@ from modules.media.reading import video_frames
 from modules.media.writing import join_segments
 from tests.generation.test_run import options as toy_options
 from tests.generation.toy_family import WINDOW, ToyDit, ToyFamily, ToyVae
-from tests.held_memory import held_memory
 
 DEFAULTS = ScriptDefaults(fps=16, guidance_scale=1.0, in_sections=True, infer_steps=2)
 REQUEST = Request("cat", 3, 48, 32, None, 2, 1.0, None, 3.0, "unipc", 16.0)
@@ -279,3 +280,27 @@ def test_pixels_that_are_held_at_once_do_not_grow_with_the_number_of_sections(
     frame_bytes = 3 * 32 * 48 * 4
     assert few > section_frames(2 * WINDOW) * frame_bytes  # a clip at least is seen
     assert many - few < 3 * frame_bytes  # of 96 frames that are more: latents and notes
+
+
+@contextmanager
+def held_memory() -> Iterator[Callable[[], int]]:
+    """A function that says how many bytes are held of what was made inside the block; memory that several
+    share counts once.
+
+    Tensors are found among the objects that Python can walk through, arrays by the memory that numpy says it
+    takes.
+    """
+
+    def held() -> int:
+        tensors = [each for each in gc.get_objects() if type(each) is Tensor]
+        storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+        return sum(storages.values()) + tracemalloc.get_traced_memory()[0]
+
+    gc.collect()
+    gc.freeze()  # what is there now is neither walked through nor counted
+    tracemalloc.start()
+    try:
+        yield held
+    finally:
+        tracemalloc.stop()
+        gc.unfreeze()

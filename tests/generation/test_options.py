@@ -1,14 +1,27 @@
-"""The shared options of generation scripts."""
+"""Options of generation scripts, --optimized among them, and the requests that come from them and lines."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from generation.options import GenerationOptions, generation_parser, read_arguments
-from generation.script_options import ScriptDefaults
+import wan_generate_video
+from blissful_tuner.guidance import check_guidance
+from blissful_tuner.video_to_video_options import SourceDefaults, SourceOptions
+from generation.options import GenerationOptions, generation_parser, read_arguments, read_generation
+from generation.prompt_lines import EMBEDDED_IMAGE_OPTIONS
+from generation.request import make_request, seed_of
+from generation.run import leave_out_missing
+from generation.sample_lines import parse_sample_line
+from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, RequestOptions, ScriptDefaults
 from modules.errors import OptionError
-from modules.options import read_options
+from modules.options import NoOptions, read_options
 from modules.speed_options import Quantisation
+from tests.generation.toy_family import ToyFamily
+from tests.golden_cases import read_case
+from tests.preparing import prepare
 
 DEFAULTS = ScriptDefaults(fps=16, guidance_scale=5.0)
 
@@ -58,3 +71,214 @@ def test_optimized_turns_on_what_it_stands_for(tmp_path: Path) -> None:
     assert speed.fp8.quantisation == Quantisation("rows", fp8_matmul=True)
     assert set(speed.by_preset) == {"attn_mode", "compile", "fp8_scaled", "fp8_fast"}
     assert read(tmp_path, "--prompt", "p").speed.by_preset == ()
+
+
+OPTIONS = RequestOptions.usual(
+    prompt="a cat", video_size=(480, 832), fps=16.0, guidance_scale=5.0, source=SourceOptions()
+)
+
+
+def test_a_line_wins_over_the_command_line() -> None:
+    line = {
+        "prompt": "a dog",
+        "video_size_width": 64,
+        "video_length": 9,
+        "seed": 3,
+        "infer_steps": 4,
+        "guidance_scale": 2.0,
+        "flow_shift": 1.5,
+        "image_path": "~/x.png",
+        "cfg_schedule": "1-2",
+    }
+    request = make_request(replace(OPTIONS, seed="9", control_path=Path("c.mp4")), line)
+    said = (request.prompt, request.width, request.height, request.frames, request.seed)
+    assert said == ("a dog", 64, 480, 9, 3)
+    assert (request.steps, request.guidance_scale, request.flow_shift) == (4, 2.0, 1.5)
+    assert request.cfg_schedule == "1-2"
+    assert request.image_path == Path("~/x.png").expanduser()
+    assert request.control_path == Path("c.mp4")
+
+
+def test_references_of_a_line_replace_those_of_the_command_line() -> None:
+    options = replace(OPTIONS, control_image_path=("a.png", "b.png"))
+    assert make_request(options).control_images == (Path("a.png"), Path("b.png"))
+    assert make_request(options, {"control_image_path": ["c.png"]}).control_images == (Path("c.png"),)
+    assert make_request(OPTIONS).control_images == ()
+
+
+EXTRAS = {
+    "image_path": ("image_path", "a.png"),
+    "seconds": ("length", 5.0),
+    "one": ("one", None),
+    "controls": ("controls", ["a", "b"]),
+}
+
+
+def test_what_only_the_family_reads_goes_there_as_text() -> None:
+    """It is no path here even where it looks like one; of a list each has a line of its own."""
+    request = make_request(replace(OPTIONS, extras=EXTRAS, image_path=Path("a.png")))
+    assert request.extra == {"image_path": "a.png", "length": "5.0", "controls": "a\nb"}
+    assert request.image_path is None
+
+
+def test_a_given_seed_is_kept_or_hashed_and_then_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert seed_of(" 42 ") == 42
+        assert not caplog.messages
+        assert make_request(replace(OPTIONS, seed="hello")).seed == 2475399061
+    assert caplog.messages == ["Seed of the text 'hello': 2475399061"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"video_length": 0},
+        {"infer_steps": -1},
+        {"infer_steps": 10**11},
+        {"video_size_width": 0},
+        {"video_size_height": 16 * 10**8},
+        {"guidance_scale": float("nan")},
+        {"flow_shift": 0.0},
+        {"seed": 2**70},
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(line: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        make_request(OPTIONS, line)
+
+
+def test_a_negative_prompt_without_guidance_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    check_guidance(prepare(make_request(replace(OPTIONS, guidance_scale=5.0, negative_prompt="bad"))))
+    # the family's own is no matter of the user's
+    check_guidance(prepare(make_request(replace(OPTIONS, guidance_scale=1.0))))
+    assert "ignored" not in caplog.text
+    check_guidance(prepare(make_request(replace(OPTIONS, guidance_scale=1.0, negative_prompt="bad"))))
+    assert "'bad' is ignored" in caplog.text
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_the_work(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(OptionError, match="the prompt .* is not UTF-8 text"):
+        make_request(OPTIONS, {"prompt": "d\udcffog"})
+    assert make_request(OPTIONS, {"prompt": "d\u00f6g", "seed": None}).prompt == "dög"
+
+
+CPU = torch.device("cpu")
+
+
+def read_wan(folder: Path, *arguments: object) -> GenerationOptions:
+    parser = generation_parser(None, wan_generate_video.DEFAULTS)
+    parser.set_defaults(rope_func="default")
+    words = ["--save_path", folder, "--prompt", "p", *arguments]
+    return read_options(GenerationOptions, read_arguments(parser, [str(word) for word in words]))
+
+
+def test_what_a_cpu_lacks_is_left_out_with_a_warning_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = leave_out_missing(ToyFamily(), read_wan(tmp_path, "--optimized", "--fp8_fast"), CPU)
+
+    assert options.speed.attention.choice.mode == "sdpa"
+    assert not options.speed.fp16_accumulation
+    assert options.speed.fp8.fp8_scaled
+    assert options.speed.fp8.fp8_fast  # given by name: an error later
+    assert {"attn_mode", "fp16_accumulation"}.isdisjoint(options.speed.by_preset)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(". ")[0] for line in said] == [
+        "--optimized goes without --attn_mode here",
+        "--optimized goes without --fp16_accumulation here",
+    ]
+    assert "CUDA devices only" in said[0]
+
+
+def said_of(folder: Path, caplog: pytest.LogCaptureFixture, *arguments: object) -> str:
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        leave_out_missing(ToyFamily(), read_wan(folder, *arguments), CPU)
+    (line,) = (text for text in caplog.messages if text.startswith("--optimized sets"))
+    return line
+
+
+def test_one_line_says_what_is_set_what_is_missing_and_what_was_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert said_of(tmp_path, caplog, "--optimized", "--compile") == (
+        "--optimized sets --fp8_scaled --rope_func; left out, as the warnings above say why: --attn_mode, "
+        "--fp16_accumulation; left to what you gave: --compile"
+    )
+    given = ("--compile", "--fp8", "--attn_mode", "torch", "--fp16_accumulation")
+    assert said_of(tmp_path, caplog, "--optimized", *given).endswith(
+        "sets --rope_func; left to what you gave: --attn_mode, --compile, --fp8_scaled, --fp16_accumulation"
+    )
+
+
+PICTURES = ScriptDefaults(
+    fps=PICTURE_FPS,
+    video_length=1,
+    size=(1024, 768),
+    pictures=True,
+    output_types=PICTURE_OUTPUTS,
+    media=frozenset(),
+    source=SourceDefaults(share="strength", takes_video=False),
+    embedded_guidance=3.5,
+    line_options=EMBEDDED_IMAGE_OPTIONS,
+)
+
+
+def read_pictures(tmp_path: Path, *words: str) -> GenerationOptions:
+    argv = ["--save_path", str(tmp_path), "--prompt", "a cat", *words]
+    options, _ = read_generation("", PICTURES, NoOptions, argv)
+    return options
+
+
+def test_a_picture_script_makes_single_images_of_its_size(tmp_path: Path) -> None:
+    options = read_pictures(tmp_path)
+
+    assert options.request.video_size == (1024, 768)
+    assert (options.request.video_length, options.output.output_type) == (1, "images")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--video_length", "5"),
+        ("--fps", "24"),
+        ("--codec", "h265"),
+        ("--keep_pngs",),
+        ("--save_last_frame",),
+        ("--trim_tail_frames", "1"),
+        ("--video_path", "a.mp4"),
+        ("--v2v_pad_mode", "front"),
+    ],
+)
+def test_what_only_videos_have_is_refused_by_name(tmp_path: Path, words: tuple[str, ...]) -> None:
+    with pytest.raises(OptionError, match=f"{words[0]} is not supported.*makes pictures"):
+        read_pictures(tmp_path, *words)
+
+
+def test_a_video_as_output_is_refused_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        read_pictures(tmp_path, "--output_type", "video")
+
+    assert "makes pictures" in capsys.readouterr().err
+
+
+SAMPLE_NAMES = {  # of the measured keys -> ours
+    "scale": "cfg_scale",
+    "flow_shift": "discrete_flow_shift",
+    "controlnet_image": "control_video_path",
+}
+
+
+def test_sample_lines_of_the_image_guides_are_read_as_measured() -> None:
+    cases, _ = read_case("image_prompt_lines")
+    for line, expected in cases["training_sample_lines"]:
+        wanted = {SAMPLE_NAMES.get(key, key): value for key, value in expected.items()}
+        if "discrete_flow_shift" in wanted:
+            wanted["discrete_flow_shift"] = float(wanted["discrete_flow_shift"])
+        read_pictures = {key: value for key, value in parse_sample_line(line).items() if value != ""}
+        if "seed" not in wanted:
+            read_pictures.pop("seed", None)  # ours reads a word as a seed too
+
+        assert read_pictures == wanted, line

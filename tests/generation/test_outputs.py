@@ -1,9 +1,12 @@
-"""Names, latent files, videos and images."""
+"""Names, latent files, images, videos of every codec and container, their metadata, and the console."""
 
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -11,12 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from generation.outputs import drop_tail, output_stem, own_stem, save_latents, save_pixels
+from generation.progress import Queue, show_end, show_start
+from generation.script_options import OutputOptions
 from modules.checkpoints.model_files import load_latents
+from modules.contract.requests import Request
 from modules.errors import CheckpointError, OptionError
+from modules.media.options import FormatOptions
 from modules.media.pixels import pixels_to_uint8
-from modules.media.reading import read_image
-from tests.generation.saving import output_options
-from tests.media_tags import read_tags
+from modules.media.reading import read_image, read_tags, video_frames
+from tests.generation.toy_family import ToyFamily
+from tests.preparing import prepare
 
 
 def clip(frames: int = 5) -> Iterator[Tensor]:
@@ -148,3 +155,118 @@ def test_the_words_of_a_prompt_may_follow_the_known_name(prompt: str, words: str
 
     assert stem == "20300102-030405_7" + (f"_{words}" if words else "")
     assert len(stem.encode()) < 140
+
+
+STREAMS = {"h264": ("h264", "yuv420p"), "h265": ("hevc", "yuv420p"), "prores": ("prores", "yuv422p10le")}
+PROMPT = 'käfer 漢字 🐞 "quoted" = a; b # c\\d ' + "long " * 1000
+METADATA = {"bt_prompt": PROMPT + "\nsecond line", "bt_seeds": "7", "bt_cfg_schedule": "1-3, e~2"}
+AS_ONE_LINE = {**METADATA, "bt_prompt": PROMPT + "\\nsecond line"}
+
+
+def save(
+    folder: Path, codec: str, container: str, width: int = 96, height: int = 64, frames: int = 5
+) -> Path:
+    pixels = torch.linspace(-1, 1, frames).view(1, 1, -1, 1, 1).expand(1, 3, frames, height, width)
+    asked = output_options(folder, codec=codec, container=container)
+    return save_pixels(asked, "a", iter([pixels]), 16.0, METADATA)
+
+
+def tags_by_av(path: Path) -> dict[str, str]:
+    with av.open(str(path)) as container:
+        return {name.lower(): text for name, text in container.metadata.items()}
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize("codec", STREAMS)
+def test_every_codec_and_container_keeps_frames_and_metadata(
+    codec: str, container: str, tmp_path: Path
+) -> None:
+    path = save(tmp_path, codec, container)
+    assert path.suffix == (".mkv" if codec == "prores" else f".{container}")
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == STREAMS[codec]
+        assert stream.average_rate == 16
+    grey = np.stack(list(video_frames(path))).astype(int)
+    assert grey.shape == (5, 64, 96, 3)
+    assert abs(grey.mean((1, 2, 3)) - [0, 64, 128, 191, 255]).max() < 3
+    assert np.ptp(grey, axis=3).max() <= 3  # no colour
+    for found in (read_tags(path), tags_by_av(path)):
+        assert {key: found[key] for key in METADATA} == AS_ONE_LINE
+
+
+@pytest.mark.parametrize("codec", STREAMS)
+@pytest.mark.parametrize(("width", "height"), [(97, 65), (96, 65), (97, 64)])
+def test_the_last_row_or_column_of_an_odd_size_is_cropped(
+    codec: str, width: int, height: int, tmp_path: Path
+) -> None:
+    path = save(tmp_path, codec, "mkv", width, height)
+    assert next(video_frames(path)).shape == (64, 96, 3)
+
+
+@pytest.mark.parametrize(("width", "height", "codec"), [(48, 32, "h264"), (62, 64, "h264"), (64, 48, "hevc")])
+def test_pictures_too_small_for_h265_are_written_as_h264(
+    width: int, height: int, codec: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(tmp_path, "h265", "mkv", width, height)
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].codec_context.name == codec
+    assert ("--codec h265 is written as h264" in caplog.text) == (codec == "h264")
+    assert {key: read_tags(path)[key] for key in METADATA} == AS_ONE_LINE
+
+
+def output_options(
+    folder: Path,
+    output_type: str = "video",
+    trim: int = 0,
+    codec: str = "h264",
+    container: str = "mp4",
+    pngs: bool = False,
+    numbered: bool = False,
+    last: bool = False,
+) -> OutputOptions:
+    return OutputOptions(
+        save_path=folder,
+        output_type=output_type,
+        no_metadata=False,
+        trim_tail_frames=trim,
+        no_progressive_save=False,
+        prompt_in_name=False,
+        save_last_frame=last,
+        numbers_single=numbered,
+        pictures=False,
+        naming="",
+        format=FormatOptions(codec=codec, container=container, keep_pngs=pngs),
+    )
+
+
+PREPARED = prepare(Request("a [red]cat[/]\nruns", 7, 48, 32, 5, 10, 5.0, None, 5.0, "unipc", 16.0, "bad"))
+
+
+def test_a_file_of_prompts_says_where_it_is_and_how_long_it_takes(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    times = iter([0.0, 120.0, 360.0])
+    queue = Queue([PREPARED, replace(PREPARED, frames=10), PREPARED], now=lambda: next(times))
+
+    for line in (1, 2, 4):
+        queue.begin(f"line {line}")
+
+    size = "48 x 32 (width x height), 5 frames, 10 steps, seed 7: a [red]cat[/] runs"
+    assert caplog.messages[0] == f"1 of 3 (line 1): {size}"
+    assert caplog.messages[1].startswith("2 of 3, about 6 min left (line 2): 48 x 32")
+    assert caplog.messages[2] == f"3 of 3, about 2 min left (line 4): {size}"
+
+
+def test_boxes_name_loras_and_count_the_files_of_folders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "frames").mkdir()
+    for index in range(3):
+        (tmp_path / "frames" / f"{index}.png").write_bytes(b"12")
+
+    show_start(ToyFamily(), [PREPARED] * 2, {"": [("a.safetensors", 0.8)]}, tmp_path, torch.device("cpu"))
+    show_end([tmp_path / "frames"], 3, torch.device("cpu"))
+
+    assert "  LoRAs:  a.safetensors, strength 0.8\n  clips:  2; the first: 48 x 32" in caplog.text
+    assert f"  result:      {tmp_path / 'frames'} (6 bytes)" in caplog.text

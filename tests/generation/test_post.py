@@ -15,7 +15,7 @@ from modules.media.reading import read_image, read_tags, video_info
 from post.chain_options import AskedTools, ToolOptions
 from post.contract import Stage
 from post.stages import NamedStage, PostTools
-from tests.generation.saving import output_options
+from tests.generation.test_outputs import output_options
 from tests.generation.test_run import only, options
 from tests.generation.toy_family import ToyFamily
 from tests.post.stages_here import Black, Larger, Refusing, Smoother, files_in, frames_of, tool_for

@@ -1,21 +1,28 @@
-"""The modes of a generation script, with toy networks that note what happens to them."""
+"""The modes of a generation script and its session, with toy networks that note what happens to them."""
 
 import builtins
+import gc
 import logging
 import math
+import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from generation.asking import line_reader
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
 from generation.script_options import ScriptDefaults
+from generation.session import Session, wanted_texts
 from modules.contract.data import MediaEncoders
 from modules.contract.loading import Placement
+from modules.contract.requests import Request
 from modules.errors import CheckpointError, MemoryPlanError, OptionError, OutputError, UserError
 from modules.media.reading import video_frames
 from modules.options import read_options
@@ -241,3 +248,69 @@ def test_what_is_not_a_number_is_an_error_and_no_grey_video(output: str, tmp_pat
     save_file({"latent": torch.full((16, 2, 4, 4), math.nan)}, path)
     with pytest.raises(CheckpointError, match=r"bad.safetensors: its latents have values that are NaN"):
         generate(ToyFamily(), options(out, "--latent_path", path))
+
+
+def test_on_a_terminal_prompt_toolkit_asks_if_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PromptSession:
+        def __init__(self, sign: str) -> None:
+            self.sign = sign
+
+        def prompt(self) -> str:
+            return f"edited after {self.sign}"
+
+    package = ModuleType("prompt_toolkit")
+    package.PromptSession = PromptSession  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", package)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+
+    assert line_reader([])() == "edited after > "
+
+
+@pytest.mark.parametrize("end", ["quit", "exit", " Exit() ", ":q"])
+def test_quit_ends_and_help_lists_the_options_of_a_line(
+    end: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = iter(["help", "?", "a cat that wants to exit --d 1", end])
+    monkeypatch.setattr("builtins.input", lambda sign: next(lines))
+    with caplog.at_level(logging.INFO):
+        read = line_reader([("w", "width"), ("d", "seed")])
+        assert read() == "a cat that wants to exit --d 1"
+    assert caplog.text.count("--d seed") == 2
+    with pytest.raises(EOFError):
+        read()
+
+
+CPU = torch.device("cpu")
+
+
+def session(family: ToyFamily, keep: bool) -> Session:
+    def load(expert: int) -> nn.Module:
+        return family.load_dit(Placement(CPU), expert)
+
+    return Session(family, CPU, load, keep)
+
+
+def test_lines_of_one_prompt_keep_their_own_negative_text() -> None:
+    requests = [Request("cat", 0, steps=3, guidance_scale=2.0, negative_prompt=text) for text in ("a", "bb")]
+    found = session(ToyFamily(), keep=False).texts(
+        [wanted_texts(ToyFamily().prepare(request)) for request in requests]
+    )
+    negatives = [by_section[0].negative for by_section in found]
+    assert [float(negative["letters"][0]) for negative in negatives if negative is not None] == [1.0, 2.0]
+
+
+def test_a_freed_network_is_really_gone() -> None:
+    family = ToyFamily()
+    freeing = session(family, keep=False)
+    with freeing.dit() as dit_at:
+        dit = weakref.ref(dit_at(500.0))
+    gc.collect()
+    assert dit() is None
+    with freeing.media(images=True, again=True) as encoders:
+        vae = weakref.ref(encoders.vae)
+    with freeing.media(images=False, again=False) as encoders:
+        assert vae() is encoders.vae
+    del encoders
+    gc.collect()
+    assert vae() is None

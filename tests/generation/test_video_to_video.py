@@ -1,7 +1,5 @@
 """Videos that start from a video, an image or saved latents, in all families, from the command line."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -19,36 +17,17 @@ from hunyuan_model.vae import load_vae as load_hunyuan_vae
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.media.pixels import byte_clips, to_pixels
 from modules.media.writing import write_png
-from tests.generation.guided import latents_in
-from tests.tiny.framepack import TinyFramePack, write_tiny_framepack
-from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
+from tests.generation.guided import Script
+from tests.tiny.framepack import write_tiny_framepack
+from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import moving_square, write_image
-from tests.tiny.wan import TinyWan, write_tiny_wan
+from tests.tiny.wan import write_tiny_wan
 from wan.vae import load_vae as load_wan_vae
 
 HEIGHT, WIDTH, FRAMES = 32, 48, 9
 CPU = torch.device("cpu")
-SIZE = ("--video_size", HEIGHT, WIDTH, "--device", "cpu")
+SIZE = ("--video_size", HEIGHT, WIDTH)
 SAY = ("--prompt", "a cat", "--seed", 1, "--infer_steps", 4)
-
-
-@dataclass(frozen=True)
-class Script:
-    """A generation script with tiny models; `say` makes videos of FRAMES frames."""
-
-    main: Callable[[list[str]], None]
-    files: TinyWan | TinyHunyuan | TinyFramePack
-    say: tuple[object, ...]
-
-    def run(self, folder: Path, *arguments: object) -> dict[int, Tensor]:
-        """The latents that are left, C F h w, by seed."""
-        words = [*self.files.models, "--save_path", folder, "--output_type", "latent", *SIZE, *self.say]
-        self.main([str(word) for word in (*words, *arguments)])
-        return latents_in(folder)
-
-    def one(self, folder: Path, *arguments: object) -> Tensor:
-        (latents,) = self.run(folder, *arguments).values()
-        return latents
 
 
 Scripts = dict[str, Script]
@@ -58,15 +37,15 @@ Scripts = dict[str, Script]
 def scripts(tmp_path_factory: pytest.TempPathFactory) -> Scripts:
     folder = tmp_path_factory.mktemp("models")
     write_image(folder / "start.png", WIDTH, HEIGHT)
-    length = ("--video_length", FRAMES)
-    sections = ("--latent_window_size", 1, "--video_sections", 2, "--image_path", folder / "start.png")
-    framepack = write_tiny_framepack(folder / "framepack")
+    length = (*SIZE, "--video_length", FRAMES)
+    sections = (*SIZE, "--latent_window_size", 1, "--video_sections", 2, "--image_path", folder / "start.png")
+    framepack = write_tiny_framepack(folder / "framepack").models
     plain = ("--guidance_scale", 1, "--sample_solver", "vanilla", "--task", "t2v-1.3B")
     return {
-        "wan": Script(wan_generate_video.main, write_tiny_wan(folder / "wan"), (*length, *plain)),
-        "hv": Script(hv_generate_video.main, write_tiny_hunyuan(folder / "hv"), length),
-        "fpack": Script(fpack_generate_video.main, framepack, sections),
-        "f1": Script(fpack_generate_video.main, framepack, (*sections, "--f1")),
+        "wan": Script(wan_generate_video.main, (*write_tiny_wan(folder / "wan").models, *length, *plain)),
+        "hv": Script(hv_generate_video.main, (*write_tiny_hunyuan(folder / "hv").models, *length)),
+        "fpack": Script(fpack_generate_video.main, (*framepack, *sections)),
+        "f1": Script(fpack_generate_video.main, (*framepack, *sections, "--f1")),
     }
 
 
@@ -87,10 +66,11 @@ def frames_of(count: int = FRAMES) -> Tensor:
 @torch.no_grad()
 def reconstruction(name: str, scripts: Scripts) -> Tensor:
     """What the VAE makes of the clip, C F h w in model space."""
-    files = scripts[name].files
+    words = [str(word) for word in scripts[name].words]
+    path = Path(words[words.index("--vae") + 1])
     if name == "wan":
-        return load_wan_vae(files.vae, CPU, torch.float32).encode(to_pixels(frames_of()))[0]
-    vae = load_hunyuan_vae(files.vae, CPU, torch.float32)
+        return load_wan_vae(path, CPU, torch.float32).encode(to_pixels(frames_of()))[0]
+    vae = load_hunyuan_vae(path, CPU, torch.float32)
     return vae.encode(byte_clips(frames_of()), [posterior_generator(1)])[0] * HUNYUAN_LATENT.scale
 
 
@@ -137,7 +117,7 @@ def test_lines_of_a_file_equal_single_runs(
     )
     more = ("--infer_steps", 4, "--v2v_extra_noise", 0.05)
 
-    made = script.run(tmp_path / "file", *more, "--from_file", lines)
+    made = script.made(tmp_path / "file", *more, "--from_file", lines)
 
     assert "--vd 0.3 is ignored because the line starts from no video" in caplog.text
     assert "--v2v_extra_noise" not in caplog.text  # other lines use it
@@ -176,16 +156,16 @@ def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts:
     path = tmp_path / "x.safetensors"
     save_file({"latent": torch.zeros(16, 2, 4, 6)}, path)
     with pytest.raises(OptionError, match=r"--from_latent .*: it has 2 latent frames.*has 3 \(9 frames\)"):
-        scripts["hv"].run(tmp_path, *SAY, "--from_latent", path)
+        scripts["hv"].made(tmp_path, *SAY, "--from_latent", path)
     save_file({"latent": torch.zeros(16, 3, 4, 6)}, path, {"bt_model_type": "wan"})
     with pytest.raises(CheckpointError, match="the latents were made by wan"):
-        scripts["hv"].run(tmp_path, *SAY, "--from_latent", path)
+        scripts["hv"].made(tmp_path, *SAY, "--from_latent", path)
     save_file({"latent": torch.zeros(4, 3, 4, 6)}, path)
     with pytest.raises(CheckpointError, match="have 4 channels"):
-        scripts["wan"].run(tmp_path, *SAY, "--from_latent", path)
+        scripts["wan"].made(tmp_path, *SAY, "--from_latent", path)
     path.write_text("no tensors", encoding="utf-8")
     with pytest.raises(CheckpointError, match="x.safetensors"):
-        scripts["wan"].run(tmp_path, *SAY, "--from_latent", path)
+        scripts["wan"].made(tmp_path, *SAY, "--from_latent", path)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +198,7 @@ def test_mistakes_are_named_before_anything_is_loaded(
     (tmp_path / "text.mp4").write_text("no video", encoding="utf-8")
     words = arguments.replace("CLIP", str(clip)).replace("TMP", str(tmp_path)).split()
     with pytest.raises(UserError, match=message):
-        scripts[name].run(tmp_path / "out", *SAY, *words)
+        scripts[name].made(tmp_path / "out", *SAY, *words)
     assert not (tmp_path / "out").exists()
     assert "computing in" not in caplog.text
 

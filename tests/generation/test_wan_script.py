@@ -1,22 +1,29 @@
-"""wan_generate_video.py on a tiny Wan2.1, from the command line to files."""
+"""wan_generate_video.py, hv_generate_video.py and sample_video.py on tiny models, from words to files."""
 
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+import hv_generate_video
+import sample_video
 import wan_generate_video
-from modules.contract.loading import Placement
-from modules.contract.requests import Prompt
-from modules.media.reading import video_frames
+from blissful_tuner.metadata import seed_in
+from hunyuan_model.official_options import NEGATIVE_PROMPT, SIZES, generation_words, read_official
+from modules.errors import OptionError
+from modules.media.reading import read_tags, video_frames
+from tests.generation.guided import Script
+from tests.tiny.hunyuan import TinyHunyuan, write_tiny_hunyuan
+from tests.tiny.hunyuan_dit import tiny_state, write_dit
+from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM, write_text_encoders
+from tests.tiny.hunyuan_vae import write_vae
 from tests.tiny.project import write_image, write_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan
-from wan.checkpoints import load_dit
-from wan.configs import NEGATIVE_PROMPT
-from wan.t5 import WanTextEncoder
 
 SIZE = ("--video_size", "32", "48", "--video_length", "5", "--infer_steps", "3", "--device", "cpu")
 
@@ -26,68 +33,31 @@ def t2v(tmp_path_factory: pytest.TempPathFactory) -> TinyWan:
     return write_tiny_wan(tmp_path_factory.mktemp("t2v"))
 
 
-def generate(folder: Path, files: TinyWan, *arguments: object, task: str = "t2v-1.3B") -> None:
-    wan_generate_video.main(
-        ["--save_path", str(folder), "--task", task, *SIZE, *files.models, *map(str, arguments)]
-    )
-
-
-def latents_in(folder: Path) -> Tensor:
-    (path,) = folder.glob("*_latent.safetensors")
-    return load_file(path)["latent"]
-
-
-def text_of(files: TinyWan, text: str) -> list[Tensor]:
-    encoder = WanTextEncoder(files.t5)
-    encoder.load(torch.device("cpu"))
-    return [tensor for conditions in encoder.encode([Prompt(text)]) for tensor in conditions["t5"]]
-
-
-@torch.no_grad()
-def by_hand(
-    files: TinyWan, prompt: str, seed: int, scales: Sequence[float], flow_shift: float = 5.0
-) -> Tensor:
-    """Euler's steps with guidance, written out. Returns C F H W."""
-    dit = load_dit(files.dit, Placement(torch.device("cpu")))
-    positive, negative = text_of(files, prompt), text_of(files, NEGATIVE_PROMPT)
-    torch.manual_seed(seed)
-    x = torch.randn(16, 2, 4, 6)[None]
-    line = torch.linspace(1, 0, len(scales) + 1)
-    sigmas = flow_shift * line / (1 + (flow_shift - 1) * line)
-    for step, scale in enumerate(scales):
-        timestep = sigmas[step : step + 1] * 1000
-        v, u = (dit(x, timestep, text, None) for text in (positive, negative))
-        x = x + (u + scale * (v - u)) * (sigmas[step + 1] - sigmas[step])
-    return x[0]
-
-
-def test_latents_equal_a_computation_by_hand(tmp_path: Path, t2v: TinyWan) -> None:
-    say = ("--prompt", "a cat", "--seed", 7, "--sample_solver", "vanilla", "--cpu_noise")
-    generate(tmp_path, t2v, *say, "--output_type", "latent")
-    expected = by_hand(t2v, "a cat", 7, [5.0] * 3)
-    assert float((latents_in(tmp_path) - expected).abs().max() / expected.abs().max()) < 1e-4
+def generate(folder: Path, files: TinyWan, *arguments: object, task: str = "t2v-1.3B") -> Tensor:
+    """Return the latents that are left, or none where only a model is written."""
+    made = Script(wan_generate_video.main, ("--task", task, *SIZE, *files.models)).made(folder, *arguments)
+    return next(iter(made.values()), torch.empty(0))
 
 
 def test_a_lora_changes_the_result_and_a_merged_model_gives_the_same(tmp_path: Path, t2v: TinyWan) -> None:
     lora = tmp_path / "style.safetensors"
     write_lora(lora, t2v.dit)
     say = ("--prompt", "a cat", "--seed", 1, "--output_type", "latent")
-    generate(tmp_path / "plain", t2v, *say)
+    plain = generate(tmp_path / "plain", t2v, *say)
     weights = ("--lora_weight", lora, "--lora_multiplier", 0.7)
-    generate(tmp_path / "lora", t2v, *say, *weights)
+    changed = generate(tmp_path / "lora", t2v, *say, *weights)
     generate(tmp_path / "merge", t2v, *weights, "--save_merged_model", tmp_path / "m.safetensors")
-    generate(tmp_path / "merged", TinyWan(tmp_path / "m.safetensors", t2v.vae, t2v.t5, t2v.clip), *say)
-    assert not torch.allclose(latents_in(tmp_path / "plain"), latents_in(tmp_path / "lora"), atol=1e-3)
-    assert torch.equal(latents_in(tmp_path / "lora"), latents_in(tmp_path / "merged"))
+    merged = generate(tmp_path / "merged", replace(t2v, dit=tmp_path / "m.safetensors"), *say)
+    assert not torch.allclose(plain, changed, atol=1e-3)
+    assert torch.equal(changed, merged)
 
 
 def test_image_to_video_takes_the_images_aspect(tmp_path: Path) -> None:
     files = write_tiny_wan(tmp_path / "models", "i2v")
     write_image(tmp_path / "in.png", 64, 32)
     say = ("--prompt", "p", "--image_path", tmp_path / "in.png", "--output_type", "both")
-    generate(tmp_path / "out", files, *say, task="i2v-14B")
     # near 32 x 48 pixels in area, twice as wide as high
-    assert latents_in(tmp_path / "out").shape == (16, 2, 2, 6)
+    assert generate(tmp_path / "out", files, *say, task="i2v-14B").shape == (16, 2, 2, 6)
 
 
 def test_first_and_last_image_and_end_image(tmp_path: Path) -> None:
@@ -96,7 +66,217 @@ def test_first_and_last_image_and_end_image(tmp_path: Path) -> None:
     paths = ("--image_path", image, "--end_image_path", image, "--output_type", "both")
     for kind, frames in (("flf2v", 2), ("i2v", 3)):
         files = write_tiny_wan(tmp_path / kind / "models", kind)
-        generate(tmp_path / kind, files, "--prompt", "p", *paths, "--trim_tail_frames", 3, task=f"{kind}-14B")
-        assert latents_in(tmp_path / kind).shape[1] == frames
+        more = ("--prompt", "p", *paths, "--trim_tail_frames", 3)
+        assert generate(tmp_path / kind, files, *more, task=f"{kind}-14B").shape[1] == frames
         (video,) = (tmp_path / kind).glob("*.mp4")
         assert len(list(video_frames(video))) == (frames - 1) * 4 + 1 - 3
+
+
+HUNYUAN_SIZE = ("--video_size", "32", "48", "--video_length", "5", "--infer_steps", "2", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> TinyHunyuan:
+    return write_tiny_hunyuan(tmp_path_factory.mktemp("t2v"))
+
+
+def make_hunyuan(folder: Path, files: TinyHunyuan, *arguments: object) -> dict[int, Tensor]:
+    return Script(hv_generate_video.main, (*HUNYUAN_SIZE, *files.models)).made(folder, *arguments)
+
+
+def test_latents_are_decoded_with_nothing_but_the_vae(tmp_path: Path, hunyuan: TinyHunyuan) -> None:
+    make_hunyuan(tmp_path / "latents", hunyuan, "--prompt", "a cat", "--seed", 7)
+    (path,) = (tmp_path / "latents").iterdir()
+    words = ["--latent_path", path, "--vae", hunyuan.vae, "--save_path", tmp_path / "out", "--device", "cpu"]
+    hv_generate_video.main([str(word) for word in words])
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".mp4"]
+
+
+@pytest.fixture
+def undone() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("undone")
+def test_reproduce_sets_deterministic_algorithms(tmp_path: Path, hunyuan: TinyHunyuan) -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    make_hunyuan(tmp_path, hunyuan, "--prompt", "a cat", "--seed", 1, "--reproduce")
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_one_sample_at_a_time_makes_the_passes_of_guidance_singly(
+    tmp_path: Path, hunyuan: TinyHunyuan, caplog: pytest.LogCaptureFixture
+) -> None:
+    say = ("--prompt", "a cat that is long", "--negative_prompt", "dull", "--guidance_scale", 3, "--seed", 1)
+
+    together, singly = (
+        make_hunyuan(tmp_path / "a", hunyuan, *say),
+        make_hunyuan(tmp_path / "b", hunyuan, *say, "--split_uncond"),
+    )
+    assert "--split_attn" not in caplog.text
+    split = make_hunyuan(tmp_path / "c", hunyuan, *say, "--split_attn")
+
+    assert "--split_attn runs the guidance passes one after the other" in caplog.text
+    assert torch.equal(split[1], singly[1])
+    # float32, summed in another order, over the steps
+    torch.testing.assert_close(split[1], together[1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_slowed_frequency_changes_long_videos_only(
+    tmp_path: Path, hunyuan: TinyHunyuan, caplog: pytest.LogCaptureFixture
+) -> None:
+    def made(*more: object) -> Tensor:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return make_hunyuan(folder, hunyuan, "--prompt", "a cat", "--seed", 1, *more)[1]
+
+    slow, long = ("--riflex_index", 4), ("--video_length", 53)
+    assert torch.equal(made(*slow), made())
+    assert "--riflex_index 4 is ignored because the video has 5 frames" in caplog.text
+    assert not torch.allclose(made(*long, *slow), made(*long), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--te_multiplier", "much", "1"], "--te_multiplier much 1: give two numbers"),
+        (["--dit_in_channels", "20"], "--dit_in_channels 20"),
+        (["--strength", "1.5"], "--strength 1.5"),
+        (["--hidden_state_skip_layer", "-1"], "--hidden_state_skip_layer"),
+        (["--vae_chunk_size", "0"], "--vae_chunk_size"),
+        (["--vae_spatial_tile_sample_min_size", "20"], "--vae_spatial_tile_sample_min_size 20"),
+        (["--vae_dtype", "fp8"], "nothing is computed in fp8"),
+        (
+            ["--blocks_to_swap", "2"],
+            "--blocks_to_swap 2: the transformer has 2 . 3 blocks, at most 0 can be swapped",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    tmp_path: Path, hunyuan: TinyHunyuan, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        make_hunyuan(tmp_path, hunyuan, "--prompt", "a cat", *arguments)
+
+
+PROMPT = 'a cat: "yes/no"?'
+SMALL = ("--video-size", "32", "48", "--video-length", "5", "--infer-steps", "2")
+
+
+@pytest.fixture(scope="module")
+def ckpts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the release with tiny models."""
+    base = tmp_path_factory.mktemp("my ckpts")
+    release = base / "hunyuan-video-t2v-720p"
+    state = tiny_state(dtype=torch.float32, text_dim=LLM_DIM, pooled_dim=CLIP_DIM)
+    write_dit(release / "transformers", state, "pt", name="mp_rank_00_model_states")
+    write_vae(release / "vae" / "pytorch_model.pt")
+    write_text_encoders(base)
+    return base
+
+
+def official(*words: str) -> list[str]:
+    return generation_words(read_official(None, words))
+
+
+def pixels(path: Path) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(frame) for frame in video_frames(path)])
+
+
+def test_it_equals_our_command(ckpts: Path, tmp_path: Path) -> None:
+    precisions = [f"--{name}precision{end}=fp32" for name, end in [("", ""), ("vae-", "")]]
+    precisions += ["--text-encoder-precision=fp32", "--text-encoder-precision-2=fp32"]
+    words = ["--model-base", str(ckpts), *SMALL, *precisions, "--flow-reverse", "--vae-tiling"]
+    words += ["--prompt", PROMPT, "--num-videos", "2", "--seed", "5", "--cfg-scale", "3"]
+    sample_video.main([*words, "--save-path", str(tmp_path / "results"), "--save-path-suffix", "mine"])
+
+    made = sorted((tmp_path / "results_mine").iterdir())
+    assert [path.name[len("2026-01-01-00-00-00") :] for path in made] == [
+        "_seed5_a cat yesno.mp4",
+        "_seed6_a cat yesno.mp4",
+    ]
+    assert read_tags(made[0])["bt_precision"] == "fp32"  # hv_generate_video.py takes it from the file
+    release = ckpts / "hunyuan-video-t2v-720p"
+    ours = ["--dit", str(release / "transformers" / "mp_rank_00_model_states.pt")]
+    ours += ["--vae", str(release / "vae" / "pytorch_model.pt"), "--vae_dtype", "float32"]
+    ours += [f"--text_encoder1={ckpts / 'text_encoder'}", f"--text_encoder2={ckpts / 'text_encoder_2'}"]
+    ours += ["--text_encoder_dtype", "float32", "--video_size", "32", "48", "--video_length", "5"]
+    ours += ["--infer_steps", "2", "--guidance_scale", "3", "--negative_prompt", NEGATIVE_PROMPT]
+    hv_generate_video.main([*ours, "--seed", "5", "--prompt", PROMPT, "--save_path", str(tmp_path / "ours")])
+    (path,) = (tmp_path / "ours").iterdir()
+    assert torch.equal(pixels(made[0]), pixels(path))
+    assert not torch.equal(pixels(made[1]), pixels(path))
+    assert [seed_in(read_tags(one)) for one in made] == [5, 6]
+
+
+def test_every_option_has_its_word() -> None:
+    words = official(
+        *("--prompt", "-a cat", "--video-size", "100", "--infer-steps", "20", "--flow-shift", "9"),
+        *("--embedded-cfg-scale", "4", "--use-cpu-offload", "--use-fp8", "--reproduce", "--apply-final-norm"),
+        *("--hidden-state-skip-layer", "1", "--dit-weight", "my.pt"),
+        *("--neg-prompt", "bad", "--cfg-scale", "2"),
+        *("--model-base", "base", "--text-encoder-precision", "bf16", "--text-encoder-precision-2", "bf16"),
+    )
+
+    assert set(words) >= {
+        "--prompt=-a cat",
+        "--infer_steps=20",
+        "--flow_shift=9.0",
+        "--embedded_cfg_scale=4.0",
+        "--guidance_scale=2.0",
+        "--negative_prompt=bad",
+        "--blocks_to_swap=auto",
+        "--fp8",
+        "--reproduce",
+        "--apply_final_norm",
+        "--hidden_state_skip_layer=1",
+        "--dit=my.pt",
+        f"--vae={Path('base') / 'hunyuan-video-t2v-720p' / 'vae' / 'pytorch_model.pt'}",
+        "--text_encoder_dtype=bf16",
+        "--vae_dtype=fp16",
+    }
+    assert words[words.index("--video_size") :][:3] == ["--video_size", "112", "112"]  # rounded up to 16
+    assert "--seed" not in " ".join(words)
+
+
+def test_tools_for_finished_videos_are_passed_on() -> None:
+    words = official("--prompt", "a", "--post", "upscaler model=x", "--post", "facefix model=y")
+
+    assert [word for word in words if "--post" in word] == [
+        "--post=upscaler model=x",
+        "--post=facefix model=y",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ulysses-degree", "2"], "--ulysses-degree is not supported yet"),
+        (["--ring-degree", "4"], "--ring-degree"),
+        (["--video-length", "128"], "4n + 1, such as 129"),
+        (["--video-size", "1", "2", "3"], "--video-size"),
+        (["--batch-size", "2"], "--num-videos"),
+        (["--flow-solver", "dpm"], "--flow-solver"),
+        (["--text-encoder-precision", "bf16"], "--text-encoder-precision-2"),
+        (["--use-linear-quadratic-schedule"], "--use-linear-quadratic-schedule"),
+    ],
+)
+def test_what_does_not_work_is_refused_by_name(words: list[str], said: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(said)):
+        read_official(None, ["--prompt", "a", *words])
+
+
+def test_sizes_are_compared_with_those_of_the_release(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    for resolution, sizes in SIZES.items():
+        for height, width in sizes:
+            size = ["--video-size", str(height), str(width)]
+            read_official(None, ["--prompt", "a", *size, "--model-resolution", resolution])
+    assert not caplog.text
+
+    read_official(None, ["--prompt", "a", "--video-size", "540", "960"])  # becomes 544, which it knows
+    assert not caplog.text
+    read_official(None, ["--prompt", "a", "--video-size", "512", "960"])
+    assert "Nearest: 544 960" in caplog.text
+    read_official(None, ["--prompt", "a", "--model-resolution", "540p"])
+    assert "is a size of --model-resolution 720p, not of 540p" in caplog.text

@@ -1,9 +1,10 @@
-"""Media files that refer to a second file instead of holding pixels.
+"""Media files that attack or surprise a reader, and sources with many streams."""
 
-Each function returns the path to open.
-"""
-
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -101,3 +102,125 @@ REFERENCES = (
     *(concat_script, playlist, playlist_named_mp4, session_description),
     *(pattern_of_names, external_references),
 )
+
+
+SIZE = (48, 64)  # height, width
+SOUND_RATE = 48_000
+SUBTITLES = ("Erste Zeile, é漢", "Second line")
+FONT = b"\0\1\0\0" + bytes(range(100))
+ASS_HEADER = b"""[Script Info]
+ScriptType: v4.00+
+
+[V4+ Styles]
+Format: Name, Fontname, Fontsize
+Style: Default,Arial,16
+
+[Events]
+Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a video has."""
+
+    muxer: str = "matroska"
+    rate: Fraction = Fraction(25)
+    frames: int = 12
+    times: Sequence[Fraction] | None = None  # seconds; at the rate without
+    first: Fraction = Fraction(0)  # second of the first picture
+    offset: str = "0"  # seconds by which the file's times are off
+    sound: str | None = None  # encoder
+    subtitles: str | None = None
+    chapters: bool = False
+    font: bool = False
+    tags: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, str], ...] = ()  # of the muxer
+
+
+def write_source(path: Path, source: Source) -> Path:
+    """Write a video with grey pictures, each brighter than the one before."""
+    options = dict(source.options) | {"output_ts_offset": source.offset}
+    with av.open(str(path), "w", format=source.muxer, options=options) as target:
+        video = target.add_stream("libx264", rate=source.rate, options={"preset": "ultrafast"})
+        video.height, video.width, video.pix_fmt = *SIZE, "yuv420p"
+        unit = 1 / source.rate if source.times is None else Fraction(1, 90_000)
+        video.codec_context.time_base = unit
+        video.metadata["title"] = "Bild"
+        sound = _add_sound(target, source.sound) if source.sound else None
+        text = _add_subtitles(target, source.subtitles) if source.subtitles else None
+        target.metadata.update(dict(source.tags))
+        if source.font:
+            target.add_attachment("schrift.ttf", "application/x-truetype-font", FONT)
+        if source.chapters:
+            target.set_chapters([_chapter(1, 0, 200, "Anfang"), _chapter(2, 200, 480, "Ende")])
+        times = source.times or [index / source.rate + source.first for index in range(source.frames)]
+        for index, time in enumerate(times):
+            grey = np.full((*SIZE, 3), (10 * index + 20) % 256, np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts, frame.time_base = round(time / unit), unit
+            target.mux(video.encode(frame))
+        target.mux(video.encode())
+        if sound is not None:
+            _write_sound(target, sound, len(times) / source.rate)
+        if text is not None:
+            _write_subtitles(target, text, source.subtitles)
+    return path
+
+
+def _chapter(number: int, start: int, end: int, title: str) -> dict[str, Any]:
+    return {
+        "id": number,
+        "start": start,
+        "end": end,
+        "time_base": Fraction(1, 1000),
+        "metadata": {"title": title},
+    }
+
+
+def _add_sound(target: Any, encoder: str) -> Any:
+    stream = target.add_stream(encoder, rate=SOUND_RATE, options={"strict": "experimental"})
+    stream.layout = "stereo"
+    stream.metadata.update({"language": "deu", "title": "Ton"})
+    return stream
+
+
+def _write_sound(target: Any, stream: Any, seconds: Fraction) -> None:
+    places = np.arange(round(seconds * SOUND_RATE))
+    tone = (np.sin(places * 440 * 2 * np.pi / SOUND_RATE) * 8000).astype(np.int16)
+    for start in range(0, len(tone), 4800):
+        both = np.repeat(tone[start : start + 4800], 2)[None]
+        frame = av.AudioFrame.from_ndarray(both, format="s16", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = SOUND_RATE, start, Fraction(1, SOUND_RATE)
+        target.mux(stream.encode(frame))
+    target.mux(stream.encode(None))
+
+
+def _add_subtitles(target: Any, encoder: str) -> Any:
+    stream = target.add_stream(encoder)
+    stream.codec_context.subtitle_header = ASS_HEADER
+    stream.codec_context.time_base = Fraction(1, 1000)
+    stream.metadata["language"] = "eng"
+    return stream
+
+
+def _write_subtitles(target: Any, stream: Any, encoder: str | None) -> None:
+    for number, line in enumerate(SUBTITLES):
+        data = line.encode()
+        if encoder == "mov_text":
+            data = len(data).to_bytes(2, "big") + data
+        elif encoder == "ass":
+            data = f"{number},0,Default,,0,0,0,,{{\\i1}}{line}".encode()
+        packet = av.Packet(data)
+        packet.stream, packet.time_base = stream, Fraction(1, 1000)
+        packet.pts = packet.dts = 100 + 200 * number
+        packet.duration, packet.is_keyframe = 150, True
+        target.mux(packet)
+
+
+def packets(path: Path, kind: str) -> list[tuple[Fraction, bytes]]:
+    """Return the second and the bytes of all packets of the first stream of a kind: audio, subtitle."""
+    with av.open(str(path)) as container:
+        stream = getattr(container.streams, kind)[0]
+        found = [packet for packet in container.demux(stream) if packet.size]
+        return [(packet.pts * packet.time_base, bytes(packet)) for packet in found]

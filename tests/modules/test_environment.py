@@ -1,14 +1,24 @@
-"""The environment of the two front doors."""
+"""The environment of the two front doors, devices, private names of torch, modules of the user."""
 
+import ast
+import importlib.util
+import re
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from modules.devices import IN_COMMAND, choose_device, empty_pinned, numbers_on, send_ahead
 from modules.environment import create_environment, provide_pip
-from modules.errors import UserError
+from modules.errors import OptionError, UserError
+from modules.installation import hide_packages
+from tests.test_size import NOT_PRODUCT, product_files
 
 
 def test_a_folder_that_cannot_be_made_is_told_without_a_traceback(tmp_path: Path) -> None:
@@ -46,3 +56,136 @@ def test_a_python_that_cannot_install_pip_is_told_what_to_do(tmp_path: Path) -> 
 
     with pytest.raises(UserError, match="python3-venv"):
         provide_pip(python)
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine with two GPUs; which of them were made the current one."""
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    return made
+
+
+def test_a_gpu_that_is_named_becomes_the_current_one(current: list[torch.device]) -> None:
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+
+
+def test_a_launcher_chooses_the_current_gpu_where_none_is_named(current: list[torch.device]) -> None:
+    assert choose_device(None) == choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cpu") == torch.device("cpu")
+    assert current == []
+
+
+def test_a_gpu_that_is_not_there_is_refused(current: list[torch.device]) -> None:
+    with pytest.raises(OptionError, match="torch sees 2 CUDA devices, counted from cuda:0"):
+        choose_device("cuda:2")
+    assert current == []
+
+
+def test_numbers_are_sent_in_rows_and_as_the_dtype_asked_for() -> None:
+    device = torch.device("cpu")
+    assert torch.equal(numbers_on(device, [[1, 1 << 40], [3, 4]]), torch.tensor([[1, 1 << 40], [3, 4]]))
+    assert numbers_on(device, [True, False], torch.float32).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_only_what_does_not_fit_a_command_is_pinned_before_it_is_sent_ahead(
+    monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    log: list[tuple[str, int]] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        if refuses:
+            raise RuntimeError("CUDA error: out of memory")
+        log.append(("pin", tensor.nbytes))
+        return tensor.clone()
+
+    def to(tensor: Tensor, device: torch.device, **named: Any) -> Tensor:
+        assert (device, named) == (torch.device("cuda"), {"non_blocking": True})
+        log.append(("send", tensor.nbytes))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "is_pinned", lambda _: False)
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    small, large = torch.zeros(IN_COMMAND, dtype=torch.uint8), torch.ones(IN_COMMAND + 1, dtype=torch.uint8)
+
+    assert send_ahead(small, torch.device("cuda")) is small
+    assert torch.equal(send_ahead(large, torch.device("cuda")), large)
+
+    pinned = [] if refuses else [("pin", large.nbytes)]
+    assert log == [("send", small.nbytes), *pinned, ("send", large.nbytes)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's driver would lock the memory")
+def test_memory_that_cannot_be_locked_serves_too() -> None:
+    assert empty_pinned([2, 3], torch.float64).shape == (2, 3)
+
+
+HERE = "modules/private_torch.py"
+NAMES = {
+    "torch._C",
+    "torch._C._host_emptyCache",
+    "torch._compile._disable_dynamo",
+    "torch._dynamo",
+    "torch._foreach_lerp_",
+    "torch._inductor.cpp_builder.get_cpp_compiler",
+    "torch._inductor.exc",
+    "torch._scaled_mm",
+    "torch._subclasses.fake_tensor.FakeTensor",
+    "torch._subclasses.fake_tensor.FakeTensorMode",
+    "torch._subclasses.fake_tensor.unset_fake_temporarily",
+    "torch.ops.aten._local_scalar_dense",
+    "torch.ops.aten._local_scalar_dense.default",
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "torch.utils._python_dispatch._disable_current_modes",
+    "torch.utils._pytree.tree_leaves",
+    "torch.utils._pytree.tree_map_only",
+    "torch.utils._triton",
+}
+
+
+def dotted_names(tree: ast.AST) -> Iterator[str]:
+    """All names with a full stop: imported, spelled out, or asked for by `getattr`."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names):
+                yield from (each.name for each in names)
+            case ast.ImportFrom(module=str(module), names=names):
+                yield from (f"{module}.{each.name}" for each in names)
+            case ast.Attribute():
+                yield ast.unparse(node)
+            case ast.Call(func=ast.Name("getattr"), args=[owner, ast.Constant(str(name)), *_]):
+                yield f"{ast.unparse(owner)}.{name}"
+
+
+def private_names(path: Path) -> set[str]:
+    names = dotted_names(ast.parse(path.read_bytes()))
+    found = {name for name in names if re.fullmatch(r"torch\.[\w.]+", name)}
+    return {name for name in found if any(part[:1] == "_" != part[1:2] for part in name.split("."))}
+
+
+def test_private_names_of_torch_stand_in_one_file() -> None:
+    root = Path(__file__).parent.parent.parent
+    paths = [path for room, path in product_files() if room not in NOT_PRODUCT]
+    found = {path.relative_to(root).as_posix(): private_names(path) for path in paths}
+    assert {path: names for path, names in found.items() if names and path != HERE} == {}
+    assert found[HERE] == NAMES
+
+
+def test_a_hidden_package_is_missing_inside_the_block_only() -> None:
+    sys.modules.pop("this", None)
+    with hide_packages("this"):
+        assert importlib.util.find_spec("this") is None
+        with pytest.raises(ModuleNotFoundError):
+            import this  # noqa: F401
+    assert importlib.util.find_spec("this") is not None
+
+
+def test_a_package_that_is_loaded_stays() -> None:
+    with hide_packages("pytest"):
+        assert sys.modules["pytest"] is pytest
+    assert sys.modules["pytest"] is pytest

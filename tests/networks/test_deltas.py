@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from networks.added import AddedLayer, AddedPart, ChangedPlace
 from networks.deltas import bias_delta, find_fault, strength, weight_delta
-from tests.stable_diffusion.making_loras import RANK, Factors, low_rank, random
+from tests.stable_diffusion.loaded import RANK, Factors, low_rank, random
 
 CPU = torch.device("cpu")
 

@@ -13,16 +13,7 @@ from modules.errors import CheckpointError, OptionError
 from networks.lora_layer import Dropouts, LoraLayer
 from networks.metadata import save_network
 from tests.golden_cases import make_input, read_case
-from tests.networks.making import (
-    assert_recorded,
-    golden_dit,
-    golden_lora,
-    inputs,
-    join_all,
-    randomize,
-    tiny_dit,
-    wan_network,
-)
+from tests.networks import making
 from tests.tiny.loras import lora_like, make_lora
 
 BLOCKS = DitSpec(block_lists=("blocks",))
@@ -33,16 +24,16 @@ BLOCKS = DitSpec(block_lists=("blocks",))
 def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str, joins: bool) -> None:
     description, tensors = read_case(case)
     settings = description["lora"]
-    dit = golden_dit(description)
+    dit = making.golden_dit(description)
     network = make_lora("lora_wan", settings["rank"], settings["alpha"], dit)
     network.set_multiplier(settings["multiplier"])
     assert [[name, list(t.shape), str(t.dtype)[6:]] for name, t in network.state_dict().items()] == settings[
         "tensors"
     ]
-    golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
+    making.golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
     network.attach()
     if joins:
-        join_all(network)
+        making.join_all(network)
     sigmas = torch.tensor(description["t_in_0_1"]).view(-1, 1, 1, 1, 1)
     noisy = (1 - sigmas) * tensors["latents"] + sigmas * tensors["noise"]
     image = None
@@ -56,7 +47,7 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones(case: str, joins: bo
     loss.backward()
 
     torch.testing.assert_close(out, tensors["out"], **description["tolerance"]["out"])
-    assert_recorded(network, dit, loss, description, tensors)
+    making.assert_recorded(network, dit, loss, description, tensors)
 
 
 @pytest.mark.parametrize(
@@ -66,26 +57,26 @@ def test_patterns_choose_the_recorded_modules(which: str) -> None:
     description, _ = read_case("lora_merge_convert")
     expected = description["module_lists"][which]
 
-    network = make_lora("lora_wan", 4, 2.0, golden_dit(description), **expected["network_args"])
+    network = make_lora("lora_wan", 4, 2.0, making.golden_dit(description), **expected["network_args"])
 
     assert list(dict.fromkeys(name.partition(".")[0] for name in network.state_dict())) == expected["modules"]
 
 
 @pytest.mark.parametrize("arguments", [{"dropout": 0.3}, {"rank_dropout": "0.3"}, {"module_dropout": "0.5"}])
 def test_dropout_follows_the_seed_and_rests_in_eval_mode(tmp_path: Path, arguments: dict[str, float]) -> None:
-    dit = tiny_dit(tmp_path)
-    network = wan_network(dit, **arguments)
+    dit = making.tiny_dit(tmp_path)
+    network = making.wan_network(dit, **arguments)
     network.attach()
     outputs = []
     for seed in (1, 1, 2):
         network.train()
         network.set_dropout_seed(seed)
-        outputs.append(dit(**inputs(dit)))
+        outputs.append(dit(**making.inputs(dit)))
 
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
     network.eval()
-    assert not torch.equal(dit(**inputs(dit)), outputs[0])
+    assert not torch.equal(dit(**making.inputs(dit)), outputs[0])
 
 
 def test_rank_dropout_drops_whole_ranks_of_a_sample() -> None:
@@ -121,7 +112,7 @@ def test_dropout_keeps_the_mean_in_bf16_too() -> None:
 
 
 def test_norms_above_the_limit_are_scaled_down_to_it(tmp_path: Path) -> None:
-    network = wan_network(tiny_dit(tmp_path), alpha=2.0)
+    network = making.wan_network(making.tiny_dit(tmp_path), alpha=2.0)
     with torch.no_grad():
         network.layers[0].lora_up.weight.mul_(1e-3)
 
@@ -158,7 +149,7 @@ def test_convolutions_larger_than_one_take_part_only_with_conv_dim() -> None:
     three = dit.blocks[0]["three"]
     plain = make_lora("lora_wan", 2, 1.0, dit)
     network = make_lora("lora_wan", 2, 1.0, dit, conv_dim="3", conv_alpha="1")
-    randomize(network)
+    making.randomize(network)
     pixels = torch.randn(1, 4, 8, 8)
     before = three(pixels)
     network.attach()
@@ -180,13 +171,13 @@ def test_convolutions_larger_than_one_take_part_only_with_conv_dim() -> None:
 
 @pytest.mark.parametrize(("alpha", "scale"), [(torch.zeros(()), 1.0), (torch.full((1,), 2.0), 0.5)])
 def test_alphas_as_other_tools_store_them_count(tmp_path: Path, alpha: torch.Tensor, scale: float) -> None:
-    dit = tiny_dit(tmp_path)
-    tensors = wan_network(dit).state_dict()
+    dit = making.tiny_dit(tmp_path)
+    tensors = making.wan_network(dit).state_dict()
     save_file(
         {name: alpha.clone() if name.endswith(".alpha") else t for name, t in tensors.items()},
         tmp_path / "x.safetensors",
     )
-    network = wan_network(dit, alpha=3.0)
+    network = making.wan_network(dit, alpha=3.0)
 
     assert network.load_weights(tmp_path / "x.safetensors") == []
 
@@ -194,9 +185,11 @@ def test_alphas_as_other_tools_store_them_count(tmp_path: Path, alpha: torch.Ten
 
 
 def test_what_does_not_fit_a_network_is_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dit = tiny_dit(tmp_path)
-    save_network(wan_network(tiny_dit(tmp_path / "i2v", "i2v")), tmp_path / "x.safetensors", None, {})
-    network = wan_network(dit, exclude_patterns="[r'.*ffn.*']")
+    dit = making.tiny_dit(tmp_path)
+    save_network(
+        making.wan_network(making.tiny_dit(tmp_path / "i2v", "i2v")), tmp_path / "x.safetensors", None, {}
+    )
+    network = making.wan_network(dit, exclude_patterns="[r'.*ffn.*']")
 
     with caplog.at_level(logging.WARNING):
         problems = network.load_weights(tmp_path / "x.safetensors")
@@ -208,30 +201,30 @@ def test_what_does_not_fit_a_network_is_listed(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_a_file_of_another_rank_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    dit = tiny_dit(tmp_path)
-    save_network(wan_network(dit, rank=8), tmp_path / "x.safetensors", None, {})
+    dit = making.tiny_dit(tmp_path)
+    save_network(making.wan_network(dit, rank=8), tmp_path / "x.safetensors", None, {})
 
     with pytest.raises(
         CheckpointError,
         match=r"(?s)in 20 of 20 modules.*lora_down.weight \[8, 128\].*\[4, 128\].*--network_dim 8, or "
         r"--dim_from_weights",
     ):
-        wan_network(dit, rank=4).load_weights(tmp_path / "x.safetensors")
+        making.wan_network(dit, rank=4).load_weights(tmp_path / "x.safetensors")
 
 
 def test_a_dora_is_no_start_for_a_plain_lora(tmp_path: Path) -> None:
-    dit, path = tiny_dit(tmp_path), tmp_path / "x.safetensors"
-    tensors = dict(wan_network(dit).state_dict())
+    dit, path = making.tiny_dit(tmp_path), tmp_path / "x.safetensors"
+    tensors = dict(making.wan_network(dit).state_dict())
     save_file(tensors | {"lora_unet_blocks_1_ffn_2.dora_scale": torch.ones(128, 1)}, path)
     with pytest.raises(
         CheckpointError, match=r"(?s)dora_scale \[128, 1\].*trains plain LoRAs.*--base_weights"
     ):
-        wan_network(dit).load_weights(path)
+        making.wan_network(dit).load_weights(path)
 
 
 def test_ranks_and_alphas_can_come_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dit = tiny_dit(tmp_path)
-    tensors = wan_network(
+    dit = making.tiny_dit(tmp_path)
+    tensors = making.wan_network(
         dit, rank=6, alpha=3.0, include_patterns="[r'.*self_attn.*']", exclude_patterns="[r'.*']"
     ).state_dict()
     del tensors["lora_unet_blocks_1_self_attn_o.alpha"]  # no alpha: that of the rank
@@ -248,7 +241,7 @@ def test_ranks_and_alphas_can_come_from_a_file(tmp_path: Path, caplog: pytest.Lo
 
 def test_unknown_network_args_are_refused_with_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="rank_droput: .* Did you mean rank_dropout"):
-        wan_network(tiny_dit(tmp_path), rank_droput="0.1")
+        making.wan_network(making.tiny_dit(tmp_path), rank_droput="0.1")
 
 
 @pytest.mark.parametrize(
@@ -267,4 +260,4 @@ def test_network_args_that_cannot_be_used_are_refused(
     tmp_path: Path, arguments: dict[str, str], words: str
 ) -> None:
     with pytest.raises(OptionError, match=words):
-        wan_network(tiny_dit(tmp_path), **arguments)
+        making.wan_network(making.tiny_dit(tmp_path), **arguments)

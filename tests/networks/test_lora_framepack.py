@@ -24,8 +24,7 @@ from networks.parts import cut
 from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS, read_case
 from tests.manifests import tensor_list
-from tests.networks.making import add_lora, assert_recorded, golden_lora, randomize, saved_by_diffusers
-from tests.networks.making_hunyuan import assert_near, saved
+from tests.networks import making
 from tests.networks.test_read_by_comfyui import factors
 from tests.tiny import hunyuan_dit
 from tests.tiny.framepack_dit import tiny_state, write_dit
@@ -43,7 +42,7 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
         for name, layer in network.named_children()
     ]
     assert found == settings["modules_name_in_out"]
-    golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
+    making.golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
     network.attach()
     inputs |= {
         "noisy": (1 - sigma) * tensors["latents"] + sigma * tensors["noise"],
@@ -56,7 +55,7 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
     loss.backward()
 
     assert (out - tensors["out"]).abs().max() <= FLOAT32_POWERS * tensors["out"].abs().max()
-    assert_recorded(network, dit, loss, description, tensors)
+    making.assert_recorded(network, dit, loss, description, tensors)
 
 
 # Files that go to and come from diffusers
@@ -73,7 +72,7 @@ IN_DIFFUSERS = {
 @torch.no_grad()
 def run_here(path: Path) -> Tensor:
     """What the model with a LoRA file added gives."""
-    return add_lora(tiny_model(), path)(**tiny_inputs())
+    return making.add_lora(tiny_model(), path)(**tiny_inputs())
 
 
 def load_there(theirs: Any, path: Path) -> None:
@@ -95,7 +94,7 @@ def load_there(theirs: Any, path: Path) -> None:
 )
 def test_a_lora_made_here_acts_in_diffusers_as_here(tmp_path: Path, arguments: dict[str, str]) -> None:
     network = make_lora("lora_framepack", 4, 3.0, tiny_model(), **arguments)
-    randomize(network)
+    making.randomize(network)
     save_network(
         network, tmp_path / "lora.safetensors", torch.float32, {"ss_base_model_version": "framepack"}
     )
@@ -109,7 +108,7 @@ def test_a_lora_made_here_acts_in_diffusers_as_here(tmp_path: Path, arguments: d
 
     with torch.no_grad():
         expected, plain = run_there(theirs, tiny_inputs()), tiny_model()(**tiny_inputs())
-    assert_near(run_here(tmp_path / "lora.safetensors"), expected)
+    making.assert_near(run_here(tmp_path / "lora.safetensors"), expected)
     assert (expected - plain).abs().max() > 0.01
 
 
@@ -121,14 +120,14 @@ def test_a_lora_that_diffusers_saves_acts_here_as_there(
     alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
     theirs = in_diffusers()
     file = tmp_path / "theirs.safetensors"
-    path = saved_by_diffusers(theirs, file, IN_DIFFUSERS[targets], alpha, with_settings)
+    path = making.saved_by_diffusers(theirs, file, IN_DIFFUSERS[targets], alpha, with_settings)
 
     out = run_here(path)
 
     with torch.no_grad():
         expected = run_there(theirs, tiny_inputs())
 
-    assert_near(out, expected)
+    making.assert_near(out, expected)
     assert (out - tiny_model()(**tiny_inputs())).abs().max() > 1e-3
 
 
@@ -187,7 +186,7 @@ def test_a_lora_on_every_matrix_of_hunyuan_video_adds_the_same_to_framepack(kind
 
 
 def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None:
-    saved(tmp_path / "lora.safetensors", alpha=3)
+    making.saved(tmp_path / "lora.safetensors", alpha=3)
     lora, dit = read_lora(tmp_path / "lora.safetensors"), tiny_model()
     network = lora_like("lora_framepack", lora.tensors, dit)
 
@@ -240,7 +239,7 @@ def test_a_hunyuan_lora_of_another_width_stays_whole(caplog: pytest.LogCaptureFi
 def test_patterns_may_be_written_for_the_names_in_the_file_or_in_the_model(
     tmp_path: Path, include: str | None, exclude: str | None, changed: dict[str, int]
 ) -> None:
-    saved(tmp_path / "lora.safetensors")
+    making.saved(tmp_path / "lora.safetensors")
 
     found = changes(tiny_state(), LoraUse(read_lora(tmp_path / "lora.safetensors"), 1.0, include, exclude))
 

@@ -25,8 +25,7 @@ from networks.parts import fuse
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.manifests import tensor_list
-from tests.networks.making import assert_recorded, golden_lora, saved_with_points
-from tests.networks.making_hunyuan import IN_DIFFUSERS, assert_near, made_there, run_here, saved
+from tests.networks import making
 from tests.tiny.hunyuan_dit import CONFIGS, comfy_state, diffusers_parts, tiny_state, write_dit
 from tests.tiny.loras import make_lora
 
@@ -43,7 +42,7 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
         for name, layer in network.named_children()
     ]
     assert found == settings["modules_name_in_out"]
-    golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
+    making.golden_lora(network, settings["weights_model_key"], settings["lora_up_extra_scale"])
     network.attach()
     sigmas = torch.tensor(description["t_in_0_1"]).view(-1, 1, 1, 1, 1)
     inputs |= {
@@ -60,8 +59,8 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
     loss.backward()
 
     torch.testing.assert_close(out, tensors["out"], rtol=0, **description["tolerance"]["out"])
-    assert_near(out.detach(), tensors["out"])
-    assert_recorded(network, dit, loss, description, tensors)
+    making.assert_near(out.detach(), tensors["out"])
+    making.assert_recorded(network, dit, loss, description, tensors)
 
 
 @pytest.mark.parametrize("start", ["diffusion_model.", "transformer.", "base_model.model."])
@@ -69,12 +68,12 @@ def test_forward_loss_and_gradients_equal_the_recorded_ones() -> None:
 def test_files_of_diffusion_pipe_and_comfyui_act_as_ours(
     tmp_path: Path, state: Callable[[dict[str, Tensor]], dict[str, Tensor]], start: str
 ) -> None:
-    network = saved(tmp_path / "ours.safetensors", alpha=4)
-    saved_with_points(network, tmp_path / "theirs.safetensors", HUNYUAN_VIDEO, start, state)
+    network = making.saved(tmp_path / "ours.safetensors", alpha=4)
+    making.saved_with_points(network, tmp_path / "theirs.safetensors", HUNYUAN_VIDEO, start, state)
 
-    out = run_here("t2v", tmp_path / "theirs.safetensors")
+    out = making.run_here("t2v", tmp_path / "theirs.safetensors")
 
-    assert torch.equal(out, run_here("t2v", tmp_path / "ours.safetensors"))
+    assert torch.equal(out, making.run_here("t2v", tmp_path / "ours.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +83,7 @@ def test_files_of_diffusion_pipe_and_comfyui_act_as_ours(
 def test_every_layout_of_a_model_is_merged_to_the_same(
     tmp_path: Path, dialect: str, dtype: torch.dtype
 ) -> None:
-    saved(tmp_path / "ours.safetensors")
+    making.saved(tmp_path / "ours.safetensors")
     uses = [LoraUse(read_lora(tmp_path / "ours.safetensors"), 0.5)]
     state = tiny_state(dtype=dtype)
 
@@ -140,7 +139,7 @@ def load_there(theirs: HunyuanVideoTransformer3DModel, path: Path) -> None:
 def test_a_lora_made_here_acts_in_diffusers_as_here(
     tmp_path: Path, kind: str, arguments: dict[str, str]
 ) -> None:
-    saved(tmp_path / "lora.safetensors", kind, **arguments)
+    making.saved(tmp_path / "lora.safetensors", kind, **arguments)
     convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
     theirs = in_diffusers(kind)
     plain = run_there(theirs, tiny_inputs(kind))
@@ -148,27 +147,27 @@ def test_a_lora_made_here_acts_in_diffusers_as_here(
     load_there(theirs, tmp_path / "other.safetensors")
 
     expected = run_there(theirs, tiny_inputs(kind))
-    assert_near(run_here(kind, tmp_path / "lora.safetensors"), expected)
+    making.assert_near(making.run_here(kind, tmp_path / "lora.safetensors"), expected)
     assert float((expected - plain).abs().max()) > 0.01
 
 
 @pytest.mark.parametrize("with_settings", [True, False])
-@pytest.mark.parametrize("targets", IN_DIFFUSERS)
+@pytest.mark.parametrize("targets", making.IN_DIFFUSERS)
 def test_a_lora_that_diffusers_saves_acts_here_as_there(
     tmp_path: Path, targets: str, with_settings: bool
 ) -> None:
     alpha = 3 if with_settings else 4  # without settings in the file alpha is the rank
-    path, expected = made_there(tmp_path, "i2v", IN_DIFFUSERS[targets], alpha, with_settings)
+    path, expected = making.made_there(tmp_path, "i2v", making.IN_DIFFUSERS[targets], alpha, with_settings)
 
-    out = run_here("i2v", path)
+    out = making.run_here("i2v", path)
 
-    assert_near(out, expected)
+    making.assert_near(out, expected)
     assert float((out - tiny_model("i2v")(**tiny_inputs("i2v"))).abs().max()) > 1e-3
 
 
 @pytest.mark.usefixtures("tiny_converter")
 def test_there_and_back_through_diffusers_is_the_same_lora(tmp_path: Path) -> None:
-    network = saved(tmp_path / "lora.safetensors", alpha=4)
+    network = making.saved(tmp_path / "lora.safetensors", alpha=4)
     convert_file(tmp_path / "lora.safetensors", tmp_path / "other.safetensors", "other")
     cut = HunyuanVideoLoraLoaderMixin.lora_state_dict(str(tmp_path / "other.safetensors"))
     save_file({name: tensor.clone() for name, tensor in cut.items()}, tmp_path / "cut.safetensors")

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modules.seeds import derive_seed
-from tests.parity import framepack, framepack_dit
+from tests.parity import framepack
 from tests.parity.hunyuan import TEMPLATE, load_clip
 from tests.parity.reference import covering, open_image
 
@@ -77,7 +77,7 @@ class Theirs:
 
     @cached_property
     def dit(self) -> torch.nn.Module:
-        return framepack_dit.load_dit(self.folder / "dit.safetensors").to(self.dit_dtype)
+        return framepack.load_dit(self.folder / "dit.safetensors").to(self.dit_dtype)
 
     @cached_property
     def encoders(self) -> framepack.Encoders:
@@ -219,7 +219,7 @@ def sampled(theirs: Theirs, asked: Asked, prompt: str, given: Given, noise: Tens
     def clean(noisy: Tensor, sigma: float) -> Tensor:
         def velocity(conditions: Given) -> Tensor:
             timestep = torch.tensor([1000 * sigma]).to(theirs.numbers_dtype).float()
-            return framepack_dit.velocity(theirs.dit, noisy, timestep, guidance, conditions)
+            return framepack.velocity(theirs.dit, noisy, timestep, guidance, conditions)
 
         found = velocity(positive)
         if asked.scale != 1:

@@ -17,9 +17,16 @@ import wan_cache_text_encoder_outputs
 from modules.media.writing import write_png, write_video
 from tests.commands import run_script
 from tests.parity import reference
-from tests.parity.datasets import bucket_for, decoded, dropped_to, in_bucket, training_key
 from tests.parity.reference import open_image
-from tests.parity.running import assert_as_exact, assert_equal
+from tests.parity.running import (
+    assert_as_exact,
+    assert_equal,
+    bucket_for,
+    decoded,
+    dropped_to,
+    in_bucket,
+    training_key,
+)
 from tests.parity.theirs import Theirs
 from tests.tiny.project import moving_square
 from tests.tiny.wan import write_tiny_wan

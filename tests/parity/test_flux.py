@@ -21,29 +21,13 @@ from flux.model import unpack
 from modules.media.reading import read_image
 from tests.faults.messages import succeed_here
 from tests.flux.making import in_diffusers, run_there
+from tests.parity import training
 from tests.parity.hunyuan import load_clip
 from tests.parity.running import assert_equal
-from tests.parity.training import (
-    Factors,
-    Item,
-    assert_steps_of_descent,
-    descent,
-    learning,
-    noise_of,
-    parts_of,
-    shuffled,
-    uniform_of,
-)
+from tests.tiny import picture_encoders
 from tests.tiny.families import FAMILIES
 from tests.tiny.flux import TinyFlux, diffusers_parts, write_tiny_flux
 from tests.tiny.hunyuan_encoders import clip_config_json
-from tests.tiny.picture_encoders import (
-    autoencoder_config,
-    autoencoder_diffusers,
-    autoencoder_tensors,
-    t5xxl_config,
-    t5xxl_tensors,
-)
 from tests.tiny.project import write_plain_pictures
 
 PROMPT, NEGATIVE = "a small rabbit runs through the grass", "low quality, blurred"
@@ -77,7 +61,7 @@ def clip_of(models: TinyFlux) -> nn.Module:
 
 def pipeline_of(models: TinyFlux, kind: str) -> Any:
     """diffusers' pipeline with the same weights."""
-    t5 = t5xxl_config()
+    t5 = picture_encoders.t5xxl_config()
     text_encoder = T5EncoderModel(
         T5Config(
             vocab_size=t5.vocabulary,
@@ -89,8 +73,8 @@ def pipeline_of(models: TinyFlux, kind: str) -> Any:
             feed_forward_proj="gated-gelu",
         )
     ).eval()
-    text_encoder.load_state_dict(t5xxl_tensors())
-    levels = autoencoder_config()
+    text_encoder.load_state_dict(picture_encoders.t5xxl_tensors())
+    levels = picture_encoders.autoencoder_config()
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -103,7 +87,7 @@ def pipeline_of(models: TinyFlux, kind: str) -> Any:
         scaling_factor=SCALE,
         shift_factor=SHIFT,
     ).eval()
-    vae.load_state_dict(autoencoder_diffusers(autoencoder_tensors()))
+    vae.load_state_dict(picture_encoders.autoencoder_diffusers(picture_encoders.autoencoder_tensors()))
     dynamic = {} if kind == "schnell" else {"use_dynamic_shifting": True}
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=1.0 if kind == "schnell" else 3.0,
@@ -198,7 +182,7 @@ FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens and shift of the released model
 
 
 @dataclass(frozen=True)
-class FluxItem(Item):
+class FluxItem(training.Item):
     """text: T5's states."""
 
     mask: Tensor = torch.zeros(0)
@@ -229,15 +213,15 @@ def by_size(u: Tensor, latents: Tensor) -> Tensor:
 def gradients_of(
     dit: nn.Module,
     parts: dict[str, list[str]],
-    factors: Factors,
+    factors: training.Factors,
     batch: list[FluxItem],
     number: int,
     kind: str,
-) -> Factors:
+) -> training.Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every part."""
     latents = torch.stack([item.latents for item in batch])
-    sigmas = by_size(uniform_of(batch, number), latents).float()
-    noise, mix = noise_of(batch, number), sigmas.view(-1, 1, 1, 1, 1)
+    sigmas = by_size(training.uniform_of(batch, number), latents).float()
+    noise, mix = training.noise_of(batch, number), sigmas.view(-1, 1, 1, 1, 1)
     inputs: dict[str, Any] = {
         "noisy": (1 - mix) * latents + mix * noise,
         "timesteps": 1000 * sigmas,
@@ -247,7 +231,7 @@ def gradients_of(
         "pooled": None if kind == "chroma" else torch.stack([item.pooled for item in batch]),  # type: ignore[misc]
         "guidance": torch.full((len(batch),), GUIDANCE),
     }
-    with learning(dit, parts, factors) as found:
+    with training.learning(dit, parts, factors) as found:
         velocity = torch.cat([run_there(dit, inputs, sample) for sample in range(len(batch))])
         (velocity - (noise - latents)).square().mean().backward()
     return found()
@@ -262,13 +246,13 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path, name: str, kind: s
     succeed_here(*family.cache_texts, folder=tmp_path)
     times = ("--timestep_sampling", "flux_shift", "--guidance_scale", GUIDANCE)
 
-    succeed_here(*family.train, *descent(RATE), *times, folder=tmp_path)
+    succeed_here(*family.train, *training.descent(RATE), *times, folder=tmp_path)
 
     dit_file = tmp_path / "model" / "dit.safetensors"
-    dit, parts = in_diffusers(kind, load_file(dit_file)), parts_of(dit_file, diffusers_parts)
+    dit, parts = in_diffusers(kind, load_file(dit_file)), training.parts_of(dit_file, diffusers_parts)
     items = read_items(tmp_path / "cache")
 
-    def gradients_at(factors: Factors, step: int) -> Factors:
-        return gradients_of(dit, parts, factors, shuffled(items, step), step, kind)
+    def gradients_at(factors: training.Factors, step: int) -> training.Factors:
+        return gradients_of(dit, parts, factors, training.shuffled(items, step), step, kind)
 
-    assert_steps_of_descent(tmp_path / "out", parts, RATE, gradients_at, name)
+    training.assert_steps_of_descent(tmp_path / "out", parts, RATE, gradients_at, name)

@@ -17,9 +17,8 @@ import fpack_cache_latents
 from modules.media.writing import write_video
 from modules.seeds import derive_seed
 from tests.parity import framepack
-from tests.parity.datasets import decoded, dropped_to, training_key
 from tests.parity.reference import covering
-from tests.parity.running import assert_as_exact, assert_equal
+from tests.parity.running import assert_as_exact, assert_equal, decoded, dropped_to, training_key
 from tests.tiny.framepack import write_siglip
 from tests.tiny.hunyuan_vae import write_vae
 from tests.tiny.project import moving_square

@@ -12,27 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.commands import run_script
 from tests.faults.messages import succeed_here
-from tests.parity.framepack_dit import load_dit, velocity
+from tests.parity import training
+from tests.parity.framepack import load_dit, velocity
 from tests.parity.test_training import by_shift
-from tests.parity.training import (
-    RANK,
-    Factors,
-    Item,
-    assert_steps_of_descent,
-    descent,
-    learning,
-    noise_of,
-    shuffled,
-    uniform_of,
-)
-from tests.tiny.framepack_caches import random_text, write_latents, write_text
+from tests.tiny.framepack import SIGLIP_DIM
 from tests.tiny.framepack_dit import tiny_state, write_dit
-from tests.tiny.framepack_encoders import SIGLIP_DIM
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 
 RATE, GUIDANCE, WINDOW = 2.0, 7.5, 2
@@ -50,7 +39,7 @@ Kind = Callable[[int, torch.Generator], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class FramePackItem(Item):
+class FramePackItem(training.Item):
     """given: all that the caches hold beside the latents to learn."""
 
     given: Mapping[str, Tensor] = field(default_factory=dict)
@@ -150,15 +139,15 @@ def modules_of(dit_file: Path) -> dict[str, list[str]]:
 def gradients_of(
     dit: HunyuanVideoFramepackTransformer3DModel,
     modules: Mapping[str, list[str]],
-    factors: Factors,
+    factors: training.Factors,
     batch: list[FramePackItem],
     number: int,
-) -> Factors:
+) -> training.Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every module."""
-    sigmas, timesteps = by_shift(uniform_of(batch, number))
-    noise = noise_of(batch, number)
+    sigmas, timesteps = by_shift(training.uniform_of(batch, number))
+    noise = training.noise_of(batch, number)
     errors = []
-    with learning(dit, modules, factors) as found:
+    with training.learning(dit, modules, factors) as found:
         for sample, item in enumerate(
             batch
         ):  # one by one: it takes the same places for all samples of a batch
@@ -178,11 +167,11 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path, make: Kind) -> Non
     items = write_caches(tmp_path, make)
     widths = {"text_dim": LLM_DIM, "pooled_dim": CLIP_DIM, "image_dim": SIGLIP_DIM}
     dit_file = write_dit(tmp_path / "models", tiny_state(**widths), name="dit")
-    network = ("--network_module", "networks.lora_framepack", "--network_dim", RANK)
+    network = ("--network_module", "networks.lora_framepack", "--network_dim", training.RANK)
     times = ("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--guidance_scale", GUIDANCE)
     files = ("--dit", dit_file, "--dataset_config", tmp_path / "dataset.toml", "--sdpa")
 
-    arguments = ("fpack_train_network.py", *files, *network, *descent(RATE), *times)
+    arguments = ("fpack_train_network.py", *files, *network, *training.descent(RATE), *times)
     if make is section:
         run_script(*arguments, folder=tmp_path)
     else:  # a program of its own takes longer to start than to train
@@ -190,7 +179,48 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path, make: Kind) -> Non
 
     dit, modules = load_dit(dit_file), modules_of(dit_file)
 
-    def gradients_at(factors: Factors, step: int) -> Factors:
-        return gradients_of(dit, modules, factors, shuffled(items, step), step)
+    def gradients_at(factors: training.Factors, step: int) -> training.Factors:
+        return gradients_of(dit, modules, factors, training.shuffled(items, step), step)
 
-    assert_steps_of_descent(tmp_path / "out", modules, RATE, gradients_at, make.__name__, TOLERANCE)
+    training.assert_steps_of_descent(tmp_path / "out", modules, RATE, gradients_at, make.__name__, TOLERANCE)
+
+
+TEXT_ROWS = 512
+LATENTS = {"architecture": "framepack", "width": "48", "height": "32", "format_version": "1.0.1"}
+
+
+def cached_name(key: str, tensor: Tensor, grid: str) -> str:
+    """The name in the file of what batches call `key`."""
+    if key.endswith("_mask"):
+        return key
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{key}_{grid}_{dtype}" if key.startswith("latents") else f"{key}_{dtype}"
+
+
+def write_latents(path: Path, tensors: Mapping[str, Tensor], frames: int | None = None) -> None:
+    """A latent cache.
+
+    tensors: by the names of batches, without batch dimension. frames: of the clip; None for an image.
+    """
+    grid = "x".join(map(str, tensors["latents"].shape[1:]))  # that of the target, in the names of all
+    count = {} if frames is None else {"frame_count": str(frames)}
+    save_file(
+        {cached_name(key, tensor, grid): tensor for key, tensor in tensors.items()}, path, LATENTS | count
+    )
+
+
+def write_text(path: Path, tensors: Mapping[str, Tensor], caption: str) -> None:
+    """A text cache."""
+    metadata = {"architecture": "framepack", "caption1": caption, "format_version": "1.0.1"}
+    save_file({cached_name(key, tensor, ""): tensor for key, tensor in tensors.items()}, path, metadata)
+
+
+def random_text(words: int, llm_dim: int, clip_dim: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """A text of so many tokens, zeros behind them."""
+    mask = torch.arange(TEXT_ROWS) < words
+    states = torch.randn(TEXT_ROWS, llm_dim, generator=generator) * mask[:, None]
+    return {
+        "llama_vec": states,
+        "llama_attention_mask": mask,
+        "clip_l_pooler": torch.randn(clip_dim, generator=generator),
+    }

@@ -19,18 +19,8 @@ import hunyuan_image_generate_image
 import hunyuan_image_minimal_inference
 from tests.faults.messages import succeed_here
 from tests.hunyuan_image.making import in_diffusers, run_there
+from tests.parity import training
 from tests.parity.running import assert_equal
-from tests.parity.training import (
-    Factors,
-    Item,
-    assert_steps_of_descent,
-    descent,
-    learning,
-    noise_of,
-    parts_of,
-    shuffled,
-    uniform_of,
-)
 from tests.tiny.families import FAMILIES
 from tests.tiny.hunyuan_image import TinyHunyuanImage, diffusers_parts, write_tiny_hunyuan_image
 from tests.tiny.project import write_plain_pictures
@@ -117,16 +107,16 @@ SCALE = 0.75289  # of latents, after caching
 
 
 @dataclass(frozen=True)
-class TwoTexts(Item):
+class TwoTexts(training.Item):
     """text: states of the language model, n D, all real."""
 
     glyphs: Tensor = torch.zeros(0)
     glyph_mask: Tensor = torch.zeros(0)
 
 
-def read_items(folder: Path) -> list[Item]:
+def read_items(folder: Path) -> list[training.Item]:
     """What the caches hold, sorted by name."""
-    items: list[Item] = []
+    items: list[training.Item] = []
     for path in sorted(folder.glob("*_hi.safetensors")):
         (latents,) = (value for name, value in load_file(path).items() if name.startswith("latents"))
         texts = load_file(folder / f"{path.name.partition('_')[0]}_hi_te.safetensors")
@@ -138,16 +128,20 @@ def read_items(folder: Path) -> list[Item]:
 
 
 def gradients_of(
-    dit: nn.Module, parts: dict[str, list[str]], factors: Factors, batch: list[Item], number: int
-) -> Factors:
+    dit: nn.Module,
+    parts: dict[str, list[str]],
+    factors: training.Factors,
+    batch: list[training.Item],
+    number: int,
+) -> training.Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every part."""
-    latents, noise = torch.stack([item.latents for item in batch]), noise_of(batch, number)
+    latents, noise = torch.stack([item.latents for item in batch]), training.noise_of(batch, number)
     # an entry of the released table of 1000 noise levels, which is shifted
-    clean = 1 - (1000 * uniform_of(batch, number)).floor() / 1000
+    clean = 1 - (1000 * training.uniform_of(batch, number)).floor() / 1000
     sigmas = (TRAINING_SHIFT * clean / (1 + (TRAINING_SHIFT - 1) * clean)).float()
     mix = sigmas.view(-1, 1, 1, 1, 1)
     noisy = ((1 - mix) * latents + mix * noise).squeeze(2)
-    with learning(dit, parts, factors) as found:
+    with training.learning(dit, parts, factors) as found:
         velocities = []
         for index, item in enumerate(batch):
             assert isinstance(item, TwoTexts)
@@ -172,13 +166,13 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path) -> None:
     succeed_here(*family.cache_latents, folder=tmp_path)
     succeed_here(*family.cache_texts, folder=tmp_path)
 
-    succeed_here(*family.train, *descent(RATE), folder=tmp_path)
+    succeed_here(*family.train, *training.descent(RATE), folder=tmp_path)
 
-    parts = parts_of(tmp_path / "model" / "dit.safetensors", diffusers_parts)
+    parts = training.parts_of(tmp_path / "model" / "dit.safetensors", diffusers_parts)
     items = read_items(tmp_path / "cache")
     assert sum(bool(item.glyph_mask.any()) for item in items if isinstance(item, TwoTexts)) == 1
 
-    def gradients_at(factors: Factors, step: int) -> Factors:
-        return gradients_of(in_diffusers(), parts, factors, shuffled(items, step), step)
+    def gradients_at(factors: training.Factors, step: int) -> training.Factors:
+        return gradients_of(in_diffusers(), parts, factors, training.shuffled(items, step), step)
 
-    assert_steps_of_descent(tmp_path / "out", parts, RATE, gradients_at, "hunyuan_image")
+    training.assert_steps_of_descent(tmp_path / "out", parts, RATE, gradients_at, "hunyuan_image")

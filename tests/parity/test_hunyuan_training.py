@@ -14,21 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.commands import run_script
+from tests.parity import training
 from tests.parity.hunyuan import load_dit
 from tests.parity.projects import DATASET, GRID, WIDTH
 from tests.parity.test_training import by_shift
-from tests.parity.training import (
-    RANK,
-    Factors,
-    Item,
-    assert_steps_of_descent,
-    descent,
-    learning,
-    noise_of,
-    parts_of,
-    shuffled,
-    uniform_of,
-)
 from tests.tiny.hunyuan_dit import diffusers_parts, tiny_state, write_dit
 from tests.tiny.hunyuan_encoders import CLIP_DIM, LLM_DIM
 
@@ -43,7 +32,7 @@ METADATA = {
 
 
 @dataclass(frozen=True)
-class HunyuanItem(Item):
+class HunyuanItem(training.Item):
     """text: the language model's states, 256 D."""
 
     mask: Tensor = torch.zeros(0)  # 256
@@ -85,12 +74,16 @@ def write_caches(folder: Path, with_image: bool) -> list[HunyuanItem]:
 
 
 def gradients_of(
-    dit: nn.Module, parts: dict[str, list[str]], factors: Factors, batch: list[HunyuanItem], number: int
-) -> Factors:
+    dit: nn.Module,
+    parts: dict[str, list[str]],
+    factors: training.Factors,
+    batch: list[HunyuanItem],
+    number: int,
+) -> training.Factors:
     """The gradients of the mean squared error by down and up, with a LoRA in every part."""
     latents = torch.stack([item.latents for item in batch]) * SCALE
-    sigmas, timesteps = by_shift(uniform_of(batch, number))
-    noise, mix = noise_of(batch, number), sigmas.float().view(-1, 1, 1, 1, 1)
+    sigmas, timesteps = by_shift(training.uniform_of(batch, number))
+    noise, mix = training.noise_of(batch, number), sigmas.float().view(-1, 1, 1, 1, 1)
     noisy = (1 - mix) * latents + mix * noise
     if batch[0].image is not None:
         condition = torch.zeros_like(latents)
@@ -102,7 +95,7 @@ def gradients_of(
         noisy = torch.cat([noisy, condition], dim=1)
     texts = (torch.stack([item.text for item in batch]), torch.stack([item.mask for item in batch]))
     pooled, guidance = torch.stack([item.pooled for item in batch]), torch.full((len(batch),), GUIDANCE)
-    with learning(dit, parts, factors) as found:
+    with training.learning(dit, parts, factors) as found:
         velocity = dit(noisy, timesteps.float(), *texts, pooled, guidance, return_dict=False)[0]
         (velocity - (noise - latents)).square().mean().backward()
     return found()
@@ -114,16 +107,16 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path, kind: str, cached_
     dit_file = write_dit(
         tmp_path / "models", tiny_state(kind, text_dim=LLM_DIM, pooled_dim=CLIP_DIM), name="dit"
     )
-    network = ("--network_module", "networks.lora", "--network_dim", RANK, *descent(RATE))
+    network = ("--network_module", "networks.lora", "--network_dim", training.RANK, *training.descent(RATE))
     times = ("--timestep_sampling", "shift", "--discrete_flow_shift", 3, "--guidance_scale", GUIDANCE)
     files = ("--dit", dit_file, "--dataset_config", tmp_path / "dataset.toml", "--sdpa")
 
     run_script("hv_train_network.py", *files, *network, *times, folder=tmp_path)
 
-    dit, linears = load_dit(dit_file), parts_of(dit_file, diffusers_parts)
+    dit, linears = load_dit(dit_file), training.parts_of(dit_file, diffusers_parts)
     parts = {name: paths for name, paths in linears.items() if "mod" not in name}  # of no modulation
 
-    def gradients_at(factors: Factors, step: int) -> Factors:
-        return gradients_of(dit, parts, factors, shuffled(items, step), step)
+    def gradients_at(factors: training.Factors, step: int) -> training.Factors:
+        return gradients_of(dit, parts, factors, training.shuffled(items, step), step)
 
-    assert_steps_of_descent(tmp_path / "out", parts, RATE, gradients_at, f"{kind} {cached_image}")
+    training.assert_steps_of_descent(tmp_path / "out", parts, RATE, gradients_at, f"{kind} {cached_image}")

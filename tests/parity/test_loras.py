@@ -1,15 +1,20 @@
-"""A LoRA trained by the command line acts in diffusers as here; a sample with the settings of trainers."""
+"""LoRAs and samples through the command lines equal diffusers, of video models and Stable Diffusion."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders import WanLoraLoaderMixin
+from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor
 
+import convert_lora
 from modules.contract.loading import Placement
 from modules.options import read_options
 from modules.parser import add_options
@@ -28,7 +33,19 @@ from tests.parity.reference import (
     to_pixels,
 )
 from tests.parity.running import assert_equal, generate_one, models_in
+from tests.parity.stable_diffusion import (
+    Files,
+    assert_close,
+    generators,
+    pipeline,
+    their_pixels,
+    write_files,
+)
+from tests.parity.stable_diffusion import (
+    run_script as run_gen_img,
+)
 from tests.parity.theirs import Theirs
+from tests.stable_diffusion.loaded import load, write_kohya
 from tests.tiny.project import write_image
 from tests.training.watched import Watched
 from training.options import TrainingOptions, read_arguments, training_parser
@@ -196,4 +213,114 @@ def test_what_a_line_leaves_out_is_that_of_the_known_trainers(tmp_path: Path) ->
         sample,
         denoise(theirs.dit, inputs, Sampling(flow_shift=14.5, scales=(5.0,) * 20)),
         "sample with defaults",
+    )
+
+
+PROMPT = "a red cat sits on a table"
+SD_STEPS, SCALE, SD_SEED, SIZE = 3, 5.0, 7, 32
+
+
+def words(*others: object) -> list[object]:
+    line = f"{PROMPT} --l {SCALE} --s {SD_STEPS} --d {SD_SEED} --w {SIZE} --h {SIZE}"
+    return ["--prompt", line, "--sampler", "ddim", "--W", SIZE, "--H", SIZE, *others]
+
+
+def theirs(pipe: Any) -> np.ndarray[Any, Any]:
+    made = pipe(
+        prompt=[PROMPT],
+        num_inference_steps=SD_STEPS,
+        guidance_scale=SCALE,
+        generator=generators(SD_SEED),
+        width=SIZE,
+        height=SIZE,
+    )
+    return their_pixels(made)
+
+
+def in_attention(path: str) -> bool:
+    """diffusers converts no others for SDXL."""
+    return ".attentions." in path and not path.endswith(("norm",))
+
+
+@pytest.mark.parametrize("kind", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
+def test_a_file_of_sd_scripts_in_the_u_net_and_the_text_encoders(tmp_path: Path, kind: str) -> None:
+    files = write_files(kind, tmp_path)
+    model = load(files.single, "--tokenizer_cache_dir", files.tokenizers)
+    path = write_kohya(tmp_path / "x.safetensors", model, in_attention)
+    pipe = pipeline(files, "", "ddim")
+    plain = theirs(pipe)
+    pipe.load_lora_weights(path)
+    wanted = theirs(pipe)
+    pipe.unload_lora_weights()
+    converted = tmp_path / "converted.safetensors"
+    convert_lora.main(["--input", str(path), "--output", str(converted), "--target", "diffusers"])
+    pipe.load_lora_weights(converted)
+    assert_close(theirs(pipe), wanted)
+    pipe.unload_lora_weights()
+
+    for number, how in enumerate(([], ["--network_merge"], ["--network_pre_calc"])):
+        options = ["--network_module", "networks.lora", "--network_weights", path, *how]
+        assert_close(run_gen_img(files, tmp_path / f"out{number}", *words(*options)), wanted)
+    assert np.abs(wanted.astype(int) - plain.astype(int)).max() > 20
+
+
+def test_strengths_of_a_line(tmp_path: Path) -> None:
+    files: Files = write_files("sd1", tmp_path)
+    model = load(files.single, "--tokenizer_cache_dir", files.tokenizers)
+    path = write_kohya(tmp_path / "x.safetensors", model, in_attention)
+    pipe = pipeline(files, "", "ddim")
+    pipe.load_lora_weights(path, adapter_name="x")
+    pipe.set_adapters(["x"], [0.4])
+    wanted = theirs(pipe)
+    pipe.unload_lora_weights()
+    asked = words("--network_weights", path)
+    asked[1] = f"{asked[1]} --am 0.4"
+
+    assert_close(run_gen_img(files, tmp_path / "out", *asked), wanted)
+
+
+def test_a_file_that_peft_and_diffusers_write(tmp_path: Path) -> None:
+    """With the alphas in its metadata, of the U-Net and of the text encoder."""
+    files = write_files("sd1", tmp_path)
+    pipe = pipeline(files, "", "ddim")
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
+    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=9, target_modules=layers, init_lora_weights="gaussian"))
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "fc1"]))
+    fill(pipe.unet)
+    fill(pipe.text_encoder)
+    wanted = theirs(pipe)
+    save(pipe, tmp_path / "lora")
+    pipe.unload_lora_weights()
+    plain = theirs(pipe)
+    path = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    assert any(name.startswith("text_encoder.") for name in load_file(path))
+
+    assert_close(run_gen_img(files, tmp_path / "out", *words("--network_weights", path)), wanted)
+    assert np.abs(wanted.astype(int) - plain.astype(int)).max() > 20
+
+
+def fill(network: Any) -> None:
+    """Give the second factors values, which begin as zeros."""
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            values = np.random.default_rng(len(name)).standard_normal(parameter.shape) * 0.1
+            parameter.data.copy_(parameter.data.new_tensor(values))
+
+
+def save(pipe: Any, folder: Path) -> None:
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    states = {
+        name: convert_state_dict_to_diffusers(get_peft_model_state_dict(one))
+        for name, one in networks.items()
+    }
+    settings = {name: one.peft_config["default"].to_dict() for name, one in networks.items()}
+    type(pipe).save_lora_weights(
+        folder,
+        states["unet"],
+        states["text_encoder"],
+        unet_lora_adapter_metadata=settings["unet"],
+        text_encoder_lora_adapter_metadata=settings["text_encoder"],
     )

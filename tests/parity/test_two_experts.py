@@ -18,10 +18,9 @@ from torch import Tensor
 
 from modules.media.writing import write_png, write_video
 from tests.parity import reference
-from tests.parity.datasets import decoded
 from tests.parity.projects import ALPHA, RANK, Project, train, write_project
 from tests.parity.reference import Sampling, draw_noise, open_image, relative_error, schedule, to_pixels
-from tests.parity.running import TOLERANCE, assert_equal, generate_one
+from tests.parity.running import TOLERANCE, assert_equal, decoded, generate_one
 from tests.parity.test_training import (
     DESCENT,
     PLAIN,

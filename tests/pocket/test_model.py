@@ -1,9 +1,4 @@
-"""The pocket model through the command line: it draws what it is asked for, and what every option does can be
-seen.
-
-Clips are read by the detectors. Thresholds stand below the figures in pocket/README.md, which are of more
-prompts.
-"""
+"""The pocket model draws what it is asked for; drawn clips and their captions."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +14,10 @@ import wan_generate_video
 from modules.atomic_write import write_text
 from modules.media.reading import video_frames
 from pocket import drawing
+from pocket.captions import caption
+from pocket.captions import plain as unmarked
+from pocket.clips import write_clips
+from pocket.concepts import CONCEPTS
 from pocket.measure import CLIP, POCKET, Accuracy, Asked, judge, model_options
 from pocket.train_vae import as_pixels, psnr
 from tests.pocket.detectors import Verdict, look
@@ -135,3 +134,38 @@ def test_the_text_encoder_tells_words_apart() -> None:
     assert len(read("a red circle moving left").ids) == 6
     assert read("A Red circle") == read("a red circle")
     assert read("a blorp") != read("a zindle")
+
+
+def scenes(count: int, two: float = 0.0) -> list[drawing.Scene]:
+    random = np.random.default_rng(3)
+    return [drawing.scene(random, two) for _ in range(count)]
+
+
+def test_a_seed_names_a_clip() -> None:
+    first, second = (drawing.draw(drawing.scene(np.random.default_rng(4))) for _ in range(2))
+    assert np.array_equal(first, second)
+    assert first.shape == (drawing.FRAMES, drawing.SIZE, drawing.SIZE, 3)
+
+
+def test_captions_name_colour_shape_and_direction() -> None:
+    random = np.random.default_rng(9)
+    for scene in scenes(100, two=0.3):
+        text = caption(random, scene)
+        for thing in scene.things:
+            assert all(word in text for word in (thing.colour, thing.shape, thing.direction))
+    assert unmarked(drawing.draw_thing(random, "red", "circle", "left")) == "a red circle moving left"
+
+
+def test_clips_are_written_once(tmp_path: Path) -> None:
+    concept = CONCEPTS["blorp"]
+    write_clips(tmp_path, 2, seed=0, make=concept.make)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "00000.mp4",
+        "00000.txt",
+        "00001.mp4",
+        "00001.txt",
+    ]
+    assert "blorp" in (tmp_path / "00000.txt").read_text(encoding="utf-8")
+    before = (tmp_path / "00000.mp4").stat().st_mtime_ns
+    write_clips(tmp_path, 2, seed=0, make=concept.make)
+    assert (tmp_path / "00000.mp4").stat().st_mtime_ns == before

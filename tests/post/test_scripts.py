@@ -29,8 +29,7 @@ from post.upscaling.files import load_upscaler
 from tests.faults.messages import assert_one_message, run_here
 from tests.post.interpolation.test_stage import moving, plain
 from tests.post.stages_here import files_in, frames_of, kept_frames, write_clip
-from tests.tiny.post_flowformer import write_flowformer
-from tests.tiny.post_interpolation import write_gimm_f, write_gimm_r
+from tests.tiny.post_interpolation import write_flowformer, write_gimm_f, write_gimm_r
 from tests.tiny.post_upscaling import write_rrdb, write_swinir
 from tests.tiny.project import write_image
 

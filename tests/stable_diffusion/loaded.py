@@ -1,19 +1,24 @@
-"""Tiny checkpoints, text encoders, options and plain makers, as tests of gen_img.py need them."""
+"""Loaded tiny models, ControlNets and LoRAs, for the tests of gen_img.py."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from encoders.clip_layers import ClipText
 from modules.parser import parse_options
+from networks.module_names import to_alias
+from networks.names.stable_diffusion import SDXL as SDXL_NAMES
 from stable_diffusion.assembling import LoadedPipeline
 from stable_diffusion.contract import (
     SD1,
@@ -23,13 +28,17 @@ from stable_diffusion.contract import (
     Made,
     Model,
     ModelKind,
+    PictureSettings,
     SecondStart,
     TextTower,
+    UnetCall,
 )
 from stable_diffusion.loading import check_attention, load_release, open_release
+from stable_diffusion.loras import ChosenLoras, load_networks
+from stable_diffusion.network_options import AddedNetworkOptions
 from stable_diffusion.options import GenImgOptions, ModelOptions, TextOptions, read_gen_img
 from tests.faults.messages import run_here
-from tests.tiny.stable_diffusion import KINDS, TEXT_DIM, text_config, text_state, vocabulary
+from tests.tiny.stable_diffusion import KINDS, TEXT_DIM, text_config, text_state, unet_state, vocabulary
 
 CPU = torch.device("cpu")
 
@@ -151,3 +160,172 @@ def make_pictures(project: Path, out: Path, *words: object) -> list[np.ndarray]:
     code, said = run_here("gen_img.py", *arguments, folder=project)
     assert code == 0, said[-3000:]
     return [np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("*.png"))]
+
+
+OF_NAME = {kind.name: kind for kind in (SD1, SD2, SDXL)}
+SETTINGS = PictureSettings(width=64, height=48, steps=4, scale=7.5)
+
+
+def unet_of(kind: str) -> UNet2DConditionModel:
+    network = UNet2DConditionModel(**KINDS[kind].unet)
+    network.load_state_dict(unet_state(kind))
+    return network.eval().requires_grad_(False)
+
+
+def model_of(kind: str) -> Model:
+    return Model(
+        kind=OF_NAME[kind],
+        path=Path("model"),
+        unet=unet_of(kind),
+        vae=None,
+        texts=(),
+        predicts_velocity=False,
+        zero_terminal_snr=False,
+        device=CPU,
+        dtype=torch.float32,
+        vae_dtype=torch.float32,
+    )
+
+
+def picture(*guides: Path, parts: int = 1) -> AskedPicture:
+    return AskedPicture("line 1", "a cat", "", 1, replace(SETTINGS, parts=parts), "a cat", guides=guides)
+
+
+def write_guide(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def call_of(kind: str, rows: int = 2, step: int = 0, size: tuple[int, int] = (64, 48)) -> UnetCall:
+    generator = torch.Generator().manual_seed(3)
+    config = KINDS[kind].unet
+    added = {}
+    if kind == "sdxl":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        added = {
+            "text_embeds": torch.randn((rows, pooled), generator=generator),
+            "time_ids": torch.full((rows, 6), 64.0),
+        }
+    return UnetCall(
+        step=step,
+        num_steps=4,
+        timestep=501.0,
+        sample=torch.randn((rows, 4, size[1] // 8, size[0] // 8), generator=generator),
+        context=torch.randn((rows, 77, config["cross_attention_dim"]), generator=generator),
+        negative_rows=rows // 2,
+        added=added,
+    )
+
+
+def pixels(path: Path) -> Tensor:
+    """A guide as it is: 1 3 H W in 0..1."""
+    return torch.from_numpy(np.array(Image.open(path))).float().permute(2, 0, 1)[None] / 255
+
+
+RANK = 3
+Factors = dict[str, Tensor]
+Result = tuple[Tensor, ...]
+
+
+def random(*shape: int, seed: str, scale: float = 0.3) -> Tensor:
+    """Numbers that depend on the seed's text alone."""
+    generator = torch.Generator().manual_seed(sum(ord(letter) * (i + 1) for i, letter in enumerate(seed)))
+    return torch.randn(*shape, generator=generator) * scale
+
+
+def unet_modules(model: Model, only: Callable[[str], bool] = lambda path: True) -> dict[str, nn.Module]:
+    """Matrices and convolutions of the U-Net, by diffusers' paths."""
+    named = model.unet.named_modules()
+    return {path: one for path, one in named if isinstance(one, (nn.Linear, nn.Conv2d)) and only(path)}
+
+
+def text_modules(model: Model) -> dict[str, nn.Module]:
+    """Matrices of the text encoders by sd-scripts' names: `lora_te1_text_model_encoder_layers_0_mlp_fc1`."""
+    return {
+        f"{tower.lora_prefix}_text_model_{path.replace('.', '_')}": one
+        for tower in model.texts
+        for path, one in tower.network.named_modules()
+        if isinstance(one, nn.Linear)
+    }
+
+
+def low_rank(name: str, module: nn.Module, alpha: float = 2.0) -> Factors:
+    """A LoRA of a module, as sd-scripts shapes it."""
+    out, *rest = module.weight.shape  # type: ignore[operator]
+    ones = [1] * (len(rest) - 1)
+    return {
+        "lora_down.weight": random(RANK, *rest, seed=name),
+        "lora_up.weight": random(out, RANK, *ones, seed=f"{name} up"),
+        "alpha": torch.tensor(alpha),
+    }
+
+
+def kohya_name(path: str, kind: str) -> str:
+    """As sd-scripts names a module of the U-Net: SDXL's as the released file does."""
+    name = path.replace(".", "_")
+    return f"lora_unet_{to_alias(name, SDXL_NAMES) if kind == 'sdxl' else name}"
+
+
+def write(
+    path: Path, modules: Mapping[str, Mapping[str, Tensor]], metadata: dict[str, str] | None = None
+) -> Path:
+    """Write `name.part` tensors."""
+    tensors = {
+        f"{name}.{part}": one.contiguous()
+        for name, factors in modules.items()
+        for part, one in factors.items()
+    }
+    save_file(tensors, path, metadata)
+    return path
+
+
+def write_kohya(
+    path: Path, model: Model, only: Callable[[str], bool] = lambda path: True, texts: bool = True
+) -> Path:
+    """A LoRA of sd-scripts for the U-Net and the text encoders."""
+    found = unet_modules(model, only)
+    kind = model.kind.name
+    modules = {kohya_name(name, kind): low_rank(name, module) for name, module in found.items()}
+    if texts:
+        modules |= {name: low_rank(name, module) for name, module in text_modules(model).items()}
+    return write(path, modules)
+
+
+def in_places(path: str) -> bool:
+    """Of each sort of module one or more."""
+    ends = (
+        "conv1",
+        "conv_shortcut",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
+        "proj_in",
+        "attn2.to_k",
+        "net.2",
+    )
+    return path.endswith(("conv_in", "time_emb_proj", *ends))
+
+
+def network_options(*words: object) -> AddedNetworkOptions:
+    options: AddedNetworkOptions
+    (options,) = parse_options(None, [str(word) for word in words], AddedNetworkOptions)
+    return options
+
+
+def put_in(model: Model, *words: object) -> ChosenLoras | None:
+    return load_networks(network_options("--network_weights", *words), model)
+
+
+@torch.no_grad()
+def results(model: Model) -> Result:
+    """What the U-Net and each text encoder compute from the same input."""
+    ids = torch.arange(6)[None]
+    texts = [tower.network(ids, torch.tensor([5])) for tower in model.texts]
+    width = model.unet.config.cross_attention_dim
+    added = None
+    if model.kind.name == "sdxl":
+        added = {"text_embeds": random(1, 64, seed="pooled"), "time_ids": torch.full((1, 6), 64.0)}
+    sample = random(1, 4, 4, 4, seed="sample", scale=1).to(model.dtype)
+    context = random(1, 7, width, seed="context", scale=1).to(model.dtype)
+    out = model.unet(sample, 500.0, context, added_cond_kwargs=added, return_dict=False)[0]
+    return out, *texts

@@ -18,22 +18,8 @@ from stable_diffusion.control_net import BatchGuides, check_control_nets, load_c
 from stable_diffusion.control_net_files import load_control_net, open_control_net, read_control_net
 from stable_diffusion.network_options import ControlOptions, ControlUse
 from tests.manifests import write_hollow
-from tests.stable_diffusion.controlling import (
-    OF_NAME,
-    call_of,
-    model_of,
-    picture,
-    pixels,
-    unet_of,
-    write_guide,
-)
-from tests.tiny.control_nets import (
-    control_net,
-    control_net_state,
-    ldm_control_net,
-    write_control_net,
-    write_lllite,
-)
+from tests.stable_diffusion import loaded
+from tests.tiny import control_nets
 from tests.tiny.stable_diffusion import RELEASED_UNETS, ldm_unet, unet_state, write_sd1
 
 CPU = torch.device("cpu")
@@ -50,7 +36,7 @@ def save(path: Path, name: str) -> Path:
 
 def theirs(kind: str, call: UnetCall, guides: Tensor, scale: float = 1.0, seed: int = 50) -> list[Tensor]:
     """The residuals of diffusers' own network."""
-    down, mid = control_net(kind, seed)(
+    down, mid = control_nets.control_net(kind, seed)(
         call.sample,
         torch.tensor(call.timestep),
         encoder_hidden_states=call.context,
@@ -73,45 +59,49 @@ def residuals(call: UnetCall) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("layout", ["released", "prefixed", "diffusers", "folder", "difference"])
 def test_each_layout_gives_the_same_network(tmp_path: Path, kind: str, layout: str) -> None:
-    path = write_control_net(tmp_path / ("net" if layout == "folder" else "net.safetensors"), kind, layout)
-    unet = unet_of(kind)
+    path = control_nets.write_control_net(
+        tmp_path / ("net" if layout == "folder" else "net.safetensors"), kind, layout
+    )
+    unet = loaded.unet_of(kind)
 
     with open_control_net(path) as checkpoint:
-        plan = read_control_net(path, checkpoint, unet.config, OF_NAME[kind].words)
-        loaded = load_control_net(plan, unet, CPU, torch.float32).state_dict()
+        plan = read_control_net(path, checkpoint, unet.config, loaded.OF_NAME[kind].words)
+        found = load_control_net(plan, unet, CPU, torch.float32).state_dict()
 
-    wanted = control_net_state(kind)
-    assert loaded.keys() == wanted.keys()
+    wanted = control_nets.control_net_state(kind)
+    assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(loaded[name], tensor, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-6)
 
 
 def test_torch_files_with_a_whole_model_are_read(tmp_path: Path) -> None:
     state = {
-        f"control_model.{name}": each for name, each in ldm_control_net(control_net_state("sd1")).items()
+        f"control_model.{name}": each
+        for name, each in control_nets.ldm_control_net(control_nets.control_net_state("sd1")).items()
     }
     beside = {f"model.diffusion_model.{name}": each for name, each in ldm_unet(unet_state("sd1")).items()}
     torch.save({"state_dict": {**state, **beside, "betas": torch.ones(3)}}, tmp_path / "whole.pth")
 
-    check_control_nets(options_of(tmp_path / "whole.pth"), unet_of("sd1").config, SD1)
+    check_control_nets(options_of(tmp_path / "whole.pth"), loaded.unet_of("sd1").config, SD1)
 
 
 # What they add
 
 
 def test_several_take_turns_in_sd1_and_are_averaged_in_sdxl(tmp_path: Path) -> None:
-    guide = write_guide(tmp_path / "guide.png")
-    images = pixels(guide).repeat(2, 1, 1, 1)
+    guide = loaded.write_guide(tmp_path / "guide.png")
+    images = loaded.pixels(guide).repeat(2, 1, 1, 1)
     for kind in ("sd1", "sdxl"):
         paths = [
-            write_control_net(tmp_path / f"{kind}{seed}.safetensors", kind, seed=seed) for seed in (50, 51)
+            control_nets.write_control_net(tmp_path / f"{kind}{seed}.safetensors", kind, seed=seed)
+            for seed in (50, 51)
         ]
-        nets = load_control_nets(options_of(*paths), model_of(kind))
+        nets = load_control_nets(options_of(*paths), loaded.model_of(kind))
         assert nets is not None
-        calls = [call_of(kind, step=step) for step in (0, 1)]
+        calls = [loaded.call_of(kind, step=step) for step in (0, 1)]
         wanted = [[theirs(kind, call, images, seed=seed) for seed in (50, 51)] for call in calls]
 
-        with torch.no_grad(), nets.for_batch([picture(guide)], 64, 48) as idea:
+        with torch.no_grad(), nets.for_batch([loaded.picture(guide)], 64, 48) as idea:
             assert idea is not None
             found = [residuals(idea(call)) for call in calls]
 
@@ -126,37 +116,37 @@ def added(
     folder: Path, call: UnetCall, name: str = "net", parts: int = 1, size: tuple[int, int] = (64, 48)
 ) -> tuple[list[Tensor], Path]:
     """What the ControlNet of a file adds to a call, and its guide, which is 64 pixels wide."""
-    guide = write_guide(folder / "guide.png", size=(64, 64 if size != (64, 48) else 48))
-    path = write_control_net(folder / f"{name}.safetensors", "sd1")
-    nets = load_control_nets(options_of(path), model_of("sd1"))
+    guide = loaded.write_guide(folder / "guide.png", size=(64, 64 if size != (64, 48) else 48))
+    path = control_nets.write_control_net(folder / f"{name}.safetensors", "sd1")
+    nets = load_control_nets(options_of(path), loaded.model_of("sd1"))
     assert nets is not None
-    with torch.no_grad(), nets.for_batch([picture(guide, parts=parts)], *size) as idea:
+    with torch.no_grad(), nets.for_batch([loaded.picture(guide, parts=parts)], *size) as idea:
         assert idea is not None
         return residuals(idea(call)), guide
 
 
 def test_the_last_part_of_a_prompt_counts(tmp_path: Path) -> None:
-    call = call_of("sd1")
+    call = loaded.call_of("sd1")
     both = replace(call, context=torch.cat([-call.context, call.context], dim=1))
 
     found, guide = added(tmp_path, both, parts=2)
 
-    wanted = theirs("sd1", call, pixels(guide).repeat(2, 1, 1, 1))
+    wanted = theirs("sd1", call, loaded.pixels(guide).repeat(2, 1, 1, 1))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_shuffle_acts_beside_the_prompt_alone_and_everywhere_alike(tmp_path: Path) -> None:
-    call = call_of("sd1")
+    call = loaded.call_of("sd1")
 
     found, guide = added(tmp_path, call, name="a_Shuffle")
 
-    for own, wanted in zip(found, theirs("sd1", call, pixels(guide).repeat(2, 1, 1, 1)), strict=True):
+    for own, wanted in zip(found, theirs("sd1", call, loaded.pixels(guide).repeat(2, 1, 1, 1)), strict=True):
         torch.testing.assert_close(own[:1], wanted[:1].mean((2, 3), keepdim=True), atol=1e-5, rtol=1e-5)
         assert not own[1:].any()
 
 
 def test_guides_follow_the_size_of_the_latents(tmp_path: Path) -> None:
-    call = call_of("sd1")
+    call = loaded.call_of("sd1")
 
     found, guide = added(tmp_path, call, size=(128, 96))  # the latents are half of it
 
@@ -170,15 +160,15 @@ def test_guides_follow_the_size_of_the_latents(tmp_path: Path) -> None:
 
 
 def test_the_one_of_another_model_is_refused(tmp_path: Path) -> None:
-    path = write_control_net(tmp_path / "net.safetensors", "sdxl")
+    path = control_nets.write_control_net(tmp_path / "net.safetensors", "sdxl")
 
     with pytest.raises(CheckpointError, match=r"Stable Diffusion XL, but --ckpt is Stable Diffusion 1\.x"):
-        check_control_nets(options_of(path), unet_of("sd1").config, SD1)
+        check_control_nets(options_of(path), loaded.unet_of("sd1").config, SD1)
 
 
 def test_other_files_are_named(tmp_path: Path) -> None:
     paths = {
-        "give it to --control_net_lllite_models": write_lllite(tmp_path / "lllite.safetensors"),
+        "give it to --control_net_lllite_models": control_nets.write_lllite(tmp_path / "lllite.safetensors"),
         "a model without ControlNet": write_sd1(tmp_path),
         "a T2I adapter": save(tmp_path / "adapter.safetensors", "body.0.block1.weight"),
         "an IP-Adapter": save(tmp_path / "ip.safetensors", "ip_adapter.1.to_k_ip.weight"),
@@ -190,33 +180,33 @@ def test_other_files_are_named(tmp_path: Path) -> None:
 
     for words, path in paths.items():
         with pytest.raises(CheckpointError, match=words):
-            check_control_nets(options_of(path), unet_of("sd1").config, SD1)
+            check_control_nets(options_of(path), loaded.unet_of("sd1").config, SD1)
 
 
 def test_those_of_inpainting_models_are_refused(tmp_path: Path) -> None:
-    path = write_control_net(tmp_path / "net.safetensors", "sd1", in_channels=9)
+    path = control_nets.write_control_net(tmp_path / "net.safetensors", "sd1", in_channels=9)
 
     with pytest.raises(CheckpointError, match="9 .* channels.*inpainting"):
-        check_control_nets(options_of(path), unet_of("sd1").config, SD1)
+        check_control_nets(options_of(path), loaded.unet_of("sd1").config, SD1)
 
 
 def test_a_cut_file_names_what_is_missing(tmp_path: Path) -> None:
-    state = ldm_control_net(control_net_state("sd1"))
+    state = control_nets.ldm_control_net(control_nets.control_net_state("sd1"))
     del state["zero_convs.2.0.weight"]
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "net.safetensors")
 
     with pytest.raises(CheckpointError, match=r"missing: controlnet_down_blocks\.2\.weight"):
-        load_control_nets(options_of(tmp_path / "net.safetensors"), model_of("sd1"))
+        load_control_nets(options_of(tmp_path / "net.safetensors"), loaded.model_of("sd1"))
 
 
 def test_the_number_of_guides_is_compared(tmp_path: Path) -> None:
-    guide = write_guide(tmp_path / "guide.png")
-    path = write_control_net(tmp_path / "net.safetensors", "sd1")
-    nets = load_control_nets(options_of(path), model_of("sd1"))
+    guide = loaded.write_guide(tmp_path / "guide.png")
+    path = control_nets.write_control_net(tmp_path / "net.safetensors", "sd1")
+    nets = load_control_nets(options_of(path), loaded.model_of("sd1"))
     assert nets is not None
 
     with pytest.raises(OptionError, match="line 1: 2 guide images, but --control_net_models has 1"):
-        nets.for_batch([picture(guide, guide)], 64, 48).__enter__()
+        nets.for_batch([loaded.picture(guide, guide)], 64, 48).__enter__()
 
 
 # Sizes of the released ones
@@ -240,7 +230,7 @@ def hollow(path: Path, kind: str, layout: str, sizes: dict[str, object]) -> Path
     with torch.device("meta"):
         state = ControlNetModel(**{**released, **sizes}).state_dict()
     if layout == "released":
-        state = ldm_control_net(state)
+        state = control_nets.ldm_control_net(state)
     return write_hollow(path, {name: ("F16", tuple(tensor.shape)) for name, tensor in state.items()})
 
 
@@ -251,7 +241,7 @@ def test_those_of_released_sizes_fit(
     path = hollow(tmp_path / "net.safetensors", kind, layout, sizes)
     config = {"block_out_channels": (320, 640, 1280, 1280), **RELEASED_UNETS[kind]}
 
-    check_control_nets(options_of(path), config, OF_NAME[kind])  # builds it, and compares all shapes
+    check_control_nets(options_of(path), config, loaded.OF_NAME[kind])  # builds it, and compares all shapes
 
 
 def test_a_released_one_of_xl_is_refused_for_sd1(tmp_path: Path) -> None:
@@ -273,7 +263,7 @@ def test_edges_are_white_lines_at_the_size_of_the_picture(tmp_path: Path) -> Non
     image[32:64, 32:96] = (255, 128, 0)
     Image.fromarray(image).save(tmp_path / "guide.png")
 
-    (found,) = BatchGuides([CANNY], OPTION, [picture(tmp_path / "guide.png")], 64, 48).guides
+    (found,) = BatchGuides([CANNY], OPTION, [loaded.picture(tmp_path / "guide.png")], 64, 48).guides
 
     small = Image.fromarray(image).resize((64, 48), Image.Resampling.LANCZOS)
     edges = cv2.Canny(np.asarray(small.convert("L")), 63, 191)
@@ -284,7 +274,7 @@ def test_edges_are_white_lines_at_the_size_of_the_picture(tmp_path: Path) -> Non
 
 def test_a_missing_guide_is_named(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"missing\.png"):
-        BatchGuides([NONE], OPTION, [picture(tmp_path / "missing.png")], 64, 48)
+        BatchGuides([NONE], OPTION, [loaded.picture(tmp_path / "missing.png")], 64, 48)
 
 
 def test_values_belong_to_models_in_their_order() -> None:

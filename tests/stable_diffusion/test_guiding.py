@@ -23,14 +23,7 @@ from stable_diffusion.options import read_gen_img
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions
 from stable_diffusion.text import FOLDER, PictureVectors, find_image_tower
 from tests.encoders.test_clip import noise, write_tower
-from tests.parity.stable_diffusion import (
-    CLASSES,
-    Files,
-    generators,
-    their_scheduler,
-    write_files,
-    write_picture,
-)
+from tests.parity import stable_diffusion
 from tests.stable_diffusion.loaded import make_pictures, make_towers
 from tests.tiny.guides import VGG_LEVELS, vgg_state, write_clip, write_vgg16
 from tests.tiny.stable_diffusion import TEXT_DIM, tokenizer_folder, write_sdxl
@@ -46,7 +39,7 @@ class Project:
     """Tiny networks: ours are loaded from their files, these are others' of the same weights."""
 
     folder: Path
-    files: Files
+    files: stable_diffusion.Files
     clip: Any
 
     @cached_property
@@ -79,9 +72,9 @@ class Project:
 
 
 def project(kind: str, folder: Path) -> Project:
-    write_picture(folder / "guide.png", (SIZE, SIZE), 3)
+    stable_diffusion.write_picture(folder / "guide.png", (SIZE, SIZE), 3)
     write_vgg16(folder / "vgg16.pth")
-    return Project(folder, write_files(kind, folder), write_clip(folder / "clip"))
+    return Project(folder, stable_diffusion.write_files(kind, folder), write_clip(folder / "clip"))
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +177,9 @@ def steps_of(sampler: str) -> int:
 
 def begin(sampler: str, velocity: bool = False) -> tuple[Any, Tensor]:
     """A scheduler, and its start noise."""
-    scheduler = their_scheduler(sampler, velocity)
+    scheduler = stable_diffusion.their_scheduler(sampler, velocity)
     scheduler.set_timesteps(steps_of(sampler))
-    (generator,) = generators(5)
+    (generator,) = stable_diffusion.generators(5)
     noise = torch.randn((1, 4, SIZE // 8, SIZE // 8), generator=generator)
     if sampler in {"euler_a", "dpm_2_a"}:
         scheduler.drawn_from = generator
@@ -207,7 +200,7 @@ def maker(sd1: Project) -> Maker:
     return sd1.load(**SCALES)
 
 
-@pytest.mark.parametrize("sampler", CLASSES)
+@pytest.mark.parametrize("sampler", stable_diffusion.CLASSES)
 def test_pictures_are_those_of_a_plain_loop(sd1: Project, maker: Maker, sampler: str) -> None:
     maker = replace(maker, sampling=replace(maker.sampling, sampler=sampler))
     settings = replace(SETTINGS, steps=steps_of(sampler))

@@ -15,12 +15,12 @@ from networks.added import AddedPart
 from stable_diffusion.contract import SD1, Model
 from stable_diffusion.loras import ChosenLoras, check_kind, load_networks, read_networks
 from stable_diffusion.network_options import AddedNetworkOptions
-from tests.stable_diffusion.loaded import load
-from tests.stable_diffusion.making_loras import (
+from tests.stable_diffusion.loaded import (
     RANK,
     Result,
     in_places,
     kohya_name,
+    load,
     low_rank,
     network_options,
     put_in,

@@ -6,16 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from tests.tiny import wan_encoders
 from tests.tiny.wan_dit import tiny_state, write_dit
-from tests.tiny.wan_encoders import (
-    CLIP_DIM,
-    clip_official_tensors,
-    clip_tensors,
-    t5_tensors,
-    vae22_tensors,
-    vae_tensors,
-    write_tokenizer,
-)
 
 
 @dataclass(frozen=True)
@@ -48,15 +40,18 @@ def write_tiny_wan(
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = TinyWan(*(folder / f"{name}.safetensors" for name in ("dit", "vae", "t5", "clip")))
-    write_dit(folder, tiny_state(kind, dtype=dtype, image_dim=CLIP_DIM), name="dit")
+    write_dit(folder, tiny_state(kind, dtype=dtype, image_dim=wan_encoders.CLIP_DIM), name="dit")
     if experts > 1:
-        state = tiny_state(kind, seed=1, dtype=dtype, image_dim=CLIP_DIM)
+        state = tiny_state(kind, seed=1, dtype=dtype, image_dim=wan_encoders.CLIP_DIM)
         files = replace(files, dit_high_noise=write_dit(folder, state, name="dit_high"))
-    save_file(vae22_tensors() if kind == "ti2v" else vae_tensors(), files.vae)
-    save_file(t5_tensors(), files.t5)
+    save_file(wan_encoders.vae22_tensors() if kind == "ti2v" else wan_encoders.vae_tensors(), files.vae)
+    save_file(wan_encoders.t5_tensors(), files.t5)
     save_file(
-        {name: tensor.contiguous() for name, tensor in clip_official_tensors(clip_tensors()).items()},
+        {
+            name: tensor.contiguous()
+            for name, tensor in wan_encoders.clip_official_tensors(wan_encoders.clip_tensors()).items()
+        },
         files.clip,
     )
-    write_tokenizer(folder / "google" / "umt5-xxl")
+    wan_encoders.write_tokenizer(folder / "google" / "umt5-xxl")
     return files

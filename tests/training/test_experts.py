@@ -20,45 +20,35 @@ from modules.offload.turns import HostCopy
 from networks.adapter import make_network
 from tests.modules.fake_device import FakeDevice
 from tests.modules.offload.test_turns import taking_turns
+from tests.training import toy
 from tests.training.test_resume import train_in_two_processes
-from tests.training.toy import (
-    TWO_EXPERTS,
-    Killed,
-    ToyFamily,
-    killed_at,
-    same,
-    state_tensors,
-    toy_options,
-    train_toy,
-    write_caches,
-)
 from training.experts import ExpertNetworks
 from training.loop import take_step
 from training.run import prepare_run, train_network
 from training.trainable import share_network
 from training.trainable import train_network as make_trainable
 
-BOTH = ToyFamily(experts=TWO_EXPERTS)
+BOTH = toy.ToyFamily(experts=toy.TWO_EXPERTS)
 APART = "--lora_per_expert"
 PARTS = (LOW_NOISE, HIGH_NOISE)
 
 
 def train(folder: Path, *arguments: object, family: Any = BOTH) -> dict[str, Tensor]:
     """Train the whole way; returns the tensors of all final files."""
-    assert train_network(family, toy_options(folder, *arguments)) == 0
+    assert train_network(family, toy.toy_options(folder, *arguments)) == 0
     files = sorted((folder / "output").glob("x*.safetensors"))
     return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
 
 
 def sides(folder: Path, *arguments: object, count: int = 8) -> list[int]:
     """The expert of each micro-batch of a run."""
-    with prepare_run(BOTH, toy_options(folder, *arguments)) as run:
+    with prepare_run(BOTH, toy.toy_options(folder, *arguments)) as run:
         feed = run.feed.start(0, 0)
         return [next(feed).data.expert for _ in range(count)]
 
 
 def test_both_transformers_get_micro_batches_and_one_network_learns_from_all(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     assert set(sides(tmp_path)) == {0, 1}
 
     tensors = train(tmp_path, "--max_train_steps", 3)
@@ -66,13 +56,13 @@ def test_both_transformers_get_micro_batches_and_one_network_learns_from_all(tmp
     assert {name.partition("/")[0] for name in tensors} == {"x.safetensors"}
     with safe_open(tmp_path / "output" / "x.safetensors", "pt") as file:
         assert file.metadata()["ss_wan_expert"] == "both"
-    one = train_toy(tmp_path, "--max_train_steps", 3)  # the low one alone, at the same timesteps
+    one = toy.train_toy(tmp_path, "--max_train_steps", 3)  # the low one alone, at the same timesteps
     assert any(not torch.equal(one[name], tensors[f"x.safetensors/{name}"]) for name in one)
 
 
 @pytest.mark.parametrize("module", ["networks.lora", "networks.loha", "networks.lokr"])
 def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module: str) -> None:
-    options = toy_options(tmp_path, "--network_module", module).network
+    options = toy.toy_options(tmp_path, "--network_module", module).network
     assert options is not None
     low, high = (
         BOTH.load_dit(Placement(torch.device("cpu")), expert).requires_grad_(False) for expert in (0, 1)
@@ -103,8 +93,8 @@ def test_the_expert_of_a_micro_batch_is_known_before_it_is_read(
     tmp_path: Path, sampling: list[object]
 ) -> None:
     """A process must know it also of the micro-batches that others read."""
-    write_caches(tmp_path, batch_size=2)
-    with prepare_run(BOTH, toy_options(tmp_path, "--max_train_epochs", 4, *sampling)) as run:
+    toy.write_caches(tmp_path, batch_size=2)
+    with prepare_run(BOTH, toy.toy_options(tmp_path, "--max_train_epochs", 4, *sampling)) as run:
         feed, count = run.feed.start(0, 0), run.steps.num_batches
         drawn = [next(feed).data.expert for _ in range(4 * count)]
         told = [run.feed.batches.expert_of((epoch, index)) for epoch in range(4) for index in range(count)]
@@ -117,9 +107,9 @@ def test_a_step_leaves_the_network_of_an_expert_without_micro_batches_alone(
     tmp_path: Path, optimizer: str
 ) -> None:
     """Neither weight decay nor a moment of the optimizer changes it."""
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     order = sides(tmp_path)
-    options = toy_options(
+    options = toy.toy_options(
         tmp_path, APART, "--optimizer_type", optimizer, "--optimizer_args", "weight_decay=0.1"
     )
     with prepare_run(BOTH, options) as run:
@@ -137,7 +127,7 @@ def test_a_step_leaves_the_network_of_an_expert_without_micro_batches_alone(
 
 @pytest.mark.parametrize("more", [[], [APART]])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, more: list[object]) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     options = [
         *more,
         *("--gradient_accumulation_steps", 2, "--network_dropout", 0.2, "--ema_decay", 0.5),
@@ -147,20 +137,20 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, more: list[objec
     (tmp_path / "output").rename(tmp_path / "whole")
 
     for count in (3, 7):
-        with pytest.raises(Killed):
-            train(tmp_path, *options, family=replace(killed_at(count), experts=TWO_EXPERTS))
+        with pytest.raises(toy.Killed):
+            train(tmp_path, *options, family=replace(toy.killed_at(count), experts=toy.TWO_EXPERTS))
     found = train(tmp_path, *options)
 
-    assert same(found, expected)
+    assert toy.same(found, expected)
     states = sorted((tmp_path / "whole").glob("x*-state"))
     assert states
     for path in states:
-        ours, theirs = state_tensors(path), state_tensors(tmp_path / "output" / path.name)
-        assert all(same(ours[part], theirs[part]) for part in ours)
+        ours, theirs = toy.state_tensors(path), toy.state_tensors(tmp_path / "output" / path.name)
+        assert all(toy.same(ours[part], theirs[part]) for part in ours)
 
 
 def test_files_of_two_networks_end_with_their_expert_and_expire_together(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     saving = ["--save_every_n_steps", 2, "--save_last_n_steps", 1, "--ema_decay", 0.5, "--max_train_steps", 5]
 
     train(tmp_path, APART, *saving)
@@ -176,7 +166,7 @@ def test_files_of_two_networks_end_with_their_expert_and_expire_together(tmp_pat
 
 
 def test_losses_of_the_transformers_are_logged_apart(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     order = sides(tmp_path, count=5)
     train_toy_family(tmp_path, "--max_train_steps", 5, has_page=True)
 
@@ -188,13 +178,13 @@ def test_losses_of_the_transformers_are_logged_apart(tmp_path: Path) -> None:
 
 
 def train_toy_family(folder: Path, *arguments: object, has_page: bool = False) -> None:
-    assert train_network(BOTH, toy_options(folder, *arguments, has_page=has_page)) == 0
+    assert train_network(BOTH, toy.toy_options(folder, *arguments, has_page=has_page)) == 0
 
 
 def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> None:
     """At first nothing is learned, so the bands are those of each transformer alone."""
-    write_caches(tmp_path)
-    options = toy_options(tmp_path, "--validation_split", "0.3")
+    toy.write_caches(tmp_path)
+    options = toy.toy_options(tmp_path, "--validation_split", "0.3")
     found: list[dict[str, float]] = []
     with prepare_run(BOTH, options) as run:
         for at in (run.dits.at, lambda _: run.dits.at(0), lambda _: run.dits.at(1)):
@@ -213,7 +203,7 @@ def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> Non
         run.validation.measure(lambda expert: (asked.append(expert), run.dits.at(expert))[1], run.autocast)
     assert asked == [0, 1], "a network is brought once for all items"
 
-    with prepare_run(ToyFamily(experts=TWO_EXPERTS[1:]), options) as run:
+    with prepare_run(toy.ToyFamily(experts=toy.TWO_EXPERTS[1:]), options) as run:
         losses = run.validation.measure(run.dits.at, run.autocast)
     assert list(losses) == ["validation/loss", "validation/loss_700", "validation/loss_900"]
 
@@ -221,8 +211,8 @@ def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> Non
 @pytest.mark.parametrize("swap", [[], ["--blocks_to_swap", 1]])
 def test_networks_that_take_turns_train_the_same(tmp_path: Path, swap: list[object]) -> None:
     """Weights that are used while they are not on the device are not numbers."""
-    write_caches(tmp_path)
-    options, found = toy_options(tmp_path, *swap), []
+    toy.write_caches(tmp_path)
+    options, found = toy.toy_options(tmp_path, *swap), []
     for takes_turns in (False, True):
         with prepare_run(BOTH, options) as run:
             copies: dict[nn.Module, HostCopy] = {}
@@ -243,7 +233,7 @@ def test_networks_that_take_turns_train_the_same(tmp_path: Path, swap: list[obje
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(
     tmp_path: Path, port: int, more: list[str]
 ) -> None:
-    write_caches(tmp_path, count=6)
+    toy.write_caches(tmp_path, count=6)
     expected = train(tmp_path, *more, "--gradient_accumulation_steps", 2)
 
     environment = {"TOY_EXPERTS": "1"}
@@ -271,22 +261,22 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
 def test_what_two_transformers_cannot_do_is_refused_before_they_load(
     tmp_path: Path, arguments: list[object], message: str
 ) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     given = [str(word).format(folder=tmp_path) for word in arguments]
     with pytest.raises(OptionError, match=message):
         train(tmp_path, *given)
 
 
 def test_whole_transformers_are_trained_one_at_a_time(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     with pytest.raises(OptionError, match="one at a time"):
-        train_network(BOTH, toy_options(tmp_path, whole_dit=True))
+        train_network(BOTH, toy.toy_options(tmp_path, whole_dit=True))
 
 
 def test_options_for_two_transformers_are_refused_for_one(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     with pytest.raises(OptionError, match="--lora_per_expert needs two transformers"):
-        train_network(ToyFamily(), toy_options(tmp_path, APART))
+        train_network(toy.ToyFamily(), toy.toy_options(tmp_path, APART))
 
 
 @pytest.mark.parametrize(
@@ -297,24 +287,24 @@ def test_options_for_two_transformers_are_refused_for_one(tmp_path: Path) -> Non
             replace(BOTH, experts=(Expert(LOW_NOISE, 0.0), Expert(HIGH_NOISE, 700.0))),
             "lowest timesteps",
         ),
-        (BOTH, ToyFamily(), "lowest timesteps"),
-        (ToyFamily(), BOTH, "lowest timesteps"),
+        (BOTH, toy.ToyFamily(), "lowest timesteps"),
+        (toy.ToyFamily(), BOTH, "lowest timesteps"),
     ],
 )
 def test_a_state_is_not_resumed_with_other_transformers(
-    tmp_path: Path, first: ToyFamily, second: ToyFamily, message: str
+    tmp_path: Path, first: toy.ToyFamily, second: toy.ToyFamily, message: str
 ) -> None:
-    write_caches(tmp_path)
-    train_network(first, toy_options(tmp_path, "--max_train_steps", 1, "--save_state"))
+    toy.write_caches(tmp_path)
+    train_network(first, toy.toy_options(tmp_path, "--max_train_steps", 1, "--save_state"))
     with pytest.raises(OptionError, match=message):
-        train_network(second, toy_options(tmp_path, "--max_train_steps", 2, "--resume", "latest"))
+        train_network(second, toy.toy_options(tmp_path, "--max_train_steps", 2, "--resume", "latest"))
 
 
 def test_one_of_two_transformers_at_all_timesteps_gets_a_recommendation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_caches(tmp_path)
-    alone = ToyFamily(defaults=replace(ToyFamily().defaults, experts=TWO_EXPERTS))
+    toy.write_caches(tmp_path)
+    alone = toy.ToyFamily(defaults=replace(toy.ToyFamily().defaults, experts=toy.TWO_EXPERTS))
     uniform, keeps = ["--timestep_sampling", "uniform"], "--preserve_distribution_shape"
     table = f"--min_timestep 400 {keeps} (or --max_timestep 400 "  # bounds from the noisy end
     for given, recommended, expert in (

@@ -12,15 +12,7 @@ from torch import Tensor, nn
 
 from modules.contract.loading import Placement
 from modules.errors import OptionError
-from tests.training.toy import (
-    ToyFamily,
-    same,
-    state_tensors,
-    toy_options,
-    train_toy,
-    train_with_kills,
-    write_caches,
-)
+from tests.training import toy
 from training.optimizers.stepping import ALONE, ParameterSteps, stochastic_bfloat16
 from training.steps import Progress
 
@@ -30,24 +22,24 @@ UNCLIPPED = ("--max_grad_norm", 0)
 
 
 def train_dit(folder: Path, *arguments: object, family: Any = None) -> dict[str, Tensor]:
-    return train_toy(folder, *arguments, family=family, whole_dit=True)
+    return toy.train_toy(folder, *arguments, family=family, whole_dit=True)
 
 
 def initial_weights() -> dict[str, Tensor]:
-    return dict(ToyFamily().load_dit(Placement(torch.device("cpu"))).state_dict())
+    return dict(toy.ToyFamily().load_dit(Placement(torch.device("cpu"))).state_dict())
 
 
 @pytest.fixture
 def _idle_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that no gradient reaches; weight decay and momentum step it all the same."""
-    load = ToyFamily.load_dit
+    load = toy.ToyFamily.load_dit
 
-    def with_idle(self: ToyFamily, placement: Placement, expert: int = 0) -> nn.Module:
+    def with_idle(self: toy.ToyFamily, placement: Placement, expert: int = 0) -> nn.Module:
         dit = load(self, placement, expert)
         dit.idle = nn.Parameter(torch.ones(3, 3, dtype=placement.storage_dtype))
         return dit
 
-    monkeypatch.setattr(ToyFamily, "load_dit", with_idle)
+    monkeypatch.setattr(toy.ToyFamily, "load_dit", with_idle)
 
 
 # --- steps inside the backward pass
@@ -79,7 +71,7 @@ def test_steps_inside_the_backward_pass_give_the_same_bits(
 ) -> None:
     """Weights, and all that the optimizer keeps, after several steps of a schedule."""
     require_package(optimizer[0])
-    write_caches(tmp_path, batch_size=2)
+    toy.write_caches(tmp_path, batch_size=2)
     arguments = [
         *UNCLIPPED,
         *precision,
@@ -92,14 +84,14 @@ def test_steps_inside_the_backward_pass_give_the_same_bits(
     found = train_dit(tmp_path, *arguments, FUSED, "--output_dir", tmp_path / "fused")
     found = load_file(tmp_path / "fused" / "x.safetensors")
 
-    assert same(expected, found)
-    states = [state_tensors(tmp_path / folder / "x-state")["optimizer"] for folder in ("output", "fused")]
-    assert same(*states)
+    assert toy.same(expected, found)
+    states = [toy.state_tensors(tmp_path / folder / "x-state")["optimizer"] for folder in ("output", "fused")]
+    assert toy.same(*states)
     assert not torch.equal(found["embed.weight"].float(), initial_weights()["embed.weight"])
 
 
 def test_only_one_gradient_exists_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     counts: list[int] = []
     step = ParameterSteps.step
 
@@ -116,7 +108,7 @@ def test_only_one_gradient_exists_at_a_time(tmp_path: Path, monkeypatch: pytest.
 
 def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
     """Against the same written by hand, from the gradients of a run that takes no step."""
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     rate, limit = 0.5, 2.6
     usual = ["--optimizer_type", "SGD", "--learning_rate", rate, "--max_train_steps", 1]
 
@@ -151,7 +143,7 @@ def test_where_it_would_not_be_exact_it_is_refused_with_the_reason(
     package = {"Prodigy": "prodigyopt", "AdamWScheduleFree": "schedulefree"}.get(str(arguments[-1]))
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is missing")
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
 
     with pytest.raises(OptionError) as error:
         train_dit(tmp_path, FUSED, *arguments)
@@ -198,22 +190,22 @@ def test_steps_far_below_bf16s_precision_are_not_lost() -> None:
 
 
 def test_training_keeps_the_weights_in_bf16(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    start = ToyFamily().load_dit(Placement(torch.device("cpu"))).bfloat16().state_dict()
+    toy.write_caches(tmp_path)
+    start = toy.ToyFamily().load_dit(Placement(torch.device("cpu"))).bfloat16().state_dict()
 
     trained = train_dit(tmp_path, *BF16, "--optimizer_type", "AdamW", "--save_state")
 
     assert {tensor.dtype for tensor in trained.values()} == {torch.bfloat16}
     assert not any(torch.equal(trained[name], tensor) for name, tensor in start.items())
-    moments = state_tensors(tmp_path / "output" / "x-state")["optimizer"]
+    moments = toy.state_tensors(tmp_path / "output" / "x-state")["optimizer"]
     assert {tensor.dtype for tensor in moments.values()} == {torch.float32}
 
 
 def test_bf16_needs_its_precision_and_fp16_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--full_bf16 with --mixed_precision no"):
-        toy_options(tmp_path, "--full_bf16", whole_dit=True)
+        toy.toy_options(tmp_path, "--full_bf16", whole_dit=True)
     with pytest.raises(OptionError, match="--full_fp16 is not supported yet: .*--full_bf16"):
-        toy_options(tmp_path, "--full_fp16", whole_dit=True)
+        toy.toy_options(tmp_path, "--full_fp16", whole_dit=True)
 
 
 # --- what learns, what is saved
@@ -222,7 +214,7 @@ def test_bf16_needs_its_precision_and_fp16_is_refused_by_name(tmp_path: Path) ->
 
 @pytest.mark.parametrize("fused", [(), (FUSED,)], ids=["usual", "fused"])
 def test_the_rest_of_the_model_stays_as_it_is(tmp_path: Path, fused: tuple[str, ...]) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
 
     trained = train_dit(
         tmp_path, *fused, "--trainable_modules", "blocks.1.up", "head", "--optimizer_args", "weight_decay=0.1"
@@ -233,7 +225,7 @@ def test_the_rest_of_the_model_stays_as_it_is(tmp_path: Path, fused: tuple[str, 
 
 
 def test_a_part_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     with pytest.raises(OptionError, match="nonsense"):
         train_dit(tmp_path, "--trainable_modules", "nonsense")
 
@@ -249,7 +241,7 @@ def test_a_part_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
 def test_the_file_is_the_model_in_the_precision_asked_for(
     tmp_path: Path, arguments: list[object], expected: torch.dtype
 ) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
 
     saved = train_dit(tmp_path, *arguments, "--save_every_n_steps", 3, "--save_last_n_steps", 2)
 
@@ -271,15 +263,15 @@ def test_the_file_is_the_model_in_the_precision_asked_for(
 def test_a_tensor_that_is_kept_in_another_dtype_is_saved_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_caches(tmp_path)
-    load = ToyFamily.load_dit
+    toy.write_caches(tmp_path)
+    load = toy.ToyFamily.load_dit
 
-    def with_float32_head(self: ToyFamily, placement: Placement, expert: int = 0) -> nn.Module:
+    def with_float32_head(self: toy.ToyFamily, placement: Placement, expert: int = 0) -> nn.Module:
         dit = load(self, placement, expert)
         dit.get_submodule("head").float()
         return dit
 
-    monkeypatch.setattr(ToyFamily, "load_dit", with_float32_head)
+    monkeypatch.setattr(toy.ToyFamily, "load_dit", with_float32_head)
 
     saved = train_dit(tmp_path, *BF16, FUSED, "--max_train_steps", 1)
 
@@ -305,7 +297,7 @@ def test_a_tensor_that_is_kept_in_another_dtype_is_saved_in_it(
     ids=["fused", "fused bf16", "bf16", "part"],
 )
 def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...], moment: int) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     arguments = [
         *how,
         *("--lr_scheduler", "cosine", "--save_every_n_steps", 2, "--save_state", "--resume", "latest"),
@@ -314,13 +306,13 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...]
         arguments = [*arguments[: len(how)], *arguments[len(how) + 2 :]]
     expected = train_dit(tmp_path, *arguments)
 
-    assert same(expected, train_with_kills(tmp_path, *arguments, moments=(moment,), whole_dit=True))
-    ours, theirs = (state_tensors(tmp_path / folder / "x-state") for folder in ("output", "killed"))
-    assert all(same(ours[part], theirs[part]) for part in ("dit", "optimizer"))
+    assert toy.same(expected, toy.train_with_kills(tmp_path, *arguments, moments=(moment,), whole_dit=True))
+    ours, theirs = (toy.state_tensors(tmp_path / folder / "x-state") for folder in ("output", "killed"))
+    assert all(toy.same(ours[part], theirs[part]) for part in ("dit", "optimizer"))
 
 
 def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=6)
+    toy.write_caches(tmp_path, count=6)
     (tmp_path / "prompts.txt").write_text("a cat --f 5 --s 2 --d 1\n", encoding="utf-8")
     alone = train_dit(tmp_path, FUSED, *UNCLIPPED, "--validation_split", "0.2")
     found: list[Tensor] = []
@@ -335,9 +327,9 @@ def test_samples_and_validation_come_from_the_model_that_learns(tmp_path: Path) 
         *UNCLIPPED,
         *("--validation_split", "0.2"),
         *more,
-        family=ToyFamily(on_decode=found.append),
+        family=toy.ToyFamily(on_decode=found.append),
     )
 
-    assert same(alone, trained)
+    assert toy.same(alone, trained)
     assert len(found) == 2
     assert not torch.equal(found[0], found[1])  # the model had learned meanwhile

@@ -1,4 +1,4 @@
-"""What is refused before a run is prepared, and the training loop on a toy family."""
+"""What is refused before a run, the training loop on a toy family, and what feeds it."""
 
 import contextlib
 import os
@@ -10,38 +10,33 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dataset.batches.items import find_items
+from dataset.batches.items import NO_COMMANDS, find_items
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.config import load_dataset_config
+from modules.contract.data import Batch
+from modules.contract.family import NoiseSpec
 from modules.contract.loading import Placement
-from modules.errors import MemoryPlanError, OptionError, OutputError, UserError
+from modules.errors import CacheError, MemoryPlanError, OptionError, OutputError, UserError
 from modules.flow.schedule import add_noise
 from networks.adapter import make_network
-from tests.training.toy import (
-    LATENT,
-    ToyDit,
-    ToyFamily,
-    same,
-    state_tensors,
-    toy_options,
-    train_toy,
-    write_caches,
-)
-from training.data.feed import Randomness
+from tests.training import toy
+from training.data.feed import Feed, MicroBatch, MicroBatches, Packed, Randomness, draw_given_frames
 from training.loop import take_step
+from training.loss import NoisyBatch
 from training.optimizers.stepping import StepAfterBackward
 from training.run import prepare_run, train_network
+from training.steps import StepPlan
 from training.training_run import TrainingRun
 
 
 def test_products_in_fp8_are_refused_at_start_where_the_device_has_none(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     watched: list[int] = []
 
     with pytest.raises(OptionError, match=r"--fp8_fast: the device cpu has no fp8 units"):
-        train_toy(
-            tmp_path, "--fp8_base", "--fp8_scaled", "--fp8_fast", family=ToyFamily(watch=watched.append)
+        toy.train_toy(
+            tmp_path, "--fp8_base", "--fp8_scaled", "--fp8_fast", family=toy.ToyFamily(watch=watched.append)
         )
 
     assert not watched
@@ -50,19 +45,19 @@ def test_products_in_fp8_are_refused_at_start_where_the_device_has_none(tmp_path
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
 def test_a_logging_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=0)  # which would be told later
+    toy.write_caches(tmp_path, count=0)  # which would be told later
 
     with pytest.raises(OutputError, match=r"--logging_dir /proc/x cannot be created"):
-        train_toy(tmp_path, "--logging_dir", "/proc/x")
+        toy.train_toy(tmp_path, "--logging_dir", "/proc/x")
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write is needed")
 def test_a_folder_that_nothing_can_be_written_to_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     watched: list[int] = []
 
     with pytest.raises(OutputError, match=r"--output_dir /proc/self: nothing can be written there"):
-        train_toy(tmp_path, "--output_dir", "/proc/self", family=ToyFamily(watch=watched.append))
+        toy.train_toy(tmp_path, "--output_dir", "/proc/self", family=toy.ToyFamily(watch=watched.append))
 
     assert not watched
 
@@ -71,22 +66,22 @@ def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
     """Five micro-batches, three to a step: the second step of each epoch averages over the two that are
     left.
     """
-    write_caches(tmp_path, count=5)
-    trained = train_toy(
+    toy.write_caches(tmp_path, count=5)
+    trained = toy.train_toy(
         tmp_path, "--gradient_accumulation_steps", 3, "--max_train_steps", 4, "--max_grad_norm", 0.5
     )
 
-    options, family = toy_options(tmp_path), ToyFamily()
+    options, family = toy.toy_options(tmp_path), toy.ToyFamily()
     dit = family.load_dit(Placement(torch.device("cpu"))).requires_grad_(False)
     network = make_network(options.network, family.lora_module, dit, seed=3)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
-    order = BatchOrder(find_items(load_dataset_config(tmp_path / "dataset.toml"), "toy", LATENT).items, 3)
+    order = BatchOrder(find_items(load_dataset_config(tmp_path / "dataset.toml"), "toy", toy.LATENT).items, 3)
     for epoch in range(2):
         for group in (range(3), range(3, 5)):
             for index in group:
-                batch = read_batch(order.epoch(epoch)[index], LATENT)
+                batch = read_batch(order.epoch(epoch)[index], toy.LATENT)
                 drawn = Randomness(options.timesteps, 3).add(batch, 5 * epoch + index, 5 * epoch + index)
-                latents = batch.tensor("latents") * LATENT.scale
+                latents = batch.tensor("latents") * toy.LATENT.scale
                 noisy = add_noise(latents, drawn.noise, drawn.sigmas)
                 velocity = dit(noisy, drawn.timesteps, batch.tensors["letters"])
                 ((velocity - (drawn.noise - latents)) ** 2).mean().div(len(group)).backward()
@@ -101,40 +96,40 @@ def test_weights_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
 
 
 def test_readers_ahead_of_the_loop_change_nothing(tmp_path: Path) -> None:
-    write_caches(tmp_path)
-    alone = train_toy(tmp_path)
+    toy.write_caches(tmp_path)
+    alone = toy.train_toy(tmp_path)
 
-    assert same(alone, train_toy(tmp_path, "--max_data_loader_n_workers", 2))
+    assert toy.same(alone, toy.train_toy(tmp_path, "--max_data_loader_n_workers", 2))
 
 
 def test_samples_validation_and_saving_change_nothing(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat --f 5 --s 2 --d 1\na dog --s 2\n", encoding="utf-8")
     dropout = ["--network_args", "rank_dropout=0.5", "--validation_split", "0.2"]
-    plain = train_toy(tmp_path, *dropout)
+    plain = toy.train_toy(tmp_path, *dropout)
 
     samples = ["--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 3, "--sample_at_first"]
-    watched = train_toy(
+    watched = toy.train_toy(
         tmp_path, *dropout, *samples, "--validate_every_n_steps", 2, "--save_every_n_steps", 1, "--save_state"
     )
 
-    assert same(plain, watched)
+    assert toy.same(plain, watched)
 
 
 def test_epochs_replace_steps(tmp_path: Path) -> None:
-    write_caches(tmp_path, count=5)
-    family = ToyFamily()
+    toy.write_caches(tmp_path, count=5)
+    family = toy.ToyFamily()
 
-    train_toy(tmp_path, "--max_train_epochs", 3, "--gradient_accumulation_steps", 2, family=family)
+    toy.train_toy(tmp_path, "--max_train_epochs", 3, "--gradient_accumulation_steps", 2, family=family)
 
     assert len(family.passes) == 15
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_item(tmp_path: Path) -> None:
-    write_caches(tmp_path, bad=2)
+    toy.write_caches(tmp_path, bad=2)
 
     with pytest.raises(UserError, match=r"step \d+.*clip2"):
-        train_network(ToyFamily(), toy_options(tmp_path, "--save_every_n_steps", 1))
+        train_network(toy.ToyFamily(), toy.toy_options(tmp_path, "--save_every_n_steps", 1))
     assert all(
         tensor.isfinite().all()
         for path in (tmp_path / "output").glob("*.safetensors")
@@ -143,46 +138,46 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_item(tmp_path: Path
 
 
 def test_too_little_memory_is_told_with_what_helps(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
 
     def fill_up(_: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And much more")
 
     with pytest.raises(MemoryPlanError, match=r"(?s)CUDA out of memory\.\n.*--gradient_checkpointing"):
-        train_network(ToyFamily(watch=fill_up), toy_options(tmp_path))
+        train_network(toy.ToyFamily(watch=fill_up), toy.toy_options(tmp_path))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    write_caches(tmp_path)
-    expected = train_toy(tmp_path, "--output_name", "x")
+    toy.write_caches(tmp_path)
+    expected = toy.train_toy(tmp_path, "--output_name", "x")
     other = [*("--output_dir", tmp_path / "stopped"), "--resume", "latest"]
 
     def interrupt(passes: int) -> None:
         if passes == 3:
             os.kill(os.getpid(), number)
 
-    assert train_network(ToyFamily(watch=interrupt), toy_options(tmp_path, *other)) == 0
+    assert train_network(toy.ToyFamily(watch=interrupt), toy.toy_options(tmp_path, *other)) == 0
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {
         "x-step00000004.safetensors",
         "x-step00000004-state",
     }
 
-    assert train_network(ToyFamily(), toy_options(tmp_path, *other)) == 0
-    assert same(expected, load_file(tmp_path / "stopped" / "x.safetensors"))
+    assert train_network(toy.ToyFamily(), toy.toy_options(tmp_path, *other)) == 0
+    assert toy.same(expected, load_file(tmp_path / "stopped" / "x.safetensors"))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_mixed_precision_trains_float32_factors_of_a_half_precision_model(tmp_path: Path) -> None:
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
 
-    tensors = train_toy(
-        tmp_path, "--mixed_precision", "bf16", "--save_state", family=ToyFamily(dtype=torch.bfloat16)
+    tensors = toy.train_toy(
+        tmp_path, "--mixed_precision", "bf16", "--save_state", family=toy.ToyFamily(dtype=torch.bfloat16)
     )
 
-    state = state_tensors(tmp_path / "output" / "x-state")["network"]
+    state = toy.state_tensors(tmp_path / "output" / "x-state")["network"]
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
@@ -194,11 +189,13 @@ def scaled(run: TrainingRun, scaler: torch.amp.GradScaler) -> TrainingRun:
 
 def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path: Path) -> None:
     """fp16's gradient scaler; on the CPU it is put in by hand."""
-    write_caches(tmp_path)
+    toy.write_caches(tmp_path)
     weights = {}
     for scale in (None, 2.0**10, float("inf")):
         scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-        with prepare_run(ToyFamily(), toy_options(tmp_path, "--gradient_accumulation_steps", 2)) as prepared:
+        with prepare_run(
+            toy.ToyFamily(), toy.toy_options(tmp_path, "--gradient_accumulation_steps", 2)
+        ) as prepared:
             run = prepared if scaler is None else scaled(prepared, scaler)
             with contextlib.closing(run.feed.start(0, 0)) as micro_batches:
                 take_step(run, range(2), micro_batches)
@@ -206,10 +203,134 @@ def test_scaled_gradients_give_the_same_step_and_an_overflow_gives_none(tmp_path
                 name: tensor.clone() for name, tensor in run.trainable.modules["network"].state_dict().items()
             }
             initial = make_network(
-                run.options.network, "networks.lora_wan", ToyDit(), seed=3
+                run.options.network, "networks.lora_wan", toy.ToyDit(), seed=3
             ).module.state_dict()
 
     for name, tensor in weights[None].items():
         torch.testing.assert_close(weights[2.0**10][name], tensor, rtol=1e-5, atol=1e-7)
-    assert same(weights[float("inf")], initial)
-    assert not same(weights[None], initial)
+    assert toy.same(weights[float("inf")], initial)
+    assert not toy.same(weights[None], initial)
+
+
+def micro_batches(folder: Path, seed: int = 3, *arguments: object) -> MicroBatches:
+    order = BatchOrder(
+        find_items(load_dataset_config(folder / "dataset.toml"), "toy", toy.LATENT).items, seed
+    )
+    return MicroBatches(
+        order, toy.LATENT, Randomness(toy.toy_options(folder, *arguments).timesteps, seed), NO_COMMANDS
+    )
+
+
+def test_a_micro_batch_is_the_same_whatever_was_read_before(tmp_path: Path) -> None:
+    toy.write_caches(tmp_path, count=5)
+    one, other = micro_batches(tmp_path), micro_batches(tmp_path)
+    first = one[(1, 2)]
+    for key in ((0, 4), (2, 0), (1, 2)):
+        again = other[key]
+
+    assert first.number == again.number == 7
+    assert first.data.batch.keys == again.data.batch.keys
+    for name in ("noise", "sigmas", "timesteps", "weights"):
+        assert torch.equal(getattr(first.data, name), getattr(again.data, name))
+
+
+def test_timestep_buckets_count_samples_across_batches_and_epochs(tmp_path: Path) -> None:
+    toy.write_caches(tmp_path, count=5, batch_size=2)  # batches of 2, 2 and 1
+    batches = micro_batches(tmp_path, 3, "--timestep_sampling", "uniform", "--num_timestep_buckets", 5)
+
+    for epoch in range(2):
+        sigmas = torch.cat([batches[(epoch, index)].data.sigmas for index in range(3)])
+        assert sorted((sigmas * 5).int().tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_a_batch_is_sent_from_any_memory_where_the_driver_locks_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    toy.write_caches(tmp_path, count=1)
+    batch = micro_batches(tmp_path)[(0, 0)]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+
+    packed = Packed.of(batch)
+    assert isinstance(packed, Packed)
+    found = packed.pin_memory().unpacked()
+
+    assert found.number == batch.number
+    assert torch.equal(found.data.noise, batch.data.noise)
+
+
+def test_a_process_gets_its_share_in_order_from_where_it_starts(tmp_path: Path) -> None:
+    toy.write_caches(tmp_path, count=5)
+    plan = StepPlan(num_batches=5, processes=2, accumulation=1, total_steps=5)
+    feed = Feed(micro_batches(tmp_path), plan, process=1, workers=0, pin_memory=False)
+
+    assert [one.number for one in feed.start(0, 2)] == [3, 6, 8]
+
+
+def test_a_damaged_cache_names_file_and_command_also_from_a_worker(tmp_path: Path) -> None:
+    toy.write_caches(tmp_path, count=2)
+    for path in (tmp_path / "cache").glob("*32_toy.safetensors"):
+        path.write_bytes(path.read_bytes()[:-9])
+    feed = Feed(micro_batches(tmp_path), StepPlan(2, 1, 1, 2), 0, workers=1, pin_memory=False)
+
+    with pytest.raises(CacheError, match=r"clip\d_0032x0032_toy(?s:.)*Make it again with") as error:
+        list(feed.start(0, 0))
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(("workers", "process", "processes"), [(0, 0, 1), (1, 0, 1), (0, 1, 2)])
+def test_the_first_process_warns_once_of_caches_that_other_encoders_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int, process: int, processes: int
+) -> None:
+    toy.write_caches(tmp_path, count=4)
+    # clip3: another program's
+    toy.record_encoders(tmp_path, {"clip0": "first", "clip1": "first", "clip2": "second"})
+    plan = StepPlan(4, processes, 1, total_steps=20)
+
+    list(Feed(micro_batches(tmp_path), plan, process, workers, pin_memory=False).start(0, 0))
+
+    said = [
+        message
+        for message in caplog.messages
+        if message.startswith("Not all caches were made by the same encoders:")
+    ]
+    assert len(said) == (1 if process == 0 else 0)
+    assert all("letters second" in message and "letters first" in message for message in said)
+
+
+def test_how_often_the_first_frame_is_given_follows_from_seed_and_number() -> None:
+    def given(probability: float, frames: int = 2, seed: int = 3) -> list[int]:
+        spec = NoiseSpec(first_frame_probability=probability)
+        return [draw_given_frames(spec, frames, seed, "given frames", number) for number in range(400)]
+
+    assert given(0.5) == given(0.5)
+    assert given(0.5) != given(0.5, seed=4)
+    assert abs(sum(given(0.25)) - 100) < 30  # 3.5 standard deviations
+    assert (set(given(0)), set(given(1)), set(given(1, frames=1))) == ({0}, {1}, {0})
+
+
+def test_a_packed_micro_batch_comes_out_as_it_went_in() -> None:
+    """Tensors of several dtypes and odd sizes, a list of them, and one that does not lie in one piece."""
+    lists = [torch.randn(3, 5), torch.randn(1, 5)]
+    tensors = {
+        "latents": torch.randn(1, 2, 1, 3, 3).bfloat16(),
+        "t5": lists,
+        "clip": torch.randn(7, 3).half().T,
+    }
+    sigmas = torch.rand(1)
+    data = NoisyBatch(
+        *(Batch(tensors, ("a",), ("b",)), torch.randn(1, 2, 1, 3, 3), sigmas, 1000 * sigmas, torch.ones(1)),
+        given_frames=1,
+    )
+
+    packed = Packed.of(MicroBatch(3, data))
+    assert isinstance(packed, Packed)
+    out = packed.unpacked()
+
+    assert (out.number, out.data.batch.captions, out.data.batch.keys) == (3, ("a",), ("b",))
+    assert out.data.given_frames == 1
+    torch.testing.assert_close(dict(out.data.batch.tensors), tensors, rtol=0, atol=0)
+    for name in ("noise", "sigmas", "timesteps", "weights"):
+        assert torch.equal(getattr(out.data, name), getattr(data, name))

@@ -11,8 +11,7 @@ from PIL import Image
 
 from blissful_tuner.taehv import TaehvConfig
 from modules.errors import CheckpointError, OptionError
-from modules.media.reading import read_image, video_info
-from tests.media_tags import read_tags
+from modules.media.reading import read_image, read_tags, video_info
 from tests.tiny.taehv import write_taehv
 from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches
 from training.run import train_network

@@ -230,7 +230,7 @@ from pathlib import Path
 import torch
 from modules.speed_options import Quantisation
 from modules.contract.loading import Placement
-from tests.tiny.wan_dit import tiny_state, write_dit
+from tests.tiny.wan import tiny_state, write_dit
 from wan.checkpoints import load_dit
 
 def anonymous():

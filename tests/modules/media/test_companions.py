@@ -15,7 +15,7 @@ from modules.media.encoding import Picture
 from modules.media.reading import read_tags
 from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_shown
-from tests.modules.source_media import FONT, SUBTITLES, Source, packets, write_source
+from tests.modules.hostile_media import FONT, SUBTITLES, Source, packets, write_source
 
 FILM = Fraction(24000, 1001)
 MUXERS = {".mkv": "matroska", ".mp4": "mp4", ".mov": "mov", ".ts": "mpegts", ".avi": "avi"}

@@ -16,13 +16,13 @@ from modules.media.reading import (
     frames_at_rate,
     image_size,
     read_image,
+    read_tags,
     resize_cover,
     video_frames,
     video_info,
 )
 from modules.media.writing import encode_segment, join_segments, write_png, write_video
 from tests.golden_cases import read_case
-from tests.media_tags import read_tags
 
 GOLDEN_RESIZES = ["50x37_to_32x32", "20x14_to_32x32", "32x32_to_32x32", "64x20_to_32x16"]
 

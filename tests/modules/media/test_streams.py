@@ -16,8 +16,7 @@ from modules.media.reading import timed_frames
 from modules.media.sections import VideoSection
 from modules.media.streams import Clock, shown_frames, source_info
 from modules.media.writing import write_shown
-from tests.modules.hostile_media import write_stream
-from tests.modules.source_media import SIZE, Source, write_source
+from tests.modules.hostile_media import SIZE, Source, write_source, write_stream
 
 FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
 MUXERS = {".mkv": "matroska", ".mp4": "mp4", ".avi": "avi", ".flv": "flv"}

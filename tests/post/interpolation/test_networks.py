@@ -23,8 +23,13 @@ from post.interpolation.synthesis import Compared
 from post.interpolation.twins import StageConfig
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
-from tests.tiny.post_flowformer import FLOWFORMER, flowformer_tensors, tiny_flowformer, write_flowformer
-from tests.tiny.post_interpolation import tiny_interpolation
+from tests.tiny.post_interpolation import (
+    FLOWFORMER,
+    flowformer_tensors,
+    tiny_flowformer,
+    tiny_interpolation,
+    write_flowformer,
+)
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
