@@ -152,7 +152,9 @@ class _Planning:
 
     def _shape(self) -> tuple[object, ...] | None:
         """Return what `plan` depends on besides unchanged source files; None if they changed."""
-        shape: list[object] = [self.table.index, self.source.mask_from, self.source.tensors is None]
+        source = self.source
+        shape: list[object] = [source.table.index, source.mask_from, source.tensors is None]
+        shape.append(len(source.control))  # on which it depends whether keys of the table count
         for file in self.existing:
             try:
                 found = shared_part(self._header(file))

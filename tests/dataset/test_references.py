@@ -18,6 +18,7 @@ from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.cache.files import EMPTY, read_entry
 from dataset.cache.records import latent_record
+from dataset.caching import planning
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import CacheReport
 from dataset.config import DatasetConfig, load_dataset_config, with_references
@@ -291,6 +292,19 @@ def test_exactly_what_a_key_concerns_is_made_again(tmp_path: Path) -> None:
         again = cache(read_set(tmp_path, keys))[1].seen
         assert sorted(key[0] for keys in again for key in keys) == ["a", "b"]
     assert records(tmp_path) == plain
+
+
+def test_of_thousands_of_caches_those_with_references_are_told_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A valid one without references says nothing of one with them, whose record has the same options."""
+    monkeypatch.setattr(planning, "MANY", 2)
+    make_set(tmp_path, {"a": (), "b": (SIZE,), "c": (SIZE, SIZE)})
+    cache(read_set(tmp_path))
+
+    _, family = cache(read_set(tmp_path, "no_resize_control = true"))
+
+    assert sorted(key[0] for keys in family.seen for key in keys) == ["b", "c"]
 
 
 @pytest.mark.parametrize("change", ["edited", "removed", "added"])
