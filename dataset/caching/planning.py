@@ -154,6 +154,7 @@ class _Planning:
     def _shape(self) -> tuple[object, ...] | None:
         """Return what `plan` depends on besides unchanged source files; None if they changed."""
         source = self.source
+        # on the number of references it depends whether keys of the table count
         shape: list[object] = [
             self.table.index,
             source.mask_from,

@@ -1,0 +1,100 @@
+"""Reference pictures through the command lines of a model that edits pictures."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from dataset.cache.files import read_entry
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.tiny.families import FAMILIES, TinyFamily
+from tests.tiny.project import write_image
+
+RUN = ["--max_train_steps", "2", "--seed", "1", "--max_data_loader_n_workers", "0", "--output_dir", "out"]
+# of the references of four pictures of 48 x 48: the last has none
+SIZES = [(48, 48), (80, 33), (80, 40)]
+
+
+def make(folder: Path, keys: str = "") -> TinyFamily:
+    """A tiny model and a data set whose references have sizes of their own."""
+    family = next(each for each in FAMILIES if each.name == "kontext")
+    family.prepare(folder)
+    for path in (folder / "control").iterdir():
+        path.unlink()
+    for index, size in enumerate(SIZES):
+        write_image(folder / "control" / f"picture {index}.png", *size)
+    set_keys(folder, keys)
+    return family
+
+
+def set_keys(folder: Path, keys: str) -> None:
+    path = folder / "dataset.toml"
+    text = path.read_text(encoding="utf-8").split("# keys")[0]
+    path.write_text(f"{text}# keys\n{keys}\n", encoding="utf-8")
+
+
+def sizes_of(folder: Path) -> list[str]:
+    """The names of the latents of references, by the order of their pictures."""
+    found = sorted((folder / "cache").glob("*_fk.safetensors"))
+    names = [[name for name in read_entry(path).named if "control" in name] for path in found]
+    return [" ".join(one).removeprefix("latents_control_").removesuffix("_float32") for one in names]
+
+
+def test_references_of_their_own_sizes_are_cached_and_trained(tmp_path: Path) -> None:
+    family = make(tmp_path, "flux_kontext_no_resize_control = true\nbatch_size = 2")
+
+    said = succeed_here(*family.cache_latents, folder=tmp_path)
+    succeed_here(*family.cache_texts, folder=tmp_path)
+    succeed_here(*family.train, *RUN, "--output_name", "x", folder=tmp_path)
+
+    assert "1 of 4 images have no reference picture and are trained without one" in said
+    assert sizes_of(tmp_path) == ["1x6x6", "1x4x10", "1x4x10", ""]
+    set_keys(tmp_path, "control_resolution = [64, 64]")
+    code, told = run_here(*family.train, *RUN, "--output_name", "y", folder=tmp_path)
+    assert_one_message(code, told, "no_resize_control was True, is now", "flux_kontext_cache_latents.py")
+    said = succeed_here(*family.cache_latents, folder=tmp_path)
+    assert "3 sources had outdated cache files" in said  # not the one without a reference
+    assert sizes_of(tmp_path) == ["1x8x8", "1x6x10", "1x6x10", ""]
+
+
+def test_a_check_shows_pairs_and_groups(tmp_path: Path) -> None:
+    family = make(tmp_path, "no_resize_control = true\nbatch_size = 2")
+
+    code, _ = run_here(*family.cache_latents, "--check", "--html", "page.html", folder=tmp_path)
+
+    assert code == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for text in (
+        "reference pictures: 1 image with 0, 3 images with 1",
+        "48 x 48 with 80x32</td><td>1</td><td>2</td>",
+        "1 have no reference picture, while others have",
+    ):
+        assert text in page
+    assert page.count('<div class="pair">') == 3
+
+
+def test_bad_references_cost_their_pictures_alone(tmp_path: Path) -> None:
+    family = make(tmp_path, "no_resize_control = true")
+    Image.new("RGB", (1, 1)).save(tmp_path / "control/picture 0.png")
+    (tmp_path / "control/picture 1.png").write_bytes(b"no picture")
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "control/picture 2.png")
+
+    code, said = run_here(*family.cache_latents, folder=tmp_path)
+
+    message = assert_one_message(code, said, "3 of the sources could not be used; all others are done")
+    for index, why in enumerate(
+        ("1x1 pixels, each side needs at least 16", "no image that can be read", "134 million pixels")
+    ):
+        assert f"a reference picture of picture {index}.png cannot be used" in message
+        assert why in message
+    assert sizes_of(tmp_path) == [""]
+
+
+def test_a_model_without_references_refuses_the_keys(tmp_path: Path) -> None:
+    family = next(each for each in FAMILIES if each.name == "hunyuan_image")
+    family.prepare(tmp_path)
+    set_keys(tmp_path, "control_resolution = 64")
+
+    for command in (family.cache_latents, family.cache_texts, [*family.train, *RUN, "--output_name", "x"]):
+        code, said = run_here(*command, folder=tmp_path)
+
+        assert_one_message(code, said, "control_resolution: this model fits control images")
