@@ -207,7 +207,7 @@ def keep_norms(side: int) -> GuidanceStage:
             functional.avg_pool2d(one.square().sum(dim=1), side).sqrt()  # B F h w
             for one in (velocities[POSITIVE], velocity)
         )
-        ratio = (wanted / found.clamp(min=torch.finfo(found.dtype).tiny)).unsqueeze(1)
+        ratio = torch.where(found > 0, wanted / found, 1.0).unsqueeze(1)
         return velocity * ratio.repeat_interleave(side, dim=-1).repeat_interleave(side, dim=-2)
 
     return GuidanceStage((POSITIVE,), change)
