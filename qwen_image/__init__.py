@@ -6,5 +6,5 @@ family: Qwen-Image, described for the shared loops
 files: paths of a run, each checked against its option
 model: double blocks over picture and text tokens
 options: own options for caching, training and generation
-text_encoder: Qwen2.5-VL's last state, behind a template
+text_encoder: what is taken from Qwen2.5-VL, as data
 """

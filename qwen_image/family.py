@@ -42,7 +42,7 @@ from qwen_image.options import (
     QwenImageTextCachingOptions,
     QwenImageTrainingOptions,
 )
-from qwen_image.text_encoder import KEY, QwenImageTextEncoder
+from qwen_image.text_encoder import KEY, QWEN_USE
 
 NEGATIVE = " "  # if nothing is said, as released
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
@@ -77,7 +77,7 @@ class QwenImage(ModelOfPictures):
     dit: DitSpec = field(default=DIT, init=False)
     defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
     release: ModelRelease = field(default=QWEN_IMAGE, init=False)
-    text_keys: frozenset[str] = field(default=QwenImageTextEncoder.keys, init=False)
+    text_keys: frozenset[str] = field(default=QWEN_USE.keys, init=False)
     called: str = field(default=NAME, init=False)
 
     @property

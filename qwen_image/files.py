@@ -7,13 +7,15 @@ from typing import Any, ClassVar, Self
 import torch
 
 from encoders.files import TransformerFiles
+from encoders.language_encoder import LanguageModelEncoder
+from encoders.language_models import QWEN25_VL, read_language_model
 from modules.checkpoints.encoders import check_state_width
 from modules.checkpoints.model_files import inside, read_once, require_file
 from modules.checkpoints.opening import Checkpoint
 from modules.devices import choose_compute_dtype
 from qwen_image.checkpoints import FORMAT
 from qwen_image.options import NAME, QwenImageModelOptions, QwenImageTextOptions
-from qwen_image.text_encoder import QWEN, TOKENIZER, QwenImageTextEncoder, read_qwen
+from qwen_image.text_encoder import QWEN_USE
 from wan.spec import LATENT as WAN_LATENT
 from wan.vae import WanVae, load_vae
 from wan.vae_checkpoints import check_latents, read_vae
@@ -47,11 +49,12 @@ class QwenImageFiles(TransformerFiles):
 
     @property
     def text_encoder_path(self) -> Path:
-        return require_file(self.text_encoder, QWEN.option, "Qwen2.5-VL's language model encodes the prompts")
+        return require_file(self.text_encoder, QWEN25_VL.option, "Qwen2.5-VL encodes the prompts")
 
-    def qwen(self) -> QwenImageTextEncoder:
+    def qwen(self) -> LanguageModelEncoder:
         """Return the language model; its file is opened when it is loaded."""
-        return QwenImageTextEncoder(
+        return LanguageModelEncoder(
+            QWEN_USE,
             self.text_encoder_path,
             self.beside(self.text_dtype),
             self.text_encoder_tokenizer,
@@ -71,13 +74,14 @@ class QwenImageFiles(TransformerFiles):
         """Check the text encoder: `TransformerFiles.check_texts`."""
         if self.text_encoder is not None or needed:
             path, takes = self.qwen().path, None if config is None else config.text_dim
-            check_state_width(QWEN.option, path, read_once(path, _text_width), self.dit, takes, QWEN.files)
+            width = read_once(path, _text_width)
+            check_state_width(QWEN25_VL.option, path, width, self.dit, takes, QWEN25_VL.files)
         if self.text_encoder_tokenizer is not None:
-            TOKENIZER.files.check_given(self.text_encoder_tokenizer)
+            QWEN_USE.source.files.check_given(self.text_encoder_tokenizer)
 
 
 def _text_width(checkpoint: Checkpoint) -> int:
-    return read_qwen(checkpoint).dim
+    return read_language_model(checkpoint, QWEN25_VL).config.dim
 
 
 def files_of(options: QwenImageModelOptions) -> QwenImageFiles:

@@ -33,7 +33,7 @@ from tests.tiny.wan_encoders import vae_diffusers_tensors
 
 PROMPT, NEGATIVE, SEED = "a red cat sits down", "dull", 20
 HEIGHT, WIDTH, STEPS = 32, 48, 4
-RANK, ALPHA, RATE = 4, 3.0, 2.0
+RANK, ALPHA, RATE = 4, 3.0, 20.0
 
 
 @pytest.fixture(scope="module")
