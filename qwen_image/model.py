@@ -43,7 +43,7 @@ class QwenTokens(HunyuanTokens):
         return turn_first(query, self.rotary), turn_first(key, self.rotary), value
 
 
-class TokenLayout(NamedTuple):
+class QwenLayout(NamedTuple):
     """The key of a table of rotations: what is where."""
 
     pictures: tuple[tuple[int, int], ...]  # rows and columns of each picture's tokens, that to make first
@@ -136,7 +136,7 @@ class QwenBlock(DoubleStreamBlock):
         return self.txt_mlp if is_text else self.img_mlp
 
 
-class TimeEmbedding(nn.Module):
+class QwenTimeEmbedding(nn.Module):
     """Embed timesteps, 0..1000: B -> B 1 C float32."""
 
     def __init__(self, config: QwenImageConfig) -> None:
@@ -181,14 +181,14 @@ class QwenImageModel(nn.Module):
         self.config = config
         self.attention = attention
         numbers = config.channels * PATCH**2
-        self.time_text_embed = TimeEmbedding(config)
+        self.time_text_embed = QwenTimeEmbedding(config)
         self.txt_norm = RMSNorm(config.text_dim, config.eps)
         self.img_in = nn.Linear(numbers, config.dim)
         self.txt_in = nn.Linear(config.text_dim, config.dim)
         self.transformer_blocks = nn.ModuleList(QwenBlock(config) for _ in range(config.num_layers))
         self.norm_out = LastNorm(config)
         self.proj_out = nn.Linear(config.dim, numbers)
-        self._rotary = GridTable[TokenLayout](self._make_table)
+        self._rotary = GridTable[QwenLayout](self._make_table)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -227,7 +227,7 @@ class QwenImageModel(nn.Module):
             longest, _, lengths = count_real(given["text_mask"], picture.shape[1], noisy.device)
             states = in_own_dtype(self.txt_in, self.txt_norm(given["text"][:, :longest].to(dtype)))
             texts.append(EmbeddedText(states.to(dtype), lengths, vector))
-        layout = TokenLayout((grid[1:],), tuple(one.tokens.shape[1] for one in texts))
+        layout = QwenLayout((grid[1:],), tuple(one.tokens.shape[1] for one in texts))
         rotary = self._rotary.of(layout, noisy.device)
         inputs = {"grid": grid, "rotary": rotary, "dtype": dtype, "attention": self.attention}
         return join_tokens([picture], texts, tweaks.steer, QwenTokens, **inputs)
@@ -237,7 +237,7 @@ class QwenImageModel(nn.Module):
         patches = in_own_dtype(self.proj_out, self.norm_out(x[:, : tokens.video], tokens)).float()
         return from_patches(patches, tokens.grid, (1, PATCH, PATCH))
 
-    def _make_table(self, layout: TokenLayout, /, *, device: torch.device) -> Tensor:
+    def _make_table(self, layout: QwenLayout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L+T 1 D/2 2 float32, from float64 angles.
 
         A picture's token stands at (number of the picture, row, column), with rows and columns counted from
