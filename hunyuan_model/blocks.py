@@ -75,6 +75,7 @@ def join_tokens(
     texts: Sequence[EmbeddedText],
     steer: Steer | None,
     record: type[HunyuanTokens] = HunyuanTokens,
+    /,
     **inputs: Any,
 ) -> tuple[Tensor, HunyuanTokens]:
     """Return the tokens of video and texts, B L+T C, and the other inputs of the blocks.

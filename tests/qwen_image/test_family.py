@@ -122,7 +122,7 @@ def test_a_text_cache_of_another_encoder_is_refused_with_what_to_do(family: Qwen
     from modules.errors import CacheError
 
     latents = torch.zeros(1, 16, 1, 4, 4)
-    given = {"latents": latents, "vl_embed": [torch.zeros(3, 8)]}
+    given: dict[str, Any] = {"latents": latents, "vl_embed": [torch.zeros(3, 8)]}
     batch = Batch(given, ("a cat",), ("a.png",))
 
     with pytest.raises(CacheError, match="8 numbers wide.*qwen_image_cache_text_encoder_outputs.py"):

@@ -212,21 +212,16 @@ def _hunyuan_image() -> TinyDit:
 def _qwen_image() -> TinyDit:
     config = qwen_image.CONFIG
 
-    def make(blocks: int) -> nn.Module:
-        dit = QwenImageModel(replace(config, num_layers=blocks))
-        dit.load_state_dict(qwen_image.tiny_state(num_layers=blocks))
-        return dit.requires_grad_(False)
-
     def inputs(size: Size, batch: int) -> dict[str, Any]:
         generator, (_, *area, text) = torch.Generator().manual_seed(7), size
-        lengths = torch.arange(batch).neg() + text  # of a batch, texts differ in length
         return {
             "noisy": torch.randn(batch, config.channels, 1, *area, generator=generator),
             "timesteps": torch.linspace(900.0, 100.0, batch),
             "text": torch.randn(batch, text, config.text_dim, generator=generator),
-            "text_mask": (torch.arange(text) < lengths[:, None]).long(),
+            "text_mask": _mask(batch, text),
         }
 
+    make = _maker(QwenImageModel, config, qwen_image.tiny_state, "num_layers")
     return TinyDit("qwen_image", QwenImageModel.spec, make, "lora_qwen_image", inputs)
 
 

@@ -34,7 +34,7 @@ class TinyQwenImage:
 def tiny_state(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
     """Random weights under the published names. sizes: fields of the config to change."""
     with torch.device("meta"):
-        shapes = QwenImageModel(replace(CONFIG, **sizes)).state_dict()  # type: ignore[arg-type]
+        shapes = QwenImageModel(replace(CONFIG, **sizes)).state_dict()
     generator = torch.Generator().manual_seed(seed)
     return {name: draw(name, tuple(tensor.shape), generator).to(dtype) for name, tensor in shapes.items()}
 
