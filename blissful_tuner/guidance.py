@@ -23,6 +23,7 @@ from blissful_tuner.guidance_formulas import (
     active_steps,
     add_skipped_layers,
     cfg_zero,
+    keep_norms,
     limit_norm,
     make_passes,
     nag_tweaks,
@@ -108,6 +109,8 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
             stages.append(rescale(share))
         if stages and prepared.rules.norm_limit is not None:
             stages.append(limit_norm(prepared.rules.norm_limit))
+        if stages and prepared.rules.token_side is not None:
+            stages.append(keep_norms(prepared.rules.token_side))
         return PassPlan(tuple(stages), factor, of_all)
 
     return [

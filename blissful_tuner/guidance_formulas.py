@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from blissful_tuner.options import GuidanceOptions, NagOptions
@@ -191,6 +192,23 @@ def limit_norm(limit: float) -> GuidanceStage:
         most = limit * torch.linalg.vector_norm(velocities[POSITIVE], dim=axes, keepdim=True)
         size = torch.linalg.vector_norm(velocity, dim=axes, keepdim=True)
         return torch.where(size > most, velocity * (most / size), velocity)
+
+    return GuidanceStage((POSITIVE,), change)
+
+
+def keep_norms(side: int) -> GuidanceStage:
+    """Give each token of a guided velocity the Euclidean norm that it has in the positive one.
+
+    side: of a token, in latent pixels. Source: the released code of Qwen-Image.
+    """
+
+    def change(velocity: Tensor, velocities: Velocities) -> Tensor:
+        wanted, found = (
+            functional.avg_pool2d(one.square().sum(dim=1), side).sqrt()  # B F h w
+            for one in (velocities[POSITIVE], velocity)
+        )
+        ratio = torch.where(found > 0, wanted / found, 1.0).unsqueeze(1)
+        return velocity * ratio.repeat_interleave(side, dim=-1).repeat_interleave(side, dim=-2)
 
     return GuidanceStage((POSITIVE,), change)
 

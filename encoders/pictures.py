@@ -123,10 +123,10 @@ class ModelOfPictures(OneTransformer, Protocol):
 
     # generation
 
-    def settle_picture(self, request: Request, flow_shift: float) -> Prepared:
+    def settle_picture(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
         """Fill open fields of a request for one picture, cut its size to whole patches, check files.
 
-        flow_shift: where the request says none.
+        flow_shift, negative: if the request does not say them.
         """
         self.files.check()
         request = self.keep_media(request, self.called)
@@ -134,7 +134,7 @@ class ModelOfPictures(OneTransformer, Protocol):
         size = *whole_patches(width, height, self.latent), 1
         check_size(size, self.latent)
         shift = flow_shift if request.flow_shift is None else request.flow_shift
-        return settle(request, self.defaults, size, shift, "")
+        return settle(request, self.defaults, size, shift, negative)
 
     def keep_media(self, request: Request, who: str) -> Request:
         """Return the request without media that the model does not take. who: it, for messages.

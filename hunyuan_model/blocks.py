@@ -71,15 +71,20 @@ class EmbeddedText(NamedTuple):
 
 
 def join_tokens(
-    video: Sequence[Tensor], texts: Sequence[EmbeddedText], steer: Steer | None, **inputs: Any
+    video: Sequence[Tensor],
+    texts: Sequence[EmbeddedText],
+    steer: Steer | None,
+    record: type[HunyuanTokens] = HunyuanTokens,
+    /,
+    **inputs: Any,
 ) -> tuple[Tensor, HunyuanTokens]:
     """Return the tokens of video and texts, B L+T C, and the other inputs of the blocks.
 
-    texts: the one asked for, and perhaps a second one, with its `steer`. inputs: fields of `HunyuanTokens`.
+    texts: the one asked for, and perhaps a second one, with its `steer`. inputs: fields of the record.
     """
     x = torch.cat([*video, *(text.tokens for text in texts)], dim=1)
     vectors = {id(text.vector): text.vector for text in texts}  # texts may have one in common
-    tokens = HunyuanTokens(lengths=texts[0].lengths, vector=torch.cat([*vectors.values()], dim=1), **inputs)
+    tokens = record(lengths=texts[0].lengths, vector=torch.cat([*vectors.values()], dim=1), **inputs)
     if steer is None:
         return x, tokens
     second = SecondText(tokens.video, texts[1].tokens.shape[1], texts[1].lengths, steer)

@@ -121,6 +121,14 @@ FAMILIES = {
         texts="--text_encoder QWEN_FILE --byt5 BYT5_FILE",
         training=("--network_train_unet_only",),
     ),
+    "qwen_image": FamilyEntry(
+        "qwen_image",
+        script="qwen_image",
+        cache="qwen_image_cache",
+        record="QwenImage",
+        encoders=(("vae", "--vae", PICTURES),),
+        texts="--text_encoder QWEN_FILE",
+    ),
     "hunyuan_video": FamilyEntry(
         "hunyuan_model",
         script="hv",

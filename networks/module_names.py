@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from networks.names.image import FLUX, HUNYUAN_IMAGE, LUMINA
+from networks.names.image import FLUX, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE
 from networks.names.layouts import BEFORE_REST, REST, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.stable_diffusion import SD1, SD2, SDXL
 from networks.names.video import FRAMEPACK, HUNYUAN_VIDEO, WAN
 
 # of several with equal names the first is chosen, if nothing else tells
-FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, HUNYUAN_IMAGE, LUMINA, SD1, SDXL, SD2)
+FAMILIES = (WAN, HUNYUAN_VIDEO, FRAMEPACK, FLUX, HUNYUAN_IMAGE, LUMINA, QWEN_IMAGE, SD1, SDXL, SD2)
 _DIGITS = re.compile(r"\d+")
 
 

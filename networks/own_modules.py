@@ -210,7 +210,10 @@ OWN_MODULES = {
     "networks.loha": OwnModule(kind="LoHa", first=("hada_w1_a",)),
     "networks.lokr": OwnModule(kind="LoKr", first=("lokr_w1", "lokr_w1_a")),
     # plain LoRAs under the names that other LoRA tuners have
-    **dict.fromkeys(("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack"), OwnModule()),
+    **dict.fromkeys(
+        ("networks.lora_wan", "networks.lora_hunyuan", "networks.lora_framepack", "networks.lora_qwen_image"),
+        OwnModule(),
+    ),
     "networks.lora_flux": OwnModule(FLUX_RULES),
     "networks.lora_hunyuan_image": OwnModule(HUNYUAN_IMAGE_RULES),
     "networks.lora_lumina": OwnModule(LUMINA_RULES),

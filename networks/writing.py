@@ -21,7 +21,7 @@ from networks.deltas import (
 from networks.key_formats import OTHER, OURS
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import diffusers_path, module_path, parts_of, to_alias
-from networks.names.layouts import IN_DIFFUSERS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
+from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.stable_diffusion import diffusers_path_of_text
 
 _UNKNOWN = "no known model has a module with this name"
@@ -47,7 +47,7 @@ def in_dialect(
     """
     if family is None:
         return {}, dict.fromkeys(group_by_module(tensors), _UNKNOWN)
-    if target == "diffusers" or family.is_as_in_diffusers:
+    if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
         begin = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
         form = _in_toolkit if family.parts else _in_diffusers
         return _write(tensors, begin, lambda name, factors: _pieces(name, factors, family), form)

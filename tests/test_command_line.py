@@ -24,6 +24,8 @@ WIDER_CHOICES = {
 }
 WIDER_TYPES = {"--blocks_to_swap", "--seed"}  # a function of the text, which takes all that the type does
 WIDER_COUNTS = {"--control_image_path"}  # ours takes several words
+# at the size that the others have the model makes no usable picture
+OUR_DEFAULTS = {("qwen_image_generate_image.py", "--image_size")}
 OTHER_DESTS = {"--image_size": "video_size"}  # what one record reads for pictures and videos
 TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
 
@@ -60,7 +62,8 @@ def test_every_known_option_is_there_and_in_the_help(manifest: Path, monkeypatch
         for flag in option["flags"]:
             assert flag in actions, f"{flag} is missing"
             assert flag in text, f"{flag} is not in the help"
-            _compare(flag, option, actions[flag])
+            known = (description["script"], flag) not in OUR_DEFAULTS
+            _compare(flag, option if known else {**option, "default": actions[flag].default}, actions[flag])
 
 
 def _compare(flag: str, option: dict[str, Any], action: argparse.Action) -> None:

@@ -21,6 +21,7 @@ from tests.tiny.picture_project import (
     lay_out_kontext,
     lay_out_lumina,
     lay_out_pictures,
+    lay_out_qwen_image,
     lay_out_sdxl,
     lay_out_stable_diffusion,
 )
@@ -71,7 +72,7 @@ SMALLER = {  # appended, so that the last value wins
     ],
     "wan_train_network.py": [*TRAINING, "--network_dim", "2"],
     **dict.fromkeys(
-        (f"{family}_train_network.py" for family in ("flux", "hunyuan_image", "lumina")),
+        (f"{family}_train_network.py" for family in ("flux", "hunyuan_image", "lumina", "qwen_image")),
         [*TRAINING, "--network_dim", "2"],
     ),
     "flux_generate_image.py": PICTURE,
@@ -82,6 +83,7 @@ SMALLER = {  # appended, so that the last value wins
     "flux_minimal_inference.py": ["--width", "64", "--height", "64", "--steps", "2"],
     "hunyuan_image_minimal_inference.py": [*PICTURE, *QUICK_VAE],
     "lumina_generate_image.py": PICTURE,
+    "qwen_image_generate_image.py": PICTURE,
     "lumina_minimal_inference.py": ["--image_width", "64", "--image_height", "64", "--steps", "2"],
     "hv_train_network.py": [*TRAINING, "--network_dim", "2"],
     "hv_train.py": TRAINING,
@@ -181,6 +183,7 @@ PICTURE_MODELS = {
     "hunyuan_image": lay_out_hunyuan_image,
     "image_datasets": lay_out_flux,
     "lumina": lay_out_lumina,
+    "qwen_image": lay_out_qwen_image,
 }
 SMALL = {  # what their dataset files say -> what fits tiny pictures
     "resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",

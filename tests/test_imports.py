@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "flux": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "hunyuan_image": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "lumina": {"modules", "networks.names", "encoders"},
+    "qwen_image": {"modules", "networks.names", "encoders", "hunyuan_model", "wan"},
     "generation": {"modules", "networks", "blissful_tuner"},
     "stable_diffusion": {"modules", "networks", "encoders", "generation", "post"},
     "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},

@@ -51,9 +51,8 @@ TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "kontext"}  
 
 # tests/frame_pack/test_training.py has one of these for every day
 FRAMEPACK = pytest.param("framepack", marks=pytest.mark.slow)
-PICTURES = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("lumina", "hunyuan_image", "flux", "kontext")
-]
+OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "qwen_image")
+PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
 
 
 @pytest.fixture(scope="module", params=["wan t2v-1.3B", "hunyuan_video", FRAMEPACK, *PICTURES])

@@ -41,6 +41,17 @@ OF_FAMILIES: Marks = (
     ("double_blocks.0.img_attn.qkv.weight", "a FLUX transformer"),
     ("context_refiner.0.attention.qkv.weight", "a Lumina-Image-2.0 transformer"),
     ("context_refiner.0.attn.to_q.weight", "a Lumina-Image-2.0 transformer in diffusers layout"),
+    (
+        "time_text_embed.addition_t_embedding.weight",
+        "the transformer of Qwen-Image-Layered, which makes transparent layers and is not supported yet",
+    ),
+    (
+        "txt_in.text_norm.weight",
+        "a transformer of Qwen-Image-2.1, another network than Qwen-Image's, which is not supported yet",
+    ),
+    ("controlnet_x_embedder.weight", "a ControlNet in diffusers layout, which is not supported yet"),
+    ("siglip_embedder.0.weight", "the transformer of Z-Image-Omni, which is not supported yet"),
+    ("transformer_blocks.0.img_mod.1.weight", "a Qwen-Image transformer (--dit)"),
     ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
     ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5, --t5xxl)"),

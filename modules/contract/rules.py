@@ -97,6 +97,8 @@ class GuidanceRules:
     below_share: float | None = None
     # largest norm of a guided velocity, in norms of the positive one; None: no limit
     norm_limit: float | None = None
+    # a guided velocity gets the norm of the positive one, in each square of so many latent pixels a side
+    token_side: int | None = None
     projection: Projection | None = None
 
 

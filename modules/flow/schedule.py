@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000  # a network is fed sigma * TRAIN_TIMESTEPS
+TERMINAL = 0.02  # the last noise level before 0 of "euler-terminal": `shift_terminal` of Qwen-Image's release
 
 # Wan's released UniPC starts from the training table, whose noisiest entry is 1 - 1/1000, kept in float32
 _NOISIEST_TRAINED_SIGMA = float(np.float32(1.0 - 1.0 / TRAIN_TIMESTEPS))
@@ -65,7 +66,7 @@ def make_schedule(solver: str, steps: int, flow_shift: float, table: Sequence[fl
     """Return the noise levels that a solver of `modules.flow.solvers` visits in `steps` steps.
 
     table: `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last one to
-    0, without a shift. Without: euler, euler-trained, unipc-bh1 and lcm feed exact timesteps; the others feed
+    0, without a shift. Without: the solvers of Euler, unipc-bh1 and lcm feed exact timesteps; the others feed
     them cut to whole numbers but step by the exact sigmas, as the released code. Raises ValueError for an
     unknown solver or if steps is below 1.
     """
@@ -96,6 +97,15 @@ def _even_grid(steps: int, flow_shift: float) -> Schedule:
     return flow_schedule(sigmas, sigmas[:-1] * TRAIN_TIMESTEPS)
 
 
+def _terminal_grid(steps: int, flow_shift: float) -> Schedule:
+    # stretched after the shift, so that the last level before 0 is TERMINAL
+    levels = shift_sigmas(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1], flow_shift)
+    if steps > 1:  # a single level is 1
+        levels = 1 - (1 - levels) * (1 - TERMINAL) / (1 - levels[-1])
+    sigmas = torch.cat([levels, levels.new_zeros(1)]).float()
+    return flow_schedule(sigmas, (levels * TRAIN_TIMESTEPS).float())
+
+
 def _trained_grid(steps: int, flow_shift: float) -> Schedule:
     # between the ends of the training table, of which the lower one is shifted before and after it is spread:
     # as diffusers' FlowMatchEulerDiscreteScheduler does without given sigmas
@@ -123,6 +133,7 @@ def _lcm_grid(steps: int, flow_shift: float) -> Schedule:
 _GRIDS: dict[str, Callable[[int, float], Schedule]] = {
     "euler": _even_grid,
     "euler-trained": _trained_grid,
+    "euler-terminal": _terminal_grid,
     "unipc": partial(_whole_timesteps, _NOISIEST_TRAINED_SIGMA),
     "unipc-bh1": _even_grid,
     "dpm++": partial(_whole_timesteps, 1.0),

@@ -7,6 +7,7 @@ from networks.names.layouts import (
     SWAPPED,
     FamilyNames,
     WeightPart,
+    each,
     renamed_parts,
     stacked_parts,
 )
@@ -151,4 +152,27 @@ LUMINA = FamilyNames(
         *renamed_parts("", "", _LUMINA_REST),
     ),
     versions=("lumina2", "lumina-2", "lumina-image-2"),
+)
+
+# Qwen-Image, whose own layout is that of diffusers
+QWEN_IMAGE = FamilyNames(
+    "qwen_image",
+    "qwen-image",
+    further=(
+        *each(
+            "transformer_blocks.{n}.attn.",
+            "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out",
+        ),
+        *each("transformer_blocks.{n}.attn.", "norm_q norm_k norm_added_q norm_added_k"),
+        *each(
+            "transformer_blocks.{n}.",
+            "img_mod.1 txt_mod.1 img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2",
+        ),
+        *each("", "img_in txt_in txt_norm norm_out.linear proj_out"),
+        *each("time_text_embed.timestep_embedder.", "linear_1 linear_2"),
+    ),
+    is_as_in_diffusers=True,
+    versions=("qwen_image", "qwen-image", "qwenimage"),
+    depths=(("transformer_blocks", 60),),
+    width=3072,
 )

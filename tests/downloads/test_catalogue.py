@@ -111,6 +111,7 @@ def test_no_two_files_have_the_same_place_and_each_is_where_its_option_says() ->
         ("framepack_f1", "framepack-dit", None),
         ("hunyuan_image", "hunyuanimage2.1-dit", None),
         ("lumina", "lumina2-dit", None),
+        ("qwen_image", "qwen-image-dit", None),
         ("flux_dev", "flux1-dev-dit", None),
         ("gimmvfi_f", "gimmvfi-f flowformer-sintel", None),
         ("gfpgan", "gfpgan-v1.4", None),

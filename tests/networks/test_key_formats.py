@@ -119,8 +119,12 @@ def test_names_of_the_diffusers_layout_are_brought_into_ours_and_back(manifest: 
 
 
 def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
-    like = ({"hunyuan_video", "hunyuan_image", "flux"}, {"sd1", "sd2", "sdxl"})
-    of_several = ("x_embedder", "final_layer.linear", "final_layer.adaLN_modulation.1")
+    like = (
+        {"hunyuan_video", "hunyuan_image", "flux"},
+        {"sd1", "sd2", "sdxl"},
+        {"framepack", "qwen_image"},  # both in diffusers' layout
+    )
+    of_several = ("x_embedder", "img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")
     for family in FAMILIES:
         for module in family.modules:
             name = replace_dots(module.replace("{n}", "7"))

@@ -29,7 +29,7 @@ def load_pipeline(tiny: TinyHunyuanImage, shift: float) -> HunyuanImagePipeline:
     pipeline = HunyuanImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=vae.eval(),
-        text_encoder=_language_model(tiny.text_encoder),
+        text_encoder=language_model(tiny.text_encoder),
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_file=str(tiny.text_encoder / "tokenizer.json"),
             pad_token="<|endoftext|>",
@@ -50,7 +50,7 @@ def guider(scale: float, start_step: int) -> AdaptiveProjectedMixGuidance:
     )
 
 
-def _language_model(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
+def language_model(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
     text = {
         "vocab_size": QWEN.vocabulary,
         "hidden_size": QWEN.dim,

@@ -16,8 +16,9 @@ from hunyuan_model.model import HunyuanVideoModel
 from lumina.model import LuminaModel
 from modules.contract.family import DitSpec
 from networks.lora_network import OwnNetwork
+from qwen_image.model import QwenImageModel
 from tests.networks.making import randomize
-from tests.tiny import flux, framepack_dit, hunyuan_dit, hunyuan_image, lumina, wan_dit
+from tests.tiny import flux, framepack_dit, hunyuan_dit, hunyuan_image, lumina, qwen_image, wan_dit
 from tests.tiny.loras import make_lora
 from wan.model import WanModel
 
@@ -208,9 +209,25 @@ def _hunyuan_image() -> TinyDit:
     return TinyDit("hunyuan_image", HunyuanImageModel.spec, make, "lora_hunyuan_image", inputs)
 
 
+def _qwen_image() -> TinyDit:
+    config = qwen_image.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        generator, (_, *area, text) = torch.Generator().manual_seed(7), size
+        return {
+            "noisy": torch.randn(batch, config.channels, 1, *area, generator=generator),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": torch.randn(batch, text, config.text_dim, generator=generator),
+            "text_mask": _mask(batch, text),
+        }
+
+    make = _maker(QwenImageModel, config, qwen_image.tiny_state, "num_layers")
+    return TinyDit("qwen_image", QwenImageModel.spec, make, "lora_qwen_image", inputs)
+
+
 DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
-    *(_lumina(), _flux("dev"), _flux("chroma"), _hunyuan_image()),
+    *(_lumina(), _flux("dev"), _flux("chroma"), _hunyuan_image(), _qwen_image()),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
 TI2V = _wan("ti2v")  # differs from t2v where frames are given: tests/wan/test_model.py

@@ -19,6 +19,7 @@ from tests.tiny.project import (
     write_pictures,
     write_plain_pictures,
 )
+from tests.tiny.qwen_image import write_tiny_qwen_image
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
 
@@ -261,6 +262,30 @@ def _lumina() -> TinyFamily:
     )
 
 
+def _qwen_image() -> TinyFamily:
+    def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
+        write_tiny_qwen_image(folder / "model")
+        write_plain_pictures(folder)
+
+    dataset = ["--dataset_config", "dataset.toml"]
+    vae = ["--vae", "model/vae.safetensors", "--vae_dtype", "float32"]
+    texts = ["--text_encoder", "model/text_encoder", "--text_encoder_dtype", "float32"]
+    models = ["--dit", "model/dit.safetensors", *vae, *texts]
+    network = ["--network_module", "networks.lora_qwen_image", "--network_dim", "4", "--learning_rate", RATE]
+    return TinyFamily(
+        name="qwen_image",
+        prepare=prepare,
+        cache_latents=["qwen_image_cache_latents.py", *dataset, *vae],
+        cache_texts=["qwen_image_cache_text_encoder_outputs.py", *dataset, *texts],
+        train=["qwen_image_train_network.py", *models, *dataset, "--sdpa", *network],
+        generate=["qwen_image_generate_image.py", *models, "--negative_prompt", "dull"],
+        another_run=[],
+        changed_habit=["--dit_dtype", "bfloat16"],
+        train_whole="",
+        sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull",
+    )
+
+
 def _hunyuan_image() -> TinyFamily:
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_hunyuan_image(folder / "model")
@@ -342,6 +367,7 @@ FAMILIES = (
     _kontext(),
     _lumina(),
     _hunyuan_image(),
+    _qwen_image(),
 )
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
 
@@ -367,6 +393,8 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         write_tiny_framepack(folder / "model", double_blocks=3, single_blocks=6)
     elif family.name == "hunyuan_image":
         write_tiny_hunyuan_image(folder / "model", double_blocks=3, single_blocks=6)
+    elif family.name == "qwen_image":
+        write_tiny_qwen_image(folder / "model", num_layers=4)
     elif family.name == "lumina":
         write_tiny_lumina(folder / "model", num_layers=4)
     else:

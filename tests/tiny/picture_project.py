@@ -11,13 +11,14 @@ from torch import Tensor
 from encoders.clip_checkpoints import ClipVisionConfig
 from encoders.clip_layers import ClipVision
 from stable_diffusion.assembling import list_cross_attentions
-from tests.tiny import flux, guides, hunyuan_image, lumina, stable_diffusion
+from tests.tiny import flux, guides, hunyuan_image, lumina, qwen_image, stable_diffusion
 from tests.tiny.control_nets import write_control_net, write_lllite
 from tests.tiny.dit_files import draw
 from tests.tiny.hunyuan_encoders import CLIP_DIM, save
 from tests.tiny.picture_encoders import T5_DIM, write_autoencoder, write_clip_l, write_t5xxl
 from tests.tiny.post_upscaling import write_rrdb
 from tests.tiny.project import CAPTIONS, moving_square, write_image
+from tests.tiny.wan_encoders import vae_tensors
 
 SIDE = 64  # pixels of the pictures
 # captions with parts, for pictures whose captions are shuffled
@@ -63,6 +64,15 @@ def lay_out_lumina(folder: Path) -> None:
     gemma = lumina.write_gemma(folder / "tokenizer")
     (gemma / "model.safetensors").rename(folder / "gemma_2_2b_fp16.safetensors")
     (gemma / "config.json").rename(folder / "config.json")
+
+
+def lay_out_qwen_image(folder: Path) -> None:
+    """Qwen-Image and what it needs."""
+    qwen_image.write_dit(folder, qwen_image.tiny_state(dtype=torch.bfloat16), name="qwen_image_bf16")
+    save(folder / "qwen_image_vae.safetensors", vae_tensors())
+    qwen = hunyuan_image.write_qwen(folder / "qwen_2.5_vl")
+    (qwen / "model.safetensors").rename(folder / "qwen_2.5_vl_7b.safetensors")
+    (qwen / "config.json").rename(folder / "config.json")
 
 
 def lay_out_sdxl(folder: Path) -> None:

@@ -175,6 +175,8 @@ FAMILIES = {
     "flux1-dev-dit-diffusers": "a transformer in diffusers",
     "flux1": "FLUX",
     "lumina2": "Lumina-Image-2.0 transformer",
+    "qwen-image-layered": "Qwen-Image-Layered",
+    "qwen-image": "Qwen-Image transformer",
     "gemma2": "Gemma language model",
     "hunyuanimage": "HunyuanImage",
     "llava-llama3-vision": "CLIP image",

@@ -1,0 +1,55 @@
+"""Qwen-Image as data: dimensions of its transformer, its source, latents, noise, names of parts."""
+
+from dataclasses import dataclass
+
+from modules.contract.data import LatentSpec
+from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from modules.contract.rules import ModelRelease
+from wan.spec import PREVIEW_BIAS, PREVIEW_FACTORS
+
+QWEN_IMAGE = ModelRelease(
+    ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
+    "Apache-2.0",
+    "apache-2.0",
+    "https://www.apache.org/licenses/LICENSE-2.0",
+)
+PATCH = 2  # latent pixels along each side of a token
+
+
+@dataclass(frozen=True)
+class QwenImageConfig:
+    """Dimensions of a Qwen-Image transformer, read from a checkpoint's tensors."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    channels: int  # of the latents
+    text_dim: int  # width of the language model's states
+    freq_dim: int = 256
+    rope_theta: float = 10000.0
+    eps: float = 1e-6
+
+    kind = "t2i"
+
+
+# the latents of Wan2.1's VAE for single frames
+LATENT = LatentSpec(
+    channels=16,
+    stride=(1, 8, 8),
+    pixel_step=16,
+    frame_step=1,
+    preview_factors=PREVIEW_FACTORS,
+    preview_bias=PREVIEW_BIAS,
+)
+NOISE = NoiseSpec(tokens=count_picture_tokens)
+DIT = DitSpec(
+    block_lists=("transformer_blocks",),
+    fp8_exclude=("_mod.",),  # in 8 bits pictures are visibly worse
+    lora_exclude=("_mod.",),  # as the known trainer
+    input_layers=("img_in", "txt_in"),
+    token_wise=("feed_forward",),
+    modulated_input="modulated_input",
+    # as they compute so; under 1 % of the model
+    keep_float32=("time_text_embed.",),
+)

@@ -1,0 +1,262 @@
+"""The transformer of Qwen-Image: double blocks alone, over a picture and states of a language model.
+
+Names of modules are the released ones, which are those of diffusers. Source: the released code, and Wu et al.
+2025, arXiv 2508.02324. `hunyuan_model.blocks` lists the steps in float32, and the order of tokens: the
+picture first, then the text. The released code has the text first; attention does not depend on the order.
+"""
+# Letters: B batch, L picture tokens, T text tokens, N heads, D head width, C = N * D
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from hunyuan_model.blocks import DoubleStreamBlock, EmbeddedText, Heads, HunyuanTokens, join_tokens
+from hunyuan_model.joining import gelu, turn_first
+from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
+from modules.contract.steps import NO_TWEAKS, Tweaks
+from modules.devices import send_ahead
+from modules.layers.modulation import modulate
+from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
+from modules.run_blocks import Hidden, run_blocks
+from modules.speed_options import SDPA, AttentionChoice
+from qwen_image.configs import DIT, PATCH, QwenImageConfig
+
+
+@dataclass(frozen=True)
+class QwenTokens(HunyuanTokens):
+    """Inputs of the blocks besides the tokens. `rotary` is that of all tokens: texts are rotated too."""
+
+    @property
+    def video(self) -> int:
+        """Number of picture tokens, L."""
+        return math.prod(self.grid)
+
+    def join(self, video: Heads, text: Heads) -> Heads:
+        """Return query, key and value of all tokens, B L+T N D, of normalised ones; all are rotated."""
+        query, key, value = (torch.cat(both, dim=1) for both in zip(video, text, strict=True))
+        return turn_first(query, self.rotary), turn_first(key, self.rotary), value
+
+
+class QwenLayout(NamedTuple):
+    """The key of a table of rotations: what is where."""
+
+    pictures: tuple[tuple[int, int], ...]  # rows and columns of each picture's tokens, that to make first
+    texts: tuple[int, ...]  # tokens of each text
+
+
+class QwenModulation(nn.Sequential):
+    """Compute the shifts, scales and gates of a block."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        # vector: B S C float32 -> 6 tensors B S C float32
+        return in_own_dtype(self[1], functional.silu(vector)).float().chunk(6, dim=-1)
+
+
+class ProjectedGelu(nn.Module):
+    """A linear layer with a GELU behind it."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(in_own_dtype(self.proj, x))
+
+
+class QwenMlp(nn.Module):
+    """Two layers with a GELU between them."""
+
+    def __init__(self, config: QwenImageConfig) -> None:
+        super().__init__()
+        last = nn.Linear(config.ffn_dim, config.dim)
+        self.net = nn.ModuleList([ProjectedGelu(config.dim, config.ffn_dim), nn.Identity(), last])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, last = self.net
+        return in_own_dtype(last, first(x))
+
+
+class QwenAttention(nn.Module):
+    """The layers around the attention of both streams."""
+
+    def __init__(self, config: QwenImageConfig) -> None:
+        super().__init__()
+        dim, width = config.dim, config.dim // config.num_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_add_out = nn.Linear(dim, dim)
+        self.norm_q, self.norm_k = RMSNorm(width, config.eps), RMSNorm(width, config.eps)
+        self.norm_added_q, self.norm_added_k = RMSNorm(width, config.eps), RMSNorm(width, config.eps)
+
+    def heads(self, x: Tensor, is_text: bool) -> Heads:
+        """Return query, key and value of a stream's tokens, each B L N D; the first two normalised."""
+        if is_text:
+            layers, norms = (
+                (self.add_q_proj, self.add_k_proj, self.add_v_proj),
+                (
+                    self.norm_added_q,
+                    self.norm_added_k,
+                ),
+            )
+        else:
+            layers, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
+        query, key, value = (in_own_dtype(layer, x).unflatten(-1, (-1, norms[0].dim)) for layer in layers)
+        return norms[0](query), norms[1](key), value
+
+
+class QwenBlock(DoubleStreamBlock):
+    """Block in which picture and text have separate weights and share one attention."""
+
+    def __init__(self, config: QwenImageConfig) -> None:
+        super().__init__(config.dim, config.eps)
+        self.attn = QwenAttention(config)
+        self.img_mod, self.txt_mod = QwenModulation(config.dim), QwenModulation(config.dim)
+        self.img_mlp, self.txt_mlp = QwenMlp(config), QwenMlp(config)
+
+    def modulation(self, is_text: bool) -> nn.Module:
+        return self.txt_mod if is_text else self.img_mod
+
+    def heads(self, x: Tensor, is_text: bool) -> Heads:
+        return self.attn.heads(x, is_text)
+
+    def project(self, seen: Tensor, is_text: bool) -> Tensor:
+        return in_own_dtype(self.attn.to_add_out if is_text else self.attn.to_out[0], seen)
+
+    def mlp(self, is_text: bool) -> nn.Module:
+        return self.txt_mlp if is_text else self.img_mlp
+
+
+class QwenTimeEmbedding(nn.Module):
+    """Embed timesteps, 0..1000: B -> B 1 C float32."""
+
+    def __init__(self, config: QwenImageConfig) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.timestep_embedder = nn.ModuleDict(
+            {
+                "linear_1": nn.Linear(config.freq_dim, config.dim),
+                "linear_2": nn.Linear(config.dim, config.dim),
+            }
+        )
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        # float32 angles, as in training
+        waves = sinusoid(timesteps, self.freq_dim, torch.float32)
+        hidden = functional.silu(run_float32(self.timestep_embedder["linear_1"], waves))
+        return run_float32(self.timestep_embedder["linear_2"], hidden).unsqueeze(1)
+
+
+class LastNorm(nn.Module):
+    """Final norm, modulated."""
+
+    def __init__(self, config: QwenImageConfig) -> None:
+        super().__init__()
+        self.norm = Float32LayerNorm(config.dim, config.eps)
+        self.linear = nn.Linear(config.dim, 2 * config.dim)
+
+    def forward(self, x: Tensor, tokens: QwenTokens) -> Tensor:
+        rows = in_own_dtype(self.linear, functional.silu(tokens.vector[:, :1])).float()
+        scale, shift = rows.chunk(2, dim=-1)
+        return modulate(self.norm(x), shift, scale, tokens.dtype)
+
+
+class QwenImageModel(nn.Module):
+    """Predict the velocity of noisy latents of a picture from states of Qwen2.5-VL."""
+
+    spec = DIT
+
+    def __init__(self, config: QwenImageConfig, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        numbers = config.channels * PATCH**2
+        self.time_text_embed = QwenTimeEmbedding(config)
+        self.txt_norm = RMSNorm(config.text_dim, config.eps)
+        self.img_in = nn.Linear(numbers, config.dim)
+        self.txt_in = nn.Linear(config.text_dim, config.dim)
+        self.transformer_blocks = nn.ModuleList(QwenBlock(config) for _ in range(config.num_layers))
+        self.norm_out = LastNorm(config)
+        self.proj_out = nn.Linear(config.dim, numbers)
+        self._rotary = GridTable[QwenLayout](self._make_table)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype that the blocks compute in without autocast."""
+        return self.get_parameter("transformer_blocks.0.attn.to_q.bias").dtype  # the weight may be in 8 bits
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, text: Tensor, text_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Velocity B Z 1 H W in float32.
+
+        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
+        B T, true or 1 for real tokens, which come first. tweaks: ideas that change this call; their second
+        text has the names text and text_mask. Raises ValueError if sizes do not fit.
+        """
+        hidden = Hidden(*self.embed(noisy, timesteps, text, text_mask, tweaks))
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
+
+    def embed(
+        self, noisy: Tensor, timesteps: Tensor, text: Tensor, text_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+    ) -> tuple[Tensor, HunyuanTokens]:
+        """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
+
+        A second text comes behind the first one.
+        """
+        if noisy.shape[1] != self.config.channels:
+            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.channels}")
+        check_sizes(noisy, (1, PATCH, PATCH), text, text_mask)
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        patches = rearrange(noisy, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
+        picture = in_own_dtype(self.img_in, patches).to(dtype)
+        grid = (1, noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH)
+        vector, texts = self.time_text_embed(timesteps), []
+        for given in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
+            longest, _, lengths = count_real(given["text_mask"], picture.shape[1], noisy.device)
+            states = in_own_dtype(self.txt_in, self.txt_norm(given["text"][:, :longest].to(dtype)))
+            texts.append(EmbeddedText(states.to(dtype), lengths, vector))
+        layout = QwenLayout((grid[1:],), tuple(one.tokens.shape[1] for one in texts))
+        rotary = self._rotary.of(layout, noisy.device)
+        inputs = {"grid": grid, "rotary": rotary, "dtype": dtype, "attention": self.attention}
+        return join_tokens([picture], texts, tweaks.steer, QwenTokens, **inputs)
+
+    def unembed(self, x: Tensor, tokens: QwenTokens) -> Tensor:
+        """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
+        patches = in_own_dtype(self.proj_out, self.norm_out(x[:, : tokens.video], tokens)).float()
+        return from_patches(patches, tokens.grid, (1, PATCH, PATCH))
+
+    def _make_table(self, layout: QwenLayout, /, *, device: torch.device) -> Tensor:
+        """Return (cosine, sine) pairs of all tokens, L+T 1 D/2 2 float32, from float64 angles.
+
+        A picture's token stands at (number of the picture, row, column), with rows and columns counted from
+        the middle. A text's token j stands at j + the largest half of a picture's side, on all three axes.
+        """
+        widths = rotary_widths(self.config.dim // self.config.num_heads)
+
+        def axis(first: int, size: int, width: int) -> Tensor:
+            places = torch.arange(first, first + size, dtype=torch.float64)
+            return send_ahead(turns(angles_at(places, width, self.config.rope_theta)).float(), device)
+
+        tables = []
+        for number, sides in enumerate(layout.pictures):
+            around = (
+                axis(side // 2 - side, side, width) for side, width in zip(sides, widths[1:], strict=True)
+            )
+            tables.append(on_grid([axis(number, 1, widths[0]), *around]))
+        start = max(side // 2 for sides in layout.pictures for side in sides)
+        tables += [
+            torch.cat([axis(start, count, width) for width in widths], dim=1) for count in layout.texts
+        ]
+        return torch.cat(tables).unsqueeze(1)

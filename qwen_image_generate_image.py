@@ -1,0 +1,25 @@
+"""Generate images with Qwen-Image. All options: python qwen_image_generate_image.py --help"""
+
+import modules.interpreter  # noqa: F401
+from blissful_tuner.video_to_video_options import SourceDefaults
+from generation.prompt_lines import IMAGE_GENERATION_OPTIONS
+from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.scripts import generation_script
+
+DEFAULTS = ScriptDefaults(
+    fps=PICTURE_FPS,
+    guidance_scale=4.0,
+    infer_steps=25,
+    sample_solver="vanilla",
+    media=frozenset(),
+    source=SourceDefaults(share="strength", denoise=0.8, pad_mode=None),
+    size=(1328, 1328),
+    pictures=True,
+    line_options=IMAGE_GENERATION_OPTIONS,
+    output_types=PICTURE_OUTPUTS,
+)
+main = generation_script("qwen_image", DEFAULTS, __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

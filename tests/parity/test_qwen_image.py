@@ -1,0 +1,194 @@
+"""Qwen-Image through the command lines equals diffusers: whole pipelines, steps of training, and LoRAs."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+import qwen_image_generate_image
+from modules.media.reading import read_image
+from tests.faults.messages import succeed_here
+from tests.parity.hunyuan_image import language_model
+from tests.parity.running import assert_equal
+from tests.parity.training import (
+    RANK,
+    Factors,
+    Item,
+    assert_steps_of_descent,
+    descent,
+    learning,
+    noise_of,
+    shuffled,
+    uniform_of,
+)
+from tests.qwen_image.making import in_diffusers, pack, predict_with, tiny_inputs
+from tests.qwen_image.test_family import SCHEDULER
+from tests.tiny.project import write_plain_pictures
+from tests.tiny.qwen_image import TinyQwenImage, write_tiny_qwen_image
+from tests.tiny.wan_encoders import vae_diffusers_tensors
+
+PROMPT, NEGATIVE, SEED = "a red cat sits down", "dull", 20
+HEIGHT, WIDTH, STEPS = 32, 48, 4
+RATE = 20.0
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> TinyQwenImage:
+    return write_tiny_qwen_image(tmp_path_factory.mktemp("models"))
+
+
+def theirs(files: TinyQwenImage, scheduler: FlowMatchEulerDiscreteScheduler) -> QwenImagePipeline:
+    """diffusers' pipeline with the weights of these files, in float32 on the CPU."""
+    vae = AutoencoderKLQwenImage(base_dim=8)
+    vae.load_state_dict(vae_diffusers_tensors(load_file(files.vae)))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(files.text_encoder / "tokenizer.json"),
+        pad_token="<|endoftext|>",
+        padding_side="right",
+    )
+    pipe = QwenImagePipeline(
+        scheduler=scheduler,
+        vae=vae.eval(),
+        text_encoder=language_model(files.text_encoder),
+        tokenizer=tokenizer,
+        transformer=in_diffusers(load_file(files.dit)),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("how", ["guided", "unguided", "plain shift"])
+@torch.no_grad()
+def test_pictures_equal_those_of_diffusers(files: TinyQwenImage, tmp_path: Path, how: str) -> None:
+    scale = 1.0 if how == "unguided" else 4.0
+    words = [*files.models, "--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--vae_dtype", "float32"]
+    words += ["--image_size", str(HEIGHT), str(WIDTH), "--infer_steps", str(STEPS), "--seed", str(SEED)]
+    words += ["--guidance_scale", str(scale), "--output_type", "latent_images"]
+    shift = ["--flow_shift", "3"] if how == "plain shift" else []
+
+    qwen_image_generate_image.main([*words, *shift, "--device", "cpu", "--save_path", str(tmp_path)])
+
+    # of the distilled LoRAs for four and eight steps: one shift for all sizes, and no last level
+    plain = {**SCHEDULER, "base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
+    pipe = theirs(files, FlowMatchEulerDiscreteScheduler(**(plain if shift else SCHEDULER)))
+    asked = {
+        "prompt": PROMPT,
+        "negative_prompt": NEGATIVE,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": STEPS,
+        "true_cfg_scale": scale,
+        "generator": torch.Generator().manual_seed(SEED),
+    }
+    expected = pipe(**asked, output_type="latent").images
+    (latents,) = (load_file(path)["latent"] for path in tmp_path.rglob("*_latent.safetensors"))
+    assert_equal(pack(latents[None]), expected, "latents")
+    again = {**asked, "generator": torch.Generator().manual_seed(SEED)}
+    pixels = torch.from_numpy(pipe(**again, output_type="np").images[0])
+    (picture,) = tmp_path.rglob("*.png")
+    levels = torch.from_numpy(read_image(picture))
+    assert (levels - pixels * 255).abs().max() < 0.51  # as near as bytes can be
+
+
+def read_items(folder: Path) -> list[Item]:
+    """What our caches hold, in the order of their names."""
+
+    def tensor(path: Path, start: str) -> Tensor:
+        (found,) = (value for name, value in load_file(path).items() if start in name)
+        return found
+
+    paths = sorted(folder.glob("*_qi.safetensors"))
+    texts = [folder / f"{path.name.rsplit('_', 2)[0]}_qi_te.safetensors" for path in paths]
+    return [
+        Item(tensor(path, "latents_1x6x6_"), tensor(text, "varlen_vl_embed_"))
+        for path, text in zip(paths, texts, strict=True)
+    ]
+
+
+def gradients(
+    files: TinyQwenImage, modules: dict[str, str], factors: Factors, batch: Sequence[Item], step: int
+) -> Factors:
+    """Of the loss of a batch, by the factors of a LoRA in diffusers' network."""
+    dit = in_diffusers(load_file(files.dit)).requires_grad_(False)
+    tokens = batch[0].latents.shape[-1] * batch[0].latents.shape[-2] // 4
+    ratio = math.exp(0.5 + (tokens - 256) * (0.9 - 0.5) / (8192 - 256))
+    normal = torch.special.ndtri(uniform_of(batch, step).clamp(min=1e-7))
+    share = torch.sigmoid(normal)
+    sigmas = (ratio * share / (1 + (ratio - 1) * share)).float()  # qwen_shift
+    latents, noise = torch.stack([item.latents for item in batch]), noise_of(batch, step)
+    mix = sigmas.view(-1, 1, 1, 1, 1)
+    longest = max(len(item.text) for item in batch)
+    given = {
+        "noisy": (1 - mix) * latents + mix * noise,
+        "timesteps": 1000 * sigmas + 1,  # as the known trainer
+        "text": torch.stack(
+            [torch.nn.functional.pad(one.text, (0, 0, 0, longest - len(one.text))) for one in batch]
+        ),
+        "text_mask": torch.arange(longest) < torch.tensor([[len(item.text)] for item in batch]),
+    }
+    with learning(dit, {name: [path] for name, path in modules.items()}, factors) as found:
+        (predict_with(dit, given) - pack(noise - latents)).square().mean().backward()
+        every = found()
+    # what the last block makes of the text is not used
+    learned = {name: both for name, both in every.items() if both[1] is not None and both[1].any()}
+    assert len(every) - len(learned) == 4
+    return learned
+
+
+def test_two_steps_of_training_equal_those_computed_with_diffusers(
+    files: TinyQwenImage, tmp_path: Path
+) -> None:
+    """And the LoRA that comes out has the same effect in diffusers as here."""
+    write_plain_pictures(tmp_path, batch_size=4)
+    dataset = ["--dataset_config", "dataset.toml"]
+    reading = ["--text_encoder", files.text_encoder, "--text_encoder_dtype", "float32"]
+    succeed_here(
+        "qwen_image_cache_latents.py", *dataset, "--vae", files.vae, "--vae_dtype", "float32", folder=tmp_path
+    )
+    succeed_here("qwen_image_cache_text_encoder_outputs.py", *dataset, *reading, folder=tmp_path)
+    words = [*dataset, "--dit", files.dit, "--sdpa", "--discrete_flow_shift", 2.2]
+    words += ["--network_module", "networks.lora_qwen_image", "--network_dim", RANK, *descent(RATE)]
+    words += ["--timestep_sampling", "qwen_shift"]
+    succeed_here("qwen_image_train_network.py", *words, folder=tmp_path)
+
+    items = read_items(tmp_path / "cache")
+    paths = [name.removesuffix(".weight") for name in load_file(files.dit) if name.endswith(".weight")]
+    modules = {
+        path.replace(".", "_"): path
+        for path in paths
+        if path.startswith("transformer_blocks.") and "_mod." not in path and ".norm_" not in path
+    }
+    assert len(items) == 4
+    assert len({len(item.text) for item in items}) > 1  # so that padding is masked
+    assert len(modules) == 24
+    output = tmp_path / "out"
+    assert_steps_of_descent(
+        output,
+        modules,
+        RATE,
+        lambda factors, step: gradients(files, modules, factors, shuffled(items, step), step),
+        "qwen_image",
+    )
+    assert_same_effect(files, output / "lora.safetensors", tmp_path / "merged.safetensors")
+
+
+def assert_same_effect(files: TinyQwenImage, lora: Path, merged: Path) -> None:
+    """Load a LoRA of ours with diffusers, and merge it with our tool: both networks give the same."""
+    given = tiny_inputs()
+    pipe = theirs(files, FlowMatchEulerDiscreteScheduler(**SCHEDULER))
+    with torch.no_grad():
+        without = predict_with(pipe.transformer, given)
+        pipe.load_lora_weights(lora)
+        loaded = predict_with(pipe.transformer, given)
+    tool = ["--dit", files.dit, "--lora_weight", lora, "--save_merged_model", merged]
+    succeed_here("merge_lora.py", *tool, folder=merged.parent)
+    with torch.no_grad():
+        ours = predict_with(in_diffusers(load_file(merged)), given)
+    assert (loaded - without).abs().max() > 1e-2
+    assert_equal(ours, loaded, "LoRA")

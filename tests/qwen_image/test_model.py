@@ -1,0 +1,53 @@
+"""The Qwen-Image transformer against diffusers' in float32, and what a batch may not change."""
+
+import pytest
+import torch
+
+from modules.contract.steps import Away, Tweaks
+from tests.parity.running import assert_equal
+from tests.qwen_image.making import in_diffusers, pack, predict_with, tiny_inputs, tiny_model
+from tests.tiny.qwen_image import tiny_state
+
+
+@torch.no_grad()
+def test_velocities_equal_those_of_diffusers() -> None:
+    """Odd numbers of rows and columns, two times, and a text with padding."""
+    given = tiny_inputs()
+
+    ours = tiny_model()(**given)
+
+    assert_equal(pack(ours), predict_with(in_diffusers(tiny_state()), given), "velocity")
+
+
+@torch.no_grad()
+def test_a_sample_alone_equals_itself_in_a_batch() -> None:
+    given, model = tiny_inputs(), tiny_model()
+    real = int(given["text_mask"][1].sum())
+
+    alone = model(
+        **{name: tensor[1:, :real] if "text" in name else tensor[1:] for name, tensor in given.items()}
+    )
+
+    assert_equal(alone, model(**given)[1:], "alone", 1e-5)
+
+
+@torch.no_grad()
+def test_a_second_text_that_does_not_count_changes_nothing() -> None:
+    """Its tokens stand behind those of the first text, at places of their own."""
+    given, model = tiny_inputs(), tiny_model()
+    other = {name: tensor[:1, :4] for name, tensor in tiny_inputs(text=4).items() if "text" in name}
+
+    steered = model(**given, tweaks=Tweaks(away=Away(other, lambda first, second: first)))
+    mixed = model(**given, tweaks=Tweaks(away=Away(other, lambda first, second: second)))
+
+    assert_equal(steered, model(**given), "first", 1e-5)
+    alone = model(
+        **{**given, **{name: tensor.expand(2, *tensor.shape[1:]) for name, tensor in other.items()}}
+    )
+    assert (mixed - alone).abs().max() < (steered - alone).abs().max()
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    given = tiny_inputs()
+    with pytest.raises(ValueError, match="cannot be cut into patches"):
+        tiny_model()(**{**given, "noisy": given["noisy"][..., :-1]})

@@ -1,0 +1,57 @@
+"""A complete tiny Qwen-Image on disk, in the released file layouts."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen_image.configs import QwenImageConfig
+from qwen_image.model import QwenImageModel
+from tests.tiny.dit_files import draw, write_dialect
+from tests.tiny.hunyuan_encoders import save
+from tests.tiny.hunyuan_image import TEXT_DIM, write_qwen
+from tests.tiny.wan_encoders import vae_tensors
+
+CONFIG = QwenImageConfig(dim=64, ffn_dim=256, num_heads=2, num_layers=2, channels=16, text_dim=TEXT_DIM)
+
+
+@dataclass(frozen=True)
+class TinyQwenImage:
+    """Paths of a tiny checkpoint set, as given to --dit, --vae, --text_encoder."""
+
+    dit: Path
+    vae: Path
+    text_encoder: Path
+
+    @property
+    def models(self) -> list[str]:
+        """The options that name the models of a training or generation."""
+        files = ["--dit", str(self.dit), "--vae", str(self.vae)]
+        return [*files, "--text_encoder", str(self.text_encoder)]
+
+
+def tiny_state(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, Tensor]:
+    """Random weights under the published names. sizes: fields of the config to change."""
+    with torch.device("meta"):
+        shapes = QwenImageModel(replace(CONFIG, **sizes)).state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    return {name: draw(name, tuple(tensor.shape), generator).to(dtype) for name, tensor in shapes.items()}
+
+
+def write_dit(
+    folder: Path, state: dict[str, Tensor], dialect: str = "safetensors", name: str = "qwen_image"
+) -> Path:
+    """Write a transformer in one of the layouts of `write_dialect`. Returns what a user gives to --dit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_dialect(folder / f"{name}.safetensors", state, dialect, dict)
+
+
+def write_tiny_qwen_image(folder: Path, dtype: torch.dtype = torch.float32, **sizes: int) -> TinyQwenImage:
+    """Write transformer, VAE and text encoder with its tokenizer below `folder`.
+
+    sizes: of the transformer.
+    """
+    dit = write_dit(folder, tiny_state(dtype=dtype, **sizes), name="dit")
+    vae = save(folder / "vae.safetensors", vae_tensors())
+    return TinyQwenImage(dit, vae, write_qwen(folder / "text_encoder"))
