@@ -14,29 +14,29 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # room -> lines and files of Python at most; `scripts` are the files of the root
 BUDGET = {
-    "blissful_tuner": (3530, 21),
+    "blissful_tuner": (3550, 21),
     "data_tools": (5970, 32),
-    "dataset": (12170, 49),
+    "dataset": (12220, 49),
     "downloads": (800, 7),
-    "encoders": (3460, 15),
+    "encoders": (3480, 15),
     "flux": (1770, 13),
-    "frame_pack": (3020, 20),
+    "frame_pack": (3010, 20),
     "generation": (5090, 21),
     "hunyuan_image": (1350, 11),
-    "hunyuan_model": (3020, 17),
+    "hunyuan_model": (3030, 17),
     "lumina": (1370, 11),
-    "modules": (17030, 98),
-    "networks": (7450, 36),
+    "modules": (17060, 98),
+    "networks": (7480, 36),
     "package": (390, 7),
     "post": (7880, 38),
     "project": (490, 4),
-    "scripts": (1110, 47),
+    "scripts": (1170, 51),
     "stable_diffusion": (7250, 29),
     "tools": (210, 7),
     "training": (11640, 50),
     "wan": (3660, 17),
 }
-TESTS = 84100  # lines
+TESTS = 83900  # lines
 # files and functions of ours that are called, as `python benchmarks/way.py` prints them
 WAYS = {"one clip, cache and train": (161, 1133), "one prompt with a LoRA": (100, 656)}
 GROWTH = 1.05
