@@ -30,6 +30,7 @@ BUDGET = {
     "package": (390, 7),
     "post": (7880, 38),
     "project": (490, 4),
+    "qwen_image": (850, 8),
     "scripts": (1170, 51),
     "stable_diffusion": (7250, 29),
     "tools": (210, 7),
