@@ -67,8 +67,8 @@ TRAINED_SIZES: tuple[Size, ...] = (*((h, w) for w, h in _FLAT), (1024, 1024), *r
 KONTEXT_DEV = replace(FLUX_DEV, repositories=("black-forest-labs/FLUX.1-Kontext-dev",))
 # a LoRA leaves out modulations unless they are asked for, as the known tuner's
 KONTEXT_DIT = replace(FLUX_DIT, lora_exclude=("img_mod", "txt_mod", "modulation"))
-# the network is fed 1000 sigma, as in generation; --discrete_flow_shift is for --timestep_sampling shift
-KONTEXT_NOISE = NoiseSpec(training_offset=0.0, tokens=count_picture_tokens)
+# --discrete_flow_shift is for --timestep_sampling shift
+KONTEXT_NOISE = NoiseSpec(tokens=count_picture_tokens)
 KONTEXT_LATENT = replace(LATENT, npz=None, flat_in_caches=True)
 GENERATION = SamplingDefaults(
     steps=25,

@@ -159,7 +159,7 @@ def test_each_step_follows_diffusers_gradient(tmp_path: Path) -> None:
         noise, mix = noise_of(batch, step), sigmas.view(-1, 1, 1, 1, 1)
         inputs: dict[str, Any] = {
             "noisy": (1 - mix) * latents + mix * noise,
-            "timesteps": 1000 * sigmas,
+            "timesteps": 1000 * sigmas + 1,  # as the known tuner's
             "t5": torch.stack([item.text for item in batch]),
             "t5_mask": None,
             "pooled": torch.stack([item.clip for item in batch if item.clip is not None]),
