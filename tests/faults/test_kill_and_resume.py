@@ -4,6 +4,7 @@ have ended.
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -97,6 +98,46 @@ def test_training_killed_from_outside_ends_as_if_it_had_not_been(
     assert_same_training(output, undisturbed.output)
 
 
+@pytest.mark.slow
+def test_200_random_kills_of_training_change_nothing(
+    scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Of runs that are killed again and again until they come to their end.
+
+    Half of the kills come from outside.
+    """
+    dice = random.Random(200)
+    kills, runs = 0, 0
+    while kills < 200:
+        output = tmp_path / f"run {runs}"
+        workers = str(dice.choice([0, 0, 2]))
+        command = [*scripts.train, "--output_dir", str(output), "--max_data_loader_n_workers", workers]
+        while kills < 200 and _killed(dice, project, undisturbed, command, tmp_path / "log"):
+            kills += 1
+            if output.exists():
+                assert_whole(output)
+        run_script(*command, folder=project)
+        assert_same_training(output, undisturbed.output)
+        shutil.rmtree(output)
+        runs += 1
+
+
+def _killed(
+    dice: random.Random, project: Path, undisturbed: Undisturbed, command: Sequence[str], log: Path
+) -> bool:
+    """Run a training that may be killed; returns whether it was."""
+    if dice.random() < 0.5:
+        code = kill_after(start(project, command, log), dice.uniform(0.2, 1) * undisturbed.seconds)
+    else:
+        point = dice.choice(POINTS)
+        count = dice.randint(1, undisturbed.passed[point])
+        code = run_python(
+            DYING, point, count, ROOT / command[0], *command[1:], folder=project, check=False
+        ).returncode
+    assert code in {0, KILLED}
+    return code == KILLED
+
+
 # --- caching
 
 
@@ -116,3 +157,22 @@ def test_latent_caching_killed_from_outside_goes_on_where_it_was(
     run_script(*scripts.cache_latents, *data, folder=project)
     run_script(*scripts.cache_texts, *data, folder=project)
     assert_same_caches(cache, project / "cache")
+
+
+@pytest.mark.slow
+def test_40_random_kills_of_caching_change_nothing(scripts: Scripts, project: Path, tmp_path: Path) -> None:
+    dice = random.Random(40)
+    for number in range(20):
+        folder = tmp_path / str(number)
+        data = ["--dataset_config", copy_data(project, folder, cached=False)]
+        for command in (scripts.cache_latents, scripts.cache_texts):
+            # files
+            point, count = dice.choice(["mid_write", "before_rename", "after_rename"]), dice.randint(1, 6)
+            killed = run_python(
+                DYING, point, count, ROOT / command[0], *command[1:], *data, folder=project, check=False
+            )
+            assert killed.returncode == KILLED, killed.stderr[-3000:]
+            assert_whole(folder / "cache")
+            run_script(*command, *data, folder=project)
+        assert_same_caches(folder / "cache", project / "cache")
+        shutil.rmtree(folder)
