@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.commands import ROOT, run_python, run_script
-from tests.faults.messages import run_here
+from tests.faults.messages import succeed_here
 from tests.faults.mistakes import COMMANDS
 from tests.faults.mistakes import FAMILIES as MISTAKEN
 from tests.faults.runs import (
@@ -133,16 +133,14 @@ def made_projects(projects: dict[str, Path], tmp_path_factory: pytest.TempPathFa
             folder = tmp_path_factory.mktemp("project")
             write_project(folder, scripts)
             for command in (scripts.cache_latents, scripts.cache_texts):
-                code, said = run_here(*command, folder=folder)
-                assert code == 0, said
+                succeed_here(*command, folder=folder)
             projects[name] = folder
         folder = projects[name]
         text = (folder / "dataset.toml").read_text(encoding="utf-8").replace('/cache"', '/none"')
         (folder / "uncached.toml").write_text(text, encoding="utf-8")
         if not (folder / "lora.safetensors").exists():
             words = (*COMMANDS[scripts.train_script].words, "--max_train_steps", "1")
-            code, said = run_here(*words, "--output_name", "lora", "--output_dir", ".", folder=folder)
-            assert code == 0, said
+            succeed_here(*words, "--output_name", "lora", "--output_dir", ".", folder=folder)
         shutil.copy(folder / "lora.safetensors", folder / "second.safetensors")
         if not (folder / "latent.safetensors").exists():
             shutil.copy(folder / "lora.safetensors", folder / "latent.safetensors")  # never read

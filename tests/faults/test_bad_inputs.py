@@ -27,7 +27,7 @@ from tests.faults.damage import (
     truncated,
     web_page,
 )
-from tests.faults.messages import assert_one_message, run_here
+from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.faults.runs import (
     TOKENIZERS,
     WAN,
@@ -64,10 +64,7 @@ def good(project: Path, undisturbed: Undisturbed, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("good")
     shutil.copy(project / "model" / "dit.safetensors", folder)
     shutil.copy(undisturbed.output / "x.safetensors", folder / "lora.safetensors")
-    code, said = run_here(
-        *GENERATE, "--output_type", "latent", "--save_path", folder / "made", folder=project
-    )
-    assert code == 0, said
+    succeed_here(*GENERATE, "--output_type", "latent", "--save_path", folder / "made", folder=project)
     next((folder / "made").iterdir()).rename(folder / "latent.safetensors")
     return folder
 
@@ -206,9 +203,8 @@ def test_latest_goes_past_a_state_that_was_cut(
     shutil.copytree(undisturbed.output, tmp_path / "out")
     truncated(undisturbed.output / "x-state" / FILE, tmp_path / "out" / "x-state" / FILE)
 
-    code, said = run_here(*WAN.train, "--output_dir", tmp_path / "out", folder=project)
+    said = succeed_here(*WAN.train, "--output_dir", tmp_path / "out", folder=project)
 
-    assert code == 0, said
     assert "x-state is ignored in the search for the latest state" in said
     assert_same_tensors(tmp_path / "out" / "x.safetensors", undisturbed.output / "x.safetensors")
 

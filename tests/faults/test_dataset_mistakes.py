@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from tests.dataset.making import make_clip, make_image
-from tests.faults.messages import assert_one_message, run_here
+from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.wan_encoders import t5_tensors, vae_tensors, write_tokenizer
 
 CONFIG = """[general]
@@ -147,9 +147,7 @@ def test_a_configuration_in_another_encoding_is_told_with_it(encoding: str, fold
 def test_a_byte_order_mark_is_no_mistake(folder: Path) -> None:
     (folder / "dataset.toml").write_text(CONFIG, encoding="utf-8-sig")
 
-    code, said = run_here(*LATENTS, "--dataset_config", "dataset.toml", folder=folder)
-
-    assert code == 0, said
+    succeed_here(*LATENTS, "--dataset_config", "dataset.toml", folder=folder)
 
 
 @pytest.mark.parametrize("name", ["nowhere.toml", "clips", "dataset.yaml", "dataset"])

@@ -26,7 +26,7 @@ from post.run import run_chain
 from post.stages import lead_through, make_stages, results
 from post.tiling import compile_parts
 from post.upscaling.files import load_upscaler
-from tests.faults.messages import assert_one_message, run_here
+from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.post.interpolation.test_stage import moving, plain
 from tests.post.stages_here import files_in, frames_of, kept_frames, write_clip
 from tests.tiny.post_interpolation import write_flowformer, write_gimm_f, write_gimm_r
@@ -69,9 +69,7 @@ def test_a_chain_of_real_networks_equals_the_whole_clip_at_once(tmp_path: Path) 
     words = ["--model", "r.pth", "--mode", "esrgan", "--input", "a.mkv", *H264]
     words += ["--keep_pngs", "--then", "upscaler", "model=s.safetensors", "scale=1"]
 
-    code, said = run_here(SCRIPT, *words, folder=tmp_path)
-
-    assert code == 0, said
+    said = succeed_here(SCRIPT, *words, folder=tmp_path)
     made = tmp_path / "a_ESRGAN_SWINIR.mp4"
     with contextlib.chdir(tmp_path):
         chain = read_chain("upscaler", "", words)

@@ -18,7 +18,7 @@ from modules.media.writing import write_video
 from post.chain_options import read_tool
 from post.contract import Clip
 from post.faces.stage import Facefix, check_facefix, make_facefix
-from tests.faults.messages import run_here
+from tests.faults.messages import succeed_here
 from tests.post.stages_here import kept_frames
 from tests.tiny import post_restorers as tiny
 from tests.tiny.onnx_files import write_yolo, write_yunet
@@ -288,9 +288,7 @@ def test_a_yunet_is_found_and_has_a_threshold_of_its_own(folder: Path, tmp_path:
 
 
 def _script(folder: Path, *words: object) -> str:
-    code, said = run_here("blissful_tuner/facefix.py", "--model", folder, *words, folder=folder)
-    assert code == 0, said
-    return said
+    return succeed_here("blissful_tuner/facefix.py", "--model", folder, *words, folder=folder)
 
 
 def test_the_script_gives_what_the_whole_clip_at_once_gives(folder: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from post.faces.retinaface import (
     read_retinaface,
 )
 from tests.golden_cases import make_weights, read_case
-from tests.manifests import tensor_list, write_hollow
+from tests.manifests import fit, tensor_list, write_hollow
 from tests.post.faces.pictures import dotted, surrounds
 from tests.tiny import post_restorers as tiny
 from tests.tiny.post_faces import (
@@ -55,8 +55,7 @@ WEIGHTS = {
 def _hollow(manifest: str, folder: Path) -> Any:
     """The network of a manifest at full size on the meta device, loaded from a file without data."""
     read, build = KINDS[manifest]
-    with open_checkpoint(write_hollow(folder / "x.safetensors", tensor_list(manifest))) as checkpoint:
-        return load_planned(read(checkpoint), build, META, torch.float32, "--model")
+    return fit(write_hollow(folder / "x.safetensors", tensor_list(manifest)), read, build)
 
 
 def _tiny(kind: str, folder: Path) -> Any:

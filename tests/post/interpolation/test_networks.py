@@ -22,7 +22,7 @@ from post.interpolation.raft import Raft, read_raft
 from post.interpolation.synthesis import Compared
 from post.interpolation.twins import StageConfig
 from tests.golden_cases import make_weights, read_case
-from tests.manifests import tensor_list, write_hollow
+from tests.manifests import fit, tensor_list, write_hollow
 from tests.tiny.post_interpolation import (
     FLOWFORMER,
     flowformer_tensors,
@@ -64,8 +64,7 @@ def test_published_files_load_at_full_size(tmp_path: Path, manifest: str) -> Non
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_published_raft_loads_at_full_size(tmp_path: Path, prefix: str) -> None:
     path = write_hollow(tmp_path / "raft.safetensors", tensor_list("raft-things"), prefix)
-    with open_checkpoint(path) as checkpoint:
-        raft = load_planned(read_raft(checkpoint), Raft, META, torch.float32, "--model")
+    raft = fit(path, read_raft, Raft)
     names = {name for name in tensor_list("raft-things") if ".norm3." not in name}
     assert set(raft.state_dict()) == {name for name in names if not name.endswith("num_batches_tracked")}
 
