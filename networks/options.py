@@ -39,9 +39,9 @@ class FrozenModelOptions(Options, title="frozen model"):
         facts=FREE,
     )
     teacher: str | None = option(
-        "base: the loss is also measured against what the frozen model, without the network and without "
-        "--training_adapter, predicts from all that there is: the caption where it was dropped, the first "
-        "frame if the model takes it. One more pass in each step, without gradients",
+        "base: the loss is also measured against what the frozen model, without the network, predicts from "
+        "all that there is: the caption where it was dropped, the first frame if the model takes it. One "
+        "more pass in each step, without gradients",
         choices=(BASE,),
         facts=HABIT,
     )

@@ -1,10 +1,8 @@
 """Load the networks of a plan, make the trained part with its optimizer, and put the run together."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -24,7 +22,6 @@ from networks.adapter import make_network
 from networks.added import AddedLoras, add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse
-from networks.options import FrozenModelOptions
 from training.averages import make_average
 from training.data.feed import Feed, MicroBatches, Randomness
 from training.experts import (
@@ -105,7 +102,7 @@ def load_model(
         average=make_average(options.average, networks, trainable, optimizer, accelerator.is_main_process),
         texts=plan.texts,
         feed=_make_feed(plan),
-        rule=_add_teacher(rule, options.frozen, trainable, adapter),
+        rule=replace(rule, teacher_weight=options.frozen.teacher_weight) if options.frozen.teacher else rule,
         validation=_make_validation(plan, rule),
         sampler=sampler.renewed_by(plan.texts),
         memory=memory,
@@ -234,25 +231,6 @@ def _add_learner(plan: TrainingPlan, dit: nn.Module, expert: Expert, learners: l
         of_texts = dict(zip(texts.able, parts.text_rates(len(texts.able), rate), strict=True))
         rates = (rate, parts.unet_lr, [of_texts[each.lora_prefix] for each in texts.learning] or None)
     learners.append(train_network(network, rates, given.scale_weight_norms, device))
-
-
-def _add_teacher(
-    rule: LossRule, options: FrozenModelOptions, trainable: Trainable, adapter: AddedLoras
-) -> LossRule:
-    """Return the rule with the teacher of --teacher: the models as their files have them."""
-    if options.teacher is None:
-        return rule
-    return replace(
-        rule, teacher_weight=options.teacher_weight, as_teacher=partial(_as_loaded, trainable, adapter)
-    )
-
-
-@contextlib.contextmanager
-def _as_loaded(trainable: Trainable, adapter: AddedLoras) -> Iterator[None]:
-    """Leave out what learns, and --training_adapter, while the block runs."""
-    assert trainable.as_base is not None  # options for a frozen model come with a network
-    with trainable.as_base(), adapter.turned(is_on=False):
-        yield
 
 
 def _make_stepping(

@@ -105,8 +105,7 @@ class LossRule:
     prediction: str = RAW  # what of the output is compared with the velocity
     # inside it the DiT is the base model, without what learns; None: no batch asks for that
     as_base: Autocast | None = None
-    teacher_weight: float = 0.0  # share of the errors against the teacher
-    as_teacher: Autocast | None = None  # inside it the DiT is the teacher; None: there is none
+    teacher_weight: float = 0.0  # share of the errors against the base model as a teacher; 0: it is none
 
 
 PLAIN_LOSS = LossRule()
@@ -130,9 +129,10 @@ def measure_errors(
     network = functools.partial(predict, family, dit, latents, noisy_batch, autocast, rule)
     target = find_target(family.noise.velocity(latents, noisy_batch.noise), batch, network, rule)
     taught = None
-    if rule.as_teacher is not None:
+    if rule.teacher_weight:
+        assert rule.as_base is not None
         told = noisy_batch.with_all(family.fuller)
-        with torch.no_grad(), rule.as_teacher():
+        with torch.no_grad(), rule.as_base():
             taught = predict(family, dit, latents, told, autocast, rule)
     output = network()
     errors = sample_errors(family.noise, output - target, noisy_batch, rule)

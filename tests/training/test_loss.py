@@ -243,12 +243,10 @@ def test_preserved_samples_are_compared_with_the_base_model() -> None:
 
 
 def test_a_teacher_has_its_share_of_the_loss_beside_what_is_preserved() -> None:
-    """The model says 0.5, as the base 0.25, as the teacher 0.75; the first sample's velocity is -1."""
+    """The model says 0.5, as the base 0.25; the first sample's velocity is -1."""
     batch, dit = noisy_batch(), Constant(0.5)
     batch = replace(batch, batch=replace(batch.batch, preserved=(False, True)))
-    rule = LossRule(
-        as_base=lambda: saying(dit, 0.25), teacher_weight=0.25, as_teacher=lambda: saying(dit, 0.75)
-    )
+    rule = LossRule(as_base=lambda: saying(dit, 0.25), teacher_weight=0.25)
 
     errors = measure_errors(ToyFamily(), dit, batch, nullcontext, rule)
 
@@ -274,7 +272,7 @@ def test_a_teacher_is_told_dropped_captions_and_the_first_frame() -> None:
     batch = batch.moved(lambda tensor: tensor.repeat(1, 1, 3, 1, 1) if tensor.ndim == 5 else tensor)
     full = {"letters": [torch.full((1, 1), 7.0), torch.ones(3, 1)]}
     batch = replace(batch, batch=replace(batch.batch, undropped=full))
-    rule = LossRule(teacher_weight=1.0, as_teacher=lambda: saying(dit, 0.75))
+    rule = LossRule(as_base=lambda: saying(dit, 0.75), teacher_weight=1.0)
 
     errors = measure_errors(Watching(fuller=(CAPTION, FIRST_FRAME)), dit, batch, nullcontext, rule)
     assert errors.tolist() == [0.25**2, 0.25**2]

@@ -104,8 +104,9 @@ class Rehearsal:
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.enter("forward outside the blocks")
-        base, teaches = contextlib.nullcontext, self.options.frozen.teacher is not None
-        rule = LossRule(self.options.loss, self.options.predicted, base, as_teacher=base if teaches else None)
+        base, frozen = contextlib.nullcontext, self.options.frozen
+        weight = frozen.teacher_weight if frozen.teacher else 0
+        rule = LossRule(self.options.loss, self.options.predicted, base, weight)
         loss = training_loss(
             self.family,
             self.dit,
