@@ -137,6 +137,7 @@ class _Planning:
         self._headers: dict[str, Header] = {}  # that were read
         self._records: dict[str, LatentRecord | None] = {}
         self._same: dict[int, FileIdentity] = {}  # parts of the source that were found unchanged, by number
+        self._by_header = False  # what is wanted was told by the source's header, not by its caches
 
     def plan_by_shape(self) -> SourcePlan:
         """Return what `plan` does. Sources whose caches differ in nothing but their files and values are
@@ -147,7 +148,7 @@ class _Planning:
             return SourcePlan(self.source, frozenset(self.existing), 0, (), valid[shape])
         plan = self.plan()
         is_valid = SourcePlan(self.source, frozenset(self.existing), 0, (), plan.items) == plan
-        if shape is not None and is_valid and len(valid) < MANY:
+        if shape is not None and is_valid and not self._by_header and len(valid) < MANY:
             valid[shape] = plan.items
         return plan
 
@@ -200,6 +201,7 @@ class _Planning:
         if self.existing and recipe.skip_existing:
             # the header may be wrong about the number of frames, so it counts only if it agrees with the
             # existing files
+            self._by_header = True
             headers = plan_source(self.source, recipe.fps, latent.pixel_step, latent.frame_step)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
                 plan = self.compare(headers.size, headers.spans)

@@ -38,6 +38,7 @@ SMALL = 1 << 16  # integer tensors of at most so many elements keep their values
 WEIGHTS, NETWORK, OPTIMIZER, GRADIENTS, BATCH = "weights", "network", "optimizer", "gradients", "batch"
 ATTENTION = "attention"  # its workspace
 TEXTS = "texts"  # weights of text encoders
+ADAPTER = "adapter"  # LoRAs that are there while training alone; those of all transformers stay on the device
 # everything else: made before the current place of the run, or in it
 KEPT, WORKING = "kept", "working"
 Moment = Mapping[str, int]  # bytes by kind

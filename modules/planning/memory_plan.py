@@ -14,6 +14,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.offload.swap_plan import SwapPlan, big_weights, most_blocks
 from modules.planning.dry_run import (
+    ADAPTER,
     ATTENTION,
     BATCH,
     GRADIENTS,
@@ -161,6 +162,7 @@ def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions) -> list[Swapped]:
 NAMES = {
     WEIGHTS: "weights of the transformer",
     TEXTS: "weights of text encoders",
+    ADAPTER: "LoRA in training steps alone",
     NETWORK: "network (LoRA)",
     GRADIENTS: "gradients",
     OPTIMIZER: "optimizer",

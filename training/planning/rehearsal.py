@@ -15,12 +15,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from modules.planning.dry_run import (
+    ADAPTER,
     BATCH,
     GRADIENTS,
     NETWORK,
     OPTIMIZER,
     TEXTS,
-    WEIGHTS,
     WORKING,
     Counts,
     Ledger,
@@ -247,15 +247,20 @@ def dress_trainable(
 
 
 def _add_adapter(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: Ledger) -> None:
-    """Put --training_adapter into a DiT without content, switched on for good."""
+    """Put --training_adapter into a DiT without content, switched on for good; besides, if there are several
+    transformers, the factors that are in the others.
+    """
     with disable_modes():  # the file has real tensors
-        use = read_adapter(options, family.experts[0], family.experts)
-    if use is None:
-        return
-    adapter = add_loras(dit, [use], options.speed.compilation.choice is not None, TRAINING_ADAPTER)
-    with ledger.allocating(WEIGHTS):
-        adapter.place_on(ledger.device, AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(dit)))
-    for layer in adapter.layers:
+        uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
+    adapters = [
+        add_loras(dit, [use], options.speed.compilation.choice is not None, TRAINING_ADAPTER)
+        for use in uses
+        if use is not None
+    ]
+    with ledger.allocating(ADAPTER):
+        for adapter in adapters:
+            adapter.place_on(ledger.device, AUTOCAST.get(options.accelerator.mixed_precision, dtype_of(dit)))
+    for layer in adapters[0].layers if adapters else ():
         layer.is_on = True
 
 

@@ -216,6 +216,19 @@ def test_of_thousands_only_headers_and_files_are_compared_and_nothing_is_missed(
         assert cached(config, dataclasses.replace(family, media_identity={"vae": "second"})) == (1, 3, 2)
 
 
+def test_of_thousands_of_clips_each_is_asked_for_its_frames_if_caches_do_not_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "MANY", 2)
+    config = make_config(tmp_path, clips=(9, 9, 13), target_frames=(9,), frame_extraction="head")
+    assert cache_media(ToyFamily(), config, options(num_workers=1)).written == 3
+
+    longer = change(config, target_frames=(9, 13))
+    report = cache_media(ToyFamily(), longer, options(num_workers=1, skip_existing=True))
+
+    assert (report.written, report.kept) == (1, 3)
+
+
 @pytest.mark.parametrize("frames", [10**12, -1, "9", True])
 def test_a_record_of_impossible_frames_counts_as_damaged(tmp_path: Path, frames: Any) -> None:
     config = make_config(tmp_path, clips=(9,))

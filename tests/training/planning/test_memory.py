@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dataset.batches.items import ItemKind, TrainingItem
 from dataset.config import load_dataset_config
@@ -16,6 +17,7 @@ from modules.parser import add_options
 from modules.planning.dry_run import largest
 from modules.planning.memory_plan import CONTEXT, GIB, Phase, Room
 from tests.tiny import wan_dit
+from tests.tiny.project import write_lora
 from tests.training.planning.test_rehearsal import CHECKPOINTED, GIVEN, LAYERS, counted, wan, wan_batch
 from tests.training.toy import write_caches
 from training.learning_options import ExpertTrainingOptions
@@ -174,6 +176,20 @@ def test_swapped_blocks_of_both_are_on_the_host(tmp_path: Path) -> None:
         assert line(both.phase(blocks), "further") == (here, away)
         assert turns.phase(blocks).host == 2 * device > away > host
         assert turns.phase(blocks).device == both.phase(blocks).device - here
+
+
+@pytest.mark.parametrize("turns", [[], ["--offload_inactive_dit"]], ids=["both there", "turns"])
+def test_an_adapter_of_two_experts_is_there_twice(tmp_path: Path, turns: list[str]) -> None:
+    path = tmp_path / "adapter.safetensors"
+    write_lora(path, tmp_path / "none", rank=64)
+    plain, adapted = (
+        predict(*two_experts(tmp_path, *turns, *more), wan_batch(), CPU).phase(0)
+        for more in ([], ["--training_adapter", str(path)])
+    )
+
+    factors = 2 * sum(tensor.numel() for tensor in load_file(path).values() if tensor.ndim)
+    assert adapted.host == plain.host
+    assert {part.name: part.device for part in adapted.parts}["LoRA in training steps alone"] == 2 * factors
 
 
 def test_turns_are_advised_first(tmp_path: Path) -> None:
