@@ -8,6 +8,7 @@ a config.json beside them, else from the facts about the released model.
 # Letters: B prompts, L tokens, C width of the model, D width of a head
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,7 @@ def read_language_model(
         else head_width(checkpoint.path, rows, told, model.head_width)
     )
     # Qwen2.5-VL's heads are as wide together as the model; frequencies come in pairs
-    is_uneven = width < 2 or width % 2 or key_rows % width or rows % width
+    is_uneven = width < 2 or width % 2 or key_rows % width or rows % width or dim % (rows // width or 1)
     if is_uneven or (rows // width) % max(1, key_rows // width) or (model.grid_shares and rows != dim):
         raise CheckpointError(
             f"{checkpoint.path}: {rows} rows of queries and {key_rows} of keys cannot be divided into heads "
@@ -211,6 +212,8 @@ def _read_constants(
         sections = tuple(map(int, rope.get("mrope_section", ()))) if model.grid_shares else ()
         if sections and (len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != width):
             raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
+        if not (0 < theta < math.inf and 0 <= eps < math.inf):
+            raise ValueError(f"rope_theta {theta}, rms_norm_eps {eps}")
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: the config.json beside it cannot be read ({error}). Copy it again, or remove it.", path

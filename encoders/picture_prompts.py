@@ -109,7 +109,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     window = told.get("window_size", WINDOW)
     full = told.get("fullatt_block_indexes", list(range(FULL_EVERY - 1, num_layers, FULL_EVERY)))
     sizes = (heads, window, *(full if isinstance(full, list) else [None]))
-    told_fits = all(isinstance(size, int) and 0 <= size < MOST_TOLD for size in sizes)
+    told_fits = all(type(size) is int and 0 <= size < MOST_TOLD for size in sizes)
     is_square = patch == columns and merge >= 1 and merge**2 * dim == wide
     if not told_fits or not is_square or heads < 1 or dim % (4 * heads) or window < patch * merge:
         raise wrong

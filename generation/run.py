@@ -158,8 +158,6 @@ def generate(family: Family, options: GenerationOptions) -> None:
     device = choose_device(options.device)
     if options.optimized and not options.latent_path:  # decoding runs no transformer
         options = leave_out_missing(family, options, device)
-    if options.lycoris:
-        logger.info("--lycoris is not needed: LoHa and LoKr files are recognised automatically")
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
     # read first, so that a wrong file shows at once; a merged model is the DiT alone

@@ -31,6 +31,8 @@ def _header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
             f"of {WHAT}. Copy the file again.",
             checkpoint.path,
         )
+    query = "transformer_blocks.0.attn.to_q.weight"
+    shapes.of(query)  # that it is there
     config = QwenImageConfig(
         dim=dim,
         ffn_dim=shapes.of("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
@@ -40,7 +42,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
         text_dim=shapes.of("txt_in.weight")[1],
         freq_dim=shapes.of("time_text_embed.timestep_embedder.linear_1.weight")[1],
     )
-    return DitHeader(config, "released", names["transformer_blocks.0.attn.to_q.weight"].dtype)
+    return DitHeader(config, "released", names[query].dtype)
 
 
 FORMAT = DitFormat(_header, lambda _: WHAT, QwenImageModel, own_names, OPTION)

@@ -125,7 +125,7 @@ class DitShapes:
         Raises CheckpointError if the file has no tensor of that name.
         """
         found = self.shapes.get(name, ())
-        if len(found) != axes:
+        if len(found) != axes or 0 in found:
             raise CheckpointError(
                 f"{self.path} is an incomplete {self.model} transformer: {name} is missing. Copy it again.",
                 self.path,
@@ -186,7 +186,7 @@ def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[s
     for theirs, shape in shapes.items():
         name = translate_name(theirs, table).partition("#")[0]
         above = found.get(name)
-        found[name] = shape if above is None else (above[0] + shape[0], *shape[1:])
+        found[name] = (above[0] + shape[0], *shape[1:]) if above and shape else shape
     return found
 
 

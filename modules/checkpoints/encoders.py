@@ -60,8 +60,8 @@ def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> in
     heads = told.get("num_attention_heads")
     if heads is None and rows % usual == 0:
         return usual
-    if heads is not None and heads > 0 and rows % heads == 0:
-        return rows // int(heads)
+    if isinstance(heads, int) and heads > 0 and rows % heads == 0:
+        return rows // heads
     how = f"config.json beside it says {heads} heads" if heads is not None else f"heads have {usual} channels"
     raise CheckpointError(
         f"{path}: {rows} rows of queries, but {how}. Give the config.json that belongs to it.", path

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import (
+    LLAMA,
     MISTRAL3,
     QWEN3,
     QWEN25_VL,
@@ -31,7 +32,7 @@ from modules.errors import CheckpointError
 from tests.manifests import tensor_list, write_hollow
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import swapped
-from tests.tiny.hunyuan_encoders import save, save_sharded, scaled_fp8
+from tests.tiny.hunyuan_encoders import llama_tensors, save, save_sharded, scaled_fp8
 from tests.tiny.language_models import (
     DIM,
     LAYERS,
@@ -343,6 +344,14 @@ def test_a_file_that_does_not_fit_is_one_message(
         load_language_model(path, QWEN3, CPU, torch.float32)
 
 
+def test_a_width_that_is_no_multiple_of_the_heads_is_one_message(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "model.safetensors", {**llama_tensors(), "embed_tokens.weight": torch.ones(640, 17)}
+    )
+    with pytest.raises(CheckpointError, match="cannot be divided into heads"):
+        load_language_model(path, LLAMA, CPU, torch.float32)
+
+
 def test_a_truncated_file_is_one_message(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.safetensors", qwen3())
     path.write_bytes(path.read_bytes()[:-100])
@@ -351,7 +360,11 @@ def test_a_truncated_file_is_one_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "told", [{"rms_norm_eps": "a"}, {"rope_parameters": [1]}, {"rope_theta": None}, {"rope_parameters": 3}]
+    "told",
+    [
+        *({"rms_norm_eps": "a"}, {"rope_parameters": [1]}, {"rope_theta": None}, {"rope_parameters": 3}),
+        *({"rms_norm_eps": -1}, {"rms_norm_eps": math.nan}, {"rope_theta": 0}, {"rope_theta": math.nan}),
+    ],
 )
 def test_a_configuration_without_sense_is_one_message(told: dict[str, Any], tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.safetensors", qwen3())

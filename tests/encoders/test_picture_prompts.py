@@ -201,7 +201,11 @@ def test_a_vision_tower_that_does_not_fit_is_one_message(
 
 
 @pytest.mark.parametrize(
-    "told", [{"num_heads": 3}, {"num_heads": 0}, {"window_size": 0}, {"fullatt_block_indexes": [-1]}]
+    "told",
+    [
+        *({"num_heads": 3}, {"num_heads": 0}, {"num_heads": True}),
+        *({"window_size": 0}, {"fullatt_block_indexes": [-1]}),
+    ],
 )
 def test_a_configuration_without_sense_is_refused(told: dict[str, Any], model: Any, tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.safetensors", model)

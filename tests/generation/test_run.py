@@ -189,6 +189,7 @@ def test_a_conversation_keeps_networks_and_survives_errors(
         *["move text", "encode dog", "move text", "decode"],
     ]
     assert "this cannot be made" in caplog.text
+    assert "--lycoris" not in caplog.text  # it was not given
     assert sorted(path.name[-6:] for path in tmp_path.glob("*")) == ["_1.mp4", "_2.mp4"]
 
 

@@ -68,11 +68,27 @@ def test_the_layered_model_is_refused_by_name(tmp_path: Path) -> None:
         load_dit(path, META)
 
 
-def test_an_incomplete_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["txt_in.weight", "transformer_blocks.0.attn.to_q.weight"])
+def test_an_incomplete_file_is_refused(name: str, tmp_path: Path) -> None:
     state = tiny_state()
-    del state["txt_in.weight"]
-    with pytest.raises(CheckpointError, match="incomplete Qwen-Image transformer: txt_in.weight is missing"):
+    del state[name]
+    with pytest.raises(CheckpointError, match=f"incomplete Qwen-Image transformer: {name} is missing"):
         load_dit(write_dit(tmp_path, state), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("transformer_blocks.0.attn.to_k.bias", ()),
+        ("transformer_blocks.0.attn.norm_q.weight", (0,)),
+        ("img_in.weight", (0, 64)),
+    ],
+)
+def test_sizes_without_sense_are_one_message(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = write_dit(tmp_path, {**tiny_state(), name: torch.zeros(shape)})
+    families.identify(path)  # every family looks at it
+    with pytest.raises(CheckpointError):
+        load_dit(path, CPU)
 
 
 @pytest.mark.parametrize(
