@@ -206,7 +206,8 @@ def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[
         references = sum(map(operator.mul, sides[::2], sides[1::2]))
         return (prod(batch[0].bucket) + references * latent_side**2) * len(batch)
 
-    return tuple(max(batches, key=count_pixels))
+    largest = max(batches, key=count_pixels)
+    return tuple(largest)
 
 
 def read_largest(
