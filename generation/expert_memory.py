@@ -5,6 +5,7 @@ The rules are those of `generation.experts.DitTurns`, counted here without loadi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from operator import sub
 
 from generation.experts import TurnRules, plan_turns
@@ -16,6 +17,7 @@ from generation.session import needs_media
 from modules.contract.family import Family
 from modules.contract.requests import Prepared
 from modules.errors import OptionError, UserError
+from modules.media.reading import image_size
 from modules.planning.dry_run import WEIGHTS, quiet
 from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Room, Swapped, gib
 
@@ -120,17 +122,30 @@ def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
 
 
 def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
-    """Return the requests that no other request exceeds in both frame size and number of frames.
+    """Return the requests that no other request exceeds in frame size, number of frames and references.
 
     Usually there is one. Only a rehearsal shows which one needs most memory: a longer video made in sections
     needs no more.
     """
     # of equal ones the last that has something to encode
     requests = sorted(requests, key=lambda prepared: needs_media(family, prepared))
-    sizes = {(prepared.width * prepared.height, prepared.frames): prepared for prepared in requests}
+    sizes = {
+        (
+            prepared.width * prepared.height,
+            prepared.frames,
+            _count_reference_pixels(family, prepared),
+        ): prepared
+        for prepared in requests
+    }
     largest = [
         size
         for size in sizes
         if not any(other != size and min(map(sub, other, size)) >= 0 for other in sizes)
     ]
     return [sizes[size] for size in largest]
+
+
+def _count_reference_pixels(family: Family, prepared: Prepared) -> int:
+    """Return the pixels of a request's reference pictures, before they are resized."""
+    paths = () if family.references is None else prepared.asked.control_images
+    return sum(prod(image_size(path)) for path in paths)

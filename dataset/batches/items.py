@@ -270,6 +270,19 @@ def find_items(
     )
 
 
+def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:
+    """Return items with the sizes of their references, also those whose batches do not depend on them.
+
+    Reads their headers.
+    """
+    return [
+        replace(item, references=_reference_sizes(stores.of(item.table), item.file_name))
+        if item.table.references is not None and item.table.batch_size == 1 and item.kind.has_latents
+        else item
+        for item in items
+    ]
+
+
 def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
     """Return the sizes of an entry's references; none if it is damaged, as reading it for a batch says."""
     try:

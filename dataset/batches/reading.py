@@ -31,8 +31,10 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import CacheStore, Stores
 from dataset.sources.decoding import bucket_of
+from dataset.sources.folders import count_references
 from dataset.sources.frames import has_mask
 from dataset.table import CAPTION_DEFAULTS, CONTROL_DEFAULTS, FROM_ALPHA, FROM_FILE, SECTION_DEFAULTS
+from modules.console import count_of
 from modules.contract.data import LATENTS_MADE, LOSS_MASK, Batch, Conditions, LatentSpec, MadeBy
 from modules.errors import CacheError
 
@@ -268,6 +270,9 @@ def _latent_faults(
         yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {now}"
     if table.augmentation.flip and "latents" + FLIPPED not in entry.tensors:
         yield "it has no mirrored latents, which flip_aug needs"
+    fault = _reference_fault(item, entry)
+    if fault is not None:
+        yield fault
     if record is not None:
         verify_tensors(entry, record.crc32)
         width, height = record.options["size"]
@@ -305,6 +310,23 @@ def _latent_faults(
     mask = entry.tensors.get(LOSS_MASK)
     if mask is not None and list(mask.shape) != expected[1:]:
         yield f"the mask of its loss is {_sides(mask.shape)}, its latents are {_sides(expected[1:])}"
+
+
+def _reference_fault(item: TrainingItem, entry: Entry) -> str | None:
+    """Return why latents of reference pictures are not what a table asks for. Pictures that are gone are no
+    fault.
+    """
+    table, rules = item.table, item.table.references
+    if rules is None or table.directory is None:
+        return None
+    cached = sum(key.startswith(CONTROL) and not key.endswith(FLIPPED) for key in entry.tensors)
+    if cached and table.control_directory is None:
+        return f"it was made with reference pictures, {table.name} has no control_directory"
+    if cached < rules.most:
+        there = min(count_references(table, item.source_stem), rules.most)
+        if cached < there:
+            return f"it was made with {count_of(cached, 'reference picture')}, now its image has {there}"
+    return None
 
 
 def _folders_of(item: TrainingItem, record: LatentRecord) -> list[Path | None]:

@@ -56,6 +56,32 @@ def test_references_of_their_own_sizes_are_cached_and_trained(tmp_path: Path) ->
     assert sizes_of(tmp_path) == ["1x8x8", "1x6x10", "1x6x10", ""]
 
 
+def test_training_tells_references_added_or_dropped_since_caching(tmp_path: Path) -> None:
+    family = make(tmp_path)
+    dataset, control = tmp_path / "dataset.toml", tmp_path / "control"
+    with_control = dataset.read_text(encoding="utf-8")
+    without = "".join(line for line in with_control.splitlines(True) if "control_directory" not in line)
+    again, command = "flux_kontext_cache_latents.py", [*family.train, *RUN, "--output_name", "x"]
+    succeed_here(*family.cache_texts, folder=tmp_path)
+
+    dataset.write_text(without, encoding="utf-8")
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    dataset.write_text(with_control, encoding="utf-8")
+    code, said = run_here(*command, folder=tmp_path)
+    assert_one_message(code, said, "made with 0 reference pictures, now its image has 1", again)
+    code, _ = run_here(*command, "--check", folder=tmp_path)
+    assert code == 1
+
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    dataset.write_text(without, encoding="utf-8")
+    code, said = run_here(*command, folder=tmp_path)
+    assert_one_message(code, said, "made with reference pictures", "has no control_directory", again)
+
+    dataset.write_text(with_control, encoding="utf-8")
+    control.rename(tmp_path / "gone")  # caches are enough
+    succeed_here(*command, folder=tmp_path)
+
+
 def test_a_check_shows_pairs_and_groups(tmp_path: Path) -> None:
     family = make(tmp_path, "no_resize_control = true\nbatch_size = 2")
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.batches.items import find_items, require_items
+from dataset.batches.items import find_items, require_items, with_reference_sizes
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.cache.files import EMPTY, read_entry
 from dataset.cache.records import latent_record
+from dataset.cache.store import Stores
 from dataset.caching import planning
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import CacheReport
@@ -32,6 +33,7 @@ from modules.media.reading import read_image
 from tests.dataset.making import make_image
 from tests.dataset.sources.test_addresses import write_tar
 from tests.dataset.toy_family import ToyFamily, ToyText, options
+from training.planning.memory import largest_batch
 
 RULES = ReferenceRules(most=2, step=16)
 SIZE = (64, 48)
@@ -366,6 +368,19 @@ def test_a_batch_has_equal_references(tmp_path: Path) -> None:
     ]
     assert trained(tmp_path, "batch_size = 4")[1] == [("a", "b", "d"), ("c",), ("e", "f")]
     assert trained(tmp_path, "")[1] == [(stem,) for stem in "abcdef"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_largest_batch_is_that_of_the_largest_references(tmp_path: Path, batch_size: int) -> None:
+    make_set(tmp_path, {"a": (), "b": ((16, 16),), "c": ((320, 320),), "d": (SIZE,)})
+    config = read_set(tmp_path, f"no_resize_control = true\nbatch_size = {batch_size}")
+    cache(config)
+    cache_texts(EditFamily(), config, options())
+    items = find_items(config, "toy", EditFamily().latent).items
+
+    found = largest_batch(with_reference_sizes(items, Stores()), EditFamily().latent.stride[1])
+
+    assert [item.source_stem for item in found] == ["c"]
 
 
 def test_training_refuses_caches_of_other_keys(tmp_path: Path) -> None:

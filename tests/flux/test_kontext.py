@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flux.kontext.family import TRAINED_SIZES, Kontext, KontextFiles
+from generation.expert_memory import largest_of
 from modules.contract.data import Batch
 from modules.contract.requests import Request
 from modules.contract.steps import Tweaks
@@ -66,6 +67,22 @@ def test_a_reference_gets_the_trained_size_that_diffusers_takes(tmp_path: Path) 
     expected = Image.fromarray(pixels).resize((1328, 800), Image.Resampling.LANCZOS)
     assert torch.equal(stretched[0, 0], torch.from_numpy(numpy.array(expected)))
     assert torch.equal(own[0, 0], torch.from_numpy(pixels[:64, :128].copy()))
+
+
+def test_a_plan_is_made_of_the_request_with_the_largest_reference(tmp_path: Path) -> None:
+    family, start = family_of(tmp_path), Request("p", 1, 48, 48)
+    for name, side in (("small", 32), ("large", 96)):
+        write_image(tmp_path / f"{name}.png", side, side)
+    of_small, of_large = (
+        replace(start, control_images=(tmp_path / f"{name}.png",)) for name in ("small", "large")
+    )
+    smaller = replace(of_large, width=32)
+
+    def planned(*requests: Request) -> list[Request]:
+        return [one.asked for one in largest_of(family, [family.prepare(request) for request in requests])]
+
+    assert planned(of_large, of_small, start) == [of_large]
+    assert planned(start, smaller) == [start, smaller]  # a rehearsal shows which needs more
 
 
 def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +10,7 @@ from math import prod
 
 import torch
 
-from dataset.batches.items import CachingCommands, TrainingItem
+from dataset.batches.items import CachingCommands, TrainingItem, with_reference_sizes
 from dataset.batches.order import count_repeats, repeat_items
 from dataset.batches.reading import stores_for
 from dataset.cache.records import CacheChecks
@@ -191,12 +192,21 @@ def predict(
     )
 
 
-def largest_batch(items: Iterable[TrainingItem]) -> tuple[TrainingItem, ...]:
-    """Return the items of the batch with the most pixels that the data set can give."""
+def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
+    """Return the items of the batch with the most pixels that the data set can give.
+
+    latent_side: pixels of a side of what `TrainingItem.references` counts.
+    """
     there = list(items)
     pools = repeat_items(there, count_repeats(there)).values()
     batches = [pool[: pool[0].table.batch_size] for pool in pools]
-    largest = max(batches, key=lambda batch: prod(batch[0].bucket) * len(batch))
+
+    def count_pixels(batch: Sequence[TrainingItem]) -> int:
+        sides = batch[0].references
+        references = sum(map(operator.mul, sides[::2], sides[1::2]))
+        return (prod(batch[0].bucket) + references * latent_side**2) * len(batch)
+
+    largest = max(batches, key=count_pixels)
     return tuple(largest)
 
 
@@ -208,7 +218,8 @@ def read_largest(
     sources: BatchSources | None = None,
 ) -> NoisyBatch:
     """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
-    found, sources = largest_batch(items), sources or BatchSources(stores_for(items[0], family.latent))
+    sources = sources or BatchSources(stores_for(items[0], family.latent))
+    found = largest_batch(with_reference_sizes(items, sources.stores), family.latent.stride[1])
     batch = sources.read(found, family.latent, commands, CacheChecks(), ("largest",))
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
