@@ -6,8 +6,7 @@ picture first, then the text. The released code has the text first; attention do
 """
 # Letters: B batch, L picture tokens, T text tokens, N heads, D head width, C = N * D
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -32,10 +31,12 @@ from qwen_image.configs import DIT, PATCH, QwenImageConfig
 class QwenTokens(HunyuanTokens):
     """Inputs of the blocks besides the tokens. `rotary` is that of all tokens: texts are rotated too."""
 
+    rotary_of_picture: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
+
     @property
     def video(self) -> int:
         """Number of picture tokens, L."""
-        return math.prod(self.grid)
+        return self.rotary_of_picture.shape[-4]
 
     def join(self, video: Heads, text: Heads) -> Heads:
         """Return query, key and value of all tokens, B L+T N D, of normalised ones; all are rotated."""
@@ -229,7 +230,8 @@ class QwenImageModel(nn.Module):
             texts.append(EmbeddedText(states.to(dtype), lengths, vector))
         layout = QwenLayout((grid[1:],), tuple(one.tokens.shape[1] for one in texts))
         rotary = self._rotary.of(layout, noisy.device)
-        inputs = {"grid": grid, "rotary": rotary, "dtype": dtype, "attention": self.attention}
+        inputs = {"grid": grid, "dtype": dtype, "attention": self.attention}
+        inputs |= {"rotary": rotary, "rotary_of_picture": rotary[: picture.shape[1]]}
         return join_tokens([picture], texts, tweaks.steer, QwenTokens, **inputs)
 
     def unembed(self, x: Tensor, tokens: QwenTokens) -> Tensor:

@@ -61,7 +61,8 @@ def _given(record: type[Options], name: str, number: float = 1) -> Any:
         return True
     if kind in (int, float):
         least = field.metadata.get("least", field.metadata.get("above", 0))
-        return kind(max(number, least + 1))
+        usual = field.metadata["declared"].default
+        return kind(max(number if number != usual else number + 1, least + 1))
     if "choices" in field.metadata["declared"].settings:
         return next(iter(field.metadata["declared"].settings["choices"]))
     if kind is Path and field.metadata.get("place") in ("there", "file", "folder"):

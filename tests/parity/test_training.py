@@ -343,7 +343,7 @@ def test_a_teacher_is_told_dropped_captions_and_a_first_frame_that_the_network_i
     told: list[bool] = []
 
     def batches_of(step: int) -> Batches:
-        full = shuffled(project.items, SEED, epoch=step)
+        full = shuffled(project.items, step)
         draws = [random.Random(stream_seed(SEED, "caption", step, place)).random() for place in (0, 1)]
         dropped = [number < rate for number in draws]
         batch = [
