@@ -79,7 +79,7 @@ import sys
 from torch import nn
 import modules.attention.attend
 from modules.checkpoints.filling import on_meta_device
-from tests.tiny.wan import CONFIGS
+from tests.tiny.wan_dit import CONFIGS
 from wan.model import WanModel
 
 with on_meta_device():

@@ -177,6 +177,8 @@ FAMILIES = {
     "lumina2": "Lumina-Image-2.0 transformer",
     "qwen-image-layered": "Qwen-Image-Layered",
     "qwen-image": "Qwen-Image transformer",
+    "qwen2.5-vl": "Qwen2.5 language model",
+    "qwen3": "Qwen3 language model",
     "gemma2": "Gemma language model",
     "hunyuanimage": "HunyuanImage",
     "llava-llama3-vision": "CLIP image",
