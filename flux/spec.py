@@ -1,6 +1,5 @@
 """Facts about FLUX.1 and Chroma for code outside their models: latents, noise, names in the transformer."""
 
-import math
 from dataclasses import replace
 
 from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
@@ -8,6 +7,7 @@ from flux.configs import CHROMA
 from modules.contract.data import LatentSpec
 from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
 from modules.contract.rules import NpzFormat
+from modules.flow import schedule
 
 # cached latents are in model space already: (z - 0.1159) * 0.3611
 LATENT = LatentSpec(
@@ -53,5 +53,4 @@ def tokens_of(height: int, width: int) -> int:
 
 def size_shift(tokens: int) -> float:
     """Return the flow shift of the schedule for so many tokens."""
-    slope = (MANY[1] - FEW[1]) / (MANY[0] - FEW[0])
-    return math.exp(FEW[1] + slope * (tokens - FEW[0]))
+    return schedule.size_shift(tokens, FEW, MANY)

@@ -1,6 +1,5 @@
 """Qwen-Image, described for the shared loops."""
 
-import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +29,7 @@ from modules.contract.family import (
 from modules.contract.requests import Prepared, Request
 from modules.contract.rules import IMAGE, LATENTS, GuidanceRules, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from modules.flow.schedule import size_shift
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from modules.speed_options import VAE_TILE
@@ -147,7 +147,8 @@ class QwenImage(ModelOfPictures):
         if request.flow_shift is not None:
             return prepared
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
-        return replace(prepared, flow_shift=size_shift(prepared.height, prepared.width), solver=solver)
+        tokens = count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
+        return replace(prepared, flow_shift=size_shift(tokens, FEW, MANY), solver=solver)
 
     @property
     def source(self) -> SourceRules:
@@ -177,13 +178,6 @@ class QwenImage(ModelOfPictures):
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Decode to pixels B 3 1 H W in -1..1."""
         yield from encoders.vae.decode(latents)
-
-
-def size_shift(height: int, width: int) -> float:
-    """Return the flow shift of the release for a picture of so many pixels along its sides."""
-    tokens = count_picture_tokens(LATENT.shape(1, height, width))
-    slope = (MANY[1] - FEW[1]) / (MANY[0] - FEW[0])
-    return math.exp(FEW[1] + slope * (tokens - FEW[0]))
 
 
 def _name_text(cond: Conditions, device: torch.device) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ velocity is the noise. In both the velocity is the derivative of the sample by s
 velocity` is the clean estimate.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +52,16 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | N
     weights = sigmas.float().view(rows)
     shares = 1 - weights if alphas is None else alphas.float().view(rows)
     return (shares * latents.float() + weights * noise.float()).to(latents.dtype)
+
+
+def size_shift(tokens: int, few: tuple[int, float], many: tuple[int, float]) -> float:
+    """Return the flow shift e^mu of a picture of so many tokens.
+
+    few, many: two numbers of tokens and mu there; mu is on the line through them. Source: the FLUX.1
+    reference code.
+    """
+    slope = (many[1] - few[1]) / (many[0] - few[0])
+    return math.exp(few[1] + slope * (tokens - few[0]))
 
 
 def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
