@@ -1,7 +1,7 @@
 """What families of picture models share besides `encoders/files.py`, and colours of latents for previews."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -160,6 +160,17 @@ class ModelOfPictures(OneTransformer, Protocol):
         """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
         latents: Tensor = encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)])
         return latents * self.latent.scale
+
+
+def picture_defaults(
+    steps: int, guidance_scale: float, side: int, flow_shift: float | None = None, **others: Any
+) -> SamplingDefaults:
+    """Return the defaults of a model of square pictures: Euler's steps, and no embedded guidance.
+
+    others: fields of `SamplingDefaults` that differ.
+    """
+    usual = SamplingDefaults(steps, 1.0, guidance_scale, None, flow_shift, "euler", side, side, 1)
+    return replace(usual, **others)
 
 
 def check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfPictures
+from encoders.pictures import ModelOfPictures, picture_defaults
 from flux.configs import (
     ARCHITECTURES,
     BASE_VERSIONS,
@@ -107,17 +107,9 @@ class Flux(ModelOfPictures):
         kind = self.files.kind
         guided = kind == CHROMA and self.negative_is_empty
         side = 1024 if self.negative_is_empty else SAMPLE_SIDE
-        return SamplingDefaults(
-            steps=STEPS[kind] if self.negative_is_empty else min(STEPS[kind], SAMPLE_STEPS),
-            fps=1.0,
-            guidance_scale=CHROMA_SCALE if guided else 1.0,
-            embedded_guidance=EMBEDDED_GUIDANCE[kind],
-            flow_shift=None,
-            solver="euler",
-            width=side,
-            height=side,
-            frames=1,
-        )
+        steps = STEPS[kind] if self.negative_is_empty else min(STEPS[kind], SAMPLE_STEPS)
+        scale = CHROMA_SCALE if guided else 1.0
+        return picture_defaults(steps, scale, side, embedded_guidance=EMBEDDED_GUIDANCE[kind])
 
     @property
     def release(self) -> ModelRelease:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfPictures
+from encoders.pictures import ModelOfPictures, picture_defaults
 from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles
 from hunyuan_image.options import (
@@ -54,18 +54,7 @@ TEXT_INPUTS = {
     "glyph_mask": "byt5_mask",
 }
 FLOW_SHIFT = 5.0  # where nothing is said
-GENERATION = SamplingDefaults(
-    steps=50,
-    fps=1.0,
-    guidance_scale=3.5,
-    embedded_guidance=None,
-    flow_shift=FLOW_SHIFT,
-    solver="euler",
-    width=2048,
-    height=2048,
-    frames=1,
-    noise_on_cpu=True,
-)
+GENERATION = picture_defaults(50, 3.5, 2048, FLOW_SHIFT, noise_on_cpu=True)
 SAMPLES = replace(GENERATION, steps=20, width=512, height=512)
 # of adaptive projected guidance, as released
 APG_SCALE, APG_MOMENTUM, APG_NORM = 10.0, -0.5, 10.0

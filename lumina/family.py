@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfPictures
+from encoders.pictures import ModelOfPictures, picture_defaults
 from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
 from lumina.files import LuminaFiles
 from lumina.options import (
@@ -52,17 +52,7 @@ TEXT_KEYS = GemmaTextEncoder.keys
 TEXT_INPUTS = {"caption": "hidden_state", "caption_mask": "attention_mask"}  # of the network -> in caches
 FLOW_SHIFT = 6.0  # where nothing is said
 SOLVER = "euler-trained"  # Euler's steps, at the noise levels of the release
-DEFAULTS = SamplingDefaults(
-    steps=36,
-    fps=1.0,
-    guidance_scale=3.5,
-    embedded_guidance=None,
-    flow_shift=FLOW_SHIFT,
-    solver=SOLVER,
-    width=1024,
-    height=1024,
-    frames=1,
-)
+DEFAULTS = picture_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=SOLVER)
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.pictures import ModelOfPictures
+from encoders.pictures import ModelOfPictures, picture_defaults
 from modules.contract.data import (
     Batch,
     CacheEntry,
@@ -46,17 +46,7 @@ from qwen_image.text_encoder import KEY, QWEN_USE
 
 NEGATIVE = " "  # if nothing is said, as released
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
-DEFAULTS = SamplingDefaults(
-    steps=25,
-    fps=1.0,
-    guidance_scale=4.0,
-    embedded_guidance=None,
-    flow_shift=None,
-    solver="euler",
-    width=1328,
-    height=1328,
-    frames=1,
-)
+DEFAULTS = picture_defaults(25, 4.0, 1328)
 # how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 FEW, MANY = (256, 0.5), (8192, 0.9)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from encoders.clip_l import CLIP_L
+from encoders.pictures import picture_defaults
 from encoders.t5 import USE
 from flux.checkpoints import NAMES
 from flux.configs import DEV, FLUX_DEV, PATCH, FluxConfig
@@ -70,17 +71,7 @@ KONTEXT_DIT = replace(FLUX_DIT, lora_exclude=("img_mod", "txt_mod", "modulation"
 # --discrete_flow_shift is for --timestep_sampling shift
 KONTEXT_NOISE = NoiseSpec(tokens=count_picture_tokens)
 KONTEXT_LATENT = replace(LATENT, npz=None, flat_in_caches=True)
-GENERATION = SamplingDefaults(
-    steps=25,
-    fps=1.0,
-    guidance_scale=1.0,
-    embedded_guidance=USUAL_GUIDANCE,
-    flow_shift=None,
-    solver="euler",
-    width=256,
-    height=256,
-    frames=1,
-)
+GENERATION = picture_defaults(25, 1.0, 256, embedded_guidance=USUAL_GUIDANCE)
 SAMPLES = replace(GENERATION, steps=20)  # while training
 
 
