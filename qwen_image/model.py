@@ -16,8 +16,15 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from hunyuan_model.blocks import DoubleStreamBlock, EmbeddedText, Heads, HunyuanTokens, join_tokens
-from hunyuan_model.joining import gelu, turn_first
+from hunyuan_model.blocks import (
+    DoubleStreamBlock,
+    EmbeddedText,
+    Heads,
+    HunyuanTokens,
+    TokensWithTurnedText,
+    join_tokens,
+)
+from hunyuan_model.joining import gelu
 from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
 from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
@@ -30,20 +37,11 @@ from qwen_image.configs import DIT, PATCH, QwenImageConfig
 
 
 @dataclass(frozen=True)
-class QwenTokens(HunyuanTokens):
-    """Inputs of the blocks besides the tokens. `rotary` is that of all tokens: texts are rotated too.
+class QwenTokens(TokensWithTurnedText):
+    """Inputs of the blocks; `vector` has a second row if references are clean: theirs."""
 
-    `vector` has a second row if references are clean: theirs.
-    """
-
-    # rows of `rotary`, whose numbers compiled code leaves open: the first L, and those of clean references
-    rotary_of_picture: Tensor = field(kw_only=True)
+    # the rows of `rotary` of clean references; compiled code leaves their number open
     rotary_of_clean: Tensor = field(kw_only=True)
-
-    @property
-    def video(self) -> int:
-        """Number of picture tokens, L."""
-        return self.rotary_of_picture.shape[-4]
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -54,11 +52,6 @@ class QwenTokens(HunyuanTokens):
     def clean(self) -> int:
         """Where the tokens of clean references begin among the pictures', counted from the end."""
         return -self.rotary_of_clean.shape[-4]
-
-    def join(self, video: Heads, text: Heads) -> Heads:
-        """Return query, key and value of all tokens, B L+T N D, of normalised ones; all are rotated."""
-        query, key, value = (torch.cat(both, dim=1) for both in zip(video, text, strict=True))
-        return turn_first(query, self.rotary), turn_first(key, self.rotary), value
 
 
 class QwenLayout(NamedTuple):
