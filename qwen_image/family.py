@@ -38,7 +38,7 @@ from modules.contract.rules import (
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import CacheError, OptionError
 from modules.flow.schedule import size_shift
-from modules.media.pixels import byte_clips
+from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from modules.speed_options import VAE_TILE
 from qwen_image.configs import DIT, LATENT, NOISE, PATCH
@@ -133,7 +133,7 @@ class QwenImage(ModelOfPictures):
         for part in media.split_for(vae.device):
             references = {f"{REFERENCE}_{index}": one for index, one in enumerate(part.control)}
             pictures = {"latents": part.frames, **references}
-            made = {name: vae.encode(byte_clips(frames)).to(vae.dtype) for name, frames in pictures.items()}
+            made = {name: vae.encode(to_pixels(frames)).to(vae.dtype) for name, frames in pictures.items()}
             for index in range(len(part.frames)):
                 entries.append([CacheEntry({name: means[index].clone() for name, means in made.items()})])
         return entries
@@ -211,7 +211,7 @@ class QwenImage(ModelOfPictures):
         target = (prepared.width, prepared.height) if fits else None
         for index, path in enumerate(prepared.asked.control_images):
             frames = read_reference(path, target, area=area_of(self.edit))[None, None]
-            found[f"{REFERENCE}_{index}"] = encoders.vae.encode(byte_clips(frames))
+            found[f"{REFERENCE}_{index}"] = encoders.vae.encode(to_pixels(frames))
         return {0: found}
 
     @property
@@ -221,7 +221,7 @@ class QwenImage(ModelOfPictures):
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
-        latents: Tensor = encoders.vae.encode(byte_clips(frames))
+        latents: Tensor = encoders.vae.encode(to_pixels(frames))
         return latents
 
     def sections(
