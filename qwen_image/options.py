@@ -80,7 +80,7 @@ class QwenImageModelOptions(Options, title=NAME):
 
 
 class QwenImageTrainingOptions(QwenImageModelOptions, title=NAME):
-    """Options of qwen_image_train_network.py besides the shared ones."""
+    """Options of qwen_image_train_network.py and qwen_image_train.py besides the shared ones."""
 
     remove_first_image_from_target = unsupported(f"{LAYERS} and is not built yet")
 
