@@ -104,7 +104,6 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
     rcm_kernel_size = unsupported(EDITS, type=int, default=3)
     rcm_dilate_size = unsupported(EDITS, type=int, default=0)
     rcm_debug_save = unsupported(EDITS)
-    bell = unsupported("write `; printf '\\a'` behind the command", "ring a bell at the end")
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
