@@ -97,7 +97,7 @@ class QwenImageModelOptions(Options, title=NAME):
 
 
 class QwenImageTrainingOptions(QwenImageModelOptions, title=NAME):
-    """Options of qwen_image_train_network.py besides the shared ones."""
+    """Options of qwen_image_train_network.py and qwen_image_train.py besides the shared ones."""
 
     remove_first_image_from_target = unsupported(f"{LAYERS} and is not built yet")
 
@@ -174,7 +174,6 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
     automatic_prompt_lang_for_layered = unsupported(LAYERS, choices=("en", "cn"))
     output_layers = unsupported(LAYERS, type=int, default=4)
     references: QwenImageReferenceOptions
-    bell = unsupported("write `; printf '\\a'` behind the command", "ring a bell at the end")
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
