@@ -23,6 +23,7 @@ from dataset.caching import planning
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import CacheReport
 from dataset.config import DatasetConfig, load_dataset_config, with_references
+from dataset.sources import tables
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.listing import find_sources
 from modules.contract.data import CacheEntry, Conditions, LatentSpec, MediaBatch, MediaEncoders
@@ -392,6 +393,44 @@ def test_training_refuses_caches_of_other_keys(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="no_resize_control was True, is now False in .*data.toml"):
         read_batch([one], latent)
     read_batch([other], latent)
+
+
+def test_training_refuses_caches_of_other_references_than_a_list_names(tmp_path: Path) -> None:
+    """More or fewer than its line had; of a line, or a list, that is gone nothing is known."""
+    make_set(tmp_path, {"a": (SIZE, SIZE), "b": (SIZE,), "c": ()})
+    lists, latent = tmp_path / "list.jsonl", EditFamily().latent
+
+    def read(**numbers: int) -> dict[str, str]:
+        """Write a list whose lines have so many references; why training refuses each item."""
+        rows = []
+        for stem, number in numbers.items():
+            controls = {
+                f"control_path_{one}": str(tmp_path / f"refs/{stem}_{one}.png") for one in range(number)
+            }
+            rows.append({"image_path": str(tmp_path / f"pics/{stem}.png"), "caption": "x", **controls})
+        lists.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        path = tmp_path / "listed.toml"
+        keys = f"cache_directory = '{tmp_path}/listed'\nresolution = {[*SIZE]}\n"
+        path.write_text(f"[[datasets]]\nimage_jsonl_file = '{lists}'\n{keys}", encoding="utf-8")
+        config = with_references(load_dataset_config(path), RULES)
+        if not (tmp_path / "listed").exists():
+            cache(config)
+            cache_texts(EditFamily(), config, options())
+        tables._named_references.cache_clear()  # another process
+        found = {}
+        for item in find_items(config, "toy", latent).items:
+            try:
+                read_batch([item], latent)
+            except CacheError as error:
+                found[item.source_stem] = str(error)
+        return found
+
+    assert read(a=2, b=1, c=0) == {}
+    changed = read(a=1, b=2, c=0)
+    assert changed.keys() == {"a", "b"}
+    assert f"made with 2 reference pictures, now {lists} names 1" in changed["a"]
+    assert f"made with 1 reference picture, now {lists} names 2" in changed["b"]
+    assert read(a=3, b=1) == {}  # no more than two are taken
 
 
 def test_mirrored_references_are_cached_and_chosen_too(tmp_path: Path) -> None:
