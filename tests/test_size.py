@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGET = {
     "blissful_tuner": (3550, 21),
     "data_tools": (5970, 32),
-    "dataset": (12280, 49),
+    "dataset": (12320, 49),
     "downloads": (800, 7),
     "encoders": (3590, 15),
     "flux": (1770, 13),
