@@ -135,7 +135,8 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
 def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
     """List by expert the guidance scale of each step that is made; None: the positive conditions alone.
 
-    The scales are those of the usual formula, in which 1 turns guidance off. Raises OptionError if the request's schedule and the options do not go together.
+    The scales are those of the usual formula, in which 1 turns guidance off. Raises OptionError if the
+    request's schedule and the options do not go together.
     """
     schedule, num_steps, found = prepared.asked.cfg_schedule, prepared.num_steps, []
     if prepared.rules.below_share is not None and prepared.rules.below_share <= 0:

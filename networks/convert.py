@@ -110,7 +110,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     """
     source = options.src_path
     lora = read_lora(source)
-    tensors = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
+    tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
     modules = group_by_module(tensors)
     if choose_family((name.removeprefix(OURS) for name in modules), Z_IMAGE.name) is not Z_IMAGE:
         raise CheckpointError(
@@ -249,7 +249,7 @@ def converted(
     say it better. Raises CheckpointError if no part of it can be written.
     """
     family = _family_of(lora, family_name)
-    native = lora.tensors
+    native: Mapping[str, Tensor] = lora.tensors
     if family is not None and family.joined:
         native = take_apart(native, family)
     if family is not None and (family.parts or (family.joined and target == "other")):
@@ -309,8 +309,8 @@ def _likely_family(lora: LoraFile) -> str | None:
 def likely_family(inputs: Mapping[str, int]) -> FamilyNames | None:
     """Return the family whose published models have as many blocks as these modules, and as wide ones.
 
-    inputs: underscored name in diffusers' layout or ComfyUI's -> how many values the module takes. For files that do not
-    name their model; None if no family fits.
+    inputs: underscored name in diffusers' layout or ComfyUI's -> how many values the module takes. For files
+    that do not name their model; None if no family fits.
     """
     numbers: dict[str, int] = {}
     widths: set[int] = set()

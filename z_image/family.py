@@ -26,7 +26,6 @@ from modules.contract.requests import Prepared, Request
 from modules.contract.rules import IMAGE, LATENTS, ModelRelease, SourceRules
 from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import OptionError
-from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from z_image.configs import DIT, LATENT, NOISE, Z_IMAGE
 from z_image.files import ZImageFiles, files_of
@@ -85,8 +84,10 @@ class ZImage(ModelOfPictures):
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: a posterior sample, before shift and scale, float32."""
-        found = super().encode_media(encoders, media)
-        return [[CacheEntry({"latents": one.tensors["latents"] / SCALE + SHIFT}) for one in each] for each in found]
+        return [
+            [CacheEntry({"latents": one.tensors["latents"] / SCALE + SHIFT}) for one in entries]
+            for entries in super().encode_media(encoders, media)
+        ]
 
     # the network
 
