@@ -2,8 +2,9 @@
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script
+from z_image.options import ZImageWholeWords
 
-main = training_script("z_image", __doc__, whole=True)
+main = training_script("z_image", __doc__, whole=True, more=(ZImageWholeWords,))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from networks.tool_options import (
     FluxConvertOptions,
     ZImageConvertOptions,
 )
-from networks.writing import in_dialect, rename_to_aliases, take_apart, texts_to_diffusers
+from networks.writing import in_dialect, in_own_form, rename_to_aliases, take_apart, texts_to_diffusers
 
 logger = getLogger(__name__)
 # HunyuanVideo's names in diffusers' layout are FramePack's own; whose a file is that does not say so
@@ -249,10 +249,8 @@ def converted(
     say it better. Raises CheckpointError if no part of it can be written.
     """
     family = _family_of(lora, family_name)
-    native: Mapping[str, Tensor] = lora.tensors
-    if family is not None and family.joined:
-        native = take_apart(native, family)
-    if family is not None and (family.parts or (family.joined and target == "other")):
+    native = lora.tensors if family is None else in_own_form(lora.tensors, family)
+    if family is not None and family.joined and target == "other":
         native = fuse(native, family=family)
     names = "" if family is None or target == "diffusers" else family.always_underscored
     if target == "other" and family is not None and family.underscored:

@@ -32,6 +32,7 @@ from networks.module_names import (
 )
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.stable_diffusion import diffusers_path_of_text
+from networks.parts import fuse
 
 logger = getLogger(__name__)
 _UNKNOWN = "no known model has a module with this name"
@@ -234,6 +235,13 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     pieces = {path: rows_of(factors, slice(start, start + height)) for path, start, height in places}
     found = {path: piece for path, piece in pieces.items() if piece is not None}
     return found if len(found) == len(pieces) else "its magnitudes belong to the whole weight"
+
+
+def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
+    """Return our LoRA on the modules that the family's model has here: joined from parts, or taken apart."""
+    if family is not None and family.joined:
+        return take_apart(tensors, family)
+    return fuse(tensors, family=family) if family is None or family.parts else tensors
 
 
 def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:

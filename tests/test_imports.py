@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "hunyuan_image": {"modules", "networks.names", "encoders", "hunyuan_model"},
     "lumina": {"modules", "networks.names", "encoders"},
     "qwen_image": {"modules", "networks.names", "encoders", "hunyuan_model", "wan"},
+    "z_image": {"modules", "networks.names", "encoders", "lumina"},
     "generation": {"modules", "networks", "blissful_tuner"},
     "stable_diffusion": {"modules", "networks", "encoders", "generation", "post"},
     "training": {"modules", "networks", "dataset", "generation", "blissful_tuner"},

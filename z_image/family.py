@@ -139,11 +139,11 @@ class ZImage(ModelOfPictures):
         or a number cannot be, CheckpointError if a file is missing or of another kind.
         """
         prepared = self.settle_picture(request, FLOW_SHIFT)
-        extra = request.extra
+        extra, is_euler = request.extra, prepared.solver in {"euler", SOLVER}
         rules = guidance_rules(extra, CFG_TRUNC_RATIO, RENORM_CFG)
         return replace(
             prepared,
-            solver=SOLVER if prepared.solver == "euler" and not self.even_steps else prepared.solver,
+            solver=("euler" if self.even_steps else SOLVER) if is_euler else prepared.solver,
             guidance_scale=tuple(max(scale, 0.0) for scale in prepared.guidance_scale),
             rules=replace(rules, off_at=0.0),
             own_metadata={

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny.dit_files import draw, write_dialect
+from tests.tiny.hunyuan_encoders import save
 from tests.tiny.language_models import DIM, qwen3, write_model, write_qwen_tokenizer
 from tests.tiny.picture_encoders import write_autoencoder
 from z_image.configs import ZImageConfig
@@ -95,3 +96,15 @@ def write_tiny_z_image(folder: Path, dtype: torch.dtype = torch.float32, **sizes
     dit = write_dit(folder, tiny_state(dtype=dtype, **sizes), name="dit")
     vae = write_autoencoder(folder / "vae.safetensors")
     return TinyZImage(dit, vae, write_qwen3(folder / "text_encoder"))
+
+
+def write_adapter(path: Path, seed: int = 3) -> Path:
+    """A LoRA as trainers of Z-Image-Turbo add in training steps, by released paths."""
+    generator, tensors = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    for name, weight in tiny_state().items():
+        if name.startswith("layers.") and ".attention.to_" in name:
+            rows, columns = weight.shape
+            start = f"diffusion_model.{name.removesuffix('.weight')}"
+            tensors[f"{start}.lora_A.weight"] = 0.1 * torch.randn(2, columns, generator=generator)
+            tensors[f"{start}.lora_B.weight"] = 0.1 * torch.randn(rows, 2, generator=generator)
+    return save(path, tensors)
