@@ -257,7 +257,8 @@ def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, 
             logger.warning(f"{name}: {pieces}; it stays whole")
             pieces = {name: factors}
         apart.update(pieces)
-    return {f"{name}.{part}": tensor for name, factors in apart.items() for part, tensor in factors.items()}
+    # copies: files cannot hold tensors that share memory
+    return {f"{name}.{part}": one.clone() for name, factors in apart.items() for part, one in factors.items()}
 
 
 def rename_to_aliases(

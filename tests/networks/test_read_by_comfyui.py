@@ -134,7 +134,7 @@ class Model:
     there: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict  # under those of ComfyUI
     is_hunyuan: bool = False
     parts: Callable[[Mapping[str, Tensor]], Places] = lambda state: {}
-    joined: str = ""  # in names of weights there that are several of ours, whose LoRAs alone can be joined
+    joins: bool = False  # queries, keys and values: only LoRAs and DoRAs of these can be joined
 
 
 def flux_parts(state: Mapping[str, Tensor]) -> Places:
