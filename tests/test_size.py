@@ -36,6 +36,7 @@ BUDGET = {
     "tools": (210, 7),
     "training": (11660, 50),
     "wan": (3660, 17),
+    "z_image": (680, 8),
 }
 TESTS = 86000  # lines
 # files and functions of ours that are called, as `python benchmarks/way.py` prints them

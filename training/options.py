@@ -196,8 +196,6 @@ def read_training(
     parser = training_parser(doc, learner)
     add_options(parser, record, *more)
     args = read_arguments(parser, argv)
-    if learner is WholeDitOptions:  # a script may have a network's options to say that they are not needed
-        vars(args).pop("network_module", None)
     return read_options(TrainingOptions, args), read_options(record, args)
 
 
