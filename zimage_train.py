@@ -2,9 +2,8 @@
 
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script
-from z_image.options import ZImageWholeWords
 
-main = training_script("z_image", __doc__, whole=True, more=(ZImageWholeWords,))
+main = training_script("z_image", __doc__, whole=True)
 
 
 if __name__ == "__main__":

@@ -196,8 +196,6 @@ def read_training(
     parser = training_parser(doc, learner)
     add_options(parser, record, *more)
     args = read_arguments(parser, argv)
-    if learner is WholeDitOptions:  # a script may have a network's options to say that they are not needed
-        vars(args).pop("network_module", None)
     return read_options(TrainingOptions, args), read_options(record, args)
 
 
@@ -232,4 +230,6 @@ def read_arguments(
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
     refuse_unsupported(parser, args)
+    if hasattr(args, "trainable_modules"):  # the DiT itself learns: `read_options` is to make no network
+        del args.network_module
     return args

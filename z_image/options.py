@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from lumina.options import check_renorm, check_trunc_ratio
-from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option, unsupported
+from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
 from modules.speed_options import VaeOptions, dit_dtype_option
 
 NAME = "Z-Image"
 CFG_TRUNC_RATIO, RENORM_CFG = 1.0, 0.0  # where nothing is said: as in the official pipeline
-_NO_NETWORK = "the transformer is trained itself, without a network beside it."
-_MERGE = "the transformer is trained itself; merge a LoRA into it before, with merge_lora.py"
 _VAE: Mapping[str, Any] = {"vae": {"help": "FLUX.1's autoencoder: file or folder"}}
 
 
@@ -58,24 +56,9 @@ class ZImageModelOptions(Options, title=NAME):
 class ZImageTrainingOptions(ZImageModelOptions, title=NAME):
     """Options of zimage_train_network.py and zimage_train.py besides the shared ones."""
 
-
-class ZImageWholeWords(Options, title="full fine-tuning"):
-    """Further options of zimage_train.py; those of a LoRA's network have nothing to act on there."""
-
     block_swap_optimizer_patch_params = not_needed(
         "the optimizer knows where the parameters of swapped blocks are."
     )
-    mem_eff_save = not_needed("files are always written tensor by tensor.")
-    network_module = not_needed(_NO_NETWORK, type=str)
-    network_dim = not_needed(_NO_NETWORK, type=int)
-    network_alpha = not_needed(_NO_NETWORK, type=float, default=1)
-    network_dropout = not_needed(_NO_NETWORK, type=float)
-    network_args = not_needed(_NO_NETWORK, type=str, nargs="*")
-    dim_from_weights = not_needed(_NO_NETWORK)
-    base_weights_multiplier = not_needed(_NO_NETWORK, type=float, nargs="*")
-    network_weights = unsupported(_MERGE, "LoRA file to start from", type=str)
-    base_weights = unsupported(_MERGE, "LoRA files added before training", type=str, nargs="*")
-    scale_weight_norms = unsupported(_NO_NETWORK, "largest norm of a module", type=float)
 
 
 class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
@@ -100,7 +83,6 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
     embedded_cfg_scale = not_needed(
         "the model has no such input; --guidance_scale guides it.", type=float, default=2.5
     )
-    bell = unsupported("write `; printf '\\a'` behind the command", "ring a bell at the end")
 
     def __post_init__(self) -> None:
         check_trunc_ratio(self.cfg_trunc_ratio, "--cfg_trunc_ratio")
