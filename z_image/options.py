@@ -56,10 +56,6 @@ class ZImageModelOptions(Options, title=NAME):
 class ZImageTrainingOptions(ZImageModelOptions, title=NAME):
     """Options of zimage_train_network.py and zimage_train.py besides the shared ones."""
 
-    block_swap_optimizer_patch_params = not_needed(
-        "the optimizer knows where the parameters of swapped blocks are."
-    )
-
 
 class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
     """Options of zimage_generate_image.py besides the shared ones."""
