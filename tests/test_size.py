@@ -25,7 +25,7 @@ BUDGET = {
     "hunyuan_image": (1350, 11),
     "hunyuan_model": (3030, 17),
     "lumina": (1370, 11),
-    "modules": (17140, 98),
+    "modules": (17150, 98),
     "networks": (7520, 36),
     "package": (390, 7),
     "post": (7880, 38),
