@@ -146,6 +146,11 @@ class LanguageUse:
         """Return the text around a prompt, with `{}` in its place, and around its pictures."""
         return f"{self.before}{self.pictures.text if self.pictures else ''}{{}}{self.after}"
 
+    @property
+    def fingerprint(self) -> str:
+        """What records of caches say of the template, as `template`."""
+        return hashlib.sha256(self.template.encode()).hexdigest()[:16]
+
 
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """A language model. Each prompt gives a state for each of its tokens."""
@@ -190,7 +195,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}",
             dtype=dtype_name(self.dtype),
             state=self.state,
-            template=hashlib.sha256(self.use.template.encode()).hexdigest()[:16],
+            template=self.use.fingerprint,
             weights="fp8" if self.in_fp8 else None,
         )
 
@@ -304,7 +309,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
         tower = network.get_submodule("visual")
-        shown = [read_pictures(tower, list(map(use.read, use.choose(one.pictures))), use) for one in prompts]
+        shown = [
+            read_pictures(tower, [use.read(path, one.picture_size) for path in use.choose(one.pictures)], use)
+            for one in prompts
+        ]
         token = self.find_token(tokenizer, use.token)
         written = []
         for prompt, own in zip(prompts, shown, strict=True):

@@ -28,7 +28,7 @@ SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3
 
 # FramePack but for the order of sections, which tests/frame_pack has; FLUX but for its modulation, or for a
 # reference, which tests/parity has
-SLOW = {"framepack f1", "chroma", "kontext"}
+SLOW = {"framepack f1", "chroma", "kontext", "qwen_image edit-2511"}
 FAST = "wan t2v-1.3B"
 MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
 CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in FAMILIES]

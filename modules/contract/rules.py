@@ -106,6 +106,17 @@ AS_PLAIN = GuidanceRules()
 
 
 @dataclass(frozen=True)
+class ConsistencyRules:
+    """Which parts of an edited picture count as changed, at each step; the others are set back."""
+
+    threshold: float  # mean difference over the channels of latents
+    is_relative: bool = False  # the threshold is a share of the largest difference
+    kernel_size: int = 3  # latent pixels that differences are blurred over, an odd number
+    dilate_size: int = 0  # latent pixels that changed parts grow by
+    saves: bool = False  # write what is changed at each step
+
+
+@dataclass(frozen=True)
 class NpzFormat:
     """Names of a family's npz caches. Their arrays have the names of the tensors in our own caches.
 
