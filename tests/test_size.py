@@ -21,7 +21,7 @@ BUDGET = {
     "encoders": (3590, 15),
     "flux": (1770, 13),
     "frame_pack": (3010, 20),
-    "generation": (5230, 22),
+    "generation": (5250, 22),
     "hunyuan_image": (1350, 11),
     "hunyuan_model": (3060, 17),
     "lumina": (1370, 11),
