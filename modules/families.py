@@ -32,6 +32,7 @@ class FamilyEntry:
     encoders: tuple[tuple[str, str, str], ...] = (("vae", "--vae", CLIPS),)
     texts: str = ""  # options of the files that encode texts, in a command that is shown
     training: tuple[str, ...] = ()  # likewise, of its training script
+    others: tuple[str, ...] = ()  # further models that its scripts run, as LoRA files name them
 
     @property
     def generation_script(self) -> str:
@@ -93,6 +94,7 @@ FAMILIES = {
         record="Flux",
         encoders=(("vae", "--ae", PICTURES),),
         texts="--t5xxl T5_FILE --clip_l CLIP_FILE",
+        others=("chroma",),
     ),
     "flux_kontext": FamilyEntry(
         "flux.kontext",
