@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGET = {
     "blissful_tuner": (3550, 21),
     "data_tools": (5970, 32),
-    "dataset": (12280, 49),
+    "dataset": (12230, 49),
     "downloads": (800, 7),
     "encoders": (3480, 15),
     "flux": (1770, 13),
@@ -25,7 +25,7 @@ BUDGET = {
     "hunyuan_image": (1350, 11),
     "hunyuan_model": (3030, 17),
     "lumina": (1370, 11),
-    "modules": (17070, 98),
+    "modules": (17130, 99),
     "networks": (7480, 36),
     "package": (390, 7),
     "post": (7880, 38),
