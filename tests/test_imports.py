@@ -34,9 +34,10 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"control_codes", "errors", "flow", "interpreter", "seeds"}
+        {"control_codes", "errors", "flow", "interpreter", "limits", "seeds"}
         | {"private_torch"}
-        | {"text_encodings", "text_files", "varints", "version"},
+        | {"text_encodings", "varints", "version"},
+        {"text_files"},
         {"output_files", "paths"},
         {"answers", "atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"options"},
@@ -98,6 +99,7 @@ LIGHT_FILES = {
     "modules/control_codes.py",
     "modules/installation.py",
     "modules/interpreter.py",
+    "modules/limits.py",
     "modules/version.py",
     "modules/output_files.py",
     "modules/text_files.py",
