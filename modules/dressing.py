@@ -4,6 +4,7 @@ Before it: weights are quantised and LoRAs merged while loading, and a LoRA that
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from modules.offload.block_swap import swap_blocks
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces, offload_to_host
 from modules.offload.swap_plan import HostWeights, SwapPlan, host_weights
 from modules.speed_options import SwapOptions
+
+if TYPE_CHECKING:  # it is loaded only where processes share a model
+    from modules.offload.sharding import ShardedBlocks
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,11 @@ def dress(
     host: HostWeights | None = None,
     checkpointing: Checkpointing | None = None,
     in_pieces: bool = False,
+    shares: "ShardedBlocks | None" = None,
 ) -> None:
-    """Compute token-wise parts in pieces, compile the blocks, checkpoint them, fetch swapped ones.
+    """Compute token-wise parts in pieces, compile the blocks, checkpoint them, fetch swapped or split ones.
 
-    host: as the network was loaded with.
+    host, shares: as the network was loaded with.
     Raises OptionError if the network has fewer blocks than are to be swapped.
     """
     if in_pieces:
@@ -58,3 +63,5 @@ def dress(
         offload = offload_to_host(device) if checkpointing.inputs_on_host else None
         checkpoint_blocks(dit, spec, checkpointing.keeps_attention, offload)
     swap_blocks(dit, host, device)
+    if shares is not None:
+        shares.finish(dit)

@@ -47,10 +47,9 @@ def make_accelerator(
     for variable, name in SHARDING.items():  # before accelerate looks for the packages that split a model
         if os.environ.get(variable, "false").lower() in {"1", "true", "yes", "y", "t", "on"}:
             raise OptionError(
-                f"accelerate launch asks for {name} ({variable}): the model is not split here, each process "
-                "holds all of it. "
+                f"accelerate launch asks for {name} ({variable}): the loop here never hands it the model. "
                 "Choose plain multi-GPU: accelerate launch --multi_gpu --num_processes N, or run accelerate "
-                "config again"
+                "config again. --shard_base splits the model over those processes"
             )
     folder = None
     if logs.logging_dir is not None:

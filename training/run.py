@@ -167,4 +167,5 @@ def _make_sampler(plan: TrainingPlan) -> Sampler | NoSampler:
         has_metadata,
         weights,
         options.preview,
+        plan.is_sharded,
     )
