@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from modules.compile import compile_blocks
 from modules.compile_options import Compilation
@@ -15,7 +15,7 @@ from modules.contract.family import DitSpec
 from modules.offload.block_swap import swap_blocks
 from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces, offload_to_host
 from modules.offload.swap_plan import HostWeights, SwapPlan, host_weights
-from modules.speed_options import SwapOptions
+from modules.speed_options import ShardingOptions, SwapOptions
 
 if TYPE_CHECKING:  # it is loaded only where processes share a model
     from modules.offload.sharding import ShardedBlocks
@@ -38,6 +38,21 @@ def swapped_weights(
     """
     plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
     return host_weights(plan, device, whole=whole)
+
+
+def shares_processes(sharding: ShardingOptions) -> bool:
+    """Return whether several processes have joined to share a transformer."""
+    has_joined = distributed.is_available() and distributed.is_initialized()
+    return sharding.shard_base and has_joined and distributed.get_world_size() > 1
+
+
+def shared_blocks(sharding: ShardingOptions, device: torch.device) -> "ShardedBlocks | None":
+    """Return what keeps this process' part of each block, to load the network with; None if it keeps all."""
+    if not shares_processes(sharding):
+        return None
+    from modules.offload.sharding import ShardedBlocks
+
+    return ShardedBlocks(device)
 
 
 def dress(

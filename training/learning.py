@@ -12,7 +12,7 @@ from modules.contract.data import CAPTION
 from modules.contract.family import Family
 from modules.contract.loading import BlockPlace, HostPlace
 from modules.contract.rules import Expert
-from modules.dressing import swapped_weights
+from modules.dressing import shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
 from modules.offload.turns import HostCopy
 from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
@@ -145,11 +145,7 @@ class Loading:
         """Load and dress the network of an expert. attach: adds the trained part."""
         options, device, expert = self.plan.options, self.plan.accelerator.device, family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, whole=self.takes_turns)
-        shares = None
-        if self.plan.is_sharded:
-            from modules.offload.sharding import ShardedBlocks  # of no use to others
-
-            shares = ShardedBlocks(device)
+        shares = shared_blocks(options.speed.sharding, device)
         dit = _load_dit(self.plan, family, index, host, shares)
         attach(dit, expert)
         is_compiled = options.speed.compilation.choice is not None

@@ -6,7 +6,6 @@ Gradients are summed once per optimizer step, in flat buffers: the model needs n
 import contextlib
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
@@ -160,7 +159,6 @@ def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
 
 
 PATIENCE = 3.0  # seconds within which those that live have noticed it too
-SIGNS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe|[Ss]ocket")
 CONSEQUENCE = "The run cannot go on without it; what was saved is untouched."
 
 
@@ -170,13 +168,6 @@ class LostProcessError(UserError):
     def __init__(self, message: str, is_told_here: bool) -> None:
         super().__init__(message)
         self.is_told_here = is_told_here
-
-
-def is_of_processes(error: BaseException) -> bool:
-    """Return whether an error is of the connection between processes."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and SIGNS.search(str(error)) is not None
 
 
 def find_lost(rank: int, count: int) -> list[int] | None:
