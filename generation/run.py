@@ -36,8 +36,8 @@ from modules.checkpoints.opening import open_checkpoint
 from modules.compile import check_compilation
 from modules.contract.family import Family
 from modules.contract.loading import Placement
-from modules.dressing import shares_processes
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
+from modules.dressing import shares_processes
 from modules.errors import OptionError
 from modules.fp8.products import add_product
 from modules.installation import import_own

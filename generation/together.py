@@ -50,7 +50,8 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
             raise
         if is_first:
             raise UserError(
-                f"another process of this run was lost: it was killed, or ended by an error. torch says: {error}"
+                "another process of this run was lost: it was killed, or ended by an error. Run the command "
+                f"again. torch says: {error}"
             ) from None
         raise SystemExit(1) from None  # the first one tells why
     finally:

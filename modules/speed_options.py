@@ -282,9 +282,9 @@ class ShardingOptions(Options):
     """Whether processes share the weights of the transformer."""
 
     shard_base: bool = option(
-        "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of every "
-        "block of the frozen transformer and gathers a block when it runs. Embeddings, LoRAs, text encoders "
-        "and the VAE are in every process",
+        "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
+        "every block of the frozen transformer and gathers a block when it runs. Embeddings, LoRAs, text "
+        "encoders and the VAE are in every process",
         often=True,
     )
 
@@ -296,8 +296,8 @@ class ShardingOptions(Options):
         }
         for name in (name for name, is_given in asked.items() if self.shard_base and is_given):
             raise OptionError(
-                f"--shard_base and {name} both say where the weights wait: in the other processes, or in host "
-                "memory. Give one of them; --fp8_scaled and more processes save memory beside --shard_base"
+                f"--shard_base and {name} both say where the weights wait: in the other processes, or in "
+                "host memory. Give one of them; fp8 and more processes save memory beside --shard_base"
             )
 
 

@@ -71,7 +71,10 @@ def run_in_processes(
             started.append((WarmProcess(command, folder, QUIET, *files, place), *files))
         codes = [process.wait(timeout=MOST_SECONDS) for process, *_ in started]
         texts = [[file.read_text(encoding="utf-8", errors="replace") for file in two] for _, *two in started]
-    done = [subprocess.CompletedProcess(command, *each) for each in zip(codes, *zip(*texts))]
+    done = [
+        subprocess.CompletedProcess(command, *each)
+        for each in zip(codes, *zip(*texts, strict=True), strict=True)
+    ]
     assert codes == [code] * count, "\n".join(f"{one.returncode}\n{one.stderr[-3000:]}" for one in done)
     return done
 

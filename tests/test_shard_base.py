@@ -1,9 +1,8 @@
-"""Runs whose processes share the transformer, from the command lines of the families: their files are those of
-runs in which each process has all of it, to the bit.
+"""Runs whose processes share the transformer, from the command lines of the families: their files are those
+of runs in which each process has all of it, to the bit.
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -37,7 +36,9 @@ class Shared:
         self.family: TinyFamily = next(one for one in FAMILIES if one.name == name)
         self.folder = folder
         write_deep(self.family, folder)
-        (folder / "prompts.txt").write_text(f"{self.family.sample_line}\n{self.family.sample_line} --s 3\n", encoding="utf-8")
+        (folder / "prompts.txt").write_text(
+            f"{self.family.sample_line}\n{self.family.sample_line} --s 3\n", encoding="utf-8"
+        )
         write_dataset(folder, frames="5")
         succeed_here(*self.family.cache_latents, folder=folder)
         succeed_here(*self.family.cache_texts, folder=folder)
@@ -91,7 +92,7 @@ def test_the_lora_is_that_of_whole_models(project: Shared, way: str) -> None:
 
 
 def test_an_odd_number_of_batches_samples_and_validation_are_those_of_whole_models(project: Shared) -> None:
-    """Three micro-batches and a clip for validation: the second process lacks one in each epoch, and that one."""
+    """Of three micro-batches the second process lacks one in each epoch, and it has no clip to validate."""
     words = (
         *("--gradient_accumulation_steps", "2", "--validation_split", "0.25", "--save_state"),
         *("--validate_every_n_steps", "1", "--logging_dir", "logs", "--gradient_checkpointing"),

@@ -248,7 +248,7 @@ def dress(
     host: HostWeights | None = None,
     shares: "ShardedBlocks | None" = None,
 ) -> None:
-    """Compile the blocks, checkpoint them, and set up swapped or split ones. Call it after a LoRA was attached.
+    """Compile the blocks, checkpoint them, and set up swapped or split ones. Call it when a LoRA is attached.
 
     If the blocks' inputs are kept on the host, memory is short, so feed-forwards are computed in pieces too.
     """

@@ -195,7 +195,8 @@ def _load_dit(
 ) -> nn.Module:
     """Load the network of an expert, frozen, merging --base_weights while loading.
 
-    One that is to be trained gets the training dtype. host: keeps weights in host memory. blocks: splits them.
+    One that is to be trained gets the training dtype. host: keeps weights in host memory. blocks: splits
+    them over processes.
     """
     expert = family.experts[index]
     network = network_for(plan.options, expert)

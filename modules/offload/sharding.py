@@ -76,7 +76,10 @@ class ShardedBlocks:
                 self._split(block)
         inside = set(chain.from_iterable(block.parameters() for block in blocks))
         fully_shard(
-            network, mesh=self._mesh, reshard_after_forward=True, ignored_params={*network.parameters()} - inside
+            network,
+            mesh=self._mesh,
+            reshard_after_forward=True,
+            ignored_params={*network.parameters()} - inside,
         )
         for block, following in pairwise(blocks):
             block.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
@@ -121,7 +124,7 @@ def gather_block(block: nn.Module) -> None:
 
 
 def gather_weight(weight: Tensor) -> Tensor:
-    """Return a weight whole, in any dtype: all processes must call it. One that is whole is returned as it is."""
+    """Return a weight whole, in any dtype, if it is split: then all processes must call it."""
     if not hasattr(weight, "to_local"):
         return weight
     part, count = weight.to_local(), distributed.get_world_size()
@@ -147,7 +150,8 @@ def join_processes(device: str | None, environment: Mapping[str, str] = os.envir
     kind, local = choose_device(device).type, int(environment.get("LOCAL_RANK", "0"))
     if device is not None and ":" in device:
         raise OptionError(
-            f"--device {device} with --shard_base: each process has a GPU of its own. Give cuda, or leave it out"
+            f"--device {device} with --shard_base: each process has a GPU of its own. Give cuda, or leave it "
+            "out"
         )
     if kind not in {"cpu", "cuda"}:
         raise OptionError(f"--shard_base: processes do not share a model on {kind}. Use CUDA GPUs")
