@@ -35,11 +35,14 @@ class Shared:
     def __init__(self, name: str, folder: Path) -> None:
         self.family: TinyFamily = next(one for one in FAMILIES if one.name == name)
         self.folder = folder
-        write_deep(self.family, folder)
+        if name == USUAL:
+            write_deep(self.family, folder)
+            write_dataset(folder, frames="5")
+        else:
+            self.family.prepare(folder)
         (folder / "prompts.txt").write_text(
             f"{self.family.sample_line}\n{self.family.sample_line} --s 3\n", encoding="utf-8"
         )
-        write_dataset(folder, frames="5")
         succeed_here(*self.family.cache_latents, folder=folder)
         succeed_here(*self.family.cache_texts, folder=folder)
 
@@ -125,22 +128,20 @@ SIZE = ("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3
 
 def generate(project: Shared, output: str, processes: int, *words: object) -> list[Tensor]:
     """Return the latents of all that is made."""
-    kept = ("--output_type", "both", "--save_path", output)
-    command = (*project.family.generate, *SIZE, *kept, *words)
+    command = (*project.family.generate, *SIZE, "--output_type", "latent", "--save_path", output, *words)
     if processes == 1:
         succeed_here(*command, folder=project.folder)
     else:
         _, other = run_in_processes(processes, *command, "--shard_base", folder=project.folder)
         assert "INFO" not in other.stderr + other.stdout  # the first one talks
     found = sorted((project.folder / output).glob("*.safetensors"))
-    assert len(found) == len(list((project.folder / output).glob("*.mp4")))
     return [load_file(path)["latent"] for path in found]
 
 
 GENERATIONS = {
     "prompt": ("--prompt", "a cat"),
     "fp8": ("--prompt", "a cat", "--fp8_scaled"),
-    "file": ("--from_file", "prompts.txt"),
+    "file": ("--from_file", "prompts.txt", "--output_type", "both"),
 }
 
 
@@ -152,3 +153,18 @@ def test_a_generation_is_that_of_one_process(project: Shared, way: str) -> None:
 
     assert len(found) == len(expected) > 0
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_family_trains_and_generates_with_shared_blocks(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    project = Shared(name, tmp_path_factory.mktemp("two cards"))
+    step = ("--max_train_steps", 2)
+    prompt = ("--prompt", "a cat")
+
+    lora = project.train("whole", 2, *step)
+    assert same(project.train("shared", 2, "--shard_base", *step), lora)
+    whole, shared = (generate(project, f"made {count}", count, *prompt) for count in (1, 2))
+    assert torch.equal(whole[0], shared[0])
